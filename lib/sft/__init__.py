@@ -1,0 +1,1 @@
+"""Supervised finetuning of OLMo models: five stages that talk through files on disk."""

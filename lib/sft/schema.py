@@ -1,0 +1,152 @@
+"""Every option of a recipe and of a cluster file, once: its table, type, default, bounds and meaning.
+
+Standard library only, because the planner reads it before the environment exists. A recipe's TOML is checked against
+these dataclasses by `sft.recipe`; `make fields` prints them. An option declared with `key=False` changes how or where
+a stage runs but not what it makes, so that editing it restages nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+REQUIRED: Any = object()
+
+
+def opt(
+    default: Any,
+    doc: str,
+    *,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] | None = None,
+    key: bool = True,
+) -> Any:
+    """Declares a field. `min`/`max` are inclusive bounds, `above` an exclusive lower bound."""
+    metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices, "key": key}
+    if default is REQUIRED:
+        return field(metadata={**metadata, "required": True}, default=None)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Model:
+    """[model]: the architecture and the weights training starts from."""
+
+    preset: str = opt(REQUIRED, "named geometry from sft.presets, e.g. olmo3-7b; every field below overrides it")
+    base: str = opt("", "weights to start from: a path under DATA, gs://… or hf://org/name[@revision]; empty = random")
+    n_layers: int | None = opt(None, "transformer blocks", min=1)
+    d_model: int | None = opt(None, "width of the residual stream", min=1)
+    n_heads: int | None = opt(None, "query heads", min=1)
+    n_kv_heads: int | None = opt(None, "key/value heads (grouped-query attention when fewer than n_heads)", min=1)
+    head_dim: int | None = opt(None, "width of one head", min=1)
+    hidden: int | None = opt(None, "width of the SwiGLU", min=1)
+    vocab_size: int | None = opt(None, "embedding rows; default: the tokenizer's size padded to a multiple of 128", min=1)
+    window: int | None = opt(None, "sliding window in tokens, the token itself included; 0 = full attention", min=0)
+    rope_theta: float | None = opt(None, "rotary base", above=0)
+    yarn_factor: float | None = opt(None, "YaRN scaling of the full-attention layers; 0 = none", min=0)
+    init_std: float | None = opt(None, "standard deviation of the truncated normal that random weights are drawn from", above=0)
+
+
+@dataclass(frozen=True)
+class Source:
+    """[[prepare.sources]]: one dataset of the mix."""
+
+    path: str = opt(REQUIRED, "a .jsonl, .json or .parquet file or a folder of them under DATA, gs://…, or hf://org/name[@revision]")
+    weight: float | int = opt(1.0, "1.0 = once; 0.5 samples half, 2.0 repeats twice; an integer is a number of rows", above=0)
+    split: str = opt("train", "split of a Hugging Face dataset")
+    columns: dict[str, str] = opt({}, "renames columns, e.g. {prompt = \"question\", completion = \"answer\"}")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """[prepare]: chat data to token ids, label mask and document boundaries."""
+
+    tokenizer: str = opt(REQUIRED, "tokenizer folder under DATA, or hf://org/name[@revision]")
+    sources: tuple[Source, ...] = opt(REQUIRED, "the mix, one [[prepare.sources]] table each")
+    template: str = opt("tokenizer", "chat template: 'tokenizer' (the folder's own), a name from sft.chat, or a .jinja file under DATA")
+    seed: int = opt(42, "seed of sampling and of the order of documents", min=0)
+    validation_fraction: float = opt(0.0, "share of conversations held out, chosen by the hash of their content", min=0, max=0.5)
+    max_reject_fraction: float = opt(0.01, "share of a source's rows that may be unusable before the stage fails", min=0, max=1)
+
+
+@dataclass(frozen=True)
+class Sync:
+    """[sync]: puts the dataset and the base weights where the cluster reads."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """[train]: packing, optimisation, checkpoints. Defaults are the ancestor's SFT script's."""
+
+    seq_len: int = opt(16384, "tokens in a pack", min=2)
+    global_batch_tokens: int = opt(1_048_576, "tokens in one optimizer step, over all ranks and microbatches", min=2)
+    epochs: float = opt(3.0, "passes over the data; ignored when steps is set", above=0)
+    steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0)
+    long_documents: str = opt("truncate", "what happens to a document longer than seq_len", choices=("truncate", "drop", "split"))
+    lr: float = opt(8e-5, "peak learning rate", above=0)
+    schedule: str = opt("linear", "decay after warm-up", choices=("linear", "cosine", "constant"))
+    warmup_fraction: float = opt(0.03, "share of the steps that warm up from 0 to lr", min=0, max=1)
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's decay rates")
+    eps: float = opt(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = opt(0.0, "AdamW's decoupled decay", min=0)
+    max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = do not clip", min=0)
+    precision: str = opt("bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32"))
+    seed: int = opt(33333, "seed of random weights", min=0)
+    data_seed: int = opt(34521, "seed of the order of packs", min=0)
+    save_every: int = opt(1000, "steps between permanent checkpoints; the last step is always saved", min=1, key=False)
+    ephemeral_every: int = opt(500, "steps between checkpoints that the next one replaces; 0 = none", min=0, key=False)
+    validate_every: int = opt(100, "steps between passes over the validation split; 0 = at the end only", min=0, key=False)
+    log_every: int = opt(1, "steps between lines in metrics.jsonl and on the terminal", min=1, key=False)
+    wandb_project: str = opt("", "Weights & Biases project; offline without a key; empty = off", key=False)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """[convert]: a checkpoint to a Hugging Face folder, proven equal."""
+
+    dtype: str = opt("bfloat16", "dtype of the exported weights", choices=("bfloat16", "float16", "float32"))
+    max_position_embeddings: int = opt(65536, "longest input that the exported config declares, in tokens", min=1)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """[evaluate]: tasks and how they are run."""
+
+    tasks: tuple[str, ...] = opt(REQUIRED, "names of lm-eval tasks from task_dir or from lm-eval itself")
+    task_dir: str = opt("tasks", "folder of lm-eval task files under DATA or recipes/")
+    limit: int = opt(0, "documents per task; 0 = all", min=0)
+    batch_size: int = opt(8, "sequences per forward pass", min=1, key=False)
+    seed: int = opt(1234, "seed of few-shot choice and sampling", min=0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """[on.<cluster>.<stage>]: numbers that differ between clusters and never change a result's key."""
+
+    nodes: int = opt(1, "machines", min=1)
+    processes: int = opt(0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0)
+    microbatch_tokens: int = opt(0, "tokens in one forward pass of one rank; 0 = seq_len", min=0)
+    threads: int = opt(0, "CPU threads or workers per process; 0 = the machine's cores shared out", min=0)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """env/<cluster>.toml: facts about a place where stages run."""
+
+    launcher: str = opt("local", "env/<launcher>.sh runs a command there", choices=("local",))
+    storage: str = opt(REQUIRED, "root that training reads from: a folder ('{runs}' is the folder of runs) or gs://…")
+
+
+TABLES: dict[str, type] = {
+    "model": Model,
+    "prepare": Prepare,
+    "sync": Sync,
+    "train": Train,
+    "convert": Convert,
+    "evaluate": Evaluate,
+}
+STAGES = ("prepare", "sync", "train", "convert", "evaluate")
+UPSTREAM = {"prepare": (), "sync": ("prepare",), "train": ("sync",), "convert": ("train",), "evaluate": ("convert",)}
+READS_MODEL = ("sync", "train", "convert")
