@@ -27,6 +27,8 @@ def opt(
     metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices, "key": key}
     if default is REQUIRED:
         return field(metadata={**metadata, "required": True}, default=None)
+    if isinstance(default, dict):
+        return field(metadata=metadata, default_factory=lambda: dict(default))
     return field(default=default, metadata=metadata)
 
 
