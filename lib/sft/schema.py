@@ -58,6 +58,9 @@ class Source:
     path: str = opt(REQUIRED, "a .jsonl, .json or .parquet file or a folder of them under DATA, gs://…, or hf://org/name[@revision]")
     weight: float | int = opt(1.0, "1.0 = once; 0.5 samples half, 2.0 repeats twice; an integer is a number of rows", above=0)
     split: str = opt("train", "split of a Hugging Face dataset")
+    subset: str = opt("", "configuration of a Hugging Face dataset that has several")
+    max_documents: int = opt(0, "cap on what this source gives, after its weight; 0 = none", min=0)
+    max_tokens: int = opt(0, "cap in tokens on what this source gives, after its weight; 0 = none", min=0)
     columns: dict[str, str] = opt({}, "renames columns, e.g. {prompt = \"question\", completion = \"answer\"}")
 
 
@@ -70,6 +73,10 @@ class Prepare:
     template: str = opt("tokenizer", "chat template: 'tokenizer' (the folder's own), a name from sft.chat, or a .jinja file under DATA")
     seed: int = opt(42, "seed of sampling and of the order of documents", min=0)
     validation_fraction: float = opt(0.0, "share of conversations held out, chosen by the hash of their content", min=0, max=0.5)
+    deduplicate: bool = opt(False, "keep one of the conversations whose tokens are the same, over all sources")
+    decontaminate: tuple[str, ...] = opt((), "evaluation files under DATA; conversations that repeat their texts are dropped")
+    decontaminate_ngram: int = opt(8, "words in an n-gram of the decontamination", min=2)
+    decontaminate_overlap: float = opt(0.5, "share of an evaluation text's n-grams that makes a conversation a copy", above=0, max=1)
     max_reject_fraction: float = opt(0.01, "share of a source's rows that may be unusable before the stage fails", min=0, max=1)
 
 

@@ -1,0 +1,83 @@
+"""Which local files a [prepare] table reads. Standard library only: the planner hashes them by content at parse time.
+
+In: the table and `find`, which turns a recipe's relative path into a file or folder. Out: {relative path: file}, in a
+fixed order. `gs://` and `hf://` sources are not listed: a pinned revision names their content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sft.errors import SftError
+from sft.paths import REMOTE
+from sft.schema import Prepare
+
+ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
+"""Kinds of files that hold rows; other files of a source folder are ignored."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
+
+
+def is_remote(path: str) -> bool:
+    return REMOTE.match(path) is not None
+
+
+def is_template_file(template: str) -> bool:
+    """A template is a file under DATA when it is named like one; else 'tokenizer' or a name from sft.chat."""
+    return template.endswith((".jinja", ".jinja2", ".j2"))
+
+
+def kind(name: str) -> str | None:
+    """'jsonl', 'jsonl.gz', 'json', 'parquet' or 'arrow' by a file's name; None for other files."""
+    return next((suffix[1:] for suffix in ROWS if name.endswith(suffix)), None)
+
+
+def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str, Path]:
+    """The row files of a source: itself, or the files of a folder in the order of their names. {relative path: file}"""
+    if not root.is_dir():
+        if kind(root.name) is None:
+            raise SftError(f"{what}: {path!r} is none of {', '.join(ROWS)}; next: convert it or name another file")
+        return {path: root}
+    found: dict[str, Path] = {}
+    base = root.resolve()
+    for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
+        name = file.relative_to(root).as_posix()
+        hidden = any(part.startswith((".", "_")) for part in name.split("/"))
+        if hidden or kind(name) is None or file.name in _NOT_ROWS or file.is_dir():
+            continue
+        if not file.resolve().is_relative_to(base):
+            raise SftError(f"{what}: {file} is a link that leaves {root}; next: copy the file there")
+        found[f"{path.rstrip('/')}/{name}"] = file
+    if not found:
+        raise SftError(f"{what}: the folder {root} holds no {', '.join(ROWS)} file; next: correct the path")
+    return found
+
+
+def local_inputs(prepare: Prepare, find: Callable[[str], Path]) -> dict[str, Path]:
+    """Every local file that decides what prepare makes, keyed by its path as the recipe says it."""
+    return dict(_inputs(prepare, find))
+
+
+def _inputs(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
+    for source in prepare.sources:
+        if not is_remote(source.path):
+            yield from members(find(source.path), source.path).items()
+    for path in prepare.decontaminate:
+        if not is_remote(path):
+            yield from members(find(path), path, "[prepare] decontaminate").items()
+    if not is_remote(prepare.tokenizer):
+        folder = find(prepare.tokenizer)
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                yield f"{prepare.tokenizer.rstrip('/')}/{name}", folder / name
+    if is_template_file(prepare.template):
+        yield prepare.template, find(prepare.template)
