@@ -1,0 +1,164 @@
+"""sft.hf: names, configurations and weight folders, against transformers itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from sft import hf
+from sft.errors import SftError
+from sft.presets import PRESETS, ModelConfig, Yarn
+
+TINY2 = replace(
+    PRESETS["olmo2-tiny"],
+    n_layers=2,
+    d_model=32,
+    n_heads=4,
+    n_kv_heads=2,
+    head_dim=8,
+    hidden=48,
+    vocab_size=256,
+)
+TINY3 = replace(TINY2, n_layers=4, window=8, yarn=Yarn(old_context=64))
+
+
+def build(config: ModelConfig, vocab: int = 200) -> object:
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = hf.hf_config(
+            config,
+            vocab_size=vocab,
+            max_position_embeddings=512,
+            dtype="float32",
+            eos_token_id=3,
+            pad_token_id=4,
+        )
+        return AutoModelForCausalLM.from_config(made)
+
+
+@pytest.mark.parametrize("config", [TINY2, TINY3], ids=["olmo2", "olmo3"])
+def test_our_names_and_shapes_are_those_transformers_writes(
+    config: ModelConfig,
+) -> None:
+    theirs = {
+        name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()
+    }
+    ours = {hf.hf_name(name): shape for name, shape in hf.shapes(config, 200).items()}
+    assert theirs == ours
+    assert all(hf.hf_name(hf.our_name(name)) == name for name in theirs)
+
+
+@pytest.mark.parametrize(
+    "preset", ["olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo3-7b", "olmo3-32b"]
+)
+def test_a_config_survives_the_round_trip(preset: str) -> None:
+    config = PRESETS[preset]
+    made = hf.hf_config(
+        config,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=65536,
+        dtype="bfloat16",
+    )
+    data = hf.config_json(made)
+    assert hf.model_config(data) == config
+    assert data["max_position_embeddings"] == 65536
+    assert data["model_type"] == preset[:5]
+    elements = sum(torch.Size(shape).numel() for shape in hf.shapes(config).values())
+    assert elements == config.parameters
+
+
+def test_yarn_is_on_the_full_layers_only() -> None:
+    rope = hf.hf_config(
+        TINY3, vocab_size=200, max_position_embeddings=512, dtype="float32"
+    ).rope_parameters
+    assert rope["sliding_attention"]["rope_type"] == "default"
+    assert rope["full_attention"]["rope_type"] == "yarn"
+    assert rope["full_attention"]["attention_factor"] == pytest.approx(
+        1.20794, abs=1e-5
+    )
+
+
+def test_another_rope_theta_reaches_windowed_and_full_layers() -> None:
+    from transformers import Olmo3Config
+
+    config = replace(TINY3, rope_theta=8e6)
+    data = hf.config_json(
+        hf.hf_config(
+            config, vocab_size=200, max_position_embeddings=512, dtype="float32"
+        )
+    )
+    loaded = Olmo3Config(**json.loads(json.dumps(data)))
+    assert {rope["rope_theta"] for rope in loaded.rope_parameters.values()} == {8e6}
+    assert data["rope_theta"] == 8e6 and data["rope_scaling"]["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize("shard", ["10GB", "20KB"], ids=["one file", "many files"])
+def test_a_folder_that_transformers_wrote_reads_back_under_our_names(
+    tmp_path: Path, shard: str
+) -> None:
+    model = build(TINY3)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    weights = hf.Folder(tmp_path)
+    weights.check(TINY3)
+    state = model.state_dict()
+    assert len(weights) == len(state)
+    for name in weights:
+        assert torch.equal(weights[name], state[hf.hf_name(name)])
+        assert weights.shape(name) == tuple(state[hf.hf_name(name)].shape)
+    padded = weights.padded("embeddings.weight", 256)
+    assert (
+        padded.shape == (256, 32)
+        and not padded[200:].any()
+        and torch.equal(padded[:200], weights["embeddings.weight"])
+    )
+
+
+def test_a_folder_with_another_geometry_names_field_and_both_values(
+    tmp_path: Path,
+) -> None:
+    build(TINY3).save_pretrained(tmp_path)
+    weights = hf.Folder(tmp_path)
+    with pytest.raises(
+        SftError, match=r"config.json: hidden: 48, the recipe's \[model\] says 64"
+    ):
+        weights.check(replace(TINY3, hidden=64))
+    with pytest.raises(
+        SftError, match=r"vocab_size: 200, the recipe's \[model\] has 128 rows"
+    ):
+        weights.check(replace(TINY3, vocab_size=128))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    build(TINY3).save_pretrained(tmp_path, max_shard_size="20KB")
+    victim = sorted(tmp_path.glob("model-*.safetensors"))[2]
+    victim.unlink()
+    with pytest.raises(SftError, match=victim.name):
+        hf.Folder(tmp_path)
+
+
+def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
+    build(TINY3).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(SftError, match="model.safetensors: not readable"):
+        hf.Folder(tmp_path)
+
+
+def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    build(TINY3).save_pretrained(tmp_path, max_shard_size="20KB")
+    index = tmp_path / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["lm_head.weight"] = "../../etc/model.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(SftError, match="not the plain name"):
+        hf.Folder(tmp_path)
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(SftError, match="model_type: 'llama'"):
+        hf.model_config({"model_type": "llama"})
