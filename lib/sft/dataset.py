@@ -1,0 +1,309 @@
+"""A tokenised dataset on disk: writing it in parts, reading it memory-mapped.
+
+In:  token ids, label mask and lengths of whole documents (`DatasetWriter.add`, many documents a call).
+Out: a folder that OLMo-core's readers accept, and one file more that says where documents are without scanning for EOS:
+
+    token_ids_part_0000.npy     raw little-endian ids, the smallest unsigned dtype that holds vocab_size - 1, no header
+    labels_mask_part_0000.npy   raw bool, one byte a token; True = this token is a target
+    token_ids_part_0000.csv.gz  "start,end" of every document, tiling the part
+    documents.npy               a real .npy of `DOCUMENT`, in the order the documents were added
+
+A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed;
+documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the documents alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sft.errors import SftError
+
+DOCUMENT = np.dtype([("part", "<u4"), ("start", "<u8"), ("length", "<u4"), ("labels", "<u4"), ("source", "<u2")])
+PART_TOKENS = 1 << 28  # 1 GiB of uint32 ids: few files, and small enough to copy again after an error
+MAX_PARTS = 10_000  # readers sort names as text, so the part number must keep its four digits
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The smallest unsigned dtype that holds every id of a vocabulary; readers derive it the same way."""
+    for name in ("<u1", "<u2", "<u4", "<u8"):
+        if vocab_size - 1 <= np.iinfo(np.dtype(name)).max:
+            return np.dtype(name)
+    raise SftError(f"vocab_size {vocab_size} does not fit 64 bits")
+
+
+def ids_name(part: int) -> str:
+    return f"token_ids_part_{part:04d}.npy"
+
+
+def mask_name(part: int) -> str:
+    return f"labels_mask_part_{part:04d}.npy"
+
+
+def bounds_name(part: int) -> str:
+    return f"token_ids_part_{part:04d}.csv.gz"
+
+
+def _create(path: Path) -> IO[bytes]:
+    """Opens the temporary file that `_publish` renames to `path`."""
+    return open(_temporary(path), "wb")
+
+
+def _publish(file: IO[bytes], path: Path) -> None:
+    """Makes a temporary file durable and gives it its name."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(_temporary(path), path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames inside a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class DatasetWriter:
+    """Writes documents into a folder. Use as a context manager: an exception leaves no documents.npy behind."""
+
+    def __init__(self, folder: Path | str, vocab_size: int, part_tokens: int = PART_TOKENS) -> None:
+        if vocab_size < 1 or part_tokens < 1:
+            raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.vocab_size, self.part_tokens, self.dtype = vocab_size, part_tokens, token_dtype(vocab_size)
+        self.documents = self.tokens = self.labels = 0
+        self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array a call
+        self._part, self._part_used = -1, 0
+        self._part_rows: list[NDArray[Any]] = []
+        self._ids: IO[bytes] | None = None
+        self._mask: IO[bytes] | None = None
+
+    def add(self, ids: ArrayLike, mask: ArrayLike, lengths: ArrayLike, source: int | ArrayLike = 0) -> None:
+        """Appends documents: `ids` and `mask` hold them one after another, `lengths` says where each ends.
+
+        `source` is the number of the mix's source, one for all or one per document.
+        """
+        ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
+        mask = np.asarray(mask, dtype=np.bool_)
+        self._check(ids, mask, lengths)
+        if not len(lengths):
+            return
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        if mask[starts].any():
+            bad = int(np.flatnonzero(mask[starts])[0])
+            raise SftError(
+                f"{self.folder}: document {self.documents + bad}: its first token is a target; "
+                "nothing precedes it to predict it from"
+            )
+        rows = np.empty(len(lengths), dtype=DOCUMENT)
+        rows["length"], rows["source"] = lengths, source
+        rows["labels"] = np.add.reduceat(mask, starts, dtype=np.int64)
+        first = 0
+        while first < len(lengths):
+            room = self.part_tokens - self._part_used
+            last = int(np.searchsorted(ends, starts[first] + room, side="right"))
+            if self._part < 0 or (last <= first and self._part_used):
+                self._next_part()
+                continue
+            last = max(last, first + 1)  # a document longer than a part has a part of its own
+            self._append(ids, mask, rows, int(starts[first]), int(ends[last - 1]), slice(first, last))
+            first = last
+
+    def _check(self, ids: NDArray[Any], mask: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+        total = int(lengths.sum())
+        if len(ids) != total or len(mask) != total:
+            raise SftError(
+                f"{self.folder}: {len(ids)} ids and {len(mask)} mask entries for lengths that add up to {total}"
+            )
+        if len(lengths) and (lengths < 1).any():
+            raise SftError(f"{self.folder}: document {self.documents + int(np.argmin(lengths))} is empty")
+        if len(lengths) and int(lengths.max()) >= 1 << 31:
+            raise SftError(
+                f"{self.folder}: document {self.documents + int(np.argmax(lengths))} has {lengths.max()} tokens, more than 2^31"
+            )
+        if total and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
+            raise SftError(f"{self.folder}: ids from {ids.min()} to {ids.max()} for a vocabulary of {self.vocab_size}")
+
+    def _append(
+        self, ids: NDArray[Any], mask: NDArray[Any], rows: NDArray[Any], start: int, end: int, which: slice
+    ) -> None:
+        assert self._ids is not None and self._mask is not None
+        np.ascontiguousarray(ids[start:end], dtype=self.dtype).tofile(self._ids)
+        np.ascontiguousarray(mask[start:end]).tofile(self._mask)
+        part = rows[which]
+        lengths = part["length"].astype(np.int64)
+        part["part"], part["start"] = self._part, self._part_used + np.cumsum(lengths) - lengths
+        self._rows.append(part)
+        self._part_rows.append(part)
+        self._part_used += end - start
+        self.documents += len(part)
+        self.tokens += end - start
+        self.labels += int(part["labels"].sum(dtype=np.int64))
+
+    def _next_part(self) -> None:
+        self._finish_part()
+        self._part, self._part_used = self._part + 1, 0
+        if self._part >= MAX_PARTS:
+            raise SftError(f"{self.folder}: more than {MAX_PARTS} parts of {self.part_tokens} tokens; use larger parts")
+        self._ids = _create(self.folder / ids_name(self._part))
+        self._mask = _create(self.folder / mask_name(self._part))
+
+    def _finish_part(self) -> None:
+        if self._ids is None or self._mask is None:
+            return
+        _publish(self._ids, self.folder / ids_name(self._part))
+        _publish(self._mask, self.folder / mask_name(self._part))
+        self._ids = self._mask = None
+        path = self.folder / bounds_name(self._part)
+        raw = _create(path)
+        # No name and no time in the gzip header: the same documents give the same bytes.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
+            for rows in self._part_rows:
+                starts = rows["start"].tolist()
+                ends = (rows["start"] + rows["length"]).tolist()
+                packed.write("".join(f"{a},{b}\n" for a, b in zip(starts, ends, strict=True)).encode())
+        _publish(raw, path)
+        self._part_rows = []
+
+    def close(self) -> None:
+        """Finishes the last part and writes documents.npy, which makes the folder a dataset."""
+        self._finish_part()
+        path = self.folder / "documents.npy"
+        file = _create(path)
+        header = {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (self.documents,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for rows in self._rows:
+            rows.tofile(file)
+        _publish(file, path)
+        sync_folder(self.folder)
+        self._rows = []
+
+    def abort(self) -> None:
+        """Removes the temporary files of an unfinished part; finished parts stay for the caller to judge."""
+        for part_file, name in ((self._ids, ids_name), (self._mask, mask_name)):
+            if part_file is not None:
+                part_file.close()
+                _temporary(self.folder / name(self._part)).unlink(missing_ok=True)
+        self._ids = self._mask = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset folder, memory-mapped: `documents` says where document i is in `ids(part)` and `mask(part)`."""
+
+    folder: Path
+    documents: NDArray[Any]  # DOCUMENT
+    dtype: np.dtype[Any]
+    _ids: tuple[NDArray[Any], ...]
+    _masks: tuple[NDArray[np.bool_], ...]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Dataset:
+        """Maps a folder and checks that its files agree: sizes, tiling. Reads no token."""
+        folder = Path(folder)
+        path = folder / "documents.npy"
+        try:
+            documents = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise SftError(f"{path}: cannot be read ({error}); run make prepare again") from None
+        if documents.dtype != DOCUMENT:
+            raise SftError(f"{path}: has fields {documents.dtype}, not {DOCUMENT}; run make prepare again")
+        parts = sorted(folder.glob("token_ids_part_*.npy"))
+        masks = sorted(folder.glob("labels_mask_part_*.npy"))
+        if [p.name for p in parts] != [ids_name(i) for i in range(len(parts))] or len(masks) != len(parts):
+            raise SftError(
+                f"{folder}: {len(parts)} token files and {len(masks)} mask files are not a whole set; copy it again"
+            )
+        sizes = [mask.stat().st_size for mask in masks]
+        widths = {path.stat().st_size / size for path, size in zip(parts, sizes, strict=True) if size}
+        width = widths.pop() if widths else 4
+        if widths or width not in (1, 2, 4, 8):
+            raise SftError(
+                f"{folder}: token and mask files disagree in size ({sorted(widths | {width})} bytes a token); copy it again"
+            )
+        _check_tiling(path, documents, sizes)
+        dtype = np.dtype(f"<u{int(width)}")
+        return cls(
+            folder,
+            documents,
+            dtype,
+            tuple(np.memmap(path, dtype=dtype, mode="r") for path in parts),
+            tuple(np.memmap(path, dtype=np.bool_, mode="r") for path in masks),
+        )
+
+    @property
+    def parts(self) -> int:
+        return len(self._ids)
+
+    @property
+    def tokens(self) -> int:
+        return int(self.documents["length"].sum(dtype=np.int64))
+
+    @property
+    def labels(self) -> int:
+        return int(self.documents["labels"].sum(dtype=np.int64))
+
+    def ids(self, part: int) -> NDArray[Any]:
+        return self._ids[part]
+
+    def mask(self, part: int) -> NDArray[np.bool_]:
+        return self._masks[part]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __getitem__(self, document: int) -> tuple[NDArray[Any], NDArray[np.bool_]]:
+        """Ids and mask of one document, without copying."""
+        row = self.documents[document]
+        where = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
+        return self._ids[int(row["part"])][where], self._masks[int(row["part"])][where]
+
+    def __iter__(self) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
+        return (self[i] for i in range(len(self)))
+
+
+def _check_tiling(path: Path, documents: NDArray[Any], sizes: list[int]) -> None:
+    """Every part must be covered by its documents, in order, without gaps: a torn copy fails here and not in training."""
+    if not len(documents):
+        if sum(sizes):
+            raise SftError(f"{path}: no documents for {sum(sizes)} tokens; run make prepare again")
+        return
+    part, start = documents["part"].astype(np.int64), documents["start"].astype(np.int64)
+    end = start + documents["length"]
+    first = np.flatnonzero(np.diff(part, prepend=-1))  # the first document of each part
+    last = np.append(first[1:], len(part)) - 1
+    joined = np.ones(len(part), dtype=np.bool_)
+    joined[1:] = start[1:] == end[:-1]
+    joined[first] = start[first] == 0
+    if part[first].tolist() != list(range(len(sizes))) or end[last].tolist() != sizes or not joined.all():
+        raise SftError(
+            f"{path}: its documents end at {end[last].tolist()[:4]} but the parts hold {sizes[:4]} tokens, or leave gaps; "
+            "copy the dataset again or run make prepare"
+        )
+    if (documents["labels"] > documents["length"]).any() or not documents["length"].all():
+        raise SftError(f"{path}: has an empty document or more labels than tokens; run make prepare again")

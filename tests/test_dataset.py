@@ -1,0 +1,127 @@
+"""sft.dataset: what is written is what is read, in OLMo-core's layout, and a torn folder is refused."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sft.dataset import DOCUMENT, Dataset, DatasetWriter, token_dtype
+from sft.errors import SftError
+
+
+def documents(count: int, seed: int = 0, vocab: int = 1000, longest: int = 40):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, longest, count)
+    ids = rng.integers(0, vocab, lengths.sum())
+    mask = rng.random(lengths.sum()) < 0.4
+    mask[np.cumsum(lengths) - lengths] = False
+    return ids, mask, lengths
+
+
+def test_documents_come_back_as_they_were_added(tmp_path: Path):
+    ids, mask, lengths = documents(200)
+    half = int(lengths[:90].sum())
+    with DatasetWriter(tmp_path, vocab_size=1000, part_tokens=500) as writer:
+        writer.add(ids[:half], mask[:half], lengths[:90], 0)
+        writer.add([], [], [], 0)
+        writer.add(ids[half:], mask[half:], lengths[90:], np.arange(110) % 3)
+    data = Dataset.open(tmp_path)
+    assert (len(data), data.tokens, data.labels, data.dtype) == (200, lengths.sum(), mask.sum(), np.dtype("<u2"))
+    assert (writer.documents, writer.tokens, writer.labels) == (200, lengths.sum(), mask.sum())
+    assert data.parts > 5 and max(len(data.ids(p)) for p in range(data.parts)) <= 500
+    assert np.concatenate([i for i, _ in data]).tolist() == ids.tolist()
+    assert np.concatenate([m for _, m in data]).tolist() == mask.tolist()
+    assert data.documents["labels"].tolist() == [int(m.sum()) for _, m in data]
+    assert data.documents["source"].tolist() == [0] * 90 + [i % 3 for i in range(110)]
+
+
+def test_every_csv_tiles_its_part_and_no_document_is_cut(tmp_path: Path):
+    with DatasetWriter(tmp_path, vocab_size=70_000, part_tokens=100) as writer:
+        writer.add(*documents(60, vocab=70_000), 0)
+        writer.add(np.arange(250), np.arange(250) > 0, [250], 0)  # longer than a part
+        writer.add([1, 2], [False, True], [2], 0)
+    data = Dataset.open(tmp_path)
+    total = 0
+    for part in range(data.parts):
+        lines = gzip.decompress((tmp_path / f"token_ids_part_{part:04d}.csv.gz").read_bytes()).decode().split()
+        spans = [tuple(map(int, line.split(","))) for line in lines]
+        assert spans[0][0] == 0 and spans[-1][1] == len(data.ids(part)) == len(data.mask(part))
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
+        total += len(spans)
+    assert total == len(data) == 62 and data.parts > 2
+
+
+def test_the_bytes_do_not_depend_on_how_documents_were_grouped_in_calls(tmp_path: Path):
+    ids, mask, lengths = documents(100)
+    with DatasetWriter(tmp_path / "a", vocab_size=1000, part_tokens=300) as writer:
+        writer.add(ids, mask, lengths, 1)
+    with DatasetWriter(tmp_path / "b", vocab_size=1000, part_tokens=300) as writer:
+        for end, length in zip(np.cumsum(lengths), lengths, strict=True):
+            writer.add(ids[end - length : end], mask[end - length : end], [length], 1)
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in names)
+
+
+def test_the_dtype_is_the_smallest_that_holds_the_vocabulary():
+    assert [token_dtype(v).itemsize for v in (256, 257, 65_536, 65_537, 100_278)] == [1, 2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "lengths", "says"),
+    [
+        ([1, 2], [True, False], [2], "first token is a target"),
+        ([1, 2], [False, True], [2, 0], "empty"),
+        ([1, 2], [False], [2], "1 mask entries"),
+        ([1, 99], [False, True], [2], "vocabulary of 50"),
+        ([1, -1], [False, True], [2], "from -1"),
+    ],
+)
+def test_unusable_documents_are_refused_with_numbers(tmp_path: Path, ids, mask, lengths, says: str):
+    with pytest.raises(SftError, match=says), DatasetWriter(tmp_path, vocab_size=50) as writer:
+        writer.add(ids, mask, lengths)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_writer_that_fails_midway_leaves_no_dataset(tmp_path: Path):
+    with pytest.raises(RuntimeError), DatasetWriter(tmp_path, vocab_size=1000) as writer:
+        writer.add(*documents(5))
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SftError, match="make prepare"):
+        Dataset.open(tmp_path)
+
+
+@pytest.mark.parametrize("torn", ["ids", "mask", "part", "documents", "fields"])
+def test_a_torn_folder_is_refused(tmp_path: Path, torn: str):
+    with DatasetWriter(tmp_path, vocab_size=1000, part_tokens=200) as writer:
+        writer.add(*documents(50))
+    ids, mask, table = (
+        tmp_path / "token_ids_part_0001.npy",
+        tmp_path / "labels_mask_part_0001.npy",
+        tmp_path / "documents.npy",
+    )
+    rows = np.load(table)
+    if torn == "ids":
+        ids.write_bytes(ids.read_bytes()[:-2])
+    elif torn == "mask":
+        mask.write_bytes(mask.read_bytes()[:-1])
+    elif torn == "part":
+        ids.unlink()
+        mask.unlink()
+    elif torn == "documents":
+        np.save(table, rows[:-1])
+    else:
+        np.save(table, rows["start"])
+    with pytest.raises(SftError):
+        Dataset.open(tmp_path)
+
+
+def test_an_empty_dataset_opens_and_has_no_documents(tmp_path: Path):
+    DatasetWriter(tmp_path, vocab_size=1000).close()
+    assert len(Dataset.open(tmp_path)) == 0
+    assert np.load(tmp_path / "documents.npy").dtype == DOCUMENT
