@@ -1,6 +1,6 @@
-"""Which local files a [prepare] table reads. Standard library only: the planner hashes them by content at parse time.
+"""Which local files a recipe's tables name. Standard library only: the planner hashes them by content at parse time.
 
-In: the table and `find`, which turns a recipe's relative path into a file or folder. Out: {relative path: file}, in a
+In: a table and `find`, which turns a recipe's relative path into a file or folder. Out: (relative path, file), in a
 fixed order. `gs://` and `hf://` sources are not listed: a pinned revision names their content.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft.errors import SftError
 from sft.paths import REMOTE
-from sft.schema import Prepare
+from sft.schema import Evaluate, Prepare
 
 ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 """Kinds of files that hold rows; other files of a source folder are ignored."""
@@ -62,12 +62,12 @@ def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str,
     return found
 
 
-def local_inputs(prepare: Prepare, find: Callable[[str], Path]) -> dict[str, Path]:
-    """Every local file that decides what prepare makes, keyed by its path as the recipe says it."""
-    return dict(_inputs(prepare, find))
+def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """Every local file that decides what prepare makes, with its path as the recipe says it; each once."""
+    return list(dict(_prepare_files(prepare, find)).items())
 
 
-def _inputs(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
+def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
     for source in prepare.sources:
         if not is_remote(source.path):
             yield from members(find(source.path), source.path).items()
@@ -81,3 +81,11 @@ def _inputs(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str
                 yield f"{prepare.tokenizer.rstrip('/')}/{name}", folder / name
     if is_template_file(prepare.template):
         yield prepare.template, find(prepare.template)
+
+
+def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """The task files and their data, with their paths as the recipe says them."""
+    folder = find(evaluate.task_dir)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
+    return [(name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))]

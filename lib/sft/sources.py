@@ -1,0 +1,459 @@
+"""Reads the rows of a source: JSONL, JSON, Parquet, Arrow, Hugging Face datasets, local or on gs://.
+
+In: one [[prepare.sources]] table. Out: files with their sha256, each cut into chunks that depend on the content alone
+(never on the number of workers), and for a chunk its rows in batches of bounded size. A line that is no row becomes a
+`BadRow` with its number; only a file that cannot be read at all stops the stage.
+
+    files = resolve(source, stage.find, stage.cache, sha256)
+    for chunk in cut(files[0]):
+        for batch in read(chunk): ...      # batch.rows, batch.numbers (0-based inside the chunk), batch.bad
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from sft import inputs
+from sft.errors import SftError
+from sft.manifest import hash_file
+from sft.schema import Source
+
+try:  # three times faster than json, and optional: what it refuses, json decides
+    from orjson import loads as _fast_loads
+except ImportError:
+    _fast_loads = None
+
+CHUNK_BYTES = 8 << 20
+"""Input bytes in a chunk of a large file: the unit of work of a worker and of what a kill -9 can lose."""
+MIN_CHUNK_BYTES = 1 << 20
+MAX_ROW_BYTES = 64 << 20
+"""A longer line is a reject: one row must not be able to exhaust the memory."""
+BATCH_BYTES = 4 << 20
+BATCH_ROWS = 4096
+EXAMPLE_CHARS = 200
+
+
+class BadRow(NamedTuple):
+    row: int
+    reason: str
+    detail: str
+    example: str
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of rows on this machine. `name` is what the recipe and messages call it."""
+
+    name: str
+    path: str
+    kind: str
+    sha256: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Bytes [start, stop) of a JSONL file, or row groups / record batches of a Parquet / Arrow file."""
+
+    file: InputFile
+    index: int
+    start: int
+    stop: int
+    bytes: int
+
+
+@dataclass
+class Batch:
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    count: int = 0
+    """Rows read so far in the chunk, blank lines of a JSONL file included: the number of the next one."""
+
+
+def resolve(
+    source: Source,
+    find: Callable[[str], Path],
+    cache: Path,
+    sha256: Callable[[Path], str] = hash_file,
+    say: Callable[[str], None] = print,
+) -> list[InputFile]:
+    """The files of a source on this machine, fetched or unpacked into `cache` where they are not plain local files."""
+    if source.path.startswith("hf://"):
+        found = _hub(source, cache / "hub", say)
+    elif source.path.startswith("gs://"):
+        from sft.sources_gs import fetch
+
+        found = fetch(source.path, cache / "gs", say)
+    elif inputs.is_remote(source.path):
+        raise SftError(f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them")
+    else:
+        found = inputs.members(find(source.path), source.path)
+    return [_plain(name, file, cache / "unpacked", sha256) for name, file in found.items()]
+
+
+def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str]) -> InputFile:
+    """The file itself, or its JSONL copy in the cache when it is compressed or one JSON array (neither can be cut)."""
+    kind = inputs.kind(name)
+    digest = sha256(file)
+    if kind == "json" and not _is_array(name, file):
+        kind = "jsonl"
+    if kind in ("json", "jsonl.gz"):
+        copy = cache / f"{digest}-{kind.replace('.', '-')}.jsonl"
+        if not copy.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with _new(copy) as out:
+                if kind == "json":
+                    for value in json_array(name, file):
+                        out.write(json.dumps(value).encode() + b"\n")
+                else:
+                    _gunzip(name, file, out)
+        file, kind = copy, "jsonl"
+    return InputFile(name, str(file), str(kind), digest, file.stat().st_size)
+
+
+class _new:
+    """A file written under a temporary name and renamed when the block ends well."""
+
+    def __init__(self, final: Path):
+        self.final = final
+        self.temporary = final.with_name(f".{final.name}.{os.getpid()}")
+
+    def __enter__(self) -> IO[bytes]:
+        self.file = self.temporary.open("wb")
+        return self.file
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
+                os.replace(self.temporary, self.final)
+        finally:
+            self.file.close()
+            self.temporary.unlink(missing_ok=True)
+
+
+def _gunzip(name: str, file: Path, out: IO[bytes]) -> None:
+    try:
+        with gzip.open(file, "rb") as f:
+            shutil.copyfileobj(f, out, 1 << 20)
+    except (gzip.BadGzipFile, EOFError, OSError) as e:
+        if isinstance(e, OSError) and e.errno is not None:
+            raise
+        raise SftError(f"{name}: broken gzip file ({e}); next: fetch it again") from None
+
+
+def _is_array(name: str, file: Path) -> bool:
+    """True for one JSON array, False for rows on lines that are called .json. Raises for one lonely object."""
+    with file.open("rb") as f:
+        head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+        if head[:1] == b"[":
+            return True
+        f.seek(0)
+        first = f.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8).strip() or b"{}"
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        raise SftError(f"{name}: neither a JSON array of rows nor one row per line; next: write one JSON object per line") from None
+    return False
+
+
+def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
+    """The elements of a JSON array one after the other, with memory for the largest element only."""
+    decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    skip = re.compile(r"[ \t\r\n]*")
+    buffer, at, row, state, end_of_file = "", 0, 0, "start", False
+
+    def broken(why: str) -> SftError:
+        return SftError(f"{name}: broken JSON array after row {row} ({why}); next: repair it or write one JSON object per line")
+
+    with file.open("rb") as f:
+
+        def more() -> None:
+            nonlocal buffer, at, end_of_file
+            data = f.read(max(block, len(buffer) - at))  # doubles, so that a long element is not parsed over and over
+            end_of_file = not data
+            try:
+                buffer = buffer[at:] + text.decode(data, end_of_file)
+            except UnicodeDecodeError as e:
+                raise broken(f"not UTF-8: {e.reason}") from None
+            at = 0
+
+        while True:
+            at = skip.match(buffer, at).end()  # type: ignore[union-attr]
+            if at == len(buffer):
+                if end_of_file:
+                    if state != "end":
+                        raise broken("it ends early")
+                    return
+                more()
+            elif state == "start":
+                at, state = at + 1, "first"
+            elif state == "end":
+                raise broken("text after the closing bracket")
+            elif buffer[at] == "]" and state != "value":
+                at, state = at + 1, "end"
+            elif state == "comma":
+                if buffer[at] != ",":
+                    raise broken(f"expected a comma, found {buffer[at]!r}")
+                at, state = at + 1, "value"
+            else:
+                try:
+                    value, end = decoder.raw_decode(buffer, at)
+                except RecursionError:
+                    raise broken("nested too deeply") from None
+                except ValueError as e:
+                    if end_of_file or len(buffer) - at > MAX_ROW_BYTES:
+                        raise broken(str(e)) from None
+                    more()
+                    continue
+                if end == len(buffer) and not end_of_file:
+                    more()  # a number may go on in the next block
+                    continue
+                at, state, row = end, "comma", row + 1
+                yield value
+
+
+def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """A Hugging Face dataset as one Parquet file in the cache."""
+    name, _, revision = source.path.removeprefix("hf://").partition("@")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or not re.fullmatch(r"[\w./-]*", revision):
+        raise SftError(f"[prepare] sources: {source.path!r} is not hf://org/name or hf://org/name@revision; next: correct it")
+    wanted = [name, revision, source.subset, source.split]
+    pinned = re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+    if not pinned:
+        say(f"{source.path}: not pinned to a commit; what 'main' means may change: write @<40 hex digits> after the name")
+    label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
+    copy = cache / f"{label}.parquet"
+    if pinned and copy.exists():
+        return {source.path: copy}
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, source.subset or None, split=source.split, revision=revision or None)
+    except Exception as e:  # the library raises many kinds: network, missing name, missing split, bad files
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        raise SftError(
+            f"[prepare] sources: {source.path} (split {source.split!r}): {reason}; "
+            "next: check the name, revision and split, HF_TOKEN for a private one, and the network"
+        ) from None
+    cache.mkdir(parents=True, exist_ok=True)
+    with _new(copy) as out:
+        rows.to_parquet(out, batch_size=1000)
+    return {source.path: copy}
+
+
+def cut(file: InputFile) -> list[Chunk]:
+    """The chunks of a file, decided by its content alone."""
+    if file.kind == "jsonl":
+        size = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, file.bytes // 16))
+        starts = range(0, file.bytes, size)
+        return [Chunk(file, i, s, min(s + size, file.bytes), min(s + size, file.bytes) - s) for i, s in enumerate(starts)]
+    with _reading(file):
+        sizes = _parquet_sizes(file) if file.kind == "parquet" else [b.nbytes for b in _arrow_batches(file)]
+    chunks: list[Chunk] = []
+    start, total = 0, 0
+    for i, size in enumerate(sizes):
+        total += size
+        if total >= CHUNK_BYTES or i + 1 == len(sizes):
+            chunks.append(Chunk(file, len(chunks), start, i + 1, total))
+            start, total = i + 1, 0
+    return chunks
+
+
+def _parquet_sizes(file: InputFile) -> list[int]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(file.path) as f:
+        return [f.metadata.row_group(g).total_byte_size for g in range(f.metadata.num_row_groups)]
+
+
+def _arrow_batches(file: InputFile) -> Iterator[Any]:
+    """Record batches of an Arrow stream (what `datasets` writes) or Arrow file, mapped, so that skipping one costs nothing."""
+    import pyarrow as pa
+
+    with pa.memory_map(file.path) as mapped:
+        try:
+            stream = pa.ipc.open_stream(mapped)
+        except pa.ArrowInvalid:
+            opened = pa.ipc.open_file(mapped)
+            yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
+            return
+        yield from stream
+
+
+class _reading:
+    """Turns what pyarrow raises into an error that names the file."""
+
+    def __init__(self, file: InputFile):
+        self.file = file
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        import pyarrow as pa
+
+        if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or (isinstance(error, OSError) and error.errno is None):
+            reason = str(error).strip().splitlines()[0][:300]
+            raise SftError(f"{self.file.name}: broken {self.file.kind} file ({reason}); next: fetch or write it again") from None
+
+
+def read(chunk: Chunk) -> Iterator[Batch]:
+    """The rows of a chunk in batches of bounded size; the last batch may be empty."""
+    if chunk.file.kind == "jsonl":
+        yield from _read_jsonl(chunk)
+    else:
+        yield from _read_columns(chunk)
+
+
+def _read_columns(chunk: Chunk) -> Iterator[Batch]:
+    with _reading(chunk.file):
+        if chunk.file.kind == "parquet":
+            yield from _from_arrow(_parquet_batches(chunk))
+        else:
+            wanted = (b for i, b in enumerate(_arrow_batches(chunk.file)) if chunk.start <= i < chunk.stop)
+            yield from _from_arrow(wanted)
+
+
+def _parquet_batches(chunk: Chunk) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(chunk.file.path, pre_buffer=False) as f:
+        for group in range(chunk.start, chunk.stop):
+            meta = f.metadata.row_group(group)
+            rows = max(1, min(BATCH_ROWS, BATCH_BYTES * meta.num_rows // max(1, meta.total_byte_size)))
+            yield from f.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
+
+
+def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
+    count = 0
+    for arrow in batches:
+        step = max(1, min(BATCH_ROWS, BATCH_BYTES * arrow.num_rows // max(1, arrow.nbytes)))
+        for start in range(0, arrow.num_rows, step):
+            piece = arrow.slice(start, step)
+            batch = Batch(count=count + piece.num_rows)
+            try:
+                batch.rows = piece.to_pylist()
+                batch.numbers = list(range(count, batch.count))
+            except (UnicodeDecodeError, ValueError):  # one bad string must not take its neighbours with it
+                for i in range(piece.num_rows):
+                    try:
+                        batch.rows.append(piece.slice(i, 1).to_pylist()[0])
+                        batch.numbers.append(count + i)
+                    except (UnicodeDecodeError, ValueError) as e:
+                        batch.bad.append(BadRow(count + i, "unreadable value", str(e)[:EXAMPLE_CHARS], ""))
+            count = batch.count
+            yield batch
+
+
+def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
+    batch, size = Batch(), 0
+    for line in _lines(chunk):
+        number = batch.count
+        batch.count += 1
+        if line is None:
+            batch.bad.append(BadRow(number, "row too long", f"more than {MAX_ROW_BYTES} bytes", ""))
+            continue
+        size += len(line)
+        try:
+            row = parse(line)
+        except ValueError as e:
+            reason, _, detail = str(e).partition(": ")
+            batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], line[:EXAMPLE_CHARS].decode("utf-8", "replace")))
+            continue
+        if row is not None:
+            batch.rows.append(row)
+            batch.numbers.append(number)
+        if size >= BATCH_BYTES or len(batch.rows) >= BATCH_ROWS:
+            yield batch
+            batch, size = Batch(count=batch.count), 0
+    yield batch
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """One row; None for a blank line; ValueError("reason: detail") for anything else."""
+    if _fast_loads is not None:
+        try:
+            value = _fast_loads(line)
+            if isinstance(value, dict):
+                return value
+        except ValueError:
+            pass
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+    if not text.strip():
+        return None
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("not JSON: nested too deeply") from None
+    except ValueError as e:
+        raise ValueError(f"not JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"not an object: the line holds a {type(value).__name__}")
+    return value
+
+
+def _lines(chunk: Chunk) -> Iterator[bytes | None]:
+    """Lines that begin inside the chunk; the last may end beyond it. None stands for one that is too long."""
+    with open(chunk.file.path, "rb") as f:
+        if chunk.start == 0:
+            data = f.read(chunk.stop)
+            data = data.removeprefix(codecs.BOM_UTF8)
+        else:
+            f.seek(chunk.start - 1)
+            data = f.read(chunk.stop - chunk.start + 1)
+            first = data.find(b"\n")
+            if first < 0 or first == len(data) - 1:
+                return  # one long line of an earlier chunk fills this one
+            data = data[first + 1 :]
+        if not data:
+            return
+        *whole, last = data.split(b"\n")
+        yield from whole
+        if not last:
+            return  # the chunk ends with a line
+        while b"\n" not in (block := f.read(1 << 20)):
+            if not block:
+                yield last
+                return
+            last += block
+            if len(last) > MAX_ROW_BYTES:
+                yield None
+                return
+        last += block[: block.index(b"\n")]
+        yield last if len(last) <= MAX_ROW_BYTES else None
+
+
+def read_row(files: list[InputFile], row: int, name: str = "") -> tuple[str, dict[str, Any]]:
+    """Row number `row` (from 1) of a file of a source, or of its first file: (file name, row). Used by previews."""
+    file = next((f for f in files if not name or f.name == name), None)
+    if file is None:
+        raise SftError(f"{name}: not a file of this source; next: one of {', '.join(f.name for f in files)}")
+    before = 0
+    for chunk in cut(file):
+        count = 0
+        for batch in read(chunk):
+            count = batch.count
+            for number, value in zip(batch.numbers, batch.rows, strict=True):
+                if before + number + 1 == row:
+                    return file.name, value
+            for bad in batch.bad:
+                if before + bad.row + 1 == row:
+                    raise SftError(f"{file.name}: row {row}: {bad.reason}: {bad.detail}")
+        before += count
+    raise SftError(f"{file.name}: no row {row}; it has {before} rows")
