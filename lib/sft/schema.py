@@ -71,6 +71,19 @@ class Prepare:
     tokenizer: str = opt(REQUIRED, "tokenizer folder under DATA, or hf://org/name[@revision]")
     sources: tuple[Source, ...] = opt(REQUIRED, "the mix, one [[prepare.sources]] table each")
     template: str = opt("tokenizer", "chat template: 'tokenizer' (the folder's own), a name from sft.chat, or a .jinja file under DATA")
+    system: str = opt("", "system prompt for conversations that have none; empty = the template's own default")
+    train_roles: tuple[str, ...] = opt(("assistant",), "roles whose messages are trained; a message's own train or weight flag wins")
+    train_turns: str = opt("all", "all trained messages of a conversation, or the last of them only", choices=("all", "last"))
+    thinking: str = opt("keep", "<think>…</think> in assistant turns before the last user turn", choices=("keep", "strip"))
+    special_text: str = opt(
+        "text",
+        "special-token text inside content: stays plain text, becomes the token, or rejects the row",
+        choices=("text", "token", "reject"),
+    )
+    encoder: str = opt(
+        "auto", "gigatoken where importable and equal to tokenizers, or tokenizers", choices=("auto", "gigatoken", "tokenizers"), key=False
+    )
+    parity_sample: float = opt(0.001, "share of documents that tokenizers encodes too, to be equal to gigatoken's", min=0, max=1, key=False)
     seed: int = opt(42, "seed of sampling and of the order of documents", min=0)
     validation_fraction: float = opt(0.0, "share of conversations held out, chosen by the hash of their content", min=0, max=0.5)
     deduplicate: bool = opt(False, "keep one of the conversations whose tokens are the same, over all sources")

@@ -1,0 +1,277 @@
+"""Dataset rows to conversations.
+
+In: one row of a dataset as a dict, in any of the usual layouts: OpenAI `messages`, ShareGPT `conversations`,
+`prompt`/`completion`, Alpaca `instruction`/`input`/`output`, with columns renamed by the recipe. Out: a `Conversation`: messages
+with `role` and `content`, which of them are trained, and the tools on offer. A row that cannot be read raises
+`BadRow` with a reason that is counted, never a crash. `sft.tokenize.Encoder` is the caller.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft.schema import Prepare, Source
+
+ROLES = frozenset(("system", "developer", "user", "assistant", "tool", "environment", "function", "ipython"))
+# What ShareGPT files call the speakers. "function_call" is an assistant turn that only calls a function.
+SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+# Message fields a template may read. Others (ids, scores, annotations) are dropped so that they cannot change a rendering.
+KEPT = frozenset(
+    ("role", "content", "name", "functions", "function_calls", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+)
+PLAIN = {"role", "content"}
+
+
+class BadRow(Exception):
+    """A row that cannot be used: `reason` is one of a few words that are counted, `detail` says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+class Conversation:
+    """`train[i]` says whether the model learns to emit message i. `flagged` if the row itself said so for some message."""
+
+    __slots__ = ("flagged", "messages", "tools", "train")
+
+    def __init__(self, messages: list[dict], train: list[bool], tools: list[dict] | None, flagged: bool) -> None:
+        self.messages, self.train, self.tools, self.flagged = messages, train, tools, flagged
+
+
+class RowReader:
+    """Reads the rows of one source by the recipe's rules."""
+
+    def __init__(self, prepare: Prepare, source: Source) -> None:
+        self.columns = dict(source.columns)
+        self.train_roles = frozenset(prepare.train_roles)
+        self.last_only = prepare.train_turns == "last"
+        self.strip = prepare.thinking == "strip"
+        self.system = prepare.system
+        # Named columns decide the layout: {prompt = "question"} must not be overruled by a stray `messages` column.
+        self.named = [name for name in ("messages", "conversations", "prompt", "instruction") if name in self.columns]
+        self.only_assistant = self.train_roles == {"assistant"}
+
+    def read(self, row: Any) -> Conversation:
+        if not isinstance(row, Mapping):
+            raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
+        tools: list[dict] | None = None
+        if self.columns:
+            row = {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
+        raw, default = self._messages(row)
+        if (offered := row.get("tools")) is not None and offered != "":
+            tools = read_tools(offered)
+        messages: list[dict] = []
+        train: list[bool] = []
+        flagged = False
+        train_roles = self.train_roles
+        for index, item in enumerate(raw):
+            # The common shape, checked without copying: exactly a known role and a string.
+            if type(item) is dict and item.keys() == PLAIN and type(item["content"]) is type(item["role"]) is str and item["role"] in ROLES:
+                messages.append(item)
+                train.append(item["role"] in train_roles)
+                continue
+            message, flag = read_message(item, index)
+            messages.append(message)
+            if flag is None:
+                train.append(message["role"] in train_roles)
+            else:
+                flagged = True
+                train.append(flag)
+        if default is not None and not flagged:
+            train = [flag and index >= default for index, flag in enumerate(train)]
+        if self.last_only and not flagged:
+            last = max((index for index, flag in enumerate(train) if flag), default=-1)
+            train = [index == last for index in range(len(train))]
+        system = row.get("system") or self.system
+        if system and messages[0]["role"] != "system":
+            if not isinstance(system, str):
+                raise BadRow("bad_system", f"the system column holds {kind(system)}, not text")
+            messages.insert(0, {"role": "system", "content": system})
+            train.insert(0, "system" in train_roles and not self.last_only and default is None)
+        if True not in train:
+            raise BadRow("nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8]))
+        if self.strip:
+            messages = strip_thinking(messages)
+        return Conversation(messages, train, tools, flagged)
+
+    def _messages(self, row: Mapping) -> tuple[Sequence, int | None]:
+        """The row's messages, and the index before which nothing is trained (the prompt of a prompt/completion pair)."""
+        layouts = self.named or [name for name in ("messages", "conversations", "prompt", "instruction") if row.get(name) is not None]
+        if not layouts:
+            columns = ", ".join(map(str, list(row)[:8])) or "none"
+            raise BadRow("unknown_columns", f"no messages, conversations, prompt or instruction column; columns: {columns}")
+        layout = layouts[0]
+        value = row.get(layout)
+        if layout in ("messages", "conversations"):
+            return read_list(value, layout), None
+        if layout == "prompt":
+            completion = row.get("completion", row.get("response"))
+            if isinstance(value, str) and isinstance(completion, str):
+                return [{"role": "user", "content": value}, {"role": "assistant", "content": completion}], None
+            if value is None or completion is None:
+                raise BadRow("missing_column", f"{'prompt' if value is None else 'completion'} is missing")
+            prompt = [{"role": "user", "content": value}] if isinstance(value, str) else read_list(value, "prompt")
+            answer = (
+                [{"role": "assistant", "content": completion}]
+                if isinstance(completion, str)
+                else read_list(completion, "completion")
+            )
+            return [*prompt, *answer], len(prompt)
+        output = row.get("output", row.get("response"))
+        for name, text in (("instruction", value), ("input", row.get("input") or ""), ("output", output)):
+            if not isinstance(text, str):
+                raise BadRow("missing_column" if text is None else "bad_content", f"{name} is {kind(text)}, not text")
+        prompt_text = f"{value}\n\n{row['input']}" if row.get("input") else value
+        return [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": output}], None
+
+
+def kind(value: Any) -> str:
+    return "nothing" if value is None else type(value).__name__
+
+
+def read_list(value: Any, column: str) -> Sequence:
+    if isinstance(value, str):
+        value = parse(value, "bad_messages", f"the {column} column holds text that is not JSON")
+    if not isinstance(value, (list, tuple)):
+        raise BadRow("bad_messages", f"{column} is {kind(value)}, not a list of messages")
+    if not value:
+        raise BadRow("no_messages", f"{column} is empty")
+    return value
+
+
+def parse(text: str, reason: str, detail: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadRow(reason, f"{detail}: {error}") from None
+
+
+def read_message(item: Any, index: int) -> tuple[dict, bool | None]:
+    """One message in any accepted shape, and the row's own say on training it (None where it says nothing)."""
+    if not isinstance(item, Mapping):
+        raise BadRow("bad_message", f"message {index} is {kind(item)}, not an object")
+    role, content = item.get("role"), item.get("content")
+    call_text = None
+    if role is None and "from" in item:
+        role, content = item["from"], item.get("value")
+        if role == "function_call":
+            call_text, content = content, ""
+    if not isinstance(role, str):
+        raise BadRow("bad_role", f"message {index}: role is {kind(role)}")
+    role = SHAREGPT.get(role, role)
+    if role not in ROLES:
+        raise BadRow("bad_role", f"message {index}: unknown role {role[:40]!r}; known: {', '.join(sorted(ROLES))}")
+    # Columnar files give every message every field of any message, filled with nulls: a null is an absent field.
+    message = {key: value for key, value in item.items() if value is not None and key in KEPT}
+    message["role"] = role
+    if call_text is not None:
+        if not isinstance(call_text, str):
+            raise BadRow("bad_content", f"message {index}: value is {kind(call_text)}, not text")
+        message["function_calls"] = call_text
+    for name in ("functions", "function_calls", "reasoning_content", "thinking"):
+        if name in message and not isinstance(message[name], str):
+            if name in ("reasoning_content", "thinking"):
+                raise BadRow("bad_content", f"message {index}: {name} is {kind(message[name])}, not text")
+            message[name] = json.dumps(message[name], ensure_ascii=False)
+    if "tool_calls" in message:
+        calls = read_tool_calls(message.pop("tool_calls"), index)
+        if calls:
+            message["tool_calls"] = calls
+    if content is None:
+        if "tool_calls" not in message and "function_calls" not in message:
+            raise BadRow("no_content", f"message {index} ({role}) has no content")
+        content = ""
+    message["content"] = content if isinstance(content, str) else join_parts(content, index)
+    return message, read_flag(item, index)
+
+
+def join_parts(content: Any, index: int) -> str:
+    """OpenAI content parts to text; a part that is not text cannot be trained on and is not dropped silently."""
+    if not isinstance(content, (list, tuple)):
+        raise BadRow("bad_content", f"message {index}: content is {kind(content)}, not text")
+    texts: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        else:
+            what = part.get("type") if isinstance(part, Mapping) else kind(part)
+            raise BadRow("content_part", f"message {index}: a part of type {str(what)[:40]!r} is not text")
+    return "".join(texts)
+
+
+def read_flag(item: Mapping, index: int) -> bool | None:
+    train, weight = item.get("train"), item.get("weight")
+    if train is not None and not isinstance(train, bool):
+        raise BadRow("bad_train_flag", f"message {index}: train is {train!r}, expected true or false")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise BadRow("bad_weight", f"message {index}: weight is {weight!r}, expected 0 or 1")
+    if train is not None and weight is not None and train != bool(weight):
+        raise BadRow("bad_train_flag", f"message {index}: train is {train} but weight is {weight}")
+    return train if train is not None else None if weight is None else bool(weight)
+
+
+def read_tool_calls(calls: Any, index: int) -> list[dict]:
+    """OpenAI tool calls with their arguments as an object: templates iterate over them."""
+    if isinstance(calls, str):
+        calls = parse(calls, "bad_tool_calls", f"message {index}: tool_calls is text that is not JSON")
+    if not isinstance(calls, (list, tuple)):
+        raise BadRow("bad_tool_calls", f"message {index}: tool_calls is {kind(calls)}, not a list")
+    result: list[dict] = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow("bad_tool_calls", f"message {index}: a call without a function name")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = parse(arguments or "{}", "bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are not JSON")
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, Mapping):
+            raise BadRow("bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are {kind(arguments)}")
+        call_id = {"id": call["id"]} if call is not function and isinstance(call.get("id"), str) else {}
+        # Columnar files fill arguments that a call does not have with nulls; text arguments keep the nulls they state.
+        if not isinstance(function.get("arguments"), str):
+            arguments = {name: value for name, value in arguments.items() if value is not None}
+        result.append({**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
+    return result
+
+
+def read_tools(tools: Any) -> list[dict] | None:
+    if isinstance(tools, str):
+        tools = parse(tools, "bad_tools", "the tools column holds text that is not JSON")
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("bad_tools", f"the tools column holds {kind(tools)}, not a list of objects")
+    return [dict(tool) for tool in tools] or None
+
+
+def strip_thinking(messages: list[dict]) -> list[dict]:
+    """Removes the thinking of the assistant turns before the last user turn, as a chat at inference time does."""
+    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    result = []
+    for index, message in enumerate(messages):
+        if index < last_user and message["role"] == "assistant":
+            content = message["content"]
+            if "</think>" in content:
+                content = content.rsplit("</think>", 1)[1].lstrip()
+            message = {
+                key: content if key == "content" else value
+                for key, value in message.items()
+                if key not in ("reasoning_content", "thinking")
+            }
+        result.append(message)
+    return result
