@@ -1,0 +1,357 @@
+"""Documents to packs: which pieces of which documents share a sequence. Pure functions on lengths; NumPy only.
+
+In:  the documents of a `sft.dataset.Dataset`, the sequence length, what to do with longer documents.
+Out: a `PackIndex`: for every pack its pieces (document, start, length, labels). No token is copied or read, but for the
+     masks of documents that are cut, whose labels have to be counted again.
+
+Packing is best-fit decreasing: documents from long to short, each into the open pack that it leaves fullest. The state
+that decides where a document goes is only how many packs have how much room, so all documents of one length move at
+once: `_place` walks the distinct lengths, and NumPy does what is proportional to the number of documents. The number
+of packs is that of the one-at-a-time algorithm (arXiv 2404.10830), which differs only in the choice among equal packs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sft.dataset import Dataset, sync_folder
+from sft.errors import SftError
+
+PIECE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
+POLICIES = ("truncate", "drop", "split")
+
+# (documents, starts, stops) -> trained tokens in [start, stop) of each document
+LabelCounter = Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a long-document policy cost. Tokens and labels of pieces without a trained token count as lost too."""
+
+    documents: int  # in the dataset
+    tokens: int
+    labels: int
+    long_documents: int  # longer than a pack
+    pieces: int  # packed
+    unlabelled_pieces: int  # left out: they would cost compute and train nothing
+    tokens_lost: int
+    labels_lost: int
+    exact: bool  # False: labels of cut documents are estimated, because their masks were not at hand
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Pack p holds pieces[offsets[p]:offsets[p + 1]], sorted by document."""
+
+    seq_len: int
+    policy: str
+    offsets: NDArray[np.int64]  # [packs + 1]
+    pieces: NDArray[Any]  # PIECE
+    losses: Losses
+    digest: str  # sha256 of all of the above: two runs with equal digests pack the same tokens
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def pack(self, number: int) -> NDArray[Any]:
+        return self.pieces[self.offsets[number] : self.offsets[number + 1]]
+
+    def sums(self, field: str) -> NDArray[np.int64]:
+        """The sum of a field of the pieces, per pack."""
+        if not len(self):
+            return np.zeros(0, dtype=np.int64)
+        return np.add.reduceat(self.pieces[field], self.offsets[:-1], dtype=np.int64)
+
+    def save(self, folder: Path | str) -> None:
+        """Writes the index as a folder of that name, whole or not at all."""
+        folder = Path(folder)
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        facts = {"seq_len": self.seq_len, "policy": self.policy, "digest": self.digest, "losses": asdict(self.losses)}
+        for name, write in (
+            ("offsets.npy", lambda file: np.save(file, self.offsets)),
+            ("pieces.npy", lambda file: np.save(file, self.pieces)),
+            ("index.json", lambda file: file.write(json.dumps(facts, indent=1).encode())),
+        ):
+            with open(partial / name, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+        sync_folder(partial)
+        try:
+            os.rename(partial, folder)
+        except OSError:
+            # Somebody else was first: equal inputs give equal bytes, so theirs is as good.
+            shutil.rmtree(partial)
+            if not (folder / "index.json").is_file():
+                raise
+        sync_folder(folder.parent)
+
+    @classmethod
+    def load(cls, folder: Path | str) -> PackIndex:
+        """Maps a saved index and checks it against its digest."""
+        folder = Path(folder)
+        try:
+            facts = json.loads((folder / "index.json").read_text())
+            offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
+            pieces = np.load(folder / "pieces.npy", mmap_mode="r", allow_pickle=False)
+            losses = Losses(**facts["losses"])
+            digest = _digest(facts["seq_len"], facts["policy"], offsets, pieces, losses)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SftError(f"{folder}: not a pack index ({error}); delete it, and it is made again") from None
+        if digest != facts["digest"]:
+            raise SftError(
+                f"{folder}: content {digest[:12]} is not the recorded {facts['digest'][:12]}; delete it, and it is made again"
+            )
+        return cls(facts["seq_len"], facts["policy"], offsets, pieces, losses, digest)
+
+
+def pack_dataset(dataset: Dataset, seq_len: int, policy: str = "truncate", cache: Path | None = None) -> PackIndex:
+    """The packs of a dataset. With `cache`, a folder, an index made before from the same documents is reused."""
+    folder = None
+    if cache is not None:
+        key = hashlib.sha256(f"{PIECE.descr} {seq_len} {policy} {dataset.parts} ".encode())
+        key.update(np.ascontiguousarray(dataset.documents).data)
+        # Two datasets may have equal document tables and different masks, which the labels of cut documents depend on.
+        if (dataset.documents["length"] > seq_len).any():
+            key.update(str(dataset.folder.resolve()).encode())
+            key.update(repr([os.stat(p).st_mtime_ns for p in sorted(dataset.folder.glob("labels_mask_*"))]).encode())
+        folder = Path(cache) / f"packs-{key.hexdigest()[:20]}"
+        if folder.is_dir():
+            return PackIndex.load(folder)
+    index = pack_documents(dataset.documents, seq_len, policy, label_counter(dataset))
+    if folder is not None:
+        index.save(folder)
+    return index
+
+
+def pack_documents(
+    documents: NDArray[Any], seq_len: int, policy: str = "truncate", count_labels: LabelCounter | None = None
+) -> PackIndex:
+    """The packs of a table of documents (`sft.dataset.DOCUMENT`).
+
+    Without `count_labels` (no masks at hand, as on a login node) labels of cut documents are estimated.
+    """
+    pieces, losses = cut(documents, seq_len, policy, count_labels)
+    offsets, order = pack(pieces["length"], seq_len)
+    pieces = pieces[order]
+    return PackIndex(seq_len, policy, offsets, pieces, losses, _digest(seq_len, policy, offsets, pieces, losses))
+
+
+def cut(
+    documents: NDArray[Any], seq_len: int, policy: str, count_labels: LabelCounter | None = None
+) -> tuple[NDArray[Any], Losses]:
+    """Documents to pieces of at most `seq_len` tokens that hold at least one trained token each.
+
+    truncate: the head stays, and its last token becomes EOS, which is not trained: the document did not end there.
+    drop:     documents longer than `seq_len` are left out.
+    split:    pieces of `seq_len` tokens, the last one shorter. The first token of a piece has no context, so it is
+              never a target.
+    """
+    if policy not in POLICIES:
+        raise SftError(f"long_documents: '{policy}' is not one of {', '.join(POLICIES)}")
+    if seq_len < 2:
+        raise SftError(f"seq_len {seq_len}: a pack of fewer than 2 tokens trains nothing")
+    if len(documents) >= 1 << 32:
+        raise SftError(f"{len(documents)} documents are more than the 2^32 that an index can number")
+    lengths = np.ascontiguousarray(documents["length"])
+    long = np.flatnonzero(lengths > seq_len)
+    if policy == "drop":
+        which = np.flatnonzero(lengths <= seq_len)
+        pieces = _pieces(which, 0, lengths[which], documents["labels"][which])
+    elif policy == "truncate":
+        pieces = _pieces(np.arange(len(lengths)), 0, np.minimum(lengths, seq_len), documents["labels"])
+        stops = np.full(len(long), seq_len - 1)
+        pieces["labels"][long] = _labels(documents, long, np.zeros(len(long), np.int64), stops, count_labels)
+    else:
+        counts = -(-lengths.astype(np.int64) // seq_len)
+        which = np.repeat(np.arange(len(lengths)), counts)
+        nth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
+        starts = nth * seq_len
+        pieces = _pieces(which, starts, np.minimum(lengths[which] - starts, seq_len), documents["labels"][which])
+        was_cut = np.flatnonzero(counts[which] > 1)
+        stops = starts[was_cut] + pieces["length"][was_cut]
+        pieces["labels"][was_cut] = _labels(documents, which[was_cut], starts[was_cut] + 1, stops, count_labels)
+    trained = pieces["labels"] > 0
+    unlabelled = len(pieces) - int(np.count_nonzero(trained))
+    if unlabelled:
+        pieces = pieces[trained]
+    tokens, labels = int(lengths.sum(dtype=np.int64)), int(documents["labels"].sum(dtype=np.int64))
+    return pieces, Losses(
+        documents=len(documents),
+        tokens=tokens,
+        labels=labels,
+        long_documents=len(long),
+        pieces=len(pieces),
+        unlabelled_pieces=unlabelled,
+        tokens_lost=tokens - int(pieces["length"].sum(dtype=np.int64)),
+        labels_lost=labels - int(pieces["labels"].sum(dtype=np.int64)),
+        exact=count_labels is not None or policy == "drop" or not len(long),
+    )
+
+
+def _pieces(document: ArrayLike, start: ArrayLike, length: NDArray[Any], labels: ArrayLike) -> NDArray[Any]:
+    pieces = np.empty(len(length), dtype=PIECE)
+    pieces["document"], pieces["start"], pieces["length"], pieces["labels"] = document, start, length, labels
+    return pieces
+
+
+def _labels(
+    documents: NDArray[Any], which: NDArray[Any], starts: NDArray[Any], stops: NDArray[Any], count: LabelCounter | None
+) -> NDArray[np.int64]:
+    if count is not None:
+        return count(which, starts, stops)
+    rows = documents[which]
+    # A share of the document's own; at least one, so that an estimate never leaves a document out.
+    return np.maximum(rows["labels"].astype(np.int64) * (stops - starts) // rows["length"], 1)
+
+
+def label_counter(dataset: Dataset) -> LabelCounter:
+    """Counts the trained tokens of spans of documents in the masks on disk."""
+
+    def count(which: NDArray[Any], starts: NDArray[Any], stops: NDArray[Any]) -> NDArray[np.int64]:
+        rows = dataset.documents[which]
+        spans = zip(
+            rows["part"].tolist(), (rows["start"] + starts).tolist(), (rows["start"] + stops).tolist(), strict=True
+        )
+        return np.fromiter(
+            (np.count_nonzero(dataset.mask(p)[int(a) : int(b)]) for p, a, b in spans), np.int64, len(rows)
+        )
+
+    return count
+
+
+def pack(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Best-fit decreasing. Returns offsets [packs + 1] and order: pack p holds order[offsets[p]:offsets[p + 1]].
+
+    Deterministic on every machine: equal lengths keep the order of the input, and all arithmetic is on integers.
+    """
+    lengths = np.asarray(lengths)
+    count = len(lengths)
+    if not count:
+        return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    if not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
+        raise SftError(f"lengths from {lengths.min()} to {lengths.max()} do not fit packs of {capacity} tokens")
+    steps, packs = _place(np.bincount(lengths), capacity)
+    first, width, each = np.array(steps, dtype=np.int64).reshape(-1, 3).T
+    # Step by step, from long to short, the next width * each pieces go to the packs first … first + width - 1, round
+    # and round.
+    moved = width * each
+    nth = np.arange(count)
+    nth -= np.repeat(np.cumsum(moved) - moved, moved)
+    nth %= np.repeat(width, moved)
+    nth += np.repeat(first, moved)
+    pack_of = np.empty(count, dtype=np.int64)
+    pack_of[_order(capacity - lengths)] = nth
+    offsets = np.zeros(packs + 1, dtype=np.int64)
+    np.cumsum(np.bincount(pack_of, minlength=packs), out=offsets[1:])
+    return offsets, _order(pack_of)
+
+
+def _order(values: NDArray[Any]) -> NDArray[np.int64]:
+    """Stable argsort of integers >= 0, 16 bits at a time, because NumPy's stable sort is a radix sort up to 16 bits."""
+    order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
+    shift = 16
+    while int(values.max()) >> shift:
+        order = order[np.argsort(((values >> shift) & 0xFFFF).astype(np.uint16)[order], kind="stable")]
+        shift += 16
+    return order
+
+
+def _place(histogram: NDArray[np.int64], capacity: int) -> tuple[list[tuple[int, int, int]], int]:
+    """Best-fit decreasing on a histogram of lengths.
+
+    Returns steps (first, width, each), in the order that pieces are taken from long to short: packs first to
+    first + width - 1 take `each` pieces of the current length; and the number of packs.
+
+    `rooms[r]` lists ranges of packs with room r. `words` is a bitmap of the rooms that exist, in words of 256 bits
+    (small enough for fast Python integers), and `top` a bitmap of the words that are not zero.
+    """
+    steps: list[tuple[int, int, int]] = []
+    rooms: dict[int, list[tuple[int, int]]] = {}
+    words = [0] * ((capacity >> 8) + 1)
+    top = packs = 0
+    sizes = np.flatnonzero(histogram)[::-1]
+    for length, left in zip(sizes.tolist(), histogram[sizes].tolist(), strict=True):
+        while left:
+            word = length >> 8
+            bits = words[word] >> (length & 255)
+            if bits:  # the smallest room >= length
+                room = length + (bits & -bits).bit_length() - 1
+            else:
+                bits = top >> (word + 1)
+                if not bits:
+                    room, first, width = capacity, packs, -1  # nothing fits: open as many packs as it takes
+                else:
+                    word += (bits & -bits).bit_length()
+                    bits = words[word]
+                    room = (word << 8) + (bits & -bits).bit_length() - 1
+            # A pack keeps being the best fit until no piece of this length fits any more, so it takes them all at once.
+            each = room // length
+            if room == capacity:
+                width = left // each or 1
+                first, packs = packs, packs + width
+            else:
+                ranges = rooms[room]
+                first, width = ranges[-1]
+                wanted = left // each or 1
+                if wanted < width:
+                    ranges[-1] = (first + wanted, width - wanted)
+                    width = wanted
+                else:
+                    ranges.pop()
+                    if not ranges:
+                        words[room >> 8] ^= 1 << (room & 255)
+                        if not words[room >> 8]:
+                            top ^= 1 << (room >> 8)
+            each = min(each, left)  # the last pack of a length may take fewer
+            steps.append((first, width, each))
+            left -= width * each
+            room -= each * length
+            if room:
+                ranges = rooms.setdefault(room, [])
+                ranges.append((first, width))
+                words[room >> 8] |= 1 << (room & 255)
+                top |= 1 << (room >> 8)
+    return steps, packs
+
+
+def first_fit_decreasing(lengths: ArrayLike, capacity: int) -> int:
+    """The number of packs of first-fit decreasing, for comparison in the bench: the first pack with room, not the best.
+
+    A tree of maxima over the packs finds it in O(log packs).
+    """
+    ordered = np.sort(np.asarray(lengths))[::-1].tolist()
+    leaves = 1 << max(len(ordered) - 1, 0).bit_length()
+    tree = [capacity] * (2 * leaves)
+    used = 0
+    for length in ordered:
+        node = 1
+        while node < leaves:
+            node *= 2
+            if tree[node] < length:
+                node += 1
+        tree[node] -= length
+        used = max(used, node - leaves + 1)
+        while node > 1:
+            node //= 2
+            tree[node] = max(tree[2 * node], tree[2 * node + 1])
+    return used
+
+
+def _digest(seq_len: int, policy: str, offsets: NDArray[Any], pieces: NDArray[Any], losses: Losses) -> str:
+    digest = hashlib.sha256(json.dumps([seq_len, policy, asdict(losses)]).encode())
+    for array in (offsets, pieces):
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
