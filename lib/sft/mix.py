@@ -1,0 +1,162 @@
+"""Which documents of each source make the dataset, how often, and in which order. Pure functions over arrays.
+
+In: for every source the length and digest of each of its documents, and its recipe table. Out: `Mixed`: the documents of
+the training and the validation split as (source, index) pairs in their order, and a report of what was left out.
+
+Every choice follows from the seed and a document's digest, not from its place in a file: the documents that weight 0.5
+takes are among those that weight 0.7 takes, and a conversation held out for validation stays held out when rows are added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.errors import SftError
+from sft.schema import Source
+
+U64 = NDArray[np.uint64]
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The documents of one source, in the order of its files."""
+
+    lengths: I64
+    digests: U64  # [documents, 2]: 128 bits of the hash of a document's tokens
+    excluded: NDArray[np.bool_]  # found in an evaluation file
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents in their order: `source[i]`, and `index[i]` inside its pool."""
+
+    source: NDArray[np.uint16]
+    index: I64
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    data: Selection
+    validation: Selection
+    report: list[dict[str, Any]] = field(default_factory=list)
+    """One entry a source: documents, duplicates, contaminated, validation, available, taken."""
+
+
+def scramble(values: U64) -> U64:
+    """A bijection of 64 bits without visible structure (the finaliser of splitmix64)."""
+    with np.errstate(over="ignore"):
+        z = values + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return z ^ (z >> np.uint64(31))
+
+
+def held_out(digests: U64, fraction: float) -> NDArray[np.bool_]:
+    """True for a share of all possible digests: independent of the seed and of the other documents."""
+    if fraction <= 0:
+        return np.zeros(len(digests), dtype=np.bool_)
+    return scramble(digests[:, 0] ^ np.uint64(0x76616C6964617465)) < np.uint64(int(fraction * 2**64))
+
+
+def first_copies(digests: U64) -> NDArray[np.bool_]:
+    """True for the first of all documents with the same digest."""
+    order = np.lexsort((digests[:, 1], digests[:, 0]))  # stable: equal digests stay in their order
+    ranked = digests[order]
+    new = np.ones(len(digests), dtype=np.bool_)
+    new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    first = np.zeros(len(digests), dtype=np.bool_)
+    first[order[new]] = True
+    return first
+
+
+def wanted(weight: float | int, available: int) -> int:
+    """Documents that a weight asks for: an integer is their number, a float a multiple of what there is."""
+    if isinstance(weight, int):
+        return weight
+    return int(weight * available + 1e-9)  # 0.29 * 100 is 28.999999999999996
+
+
+def choose(ranks: U64, count: int) -> I64:
+    """`count` positions: every one equally often, the rest of them those of lowest rank. In order of position."""
+    if not len(ranks) or count <= 0:
+        return np.empty(0, dtype=np.int64)
+    copies, rest = divmod(count, len(ranks))
+    everything = np.arange(len(ranks), dtype=np.int64)
+    lowest = np.argsort(ranks, kind="stable")[:rest]
+    return np.sort(np.concatenate([np.tile(everything, copies), lowest]), kind="stable")
+
+
+def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: int) -> I64:
+    """The part of `chosen` that fits the caps: those of lowest rank, first copies before second ones."""
+    if not len(chosen) or not (max_documents or max_tokens):
+        return chosen
+    copy = np.arange(len(chosen)) - np.searchsorted(chosen, chosen)  # `chosen` is sorted: 0 for a first copy, 1, …
+    order = np.lexsort((ranks[chosen], copy))
+    kept = order[:max_documents] if max_documents else order
+    if max_tokens:
+        kept = kept[np.cumsum(lengths[chosen[kept]]) <= max_tokens]
+    return np.sort(chosen[kept], kind="stable")
+
+
+def mix(
+    pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplicate: bool = False, validation_fraction: float = 0.0
+) -> Mixed:
+    """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
+
+    A validation document appears once whatever its source's weight, and only as many as a weight below 1 leaves.
+    Raises SftError when nothing is left.
+    """
+    if len(pools) > 1 << 16:
+        raise SftError(f"[prepare] sources: {len(pools)} sources, at most {1 << 16} are numbered in documents.npy")
+    copies = [np.zeros(len(p.lengths), dtype=np.bool_) for p in pools]
+    if deduplicate and pools:
+        first = first_copies(np.concatenate([p.digests for p in pools]))
+        ends = np.cumsum([len(p.lengths) for p in pools])
+        copies = [~part for part in np.split(first, ends[:-1])]
+    data: list[I64] = []
+    validation: list[I64] = []
+    report: list[dict[str, Any]] = []
+    for pool, source, duplicate in zip(pools, sources, copies, strict=True):
+        usable = ~(duplicate | pool.excluded)
+        held = held_out(pool.digests, validation_fraction)
+        ranks = scramble(pool.digests[:, 0] ^ scramble(np.array([seed], dtype=np.uint64)))
+        train, keep = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
+        ratio = source.weight if isinstance(source.weight, float) else source.weight / max(1, int(usable.sum()))
+        chosen = train[choose(ranks[train], wanted(source.weight, len(train)))]
+        chosen = cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
+        keep = keep[choose(ranks[keep], math.ceil(min(1.0, ratio) * len(keep)))]
+        data.append(chosen)
+        validation.append(keep)
+        report.append(
+            {
+                "path": source.path,
+                "weight": source.weight,
+                "documents": len(pool.lengths),
+                "duplicates": int(duplicate.sum()),
+                "contaminated": int((pool.excluded & ~duplicate).sum()),
+                "validation": len(keep),
+                "available": len(train),
+                "taken": len(chosen),
+            }
+        )
+    mixed = Mixed(_shuffled(data, seed), _shuffled(validation, seed), report)
+    if not len(mixed.data):
+        raise SftError(f"[prepare] sources: no document is left to train on: {report}; next: correct weights and caps")
+    return mixed
+
+
+def _shuffled(parts: list[I64], seed: int) -> Selection:
+    source = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(p) for p in parts])
+    index = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
+    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(index))
+    return Selection(source[order], index[order])
