@@ -1,0 +1,79 @@
+"""Causal attention over packed documents: one function, a fused kernel on CUDA, a loop over documents elsewhere.
+
+In:  q [T, Hq, D], k and v [T, Hkv, D] (Hq a multiple of Hkv), cu_seqlens int32 [N + 1] with the document edges (repeats of
+     the last edge are empty documents: padding to a bucket size), max_len >= the longest document, window in tokens
+     with the token itself included (0 = unlimited).
+Out: [T, Hq, D]. A token sees the tokens of its own document from window - 1 back up to itself, and nothing else.
+
+Without a fused kernel every document is a call of its own, so a packed document gives bitwise what it gives alone.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Rows of a windowed document handled by one masked call. Longer documents go block by block, so that the mask and the
+# scores stay O(block * (block + window)) and not O(length^2).
+BLOCK = 512
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
+        return _fused(q, k, v, cu_seqlens, max_len, window)
+    return _documents(q, k, v, cu_seqlens, window)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # The kernel counts the tokens left of the token itself. (-1, 0) is how torch 2.13 spells "causal"; 2.11 takes
+    # grouped key/value heads without being told and has no enable_gqa.
+    sides = (window - 1, 0) if window else (-1, 0)
+    if q.shape[1] == k.shape[1]:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides)
+    try:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides, enable_gqa=True)
+    except TypeError:
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides)
+
+
+@torch.compiler.disable
+def _documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    """One SDPA call per document. `split` and not slices: its backward is a single concatenation."""
+    lengths = [n for n in cu_seqlens.diff().tolist() if n]
+    parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat([_document(*part, window) for part in parts])
+
+
+def _document(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
+    length = q.shape[0]
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, H, L, D]
+    gqa = q.shape[1] != k.shape[1]
+    if not window or length <= window:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        return out.squeeze(0).transpose(0, 1)
+    rows = max(BLOCK, window)
+    outs = []
+    for start in range(0, length, rows):
+        end = min(start + rows, length)
+        first = max(0, start - window + 1)
+        mask = _window_mask(end - start, end - first, start - first, window, q.dtype, q.device)
+        block = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
+        outs.append(F.scaled_dot_product_attention(*block, attn_mask=mask, enable_gqa=gqa))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    return out.squeeze(0).transpose(0, 1)
+
+
+@lru_cache(maxsize=256)
+def _window_mask(
+    rows: int, keys: int, offset: int, window: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Additive mask [rows, keys]: row i stands at key `offset + i` and sees `window` keys up to itself."""
+    with torch.inference_mode(False), torch.no_grad():
+        distance = torch.arange(offset, offset + rows, device=device)[:, None] - torch.arange(keys, device=device)
+        hidden = (distance < 0) | (distance >= window)
+        return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))

@@ -1,0 +1,104 @@
+"""What training reports: metrics.jsonl for programs, one aligned line per step for people, Weights & Biases on request.
+
+In:  one dict per step, from rank 0.
+Out: <out>/metrics.jsonl, one JSON object per line; lines on the terminal; a W&B run (offline without a key).
+
+A resume cuts metrics.jsonl back to the step it continues from, so that the file reads like an uninterrupted run's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sft import manifest
+from sft.errors import SftError
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The whole records of a metrics file; a last line that a kill cut short is dropped."""
+    records = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+
+
+class Metrics:
+    def __init__(self, out: Path, start: int, steps: int, say: Callable[[str], None]) -> None:
+        """`start` = the last finished step: later records are dropped from the file."""
+        self.file = out / "metrics.jsonl"
+        self.steps, self.say = steps, say
+        self.kept = [r for r in read(self.file) if r["step"] <= start]
+        manifest.write_atomic(self.file, b"".join(json.dumps(r).encode() + b"\n" for r in self.kept))
+        self._stream = self.file.open("a", buffering=1)
+        self._wandb: Any = None
+        self._seconds = 0.0
+        self._timed = 0
+
+    def open_wandb(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
+        """Starts or continues a W&B run; offline where WANDB_API_KEY is not set."""
+        try:
+            import wandb
+        except ImportError:
+            raise SftError(
+                f"[train] wandb_project {project!r}: the package wandb is not installed; pip install wandb, or clear the field"
+            ) from None
+        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        options: dict[str, Any] = {"id": identity[:16], "resume": "allow", "dir": str(out), "config": dict(config)}
+        self._wandb = wandb.init(project=project, name=name, mode=mode, **options)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(record) + "\n")
+        if self._wandb is not None:
+            flat = {k: v for k, v in record.items() if not isinstance(v, Mapping)}
+            for name, group in record.items():
+                if isinstance(group, Mapping):
+                    flat |= {f"{name}/{key}": value for key, value in group.items()}
+            self._wandb.log(flat, step=record["step"])
+
+    def count(self, seconds: float) -> None:
+        """Adds a step's time to the estimate of what remains. The first step pays for start-up and is left out."""
+        self._timed += 1
+        if self._timed > 1:
+            self._seconds += seconds
+
+    def show(self, record: Mapping[str, Any]) -> None:
+        self.say(progress_line(record, self.steps, self._seconds / max(1, self._timed - 1)))
+
+    def close(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def progress_line(record: Mapping[str, Any], steps: int, seconds_per_step: float) -> str:
+    width = len(str(steps))
+    parts = [
+        f"step {record['step']:>{width}}/{steps}",
+        f"loss {record['loss']:7.4f}",
+        f"lr {record['lr']:.2e}",
+        f"grad {record['grad_norm']:6.3f}",
+        f"{record['tokens_per_s']:>9,.0f} tok/s",
+        f"padding {record['padding']:5.1%}",
+    ]
+    if "validation_loss" in record:
+        parts.append(f"validation {record['validation_loss']:.4f}")
+    if record.get("skipped"):
+        parts.append("SKIPPED")
+    if seconds_per_step:
+        parts.append(f"ETA {clock((steps - record['step']) * seconds_per_step)}")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}"
