@@ -117,6 +117,8 @@ class Train:
     precision: str = opt("bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32"))
     seed: int = opt(33333, "seed of random weights", min=0)
     data_seed: int = opt(34521, "seed of the order of packs", min=0)
+    order: str = opt("shuffled", "order of packs; 'olmo-core' is its loader's, for comparisons", choices=("shuffled", "olmo-core"))
+    epoch_tail: str = opt("next", "an epoch's incomplete last batch: filled up from the next epoch, or dropped", choices=("next", "drop"))
     save_every: int = opt(1000, "steps between permanent checkpoints; the last step is always saved", min=1, key=False)
     ephemeral_every: int = opt(500, "steps between checkpoints that the next one replaces; 0 = none", min=0, key=False)
     validate_every: int = opt(100, "steps between passes over the validation split; 0 = at the end only", min=0, key=False)
@@ -130,6 +132,12 @@ class Convert:
 
     dtype: str = opt("bfloat16", "dtype of the exported weights", choices=("bfloat16", "float16", "float32"))
     max_position_embeddings: int = opt(65536, "longest input that the exported config declares, in tokens", min=1)
+    shard_gb: float = opt(5.0, "largest safetensors file, in GB", above=0)
+    gate: str = opt(
+        "full",
+        "proof before publishing: 'full' runs every layer and a greedy chat, 'fast' four layers (for models near the memory's size)",
+        choices=("full", "fast"),
+    )
 
 
 @dataclass(frozen=True)

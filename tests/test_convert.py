@@ -1,0 +1,188 @@
+"""sft.convert and sft.gate: what is published loads, computes the same and stops; what is damaged is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_export
+import torch
+from sft import convert, gate, hf
+from sft.errors import SftError
+from sft.presets import ModelConfig
+from sft.schema import Convert
+from tiny_export import OLMO2, OLMO3
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+def export(
+    tmp: Path, config: ModelConfig, options: Convert | None = None, weights: Any = None
+) -> tuple[Path, dict[str, torch.Tensor], dict[str, Any], Convert]:
+    options = options or Convert(max_position_embeddings=4096)
+    facts = tiny_export.tokenizer(tmp / "tokenizer")
+    weights = tiny_export.weights(config) if weights is None else weights
+    convert.export(weights, config, facts, tmp / "tokenizer", tmp / "model", options, quiet)
+    return tmp / "model", weights, facts, options
+
+
+@pytest.mark.parametrize("config", [OLMO2, OLMO3], ids=["olmo2", "olmo3"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, weights, facts, options = export(tmp_path, config, Convert(dtype=dtype, max_position_embeddings=4096))
+    report = gate.check(folder, weights, config, facts, options, quiet)
+    assert report["tensors"]["count"] == len(weights)
+    assert report["logits"]["documents"][0] > config.window
+    assert report["logits"]["max_difference"] < 1e-4 * report["logits"]["max_logit"]
+    assert (report["logits"]["rounding_kl"] == 0) == (dtype == "float32")
+    assert report["tokenizer"]["stop_ids"] == [2, 0]
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert str(model.dtype) == f"torch.{dtype}"
+    assert model.config.vocab_size == facts["vocab_size"] == model.lm_head.weight.shape[0] < config.vocab_size
+    assert model.config.max_position_embeddings == 4096
+    assert model.generation_config.eos_token_id == [2, 0]
+    assert torch.equal(model.lm_head.weight, weights["lm_head.w_out.weight"][: facts["vocab_size"]].to(model.dtype))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == tiny_export.TEMPLATE
+    json.dumps(report, allow_nan=False)
+
+
+def test_files_are_byte_for_byte_those_transformers_would_read_in_any_sharding(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    whole, weights, *_ = export(tmp_path / "a", OLMO3)
+    cut, *_ = export(tmp_path / "b", OLMO3, Convert(shard_gb=1e-4))
+    files = sorted(p.name for p in cut.glob("*.safetensors"))
+    assert len(files) > 3 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    one = load_file(whole / "model.safetensors")
+    many = {k: v for name in files for k, v in load_file(cut / name).items()}
+    assert one.keys() == many.keys() == {hf.hf_name(name) for name in weights}
+    assert all(torch.equal(one[k], many[k]) for k in one)
+    index = json.loads((cut / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(v.numel() * v.element_size() for v in one.values())
+
+
+def test_the_fast_gate_says_that_it_took_four_layers(tmp_path: Path) -> None:
+    folder, weights, facts, options = export(tmp_path, OLMO3, Convert(gate="fast"))
+    report = gate.check(folder, weights, OLMO3, facts, options, quiet)
+    assert report["summary"]["layers"] == 4 and report["summary"]["greedy_stopped"] is None
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("sliding_window", 40), ("rms_norm_eps", 1e-3), ("rope", "theta"), ("rope", "yarn on all layers")],
+)
+def test_a_config_that_computes_something_else_is_caught_by_the_logits(tmp_path: Path, field: str, value: Any) -> None:
+    folder, weights, facts, options = export(tmp_path, OLMO3)
+    data = json.loads((folder / "config.json").read_text())
+    if field == "rope":
+        rope = data["rope_parameters"]
+        rope["sliding_attention"] = dict(rope["full_attention"])
+        if value == "theta":
+            rope["sliding_attention"] = {"rope_type": "default", "rope_theta": 5e5}
+    else:
+        data[field] = value
+    (folder / "config.json").write_text(json.dumps(data))
+    with pytest.raises(SftError, match="logits differ"):
+        gate.check(folder, weights, OLMO3, facts, options, quiet)
+
+
+def test_a_flipped_bit_in_the_export_is_caught(tmp_path: Path) -> None:
+    folder, weights, facts, options = export(tmp_path, OLMO3)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SftError, match=r"lm_head.w_out.weight: not the checkpoint's values"):
+        gate.check(folder, weights, OLMO3, facts, options, quiet)
+
+
+def test_not_a_number_in_the_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+    weights = tiny_export.weights(OLMO3)
+    weights["blocks.1.feed_forward.w2.weight"][3, 5] = float("nan")
+    with pytest.raises(SftError, match=r"blocks\.1\.feed_forward\.w2\.weight: NaN or infinity.*diverged"):
+        export(tmp_path, OLMO3, weights=weights)
+
+
+def test_a_value_that_float16_cannot_hold_is_refused(tmp_path: Path) -> None:
+    weights = tiny_export.weights(OLMO2)
+    weights["blocks.0.attention.w_q.weight"][0, 0] = 1e6
+    with pytest.raises(SftError, match="too large for float16; next: export as bfloat16"):
+        export(tmp_path, OLMO2, Convert(dtype="float16"), weights)
+
+
+def test_a_missing_an_extra_and_a_misshapen_tensor_are_refused(tmp_path: Path) -> None:
+    weights = tiny_export.weights(OLMO3)
+    norm = weights.pop("blocks.2.attention.k_norm.weight")
+    with pytest.raises(SftError, match=r"1 of \d+ tensors missing, the first is blocks.2.attention.k_norm.weight"):
+        export(tmp_path / "a", OLMO3, weights=weights)
+    with pytest.raises(SftError, match="does not have, the first is bias"):
+        export(tmp_path / "b", OLMO3, weights={**weights, "blocks.2.attention.k_norm.weight": norm, "bias": norm})
+    with pytest.raises(SftError, match=r"k_norm.weight: shape \(8,\), expected \(32,\)"):
+        export(tmp_path / "c", OLMO3, weights={**weights, "blocks.2.attention.k_norm.weight": norm[:8]})
+
+
+def test_another_tokenizer_than_the_trained_one_is_refused(tmp_path: Path) -> None:
+    facts = tiny_export.tokenizer(tmp_path / "tokenizer")
+    tiny_export.tokenizer(tmp_path / "tokenizer", size=290)
+    with pytest.raises(SftError, match=r"tokenizer.json: sha256 .* not what the model was trained with"):
+        convert.export(
+            tiny_export.weights(OLMO2), OLMO2, facts, tmp_path / "tokenizer", tmp_path / "model", Convert(), quiet
+        )
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("generation_config.json", {"eos_token_id": 0}, r"lacks the trained terminator \[2\]"),
+        ("config.json", {"pad_token_id": 1}, "pad_id: 1, dataset.json has 3"),
+        ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, "eos_token has id 2, dataset.json has 0"),
+    ],
+)
+def test_special_tokens_that_disagree_with_training_are_refused(
+    tmp_path: Path, file: str, edit: dict[str, Any], message: str
+) -> None:
+    folder, weights, facts, options = export(tmp_path, OLMO2)
+    data = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**data, **edit}))
+    with pytest.raises(SftError, match=message):
+        gate.check(folder, weights, OLMO2, facts, options, quiet)
+
+
+def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
+    folder, *_, facts, options = export(tmp_path, OLMO2)
+    facts["tokenizer"]["canaries"] = {"Paris": [1, 2, 3]}
+    with pytest.raises(SftError, match="'Paris' becomes .* another pre-tokenizer"):
+        gate.check_tokenizer(folder, facts)
+
+
+def test_the_checkpoints_own_geometry_must_agree_with_the_recipe(tmp_path: Path) -> None:
+    from sft.schema import Model
+
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"d_model": 256, "n_layers": 4}}))
+    with pytest.raises(SftError, match=r"model.d_model: 256, the recipe's \[model\] says 128"):
+        convert.model_config(Model(preset="olmo3-tiny"), {"vocab_size": 300}, tmp_path)
+
+
+def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:
+    pytest.importorskip("olmo_core")
+    from olmo_core.nn.hf.convert import convert_state_to_hf
+
+    config = replace(OLMO3, yarn=None)
+    folder, weights, facts, _ = export(tmp_path, config, Convert(dtype="float32"))
+    made = hf.Folder(folder)
+    theirs = convert_state_to_hf(
+        hf.hf_config(config, vocab_size=384, max_position_embeddings=64, dtype="float32"), weights
+    )
+    assert theirs.keys() == {hf.hf_name(name) for name in made}
+    for name, tensor in theirs.items():
+        found = made[hf.our_name(name)]
+        assert torch.equal(found, tensor[: found.shape[0]])
