@@ -84,13 +84,13 @@ class PackIndex:
             ("pieces.npy", lambda file: np.save(file, self.pieces)),
             ("index.json", lambda file: file.write(json.dumps(facts, indent=1).encode())),
         ):
-            with open(partial / name, "wb") as file:
+            with (partial / name).open("wb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
         sync_folder(partial)
         try:
-            os.rename(partial, folder)
+            partial.rename(folder)
         except OSError:
             # Somebody else was first: equal inputs give equal bytes, so theirs is as good.
             shutil.rmtree(partial)
@@ -117,16 +117,19 @@ class PackIndex:
         return cls(facts["seq_len"], facts["policy"], offsets, pieces, losses, digest)
 
 
-def pack_dataset(dataset: Dataset, seq_len: int, policy: str = "truncate", cache: Path | None = None) -> PackIndex:
-    """The packs of a dataset. With `cache`, a folder, an index made before from the same documents is reused."""
+def pack_dataset(
+    dataset: Dataset, seq_len: int, policy: str = "truncate", cache: Path | None = None, identity: str = ""
+) -> PackIndex:
+    """The packs of a dataset.
+
+    With `cache`, a folder, an index made before from the same documents is reused. `identity` is what the content of
+    the masks is known by, such as the digest of prepare's manifest; without it nothing is reused, because labels of cut
+    documents depend on the masks.
+    """
     folder = None
-    if cache is not None:
-        key = hashlib.sha256(f"{PIECE.descr} {seq_len} {policy} {dataset.parts} ".encode())
+    if cache is not None and identity:
+        key = hashlib.sha256(f"{PIECE.descr} {seq_len} {policy} {identity} ".encode())
         key.update(np.ascontiguousarray(dataset.documents).data)
-        # Two datasets may have equal document tables and different masks, which the labels of cut documents depend on.
-        if (dataset.documents["length"] > seq_len).any():
-            key.update(str(dataset.folder.resolve()).encode())
-            key.update(repr([os.stat(p).st_mtime_ns for p in sorted(dataset.folder.glob("labels_mask_*"))]).encode())
         folder = Path(cache) / f"packs-{key.hexdigest()[:20]}"
         if folder.is_dir():
             return PackIndex.load(folder)
