@@ -353,7 +353,7 @@ def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
                         batch.rows.append(piece.slice(i, 1).to_pylist()[0])
                         batch.numbers.append(count + i)
                     except (UnicodeDecodeError, ValueError) as e:
-                        batch.bad.append(BadRow(count + i, "unreadable value", str(e)[:EXAMPLE_CHARS], ""))
+                        batch.bad.append(BadRow(count + i, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
             count = batch.count
             yield batch
 
@@ -364,7 +364,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
         number = batch.count
         batch.count += 1
         if line is None:
-            batch.bad.append(BadRow(number, "row too long", f"more than {MAX_ROW_BYTES} bytes", ""))
+            batch.bad.append(BadRow(number, "row_too_long", f"more than {MAX_ROW_BYTES} bytes", ""))
             continue
         size += len(line)
         try:
@@ -394,17 +394,17 @@ def parse(line: bytes) -> dict[str, Any] | None:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8: {e.reason} at byte {e.start}") from None
+        raise ValueError(f"not_utf8: {e.reason} at byte {e.start}") from None
     if not text.strip():
         return None
     try:
         value = json.loads(text)
     except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
+        raise ValueError("not_json: nested too deeply") from None
     except ValueError as e:
-        raise ValueError(f"not JSON: {e}") from None
+        raise ValueError(f"not_json: {e}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"not an object: the line holds a {type(value).__name__}")
+        raise ValueError(f"not_an_object: the line holds a {type(value).__name__}")
     return value
 
 

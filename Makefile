@@ -1,0 +1,79 @@
+# Five stages that talk through files: prepare -> sync -> train -> convert -> evaluate, and a report over them.
+# The target of a stage is runs/<run>/<stage>/manifest.json; lib/sft/plan.py decides by content what is stale.
+# UPPER case variables are Make's own; lower case ones override a field of the recipe: make train RECIPE=x lr=1e-4
+
+CLUSTER ?= local
+PYTHON  ?= python3
+override RUNS := $(patsubst %/,%,$(or $(RUNS),runs))
+GOALS   := $(or $(MAKECMDGOALS),help)
+STAGES  := prepare sync train convert evaluate report
+# Goals that name no run, so that a broken recipe cannot stop them.
+PLAIN   := help setup check test new fields verify diff lock nightly bench-%
+ifneq ($(filter smoke,$(GOALS)),)
+  override RECIPE += smoke
+endif
+
+.DELETE_ON_ERROR:
+.SUFFIXES:
+.PHONY: FORCE smoke all $(STAGES) preview help setup check test new show why fields verify diff lock nightly
+
+# Values reach the shell inside single quotes, whatever they hold.
+quote = '$(subst ','\'',$(1))'
+SFT   = PYTHONPATH=lib $(PYTHON) -S -m sft $(1) --runs $(call quote,$(RUNS)) --data $(call quote,$(DATA)) \
+        --cluster $(call quote,$(CLUSTER)) --recipe $(call quote,$(RECIPE)) --overrides $(call quote,$(MAKEOVERRIDES))
+PLAN := $(shell $(if $(filter-out $(PLAIN),$(GOALS)),$(call SFT,plan) --goals $(call quote,$(GOALS)),\
+          PYTHONPATH=lib $(PYTHON) -S -m sft plan))
+$(if $(filter plan-ok,$(PLAN)),,$(error nothing was run))
+planned = $(patsubst $(1):%,$(2)%,$(filter $(1):%,$(PLAN)))
+
+DIRS  := $(call planned,run,$(RUNS)/)
+ARGS   = $(if $(filter-out local,$(CLUSTER)),--cluster $(CLUSTER)) $(if $(DATA),--data $(call quote,$(DATA))) $(call planned,set)
+READY := .venv/ready-$(call planned,environment)
+TOOLS := .venv/tools-$(call planned,environment)
+PY    := .venv/bin/python
+
+$(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(PY) stages/prepare.py $* $(ARGS)
+$(DIRS:%=%/sync/manifest.json):     %/sync/manifest.json:     | %/prepare/manifest.json ; $(PY) stages/sync.py $* $(ARGS)
+$(DIRS:%=%/train/manifest.json):    %/train/manifest.json:    | %/sync/manifest.json ; stages/train.sh $* $(ARGS)
+$(DIRS:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/train/manifest.json ; $(PY) stages/convert.py $* $(ARGS)
+$(DIRS:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/convert/manifest.json ; $(PY) stages/evaluate.py $* $(ARGS)
+# `make report` shows what there is; after `make all` or `make smoke` that is everything.
+$(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(if $(filter all smoke,$(GOALS)),%/evaluate/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
+$(patsubst %,$(RUNS)/%/manifest.json,$(call planned,stale)): FORCE
+
+## The pipeline, for RECIPE=name (several: RECIPE="a b"), on CLUSTER=local, data looked up under DATA=folder[:folder]
+prepare:  $(DIRS:%=%/prepare/manifest.json)  ## chat data -> token ids, label mask, document boundaries, mask proof
+sync:     $(DIRS:%=%/sync/manifest.json)     ## dataset and base weights -> the cluster's storage, verified
+train:    $(DIRS:%=%/train/manifest.json)    ## packed, distributed, resumable training -> checkpoints
+convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folder, proven equal
+evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with their errors
+report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page over whatever stages are done
+all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; smoke = all RECIPE=smoke
+preview: | $(READY) ## conversations as they are tokenised, trained tokens coloured; [SOURCE=n] [ROW=n]
+	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true
+
+## Recipes and runs (these need no environment)
+new:    ; @$(call SFT,new) --from $(call quote,$(FROM)) ## copy a recipe: make new FROM=olmo3-7b RECIPE=my-exp lr=1e-4
+show:   ; @$(call SFT,show) ## the resolved recipe, its model and the state of its stages
+why:    ; @$(call SFT,why) ## the reason for each stage that would run
+fields: ; @$(call SFT,fields) ## every option of a recipe with its default
+verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= again and follow its manifests
+diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## first stage and fields in which runs A= and B= differ
+
+## The project
+setup: | $(READY) $(TOOLS) ## make .venv: pinned packages (CUDA build of torch only where there is a GPU)
+check: | $(TOOLS) ## lint, format, types, shell
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+	.venv/bin/mypy
+	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
+test: check ## the tests; TESTS="tests/test_packing.py -k name" for some
+	.venv/bin/python -m pytest $(TESTS)
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare; each ends in one JSON line
+	$(PY) benchmarks/bench_$*.py
+nightly: ; env/nightly.sh ## what cron calls: a clean clone, its own runs, make smoke
+lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt
+help: ## this page
+	@sed -nE -e 's/^## (.*)/\n\1/p' -e 's/^([a-z][a-z %-]*):.*## (.*)/  \1~\2/p' Makefile | awk -F'~' '{ if ($$2) printf "  make %-11s %s\n", substr($$1, 3), $$2; else print }'
+
+$(READY): ; @env/setup.sh packages $@
+$(TOOLS): | $(READY) ; @env/setup.sh tools $@

@@ -1,0 +1,282 @@
+"""The commands behind Make that need no environment: python -m sft plan|show|why|new|fields|verify|diff.
+
+    make show RECIPE=smoke          ->  python -m sft show --recipe smoke
+    make why RECIPE=smoke lr=1e-3   ->  python -m sft why --recipe smoke --overrides 'lr=1e-3'
+
+Standard library only. Exit status 0, or 1 with a message a person can act on.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an old interpreter meets first
+    sys.exit(f"error: Python {sys.version.split()[0]} is too old; next: install Python >= 3.11 and say make PYTHON=python3.11 …")
+
+import argparse
+import dataclasses
+import difflib
+import re
+import signal
+import typing
+from pathlib import Path
+
+from sft import manifest, plan, presets, recipe, schema
+from sft.errors import SftError
+
+RECIPES = plan.REPO / "recipes"
+MAKE_VARIABLES = ("RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "RUN", "SOURCE", "ROW", "SHARD", "PYTHON", "TORCH", "SRC", "DST")
+
+
+def split_overrides(text: str) -> list[str]:
+    """The command-line variables as Make lists them ($(MAKEOVERRIDES)): lower case is a recipe field.
+
+    Raises SftError for an upper-case name that is nearly one of ours.
+    """
+    fields = []
+    for word in re.findall(r"(?:\\.|[^\s\\])+", text):
+        word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
+        name, _, value = word.partition("=")
+        name = name.rstrip(":+?!")
+        if name[:1].islower():
+            fields.append(f"{name}={value}")
+        elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
+            raise SftError(f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)")
+    return fields
+
+
+def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
+    """The runs a command is about: each recipe of RECIPE= with the overrides, and each run of a manifest named as a goal."""
+    place = args.place
+    found = {}
+    for name in args.recipe.split():
+        r = recipe.load(recipe.find(RECIPES, name, "recipe"), args.fields, place.cluster)
+        found[r.run] = r
+    root = str(place.runs).rstrip("/") + "/"
+    for goal in args.goals.split():
+        if goal.startswith(root) and goal.endswith("/" + manifest.NAME):
+            run = goal.removeprefix(root).split("/")[0]
+            if run not in found:
+                found[run] = plan.load_run(place, run, args.fields)
+    return list(found.values())
+
+
+def command_plan(args: argparse.Namespace) -> None:
+    """One line of words for Make: plan-ok, environment:<digest>, set:<override>, run:<run>, stale:<run>/<stage>."""
+    words = ["plan-ok", f"environment:{plan.environment_digest()}", *(f"set:{f}" for f in args.fields)]
+    if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
+        raise SftError(f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit")
+    goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
+    needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview")]
+    if re.search(r"[\s=:%#$]", str(args.place.runs)):
+        raise SftError(f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder")
+    runs = runs_of(args)
+    if needs_run and not runs:
+        raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
+    for r in runs:
+        stale = plan.stale_stages(args.place, r, goals)
+        words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in stale)]
+    print(" ".join(words))
+
+
+def command_show(args: argparse.Namespace) -> None:
+    """The resolved recipe with where each value comes from, the model it makes, and the state of each stage."""
+    for r in _one_or_more(args):
+        print(f"# run {args.place.runs / r.run}  (recipe {r.file}, cluster {args.place.cluster})")
+        raw = recipe.tomllib.loads(Path(r.file).read_text())
+        overridden = dict(r.overrides)
+        for table in schema.TABLES:
+            print(f"\n[{table}]")
+            value = getattr(r, table)
+            for f in dataclasses.fields(value):
+                v = getattr(value, f.name)
+                if v is None:
+                    continue
+                origin = "override" if f"{table}.{f.name}" in overridden else "" if f.name in raw.get(table, {}) else "default"
+                if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
+                    for item in v:
+                        given = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
+                        print(f"  {f.name}: " + ", ".join(f"{k} = {_toml(x)}" for k, x in given.items()))
+                    continue
+                line = f"{f.name} = {_toml(v)}"
+                print(f"{line:47} # {origin}" if origin else line)
+        for stage in schema.STAGES:
+            print(f"\n[on.{args.place.cluster}.{stage}]  " + ", ".join(
+                f"{k} = {v}" for k, v in dataclasses.asdict(r.hardware(args.place.cluster, stage)).items()))  # fmt: skip
+        print()
+        model = presets.resolve(r.model)
+        size = "vocabulary of the tokenizer" if not model.vocab_size else f"{model.parameters:,} parameters"
+        print(f"# model: {model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}")
+        print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
+        for stage, state in plan.states(args.place, r).items():
+            print(f"# {stage:9}{'; '.join(state.reasons) if state.stale else 'done'}")
+
+
+def command_why(args: argparse.Namespace) -> None:
+    """Each stage of each run: done, or the reasons why it would run."""
+    for r in _one_or_more(args):
+        stale = plan.stale_stages(args.place, r, ["sync"])
+        for stage in (*schema.STAGES, "report"):
+            print(f"{r.run}/{stage}: {'; '.join(stale[stage]) if stage in stale else 'up to date'}")
+
+
+def command_new(args: argparse.Namespace) -> None:
+    """Copies a recipe to a new name, with fields changed; comments and layout stay."""
+    source = recipe.find(RECIPES, args.copy_from, "recipe")
+    if not recipe.NAME.fullmatch(args.recipe):
+        raise SftError(f"make new RECIPE={args.recipe!r}: a name is lower-case letters, digits, '.' and '-'")
+    target = RECIPES / f"{args.recipe}.toml"
+    if target.exists():
+        raise SftError(f"{target}: exists already; next: choose another RECIPE= or edit it")
+    recipe.load(source, args.fields, args.place.cluster)
+    text = source.read_text(encoding="utf-8")
+    for override in args.fields:
+        name, _, value = override.partition("=")
+        path = recipe.locate(name, args.place.cluster, [])
+        assert path is not None  # load() above has checked it
+        text = _set_field(text, ".".join(path[:-1]), path[-1], value)
+    manifest.write_atomic(target, text.encode())
+    try:
+        recipe.load(target, (), args.place.cluster)
+    except SftError:
+        target.unlink()
+        raise
+    print(f"{target.relative_to(plan.REPO)}\nnext: edit it, then make show RECIPE={args.recipe}")
+
+
+def command_fields(args: argparse.Namespace) -> None:
+    """Every option: table, name, type, default, meaning. A '*' marks those that change a result."""
+    for title, cls in [*((f"[{t}]", c) for t, c in schema.TABLES.items()), ("[[prepare.sources]]", schema.Source),
+                       ("[on.<cluster>.<stage>]", schema.Hardware), ("env/<cluster>.toml", schema.Cluster)]:  # fmt: skip
+        print(f"\n{title}")
+        for f in dataclasses.fields(cls):
+            default = "{}" if f.default is dataclasses.MISSING else "preset's" if f.default is None else _toml(f.default)
+            default = "required" if f.metadata.get("required") else default
+            mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
+            choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}")
+
+
+def command_verify(args: argparse.Namespace) -> None:
+    """Hashes every output of a run again and follows its chain of manifests."""
+    bad = []
+    run = args.place.runs / recipe_run(args.run)
+    for stage in (*schema.STAGES, "report"):
+        file = run / stage / manifest.NAME
+        if not file.exists():
+            print(f"{stage:9}not made")
+            continue
+        made = manifest.load(file)
+        problems = manifest.broken_outputs(file.parent, made)
+        for entry in made["inputs"]:
+            if "manifest" in entry:
+                upstream = file.parent / ".." / paths_name(entry["manifest"])
+                if not upstream.is_file():
+                    problems.append(f"{upstream} is missing")
+                elif manifest.digest(manifest.load(upstream)) != entry["sha256"]:
+                    problems.append(f"{upstream} is not the one that {stage} consumed")
+        print(f"{stage:9}" + (f"{len(made['outputs'])} files verified" if not problems else "; ".join(problems)))
+        bad += problems
+    if bad:
+        raise SftError(f"{run}: {len(bad)} problem(s); next: remove the manifest of the broken stage and run it again")
+
+
+def paths_name(entry: str) -> str:
+    """`prepare/manifest.json` out of `../prepare/manifest.json`; anything else is refused."""
+    if not re.fullmatch(r"\.\./[a-z]+/manifest\.json", entry):
+        raise SftError(f"manifest input {entry!r} is not ../<stage>/manifest.json")
+    return entry.removeprefix("../")
+
+
+def recipe_run(run: str) -> str:
+    recipe.from_run(run)
+    return run
+
+
+def command_diff(args: argparse.Namespace) -> None:
+    """The first stage and the fields in which two runs differ."""
+    for stage in schema.STAGES:
+        files = [args.place.runs / recipe_run(run) / stage / manifest.NAME for run in (args.a, args.b)]
+        a, b = (manifest.load(f) if f.is_file() else None for f in files)
+        if a is None or b is None:
+            print(f"{stage}: not made in {args.a if a is None else args.b}")
+            return
+        lines = plan.differences(a["config"], b["config"])
+        names = {e.get("file"): e["sha256"] for e in a["inputs"] if "file" in e}
+        others = {e.get("file"): e["sha256"] for e in b["inputs"] if "file" in e}
+        lines += [f"{n} differs" for n in {**names, **others} if names.get(n) != others.get(n)]
+        if lines:
+            print(f"{stage}:\n" + "\n".join(f"  {line}" for line in lines))
+            return
+        if a["outputs"] != b["outputs"]:
+            print(f"{stage}: same options and inputs, different outputs")
+            return
+    print("no difference")
+
+
+def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:
+    runs = runs_of(args)
+    if not runs:
+        raise SftError(f"which recipe? next: say RECIPE=… (one of {_recipes()})")
+    return runs
+
+
+def _recipes() -> str:
+    return ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+
+
+def _toml(value: typing.Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    return repr(value)
+
+
+def _set_field(text: str, table: str, name: str, value: str) -> str:
+    """Replaces `name = …` in [table], keeping a comment behind it, or adds it below the table's header."""
+    cls = schema.Hardware if table.startswith("on.") else schema.TABLES[table]
+    literal = _toml(recipe.parse_value(value, typing.get_type_hints(cls)[name]))
+    lines, inside, header = text.splitlines(), False, -1
+    for i, line in enumerate(lines):
+        if match := re.match(r"\s*\[+([^\]]+)\]+", line):
+            inside = match[1].strip() == table
+            header = i if inside and header < 0 else header
+        elif inside and (match := re.match(rf"(\s*{re.escape(name)}\s*=\s*)((?:\"[^\"]*\"|[^#])*)(#.*)?$", line)):
+            lines[i] = (match[1] + literal + ("  " + match[3] if match[3] else "")).rstrip()
+            return "\n".join(lines) + "\n"
+    if header < 0:
+        return text.rstrip("\n") + f"\n\n[{table}]\n{name} = {literal}\n"
+    lines.insert(header + 1, f"{name} = {literal}")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    commands = {n.removeprefix("command_"): f for n, f in globals().items() if n.startswith("command_")}
+    parser = argparse.ArgumentParser(prog="python -m sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--recipe", default="")
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--data", default="")
+    parser.add_argument("--cluster", default="local")
+    parser.add_argument("--goals", default="", help="what Make was asked to make")
+    parser.add_argument("--overrides", default="", help="Make's command-line variables")
+    parser.add_argument("--from", dest="copy_from", default="", help="recipe that `new` copies")
+    parser.add_argument("--run", default="", help="run that `verify` checks")
+    parser.add_argument("--a", default="")
+    parser.add_argument("--b", default="")
+    args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make fields | head` ends quietly
+    try:
+        args.place = plan.Place.parse(args.runs, args.data, args.cluster)
+        args.fields = split_overrides(args.overrides)
+        commands[args.command](args)
+    except SftError as e:
+        sys.exit(f"error: {e}")
+
+
+main()

@@ -1,0 +1,222 @@
+"""The planner: which stages of which runs are stale, and why. Reads files, writes nothing. Standard library only.
+
+A stage is stale when it has no whole manifest, when its key is not the one the recipe asks for, when an input (a file of
+the recipe, or the upstream manifest) is not the one it consumed, or when its upstream is stale. File times play no part.
+`python -m sft plan` calls this while Make parses; every stage calls it again before it starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft import inputs, manifest, paths, recipe, schema
+from sft.errors import SftError
+from sft.hashcache import HashCache
+
+REPO = Path(__file__).resolve().parents[2]
+# Raise a stage's number when its code makes different bytes from the same options.
+VERSIONS = {"prepare": 1, "sync": 1, "train": 1, "convert": 1, "evaluate": 1, "report": 1}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lives and where its inputs are looked for."""
+
+    runs: Path
+    data: tuple[Path, ...] = ()
+    cluster: str = "local"
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        return (*self.data, REPO / "recipes")
+
+    @property
+    def cache(self) -> Path:
+        return self.runs / ".cache"
+
+    def storage(self, cluster: schema.Cluster) -> str:
+        return cluster.storage.replace("{runs}", str(self.runs))
+
+    def load_cluster(self) -> schema.Cluster:
+        return recipe.load_cluster(recipe.find(REPO / "env", self.cluster, "cluster"))
+
+    @staticmethod
+    def parse(runs: str, data: str, cluster: str) -> Place:
+        for root in filter(None, data.split(":")):
+            if not Path(root).is_dir():
+                raise SftError(f"DATA={data}: {root} is not a folder; next: name existing folders, separated by ':'")
+        return Place(Path(runs), tuple(Path(r) for r in data.split(":") if r), cluster)
+
+
+@dataclass
+class State:
+    """One stage of one run, wanted against recorded."""
+
+    stage: str
+    key: str
+    config: dict[str, Any]
+    manifest: dict[str, Any] | None = None
+    inputs: list[dict[str, Any]] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    elsewhere: str = ""  # sync only: current by content, but on another cluster's storage
+
+    @property
+    def stale(self) -> bool:
+        return bool(self.reasons)
+
+
+def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Recipe:
+    """The recipe of a run by its folder's name: the recipe's file, the overrides recorded in run.json, and those given.
+
+    Raises SftError when they do not make this run.
+    """
+    file = recipe.find(REPO / "recipes", recipe.from_run(run), "recipe")
+    loaded = recipe.load(file, overrides, place.cluster)
+    if loaded.run != run:
+        try:
+            recorded = json.loads((place.runs / run / "run.json").read_bytes())["overrides"]
+        except (OSError, ValueError, KeyError):
+            recorded = []
+        loaded = recipe.load(file, [*recorded, *overrides], place.cluster)
+    if loaded.run != run:
+        raise SftError(
+            f"{place.runs / run}: {file} with overrides {list(overrides)} makes the run {loaded.run!r}, not {run!r};"
+            f" next: make STAGE RECIPE={loaded.name} FIELD=VALUE"
+        )
+    return loaded
+
+
+def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> dict[str, State]:
+    """The state of every stage of a run, upstream first."""
+    cache = cache or HashCache(place.cache)
+    found: dict[str, State] = {}
+    for stage in schema.STAGES:
+        upstream = [found[u] for u in schema.UPSTREAM[stage]]
+        config = r.config(stage)
+        state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
+        _compare(state, place.runs / r.run, upstream, lambda stage=stage: input_files(place, r, stage, cache))
+        found[stage] = state
+    _look_elsewhere(found["sync"], place)
+    return found
+
+
+def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[dict[str, Any]]:
+    """Manifest entries of the local files a stage's recipe tables name. Raises SftError for a missing one."""
+
+    def find(path: str, what: str = "") -> Path:
+        return paths.find(place.roots, path, f"{r.file}: {what or stage}")
+
+    named: dict[str, Path] = {}
+    if stage == "prepare":
+        named = inputs.local_inputs(r.prepare, find)
+    if stage == "evaluate":
+        named = inputs.task_inputs(r.evaluate, find)
+    return [{"file": name, "bytes": f.stat().st_size, "sha256": cache.sha256(f)} for name, f in named.items()]
+
+
+def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None:
+    file = run / state.stage / manifest.NAME
+    try:
+        state.manifest = manifest.load(file)
+    except FileNotFoundError:
+        state.reasons.append("not made yet")
+    except SftError:
+        state.reasons.append(f"{file} is torn")
+    if (made := state.manifest) and made["key"] != state.key:
+        state.reasons += differences(made["config"], state.config)
+        if made.get("version") != VERSIONS[state.stage]:
+            state.reasons.append(f"version {made.get('version')} -> {VERSIONS[state.stage]}")
+    state.reasons += [f"{u.stage} is stale" for u in upstream if u.stale]
+    if state.reasons or made is None:
+        return
+    state.inputs = [upstream_entry(u) for u in upstream] + files()
+    before = {e.get("manifest") or e.get("file"): e["sha256"] for e in made["inputs"]}
+    after = {e.get("manifest") or e.get("file"): e["sha256"] for e in state.inputs}
+    for name in [*after, *(n for n in before if n not in after)]:
+        if before.get(name) != after.get(name):
+            state.reasons.append(f"{name} {'is new' if name not in before else 'is gone' if name not in after else 'changed'}")
+    if not state.reasons and made["key"] != state.key:
+        state.reasons.append("key changed")
+
+
+def upstream_entry(state: State) -> dict[str, Any]:
+    assert state.manifest is not None
+    return {"manifest": f"../{state.stage}/{manifest.NAME}", "sha256": manifest.digest(state.manifest)}
+
+
+def _look_elsewhere(sync: State, place: Place) -> None:
+    """Synced data may lie on another cluster's storage, or have been removed there: then training needs a new sync first."""
+    if sync.manifest is None or sync.stale:
+        return
+    storage = place.storage(place.load_cluster())
+    was = str(sync.manifest["metrics"].get("storage", ""))
+    if was != storage:
+        sync.elsewhere = f"storage {was} -> {storage}"
+    elif "://" not in storage and not (Path(str(sync.manifest["metrics"].get("dataset", ""))) / manifest.NAME).is_file():
+        sync.elsewhere = f"the dataset is gone from {storage}"
+
+
+def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
+    """{stage: reasons} of what must run for the goals; a sync that is only elsewhere counts if training follows or it is asked for."""
+    found = states(place, r)
+    sync = found["sync"]
+    if sync.elsewhere and (found["train"].stale or "sync" in goals):
+        sync.reasons.append(sync.elsewhere)
+    stale = {s.stage: s.reasons for s in found.values() if s.stale}
+    if reasons := report_reasons(place.runs / r.run, bool(stale) and "all" in goals):
+        stale["report"] = reasons
+    return stale
+
+
+def report_inputs(run: Path) -> list[dict[str, Any]]:
+    """Manifest entries of the stages of a run that are done; the report shows whatever there is."""
+    entries = []
+    for stage in schema.STAGES:
+        try:
+            entries.append({"manifest": f"../{stage}/{manifest.NAME}",
+                            "sha256": manifest.digest(manifest.load(run / stage / manifest.NAME))})  # fmt: skip
+        except (FileNotFoundError, SftError):
+            continue
+    return entries
+
+
+def report_reasons(run: Path, stages_will_run: bool) -> list[str]:
+    if stages_will_run:
+        return ["a stage is stale"]
+    try:
+        made = manifest.load(run / "report" / manifest.NAME)
+    except (FileNotFoundError, SftError):
+        return ["not made yet"]
+    same = made["inputs"] == report_inputs(run) and made.get("version") == VERSIONS["report"]
+    return [] if same else ["a stage's manifest changed"]
+
+
+def differences(before: Any, after: Any, name: str = "") -> list[str]:
+    """`field old -> new` for every leaf that differs."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        lines = []
+        for k in [*after, *(k for k in before if k not in after)]:
+            lines += differences(before.get(k), after.get(k), f"{name}.{k}".lstrip("."))
+        return lines
+    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        return [d for i, (b, a) in enumerate(zip(before, after, strict=True)) for d in differences(b, a, f"{name}.{i}")]
+    return [] if before == after else [f"{name} {_show(before)} -> {_show(after)}"]
+
+
+def _show(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def environment_digest() -> str:
+    """Names the state of the pinned environment, so that editing a pin makes it again."""
+    import hashlib
+
+    h = hashlib.sha256()
+    for name in ("pyproject.toml", "env/lock.txt", "env/setup.sh"):
+        h.update((REPO / name).read_bytes())
+    return h.hexdigest()[:12] + ("-" + "".join(c for c in os.environ["TORCH"] if c.isalnum()) if os.environ.get("TORCH") else "")

@@ -1,0 +1,333 @@
+"""Runs one stage: checks its inputs, locks, calls the stage's own code, publishes its folder, writes the manifest last.
+
+    def prepare(stage: Stage) -> Result: ...
+    main("prepare", prepare)            # python stages/prepare.py runs/<run> [--cluster C] [--data ROOTS] [field=value …]
+
+A stage writes into `stage.out`, a work folder named by what it will make, which survives a kill so that the next attempt
+can continue; the finished folder is renamed into place. Training works in place (its checkpoints are the continuation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sft import manifest, paths, plan, schema
+from sft.errors import SftError
+from sft.hashcache import HashCache
+from sft.recipe import Recipe
+
+PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "lm_eval", "safetensors", "gigatoken", "google-cloud-storage")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage made: files and folders relative to its folder, and figures worth keeping."""
+
+    outputs: Sequence[str]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage:
+    """What a stage's code may use."""
+
+    def __init__(self, name: str, place: plan.Place, recipe: Recipe, argv: Sequence[str]):
+        self.name, self.place, self.recipe, self.argv = name, place, recipe, list(argv)
+        self.cluster = place.load_cluster()
+        self.storage = place.storage(self.cluster)
+        self.hardware = recipe.hardware(place.cluster, name)
+        self.run = place.runs / recipe.run
+        self.cache = place.cache
+        self.out = self.run / name
+        self.started = datetime.now(UTC)
+        self.result: Result | None = None
+        self._hashes = HashCache(place.cache)
+        self._verified: set[str] = set()
+        if name == "report":
+            self.config: dict[str, Any] = {}
+            self.key = manifest.key(name, plan.VERSIONS[name], {}, [])
+            self.inputs = plan.report_inputs(self.run)
+        else:
+            self._read_plan()
+
+    def _read_plan(self) -> None:
+        """Takes key and inputs from the planner; refuses to start on a stale or missing upstream."""
+        states = plan.states(self.place, self.recipe, self._hashes)
+        mine = states[self.name]
+        for upstream in schema.UPSTREAM[self.name]:
+            if states[upstream].stale:
+                raise SftError(
+                    f"{self.run / upstream / manifest.NAME}: {upstream} is stale ({'; '.join(states[upstream].reasons)});"
+                    f" next: make {upstream} RECIPE={self.recipe.name}" + "".join(f" {k}={v}" for k, v in self.recipe.overrides)
+                )
+        self.key, self.config = mine.key, mine.config
+        upstream_entries = [plan.upstream_entry(states[u]) for u in schema.UPSTREAM[self.name]]
+        self.inputs = upstream_entries + plan.input_files(self.place, self.recipe, self.name, self._hashes)
+
+    @property
+    def identity(self) -> str:
+        """Hex name of what will be made: the key and the content of the inputs."""
+        return hashlib.sha256(manifest.canonical([self.key, self.inputs])).hexdigest()
+
+    def find(self, path: str, what: str = "") -> Path:
+        """A recipe's relative path under the DATA roots or recipes/. Raises SftError."""
+        return paths.find(self.place.roots, path, f"{self.recipe.file}: {what or self.name}")
+
+    def folder(self, upstream: str) -> Path:
+        """The published folder of an earlier stage, every byte verified once. Raises SftError naming what is wrong."""
+        folder = self.run / upstream
+        if upstream not in self._verified:
+            self._verify(folder, f"make {upstream} RECIPE={self.recipe.name} after removing {folder / manifest.NAME}")
+            self._verified.add(upstream)
+        return folder
+
+    @property
+    def remote(self) -> dict[str, Any]:
+        """What sync put on the cluster's storage: {"dataset": location, "base": location or null, …}."""
+        return json.loads((self.folder("sync") / "remote.json").read_bytes())
+
+    @property
+    def dataset(self) -> Path:
+        """The synced dataset (data/, validation/, dataset.json), every byte verified once."""
+        folder = Path(self.remote["dataset"])
+        if "dataset" not in self._verified:
+            self._verify(folder, f"make sync RECIPE={self.recipe.name} after removing {self.run / 'sync' / manifest.NAME}")
+            self._verified.add("dataset")
+        return folder
+
+    @property
+    def base(self) -> Path | None:
+        """The synced base weights, or None when training starts from random weights."""
+        return Path(self.remote["base"]) if self.remote.get("base") else None
+
+    def _verify(self, folder: Path, again: str) -> None:
+        try:
+            broken = manifest.broken_outputs(folder, manifest.load(folder / manifest.NAME))
+        except FileNotFoundError:
+            raise SftError(f"{folder / manifest.NAME}: not there; next: {again}") from None
+        if broken:
+            raise SftError("\n".join(broken) + f"\nnext: {again}")
+
+    def say(self, text: str) -> None:
+        print(f"[{self.name}] {text}", flush=True)
+
+    def finish(self, result: Result) -> None:
+        self.result = result
+
+    # --- publication ----------------------------------------------------------------------------------------------
+
+    def open_work(self) -> None:
+        """The work folder of this identity; work of other identities is left to be continued or cleaned."""
+        self.out = self.run / ".work" / f"{self.name}-{self.identity[:16]}"
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def open_in_place(self) -> None:
+        """runs/<run>/<stage> itself. A folder made from other inputs is moved aside, never mixed with or deleted."""
+        mark = self.out / ".identity"
+        if self.out.is_dir() and (not mark.is_file() or mark.read_text() != self.identity):
+            aside = self.run / ".replaced" / f"{self.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+            aside.parent.mkdir(exist_ok=True)
+            os.rename(self.out, aside)
+            self.say(f"inputs changed: the earlier {self.name} folder is now {aside}")
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / manifest.NAME).unlink(missing_ok=True)
+        manifest.write_atomic(mark, self.identity.encode())
+
+    def publish(self, in_place: bool) -> None:
+        """Hashes the outputs, flushes them to disk, writes the manifest last and renames the folder into place."""
+        assert self.result is not None
+        outputs = manifest.describe(self.out, self.result.outputs)
+        if not in_place:
+            _keep_only(self.out, {e["path"] for e in outputs})
+        _flush(self.out, [e["path"] for e in outputs])
+        record = {
+            "schema": manifest.SCHEMA, "stage": self.name, "run": self.recipe.run, "cluster": self.place.cluster,
+            "key": self.key, "version": plan.VERSIONS[self.name], "config": self.config,
+            "inputs": self.inputs, "outputs": outputs, "metrics": self.result.metrics,
+            "provenance": provenance(self.argv, self.started),
+        }  # fmt: skip
+        manifest.write(self.out / manifest.NAME, record)
+        if not in_place:
+            final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old-{os.getpid()}"
+            if final.exists():
+                os.rename(final, old)
+            os.rename(self.out, final)
+            manifest.sync_folder(self.run)
+            shutil.rmtree(old, ignore_errors=True)
+            self.out = final
+        self._hashes.save()
+
+    def run_shared(self, body: Callable[[Stage], Result]) -> None:
+        """Runs the body once per identity for all runs: the result lies in the cache, each run gets hard links to it."""
+        shared = self.cache / self.name / self.identity[:32]
+        work, self.out = self.out, shared.with_suffix(".work")
+        shared.parent.mkdir(parents=True, exist_ok=True)
+        with lock(shared.with_suffix(".lock"), wait=True):
+            if not (shared / manifest.NAME).is_file() or manifest.broken_outputs(shared, manifest.load(shared / manifest.NAME)):
+                self.out.mkdir(exist_ok=True)
+                self.result = body(self)
+                shutil.rmtree(shared, ignore_errors=True)
+                outputs = manifest.describe(self.out, self.result.outputs)
+                _keep_only(self.out, {e["path"] for e in outputs})
+                _flush(self.out, [e["path"] for e in outputs])
+                record = {"schema": manifest.SCHEMA, "stage": self.name, "run": "", "key": self.key, "config": self.config,
+                          "inputs": self.inputs, "outputs": outputs, "metrics": self.result.metrics}  # fmt: skip
+                manifest.write(self.out / manifest.NAME, record)
+                os.rename(self.out, shared)
+            else:
+                self.say(f"the same result is in {shared}: linked, not made again")
+            made = manifest.load(shared / manifest.NAME)
+            self.out = work
+            _link_tree(shared, work, [e["path"] for e in made["outputs"]])
+        self.result = Result([e["path"] for e in made["outputs"]], made["metrics"])
+
+
+@contextlib.contextmanager
+def open_stage(
+    name: str, argv: Sequence[str] | None = None, *, in_place: bool = False, follower: bool = False
+) -> Iterator[Stage]:
+    """Opens a stage for its code to work in and publishes it when `stage.finish(Result(…))` was called.
+
+    in_place: work in runs/<run>/<stage> itself. follower: another rank of the same stage, which neither locks nor writes.
+    Raises SftError for bad input, a stale upstream, or a lock that somebody else holds.
+    """
+    args = parse(name, sys.argv[1:] if argv is None else argv)
+    place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
+    recipe = plan.load_run(place, args.run.name, args.overrides)
+    if follower:
+        yield Stage(name, place, recipe, sys.argv)
+        return
+    run = place.runs / recipe.run
+    (run / ".work").mkdir(parents=True, exist_ok=True)
+    with lock(run / ".work" / f"{name}.lock"):
+        stage = Stage(name, place, recipe, sys.argv)
+        overrides = [f"{k}={v}" for k, v in recipe.overrides]
+        manifest.write_atomic(run / "run.json", json.dumps({"recipe": recipe.name, "overrides": overrides}).encode() + b"\n")
+        stage.open_in_place() if in_place else stage.open_work()
+        yield stage
+        if stage.result is not None:
+            stage.publish(in_place)
+
+
+def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) -> None:
+    """The whole program of a stage. Exit status: 0 done, 1 an error a person can mend, 143 ended by SIGTERM."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
+    with report_errors(name):
+        with open_stage(name) as stage:
+            if shared:
+                stage.run_shared(body)
+            else:
+                stage.finish(body(stage))
+        stage.say(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
+
+
+@contextlib.contextmanager
+def report_errors(name: str) -> Iterator[None]:
+    """Turns errors that a person can mend into one message and exit status 1."""
+    try:
+        yield
+    except SftError as e:
+        sys.exit(f"[{name}] error: {e}")
+    except OSError as e:
+        if e.errno is None or e.filename is None:
+            raise
+        sys.exit(f"[{name}] error: {e.filename}: {e.strerror}; next: free space or mend that path, then run it again")
+
+
+def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"stages/{name}", description=f"The {name} stage of one run.")
+    parser.add_argument("run", type=Path, help="folder of the run: runs/<recipe>[_<field>-<value>…]")
+    parser.add_argument("--cluster", default="local", help="env/<cluster>.toml")
+    parser.add_argument("--data", default="", help="folders that recipes' paths are looked up in, separated by ':'")
+    parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the recipe")
+    return parser.parse_intermixed_args(argv)
+
+
+@contextlib.contextmanager
+def lock(file: Path, wait: bool = False) -> Iterator[None]:
+    """Holds an advisory lock that ends with the process. Raises SftError naming the holder's pid and host, unless it may wait."""
+    with file.open("a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            holder = f.read().strip() or "another process"
+            if not wait:
+                raise SftError(f"{file}: busy, held by {holder}; next: wait for it or stop it") from None
+            print(f"waiting for {holder} to release {file}", flush=True)
+            fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        f.truncate()
+        f.write(f"pid {os.getpid()} on {socket.gethostname()}")
+        f.flush()
+        yield
+
+
+def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
+    """Who made it: for people, never part of a key or digest."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(plan.REPO), *command], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "git": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "argv": list(argv),
+        "host": socket.gethostname(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def _keep_only(folder: Path, kept: set[str]) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        elif path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
+
+
+def _flush(folder: Path, files: Sequence[str]) -> None:
+    for name in files:
+        fd = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    for parent in sorted({(folder / name).parent for name in files}):
+        manifest.sync_folder(parent)
+
+
+def _link_tree(source: Path, target: Path, files: Sequence[str]) -> None:
+    for name in files:
+        to = target / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.unlink(missing_ok=True)
+        try:
+            os.link(source / name, to)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(source / name, to)

@@ -1,0 +1,173 @@
+"""The token cache: one file for each chunk of a source, written once and shared between runs.
+
+    ids <u4[tokens] | mask ?[tokens] | INDEX[documents] | JSON footer | footer's length <u8 | MAGIC
+
+In: encoded documents of a chunk, batch by batch. Out: a file under its final name only when whole; its footer says what
+stands in it, what was rejected and the crc32 of each section, so that a damaged file is found and made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import tempfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.errors import SftError
+
+MAGIC = b"sft-tok1"
+INDEX = np.dtype([("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,))])
+TEMPORARY = ".tmp-"
+_SPOOL_BYTES = 32 << 20
+_COPY_BYTES = 8 << 20
+
+
+class Rejected(NamedTuple):
+    """A row that makes no document: `row` is counted from 0 inside its chunk."""
+
+    row: int
+    reason: str
+    detail: str
+    example: str
+
+
+@dataclass
+class Summary:
+    """The footer of a chunk's file."""
+
+    documents: int = 0
+    tokens: int = 0
+    labels: int = 0
+    rows: int = 0
+    lines: int = 0
+    """Rows and blank lines: how far the chunk moves the numbers of the rows after it."""
+    rejects: list[Rejected] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the encoder says about its work, e.g. how many documents were compared with another tokenizer."""
+    crc: dict[str, int] = field(default_factory=dict)
+
+
+class ChunkWriter:
+    """Writes one file. Use as a context manager; set `summary` fields before it ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.summary = Summary()
+        self._index: list[NDArray[Any]] = []
+        self._crc = {"ids": 0, "mask": 0}
+
+    def __enter__(self) -> ChunkWriter:
+        name = f"{TEMPORARY}{self.path.name}-{socket.gethostname()}-{os.getpid()}"
+        self._temporary = self.path.with_name(name)
+        self._file = self._temporary.open("wb")
+        self._masks = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=self.path.parent, prefix=TEMPORARY)
+        return self
+
+    def add(self, ids: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+        """Appends whole documents; `rows` are their row numbers inside the chunk."""
+        if not len(lengths):
+            return
+        ids = np.ascontiguousarray(ids, dtype="<u4")
+        mask = np.ascontiguousarray(mask, dtype=np.bool_)
+        ends = np.cumsum(lengths)
+        assert int(ends[-1]) == len(ids) == len(mask), (int(ends[-1]), len(ids), len(mask))
+        starts = ends - lengths
+        index = np.zeros(len(lengths), dtype=INDEX)
+        index["length"], index["row"] = lengths, rows
+        index["labels"] = np.add.reduceat(mask, starts, dtype=np.int64)
+        raw = memoryview(ids).cast("B")
+        digests = b"".join(
+            hashlib.blake2b(raw[4 * a : 4 * b], digest_size=16).digest() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+        )
+        index["digest"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
+        self._index.append(index)
+        self._crc = {"ids": zlib.crc32(raw, self._crc["ids"]), "mask": zlib.crc32(memoryview(mask).cast("B"), self._crc["mask"])}
+        self._file.write(raw)
+        self._masks.write(memoryview(mask).cast("B"))
+        self.summary.documents += len(lengths)
+        self.summary.tokens += len(ids)
+        self.summary.labels += int(index["labels"].sum(dtype=np.int64))
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self._masks.seek(0)
+                while block := self._masks.read(_COPY_BYTES):
+                    self._file.write(block)
+                index = np.concatenate(self._index) if self._index else np.empty(0, dtype=INDEX)
+                self._file.write(index.tobytes())
+                self.summary.crc = {**self._crc, "index": zlib.crc32(index.tobytes())}
+                footer = json.dumps(vars(self.summary)).encode()
+                self._file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._temporary, self.path)
+        finally:
+            self._file.close()
+            self._masks.close()
+            self._temporary.unlink(missing_ok=True)
+
+
+def read_summary(path: Path) -> Summary | None:
+    """The footer of a whole file; None where there is no file or not a whole one."""
+    try:
+        with path.open("rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - 16))
+            tail = f.read(16)
+            if tail[8:] != MAGIC:
+                return None
+            length = int.from_bytes(tail[:8], "little")
+            f.seek(size - 16 - length)
+            summary = Summary(**json.loads(f.read(length)))
+    except (OSError, ValueError, TypeError):
+        return None
+    summary.rejects = [Rejected(*r) for r in summary.rejects]
+    whole = summary.tokens * 5 + summary.documents * INDEX.itemsize + length + 16
+    return summary if whole == size else None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A chunk's file, mapped."""
+
+    ids: NDArray[np.uint32]
+    mask: NDArray[np.bool_]
+    index: NDArray[Any]
+
+    @classmethod
+    def open(cls, path: Path, summary: Summary) -> Tokens:
+        n, d = summary.tokens, summary.documents
+        if not d:
+            return cls(np.empty(0, np.uint32), np.empty(0, np.bool_), np.empty(0, INDEX))
+        try:
+            raw = np.memmap(path, dtype=np.uint8, mode="r")
+        except (OSError, ValueError) as e:
+            raise SftError(f"{path}: the token cache lost this file ({e}); next: run it again") from None
+        return cls(
+            raw[: 4 * n].view("<u4"), raw[4 * n : 5 * n].view(np.bool_), raw[5 * n : 5 * n + d * INDEX.itemsize].view(INDEX)
+        )
+
+
+def is_intact(path: Path, summary: Summary) -> bool:
+    """Reads the whole file and compares every section's checksum."""
+    tokens = Tokens.open(path, summary)
+    sections: Sequence[tuple[str, NDArray[Any]]] = (("ids", tokens.ids), ("mask", tokens.mask), ("index", tokens.index))
+    for name, array in sections:
+        crc = 0
+        flat = array.view(np.uint8).reshape(-1)
+        for start in range(0, len(flat), _COPY_BYTES):
+            crc = zlib.crc32(flat[start : start + _COPY_BYTES], crc)
+        if crc != summary.crc.get(name):
+            return False
+    return True
