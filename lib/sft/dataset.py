@@ -252,8 +252,8 @@ class Dataset:
             folder,
             documents,
             dtype,
-            tuple(np.memmap(path, dtype=dtype, mode="r") for path in parts),
-            tuple(np.memmap(path, dtype=np.bool_, mode="r") for path in masks),
+            tuple(np.asarray(np.memmap(path, dtype=dtype, mode="r")) for path in parts),
+            tuple(np.asarray(np.memmap(path, dtype=np.bool_, mode="r")) for path in masks),
         )
 
     @property
