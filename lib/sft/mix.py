@@ -49,7 +49,7 @@ class Mixed:
     data: Selection
     validation: Selection
     report: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a source: documents, duplicates, contaminated, validation, available, taken."""
+    """One entry a source: path, weight, found, duplicates, contaminated, validation, available, taken."""
 
 
 def scramble(values: U64) -> U64:
@@ -141,7 +141,7 @@ def mix(
             {
                 "path": source.path,
                 "weight": source.weight,
-                "documents": len(pool.lengths),
+                "found": len(pool.lengths),
                 "duplicates": int(duplicate.sum()),
                 "contaminated": int((pool.excluded & ~duplicate).sum()),
                 "validation": len(keep),

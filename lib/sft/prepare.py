@@ -13,32 +13,31 @@ SHARD=i/n does step 2 for every n-th chunk and publishes nothing; SHARD=merge/n 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
 import shutil
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sft import inputs, manifest, mix, sources, tokencache, workers
+from sft import inputs, manifest, sources, workers
 from sft.dataset import DatasetWriter
 from sft.decontaminate import Screen
 from sft.errors import SftError
+from sft.mix import Mixed, Pool, Selection, mix
 from sft.schema import Prepare, Source
-from sft.tokencache import ChunkWriter, Rejected, Summary, Tokens
+from sft.tokencache import INDEX, TEMPORARY, ChunkWriter, Rejected, Summary, Tokens, is_intact, read_summary
 
 if TYPE_CHECKING:
     from sft.stage import Result, Stage
-    from sft.tokenize import Encoder
 
 ENCODING = 1
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
@@ -50,28 +49,523 @@ BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this m
 BLOCK_TOKENS = 8 << 20  # documents are gathered and written this many tokens at a time
 OPEN_CHUNKS = 256
 REJECT_EXAMPLES = 5
-MIN_ROWS_TO_GIVE_UP = 1000
+GIVE_UP_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Which part of the chunks this process encodes, from SHARD=: '' all, 'i/n' one part, 'merge/n' none but all must be there."""
+    """What SHARD= asks for: '' everything, 'i/n' one part of the encoding, 'merge/n' the rest once all n parts are there."""
 
+    parts: int = 0
     part: int | None = None
-    parts: int = 1
 
     @classmethod
     def parse(cls, text: str) -> Shard:
         if not text:
             return cls()
         match = re.fullmatch(r"(\d+|merge)/(\d+)", text)
-        if not match or int(match[2]) < 1 or (match[1] != "merge" and int(match[1]) >= int(match[2])):
-            raise SftError(f"SHARD={text!r}: expected i/n with 0 <= i < n, or merge/n; next: e.g. SHARD=0/4 … SHARD=3/4, then SHARD=merge/4")
-        return cls(None if match[1] == "merge" else int(match[1]), int(match[2]))
+        if not match or not int(match[2]) or (match[1] != "merge" and int(match[1]) >= int(match[2])):
+            raise SftError(f"SHARD={text!r}: not i/n with 0 <= i < n, nor merge/n; next: SHARD=0/4 … SHARD=3/4, then SHARD=merge/4")
+        return cls(int(match[2]), None if match[1] == "merge" else int(match[1]))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chunk to encode: `number` counts over the whole mix, `name` is its file in the caches."""
+
+    number: int
+    source: int
+    chunk: sources.Chunk
+    name: str
+
+
+class EncodeChunk:
+    """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
+
+    def __init__(self, tokenizer: Path, table: Prepare, files: dict[str, Path], cache: Path):
+        from sft.tokenize import Encoder
+
+        self.encoder = Encoder(tokenizer, table, files.__getitem__)
+        self.sources, self.cache = table.sources, cache
+
+    def __call__(self, job: Job) -> Summary:
+        source = self.sources[job.source]
+        with ChunkWriter(self.cache / job.name) as writer:
+            summary = writer.summary
+            for batch in sources.read(job.chunk):
+                summary.rejects += [Rejected(*bad) for bad in batch.bad]
+                summary.rows += len(batch.rows) + len(batch.bad)
+                summary.lines = batch.count
+                if not batch.rows:
+                    continue
+                encoded = self.encoder.encode(batch.rows, source)
+                numbers = np.array(batch.numbers, dtype=np.int64)
+                writer.add(encoded.ids, encoded.mask, encoded.lengths, numbers[encoded.rows])
+                summary.rejects += [Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects]
+            summary.rejects.sort()
+        return Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+
+
+class ScreenChunk:
+    """What a worker does to find evaluation texts: writes {"hits": [[row, text], …]} of a chunk."""
+
+    def __init__(self, screen: Screen, cache: Path):
+        self.screen, self.cache = screen, cache
+
+    def __call__(self, job: Job) -> int:
+        hits: list[list[int]] = []
+        for batch in sources.read(job.chunk):
+            found = self.screen.hits(batch.rows)
+            hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
+        manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
+        return len(hits)
+
+
+class Progress:
+    """A line every few seconds: share done, tokens, tokens/s, time left."""
+
+    def __init__(self, say: Any, what: str, total_bytes: int, every_s: float = 5.0):
+        self.say, self.what, self.total, self.every = say, what, max(1, total_bytes), every_s
+        self.began = self.last = time.monotonic()
+        self.bytes = self.tokens = 0
+
+    def add(self, done_bytes: int, tokens: int = 0) -> None:
+        self.bytes += done_bytes
+        self.tokens += tokens
+        now = time.monotonic()
+        if now - self.last >= self.every:
+            self.last = now
+            left = (now - self.began) * (self.total - self.bytes) / max(1, self.bytes)
+            self.say(f"{self.what} {self.bytes / self.total:4.0%}  {self.rate(now)}  {left // 60:.0f}:{left % 60:02.0f} left")
+
+    def rate(self, now: float | None = None) -> str:
+        seconds = max(1e-9, (now or time.monotonic()) - self.began)
+        return f"{self.tokens / 1e6:,.1f}M tokens, {self.tokens / seconds:,.0f} tokens/s"
+
+
+@dataclass(frozen=True)
+class SourceIndex:
+    """The encoded documents of one source: where each lies, and what was read and rejected."""
+
+    chunk: np.ndarray  # [documents] position in Preparation.jobs_of[source]
+    start: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray  # number of the row in its file, from 1
+    repeats: np.ndarray  # number of the evaluation text a document repeats, or -1
+    pool: Pool
+    read: int
+    rejects: list[dict[str, Any]]
+
+
+class Preparation:
+    """One run of the stage. Building it resolves the sources; each method is one step."""
+
+    def __init__(self, stage: Stage, shard: Shard):
+        from sft.tokenize import Encoder
+
+        self.stage, self.shard = stage, shard
+        self.table = stage.recipe.prepare
+        self.say = stage.say
+        self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
+        self.files = {self.table.template: stage.find(self.table.template)} if inputs.is_template_file(self.table.template) else {}
+        self.encoder = Encoder(self.tokenizer, self.table, stage.find)
+        hashes: dict[Path, str] = {}
+
+        def sha256(file: Path) -> str:
+            return hashes[file] if file in hashes else hashes.setdefault(file, manifest.hash_file(file))
+
+        self.inputs = [sources.resolve(s, stage.find, stage.cache, sha256, self.say) for s in self.table.sources]
+        self.encode_key = _digest(self._encoding())
+        self.cache = stage.cache / "tokens" / self.encode_key
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self.jobs_of = [self._jobs(i, files) for i, files in enumerate(self.inputs)]
+        unique = {job.name: job for jobs in reversed(self.jobs_of) for job in jobs}
+        self.jobs = [dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))]
+        self.summaries: dict[str, Summary] = {}
+        self.encoded_tokens, self.encode_seconds = 0, 0.0
+
+    def _encoding(self) -> dict[str, Any]:
+        """Everything but the rows that decides tokens and masks. New options count unless named as the mix's own."""
+        table = {
+            f.name: getattr(self.table, f.name)
+            for f in dataclasses.fields(self.table)
+            if f.name not in MIX_FIELDS | {"tokenizer"} and f.metadata.get("key", True)
+        }
+        return {"encoding": ENCODING, "identity": self.encoder.identity, "options": table}
+
+    def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[Job]:
+        source = self.table.sources[number]
+        options = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS}
+        jobs = []
+        for file in files:
+            chunks = sources.cut(file)
+            key = _digest([file.sha256, file.kind, options, [(c.start, c.stop) for c in chunks]])
+            jobs += [Job(0, number, chunk, f"{key}-{chunk.index:06d}.tok") for chunk in chunks]
+        return jobs
 
     @property
-    def merges(self) -> bool:
-        return self.part is None and self.parts > 1 or self.part is None and self.parts == 1 and self is not _WHOLE
+    def mine(self) -> list[Job]:
+        """The jobs of this process: all, or every n-th."""
+        return self.jobs if self.shard.part is None else self.jobs[self.shard.part :: self.shard.parts]
+
+    def workers(self, jobs: Sequence[Job]) -> int:
+        work = sum(job.chunk.bytes for job in jobs)
+        return max(1, min(self.stage.hardware.threads or workers.cores(), len(jobs), work // BYTES_PER_WORKER))
+
+    # --- encoding -------------------------------------------------------------------------------------------------
+
+    def encode(self) -> None:
+        """Makes every missing or damaged file of the token cache. Raises SftError when a source is plainly unusable."""
+        mine = self.mine
+        found = {job.name: read_summary(self.cache / job.name) for job in mine}
+        damaged = [n for n, s in found.items() if s is not None and not is_intact(self.cache / n, s)]
+        for name in damaged:
+            self.say(f"{self.cache / name}: damaged in the token cache; made again")
+        missing = [job for job in mine if found[job.name] is None or job.name in damaged]
+        total, todo = sum(j.chunk.bytes for j in mine), sum(j.chunk.bytes for j in missing)
+        count = self.workers(missing)
+        if len(missing) < len(mine):
+            self.say(f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({(total - todo) / 1e6:,.1f} MB)")
+        if not missing:
+            return
+        self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
+        progress = Progress(self.say, "encoding", todo)
+        arguments = (self.tokenizer, self.table, self.files, self.cache)
+        seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
+        for job, summary in workers.work(EncodeChunk, arguments, missing, count):
+            progress.add(job.chunk.bytes, summary.tokens)
+            counts = seen[job.source]
+            counts[0] += summary.rows
+            counts[1] += summary.rows - summary.documents
+            counts[2] += job.chunk.bytes
+            self._give_up(job, summary, *counts)
+        self.encoded_tokens, self.encode_seconds = progress.tokens, time.monotonic() - progress.began
+        self.say(f"encoded {progress.rate()}")
+
+    def _give_up(self, job: Job, summary: Summary, rows: int, rejected: int, seen_bytes: int) -> None:
+        """Stops early when a source cannot end below its share of rejects: a wrong column must not cost hours."""
+        whole = sum(j.chunk.bytes for j in self.jobs_of[job.source])
+        limit = self.table.max_reject_fraction * rows * whole / max(1, seen_bytes)
+        if rejected >= GIVE_UP_ROWS and rejected > 2 * limit and summary.rejects:
+            first = summary.rejects[0]
+            raise SftError(
+                f"{job.chunk.file.name}: {rejected} of the first {rows} rows are unusable, more than max_reject_fraction = "
+                f"{self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n    {first.example[:200]}\n"
+                f"next: correct the source or its columns"
+            )
+
+    # --- parts of an array job ------------------------------------------------------------------------------------
+
+    def _part_file(self, part: int) -> Path:
+        plan = _digest([job.name for job in self.jobs])
+        return self.cache / f"plan-{plan}-{part}-of-{self.shard.parts}.json"
+
+    def record_part(self) -> Path:
+        """Writes the manifest of this part: its files with their sha256."""
+        chunks = [
+            {"file": j.name, "bytes": (self.cache / j.name).stat().st_size, "sha256": manifest.hash_file(self.cache / j.name)}
+            for j in self.mine
+        ]
+        file = self._part_file(self.shard.part or 0)
+        manifest.write_atomic(file, json.dumps({"format": 1, "chunks": chunks}, indent=1).encode())
+        return file
+
+    def check_parts(self) -> None:
+        """Raises SftError unless all parts are done and every byte is what their manifests say."""
+        n = self.shard.parts
+        absent = [str(i) for i in range(n) if not self._part_file(i).is_file()]
+        if absent:
+            raise SftError(f"{self.cache}: parts {', '.join(absent)} of {n} are not done; next: SHARD={absent[0]}/{n} with the same recipe")
+        broken: list[str] = []
+        for part in range(n):
+            try:
+                entries = json.loads(self._part_file(part).read_bytes())["chunks"]
+                expected = {job.name for job in self.jobs[part::n]}
+                if {e["file"] for e in entries} != expected:
+                    raise ValueError("it lists other chunks")
+            except (ValueError, KeyError, TypeError) as e:
+                raise SftError(f"{self._part_file(part)}: torn ({e}); next: SHARD={part}/{n} again") from None
+            for entry in entries:
+                file = self.cache / entry["file"]
+                if not file.is_file() or file.stat().st_size != entry["bytes"] or manifest.hash_file(file) != entry["sha256"]:
+                    broken.append(f"{file}: not what part {part} wrote; next: SHARD={part}/{n} again")
+        if broken:
+            raise SftError("\n".join(broken))
+
+    # --- what was encoded -----------------------------------------------------------------------------------------
+
+    def screen(self) -> tuple[dict[str, list[list[int]]], Screen | None]:
+        """Rows that repeat evaluation texts: {chunk file: [[row, text]]}."""
+        if not self.table.decontaminate:
+            return {}, None
+        rows = []
+        digests = []
+        for path in self.table.decontaminate:
+            for file in sources.resolve(Source(path=path), self.stage.find, self.stage.cache, say=self.say):
+                digests.append(file.sha256)
+                rows += [(f"{file.name}:{i}", row) for i, row in _numbered(file)]
+        screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
+        if not screen.texts:
+            raise SftError(
+                f"[prepare] decontaminate: no text of {', '.join(self.table.decontaminate)} has {screen.n} words; "
+                "next: name files with evaluation texts or lower decontaminate_ngram"
+            )
+        cache = self.stage.cache / "screens" / _digest([digests, screen.n, screen.overlap])
+        cache.mkdir(parents=True, exist_ok=True)
+        missing = [job for job in self.mine if not (cache / f"{job.name}.json").is_file()]
+        progress = Progress(self.say, "decontaminating", sum(j.chunk.bytes for j in missing))
+        for job, _ in workers.work(ScreenChunk, (screen, cache), missing, self.workers(missing)):
+            progress.add(job.chunk.bytes)
+        return {job.name: json.loads((cache / f"{job.name}.json").read_bytes())["hits"] for job in self.mine}, screen
+
+    def collect(self, hits: dict[str, list[list[int]]]) -> list[SourceIndex]:
+        """Reads the cache's index of every source. Raises SftError for missing files and too many rejects."""
+        return [self._collect(i, hits) for i in range(len(self.inputs))]
+
+    def _collect(self, number: int, hits: dict[str, list[list[int]]]) -> SourceIndex:
+        jobs = self.jobs_of[number]
+        parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
+        read = base = 0
+        for position, job in enumerate(jobs):
+            if job.chunk.index == 0:
+                base = 0
+            summary = read_summary(self.cache / job.name)
+            if summary is None:
+                raise SftError(f"{self.cache / job.name}: the token cache lost this file; next: run it again")
+            self.summaries[job.name] = summary
+            index = np.array(Tokens.open(self.cache / job.name, summary).index)
+            lengths = index["length"].astype(np.int64)
+            parts.append(index)
+            chunk.append(np.full(len(index), position, dtype=np.uint32))
+            starts.append(np.cumsum(lengths) - lengths)
+            rows.append(index["row"].astype(np.int64) + base + 1)
+            text_of = dict(hits.get(job.name, ()))
+            repeats.append(np.full(len(index), -1, dtype=np.int32))
+            for i in np.flatnonzero(np.isin(index["row"], list(text_of))) if text_of else ():
+                repeats[-1][i] = text_of[int(index["row"][i])]
+            name = job.chunk.file.name
+            rejects += [
+                {"source": self.table.sources[number].path, "file": name, **{**r._asdict(), "row": r.row + base + 1}} for r in summary.rejects
+            ]
+            read += summary.rows
+            base += summary.lines
+        self._check_rejects(number, read, rejects)
+        index = np.concatenate(parts)
+        texts = np.concatenate(repeats)
+        return SourceIndex(
+            chunk=np.concatenate(chunk), start=np.concatenate(starts), labels=index["labels"].astype(np.int64),
+            rows=np.concatenate(rows), repeats=texts, read=read, rejects=rejects,
+            pool=Pool(index["length"].astype(np.int64), np.ascontiguousarray(index["digest"]), texts >= 0),
+        )  # fmt: skip
+
+    def _check_rejects(self, number: int, read: int, rejects: Sequence[dict[str, Any]]) -> None:
+        path = self.table.sources[number].path
+        if not read:
+            raise SftError(f"{path}: holds no row; next: correct the path")
+        if len(rejects) <= self.table.max_reject_fraction * read and len(rejects) < read:
+            return
+        lines = [f"{path}: {len(rejects)} of {read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"]
+        for reason, count in Counter(r["reason"] for r in rejects).most_common(REJECT_EXAMPLES):
+            first = next(r for r in rejects if r["reason"] == reason)
+            lines.append(f"  {count} × {reason}: e.g. {first['file']} row {first['row']}: {first['detail']}\n      {first['example'][:200]}")
+        raise SftError("\n".join([*lines, "next: correct the rows or the source's columns, or raise max_reject_fraction"]))
+
+    # --- writing --------------------------------------------------------------------------------------------------
+
+    def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex], vocab_size: int) -> dict[str, int]:
+        """Writes the chosen documents into stage.out/name in their order. Memory: one block of tokens."""
+        folder = self.stage.out / name
+        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        offsets = np.cumsum([0, *(len(jobs) for jobs in self.jobs_of)])
+        jobs = [job for jobs in self.jobs_of for job in jobs]
+        chunk, start, length = (np.empty(len(chosen), dtype=np.int64) for _ in range(3))
+        for number, source in enumerate(found):
+            here = chosen.source == number
+            index = chosen.index[here]
+            chunk[here] = source.chunk[index] + offsets[number]
+            start[here], length[here] = source.start[index], source.pool.lengths[index]
+        ends = np.cumsum(length)
+        progress = Progress(self.say, f"writing {name}", int(ends[-1]))
+        opened: dict[int, Tokens] = {}
+        with DatasetWriter(folder, vocab_size) as writer:
+            first = 0
+            while first < len(chosen):
+                done = int(ends[first - 1]) if first else 0
+                last = max(first + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
+                total = int(ends[last - 1]) - done
+                ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
+                places = ends[first:last] - length[first:last] - done
+                order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
+                at = first + order
+                for c, s, n, to in zip(
+                    chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True
+                ):
+                    if (tokens := opened.get(c)) is None:
+                        if len(opened) >= OPEN_CHUNKS:
+                            opened.pop(next(iter(opened)))
+                        name_of = jobs[c].name
+                        tokens = opened[c] = Tokens.open(self.cache / name_of, self.summaries[name_of])
+                    ids[to : to + n] = tokens.ids[s : s + n]
+                    mask[to : to + n] = tokens.mask[s : s + n]
+                writer.add(ids, mask, length[first:last], chosen.source[first:last])
+                progress.add(total, total)
+                first = last
+        return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
 
 
-_WHOLE = Shard()
+    def contaminated(self, found: Sequence[SourceIndex], screen: Screen) -> Iterator[dict[str, Any]]:
+        """Every dropped conversation with the evaluation text it repeats."""
+        for source, jobs, index in zip(self.table.sources, self.jobs_of, found, strict=True):
+            for i in np.flatnonzero(index.repeats >= 0):
+                yield {
+                    "source": source.path,
+                    "file": jobs[int(index.chunk[i])].chunk.file.name,
+                    "row": int(index.rows[i]),
+                    "repeats": screen.texts[int(index.repeats[i])],
+                }
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time fills this cache; parts of an array job write different files of it."""
+        from sft.stage import lock
+
+        name = "lock" if self.shard.part is None else f"lock-{self.shard.part}-of-{self.shard.parts}"
+        with lock(self.cache / name, wait=True):
+            an_hour_ago = time.time() - 3600  # of a killed run; a living one's file is younger
+            for file in self.cache.glob(f"{TEMPORARY}*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if file.stat().st_mtime < an_hour_ago:
+                        file.unlink()
+            yield
+
+
+def prepare_part(stage: Stage, shard: Shard) -> Path:
+    """Encodes one part of the chunks into the cache and returns its manifest. Publishes nothing."""
+    work = Preparation(stage, shard)
+    with work.locked():
+        work.encode()
+        work.screen()
+        file = work.record_part()
+    stage.say(f"part {shard.part} of {shard.parts}: {len(work.mine)} chunks are in {work.cache}; then: SHARD=merge/{shard.parts}")
+    return file
+
+
+def prepare(stage: Stage, shard: Shard | None = None) -> Result:
+    """The whole stage; with SHARD=merge/n the encoding must be there already. Raises SftError; then nothing is published."""
+    from sft.stage import Result
+
+    work = Preparation(stage, shard or Shard())
+    table, out = work.table, stage.out
+    with work.locked():
+        if work.shard.parts:
+            work.check_parts()
+        else:
+            work.encode()
+        hits, screen = work.screen()
+        found = work.collect(hits)
+    mixed = mix(
+        [f.pool for f in found], table.sources, table.seed, deduplicate=table.deduplicate, validation_fraction=table.validation_fraction
+    )
+    for entry in mixed.report:
+        stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
+    if table.validation_fraction and not len(mixed.validation):
+        stage.say(f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations")
+    identity = work.encoder.identity
+    splits = {"data": work.write("data", mixed.data, found, identity["vocab_size"])}
+    shutil.rmtree(out / "validation", ignore_errors=True)
+    if len(mixed.validation):
+        splits["validation"] = work.write("validation", mixed.validation, found, identity["vocab_size"])
+    if not splits["data"]["labels"]:
+        raise SftError(f"[prepare]: none of {splits['data']['tokens']} tokens is trained; next: correct the template or train_roles")
+    work.encoder.save_tokenizer(out / "data" / "tokenizer")
+    rejects = [reject for source in found for reject in source.rejects]
+    outputs = ["data", *(["validation"] if len(mixed.validation) else []), "dataset.json", "rejects.jsonl"]
+    _write_lines(out / "rejects.jsonl", rejects)
+    dataset = _dataset(work, mixed, found, splits)
+    if screen is not None:
+        dropped = list(work.contaminated(found, screen))
+        _write_lines(out / "contaminated.jsonl", dropped)
+        outputs.append("contaminated.jsonl")
+        dataset["decontamination"] = {
+            "files": list(table.decontaminate), "ngram": screen.n, "overlap": screen.overlap,
+            "texts": len(screen.texts), "too_short": screen.too_short, "dropped": len(dropped),
+        }  # fmt: skip
+    _write_json(out / "dataset.json", dataset)
+    speed = {"encoded_tokens_per_s": round(work.encoded_tokens / work.encode_seconds)} if work.encode_seconds else {}
+    return Result(outputs, {**splits["data"], "rejected": len(rejects), **speed})
+
+
+def _dataset(work: Preparation, mixed: Mixed, found: Sequence[SourceIndex], splits: dict[str, dict[str, int]]) -> dict[str, Any]:
+    """dataset.json: what the data is, where it came from, and what was left out."""
+    described = []
+    for number, (source, index, files) in enumerate(zip(mixed.report, found, work.inputs, strict=True)):
+        chosen = mixed.data.index[mixed.data.source == number]
+        described.append(
+            {
+                **source,
+                "rows": index.read,
+                "rejected": len(index.rejects),
+                "reasons": dict(sorted(Counter(r["reason"] for r in index.rejects).items())),
+                "documents": len(chosen),
+                "tokens": int(index.pool.lengths[chosen].sum()),
+                "labels": int(index.labels[chosen].sum()),
+                "files": [{"name": f.name, "sha256": f.sha256} for f in files],
+            }
+        )
+    lengths = np.concatenate([f.pool.lengths[mixed.data.index[mixed.data.source == i]] for i, f in enumerate(found)])
+    return {"format": 1, **work.encoder.identity, "sources": described, "splits": splits, "lengths": histogram(lengths)}
+
+
+def histogram(lengths: np.ndarray) -> dict[str, Any]:
+    """Document lengths in tokens: percentiles, and documents and tokens up to each power of two."""
+    buckets = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
+    documents = np.bincount(buckets)
+    tokens = np.bincount(buckets, weights=lengths.astype(np.float64))
+    return {
+        "mean": round(float(lengths.mean()), 3),
+        **{f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99)},
+        "max": int(lengths.max()),
+        "up_to": [[1 << b, int(n), int(t)] for b, (n, t) in enumerate(zip(documents, tokens, strict=True)) if n],
+    }
+
+
+def resolve_tokenizer(path: str, stage: Stage) -> Path:
+    """The tokenizer's folder, fetched from the hub where it is named so."""
+    if not inputs.is_remote(path):
+        return stage.find(path)
+    name, _, revision = path.removeprefix("hf://").partition("@")
+    if not path.startswith("hf://") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
+        raise SftError(f"[prepare] tokenizer: {path!r} is not a folder under DATA nor hf://org/name[@revision]; next: correct it")
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(inputs.TOKENIZER_FILES))
+    except Exception as e:  # many kinds: network, missing name, no permission
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        raise SftError(f"[prepare] tokenizer: {path}: {reason}; next: check the name, HF_TOKEN and the network") from None
+    return Path(found)
+
+
+def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    base = 0
+    for chunk in sources.cut(file):
+        count = 0
+        for batch in sources.read(chunk):
+            count = batch.count
+            if batch.bad:
+                bad = batch.bad[0]
+                raise SftError(f"{file.name}: row {base + bad.row + 1}: {bad.reason}: {bad.detail}; next: repair the evaluation file")
+            yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
+        base += count
+
+
+def _write_json(file: Path, value: Any) -> None:
+    manifest.write_atomic(file, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+
+
+def _write_lines(file: Path, values: Sequence[dict[str, Any]]) -> None:
+    manifest.write_atomic(file, b"".join(json.dumps(v).encode() + b"\n" for v in values))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(manifest.canonical(value)).hexdigest()[:32]

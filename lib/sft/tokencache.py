@@ -3,7 +3,7 @@
     ids <u4[tokens] | mask ?[tokens] | INDEX[documents] | JSON footer | footer's length <u8 | MAGIC
 
 In: encoded documents of a chunk, batch by batch. Out: a file under its final name only when whole; its footer says what
-stands in it, what was rejected and the crc32 of each section, so that a damaged file is found and made again.
+stands in it, what was rejected and the crc32c of each section, so that a damaged file is found and made again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import json
 import os
 import socket
 import tempfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,15 +84,18 @@ class ChunkWriter:
         index = np.zeros(len(lengths), dtype=INDEX)
         index["length"], index["row"] = lengths, rows
         index["labels"] = np.add.reduceat(mask, starts, dtype=np.int64)
-        raw = memoryview(ids).cast("B")
+        raw = ids.tobytes()  # crc32c takes bytes only
+        view = memoryview(raw)
         digests = b"".join(
-            hashlib.blake2b(raw[4 * a : 4 * b], digest_size=16).digest() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
+            hashlib.blake2b(view[4 * a : 4 * b], digest_size=16).digest() for a, b in zip(starts.tolist(), ends.tolist(), strict=True)
         )
         index["digest"] = np.frombuffer(digests, dtype="<u8").reshape(-1, 2)
         self._index.append(index)
-        self._crc = {"ids": zlib.crc32(raw, self._crc["ids"]), "mask": zlib.crc32(memoryview(mask).cast("B"), self._crc["mask"])}
+        self._crc["ids"] = google_crc32c.extend(self._crc["ids"], raw)
+        raw_mask = mask.tobytes()
+        self._crc["mask"] = google_crc32c.extend(self._crc["mask"], raw_mask)
         self._file.write(raw)
-        self._masks.write(memoryview(mask).cast("B"))
+        self._masks.write(raw_mask)
         self.summary.documents += len(lengths)
         self.summary.tokens += len(ids)
         self.summary.labels += int(index["labels"].sum(dtype=np.int64))
@@ -105,7 +108,7 @@ class ChunkWriter:
                     self._file.write(block)
                 index = np.concatenate(self._index) if self._index else np.empty(0, dtype=INDEX)
                 self._file.write(index.tobytes())
-                self.summary.crc = {**self._crc, "index": zlib.crc32(index.tobytes())}
+                self.summary.crc = {**self._crc, "index": google_crc32c.value(index.tobytes())}
                 footer = json.dumps(vars(self.summary)).encode()
                 self._file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
                 self._file.flush()
@@ -167,7 +170,7 @@ def is_intact(path: Path, summary: Summary) -> bool:
         crc = 0
         flat = array.view(np.uint8).reshape(-1)
         for start in range(0, len(flat), _COPY_BYTES):
-            crc = zlib.crc32(flat[start : start + _COPY_BYTES], crc)
+            crc = google_crc32c.extend(crc, flat[start : start + _COPY_BYTES].tobytes())
         if crc != summary.crc.get(name):
             return False
     return True
