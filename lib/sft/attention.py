@@ -10,15 +10,19 @@ Without a fused kernel every document is a call of its own, so a packed document
 
 from __future__ import annotations
 
+import inspect
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 # Rows of a windowed document handled by one masked call. Longer documents go block by block, so that the mask and the
 # scores stay O(block * (block + window)) and not O(length^2).
 BLOCK = 512
+_HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
@@ -28,17 +32,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
     # The kernel counts the tokens left of the token itself. (-1, 0) is how torch 2.13 spells "causal"; 2.11 takes
     # grouped key/value heads without being told and has no enable_gqa.
-    sides = (window - 1, 0) if window else (-1, 0)
-    if q.shape[1] == k.shape[1]:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides)
-    try:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides, enable_gqa=True)
-    except TypeError:
-        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, window_size=sides)
+    options: dict[str, Any] = {"window_size": (window - 1, 0) if window else (-1, 0)}
+    if q.shape[1] != k.shape[1] and _HAS_ENABLE_GQA:
+        options["enable_gqa"] = True
+    out = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_len, max_len, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 @torch.compiler.disable
@@ -69,9 +70,7 @@ def _document(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _window_mask(
-    rows: int, keys: int, offset: int, window: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def _window_mask(rows: int, keys: int, offset: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive mask [rows, keys]: row i stands at key `offset + i` and sees `window` keys up to itself."""
     with torch.inference_mode(False), torch.no_grad():
         distance = torch.arange(offset, offset + rows, device=device)[:, None] - torch.arange(keys, device=device)

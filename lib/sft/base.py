@@ -191,7 +191,11 @@ def check_tokenizer(dataset: Path, facts: Mapping[str, Any], base: Path | None) 
     if base is None:
         return ""
     ours = str(facts["tokenizer"]["sha256"]).removeprefix("sha256:")
-    places = (base / "tokenizer.json", base / "tokenizer" / "tokenizer.json", base.parent / "tokenizer" / "tokenizer.json")
+    places = (
+        base / "tokenizer.json",
+        base / "tokenizer" / "tokenizer.json",
+        base.parent / "tokenizer" / "tokenizer.json",
+    )
     found = next((p for p in places if p.is_file()), None)
     if found is not None:
         theirs = hashlib.sha256(found.read_bytes()).hexdigest()

@@ -25,7 +25,9 @@ import pathlib
 import pickle
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from sft import manifest
-from sft.dist import World
+from sft.dist import SharedError, World
 from sft.errors import SftError
 
 LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout this is
@@ -61,7 +63,9 @@ _ALLOWED |= {
     ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
 }
 _ALLOWED |= {("torch", str(d).removeprefix("torch.")): d for d in (torch.float32, torch.float64, torch.bfloat16)}
-_ALLOWED |= {("torch", str(d).removeprefix("torch.")): d for d in (torch.float16, torch.int64, torch.int32, torch.uint8)}
+_ALLOWED |= {
+    ("torch", str(d).removeprefix("torch.")): d for d in (torch.float16, torch.int64, torch.int32, torch.uint8)
+}
 
 
 class _Restricted(pickle.Unpickler):
@@ -181,12 +185,12 @@ class Tensors(Mapping[str, Tensor]):
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, which would otherwise note a random id and the temporary path: equal states give equal bytes."""
 
-    def storage_meta(self) -> None:  # type: ignore[override]
+    def storage_meta(self) -> None:
         return None
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """"<name>.<moment>" for every parameter."""
+    """ "<name>.<moment>" for every parameter."""
     return {f"{n}.{s}": optimizer.state[p][s] for n, p in model.named_parameters() for s in STATE}
 
 
@@ -238,39 +242,27 @@ def save(
             manifest.sync_folder(folder)
         if final.exists():  # a torn or foreign folder of this name: the resume passed it over
             shutil.rmtree(final)
-        os.rename(work, final)
+        work.rename(final)
         manifest.sync_folder(out)
 
     try:
         world.leader_first(lambda: shutil.rmtree(work, ignore_errors=True))
-        together(world, write)
+        world.together(write)
         writer = _Writer(work / "model_and_optim", single_file_per_rank=True, sync_files=True)
-        dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
-        described = together(world, describe)
+        with warnings.catch_warnings():  # one process without a group is what was meant
+            warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
+            dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+        described = world.together(describe)
         world.leader_first(publish)
     except (OSError, RuntimeError, SftError, dcp.api.CheckpointException) as error:
         need = sum(p.numel() for p in names.values()) * 12
         if world.leader:
             shutil.rmtree(work, ignore_errors=True)
-        raise SftError(
+        raise SharedError(
             f"{final}: could not be saved ({_reason(error)}); a step needs about {need:,} bytes there; earlier steps are"
             " untouched; next: make room and run train again, which continues from the last one"
         ) from error
     return final
-
-
-def together(world: World, action: Callable[[], Any]) -> list[Any]:
-    """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""
-    try:
-        outcome = (action(), "")
-    except Exception as error:
-        if world.size == 1:
-            raise
-        outcome = (None, f"rank {world.rank}: {type(error).__name__}: {error}")
-    outcomes = world.gather(outcome)
-    if failures := [failure for _, failure in outcomes if failure]:
-        raise SftError("; ".join(failures))
-    return [value for value, _ in outcomes]
 
 
 def _reason(error: BaseException) -> str:
@@ -302,7 +294,7 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     for leftover in out.glob(".saving-step*") if world.leader else ():
         shutil.rmtree(leftover, ignore_errors=True)
     for _, step in reversed(world.leader_first(lambda: steps(out))):
-        problems = [line for part in together(world, lambda step=step: damage(step, world)) for line in part]  # type: ignore[misc]
+        problems = [line for part in world.together(partial(damage, step, world)) for line in part]
         if not problems:
             return Path(step)
         warn(f"{step}: passed over: {problems[0]}" + (f" (and {len(problems) - 1} more)" if problems[1:] else ""))
@@ -352,5 +344,5 @@ def drop_ephemeral(out: Path, keep: Path) -> None:
             # Renamed first: a removal that is cut short must not leave a folder that looks like a step.
             doomed = out / f".saving-{step.name}"
             shutil.rmtree(doomed, ignore_errors=True)
-            os.rename(step, doomed)
+            step.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)

@@ -24,6 +24,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from sft.errors import SftError
 
 
+class SharedError(SftError):
+    """An error that every rank raises alike, so that one of them is enough to say it."""
+
+
 @dataclass
 class World:
     rank: int
@@ -68,20 +72,35 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def leader_first(self, action: Callable[[], Any]) -> Any:
-        """Runs `action` on rank 0 only and gives its result to all; an exception there is raised on every rank."""
-        outcome: tuple[Any, str] = (None, "")
+    def leader_first(self, action: Callable[[], Any], share: bool = True) -> Any:
+        """Runs `action` on rank 0 before any rank goes on and gives its result to all (None to the others unless
+        `share`, for what cannot be sent). An exception there is raised on every rank."""
+        value, failure = None, ""
         if self.leader:
             try:
-                outcome = (action(), "")
+                value = action()
             except Exception as error:
                 if self.size == 1:
                     raise
-                outcome = (None, f"{type(error).__name__}: {error}")
-        value, failure = self.gather(outcome)[0]
+                failure = str(error) if isinstance(error, SftError) else f"{type(error).__name__}: {error}"
+        sent, failure = self.gather((value if share else None, failure))[0]
         if failure:
-            raise SftError(f"rank 0: {failure}")
-        return value
+            raise SharedError(failure)
+        return value if self.leader else sent
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""
+        value, failure = None, ""
+        try:
+            value = action()
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = f"rank {self.rank}: {type(error).__name__}: {error}"
+        outcomes = self.gather((value, failure))
+        if failures := [f for _, f in outcomes if f]:
+            raise SharedError("; ".join(failures))
+        return [v for v, _ in outcomes]
 
     def close(self) -> None:
         if dist.is_initialized():
@@ -139,7 +158,9 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
 def _mesh(world: World, shard_degree: int) -> DeviceMesh:
     degree = shard_degree or world.size
     if world.size % degree:
-        raise SftError(f"shard_degree {degree} does not divide the {world.size} processes; choose a divisor, or 0 for all")
+        raise SftError(
+            f"shard_degree {degree} does not divide the {world.size} processes; choose a divisor, or 0 for all"
+        )
     if degree == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     names = ("replicate", "shard")

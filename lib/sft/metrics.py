@@ -49,7 +49,7 @@ class Metrics:
             raise SftError(
                 f"[train] wandb_project {project!r}: the package wandb is not installed; pip install wandb, or clear the field"
             ) from None
-        mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         options: dict[str, Any] = {"id": identity[:16], "resume": "allow", "dir": str(out), "config": dict(config)}
         self._wandb = wandb.init(project=project, name=name, mode=mode, **options)
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,8 +89,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, rotary, cu_seqlens, max_len)
-        options = recompute_options(self.recompute)
-        return checkpoint(self.layer, x, rotary, cu_seqlens, max_len, use_reentrant=False, **options)
+        return checkpoint(
+            self.layer, x, rotary, cu_seqlens, max_len, use_reentrant=False, **recompute_options(self.recompute)
+        )
 
     # The checkpoint wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks outside.
     def layer(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -162,9 +164,7 @@ def rotary_table(config: ModelConfig, yarn: Yarn | None, positions: Tensor) -> R
 
 
 @lru_cache(maxsize=16)
-def inverse_frequencies(
-    dim: int, theta: float, yarn: Yarn | None, device: torch.device
-) -> tuple[Tensor, float]:
+def inverse_frequencies(dim: int, theta: float, yarn: Yarn | None, device: torch.device) -> tuple[Tensor, float]:
     """Angle per position [dim / 2] and the factor on sin and cos. YaRN (arXiv 2309.00071) slows the dimensions that turn
     less than `beta_slow` times within the old context by `factor`, keeps those above `beta_fast`, and ramps in between."""
     with torch.inference_mode(False):
@@ -182,7 +182,7 @@ def inverse_frequencies(
         return base / yarn.factor * ramp + base * (1 - ramp), 0.1 * math.log(yarn.factor) + 1.0
 
 
-def recompute_options(mode: str) -> dict[str, Callable]:
+def recompute_options(mode: str) -> dict[str, Any]:
     """'full' recomputes the whole layer; 'selected' keeps the attention kernel's output, the costliest thing to redo."""
     if mode == "full":
         return {}

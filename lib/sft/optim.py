@@ -47,10 +47,10 @@ def whole(x: Tensor) -> Tensor:
 def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales the gradients so that their global norm is at most `max_norm` (0 = leave them); returns the norm before."""
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True))
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
-    return whole(norm).detach()
+    return norm.detach()
 
 
 class Guard:

@@ -114,6 +114,9 @@ class Train:
     eps: float = opt(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = opt(0.0, "AdamW's decoupled decay", min=0)
     max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = do not clip", min=0)
+    z_loss: float = opt(0.0, "weight of the squared log-partition of every trained token; 0 = none", min=0)
+    skip_sigmas: float = opt(6.0, "skip a step whose loss or gradient norm is this many deviations above the last 128; 0 = never", min=0)
+    max_skipped: int = opt(10, "steps skipped in a row, as spikes or not finite, before training stops", min=1, key=False)
     precision: str = opt("bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32"))
     seed: int = opt(33333, "seed of random weights", min=0)
     data_seed: int = opt(34521, "seed of the order of packs", min=0)
@@ -147,8 +150,17 @@ class Evaluate:
     tasks: tuple[str, ...] = opt(REQUIRED, "names of lm-eval tasks from task_dir or from lm-eval itself")
     task_dir: str = opt("tasks", "folder of lm-eval task files under DATA or recipes/")
     limit: int = opt(0, "documents per task; 0 = all", min=0)
+    data: dict[str, str] = opt({}, "data files under DATA for tasks that ship none, by the name that their data_files use")
     batch_size: int = opt(8, "sequences per forward pass", min=1, key=False)
     seed: int = opt(1234, "seed of few-shot choice and sampling", min=0)
+    system_prompt: str = opt("", "system message before every conversation; empty = the task's own description, if any")
+    process_output: str = opt(
+        "none", "'r1_style' removes everything up to </think> before scoring", choices=("none", "r1_style")
+    )
+    max_length: int = opt(0, "longest prompt plus reply in tokens; 0 = the export's max_position_embeddings", min=0)
+    min_stop_rate: float = opt(0.5, "a task is broken when a smaller share of its replies ends by itself", min=0, max=1)
+    max_empty_fraction: float = opt(0.1, "a task is broken when a larger share of its replies is empty", min=0, max=1)
+    validation_documents: int = opt(256, "held-out conversations whose loss is measured, the first ones; 0 = none", min=0)
 
 
 @dataclass(frozen=True)
@@ -159,6 +171,11 @@ class Hardware:
     processes: int = opt(0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0)
     microbatch_tokens: int = opt(0, "tokens in one forward pass of one rank; 0 = seq_len", min=0)
     threads: int = opt(0, "CPU threads or workers per process; 0 = the machine's cores shared out", min=0)
+    shard_degree: int = opt(0, "ranks that share one copy of the weights, which the others replicate; 0 = all of them", min=0)
+    recompute: str = opt(
+        "none", "activations made anew in the backward pass; 'selected' keeps attention's", choices=("none", "selected", "full")
+    )
+    compile: bool = opt(False, "compile every block with torch.compile")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,118 @@
+"""A stage to train in, without Make: a synthetic dataset, a tiny recipe, and the driver that subprocesses run.
+
+    python tests/training.py <folder> [field=value …]        (or under torchrun)
+
+The dataset's documents count upwards from a random id, so that a tiny model learns them within a few steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sft import schema
+from sft.dataset import DatasetWriter
+
+VOCAB, EOS, PAD = 120, 1, 0
+MODEL: dict[str, Any] = {"preset": "olmo3-tiny", "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden": 64, "window": 8}
+TRAIN: dict[str, Any] = {
+    "seq_len": 64, "global_batch_tokens": 256, "steps": 12, "lr": 3e-3, "precision": "fp32",
+    "save_every": 100, "ephemeral_every": 3, "validate_every": 6,
+}  # fmt: skip
+
+
+def write_split(folder: Path, documents: int, seed: int) -> dict[str, int]:
+    rng = np.random.default_rng(seed)
+    with DatasetWriter(folder, VOCAB, part_tokens=4096) as writer:
+        for number in range(documents):
+            length = int(rng.integers(4, 60))
+            ids = (int(rng.integers(2, VOCAB)) + np.arange(length)) % (VOCAB - 2) + 2
+            ids[-1] = EOS
+            mask = np.arange(length) >= (length - 1 if number % 3 == 0 else rng.integers(1, length))
+            writer.add(ids, mask, [length], source=number % 2)
+        return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
+
+
+def write_dataset(folder: Path) -> Path:
+    """A synced dataset of two sources, with a validation split."""
+    tokenizer = folder / "data" / "tokenizer"
+    tokenizer.mkdir(parents=True, exist_ok=True)
+    (tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
+    splits = {"data": write_split(folder / "data", 120, 1), "validation": write_split(folder / "validation", 20, 2)}
+    facts = {
+        "format": 1,
+        "vocab_size": VOCAB,
+        "eos_id": EOS,
+        "pad_id": PAD,
+        "tokenizer": {"sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()},
+        "sources": [{"path": "odd"}, {"path": "even"}],
+        "splits": splits,
+    }
+    (folder / "dataset.json").write_text(json.dumps(facts))
+    return folder
+
+
+@dataclasses.dataclass
+class FakeRecipe:
+    model: schema.Model
+    train: schema.Train
+    run: str = "fake"
+
+
+class FakeStage:
+    """What sft.train uses of sft.stage.Stage."""
+
+    def __init__(self, folder: Path, base: Path | None = None, hardware: dict[str, Any] | None = None, **fields: Any) -> None:
+        model = {k.removeprefix("model_"): fields.pop(k) for k in list(fields) if k.startswith("model_")}
+        self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), schema.Train(**(TRAIN | fields)))
+        self.hardware = schema.Hardware(**(hardware or {}))
+        self.dataset = folder / "dataset"
+        self.base = base
+        self.out = folder / "train"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.identity = "0123456789abcdef"
+
+    def say(self, text: str) -> None:
+        print(f"[train] {text}", flush=True)
+
+
+def main() -> int:
+    """The stage on this rank; exit status as sft.train's."""
+    from sft.dist import SharedError, join
+    from sft.errors import SftError
+    from sft.train import REQUEUE, Requeue, train_stage
+
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+    fields: dict[str, Any] = {}
+    for word in sys.argv[2:]:
+        name, _, value = word.partition("=")
+        fields[name] = json.loads(value)
+    folder = Path(sys.argv[1])
+    base = fields.pop("base", None)
+    world = join(threads=1)
+    try:
+        stage = FakeStage(folder, Path(base) if base else None, fields.pop("hardware", None), **fields)
+        result = train_stage(stage, world, lambda: bool(asked))  # type: ignore[arg-type]
+        if world.leader:
+            (folder / "result.json").write_text(json.dumps(result.metrics))
+    except Requeue:
+        return REQUEUE
+    except SftError as error:
+        if world.leader or not isinstance(error, SharedError):
+            print(f"[train] error: {error}", flush=True)
+        return 1
+    finally:
+        world.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
