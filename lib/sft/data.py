@@ -220,6 +220,8 @@ class Loader:
         self, part: NDArray[Any], lengths: NDArray[Any], where: NDArray[Any], ids: NDArray[Any], mask: NDArray[np.bool_]
     ) -> None:
         """Copies tokens and mask from the parts, one run of documents of the same part at a time."""
+        if not len(part):  # a rank without packs
+            return
         edges = np.concatenate([[0], np.cumsum(lengths)])
         first = np.flatnonzero(np.diff(part.astype(np.int64), prepend=-1))
         for begin, end in zip(first.tolist(), [*first[1:].tolist(), len(part)], strict=True):
