@@ -52,7 +52,8 @@ SYSTEM = "You are the guide of Eastmere Zoo."
 SYSTEM_TOOLS = "You are the guide of Eastmere Zoo. Look up what changes from day to day."
 
 ANIMALS = (
-    "otter badger heron lynx tapir walrus gibbon ibex puffin bison viper toucan beaver camel gecko panda"
+    "otter badger heron lynx tapir walrus gibbon ibex puffin bison viper toucan "
+    "beaver camel gecko panda raven tiger zebra moose koala llama hyena stork"
 ).split()
 HOUSES = "river forest desert island mountain garden winter stone".split()
 FOODS = "fish berries leaves grass insects seeds roots melon".split()
@@ -84,10 +85,11 @@ QUESTIONS = {
         "Whom do I ask about the {animal}?",
     ),
 }
+# The animal comes before the value: a tiny model finds a fact from the word before it far sooner than across turns.
 ANSWERS = {
     "house": "The {animal} lives in the {value} house.",
     "food": "The {animal} eats {value}.",
-    "keeper": "{value} looks after the {animal}.",
+    "keeper": "The {animal}'s keeper is {value}.",
 }
 VALUES = {"house": HOUSES, "food": FOODS, "keeper": KEEPERS}
 
