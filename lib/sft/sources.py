@@ -103,7 +103,7 @@ def resolve(
 
 def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str]) -> InputFile:
     """The file itself, or its JSONL copy in the cache when it is compressed or one JSON array (neither can be cut)."""
-    kind = inputs.kind(name)
+    kind = inputs.kind(file.name)
     digest = sha256(file)
     if kind == "json" and not _is_array(name, file):
         kind = "jsonl"

@@ -1,0 +1,217 @@
+"""Reading rows: every kind of file gives the same rows, bad lines are counted with their numbers, chunks tile the file."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from sft import inputs, sources
+from sft.errors import SftError
+from sft.schema import Source
+
+ROWS = [{"prompt": f"q{i} é", "completion": "a" * (i % 50)} for i in range(500)]
+
+
+def write_jsonl(file: Path, rows: list) -> Path:
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    return file
+
+
+def resolved(folder: Path, name: str) -> list[sources.InputFile]:
+    return sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache")
+
+
+def everything(folder: Path, name: str) -> tuple[list[dict], list[sources.BadRow]]:
+    rows, bad = [], []
+    for file in resolved(folder, name):
+        base = 0
+        for chunk in sources.cut(file):
+            count = 0
+            for batch in sources.read(chunk):
+                rows += batch.rows
+                bad += [b._replace(row=b.row + base + 1) for b in batch.bad]
+                count = batch.count
+            base += count
+    return rows, bad
+
+
+def write_parquet(file: Path, rows: list) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist(rows), file, row_group_size=70)
+
+
+def write_arrow(file: Path, rows: list) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(str(file.parent / "saved"))
+    (saved,) = (file.parent / "saved").glob("*.arrow")
+    saved.rename(file)
+
+
+WRITERS = {
+    "x.jsonl": write_jsonl,
+    "x.jsonl.gz": lambda f, rows: f.write_bytes(gzip.compress(write_jsonl(f.parent / "plain", rows).read_bytes())),
+    "x.json": lambda f, rows: f.write_text(json.dumps(rows, indent=2)),
+    "lines.json": write_jsonl,
+    "x.parquet": write_parquet,
+    "x.arrow": write_arrow,
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    WRITERS[name](tmp_path / name, ROWS)
+    assert everything(tmp_path, name) == (ROWS, [])
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", size)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+    text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'
+    (tmp_path / "x.jsonl").write_text(text)
+    rows, bad = everything(tmp_path, "x.jsonl")
+    assert [r["a"] for r in rows] == [1, 2, "x" * 300, 3, 4] and not bad
+    assert sources.read_row(resolved(tmp_path, "x.jsonl"), 5)[1] == {"a": 3}  # the blank line is line 2
+
+
+BAD_LINES = {
+    "torn": (b'{"prompt": "x", "completi', "not_json"),
+    "not_json": (b"hello", "not_json"),
+    "latin1": ('{"prompt": "caf\xe9"}'.encode("latin-1"), "not_utf8"),
+    "utf16": ('{"prompt": "x"}'.encode("utf-16"), "not_utf8"),
+    "array": (b'[{"prompt": "x"}]', "not_an_object"),
+    "number": (b"12", "not_an_object"),
+    "null": (b"null", "not_an_object"),
+    "string": (b'"text"', "not_an_object"),
+    "two_rows": (b'{"a": 1}{"a": 2}', "not_json"),
+    "control_character": (b'{"a": "x\x00y"}', "not_json"),
+    "deep": (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", "not_json"),
+    "huge_number": (b'{"a": ' + b"9" * 10_000 + b"}", "not_json"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_a_bad_line_is_a_counted_reject_and_its_neighbours_live(tmp_path, case):
+    line, reason = BAD_LINES[case]
+    good = json.dumps({"prompt": "p"}).encode()
+    (tmp_path / "x.jsonl").write_bytes(good + b"\n" + line + b"\n" + good + b"\n")
+    rows, bad = everything(tmp_path, "x.jsonl")
+    assert rows == [{"prompt": "p"}] * 2
+    assert [(b.row, b.reason) for b in bad] == [(2, reason)]
+
+
+def test_what_the_fast_parser_refuses_the_slow_one_decides():
+    assert sources.parse(b'{"a": "\\ud800"}') == {"a": "\ud800"}  # the encoder judges lone surrogates
+    assert sources.parse(b" \t\r") is None
+    assert sources.parse(b'{"a": 123456789012345678901234567890}') == {"a": 123456789012345678901234567890}
+
+
+def test_a_row_longer_than_the_limit_is_rejected_without_being_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 2 << 20)
+    long = json.dumps({"a": "x" * (5 << 20)})
+    (tmp_path / "x.jsonl").write_text(f'{{"a": 1}}\n{long}\n{{"a": 2}}\n')
+    rows, bad = everything(tmp_path, "x.jsonl")
+    assert [r["a"] for r in rows] == [1, 2]
+    assert [(b.row, b.reason) for b in bad] == [(2, "row_too_long")]
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')
+    assert everything(tmp_path, "x.jsonl") == everything(tmp_path, "x.json") == ([{"a": 1}], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.json", b'[{"a": 1}, {"a": ', "after row 1"),
+        ("x.json", b'[{"a": 1} {"a": 2}]', "expected a comma"),
+        ("x.json", b'[{"a": 1}] trailing', "after the closing bracket"),
+        ("x.json", b'[{"a": "\xff"}]', "not UTF-8"),
+        ("x.json", b'{\n  "a": 1\n}', "neither a JSON array"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "gzip"),
+        ("x.jsonl.gz", b"not gzip", "gzip"),
+        ("x.parquet", b"PAR1 and nothing else", "broken parquet"),
+        ("x.arrow", b"nothing at all", "broken arrow"),
+    ],
+)
+def test_a_file_that_cannot_be_read_stops_with_its_name(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SftError, match=message) as error:
+        everything(tmp_path, name)
+    assert str(error.value).startswith(name)
+
+
+def test_a_flipped_byte_in_a_parquet_page_is_an_error_or_a_reject_never_a_crash(tmp_path):
+    write_parquet(tmp_path / "x.parquet", ROWS)
+    good = (tmp_path / "x.parquet").read_bytes()
+    for at in range(4, len(good), len(good) // 40):
+        (tmp_path / "x.parquet").write_bytes(good[:at] + bytes([good[at] ^ 0xFF]) + good[at + 1 :])
+        try:
+            everything(tmp_path, "x.parquet")
+        except SftError as error:
+            assert "x.parquet" in str(error)
+
+
+def test_json_arrays_are_read_in_blocks_smaller_than_an_element(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps([*ROWS, 12345678, "s", None, [1]], ensure_ascii=False))
+    assert list(sources.json_array("x.json", tmp_path / "x.json", block=5)) == [*ROWS, 12345678, "s", None, [1]]
+
+
+def test_a_folder_is_read_in_the_order_of_its_names_and_ignores_other_files(tmp_path):
+    folder = tmp_path / "mix"
+    (folder / "sub").mkdir(parents=True)
+    write_jsonl(folder / "b.jsonl", [{"n": 2}])
+    write_jsonl(folder / "a.jsonl", [{"n": 1}])
+    write_jsonl(folder / "sub" / "c.jsonl", [{"n": 3}])
+    (folder / "README.md").write_text("no rows")
+    (folder / ".hidden.jsonl").write_text("{}")
+    assert [r["n"] for r in everything(tmp_path, "mix")[0]] == [1, 2, 3]
+
+
+def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
+    write_jsonl(tmp_path / "secret.jsonl", [{"n": 1}])
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(SftError, match="leaves"):
+        inputs.members(tmp_path / "mix", "mix")
+
+
+@pytest.mark.parametrize("path", ["hf://../x", "hf://a/b/c", "hf://a/b@$(x)", "s3://bucket/x"])
+def test_odd_remote_names_are_refused_before_any_request(tmp_path, path):
+    with pytest.raises(SftError, match="next:"):
+        sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
+
+
+def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, subset, split, revision):
+        asked.append((name, subset, split, revision))
+        return datasets.Dataset.from_list(ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = Source(path="hf://org/name@" + "a" * 40, split="train[:50%]", subset="main")
+    for _ in range(2):
+        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
+    assert asked == [("org/name", "main", "train[:50%]", "a" * 40)]
+    assert [row for chunk in sources.cut(file) for batch in sources.read(chunk) for row in batch.rows] == ROWS
+
+
+def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("Couldn't reach the hub\nmany lines")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(SftError, match=r"hf://org/name \(split 'train'\): Couldn't reach the hub; next: check"):
+        sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path)
