@@ -29,7 +29,17 @@ SHAREGPT = {
 }
 # Message fields a template may read. Others (ids, scores, annotations) are dropped so that they cannot change a rendering.
 KEPT = frozenset(
-    ("role", "content", "name", "functions", "function_calls", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+    (
+        "role",
+        "content",
+        "name",
+        "functions",
+        "function_calls",
+        "tool_calls",
+        "tool_call_id",
+        "reasoning_content",
+        "thinking",
+    )
 )
 PLAIN = {"role", "content"}
 
@@ -79,7 +89,12 @@ class RowReader:
         train_roles = self.train_roles
         for index, item in enumerate(raw):
             # The common shape, checked without copying: exactly a known role and a string.
-            if type(item) is dict and item.keys() == PLAIN and type(item["content"]) is type(item["role"]) is str and item["role"] in ROLES:
+            if (
+                type(item) is dict
+                and item.keys() == PLAIN
+                and type(item["content"]) is type(item["role"]) is str
+                and item["role"] in ROLES
+            ):
                 messages.append(item)
                 train.append(item["role"] in train_roles)
                 continue
@@ -102,17 +117,23 @@ class RowReader:
             messages.insert(0, {"role": "system", "content": system})
             train.insert(0, "system" in train_roles and not self.last_only and default is None)
         if True not in train:
-            raise BadRow("nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8]))
+            raise BadRow(
+                "nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8])
+            )
         if self.strip:
             messages = strip_thinking(messages)
         return Conversation(messages, train, tools, flagged)
 
     def _messages(self, row: Mapping) -> tuple[Sequence, int | None]:
         """The row's messages, and the index before which nothing is trained (the prompt of a prompt/completion pair)."""
-        layouts = self.named or [name for name in ("messages", "conversations", "prompt", "instruction") if row.get(name) is not None]
+        layouts = self.named or [
+            name for name in ("messages", "conversations", "prompt", "instruction") if row.get(name) is not None
+        ]
         if not layouts:
             columns = ", ".join(map(str, list(row)[:8])) or "none"
-            raise BadRow("unknown_columns", f"no messages, conversations, prompt or instruction column; columns: {columns}")
+            raise BadRow(
+                "unknown_columns", f"no messages, conversations, prompt or instruction column; columns: {columns}"
+            )
         layout = layouts[0]
         value = row.get(layout)
         if layout in ("messages", "conversations"):
@@ -238,16 +259,24 @@ def read_tool_calls(calls: Any, index: int) -> list[dict]:
             raise BadRow("bad_tool_calls", f"message {index}: a call without a function name")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
-            arguments = parse(arguments or "{}", "bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are not JSON")
+            arguments = parse(
+                arguments or "{}",
+                "bad_tool_calls",
+                f"message {index}: arguments of {function['name'][:40]} are not JSON",
+            )
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
-            raise BadRow("bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are {kind(arguments)}")
+            raise BadRow(
+                "bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are {kind(arguments)}"
+            )
         call_id = {"id": call["id"]} if call is not function and isinstance(call.get("id"), str) else {}
         # Columnar files fill arguments that a call does not have with nulls; text arguments keep the nulls they state.
         if not isinstance(function.get("arguments"), str):
             arguments = {name: value for name, value in arguments.items() if value is not None}
-        result.append({**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}})
+        result.append(
+            {**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+        )
     return result
 
 

@@ -39,6 +39,7 @@ class Family:
     jinja: str
     turns: Callable[[str], dict[str, tuple[str, str, str, str, str]]]
     between: str = ""
+    lead: str = ""  # what the model emits in front of the content, as it follows the head without a token boundary
     calls: bool = False
 
 
@@ -225,14 +226,17 @@ def zephyr() -> Family:
 
 
 def simple(between: str, named: bool) -> Family:
+    """`Role: content` or bare contents. A space joins the word after it into one token, so it belongs to the answer."""
     head = "message['role'].capitalize() + ': '" if named else "''"
-    prompt = between.replace("\n", "\\n") + ("Assistant:" if named else "")
-    text = SIMPLE_JINJA.replace("BETWEEN", between.replace("\n", "\\n")).replace("HEAD", head).replace("PROMPT", prompt)
+    escaped = between.replace("\n", "\\n")
+    prompt = "" if between == " " else escaped + ("Assistant:" if named else "")
+    text = SIMPLE_JINJA.replace("BETWEEN", escaped).replace("HEAD", head).replace("PROMPT", prompt)
     roles = ("system", "developer", "user", "assistant", "tool", "environment", "function", "ipython")
     return Family(
         text,
-        lambda eos: {role: (f"{role.capitalize()}: " if named else "", "", "", eos, "") for role in roles},
-        between=between,
+        lambda eos: {role: (f"{role.capitalize()}:" if named else "", "", "", eos, "") for role in roles},
+        between="" if between == " " else between,
+        lead=" " if named or between == " " else "",
     )
 
 
@@ -288,12 +292,15 @@ class NamedTemplate:
             if self.boundaries == "eos" and not (last_stop + last_gap).endswith(eos):
                 last_gap += eos
             turn = (head, stop, gap, last_stop, last_gap)
-            self.turns[role] = Turn(*turn, specials=count(head, stop, gap), last_specials=count(head, last_stop, last_gap))
+            self.turns[role] = Turn(
+                *turn, specials=count(head, stop, gap), last_specials=count(head, last_stop, last_gap)
+            )
         self.eos_appended = self.boundaries == "eos" and not (raw["assistant"][3] + raw["assistant"][4]).endswith(eos)
         identity = DEFAULTS.get(name)
         self.default = "" if identity is None else f"<|im_start|>system\n{identity[0]}{{}}<|im_end|>\n"
         self.default_plain = self.default.format(identity[1]) if identity else ""
         self.default_specials = count(self.default_plain)
+        self.joins = bool(family.between or family.lead)
         self.strips_history = "if not last and '<think>'" in self.text
         assistant = self.turns["assistant"]
         self.terminators = sorted({stop for stop in (assistant.stop, assistant.last_stop) if stop})
@@ -328,8 +335,11 @@ class NamedTemplate:
             else:
                 gap = turn.last_gap
                 specials += turn.last_specials
-            if between and index:
-                pending += between
+            if self.joins:
+                if index:
+                    pending += between
+                if index or turn.head:
+                    body = self.family.lead + body
             if train[index]:
                 runs += (pending + turn.head, body + stop)
                 pending = gap
@@ -350,7 +360,9 @@ class NamedTemplate:
         for field in ("functions", "function_calls", "tool_calls"):
             allowed = self.family.calls and role == ("user" if field == "functions" else "assistant")
             if field in message and not allowed:
-                raise BadRow("template", f"message {index}: template {self.name} has no place for {field} in a {role} message")
+                raise BadRow(
+                    "template", f"message {index}: template {self.name} has no place for {field} in a {role} message"
+                )
         if role == "user" and "functions" in message:
             return f"{body}\n<functions>{message['functions']}</functions>", stop
         thinking = message.get("reasoning_content") or message.get("thinking")

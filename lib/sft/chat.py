@@ -1,0 +1,397 @@
+"""Chat templates: a conversation to text, and which stretches of that text the model learns to emit.
+
+In: a template by name (`sft.templates`), as a .jinja file, or the tokenizer's own. Out: `render(conversation)` gives runs
+of text, untrained and trained in turn. Every conversation is rendered once, and the runs come from the structure of the
+rendering: a named template knows its turns; a Jinja template is compiled with marks at the top of its loop over the
+messages and at its {% generation %} blocks, so that the output says which message wrote which part of it. Inside one
+message's part, what the generation prompt already gives is scaffold, and the last special token ends what is trained.
+No text is ever searched for content, so no content can move a mask.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any, Protocol
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes as nodes
+import jinja2.sandbox
+
+from sft.errors import SftError
+from sft.rows import BadRow, Conversation
+from sft.templates import FAMILIES, NamedTemplate
+
+# Stand-ins for special-token text in content; two blocks, because a row may hold characters of one of them.
+PRIVATE_BLOCKS = (0xF0000, 0x100000)
+BLOCK = 0x1000
+
+
+class Template(Protocol):
+    """What the encoder needs of a template."""
+
+    name: str
+    text: str
+    boundaries: str
+    eos_appended: bool
+    terminators: list[str]
+
+    def render(self, conversation: Conversation) -> tuple[list[str], int]:
+        """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold."""
+        ...
+
+
+class Specials:
+    """The tokenizer's special-token texts, and how content that holds one is kept apart from the template's own."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = sorted(texts, key=lambda text: (-len(text), text))
+        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
+        self.split = re.compile(f"({self.pattern.pattern})")
+
+    def found(self, conversation: Conversation) -> bool:
+        search = self.pattern.search
+        return any(search(text) for text in strings([conversation.messages, conversation.tools]))
+
+    def escape(self, conversation: Conversation) -> tuple[Conversation, Callable[[str], str]]:
+        """The conversation with special-token text replaced by private-use characters, and the way back."""
+        present = set("".join(strings([conversation.messages, conversation.tools])))
+        base = next((b for b in PRIVATE_BLOCKS if not any(b <= ord(char) < b + BLOCK for char in present)), None)
+        if base is None or len(self.texts) > BLOCK:
+            raise BadRow("special_text", "special-token text together with private-use characters of planes 15 and 16")
+        number = {text: chr(base + index) for index, text in enumerate(self.texts)}
+        pattern = self.pattern
+
+        def there(text: str) -> str:
+            return pattern.sub(lambda match: number[match.group()], text)
+
+        back = re.compile(f"[{chr(base)}-{chr(base + BLOCK - 1)}]")
+        escaped = Conversation(
+            [map_strings(message, there) for message in conversation.messages],
+            conversation.train,
+            map_strings(conversation.tools, there),
+            conversation.flagged,
+        )
+        return escaped, lambda text: back.sub(lambda match: self.texts[ord(match.group()) - base], text)
+
+
+def strings(value: Any) -> Any:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from strings(key)
+            yield from strings(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(item)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+def load_template(name: str, text: str | None, variables: Mapping[str, str], eos: str, specials: Specials) -> Template:
+    """`text` is the Jinja text of a template that is not one of the named ones."""
+    if text is None:
+        return NamedTemplate(name, eos, specials.texts)
+    return JinjaTemplate(name, text, variables, eos, specials)
+
+
+def known_templates() -> list[str]:
+    return sorted(FAMILIES)
+
+
+class Mark(str):
+    """An empty piece of output that says where in the stream a message or a generation block begins or ends."""
+
+    __slots__ = ("index", "what")
+    what: str
+    index: int
+
+    def __str__(self) -> str:
+        return self  # str() around every output must not lose what this piece marks
+
+
+def mark(what: str, index: int = -1) -> Mark:
+    piece = Mark("")
+    piece.what, piece.index = what, index
+    return piece
+
+
+class Generation(jinja2.ext.Extension):
+    """{% generation %} … {% endgeneration %}: its body between two marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def output(name: str) -> nodes.Output:
+            return nodes.Output([nodes.Call(nodes.Name(name, "load"), [], [], None, None)], lineno=line)
+
+        return [output("sft_generation"), nodes.Scope(body, lineno=line), output("sft_endgeneration")]
+
+
+def refuse(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+
+
+def mark_loops(node: nodes.Node) -> None:
+    """Puts a mark at the top of every outermost loop's body and one after the loop. Which loops go over messages shows when
+    they run: sft_message looks at the loop variable. Loops inside loops look ahead or list tool calls, they are left alone."""
+    for field, value in node.iter_fields():
+        if not isinstance(value, list):
+            if isinstance(value, nodes.Node) and not isinstance(value, (nodes.Macro, nodes.CallBlock)):
+                mark_loops(value)
+            continue
+        changed: list[Any] = []
+        for child in value:
+            changed.append(child)
+            if isinstance(child, nodes.For):
+                names = [name.name for name in child.target.find_all(nodes.Name)]
+                if isinstance(child.target, nodes.Name):
+                    names = [child.target.name]
+                begin = nodes.Call(
+                    nodes.Name("sft_message", "load"), [nodes.Name(name, "load") for name in names], [], None, None
+                )
+                end = nodes.Call(nodes.Name("sft_loop_end", "load"), [], [], None, None)
+                child.body.insert(0, nodes.Output([begin], lineno=child.lineno))
+                changed.append(nodes.Output([end], lineno=child.lineno))
+            elif isinstance(child, nodes.Node) and not isinstance(child, (nodes.Macro, nodes.CallBlock)):
+                mark_loops(child)
+        setattr(node, field, changed)
+
+
+class JinjaTemplate:
+    """Any Hugging Face chat template. What it does with turns is learnt once, from probe conversations."""
+
+    def __init__(self, name: str, text: str, variables: Mapping[str, str], eos: str, specials: Specials) -> None:
+        self.name, self.text, self.eos, self.specials = name, text, eos, specials
+        self.variables = dict(variables)
+        # The settings that Hugging Face renders with. strftime_now stays undefined: data must not depend on the day.
+        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+        )
+        env.filters["tojson"] = to_json
+        self.index_of: dict[int, int] = {}
+        env.globals.update(
+            raise_exception=refuse,
+            sft_message=self._mark_message,
+            sft_loop_end=lambda: mark("end"),
+            sft_generation=lambda: mark("generation"),
+            sft_endgeneration=lambda: mark("endgeneration"),
+        )
+        try:
+            tree = env.parse(text)
+            self.generation = "sft_generation" in {node.name for node in tree.find_all(nodes.Name)}
+            mark_loops(tree)
+            tree.set_environment(env)
+            code = env.compile(tree, name=name)
+            self.template = jinja2.Template.from_code(env, code, env.make_globals(None))
+        except jinja2.TemplateError as error:
+            raise SftError(f"prepare.template: {name}: {error}; next: correct the Jinja text") from None
+        self._probe()
+
+    def _mark_message(self, *targets: Any) -> str:
+        for target in targets:
+            index = self.index_of.get(id(target), -1)
+            if index >= 0:
+                return mark("message", index)
+        return ""
+
+    def pieces(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> list[str]:
+        self.index_of = {id(message): index for index, message in enumerate(messages)}
+        context = self.template.new_context(
+            {
+                **self.variables,
+                "messages": messages,
+                "tools": tools,
+                "documents": None,
+                "add_generation_prompt": prompt,
+            }
+        )
+        try:
+            return list(self.template.root_render_func(context))  # type: ignore[attr-defined]
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            raise BadRow("template", f"template {self.name}: {type(error).__name__}: {error}") from None
+
+    def layout(self, pieces: list[str]) -> tuple[str, dict[int, list[tuple[int, int]]], list[tuple[int, int, int]]]:
+        """The text; the stretches each message wrote; the generation blocks as (message, start, end)."""
+        position, current, start = 0, -1, 0
+        regions: dict[int, list[tuple[int, int]]] = {}
+        blocks: list[tuple[int, int, int]] = []
+        opened: list[int] = []
+        for piece in pieces:
+            if type(piece) is not Mark:
+                position += len(piece)
+                continue
+            if piece.what == "generation":
+                opened.append(position)
+            elif piece.what == "endgeneration":
+                blocks.append((current, opened.pop(), position))
+            else:
+                if current >= 0 and position > start:
+                    regions.setdefault(current, []).append((start, position))
+                current, start = piece.index, position
+        if current >= 0 and position > start:
+            regions.setdefault(current, []).append((start, position))
+        return "".join(pieces), regions, blocks
+
+    def _probe(self) -> None:
+        """Learns header, terminator and boundaries from conversations whose contents are single private-use characters."""
+        marks = [chr(PRIVATE_BLOCKS[0] + BLOCK + index) for index in range(4)]
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": role, "content": content} for role, content in zip(roles, marks, strict=False)]
+        try:
+            text, regions, blocks = self.layout(self.pieces(messages))
+            # Does what it writes after a question, less what it writes without the prompt, open the answer?
+            asked = ["".join(self.pieces(messages[:1], prompt=prompt)) for prompt in (False, True)]
+        except BadRow as error:
+            raise SftError(
+                f"prepare.template: {self.name} cannot render a plain two-turn conversation: {error.detail};"
+                " next: use a template that can, or name one (" + ", ".join(known_templates()) + ")"
+            ) from None
+        prompt = asked[1][len(commonprefix(asked)) :]
+        for index in (1, 3):
+            inside = [text[a:b] for a, b in regions.get(index, [])]
+            if len(inside) != 1 or marks[index] not in inside[0]:
+                raise SftError(
+                    f"prepare.template: {self.name} does not write assistant message {index} once, from a loop over the messages at its"
+                    f" top level, so no mask can be derived from it; next: write such a loop, or name one of {', '.join(known_templates())}"
+                )
+        parts = [text[slice(*regions[index][0])] for index in (1, 3)]
+        before = [part[: part.index(content)] for part, content in zip(parts, marks[1::2], strict=True)]
+        # Scaffold is what the generation prompt gives: only as far as the turns really begin with it (a thinking prompt
+        # may go on into <think>, which the data spells out), or all that stands before the content when there is no prompt.
+        self.header = commonprefix([prompt, *before]) if prompt else ""
+        if prompt and not self.header:
+            raise SftError(
+                f"prepare.template: {self.name} opens an answer with {prompt!r} when prompted, but writes {before[0]!r} before an answer in"
+                " the history, so the trained text would not be what the model is asked for; next: make the two equal"
+            )
+        tails = [parts[0].split(marks[1], 1)[1], text[text.index(marks[3]) + 1 :]]
+        stops = [self._stop(tail) for tail in tails]
+        if stops[1] is None:
+            raise SftError(
+                f"prepare.template: {self.name} writes no special token after the last answer, so the model would never learn to stop;"
+                " next: end assistant turns with {{ eos_token }} or the tokenizer's end-of-turn token"
+            )
+        self.tail = tails[0] if stops[0] is None else ""
+        self.terminators = sorted({stop for stop in stops if stop})
+        if self.generation:
+            self._check_generation(text, regions, blocks, tails)
+        eos = text.count(self.eos)
+        self.eos_appended = eos == 0
+        self.boundaries = "eos" if eos == 0 or (eos == 1 and text.endswith(self.eos)) else "index"
+
+    def _check_generation(self, text: str, regions: Mapping, blocks: list, tails: list[str]) -> None:
+        for index, tail in ((1, tails[0]), (3, tails[1])):
+            spans = [(start, end) for message, start, end in blocks if message == index]
+            header_end = regions[index][0][0] + len(self.header)
+            if not spans:
+                raise SftError(
+                    f"prepare.template: {self.name}: no {{% generation %}} block in assistant message {index}; next: add it"
+                )
+            if spans[0][0] < header_end:
+                raise SftError(
+                    f"prepare.template: {self.name}: the {{% generation %}} block begins with {text[spans[0][0] : header_end]!r}, which the"
+                    " generation prompt already gives; next: move it behind the header"
+                )
+            if (stop := self._stop(tail)) is not None and stop not in text[spans[-1][0] : spans[-1][1]]:
+                raise SftError(
+                    f"prepare.template: {self.name}: the {{% generation %}} block ends before the terminator {stop!r}, so the model would"
+                    " never learn to stop; next: move {% endgeneration %} behind it"
+                )
+
+    def _stop(self, tail: str) -> str | None:
+        found = self.specials.pattern.findall(tail)
+        return found[-1] if found else None
+
+    def render(self, conversation: Conversation) -> tuple[list[str], int]:
+        """`conversation` must hold no special-token text (`Specials.escape`), so every special token found is scaffold."""
+        text, regions, blocks = self.layout(self.pieces(conversation.messages, conversation.tools))
+        specials = len(self.specials.pattern.findall(text))
+        if self.boundaries == "eos" and text.find(self.eos) not in (-1, len(text) - len(self.eos)):
+            raise BadRow("eos_inside", f"template {self.name} writes {self.eos} inside this conversation")
+        spans: list[tuple[int, int]] = []
+        for index, train in enumerate(conversation.train):
+            wrote = regions.get(index, [])
+            if not train:
+                if not wrote and conversation.messages[index]["role"] not in ("system", "developer"):
+                    raise BadRow("template", f"message {index} is not rendered by template {self.name}")
+                continue
+            if len(wrote) != 1:
+                raise BadRow("template", f"message {index} is rendered {len(wrote)} times by template {self.name}")
+            start, end = wrote[0]
+            if index == len(conversation.messages) - 1:
+                end = len(text)
+            if self.generation:
+                inside = [(a, b) for message, a, b in blocks if message == index]
+                if not inside:
+                    raise BadRow(
+                        "template", f"message {index} is to be trained but is in no generation block of {self.name}"
+                    )
+                spans += [(a, self._end(text, a, b, index)) for a, b in inside]
+            else:
+                role = conversation.messages[index]["role"]
+                header = self.header if role == "assistant" else self._header_of(conversation, index)
+                if not text.startswith(header, start):
+                    raise BadRow("template", f"message {index} does not begin with {header!r}")
+                start += len(header)
+                spans.append((start, self._end(text, start, end, index)))
+        runs: list[str] = []
+        position = 0
+        for start, end in spans:
+            runs += (text[position:start], text[start:end])
+            position = end
+        if position < len(text):
+            runs.append(text[position:])
+        if self.boundaries == "eos" and not text.endswith(self.eos):
+            specials += 1
+            runs = runs if len(runs) % 2 else [*runs, ""]
+            runs[-1] += self.eos
+        return runs, specials
+
+    def _end(self, text: str, start: int, end: int, index: int) -> int:
+        """Where what is trained of text[start:end] ends: behind its last special token, or before the gap between turns."""
+        found = None
+        for found in self.specials.pattern.finditer(text, start, end):
+            pass
+        if found is not None:
+            if text[found.end() : end].strip():
+                raise BadRow(
+                    "template", f"message {index}: {text[found.end() : end][:40]!r} follows the last special token"
+                )
+            return found.end()
+        if self.tail and text.endswith(self.tail, start, end):
+            return end - len(self.tail)
+        return end
+
+    def _header_of(self, conversation: Conversation, index: int) -> str:
+        """What stands before the content of a trained message that is not the assistant's, from the same conversation with
+        its content made a private-use character."""
+        present = "".join(strings([conversation.messages, conversation.tools]))
+        content = next(chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK, 0x110000) if chr(code) not in present)
+        messages = [dict(message) for message in conversation.messages]
+        messages[index]["content"] = content
+        text, regions, _ = self.layout(self.pieces(messages, conversation.tools))
+        part = text[slice(*regions[index][0])] if regions.get(index) else ""
+        if content not in part:
+            raise BadRow("template", f"message {index} is not rendered with its content")
+        return part[: part.index(content)]

@@ -1,0 +1,430 @@
+"""Rows to token ids and label masks: `Encoder(tokenizer_dir, prepare, find).encode(rows, source)`.
+
+In: rows of a source. Out: `Encoded`, flat arrays over documents. A batch goes through five steps, each a pass without a
+Python loop over tokens:
+
+    1. each row becomes a conversation and is rendered once into runs: untrained, trained, untrained, …   (sft.rows, sft.chat)
+    2. all texts are encoded in one call                                                              (sft.vocabulary)
+    3. special tokens are counted; a document with more than its template wrote holds special-token text in its content,
+       and is encoded again so that this text stays text
+    4. the bytes of every token, summed up, say where each run begins and ends among the tokens: that is the mask. A token
+       that straddles the edge of a run is not trained: part of it is scaffold
+    5. the proof: the ids decode to the rendered text, every document ends as the dataset says, and something is trained
+
+    text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello.<|endoftext|>
+    runs    └──────────────── untrained ────────────────────────┘  └──── trained ────┘
+    mask     0           0   0 0 0         0 0           0        0   1    1 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from sft.chat import JinjaTemplate, Specials, known_templates, load_template
+from sft.errors import SftError
+from sft.rows import BadRow, Conversation, RowReader
+from sft.schema import Prepare, Source
+from sft.templates import FAMILIES
+from sft.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt
+
+EXAMPLE_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that was not used: its index in the input, a reason that is counted, what was found, and the start of the row."""
+
+    row: int
+    reason: str
+    detail: str
+    example: str
+
+
+@dataclass
+class Encoded:
+    """Documents, one after another. `rows[d]` is the input row of document d, `labels[d]` the trained tokens in its mask."""
+
+    ids: Ids
+    mask: npt.NDArray[np.bool_]
+    lengths: Offsets
+    rows: Offsets
+    labels: Offsets
+    rejects: list[Reject]
+    engine: str
+    proof: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Batch:
+    """Rendered documents on their way: runs of text, special tokens expected, input rows."""
+
+    runs: list[list[str]] = field(default_factory=list)
+    specials: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
+
+
+class Encoder:
+    """One tokenizer, one template, one set of rules. Pickles as its arguments, so that worker processes can have it."""
+
+    def __init__(
+        self,
+        tokenizer_dir: Path,
+        prepare: Prepare,
+        find: Callable[[str], Path] | None = None,
+        template_text: str | None = None,
+    ) -> None:
+        self.folder, self.prepare = Path(tokenizer_dir), prepare
+        self.vocabulary = Vocabulary(self.folder)
+        self.specials = Specials(list(self.vocabulary.specials))
+        self.engine = Engine(self.vocabulary, prepare.encoder if self.vocabulary.byte_level else "tokenizers")
+        name = prepare.template
+        text = None if name in FAMILIES else template_text or self._template_text(name, find)
+        self.template_text = text
+        self.template = load_template(name, text, self.vocabulary.variables, self.vocabulary.eos, self.specials)
+        self.readers: dict[str, RowReader] = {}
+        self.plain: Tokenizer | None = None
+        # Every place where a special token's text stands becomes that token, unless two of them can overlap.
+        self.countable = not any(
+            a[k:] and b.startswith(a[k:])
+            for a in self.specials.texts
+            for b in self.specials.texts
+            for k in range(1, len(a))
+        ) and not any(a != b and a in b for a in self.specials.texts for b in self.specials.texts)
+
+    def __reduce__(self) -> Any:
+        return Encoder, (self.folder, self.prepare, None, self.template_text)
+
+    def _template_text(self, name: str, find: Callable[[str], Path] | None) -> str:
+        if name == "tokenizer":
+            text = self.vocabulary.chat_template()
+            if text is None:
+                raise SftError(
+                    f"prepare.template: 'tokenizer', but {self.folder} has no chat template; next: name one of {', '.join(known_templates())}"
+                )
+            return text
+        if not name.endswith(".jinja") or find is None:
+            raise SftError(
+                f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja file, nor one of {', '.join(known_templates())};"
+                " next: choose one of them"
+            )
+        return find(name).read_text(encoding="utf-8")
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What dataset.json says of the tokenizer and the template."""
+        vocabulary, template = self.vocabulary, self.template
+        return {
+            "vocab_size": vocabulary.size,
+            "eos_id": vocabulary.eos_id,
+            "pad_id": vocabulary.pad_id,
+            "terminator_ids": sorted(
+                {vocabulary.specials[text] for text in template.terminators if text in vocabulary.specials}
+            ),
+            "boundaries": template.boundaries,
+            "eos_appended": template.eos_appended,
+            "tokenizer": {"sha256": vocabulary.sha256, "canaries": vocabulary.canaries()},
+            "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
+        }
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer folder that goes with the data. Follow with `check_saved` once per run: it takes seconds."""
+        self.vocabulary.save(Path(folder), self.template.text)
+
+    def check_saved(self, folder: Path) -> None:
+        """Demands that transformers, loading the saved folder, gives the same ids and renders the same text."""
+        check_rebuilt(Path(folder))
+        from transformers import AutoTokenizer
+
+        rebuilt = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        turns = (("user", "1 + 1?"), ("assistant", "2"), ("user", "Sure?\n"), ("assistant", " Yes."))
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ours = "".join(self.template.render(Conversation(messages, [False, True, False, True], None, False))[0])
+        theirs = rebuilt.apply_chat_template(messages, tokenize=False)
+        if ours != theirs + (self.vocabulary.eos if self.template.eos_appended else ""):
+            raise SftError(
+                f"{folder}: transformers renders {theirs[-80:]!r} where the data was rendered as {ours[-80:]!r}; next: report this template"
+            )
+
+    def read(self, row: Any, source: Source) -> Conversation:
+        key = source.path + "\0" + repr(sorted(source.columns.items()))
+        reader = self.readers.get(key)
+        if reader is None:
+            reader = self.readers[key] = RowReader(self.prepare, source)
+        return reader.read(row)
+
+    def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
+        batch, rejects = self._render(rows, source)
+        texts = ["".join(runs) for runs in batch.runs]
+        if not texts:
+            return self._empty(rejects)
+        if not self.vocabulary.byte_level:
+            encoded = self._encode_by_offsets(batch, texts)
+            return self._select(batch, rows, rejects, *encoded)
+        engine = self.engine.name
+        ids, offsets = self.engine.encode(texts)
+        self._mark_escaped(batch, rows, source, ids, offsets, rejects)
+        checked = self._parity(batch, texts, ids, offsets)
+        if checked < 0:
+            engine = "tokenizers"
+            ids, offsets = self.engine.encode_slowly(texts)
+            checked = 0
+        if batch.escaped:
+            ids, offsets = self._replace_escaped(batch, ids, offsets)
+        keep = self._proven(texts, ids, offsets)
+        mask, labels, straddled = self._mask(batch, ids)
+        return self._select(
+            batch,
+            rows,
+            rejects,
+            ids,
+            mask,
+            offsets,
+            labels,
+            keep,
+            engine,
+            {"straddled": straddled, "parity_documents": checked},
+        )
+
+    def _render(self, rows: Sequence[Any], source: Source) -> tuple[Batch, list[Reject]]:
+        batch, rejects = Batch(), []
+        render, jinja = self.template.render, isinstance(self.template, JinjaTemplate)
+        careful = (jinja or not self.countable) and self.prepare.special_text != "token"
+        runs_of, specials_of, rows_of = batch.runs, batch.specials, batch.rows
+        for index, row in enumerate(rows):
+            try:
+                conversation = self.read(row, source)
+                if careful and self.specials.found(conversation):
+                    self._render_escaped(batch, conversation, len(runs_of))
+                    runs, specials = batch.escaped[len(runs_of)][0], 0
+                    runs = list(map(batch.escaped[len(runs_of)][1], runs))
+                else:
+                    runs, specials = render(conversation)
+                for run in runs:
+                    if not run.isascii():
+                        run.encode()
+            except BadRow as error:
+                batch.escaped.pop(len(runs_of), None)
+                rejects.append(reject(index, error.reason, error.detail, row))
+                continue
+            except UnicodeEncodeError as error:
+                batch.escaped.pop(len(runs_of), None)
+                rejects.append(reject(index, "bad_unicode", f"not valid Unicode: {error.reason}", row))
+                continue
+            runs_of.append(runs)
+            specials_of.append(specials)
+            rows_of.append(index)
+        return batch, rejects
+
+    def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> None:
+        if self.prepare.special_text == "reject":
+            raise BadRow("special_text", "special-token text in the content")
+        if not self.vocabulary.byte_level:
+            raise BadRow(
+                "special_text", "special-token text in the content, which this kind of tokenizer cannot keep as text"
+            )
+        escaped, back = self.specials.escape(conversation)
+        batch.escaped[document] = (self.template.render(escaped)[0], back)
+
+    def _mark_escaped(
+        self, batch: Batch, rows: Sequence[Any], source: Source, ids: Ids, offsets: Offsets, rejects: list[Reject]
+    ) -> None:
+        """Finds the documents with more special tokens than their template wrote."""
+        if self.prepare.special_text == "token":
+            return
+        found = np.flatnonzero(self.vocabulary.is_special[ids])
+        counts = np.diff(np.searchsorted(found, offsets))
+        odd = np.flatnonzero(counts != np.array(batch.specials))
+        for document in odd.tolist():
+            if document in batch.escaped:
+                continue
+            row = batch.rows[document]
+            try:
+                self._render_escaped(batch, self.read(rows[row], source), document)
+            except BadRow as error:
+                rejects.append(reject(row, error.reason, error.detail, rows[row]))
+                batch.rows[document] = -1
+
+    def _replace_escaped(self, batch: Batch, ids: Ids, offsets: Offsets) -> tuple[Ids, Offsets]:
+        """Encodes the documents in `batch.escaped` segment by segment: between the template's special tokens, all is text."""
+        if self.plain is None:
+            self.plain = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            self.plain.encode_special_tokens = True
+        documents = sorted(batch.escaped)
+        segments: list[list[str]] = []
+        for document in documents:
+            runs, back = batch.escaped[document]
+            parts = self.specials.split.split("".join(runs))
+            segments.append([part if index % 2 else back(part) for index, part in enumerate(parts)])
+        plain = self.plain.encode_batch_fast(
+            [part for parts in segments for part in parts[::2]], add_special_tokens=False
+        )
+        encoded = iter(plain)
+        pieces: list[Ids] = []
+        lengths = np.diff(offsets)
+        at = 0
+        for document, parts in zip(documents, segments, strict=True):
+            numbers: list[int] = []
+            for index, part in enumerate(parts):
+                numbers.extend([self.vocabulary.specials[part]] if index % 2 else next(encoded).ids)
+            pieces += (ids[at : offsets[document]], np.array(numbers, dtype=np.uint32))
+            at, lengths[document] = int(offsets[document + 1]), len(numbers)
+        pieces.append(ids[at:])
+        return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)])
+
+    def _parity(self, batch: Batch, texts: list[str], ids: Ids, offsets: Offsets) -> int:
+        """How many documents `tokenizers` was asked about too; -1 when it gave other ids for one of them."""
+        share = self.prepare.parity_sample
+        if self.engine.fast is None or share <= 0:
+            return 0
+        wanted = max(1, round(share * len(texts)))
+        # Other scripts are where encoders differ: half of the sample comes from the documents that have them.
+        foreign = [index for index, text in enumerate(texts) if not text.isascii()]
+        sample = set(range(0, len(texts), -(-len(texts) // wanted)))
+        sample.update(foreign[:: max(1, -(-2 * len(foreign) // wanted))])
+        chosen = sorted(sample)
+        right, edges = self.engine.encode_slowly([texts[index] for index in chosen])
+        for order, index in enumerate(chosen):
+            if not np.array_equal(ids[offsets[index] : offsets[index + 1]], right[edges[order] : edges[order + 1]]):
+                return -1
+        return len(chosen)
+
+    def _proven(self, texts: list[str], ids: Ids, offsets: Offsets) -> npt.NDArray[np.bool_]:
+        """Which documents' ids decode to their text and end as the dataset says. All of them, unless an encoder is broken."""
+        keep = np.ones(len(texts), dtype=bool)
+        if self.engine.decode(ids) != "".join(texts).encode():
+            for index, text in enumerate(texts):
+                keep[index] = self.vocabulary.decode(ids[offsets[index] : offsets[index + 1]]) == text.encode()
+        if self.template.boundaries == "eos":
+            ends = np.flatnonzero(ids == self.vocabulary.eos_id)
+            if not np.array_equal(ends, offsets[1:] - 1):
+                counts = np.diff(np.searchsorted(ends, offsets))
+                keep &= (counts == 1) & (ids[offsets[1:] - 1] == self.vocabulary.eos_id)
+        return keep
+
+    def _mask(self, batch: Batch, ids: Ids) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
+        flat = list(chain.from_iterable(batch.runs))
+        sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]
+        edges = np.cumsum(sizes)
+        ends = np.cumsum(self.vocabulary.widths[ids])
+        counts = np.array([len(runs) for runs in batch.runs])
+        first = np.cumsum(counts) - counts
+        trained = ((np.arange(len(flat)) - np.repeat(first, counts)) & 1).astype(bool)
+        # Tokens that end by each edge. Where the edge lies inside the next token, that token is scaffold.
+        upto = np.searchsorted(ends, edges, side="right")
+        inside = ends[np.maximum(upto, 1) - 1] != edges
+        inside &= (upto > 0) | (edges > 0)
+        after = np.append(trained[1:], False)
+        upto = np.maximum.accumulate(upto + (inside & after))
+        tokens = np.diff(upto, prepend=0)
+        mask = np.repeat(trained, tokens)
+        labels = np.add.reduceat(np.where(trained, tokens, 0), first)
+        return mask, labels, int(inside.sum())
+
+    def _encode_by_offsets(self, batch: Batch, texts: list[str]) -> tuple:
+        """For tokenizers whose tokens have no fixed bytes: the whole text, and the offsets that `tokenizers` reports."""
+        ids: list[list[int]] = []
+        masks: list[npt.NDArray[np.bool_]] = []
+        keep = np.ones(len(texts), dtype=bool)
+        straddled = 0
+        for index, (runs, text) in enumerate(zip(batch.runs, texts, strict=True)):
+            encoding = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+            spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            edges = np.concatenate([[0], np.cumsum([len(run) for run in runs])])
+            run_of_start = np.searchsorted(edges, spans[:, 0], side="right") - 1
+            run_of_end = np.searchsorted(edges, spans[:, 1], side="left") - 1
+            masks.append((run_of_start == run_of_end) & (run_of_start % 2 == 1))
+            straddled += int((run_of_start < run_of_end).sum())
+            ids.append(encoding.ids)
+            special = self.vocabulary.is_special[encoding.ids]
+            if self.prepare.special_text != "token" and int(special.sum()) != batch.specials[index]:
+                keep[index] = False
+            covered = np.zeros(len(text) + 1, dtype=np.int64)
+            np.add.at(covered, spans[:, 0], 1)
+            np.add.at(covered, spans[:, 1], -1)
+            gaps = np.flatnonzero(np.cumsum(covered)[: len(text)] <= 0)
+            keep[index] &= all(text[gap].isspace() for gap in gaps.tolist())
+            if self.template.boundaries == "eos":
+                keep[index] &= (
+                    encoding.ids.count(self.vocabulary.eos_id) == 1 and encoding.ids[-1] == self.vocabulary.eos_id
+                )
+        offsets = np.concatenate([[0], np.cumsum([len(item) for item in ids])])
+        flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(offsets[-1]))
+        labels = np.array([int(mask.sum()) for mask in masks])
+        return (
+            flat,
+            np.concatenate(masks),
+            offsets,
+            labels,
+            keep,
+            "tokenizers",
+            {"straddled": straddled, "parity_documents": 0},
+        )
+
+    def _select(
+        self,
+        batch: Batch,
+        rows: Sequence[Any],
+        rejects: list[Reject],
+        ids: Ids,
+        mask: npt.NDArray[np.bool_],
+        offsets: Offsets,
+        labels: Offsets,
+        keep: npt.NDArray[np.bool_],
+        engine: str,
+        proof: dict[str, int],
+    ) -> Encoded:
+        """Leaves out the documents that failed the proof or have nothing to train, with a reject for each."""
+        starts, lengths = offsets[:-1], np.diff(offsets)
+        # The first token of a document would be predicted from the document before it in a pack.
+        opening = starts[(lengths > 0)]
+        opening = opening[mask[opening]]
+        if len(opening):
+            labels = labels - mask[np.minimum(starts, len(mask) - 1)]
+            mask[opening] = False
+        index_of = np.array(batch.rows, dtype=np.int64)
+        for document in np.flatnonzero(~keep & (index_of >= 0)).tolist():
+            row = batch.rows[document]
+            rejects.append(
+                reject(row, "proof", "the ids do not decode to the rendered text, or EOS stands inside it", rows[row])
+            )
+        keep = keep & (index_of >= 0)
+        for document in np.flatnonzero(keep & (labels <= 0)).tolist():
+            row = batch.rows[document]
+            rejects.append(reject(row, "nothing_to_train", "no token of the conversation is trained", rows[row]))
+        keep &= labels > 0
+        if not keep.all():
+            tokens = np.repeat(keep, lengths)
+            ids, mask = ids[tokens], mask[tokens]
+            lengths, labels, index_of = lengths[keep], labels[keep], index_of[keep]
+        rejects.sort(key=lambda item: item.row)
+        proof = {
+            "documents": len(lengths),
+            "tokens": len(ids),
+            "labels": int(labels.sum()),
+            "escaped": len(batch.escaped),
+            **proof,
+        }
+        return Encoded(ids, mask, lengths, index_of, labels, rejects, engine, proof)
+
+    def _empty(self, rejects: list[Reject]) -> Encoded:
+        none = np.zeros(0, dtype=np.int64)
+        proof = dict.fromkeys(("documents", "tokens", "labels", "escaped", "straddled", "parity_documents"), 0)
+        ids, mask = np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool)
+        return Encoded(ids, mask, none, none.copy(), none.copy(), rejects, self.engine.name, proof)
+
+
+def reject(row: int, reason: str, detail: str, value: Any) -> Reject:
+    example = repr(value)
+    if len(example) > EXAMPLE_CHARACTERS:
+        example = example[:EXAMPLE_CHARACTERS] + "…"
+    return Reject(row, reason, detail.encode(errors="backslashreplace").decode(), example)
