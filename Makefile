@@ -27,7 +27,7 @@ $(if $(filter plan-ok,$(PLAN)),,$(error nothing was run))
 planned = $(patsubst $(1):%,$(2)%,$(filter $(1):%,$(PLAN)))
 
 DIRS  := $(call planned,run,$(RUNS)/)
-ARGS   = $(if $(filter-out local,$(CLUSTER)),--cluster $(CLUSTER)) $(if $(DATA),--data $(call quote,$(DATA))) $(call planned,set)
+ARGS   = $(if $(filter-out local,$(CLUSTER)),--cluster $(call quote,$(CLUSTER))) $(if $(DATA),--data $(call quote,$(DATA))) $(call planned,set)
 READY := .venv/ready-$(call planned,environment)
 TOOLS := .venv/tools-$(call planned,environment)
 PY    := .venv/bin/python

@@ -70,6 +70,8 @@ def command_plan(args: argparse.Namespace) -> None:
     needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview")]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
         raise SftError(f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder")
+    if needs_run:
+        args.place.load_cluster()
     runs = runs_of(args)
     if needs_run and not runs:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")

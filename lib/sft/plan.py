@@ -7,6 +7,7 @@ the recipe, or the upstream manifest) is not the one it consumed, or when its up
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -111,12 +112,12 @@ def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) ->
     def find(path: str, what: str = "") -> Path:
         return paths.find(place.roots, path, f"{r.file}: {what or stage}")
 
-    named: dict[str, Path] = {}
+    named: list[tuple[str, Path]] = []
     if stage == "prepare":
-        named = inputs.local_inputs(r.prepare, find)
+        named = inputs.prepare_files(r.prepare, find)
     if stage == "evaluate":
-        named = inputs.task_inputs(r.evaluate, find)
-    return [{"file": name, "bytes": f.stat().st_size, "sha256": cache.sha256(f)} for name, f in named.items()]
+        named = inputs.evaluate_files(r.evaluate, find)
+    return [{"file": name, "bytes": file.stat().st_size, "sha256": cache.sha256(file)} for name, file in named]
 
 
 def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None:
@@ -168,7 +169,7 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
     if sync.elsewhere and (found["train"].stale or "sync" in goals):
         sync.reasons.append(sync.elsewhere)
     stale = {s.stage: s.reasons for s in found.values() if s.stale}
-    if reasons := report_reasons(place.runs / r.run, bool(stale) and "all" in goals):
+    if reasons := report_reasons(place.runs / r.run, bool(stale) and not {"all", "smoke"}.isdisjoint(goals)):
         stale["report"] = reasons
     return stale
 
@@ -214,8 +215,6 @@ def _show(value: Any) -> str:
 
 def environment_digest() -> str:
     """Names the state of the pinned environment, so that editing a pin makes it again."""
-    import hashlib
-
     h = hashlib.sha256()
     for name in ("pyproject.toml", "env/lock.txt", "env/setup.sh"):
         h.update((REPO / name).read_bytes())

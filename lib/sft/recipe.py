@@ -8,6 +8,7 @@ Standard library only: the planner uses it while Make parses. The options themse
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -68,6 +69,8 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     Raises SftError listing every mistake found.
     """
     name = file.stem
+    with contextlib.suppress(ValueError):
+        file = file.relative_to(Path.cwd())  # messages name recipes/x.toml
     if not NAME.fullmatch(name):
         raise SftError(f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; rename the file")
     data = _read_toml(file, "recipe")

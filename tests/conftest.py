@@ -1,0 +1,103 @@
+"""Shared parts of the tests: where real data may be, and a workspace in which the real Makefile drives tiny stages."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
+os.environ.setdefault("WANDB_MODE", "offline")
+
+REPO = Path(__file__).resolve().parents[1]
+SHARED_DATA = Path(os.environ.get("SFT_SHARED_DATA", REPO.parent / "shared" / "data"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real tokenizer and GSM8K at {SHARED_DATA}; set SFT_SHARED_DATA")
+    return SHARED_DATA
+
+
+class Workspace:
+    """A copy of the repository's orchestration in a temporary folder; each stage is a few lines on the real runner."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        for name in ("Makefile", "pyproject.toml"):
+            shutil.copy(REPO / name, root / name)
+        shutil.copytree(REPO / "lib", root / "lib", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        shutil.copytree(REPO / "env", root / "env")
+        (root / "recipes" / "tasks").mkdir(parents=True)
+        (root / "recipes" / "tok").mkdir()
+        (root / "recipes" / "tok" / "tokenizer.json").write_text("{}")
+        (root / "recipes" / "rows.jsonl").write_text('{"messages": []}\n')
+        (root / "recipes" / "tasks" / "one.yaml").write_text("task: one\n")
+        (root / "stages").mkdir()
+        for stage in ("prepare", "sync", "train", "convert", "evaluate", "report"):
+            self._stage(stage)
+        self.recipe("x")
+        venv = root / ".venv" / "bin"
+        venv.mkdir(parents=True)
+        (venv / "python").write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
+        (venv / "python").chmod(0o755)
+        digest = self.python("from sft.plan import environment_digest as d; print(d())").strip()
+        (root / ".venv" / f"ready-{digest}").touch()
+
+    def _stage(self, name: str) -> None:
+        program = (
+            "import json\nfrom sft.stage import Result, main\n"
+            f"def body(stage):\n    open('log', 'a').write({name!r} + ' ' + stage.recipe.run + chr(10))\n"
+            "    (stage.out / 'out').write_text(stage.identity)\n"
+            "    metrics = {}\n"
+            "    if stage.name == 'sync':\n"
+            "        folder = stage.run / '..' / '.storage' / stage.recipe.run\n"
+            "        folder.mkdir(parents=True, exist_ok=True)\n"
+            "        (folder / 'manifest.json').write_text('{}')\n"
+            "        metrics = {'storage': stage.storage, 'dataset': str(folder)}\n"
+            "    return Result(['out'], metrics)\n"
+            f"main({name!r}, body, shared={name == 'prepare'})\n"
+        )
+        (self.root / "stages" / f"{name}.py").write_text(program)
+        if name == "train":
+            (self.root / "stages" / "train.sh").write_text('#!/bin/sh\nexec .venv/bin/python stages/train.py "$@"\n')
+            (self.root / "stages" / "train.sh").chmod(0o755)
+
+    def recipe(self, name: str, old: str = "", new: str = "") -> Path:
+        text = (
+            '[model]\npreset = "olmo3-tiny"\n\n[prepare]\ntokenizer = "tok"\n[[prepare.sources]]\npath = "rows.jsonl"\n\n'
+            "[train]\nseq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why\n\n[evaluate]\ntasks = [\"one\"]\n"
+        )
+        assert old in text
+        file = self.root / "recipes" / f"{name}.toml"
+        file.write_text(text.replace(old, new) if old else text)
+        return file
+
+    def python(self, code: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=self.root, env={**os.environ, "PYTHONPATH": "lib"}, text=True, check=True, capture_output=True
+        ).stdout
+
+    def make(self, *args: str, ok: bool | None = True) -> subprocess.CompletedProcess[str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+        done = subprocess.run(["make", *args], cwd=self.root, capture_output=True, text=True, timeout=120, env=env)
+        assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
+        return done
+
+    def ran(self) -> list[str]:
+        """The stages that ran since the last call, in order, as 'stage run'."""
+        log = self.root / "log"
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []
+        log.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return Workspace(tmp_path)

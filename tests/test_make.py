@@ -1,0 +1,255 @@
+"""Make drives the stages: what runs, what does not, and what a person is told. Stages are tiny; all else is real."""
+
+import json
+import os
+import re
+import time
+
+STAGES = ["prepare", "sync", "train", "convert", "evaluate"]
+
+
+def names(lines):
+    return [line.split()[0] for line in lines]
+
+
+def planned(workspace, *args):
+    """The stages that `make -n` says would run."""
+    return re.findall(r"stages/(\w+)\.", workspace.make("-n", *args).stdout)
+
+
+def test_evaluate_runs_every_stage_once_and_a_second_make_runs_nothing(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    assert names(workspace.ran()) == STAGES
+    workspace.make("evaluate", "RECIPE=x")
+    assert workspace.ran() == []
+    workspace.make("-q", "evaluate", "RECIPE=x")
+
+
+def test_dry_run_and_question_tell_the_truth_and_write_nothing(workspace):
+    before = sorted(p for p in workspace.root.rglob("*") if "__pycache__" not in p.parts)
+    assert planned(workspace, "train", "RECIPE=x") == ["prepare", "sync", "train"]
+    workspace.make("-q", "train", "RECIPE=x", ok=False)
+    assert sorted(p for p in workspace.root.rglob("*") if "__pycache__" not in p.parts) == before
+    workspace.make("train", "RECIPE=x")
+    assert planned(workspace, "evaluate", "RECIPE=x") == ["convert", "evaluate"]
+
+
+def test_editing_lr_restages_train_and_what_follows_but_not_prepare(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    assert "x/train: lr 0.001 -> 0.002" in workspace.make("why", "RECIPE=x").stdout
+    workspace.make("evaluate", "RECIPE=x")
+    assert names(workspace.ran()) == ["train", "convert", "evaluate"]
+
+
+def test_editing_an_option_that_changes_no_result_reruns_nothing(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    workspace.recipe("x", "lr = 1e-3", "lr = 1e-3\nsave_every = 7")
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.make("evaluate", "RECIPE=x", "log_every=3")
+    assert workspace.ran() == []
+
+
+def test_touching_anything_reruns_nothing(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    for path in workspace.root.rglob("*"):
+        if path.name != "log":
+            os.utime(path, (time.time() + 1000,) * 2)
+    workspace.make("evaluate", "RECIPE=x")
+    assert workspace.ran() == []
+
+
+def test_changing_a_source_file_reruns_everything_although_its_time_stays(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    rows = workspace.root / "recipes" / "rows.jsonl"
+    times = (rows.stat().st_atime_ns, rows.stat().st_mtime_ns)
+    rows.write_text(rows.read_text().replace("[]", "{}"))
+    os.utime(rows, ns=times)
+    assert "prepare: rows.jsonl changed" in workspace.make("why", "RECIPE=x").stdout
+    workspace.make("evaluate", "RECIPE=x")
+    assert names(workspace.ran()) == STAGES
+
+
+def test_deleting_a_manifest_reruns_that_stage_and_what_follows(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    (workspace.root / "runs/x/train/manifest.json").unlink()
+    assert planned(workspace, "evaluate", "RECIPE=x") == ["train", "convert", "evaluate"]
+    workspace.make("evaluate", "RECIPE=x")
+    assert names(workspace.ran()) == ["train", "convert", "evaluate"]
+
+
+def test_a_torn_manifest_counts_as_not_done(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.ran()
+    file = workspace.root / "runs/x/convert/manifest.json"
+    file.write_bytes(file.read_bytes()[:100])
+    workspace.make("evaluate", "RECIPE=x")
+    assert names(workspace.ran()) == ["convert", "evaluate"]
+
+
+def test_a_stage_reruns_by_its_file_target(workspace):
+    workspace.make("runs/x/sync/manifest.json")
+    assert names(workspace.ran()) == ["prepare", "sync"]
+    workspace.make("train", "RECIPE=x", "lr=5e-4")
+    workspace.ran()
+    (workspace.root / "runs/x_lr-5e-4/train/manifest.json").unlink()
+    workspace.make("runs/x_lr-5e-4/train/manifest.json")  # the overrides are remembered in run.json
+    assert workspace.ran() == ["train x_lr-5e-4"]
+
+
+def test_an_override_builds_a_sibling_run_that_shares_the_prepared_data(workspace):
+    workspace.make("train", "RECIPE=x")
+    workspace.ran()
+    workspace.make("train", "RECIPE=x", "lr=5e-4", "weight_decay=0.1")
+    assert workspace.ran() == ["sync x_lr-5e-4_weight-decay-0.1", "train x_lr-5e-4_weight-decay-0.1"]
+    a, b = (workspace.root / "runs" / run / "prepare/out" for run in ("x", "x_lr-5e-4_weight-decay-0.1"))
+    assert a.samefile(b)
+    config = json.loads((b.parents[1] / "train/manifest.json").read_text())["config"]
+    assert (config["lr"], config["weight_decay"]) == (5e-4, 0.1)
+
+
+def test_an_override_with_the_recipes_own_value_is_the_recipes_run(workspace):
+    assert "runs/x " in workspace.make("-n", "train", "RECIPE=x", "lr=0.001").stdout
+
+
+def test_runs_names_the_folder_of_runs(workspace):
+    workspace.make("prepare", "RECIPE=x", "RUNS=elsewhere/deep/")
+    assert (workspace.root / "elsewhere/deep/x/prepare/manifest.json").is_file()
+    assert not (workspace.root / "runs").exists()
+
+
+def test_two_recipes_in_parallel_each_run_once(workspace):
+    workspace.recipe("y", "lr = 1e-3", "lr = 3e-3")
+    workspace.make("-j8", "evaluate", "RECIPE=x y")
+    ran = workspace.ran()
+    # x and y prepare the same data: it is made once, under a lock, and linked into the other run
+    assert sorted(set(ran) | {"prepare x", "prepare y"}) == sorted(f"{s} {r}" for s in STAGES for r in "xy")
+    assert len(ran) == 9
+    workspace.make("-q", "evaluate", "RECIPE=x y")
+    workspace.make("verify", "RUN=x")
+
+
+def test_the_report_follows_whatever_stages_are_done(workspace):
+    workspace.make("prepare", "RECIPE=x")
+    workspace.ran()
+    workspace.make("report", "RECIPE=x")
+    assert names(workspace.ran()) == ["report"]
+    workspace.make("report", "RECIPE=x")
+    assert workspace.ran() == []
+    workspace.make("all", "RECIPE=x")
+    assert names(workspace.ran()) == [*STAGES[1:], "report"]
+    workspace.make("-q", "all", "RECIPE=x")
+
+
+def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_training(workspace):
+    (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
+    workspace.make("train", "RECIPE=x")
+    workspace.ran()
+    workspace.make("train", "RECIPE=x", "CLUSTER=other")
+    assert workspace.ran() == []
+    workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    workspace.make("train", "RECIPE=x", "CLUSTER=other")
+    assert names(workspace.ran()) == ["sync", "train"]
+
+
+def test_a_broken_recipe_is_told_in_two_seconds_with_file_field_value_and_next_command(workspace):
+    workspace.recipe("x", "lr = 1e-3", "lrr = 1e-3")
+    began = time.monotonic()
+    done = workspace.make("train", "RECIPE=x", ok=False)
+    assert time.monotonic() - began < 2
+    assert "recipes/x.toml: no field 'lrr' in [train]; did you mean 'lr'?" in done.stderr
+    assert "make show RECIPE=x" in done.stderr
+    workspace.recipe("x", "lr = 1e-3", "lr = -1.0")
+    assert "'lr' in [train] = -1.0: more than 0 is expected" in workspace.make("train", "RECIPE=x", ok=False).stderr
+    assert not (workspace.root / "runs").exists()
+
+
+def test_misspelt_names_are_corrected(workspace):
+    assert "did you mean RECIPE=?" in workspace.make("train", "RECPE=x", ok=False).stderr
+    assert "did you mean 'warmup_fraction'?" in workspace.make("train", "RECIPE=x", "warmup_fration=0.1", ok=False).stderr
+    assert "prepare.seed or train.seed or evaluate.seed" in workspace.make("train", "RECIPE=x", "seed=1", ok=False).stderr
+    assert "which recipe?" in workspace.make("train", ok=False).stderr
+    assert "did you mean 'local'?" in workspace.make("train", "RECIPE=x", "CLUSTER=locl", ok=False).stderr
+
+
+def test_hostile_values_reach_no_shell(workspace):
+    for value in ("lr=1'; touch pwned; '", "lr=$$(touch pwned)", "lr=`touch pwned`", "lr=1 & touch pwned", "lr=a\nb"):
+        done = workspace.make("train", "RECIPE=x", value, ok=False)
+        assert "error" in done.stderr
+    for variable in ("RECIPE=x'; touch pwned; '", "DATA='; touch pwned; '", "RUNS=r'; touch pwned; '", "CLUSTER=$$(touch pwned)"):
+        workspace.make("train", *([variable] if variable.startswith("RECIPE") else ["RECIPE=x", variable]), ok=False)
+    workspace.make("train", "RECIPE=../x", ok=False)
+    assert not (workspace.root / "pwned").exists()
+    assert workspace.ran() == []
+
+
+def test_new_copies_a_recipe_with_its_comments(workspace):
+    workspace.make("new", "FROM=x", "RECIPE=my-exp", "lr=5e-4", "warmup_fraction=0.1", "on.local.train.processes=2")
+    text = (workspace.root / "recipes/my-exp.toml").read_text()
+    assert "lr = 0.0005  # why" in text and "warmup_fraction = 0.1" in text
+    assert "[on.local.train]\nprocesses = 2" in text
+    assert "lr = 0.0005" in workspace.make("show", "RECIPE=my-exp").stdout
+    assert "exists already" in workspace.make("new", "FROM=x", "RECIPE=my-exp", ok=False).stderr
+
+
+def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    workspace.make("evaluate", "RECIPE=x", "lr=5e-4")
+    workspace.make("verify", "RUN=x")
+    assert "train:\n  lr 0.001 -> 0.0005" in workspace.make("diff", "A=x", "B=x_lr-5e-4").stdout
+    (workspace.root / "runs/x/convert/out").write_text("flipped")
+    done = workspace.make("verify", "RUN=x", ok=False)
+    assert "runs/x/convert/out" in done.stdout and "1 problem" in done.stderr
+
+
+def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace):
+    workspace.make("train", "RECIPE=x")
+    (workspace.root / "stages/convert.py").write_text(
+        "from sft.stage import Result, main\n"
+        "def body(stage):\n    stage.folder('train')\n    return Result([])\n"
+        "main('convert', body)\n"
+    )
+    out = workspace.root / "runs/x/train/out"
+    out.write_bytes(bytes([out.read_bytes()[0] ^ 1]) + out.read_bytes()[1:])
+    done = workspace.make("convert", "RECIPE=x", ok=False)
+    assert "runs/x/train/out has sha256" in done.stderr and "next: make train RECIPE=x" in done.stderr
+    assert not (workspace.root / "runs/x/convert").exists()
+
+
+def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace):
+    workspace.make("convert", "RECIPE=x")
+    before = (workspace.root / "runs/x/convert/manifest.json").read_bytes()
+    workspace.recipe("x", '[evaluate]', '[convert]\nmax_position_embeddings = 128\n[evaluate]')
+    (workspace.root / "stages/convert.py").write_text(
+        "from sft.errors import SftError\nfrom sft.stage import main\n"
+        "def body(stage):\n    (stage.out / 'half').write_text('x')\n    raise SftError('broken on purpose')\n"
+        "main('convert', body)\n"
+    )
+    assert "broken on purpose" in workspace.make("convert", "RECIPE=x", ok=False).stderr
+    assert (workspace.root / "runs/x/convert/manifest.json").read_bytes() == before
+
+
+def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace):
+    workspace.make("prepare", "RECIPE=x")
+    (workspace.root / "runs/x/prepare/manifest.json").unlink()
+    code = (
+        "import subprocess\nfrom pathlib import Path\nfrom sft.stage import lock\n"
+        "with lock(Path('runs/x/.work/prepare.lock')):\n"
+        "    r = subprocess.run(['make', 'prepare', 'RECIPE=x'], capture_output=True, text=True)\n"
+        "    print(r.returncode, r.stderr)\n"
+    )
+    out = workspace.python(code)
+    assert out.startswith("2 ") and "busy, held by pid" in out
+
+
+def test_the_plan_costs_little_of_a_make(workspace):
+    workspace.make("evaluate", "RECIPE=x")
+    began = time.monotonic()
+    for _ in range(3):
+        workspace.make("evaluate", "RECIPE=x")
+    assert (time.monotonic() - began) / 3 < 1.0

@@ -1,0 +1,123 @@
+"""Manifests: what was made is named by content, verified by byte, and never half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+from sft import manifest, paths
+from sft.errors import SftError
+from sft.hashcache import HashCache
+
+
+def record(folder, outputs, **changed):
+    made = {"schema": 1, "stage": "train", "run": "x", "cluster": "local", "key": "sha256:0", "version": 1, "config": {},
+            "inputs": [], "outputs": manifest.describe(folder, outputs), "metrics": {}, "provenance": {}}  # fmt: skip
+    manifest.write(folder / "manifest.json", made | changed)
+    return manifest.load(folder / "manifest.json")
+
+
+@pytest.fixture
+def made(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a").write_bytes(b"a" * 1000)
+    (tmp_path / "data/b").write_bytes(b"")
+    return tmp_path
+
+
+def test_a_copied_folder_still_verifies(made, tmp_path_factory):
+    m = record(made, ["data"])
+    assert [e["path"] for e in m["outputs"]] == ["data/a", "data/b"]
+    copy = tmp_path_factory.mktemp("copy") / "run"
+    shutil.copytree(made, copy)
+    assert manifest.broken_outputs(copy, m) == []
+
+
+@pytest.mark.parametrize("damage", ["flip", "short", "gone"])
+def test_every_damage_is_named(made, damage):
+    m = record(made, ["data"])
+    file = made / "data/a"
+    if damage == "flip":
+        file.write_bytes(b"a" * 999 + b"b")
+    elif damage == "short":
+        file.write_bytes(b"a" * 999)
+    else:
+        file.unlink()
+    (line,) = manifest.broken_outputs(made, m)
+    assert str(file) in line
+
+
+def test_the_digest_names_what_was_made_not_when_or_where(made):
+    m = record(made, ["data"])
+    again = record(made, ["data"], run="y", cluster="elsewhere", metrics={"seconds": 1}, provenance={"host": "h"})
+    assert manifest.digest(m) == manifest.digest(again)
+    (made / "data/b").write_bytes(b"b")
+    assert manifest.digest(m) != manifest.digest(record(made, ["data"]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"schema": 2}', '{"schema": 1, "stage": 3}', '{"schema": 1, "stage": "s", "run": "r", "key": "k",'
+     ' "config": {}, "inputs": [], "metrics": {}, "outputs": [{"path": "x"}]}', "\xff\xfe"],
+)  # fmt: skip
+def test_a_torn_manifest_is_never_success(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(SftError, match=r"manifest\.json"):
+        manifest.load(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a//b", "", ".", "a/./b", "~/x", "a\0b", "a\\b"])
+def test_paths_of_manifests_and_recipes_cannot_leave_their_root(tmp_path, path):
+    with pytest.raises(SftError):
+        paths.inside(tmp_path, path, "test")
+    with pytest.raises(SftError):
+        paths.find([tmp_path], path, "test")
+
+
+def test_links_that_leave_the_root_are_refused(tmp_path):
+    (tmp_path / "root").mkdir()
+    (tmp_path / "secret").write_text("s")
+    (tmp_path / "root/link").symlink_to("../secret")
+    with pytest.raises(SftError, match="leaves"):
+        paths.find([tmp_path / "root"], "link", "test")
+    with pytest.raises(SftError):
+        manifest.describe(tmp_path / "root", ["link"])
+
+
+def test_kill_during_a_write_leaves_the_old_or_the_new_file_whole(tmp_path):
+    file = tmp_path / "f"
+    file.write_text("old")
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom sft import manifest\n"
+        "at = int(sys.argv[2])\ncount = 0\n"
+        "def trace(event, args):\n"
+        "    global count\n"
+        "    if event in ('open', 'os.rename', 'os.chmod', 'tempfile.mkstemp'):\n"
+        "        count += 1\n"
+        "        if count == at: os.kill(os.getpid(), 9)\n"
+        "sys.addaudithook(trace)\nmanifest.write_atomic(Path(sys.argv[1]), b'new' * 1000)\n"
+    )
+    seen = set()
+    for at in range(1, 8):
+        file.write_text("old")
+        subprocess.run([sys.executable, "-c", code, str(file), str(at)], env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, check=False)
+        seen.add(file.read_text())
+    assert seen == {"old", "new" * 1000}
+
+
+def test_the_hash_cache_rereads_a_file_whose_signature_changed(tmp_path):
+    file = tmp_path / "f"
+    file.write_text("one")
+    cache = HashCache(tmp_path / "cache")
+    first = cache.sha256(file)
+    cache.save()
+    file.write_text("two")
+    os.utime(file, ns=(0, 0))
+    again = HashCache(tmp_path / "cache")
+    assert again.sha256(file) == manifest.hash_file(file) != first
+    (tmp_path / "cache/hashes.json").write_text(json.dumps({str(file): "junk"}))
+    assert HashCache(tmp_path / "cache").sha256(file) == manifest.hash_file(file)

@@ -1,0 +1,145 @@
+"""Recipes: every mistake is found at once and told; keys change with what changes a result and with nothing else."""
+
+import dataclasses
+import tomllib
+
+import pytest
+from conftest import REPO
+
+from sft import presets, recipe, schema
+from sft.errors import SftError
+
+MINIMAL = (
+    '[model]\npreset = "olmo3-tiny"\n[prepare]\ntokenizer = "tok"\nsources = [{path = "rows.jsonl"}]\n'
+    '[train]\nseq_len = 512\nglobal_batch_tokens = 4096\n[evaluate]\ntasks = ["one"]\n'
+)
+
+
+def load(tmp_path, text=MINIMAL, overrides=(), name="x"):
+    file = tmp_path / f"{name}.toml"
+    file.write_text(text)
+    return recipe.load(file, overrides)
+
+
+def error(tmp_path, text=MINIMAL, overrides=()):
+    with pytest.raises(SftError) as caught:
+        load(tmp_path, text, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "recipes").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_shipped_recipe_is_valid_and_says_what_it_is_for(file):
+    r = recipe.load(file)
+    assert r.run == file.stem
+    assert file.read_text().startswith("# "), "a recipe opens by saying what it is for"
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "env").glob("*.toml")), ids=lambda f: f.stem)
+def test_every_shipped_cluster_is_valid(file):
+    recipe.load_cluster(file)
+
+
+def test_all_mistakes_are_told_at_once(tmp_path):
+    text = MINIMAL.replace("seq_len = 512", 'seq_len = "512"\nlrr = 1').replace('tasks = ["one"]', "") + "[trian]\n"
+    message = error(tmp_path, text)
+    assert "'seq_len' in [train] = '512': a whole number is expected, not a str" in message
+    assert "no field 'lrr' in [train]; did you mean 'lr'?" in message
+    assert "'tasks' in [evaluate] is missing" in message
+    assert "no table [trian]; did you mean 'train'?" in message
+    assert message.count("x.toml: ") == 4 and "next: correct it, then `make show RECIPE=x`" in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("seq_len = 512", "seq_len = true", "a whole number is expected, not a bool"),
+        ("seq_len = 512", "seq_len = 1", "at least 2 is expected"),
+        ("seq_len = 512", "seq_len = 512\nlr = nan", "a finite number is expected"),
+        ("seq_len = 512", 'seq_len = 512\nschedule = "liner"', "did you mean 'linear'?"),
+        ("seq_len = 512", "seq_len = 512\nbetas = [0.9]", "2 values are expected"),
+        ("seq_len = 512", "seq_len = 500", "4096 is not a multiple of 'seq_len' = 500; try 4000 or 4500"),
+        ('preset = "olmo3-tiny"', 'preset = "olmo3-7"', "did you mean 'olmo3-7b'?"),
+        ('preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nn_kv_heads = 3', "n_heads 4 is not a multiple of n_kv_heads 3"),
+        ('{path = "rows.jsonl"}', '{paht = "rows.jsonl"}', "no field 'paht' in [prepare.sources.0]; did you mean 'path'?"),
+        ('{path = "rows.jsonl"}', '{path = "rows.jsonl", weight = 0.0}', "more than 0 is expected"),
+        ("[train]", "[on.local.trian]\n[train]", "no stage 'trian' in [on.local]; did you mean 'train'?"),
+        ("[train]", "[on.local.train]\nprocesses = 3\n[train]", "4096 is not a multiple of 3 ranks x microbatch_tokens 512 = 1536"),
+        ("[train]", "[train", "not valid TOML"),
+        ("[train]\n", "[train]\nmax_position_embeddings = 5\n", "it belongs to [convert]"),
+    ],
+)
+def test_a_mistake_names_field_value_and_remedy(tmp_path, old, new, told):
+    assert told in error(tmp_path, MINIMAL.replace(old, new))
+
+
+def test_yaml_style_numbers_are_typed(tmp_path):
+    assert load(tmp_path, MINIMAL.replace("seq_len = 512", "seq_len = 512\nlr = 1e-4")).train.lr == 1e-4
+    assert load(tmp_path, overrides=["lr=1e-4"]).train.lr == 1e-4
+    assert load(tmp_path, overrides=["betas=0.8,0.9"]).train.betas == (0.8, 0.9)
+    assert load(tmp_path, overrides=["tasks=one,two"]).evaluate.tasks == ("one", "two")
+
+
+def test_a_run_is_named_by_the_overrides_that_change_results(tmp_path):
+    assert load(tmp_path, overrides=["weight_decay=0.1", "lr=1e-4"]).run == "x_lr-1e-4_weight-decay-0.1"
+    assert load(tmp_path, overrides=["train.seed=1"]).run == "x_train.seed-1"
+    assert load(tmp_path, overrides=["save_every=5", "processes=2", "lr=8e-5"]).run == "x"
+    odd = load(tmp_path, overrides=["tokenizer=a/b c"]).run
+    assert recipe.RUN.fullmatch(odd) and "/" not in odd
+    numbers = [f for f in dataclasses.fields(schema.Model) if f.name not in ("preset", "base")]
+    many = [f"{f.name}={1024 + 8 * i}" for i, f in enumerate(numbers) if f.name != "n_kv_heads"]
+    assert len(load(tmp_path, overrides=many).run) <= 120
+
+
+def test_overrides_of_hardware_go_to_the_cluster(tmp_path):
+    r = load(tmp_path, overrides=["processes=2", "prepare.threads=3", "on.big.train.nodes=4"])
+    assert r.hardware("local", "train").processes == 2
+    assert r.hardware("local", "prepare").threads == 3
+    assert r.hardware("big", "train").nodes == 4
+
+
+def test_the_key_config_has_what_changes_a_result_and_nothing_else(tmp_path):
+    base = load(tmp_path)
+    assert base.config("train") == load(tmp_path, overrides=["save_every=9", "processes=2"]).config("train")
+    assert base.config("train") != load(tmp_path, overrides=["d_model=64", "n_heads=2", "head_dim=32"]).config("train")
+    assert base.config("prepare") == load(tmp_path, overrides=["seq_len=1024"]).config("prepare")
+
+
+@pytest.mark.parametrize("name", ["../x", "X", "a_b", "", "a b", "x\0"])
+def test_names_that_could_leave_the_folder_are_refused(tmp_path, name):
+    with pytest.raises(SftError):
+        recipe.find(tmp_path, name, "recipe")
+
+
+@pytest.mark.parametrize("run", ["../x", "x/../y", "x_..", "", "x_a/b", "X"])
+def test_runs_that_no_recipe_makes_are_refused(run):
+    with pytest.raises(SftError):
+        recipe.from_run(run)
+
+
+def test_presets_have_the_published_sizes():
+    published = {"olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "olmo3-7b": 7_298_617_344, "olmo3-32b": 32_234_279_936}
+    assert {name: presets.PRESETS[name].parameters for name in published} == published
+    windows = presets.PRESETS["olmo3-7b"].windows
+    assert windows[:4] == (4096, 4096, 4096, 0) and windows[-1] == 0 and len(windows) == 32
+
+
+def test_the_vocabulary_is_padded_and_must_hold_the_tokenizer():
+    assert presets.resolve(schema.Model(preset="olmo3-tiny"), 1025).vocab_size == 1152
+    assert presets.resolve(schema.Model(preset="olmo3-7b"), 100278).vocab_size == 100352
+    with pytest.raises(SftError, match="100352 is smaller than the tokenizer's 200000"):
+        presets.resolve(schema.Model(preset="olmo3-7b"), 200000)
+
+
+def test_every_option_has_a_meaning_and_defaults_within_its_bounds():
+    for cls in (*schema.TABLES.values(), schema.Source, schema.Hardware, schema.Cluster):
+        for f in dataclasses.fields(cls):
+            assert f.metadata["doc"], f"{cls.__name__}.{f.name}"
+            if f.default is not dataclasses.MISSING and f.default is not None:
+                recipe._bounds(f.default, f.metadata)
+
+
+def test_smoke_is_what_the_issue_of_a_laptop_needs():
+    data = tomllib.loads((REPO / "recipes/smoke.toml").read_text())
+    config = presets.resolve(recipe.load(REPO / "recipes/smoke.toml").model, 2048)
+    assert data["model"]["preset"].startswith("olmo3")
+    assert [w > 0 for w in config.windows] == [True, True, True, False]
