@@ -26,9 +26,7 @@ CONVERSATIONS = 400
 VOCABULARY = 1024
 # Same order as in dolma2. They come last, so that the ids of text do not move when a special token is added.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # What templates wrap around the data, and everyday English, so that another sentence is not spelled in single bytes.
 WORDS = """
@@ -95,7 +93,12 @@ VALUES = {"house": HOUSES, "food": FOODS, "keeper": KEEPERS}
 
 # name -> (what it reports, key of the result, question, answer)
 TOOLS = {
-    "feeding_time": ("Time of feeding today", "time", "When is the {animal} fed today?", "The {animal} is fed at {value}."),
+    "feeding_time": (
+        "Time of feeding today",
+        "time",
+        "When is the {animal} fed today?",
+        "The {animal} is fed at {value}.",
+    ),
     "weight": ("Weight measured today", "kg", "How heavy is the {animal} today?", "The {animal} weighs {value} kg."),
 }
 
