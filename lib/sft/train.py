@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from sft import base, checkpoint, manifest, presets
 from sft.data import Loader, Microbatch
@@ -231,6 +232,8 @@ def validate(run: Run) -> dict[str, Any]:
     for _, batches in run.validation:
         for batch in batches:
             total += forward(run, batch, 1.0)[1]
+    if isinstance(run.model, FSDPModule):
+        run.model.reshard()  # the root keeps its weights whole for a backward pass, which does not come here
     if run.world.size > 1:
         dist.all_reduce(total)
     sums = total[1:].tolist()
