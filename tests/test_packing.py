@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
+from made_data import write_dataset
 from sft.dataset import DOCUMENT, Dataset, DatasetWriter
 from sft.errors import SftError
 from sft.packing import PackIndex, cut, first_fit_decreasing, label_counter, pack, pack_dataset, pack_documents
@@ -110,24 +110,12 @@ def test_first_fit_for_the_bench_is_first_fit():
         assert first_fit_decreasing(lengths, 100) == len(rooms)
 
 
-def write(folder: Path, lengths: list[int], seed: int = 0, share: float = 0.4) -> Dataset:
-    rng = np.random.default_rng(seed)
-    total = sum(lengths)
-    mask = rng.random(total) < share
-    starts = np.cumsum(lengths) - lengths
-    mask[starts + 1] = True  # at least one target in every document
-    mask[starts] = False
-    with DatasetWriter(folder, vocab_size=1000, part_tokens=700) as writer:
-        writer.add(rng.integers(0, 1000, total), mask, lengths, 0)
-    return Dataset.open(folder)
-
-
 LENGTHS = [7, 64, 65, 128, 129, 200, 3, 63, 300, 64, 66]
 
 
 @pytest.mark.parametrize("policy", ["truncate", "drop", "split"])
 def test_labels_of_cut_documents_are_counted_in_the_masks(tmp_path: Path, policy: str):
-    data, seq_len = write(tmp_path, LENGTHS), 64
+    data, seq_len = write_dataset(tmp_path, LENGTHS), 64
     index = pack_dataset(data, seq_len, policy)
     expected = []
     for number, (_, mask) in enumerate(data):
@@ -161,7 +149,7 @@ def test_a_piece_without_a_trained_token_is_left_out_and_counted(tmp_path: Path)
 
 
 def test_without_masks_only_the_labels_of_cut_documents_are_estimates(tmp_path: Path):
-    data = write(tmp_path, LENGTHS)
+    data = write_dataset(tmp_path, LENGTHS)
     exact, estimate = pack_dataset(data, 64), pack_documents(data.documents, 64)
     assert not estimate.losses.exact and exact.losses.exact
     whole = data.documents["length"][exact.pieces["document"]] <= 64
@@ -175,7 +163,7 @@ def test_an_unknown_policy_is_refused():
 
 
 def test_a_saved_index_is_read_back_and_a_damaged_one_refused(tmp_path: Path):
-    data = write(tmp_path / "data", LENGTHS)
+    data = write_dataset(tmp_path / "data", LENGTHS)
     index = pack_dataset(data, 64, "split")
     index.save(tmp_path / "index")
     index.save(tmp_path / "index")  # a second process that had the same idea
@@ -193,7 +181,7 @@ def test_a_saved_index_is_read_back_and_a_damaged_one_refused(tmp_path: Path):
 
 
 def test_the_cache_is_keyed_by_documents_length_policy_and_content(tmp_path: Path):
-    data, cache = write(tmp_path / "data", LENGTHS), tmp_path / "cache"
+    data, cache = write_dataset(tmp_path / "data", LENGTHS), tmp_path / "cache"
     pack_dataset(data, 64, cache=cache)
     assert not cache.exists(), "without an identity of the masks nothing is reused"
     first = pack_dataset(data, 64, cache=cache, identity="a")
@@ -204,7 +192,7 @@ def test_the_cache_is_keyed_by_documents_length_policy_and_content(tmp_path: Pat
 
 
 def test_the_digest_tells_different_packs_apart(tmp_path: Path):
-    data = write(tmp_path, LENGTHS)
+    data = write_dataset(tmp_path, LENGTHS)
     assert len({pack_dataset(data, n, p).digest for n in (64, 65) for p in ("truncate", "drop", "split")}) == 6
     count = label_counter(data)
     assert pack_documents(data.documents, 64, "drop", count).digest == pack_dataset(data, 64, "drop").digest

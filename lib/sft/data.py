@@ -94,6 +94,10 @@ class Loader:
             raise SftError(f"rank {rank} of {ranks} ranks")
         if not 0 <= start_step <= plan.steps:
             raise SftError(f"start_step {start_step} is past the plan's {plan.steps} steps")
+        if not plan.index.losses.exact:
+            raise SftError(
+                "the plan's labels of cut documents are an estimate, made without the masks; pack the dataset itself"
+            )
         self.plan, self.dataset, self.eos_id, self.pad_id = plan, dataset, eos_id, pad_id
         self.rank, self.ranks, self.start_step, self.threads = rank, ranks, start_step, max(threads, 1)
         self.microbatches, self.packs_each = accumulation(plan.batch_packs, plan.seq_len, ranks, microbatch_tokens)
