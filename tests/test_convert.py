@@ -158,9 +158,9 @@ def test_special_tokens_that_disagree_with_training_are_refused(
 
 
 def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
-    folder, *_, facts, options = export(tmp_path, OLMO2)
+    folder, _, facts, _ = export(tmp_path, OLMO2)
     facts["tokenizer"]["canaries"] = {"Paris": [1, 2, 3]}
-    with pytest.raises(SftError, match="'Paris' becomes .* another pre-tokenizer"):
+    with pytest.raises(SftError, match=r"'Paris' becomes .* another pre-tokenizer"):
         gate.check_tokenizer(folder, facts)
 
 
@@ -177,7 +177,7 @@ def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:
     from olmo_core.nn.hf.convert import convert_state_to_hf
 
     config = replace(OLMO3, yarn=None)
-    folder, weights, facts, _ = export(tmp_path, config, Convert(dtype="float32"))
+    folder, weights, *_ = export(tmp_path, config, Convert(dtype="float32"))
     made = hf.Folder(folder)
     theirs = convert_state_to_hf(
         hf.hf_config(config, vocab_size=384, max_position_embeddings=64, dtype="float32"), weights

@@ -188,7 +188,7 @@ def write_weights(
     done = 0
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with open(target / name, "wb") as file:
+        with (target / name).open("wb") as file:
             file.write(_header(shard, dtype))
             for entry in shard:
                 for chunk in _cast(weights[entry.name], entry, dtype):
@@ -230,7 +230,7 @@ def _header(entries: list[_Entry], dtype: str) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _cast(tensor: torch.Tensor, entry: _Entry, dtype: str) -> Iterator[memoryview]:
+def _cast(tensor: torch.Tensor, entry: _Entry, dtype: str) -> Iterator[bytes]:
     """The bytes of a tensor in the export's dtype, cut to the entry's rows, in pieces. Refuses NaN and infinity."""
     rows = entry.shape[0]
     step = max(1, _CHUNK_ELEMENTS // max(1, tensor[0].numel()))
@@ -244,11 +244,11 @@ def _cast(tensor: torch.Tensor, entry: _Entry, dtype: str) -> Iterator[memoryvie
                 else "the checkpoint is damaged or diverged"
             )
             raise SftError(f"the checkpoint: {entry.name}: NaN or infinity from row {start} on: {why}")
-        yield memoryview(piece.view(torch.uint8).numpy().reshape(-1))
+        yield piece.view(torch.uint8).numpy().tobytes()
 
 
 def write_json(path: Path, data: Any) -> None:
-    with open(path, "w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         json.dump(data, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()

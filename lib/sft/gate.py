@@ -286,9 +286,8 @@ def greedy_chat(folder: Path, tokenizer: Any) -> dict[str, Any]:
     """One greedy reply of the export as a user would load it, and whether it stopped by itself."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", output_loading_info=True, trust_remote_code=False
-    )
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype="auto", output_loading_info=True, trust_remote_code=False)
     if odd := {kind: sorted(map(str, names)) for kind, names in info.items() if names}:
         raise SftError(f"{folder}: AutoModelForCausalLM does not load it cleanly: {odd}")
     messages = [{"role": "user", "content": _CHAT[0][0]}]
