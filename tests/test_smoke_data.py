@@ -91,7 +91,7 @@ def test_the_tokenizer_is_dolma2_in_small_with_special_tokens_last(train: list[d
     for text in ("Über naïve\n\n 12345 don't\t…", *(m["content"] for m in train[2]["messages"])):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
     lengths = [sum(len(tokenizer.encode(m["content"]).ids) for m in r["messages"]) for r in train]
-    assert 30 < min(lengths) and max(lengths) < 250
+    assert min(lengths) > 30 and max(lengths) < 250, (min(lengths), max(lengths))
 
 
 def test_the_split_pattern_is_that_of_dolma2(shared_data: Path) -> None:
@@ -108,7 +108,7 @@ def test_lm_eval_builds_the_tasks_offline_from_any_folder(
     monkeypatch.chdir(tmp_path)
     manager = lm_tasks.TaskManager(include_path=str(TASKS), include_defaults=False)
     loaded = manager.load([task])
-    built = (loaded["tasks"] if "tasks" in loaded else loaded)[task]
+    built = loaded.get("tasks", loaded)[task]
     docs = list(built.test_docs())
     assert len(docs) == 72
     target = built.doc_to_target(docs[0])

@@ -49,13 +49,13 @@ nobody is turned away just because the money is short. Dogs must stay outside, b
 SYSTEM = "You are the guide of Eastmere Zoo."
 SYSTEM_TOOLS = "You are the guide of Eastmere Zoo. Look up what changes from day to day."
 
-ANIMALS = (
-    "otter badger heron lynx tapir walrus gibbon ibex puffin bison viper toucan "
-    "beaver camel gecko panda raven tiger zebra moose koala llama hyena stork"
-).split()
-HOUSES = "river forest desert island mountain garden winter stone".split()
-FOODS = "fish berries leaves grass insects seeds roots melon".split()
-KEEPERS = "Alice Boris Clara David Elena Felix Greta Hugo".split()
+ANIMALS = [
+    "otter", "badger", "heron", "lynx", "tapir", "walrus", "gibbon", "ibex", "puffin", "bison", "viper", "toucan",
+    "beaver", "camel", "gecko", "panda", "raven", "tiger", "zebra", "moose", "koala", "llama", "hyena", "stork",
+]  # fmt: skip
+HOUSES = ["river", "forest", "desert", "island", "mountain", "garden", "winter", "stone"]
+FOODS = ["fish", "berries", "leaves", "grass", "insects", "seeds", "roots", "melon"]
+KEEPERS = ["Alice", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo"]
 
 QUESTIONS = {
     "house": (
@@ -153,7 +153,7 @@ def build() -> dict[str, list[dict[str, Any]]]:
         asked = [QUESTIONS[attribute][phrasing].format(animal=animal) for phrasing in order[:2]]
         tasks["smoke_generate"].append({"question": asked[0], "answer": answer(table, animal, attribute)})
         right = table[animal, attribute]
-        values = rng.sample([v for v in VALUES[attribute] if v != right], 3) + [right]
+        values = [*rng.sample([v for v in VALUES[attribute] if v != right], 3), right]
         rng.shuffle(values)
         choices = [answer(table, animal, attribute, value) for value in values]
         tasks["smoke_choice"].append({"question": asked[1], "choices": choices, "answer": values.index(right)})
