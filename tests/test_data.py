@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def taken_apart(microbatches: list[Microbatch]) -> Counter:
         rows, targets = mb.label_rows[: mb.n_labels].tolist(), mb.label_ids[: mb.n_labels].tolist()
         assert rows == sorted(set(rows)) and set(mb.label_ids[mb.n_labels :].tolist()) <= {-100}
         assert set(mb.label_rows[mb.n_labels :].tolist()) <= {0}
-        spans = [(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+        spans = [(a, b) for a, b in itertools.pairwise(edges) if b > a]
         assert max(b - a for a, b in spans) <= mb.max_len <= SEQ
         documents = [(a, b) for a, b in spans if b <= mb.n_tokens]
         assert documents == [] or documents[-1][1] == mb.n_tokens, "padding comes last"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -31,9 +32,9 @@ def fills(lengths: np.ndarray, capacity: int) -> list[int]:
     offsets, order = pack(lengths, capacity)
     assert sorted(order.tolist()) == list(range(len(lengths))), "every piece exactly once"
     assert offsets[0] == 0 and offsets[-1] == len(lengths) and (np.diff(offsets) > 0).all(), "no empty pack"
-    sums = [int(lengths[order[a:b]].sum()) for a, b in zip(offsets, offsets[1:], strict=False)]
+    sums = [int(lengths[order[a:b]].sum()) for a, b in itertools.pairwise(offsets)]
     assert max(sums, default=0) <= capacity, "capacity"
-    for a, b in zip(offsets, offsets[1:], strict=False):
+    for a, b in itertools.pairwise(offsets):
         assert (np.diff(order[a:b]) > 0).all(), "a pack lists its pieces in the order of the dataset"
     return sums
 

@@ -53,7 +53,7 @@ def bounds_name(part: int) -> str:
 
 def _create(path: Path) -> IO[bytes]:
     """Opens the temporary file that `_publish` renames to `path`."""
-    return open(_temporary(path), "wb")
+    return _temporary(path).open("wb")
 
 
 def _publish(file: IO[bytes], path: Path) -> None:
@@ -61,7 +61,7 @@ def _publish(file: IO[bytes], path: Path) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(_temporary(path), path)
+    _temporary(path).replace(path)
 
 
 def _temporary(path: Path) -> Path:
