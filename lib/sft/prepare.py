@@ -28,16 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft import inputs, manifest, sources, workers
+from sft import describe, inputs, manifest, sources, workers
 from sft.dataset import DatasetWriter
 from sft.decontaminate import Screen
 from sft.errors import SftError
-from sft.mix import Mixed, Pool, Selection, mix
-from sft.schema import Prepare, Source
+from sft.mix import Pool, Selection, mix
+from sft.schema import Source
 from sft.tokencache import INDEX, TEMPORARY, ChunkWriter, Rejected, Summary, Tokens, is_intact, read_summary
 
 if TYPE_CHECKING:
     from sft.stage import Result, Stage
+    from sft.tokenize import Encoder
 
 ENCODING = 1
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
@@ -82,11 +83,9 @@ class Job:
 class EncodeChunk:
     """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
 
-    def __init__(self, tokenizer: Path, table: Prepare, files: dict[str, Path], cache: Path):
-        from sft.tokenize import Encoder
-
-        self.encoder = Encoder(tokenizer, table, files.__getitem__)
-        self.sources, self.cache = table.sources, cache
+    def __init__(self, encoder: Encoder, cache: Path):
+        self.encoder, self.cache = encoder, cache
+        self.sources = encoder.prepare.sources
 
     def __call__(self, job: Job) -> Summary:
         source = self.sources[job.source]
@@ -102,8 +101,15 @@ class EncodeChunk:
                 numbers = np.array(batch.numbers, dtype=np.int64)
                 writer.add(encoded.ids, encoded.mask, encoded.lengths, numbers[encoded.rows])
                 summary.rejects += [Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects]
+                note(summary.notes, encoded.engine, encoded.proof)
             summary.rejects.sort()
         return Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+
+
+def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
+    """Adds what the encoder says of one batch: its proof's counts, and the documents that each engine encoded."""
+    for name, count in [*proof.items(), (f"documents_by_{engine}", proof["documents"])]:
+        notes[name] = notes.get(name, 0) + count
 
 
 class ScreenChunk:
@@ -167,7 +173,6 @@ class Preparation:
         self.table = stage.recipe.prepare
         self.say = stage.say
         self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
-        self.files = {self.table.template: stage.find(self.table.template)} if inputs.is_template_file(self.table.template) else {}
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
         hashes: dict[Path, str] = {}
 
@@ -182,6 +187,7 @@ class Preparation:
         unique = {job.name: job for jobs in reversed(self.jobs_of) for job in jobs}
         self.jobs = [dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))]
         self.summaries: dict[str, Summary] = {}
+        self.checks: dict[str, dict[str, int]] = {}
         self.encoded_tokens, self.encode_seconds = 0, 0.0
 
     def _encoding(self) -> dict[str, Any]:
@@ -230,7 +236,7 @@ class Preparation:
             return
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         progress = Progress(self.say, "encoding", todo)
-        arguments = (self.tokenizer, self.table, self.files, self.cache)
+        arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
         for job, summary in workers.work(EncodeChunk, arguments, missing, count):
             progress.add(job.chunk.bytes, summary.tokens)
@@ -372,7 +378,7 @@ class Preparation:
 
     # --- writing --------------------------------------------------------------------------------------------------
 
-    def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex], vocab_size: int) -> dict[str, int]:
+    def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex]) -> dict[str, int]:
         """Writes the chosen documents into stage.out/name in their order. Memory: one block of tokens."""
         folder = self.stage.out / name
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -387,7 +393,8 @@ class Preparation:
         ends = np.cumsum(length)
         progress = Progress(self.say, f"writing {name}", int(ends[-1]))
         opened: dict[int, Tokens] = {}
-        with DatasetWriter(folder, vocab_size) as writer:
+        check = describe.Check(f"[prepare] {name}", self.encoder.identity)
+        with DatasetWriter(folder, self.encoder.identity["vocab_size"]) as writer:
             first = 0
             while first < len(chosen):
                 done = int(ends[first - 1]) if first else 0
@@ -407,22 +414,13 @@ class Preparation:
                         tokens = opened[c] = Tokens.open(self.cache / name_of, self.summaries[name_of])
                     ids[to : to + n] = tokens.ids[s : s + n]
                     mask[to : to + n] = tokens.mask[s : s + n]
+                check.block(ids, mask, length[first:last])
                 writer.add(ids, mask, length[first:last], chosen.source[first:last])
                 progress.add(total, total)
                 first = last
+        self.checks[name] = check.finish()
         return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
 
-
-    def contaminated(self, found: Sequence[SourceIndex], screen: Screen) -> Iterator[dict[str, Any]]:
-        """Every dropped conversation with the evaluation text it repeats."""
-        for source, jobs, index in zip(self.table.sources, self.jobs_of, found, strict=True):
-            for i in np.flatnonzero(index.repeats >= 0):
-                yield {
-                    "source": source.path,
-                    "file": jobs[int(index.chunk[i])].chunk.file.name,
-                    "row": int(index.rows[i]),
-                    "repeats": screen.texts[int(index.repeats[i])],
-                }
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -470,63 +468,26 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
     if table.validation_fraction and not len(mixed.validation):
         stage.say(f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations")
-    identity = work.encoder.identity
-    splits = {"data": work.write("data", mixed.data, found, identity["vocab_size"])}
+    splits = {"data": work.write("data", mixed.data, found)}
     shutil.rmtree(out / "validation", ignore_errors=True)
     if len(mixed.validation):
-        splits["validation"] = work.write("validation", mixed.validation, found, identity["vocab_size"])
-    if not splits["data"]["labels"]:
-        raise SftError(f"[prepare]: none of {splits['data']['tokens']} tokens is trained; next: correct the template or train_roles")
+        splits["validation"] = work.write("validation", mixed.validation, found)
     work.encoder.save_tokenizer(out / "data" / "tokenizer")
-    rejects = [reject for source in found for reject in source.rejects]
-    outputs = ["data", *(["validation"] if len(mixed.validation) else []), "dataset.json", "rejects.jsonl"]
-    _write_lines(out / "rejects.jsonl", rejects)
-    dataset = _dataset(work, mixed, found, splits)
-    if screen is not None:
-        dropped = list(work.contaminated(found, screen))
-        _write_lines(out / "contaminated.jsonl", dropped)
-        outputs.append("contaminated.jsonl")
-        dataset["decontamination"] = {
-            "files": list(table.decontaminate), "ngram": screen.n, "overlap": screen.overlap,
-            "texts": len(screen.texts), "too_short": screen.too_short, "dropped": len(dropped),
-        }  # fmt: skip
-    _write_json(out / "dataset.json", dataset)
-    speed = {"encoded_tokens_per_s": round(work.encoded_tokens / work.encode_seconds)} if work.encode_seconds else {}
-    return Result(outputs, {**splits["data"], "rejected": len(rejects), **speed})
-
-
-def _dataset(work: Preparation, mixed: Mixed, found: Sequence[SourceIndex], splits: dict[str, dict[str, int]]) -> dict[str, Any]:
-    """dataset.json: what the data is, where it came from, and what was left out."""
-    described = []
-    for number, (source, index, files) in enumerate(zip(mixed.report, found, work.inputs, strict=True)):
-        chosen = mixed.data.index[mixed.data.source == number]
-        described.append(
-            {
-                **source,
-                "rows": index.read,
-                "rejected": len(index.rejects),
-                "reasons": dict(sorted(Counter(r["reason"] for r in index.rejects).items())),
-                "documents": len(chosen),
-                "tokens": int(index.pool.lengths[chosen].sum()),
-                "labels": int(index.labels[chosen].sum()),
-                "files": [{"name": f.name, "sha256": f.sha256} for f in files],
-            }
-        )
-    lengths = np.concatenate([f.pool.lengths[mixed.data.index[mixed.data.source == i]] for i, f in enumerate(found)])
-    return {"format": 1, **work.encoder.identity, "sources": described, "splits": splits, "lengths": histogram(lengths)}
-
-
-def histogram(lengths: np.ndarray) -> dict[str, Any]:
-    """Document lengths in tokens: percentiles, and documents and tokens up to each power of two."""
-    buckets = np.ceil(np.log2(np.maximum(lengths, 1))).astype(np.int64)
-    documents = np.bincount(buckets)
-    tokens = np.bincount(buckets, weights=lengths.astype(np.float64))
-    return {
-        "mean": round(float(lengths.mean()), 3),
-        **{f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99)},
-        "max": int(lengths.max()),
-        "up_to": [[1 << b, int(n), int(t)] for b, (n, t) in enumerate(zip(documents, tokens, strict=True)) if n],
+    work.encoder.check_saved(out / "data" / "tokenizer")
+    files = {
+        "dataset.json": describe.dataset(work, mixed, found, splits, screen),
+        "proof.json": describe.proof(work, found),
+        "preview.json": describe.preview(out / "data", work.encoder.vocabulary.decode),
     }
+    lists = {"rejects.jsonl": [reject for source in found for reject in source.rejects]}
+    if screen is not None:
+        lists["contaminated.jsonl"] = describe.contaminated(work, found, screen)
+    for name, value in files.items():
+        manifest.write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    for name, values in lists.items():
+        manifest.write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
+    speed = {"encoded_tokens_per_s": round(work.encoded_tokens / work.encode_seconds)} if work.encode_seconds else {}
+    return Result([*splits, *files, *lists], {**splits["data"], "rejected": len(lists["rejects.jsonl"]), **speed})
 
 
 def resolve_tokenizer(path: str, stage: Stage) -> Path:
@@ -557,14 +518,6 @@ def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise SftError(f"{file.name}: row {base + bad.row + 1}: {bad.reason}: {bad.detail}; next: repair the evaluation file")
             yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
         base += count
-
-
-def _write_json(file: Path, value: Any) -> None:
-    manifest.write_atomic(file, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
-
-
-def _write_lines(file: Path, values: Sequence[dict[str, Any]]) -> None:
-    manifest.write_atomic(file, b"".join(json.dumps(v).encode() + b"\n" for v in values))
 
 
 def _digest(value: Any) -> str:

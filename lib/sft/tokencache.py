@@ -51,8 +51,8 @@ class Summary:
     lines: int = 0
     """Rows and blank lines: how far the chunk moves the numbers of the rows after it."""
     rejects: list[Rejected] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
-    """What the encoder says about its work, e.g. how many documents were compared with another tokenizer."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """What the encoder counted, e.g. the documents compared with another tokenizer."""
     crc: dict[str, int] = field(default_factory=dict)
 
 
