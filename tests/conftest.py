@@ -72,7 +72,7 @@ class Workspace:
     def recipe(self, name: str, old: str = "", new: str = "") -> Path:
         text = (
             '[model]\npreset = "olmo3-tiny"\n\n[prepare]\ntokenizer = "tok"\n[[prepare.sources]]\npath = "rows.jsonl"\n\n'
-            "[train]\nseq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why\n\n[evaluate]\ntasks = [\"one\"]\n"
+            '[train]\nseq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why\n\n[evaluate]\ntasks = ["one"]\n'
         )
         assert old in text
         file = self.root / "recipes" / f"{name}.toml"
@@ -81,7 +81,12 @@ class Workspace:
 
     def python(self, code: str) -> str:
         return subprocess.run(
-            [sys.executable, "-c", code], cwd=self.root, env={**os.environ, "PYTHONPATH": "lib"}, text=True, check=True, capture_output=True
+            [sys.executable, "-c", code],
+            cwd=self.root,
+            env={**os.environ, "PYTHONPATH": "lib"},
+            text=True,
+            check=True,
+            capture_output=True,
         ).stdout
 
     def make(self, *args: str, ok: bool | None = True) -> subprocess.CompletedProcess[str]:

@@ -171,8 +171,12 @@ def test_a_broken_recipe_is_told_in_two_seconds_with_file_field_value_and_next_c
 
 def test_misspelt_names_are_corrected(workspace):
     assert "did you mean RECIPE=?" in workspace.make("train", "RECPE=x", ok=False).stderr
-    assert "did you mean 'warmup_fraction'?" in workspace.make("train", "RECIPE=x", "warmup_fration=0.1", ok=False).stderr
-    assert "prepare.seed or train.seed or evaluate.seed" in workspace.make("train", "RECIPE=x", "seed=1", ok=False).stderr
+    assert (
+        "did you mean 'warmup_fraction'?" in workspace.make("train", "RECIPE=x", "warmup_fration=0.1", ok=False).stderr
+    )
+    assert (
+        "prepare.seed or train.seed or evaluate.seed" in workspace.make("train", "RECIPE=x", "seed=1", ok=False).stderr
+    )
     assert "which recipe?" in workspace.make("train", ok=False).stderr
     assert "did you mean 'local'?" in workspace.make("train", "RECIPE=x", "CLUSTER=locl", ok=False).stderr
 
@@ -181,7 +185,12 @@ def test_hostile_values_reach_no_shell(workspace):
     for value in ("lr=1'; touch pwned; '", "lr=$$(touch pwned)", "lr=`touch pwned`", "lr=1 & touch pwned", "lr=a\nb"):
         done = workspace.make("train", "RECIPE=x", value, ok=False)
         assert "error" in done.stderr
-    for variable in ("RECIPE=x'; touch pwned; '", "DATA='; touch pwned; '", "RUNS=r'; touch pwned; '", "CLUSTER=$$(touch pwned)"):
+    for variable in (
+        "RECIPE=x'; touch pwned; '",
+        "DATA='; touch pwned; '",
+        "RUNS=r'; touch pwned; '",
+        "CLUSTER=$$(touch pwned)",
+    ):
         workspace.make("train", *([variable] if variable.startswith("RECIPE") else ["RECIPE=x", variable]), ok=False)
     workspace.make("train", "RECIPE=../x", ok=False)
     assert not (workspace.root / "pwned").exists()
@@ -224,7 +233,7 @@ def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace):
 def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace):
     workspace.make("convert", "RECIPE=x")
     before = (workspace.root / "runs/x/convert/manifest.json").read_bytes()
-    workspace.recipe("x", '[evaluate]', '[convert]\nmax_position_embeddings = 128\n[evaluate]')
+    workspace.recipe("x", "[evaluate]", "[convert]\nmax_position_embeddings = 128\n[evaluate]")
     (workspace.root / "stages/convert.py").write_text(
         "from sft.errors import SftError\nfrom sft.stage import main\n"
         "def body(stage):\n    (stage.out / 'half').write_text('x')\n    raise SftError('broken on purpose')\n"

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
 
+from conftest import REPO
 from sft import manifest, paths
 from sft.errors import SftError
 from sft.hashcache import HashCache
@@ -104,7 +104,11 @@ def test_kill_during_a_write_leaves_the_old_or_the_new_file_whole(tmp_path):
     seen = set()
     for at in range(1, 8):
         file.write_text("old")
-        subprocess.run([sys.executable, "-c", code, str(file), str(at)], env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, check=False)
+        subprocess.run(
+            [sys.executable, "-c", code, str(file), str(at)],
+            env={**os.environ, "PYTHONPATH": str(REPO / "lib")},
+            check=False,
+        )
         seen.add(file.read_text())
     assert seen == {"old", "new" * 1000}
 

@@ -4,8 +4,8 @@ import dataclasses
 import tomllib
 
 import pytest
-from conftest import REPO
 
+from conftest import REPO
 from sft import presets, recipe, schema
 from sft.errors import SftError
 
@@ -59,11 +59,23 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("seq_len = 512", "seq_len = 512\nbetas = [0.9]", "2 values are expected"),
         ("seq_len = 512", "seq_len = 500", "4096 is not a multiple of 'seq_len' = 500; try 4000 or 4500"),
         ('preset = "olmo3-tiny"', 'preset = "olmo3-7"', "did you mean 'olmo3-7b'?"),
-        ('preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nn_kv_heads = 3', "n_heads 4 is not a multiple of n_kv_heads 3"),
-        ('{path = "rows.jsonl"}', '{paht = "rows.jsonl"}', "no field 'paht' in [prepare.sources.0]; did you mean 'path'?"),
+        (
+            'preset = "olmo3-tiny"',
+            'preset = "olmo3-tiny"\nn_kv_heads = 3',
+            "n_heads 4 is not a multiple of n_kv_heads 3",
+        ),
+        (
+            '{path = "rows.jsonl"}',
+            '{paht = "rows.jsonl"}',
+            "no field 'paht' in [prepare.sources.0]; did you mean 'path'?",
+        ),
         ('{path = "rows.jsonl"}', '{path = "rows.jsonl", weight = 0.0}', "more than 0 is expected"),
         ("[train]", "[on.local.trian]\n[train]", "no stage 'trian' in [on.local]; did you mean 'train'?"),
-        ("[train]", "[on.local.train]\nprocesses = 3\n[train]", "4096 is not a multiple of 3 ranks x microbatch_tokens 512 = 1536"),
+        (
+            "[train]",
+            "[on.local.train]\nprocesses = 3\n[train]",
+            "4096 is not a multiple of 3 ranks x microbatch_tokens 512 = 1536",
+        ),
         ("[train]", "[train", "not valid TOML"),
         ("[train]\n", "[train]\nmax_position_embeddings = 5\n", "it belongs to [convert]"),
     ],
@@ -117,7 +129,12 @@ def test_runs_that_no_recipe_makes_are_refused(run):
 
 
 def test_presets_have_the_published_sizes():
-    published = {"olmo2-1b": 1_484_916_736, "olmo2-7b": 7_298_617_344, "olmo3-7b": 7_298_617_344, "olmo3-32b": 32_234_279_936}
+    published = {
+        "olmo2-1b": 1_484_916_736,
+        "olmo2-7b": 7_298_617_344,
+        "olmo3-7b": 7_298_617_344,
+        "olmo3-32b": 32_234_279_936,
+    }
     assert {name: presets.PRESETS[name].parameters for name in published} == published
     windows = presets.PRESETS["olmo3-7b"].windows
     assert windows[:4] == (4096, 4096, 4096, 0) and windows[-1] == 0 and len(windows) == 32

@@ -11,7 +11,9 @@ from __future__ import annotations
 import sys
 
 if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an old interpreter meets first
-    sys.exit(f"error: Python {sys.version.split()[0]} is too old; next: install Python >= 3.11 and say make PYTHON=python3.11 …")
+    sys.exit(
+        f"error: Python {sys.version.split()[0]} is too old; next: install Python >= 3.11 and say make PYTHON=python3.11 …"
+    )
 
 import argparse
 import dataclasses
@@ -25,7 +27,23 @@ from sft import manifest, plan, presets, recipe, schema
 from sft.errors import SftError
 
 RECIPES = plan.REPO / "recipes"
-MAKE_VARIABLES = ("RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "RUN", "SOURCE", "ROW", "SHARD", "PYTHON", "TORCH", "SRC", "DST")
+MAKE_VARIABLES = (
+    "RECIPE",
+    "CLUSTER",
+    "RUNS",
+    "DATA",
+    "FROM",
+    "A",
+    "B",
+    "RUN",
+    "SOURCE",
+    "ROW",
+    "SHARD",
+    "PYTHON",
+    "TORCH",
+    "SRC",
+    "DST",
+)
 
 
 def split_overrides(text: str) -> list[str]:
@@ -41,7 +59,9 @@ def split_overrides(text: str) -> list[str]:
         if name[:1].islower():
             fields.append(f"{name}={value}")
         elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
-            raise SftError(f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)")
+            raise SftError(
+                f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)"
+            )
     return fields
 
 
@@ -65,11 +85,15 @@ def command_plan(args: argparse.Namespace) -> None:
     """One line of words for Make: plan-ok, environment:<digest>, set:<override>, run:<run>, stale:<run>/<stage>."""
     words = ["plan-ok", f"environment:{plan.environment_digest()}", *(f"set:{f}" for f in args.fields)]
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
-        raise SftError(f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit")
+        raise SftError(
+            f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit"
+        )
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview")]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
-        raise SftError(f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder")
+        raise SftError(
+            f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"
+        )
     if needs_run:
         args.place.load_cluster()
     runs = runs_of(args)
@@ -94,7 +118,13 @@ def command_show(args: argparse.Namespace) -> None:
                 v = getattr(value, f.name)
                 if v is None:
                     continue
-                origin = "override" if f"{table}.{f.name}" in overridden else "" if f.name in raw.get(table, {}) else "default"
+                origin = (
+                    "override"
+                    if f"{table}.{f.name}" in overridden
+                    else ""
+                    if f.name in raw.get(table, {})
+                    else "default"
+                )
                 if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
                     for item in v:
                         given = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
@@ -108,7 +138,9 @@ def command_show(args: argparse.Namespace) -> None:
         print()
         model = presets.resolve(r.model)
         size = "vocabulary of the tokenizer" if not model.vocab_size else f"{model.parameters:,} parameters"
-        print(f"# model: {model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}")
+        print(
+            f"# model: {model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}"
+        )
         print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
         for stage, state in plan.states(args.place, r).items():
             print(f"# {stage:9}{'; '.join(state.reasons) if state.stale else 'done'}")
@@ -152,7 +184,9 @@ def command_fields(args: argparse.Namespace) -> None:
                        ("[on.<cluster>.<stage>]", schema.Hardware), ("env/<cluster>.toml", schema.Cluster)]:  # fmt: skip
         print(f"\n{title}")
         for f in dataclasses.fields(cls):
-            default = "{}" if f.default is dataclasses.MISSING else "preset's" if f.default is None else _toml(f.default)
+            default = (
+                "{}" if f.default is dataclasses.MISSING else "preset's" if f.default is None else _toml(f.default)
+            )
             default = "required" if f.metadata.get("required") else default
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
@@ -259,7 +293,9 @@ def _set_field(text: str, table: str, name: str, value: str) -> str:
 
 def main() -> None:
     commands = {n.removeprefix("command_"): f for n, f in globals().items() if n.startswith("command_")}
-    parser = argparse.ArgumentParser(prog="python -m sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=commands)
     parser.add_argument("--recipe", default="")
     parser.add_argument("--runs", default="runs")

@@ -26,7 +26,16 @@ from sft.paths import inside
 
 SCHEMA = 1
 NAME = "manifest.json"
-_FIELDS = {"schema": int, "stage": str, "run": str, "key": str, "config": dict, "inputs": list, "outputs": list, "metrics": dict}
+_FIELDS = {
+    "schema": int,
+    "stage": str,
+    "run": str,
+    "key": str,
+    "config": dict,
+    "inputs": list,
+    "outputs": list,
+    "metrics": dict,
+}
 
 
 def canonical(value: Any) -> bytes:
@@ -53,10 +62,14 @@ def load(file: Path) -> dict[str, Any]:
         raise SftError(f"{file}: torn manifest ({e}); the stage counts as not done; next: run it again") from None
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         raise SftError(f"{file}: not a manifest of schema {SCHEMA}; next: run the stage again")
-    wrong = [f"{name} is not a {kind.__name__}" for name, kind in _FIELDS.items() if not isinstance(data.get(name), kind)]
+    wrong = [
+        f"{name} is not a {kind.__name__}" for name, kind in _FIELDS.items() if not isinstance(data.get(name), kind)
+    ]
     for entry in data["outputs"] if not wrong else []:
         ok = isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("bytes"), int)
-        wrong += [] if ok and isinstance(entry.get("sha256"), str) else [f"output {entry!r} lacks path, bytes or sha256"]
+        wrong += (
+            [] if ok and isinstance(entry.get("sha256"), str) else [f"output {entry!r} lacks path, bytes or sha256"]
+        )
     if wrong:
         raise SftError(f"{file}: {'; '.join(wrong)}; next: run the stage again")
     return data
@@ -110,7 +123,9 @@ def describe(root: Path, paths: Iterable[str]) -> list[dict[str, Any]]:
         files += [p.relative_to(root).as_posix() for p in found]
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda f: hash_file(root / f), files)
-        return [{"path": f, "bytes": (root / f).stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)]
+        return [
+            {"path": f, "bytes": (root / f).stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)
+        ]
 
 
 def broken_outputs(folder: Path, manifest: Mapping[str, Any], hashes: bool = True) -> list[str]:

@@ -14,7 +14,13 @@ REMOTE = re.compile(r"(gs|hf|s3)://")
 def check_relative(path: str, what: str) -> str:
     """Returns `path` if it is a clean relative POSIX path; raises SftError naming `what` otherwise."""
     parts = path.split("/")
-    if not path or "\0" in path or "\\" in path or path.startswith(("/", "~")) or any(p in ("", ".", "..") for p in parts):
+    if (
+        not path
+        or "\0" in path
+        or "\\" in path
+        or path.startswith(("/", "~"))
+        or any(p in ("", ".", "..") for p in parts)
+    ):
         raise SftError(
             f"{what}: {path!r} is not a plain relative path (no leading '/', '..', '//', '~' or '\\');"
             " next: write it relative to a folder and name that folder with DATA=/that/folder"
@@ -29,10 +35,14 @@ def find(roots: Sequence[Path], path: str, what: str) -> Path:
         candidate = root / path
         if candidate.exists():
             if not candidate.resolve().is_relative_to(root.resolve()):
-                raise SftError(f"{what}: {candidate} is a link that leaves {root}; next: add the folder it points into to DATA")
+                raise SftError(
+                    f"{what}: {candidate} is a link that leaves {root}; next: add the folder it points into to DATA"
+                )
             return candidate
     tried = ", ".join(str(r) for r in roots)
-    raise SftError(f"{what}: no file or folder {path!r} under {tried}; next: say where it is with DATA=/its/folder (several: DATA=a:b)")
+    raise SftError(
+        f"{what}: no file or folder {path!r} under {tried}; next: say where it is with DATA=/its/folder (several: DATA=a:b)"
+    )
 
 
 def inside(root: Path, path: str, what: str) -> Path:

@@ -140,7 +140,9 @@ def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None
     after = {e.get("manifest") or e.get("file"): e["sha256"] for e in state.inputs}
     for name in [*after, *(n for n in before if n not in after)]:
         if before.get(name) != after.get(name):
-            state.reasons.append(f"{name} {'is new' if name not in before else 'is gone' if name not in after else 'changed'}")
+            state.reasons.append(
+                f"{name} {'is new' if name not in before else 'is gone' if name not in after else 'changed'}"
+            )
     if not state.reasons and made["key"] != state.key:
         state.reasons.append("key changed")
 
@@ -158,7 +160,9 @@ def _look_elsewhere(sync: State, place: Place) -> None:
     was = str(sync.manifest["metrics"].get("storage", ""))
     if was != storage:
         sync.elsewhere = f"storage {was} -> {storage}"
-    elif "://" not in storage and not (Path(str(sync.manifest["metrics"].get("dataset", ""))) / manifest.NAME).is_file():
+    elif (
+        "://" not in storage and not (Path(str(sync.manifest["metrics"].get("dataset", ""))) / manifest.NAME).is_file()
+    ):
         sync.elsewhere = f"the dataset is gone from {storage}"
 
 
@@ -218,4 +222,6 @@ def environment_digest() -> str:
     h = hashlib.sha256()
     for name in ("pyproject.toml", "env/lock.txt", "env/setup.sh"):
         h.update((REPO / name).read_bytes())
-    return h.hexdigest()[:12] + ("-" + "".join(c for c in os.environ["TORCH"] if c.isalnum()) if os.environ.get("TORCH") else "")
+    return h.hexdigest()[:12] + (
+        "-" + "".join(c for c in os.environ["TORCH"] if c.isalnum()) if os.environ.get("TORCH") else ""
+    )

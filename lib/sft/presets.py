@@ -79,11 +79,15 @@ def resolve(model: Model, tokenizer_size: int = 0) -> ModelConfig:
     given = {f.name: getattr(model, f.name) for f in fields(ModelConfig) if getattr(model, f.name, None) is not None}
     config = replace(base, **given)
     if model.yarn_factor is not None:
-        config = replace(config, yarn=replace(config.yarn or Yarn(), factor=model.yarn_factor) if model.yarn_factor else None)
+        config = replace(
+            config, yarn=replace(config.yarn or Yarn(), factor=model.yarn_factor) if model.yarn_factor else None
+        )
     if not config.vocab_size and tokenizer_size:
         config = replace(config, vocab_size=-(-tokenizer_size // 128) * 128)
     if tokenizer_size > config.vocab_size > 0:
-        raise SftError(f"[model] vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; raise it")
+        raise SftError(
+            f"[model] vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer_size} ids; raise it"
+        )
     if config.n_heads % config.n_kv_heads:
         raise SftError(f"[model] n_heads {config.n_heads} is not a multiple of n_kv_heads {config.n_kv_heads}")
     return config

@@ -72,7 +72,9 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     with contextlib.suppress(ValueError):
         file = file.relative_to(Path.cwd())  # messages name recipes/x.toml
     if not NAME.fullmatch(name):
-        raise SftError(f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; rename the file")
+        raise SftError(
+            f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; rename the file"
+        )
     data = _read_toml(file, "recipe")
     problems: list[str] = []
     taken = _apply(data, overrides, cluster, problems)
@@ -175,7 +177,9 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         kinds = args if args[-1] is not Ellipsis else (args[0],) * len(value)
         if not value and args[-1] is Ellipsis and dataclasses.is_dataclass(args[0]):
             raise TypeError("at least one is needed")
-        return tuple(_convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+        return tuple(
+            _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
+        )
     if origin is dict:
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             raise TypeError("a table of strings is expected")
@@ -247,7 +251,9 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
         micro = h.microbatch_tokens or train.seq_len
         ranks = h.nodes * max(1, h.processes)
         if micro % train.seq_len:
-            problems.append(f"'microbatch_tokens' in [on.{cluster}.train] = {micro} is not a multiple of 'seq_len' = {train.seq_len}")
+            problems.append(
+                f"'microbatch_tokens' in [on.{cluster}.train] = {micro} is not a multiple of 'seq_len' = {train.seq_len}"
+            )
         elif train.global_batch_tokens % (micro * ranks):
             problems.append(
                 f"'global_batch_tokens' in [train] = {train.global_batch_tokens} is not a multiple of {ranks} ranks x"
@@ -259,7 +265,9 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
 # --- overrides and keys -------------------------------------------------------------------------------------------
 
 
-def _apply(data: dict[str, Any], overrides: typing.Sequence[str], cluster: str, problems: list[str]) -> dict[str, tuple[str, Any]]:
+def _apply(
+    data: dict[str, Any], overrides: typing.Sequence[str], cluster: str, problems: list[str]
+) -> dict[str, tuple[str, Any]]:
     """Writes the overrides into the parsed TOML. Returns {dotted field: (text, value the file had, as parsed)}."""
     taken: dict[str, tuple[str, Any]] = {}
     for override in overrides:
@@ -289,7 +297,9 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
         if len(homes) == 1:
             return (homes[0], name)
         if len(homes) > 1:
-            problems.append(f"override '{name}': several tables have it; say {' or '.join(f'{h}.{name}' for h in homes)}")
+            problems.append(
+                f"override '{name}': several tables have it; say {' or '.join(f'{h}.{name}' for h in homes)}"
+            )
         elif name in hardware:
             return ("on", cluster, "train", name)
         else:

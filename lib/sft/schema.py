@@ -44,24 +44,32 @@ class Model:
     n_kv_heads: int | None = opt(None, "key/value heads (grouped-query attention when fewer than n_heads)", min=1)
     head_dim: int | None = opt(None, "width of one head", min=1)
     hidden: int | None = opt(None, "width of the SwiGLU", min=1)
-    vocab_size: int | None = opt(None, "embedding rows; default: the tokenizer's size padded to a multiple of 128", min=1)
+    vocab_size: int | None = opt(
+        None, "embedding rows; default: the tokenizer's size padded to a multiple of 128", min=1
+    )
     window: int | None = opt(None, "sliding window in tokens, the token itself included; 0 = full attention", min=0)
     rope_theta: float | None = opt(None, "rotary base", above=0)
     yarn_factor: float | None = opt(None, "YaRN scaling of the full-attention layers; 0 = none", min=0)
-    init_std: float | None = opt(None, "standard deviation of the truncated normal that random weights are drawn from", above=0)
+    init_std: float | None = opt(
+        None, "standard deviation of the truncated normal that random weights are drawn from", above=0
+    )
 
 
 @dataclass(frozen=True)
 class Source:
     """[[prepare.sources]]: one dataset of the mix."""
 
-    path: str = opt(REQUIRED, "a .jsonl, .json or .parquet file or a folder of them under DATA, gs://…, or hf://org/name[@revision]")
-    weight: float | int = opt(1.0, "1.0 = once; 0.5 samples half, 2.0 repeats twice; an integer is a number of rows", above=0)
+    path: str = opt(
+        REQUIRED, "a .jsonl, .json or .parquet file or a folder of them under DATA, gs://…, or hf://org/name[@revision]"
+    )
+    weight: float | int = opt(
+        1.0, "1.0 = once; 0.5 samples half, 2.0 repeats twice; an integer is a number of rows", above=0
+    )
     split: str = opt("train", "split of a Hugging Face dataset")
     subset: str = opt("", "configuration of a Hugging Face dataset that has several")
     max_documents: int = opt(0, "cap on what this source gives, after its weight; 0 = none", min=0)
     max_tokens: int = opt(0, "cap in tokens on what this source gives, after its weight; 0 = none", min=0)
-    columns: dict[str, str] = opt({}, "renames columns, e.g. {prompt = \"question\", completion = \"answer\"}")
+    columns: dict[str, str] = opt({}, 'renames columns, e.g. {prompt = "question", completion = "answer"}')
 
 
 @dataclass(frozen=True)
@@ -70,27 +78,48 @@ class Prepare:
 
     tokenizer: str = opt(REQUIRED, "tokenizer folder under DATA, or hf://org/name[@revision]")
     sources: tuple[Source, ...] = opt(REQUIRED, "the mix, one [[prepare.sources]] table each")
-    template: str = opt("tokenizer", "chat template: 'tokenizer' (the folder's own), a name from sft.chat, or a .jinja file under DATA")
+    template: str = opt(
+        "tokenizer", "chat template: 'tokenizer' (the folder's own), a name from sft.chat, or a .jinja file under DATA"
+    )
     system: str = opt("", "system prompt for conversations that have none; empty = the template's own default")
-    train_roles: tuple[str, ...] = opt(("assistant",), "roles whose messages are trained; a message's own train or weight flag wins")
-    train_turns: str = opt("all", "all trained messages of a conversation, or the last of them only", choices=("all", "last"))
-    thinking: str = opt("keep", "<think>…</think> in assistant turns before the last user turn", choices=("keep", "strip"))
+    train_roles: tuple[str, ...] = opt(
+        ("assistant",), "roles whose messages are trained; a message's own train or weight flag wins"
+    )
+    train_turns: str = opt(
+        "all", "all trained messages of a conversation, or the last of them only", choices=("all", "last")
+    )
+    thinking: str = opt(
+        "keep", "<think>…</think> in assistant turns before the last user turn", choices=("keep", "strip")
+    )
     special_text: str = opt(
         "text",
         "special-token text inside content: stays plain text, becomes the token, or rejects the row",
         choices=("text", "token", "reject"),
     )
     encoder: str = opt(
-        "auto", "gigatoken where importable and equal to tokenizers, or tokenizers", choices=("auto", "gigatoken", "tokenizers"), key=False
+        "auto",
+        "gigatoken where importable and equal to tokenizers, or tokenizers",
+        choices=("auto", "gigatoken", "tokenizers"),
+        key=False,
     )
-    parity_sample: float = opt(0.001, "share of documents that tokenizers encodes too, to be equal to gigatoken's", min=0, max=1, key=False)
+    parity_sample: float = opt(
+        0.001, "share of documents that tokenizers encodes too, to be equal to gigatoken's", min=0, max=1, key=False
+    )
     seed: int = opt(42, "seed of sampling and of the order of documents", min=0)
-    validation_fraction: float = opt(0.0, "share of conversations held out, chosen by the hash of their content", min=0, max=0.5)
+    validation_fraction: float = opt(
+        0.0, "share of conversations held out, chosen by the hash of their content", min=0, max=0.5
+    )
     deduplicate: bool = opt(False, "keep one of the conversations whose tokens are the same, over all sources")
-    decontaminate: tuple[str, ...] = opt((), "evaluation files under DATA; conversations that repeat their texts are dropped")
+    decontaminate: tuple[str, ...] = opt(
+        (), "evaluation files under DATA; conversations that repeat their texts are dropped"
+    )
     decontaminate_ngram: int = opt(8, "words in an n-gram of the decontamination", min=2)
-    decontaminate_overlap: float = opt(0.5, "share of an evaluation text's n-grams that makes a conversation a copy", above=0, max=1)
-    max_reject_fraction: float = opt(0.01, "share of a source's rows that may be unusable before the stage fails", min=0, max=1)
+    decontaminate_overlap: float = opt(
+        0.5, "share of an evaluation text's n-grams that makes a conversation a copy", above=0, max=1
+    )
+    max_reject_fraction: float = opt(
+        0.01, "share of a source's rows that may be unusable before the stage fails", min=0, max=1
+    )
 
 
 @dataclass(frozen=True)
@@ -106,7 +135,9 @@ class Train:
     global_batch_tokens: int = opt(1_048_576, "tokens in one optimizer step, over all ranks and microbatches", min=2)
     epochs: float = opt(3.0, "passes over the data; ignored when steps is set", above=0)
     steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0)
-    long_documents: str = opt("truncate", "what happens to a document longer than seq_len", choices=("truncate", "drop", "split"))
+    long_documents: str = opt(
+        "truncate", "what happens to a document longer than seq_len", choices=("truncate", "drop", "split")
+    )
     lr: float = opt(8e-5, "peak learning rate", above=0)
     schedule: str = opt("linear", "decay after warm-up", choices=("linear", "cosine", "constant"))
     warmup_fraction: float = opt(0.03, "share of the steps that warm up from 0 to lr", min=0, max=1)
@@ -115,16 +146,28 @@ class Train:
     weight_decay: float = opt(0.0, "AdamW's decoupled decay", min=0)
     max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = do not clip", min=0)
     z_loss: float = opt(0.0, "weight of the squared log-partition of every trained token; 0 = none", min=0)
-    skip_sigmas: float = opt(6.0, "skip a step whose loss or gradient norm is this many deviations above the last 128; 0 = never", min=0)
-    max_skipped: int = opt(10, "steps skipped in a row, as spikes or not finite, before training stops", min=1, key=False)
-    precision: str = opt("bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32"))
+    skip_sigmas: float = opt(
+        6.0, "skip a step whose loss or gradient norm is this many deviations above the last 128; 0 = never", min=0
+    )
+    max_skipped: int = opt(
+        10, "steps skipped in a row, as spikes or not finite, before training stops", min=1, key=False
+    )
+    precision: str = opt(
+        "bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32")
+    )
     seed: int = opt(33333, "seed of random weights", min=0)
     data_seed: int = opt(34521, "seed of the order of packs", min=0)
-    order: str = opt("shuffled", "order of packs; 'olmo-core' is its loader's, for comparisons", choices=("shuffled", "olmo-core"))
-    epoch_tail: str = opt("next", "an epoch's incomplete last batch: filled up from the next epoch, or dropped", choices=("next", "drop"))
+    order: str = opt(
+        "shuffled", "order of packs; 'olmo-core' is its loader's, for comparisons", choices=("shuffled", "olmo-core")
+    )
+    epoch_tail: str = opt(
+        "next", "an epoch's incomplete last batch: filled up from the next epoch, or dropped", choices=("next", "drop")
+    )
     save_every: int = opt(1000, "steps between permanent checkpoints; the last step is always saved", min=1, key=False)
     ephemeral_every: int = opt(500, "steps between checkpoints that the next one replaces; 0 = none", min=0, key=False)
-    validate_every: int = opt(100, "steps between passes over the validation split; 0 = at the end only", min=0, key=False)
+    validate_every: int = opt(
+        100, "steps between passes over the validation split; 0 = at the end only", min=0, key=False
+    )
     log_every: int = opt(1, "steps between lines in metrics.jsonl and on the terminal", min=1, key=False)
     wandb_project: str = opt("", "Weights & Biases project; offline without a key; empty = off", key=False)
 
@@ -150,7 +193,9 @@ class Evaluate:
     tasks: tuple[str, ...] = opt(REQUIRED, "names of lm-eval tasks from task_dir or from lm-eval itself")
     task_dir: str = opt("tasks", "folder of lm-eval task files under DATA or recipes/")
     limit: int = opt(0, "documents per task; 0 = all", min=0)
-    data: dict[str, str] = opt({}, "data files under DATA for tasks that ship none, by the name that their data_files use")
+    data: dict[str, str] = opt(
+        {}, "data files under DATA for tasks that ship none, by the name that their data_files use"
+    )
     batch_size: int = opt(8, "sequences per forward pass", min=1, key=False)
     seed: int = opt(1234, "seed of few-shot choice and sampling", min=0)
     system_prompt: str = opt("", "system message before every conversation; empty = the task's own description, if any")
@@ -160,7 +205,9 @@ class Evaluate:
     max_length: int = opt(0, "longest prompt plus reply in tokens; 0 = the export's max_position_embeddings", min=0)
     min_stop_rate: float = opt(0.5, "a task is broken when a smaller share of its replies ends by itself", min=0, max=1)
     max_empty_fraction: float = opt(0.1, "a task is broken when a larger share of its replies is empty", min=0, max=1)
-    validation_documents: int = opt(256, "held-out conversations whose loss is measured, the first ones; 0 = none", min=0)
+    validation_documents: int = opt(
+        256, "held-out conversations whose loss is measured, the first ones; 0 = none", min=0
+    )
 
 
 @dataclass(frozen=True)
@@ -171,9 +218,13 @@ class Hardware:
     processes: int = opt(0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0)
     microbatch_tokens: int = opt(0, "tokens in one forward pass of one rank; 0 = seq_len", min=0)
     threads: int = opt(0, "CPU threads or workers per process; 0 = the machine's cores shared out", min=0)
-    shard_degree: int = opt(0, "ranks that share one copy of the weights, which the others replicate; 0 = all of them", min=0)
+    shard_degree: int = opt(
+        0, "ranks that share one copy of the weights, which the others replicate; 0 = all of them", min=0
+    )
     recompute: str = opt(
-        "none", "activations made anew in the backward pass; 'selected' keeps attention's", choices=("none", "selected", "full")
+        "none",
+        "activations made anew in the backward pass; 'selected' keeps attention's",
+        choices=("none", "selected", "full"),
     )
     compile: bool = opt(False, "compile every block with torch.compile")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -33,7 +34,17 @@ from sft.errors import SftError
 from sft.hashcache import HashCache
 from sft.recipe import Recipe
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "lm_eval", "safetensors", "gigatoken", "google-cloud-storage")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "lm_eval",
+    "safetensors",
+    "gigatoken",
+    "google-cloud-storage",
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +85,8 @@ class Stage:
             if states[upstream].stale:
                 raise SftError(
                     f"{self.run / upstream / manifest.NAME}: {upstream} is stale ({'; '.join(states[upstream].reasons)});"
-                    f" next: make {upstream} RECIPE={self.recipe.name}" + "".join(f" {k}={v}" for k, v in self.recipe.overrides)
+                    f" next: make {upstream} RECIPE={self.recipe.name}"
+                    + "".join(f" {k}={v}" for k, v in self.recipe.overrides)
                 )
         self.key, self.config = mine.key, mine.config
         upstream_entries = [plan.upstream_entry(states[u]) for u in schema.UPSTREAM[self.name]]
@@ -107,7 +119,9 @@ class Stage:
         """The synced dataset (data/, validation/, dataset.json), every byte verified once."""
         folder = Path(self.remote["dataset"])
         if "dataset" not in self._verified:
-            self._verify(folder, f"make sync RECIPE={self.recipe.name} after removing {self.run / 'sync' / manifest.NAME}")
+            self._verify(
+                folder, f"make sync RECIPE={self.recipe.name} after removing {self.run / 'sync' / manifest.NAME}"
+            )
             self._verified.add("dataset")
         return folder
 
@@ -179,7 +193,9 @@ class Stage:
         work, self.out = self.out, shared.with_suffix(".work")
         shared.parent.mkdir(parents=True, exist_ok=True)
         with lock(shared.with_suffix(".lock"), wait=True):
-            if not (shared / manifest.NAME).is_file() or manifest.broken_outputs(shared, manifest.load(shared / manifest.NAME)):
+            if not (shared / manifest.NAME).is_file() or manifest.broken_outputs(
+                shared, manifest.load(shared / manifest.NAME)
+            ):
                 self.out.mkdir(exist_ok=True)
                 self.result = body(self)
                 shutil.rmtree(shared, ignore_errors=True)
@@ -218,7 +234,9 @@ def open_stage(
     with lock(run / ".work" / f"{name}.lock"):
         stage = Stage(name, place, recipe, sys.argv)
         overrides = [f"{k}={v}" for k, v in recipe.overrides]
-        manifest.write_atomic(run / "run.json", json.dumps({"recipe": recipe.name, "overrides": overrides}).encode() + b"\n")
+        manifest.write_atomic(
+            run / "run.json", json.dumps({"recipe": recipe.name, "overrides": overrides}).encode() + b"\n"
+        )
         stage.open_in_place() if in_place else stage.open_work()
         yield stage
         if stage.result is not None:
@@ -229,7 +247,8 @@ def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) ->
     """The whole program of a stage. Exit status: 0 done, 1 an error a person can mend, 143 ended by SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began = time.monotonic()
-    with report_errors(name):
+    run = parse(name, sys.argv[1:]).run
+    with report_errors(name, run.parent if run.parent.is_dir() else None):
         with open_stage(name) as stage:
             if shared:
                 stage.run_shared(body)
@@ -238,17 +257,24 @@ def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) ->
         stage.say(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
 
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
+
 @contextlib.contextmanager
-def report_errors(name: str) -> Iterator[None]:
-    """Turns errors that a person can mend into one message and exit status 1."""
+def report_errors(name: str, folder: Path | None = None) -> Iterator[None]:
+    """Turns errors that a person can mend into one message and exit status 1. `folder` is where the stage writes."""
     try:
         yield
     except SftError as e:
         sys.exit(f"[{name}] error: {e}")
     except OSError as e:
-        if e.errno is None or e.filename is None:
+        if e.errno not in DISK_ERRORS:
             raise
-        sys.exit(f"[{name}] error: {e.filename}: {e.strerror}; next: free space or mend that path, then run it again")
+        where = Path(e.filename or folder or ".")
+        free = shutil.disk_usage(folder or ".").free
+        sys.exit(
+            f"[{name}] error: {where}: {e.strerror} ({free:,} bytes free); next: mend that disk and run it again, finished work is kept"
+        )
 
 
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:

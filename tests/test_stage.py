@@ -1,0 +1,146 @@
+"""The stage runner: nothing half-made is ever published, work survives a kill, shared results are verified."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.stage import Result, main, open_stage\n"
+
+
+def program(workspace, name, body, **options):
+    """Replaces a stage by `body` (the lines of a function of `stage`)."""
+    keywords = "".join(f", {k}={v}" for k, v in options.items())
+    lines = "".join(f"    {line}\n" for line in body.splitlines())
+    (workspace.root / f"stages/{name}.py").write_text(
+        f"{STAGE}def body(stage):\n{lines}main({name!r}, body{keywords})\n"
+    )
+
+
+def start(workspace, name, run="runs/x", **env):
+    return subprocess.Popen(
+        [".venv/bin/python", f"stages/{name}.py", run], cwd=workspace.root, env={**os.environ, **env}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+
+
+def wait_for(path, process):
+    for _ in range(200):
+        if path.exists():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} never appeared")
+
+
+def test_work_survives_kill_9_and_nothing_is_published_before_it_is_whole(workspace):
+    program(
+        workspace,
+        "prepare",
+        "first = stage.out / 'first'\n"
+        "if not first.exists():\n    first.write_text('made before the kill')\n    Path('at').touch()\n    time.sleep(60)\n"
+        "(stage.out / 'second').write_text('made after')\n(stage.out / 'scratch').write_text('x')\n"
+        "return Result(['first', 'second'])",
+    )
+    process = start(workspace, "prepare")
+    wait_for(workspace.root / "at", process)
+    process.kill()
+    process.wait()
+    assert not (workspace.root / "runs/x/prepare").exists()
+    assert start(workspace, "prepare").wait() == 0
+    folder = workspace.root / "runs/x/prepare"
+    assert sorted(p.name for p in folder.iterdir()) == ["first", "manifest.json", "second"]
+
+
+def test_sigterm_ends_with_143_and_publishes_nothing(workspace):
+    program(workspace, "prepare", "Path('at').touch()\ntime.sleep(60)")
+    process = start(workspace, "prepare")
+    wait_for(workspace.root / "at", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143
+    assert not (workspace.root / "runs/x/prepare").exists()
+
+
+def test_a_shared_result_that_was_damaged_is_made_again(workspace):
+    workspace.make("prepare", "RECIPE=x")
+    made = json.loads((workspace.root / "runs/x/prepare/manifest.json").read_text())
+    (workspace.root / "runs/x/prepare/out").write_text("damaged through the link")
+    (workspace.root / "runs/x/prepare/manifest.json").unlink()
+    workspace.ran()
+    workspace.make("prepare", "RECIPE=x")
+    assert workspace.ran() == ["prepare x"]
+    assert json.loads((workspace.root / "runs/x/prepare/manifest.json").read_text())["outputs"] == made["outputs"]
+
+
+def test_training_in_place_continues_its_folder_and_moves_a_foreign_one_aside(workspace):
+    (workspace.root / "stages/train.py").write_text(
+        STAGE + "with open_stage('train', in_place=True) as stage:\n"
+        "    with (stage.out / 'steps').open('a') as f: f.write('s')\n"
+        "    stage.finish(Result(['steps']))\n"
+    )
+    run = workspace.root / "runs/x"
+    workspace.make("train", "RECIPE=x")
+    (run / "train/manifest.json").unlink()
+    workspace.make("train", "RECIPE=x")
+    assert (run / "train/steps").read_text() == "ss"
+    workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    workspace.make("train", "RECIPE=x")
+    assert (run / "train/steps").read_text() == "s"
+    (aside,) = (run / ".replaced").iterdir()
+    assert (aside / "steps").read_text() == "ss" and (aside / "manifest.json").exists()
+
+
+def test_a_stage_run_by_hand_refuses_a_stale_upstream_and_says_what_to_do(workspace):
+    process = start(workspace, "sync")
+    out, _ = process.communicate()
+    assert process.returncode == 1
+    assert "runs/x/prepare/manifest.json: prepare is stale (not made yet); next: make prepare RECIPE=x" in out
+
+
+@pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])
+def test_a_stage_cannot_claim_outputs_outside_its_folder_or_that_are_not_there(workspace, output):
+    program(workspace, "prepare", f"return Result([{output!r}])")
+    process = start(workspace, "prepare")
+    out, _ = process.communicate()
+    assert process.returncode == 1 and "error" in out and not (workspace.root / "runs/x/prepare").exists()
+
+
+def test_a_full_disk_names_the_path_and_keeps_the_earlier_result(workspace, tmp_path):
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here, so no small file system can be mounted")
+    workspace.make("prepare", "RECIPE=x")
+    shutil.copytree(workspace.root / "runs", tmp_path / "saved")
+    workspace.recipe("x", 'tokenizer = "tok"', 'tokenizer = "tok"\nseed = 7')
+    program(workspace, "prepare", "(stage.out / 'out').write_bytes(b'x' * 4_000_000)\nreturn Result(['out'])")
+    script = (
+        "mount -t tmpfs -o size=1m tmpfs runs && cp -r saved/. runs/ && .venv/bin/python stages/prepare.py runs/x; "
+        "code=$?; cmp runs/x/prepare/manifest.json saved/x/prepare/manifest.json && exit $code"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], cwd=workspace.root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "runs: No space left on device (" in done.stderr and "bytes free); next:" in done.stderr
+
+
+def test_no_secret_of_the_environment_enters_a_manifest(workspace):
+    os.environ["WANDB_API_KEY"] = "s3cr3t-wandb"
+    try:
+        workspace.make("prepare", "RECIPE=x")
+    finally:
+        del os.environ["WANDB_API_KEY"]
+    assert "s3cr3t" not in (workspace.root / "runs/x/prepare/manifest.json").read_text()
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0,1,3", 3), ("-1", 0), ("GPU-a,GPU-b", 2)])
+def test_processes_follow_the_visible_gpus(monkeypatch, visible, gpus):
+    from sft import launch
+    from sft.schema import Hardware
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launch.gpus() == gpus
+    assert launch.processes(Hardware())[0] == max(1, gpus)
+    assert launch.processes(Hardware(processes=5, threads=2)) == (5, 2)
