@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from os.path import commonprefix
 from typing import Any, Protocol
 
 import jinja2
@@ -115,24 +114,24 @@ def known_templates() -> list[str]:
 class Mark(str):
     """An empty piece of output that says where in the stream a message or a generation block begins or ends."""
 
-    __slots__ = ("index", "what")
+    __slots__ = ("message", "what")
     what: str
-    index: int
+    message: int
 
     def __str__(self) -> str:
         return self  # str() around every output must not lose what this piece marks
 
 
-def mark(what: str, index: int = -1) -> Mark:
+def mark(what: str, message: int = -1) -> Mark:
     piece = Mark("")
-    piece.what, piece.index = what, index
+    piece.what, piece.message = what, message
     return piece
 
 
 class Generation(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}: its body between two marks."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)
 
     def parse(self, parser: Any) -> nodes.Node | list[nodes.Node]:
         line = next(parser.stream).lineno
@@ -142,6 +141,11 @@ class Generation(jinja2.ext.Extension):
             return nodes.Output([nodes.Call(nodes.Name(name, "load"), [], [], None, None)], lineno=line)
 
         return [output("sft_generation"), nodes.Scope(body, lineno=line), output("sft_endgeneration")]
+
+
+def commonprefix(texts: Sequence[str]) -> str:
+    columns = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))
+    return "".join(chars[0] for chars in columns)
 
 
 def refuse(message: str) -> None:
@@ -227,7 +231,7 @@ class JinjaTemplate:
             }
         )
         try:
-            return list(self.template.root_render_func(context))  # type: ignore[attr-defined]
+            return list(self.template.root_render_func(context))
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             raise BadRow("template", f"template {self.name}: {type(error).__name__}: {error}") from None
 
@@ -248,7 +252,7 @@ class JinjaTemplate:
             else:
                 if current >= 0 and position > start:
                     regions.setdefault(current, []).append((start, position))
-                current, start = piece.index, position
+                current, start = piece.message, position
         if current >= 0 and position > start:
             regions.setdefault(current, []).append((start, position))
         return "".join(pieces), regions, blocks
@@ -370,15 +374,13 @@ class JinjaTemplate:
 
     def _end(self, text: str, start: int, end: int, index: int) -> int:
         """Where what is trained of text[start:end] ends: behind its last special token, or before the gap between turns."""
-        found = None
-        for found in self.specials.pattern.finditer(text, start, end):
-            pass
-        if found is not None:
-            if text[found.end() : end].strip():
+        found = list(self.specials.pattern.finditer(text, start, end))[-1:]
+        if found:
+            if text[found[0].end() : end].strip():
                 raise BadRow(
-                    "template", f"message {index}: {text[found.end() : end][:40]!r} follows the last special token"
+                    "template", f"message {index}: {text[found[0].end() : end][:40]!r} follows the last special token"
                 )
-            return found.end()
+            return found[0].end()
         if self.tail and text.endswith(self.tail, start, end):
             return end - len(self.tail)
         return end

@@ -41,7 +41,8 @@ KEPT = frozenset(
         "thinking",
     )
 )
-PLAIN = {"role", "content"}
+LAYOUTS = ("messages", "conversations", "prompt", "instruction")
+COLUMNS = (*LAYOUTS, "completion", "input", "output", "tools", "system")
 
 
 class BadRow(Exception):
@@ -65,39 +66,49 @@ class RowReader:
     """Reads the rows of one source by the recipe's rules."""
 
     def __init__(self, prepare: Prepare, source: Source) -> None:
-        self.columns = dict(source.columns)
+        columns = dict(source.columns)
+        self.columns = {name: columns.get(name, name) for name in COLUMNS}
         self.train_roles = frozenset(prepare.train_roles)
         self.last_only = prepare.train_turns == "last"
         self.strip = prepare.thinking == "strip"
         self.system = prepare.system
         # Named columns decide the layout: {prompt = "question"} must not be overruled by a stray `messages` column.
-        self.named = [name for name in ("messages", "conversations", "prompt", "instruction") if name in self.columns]
-        self.only_assistant = self.train_roles == {"assistant"}
+        self.layouts = [name for name in LAYOUTS if name in columns] or list(LAYOUTS)
+        self.named = any(name in columns for name in LAYOUTS)
+        # What most rows need, decided once.
+        self.usual = self.train_roles == {"assistant"} and not self.system and not self.strip
+        self.prompt, self.completion = self.columns["prompt"], self.columns["completion"]
+        self.others = [self.columns[name] for name in ("tools", "system", "messages", "conversations")]
 
     def read(self, row: Any) -> Conversation:
         if not isinstance(row, Mapping):
             raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
-        tools: list[dict] | None = None
-        if self.columns:
-            row = {**row, **{ours: row.get(theirs) for ours, theirs in self.columns.items()}}
-        raw, default = self._messages(row)
-        if (offered := row.get("tools")) is not None and offered != "":
-            tools = read_tools(offered)
+        get = row.get
+        if self.usual:
+            prompt, completion = get(self.prompt), get(self.completion)
+            if type(prompt) is str and type(completion) is str and (self.named or not any(map(get, self.others))):
+                return Conversation(
+                    [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}],
+                    [False, True],
+                    None,
+                    False,
+                )
+        raw, answer = self._messages(row)
+        tools = get(self.columns["tools"])
+        if tools is not None:
+            tools = read_tools(tools)
         messages: list[dict] = []
         train: list[bool] = []
         flagged = False
         train_roles = self.train_roles
         for index, item in enumerate(raw):
             # The common shape, checked without copying: exactly a known role and a string.
-            if (
-                type(item) is dict
-                and item.keys() == PLAIN
-                and type(item["content"]) is type(item["role"]) is str
-                and item["role"] in ROLES
-            ):
-                messages.append(item)
-                train.append(item["role"] in train_roles)
-                continue
+            if type(item) is dict and len(item) == 2:
+                role = item.get("role")
+                if type(role) is str and role in ROLES and type(item.get("content")) is str:
+                    messages.append(item)
+                    train.append(role in train_roles)
+                    continue
             message, flag = read_message(item, index)
             messages.append(message)
             if flag is None:
@@ -105,17 +116,18 @@ class RowReader:
             else:
                 flagged = True
                 train.append(flag)
-        if default is not None and not flagged:
-            train = [flag and index >= default for index, flag in enumerate(train)]
-        if self.last_only and not flagged:
-            last = max((index for index, flag in enumerate(train) if flag), default=-1)
-            train = [index == last for index in range(len(train))]
-        system = row.get("system") or self.system
+        if not flagged:
+            if answer:
+                train = [flag and index >= answer for index, flag in enumerate(train)]
+            if self.last_only and True in train:
+                last = len(train) - 1 - train[::-1].index(True)
+                train = [index == last for index in range(len(train))]
+        system = get(self.columns["system"]) or self.system
         if system and messages[0]["role"] != "system":
             if not isinstance(system, str):
                 raise BadRow("bad_system", f"the system column holds {kind(system)}, not text")
             messages.insert(0, {"role": "system", "content": system})
-            train.insert(0, "system" in train_roles and not self.last_only and default is None)
+            train.insert(0, "system" in train_roles and not self.last_only and not answer)
         if True not in train:
             raise BadRow(
                 "nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8])
@@ -124,39 +136,35 @@ class RowReader:
             messages = strip_thinking(messages)
         return Conversation(messages, train, tools, flagged)
 
-    def _messages(self, row: Mapping) -> tuple[Sequence, int | None]:
+    def _messages(self, row: Mapping) -> tuple[Sequence, int]:
         """The row's messages, and the index before which nothing is trained (the prompt of a prompt/completion pair)."""
-        layouts = self.named or [
-            name for name in ("messages", "conversations", "prompt", "instruction") if row.get(name) is not None
-        ]
-        if not layouts:
-            columns = ", ".join(map(str, list(row)[:8])) or "none"
-            raise BadRow(
-                "unknown_columns", f"no messages, conversations, prompt or instruction column; columns: {columns}"
-            )
-        layout = layouts[0]
-        value = row.get(layout)
+        columns = self.columns
+        layout = next((name for name in self.layouts if row.get(columns[name]) is not None), None)
+        if layout is None:
+            expected = " or ".join(columns[name] for name in self.layouts)
+            present = ", ".join(map(str, list(row)[:8])) or "none"
+            raise BadRow("unknown_columns", f"no column {expected} with a value; the row has {present}")
+        value = row[columns[layout]]
         if layout in ("messages", "conversations"):
-            return read_list(value, layout), None
+            return read_list(value, columns[layout]), 0
         if layout == "prompt":
-            completion = row.get("completion", row.get("response"))
-            if isinstance(value, str) and isinstance(completion, str):
-                return [{"role": "user", "content": value}, {"role": "assistant", "content": completion}], None
-            if value is None or completion is None:
-                raise BadRow("missing_column", f"{'prompt' if value is None else 'completion'} is missing")
-            prompt = [{"role": "user", "content": value}] if isinstance(value, str) else read_list(value, "prompt")
-            answer = (
-                [{"role": "assistant", "content": completion}]
-                if isinstance(completion, str)
-                else read_list(completion, "completion")
+            completion = row.get(self.completion, row.get("response"))
+            if completion is None:
+                raise BadRow("missing_column", f"{columns['completion']} is missing")
+            prompt = (
+                [{"role": "user", "content": value}] if isinstance(value, str) else read_list(value, columns["prompt"])
             )
-            return [*prompt, *answer], len(prompt)
-        output = row.get("output", row.get("response"))
-        for name, text in (("instruction", value), ("input", row.get("input") or ""), ("output", output)):
+            if isinstance(completion, str):
+                return [*prompt, {"role": "assistant", "content": completion}], len(prompt)
+            return [*prompt, *read_list(completion, columns["completion"])], len(prompt)
+        given = row.get(columns["input"]) or ""
+        output = row.get(columns["output"], row.get("response"))
+        for name, text in (("instruction", value), ("input", given), ("output", output)):
             if not isinstance(text, str):
-                raise BadRow("missing_column" if text is None else "bad_content", f"{name} is {kind(text)}, not text")
-        prompt_text = f"{value}\n\n{row['input']}" if row.get("input") else value
-        return [{"role": "user", "content": prompt_text}, {"role": "assistant", "content": output}], None
+                reason = "missing_column" if text is None else "bad_content"
+                raise BadRow(reason, f"{columns[name]} is {kind(text)}, not text")
+        question = f"{value}\n\n{given}" if given else value
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": output}], 1
 
 
 def kind(value: Any) -> str:
@@ -282,6 +290,8 @@ def read_tool_calls(calls: Any, index: int) -> list[dict]:
 
 def read_tools(tools: Any) -> list[dict] | None:
     if isinstance(tools, str):
+        if not tools.strip():
+            return None
         tools = parse(tools, "bad_tools", "the tools column holds text that is not JSON")
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("bad_tools", f"the tools column holds {kind(tools)}, not a list of objects")

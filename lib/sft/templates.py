@@ -120,6 +120,8 @@ OLMO_7B = (
     "You are Olmo, a helpful AI assistant built by Ai2. Your date cutoff is December 2024, and your model weights are available"
     " at https://huggingface.co/allenai."
 )
+# Where fields other than role and content are written; functions of a system message are handled apart.
+PLACES = {"functions": "user", "function_calls": "assistant", "tool_calls": "assistant"}
 HELPFUL = "You are a helpful AI assistant."
 
 TULU_JINJA = (
@@ -312,7 +314,7 @@ class NamedTemplate:
         turns, between = self.turns, self.family.between
         runs: list[str] = []
         pending, specials = "", 0
-        if self.default and not any([message["role"] == "system" for message in messages]):
+        if self.default and messages[0]["role"] != "system" and not any(m["role"] == "system" for m in messages):
             pending = self.default_plain if not tools else self.default.format(functions(tools))
             specials = self.default_specials
         elif tools and not self.family.calls:
@@ -357,9 +359,8 @@ class NamedTemplate:
             if offered is not None:
                 return f"{body} <functions>{offered}</functions>", "<|im_end|>"
             return (body + functions(tools), "<|im_end|>") if tools else (body, stop)
-        for field in ("functions", "function_calls", "tool_calls"):
-            allowed = self.family.calls and role == ("user" if field == "functions" else "assistant")
-            if field in message and not allowed:
+        for field in message:
+            if field in PLACES and not (self.family.calls and role == PLACES[field]):
                 raise BadRow(
                     "template", f"message {index}: template {self.name} has no place for {field} in a {role} message"
                 )

@@ -37,6 +37,7 @@ from sft.templates import FAMILIES
 from sft.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt
 
 EXAMPLE_CHARACTERS = 300
+PARITY_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -149,22 +150,23 @@ class Encoder:
         turns = (("user", "1 + 1?"), ("assistant", "2"), ("user", "Sure?\n"), ("assistant", " Yes."))
         messages = [{"role": role, "content": content} for role, content in turns]
         ours = "".join(self.template.render(Conversation(messages, [False, True, False, True], None, False))[0])
-        theirs = rebuilt.apply_chat_template(messages, tokenize=False)
+        theirs = str(rebuilt.apply_chat_template(messages, tokenize=False))
         if ours != theirs + (self.vocabulary.eos if self.template.eos_appended else ""):
             raise SftError(
                 f"{folder}: transformers renders {theirs[-80:]!r} where the data was rendered as {ours[-80:]!r}; next: report this template"
             )
 
-    def read(self, row: Any, source: Source) -> Conversation:
-        key = source.path + "\0" + repr(sorted(source.columns.items()))
-        reader = self.readers.get(key)
-        if reader is None:
-            reader = self.readers[key] = RowReader(self.prepare, source)
-        return reader.read(row)
+    def reader(self, source: Source) -> RowReader:
+        key = repr(sorted(source.columns.items()))
+        if key not in self.readers:
+            self.readers[key] = RowReader(self.prepare, source)
+        return self.readers[key]
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
-        batch, rejects = self._render(rows, source)
+        batch, rejects = self._render(rows, self.reader(source).read)
         texts = ["".join(runs) for runs in batch.runs]
+        if not all(map(str.isascii, texts)):
+            self._drop_bad_unicode(batch, texts, rows, rejects)
         if not texts:
             return self._empty(rejects)
         if not self.vocabulary.byte_level:
@@ -172,60 +174,62 @@ class Encoder:
             return self._select(batch, rows, rejects, *encoded)
         engine = self.engine.name
         ids, offsets = self.engine.encode(texts)
-        self._mark_escaped(batch, rows, source, ids, offsets, rejects)
-        checked = self._parity(batch, texts, ids, offsets)
+        checked = self._parity(texts, ids, offsets)
         if checked < 0:
             engine = "tokenizers"
             ids, offsets = self.engine.encode_slowly(texts)
             checked = 0
+        self._mark_escaped(batch, rows, source, ids, offsets, rejects)
         if batch.escaped:
             ids, offsets = self._replace_escaped(batch, ids, offsets)
         keep = self._proven(texts, ids, offsets)
-        mask, labels, straddled = self._mask(batch, ids)
-        return self._select(
-            batch,
-            rows,
-            rejects,
-            ids,
-            mask,
-            offsets,
-            labels,
-            keep,
-            engine,
-            {"straddled": straddled, "parity_documents": checked},
-        )
+        mask, labels, straddled = self._mask(batch, texts, ids)
+        proof = {"straddled": straddled, "parity_documents": checked}
+        return self._select(batch, rows, rejects, ids, mask, offsets, labels, keep, engine, proof)
 
-    def _render(self, rows: Sequence[Any], source: Source) -> tuple[Batch, list[Reject]]:
+    def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> tuple[Batch, list[Reject]]:
         batch, rejects = Batch(), []
-        render, jinja = self.template.render, isinstance(self.template, JinjaTemplate)
-        careful = (jinja or not self.countable) and self.prepare.special_text != "token"
+        render = self.template.render
+        # Named templates write the same scaffold whatever the content; Jinja text may look at it, so it must not see
+        # special-token text that it would take for its own.
+        careful = isinstance(self.template, JinjaTemplate) or not self.countable
+        careful = careful and self.prepare.special_text != "token"
         runs_of, specials_of, rows_of = batch.runs, batch.specials, batch.rows
         for index, row in enumerate(rows):
             try:
-                conversation = self.read(row, source)
+                conversation = read(row)
                 if careful and self.specials.found(conversation):
-                    self._render_escaped(batch, conversation, len(runs_of))
-                    runs, specials = batch.escaped[len(runs_of)][0], 0
-                    runs = list(map(batch.escaped[len(runs_of)][1], runs))
+                    runs, specials = self._render_escaped(batch, conversation, len(runs_of))
                 else:
                     runs, specials = render(conversation)
-                for run in runs:
-                    if not run.isascii():
-                        run.encode()
             except BadRow as error:
-                batch.escaped.pop(len(runs_of), None)
                 rejects.append(reject(index, error.reason, error.detail, row))
-                continue
-            except UnicodeEncodeError as error:
-                batch.escaped.pop(len(runs_of), None)
-                rejects.append(reject(index, "bad_unicode", f"not valid Unicode: {error.reason}", row))
                 continue
             runs_of.append(runs)
             specials_of.append(specials)
             rows_of.append(index)
         return batch, rejects
 
-    def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> None:
+    def _drop_bad_unicode(self, batch: Batch, texts: list[str], rows: Sequence[Any], rejects: list[Reject]) -> None:
+        """JSON can spell half a surrogate pair, which no encoder takes."""
+        bad: set[int] = set()
+        for document, text in enumerate(texts):
+            try:
+                text.isascii() or text.encode()
+            except UnicodeEncodeError as error:
+                bad.add(document)
+                row = batch.rows[document]
+                rejects.append(reject(row, "bad_unicode", f"not valid Unicode: {error.reason}", rows[row]))
+        if bad:
+            left = [document for document in range(len(texts)) if document not in bad]
+            texts[:] = [texts[document] for document in left]
+            batch.escaped = {new: batch.escaped[old] for new, old in enumerate(left) if old in batch.escaped}
+            batch.runs = [batch.runs[document] for document in left]
+            batch.specials = [batch.specials[document] for document in left]
+            batch.rows = [batch.rows[document] for document in left]
+
+    def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> tuple[list[str], int]:
+        """Renders with special-token text replaced, remembers how to restore it, and returns the runs as they should read."""
         if self.prepare.special_text == "reject":
             raise BadRow("special_text", "special-token text in the content")
         if not self.vocabulary.byte_level:
@@ -233,7 +237,9 @@ class Encoder:
                 "special_text", "special-token text in the content, which this kind of tokenizer cannot keep as text"
             )
         escaped, back = self.specials.escape(conversation)
-        batch.escaped[document] = (self.template.render(escaped)[0], back)
+        runs, specials = self.template.render(escaped)
+        batch.escaped[document] = (runs, back)
+        return list(map(back, runs)), specials
 
     def _mark_escaped(
         self, batch: Batch, rows: Sequence[Any], source: Source, ids: Ids, offsets: Offsets, rejects: list[Reject]
@@ -241,15 +247,16 @@ class Encoder:
         """Finds the documents with more special tokens than their template wrote."""
         if self.prepare.special_text == "token":
             return
-        found = np.flatnonzero(self.vocabulary.is_special[ids])
+        found = self.vocabulary.special_positions(ids)
         counts = np.diff(np.searchsorted(found, offsets))
         odd = np.flatnonzero(counts != np.array(batch.specials))
+        read = self.reader(source).read
         for document in odd.tolist():
             if document in batch.escaped:
                 continue
             row = batch.rows[document]
             try:
-                self._render_escaped(batch, self.read(rows[row], source), document)
+                self._render_escaped(batch, read(rows[row]), document)
             except BadRow as error:
                 rejects.append(reject(row, error.reason, error.detail, rows[row]))
                 batch.rows[document] = -1
@@ -281,7 +288,7 @@ class Encoder:
         pieces.append(ids[at:])
         return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)])
 
-    def _parity(self, batch: Batch, texts: list[str], ids: Ids, offsets: Offsets) -> int:
+    def _parity(self, texts: list[str], ids: Ids, offsets: Offsets) -> int:
         """How many documents `tokenizers` was asked about too; -1 when it gave other ids for one of them."""
         share = self.prepare.parity_sample
         if self.engine.fast is None or share <= 0:
@@ -289,12 +296,17 @@ class Encoder:
         wanted = max(1, round(share * len(texts)))
         # Other scripts are where encoders differ: half of the sample comes from the documents that have them.
         foreign = [index for index, text in enumerate(texts) if not text.isascii()]
-        sample = set(range(0, len(texts), -(-len(texts) // wanted)))
-        sample.update(foreign[:: max(1, -(-2 * len(foreign) // wanted))])
-        chosen = sorted(sample)
-        right, edges = self.engine.encode_slowly([texts[index] for index in chosen])
-        for order, index in enumerate(chosen):
-            if not np.array_equal(ids[offsets[index] : offsets[index + 1]], right[edges[order] : edges[order + 1]]):
+        chosen = {
+            *spread(foreign, wanted - wanted // 2),
+            *spread(range(len(texts)), wanted - min(wanted // 2, len(foreign))),
+        }
+        for index in chosen:
+            # A special token cuts the text, so what stands before one can be compared alone: long documents stay cheap.
+            cut = self.specials.pattern.search(texts[index], PARITY_CHARACTERS)
+            text = texts[index] if cut is None else texts[index][: cut.start()]
+            right = self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+            end = offsets[index + 1] if cut is None else offsets[index] + len(right)
+            if ids[offsets[index] : end].tolist() != right:
                 return -1
         return len(chosen)
 
@@ -311,9 +323,12 @@ class Encoder:
                 keep &= (counts == 1) & (ids[offsets[1:] - 1] == self.vocabulary.eos_id)
         return keep
 
-    def _mask(self, batch: Batch, ids: Ids) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
+    def _mask(self, batch: Batch, texts: list[str], ids: Ids) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
         flat = list(chain.from_iterable(batch.runs))
-        sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]
+        if all(map(str.isascii, texts)):
+            sizes = list(map(len, flat))
+        else:
+            sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]
         edges = np.cumsum(sizes)
         ends = np.cumsum(self.vocabulary.widths[ids])
         counts = np.array([len(runs) for runs in batch.runs])
@@ -421,6 +436,11 @@ class Encoder:
         proof = dict.fromkeys(("documents", "tokens", "labels", "escaped", "straddled", "parity_documents"), 0)
         ids, mask = np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool)
         return Encoded(ids, mask, none, none.copy(), none.copy(), rejects, self.engine.name, proof)
+
+
+def spread(items: Sequence[int], count: int) -> Sequence[int]:
+    """About `count` of the items, evenly spaced."""
+    return items[:: max(1, -(-len(items) // count))] if count > 0 else []
 
 
 def reject(row: int, reason: str, detail: str, value: Any) -> Reject:

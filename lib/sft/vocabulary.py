@@ -69,6 +69,7 @@ class Vocabulary:
         self.byte_level = self._byte_level(added)
         self.token_bytes = self._token_bytes() if self.byte_level else []
         self.widths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+        self.first_special = min(self.specials.values())
         self.is_special = np.zeros(self.size, dtype=bool)
         self.is_special[list(self.specials.values())] = True
 
@@ -136,6 +137,11 @@ class Vocabulary:
         for text, number in self.added.items():
             table[number] = text.encode()
         return table
+
+    def special_positions(self, ids: Ids) -> npt.NDArray[np.int64]:
+        """Where special tokens stand. They usually have the highest ids, so that one comparison finds nearly no others."""
+        found = np.flatnonzero(ids >= self.first_special)
+        return found[self.is_special[ids[found]]]
 
     def decode(self, ids: Ids) -> bytes:
         table = self.token_bytes
