@@ -93,6 +93,7 @@ class Encoder:
         self.template_text = text
         self.template = load_template(name, text, self.vocabulary.variables, self.vocabulary.eos, self.specials)
         self.readers: dict[str, RowReader] = {}
+        self.last_read: tuple[Source | None, Any] = (None, None)
         self.plain: Tokenizer | None = None
         # Every place where a special token's text stands becomes that token, unless two of them can overlap.
         self.countable = not any(
@@ -161,6 +162,12 @@ class Encoder:
         if key not in self.readers:
             self.readers[key] = RowReader(self.prepare, source)
         return self.readers[key]
+
+    def read(self, row: Any, source: Source) -> Conversation:
+        """One row as a conversation. Raises BadRow."""
+        if self.last_read[0] is not source:
+            self.last_read = (source, self.reader(source))
+        return self.last_read[1].read(row)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
         batch, rejects = self._render(rows, self.reader(source).read)
