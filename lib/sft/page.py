@@ -1,0 +1,72 @@
+"""Style and script of the report's page: text only, nothing fetched."""
+
+STYLE = """
+:root{--bg:#fbfbfa;--card:#fff;--ink:#1c1f24;--soft:#626a75;--line:#e3e5e8;--one:#2563c9;--two:#d0661a;--raw:#a9c2ea;
+--mark:#fdf0c4;--special:#8a5bc7;--bad:#b3261e}
+@media (prefers-color-scheme:dark){:root{--bg:#14161a;--card:#1c1f25;--ink:#e6e8eb;--soft:#9aa3ae;--line:#2e333b;
+--one:#6ea3ff;--two:#f0975a;--raw:#3b5480;--mark:#4a3f14;--special:#c4a1f5;--bad:#ff8a80}}
+*{box-sizing:border-box}
+body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+body>header{position:sticky;top:0;z-index:2;background:var(--bg);border-bottom:1px solid var(--line);padding:12px 24px;
+display:flex;gap:8px 28px;align-items:baseline;flex-wrap:wrap}
+h1{font-size:19px;margin:0;overflow-wrap:anywhere}h2{font-size:17px;margin:0 0 14px}h3{font-size:14px;margin:26px 0 8px;color:var(--soft);font-weight:600}
+nav{display:flex;gap:4px 16px;flex-wrap:wrap}nav a{color:var(--soft);text-decoration:none;font-size:14px}nav a:hover{color:var(--one)}
+main{max-width:1128px;margin:0 auto;padding:8px 24px 60px}
+section{margin:28px 0 40px;scroll-margin-top:64px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:12px}
+.tile{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;display:flex;flex-direction:column}
+.tile b{font-size:23px;font-weight:600;font-variant-numeric:tabular-nums}.tile i{font-style:normal;order:-1;color:var(--soft);font-size:13px}
+.tile small{color:var(--soft);font-size:12.5px}
+.chart{margin:0;background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 12px 8px;min-width:0}
+.chart svg{display:block;width:100%;height:auto}
+.row{display:grid;grid-template-columns:repeat(auto-fit,minmax(280px,1fr));gap:12px;margin-top:12px}
+figcaption,.legend{display:flex;gap:4px 18px;flex-wrap:wrap;font-size:13px;color:var(--soft);margin:0 0 6px 4px}
+.key::before{content:"";display:inline-block;width:12px;height:3px;border-radius:2px;margin-right:7px;vertical-align:middle;background:currentColor}
+.key.one::before{color:var(--one)}.key.two::before{color:var(--two)}.key.raw::before{color:var(--raw)}
+.legend{margin-top:8px}.legend .key::before{height:10px;width:10px}
+.grid{stroke:var(--line);stroke-width:1}.tick,.axis,.value{fill:var(--soft);font-size:12px;font-variant-numeric:tabular-nums}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}.line.raw{stroke:var(--raw);stroke-width:1}
+.line.one{stroke:var(--one)}.line.two{stroke:var(--two)}.dot.one{fill:var(--one)}.dot.two{fill:var(--two)}.dot.raw{fill:var(--raw)}
+.bar{fill:var(--one);opacity:.85}.cursor{stroke:var(--soft);stroke-dasharray:3 3}
+.share{display:flex;height:22px;border-radius:5px;overflow:hidden;border:1px solid var(--line)}
+.share .one{background:var(--one)}.share .raw{background:var(--raw)}.share .two{background:var(--two)}
+.scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
+table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;padding:8px 14px;border-top:1px solid var(--line);vertical-align:top}
+thead th,tbody:first-child tr:first-child td{border-top:0}th{color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
+.num{text-align:right;font-variant-numeric:tabular-nums}td code{white-space:nowrap}
+.score{width:200px;height:22px;display:block}.whisker{stroke:var(--one);stroke-width:5;stroke-linecap:round;opacity:.4}.point{fill:var(--one)}
+.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:12px}
+.chat{background:var(--card);border:1px solid var(--line);border-radius:8px;min-width:0;margin-top:12px}.cards .chat{margin:0}
+.chat header,.chat footer{padding:7px 14px;color:var(--soft);font-size:13px;border-bottom:1px solid var(--line);overflow-wrap:anywhere}
+.chat footer{border:0;border-top:1px solid var(--line)}
+pre{margin:0;padding:12px 14px;font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;
+max-height:420px;overflow-y:auto}
+mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0}.special{color:var(--special)}
+.note{color:var(--soft);font-size:13.5px;margin:10px 0}.none{color:var(--soft)}.bad{color:var(--bad)}
+details{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}summary{padding:8px 14px;cursor:pointer}
+#tip{position:fixed;z-index:3;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 10px;
+font-size:13px;box-shadow:0 4px 14px rgb(0 0 0/.14);font-variant-numeric:tabular-nums;white-space:pre}
+@media print{body>header{position:static}pre{max-height:none}}
+"""
+
+SCRIPT = """
+const tip=document.getElementById('tip');
+for(const svg of document.querySelectorAll('svg[data-points]')){
+ const d=JSON.parse(svg.dataset.points),cursor=svg.querySelector('.cursor');
+ const nearest=(p,x)=>p.reduce((a,b)=>Math.abs(b[0]-x)<Math.abs(a[0]-x)?b:a);
+ svg.addEventListener('mousemove',e=>{
+  const box=svg.getBoundingClientRect(),at=(e.clientX-box.left)*svg.viewBox.baseVal.width/box.width;
+  const x=d.x0+(at-d.left)/(d.right-d.left)*(d.x1-d.x0);
+  if(x<d.x0||x>d.x1){leave();return}
+  const main=nearest(d.series[0].points,x)[0];
+  const px=d.left+(main-d.x0)/(d.x1-d.x0)*(d.right-d.left);
+  cursor.setAttribute('x1',px);cursor.setAttribute('x2',px);cursor.setAttribute('visibility','visible');
+  tip.textContent=d.x+' '+main+d.series.map(s=>{const p=nearest(s.points,main);
+   return '\\n'+s.name+' '+Number(p[1].toPrecision(d.digits+1))+(p[0]===main?'':' ('+d.x+' '+p[0]+')')}).join('');
+  tip.hidden=false;
+  tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px';tip.style.top=(e.clientY+14)+'px';
+ });
+ const leave=()=>{tip.hidden=true;cursor.setAttribute('visibility','hidden')};
+ svg.addEventListener('mouseleave',leave);
+}
+"""

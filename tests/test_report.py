@@ -1,0 +1,213 @@
+"""sft.report and sft.charts: one page that shows what there is and asks nothing of the network."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sft import charts, manifest, report
+from sft.errors import SftError
+
+VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
+
+
+class Strict(HTMLParser):
+    """Every element is closed by its own end tag, and nothing points outside the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            assert name not in ("src", "srcset", "action", "data", "poster") and not name.startswith("on")
+            assert name != "href" or (value or "").startswith(("#", "data:,"))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def made(run: Path, stage: str, metrics: dict[str, Any], files: dict[str, str], upstream: str | None) -> None:
+    folder = run / stage
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    inputs = []
+    if upstream:
+        above = manifest.load(run / upstream / "manifest.json")
+        inputs = [{"manifest": f"../{upstream}/manifest.json", "sha256": manifest.digest(above)}]
+    about = {"git": "0123456789ab", "dirty": False, "host": "box", "started": "2026-01-01T00:00:00+00:00"}
+    record = {
+        "schema": manifest.SCHEMA, "stage": stage, "run": run.name, "cluster": "local", "key": f"sha256:{stage}", "version": 1,
+        "config": {stage: {"field": 1}}, "inputs": inputs, "outputs": manifest.describe(folder, list(files)), "metrics": metrics,
+        "provenance": {**about, "finished": "2026-01-01T00:01:40+00:00", "argv": [], "versions": {}},
+    }  # fmt: skip
+    manifest.write(folder / "manifest.json", record)
+
+
+def whole_run(run: Path, steps: int = 240) -> Path:
+    """A run with every stage, in the form the stages write."""
+    lengths = {
+        "p50": 60,
+        "p90": 130,
+        "p99": 200,
+        "max": 240,
+        "up_to": [[32, 40, 900], [64, 130, 6000], [128, 90, 8000], [256, 20, 4000]],
+    }
+    source = {"path": "smoke/<train>.jsonl", "documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2}
+    preview = [[
+        {"text": "<|im_start|>user\nWhere is <b>the otter</b>?<|im_end|>\n<|im_start|>assistant\n", "trained": False},
+        {"text": "In the river house.<|im_end|>", "trained": True},
+        {"text": "\n<|im_start|>tool\n{\"ok\": true}<|im_end|>\n", "trained": False},
+    ]] * 3  # fmt: skip
+    facts = {"sources": [source], "lengths": lengths}
+    made(run, "prepare", {"documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2},
+         {"dataset.json": json.dumps(facts), "preview.json": json.dumps(preview)}, None)  # fmt: skip
+    made(run, "sync", {"storage": "/s"}, {"remote.json": "{}"}, "prepare")
+    records = []
+    for step in range(1, steps + 1):
+        loss = 0.4 + 4 * math.exp(-step / 45) + 0.12 * math.sin(step * 12.9898) * math.cos(step * 78.233)
+        records.append({"step": step, "loss": loss, "lr": 1e-3 * min(step / 12, (steps - step) / steps),
+                        "grad_norm": 0.5 + loss / 4, "tokens_per_s": 41000 + 900 * math.sin(step)})  # fmt: skip
+        if step % 40 == 0:
+            records[-1]["validation_loss"] = loss + 0.2
+    plan = {"fill": 0.981, "packs": 74, "seq_len": 256, "trained_tokens": 15000, "tokens": 55000, "padding": 1200,
+            "padding_fraction": 0.0214, "documents_per_pack": 3.8, "long_documents": 0, "long_documents_policy": "truncate",
+            "tokens_lost_fraction": 0.0}  # fmt: skip
+    train = {"final_step": steps, "loss": records[-1]["loss"], "first_loss": records[0]["loss"], "tokens": 55000, "tokens_per_s": 41234.5,
+             "validation_loss": 0.61, "first_validation_loss": 2.4, "data": plan}  # fmt: skip
+    made(run, "train", train, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in records)}, "sync")
+    logits = {"max_difference": 1.9e-6, "max_logit": 6.3, "rounding_kl": 2.1e-5, "argmax_agreement": 1.0, "documents": [134, 60, 21],
+              "tokens": 215, "rows": 215, "layers": 4}  # fmt: skip
+    chat = {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "reply": "Hello </script>", "tokens": 9, "stopped": True}
+    gate = {
+        "tensors": {"count": 47, "bytes": 1800000, "dtype": "bfloat16"},
+        "logits": logits,
+        "tokenizer": {"stop_ids": [2, 0]},
+        "chat": chat,
+    }
+    summary = {"gate": "full", **{k: logits[k] for k in ("max_difference", "max_logit")}}
+    made(run, "convert", {"parameters": 912384, "gate": summary}, {"gate.json": json.dumps(gate)}, "train")
+    acc = {
+        "value": 0.8125,
+        "stderr": 0.07,
+        "n": 32,
+        "low": 0.647,
+        "high": 0.911,
+        "interval": "wilson",
+        "higher_is_better": True,
+    }
+    match = {**acc, "value": 0.0, "stderr": 0.0, "low": 0.0, "high": 0.107}
+    ended = {
+        "n": 32,
+        "stop_rate": 0.97,
+        "terminator_rate": 0.97,
+        "empty": 0.0,
+        "repeating": 0.03,
+        "tokens": {"median": 8},
+    }
+    validation = {"loss": 0.61, "stderr": 0.03, "perplexity": 1.84, "documents": 14, "labels": 250}
+    tasks = {
+        "smoke_choice": {"metrics": {"acc": acc}},
+        "smoke_generate": {"metrics": {"exact_match": match}, "generation": ended},
+    }
+    sample = {"prompt": "<|im_start|>user\nWhere is the otter?<|im_end|>\n<|im_start|>assistant\n", "replies": ["The otter lives in the river house."],
+              "target": "The otter lives in the river house.", "scores": {"exact_match": 1.0}, "ended_by": "terminator", "tokens": 9}  # fmt: skip
+    results = {"tasks": tasks, "validation": validation, "template_sha256": "ab"}
+    made(run, "evaluate", {**{t: r["metrics"] for t, r in tasks.items()}, "validation": validation},
+         {"results.json": json.dumps(results), "samples/smoke_generate.jsonl": (json.dumps(sample) + "\n") * 3}, "convert")  # fmt: skip
+    return run
+
+
+def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
+    text = report.page(whole_run(tmp_path / "smoke"))
+    parsed = Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
+    assert "default-src 'none'" in text
+    assert not re.search(r"https?://|@import|url\(", text)
+    for section in ("Training", "Scores", "Replies", "Export", "Data", "Trained tokens", "Chain", "Recipe"):
+        assert f"<h2>{section}</h2>" in text
+    assert "0.8125" in parsed.text and "0.647 to 0.911" in parsed.text and "97% stop" in parsed.text
+    assert "changed since" not in text
+
+
+def test_data_cannot_write_markup(tmp_path: Path) -> None:
+    text = report.page(whole_run(tmp_path / "smoke"))
+    assert "&lt;b&gt;the otter&lt;/b&gt;" in text and "smoke/&lt;train&gt;.jsonl" in text
+    assert text.count("</script>") == 1
+
+
+def test_trained_tokens_are_marked_and_others_are_not(tmp_path: Path) -> None:
+    text = report.page(whole_run(tmp_path / "smoke"))
+    article = text.split('id="trained-tokens"')[1].split("</article>")[0]
+    assert re.findall(r"<mark>(.*?)</mark>", article, re.S) == [
+        'In the river house.<span class="special">&lt;|im_end|&gt;</span>'
+    ]
+
+
+@pytest.mark.parametrize("last", range(5))
+def test_any_subset_of_stages_has_a_page(tmp_path: Path, last: int) -> None:
+    run = whole_run(tmp_path / "smoke")
+    stages = ("prepare", "sync", "train", "convert", "evaluate")
+    for stage in stages[last + 1 :]:
+        (run / stage / "manifest.json").unlink()
+    text = report.page(run)
+    Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
+    assert ("Not done yet: " in text) == (last < 4)
+    assert ("<h2>Scores</h2>" in text) == (last == 4)
+
+
+def test_a_run_without_stages_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(SftError, match="no stage is done"):
+        report.page(tmp_path)
+
+
+def test_a_result_made_from_something_else_is_marked(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    record = manifest.load(run / "train" / "manifest.json")
+    manifest.write(run / "train" / "manifest.json", {**record, "key": "sha256:other"})
+    assert report.page(run).count("changed since") == 1
+
+
+def test_ticks_are_round_and_cover_the_range() -> None:
+    assert charts.ticks(0.37, 4.62, 5) == [0, 1, 2, 3, 4, 5]
+    assert charts.ticks(0, 0.0013, 5) == [0, 0.0005, 0.001, 0.0015]
+    assert charts.ticks(3, 3, 5) == [3]
+
+
+def test_long_curves_are_thinned_and_keep_their_end() -> None:
+    points = [(float(i), float(i % 7)) for i in range(100_000)]
+    thinned = charts.thin(points)
+    assert len(thinned) <= charts.MAX_POINTS + 1 and thinned[-1] == points[-1]
+    assert abs(sum(y for _, y in thinned) / len(thinned) - 3) < 0.05
+
+
+def test_smoothing_starts_at_the_first_value_and_survives_not_a_number() -> None:
+    smoothed = charts.smooth([(0, 4.0), (1, 2.0), (2, math.nan), (3, 2.0)])
+    assert smoothed[0][1] == 4.0
+    assert all(2.0 <= y <= 4.0 for _, y in smoothed)
+
+
+def test_numbers_are_short() -> None:
+    assert [charts.number(v) for v in (1319, 1.3e6, 0.25, 3e-5, 0, 2e12)] == [
+        "1,319",
+        "1.3M",
+        "0.25",
+        "3e-05",
+        "0",
+        "2T",
+    ]
