@@ -127,15 +127,19 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(g[len(g) // 2][0], sum(y for _, y in g) / len(g)) for g in groups] + [points[-1]]
 
 
-def smooth(points: Sequence[tuple[float, float]], share: float = 0.02) -> list[tuple[float, float]]:
-    """Exponential mean over about `share` of the points, started without a bias towards zero."""
-    decay = 1 - 1 / max(2.0, share * len(points))
-    total = weight = 0.0
+def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[tuple[float, float]]:
+    """Mean over `share` of the points around each, narrower towards both ends, so that it does not lag behind a fall."""
+    half = max(1, round(share * len(points) / 2))
+    total, count = [0.0], [0]
+    for _, y in points:
+        good = math.isfinite(y)
+        total.append(total[-1] + (y if good else 0.0))
+        count.append(count[-1] + good)
     result = []
-    for x, y in points:
-        if math.isfinite(y):
-            total, weight = decay * total + y, decay * weight + 1
-        result.append((x, total / weight if weight else y))
+    for i, (x, y) in enumerate(points):
+        reach = min(half, i, len(points) - 1 - i)
+        a, b = i - reach, i + reach + 1
+        result.append((x, (total[b] - total[a]) / (count[b] - count[a]) if count[b] > count[a] else y))
     return result
 
 

@@ -33,7 +33,7 @@ figcaption,.legend{display:flex;gap:4px 18px;flex-wrap:wrap;font-size:13px;color
 .scroll{overflow-x:auto;background:var(--card);border:1px solid var(--line);border-radius:8px}
 table{border-collapse:collapse;width:100%;font-size:14px}th,td{text-align:left;padding:8px 14px;border-top:1px solid var(--line);vertical-align:top}
 thead th,tbody:first-child tr:first-child td{border-top:0}th{color:var(--soft);font-weight:500;font-size:13px;white-space:nowrap}
-.num{text-align:right;font-variant-numeric:tabular-nums}td code{white-space:nowrap}
+.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}td code{white-space:nowrap}
 .score{width:200px;height:22px;display:block}.whisker{stroke:var(--one);stroke-width:5;stroke-linecap:round;opacity:.4}.point{fill:var(--one)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,440px),1fr));gap:12px}
 .chat{background:var(--card);border:1px solid var(--line);border-radius:8px;min-width:0;margin-top:12px}.cards .chat{margin:0}

@@ -174,7 +174,7 @@ def scores(run: Path) -> str:
     body = table(
         ["task", "metric", "score", "standard error", "95 % interval", "0 to 1", "n", "replies"],
         rows,
-        numbers=(2, 3, 6),
+        numbers=(2, 3, 4, 6),
     )
     if found := results.get("validation"):
         body += (
