@@ -1,0 +1,20 @@
+"""Puts the prepared dataset and the base weights where the cluster reads them: see sft.sync.
+
+python stages/sync.py runs/<run> [--cluster C] [--data ROOTS] [field=value …]
+python stages/sync.py runs/<run> --check …     copies nothing; exit status 0 if all is there and identical
+"""
+
+from __future__ import annotations
+
+import sys
+
+from sft.stage import main, open_stage, report_errors
+from sft.sync import bring, sync
+
+if __name__ == "__main__":
+    if "--check" in sys.argv[1:]:
+        with report_errors("sync"), open_stage("sync", [a for a in sys.argv[1:] if a != "--check"]) as stage:
+            files, _ = bring(stage, check_only=True)
+            stage.say(f"complete and identical: {len(files)} files under {stage.storage}")
+    else:
+        main("sync", sync)

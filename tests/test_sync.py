@@ -1,0 +1,195 @@
+"""The sync stage: dataset and base weights under the storage root, lists last, shared by content, checked without copying."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from conftest import REPO, Workspace
+
+from sft import manifest, sync
+from sft.errors import SftError
+
+
+@pytest.fixture
+def place(workspace: Workspace) -> Workspace:
+    """The workspace with the repository's own sync stage and a recipe with base weights."""
+    (workspace.root / "stages" / "sync.py").write_text((REPO / "stages" / "sync.py").read_text())
+    base = workspace.root / "recipes" / "weights" / "tiny"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    (base / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    workspace.recipe("x", 'preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "weights/tiny"')
+    return workspace
+
+
+def remote(place: Workspace, run: str = "x") -> dict[str, Any]:
+    return json.loads((place.root / "runs" / run / "sync" / "remote.json").read_text())
+
+
+def check(place: Workspace) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [place.root / ".venv/bin/python", "stages/sync.py", "runs/x", "--check"],
+        cwd=place.root,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_there(place: Workspace) -> None:
+    place.make("sync", "RECIPE=x")
+    found = remote(place)
+    root = place.root / "runs" / ".storage"
+    made = manifest.load(place.root / "runs/x/prepare/manifest.json")
+    assert found["dataset"] == f"runs/.storage/datasets/{manifest.digest(made)[:16]}"
+    assert found["base"].startswith("runs/.storage/base/tiny-")
+    for entry in found["files"]:
+        data = (root / entry["path"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
+    assert sorted(e["path"].rsplit("/", 1)[1] for e in found["files"]) == ["config.json", "model.safetensors", "out"]
+    copied = place.root / found["dataset"]
+    assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json")) == []
+    assert json.loads((place.root / f"{found['base']}.json").read_text())["files"]
+    metrics = manifest.load(place.root / "runs/x/sync/manifest.json")["metrics"]
+    assert (metrics["storage"], metrics["dataset"]) == ("runs/.storage", found["dataset"])
+
+
+def test_a_second_run_with_the_same_content_copies_nothing(place: Workspace) -> None:
+    place.make("sync", "RECIPE=x")
+    done = place.make("sync", "RECIPE=x", "lr=2e-3")
+    assert done.stdout.count("0 files copied") == 2
+    assert remote(place, "x_lr-2e-3") == remote(place)
+
+
+def test_check_tells_a_whole_copy_from_a_damaged_or_unfinished_one_and_sync_repairs_it(place: Workspace) -> None:
+    place.make("prepare", "RECIPE=x")
+    assert (done := check(place)).returncode != 0 and "not complete; next: make sync" in done.stderr
+    place.make("sync", "RECIPE=x")
+    assert (done := check(place)).returncode == 0 and "complete and identical: 3 files" in done.stdout
+    file = place.root / remote(place)["base"] / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(b"\1" + whole[1:])
+    assert (done := check(place)).returncode != 0 and "model.safetensors is missing or has other bytes" in done.stderr
+    assert file.read_bytes()[0] == 1
+    (place.root / "runs/x/sync/manifest.json").unlink()
+    assert "1 files copied" in place.make("sync", "RECIPE=x").stdout
+    assert file.read_bytes() == whole and check(place).returncode == 0
+
+
+def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Workspace) -> None:
+    place.make("sync", "RECIPE=x")
+    file = place.root / remote(place)["dataset"] / "manifest.json"
+    file.write_bytes(file.read_bytes()[:100])
+    assert check(place).returncode != 0
+    (place.root / "runs/x/sync/manifest.json").unlink()
+    place.make("sync", "RECIPE=x")
+    manifest.load(file)
+
+
+def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: Workspace) -> None:
+    place.make("sync", "RECIPE=x")
+    before = place.root / remote(place)["base"]
+    (place.root / "recipes/weights/tiny/config.json").write_text('{"a": 1}')
+    (place.root / "runs/x/sync/manifest.json").unlink()
+    place.make("sync", "RECIPE=x")
+    after = place.root / remote(place)["base"]
+    assert (
+        after != before
+        and (before / "config.json").read_text() == "{}"
+        and (after / "config.json").read_text() == '{"a": 1}'
+    )
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(place: Workspace) -> None:
+    place.make("sync", "RECIPE=x")
+    left = place.root / remote(place)["base"] / ".model.safetensors.0123.part"
+    left.write_bytes(b"half")
+    (place.root / "runs/x/sync/manifest.json").unlink()
+    place.make("sync", "RECIPE=x")
+    assert not left.exists()
+
+
+def test_a_base_with_a_link_in_it_fails_and_publishes_nothing(place: Workspace) -> None:
+    (place.root / "recipes/weights/tiny/key").symlink_to("/etc/hostname")
+    done = place.make("sync", "RECIPE=x", ok=False)
+    assert "key: a link" in done.stderr
+    assert not (place.root / "runs/x/sync/manifest.json").exists()
+    assert not list((place.root / "runs/.storage").glob("base/*"))
+
+
+def test_storage_that_is_not_a_folder_is_told_before_copying(place: Workspace) -> None:
+    (place.root / "runs").mkdir()
+    (place.root / "runs" / ".storage").write_text("")
+    done = place.make("sync", "RECIPE=x", ok=False)
+    assert "runs/.storage" in done.stderr and "cannot be written" in done.stderr
+
+
+class Hub:
+    """The two calls of huggingface_hub that sync makes, answered from a dict of files."""
+
+    def __init__(self, files: dict[str, bytes], states: dict[str, bytes] | None = None):
+        self.files, self.states = files, states or files
+        self.errors = SimpleNamespace(HfHubHTTPError=RuntimeError, OfflineModeIsEnabled=ConnectionError)
+
+    def HfApi(self) -> Hub:
+        return self
+
+    def model_info(self, repo: str, revision: str | None, files_metadata: bool) -> SimpleNamespace:
+        siblings = [
+            SimpleNamespace(rfilename=n, lfs=SimpleNamespace(sha256=hashlib.sha256(d).hexdigest()), blob_id=None)
+            if n.endswith(".safetensors")
+            else SimpleNamespace(rfilename=n, lfs=None, blob_id=hashlib.sha1(b"blob %d\0" % len(d) + d).hexdigest())
+            for n, d in self.states.items()
+        ]
+        return SimpleNamespace(sha="f" * 40, siblings=siblings)
+
+    def snapshot_download(self, repo: str, revision: str, local_dir: Path, ignore_patterns: list[str]) -> None:
+        assert revision == "f" * 40 and "*.bin" in ignore_patterns
+        for name, data in self.files.items():
+            (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+            (local_dir / name).write_bytes(data)
+
+
+def fetch(base: str, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, str]:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    return sync.find_base(base, lambda *_: cache, cache, lambda _: None)
+
+
+HUB_FILES = {"config.json": b"{}", "model.safetensors": b"weights", ".cache/huggingface/note": b""}
+
+
+def test_a_hub_base_is_one_commit_compared_with_the_hubs_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub(HUB_FILES, {n: d for n, d in HUB_FILES.items() if n[0] != "."} | {"pytorch_model.bin": b"never fetched"})
+    folder, label = fetch("hf://org/model@main", hub, tmp_path, monkeypatch)
+    assert label == "model-ffffffff" and (folder.root / "model.safetensors").read_bytes() == b"weights"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_hub_file_with_other_bytes_fails_and_is_removed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = Hub({**HUB_FILES, name: b"corrupt"}, {n: d for n, d in HUB_FILES.items() if n[0] != "."})
+    with pytest.raises(SftError, match=f"{name} is not what the hub says"):
+        fetch("hf://org/model", hub, tmp_path, monkeypatch)
+    assert not list(tmp_path.rglob(name))
+
+
+@pytest.mark.parametrize("base", ["hf://model", "hf://org/model/x", "hf://org/mo del", "hf://../x@"])
+def test_a_hub_name_that_is_none_is_told(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SftError, match="not hf://org/name"):
+        fetch(base, Hub({}), tmp_path, monkeypatch)
+
+
+def test_a_hub_that_is_out_of_reach_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub({})
+    monkeypatch.setattr(hub, "model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
+    with pytest.raises(SftError, match=r"hf://org/model: ConnectionError: offline; next: .*HF_TOKEN"):
+        fetch("hf://org/model", hub, tmp_path, monkeypatch)
