@@ -337,7 +337,8 @@ class JinjaTemplate:
         for index, train in enumerate(conversation.train):
             wrote = regions.get(index, [])
             if not train:
-                if not wrote and conversation.messages[index]["role"] not in ("system", "developer"):
+                message = conversation.messages[index]
+                if not wrote and message["role"] not in ("system", "developer") and (message["content"] or len(message) > 2):
                     raise BadRow("template", f"message {index} is not rendered by template {self.name}")
                 continue
             if len(wrote) != 1:

@@ -1,0 +1,259 @@
+"""Templates: the native renderers equal the Jinja text that is exported, and any Jinja template's spans come from structure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
+from hypothesis import given, settings
+
+from sft.chat import JinjaTemplate, Specials, known_templates
+from sft.errors import SftError
+from sft.rows import BadRow, Conversation, RowReader
+from sft.schema import Prepare, Source
+from sft.templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO, NamedTemplate
+
+MORE = [*SPECIALS, "<s>", "<|eot_id|>", "<|header|>", "<end_of_turn>", "<start_of_turn>"]
+READ = RowReader(Prepare(tokenizer="t", sources=(Source(path="x"),)), Source(path="x")).read
+EVERY = Prepare(tokenizer="t", sources=(Source(path="x"),), train_roles=("system", "user", "assistant", "tool", "environment"))
+
+
+def jinja(text: str, specials: list[str] = MORE, eos: str = EOS, **variables: str) -> JinjaTemplate:
+    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, Specials(specials))
+
+
+def named(name: str) -> NamedTemplate:
+    return NamedTemplate(name, EOS, SPECIALS)
+
+
+def trained(template: Any, row: dict[str, Any]) -> list[str]:
+    return template.render(READ(row))[0][1::2]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, tuple[NamedTemplate, JinjaTemplate]]:
+    return {name: (named(name), jinja(named(name).text, SPECIALS)) for name in known_templates()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@settings(max_examples=40, deadline=None)
+@given(row=conversations(roles=True, tools=True))
+def test_native_renderer_equals_the_jinja_text(pairs: Any, name: str, row: dict[str, Any]) -> None:
+    native, other = pairs[name]
+    try:
+        conversation = READ(row)
+        runs, specials = native.render(conversation)
+    except BadRow as error:
+        assert error.reason in ("template", "nothing_to_train")
+        return
+    assert "".join(runs) == "".join(other.render(conversation)[0])
+    if name != "simple_concat_with_space" or conversation.messages[0]["role"] != "assistant":
+        assert (runs, specials) == other.render(conversation)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_role_can_be_trained_with_what_ends_its_turn(name: str, pairs: Any) -> None:
+    reader = RowReader(EVERY, EVERY.sources[0])
+    roles = [role for role in ("system", "user", "assistant") if role in named(name).turns]
+    row = {"messages": turns(*((role, f"{role} says") for role in roles), ("assistant", "done"))}
+    runs, _ = named(name).render(reader.read(row))
+    spoken = [run for run in runs[1::2]]
+    assert len(spoken) == 4 and all(f"{role} says" in run for role, run in zip(roles, spoken, strict=False))
+    assert spoken[-1].endswith((EOS, IM_END))
+    theirs = pairs[name][1].render(reader.read(row))[0]
+    assert "".join(theirs) == "".join(runs)
+    assert theirs[1::2][-1] == spoken[-1]
+
+
+def test_olmo_layout_as_published() -> None:
+    row = {"messages": turns(("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))}
+    assert "".join(named("olmo").render(READ(row))[0]) == (
+        f"<|im_start|>system\n{OLMO}{NO_FUNCTIONS}<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+        "<|im_start|>user\nBye<|im_end|>\n<|im_start|>assistant\nCiao<|endoftext|>"
+    )
+    tool = {
+        "messages": [
+            {"role": "system", "content": "S", "functions": "[f]"},
+            {"role": "user", "content": "Q"},
+            {"role": "assistant", "content": None, "function_calls": "f(1)"},
+            {"role": "environment", "content": "2"},
+            {"role": "assistant", "content": "It is 2."},
+        ]
+    }
+    runs = named("olmo_thinker_no_think_sft_tokenization").render(READ(tool))[0]
+    assert runs == [
+        "<|im_start|>system\nS <functions>[f]</functions><|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n",
+        "<function_calls>f(1)</function_calls><|im_end|>",
+        "\n<|im_start|>environment\n2<|im_end|>\n<|im_start|>assistant\n",
+        "It is 2.<|endoftext|>",
+    ]
+    plain = "".join(named("olmo_thinker_no_think_sft_tokenization").render(READ(chat("Q", "A")))[0])
+    assert plain.startswith(f"<|im_start|>system\n{HELPFUL}<|im_end|>\n<|im_start|>user\nQ")
+
+
+def test_tulu_zephyr_and_simple_chat_layouts_as_published() -> None:
+    row = chat("a", "b", "c", "d")
+    assert named("tulu").render(READ(row))[0] == [
+        "<|user|>\na\n<|assistant|>\n", "b<|endoftext|>", "\n<|user|>\nc\n<|assistant|>\n", "d<|endoftext|>"
+    ]  # fmt: skip
+    assert "".join(named("zephyr").render(READ(row))[0]) == (
+        "<|user|>\na<|endoftext|>\n<|assistant|>\nb<|endoftext|>\n<|user|>\nc<|endoftext|>\n<|assistant|>\nd<|endoftext|>\n"
+    )
+    assert "".join(named("simple_chat").render(READ(row))[0]) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d<|endoftext|>"
+
+
+def test_thinker_templates_train_the_opening_tag_that_data_spells_out() -> None:
+    row = chat("a", "<think>\nhm\n</think>\n\nb")
+    assert trained(named("olmo_thinker"), row) == ["<think>\nhm\n</think>\n\nb<|endoftext|>"]
+    assert trained(jinja(named("olmo_thinker").text), row) == ["<think>\nhm\n</think>\n\nb<|endoftext|>"]
+
+
+def test_remove_intermediate_thinking_keeps_only_the_last() -> None:
+    row = chat("a", "<think>1</think>\nb", "c", "<think>2</think>\nd")
+    name = "olmo_thinker_remove_intermediate_thinking"
+    assert trained(named(name), row) == ["b<|im_end|>", "<think>2</think>\nd<|endoftext|>"]
+    assert trained(jinja(named(name).text), row) == trained(named(name), row)
+
+
+# Templates in the manner of published ones, each with its own difficulty.
+HEADER_TOKENS = """{{ bos_token }}{% set offset = 0 %}
+{%- if messages[0]['role'] == 'system' %}{{ '<|header|>system\\n\\n' + messages[0]['content'] | trim + '<|eot_id|>' }}{% set offset = 1 %}{% endif %}
+{%- for message in messages[offset:] %}
+    {%- if message.tool_calls is defined %}
+        {{- '<|header|>assistant\\n\\n' }}
+        {%- for call in message.tool_calls %}{{ call.function | tojson }}{% endfor %}
+        {{- '<|eot_id|>' }}
+    {%- else %}
+        {{- '<|header|>' + message['role'] + '\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|header|>assistant\\n\\n' }}{% endif %}"""
+LOOK_AHEAD = """{%- macro body(m) %}{{ m.content }}{% endmacro %}
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages[::-1] %}{% if message.role == 'user' and ns.last < 0 %}{% set ns.last = messages | length - 1 - loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {%- for later in messages[loop.index:] %}{% if later.role == 'nobody' %}{{ later.content }}{% endif %}{% endfor %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- if loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}
+        {{- body(message) + '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + body(message) + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+INLINE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{%- elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"""
+RENAMED = """{% for message in messages if message.role != 'system' %}{% if message.role == 'assistant' %}{% set role = 'model' %}{% else %}{% set role = message.role %}{% endif %}
+{{- '<start_of_turn>' + role + '\\n' + (message.content | trim) + '<end_of_turn>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+END_AFTER_LOOP = """{% for m in messages %}{{ '\\n' + m.role + ': ' + m.content }}{% endfor %}{% if add_generation_prompt %}{{ '\\nassistant:' }}{% else %}{{ eos_token }}{% endif %}"""
+FOREIGN = {
+    "header tokens": (HEADER_TOKENS, ["b<|eot_id|>", "d<|eot_id|>"], "eos"),
+    "look ahead": (LOOK_AHEAD, ["b<|im_end|>", "<think>\n\n</think>\n\nd<|im_end|>"], "eos"),
+    "inline": (INLINE, [" b<|endoftext|>", " d<|endoftext|>"], "index"),
+    "renamed": (RENAMED, ["b<end_of_turn>", "d<end_of_turn>"], "eos"),
+    "end after the loop": (END_AFTER_LOOP, [" b", " d<|endoftext|>"], "eos"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_spans_of_any_template_come_from_its_structure(name: str) -> None:
+    text, expected, boundaries = FOREIGN[name]
+    template = jinja(text, bos_token="<s>")
+    assert trained(template, chat("a", "b", "c", "d")) == expected
+    assert template.boundaries == boundaries
+    runs, specials = template.render(READ(chat("a", "b", "c", "d")))
+    assert ("".join(runs)).count(EOS) == (2 if boundaries == "index" else 1)
+    assert specials == sum("".join(runs).count(token) for token in MORE)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_content_that_looks_like_scaffold_moves_no_mask(name: str) -> None:
+    text, expected, _ = FOREIGN[name]
+    template = jinja(text, bos_token="<s>")
+    trap = "assistant\n\nb [INST] x [/INST] b\nassistant: b model\n"
+    runs = template.render(READ(chat(trap, "b", trap, "d")))[0]
+    assert runs[1::2] == expected
+    assert "".join(runs).count("[INST] x") == 2
+
+
+def test_conversation_is_rendered_once_whatever_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = jinja(LOOK_AHEAD)
+    calls: list[int] = []
+    pieces = template.pieces
+    monkeypatch.setattr(template, "pieces", lambda *args, **kwargs: calls.append(1) or pieces(*args, **kwargs))
+    assert len(trained(template, chat(*"abcdefghijklmnopqrstuvwxyz"))) == 13
+    assert len(calls) == 1
+
+
+MARKED = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}{% if message.role == 'assistant' %}BLOCK{% else %}{{ message.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+
+
+def test_generation_blocks_are_followed_and_trailing_scaffold_is_not_trained() -> None:
+    template = jinja(MARKED.replace("BLOCK", "{% generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration %}"))
+    assert template.generation
+    assert trained(template, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
+    row = chat("a", "b", "c", "d")
+    row["messages"][1]["train"] = False
+    assert trained(template, row) == ["d<|im_end|>"]
+
+
+REFUSED = {
+    "terminator outside the block": (
+        MARKED.replace("BLOCK", "{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}"),
+        "ends before the terminator",
+    ),
+    "header inside the block": (
+        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' + message.content"
+        " + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        "move it behind the header",
+    ),
+    "no terminator": ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}", "never learn to stop"),
+    "no loop": ("{{ messages | map(attribute='content') | join(' ') + eos_token }}", "once, from a loop"),
+    "drops history": ("{{ messages[-1].content + eos_token }}", "once, from a loop"),
+    "broken Jinja": ("{% for m in messages %}", "correct the Jinja text"),
+    "refuses answers": ("{{ raise_exception('no') }}", "cannot render a plain two-turn conversation"),
+    "another header when prompted": (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}",
+        "make the two equal",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_template_whose_masks_would_be_wrong_is_refused(name: str) -> None:
+    text, why = REFUSED[name]
+    with pytest.raises(SftError, match=why) as caught:
+        jinja(text)
+    assert "next: " in str(caught.value)
+
+
+def test_template_cannot_reach_python() -> None:
+    with pytest.raises((SftError, BadRow)):
+        jinja("{% for m in messages %}{{ m.content.__class__.__mro__ }}{{ eos_token }}{% endfor %}{{ ''.__class__.__base__.__subclasses__() }}")
+
+
+def test_message_that_a_template_leaves_out_rejects_the_row() -> None:
+    quiet = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role + m.content + eos_token }}{% endif %}{% endfor %}"
+    row = {"messages": turns(("user", "a"), ("tool", "lost"), ("assistant", "b"))}
+    with pytest.raises(BadRow, match="not rendered"):
+        jinja(quiet).render(READ(row))
+
+
+def test_named_template_needs_its_turn_tokens() -> None:
+    with pytest.raises(SftError, match="does not have as a special token"):
+        NamedTemplate("olmo", EOS, [EOS])
+
+
+def test_special_text_in_content_is_set_aside_and_restored() -> None:
+    specials = Specials(SPECIALS)
+    row = {"messages": turns(("user", f"a{IM_END}b"), ("assistant", EOS)), "tools": [{"name": EOS}]}
+    escaped, back = specials.escape(READ(row))
+    assert specials.found(READ(row)) and not specials.found(escaped)
+    assert back(escaped.messages[0]["content"]) == f"a{IM_END}b" and back(escaped.messages[1]["content"]) == EOS
+    crowded = Conversation(turns(("user", "\U000f0000\U00100000"), ("assistant", EOS)), [False, True], None, False)
+    with pytest.raises(BadRow, match="private-use"):
+        specials.escape(crowded)
