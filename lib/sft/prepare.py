@@ -16,12 +16,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,7 +89,8 @@ class EncodeChunk:
         self.encoder, self.cache = encoder, cache
         self.sources = encoder.prepare.sources
 
-    def __call__(self, job: Job) -> Summary:
+    def __call__(self, job: Job) -> tuple[Summary, float]:
+        began = time.monotonic()
         source = self.sources[job.source]
         with ChunkWriter(self.cache / job.name) as writer:
             summary = writer.summary
@@ -103,7 +106,8 @@ class EncodeChunk:
                 summary.rejects += [Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects]
                 note(summary.notes, encoded.engine, encoded.proof)
             summary.rejects.sort()
-        return Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+        told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+        return told, began
 
 
 def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
@@ -188,7 +192,7 @@ class Preparation:
         self.jobs = [dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))]
         self.summaries: dict[str, Summary] = {}
         self.checks: dict[str, dict[str, int]] = {}
-        self.encoded_tokens, self.encode_seconds = 0, 0.0
+        self.encoded_tokens, self.seconds = 0, {"start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
 
     def _encoding(self) -> dict[str, Any]:
         """Everything but the rows that decides tokens and masks. New options count unless named as the mix's own."""
@@ -238,15 +242,18 @@ class Preparation:
         progress = Progress(self.say, "encoding", todo)
         arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
-        for job, summary in workers.work(EncodeChunk, arguments, missing, count):
+        asked = time.monotonic()
+        for job, (summary, began) in workers.work(EncodeChunk, arguments, missing, count):
+            progress.began = min(progress.began, began) if progress.bytes else began  # starting workers is not encoding
             progress.add(job.chunk.bytes, summary.tokens)
             counts = seen[job.source]
             counts[0] += summary.rows
             counts[1] += summary.rows - summary.documents
             counts[2] += job.chunk.bytes
             self._give_up(job, summary, *counts)
-        self.encoded_tokens, self.encode_seconds = progress.tokens, time.monotonic() - progress.began
-        self.say(f"encoded {progress.rate()}")
+        self.seconds["start"], self.seconds["encode"] = progress.began - asked, time.monotonic() - progress.began
+        self.encoded_tokens = progress.tokens
+        self.say(f"encoded {progress.rate()}, after {self.seconds['start']:.1f} s of starting workers")
 
     def _give_up(self, job: Job, summary: Summary, rows: int, rejected: int, seen_bytes: int) -> None:
         """Stops early when a source cannot end below its share of rejects: a wrong column must not cost hours."""
@@ -393,34 +400,57 @@ class Preparation:
         ends = np.cumsum(length)
         progress = Progress(self.say, f"writing {name}", int(ends[-1]))
         opened: dict[int, Tokens] = {}
+        opened: dict[int, Tokens] = {}
+
+        def gather(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+            """Ids and mask of documents [first, last) of the new order."""
+            places = ends[first:last] - length[first:last]
+            places -= places[0]
+            total = int(length[first:last].sum())
+            ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
+            order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
+            at = first + order
+            for c, s, n, to in zip(chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True):
+                if (tokens := opened.get(c)) is None:
+                    if len(opened) >= OPEN_CHUNKS:
+                        opened.pop(next(iter(opened)))
+                    tokens = opened[c] = Tokens.open(self.cache / jobs[c].name, self.summaries[jobs[c].name])
+                ids[to : to + n] = tokens.ids[s : s + n]
+                mask[to : to + n] = tokens.mask[s : s + n]
+            return ids, mask
+
         check = describe.Check(f"[prepare] {name}", self.encoder.identity)
-        with DatasetWriter(folder, self.encoder.identity["vocab_size"]) as writer:
-            first = 0
-            while first < len(chosen):
-                done = int(ends[first - 1]) if first else 0
-                last = max(first + 1, int(np.searchsorted(ends, done + BLOCK_TOKENS, side="right")))
-                total = int(ends[last - 1]) - done
-                ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
-                places = ends[first:last] - length[first:last] - done
-                order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
-                at = first + order
-                for c, s, n, to in zip(
-                    chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True
-                ):
-                    if (tokens := opened.get(c)) is None:
-                        if len(opened) >= OPEN_CHUNKS:
-                            opened.pop(next(iter(opened)))
-                        name_of = jobs[c].name
-                        tokens = opened[c] = Tokens.open(self.cache / name_of, self.summaries[name_of])
-                    ids[to : to + n] = tokens.ids[s : s + n]
-                    mask[to : to + n] = tokens.mask[s : s + n]
+        cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
+        blocks = np.unique(np.concatenate([[0], cuts, [len(chosen)]])).tolist()
+        spans = list(zip(blocks, blocks[1:], strict=False))
+        with ThreadPoolExecutor(1) as ahead, DatasetWriter(folder, self.encoder.identity["vocab_size"]) as writer:
+            coming = ahead.submit(gather, *spans[0])
+            for i, (first, last) in enumerate(spans):
+                ids, mask = coming.result()
+                if i + 1 < len(spans):
+                    coming = ahead.submit(gather, *spans[i + 1])
                 check.block(ids, mask, length[first:last])
                 writer.add(ids, mask, length[first:last], chosen.source[first:last])
-                progress.add(total, total)
-                first = last
+                progress.add(len(ids), len(ids))
         self.checks[name] = check.finish()
         return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
 
+
+    def check_tokenizer(self, folder: Path) -> None:
+        """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
+        version = importlib.metadata.version("transformers")
+        files = {p.name: manifest.hash_file(p) for p in folder.iterdir()}
+        passed = self.stage.cache / "tokenizers" / _digest([version, files, self.encoder.identity])
+        if not passed.exists():
+            self.encoder.check_saved(folder)
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+
+    @contextlib.contextmanager
+    def timed(self, step: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[step] += time.monotonic() - began
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -460,20 +490,23 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         else:
             work.encode()
         hits, screen = work.screen()
-        found = work.collect(hits)
-    mixed = mix(
-        [f.pool for f in found], table.sources, table.seed, deduplicate=table.deduplicate, validation_fraction=table.validation_fraction
-    )
+        with work.timed("mix"):
+            found = work.collect(hits)
+    with work.timed("mix"):
+        pools = [f.pool for f in found]
+        mixed = mix(pools, table.sources, table.seed, deduplicate=table.deduplicate, validation_fraction=table.validation_fraction)
     for entry in mixed.report:
         stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
     if table.validation_fraction and not len(mixed.validation):
         stage.say(f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations")
-    splits = {"data": work.write("data", mixed.data, found)}
     shutil.rmtree(out / "validation", ignore_errors=True)
-    if len(mixed.validation):
-        splits["validation"] = work.write("validation", mixed.validation, found)
-    work.encoder.save_tokenizer(out / "data" / "tokenizer")
-    work.encoder.check_saved(out / "data" / "tokenizer")
+    with work.timed("write"):
+        splits = {"data": work.write("data", mixed.data, found)}
+        if len(mixed.validation):
+            splits["validation"] = work.write("validation", mixed.validation, found)
+    with work.timed("check"):
+        work.encoder.save_tokenizer(out / "data" / "tokenizer")
+        work.check_tokenizer(out / "data" / "tokenizer")
     files = {
         "dataset.json": describe.dataset(work, mixed, found, splits, screen),
         "proof.json": describe.proof(work, found),
@@ -486,8 +519,9 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         manifest.write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
     for name, values in lists.items():
         manifest.write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
-    speed = {"encoded_tokens_per_s": round(work.encoded_tokens / work.encode_seconds)} if work.encode_seconds else {}
-    return Result([*splits, *files, *lists], {**splits["data"], "rejected": len(lists["rejects.jsonl"]), **speed})
+    metrics: dict[str, Any] = {**splits["data"], "rejected": len(lists["rejects.jsonl"]), "encoded_tokens": work.encoded_tokens}
+    metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
+    return Result([*splits, *files, *lists], metrics)
 
 
 def resolve_tokenizer(path: str, stage: Stage) -> Path:

@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""How fast prepare is, against the ancestor's method, Hugging Face batch encoding and the floor, on the same cores.
+
+    PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
+
+In: a tokenizer folder and GSM8K (from $SFT_SHARED_DATA or ../shared/data), and generated 20-message tool dialogues. Out: a
+table, and as the last line one JSON object with ratio_to_ancestor, share_of_floor and tokens_per_s, the worst of both data
+sets, and the figures of each. Every method uses the same number of processes or threads:
+
+* ancestor: render the conversation, tokenise it with offsets, and for every assistant turn render the messages before it
+  and up to it and scan all offsets in Python for the tokens between; one conversation at a time, `--cores` processes;
+* Hugging Face batch: render once, `tokenizers` encodes 1000 conversations a call on all cores; no mask, nothing written;
+* floor: rendering and the encoder alone, rows parsed and in memory, workers warm; no reading, mask, proof or writing;
+* ours: the prepare stage from the JSONL file to the finished folder, with parsing, mask, proof, checksums, mix and fsync.
+
+Starting processes and the once-per-tokenizer check against transformers count for none of them; ours prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from sft import schema, workers
+from sft.prepare import prepare
+from sft.schema import Prepare, Source
+from sft.tokenize import Encoder
+
+SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
+TEMPLATE = "olmo"
+WORDS = (
+    "the of to and in a is that for it as was with be by on not he his but at are this have from or had an they which one you were "
+    "her all their there been more if would who what so when some could time than into only its about other see model value result "
+    "compute tensor gradient river mountain weather forecast temperature budget invoice delivery schedule station latitude "
+    "understanding nevertheless international characteristics straightforward approximately configuration environment"
+).split()
+
+
+def dialogue(rng: random.Random) -> dict[str, Any]:
+    """A system prompt and 20 messages: user, assistant that calls a tool, tool result, assistant that answers, …"""
+
+    def prose(low: int, high: int) -> str:
+        words = rng.choices(WORDS, k=rng.randint(low, high))
+        return " ".join(words).capitalize() + f". It is {rng.randint(0, 99999) / 100} at {rng.randint(0, 23)}:{rng.randint(10, 59)}."
+
+    tool = {"name": "lookup", "description": prose(8, 15), "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}}
+    messages: list[dict[str, Any]] = [{"role": "system", "content": prose(20, 60), "functions": json.dumps([tool])}]
+    while len(messages) < 21:
+        call = f'lookup(query="{prose(2, 6)}", limit={rng.randint(1, 50)})'
+        messages += [
+            {"role": "user", "content": prose(10, 80)},
+            {"role": "assistant", "content": prose(5, 20), "function_calls": call},
+            {"role": "environment", "content": json.dumps({"rows": [{"id": rng.randint(0, 9999), "text": prose(5, 30)} for _ in range(3)]})},
+            {"role": "assistant", "content": prose(30, 150)},
+        ]
+    return {"messages": messages}
+
+
+def gsm8k(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    turns = (("user", "question"), ("assistant", "answer"))
+    return [{"messages": [{"role": role, "content": row[column]} for role, column in turns]} for row in rows]
+
+
+# --- the methods ------------------------------------------------------------------------------------------------------
+
+
+class Ancestor:
+    """One conversation at a time through transformers."""
+
+    def __init__(self, folder: Path):
+        from transformers import AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[int, int, float]:
+        began, tokens, labels = time.perf_counter(), 0, 0
+        for row in rows:
+            ids, mask = self.encode(row["messages"])
+            tokens, labels = tokens + len(ids), labels + sum(mask)
+        return tokens, labels, time.perf_counter() - began
+
+    def encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        mask = [False] * len(encoded["input_ids"])
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self.tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+            upto = self.tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+            start, end = len(before), len(upto)
+            for position, (a, b) in enumerate(encoded["offset_mapping"]):
+                if a >= start and b <= end:
+                    mask[position] = True
+        return encoded["input_ids"], mask
+
+
+class Floor:
+    """Rendering and the encoder, nothing else."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder = encoder
+        self.source = encoder.prepare.sources[0]
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> tuple[int, int, float]:
+        encoder, tokens = self.encoder, 0
+        read = encoder.reader(self.source).read
+        began = time.perf_counter()
+        for start in range(0, len(rows), 4096):
+            texts = ["".join(encoder.template.render(read(row))[0]) for row in rows[start : start + 4096]]
+            tokens += len(encoder.engine.encode(texts)[0])
+        return tokens, 0, time.perf_counter() - began
+
+
+def in_processes(setup: Callable[..., Any], arguments: tuple[Any, ...], rows: list[dict[str, Any]], cores: int) -> tuple[int, int, float]:
+    """Shares the rows out; the time is the slowest process's own, so that starting and pickling do not count."""
+    parts = [rows[i::cores] for i in range(cores)]
+    results = [result for _, result in workers.work(setup, arguments, parts, cores)]
+    return sum(r[0] for r in results), sum(r[1] for r in results), max(r[2] for r in results)
+
+
+def hugging_face(encoder: Encoder, rows: list[dict[str, Any]]) -> tuple[int, float]:
+    read = encoder.reader(encoder.prepare.sources[0]).read
+    began, tokens = time.perf_counter(), 0
+    for start in range(0, len(rows), 1000):
+        texts = ["".join(encoder.template.render(read(row))[0]) for row in rows[start : start + 1000]]
+        tokens += sum(map(len, encoder.vocabulary.tokenizer.encode_batch_fast(texts, add_special_tokens=False)))
+    return tokens, time.perf_counter() - began
+
+
+def ours(folder: Path, work: Path, file: Path, cores: int) -> dict[str, Any]:
+    """The metrics of the whole stage, as `make prepare` runs it."""
+    out = work / "out"
+    out.mkdir(parents=True)
+    table = table_for(file.name)
+    stage: Any = SimpleNamespace(
+        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache",
+        find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, say=lambda text: print("    " + text),
+    )  # fmt: skip
+    return prepare(stage).metrics
+
+
+def table_for(path: str) -> Prepare:
+    return Prepare(tokenizer="tokenizer", template=TEMPLATE, sources=(Source(path=path),))
+
+
+def compare(name: str, rows: list[dict[str, Any]], tokens: int, folder: Path, templated: Path, cores: int) -> dict[str, Any]:
+    encoder = Encoder(folder, table_for("rows.jsonl"))
+    per_row = Floor(encoder)(rows[:500])[0] / min(500, len(rows))
+    repeats = max(1, round(tokens / per_row / len(rows)))
+    sample = rows[: max(cores, int(1e6 / per_row))]
+    speeds: dict[str, float] = {}
+    print(f"{name}: {len(rows)} conversations x {repeats}, {per_row:.0f} tokens each")
+
+    few = rows[: max(20 * cores, int(60_000 * cores / per_row))]
+    theirs, labels, seconds = in_processes(Ancestor, (templated,), few, cores)
+    speeds["ancestor"] = theirs / seconds
+    check = encoder.encode(few, encoder.prepare.sources[0])
+    print(f"  ancestor: {theirs} tokens, {labels} labels; ours on the same rows: {len(check.ids)}, {int(check.labels.sum())}")
+    count, seconds = hugging_face(encoder, sample)
+    speeds["hugging_face_batch"] = count / seconds
+    count, _, seconds = in_processes(Floor, (encoder,), rows * max(1, min(repeats, round(2e7 / per_row / len(rows)))), cores)
+    speeds["floor"] = count / seconds
+    with tempfile.TemporaryDirectory() as work:
+        file = Path(work) / "rows.jsonl"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        with file.open("w") as f:
+            for _ in range(repeats):
+                f.write(lines)
+        metrics = ours(folder, Path(work) / "run", file, cores)
+    print(f"  ours, seconds: {metrics['seconds']}")
+    seconds = sum(metrics["seconds"][step] for step in ("encode", "mix", "write"))
+    speeds["ours"] = metrics["tokens"] / seconds
+    for method, speed in speeds.items():
+        print(f"  {method:20} {speed:14,.0f} tokens/s   ours is {speeds['ours'] / speed:8.2f} x")
+    return {
+        "ratio_to_ancestor": round(speeds["ours"] / speeds["ancestor"], 2),
+        "ratio_to_hugging_face": round(speeds["ours"] / speeds["hugging_face_batch"], 2),
+        "share_of_floor": round(speeds["ours"] / speeds["floor"], 3),
+        "tokens_per_s": round(speeds["ours"]),
+        "tokens": metrics["tokens"],
+        "seconds": round(seconds, 2),
+        "speeds": {method: round(speed) for method, speed in speeds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=60e6, help="size of each data set for 'ours'")
+    parser.add_argument("--cores", type=int, default=workers.cores())
+    parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
+    parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
+    args = parser.parse_args()
+    for path in (args.tokenizer / "tokenizer.json", args.gsm8k):
+        if not path.is_file():
+            sys.exit(f"error: {path} is not there; next: name it with --tokenizer and --gsm8k, or set SFT_SHARED_DATA")
+    rng = random.Random(1)
+    with tempfile.TemporaryDirectory() as saved:  # the tokenizer with the template in it, for transformers
+        Encoder(args.tokenizer, table_for("rows.jsonl")).save_tokenizer(Path(saved))
+        found = {
+            name: compare(name, rows, int(args.tokens), args.tokenizer, Path(saved), args.cores)
+            for name, rows in (("gsm8k", gsm8k(args.gsm8k)), ("dialogues", [dialogue(rng) for _ in range(2000)]))
+        }
+    worst = {key: min(f[key] for f in found.values()) for key in ("ratio_to_ancestor", "share_of_floor", "tokens_per_s")}
+    print(json.dumps({"bench": "prepare", "cores": args.cores, **worst, "data": found}))
+
+
+if __name__ == "__main__":
+    main()
