@@ -11,8 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import REPO
 
+from conftest import REPO
 from sft import storage
 from sft.errors import SftError
 from sft.storage import Job, LocalStorage, hash_file, transfer

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import REPO, Workspace
 
+from conftest import REPO, Workspace
 from sft import manifest, sync
 from sft.errors import SftError
 
