@@ -121,7 +121,7 @@ def main() -> None:
         print(json.dumps({"seconds": seconds, "packs": len(index), "peak_gb": peak / 1e9}))
         return
     names = list(DISTRIBUTIONS)
-    main_result = compare(names[0], DISTRIBUTIONS[names[0]](args.documents), repeats=3)
+    main_result = compare(names[0], DISTRIBUTIONS[names[0]](args.documents), repeats=5)
     results = [main_result] + [compare(name, DISTRIBUTIONS[name](args.others), repeats=1) for name in names[1:]]
     equal = [r["equal"] for r in results]
     summary = {

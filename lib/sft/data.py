@@ -153,6 +153,7 @@ class Loader:
         pieces = (
             np.concatenate([self.plan.index.pack(int(p)) for p in packs]) if len(packs) else self.plan.index.pieces[:0]
         )
+        pieces = pieces[np.argsort(pieces["document"], kind="stable")]  # so that documents of a part are together
         rows = self.dataset.documents[pieces["document"]]
         lengths = pieces["length"].astype(np.int64)
         used = int(lengths.sum())

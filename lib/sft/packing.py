@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -51,7 +51,7 @@ class Losses:
 
 @dataclass(frozen=True)
 class PackIndex:
-    """Pack p holds pieces[offsets[p]:offsets[p + 1]], sorted by document."""
+    """Pack p holds pieces[offsets[p]:offsets[p + 1]], long to short."""
 
     seq_len: int
     policy: str
@@ -146,15 +146,26 @@ def pack_documents(
 
     Without `count_labels` (no masks at hand, as on a login node) labels of cut documents are estimated.
     """
-    pieces, losses = cut(documents, seq_len, policy, count_labels)
-    offsets, order = pack(pieces["length"], seq_len)
-    pieces = pieces[order]
+    cut_pieces, losses = cut(documents, seq_len, policy, count_labels)
+    offsets, order = pack(cut_pieces.length, seq_len)
+    pieces = np.empty(len(order), dtype=PIECE)
+    for field, values in cut_pieces._asdict().items():
+        pieces[field] = values[order]
     return PackIndex(seq_len, policy, offsets, pieces, losses, _digest(seq_len, policy, offsets, pieces, losses))
+
+
+class Pieces(NamedTuple):
+    """The fields of PIECE, an array each."""
+
+    document: NDArray[Any]
+    start: NDArray[Any]
+    length: NDArray[Any]
+    labels: NDArray[Any]
 
 
 def cut(
     documents: NDArray[Any], seq_len: int, policy: str, count_labels: LabelCounter | None = None
-) -> tuple[NDArray[Any], Losses]:
+) -> tuple[Pieces, Losses]:
     """Documents to pieces of at most `seq_len` tokens that hold at least one trained token each.
 
     truncate: the head stays, and its last token becomes EOS, which is not trained: the document did not end there.
@@ -168,46 +179,40 @@ def cut(
         raise SftError(f"seq_len {seq_len}: a pack of fewer than 2 tokens trains nothing")
     if len(documents) >= 1 << 32:
         raise SftError(f"{len(documents)} documents are more than the 2^32 that an index can number")
-    lengths = np.ascontiguousarray(documents["length"])
+    lengths, labels = np.array(documents["length"]), np.array(documents["labels"])
+    tokens_before, labels_before = int(lengths.sum(dtype=np.int64)), int(labels.sum(dtype=np.int64))
     long = np.flatnonzero(lengths > seq_len)
-    if policy == "drop":
-        which = np.flatnonzero(lengths <= seq_len)
-        pieces = _pieces(which, 0, lengths[which], documents["labels"][which])
-    elif policy == "truncate":
-        pieces = _pieces(np.arange(len(lengths)), 0, np.minimum(lengths, seq_len), documents["labels"])
-        stops = np.full(len(long), seq_len - 1)
-        pieces["labels"][long] = _labels(documents, long, np.zeros(len(long), np.int64), stops, count_labels)
-    else:
+    if policy == "split" and len(long):
         counts = -(-lengths.astype(np.int64) // seq_len)
         which = np.repeat(np.arange(len(lengths)), counts)
-        nth = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = nth * seq_len
-        pieces = _pieces(which, starts, np.minimum(lengths[which] - starts, seq_len), documents["labels"][which])
+        starts = (np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) * seq_len
+        pieces = Pieces(which, starts, np.minimum(lengths[which] - starts, seq_len), labels[which])
         was_cut = np.flatnonzero(counts[which] > 1)
-        stops = starts[was_cut] + pieces["length"][was_cut]
-        pieces["labels"][was_cut] = _labels(documents, which[was_cut], starts[was_cut] + 1, stops, count_labels)
-    trained = pieces["labels"] > 0
-    unlabelled = len(pieces) - int(np.count_nonzero(trained))
-    if unlabelled:
-        pieces = pieces[trained]
-    tokens, labels = int(lengths.sum(dtype=np.int64)), int(documents["labels"].sum(dtype=np.int64))
+        stops = starts[was_cut] + pieces.length[was_cut]
+        pieces.labels[was_cut] = _labels(documents, which[was_cut], starts[was_cut] + 1, stops, count_labels)
+    else:
+        if policy == "truncate" and len(long):
+            lengths[long] = seq_len
+            stops = np.full(len(long), seq_len - 1)
+            labels[long] = _labels(documents, long, np.zeros(len(long), np.int64), stops, count_labels)
+        pieces = Pieces(np.arange(len(lengths), dtype=np.uint32), np.zeros(len(lengths), np.uint32), lengths, labels)
+    kept = pieces.labels > 0
+    if policy == "drop":
+        kept &= pieces.length <= seq_len
+    unlabelled = int(np.count_nonzero((pieces.labels == 0) & (pieces.length <= seq_len)))
+    if not kept.all():
+        pieces = Pieces(*(column[kept] for column in pieces))
     return pieces, Losses(
         documents=len(documents),
-        tokens=tokens,
-        labels=labels,
+        tokens=tokens_before,
+        labels=labels_before,
         long_documents=len(long),
-        pieces=len(pieces),
+        pieces=len(pieces.length),
         unlabelled_pieces=unlabelled,
-        tokens_lost=tokens - int(pieces["length"].sum(dtype=np.int64)),
-        labels_lost=labels - int(pieces["labels"].sum(dtype=np.int64)),
+        tokens_lost=tokens_before - int(pieces.length.sum(dtype=np.int64)),
+        labels_lost=labels_before - int(pieces.labels.sum(dtype=np.int64)),
         exact=count_labels is not None or policy == "drop" or not len(long),
     )
-
-
-def _pieces(document: ArrayLike, start: ArrayLike, length: NDArray[Any], labels: ArrayLike) -> NDArray[Any]:
-    pieces = np.empty(len(length), dtype=PIECE)
-    pieces["document"], pieces["start"], pieces["length"], pieces["labels"] = document, start, length, labels
-    return pieces
 
 
 def _labels(
@@ -236,7 +241,8 @@ def label_counter(dataset: Dataset) -> LabelCounter:
 
 
 def pack(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Best-fit decreasing. Returns offsets [packs + 1] and order: pack p holds order[offsets[p]:offsets[p + 1]].
+    """Best-fit decreasing. Returns offsets [packs + 1] and order: pack p holds order[offsets[p]:offsets[p + 1]], long to
+    short.
 
     Deterministic on every machine: equal lengths keep the order of the input, and all arithmetic is on integers.
     """
@@ -246,88 +252,78 @@ def pack(lengths: ArrayLike, capacity: int) -> tuple[NDArray[np.int64], NDArray[
         return np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.int64)
     if not 1 <= int(lengths.min()) <= int(lengths.max()) <= capacity:
         raise SftError(f"lengths from {lengths.min()} to {lengths.max()} do not fit packs of {capacity} tokens")
-    steps, packs = _place(np.bincount(lengths), capacity)
-    first, width, each = np.array(steps, dtype=np.int64).reshape(-1, 3).T
-    # Step by step, from long to short, the next width * each pieces go to the packs first … first + width - 1, round
-    # and round.
-    moved = width * each
-    nth = np.arange(count)
-    nth -= np.repeat(np.cumsum(moved) - moved, moved)
-    nth %= np.repeat(width, moved)
-    nth += np.repeat(first, moved)
-    pack_of = np.empty(count, dtype=np.int64)
-    pack_of[_order(capacity - lengths)] = nth
+    first, width, each, packs = _place(np.bincount(lengths), capacity)
+    # A visit is one pack taking `each` pieces of a length; a step is visits of the packs first … first + width - 1.
+    # Visits are in the order of the pieces from long to short, and much fewer than pieces.
+    pack_of = np.arange(int(width.sum())) + np.repeat(first - (np.cumsum(width) - width), width)
+    took = np.repeat(each, width)
+    # Visits pack by pack, then the pieces that each of them took.
+    by_pack = _order(pack_of)
+    begins, took = (np.cumsum(took) - took)[by_pack], took[by_pack]
+    ends = np.cumsum(took)
     offsets = np.zeros(packs + 1, dtype=np.int64)
-    np.cumsum(np.bincount(pack_of, minlength=packs), out=offsets[1:])
-    return offsets, _order(pack_of)
+    offsets[1:] = ends[np.cumsum(np.bincount(pack_of)) - 1]
+    taken = np.repeat(begins - (ends - took), took)
+    taken += np.arange(count)
+    return offsets, _order(capacity - lengths)[taken]
 
 
 def _order(values: NDArray[Any]) -> NDArray[np.int64]:
     """Stable argsort of integers >= 0, 16 bits at a time, because NumPy's stable sort is a radix sort up to 16 bits."""
-    order = np.argsort((values & 0xFFFF).astype(np.uint16), kind="stable")
+    order = np.argsort(values.astype(np.uint16), kind="stable")  # the cast keeps the low 16 bits
     shift = 16
     while int(values.max()) >> shift:
-        order = order[np.argsort(((values >> shift) & 0xFFFF).astype(np.uint16)[order], kind="stable")]
+        order = order[np.argsort((values >> shift).astype(np.uint16)[order], kind="stable")]
         shift += 16
     return order
 
 
-def _place(histogram: NDArray[np.int64], capacity: int) -> tuple[list[tuple[int, int, int]], int]:
+def _place(
+    histogram: NDArray[np.int64], capacity: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], int]:
     """Best-fit decreasing on a histogram of lengths.
 
-    Returns steps (first, width, each), in the order that pieces are taken from long to short: packs first to
+    Returns steps as arrays (first, width, each), in the order that pieces are taken from long to short: packs first to
     first + width - 1 take `each` pieces of the current length; and the number of packs.
 
-    `rooms[r]` lists ranges of packs with room r. `words` is a bitmap of the rooms that exist, in words of 256 bits
-    (small enough for fast Python integers), and `top` a bitmap of the words that are not zero.
+    Lengths only fall, so a pack is in one of two places. `fitting` holds the ranges of packs (room, first, width) with
+    room for the current length, the least room on top: a stack, because what comes to it always has less room than
+    what is there. `narrow[r]` holds those whose room r is still too small; they move over when the length gets there.
     """
-    steps: list[tuple[int, int, int]] = []
-    rooms: dict[int, list[tuple[int, int]]] = {}
-    words = [0] * ((capacity >> 8) + 1)
-    top = packs = 0
+    steps: list[int] = []
+    record = steps.extend
+    fitting: list[tuple[int, int, int]] = []
+    narrow: list[list[tuple[int, int, int]]] = [[] for _ in range(capacity)]
+    packs, before = 0, capacity
     sizes = np.flatnonzero(histogram)[::-1]
     for length, left in zip(sizes.tolist(), histogram[sizes].tolist(), strict=True):
+        for ranges in narrow[length:before][::-1]:
+            if ranges:
+                fitting += ranges
+        before = length
         while left:
-            word = length >> 8
-            bits = words[word] >> (length & 255)
-            if bits:  # the smallest room >= length
-                room = length + (bits & -bits).bit_length() - 1
-            else:
-                bits = top >> (word + 1)
-                if not bits:
-                    room, first, width = capacity, packs, -1  # nothing fits: open as many packs as it takes
-                else:
-                    word += (bits & -bits).bit_length()
-                    bits = words[word]
-                    room = (word << 8) + (bits & -bits).bit_length() - 1
-            # A pack keeps being the best fit until no piece of this length fits any more, so it takes them all at once.
+            room, first, there = fitting.pop() if fitting else (capacity, packs, 0)
+            # A pack keeps being the best fit until no piece of this length fits any more, so it takes them all at once;
+            # the last one may take fewer.
             each = room // length
-            if room == capacity:
-                width = left // each or 1
-                first, packs = packs, packs + width
+            if each > left:
+                each = left
+            width = left // each
+            if not there:  # nothing fits: open as many packs as it takes
+                packs += width
+            elif width < there:
+                fitting.append((room, first + width, there - width))
             else:
-                ranges = rooms[room]
-                first, width = ranges[-1]
-                wanted = left // each or 1
-                if wanted < width:
-                    ranges[-1] = (first + wanted, width - wanted)
-                    width = wanted
-                else:
-                    ranges.pop()
-                    if not ranges:
-                        words[room >> 8] ^= 1 << (room & 255)
-                        if not words[room >> 8]:
-                            top ^= 1 << (room >> 8)
-            each = min(each, left)  # the last pack of a length may take fewer
-            steps.append((first, width, each))
+                width = there
+            record((first, width, each))
             left -= width * each
             room -= each * length
-            if room:
-                ranges = rooms.setdefault(room, [])
-                ranges.append((first, width))
-                words[room >> 8] |= 1 << (room & 255)
-                top |= 1 << (room >> 8)
-    return steps, packs
+            if room >= length:
+                fitting.append((room, first, width))
+            elif room:
+                narrow[room].append((room, first, width))
+    first_, width_, each_ = np.array(steps, dtype=np.int64).reshape(-1, 3).T
+    return first_, width_, each_, packs
 
 
 def first_fit_decreasing(lengths: ArrayLike, capacity: int) -> int:
