@@ -95,8 +95,17 @@ def conversations(draw: Any, text: Any = plain_text, roles: bool = False, tools:
                 st.sampled_from(
                     [
                         {"function_calls": "f(x=1)"},
-                        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": ["é"]}}}]},
-                        {"tool_calls": [{"function": {"name": "g", "arguments": '{"q": "a b"}'}}, {"name": "h", "arguments": {}}]},
+                        {
+                            "tool_calls": [
+                                {"type": "function", "function": {"name": "f", "arguments": {"x": 1, "y": ["é"]}}}
+                            ]
+                        },
+                        {
+                            "tool_calls": [
+                                {"function": {"name": "g", "arguments": '{"q": "a b"}'}},
+                                {"name": "h", "arguments": {}},
+                            ]
+                        },
                     ]
                 )
             )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
 from hypothesis import given, settings
 
+from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
 from sft.chat import JinjaTemplate, Specials, known_templates
 from sft.errors import SftError
 from sft.rows import BadRow, Conversation, RowReader
@@ -16,7 +16,9 @@ from sft.templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO, NamedTemplate
 
 MORE = [*SPECIALS, "<s>", "<|eot_id|>", "<|header|>", "<end_of_turn>", "<start_of_turn>"]
 READ = RowReader(Prepare(tokenizer="t", sources=(Source(path="x"),)), Source(path="x")).read
-EVERY = Prepare(tokenizer="t", sources=(Source(path="x"),), train_roles=("system", "user", "assistant", "tool", "environment"))
+EVERY = Prepare(
+    tokenizer="t", sources=(Source(path="x"),), train_roles=("system", "user", "assistant", "tool", "environment")
+)
 
 
 def jinja(text: str, specials: list[str] = MORE, eos: str = EOS, **variables: str) -> JinjaTemplate:
@@ -58,7 +60,7 @@ def test_every_role_can_be_trained_with_what_ends_its_turn(name: str, pairs: Any
     roles = [role for role in ("system", "user", "assistant") if role in named(name).turns]
     row = {"messages": turns(*((role, f"{role} says") for role in roles), ("assistant", "done"))}
     runs, _ = named(name).render(reader.read(row))
-    spoken = [run for run in runs[1::2]]
+    spoken = list(runs[1::2])
     assert len(spoken) == 4 and all(f"{role} says" in run for role, run in zip(roles, spoken, strict=False))
     assert spoken[-1].endswith((EOS, IM_END))
     theirs = pairs[name][1].render(reader.read(row))[0]
@@ -100,7 +102,10 @@ def test_tulu_zephyr_and_simple_chat_layouts_as_published() -> None:
     assert "".join(named("zephyr").render(READ(row))[0]) == (
         "<|user|>\na<|endoftext|>\n<|assistant|>\nb<|endoftext|>\n<|user|>\nc<|endoftext|>\n<|assistant|>\nd<|endoftext|>\n"
     )
-    assert "".join(named("simple_chat").render(READ(row))[0]) == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d<|endoftext|>"
+    assert (
+        "".join(named("simple_chat").render(READ(row))[0])
+        == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d<|endoftext|>"
+    )
 
 
 def test_thinker_templates_train_the_opening_tag_that_data_spells_out() -> None:
@@ -191,7 +196,9 @@ MARKED = """{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n
 
 
 def test_generation_blocks_are_followed_and_trailing_scaffold_is_not_trained() -> None:
-    template = jinja(MARKED.replace("BLOCK", "{% generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration %}"))
+    template = jinja(
+        MARKED.replace("BLOCK", "{% generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration %}")
+    )
     assert template.generation
     assert trained(template, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
     row = chat("a", "b", "c", "d")
@@ -210,7 +217,10 @@ REFUSED = {
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
         "move it behind the header",
     ),
-    "no terminator": ("{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}", "never learn to stop"),
+    "no terminator": (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}",
+        "never learn to stop",
+    ),
     "no loop": ("{{ messages | map(attribute='content') | join(' ') + eos_token }}", "once, from a loop"),
     "drops history": ("{{ messages[-1].content + eos_token }}", "once, from a loop"),
     "broken Jinja": ("{% for m in messages %}", "correct the Jinja text"),
@@ -233,7 +243,9 @@ def test_template_whose_masks_would_be_wrong_is_refused(name: str) -> None:
 
 def test_template_cannot_reach_python() -> None:
     with pytest.raises((SftError, BadRow)):
-        jinja("{% for m in messages %}{{ m.content.__class__.__mro__ }}{{ eos_token }}{% endfor %}{{ ''.__class__.__base__.__subclasses__() }}")
+        jinja(
+            "{% for m in messages %}{{ m.content.__class__.__mro__ }}{{ eos_token }}{% endfor %}{{ ''.__class__.__base__.__subclasses__() }}"
+        )
 
 
 def test_message_that_a_template_leaves_out_rejects_the_row() -> None:

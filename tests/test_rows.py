@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_samples import chat, encoder, make_tokenizer, text_of, turns
 
+from chat_samples import chat, encoder, make_tokenizer, text_of, turns
 from sft.rows import BadRow, Conversation, RowReader
 from sft.schema import Prepare, Source
 
@@ -26,9 +26,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 LAYOUTS = {
     "messages": {"messages": HELLO},
-    "messages as JSON text": {"messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'},
-    "content parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, HELLO[1]]},
-    "nulls of columnar files": {"messages": [{**m, "name": None, "tool_calls": None} for m in HELLO], "tools": None, "prompt": None},
+    "messages as JSON text": {
+        "messages": '[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]'
+    },
+    "content parts": {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+            HELLO[1],
+        ]
+    },
+    "nulls of columnar files": {
+        "messages": [{**m, "name": None, "tool_calls": None} for m in HELLO],
+        "tools": None,
+        "prompt": None,
+    },
     "unknown fields": {"messages": [{**m, "score": 3, "id": "x"} for m in HELLO]},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     "sharegpt with roles": {"conversations": HELLO},
@@ -88,13 +99,19 @@ def test_last_turn_only_and_roles_to_train() -> None:
 
 def test_thinking_is_kept_or_stripped_in_history_turns_only() -> None:
     row = chat("a", "<think>\nhm\n</think>\n\nb", "c", "<think>\nso\n</think>\n\nd")
-    assert [m["content"] for m in read(row).messages[1::2]] == ["<think>\nhm\n</think>\n\nb", "<think>\nso\n</think>\n\nd"]
+    assert [m["content"] for m in read(row).messages[1::2]] == [
+        "<think>\nhm\n</think>\n\nb",
+        "<think>\nso\n</think>\n\nd",
+    ]
     assert [m["content"] for m in read(row, thinking="strip").messages[1::2]] == ["b", "<think>\nso\n</think>\n\nd"]
 
 
 def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}]
-    row = {"messages": [HELLO[0], {"role": "assistant", "content": None, "tool_calls": calls}], "tools": '[{"name": "add"}]'}
+    row = {
+        "messages": [HELLO[0], {"role": "assistant", "content": None, "tool_calls": calls}],
+        "tools": '[{"name": "add"}]',
+    }
     got = read(row)
     assert got.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1, "b": None}}
     assert got.messages[1]["content"] == ""
@@ -119,13 +136,19 @@ BAD: dict[str, tuple[Any, str]] = {
     "unknown role": ({"messages": [{"role": "wizard", "content": "Hi"}, B]}, "bad_role"),
     "no content": ({"messages": [{"role": "user"}, B]}, "no_content"),
     "content is a number": ({"messages": [A, {"role": "assistant", "content": 4}]}, "bad_content"),
-    "an image": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, B]}, "content_part"),
+    "an image": (
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, B]},
+        "content_part",
+    ),
     "no assistant turn": ({"messages": [A]}, "nothing_to_train"),
     "nothing is to be trained": ({"messages": [A, {**B, "train": False}]}, "nothing_to_train"),
     "train is text": ({"messages": [A, {**B, "train": "yes"}]}, "bad_train_flag"),
     "weight is a half": ({"messages": [A, {**B, "weight": 0.5}]}, "bad_weight"),
     "train and weight disagree": ({"messages": [A, {**B, "weight": 1, "train": False}]}, "bad_train_flag"),
-    "call without a name": ({"messages": [A, {"role": "assistant", "tool_calls": [{"function": {}}]}]}, "bad_tool_calls"),
+    "call without a name": (
+        {"messages": [A, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        "bad_tool_calls",
+    ),
     "arguments are broken JSON": (
         {"messages": [A, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "bad_tool_calls",

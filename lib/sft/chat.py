@@ -338,7 +338,11 @@ class JinjaTemplate:
             wrote = regions.get(index, [])
             if not train:
                 message = conversation.messages[index]
-                if not wrote and message["role"] not in ("system", "developer") and (message["content"] or len(message) > 2):
+                if (
+                    not wrote
+                    and message["role"] not in ("system", "developer")
+                    and (message["content"] or len(message) > 2)
+                ):
                     raise BadRow("template", f"message {index} is not rendered by template {self.name}")
                 continue
             if len(wrote) != 1:

@@ -19,7 +19,7 @@ Python loop over tokens:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -66,12 +66,35 @@ class Encoded:
 
 @dataclass
 class Batch:
-    """Rendered documents on their way: runs of text, special tokens expected, input rows."""
+    """Rendered documents on their way. All lists but `source_rows` and `rejects` have one entry for each document."""
 
+    source_rows: Sequence[Any]
     runs: list[list[str]] = field(default_factory=list)
-    specials: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    specials: list[int] = field(default_factory=list)  # special tokens that the template wrote
     rows: list[int] = field(default_factory=list)
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
+    rejects: list[Reject] = field(default_factory=list)
+
+    def reject(self, row: int, reason: str, detail: str) -> None:
+        example = repr(self.source_rows[row])
+        if len(example) > EXAMPLE_CHARACTERS:
+            example = example[:EXAMPLE_CHARACTERS] + "…"
+        self.rejects.append(Reject(row, reason, detail.encode(errors="backslashreplace").decode(), example))
+
+    def drop(self, bad: Mapping[int, tuple[str, str]]) -> npt.NDArray[np.bool_]:
+        """Takes documents out, each with its reason and detail. Returns which were kept."""
+        keep = np.ones(len(self.rows), dtype=bool)
+        for document, (reason, detail) in bad.items():
+            keep[document] = False
+            self.reject(self.rows[document], reason, detail)
+        left = np.flatnonzero(keep).tolist()
+        self.escaped = {new: self.escaped[old] for new, old in enumerate(left) if old in self.escaped}
+        self.runs = [self.runs[document] for document in left]
+        self.texts = [self.texts[document] for document in left]
+        self.specials = [self.specials[document] for document in left]
+        self.rows = [self.rows[document] for document in left]
+        return keep
 
 
 class Encoder:
@@ -170,32 +193,29 @@ class Encoder:
         return self.last_read[1].read(row)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
-        batch, rejects = self._render(rows, self.reader(source).read)
-        texts = ["".join(runs) for runs in batch.runs]
-        if not all(map(str.isascii, texts)):
-            self._drop_bad_unicode(batch, texts, rows, rejects)
-        if not texts:
-            return self._empty(rejects)
+        batch = self._render(rows, self.reader(source).read)
+        self._drop_bad_unicode(batch)
         if not self.vocabulary.byte_level:
-            encoded = self._encode_by_offsets(batch, texts)
-            return self._select(batch, rows, rejects, *encoded)
-        engine = self.engine.name
-        ids, offsets = self.engine.encode(texts)
-        checked = self._parity(texts, ids, offsets)
-        if checked < 0:
-            engine = "tokenizers"
-            ids, offsets = self.engine.encode_slowly(texts)
-            checked = 0
-        self._mark_escaped(batch, rows, source, ids, offsets, rejects)
-        if batch.escaped:
-            ids, offsets = self._replace_escaped(batch, ids, offsets)
-        keep = self._proven(texts, ids, offsets)
-        mask, labels, straddled = self._mask(batch, texts, ids)
-        proof = {"straddled": straddled, "parity_documents": checked}
-        return self._select(batch, rows, rejects, ids, mask, offsets, labels, keep, engine, proof)
+            return self._encode_by_offsets(batch)
+        engine, checked = "tokenizers", 0
+        ids, offsets, good = self._encode_texts(batch, source, self.engine.encode)
+        if self.engine.fast is not None:
+            engine, checked = self.engine.name, self._parity(batch, ids, offsets)
+            if checked < 0 or not good.all():
+                engine, checked = "tokenizers", 0
+                ids, offsets, good = self._encode_texts(batch, source, self.engine.encode_slowly)
+        if not good.all():
+            wrong = "the ids do not decode to the rendered text"
+            ids, offsets = self._drop(
+                batch, dict.fromkeys(np.flatnonzero(~good).tolist(), ("proof", wrong)), ids, offsets
+            )
+        if self.template.boundaries == "eos":
+            ids, offsets = self._drop_inner_eos(batch, ids, offsets)
+        mask, labels, straddled = self._mask(batch, ids)
+        return self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked)
 
-    def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> tuple[Batch, list[Reject]]:
-        batch, rejects = Batch(), []
+    def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> Batch:
+        batch = Batch(rows)
         render = self.template.render
         # Named templates write the same scaffold whatever the content; Jinja text may look at it, so it must not see
         # special-token text that it would take for its own.
@@ -210,30 +230,26 @@ class Encoder:
                 else:
                     runs, specials = render(conversation)
             except BadRow as error:
-                rejects.append(reject(index, error.reason, error.detail, row))
+                batch.reject(index, error.reason, error.detail)
                 continue
             runs_of.append(runs)
             specials_of.append(specials)
             rows_of.append(index)
-        return batch, rejects
+        batch.texts = ["".join(runs) for runs in runs_of]
+        return batch
 
-    def _drop_bad_unicode(self, batch: Batch, texts: list[str], rows: Sequence[Any], rejects: list[Reject]) -> None:
+    def _drop_bad_unicode(self, batch: Batch) -> None:
         """JSON can spell half a surrogate pair, which no encoder takes."""
-        bad: set[int] = set()
-        for document, text in enumerate(texts):
+        if all(map(str.isascii, batch.texts)):
+            return
+        bad: dict[int, tuple[str, str]] = {}
+        for document, text in enumerate(batch.texts):
             try:
                 text.isascii() or text.encode()
             except UnicodeEncodeError as error:
-                bad.add(document)
-                row = batch.rows[document]
-                rejects.append(reject(row, "bad_unicode", f"not valid Unicode: {error.reason}", rows[row]))
+                bad[document] = ("bad_unicode", f"not valid Unicode: {error.reason}")
         if bad:
-            left = [document for document in range(len(texts)) if document not in bad]
-            texts[:] = [texts[document] for document in left]
-            batch.escaped = {new: batch.escaped[old] for new, old in enumerate(left) if old in batch.escaped}
-            batch.runs = [batch.runs[document] for document in left]
-            batch.specials = [batch.specials[document] for document in left]
-            batch.rows = [batch.rows[document] for document in left]
+            batch.drop(bad)
 
     def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> tuple[list[str], int]:
         """Renders with special-token text replaced, remembers how to restore it, and returns the runs as they should read."""
@@ -248,25 +264,53 @@ class Encoder:
         batch.escaped[document] = (runs, back)
         return list(map(back, runs)), specials
 
-    def _mark_escaped(
-        self, batch: Batch, rows: Sequence[Any], source: Source, ids: Ids, offsets: Offsets, rejects: list[Reject]
-    ) -> None:
-        """Finds the documents with more special tokens than their template wrote."""
-        if self.prepare.special_text == "token":
-            return
+    def _encode_texts(
+        self, batch: Batch, source: Source, encode: Callable[[list[str]], tuple[Ids, Offsets]]
+    ) -> tuple[Ids, Offsets, npt.NDArray[np.bool_]]:
+        """Ids and offsets of the documents, and which of them decode to their text: all, unless the encoder is broken."""
+        ids, offsets = encode(batch.texts)
+        if self.prepare.special_text != "token":
+            bad = self._find_escaped(batch, source, ids, offsets)
+            if bad:
+                ids, offsets = self._drop(batch, bad, ids, offsets)
+            if batch.escaped:
+                ids, offsets = self._replace_escaped(batch, ids, offsets)
+        good = np.ones(len(batch.texts), dtype=bool)
+        if self.engine.decode(ids) != "".join(batch.texts).encode():
+            for document, text in enumerate(batch.texts):
+                good[document] = self.vocabulary.decode(ids[offsets[document] : offsets[document + 1]]) == text.encode()
+        return ids, offsets, good
+
+    def _find_escaped(self, batch: Batch, source: Source, ids: Ids, offsets: Offsets) -> dict[int, tuple[str, str]]:
+        """Renders anew the documents with more special tokens than their template wrote; returns those that cannot be."""
         found = self.vocabulary.special_positions(ids)
         counts = np.diff(np.searchsorted(found, offsets))
-        odd = np.flatnonzero(counts != np.array(batch.specials))
-        read = self.reader(source).read
-        for document in odd.tolist():
+        bad: dict[int, tuple[str, str]] = {}
+        for document in np.flatnonzero(counts != np.array(batch.specials, dtype=np.int64)).tolist():
             if document in batch.escaped:
                 continue
-            row = batch.rows[document]
             try:
-                self._render_escaped(batch, read(rows[row]), document)
+                self._render_escaped(batch, self.reader(source).read(batch.source_rows[batch.rows[document]]), document)
             except BadRow as error:
-                rejects.append(reject(row, error.reason, error.detail, rows[row]))
-                batch.rows[document] = -1
+                bad[document] = (error.reason, error.detail)
+        return bad
+
+    def _drop(
+        self, batch: Batch, bad: Mapping[int, tuple[str, str]], ids: Ids, offsets: Offsets
+    ) -> tuple[Ids, Offsets]:
+        lengths = np.diff(offsets)
+        keep = batch.drop(bad)
+        return ids[np.repeat(keep, lengths)], np.concatenate([[0], np.cumsum(lengths[keep])])
+
+    def _drop_inner_eos(self, batch: Batch, ids: Ids, offsets: Offsets) -> tuple[Ids, Offsets]:
+        """Every document must end in the only EOS it has; with special_text = "token" a row can break that."""
+        ends = np.flatnonzero(ids == self.vocabulary.eos_id)
+        if np.array_equal(ends, offsets[1:] - 1):
+            return ids, offsets
+        counts = np.diff(np.searchsorted(ends, offsets))
+        good = (counts == 1) & (ids[offsets[1:] - 1] == self.vocabulary.eos_id)
+        why = f"{self.vocabulary.eos} stands inside the conversation, where readers would end the document"
+        return self._drop(batch, dict.fromkeys(np.flatnonzero(~good).tolist(), ("eos_inside", why)), ids, offsets)
 
     def _replace_escaped(self, batch: Batch, ids: Ids, offsets: Offsets) -> tuple[Ids, Offsets]:
         """Encodes the documents in `batch.escaped` segment by segment: between the template's special tokens, all is text."""
@@ -295,18 +339,16 @@ class Encoder:
         pieces.append(ids[at:])
         return np.concatenate(pieces), np.concatenate([[0], np.cumsum(lengths)])
 
-    def _parity(self, texts: list[str], ids: Ids, offsets: Offsets) -> int:
+    def _parity(self, batch: Batch, ids: Ids, offsets: Offsets) -> int:
         """How many documents `tokenizers` was asked about too; -1 when it gave other ids for one of them."""
-        share = self.prepare.parity_sample
-        if self.engine.fast is None or share <= 0:
+        texts, share = batch.texts, self.prepare.parity_sample
+        if share <= 0 or not texts:
             return 0
         wanted = max(1, round(share * len(texts)))
         # Other scripts are where encoders differ: half of the sample comes from the documents that have them.
-        foreign = [index for index, text in enumerate(texts) if not text.isascii()]
-        chosen = {
-            *spread(foreign, wanted - wanted // 2),
-            *spread(range(len(texts)), wanted - min(wanted // 2, len(foreign))),
-        }
+        foreign = spread([index for index, text in enumerate(texts) if not text.isascii()], (wanted + 1) // 2)
+        chosen = {*foreign, *spread(range(len(texts)), wanted - len(foreign) if wanted < len(texts) else wanted)}
+        chosen -= batch.escaped.keys()
         for index in chosen:
             # A special token cuts the text, so what stands before one can be compared alone: long documents stay cheap.
             cut = self.specials.pattern.search(texts[index], PARITY_CHARACTERS)
@@ -317,22 +359,12 @@ class Encoder:
                 return -1
         return len(chosen)
 
-    def _proven(self, texts: list[str], ids: Ids, offsets: Offsets) -> npt.NDArray[np.bool_]:
-        """Which documents' ids decode to their text and end as the dataset says. All of them, unless an encoder is broken."""
-        keep = np.ones(len(texts), dtype=bool)
-        if self.engine.decode(ids) != "".join(texts).encode():
-            for index, text in enumerate(texts):
-                keep[index] = self.vocabulary.decode(ids[offsets[index] : offsets[index + 1]]) == text.encode()
-        if self.template.boundaries == "eos":
-            ends = np.flatnonzero(ids == self.vocabulary.eos_id)
-            if not np.array_equal(ends, offsets[1:] - 1):
-                counts = np.diff(np.searchsorted(ends, offsets))
-                keep &= (counts == 1) & (ids[offsets[1:] - 1] == self.vocabulary.eos_id)
-        return keep
-
-    def _mask(self, batch: Batch, texts: list[str], ids: Ids) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
+    def _mask(self, batch: Batch, ids: Ids) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
+        """The mask, the trained tokens of each document, and how many edges of runs lie inside a token."""
+        if not batch.texts:
+            return np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), 0
         flat = list(chain.from_iterable(batch.runs))
-        if all(map(str.isascii, texts)):
+        if all(map(str.isascii, batch.texts)):
             sizes = list(map(len, flat))
         else:
             sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]
@@ -352,106 +384,80 @@ class Encoder:
         labels = np.add.reduceat(np.where(trained, tokens, 0), first)
         return mask, labels, int(inside.sum())
 
-    def _encode_by_offsets(self, batch: Batch, texts: list[str]) -> tuple:
+    def _encode_by_offsets(self, batch: Batch) -> Encoded:
         """For tokenizers whose tokens have no fixed bytes: the whole text, and the offsets that `tokenizers` reports."""
-        ids: list[list[int]] = []
-        masks: list[npt.NDArray[np.bool_]] = []
-        keep = np.ones(len(texts), dtype=bool)
-        straddled = 0
-        for index, (runs, text) in enumerate(zip(batch.runs, texts, strict=True)):
-            encoding = self.vocabulary.tokenizer.encode(text, add_special_tokens=False)
+        encodings = [self.vocabulary.tokenizer.encode(text, add_special_tokens=False) for text in batch.texts]
+        bad: dict[int, tuple[str, str]] = {}
+        for document, (encoding, text) in enumerate(zip(encodings, batch.texts, strict=True)):
+            special = int(self.vocabulary.is_special[encoding.ids].sum())
+            if self.prepare.special_text != "token" and special != batch.specials[document]:
+                bad[document] = (
+                    "special_text",
+                    "special-token text in the content, which this kind of tokenizer cannot keep as text",
+                )
             spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            edges = np.concatenate([[0], np.cumsum([len(run) for run in runs])])
-            run_of_start = np.searchsorted(edges, spans[:, 0], side="right") - 1
-            run_of_end = np.searchsorted(edges, spans[:, 1], side="left") - 1
-            masks.append((run_of_start == run_of_end) & (run_of_start % 2 == 1))
-            straddled += int((run_of_start < run_of_end).sum())
-            ids.append(encoding.ids)
-            special = self.vocabulary.is_special[encoding.ids]
-            if self.prepare.special_text != "token" and int(special.sum()) != batch.specials[index]:
-                keep[index] = False
             covered = np.zeros(len(text) + 1, dtype=np.int64)
             np.add.at(covered, spans[:, 0], 1)
             np.add.at(covered, spans[:, 1], -1)
-            gaps = np.flatnonzero(np.cumsum(covered)[: len(text)] <= 0)
-            keep[index] &= all(text[gap].isspace() for gap in gaps.tolist())
-            if self.template.boundaries == "eos":
-                keep[index] &= (
-                    encoding.ids.count(self.vocabulary.eos_id) == 1 and encoding.ids[-1] == self.vocabulary.eos_id
-                )
-        offsets = np.concatenate([[0], np.cumsum([len(item) for item in ids])])
-        flat = np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(offsets[-1]))
-        labels = np.array([int(mask.sum()) for mask in masks])
-        return (
-            flat,
-            np.concatenate(masks),
-            offsets,
-            labels,
-            keep,
-            "tokenizers",
-            {"straddled": straddled, "parity_documents": 0},
-        )
+            if not all(text[gap].isspace() for gap in np.flatnonzero(np.cumsum(covered)[:-1] <= 0).tolist()):
+                bad.setdefault(document, ("proof", "the tokens do not cover the rendered text"))
+        encodings = [encoding for encoding, kept in zip(encodings, batch.drop(bad), strict=True) if kept]
+        ids = np.array(list(chain.from_iterable(encoding.ids for encoding in encodings)), dtype=np.uint32)
+        offsets = np.cumsum([0, *(len(encoding.ids) for encoding in encodings)])
+        if self.template.boundaries == "eos":
+            before = list(batch.rows)
+            ids, offsets = self._drop_inner_eos(batch, ids, offsets)
+            kept = set(batch.rows)
+            encodings = [encoding for encoding, row in zip(encodings, before, strict=True) if row in kept]
+        masks = [np.zeros(0, dtype=bool)]
+        straddled = 0
+        for encoding, runs in zip(encodings, batch.runs, strict=True):
+            spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            edges = np.cumsum([0, *map(len, runs)])
+            start_run = np.searchsorted(edges, spans[:, 0], side="right") - 1
+            end_run = np.searchsorted(edges, spans[:, 1], side="left") - 1
+            masks.append((start_run == end_run) & (start_run % 2 == 1))
+            straddled += int((start_run < end_run).sum())
+        labels = np.array([int(mask.sum()) for mask in masks[1:]], dtype=np.int64)
+        return self._finish(batch, ids, np.concatenate(masks), offsets, labels, "tokenizers", straddled, 0)
 
-    def _select(
+    def _finish(
         self,
         batch: Batch,
-        rows: Sequence[Any],
-        rejects: list[Reject],
         ids: Ids,
         mask: npt.NDArray[np.bool_],
         offsets: Offsets,
         labels: Offsets,
-        keep: npt.NDArray[np.bool_],
         engine: str,
-        proof: dict[str, int],
+        straddled: int,
+        checked: int,
     ) -> Encoded:
-        """Leaves out the documents that failed the proof or have nothing to train, with a reject for each."""
+        """Leaves out documents with nothing to train, with a reject for each."""
         starts, lengths = offsets[:-1], np.diff(offsets)
         # The first token of a document would be predicted from the document before it in a pack.
-        opening = starts[(lengths > 0)]
-        opening = opening[mask[opening]]
-        if len(opening):
-            labels = labels - mask[np.minimum(starts, len(mask) - 1)]
-            mask[opening] = False
-        index_of = np.array(batch.rows, dtype=np.int64)
-        for document in np.flatnonzero(~keep & (index_of >= 0)).tolist():
-            row = batch.rows[document]
-            rejects.append(
-                reject(row, "proof", "the ids do not decode to the rendered text, or EOS stands inside it", rows[row])
-            )
-        keep = keep & (index_of >= 0)
-        for document in np.flatnonzero(keep & (labels <= 0)).tolist():
-            row = batch.rows[document]
-            rejects.append(reject(row, "nothing_to_train", "no token of the conversation is trained", rows[row]))
-        keep &= labels > 0
-        if not keep.all():
+        labels = labels - mask[starts]
+        mask[starts] = False
+        escaped = len(batch.escaped)
+        empty = np.flatnonzero(labels <= 0).tolist()
+        if empty:
+            keep = batch.drop(dict.fromkeys(empty, ("nothing_to_train", "no token of the conversation is trained")))
             tokens = np.repeat(keep, lengths)
-            ids, mask = ids[tokens], mask[tokens]
-            lengths, labels, index_of = lengths[keep], labels[keep], index_of[keep]
-        rejects.sort(key=lambda item: item.row)
+            ids, mask, lengths, labels = ids[tokens], mask[tokens], lengths[keep], labels[keep]
         proof = {
             "documents": len(lengths),
             "tokens": len(ids),
             "labels": int(labels.sum()),
-            "escaped": len(batch.escaped),
-            **proof,
+            "escaped_documents": escaped,
+            "straddling_tokens": straddled,
+            "parity_documents": checked,
         }
-        return Encoded(ids, mask, lengths, index_of, labels, rejects, engine, proof)
-
-    def _empty(self, rejects: list[Reject]) -> Encoded:
-        none = np.zeros(0, dtype=np.int64)
-        proof = dict.fromkeys(("documents", "tokens", "labels", "escaped", "straddled", "parity_documents"), 0)
-        ids, mask = np.zeros(0, dtype=np.uint32), np.zeros(0, dtype=bool)
-        return Encoded(ids, mask, none, none.copy(), none.copy(), rejects, self.engine.name, proof)
+        rows = np.array(batch.rows, dtype=np.int64)
+        return Encoded(
+            ids, mask, lengths, rows, labels, sorted(batch.rejects, key=lambda item: item.row), engine, proof
+        )
 
 
-def spread(items: Sequence[int], count: int) -> Sequence[int]:
-    """About `count` of the items, evenly spaced."""
-    return items[:: max(1, -(-len(items) // count))] if count > 0 else []
-
-
-def reject(row: int, reason: str, detail: str, value: Any) -> Reject:
-    example = repr(value)
-    if len(example) > EXAMPLE_CHARACTERS:
-        example = example[:EXAMPLE_CHARACTERS] + "…"
-    return Reject(row, reason, detail.encode(errors="backslashreplace").decode(), example)
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """`count` of the items, or all, evenly spaced."""
+    count = min(count, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
