@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.dataset import Dataset
+from sft.dataset import Dataset, token_dtype
 from sft.decontaminate import Screen
 from sft.errors import SftError
 from sft.mix import Mixed
@@ -94,7 +94,8 @@ def dataset(
                 "files": [{"name": f.name, "sha256": f.sha256} for f in files],
             }
         )
-    made: dict[str, Any] = {"format": 1, **work.encoder.identity, "sources": described, "splits": splits}
+    identity = work.encoder.identity
+    made = {"format": 1, "dtype": token_dtype(identity["vocab_size"]).name, **identity, "sources": described, "splits": splits}
     made["lengths"] = histogram(np.concatenate(lengths))
     if screen is not None:
         made["decontamination"] = {

@@ -1,0 +1,449 @@
+"""The prepare stage end to end on the smoke tokenizer: same bytes whatever happens on the way, nothing bad published."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPO
+
+from sft import inputs, paths, prepare, schema, sources, tokencache, workers
+from sft.dataset import Dataset
+from sft.errors import SftError
+from sft.schema import Prepare, Source
+
+TOKENIZER = "smoke/tokenizer"
+OPTIONS = {"tokenizer": TOKENIZER, "template": "olmo", "max_reject_fraction": 0.5}
+
+
+def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", **options: Any) -> Any:
+    """What the stage's code sees of its runner."""
+    table = Prepare(**{"sources": (Source(path="rows.jsonl"),), **OPTIONS, **options})
+    (root / out).mkdir(exist_ok=True)
+    said: list[str] = []
+    return SimpleNamespace(
+        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
+        find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), say=said.append, said=said,
+    )  # fmt: skip
+
+
+def conversation(i: int) -> dict[str, Any]:
+    rng = random.Random(i)
+    turns = [("system", f"You keep zoo number {i}.")] if i % 3 == 0 else []
+    for _ in range(rng.randint(1, 4)):
+        turns += [("user", f"Which animal is {rng.randint(0, 999)}?"), ("assistant", f"The {rng.choice(['lynx', 'ibis', 'tapir'])} 🦊 of {i}.")]
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write_rows(file: Path, rows: list) -> Path:
+    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = (p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 2 kB and workers for every one of them, so that a few hundred rows take the paths of a large file."""
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BYTES_PER_WORKER", 1)
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Fails the test when anything is encoded."""
+
+    def refuse(self, job):
+        raise AssertionError(f"{job.name} was encoded again")
+
+    def arm():
+        monkeypatch.setattr(prepare.EncodeChunk, "__call__", refuse)
+
+    return arm
+
+
+def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(300)])
+    s = stage(tmp_path, validation_fraction=0.1)
+    result = prepare.prepare(s)
+    assert sorted(result.outputs) == ["data", "dataset.json", "preview.json", "proof.json", "rejects.jsonl", "validation"]
+    made = json.loads((s.out / "dataset.json").read_bytes())
+    data, held = Dataset.open(s.out / "data"), Dataset.open(s.out / "validation")
+    assert len(data) + len(held) == 300 and 10 < len(held) < 60
+    assert made["splits"]["data"] == {"documents": len(data), "tokens": data.tokens, "labels": data.labels}
+    assert made["sources"][0]["rejected"] == 0 and made["sources"][0]["rows"] == 300
+    assert (np.dtype(made["dtype"]), made["boundaries"]) == (data.dtype, "eos")
+    assert sum(n for _, n, _ in made["lengths"]["up_to"]) == len(data)
+    assert all(ids[-1] == made["eos_id"] and mask[-1] and not mask[0] for ids, mask in data)
+    proof = json.loads((s.out / "proof.json").read_bytes())
+    assert proof["written"]["data"]["documents_ending_with_a_trained_terminator"] == len(data)
+    assert proof["sources"][0]["encoded"]["documents"] == 300
+    (first, *_) = json.loads((s.out / "preview.json").read_bytes())
+    assert any("lynx" in p["text"] or "ibis" in p["text"] or "tapir" in p["text"] for p in first if p["trained"])
+    assert not any("Which animal" in p["text"] for p in first if p["trained"])
+    assert sorted(p.name for p in (s.out / "data" / "tokenizer").iterdir())[:1] == ["chat_template.jinja"]
+
+
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, small_chunks):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(120)] + ["torn {"])
+    one, three = stage(tmp_path, 1, "one", "cache1"), stage(tmp_path, 3, "three", "cache3")
+    prepare.prepare(one)
+    prepare.prepare(three)
+    assert any("3 workers" in line for line in three.said)
+    assert contents(one.out) == contents(three.out)
+    first, third = ({k: v for k, v in contents(s.cache).items() if k.endswith(".tok")} for s in (one, three))
+    assert first == third and len(first) > 10
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_prepare as t
+from sft import prepare, sources
+sources.MIN_CHUNK_BYTES = sources.CHUNK_BYTES = 2000
+plain = prepare.EncodeChunk.__call__
+def slow(self, job):
+    time.sleep(0.05)
+    return plain(self, job)
+prepare.EncodeChunk.__call__ = slow
+prepare.prepare(t.stage(Path({root!r}), out="killed", cache="cache"))
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, small_chunks):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(200)])
+    program = PROGRAM.format(tests=str(REPO / "tests"), root=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(REPO / "lib")})
+    done: list[Path] = []
+    while len(done) < 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        done = [p for p in tmp_path.glob("cache/tokens/*/*.tok") if not p.name.startswith(".")]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "dataset.json").exists()
+    before = {p: p.stat().st_ino for p in tmp_path.glob("cache/tokens/*/*.tok") if not p.name.startswith(".")}
+    again, fresh = stage(tmp_path, out="killed"), stage(tmp_path, out="fresh", cache="other")
+    prepare.prepare(again)
+    prepare.prepare(fresh)
+    assert contents(again.out) == contents(fresh.out)
+    assert {p: p.stat().st_ino for p in before} == before
+    assert any(f"{len(before)} of " in line for line in again.said)
+
+
+def test_a_torn_write_is_not_taken_for_a_result(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(20)])
+    s = stage(tmp_path)
+    prepare.prepare(s)
+    before = contents(s.out)
+    (s.out / "data" / "token_ids_part_0007.npy").write_bytes(b"left behind")
+    (s.out / "data" / "documents.npy").write_bytes(b"torn")
+    (s.out / "validation").mkdir()
+    prepare.prepare(s)
+    assert contents(s.out) == before
+
+
+@pytest.mark.parametrize("change", [{"sources": (Source(path="rows.jsonl", weight=0.5),)}, {"seed": 7}, {"validation_fraction": 0.2},
+                                    {"deduplicate": True}, {"encoder": "tokenizers"}, {"max_reject_fraction": 0.9}])  # fmt: skip
+def test_weights_seed_and_splits_tokenise_nothing_again(tmp_path, no_encoding, change):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
+    prepare.prepare(stage(tmp_path))
+    no_encoding()
+    prepare.prepare(stage(tmp_path, out="other", **change))
+
+
+@pytest.mark.parametrize("change", [{"template": "tulu"}, {"train_turns": "last"}, {"system": "Be brief."},
+                                    {"sources": (Source(path="rows.jsonl", columns={"messages": "messages"}),)}])  # fmt: skip
+def test_what_decides_tokens_or_masks_tokenises_again(tmp_path, no_encoding, change):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
+    prepare.prepare(stage(tmp_path))
+    no_encoding()
+    with pytest.raises(AssertionError, match="encoded again"):
+        prepare.prepare(stage(tmp_path, out="other", **change))
+
+
+def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
+    (tmp_path / "mix").mkdir()
+    for name in "ac":
+        write_rows(tmp_path / "mix" / f"{name}.jsonl", [conversation(ord(name) * 100 + i) for i in range(10)])
+    prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),)))
+    write_rows(tmp_path / "mix" / "b.jsonl", [conversation(i) for i in range(10)])
+    encoded = []
+    plain = prepare.EncodeChunk.__call__
+
+    def watched(self, job):
+        encoded.append(job.chunk.file.name)
+        return plain(self, job)
+
+    monkeypatch.setattr(prepare.EncodeChunk, "__call__", watched)
+    prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),), out="more"))
+    assert encoded == ["mix/b.jsonl"]
+
+
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9, -30])
+def test_a_flipped_bit_in_the_token_cache_is_found_and_made_again(tmp_path, where):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
+    first, second = stage(tmp_path), stage(tmp_path, out="second")
+    prepare.prepare(first)
+    (file,) = first.cache.glob("tokens/*/*.tok")
+    data = bytearray(file.read_bytes())
+    good = bytes(data)
+    data[int(where * len(data)) if where > 0 else where] ^= 16
+    file.write_bytes(data)
+    prepare.prepare(second)
+    assert contents(first.out) == contents(second.out)
+    assert file.read_bytes() == good
+
+
+def test_parts_of_an_array_job_merge_into_the_same_bytes(tmp_path, small_chunks):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(150)])
+    whole = stage(tmp_path, out="whole", cache="other")
+    prepare.prepare(whole)
+    merged = stage(tmp_path, out="merged")
+    for i in (2, 0):
+        prepare.prepare_part(stage(tmp_path), prepare.Shard.parse(f"{i}/3"))
+    with pytest.raises(SftError, match=r"parts 1 of 3 are not done; next: SHARD=1/3"):
+        prepare.prepare(merged, prepare.Shard.parse("merge/3"))
+    prepare.prepare_part(stage(tmp_path), prepare.Shard.parse("1/3"))
+    victim = sorted(merged.cache.glob("tokens/*/*.tok"))[4]
+    good = victim.read_bytes()
+    victim.write_bytes(good[:-1] + b"x")
+    with pytest.raises(SftError, match=r"not what part 1 wrote; next: SHARD=1/3"):
+        prepare.prepare(merged, prepare.Shard.parse("merge/3"))
+    victim.write_bytes(good)
+    prepare.prepare(merged, prepare.Shard.parse("merge/3"))
+    assert contents(whole.out) == contents(merged.out)
+
+
+@pytest.mark.parametrize("text", ["4/4", "x/4", "1", "-1/4", "0/0", "merge/0", "merge"])
+def test_a_malformed_shard_is_refused(text):
+    with pytest.raises(SftError, match="SHARD="):
+        prepare.Shard.parse(text)
+
+
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+BAD_ROWS = {
+    "torn line": '{"messages": [{"role": "us',
+    "plain text": "not JSON at all",
+    "array": "[1, 2]",
+    "number": "3",
+    "null": "null",
+    "nothing known": {"text": "raw"},
+    "no messages": {"messages": []},
+    "messages null": {"messages": None},
+    "messages a number": {"messages": 5},
+    "messages an object": {"messages": {"role": "user"}},
+    "message a string": {"messages": ["hello", "there"]},
+    "no role": {"messages": [USER, {"content": "x"}]},
+    "unknown role": {"messages": [USER, {"role": "wizard", "content": "x"}]},
+    "role a number": {"messages": [USER, {"role": 3, "content": "x"}]},
+    "content null": {"messages": [USER, {"role": "assistant", "content": None}]},
+    "content a number": {"messages": [USER, {"role": "assistant", "content": 7}]},
+    "content an image": {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, BOT]},
+    "only user turns": {"messages": [USER, USER]},
+    "nothing flagged": {"messages": [USER, {**BOT, "train": False}]},
+    "train flag a string": {"messages": [USER, {**BOT, "train": "yes"}]},
+    "weight a half": {"messages": [USER, {**BOT, "weight": 0.5}]},
+    "tool calls broken": {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]},
+    "tools broken": {"messages": [USER, BOT], "tools": "{not json"},
+    "lone surrogate": '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "x"}]}',
+    "prompt without completion": {"prompt": "x"},
+    "completion a list of numbers": {"prompt": "x", "completion": [1, 2]},
+    "instruction a number": {"instruction": 4, "output": "x"},
+}
+
+
+def test_every_kind_of_bad_row_is_one_counted_reject_with_its_file_and_row(tmp_path):
+    rows: list = []
+    for i, bad in enumerate(BAD_ROWS.values()):
+        rows += [conversation(i), bad]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    s = stage(tmp_path, max_reject_fraction=0.6)
+    prepare.prepare(s)
+    rejects = [json.loads(line) for line in (s.out / "rejects.jsonl").read_text().splitlines()]
+    found = {r["row"]: r for r in rejects}
+    missed = [name for i, name in enumerate(BAD_ROWS) if 2 * i + 2 not in found]
+    assert not missed and len(rejects) == len(BAD_ROWS) >= 20
+    assert all(r["file"] == "rows.jsonl" and r["reason"] and r["detail"] for r in rejects)
+    assert len(Dataset.open(s.out / "data")) == len(BAD_ROWS)
+    made = json.loads((s.out / "dataset.json").read_bytes())
+    assert made["sources"][0]["rejected"] == len(BAD_ROWS)
+    reasons = json.loads((s.out / "proof.json").read_bytes())["sources"][0]["reasons"]
+    assert reasons == dict(Counter(r["reason"] for r in rejects))
+
+
+def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(98)] + [{"text": "raw"}, "torn"])
+    s = stage(tmp_path, max_reject_fraction=0.01)
+    with pytest.raises(SftError) as error:
+        prepare.prepare(s)
+    text = str(error.value)
+    assert "2 of 100 rows are unusable, more than max_reject_fraction = 0.01" in text
+    assert "rows.jsonl row 99" in text and "not_json: e.g. rows.jsonl row 100" in text
+    assert not list(s.out.iterdir())
+    prepare.prepare(stage(tmp_path, max_reject_fraction=0.02))
+
+
+def test_a_wrong_column_is_told_after_the_first_chunks_not_after_all(tmp_path, small_chunks, monkeypatch):
+    monkeypatch.setattr(prepare, "GIVE_UP_ROWS", 20)
+    write_rows(tmp_path / "rows.jsonl", [{"text": f"raw {i}"} for i in range(2000)])
+    s = stage(tmp_path, max_reject_fraction=0.01)
+    with pytest.raises(SftError, match="of the first .* rows are unusable"):
+        prepare.prepare(s)
+    assert len(list(s.cache.glob("tokens/*/*.tok"))) < 5
+
+
+def test_an_empty_source_and_a_missing_one_are_told_by_name(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    with pytest.raises(SftError, match=r"rows\.jsonl: holds no row"):
+        prepare.prepare(stage(tmp_path))
+    with pytest.raises(SftError, match=r"'gone\.jsonl'"):
+        prepare.prepare(stage(tmp_path, sources=(Source(path="gone.jsonl"),)))
+
+
+def test_weights_repeat_and_sample_and_sources_are_numbered(tmp_path):
+    write_rows(tmp_path / "a.jsonl", [conversation(i) for i in range(40)])
+    write_rows(tmp_path / "b.jsonl", [conversation(1000 + i) for i in range(30)])
+    mixed = (Source(path="a.jsonl", weight=0.5), Source(path="b.jsonl", weight=2.0), Source(path="a.jsonl", weight=7))
+    s = stage(tmp_path, sources=mixed)
+    prepare.prepare(s)
+    data = Dataset.open(s.out / "data")
+    assert np.bincount(data.documents["source"]).tolist() == [20, 60, 7]
+    twice = Counter(ids.tobytes() for (ids, _), source in zip(data, data.documents["source"], strict=True) if source == 1)
+    assert set(twice.values()) == {2}
+    assert [x["documents"] for x in json.loads((s.out / "dataset.json").read_bytes())["sources"]] == [20, 60, 7]
+
+
+def test_copies_of_evaluation_questions_are_dropped_and_listed(tmp_path):
+    question = "How many legs do seven tapirs and three ibises have when two of the tapirs lie down?"
+    write_rows(tmp_path / "test.jsonl", [{"question": question, "answer": "34"}])
+    leaked = {"messages": [{"role": "user", "content": f"Quiz! {question.upper()}"}, BOT]}
+    write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(20)), leaked])
+    s = stage(tmp_path, decontaminate=("test.jsonl",))
+    assert "contaminated.jsonl" in prepare.prepare(s).outputs
+    (dropped,) = map(json.loads, (s.out / "contaminated.jsonl").read_text().splitlines())
+    assert dropped == {"source": "rows.jsonl", "file": "rows.jsonl", "row": 21, "repeats": "test.jsonl:1"}
+    assert len(Dataset.open(s.out / "data")) == 20
+    assert json.loads((s.out / "dataset.json").read_bytes())["decontamination"]["dropped"] == 1
+
+
+def test_the_planner_is_told_every_local_file(tmp_path):
+    (tmp_path / "mix").mkdir()
+    for name in ("mix/a.jsonl", "mix/notes.txt", "test.jsonl", "my.jinja"):
+        (tmp_path / name).write_text("x")
+    table = Prepare(
+        tokenizer=TOKENIZER, template="my.jinja", decontaminate=("test.jsonl",),
+        sources=(Source(path="mix"), Source(path="hf://org/name"), Source(path="gs://bucket/x.jsonl")),
+    )  # fmt: skip
+    named = [name for name, _ in inputs.prepare_files(table, lambda p: paths.find([tmp_path, REPO / "recipes"], p, "x"))]
+    assert [n for n in named if not n.startswith(TOKENIZER)] == ["mix/a.jsonl", "test.jsonl", "my.jinja"]
+    assert f"{TOKENIZER}/tokenizer.json" in named
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    rows = [json.dumps(conversation(i)) for i in range(2000)]
+    peak = {}
+    for times in (2, 24):
+        write_rows(tmp_path / f"{times}.jsonl", rows * times)
+        code = (
+            f"import sys, resource; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
+            "from pathlib import Path; import test_prepare as t; from sft import prepare, sources\n"
+            "from sft.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
+            "sources.CHUNK_BYTES = 1 << 20; prepare.BLOCK_TOKENS = 1 << 18\n"
+            f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
+            "prepare.prepare(s)\n"
+            "print([l for l in open('/proc/self/status') if l.startswith('RssAnon')], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        peak[times] = int(done.stdout.split()[-1]) / 1024
+    grown = (tmp_path / "24.jsonl").stat().st_size / 2**20
+    assert peak[24] - peak[2] < grown / 2, (peak, grown)
+
+
+def crash(_: int) -> Any:
+    return lambda job: os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_told_and_does_not_hang():
+    with pytest.raises(SftError, match="a worker process was killed"):
+        list(workers.work(crash, (0,), [1, 2, 3], 2))
+
+
+def test_a_cache_file_is_whole_or_not_there(tmp_path):
+    file = tmp_path / "x.tok"
+    with pytest.raises(ZeroDivisionError), tokencache.ChunkWriter(file) as writer:
+        writer.add(np.arange(3, dtype=np.uint32), np.array([False, True, True]), np.array([3]), np.array([0]))
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    assert tokencache.read_summary(file) is None
+    with tokencache.ChunkWriter(file):
+        pass
+    whole = file.read_bytes()
+    for cut in range(len(whole)):
+        file.write_bytes(whole[:cut])
+        assert tokencache.read_summary(file) is None
+
+
+@pytest.mark.parametrize("scan", [None, False], ids=["eos scan", "csv"])
+def test_olmo_core_reads_the_same_documents_and_labels(tmp_path, scan):
+    pytest.importorskip("olmo_core")
+    from olmo_core.data import NumpyPackedFSLDataset
+
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(200)])
+    s = stage(tmp_path, seed=3)
+    prepare.prepare(s)
+    made = json.loads((s.out / "dataset.json").read_bytes())
+    ours = Dataset.open(s.out / "data")
+    theirs = NumpyPackedFSLDataset(
+        *sorted((s.out / "data").glob("token_ids_part_*.npy")),
+        sequence_length=1024, pad_token_id=made["pad_id"], eos_token_id=made["eos_id"], vocab_size=made["vocab_size"],
+        dtype=ours.dtype.type, generate_doc_lengths=True, use_array_if_local=scan,
+        label_mask_paths=sorted((s.out / "data").glob("labels_mask_part_*.npy")),
+    )  # fmt: skip
+    theirs.work_dir = tmp_path / "work"
+    theirs.prepare()
+    found: Counter[tuple] = Counter()
+    for i in range(len(theirs)):
+        item = theirs[i]
+        ids, mask, at = item["input_ids"].tolist(), item["label_mask"].tolist(), 0
+        for length in item["doc_lens"].tolist():
+            document = ids[at : at + length]
+            if document[-1] != made["pad_id"]:
+                found[tuple(document), tuple(mask[at : at + length])] += 1
+            at += length
+    assert found == Counter((tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in ours)
+
+
+def test_the_program_publishes_a_manifest_and_parts_fill_the_cache(tmp_path):
+    """The smoke recipe through stages/prepare.py, with the real runner, cache and manifest."""
+    command = [sys.executable, str(REPO / "stages" / "prepare.py"), str(tmp_path / "runs" / "smoke")]
+    env = {**os.environ, "PYTHONPATH": str(REPO / "lib")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=REPO)
+    assert done.returncode == 0, done.stdout + done.stderr
+    manifest = json.loads((tmp_path / "runs" / "smoke" / "prepare" / "manifest.json").read_bytes())
+    assert {"dataset.json", "proof.json", "data/documents.npy"} <= {e["path"] for e in manifest["outputs"]}
+    assert manifest["metrics"]["labels"] > 1000
+    shutil.rmtree(tmp_path / "runs" / ".cache" / "tokens")
+    for shard, last in (("0/2", "then: SHARD=merge/2"), ("1/2", "then: SHARD=merge/2")):
+        done = subprocess.run(command, env={**env, "SHARD": shard}, capture_output=True, text=True, cwd=REPO)
+        assert done.returncode == 0 and last in done.stdout, done.stdout + done.stderr
+    assert list((tmp_path / "runs" / ".cache" / "tokens").glob("*/*.tok"))
