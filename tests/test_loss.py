@@ -1,0 +1,70 @@
+"""labelled_loss(): the full cross-entropy's value and gradients from labelled rows alone, whatever the chunk size."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sft.loss import IGNORE, labelled_loss
+
+
+def make(rows: int = 37, width: int = 12, vocab: int = 50) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    hidden = torch.randn(rows, width, generator=g).requires_grad_()
+    weight = torch.randn(vocab, width, generator=g).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), generator=g)
+    labels[::5] = IGNORE
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 10, 37, 1000])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_value_and_gradients_equal_full_logits(chunk: int, z_loss: float) -> None:
+    hidden, weight, labels = make()
+    kept = labels != IGNORE
+    logits = hidden @ weight.T
+    wanted = (
+        F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE)
+        + z_loss * (logits.logsumexp(1).square() * kept).sum()
+    ) / 11
+    loss, rows = labelled_loss(hidden, weight, labels, 11.0, z_loss, chunk)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(rows, F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE))
+    ours = torch.autograd.grad(3 * loss, (hidden, weight))
+    for a, b in zip(ours, torch.autograd.grad(3 * wanted, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_rows_of_padding_alone_cost_and_move_nothing() -> None:
+    hidden, weight, labels = make()
+    loss, _ = labelled_loss(hidden, weight, torch.full_like(labels, IGNORE), 5.0)
+    assert loss.item() == 0
+    assert all(not g.any() for g in torch.autograd.grad(loss, (hidden, weight)))
+
+
+def test_evaluation_makes_no_gradients() -> None:
+    hidden, weight, labels = make()
+    with torch.no_grad():
+        loss, _ = labelled_loss(hidden, weight, labels, 1.0)
+    assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_bf16_logits_give_the_fp32_loss_to_bf16_rounding(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; none here")
+    hidden, weight, labels = (x.detach().to(device) for x in make(512, 64, 1000))
+    exact, _ = labelled_loss(hidden, weight / 8, labels, 100.0)
+    rounded, _ = labelled_loss(hidden.bfloat16(), (weight / 8).bfloat16(), labels, 100.0)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, atol=0, rtol=2e-3)
+
+
+def test_the_mean_of_rank_means_is_not_the_global_mean() -> None:
+    """docs/loss.md's example: one rank holds 4 labels with loss 3, the other 28 with loss 1."""
+    few, many = torch.full((4,), 3.0), torch.full((28,), 1.0)
+    rank_means = (few.mean() + many.mean()) / 2
+    global_mean = torch.cat([few, many]).mean()
+    ours = few.sum() / 32 + many.sum() / 32
+    assert rank_means.item() == 2.0
+    assert ours.item() == global_mean.item() == 1.25

@@ -1,0 +1,110 @@
+"""Schedule, AdamW, clipping and the guard."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from sft.optim import Guard, build_adamw, clip, learning_rate
+from sft.schema import Train
+
+
+def rates(**fields: object) -> list[float]:
+    train = Train(**({"lr": 1.0, "warmup_fraction": 0.1} | fields))  # type: ignore[arg-type]
+    return [learning_rate(step, 100, train) for step in range(1, 101)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_rate_rises_in_a_line_to_its_peak_and_never_above(schedule: str) -> None:
+    found = rates(schedule=schedule)
+    assert found[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert max(found) == found[10] == 1.0
+    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+
+
+def test_decay_ends_at_zero_one_step_after_the_last_so_that_every_step_learns() -> None:
+    linear, cosine = rates(schedule="linear"), rates(schedule="cosine")
+    assert linear[-1] == pytest.approx(1 / 90)
+    assert cosine[-1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 89 / 90)))
+    assert cosine[55] == pytest.approx(0.5)
+    assert rates(schedule="constant")[-1] == 1.0
+
+
+def test_no_warm_up_starts_at_the_peak_and_all_warm_up_ends_there() -> None:
+    assert rates(warmup_fraction=0.0)[0] == 1.0
+    assert rates(warmup_fraction=1.0)[-1] == 1.0
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(6, 3)
+
+
+def test_steps_equal_a_plain_adamw() -> None:
+    train = Train(lr=1e-2, weight_decay=0.1)
+    ours, theirs = model(), model()
+    optimizer = build_adamw(ours, train)
+    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    guard = Guard(0, torch.device("cpu"))
+    for step in range(5):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        for m in (ours, theirs):
+            m.zero_grad()
+            m(x).square().sum().backward()
+        guard.step(optimizer, torch.tensor(1.0), torch.tensor(1.0))
+        plain.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_clipping_scales_to_the_norm_and_zero_leaves_gradients_alone() -> None:
+    for limit, expected in ((0.5, 0.5), (0.0, None), (1e9, None)):
+        m = model()
+        m(torch.ones(2, 6)).square().sum().backward()
+        before = math.sqrt(sum(p.grad.square().sum().item() for p in m.parameters()))  # type: ignore[union-attr]
+        assert clip(m.parameters(), limit).item() == pytest.approx(before)
+        after = math.sqrt(sum(p.grad.square().sum().item() for p in m.parameters()))  # type: ignore[union-attr]
+        assert after == pytest.approx(expected or before, rel=1e-4)
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (1.0, math.inf), (math.nan, math.nan)])
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(loss: float, norm: float) -> None:
+    m = model()
+    optimizer = build_adamw(m, Train(lr=1e-2))
+    m(torch.ones(2, 6)).sum().backward()
+    guard = Guard(0, torch.device("cpu"))
+    assert guard.step(optimizer, torch.tensor(1.0), torch.tensor(1.0)).item() == 0
+    weights, moments = copy.deepcopy(list(m.parameters())), copy.deepcopy(list(optimizer.state.values()))
+    for p in m.parameters():
+        p.grad.fill_(math.nan)  # type: ignore[union-attr]
+    assert guard.step(optimizer, torch.tensor(loss), torch.tensor(norm)).item() == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights, m.parameters(), strict=True))
+    for before, after in zip(moments, optimizer.state.values(), strict=True):
+        assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def spiky(guard: Guard, losses: list[float]) -> list[int]:
+    m = model()
+    optimizer = build_adamw(m, Train())
+    m(torch.ones(2, 6)).sum().backward()
+    return [int(guard.step(optimizer, torch.tensor(x), torch.tensor(1.0)).item()) for x in losses]
+
+
+def test_a_spike_is_skipped_once_enough_steps_are_known() -> None:
+    quiet = [1.0 + 0.01 * (i % 7) for i in range(200)]
+    assert spiky(Guard(6.0, torch.device("cpu")), [*quiet[:63], 9.0])[-1] == 0
+    assert spiky(Guard(6.0, torch.device("cpu")), [*quiet[:64], 9.0])[-1] == 1
+    assert not any(spiky(Guard(6.0, torch.device("cpu")), quiet))
+    assert not any(spiky(Guard(0.0, torch.device("cpu")), [*quiet, 9.0]))
+
+
+def test_a_skipped_spike_does_not_widen_the_history_and_state_survives_a_reload() -> None:
+    quiet = [1.0 + 0.01 * (i % 7) for i in range(150)]
+    guard = Guard(6.0, torch.device("cpu"))
+    assert spiky(guard, [*quiet, *([9.0] * 5)])[-5:] == [1] * 5
+    again = Guard(6.0, torch.device("cpu"))
+    again.load(guard.state())
+    assert torch.equal(again.history, guard.history)
+    assert spiky(again, [9.0, 1.0]) == [1, 0]
