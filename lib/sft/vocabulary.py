@@ -147,6 +147,12 @@ class Vocabulary:
         table = self.token_bytes
         return b"".join([table[number] for number in ids.tolist()])
 
+    def text(self, ids: Ids) -> str:
+        """For people: what is no whole character shows as a replacement character."""
+        if self.byte_level:
+            return self.decode(ids).decode(errors="replace")
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+
     def chat_template(self) -> str | None:
         """The folder's own template: chat_template.jinja, else the configuration's."""
         path = self.folder / "chat_template.jinja"

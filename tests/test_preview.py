@@ -1,0 +1,72 @@
+"""`make preview`: what is shown is what is trained, and data cannot command the terminal."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chat_samples import EOS, IM_END, SOURCE, chat, encoder, make_tokenizer
+from conftest import REPO
+from sft import preview, sources
+from sft.errors import SftError
+from sft.tokenize import Encoder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    return encoder(make_tokenizer(tmp_path_factory.mktemp("preview") / "tokenizer"), "chatml")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[list[sources.InputFile]]:
+    rows = [chat("Hi", "Hello\nyou"), chat("no answer"), chat("third", "3"), chat("fourth", "4")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [sources.resolve(SOURCE, lambda path: tmp_path / path, tmp_path / "cache")]
+
+
+def test_segments_are_the_document_with_special_tokens_alone(made: Encoder) -> None:
+    got = made.encode([chat("é", f"b{EOS}c")], SOURCE)
+    parts = preview.segments(made, got.ids, got.mask)
+    assert (
+        "".join(part["text"] for part in parts)
+        == f"<|im_start|>user\né{IM_END}\n<|im_start|>assistant\nb{EOS}c{IM_END}\n{EOS}"
+    )
+    assert [part["text"] for part in parts if part["special"]] == ["<|im_start|>", IM_END, "<|im_start|>", IM_END, EOS]
+    assert [part["text"] for part in parts if part["trained"]] == [f"b{EOS}c", IM_END]
+
+
+def test_preview_shows_rows_rejects_and_boundaries(made: Encoder, files: list) -> None:
+    shown = "\n".join(preview.preview(made, files, "", "", colour=False))
+    assert "⟦Hello↵\nyou<|im_end|>⟧↵\n<|endoftext|>" in shown and "end of document, EOS" in shown
+    assert "row 2 · rejected, nothing_to_train" in shown and "third" not in shown
+    assert "⟦3<|im_end|>⟧" in "\n".join(preview.preview(made, files, "1", "3", colour=False))
+    coloured = "\n".join(preview.preview(made, files, "rows.jsonl", "4", colour=True))
+    assert preview.GREEN + "4" + preview.RESET in coloured and "⟦" not in coloured
+
+
+@pytest.mark.parametrize(
+    ("source", "row", "why"), [("2", "", "no such source"), ("", "0", "not a row number"), ("", "9", "no row 9")]
+)
+def test_unknown_source_or_row_is_told(made: Encoder, files: list, source: str, row: str, why: str) -> None:
+    with pytest.raises(SftError, match=why):
+        list(preview.preview(made, files, source, row, colour=False))
+
+
+def test_control_characters_in_data_do_not_reach_the_terminal(made: Encoder) -> None:
+    lines = list(preview.show(made, 0, "x", 1, chat("\x1b[2J\x07\u202e", "ok"), colour=False))
+    assert not any(char in "".join(lines) for char in "\x1b\x07\u202e")
+    assert "\\x1b[2J\\x07\\u202e" in "".join(lines)
+
+
+def test_program_prints_the_smoke_recipe(tmp_path: Path) -> None:
+    command = [sys.executable, "stages/preview.py", str(tmp_path / "smoke"), "--row", "1"]
+    done = subprocess.run(
+        command, cwd=REPO, env={"PYTHONPATH": "lib", "PATH": ""}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "⟦" in done.stdout and "end of document, EOS" in done.stdout
+    assert not (tmp_path / "smoke").exists()
