@@ -46,7 +46,9 @@ def test_steps_equal_a_plain_adamw() -> None:
     train = Train(lr=1e-2, weight_decay=0.1)
     ours, theirs = model(), model()
     optimizer = build_adamw(ours, train)
-    plain = torch.optim.AdamW(theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False)
+    plain = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, foreach=False
+    )
     guard = Guard(0, torch.device("cpu"))
     for step in range(5):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))

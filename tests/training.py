@@ -21,7 +21,15 @@ from sft import schema
 from sft.dataset import DatasetWriter
 
 VOCAB, EOS, PAD = 120, 1, 0
-MODEL: dict[str, Any] = {"preset": "olmo3-tiny", "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "hidden": 64, "window": 8}
+MODEL: dict[str, Any] = {
+    "preset": "olmo3-tiny",
+    "d_model": 32,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "head_dim": 8,
+    "hidden": 64,
+    "window": 8,
+}
 TRAIN: dict[str, Any] = {
     "seq_len": 64, "global_batch_tokens": 256, "steps": 12, "lr": 3e-3, "precision": "fp32",
     "save_every": 100, "ephemeral_every": 3, "validate_every": 6,
@@ -69,7 +77,9 @@ class FakeRecipe:
 class FakeStage:
     """What sft.train uses of sft.stage.Stage."""
 
-    def __init__(self, folder: Path, base: Path | None = None, hardware: dict[str, Any] | None = None, **fields: Any) -> None:
+    def __init__(
+        self, folder: Path, base: Path | None = None, hardware: dict[str, Any] | None = None, **fields: Any
+    ) -> None:
         model = {k.removeprefix("model_"): fields.pop(k) for k in list(fields) if k.startswith("model_")}
         self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), schema.Train(**(TRAIN | fields)))
         self.hardware = schema.Hardware(**(hardware or {}))

@@ -1,0 +1,174 @@
+"""The model against two independent implementations, and against itself packed, recomputed and compiled."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sft.base import step_config
+from sft.hf import hf_config, hf_name, shapes
+from sft.model import Transformer, initial_values
+from sft.presets import PRESETS, ModelConfig, Yarn
+
+TINY = ModelConfig(n_layers=4, d_model=48, n_heads=4, n_kv_heads=4, head_dim=12, hidden=80, vocab_size=96)
+CONFIGS = {
+    "olmo2": TINY,
+    "olmo2 grouped": replace(TINY, n_kv_heads=2, rope_theta=8e6),
+    "olmo3": replace(TINY, window=8, n_kv_heads=1),
+    "olmo3 window above the length": replace(TINY, window=500),
+    "olmo3 yarn": replace(TINY, window=8, n_kv_heads=2, yarn=Yarn(factor=8.0, old_context=64)),
+    "olmo3 head_dim": replace(TINY, window=16, head_dim=16, yarn=Yarn(factor=2.0, old_context=32)),
+}
+
+
+def build(config: ModelConfig, seed: int = 1) -> Transformer:
+    """Weights far from symmetric: norms off one, projections wide enough that every part matters."""
+    model = Transformer(config)
+    g = torch.Generator().manual_seed(seed)
+    values = {n: v + 0.1 * torch.randn(v.shape, generator=g) for n, v in initial_values(model, 0.02, seed)}
+    model.load_state_dict(values)
+    return model
+
+
+def ids(length: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, TINY.vocab_size, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+def packed(*documents: Tensor) -> dict[str, Any]:
+    lengths = [len(d) for d in documents]
+    return {
+        "input_ids": torch.cat(documents),
+        "positions": torch.cat([torch.arange(n) for n in lengths]),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_len": max(lengths),
+    }
+
+
+def compare(model: Transformer, logits: Tensor, document: Tensor, theirs: dict[str, nn.Parameter]) -> None:
+    """Logits, loss and every gradient; `theirs` = the oracle's parameters under our names."""
+    ours, _ = model(**packed(document))
+    torch.testing.assert_close(ours, logits, atol=2e-5, rtol=1e-4)
+    labels = document[1:]
+    wanted = F.cross_entropy(logits[:-1], labels)
+    wanted.backward()
+    rows = torch.arange(len(labels))
+    loss, _ = model(**packed(document), label_rows=rows, label_ids=labels, divisor=float(len(labels)))
+    torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        expected = theirs[name].grad
+        assert expected is not None
+        torch.testing.assert_close(parameter.grad, expected, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_transformers(name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIGS[name]
+    model, document = build(config), ids(90)
+    described = hf_config(config, vocab_size=config.vocab_size, max_position_embeddings=512, dtype="float32")
+    oracle = AutoModelForCausalLM.from_config(described, attn_implementation="eager")
+    oracle.load_state_dict({hf_name(n): v for n, v in model.state_dict().items()})
+    logits = oracle(input_ids=document[None], use_cache=False).logits[0]
+    parameters = dict(oracle.named_parameters())
+    compare(model, logits, document, {n: parameters[hf_name(n)] for n, _ in model.named_parameters()})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_equals_olmo_core_built_from_our_config_json(name: str) -> None:
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    from olmo_core.nn.transformer import TransformerConfig
+
+    config = CONFIGS[name]
+    model, document = build(config), ids(90)
+    oracle = TransformerConfig.from_dict(step_config(config, {})["model"]).build(init_device="cpu")
+    oracle.load_state_dict(model.state_dict())
+    logits = oracle(document[None])[0]
+    compare(model, logits, document, dict(oracle.named_parameters()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_packed_document_gives_what_it_gives_alone(name: str) -> None:
+    """Bitwise when nothing but the other documents changes; to rounding in a pack of another size, whose matrix products
+    may sum in another order (attention itself is bitwise there too: test_attention)."""
+    model = build(CONFIGS[name])
+    documents = [ids(n, seed=n) for n in (33, 7, 64)]
+    with torch.no_grad():
+        together, _ = model(**packed(*documents))
+        others, _ = model(**packed(ids(33, seed=7), documents[1], ids(64, seed=8)))
+        alone = [model(**packed(d))[0] for d in documents]
+    assert torch.equal(together[33:40], others[33:40])
+    assert not torch.equal(together[:33], others[:33])
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_names_and_shapes_are_olmo_cores_and_parameters_are_counted() -> None:
+    for config in CONFIGS.values():
+        model = Transformer(config)
+        found = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        assert found == shapes(config)
+        assert sum(p.numel() for p in model.parameters()) == config.parameters
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("olmo2-1b", 1_484_916_736), ("olmo3-7b", 7_298_617_344), ("olmo3-32b", 32_234_279_936)]
+)
+def test_presets_have_the_published_number_of_parameters(preset: str, count: int) -> None:
+    with torch.device("meta"):
+        model = Transformer(PRESETS[preset])
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def gradients(model: Transformer) -> list[Tensor]:
+    documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
+    rows = torch.arange(0, 100, 3)
+    labels = torch.cat(documents)[rows + 1]
+    loss, _ = model(**packed(*documents), label_rows=rows, label_ids=labels, divisor=float(len(rows)))
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("mode", ["selected", "full"])
+def test_recomputed_activations_give_the_same_gradients(mode: str) -> None:
+    model = build(CONFIGS["olmo3 yarn"])
+    wanted = gradients(model)
+    for block in model.blocks:
+        block.recompute = mode  # type: ignore[union-attr]
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model), wanted, strict=True))
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    model = Transformer(TINY)
+    first = dict(initial_values(model, 0.02, 5))
+    deeper = dict(initial_values(Transformer(replace(TINY, n_layers=6)), 0.02, 5))
+    assert all(torch.equal(value, deeper[name]) for name, value in first.items())
+    assert not torch.equal(first["embeddings.weight"], dict(initial_values(model, 0.02, 6))["embeddings.weight"])
+    matrix = first["blocks.0.feed_forward.w1.weight"]
+    assert matrix.abs().max() <= 0.06
+    assert matrix.std().item() == pytest.approx(0.02, rel=0.1)
+    assert (first["lm_head.norm.weight"] == 1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_on_the_gpu_follows_fp32_on_the_host(name: str, compiled: bool) -> None:
+    config = replace(CONFIGS[name], d_model=64, head_dim=32)  # the fused kernel wants heads of a multiple of 8
+    host = build(config)
+    wanted = gradients(host)
+    device = build(config).cuda().bfloat16()
+    for block in device.blocks if compiled else ():
+        block.compile(fullgraph=True)
+    documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
+    rows = torch.arange(0, 100, 3)
+    labels = torch.cat(documents)[rows + 1]
+    inputs = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in packed(*documents).items()}
+    loss, _ = device(**inputs, label_rows=rows.cuda(), label_ids=labels.cuda(), divisor=float(len(rows)))
+    found = torch.autograd.grad(loss, list(device.parameters()))
+    for a, b in zip(found, wanted, strict=True):
+        assert F.cosine_similarity(a.float().cpu().flatten(), b.flatten(), dim=0) > 0.99
