@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from made_data import write_dataset
 from sft.dataset import DOCUMENT, Dataset, DatasetWriter
 from sft.errors import SftError
@@ -190,6 +191,10 @@ def test_the_cache_is_keyed_by_documents_length_policy_and_content(tmp_path: Pat
     for changed in ({"seq_len": 32}, {"policy": "drop"}, {"identity": "b"}):
         pack_dataset(data, **{"seq_len": 64, "cache": cache, "identity": "a", **changed})
     assert len(list(cache.iterdir())) == 4
+    for saved in cache.iterdir():
+        (saved / "pieces.npy").write_bytes(b"torn")
+    assert pack_dataset(data, 64, cache=cache, identity="a").digest == first.digest, "a damaged index is made again"
+    assert pack_dataset(data, 64, cache=cache, identity="a").digest == first.digest
 
 
 def test_the_digest_tells_different_packs_apart(tmp_path: Path):
