@@ -106,9 +106,7 @@ class ChunkWriter:
                 self.summary.crc = {"mask": self._mask_crc, "index": google_crc32c.value(index.tobytes())}
                 footer = json.dumps(vars(self.summary)).encode()
                 self._file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
+                self._file.close()  # no fsync: whoever finds the file later compares its checksums
                 os.replace(self._temporary, self.path)
         finally:
             self._file.close()
@@ -149,7 +147,7 @@ class Tokens:
         if not d:
             return cls(np.empty(0, np.uint32), np.empty(0, np.bool_), np.empty(0, INDEX))
         try:
-            raw = np.memmap(path, dtype=np.uint8, mode="r")
+            raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slicing a memmap is slow
         except (OSError, ValueError) as e:
             raise SftError(f"{path}: the token cache lost this file ({e}); next: run it again") from None
         return cls(
