@@ -35,6 +35,7 @@ from sft.manifest import sync_folder
 from sft.paths import check_relative
 
 CHUNK = 4 << 20
+CONTINUED = 8 << 20  # bytes from which an interrupted download is continued
 PART = ".part"  # ends the name of a file that is still being written
 
 
@@ -131,9 +132,7 @@ class Storage(Protocol):
         """Writes `name` into the local `file` (the caller's temporary name) and verifies it."""
         ...
 
-    def size_of(self, name: str) -> int | None:
-        """Bytes of a file, None when there is none."""
-        ...
+    def find(self, name: str) -> Found | None: ...
 
     def read(self, name: str) -> bytes | None:
         """A small file, or None."""
@@ -219,7 +218,8 @@ class LocalStorage:
             raise SftError(f"{self.root}: {needed:,} bytes are needed, {free:,} are free; next: free space there")
 
     def same(self, name: str, sums: Callable[[], Sums], expected: Job) -> bool:
-        if self.size_of(name) != expected.bytes:
+        found = self.find(name)
+        if found is None or found.bytes != expected.bytes:
             return False
         if expected.sha256 or expected.crc32c is None:
             return hash_file(self.path(name)).sha256 == (expected.sha256 or sums().sha256)
@@ -236,9 +236,9 @@ class LocalStorage:
         check(written, expected, str(self.path(name)))
         return written
 
-    def size_of(self, name: str) -> int | None:
+    def find(self, name: str) -> Found | None:
         path = self.path(name)
-        return path.stat().st_size if path.is_file() else None
+        return Found(path.stat().st_size) if path.is_file() else None
 
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -258,17 +258,21 @@ class LocalStorage:
             sync_folder(path.parent)
 
     @contextlib.contextmanager
-    def receive(self, name: str) -> Iterator[Path]:
-        """A temporary name beside the final one; renamed when the body ends well, removed when it does not."""
+    def receive(self, name: str, content: str = "") -> Iterator[Path]:
+        """A temporary name beside the final one; renamed when the body ends well, removed when it does not.
+
+        With `content` (a checksum) the temporary file is that content's own and stays, so that another attempt continues it.
+        """
         final = self.path(name)
         make_folders(final.parent)
-        part = final.parent / f".{final.name[:100]}.{uuid.uuid4().hex}{PART}"
+        part = final.parent / f".{final.name[:100]}.{content or uuid.uuid4().hex}{PART}"
         try:
             yield part
             os.replace(part, final)
             sync_folder(final.parent)
         finally:
-            part.unlink(missing_ok=True)
+            if not content:
+                part.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Removes what killed runs left unfinished. The caller holds this root's lock."""
@@ -297,9 +301,7 @@ def transfer(
         )
     source.check_access(write=False)
     if not check_only:
-        # A rough figure, before the first byte: files of the right size are probably there already.
-        local = isinstance(target, LocalStorage)
-        target.check_access(True, sum(j.bytes for j in jobs if target.size_of(j.target) != j.bytes) if local else 0)
+        target.check_access(write=True, needed=_needed(jobs, target))
     meter = Meter(len(jobs), sum(j.bytes for j in jobs), say)
     done: list[Done] = []
     failed: list[str] = []
@@ -333,6 +335,13 @@ def transfer(
     return sorted(done, key=lambda d: place[d.job.target])
 
 
+def _needed(jobs: Sequence[Job], target: Storage) -> int:
+    """Bytes that a folder's disk must have free: a file of the right size is probably there already."""
+    if not isinstance(target, LocalStorage):
+        return 0
+    return sum(j.bytes for j in jobs if (found := target.find(j.target)) is None or found.bytes != j.bytes)
+
+
 def _one(job: Job, source: Storage, target: Storage, meter: Meter, clobber: bool, check_only: bool) -> Done:
     if meter.stop.is_set():
         raise SftError("cancelled")
@@ -363,10 +372,11 @@ def _one(job: Job, source: Storage, target: Storage, meter: Meter, clobber: bool
             return Done(job, Sums(job.bytes, job.sha256, job.crc32c or 0), False)
         if check_only:
             raise SftError(f"{target.where}/{job.target} is missing or has other bytes")
-        if not clobber and target.size_of(job.target) is not None:
+        if not clobber and target.find(job.target) is not None:
             raise SftError(f"{target.where}/{job.target} is there with other bytes and was left alone")
         if isinstance(target, LocalStorage) and not isinstance(source, LocalStorage):
-            with target.receive(job.target) as part:
+            content = job.sha256[:32] or (f"{job.bytes}-{job.crc32c:08x}" if job.crc32c is not None else "")
+            with target.receive(job.target, content if job.bytes >= CONTINUED else "") as part:
                 return Done(job, source.get(job.source, part, job, meter), True)
         return Done(job, target.put(file(), job.target, job, meter), True)
 

@@ -1,0 +1,76 @@
+"""Copies files between folders and gs://, every byte proven (make cp SRC=… DST=…).
+
+    python stages/cp.py SRC DST [--check] [--no-clobber]
+
+SRC is a file, a folder or a gs:// prefix. A folder's content goes to DST/…, whether DST exists or not. A single file goes to
+the name DST, or into DST when that ends in "/". Lists named manifest.json travel last. --check copies nothing and says what
+is missing or different; --no-clobber leaves files with other bytes alone and reports them. Nothing is ever deleted.
+Exit status 0: everything is there and identical.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from sft.errors import SftError
+from sft.stage import report_errors
+from sft.storage import Job, Storage, open_storage, transfer
+
+
+def split(where: str) -> tuple[str, str]:
+    """The folder or prefix of a single file, and its name."""
+    folder, _, name = where.rpartition("/")
+    if not name or folder == "gs:/":
+        raise SftError(f"{where}: names no file")
+    return folder or ("/" if where.startswith("/") else "."), name
+
+
+def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[Job]]:
+    """What to copy from where to where. Raises SftError when SRC is neither a file nor holds any."""
+    one = not src.endswith("/") and "/" in src[5:] if src.startswith("gs://") else Path(src).is_file()
+    if one:
+        folder, name = split(src)
+        source = open_storage(folder, cache)
+        found = source.find(name)
+        if found is not None:
+            folder, target = (dst, name) if dst.endswith("/") else split(dst)
+            return source, open_storage(folder, cache), [Job(name, target, found.bytes, crc32c=found.crc32c)]
+    source = open_storage(src, cache)
+    listed = source.list()
+    if not listed:
+        raise SftError(f"{src}: no such file, and no files under it")
+    jobs = [Job(n, n, f.bytes, crc32c=f.crc32c) for n, f in listed.items()]
+    return source, open_storage(dst, cache), jobs
+
+
+def copy(src: str, dst: str, cache: Path, check: bool, clobber: bool) -> None:
+    source, target, jobs = plan(src, dst, cache)
+    lists = [j for j in jobs if j.source.rpartition("/")[2] == "manifest.json"]
+    for group in ([j for j in jobs if j not in lists], lists):
+        if group:
+            transfer(group, source, target, say, check_only=check, clobber=clobber)
+    say(f"{len(jobs)} files are identical in {src} and {dst}")
+
+
+def say(text: str) -> None:
+    print(f"[cp] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        prog="stages/cp.py", description="Copies files between folders and gs://, every byte proven."
+    )
+    parser.add_argument("src")
+    parser.add_argument("dst")
+    parser.add_argument("--check", action="store_true", help="copy nothing; say what is missing or different")
+    parser.add_argument("--no-clobber", action="store_true", help="leave files with other bytes alone and report them")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/.cache"), help="where unfinished uploads are remembered"
+    )
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with report_errors("cp"):
+        copy(args.src, args.dst, args.cache, args.check, not args.no_clobber)
