@@ -61,7 +61,12 @@ def test_columns_are_renamed_and_win_over_columns_that_merely_exist() -> None:
     row = {"question": "Hi", "answer": "Hello", "messages": turns(("user", "no"), ("assistant", "no"))}
     got = read(row, {"prompt": "question", "completion": "answer"})
     assert got.messages == HELLO
-    assert read({"chat": HELLO}, {"messages": "chat"}).messages == HELLO
+    assert read({"chat": HELLO, "prompt": "no", "completion": "no"}, {"messages": "chat"}).messages == HELLO
+    told = read(
+        {"q": "Hi", "completion": "Hello", "how": "S", "can": [{"name": "f"}]},
+        {"prompt": "q", "system": "how", "tools": "can"},
+    )
+    assert told.messages == [{"role": "system", "content": "S"}, *HELLO] and told.tools == [{"name": "f"}]
 
 
 def test_alpaca_input_follows_the_instruction_and_system_column_comes_first() -> None:

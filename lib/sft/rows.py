@@ -41,6 +41,7 @@ KEPT = frozenset(
         "thinking",
     )
 )
+TEXT_FIELDS = KEPT - {"tool_calls"}
 LAYOUTS = ("messages", "conversations", "prompt", "instruction")
 COLUMNS = (*LAYOUTS, "completion", "input", "output", "tools", "system")
 
@@ -74,27 +75,32 @@ class RowReader:
         self.system = prepare.system
         # Named columns decide the layout: {prompt = "question"} must not be overruled by a stray `messages` column.
         self.layouts = [name for name in LAYOUTS if name in columns] or list(LAYOUTS)
-        self.named = any(name in columns for name in LAYOUTS)
         # What most rows need, decided once.
-        self.usual = self.train_roles == {"assistant"} and not self.system and not self.strip
+        usual = self.train_roles == {"assistant"} and not self.system and not self.strip
+        self.pairs = usual and self.layouts in (["prompt"], list(LAYOUTS))
         self.prompt, self.completion = self.columns["prompt"], self.columns["completion"]
-        self.others = [self.columns[name] for name in ("tools", "system", "messages", "conversations")]
+        self.messages = self.columns[self.layouts[0]] if self.layouts[0] in ("messages", "conversations") else None
+        self.tools, self.system_column = self.columns["tools"], self.columns["system"]
+        more = ("messages", "conversations") if self.layouts != ["prompt"] else ()
+        self.others = [self.columns[name] for name in ("tools", "system", *more)]
 
     def read(self, row: Any) -> Conversation:
-        if not isinstance(row, Mapping):
+        if type(row) is not dict and not isinstance(row, Mapping):
             raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
         get = row.get
-        if self.usual:
+        if self.pairs:
             prompt, completion = get(self.prompt), get(self.completion)
-            if type(prompt) is str and type(completion) is str and (self.named or not any(map(get, self.others))):
+            if type(prompt) is str and type(completion) is str and not any(map(get, self.others)):
                 return Conversation(
                     [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}],
                     [False, True],
                     None,
                     False,
                 )
-        raw, answer = self._messages(row)
-        tools = get(self.columns["tools"])
+        raw, answer = get(self.messages), 0
+        if type(raw) is not list or not raw:
+            raw, answer = self._messages(row)
+        tools = get(self.tools)
         if tools is not None:
             tools = read_tools(tools)
         messages: list[dict] = []
@@ -102,10 +108,13 @@ class RowReader:
         flagged = False
         train_roles = self.train_roles
         for index, item in enumerate(raw):
-            # The common shape, checked without copying: exactly a known role and a string.
-            if type(item) is dict and len(item) == 2:
+            # The common shapes, taken as they are: a known role, a content, and other fields of text that templates read.
+            if type(item) is dict:
                 role = item.get("role")
-                if type(role) is str and role in ROLES and type(item.get("content")) is str:
+                known = type(role) is str and role in ROLES and type(item.get("content")) is str
+                if known and (
+                    len(item) == 2 or (TEXT_FIELDS.issuperset(item) and set(map(type, item.values())) == {str})
+                ):
                     messages.append(item)
                     train.append(role in train_roles)
                     continue
@@ -122,7 +131,7 @@ class RowReader:
             if self.last_only and True in train:
                 last = len(train) - 1 - train[::-1].index(True)
                 train = [index == last for index in range(len(train))]
-        system = get(self.columns["system"]) or self.system
+        system = get(self.system_column) or self.system
         if system and messages[0]["role"] != "system":
             if not isinstance(system, str):
                 raise BadRow("bad_system", f"the system column holds {kind(system)}, not text")

@@ -68,7 +68,7 @@ class Vocabulary:
         self.pad_id = self.eos_id if pad is None else self._named("pad_token")[1]
         self.byte_level = self._byte_level(added)
         self.token_bytes = self._token_bytes() if self.byte_level else []
-        self.widths = np.array([len(token) for token in self.token_bytes], dtype=np.int64)
+        self.widths = np.array([len(token) for token in self.token_bytes], dtype=np.int32)
         self.first_special = min(self.specials.values())
         self.is_special = np.zeros(self.size, dtype=bool)
         self.is_special[list(self.specials.values())] = True
