@@ -153,7 +153,6 @@ class Loader:
         pieces = (
             np.concatenate([self.plan.index.pack(int(p)) for p in packs]) if len(packs) else self.plan.index.pieces[:0]
         )
-        pieces = pieces[np.argsort(pieces["document"], kind="stable")]  # so that documents of a part are together
         rows = self.dataset.documents[pieces["document"]]
         lengths = pieces["length"].astype(np.int64)
         used = int(lengths.sum())
@@ -169,8 +168,11 @@ class Loader:
         positions, positions_array = self._empty(size)
         np.subtract(np.arange(size), np.repeat(starts, all_lengths), out=positions_array)
         mask = np.zeros(size, dtype=np.bool_)
-        where = positions_array[:used] + np.repeat(rows["start"].astype(np.int64) + pieces["start"], lengths)
-        self._gather(rows["part"], lengths, where, ids_array, mask)
+        first = rows["start"].astype(np.int64) + pieces["start"]
+        spans = zip(rows["part"].tolist(), first.tolist(), (first + lengths).tolist(), starts.tolist(), strict=False)
+        for part, begin, end, at in spans:
+            ids_array[at : at + end - begin] = self.dataset.ids(part)[begin:end]
+            mask[at : at + end - begin] = self.dataset.mask(part)[begin:end]
         ids_array[used:] = self.pad_id
 
         mask[starts[: len(lengths)]] = False  # nothing precedes a document's first token
@@ -220,17 +222,3 @@ class Loader:
         """A tensor and the NumPy view of its memory that it is filled through: no copy in between."""
         tensor = torch.empty(size, dtype=torch.int64, pin_memory=self.pin)
         return tensor, tensor.numpy()
-
-    def _gather(
-        self, part: NDArray[Any], lengths: NDArray[Any], where: NDArray[Any], ids: NDArray[Any], mask: NDArray[np.bool_]
-    ) -> None:
-        """Copies tokens and mask from the parts, one run of documents of the same part at a time."""
-        if not len(part):  # a rank without packs
-            return
-        edges = np.concatenate([[0], np.cumsum(lengths)])
-        first = np.flatnonzero(np.diff(part.astype(np.int64), prepend=-1))
-        for begin, end in zip(first.tolist(), [*first[1:].tolist(), len(part)], strict=True):
-            span = slice(int(edges[begin]), int(edges[end]))
-            number = int(part[begin])
-            ids[span] = self.dataset.ids(number)[where[span]]
-            np.take(self.dataset.mask(number), where[span], out=mask[span], mode="clip")

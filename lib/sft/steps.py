@@ -175,7 +175,6 @@ class StepPlan:
         """The plan in numbers, for `make show`, doctor, manifests and reports."""
         sums = np.array(list(self._sums()), dtype=np.int64).reshape(-1, 2)
         labels, losses = sums[:, 0], self.index.losses
-        seen = min(self.total_packs, len(self.index))  # packs that are consumed at all
         positions = self.total_packs * self.seq_len
         tokens = int(sums[:, 1].sum())
         return {
@@ -184,8 +183,7 @@ class StepPlan:
             "epochs": self.total_packs / self.epoch_packs,
             "packs": len(self.index),
             "packs_per_batch": self.batch_packs,
-            "packs_unused": len(self.index)
-            - (seen if self.epoch_packs == len(self.index) else min(seen, self.epoch_packs)),
+            "packs_dropped_per_epoch": len(self.index) - self.epoch_packs if len(self.index) else 0,
             "last_batch_packs": len(self.packs(self.steps - 1)) if self.steps else 0,
             "order": self.order,
             "seq_len": self.seq_len,
