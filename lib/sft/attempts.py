@@ -88,7 +88,7 @@ def attempt(what: str, call: Callable[[], T], deadline: Deadline, reached: Calla
             why = f"{type(e).__name__}: {redact(str(e))}"
         except GoogleAuthError as e:
             raise SftError(
-                f"{what}: credentials: {redact(str(e))}; next: gcloud auth application-default login"
+                f"{what}: the credentials were not accepted: {redact(str(e))}; next: gcloud auth application-default login"
             ) from None
         if reached() > seen:
             pause, seen = PAUSES_S[0], reached()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import json
 import os
 import re
 import tempfile
@@ -31,7 +30,6 @@ from sft import attempts
 from sft.attempts import Deadline, Refused, attempt
 from sft.crc import Object, number, text
 from sft.errors import SftError
-from sft.manifest import write_atomic
 from sft.paths import check_relative
 from sft.storage import CONTINUED, Found, Job, Meter, Sums, check, hash_file
 from sft.upload import Upload
@@ -276,31 +274,26 @@ class GcsStorage:
 
     def _fetch(self, name: str, found: Object, file: Path, deadline: Deadline, meter: Meter) -> None:
         """Brings `file` to the object's bytes, in slices when it is large; slices that an earlier process finished stay."""
-        if found.bytes == 0:
+        if found.bytes < LARGE:
+            os.truncate(file, 0)
+            if found.bytes:
+                self._fetch_range(name, found, file, 0, found.bytes, deadline, meter)
             return
-        count = -(-found.bytes // SLICE) if found.bytes >= LARGE else 1
-        record = _slices(file)
-        done = _finished(record, found) if count > 1 else set()
         os.truncate(file, found.bytes)
+        done = Slices(file, found)
         lock = threading.Lock()
 
         def one(index: int) -> None:
-            start, end = index * SLICE, min((index + 1) * SLICE, found.bytes) if count > 1 else found.bytes
-            if index in done:
+            start, end = index * SLICE, min((index + 1) * SLICE, found.bytes)
+            if index in done.finished:
                 meter.add(end - start)
                 return
             self._fetch_range(name, found, file, start, end, deadline, meter)
-            if count > 1:
-                with lock:
-                    done.add(index)
-                    text = {"generation": found.generation, "slice": SLICE, "done": sorted(done)}
-                    write_atomic(record, json.dumps(text).encode())
+            with lock:
+                done.add(index)
 
-        if count == 1:
-            one(0)
-            return
         with ThreadPoolExecutor(SLICES) as pool:
-            futures = [pool.submit(one, i) for i in range(count)]
+            futures = [pool.submit(one, i) for i in range(-(-found.bytes // SLICE))]
             try:
                 for future in futures:
                     future.result()
@@ -345,6 +338,27 @@ class Sink:
         return len(data)
 
 
+class Slices:
+    """Beside a large download: a line for each slice that is there. It saves fetching them again; the CRC32C decides."""
+
+    def __init__(self, file: Path, found: Object):
+        self.record = _slices(file)
+        head = f"{found.generation} {SLICE}"
+        first, *rest = self.record.read_text().split("\n") if self.record.is_file() else [""]
+        # The last piece is empty, or a line that a kill cut off.
+        self.finished = {int(line) for line in rest[:-1]} if first == head else set()
+        if not self.finished:
+            self.record.write_text(head + "\n")
+
+    def add(self, index: int) -> None:
+        with self.record.open("a") as f:
+            f.write(f"{index}\n")
+
+
+def _slices(file: Path) -> Path:
+    return file.with_name(file.name.removesuffix(".part") + ".slices.part")
+
+
 def _client() -> google.Client:
     try:
         return google.Client()
@@ -354,16 +368,3 @@ def _client() -> google.Client:
 
 def _object(blob: google.Blob) -> Object:
     return Object(int(blob.size or 0), number(blob.crc32c), int(blob.generation or 0))
-
-
-def _slices(file: Path) -> Path:
-    """Beside a large download: which slices are there. It saves fetching them again; the CRC32C of the whole decides."""
-    return file.with_name(file.name.removesuffix(".part") + ".slices.part")
-
-
-def _finished(record: Path, found: Object) -> set[int]:
-    try:
-        said = json.loads(record.read_bytes())
-        return set(said["done"]) if (said["generation"], said["slice"]) == (found.generation, SLICE) else set()
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()

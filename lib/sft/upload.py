@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from pathlib import Path
 from re import fullmatch
 from typing import IO
@@ -23,7 +24,6 @@ from sft import attempts
 from sft.attempts import Deadline, Refused, attempt
 from sft.crc import Object, number, text
 from sft.errors import SftError
-from sft.manifest import write_atomic
 from sft.storage import Meter, Sums
 
 CHUNK = 32 << 20  # a multiple of 256 KiB, and at most what is sent again after a broken connection
@@ -95,8 +95,11 @@ class Upload:
         self.session = str(session)
         if self.record:
             self.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_atomic(self.record, self.session.encode())
-            self.record.chmod(0o600)
+            fresh = self.record.with_suffix(".new")
+            fresh.unlink(missing_ok=True)
+            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+                f.write(self.session)
+            os.replace(fresh, self.record)
 
     def _send(self, data: bytes, content_range: str) -> None:
         answer = self.bucket.client._http.request(

@@ -1,0 +1,302 @@
+"""gs:// with the real client: every fault ends in equal bytes or a clear failure with nothing wrong under a final name."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO
+from gcs_server import Server, Stored
+
+pytest.importorskip("google.cloud.storage")
+
+from sft import attempts, gcs, upload
+from sft.errors import SftError
+from sft.gcs import GcsStorage
+from sft.storage import Found, Job, LocalStorage, Meter, transfer
+
+SMALL, LARGE = os.urandom(100_000), os.urandom(3_000_001)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Nothing beyond 127.0.0.1: no credentials are looked for. Sizes and times are scaled down."""
+    with Server() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        monkeypatch.setattr(gcs, "LARGE", 1 << 20)
+        monkeypatch.setattr("sft.storage.CONTINUED", 1 << 20)
+        monkeypatch.setattr(gcs, "SLICE", 1 << 20)
+        monkeypatch.setattr(upload, "CHUNK", 1 << 20)
+        monkeypatch.setattr(attempts, "TIMEOUT_S", (2.0, 0.4))
+        monkeypatch.setattr(attempts, "DEADLINE_S", 5.0)
+        monkeypatch.setattr(attempts, "PAUSES_S", (0.01, 0.05))
+        yield server
+
+
+@pytest.fixture
+def bucket(server: Server, tmp_path: Path) -> GcsStorage:
+    return GcsStorage("gs://test/pre/fix", tmp_path / "cache")
+
+
+def send(bucket: GcsStorage, folder: Path, data: bytes, name: str = "d/x.npy") -> None:
+    (folder / "from" / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / "from" / name).write_bytes(data)
+    transfer([Job(name, name, len(data))], LocalStorage(folder / "from"), bucket, quiet)
+
+
+def fetch(bucket: GcsStorage, folder: Path, name: str = "d/x.npy") -> bytes:
+    found = bucket.find(name)
+    assert found
+    target = LocalStorage(folder / "to")
+    transfer([Job(name, "y", found.bytes, crc32c=found.crc32c)], bucket, target, quiet)
+    assert [p.name for p in target.root.iterdir()] == ["y"]
+    return (target.root / "y").read_bytes()
+
+
+@pytest.mark.parametrize("data", [b"", SMALL, LARGE], ids=["empty", "small", "large"])
+def test_a_file_goes_up_and_comes_down_with_the_same_bytes(
+    data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    send(bucket, tmp_path, data)
+    assert server.objects["pre/fix/d/x.npy"].data == data
+    assert GcsStorage(bucket.where).list() == {"d/x.npy": Found(len(data), bucket.list()["d/x.npy"].crc32c)}
+    assert fetch(GcsStorage(bucket.where), tmp_path) == data
+
+
+def test_what_is_identical_is_not_sent_or_fetched_again(server: Server, bucket: GcsStorage, tmp_path: Path) -> None:
+    send(bucket, tmp_path, SMALL)
+    fetch(bucket, tmp_path)
+    server.requests.clear()
+    again = GcsStorage(bucket.where)
+    send(again, tmp_path, SMALL)
+    fetch(again, tmp_path)
+    assert {operation for operation, _, _ in server.requests} == {"list", "permissions"}
+
+
+FAULTS: list[tuple[str | int, int]] = [(503, 2), ("reset", 2), ("break", 2), ("corrupt", 1), ("lost", 1), ("stall", 1)]
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(("kind", "times"), FAULTS, ids=[str(kind) for kind, _ in FAULTS])
+def test_an_upload_survives(
+    kind: str | int, times: int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    for operation in ("upload", "session", "chunk"):
+        server.fault(operation, kind, times, after=len(data) // 5)
+    send(bucket, tmp_path, data)
+    assert server.objects["pre/fix/d/x.npy"].data == data
+    assert bucket.stat("d/x.npy")
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize(("kind", "times"), FAULTS, ids=[str(kind) for kind, _ in FAULTS])
+def test_a_download_survives(
+    kind: str | int, times: int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.objects["pre/fix/d/x.npy"] = Stored(data, 5)
+    server.fault("download", kind, times, after=len(data) // 5)
+    server.fault("list", 503)
+    assert fetch(bucket, tmp_path) == data
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("kind", [503, "reset", "stall", "corrupt"])
+def test_a_download_that_cannot_succeed_fails_and_leaves_nothing_under_the_final_name(
+    kind: str | int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(attempts, "SLOWEST", 1e9)
+    server.objects["pre/fix/d/x.npy"] = Stored(data, 5)
+    server.fault("download", kind, 10_000)
+    began = time.monotonic()
+    with pytest.raises(SftError, match="fetched twice with crc32c" if kind == "corrupt" else "not done within 0 s"):
+        transfer([Job("d/x.npy", "y", len(data))], bucket, LocalStorage(tmp_path / "to"), quiet)
+    assert time.monotonic() - began < 5
+    assert not (tmp_path / "to" / "y").exists()
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+@pytest.mark.parametrize("kind", [503, "reset", "stall", "corrupt"])
+def test_an_upload_that_cannot_succeed_fails_and_leaves_the_earlier_object(
+    kind: str | int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attempts, "DEADLINE_S", 0.2)
+    monkeypatch.setattr(attempts, "SLOWEST", 1e9)
+    server.objects["pre/fix/d/x.npy"] = Stored(b"good", 5)
+    server.fault("upload", kind, 10_000)
+    server.fault("chunk", kind, 10_000)
+    with pytest.raises(
+        SftError, match="its bytes changed on the way, twice" if kind == "corrupt" else "not done within 0 s"
+    ):
+        send(bucket, tmp_path, data)
+    assert server.objects["pre/fix/d/x.npy"].data == b"good"
+
+
+def test_a_server_that_accepts_other_bytes_is_found_out_and_its_object_removed(
+    server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.checks = False
+    server.fault("upload", "corrupt", 2)
+    with pytest.raises(SftError, match="changed on the way, twice"):
+        send(bucket, tmp_path, SMALL)
+    assert server.objects == {}
+    send(bucket, tmp_path, SMALL)
+    assert server.objects["pre/fix/d/x.npy"].data == SMALL
+
+
+@pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
+def test_another_writers_object_is_left_alone(data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path) -> None:
+    bucket.list()
+    server.objects["pre/fix/d/x.npy"] = Stored(b"theirs", 9)
+    with pytest.raises(SftError, match="another process wrote other bytes"):
+        send(bucket, tmp_path, data)
+    assert server.objects["pre/fix/d/x.npy"].data == b"theirs"
+
+
+def test_the_same_bytes_from_another_writer_are_a_success(server: Server, bucket: GcsStorage, tmp_path: Path) -> None:
+    bucket.list()
+    server.objects["pre/fix/d/x.npy"] = Stored(SMALL, 9)
+    send(bucket, tmp_path, SMALL)
+    assert server.objects["pre/fix/d/x.npy"].generation == 9
+
+
+@pytest.mark.parametrize(("status", "words"), [(401, "credentials were not accepted"), (403, "no permission")])
+def test_a_bucket_that_refuses_is_told_before_the_first_byte(
+    status: int, words: str, server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.fault("list", status, 10)
+    with pytest.raises(SftError, match=f"gs://test.*{words}"):
+        send(bucket, tmp_path, SMALL)
+    assert server.received == 0
+
+
+def test_a_bucket_that_may_not_be_written_is_told_before_the_first_byte(
+    server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.permissions = {"storage.objects.get"}
+    with pytest.raises(SftError, match=r"no permission for storage\.objects\.create, storage\.objects\.delete"):
+        send(bucket, tmp_path, SMALL)
+    assert server.received == 0
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a//b", "./x"])
+def test_unsafe_names_in_a_bucket_are_refused_at_listing_and_at_download(
+    name: str, server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.objects[f"pre/fix/{name}"] = Stored(b"x", 1)
+    with pytest.raises(SftError, match="relative path"):
+        bucket.list()
+    server.objects.clear()
+    with pytest.raises(SftError, match="relative path"):
+        transfer([Job(name, "y", 1)], bucket, LocalStorage(tmp_path / "to"), quiet)
+    with pytest.raises(SftError, match="relative path"):
+        bucket.stat(name)
+    assert {operation for operation, _, _ in server.requests} <= {"list"}
+
+
+@pytest.mark.parametrize("where", ["gs://", "gs://b/../c", "gs://UPPER/x", "gs://b//c", "gs://a b/c"])
+def test_a_place_that_is_none_is_told(where: str) -> None:
+    with pytest.raises(SftError, match="gs://"):
+        GcsStorage(where)
+
+
+def test_a_listing_longer_than_one_page_is_whole(server: Server, bucket: GcsStorage) -> None:
+    server.objects.update({f"pre/fix/{i:04}": Stored(b"x", 1) for i in range(250)} | {"pre/fixed": Stored(b"", 1)})
+    server.objects["pre/fix/folder/"] = Stored(b"", 1)
+    assert list(bucket.list()) == [f"{i:04}" for i in range(250)]
+
+
+def test_a_broken_download_continues_at_the_byte_where_it_broke(
+    server: Server, bucket: GcsStorage, tmp_path: Path
+) -> None:
+    server.objects["pre/fix/d/x.npy"] = Stored(SMALL, 5)
+    server.fault("download", "break", 1, after=70_000)
+    assert fetch(bucket, tmp_path) == SMALL
+    first, second = server.sent("download")
+    assert first == 0 and 0 < second <= 70_000
+
+
+def test_sessions_and_signatures_are_in_no_message() -> None:
+    url = "PUT https://storage.googleapis.com/b?upload_id=AB-c_1&X-Goog-Signature=12ef&x=1 failed"
+    assert attempts.redact(url) == "PUT https://storage.googleapis.com/b?upload_id=…&X-Goog-Signature=…&x=1 failed"
+
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from sft import gcs, storage, upload
+from sft.storage import Job, open_storage, transfer
+gcs.LARGE = storage.CONTINUED = gcs.SLICE = upload.CHUNK = 1 << 20
+gcs.SLICES = 2
+source, target = (open_storage(w, Path(sys.argv[3])) for w in sys.argv[1:3])
+transfer([Job(n, n, f.bytes, crc32c=f.crc32c) for n, f in source.list().items()], source, target, print)
+"""
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_kill_at_any_moment_and_a_rerun_continues_without_sending_everything_again(
+    direction: str, server: Server, tmp_path: Path
+) -> None:
+    big = os.urandom(12 << 20)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    ends = [str(folder), "gs://test/p"]
+    if direction == "up":
+        (folder / "big").write_bytes(big)
+    else:
+        server.objects["p/big"] = Stored(big, 5)
+        ends.reverse()
+    env = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "STORAGE_EMULATOR_HOST": server.url}
+    command = [sys.executable, "-c", PROGRAM, *ends, str(tmp_path / "cache")]
+    server.latency_s = 0.05
+    operation = "chunk" if direction == "up" else "download"
+    for requests in (2, 4, 6, 8):
+        running = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        limit = time.monotonic() + 30
+        while len(server.sent(operation)) < requests and running.poll() is None and time.monotonic() < limit:
+            time.sleep(0.002)
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+        assert "p/big" not in server.objects or server.objects["p/big"].data == big
+        assert not (folder / "big").exists() or (folder / "big").read_bytes() == big
+    subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
+    assert server.objects["p/big"].data == big and (folder / "big").read_bytes() == big
+    assert sorted(p.name for p in folder.iterdir()) == ["big"] and not list((tmp_path / "cache").rglob("uploads/*"))
+    sent = [start for start in server.sent(operation) if start >= 0]
+    assert len(sent) <= 12 + 2 * 4, sent  # each kill costs what was on its way, not what had arrived
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("gcp_storage_emulator"), reason="gcp-storage-emulator is not installed"
+)
+def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gcp_storage_emulator.server import create_server
+
+    peer = create_server("127.0.0.1", 0, in_memory=True, default_bucket="test")
+    peer.start()
+    try:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{peer._api._httpd.server_port}")
+        bucket = GcsStorage("gs://test/p")
+        bucket.write("small", SMALL)
+        (tmp_path / "big").write_bytes(bytes(9 << 20))
+        bucket.put(tmp_path / "big", "big", Job("big", "big", 9 << 20), Meter(1, 9 << 20, quiet))
+        fresh = GcsStorage("gs://test/p")
+        assert {n: f.bytes for n, f in fresh.list().items()} == {"big": 9 << 20, "small": len(SMALL)}
+        assert fresh.read("small") == SMALL
+        assert fetch(fresh, tmp_path, "big") == bytes(9 << 20)
+        fresh.remove("small")
+        assert fresh.stat("small") is None
+    finally:
+        peer.stop()
