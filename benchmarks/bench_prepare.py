@@ -37,12 +37,13 @@ from sft.tokenize import Encoder
 
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"
-WORDS = (
-    "the of to and in a is that for it as was with be by on not he his but at are this have from or had an they which one you were "
-    "her all their there been more if would who what so when some could time than into only its about other see model value result "
-    "compute tensor gradient river mountain weather forecast temperature budget invoice delivery schedule station latitude "
-    "understanding nevertheless international characteristics straightforward approximately configuration environment"
-).split()
+WORDS = """
+the of to and in a is that for it as was with be by on not he his but at are this have from or had an they which one
+you were her all their there been more if would who what so when some could time than into only its about other see
+model value result compute tensor gradient river mountain weather forecast temperature budget invoice delivery
+schedule station latitude understanding nevertheless international characteristics straightforward approximately
+configuration environment
+""".split()  # noqa: SIM905 - readable
 
 
 def dialogue(rng: random.Random) -> dict[str, Any]:
@@ -50,16 +51,26 @@ def dialogue(rng: random.Random) -> dict[str, Any]:
 
     def prose(low: int, high: int) -> str:
         words = rng.choices(WORDS, k=rng.randint(low, high))
-        return " ".join(words).capitalize() + f". It is {rng.randint(0, 99999) / 100} at {rng.randint(0, 23)}:{rng.randint(10, 59)}."
+        return (
+            " ".join(words).capitalize()
+            + f". It is {rng.randint(0, 99999) / 100} at {rng.randint(0, 23)}:{rng.randint(10, 59)}."
+        )
 
-    tool = {"name": "lookup", "description": prose(8, 15), "parameters": {"type": "object", "properties": {"query": {"type": "string"}}}}
+    tool = {
+        "name": "lookup",
+        "description": prose(8, 15),
+        "parameters": {"type": "object", "properties": {"query": {"type": "string"}}},
+    }
     messages: list[dict[str, Any]] = [{"role": "system", "content": prose(20, 60), "functions": json.dumps([tool])}]
     while len(messages) < 21:
         call = f'lookup(query="{prose(2, 6)}", limit={rng.randint(1, 50)})'
         messages += [
             {"role": "user", "content": prose(10, 80)},
             {"role": "assistant", "content": prose(5, 20), "function_calls": call},
-            {"role": "environment", "content": json.dumps({"rows": [{"id": rng.randint(0, 9999), "text": prose(5, 30)} for _ in range(3)]})},
+            {
+                "role": "environment",
+                "content": json.dumps({"rows": [{"id": rng.randint(0, 9999), "text": prose(5, 30)} for _ in range(3)]}),
+            },
             {"role": "assistant", "content": prose(30, 150)},
         ]
     return {"messages": messages}
@@ -122,7 +133,9 @@ class Floor:
         return tokens, 0, time.perf_counter() - began
 
 
-def in_processes(setup: Callable[..., Any], arguments: tuple[Any, ...], rows: list[dict[str, Any]], cores: int) -> tuple[int, int, float]:
+def in_processes(
+    setup: Callable[..., Any], arguments: tuple[Any, ...], rows: list[dict[str, Any]], cores: int
+) -> tuple[int, int, float]:
     """Shares the rows out; the time is the slowest process's own, so that starting and pickling do not count."""
     parts = [rows[i::cores] for i in range(cores)]
     results = [result for _, result in workers.work(setup, arguments, parts, cores)]
@@ -154,7 +167,9 @@ def table_for(path: str) -> Prepare:
     return Prepare(tokenizer="tokenizer", template=TEMPLATE, sources=(Source(path=path),))
 
 
-def compare(name: str, rows: list[dict[str, Any]], tokens: int, folder: Path, templated: Path, cores: int) -> dict[str, Any]:
+def compare(
+    name: str, rows: list[dict[str, Any]], tokens: int, folder: Path, templated: Path, cores: int
+) -> dict[str, Any]:
     encoder = Encoder(folder, table_for("rows.jsonl"))
     per_row = Floor(encoder)(rows[:500])[0] / min(500, len(rows))
     repeats = max(1, round(tokens / per_row / len(rows)))
@@ -166,10 +181,14 @@ def compare(name: str, rows: list[dict[str, Any]], tokens: int, folder: Path, te
     theirs, labels, seconds = in_processes(Ancestor, (templated,), few, cores)
     speeds["ancestor"] = theirs / seconds
     check = encoder.encode(few, encoder.prepare.sources[0])
-    print(f"  ancestor: {theirs} tokens, {labels} labels; ours on the same rows: {len(check.ids)}, {int(check.labels.sum())}")
+    print(
+        f"  ancestor: {theirs} tokens, {labels} labels; ours on the same rows: {len(check.ids)}, {int(check.labels.sum())}"
+    )
     count, seconds = hugging_face(encoder, sample)
     speeds["hugging_face_batch"] = count / seconds
-    count, _, seconds = in_processes(Floor, (encoder,), rows * max(1, min(repeats, round(2e7 / per_row / len(rows)))), cores)
+    count, _, seconds = in_processes(
+        Floor, (encoder,), rows * max(1, min(repeats, round(2e7 / per_row / len(rows)))), cores
+    )
     speeds["floor"] = count / seconds
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "rows.jsonl"
@@ -211,7 +230,9 @@ def main() -> None:
             name: compare(name, rows, int(args.tokens), args.tokenizer, Path(saved), args.cores)
             for name, rows in (("gsm8k", gsm8k(args.gsm8k)), ("dialogues", [dialogue(rng) for _ in range(2000)]))
         }
-    worst = {key: min(f[key] for f in found.values()) for key in ("ratio_to_ancestor", "share_of_floor", "tokens_per_s")}
+    worst = {
+        key: min(f[key] for f in found.values()) for key in ("ratio_to_ancestor", "share_of_floor", "tokens_per_s")
+    }
     print(json.dumps({"bench": "prepare", "cores": args.cores, **worst, "data": found}))
 
 

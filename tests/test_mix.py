@@ -29,7 +29,8 @@ def taken(mixed: Mixed, source: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("weight", "count"), [(1.0, 100), (0.5, 50), (0.29, 29), (2.0, 200), (1.5, 150), (7, 7), (1, 1), (250, 250), (0.001, 0)]
+    ("weight", "count"),
+    [(1.0, 100), (0.5, 50), (0.29, 29), (2.0, 200), (1.5, 150), (7, 7), (1, 1), (250, 250), (0.001, 0)],
 )
 def test_a_fraction_samples_a_multiple_repeats_and_an_integer_is_a_row_count(weight, count):
     assert wanted(weight, 100) == count
@@ -149,7 +150,9 @@ def screen(*texts: str, n: int = 8, overlap: float = 0.5) -> Screen:
 )
 def test_a_conversation_that_repeats_an_evaluation_text_is_found(text, hit):
     row = {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "ok"}]}
-    assert screen("something else entirely that is long enough to count", QUESTION).hits([row]).tolist() == [1 if hit else -1]
+    assert screen("something else entirely that is long enough to count", QUESTION).hits([row]).tolist() == [
+        1 if hit else -1
+    ]
 
 
 def test_short_evaluation_texts_are_counted_not_matched():
@@ -158,7 +161,10 @@ def test_short_evaluation_texts_are_counted_not_matched():
     assert s.hits([{"a": "too short"}]).tolist() == [-1]
 
 
-@given(st.lists(st.lists(st.sampled_from("abcdef"), max_size=30).map(" ".join), max_size=4), st.lists(st.sampled_from("abcdefgh"), max_size=40))
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), max_size=30).map(" ".join), max_size=4),
+    st.lists(st.sampled_from("abcdefgh"), max_size=40),
+)
 def test_the_screen_agrees_with_comparing_sets_of_ngrams(texts, conversation):
     n, overlap = 3, 0.4
     s = Screen([(str(i), t) for i, t in enumerate(texts)], n, overlap)

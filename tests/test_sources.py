@@ -112,6 +112,15 @@ def test_what_the_fast_parser_refuses_the_slow_one_decides():
     assert sources.parse(b'{"a": 123456789012345678901234567890}') == {"a": 123456789012345678901234567890}
 
 
+def test_integers_beyond_64_bits_are_not_rounded(tmp_path):
+    rows = [{"n": 10**i + 1, "s": "x" * i} for i in range(40)]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert everything(tmp_path, "x.jsonl") == (rows, [])
+    assert not sources._has_long_number(b'{"a": 12345678, "b": "2024-01-01T00:00:00"}' * 99)
+    for pad in range(8):
+        assert sources._has_long_number(b"x" * pad + b"123456789012345" + b"y" * 9)
+
+
 def test_a_row_longer_than_the_limit_is_rejected_without_being_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "MAX_ROW_BYTES", 2 << 20)
     long = json.dumps({"a": "x" * (5 << 20)})
@@ -215,3 +224,40 @@ def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monke
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(SftError, match=r"hf://org/name \(split 'train'\): Couldn't reach the hub; next: check"):
         sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path)
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs://bucket as a folder; sft.gcs itself has its own tests."""
+    from sft import storage
+
+    real = storage.open_storage
+    root = tmp_path / "bucket"
+    root.mkdir()
+
+    def open_storage(where: str, cache: Path | None = None) -> storage.Storage:
+        return real(str(tmp_path / where.removeprefix("gs://")) if where.startswith("gs://") else where, cache)
+
+    monkeypatch.setattr(storage, "open_storage", open_storage)
+    return root
+
+
+def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path, bucket):
+    (bucket / "mix" / "sub").mkdir(parents=True)
+    write_jsonl(bucket / "mix" / "b.jsonl", ROWS[:5])
+    write_jsonl(bucket / "mix" / "sub" / "c.jsonl", ROWS[5:9])
+    (bucket / "mix" / "_notes.jsonl").write_text("{}")
+    (bucket / "mix" / "README").write_text("no rows")
+    assert everything(tmp_path, "gs://bucket/mix")[0] == ROWS[:9]
+    assert everything(tmp_path, "gs://bucket/mix/b.jsonl")[0] == ROWS[:5]
+    assert [f.name for f in resolved(tmp_path, "gs://bucket/mix/")] == [
+        "gs://bucket/mix/b.jsonl",
+        "gs://bucket/mix/sub/c.jsonl",
+    ]
+
+
+def test_a_bucket_without_rows_is_told_by_name(tmp_path, bucket):
+    (bucket / "empty").mkdir()
+    for path in ("gs://bucket/empty", "gs://bucket/empty/x.jsonl"):
+        with pytest.raises(SftError, match=path):
+            resolved(tmp_path, path)

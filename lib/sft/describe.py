@@ -5,6 +5,7 @@ In: the finished steps of sft.prepare. Out: JSON values that depend on the data 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,7 +77,11 @@ class Check:
 
 
 def dataset(
-    work: Preparation, mixed: Mixed, found: Sequence[SourceIndex], splits: dict[str, dict[str, int]], screen: Screen | None
+    work: Preparation,
+    mixed: Mixed,
+    found: Sequence[SourceIndex],
+    splits: dict[str, dict[str, int]],
+    screen: Screen | None,
 ) -> dict[str, Any]:
     """dataset.json: what the data is, where it came from, and what was left out."""
     described, lengths = [], []
@@ -95,7 +100,13 @@ def dataset(
             }
         )
     identity = work.encoder.identity
-    made = {"format": 1, "dtype": token_dtype(identity["vocab_size"]).name, **identity, "sources": described, "splits": splits}
+    made = {
+        "format": 1,
+        "dtype": token_dtype(identity["vocab_size"]).name,
+        **identity,
+        "sources": described,
+        "splits": splits,
+    }
     made["lengths"] = histogram(np.concatenate(lengths))
     if screen is not None:
         made["decontamination"] = {
@@ -158,7 +169,7 @@ def preview(folder: Path, decode: Callable[[Any], bytes]) -> list[list[dict[str,
         found.append(
             [
                 {"text": decode(ids[a:b]).decode("utf-8", "replace"), "trained": bool(mask[a])}
-                for a, b in zip(edges, edges[1:], strict=False)
+                for a, b in itertools.pairwise(edges)
             ]
         )
     return found

@@ -41,6 +41,12 @@ def kind(name: str) -> str | None:
     return next((suffix[1:] for suffix in ROWS if name.endswith(suffix)), None)
 
 
+def is_ignored(name: str) -> bool:
+    """Hidden files, and the descriptions that `datasets` puts beside its rows."""
+    parts = name.split("/")
+    return parts[-1] in _NOT_ROWS or any(part.startswith((".", "_")) for part in parts)
+
+
 def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str, Path]:
     """The row files of a source: itself, or the files of a folder in the order of their names. {relative path: file}"""
     if not root.is_dir():
@@ -51,8 +57,7 @@ def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str,
     base = root.resolve()
     for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
         name = file.relative_to(root).as_posix()
-        hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-        if hidden or kind(name) is None or file.name in _NOT_ROWS or file.is_dir():
+        if is_ignored(name) or kind(name) is None or file.is_dir():
             continue
         if not file.resolve().is_relative_to(base):
             raise SftError(f"{what}: {file} is a link that leaves {root}; next: copy the file there")
@@ -89,4 +94,6 @@ def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tupl
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
     named += [(path, find(path)) for path in evaluate.data.values()]
-    return [(name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))]
+    return [
+        (name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+    ]

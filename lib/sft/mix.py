@@ -109,7 +109,12 @@ def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: i
 
 
 def mix(
-    pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplicate: bool = False, validation_fraction: float = 0.0
+    pools: Sequence[Pool],
+    sources: Sequence[Source],
+    seed: int,
+    *,
+    deduplicate: bool = False,
+    validation_fraction: float = 0.0,
 ) -> Mixed:
     """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
 

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import re
 import shutil
@@ -32,23 +32,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import describe, inputs, manifest, sources, workers
+from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.dataset import DatasetWriter
 from sft.decontaminate import Screen
 from sft.errors import SftError
 from sft.mix import Pool, Selection, mix
 from sft.schema import Source
-from sft.tokencache import INDEX, TEMPORARY, ChunkWriter, Rejected, Summary, Tokens, is_intact, read_summary
+from sft.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
 
 if TYPE_CHECKING:
     from sft.stage import Result, Stage
-    from sft.tokenize import Encoder
 
 ENCODING = 1
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
-MIX_FIELDS = frozenset(
-    "sources seed validation_fraction max_reject_fraction deduplicate decontaminate decontaminate_ngram decontaminate_overlap".split()
-)
-MIX_SOURCE_FIELDS = frozenset("path weight split subset max_documents max_tokens".split())
+MIX_FIELDS = {"sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate"}
+MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
+MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
+"""What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs
 BLOCK_TOKENS = 8 << 20  # documents are gathered and written this many tokens at a time
 OPEN_CHUNKS = 256
@@ -69,101 +69,10 @@ class Shard:
             return cls()
         match = re.fullmatch(r"(\d+|merge)/(\d+)", text)
         if not match or not int(match[2]) or (match[1] != "merge" and int(match[1]) >= int(match[2])):
-            raise SftError(f"SHARD={text!r}: not i/n with 0 <= i < n, nor merge/n; next: SHARD=0/4 … SHARD=3/4, then SHARD=merge/4")
+            raise SftError(
+                f"SHARD={text!r}: not i/n with 0 <= i < n, nor merge/n; next: SHARD=0/4 … SHARD=3/4, then SHARD=merge/4"
+            )
         return cls(int(match[2]), None if match[1] == "merge" else int(match[1]))
-
-
-@dataclass(frozen=True)
-class Job:
-    """One chunk to encode: `number` counts over the whole mix, `name` is its file in the caches."""
-
-    number: int
-    source: int
-    chunk: sources.Chunk
-    name: str
-
-
-class EncodeChunk:
-    """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
-
-    def __init__(self, encoder: Encoder, cache: Path):
-        self.encoder, self.cache = encoder, cache
-        self.sources = encoder.prepare.sources
-
-    def __call__(self, job: Job) -> tuple[Summary, float]:
-        began = time.monotonic()
-        source = self.sources[job.source]
-        with without_gc(), ChunkWriter(self.cache / job.name) as writer:
-            summary = writer.summary
-            for batch in sources.read(job.chunk):
-                summary.rejects += [Rejected(*bad) for bad in batch.bad]
-                summary.rows += len(batch.rows) + len(batch.bad)
-                summary.lines = batch.count
-                if not batch.rows:
-                    continue
-                encoded = self.encoder.encode(batch.rows, source)
-                numbers = np.array(batch.numbers, dtype=np.int64)
-                writer.add(encoded.ids, encoded.mask, encoded.lengths, numbers[encoded.rows])
-                summary.rejects += [Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects]
-                note(summary.notes, encoded.engine, encoded.proof)
-            summary.rejects.sort()
-        told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
-        return told, began
-
-
-@contextlib.contextmanager
-def without_gc() -> Iterator[None]:
-    """Rows are trees: looking for cycles in millions of their objects takes a tenth of the time and finds none."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
-    """Adds what the encoder says of one batch: its proof's counts, and the documents that each engine encoded."""
-    for name, count in [*proof.items(), (f"documents_by_{engine}", proof["documents"])]:
-        notes[name] = notes.get(name, 0) + count
-
-
-class ScreenChunk:
-    """What a worker does to find evaluation texts: writes {"hits": [[row, text], …]} of a chunk."""
-
-    def __init__(self, screen: Screen, cache: Path):
-        self.screen, self.cache = screen, cache
-
-    def __call__(self, job: Job) -> int:
-        hits: list[list[int]] = []
-        for batch in sources.read(job.chunk):
-            found = self.screen.hits(batch.rows)
-            hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
-        manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
-        return len(hits)
-
-
-class Progress:
-    """A line every few seconds: share done, tokens, tokens/s, time left."""
-
-    def __init__(self, say: Any, what: str, total_bytes: int, every_s: float = 5.0):
-        self.say, self.what, self.total, self.every = say, what, max(1, total_bytes), every_s
-        self.began = self.last = time.monotonic()
-        self.bytes = self.tokens = 0
-
-    def add(self, done_bytes: int, tokens: int = 0) -> None:
-        self.bytes += done_bytes
-        self.tokens += tokens
-        now = time.monotonic()
-        if now - self.last >= self.every:
-            self.last = now
-            left = (now - self.began) * (self.total - self.bytes) / max(1, self.bytes)
-            self.say(f"{self.what} {self.bytes / self.total:4.0%}  {self.rate(now)}  {left // 60:.0f}:{left % 60:02.0f} left")
-
-    def rate(self, now: float | None = None) -> str:
-        seconds = max(1e-9, (now or time.monotonic()) - self.began)
-        return f"{self.tokens / 1e6:,.1f}M tokens, {self.tokens / seconds:,.0f} tokens/s"
 
 
 @dataclass(frozen=True)
@@ -202,7 +111,9 @@ class Preparation:
         self.cache.mkdir(parents=True, exist_ok=True)
         self.jobs_of = [self._jobs(i, files) for i, files in enumerate(self.inputs)]
         unique = {job.name: job for jobs in reversed(self.jobs_of) for job in jobs}
-        self.jobs = [dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))]
+        self.jobs = [
+            dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))
+        ]
         self.summaries: dict[str, Summary] = {}
         self.checks: dict[str, dict[str, int]] = {}
         self.encoded_tokens, self.seconds = 0, {"start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
@@ -218,7 +129,9 @@ class Preparation:
 
     def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[Job]:
         source = self.table.sources[number]
-        options = {f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS}
+        options = {
+            f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS
+        }
         jobs = []
         for file in files:
             chunks = sources.cut(file)
@@ -248,7 +161,9 @@ class Preparation:
         total, todo = sum(j.chunk.bytes for j in mine), sum(j.chunk.bytes for j in missing)
         count = self.workers(missing)
         if len(missing) < len(mine):
-            self.say(f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({(total - todo) / 1e6:,.1f} MB)")
+            self.say(
+                f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({(total - todo) / 1e6:,.1f} MB)"
+            )
         if not missing:
             return
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
@@ -289,7 +204,11 @@ class Preparation:
     def record_part(self) -> Path:
         """Writes the manifest of this part: its files with their sha256."""
         chunks = [
-            {"file": j.name, "bytes": (self.cache / j.name).stat().st_size, "sha256": manifest.hash_file(self.cache / j.name)}
+            {
+                "file": j.name,
+                "bytes": (self.cache / j.name).stat().st_size,
+                "sha256": manifest.hash_file(self.cache / j.name),
+            }
             for j in self.mine
         ]
         file = self._part_file(self.shard.part or 0)
@@ -301,7 +220,9 @@ class Preparation:
         n = self.shard.parts
         absent = [str(i) for i in range(n) if not self._part_file(i).is_file()]
         if absent:
-            raise SftError(f"{self.cache}: parts {', '.join(absent)} of {n} are not done; next: SHARD={absent[0]}/{n} with the same recipe")
+            raise SftError(
+                f"{self.cache}: parts {', '.join(absent)} of {n} are not done; next: SHARD={absent[0]}/{n} with the same recipe"
+            )
         broken: list[str] = []
         for part in range(n):
             try:
@@ -313,14 +234,18 @@ class Preparation:
                 raise SftError(f"{self._part_file(part)}: torn ({e}); next: SHARD={part}/{n} again") from None
             for entry in entries:
                 file = self.cache / entry["file"]
-                if not file.is_file() or file.stat().st_size != entry["bytes"] or manifest.hash_file(file) != entry["sha256"]:
+                if (
+                    not file.is_file()
+                    or file.stat().st_size != entry["bytes"]
+                    or manifest.hash_file(file) != entry["sha256"]
+                ):
                     broken.append(f"{file}: not what part {part} wrote; next: SHARD={part}/{n} again")
         if broken:
             raise SftError("\n".join(broken))
 
     # --- what was encoded -----------------------------------------------------------------------------------------
 
-    def screen(self) -> tuple[dict[str, list[list[int]]], Screen | None]:
+    def screen(self) -> tuple[dict[str, list[tuple[int, int]]], Screen | None]:
         """Rows that repeat evaluation texts: {chunk file: [[row, text]]}."""
         if not self.table.decontaminate:
             return {}, None
@@ -344,11 +269,11 @@ class Preparation:
             progress.add(job.chunk.bytes)
         return {job.name: json.loads((cache / f"{job.name}.json").read_bytes())["hits"] for job in self.mine}, screen
 
-    def collect(self, hits: dict[str, list[list[int]]]) -> list[SourceIndex]:
+    def collect(self, hits: dict[str, list[tuple[int, int]]]) -> list[SourceIndex]:
         """Reads the cache's index of every source. Raises SftError for missing files and too many rejects."""
         return [self._collect(i, hits) for i in range(len(self.inputs))]
 
-    def _collect(self, number: int, hits: dict[str, list[list[int]]]) -> SourceIndex:
+    def _collect(self, number: int, hits: dict[str, list[tuple[int, int]]]) -> SourceIndex:
         jobs = self.jobs_of[number]
         parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
         read = base = 0
@@ -365,13 +290,14 @@ class Preparation:
             chunk.append(np.full(len(index), position, dtype=np.uint32))
             starts.append(np.cumsum(lengths) - lengths)
             rows.append(index["row"].astype(np.int64) + base + 1)
-            text_of = dict(hits.get(job.name, ()))
+            text_of = dict(hits.get(job.name, []))
             repeats.append(np.full(len(index), -1, dtype=np.int32))
             for i in np.flatnonzero(np.isin(index["row"], list(text_of))) if text_of else ():
                 repeats[-1][i] = text_of[int(index["row"][i])]
             name = job.chunk.file.name
             rejects += [
-                {"source": self.table.sources[number].path, "file": name, **{**r._asdict(), "row": r.row + base + 1}} for r in summary.rejects
+                {"source": self.table.sources[number].path, "file": name, **{**r._asdict(), "row": r.row + base + 1}}
+                for r in summary.rejects
             ]
             read += summary.rows
             base += summary.lines
@@ -390,11 +316,17 @@ class Preparation:
             raise SftError(f"{path}: holds no row; next: correct the path")
         if len(rejects) <= self.table.max_reject_fraction * read and len(rejects) < read:
             return
-        lines = [f"{path}: {len(rejects)} of {read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"]
+        lines = [
+            f"{path}: {len(rejects)} of {read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
+        ]
         for reason, count in Counter(r["reason"] for r in rejects).most_common(REJECT_EXAMPLES):
             first = next(r for r in rejects if r["reason"] == reason)
-            lines.append(f"  {count} × {reason}: e.g. {first['file']} row {first['row']}: {first['detail']}\n      {first['example'][:200]}")
-        raise SftError("\n".join([*lines, "next: correct the rows or the source's columns, or raise max_reject_fraction"]))
+            lines.append(
+                f"  {count} × {reason}: e.g. {first['file']} row {first['row']}: {first['detail']}\n      {first['example'][:200]}"
+            )
+        raise SftError(
+            "\n".join([*lines, "next: correct the rows or the source's columns, or raise max_reject_fraction"])
+        )
 
     # --- writing --------------------------------------------------------------------------------------------------
 
@@ -413,7 +345,6 @@ class Preparation:
         ends = np.cumsum(length)
         progress = Progress(self.say, f"writing {name}", int(ends[-1]))
         opened: dict[int, Tokens] = {}
-        opened: dict[int, Tokens] = {}
 
         def gather(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
             """Ids and mask of documents [first, last) of the new order."""
@@ -423,7 +354,9 @@ class Preparation:
             ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
             order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
             at = first + order
-            for c, s, n, to in zip(chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True):
+            for c, s, n, to in zip(
+                chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True
+            ):
                 if (tokens := opened.get(c)) is None:
                     if len(opened) >= OPEN_CHUNKS:
                         opened.pop(next(iter(opened)))
@@ -435,7 +368,7 @@ class Preparation:
         check = describe.Check(f"[prepare] {name}", self.encoder.identity)
         cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
         blocks = np.unique(np.concatenate([[0], cuts, [len(chosen)]])).tolist()
-        spans = list(zip(blocks, blocks[1:], strict=False))
+        spans = list(itertools.pairwise(blocks))
         with ThreadPoolExecutor(1) as ahead, DatasetWriter(folder, self.encoder.identity["vocab_size"]) as writer:
             coming = ahead.submit(gather, *spans[0])
             for i, (first, last) in enumerate(spans):
@@ -447,7 +380,6 @@ class Preparation:
                 progress.add(len(ids), len(ids))
         self.checks[name] = check.finish()
         return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
-
 
     def check_tokenizer(self, folder: Path) -> None:
         """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
@@ -487,7 +419,9 @@ def prepare_part(stage: Stage, shard: Shard) -> Path:
         work.encode()
         work.screen()
         file = work.record_part()
-    stage.say(f"part {shard.part} of {shard.parts}: {len(work.mine)} chunks are in {work.cache}; then: SHARD=merge/{shard.parts}")
+    stage.say(
+        f"part {shard.part} of {shard.parts}: {len(work.mine)} chunks are in {work.cache}; then: SHARD=merge/{shard.parts}"
+    )
     return file
 
 
@@ -507,11 +441,19 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             found = work.collect(hits)
     with work.timed("mix"):
         pools = [f.pool for f in found]
-        mixed = mix(pools, table.sources, table.seed, deduplicate=table.deduplicate, validation_fraction=table.validation_fraction)
+        mixed = mix(
+            pools,
+            table.sources,
+            table.seed,
+            deduplicate=table.deduplicate,
+            validation_fraction=table.validation_fraction,
+        )
     for entry in mixed.report:
         stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
     if table.validation_fraction and not len(mixed.validation):
-        stage.say(f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations")
+        stage.say(
+            f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
+        )
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):
         splits = {"data": work.write("data", mixed.data, found)}
@@ -532,7 +474,11 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         manifest.write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
     for name, values in lists.items():
         manifest.write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
-    metrics: dict[str, Any] = {**splits["data"], "rejected": len(lists["rejects.jsonl"]), "encoded_tokens": work.encoded_tokens}
+    metrics: dict[str, Any] = {
+        **splits["data"],
+        "rejected": len(lists["rejects.jsonl"]),
+        "encoded_tokens": work.encoded_tokens,
+    }
     metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
     return Result([*splits, *files, *lists], metrics)
 
@@ -543,14 +489,20 @@ def resolve_tokenizer(path: str, stage: Stage) -> Path:
         return stage.find(path)
     name, _, revision = path.removeprefix("hf://").partition("@")
     if not path.startswith("hf://") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
-        raise SftError(f"[prepare] tokenizer: {path!r} is not a folder under DATA nor hf://org/name[@revision]; next: correct it")
+        raise SftError(
+            f"[prepare] tokenizer: {path!r} is not a folder under DATA nor hf://org/name[@revision]; next: correct it"
+        )
     import huggingface_hub
 
     try:
-        found = huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(inputs.TOKENIZER_FILES))
+        found = huggingface_hub.snapshot_download(
+            name, revision=revision or None, allow_patterns=list(inputs.TOKENIZER_FILES)
+        )
     except Exception as e:  # many kinds: network, missing name, no permission
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-        raise SftError(f"[prepare] tokenizer: {path}: {reason}; next: check the name, HF_TOKEN and the network") from None
+        raise SftError(
+            f"[prepare] tokenizer: {path}: {reason}; next: check the name, HF_TOKEN and the network"
+        ) from None
     return Path(found)
 
 
@@ -562,7 +514,9 @@ def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
             count = batch.count
             if batch.bad:
                 bad = batch.bad[0]
-                raise SftError(f"{file.name}: row {base + bad.row + 1}: {bad.reason}: {bad.detail}; next: repair the evaluation file")
+                raise SftError(
+                    f"{file.name}: row {base + bad.row + 1}: {bad.reason}: {bad.detail}; next: repair the evaluation file"
+                )
             yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
         base += count
 

@@ -22,15 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+import numpy as np
+
 from sft import inputs
 from sft.errors import SftError
 from sft.manifest import hash_file
 from sft.schema import Source
 
 try:  # three times faster than json, and optional: what it refuses, json decides
-    from orjson import loads as _fast_loads
+    import orjson
 except ImportError:
-    _fast_loads = None
+    orjson = None  # type: ignore[assignment]
 
 CHUNK_BYTES = 8 << 20
 """Input bytes in a chunk of a large file: the unit of work of a worker and of what a kill -9 can lose."""
@@ -40,6 +42,7 @@ MAX_ROW_BYTES = 64 << 20
 BATCH_BYTES = 4 << 20
 BATCH_ROWS = 4096
 EXAMPLE_CHARS = 200
+_LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 class BadRow(NamedTuple):
@@ -91,11 +94,11 @@ def resolve(
     if source.path.startswith("hf://"):
         found = _hub(source, cache / "hub", say)
     elif source.path.startswith("gs://"):
-        from sft.sources_gs import fetch
-
-        found = fetch(source.path, cache / "gs", say)
+        found = _gs(source.path, cache / "gs", say)
     elif inputs.is_remote(source.path):
-        raise SftError(f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them")
+        raise SftError(
+            f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them"
+        )
     else:
         found = inputs.members(find(source.path), source.path)
     return [_plain(name, file, cache / "unpacked", sha256) for name, file in found.items()]
@@ -165,7 +168,9 @@ def _is_array(name: str, file: Path) -> bool:
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        raise SftError(f"{name}: neither a JSON array of rows nor one row per line; next: write one JSON object per line") from None
+        raise SftError(
+            f"{name}: neither a JSON array of rows nor one row per line; next: write one JSON object per line"
+        ) from None
     return False
 
 
@@ -176,7 +181,9 @@ def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
     buffer, at, row, state, end_of_file = "", 0, 0, "start", False
 
     def broken(why: str) -> SftError:
-        return SftError(f"{name}: broken JSON array after row {row} ({why}); next: repair it or write one JSON object per line")
+        return SftError(
+            f"{name}: broken JSON array after row {row} ({why}); next: repair it or write one JSON object per line"
+        )
 
     with file.open("rb") as f:
 
@@ -229,11 +236,15 @@ def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, P
     """A Hugging Face dataset as one Parquet file in the cache."""
     name, _, revision = source.path.removeprefix("hf://").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or not re.fullmatch(r"[\w./-]*", revision):
-        raise SftError(f"[prepare] sources: {source.path!r} is not hf://org/name or hf://org/name@revision; next: correct it")
+        raise SftError(
+            f"[prepare] sources: {source.path!r} is not hf://org/name or hf://org/name@revision; next: correct it"
+        )
     wanted = [name, revision, source.subset, source.split]
     pinned = re.fullmatch(r"[0-9a-f]{40}", revision) is not None
     if not pinned:
-        say(f"{source.path}: not pinned to a commit; what 'main' means may change: write @<40 hex digits> after the name")
+        say(
+            f"{source.path}: not pinned to a commit; what 'main' means may change: write @<40 hex digits> after the name"
+        )
     label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
     copy = cache / f"{label}.parquet"
     if pinned and copy.exists():
@@ -254,12 +265,41 @@ def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, P
     return {source.path: copy}
 
 
+def _gs(path: str, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
+    from sft import storage
+
+    folder, _, last = path.rstrip("/").rpartition("/")
+    single = inputs.kind(last) is not None
+    where = folder if single else path.rstrip("/")
+    remote = storage.open_storage(where)
+    if single:
+        listed = {last: entry} if (entry := remote.find(last)) else {}
+    else:
+        listed = {
+            name: entry for name, entry in remote.list().items() if inputs.kind(name) and not inputs.is_ignored(name)
+        }
+    if not listed:
+        raise SftError(
+            f"[prepare] sources: {path}: no object, or no {', '.join(inputs.ROWS)} under it; next: correct the path"
+        )
+    jobs, found = [], {}
+    for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
+        content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
+        jobs.append(storage.Job(name, content, entry.bytes, crc32c=entry.crc32c))
+        found[f"{where}/{name}"] = cache / content
+    storage.transfer(jobs, remote, storage.open_storage(str(cache)), say)
+    return found
+
+
 def cut(file: InputFile) -> list[Chunk]:
     """The chunks of a file, decided by its content alone."""
     if file.kind == "jsonl":
         size = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, file.bytes // 16))
         starts = range(0, file.bytes, size)
-        return [Chunk(file, i, s, min(s + size, file.bytes), min(s + size, file.bytes) - s) for i, s in enumerate(starts)]
+        return [
+            Chunk(file, i, s, min(s + size, file.bytes), min(s + size, file.bytes) - s) for i, s in enumerate(starts)
+        ]
     with _reading(file):
         sizes = _parquet_sizes(file) if file.kind == "parquet" else [b.nbytes for b in _arrow_batches(file)]
     chunks: list[Chunk] = []
@@ -305,9 +345,13 @@ class _reading:
     def __exit__(self, kind: object, error: object, trace: object) -> None:
         import pyarrow as pa
 
-        if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or (isinstance(error, OSError) and error.errno is None):
+        if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or (
+            isinstance(error, OSError) and error.errno is None
+        ):
             reason = str(error).strip().splitlines()[0][:300]
-            raise SftError(f"{self.file.name}: broken {self.file.kind} file ({reason}); next: fetch or write it again") from None
+            raise SftError(
+                f"{self.file.name}: broken {self.file.kind} file ({reason}); next: fetch or write it again"
+            ) from None
 
 
 def read(chunk: Chunk) -> Iterator[Batch]:
@@ -360,7 +404,7 @@ def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
 
 def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
     batch, size = Batch(), 0
-    for line in _lines(chunk):
+    for line, long_numbers in _lines(chunk):
         number = batch.count
         batch.count += 1
         if line is None:
@@ -368,10 +412,12 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
             continue
         size += len(line)
         try:
-            row = parse(line)
+            row = parse(line, long_numbers)
         except ValueError as e:
             reason, _, detail = str(e).partition(": ")
-            batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], line[:EXAMPLE_CHARS].decode("utf-8", "replace")))
+            batch.bad.append(
+                BadRow(number, reason, detail[:EXAMPLE_CHARS], line[:EXAMPLE_CHARS].decode("utf-8", "replace"))
+            )
             continue
         if row is not None:
             batch.rows.append(row)
@@ -382,11 +428,14 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
     yield batch
 
 
-def parse(line: bytes) -> dict[str, Any] | None:
-    """One row; None for a blank line; ValueError("reason: detail") for anything else."""
-    if _fast_loads is not None:
+def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
+    """One row; None for a blank line; ValueError("reason: detail") for anything else.
+
+    `long_numbers`: the line may hold integers that need more than 64 bits. orjson would round them, json does not.
+    """
+    if orjson is not None and not (long_numbers and _LONG_NUMBER.search(line)):
         try:
-            value = _fast_loads(line)
+            value = orjson.loads(line)
             if isinstance(value, dict):
                 return value
         except ValueError:
@@ -408,8 +457,19 @@ def parse(line: bytes) -> dict[str, Any] | None:
     return value
 
 
-def _lines(chunk: Chunk) -> Iterator[bytes | None]:
-    """Lines that begin inside the chunk; the last may end beyond it. None stands for one that is too long."""
+def _has_long_number(data: bytes) -> bool:
+    """Whether 8 bytes at a multiple of 8 are all digits, as happens in any 15 digits in a row. A fraction of a ns a byte."""
+    words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
+    high = np.uint64(0xF0F0F0F0F0F0F0F0)
+    digits = np.uint64(0x3030303030303030)
+    return bool((((words & high) == digits) & (((words + np.uint64(0x0606060606060606)) & high) == digits)).any())
+
+
+def _lines(chunk: Chunk) -> Iterator[tuple[bytes | None, bool]]:
+    """Lines that begin inside the chunk; the last may end beyond it. None stands for one that is too long.
+
+    With each line, whether it may hold a number of 15 digits or more.
+    """
     with open(chunk.file.path, "rb") as f:
         if chunk.start == 0:
             data = f.read(chunk.stop)
@@ -423,20 +483,22 @@ def _lines(chunk: Chunk) -> Iterator[bytes | None]:
             data = data[first + 1 :]
         if not data:
             return
+        long_numbers = _has_long_number(data)
         *whole, last = data.split(b"\n")
-        yield from whole
+        for line in whole:
+            yield line, long_numbers
         if not last:
             return  # the chunk ends with a line
         while b"\n" not in (block := f.read(1 << 20)):
             if not block:
-                yield last
+                yield last, True
                 return
             last += block
             if len(last) > MAX_ROW_BYTES:
-                yield None
+                yield None, False
                 return
         last += block[: block.index(b"\n")]
-        yield last if len(last) <= MAX_ROW_BYTES else None
+        yield (last if len(last) <= MAX_ROW_BYTES else None), True
 
 
 def read_row(files: list[InputFile], row: int, name: str = "") -> tuple[str, dict[str, Any]]:

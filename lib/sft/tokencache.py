@@ -68,10 +68,12 @@ class ChunkWriter:
         name = f"{TEMPORARY}{self.path.name}-{socket.gethostname()}-{os.getpid()}"
         self._temporary = self.path.with_name(name)
         self._file = self._temporary.open("wb")
-        self._masks = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=self.path.parent, prefix=TEMPORARY)
+        self._masks = tempfile.SpooledTemporaryFile(_SPOOL_BYTES, dir=str(self.path.parent), prefix=TEMPORARY)
         return self
 
-    def add(self, ids: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], rows: NDArray[np.int64]) -> None:
+    def add(
+        self, ids: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], rows: NDArray[np.int64]
+    ) -> None:
         """Appends whole documents; `rows` are their row numbers inside the chunk."""
         if not len(lengths):
             return
@@ -83,7 +85,7 @@ class ChunkWriter:
         index = np.zeros(len(lengths), dtype=INDEX)
         index["length"], index["row"] = lengths, rows
         index["labels"] = np.add.reduceat(mask, starts, dtype=np.int64)
-        raw = memoryview(ids).cast("B")
+        raw = ids.data.cast("B")
         digests = [_digest(raw[4 * a : 4 * b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
         index["digest"] = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
         self._index.append(index)
@@ -151,7 +153,9 @@ class Tokens:
         except (OSError, ValueError) as e:
             raise SftError(f"{path}: the token cache lost this file ({e}); next: run it again") from None
         return cls(
-            raw[: 4 * n].view("<u4"), raw[4 * n : 5 * n].view(np.bool_), raw[5 * n : 5 * n + d * INDEX.itemsize].view(INDEX)
+            raw[: 4 * n].view("<u4"),
+            raw[4 * n : 5 * n].view(np.bool_),
+            raw[5 * n : 5 * n + d * INDEX.itemsize].view(INDEX),
         )
 
 
@@ -163,7 +167,7 @@ def is_intact(path: Path, summary: Summary) -> bool:
         found["mask"] = google_crc32c.extend(found["mask"], tokens.mask[start : start + _COPY_BYTES].tobytes())
     if found != summary.crc:
         return False
-    raw = memoryview(tokens.ids).cast("B")
+    raw = tokens.ids.data.cast("B")
     ends = np.cumsum(tokens.index["length"], dtype=np.int64)
     spans = zip((ends - tokens.index["length"]).tolist(), ends.tolist(), tokens.index["digest"], strict=True)
     return all(_digest(raw[4 * a : 4 * b]) == digest.tobytes() for a, b, digest in spans)

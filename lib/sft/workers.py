@@ -6,6 +6,7 @@ result) as they finish, in any order. With one worker everything happens in this
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -69,7 +70,7 @@ def work(
     finished = False
     try:
         while True:
-            while len(running) < WAITING * workers and (job := next(left, None)) is not None:
+            for job in itertools.islice(left, max(0, WAITING * workers - len(running))):
                 running[pool.submit(_run, job)] = job
             if not running:
                 finished = True

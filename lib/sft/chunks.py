@@ -1,0 +1,122 @@
+"""What the worker processes of prepare do with one chunk of a source: encode it, or look for evaluation texts in it.
+
+In: a `Job`. Out: a file in the token cache (`EncodeChunk`) or in the cache of screens (`ScreenChunk`), under its final name
+only when whole, and a short summary for the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sft import manifest, sources
+from sft.decontaminate import Screen
+from sft.tokencache import ChunkWriter, Rejected, Summary
+
+if TYPE_CHECKING:
+    from sft.tokenize import Encoder
+
+
+@dataclass(frozen=True)
+class Job:
+    """One chunk to encode: `number` counts over the whole mix, `name` is its file in the caches."""
+
+    number: int
+    source: int
+    chunk: sources.Chunk
+    name: str
+
+
+class EncodeChunk:
+    """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
+
+    def __init__(self, encoder: Encoder, cache: Path):
+        self.encoder, self.cache = encoder, cache
+        self.sources = encoder.prepare.sources
+
+    def __call__(self, job: Job) -> tuple[Summary, float]:
+        began = time.monotonic()
+        source = self.sources[job.source]
+        with without_gc(), ChunkWriter(self.cache / job.name) as writer:
+            summary = writer.summary
+            for batch in sources.read(job.chunk):
+                summary.rejects += [Rejected(*bad) for bad in batch.bad]
+                summary.rows += len(batch.rows) + len(batch.bad)
+                summary.lines = batch.count
+                if not batch.rows:
+                    continue
+                encoded = self.encoder.encode(batch.rows, source)
+                numbers = np.array(batch.numbers, dtype=np.int64)
+                writer.add(encoded.ids, encoded.mask, encoded.lengths, numbers[encoded.rows])
+                summary.rejects += [
+                    Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects
+                ]
+                note(summary.notes, encoded.engine, encoded.proof)
+            summary.rejects.sort()
+        told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+        return told, began
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Rows are trees: looking for cycles in millions of their objects takes a tenth of the time and finds none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
+    """Adds what the encoder says of one batch: its proof's counts, and the documents that each engine encoded."""
+    for name, count in [*proof.items(), (f"documents_by_{engine}", proof["documents"])]:
+        notes[name] = notes.get(name, 0) + count
+
+
+class ScreenChunk:
+    """What a worker does to find evaluation texts: writes {"hits": [[row, text], …]} of a chunk."""
+
+    def __init__(self, screen: Screen, cache: Path):
+        self.screen, self.cache = screen, cache
+
+    def __call__(self, job: Job) -> int:
+        hits: list[list[int]] = []
+        for batch in sources.read(job.chunk):
+            found = self.screen.hits(batch.rows)
+            hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
+        manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
+        return len(hits)
+
+
+class Progress:
+    """A line every few seconds: share done, tokens, tokens/s, time left."""
+
+    def __init__(self, say: Callable[[str], None], what: str, total_bytes: int, every_s: float = 5.0):
+        self.say, self.what, self.total, self.every = say, what, max(1, total_bytes), every_s
+        self.began = self.last = time.monotonic()
+        self.bytes = self.tokens = 0
+
+    def add(self, done_bytes: int, tokens: int = 0) -> None:
+        self.bytes += done_bytes
+        self.tokens += tokens
+        now = time.monotonic()
+        if now - self.last >= self.every:
+            self.last = now
+            left = (now - self.began) * (self.total - self.bytes) / max(1, self.bytes)
+            self.say(
+                f"{self.what} {self.bytes / self.total:4.0%}  {self.rate(now)}  {left // 60:.0f}:{left % 60:02.0f} left"
+            )
+
+    def rate(self, now: float | None = None) -> str:
+        seconds = max(1e-9, (now or time.monotonic()) - self.began)
+        return f"{self.tokens / 1e6:,.1f}M tokens, {self.tokens / seconds:,.0f} tokens/s"
