@@ -1,6 +1,7 @@
 """Schedule, AdamW, clipping and the guard."""
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -21,7 +22,7 @@ def test_the_rate_rises_in_a_line_to_its_peak_and_never_above(schedule: str) -> 
     found = rates(schedule=schedule)
     assert found[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert max(found) == found[10] == 1.0
-    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(found[10:]))
 
 
 def test_decay_ends_at_zero_one_step_after_the_last_so_that_every_step_learns() -> None:

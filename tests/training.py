@@ -1,6 +1,6 @@
 """A stage to train in, without Make: a synthetic dataset, a tiny recipe, and the driver that subprocesses run.
 
-    python tests/training.py <folder> [field=value …]        (or under torchrun)
+    python tests/training.py <folder> [ranks=N] [field=value …]
 
 The dataset's documents count upwards from a random id, so that a tiny model learns them within a few steps.
 """
@@ -10,8 +10,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import signal
+import socket
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +97,7 @@ class FakeStage:
         print(f"[train] {text}", flush=True)
 
 
-def main() -> int:
+def train(folder: Path, fields: dict[str, Any]) -> int:
     """The stage on this rank; exit status as sft.train's."""
     from sft.dist import SharedError, join
     from sft.errors import SftError
@@ -101,11 +105,6 @@ def main() -> int:
 
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-    fields: dict[str, Any] = {}
-    for word in sys.argv[2:]:
-        name, _, value = word.partition("=")
-        fields[name] = json.loads(value)
-    folder = Path(sys.argv[1])
     base = fields.pop("base", None)
     world = join(threads=1)
     try:
@@ -122,6 +121,44 @@ def main() -> int:
     finally:
         world.close()
     return 0
+
+
+def fork(ranks: int, action: Callable[[], int]) -> int:
+    """Runs `action` in as many processes, with torchrun's environment; the highest exit status. One import for all."""
+    if ranks == 1:
+        return action()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(ranks):
+        child = os.fork()
+        if not child:
+            here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            os.environ.update(
+                {k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            )
+            status = 1
+            try:
+                status = action()
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        children.append(child)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks get the signal themselves
+    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255 for child in children)
+
+
+def main() -> int:
+    import sft.train  # noqa: F401 - before the fork, so that the ranks share the time it takes
+
+    folder, fields = Path(sys.argv[1]), {}
+    for word in sys.argv[2:]:
+        name, _, value = word.partition("=")
+        fields[name] = json.loads(value)
+    return fork(fields.pop("ranks", 1), lambda: train(folder, fields))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,305 @@
+"""The trainer as a process: the same gradient on any ranks, exact resume, signals, bad steps, reports."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sft import base, checkpoint, metrics
+from sft.checkpoint import Tensors
+from sft.errors import SftError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training
+
+DRIVER = Path(training.__file__)
+REPO = DRIVER.parents[1]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return training.write_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, dataset: Path) -> Path:
+    (tmp_path / "dataset").symlink_to(dataset)
+    return tmp_path
+
+
+def start(folder: Path, **fields: Any) -> subprocess.Popen[str]:
+    words = [f"{k}={json.dumps(v)}" for k, v in fields.items()]
+    env = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, str(DRIVER), str(folder), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str], status: int = 0) -> str:
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == status, out
+    return out
+
+
+def train(folder: Path, status: int = 0, **fields: Any) -> str:
+    return finish(start(folder, **fields), status)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return metrics.read(folder / "train" / "metrics.jsonl")
+
+
+def wait_for(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until metrics.jsonl holds a step."""
+    deadline = time.monotonic() + 120
+    while not any(r["step"] >= step for r in records(folder)):
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def tensors(step: Path) -> dict[str, torch.Tensor]:
+    return dict(Tensors(step)) | {f"optim {k}": v for k, v in Tensors(step, "optim.state.").items()}
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different
+
+
+CURVE = ("step", "loss", "lr", "grad_norm", "labels", "tokens", "padding", "validation_loss", "sources")
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    return [{k: r.get(k) for k in CURVE} for r in records(folder)]
+
+
+def test_training_learns_and_reports(folder: Path) -> None:
+    out = train(folder, steps=40, lr=1e-2)
+    found = records(folder)
+    assert [r["step"] for r in found] == list(range(1, 41))
+    assert found[-1]["loss"] < 0.8 * found[0]["loss"]
+    assert [r["step"] for r in found if "validation_loss" in r] == [6, 12, 18, 24, 30, 36, 40]
+    assert set(found[0]["sources"]) == set(found[5]["validation_sources"]) == {"odd", "even"}
+    for r in found:
+        weights = r["sources"].values()
+        assert min(weights) <= r["loss"] <= max(weights)
+        assert 0 <= r["padding"] < 1
+        assert r["tokens_per_s"] > 0
+    assert "step 40/40" in out
+    assert "ETA 0:00:0" in out
+    result = json.loads((folder / "result.json").read_text())
+    assert result["final_step"] == 40
+    assert result["loss"] == found[-1]["loss"]
+    assert result["validation_loss"] < result["first_validation_loss"]
+    names = {p.name for p in (folder / "train").iterdir()}
+    assert names == {"step40", "metrics.jsonl", "tokenizer"}  # the ephemeral ones are gone
+    assert (folder / "train" / "tokenizer" / "tokenizer.json").is_file()
+    assert not checkpoint.damage(folder / "train" / "step40")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_anywhere_training_ends_with_the_same_bits(folder: Path, dataset: Path, ranks: int) -> None:
+    fields = {"steps": 24, "ranks": ranks, "ephemeral_every": 5}
+    whole = folder / "whole"
+    whole.mkdir()
+    (whole / "dataset").symlink_to(dataset)
+    train(whole, **fields)
+    for at in (2, 7, 16) if ranks == 1 else (13,):
+        process = start(folder, **fields)
+        wait_for(folder, at, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        assert not (folder / "result.json").exists()
+    out = train(folder, **fields)
+    assert "continuing from" in out
+    assert_same_bits(folder / "train" / "step24", whole / "train" / "step24")
+    assert curve(folder) == curve(whole)
+
+
+def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_only(folder: Path, dataset: Path) -> None:
+    """Few packs, so that ranks get very different numbers of labels, and in the last batch none at all."""
+    plans = [(1, 64), (1, 256), (2, 64), (4, 64)]
+    results = []
+    for ranks, microbatch in plans:
+        here = folder / f"{ranks}-{microbatch}"
+        here.mkdir()
+        (here / "dataset").symlink_to(dataset)
+        train(here, ranks=ranks, steps=0, epochs=0.31, lr=1e-3, hardware={"microbatch_tokens": microbatch})
+        results.append(here)
+    steps = len(records(results[0]))
+    weights = [dict(Tensors(r / "train" / f"step{steps}")) for r in results]
+    for result, found in zip(results[1:], weights[1:], strict=True):
+        for ours, theirs in zip(records(result), records(results[0]), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+            assert ours["labels"] == theirs["labels"]
+        for name, value in found.items():
+            torch.testing.assert_close(value, weights[0][name], atol=2e-5, rtol=1e-3)
+
+
+def test_a_resume_on_other_ranks_keeps_data_order_and_state(folder: Path, dataset: Path) -> None:
+    whole = folder / "whole"
+    whole.mkdir()
+    (whole / "dataset").symlink_to(dataset)
+    train(whole, steps=12)
+    process = start(folder, steps=12, ranks=2)
+    wait_for(folder, 7, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert "continuing from" in train(folder, steps=12, ranks=1)
+    for ours, theirs in zip(curve(folder), curve(whole), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, dataset: Path, ranks: int) -> None:
+    fields: dict[str, Any] = {"steps": 30, "ephemeral_every": 0, "ranks": ranks}
+    whole = folder / "whole"
+    whole.mkdir()
+    (whole / "dataset").symlink_to(dataset)
+    train(whole, **fields)
+    process = start(folder, **fields)
+    wait_for(folder, 4, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process, 75)
+    assert (folder / "train" / ".requeue").exists()
+    [(step, saved)] = checkpoint.steps(folder / "train")
+    assert 4 <= step < 30
+    assert checkpoint.is_ephemeral(saved)
+    assert f"continuing from {saved}" in train(folder, **fields)
+    assert not (folder / "train" / ".requeue").exists()
+    assert_same_bits(folder / "train" / "step30", whole / "train" / "step30")
+
+
+def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last_good_checkpoint(folder: Path) -> None:
+    # A rate of 1e30 overflows the weights' products at once; the weights that are saved stay finite.
+    out = train(folder, status=1, lr=1e30, warmup_fraction=0.0, steps=40, max_skipped=4, ephemeral_every=1)
+    assert "4 steps in a row" in out
+    assert "last good checkpoint: " + str(folder / "train" / "step") in out
+    assert "SKIPPED" in out
+    for _, step in checkpoint.steps(folder / "train"):
+        assert all(value.isfinite().all() for value in Tensors(step).values())
+    assert sum(1 for r in records(folder) if r.get("skipped")) == 4
+
+
+def test_a_corrupt_step_is_passed_over_with_a_warning(folder: Path) -> None:
+    train(folder, steps=12, save_every=4)
+    out = folder / "train"
+    good = tensors(out / "step12")
+    shard = next((out / "step12" / "model_and_optim").glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(data)
+    (out / "step8" / "manifest.json").write_text('{"schema": 1, "outp')
+    said = train(folder, steps=12, save_every=4)
+    assert f"warning: {out / 'step12'}: passed over: {shard} has sha256" in said
+    assert f"warning: {out / 'step8'}: passed over: " in said
+    assert f"continuing from {out / 'step4'}" in said
+    assert all(torch.equal(good[k], v) for k, v in tensors(out / "step12").items())
+
+
+def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
+    train(folder)
+    before = records(folder)
+    assert "step 1" not in train(folder).replace("step12", "").split("continuing")[1]
+    assert records(folder) == before
+
+
+def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path, dataset: Path) -> None:
+    first = folder / "first"
+    first.mkdir()
+    (first / "dataset").symlink_to(dataset)
+    train(first, lr=1e-2)
+    step = first / "train" / "step12"
+    train(folder, base=str(step), steps=1, lr=1e-9, warmup_fraction=0.0)
+    ours, theirs = Tensors(folder / "train" / "step1"), Tensors(step)
+    assert all(torch.allclose(ours[k], theirs[k], atol=1e-7) for k in theirs)
+    moments = Tensors(folder / "train" / "step1", "optim.state.")
+    assert moments["lm_head.norm.weight.step"].item() == 1
+    group = records(folder)[0]
+    assert group["lr"] == 1e-9
+    last = records(first)[-1]
+    assert group["loss"] < last["loss"] + 0.5
+
+
+def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "base"
+    other.mkdir()
+    (other / "tokenizer.json").write_text('{"version": "2.0"}')
+    facts = json.loads((folder / "dataset" / "dataset.json").read_text())
+    with pytest.raises(SftError) as error:
+        base.check_tokenizer(folder / "dataset", facts, other)
+    assert facts["tokenizer"]["sha256"] in str(error.value)
+    assert base.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
+    shutil.copy(folder / "dataset" / "data" / "tokenizer" / "tokenizer.json", other)
+    assert base.check_tokenizer(folder / "dataset", facts, other) == ""
+    assert base.check_tokenizer(folder / "dataset", facts, None) == ""
+    (other / "tokenizer.json").unlink()
+    assert "could not be proven" in base.check_tokenizer(folder / "dataset", facts, other)
+
+
+def test_wandb_runs_offline_without_a_key(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    train(folder, steps=2, wandb_project="tests")
+    assert list((folder / "train" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_half_precision_compute_keeps_fp32_weights(folder: Path) -> None:
+    train(folder, precision="bf16", steps=8, lr=1e-2)
+    step = Tensors(folder / "train" / "step8")
+    assert {step.dtype(n) for n in step} == {torch.float32}
+    exact = folder / "exact"
+    exact.mkdir()
+    (exact / "dataset").symlink_to((folder / "dataset").resolve())
+    train(exact, steps=8, lr=1e-2)
+    for ours, theirs in zip(records(folder), records(exact), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+
+
+def test_progress_and_clock_read_well() -> None:
+    record = {"step": 7, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 12345.6, "padding": 0.02}
+    line = metrics.progress_line(record | {"skipped": True, "validation_loss": 1.25}, 300, 12.0)
+    assert line.startswith("step   7/300  loss  1.5000  lr 1.00e-04  grad  0.500     12,346 tok/s  padding  2.0%")
+    assert line.endswith("validation 1.2500  SKIPPED  ETA 0:58:36")
+    assert metrics.clock(90061) == "25:01:01"
+
+
+def test_a_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
+    writer = metrics.Metrics(tmp_path, 2, 10, print)
+    writer.write({"step": 3, "loss": 1.0})
+    writer.close()
+    assert metrics.read(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+
+
+def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
+    from sft import presets, schema
+
+    config = presets.resolve(schema.Model(**training.MODEL), training.VOCAB)
+    described = base.step_config(replace(config, window=16), {})
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
+        base._check_core_config(tmp_path, config)
+    (tmp_path / "config.json").write_text(json.dumps(base.step_config(config, {})))
+    base._check_core_config(tmp_path, config)
+    with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
+        base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
