@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from sft.dataset import Dataset, DatasetWriter
 
 EOS, PAD, VOCAB = 997, 998, 1000

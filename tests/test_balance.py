@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from sft.balance import attention_flops, attention_pairs, deal, deal_in_order, idle, pack_costs, token_flops
 from sft.dataset import DOCUMENT
 from sft.packing import pack_documents

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from sft.dataset import DOCUMENT, Dataset, DatasetWriter, token_dtype
 from sft.errors import SftError
 

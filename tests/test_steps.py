@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from made_data import some_lengths, write_dataset
 from sft.dataset import DOCUMENT
 from sft.errors import SftError
