@@ -1,11 +1,26 @@
 #!/usr/bin/env bash
 # Trains one run: a process per GPU (or one on the CPU) under torchrun, resuming from the last valid checkpoint.
 # Usage: stages/train.sh runs/<run> [--cluster C] [--data FOLDERS] [field=value …]
+# SIGTERM or SIGUSR1: saves, then exits with 75, which asks the scheduler to run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || { sed -n '2,3s/^# //p' "$0" >&2; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
 
 numbers=$(.venv/bin/python -m sft.launch train "$@")
 read -r processes threads <<<"$numbers"
 export OMP_NUM_THREADS="$threads"
-exec .venv/bin/torchrun --standalone --nproc-per-node "$processes" -m sft.train "$@"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # torchrun's 30 s would kill a large model in the middle of its save
+export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1
+
+command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner
+[ "$processes" -eq 1 ] || command=(.venv/bin/torchrun --standalone --nproc-per-node "$processes")
+
+"${command[@]}" -m sft.train "$@" &
+child=$!
+trap 'kill -TERM "$child"' TERM
+trap 'kill -USR1 "$child"' USR1
+trap : INT # Ctrl-C reaches the child by itself
+status=0
+while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+[ ! -e "$1/train/.requeue" ] || exit 75 # torchrun itself says 1
+exit "$status"
