@@ -182,8 +182,8 @@ class Liar:
     def __init__(self, honest: Any) -> None:
         self.honest, self.decode = honest, honest.decode
 
-    def encode_batch(self, texts: list[str]) -> Any:
-        return self.honest.encode_batch([text.replace("é", "e\u0301") for text in texts])
+    def encode_batch(self, texts: list[bytes]) -> Any:
+        return self.honest.encode_batch([text.replace("é".encode(), "e\u0301".encode()) for text in texts])
 
 
 def test_batch_that_the_fast_encoder_gets_wrong_is_encoded_by_tokenizers(folder: Path) -> None:

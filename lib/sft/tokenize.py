@@ -71,6 +71,7 @@ class Batch:
     source_rows: Sequence[Any]
     runs: list[list[str]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
+    data: list[bytes] = field(default_factory=list)  # the texts in UTF-8
     specials: list[int] = field(default_factory=list)  # special tokens that the template wrote
     rows: list[int] = field(default_factory=list)
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
@@ -92,6 +93,7 @@ class Batch:
         self.escaped = {new: self.escaped[old] for new, old in enumerate(left) if old in self.escaped}
         self.runs = [self.runs[document] for document in left]
         self.texts = [self.texts[document] for document in left]
+        self.data = [self.data[document] for document in left if self.data]
         self.specials = [self.specials[document] for document in left]
         self.rows = [self.rows[document] for document in left]
         return keep
@@ -194,16 +196,16 @@ class Encoder:
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
         batch = self._render(rows, self.reader(source).read)
-        self._drop_bad_unicode(batch)
+        self._to_bytes(batch)
         if not self.vocabulary.byte_level:
             return self._encode_by_offsets(batch)
         engine, checked = "tokenizers", 0
-        ids, offsets, good = self._encode_texts(batch, source, self.engine.encode)
+        ids, offsets, good = self._encode_texts(batch, source)
         if self.engine.fast is not None:
             engine, checked = self.engine.name, self._parity(batch, ids, offsets)
             if checked < 0 or not good.all():
                 engine, checked = "tokenizers", 0
-                ids, offsets, good = self._encode_texts(batch, source, self.engine.encode_slowly)
+                ids, offsets, good = self._encode_texts(batch, source, slowly=True)
         if not good.all():
             wrong = "the ids do not decode to the rendered text"
             ids, offsets = self._drop(
@@ -238,18 +240,19 @@ class Encoder:
         batch.texts = ["".join(runs) for runs in runs_of]
         return batch
 
-    def _drop_bad_unicode(self, batch: Batch) -> None:
-        """JSON can spell half a surrogate pair, which no encoder takes."""
-        if all(map(str.isascii, batch.texts)):
+    def _to_bytes(self, batch: Batch) -> None:
+        try:
+            batch.data = list(map(str.encode, batch.texts))
             return
-        bad: dict[int, tuple[str, str]] = {}
+        except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no encoder takes
+            bad: dict[int, tuple[str, str]] = {}
         for document, text in enumerate(batch.texts):
             try:
-                text.isascii() or text.encode()
+                text.encode()
             except UnicodeEncodeError as error:
                 bad[document] = ("bad_unicode", f"not valid Unicode: {error.reason}")
-        if bad:
-            batch.drop(bad)
+        batch.drop(bad)
+        batch.data = list(map(str.encode, batch.texts))
 
     def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> tuple[list[str], int]:
         """Renders with special-token text replaced, remembers how to restore it, and returns the runs as they should read."""
@@ -265,10 +268,13 @@ class Encoder:
         return list(map(back, runs)), specials
 
     def _encode_texts(
-        self, batch: Batch, source: Source, encode: Callable[[list[str]], tuple[Ids, Offsets]]
+        self, batch: Batch, source: Source, slowly: bool = False
     ) -> tuple[Ids, Offsets, npt.NDArray[np.bool_]]:
         """Ids and offsets of the documents, and which of them decode to their text: all, unless the encoder is broken."""
-        ids, offsets = encode(batch.texts)
+        if slowly or self.engine.fast is None:
+            ids, offsets = self.engine.encode_slowly(batch.texts)
+        else:
+            ids, offsets = self.engine.encode(batch.data)
         if self.prepare.special_text != "token":
             bad = self._find_escaped(batch, source, ids, offsets)
             if bad:
@@ -276,9 +282,9 @@ class Encoder:
             if batch.escaped:
                 ids, offsets = self._replace_escaped(batch, ids, offsets)
         good = np.ones(len(batch.texts), dtype=bool)
-        if self.engine.decode(ids) != "".join(batch.texts).encode():
-            for document, text in enumerate(batch.texts):
-                good[document] = self.vocabulary.decode(ids[offsets[document] : offsets[document + 1]]) == text.encode()
+        if self.engine.decode(ids) != b"".join(batch.data):
+            for document, data in enumerate(batch.data):
+                good[document] = self.vocabulary.decode(ids[offsets[document] : offsets[document + 1]]) == data
         return ids, offsets, good
 
     def _find_escaped(self, batch: Batch, source: Source, ids: Ids, offsets: Offsets) -> dict[int, tuple[str, str]]:
@@ -364,7 +370,7 @@ class Encoder:
         if not batch.texts:
             return np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), 0
         flat = list(chain.from_iterable(batch.runs))
-        if all(map(str.isascii, batch.texts)):
+        if sum(map(len, batch.texts)) == sum(map(len, batch.data)):
             sizes = list(map(len, flat))
         else:
             sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]

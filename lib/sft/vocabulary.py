@@ -234,15 +234,16 @@ class Engine:
 
     def _canaries_agree(self) -> bool:
         wanted = self.vocabulary.canaries()
-        ids, offsets = self.encode(list(wanted))
+        ids, offsets = self.encode([text.encode() for text in wanted])
         return all(
             ids[a:b].tolist() == expected
             for a, b, expected in zip(offsets[:-1], offsets[1:], wanted.values(), strict=True)
         )
 
-    def encode(self, texts: list[str]) -> tuple[Ids, Offsets]:
+    def encode(self, texts: list[bytes] | list[str]) -> tuple[Ids, Offsets]:
+        """By the fastest encoder there is. It takes UTF-8, so bytes spare it a conversion."""
         if self.fast is None:
-            return self.encode_slowly(texts)
+            return self.encode_slowly([text if isinstance(text, str) else text.decode() for text in texts])
         layout = self.fast.encode_batch(texts).layout
         offsets = np.asarray(layout.offsets.data, dtype=np.int64)
         ids = np.asarray(layout.content.data, dtype=np.uint32)
