@@ -50,6 +50,13 @@ def test_the_cost_of_a_pack_is_that_of_its_documents_and_trained_tokens():
         assert cost == pytest.approx(expected + 2 * model.d_model * model.vocab_size * pieces["labels"].sum())
 
 
+def test_the_costs_of_some_packs_are_those_among_all():
+    index, model = packs(np.arange(2, 128), 128), PRESETS["olmo3-tiny"]
+    some = np.array([3, 0, len(index) - 1, 3])
+    assert pack_costs(index, model, some) == pytest.approx(pack_costs(index, model)[some])
+    assert len(pack_costs(index, model, some[:0])) == 0
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=100),

@@ -47,14 +47,18 @@ def head_flops(model: ModelConfig) -> float:
     return 2.0 * model.d_model * model.vocab_size
 
 
-def pack_costs(index: PackIndex, model: ModelConfig) -> NDArray[np.float64]:
-    """Forward FLOPs of every pack. Padding is computed like text, so the linear part is the same for all."""
-    if not len(index):
+def pack_costs(index: PackIndex, model: ModelConfig, packs: NDArray[np.int64] | None = None) -> NDArray[np.float64]:
+    """Forward FLOPs of some packs, or of all. Padding is computed like text, so the linear part is the same for all."""
+    if packs is None:
+        pieces, begins = index.pieces, index.offsets[:-1]
+    else:
+        chosen = [index.pack(int(p)) for p in packs]
+        pieces = np.concatenate(chosen) if chosen else index.pieces[:0]
+        begins = np.cumsum([0] + [len(c) for c in chosen])[:-1]
+    if not len(begins):
         return np.zeros(0)
-    cost = np.add.reduceat(attention_flops(index.pieces["length"], model), index.offsets[:-1])
-    cost += token_flops(model) * index.seq_len
-    cost += head_flops(model) * index.sums("labels")
-    return cost
+    cost = attention_flops(pieces["length"], model) + head_flops(model) * pieces["labels"]
+    return np.add.reduceat(cost, begins) + token_flops(model) * index.seq_len
 
 
 def deal(costs: ArrayLike, ranks: int, per_microbatch: int = 1) -> NDArray[np.int64]:

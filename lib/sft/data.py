@@ -101,7 +101,7 @@ class Loader:
         self.plan, self.dataset, self.eos_id, self.pad_id = plan, dataset, eos_id, pad_id
         self.rank, self.ranks, self.start_step, self.threads = rank, ranks, start_step, max(threads, 1)
         self.microbatches, self.packs_each = accumulation(plan.batch_packs, plan.seq_len, ranks, microbatch_tokens)
-        self.costs = pack_costs(plan.index, model)
+        self.model = model
         self.pin = torch.cuda.is_available() if pin is None else pin
 
     @property
@@ -110,16 +110,21 @@ class Loader:
 
     def dealt(self, step: int) -> NDArray[np.int64]:
         """Packs of a step as [microbatch, rank, slot], -1 where there is none."""
-        packs = self.plan.packs(step)
-        if self.plan.order == "olmo-core":
-            slots = deal_in_order(len(packs), self.ranks, self.packs_each)
-        else:
-            slots = deal(self.costs[packs], self.ranks, self.packs_each)
+        packs, _, slots = self._deal(step)
         return np.append(packs, -1)[slots]
 
     def idle(self, step: int) -> float:
         """The share of the ranks' time that this step is expected to wait, ranks meeting in every microbatch."""
-        return idle(self.costs, self.dealt(step))[0]
+        _, costs, slots = self._deal(step)
+        return idle(costs, slots)[0]
+
+    def _deal(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """The packs of a step, their costs, and who gets which of them."""
+        packs = self.plan.packs(step)
+        costs = pack_costs(self.plan.index, self.model, packs)
+        if self.plan.order == "olmo-core":
+            return packs, costs, deal_in_order(len(packs), self.ranks, self.packs_each)
+        return packs, costs, deal(costs, self.ranks, self.packs_each)
 
     def __iter__(self) -> Iterator[tuple[int, list[Microbatch]]]:
         """Reads a step and a half ahead, in threads: NumPy lets go of the interpreter while it gathers."""
