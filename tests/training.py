@@ -1,6 +1,4 @@
-"""A stage to train in, without Make: a synthetic dataset, a tiny recipe, and the driver that subprocesses run.
-
-    python tests/training.py <folder> [ranks=N] [field=value …]
+"""A stage to train in, without Make: a synthetic dataset, a tiny recipe, and `run`, the target of a test's process.
 
 The dataset's documents count upwards from a random id, so that a tiny model learns them within a few steps.
 """
@@ -151,15 +149,11 @@ def fork(ranks: int, action: Callable[[], int]) -> int:
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) & 255 for child in children)
 
 
-def main() -> int:
-    import sft.train  # noqa: F401 - before the fork, so that the ranks share the time it takes
-
-    folder, fields = Path(sys.argv[1]), {}
-    for word in sys.argv[2:]:
-        name, _, value = word.partition("=")
-        fields[name] = json.loads(value)
-    return fork(fields.pop("ranks", 1), lambda: train(folder, fields))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(folder: Path, fields: dict[str, Any]) -> None:
+    """A whole training run as a process group of its own; its words go to <folder>/log."""
+    os.setsid()
+    with (folder / "log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    ranks = fields.pop("ranks", 1)
+    sys.exit(fork(ranks, lambda: train(folder, fields)))
