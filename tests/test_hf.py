@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from sft import hf
 from sft.errors import SftError
 from sft.presets import PRESETS, ModelConfig, Yarn
@@ -45,17 +46,13 @@ def build(config: ModelConfig, vocab: int = 200) -> object:
 def test_our_names_and_shapes_are_those_transformers_writes(
     config: ModelConfig,
 ) -> None:
-    theirs = {
-        name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()
-    }
+    theirs = {name: tuple(tensor.shape) for name, tensor in build(config).state_dict().items()}
     ours = {hf.hf_name(name): shape for name, shape in hf.shapes(config, 200).items()}
     assert theirs == ours
     assert all(hf.hf_name(hf.our_name(name)) == name for name in theirs)
 
 
-@pytest.mark.parametrize(
-    "preset", ["olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo3-7b", "olmo3-32b"]
-)
+@pytest.mark.parametrize("preset", ["olmo2-1b", "olmo2-7b", "olmo2-13b", "olmo3-7b", "olmo3-32b"])
 def test_a_config_survives_the_round_trip(preset: str) -> None:
     config = PRESETS[preset]
     made = hf.hf_config(
@@ -73,34 +70,24 @@ def test_a_config_survives_the_round_trip(preset: str) -> None:
 
 
 def test_yarn_is_on_the_full_layers_only() -> None:
-    rope = hf.hf_config(
-        TINY3, vocab_size=200, max_position_embeddings=512, dtype="float32"
-    ).rope_parameters
+    rope = hf.hf_config(TINY3, vocab_size=200, max_position_embeddings=512, dtype="float32").rope_parameters
     assert rope["sliding_attention"]["rope_type"] == "default"
     assert rope["full_attention"]["rope_type"] == "yarn"
-    assert rope["full_attention"]["attention_factor"] == pytest.approx(
-        1.20794, abs=1e-5
-    )
+    assert rope["full_attention"]["attention_factor"] == pytest.approx(1.20794, abs=1e-5)
 
 
 def test_another_rope_theta_reaches_windowed_and_full_layers() -> None:
     from transformers import Olmo3Config
 
     config = replace(TINY3, rope_theta=8e6)
-    data = hf.config_json(
-        hf.hf_config(
-            config, vocab_size=200, max_position_embeddings=512, dtype="float32"
-        )
-    )
+    data = hf.config_json(hf.hf_config(config, vocab_size=200, max_position_embeddings=512, dtype="float32"))
     loaded = Olmo3Config(**json.loads(json.dumps(data)))
     assert {rope["rope_theta"] for rope in loaded.rope_parameters.values()} == {8e6}
     assert data["rope_theta"] == 8e6 and data["rope_scaling"]["rope_type"] == "yarn"
 
 
 @pytest.mark.parametrize("shard", ["10GB", "20KB"], ids=["one file", "many files"])
-def test_a_folder_that_transformers_wrote_reads_back_under_our_names(
-    tmp_path: Path, shard: str
-) -> None:
+def test_a_folder_that_transformers_wrote_reads_back_under_our_names(tmp_path: Path, shard: str) -> None:
     model = build(TINY3)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     weights = hf.Folder(tmp_path)
@@ -110,12 +97,6 @@ def test_a_folder_that_transformers_wrote_reads_back_under_our_names(
     for name in weights:
         assert torch.equal(weights[name], state[hf.hf_name(name)])
         assert weights.shape(name) == tuple(state[hf.hf_name(name)].shape)
-    padded = weights.padded("embeddings.weight", 256)
-    assert (
-        padded.shape == (256, 32)
-        and not padded[200:].any()
-        and torch.equal(padded[:200], weights["embeddings.weight"])
-    )
 
 
 def test_a_folder_with_another_geometry_names_field_and_both_values(
@@ -123,13 +104,9 @@ def test_a_folder_with_another_geometry_names_field_and_both_values(
 ) -> None:
     build(TINY3).save_pretrained(tmp_path)
     weights = hf.Folder(tmp_path)
-    with pytest.raises(
-        SftError, match=r"config.json: hidden: 48, the recipe's \[model\] says 64"
-    ):
+    with pytest.raises(SftError, match=r"config.json: hidden: 48, the recipe's \[model\] says 64"):
         weights.check(replace(TINY3, hidden=64))
-    with pytest.raises(
-        SftError, match=r"vocab_size: 200, the recipe's \[model\] has 128 rows"
-    ):
+    with pytest.raises(SftError, match=r"vocab_size: 200, the recipe's \[model\] has 128 rows"):
         weights.check(replace(TINY3, vocab_size=128))
 
 
@@ -145,7 +122,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     build(TINY3).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(SftError, match="model.safetensors: not readable"):
+    with pytest.raises(SftError, match=r"model\.safetensors: not readable"):
         hf.Folder(tmp_path)
 
 

@@ -113,7 +113,6 @@ def export(
     )
     write_json(target / "config.json", hf.config_json(made))
     generation = {
-        "_from_model_config": False,
         "do_sample": False,
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
         "pad_token_id": int(facts["pad_id"]),

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,8 @@ def go_offline(options: Evaluate, tasks: Path, work: Path) -> None:
     (work / "datasets").mkdir(parents=True, exist_ok=True)
     os.environ["HF_DATASETS_CACHE"] = str(work / "datasets")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if not sys.stderr.isatty():
+        os.environ["TQDM_MININTERVAL"] = "30"  # a log needs no line per batch
     local = {m[1] for file in tasks.rglob("*.yaml") for m in re.finditer(r"^task:\s*([\w.-]+)", file.read_text(), re.M)}
     if set(options.tasks) <= local:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):

@@ -46,6 +46,11 @@ _INNER = {
 }
 _OURS = {theirs: ours for ours, theirs in _OUTER.items()}
 _INNER_OURS = {theirs: ours for ours, theirs in _INNER.items()}
+# What transformers writes into every config.json beside the model's own fields.
+_NOT_ABOUT_THE_MODEL = {
+    "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type", "return_dict",
+    "output_attentions", "output_hidden_states",
+}  # fmt: skip
 VOCAB_ROWS = (
     "embeddings.weight",
     "lm_head.w_out.weight",
@@ -89,18 +94,14 @@ def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...
     }
     result: dict[str, tuple[int, ...]] = {"embeddings.weight": (vocab, d)}
     for layer in range(config.n_layers):
-        result.update(
-            {f"blocks.{layer}.{name}.weight": shape for name, shape in block.items()}
-        )
+        result.update({f"blocks.{layer}.{name}.weight": shape for name, shape in block.items()})
     result["lm_head.norm.weight"] = (d,)
     result["lm_head.w_out.weight"] = (vocab, d)
     return result
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    return [
-        "sliding_attention" if window else "full_attention" for window in config.windows
-    ]
+    return ["sliding_attention" if window else "full_attention" for window in config.windows]
 
 
 def hf_config(
@@ -146,9 +147,7 @@ def hf_config(
         common["head_dim"] = config.head_dim
     windows = {window for window in config.windows if window}
     if not windows:
-        return Olmo2Config(
-            **common, rope_parameters=full, architectures=["Olmo2ForCausalLM"]
-        )
+        return Olmo2Config(**common, rope_parameters=full, architectures=["Olmo2ForCausalLM"])
     rope = {
         "full_attention": full,
         "sliding_attention": plain,
@@ -169,12 +168,11 @@ def config_json(config: PretrainedConfig) -> dict[str, Any]:
     without a word. Version 5 reads `rope_parameters` first, so that both load the same model.
     """
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    data = {name: value for name, value in data.items() if name not in _NOT_ABOUT_THE_MODEL}
     rope = data["rope_parameters"].get("full_attention", data["rope_parameters"])
     data["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
-        data["rope_scaling"] = {
-            name: value for name, value in rope.items() if name != "rope_theta"
-        }
+        data["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return data
 
 
@@ -204,9 +202,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
                 old_context=int(scaling["original_max_position_embeddings"]),
             )
         elif scaling.get("rope_type", "default") != "default":
-            raise SftError(
-                f"{where}: rope_type: {scaling['rope_type']!r}, expected 'default' or 'yarn'"
-            )
+            raise SftError(f"{where}: rope_type: {scaling['rope_type']!r}, expected 'default' or 'yarn'")
         config = ModelConfig(
             n_layers=int(data["num_hidden_layers"]),
             d_model=d_model,
@@ -216,9 +212,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
             hidden=int(data["intermediate_size"]),
             vocab_size=int(data["vocab_size"]),
             window=int(data["sliding_window"]) if kind == "olmo3" else 0,
-            rope_theta=float(
-                data.get("rope_theta") or rope.get("rope_theta") or 500_000.0
-            ),
+            rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or 500_000.0),
             yarn=yarn,
             init_std=float(data.get("initializer_range", 0.02)),
             norm_eps=float(data.get("rms_norm_eps", 1e-5)),
@@ -227,9 +221,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
         raise SftError(f"{where}: no field {error.args[0]!r}") from error
     types = data.get("layer_types")
     if kind == "olmo3" and types is not None and list(types) != layer_types(config):
-        raise SftError(
-            f"{where}: layer_types: {types}, expected every fourth layer full: {layer_types(config)}"
-        )
+        raise SftError(f"{where}: layer_types: {types}, expected every fourth layer full: {layer_types(config)}")
     return config
 
 
@@ -270,46 +262,29 @@ class Folder(Mapping[str, "torch.Tensor"]):
         self._stack = ExitStack()
         self._where: dict[str, Any] = {}
         for name in files:
-            if not isinstance(name, str) or not re.fullmatch(
-                r"[A-Za-z0-9_.-]+\.safetensors", name
-            ):
-                raise SftError(
-                    f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file"
-                )
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+\.safetensors", name):
+                raise SftError(f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file")
             file = path / name
             if not file.is_file():
                 raise SftError(
-                    f"{file}: missing"
-                    + (
-                        f", named by {index.name}"
-                        if listed
-                        else "; fetch the weights again"
-                    )
+                    f"{file}: missing" + (f", named by {index.name}" if listed else "; fetch the weights again")
                 )
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise SftError(
-                    f"{file}: not readable as safetensors: {error}"
-                ) from error
+                raise SftError(f"{file}: not readable as safetensors: {error}") from error
             for key in handle.keys():  # noqa: SIM118 (a safe_open handle is not iterable)
                 if listed and listed.get(key) != name:
-                    raise SftError(
-                        f"{file}: tensor {key}: the index puts it in {listed.get(key)!r}"
-                    )
+                    raise SftError(f"{file}: tensor {key}: the index puts it in {listed.get(key)!r}")
                 try:
                     ours = our_name(key)
                 except KeyError:
-                    raise SftError(
-                        f"{file}: tensor {key}: not a parameter of OLMo 2 or OLMo 3"
-                    ) from None
+                    raise SftError(f"{file}: tensor {key}: not a parameter of OLMo 2 or OLMo 3") from None
                 if ours in self._where:
                     raise SftError(f"{file}: tensor {key}: present twice")
                 self._where[ours] = handle
         if absent := sorted(set(listed) - {hf_name(name) for name in self._where}):
-            raise SftError(
-                f"{index}: {len(absent)} tensors are in no file, the first is {absent[0]}"
-            )
+            raise SftError(f"{index}: {len(absent)} tensors are in no file, the first is {absent[0]}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._where[name].get_tensor(hf_name(name))
@@ -350,20 +325,7 @@ class Folder(Mapping[str, "torch.Tensor"]):
                 f"{self.path / 'config.json'}: vocab_size: {vocab}, the recipe's [model] has {config.vocab_size} rows; "
                 f"set vocab_size = {vocab}"
             )
-        check_shapes(
-            {name: self.shape(name) for name in self}, shapes(found), str(self.path)
-        )
-
-    def padded(self, name: str, rows: int) -> torch.Tensor:
-        """A tensor with its vocabulary rows filled up with zeros to `rows`; other tensors come as they are."""
-        import torch
-
-        tensor = self[name]
-        if name not in VOCAB_ROWS or tensor.shape[0] >= rows:
-            return tensor
-        return torch.cat(
-            [tensor, tensor.new_zeros(rows - tensor.shape[0], *tensor.shape[1:])]
-        )
+        check_shapes({name: self.shape(name) for name in self}, shapes(found), str(self.path))
 
     def close(self) -> None:
         self._stack.close()
@@ -376,15 +338,9 @@ def check_shapes(
 ) -> None:
     """Raises SftError unless both name the same tensors with the same shapes."""
     if missing := [name for name in wanted if name not in found]:
-        raise SftError(
-            f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}"
-        )
+        raise SftError(f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}")
     if extra := [name for name in found if name not in wanted]:
-        raise SftError(
-            f"{where}: {len(extra)} tensors that the model does not have, the first is {extra[0]}"
-        )
+        raise SftError(f"{where}: {len(extra)} tensors that the model does not have, the first is {extra[0]}")
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
-            raise SftError(
-                f"{where}: {name}: shape {tuple(found[name])}, expected {tuple(shape)}"
-            )
+            raise SftError(f"{where}: {name}: shape {tuple(found[name])}, expected {tuple(shape)}")

@@ -135,7 +135,7 @@ def curves(records: Sequence[Mapping[str, Any]]) -> str:
             small.append(charts.lines([Line(title, "one", found)], width=360, height=190, x_name="step", digits=6))
     skipped = sum(1 for r in records if r.get("skipped"))
     note = (
-        f'<p class="note">{skipped} steps were skipped: their loss or gradient was a spike or not finite.</p>'
+        f'<p class="note">Steps skipped because their loss or gradient was a spike or not finite: {skipped}.</p>'
         if skipped
         else ""
     )
@@ -208,7 +208,7 @@ def export(run: Path) -> str:
         ("logits", f"largest difference {logits['max_difference']:.2e} at logits up to {logits['max_logit']:.2f}, argmax equal in"
                    f" {logits['argmax_agreement']:.1%} of {logits['rows']} positions"),
         ("compared on", f"packed conversations of {', '.join(f'{n:,}' for n in logits['documents'])} tokens, {logits['layers']} layers"),
-        ("cost of rounding", f"KL divergence {logits['rounding_kl']:.2e} nats a token"),
+        ("cost of rounding", f"KL divergence {logits['rounding_kl']:.1e} nats a token" if logits["rounding_kl"] else "none"),
         ("stops on", ", ".join(str(i) for i in gate["tokenizer"]["stop_ids"])),
     ]  # fmt: skip
     body = table(["", ""], [[escape(k), escape(v)] for k, v in facts], head=False)
