@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -467,3 +468,24 @@ def test_the_program_publishes_a_manifest_and_parts_fill_the_cache(tmp_path):
         done = subprocess.run(command, env={**env, "SHARD": shard}, capture_output=True, text=True, cwd=REPO)
         assert done.returncode == 0 and last in done.stdout, done.stdout + done.stderr
     assert list((tmp_path / "runs" / ".cache" / "tokens").glob("*/*.tok"))
+
+
+def test_a_second_run_waits_for_the_cache_and_then_encodes_nothing(tmp_path, no_encoding):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)])
+    first = stage(tmp_path)
+    holder = prepare.Preparation(first, prepare.Shard())
+    order: list[str] = []
+
+    def second() -> None:
+        prepare.prepare(stage(tmp_path, out="second", seed=5))
+        order.append("second")
+
+    with holder.locked():
+        thread = threading.Thread(target=second)
+        thread.start()
+        holder.encode()
+        time.sleep(0.3)
+        order.append("first")
+        no_encoding()
+    thread.join()
+    assert order == ["first", "second"]

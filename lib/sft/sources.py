@@ -40,6 +40,7 @@ MIN_CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20
 """A longer line is a reject: one row must not be able to exhaust the memory."""
 BATCH_BYTES = 4 << 20
+"""Input bytes that are in memory as Python objects at a time, in each worker."""
 BATCH_ROWS = 4096
 EXAMPLE_CHARS = 200
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -415,14 +416,13 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
             row = parse(line, long_numbers)
         except ValueError as e:
             reason, _, detail = str(e).partition(": ")
-            batch.bad.append(
-                BadRow(number, reason, detail[:EXAMPLE_CHARS], line[:EXAMPLE_CHARS].decode("utf-8", "replace"))
-            )
+            example = line[:EXAMPLE_CHARS].decode("utf-8", "replace")
+            batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], example))
             continue
         if row is not None:
             batch.rows.append(row)
             batch.numbers.append(number)
-        if size >= BATCH_BYTES or len(batch.rows) >= BATCH_ROWS:
+        if size >= BATCH_BYTES:
             yield batch
             batch, size = Batch(count=batch.count), 0
     yield batch
@@ -458,17 +458,20 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
 
 
 def _has_long_number(data: bytes) -> bool:
-    """Whether 8 bytes at a multiple of 8 are all digits, as happens in any 15 digits in a row. A fraction of a ns a byte."""
+    """Whether 19 digits stand in a row somewhere, at a fraction of a nanosecond a byte.
+
+    Such a number covers 8 bytes at a multiple of 8, all of them digits; only where that is so does a search look closer.
+    """
     words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
-    high = np.uint64(0xF0F0F0F0F0F0F0F0)
-    digits = np.uint64(0x3030303030303030)
-    return bool((((words & high) == digits) & (((words + np.uint64(0x0606060606060606)) & high) == digits)).any())
+    high, digits = np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(0x3030303030303030)
+    found = ((words & high) == digits) & (((words + np.uint64(0x0606060606060606)) & high) == digits)
+    return any(_LONG_NUMBER.search(data, max(0, 8 * i - 18), 8 * i + 26) for i in np.flatnonzero(found).tolist())
 
 
 def _lines(chunk: Chunk) -> Iterator[tuple[bytes | None, bool]]:
     """Lines that begin inside the chunk; the last may end beyond it. None stands for one that is too long.
 
-    With each line, whether it may hold a number of 15 digits or more.
+    With each line, whether it may hold a number of 19 digits or more.
     """
     with open(chunk.file.path, "rb") as f:
         if chunk.start == 0:
