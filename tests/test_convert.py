@@ -74,6 +74,7 @@ def test_the_fast_gate_says_that_it_took_four_layers(tmp_path: Path) -> None:
     folder, weights, facts, options = export(tmp_path, OLMO3, Convert(gate="fast"))
     report = gate.check(folder, weights, OLMO3, facts, options, quiet)
     assert report["summary"]["layers"] == 4 and report["summary"]["greedy_stopped"] is None
+    assert report["summary"]["rounding_kl"] is None
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,14 @@ def export(run: Path) -> str:
     """What the gate compared, and the greedy reply."""
     gate = read(run / "convert" / "gate.json")
     logits, tensors = gate["logits"], gate["tensors"]
+    kl = logits["rounding_kl"]
+    rounding = "not measured" if kl is None else f"KL divergence {kl:.1e} nats a token" if kl else "none: float32"
     facts = [
         ("tensors", f"{tensors['count']:,}, {number(tensors['bytes'])} bytes of {tensors['dtype']}: complete, finite, as in the checkpoint"),
         ("logits", f"largest difference {logits['max_difference']:.2e} at logits up to {logits['max_logit']:.2f}, argmax equal in"
                    f" {logits['argmax_agreement']:.1%} of {logits['rows']} positions"),
         ("compared on", f"packed conversations of {', '.join(f'{n:,}' for n in logits['documents'])} tokens, {logits['layers']} layers"),
-        ("cost of rounding", f"KL divergence {logits['rounding_kl']:.1e} nats a token" if logits["rounding_kl"] else "none"),
+        ("cost of rounding", rounding),
         ("stops on", ", ".join(str(i) for i in gate["tokenizer"]["stop_ids"])),
     ]  # fmt: skip
     body = table(["", ""], [[escape(k), escape(v)] for k, v in facts], head=False)
