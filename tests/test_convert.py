@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_export
 import torch
+
+import tiny_export
 from sft import convert, gate, hf
 from sft.errors import SftError
 from sft.presets import ModelConfig

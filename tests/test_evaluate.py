@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_export
 import torch
+
+import tiny_export
 from sft import convert, evaluate, hf
 from sft.errors import SftError
 from sft.schema import Convert, Evaluate
@@ -82,6 +83,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespace, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+
     from sft import harness
 
     ours = run(place, "colours", tmp_path)["metrics"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from sft.presets import PRESETS, ModelConfig, Yarn
 
 TEMPLATE = (
