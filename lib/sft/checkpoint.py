@@ -209,9 +209,8 @@ def save(
     final, work = out / f"step{step}", out / f".saving-step{step}"
     names = dict(model.named_parameters())
     group = optimizer.param_groups[0]
-    options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
-    # OLMo-core's schedulers start from initial_lr and refuse a checkpoint without it.
-    options["initial_lr"] = group.get("initial_lr", group["lr"])
+    # Every option, and initial_lr, which OLMo-core's schedulers start from: a reader asks for all that its optimizer has.
+    options = {"initial_lr": group["lr"]} | {k: v for k, v in group.items() if k != "params"}
     state: dict[str, Any] = {
         "model": names,
         "optim": {f"state.{k}": v for k, v in optimizer_tensors(model, optimizer).items()}

@@ -355,10 +355,11 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
 
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool]) -> Result:
     """The whole stage on every rank. Raises Requeue when `stop` says so and the state is saved."""
+    if world.leader:
+        (stage.out / REQUEUE_MARK).unlink(missing_ok=True)
     run, start = prepare(stage, world)
     metrics = None
     if world.leader:
-        (stage.out / REQUEUE_MARK).unlink(missing_ok=True)
         copy_tokenizer(stage)
         metrics = Metrics(stage.out, start, run.plan.steps, stage.say)
         train = stage.recipe.train

@@ -1,0 +1,284 @@
+"""Step folders: whole or absent, read without running anything, shared with OLMo-core in both directions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from sft import base, checkpoint, hf, manifest
+from sft.dist import World
+from sft.errors import SftError
+from sft.model import Transformer, initial_values
+from sft.optim import build_adamw
+from sft.presets import ModelConfig, Yarn
+from sft.schema import Train
+
+CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, yarn=Yarn(factor=4.0, old_context=32))
+FACTS = {"vocab_size": 120, "eos_id": 1, "pad_id": 0}
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def trained(seed: int = 0, model_config: ModelConfig = CONFIG) -> tuple[Transformer, torch.optim.AdamW]:
+    """A model after two steps, so that moments and step counts are not zero."""
+    model = Transformer(model_config)
+    model.load_state_dict(dict(initial_values(model, 0.1, seed)))
+    optimizer = build_adamw(model, Train(lr=1e-2))
+    for _ in range(2):
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape)
+        optimizer.step()
+    return model, optimizer
+
+
+def save(out: Path, step: int = 3, seed: int = 0, ephemeral: bool = False) -> Path:
+    model, optimizer = trained(seed)
+    state = {"step": step}
+    config = base.step_config(CONFIG, FACTS)
+    return checkpoint.save(out, step, model, optimizer, state, config, ALONE, ephemeral=ephemeral)
+
+
+def test_a_step_reads_back_bitwise(tmp_path: Path) -> None:
+    step = save(tmp_path)
+    model, optimizer = trained()
+    other, other_optimizer = trained(seed=9)
+    assert checkpoint.restore(step, other, other_optimizer, ALONE) == {"step": 3}
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        for name in checkpoint.STATE:
+            assert torch.equal(optimizer.state[a][name], other_optimizer.state[b][name])
+    tensors = checkpoint.Tensors(step)
+    assert set(tensors) == set(dict(model.named_parameters()))
+    assert tensors.shape("embeddings.weight") == (128, 32)
+    files = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
+    expected = {"config.json", ".metadata.json", "manifest.json", "train/rank0.pt", "model_and_optim/.metadata"}
+    assert files == expected | {"model_and_optim/__0_0.distcp"}
+    assert checkpoint.damage(step) == []
+
+
+def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
+    listed = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        listed.append(json.loads((save(tmp_path / name) / "manifest.json").read_text())["outputs"])
+    assert listed[0] == listed[1]
+    assert str(tmp_path).encode() not in (tmp_path / "a" / "step3" / "model_and_optim" / ".metadata").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "file", ["model_and_optim/__0_0.distcp", "model_and_optim/.metadata", "train/rank0.pt", "config.json"]
+)
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> None:
+    good = save(tmp_path, 3)
+    path = save(tmp_path, 7) / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if how == "flip" else data[: len(data) // 2])
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, ALONE, said.append) == good
+    assert len(said) == 1
+    assert str(path) in said[0]
+
+
+def test_an_unfinished_step_is_never_resumed_from(tmp_path: Path) -> None:
+    good = save(tmp_path, 3)
+    (save(tmp_path, 7) / "manifest.json").unlink()
+    (tmp_path / ".saving-step9").mkdir()
+    said: list[str] = []
+    assert checkpoint.latest(tmp_path, ALONE, said.append) == good
+    assert "manifest.json is missing" in said[0]
+    assert not (tmp_path / ".saving-step9").exists()
+    assert checkpoint.latest(tmp_path / "step3", ALONE, said.append) is None
+
+
+def test_a_disk_that_is_full_leaves_the_earlier_step_and_says_what_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = save(tmp_path, 3)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for target, name in ((dcp, "save"), (manifest, "describe"), (torch, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, full)
+            with pytest.raises(
+                SftError, match=r"step7: could not be saved \(.*No space left.*needs about [\d,]+ bytes"
+            ):
+                save(tmp_path, 7)
+        assert [p.name for p in tmp_path.iterdir()] == ["step3"]
+    assert checkpoint.damage(good) == []
+
+
+def test_ephemeral_steps_go_once_a_newer_one_is_whole(tmp_path: Path) -> None:
+    for step, ephemeral in ((1, True), (2, False), (3, True)):
+        save(tmp_path, step, ephemeral=ephemeral)
+    newest = save(tmp_path, 4, ephemeral=True)
+    checkpoint.drop_ephemeral(tmp_path, newest)
+    assert [n for n, _ in checkpoint.steps(tmp_path)] == [2, 4]
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.system, ("touch /tmp/should-not-exist",))
+
+
+@pytest.mark.parametrize("payload", [Evil(), {"a": Evil()}, print, Path, "just text", pickle.Pickler])
+def test_a_metadata_pickle_runs_nothing(tmp_path: Path, payload: Any) -> None:
+    (tmp_path / "model_and_optim").mkdir()
+    (tmp_path / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(payload))
+    with pytest.raises(SftError, match="metadata"):
+        checkpoint.read_metadata(tmp_path)
+    assert not Path("/tmp/should-not-exist").exists()
+
+
+def test_a_location_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
+    step = save(tmp_path)
+    tensors = checkpoint.Tensors(step)
+    for info in tensors._storage.values():
+        info.relative_path = "../../secret"
+    with pytest.raises(SftError, match="unusable location"):
+        tensors["embeddings.weight"]
+
+
+def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
+    tensors = checkpoint.Tensors(save(tmp_path))
+    with pytest.raises(SftError, match=r"shape \(128, 32\), the model wants \(64, 32\)"):
+        tensors.read_into("embeddings.weight", torch.zeros(64, 32))
+    with pytest.raises(SftError, match=r"no tensor model\.nothing"):
+        tensors.read_into("nothing", torch.zeros(1))
+
+
+def core_model() -> Any:
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    from olmo_core.nn.transformer import TransformerConfig
+
+    return TransformerConfig.from_dict(base.step_config(CONFIG, FACTS)["model"]).build(init_device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "SkipStepAdamW"])
+def test_olmo_core_loads_our_step_with_its_optimizer_state(tmp_path: Path, kind: str) -> None:
+    theirs = core_model()
+    from olmo_core import optim
+    from olmo_core.distributed.checkpoint import load_model_and_optim_state
+
+    step = save(tmp_path)
+    model, optimizer = trained()
+    theirs_optimizer = getattr(optim, f"{kind}Config")(lr=0.5).build(theirs)
+    load_model_and_optim_state(step / "model_and_optim", theirs, theirs_optimizer, flatten_optimizer_state=True)
+    found = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(found[name], parameter)
+        for state in checkpoint.STATE:
+            assert torch.equal(theirs_optimizer.state[found[name]][state], optimizer.state[parameter][state])
+
+
+def test_olmo_cores_checkpointer_loads_our_step_by_its_parent_path(tmp_path: Path) -> None:
+    theirs = core_model()
+    from olmo_core.train.checkpoint import Checkpointer
+    from olmo_core.train.train_module import BasicTrainModule
+
+    step = save(tmp_path / "out" if (tmp_path / "out").mkdir() is None else tmp_path)
+    module = BasicTrainModule(theirs, torch.optim.AdamW(theirs.parameters()), rank_microbatch_size=8)
+    assert Checkpointer.find_checkpoints(str(step.parent))
+    checkpointer = Checkpointer(work_dir=tmp_path / "work")
+    checkpointer.load(str(step), module, load_trainer_state=False, load_optim_state=False)
+    model, _ = trained()
+    found = dict(theirs.named_parameters())
+    assert all(torch.equal(found[name], p) for name, p in model.named_parameters())
+
+
+def test_weights_come_from_an_olmo_core_checkpoint_and_nothing_else_does(tmp_path: Path) -> None:
+    theirs = core_model()
+    from olmo_core.distributed.checkpoint import save_model_and_optim_state
+
+    theirs.init_weights(device=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=123.0, weight_decay=0.5)
+    for p in theirs.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    save_model_and_optim_state(tmp_path / "step1" / "model_and_optim", theirs, optimizer)
+    model = Transformer(CONFIG)
+    ours = build_adamw(model, Train(lr=1e-2))
+    said = base.initialise(model, CONFIG, tmp_path / "step1", 0)
+    assert "OLMo-core checkpoint" in said
+    found = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, found[name])
+        assert not ours.state[parameter]["exp_avg"].any()
+    assert ours.param_groups[0]["lr"] == 1e-2
+    assert ours.param_groups[0]["weight_decay"] == 0.0
+
+
+def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
+    core_model()
+    from olmo_core.nn.hf.convert_checkpoint import convert_checkpoint_to_hf, load_config
+
+    config = replace(CONFIG, vocab_size=1152)
+    facts = {"vocab_size": 1024, "eos_id": 1, "pad_id": 0}
+    step = checkpoint.save(
+        tmp_path, 3, *trained(0, config), {}, base.step_config(config, facts), ALONE, ephemeral=False
+    )
+    described = load_config(str(step))
+    assert described is not None
+    shutil.copytree(Path(__file__).parents[1] / "recipes" / "smoke" / "tokenizer", tmp_path / "tokenizer")
+    out = tmp_path / "hf"
+    convert_checkpoint_to_hf(
+        original_checkpoint_path=step,
+        output_path=out,
+        transformer_config_dict=described["model"],
+        tokenizer_config_dict=described["dataset"]["tokenizer"],
+        max_sequence_length=64,
+        validate=False,
+    )
+    folder = hf.Folder(out)
+    ours = checkpoint.Tensors(step)
+    rows = folder.config["vocab_size"]
+    assert rows == 1024
+    for name in folder:
+        value: Tensor = folder[name]
+        assert torch.equal(value.float(), ours[name][:rows] if name in hf.VOCAB_ROWS else ours[name])
+
+
+@pytest.mark.parametrize("rows", [128, 120])
+def test_weights_come_from_a_hugging_face_folder(tmp_path: Path, rows: int) -> None:
+    from safetensors.torch import save_file
+
+    source, _ = trained()
+    values = {
+        hf.hf_name(n): (p.detach()[:rows] if n in hf.VOCAB_ROWS else p.detach()).contiguous()
+        for n, p in source.named_parameters()
+    }
+    save_file(values, tmp_path / "model.safetensors")
+    described = hf.hf_config(CONFIG, vocab_size=rows, max_position_embeddings=64, dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(hf.config_json(described)))
+    model = Transformer(CONFIG)
+    assert "Hugging Face folder" in base.initialise(model, CONFIG, tmp_path, 0)
+    for (name, a), b in zip(model.named_parameters(), source.parameters(), strict=True):
+        kept = rows if name in hf.VOCAB_ROWS else len(b)
+        assert torch.equal(a[:kept], b[:kept])
+        assert not a[kept:].any()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model, optimizer = trained()
+    with torch.no_grad():
+        model.lm_head.norm.weight[0] = float("nan")
+    step = checkpoint.save(tmp_path, 1, model, optimizer, {}, base.step_config(CONFIG, FACTS), ALONE, ephemeral=False)
+    with pytest.raises(SftError, match=r"lm_head.norm.weight holds values that are not finite"):
+        base.initialise(Transformer(CONFIG), CONFIG, step, 0)
