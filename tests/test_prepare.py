@@ -33,7 +33,7 @@ OPTIONS = {"tokenizer": TOKENIZER, "template": "olmo", "max_reject_fraction": 0.
 def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", **options: Any) -> Any:
     """What the stage's code sees of its runner."""
     table = Prepare(**{"sources": (Source(path="rows.jsonl"),), **OPTIONS, **options})
-    (root / out).mkdir(exist_ok=True)
+    (root / out).mkdir(exist_ok=True, parents=True)
     said: list[str] = []
     return SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
@@ -489,3 +489,36 @@ def test_a_second_run_waits_for_the_cache_and_then_encodes_nothing(tmp_path, no_
         no_encoding()
     thread.join()
     assert order == ["first", "second"]
+
+
+FULL = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_prepare as t
+from sft import prepare
+from sft.errors import SftError
+try:
+    prepare.prepare(t.stage(Path({root!r}), out="{out}", cache="{cache}"))
+except SftError as e:
+    print("told:", e)
+"""
+
+
+@pytest.mark.parametrize(("out", "cache"), [("full/out", "cache"), ("out", "full/cache")])
+def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed(tmp_path, out, cache):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(1000)])
+    (tmp_path / "full").mkdir()
+    program = FULL.format(tests=str(REPO / "tests"), root=str(tmp_path), out=out, cache=cache)
+    script = 'mount -t tmpfs -o size=100k none "$1" && exec "$2" -c "$3"'
+    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(tmp_path / "full"), sys.executable, program]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True)
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"no private mounts here: {done.stderr.strip()[:100]}")
+    assert done.returncode == 0, done.stderr
+    assert (
+        "told: " in done.stdout
+        and "full/" in done.stdout
+        and "bytes" in done.stdout
+        and "next: free space" in done.stdout
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from sft import manifest, sources
 from sft.decontaminate import Screen
+from sft.errors import SftError
 from sft.tokencache import ChunkWriter, Rejected, Summary
 
 if TYPE_CHECKING:
@@ -45,7 +47,8 @@ class EncodeChunk:
     def __call__(self, job: Job) -> tuple[Summary, float]:
         began = time.monotonic()
         source = self.sources[job.source]
-        with without_gc(), ChunkWriter(self.cache / job.name) as writer:
+        path = self.cache / job.name
+        with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
             for batch in sources.read(job.chunk):
                 summary.rejects += [Rejected(*bad) for bad in batch.bad]
@@ -63,6 +66,21 @@ class EncodeChunk:
             summary.rejects.sort()
         told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
         return told, began
+
+
+@contextlib.contextmanager
+def naming(path: Path, needed: int) -> Iterator[None]:
+    """A full or failing disk becomes an error that names the file and about how many bytes it needs."""
+    try:
+        yield
+    except OSError as e:
+        if e.filename is not None:
+            raise
+        reason = e.strerror or f"the disk took less than it was given ({e})"
+        raise SftError(
+            f"{path}: {reason}; it needs about {needed:,} bytes, {shutil.disk_usage(path.parent).free:,} are free;"
+            " next: free space and run it again, what is done is kept"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import describe, inputs, manifest, sources, workers
-from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk
-from sft.dataset import DatasetWriter
+from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk, naming
+from sft.dataset import DatasetWriter, token_dtype
 from sft.decontaminate import Screen
 from sft.errors import SftError
 from sft.mix import Pool, Selection, mix
@@ -369,7 +369,17 @@ class Preparation:
         cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
         blocks = np.unique(np.concatenate([[0], cuts, [len(chosen)]])).tolist()
         spans = list(itertools.pairwise(blocks))
-        with ThreadPoolExecutor(1) as ahead, DatasetWriter(folder, self.encoder.identity["vocab_size"]) as writer:
+        vocab_size = self.encoder.identity["vocab_size"]
+        needed = int(ends[-1]) * (token_dtype(vocab_size).itemsize + 1) + 32 * len(chosen)
+        if (free := shutil.disk_usage(self.stage.out).free) < needed:
+            raise SftError(
+                f"{folder}: needs {needed:,} bytes, {free:,} are free on that disk; next: free space and run it again"
+            )
+        with (
+            naming(folder, needed),
+            ThreadPoolExecutor(1) as ahead,
+            DatasetWriter(folder, vocab_size) as writer,
+        ):
             coming = ahead.submit(gather, *spans[0])
             for i, (first, last) in enumerate(spans):
                 ids, mask = coming.result()
