@@ -77,7 +77,7 @@ plain_text = st.one_of(
     st.sampled_from(NASTY),
     st.text(st.characters(exclude_categories=("Cs",)), max_size=12),
     st.lists(st.sampled_from([*NASTY, "word", " word", "12", "."]), max_size=4).map("".join),
-)
+).filter(lambda text: not any(special in text for special in SPECIALS))  # literals of the code are drawn too
 special_text = st.lists(st.one_of(st.sampled_from(SPECIALS), plain_text), min_size=1, max_size=4).map("".join)
 any_text = st.one_of(plain_text, special_text)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,42 @@ def test_batch_that_the_fast_encoder_gets_wrong_is_encoded_by_tokenizers(folder:
     assert got.engine == "tokenizers"
     assert got.ids.tolist() == right.encode(rows, SOURCE).ids.tolist()
     assert made.encode([chat("a", "b")], SOURCE).engine == "gigatoken"
+
+
+class Splitter:
+    """A fast encoder whose ids are no longer the tokenizer's, though they decode to the same text: it knows no merges."""
+
+    def __init__(self, made: Encoder) -> None:
+        self.made, self.decode = made, made.engine.fast.decode
+
+    def encode_batch(self, texts: list[bytes]) -> Any:
+        vocabulary = self.made.vocabulary
+        single = {token: number for number, token in enumerate(vocabulary.token_bytes) if len(token) == 1}
+        parts = [
+            vocabulary.specials.get(part) or part
+            for text in texts
+            for part in self.made.specials.split.split(text.decode())
+        ]
+        ids = [
+            n
+            for part in parts
+            for n in ([part] if isinstance(part, int) else [single[bytes([byte])] for byte in part.encode()])
+        ]
+        assert len(texts) == 1
+        return SimpleNamespace(
+            layout=SimpleNamespace(
+                offsets=SimpleNamespace(data=np.array([0, len(ids)])), content=SimpleNamespace(data=np.array(ids))
+            )
+        )
+
+
+def test_other_ids_of_the_same_text_are_caught_by_the_parity_sample(folder: Path) -> None:
+    pytest.importorskip("gigatoken")
+    made, right = encoder(folder), encoder(folder, encoder="tokenizers")
+    made.engine.fast = Splitter(made)
+    for row in (chat("a question", "an answer"), chat("long " * 900, "an answer")):
+        got = made.encode([row], SOURCE)
+        assert got.engine == "tokenizers" and got.ids.tolist() == right.encode([row], SOURCE).ids.tolist()
 
 
 def test_wrong_ids_that_the_sample_missed_fail_the_proof_and_are_encoded_again(folder: Path) -> None:
