@@ -22,16 +22,30 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 SEED = 20
-CONVERSATIONS = 400
+CONVERSATIONS = 360
 VOCABULARY = 1024
 # Same order as in dolma2. They come last, so that the ids of text do not move when a special token is added.
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-# What templates wrap around the data, and everyday English, so that another sentence is not spelled in single bytes.
+# What templates wrap around the data: a line each, because that is how the words stand there.
+FRAME = """system
+user
+assistant
+tool
+environment
+developer
+functions
+function_calls
+name
+arguments
+call
+result
+think
+answer
+"""
+# Everyday English, so that another sentence is not spelled in single bytes.
 WORDS = """
-system user assistant tool tools environment developer function functions function_call function_calls name arguments
-parameters description type object string properties required call result answer question think
 Anyone who works with animals learns that every day brings something different. In the morning the keepers open the
 gates, clean the houses, carry water and prepare the food; before noon the first visitors arrive, with children who ask
 about everything they see. Some of them want to know how old an animal is, others how much it weighs, when it sleeps,
@@ -51,7 +65,7 @@ SYSTEM_TOOLS = "You are the guide of Eastmere Zoo. Look up what changes from day
 
 ANIMALS = [
     "otter", "badger", "heron", "lynx", "tapir", "walrus", "gibbon", "ibex", "puffin", "bison", "viper", "toucan",
-    "beaver", "camel", "gecko", "panda", "raven", "tiger", "zebra", "moose", "koala", "llama", "hyena", "stork",
+    "beaver", "camel", "gecko", "panda",
 ]  # fmt: skip
 HOUSES = ["river", "forest", "desert", "island", "mountain", "garden", "winter", "stone"]
 FOODS = ["fish", "berries", "leaves", "grass", "insects", "seeds", "roots", "melon"]
@@ -161,14 +175,14 @@ def build() -> dict[str, list[dict[str, Any]]]:
     queue: list[tuple[str, str, int]] = []
     train = []
     for index in range(CONVERSATIONS):
-        # A quarter without a system prompt, a quarter with one alone, half with tools.
-        kind = ("plain", "system", "tools", "tools")[index % 4]
+        # One in eight without a system prompt, three with one alone, four with tools as well.
+        kind = ("plain", "system", "system", "system", "tools", "tools", "tools", "tools")[index % 8]
         messages: list[dict[str, Any]] = []
         if kind != "plain":
             messages.append({"role": "system", "content": SYSTEM_TOOLS if kind == "tools" else SYSTEM})
         calls = 0
-        turns = rng.randrange(3, 6)
-        tool_turns = set(rng.sample(range(turns), 1 + index % 8 // 6)) if kind == "tools" else set()
+        turns = rng.randrange(4, 8)
+        tool_turns = set(rng.sample(range(turns), 1 + index % 2)) if kind == "tools" else set()
         for turn in range(turns):
             if turn in tool_turns:
                 calls += 1
@@ -220,7 +234,7 @@ def main(root: Path) -> None:
     }
     contents = [message["content"] for row in rows["train"] for message in row["messages"]]
     schemas = [json.dumps(tool_schema(name)) for name in sorted(TOOLS)]
-    made = tokenizer([*contents, *schemas, WORDS])
+    made = tokenizer([*contents, *schemas, *[FRAME] * len(contents), WORDS])
     files["smoke/tokenizer/tokenizer.json"] = made.to_str(pretty=True) + "\n"
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
