@@ -373,6 +373,7 @@ def test_the_planner_is_told_every_local_file(tmp_path):
     assert f"{TOKENIZER}/tokenizer.json" in named
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
     filler = [{"role": role, "content": "The tapir sleeps beside the ibis. " * 50} for role in ("user", "assistant")]
     rows = [json.dumps({"messages": conversation(i)["messages"] + filler}) for i in range(200)]
@@ -380,13 +381,13 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     for times in (10, 60):
         write_rows(tmp_path / f"{times}.jsonl", rows * times)
         code = (
-            f"import sys, resource; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
+            f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
             "from pathlib import Path; import test_prepare as t; from sft import prepare, sources\n"
             "from sft.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
             "sources.CHUNK_BYTES = 1 << 19; prepare.BLOCK_TOKENS = 1 << 18; prepare.OPEN_CHUNKS = 2\n"
             f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
             "prepare.prepare(s)\n"
-            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"  # since exec
         )
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -397,7 +398,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         assert done.returncode == 0, done.stderr
         peak[times] = int(done.stdout.split()[-1]) / 1024
     grown = (tmp_path / "60.jsonl").stat().st_size / 2**20
-    assert peak[60] - peak[10] < grown / 2, (peak, grown)
+    assert peak[60] - peak[10] < grown / 4, (peak, grown)
 
 
 def crash(_: int) -> Any:
