@@ -179,7 +179,8 @@ class Encoder:
         theirs = str(rebuilt.apply_chat_template(messages, tokenize=False))
         if ours != theirs + (self.vocabulary.eos if self.template.eos_appended else ""):
             raise SftError(
-                f"{folder}: transformers renders {theirs[-80:]!r} where the data was rendered as {ours[-80:]!r}; next: report this template"
+                f"{folder}: transformers renders {theirs[-80:]!r} where the data was rendered as {ours[-80:]!r}; next: a template must not depend on the day"
+                f" (strftime_now) or on the library; correct it"
             )
 
     def reader(self, source: Source) -> RowReader:
