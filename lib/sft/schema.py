@@ -79,7 +79,8 @@ class Prepare:
     tokenizer: str = opt(REQUIRED, "tokenizer folder under DATA, or hf://org/name[@revision]")
     sources: tuple[Source, ...] = opt(REQUIRED, "the mix, one [[prepare.sources]] table each")
     template: str = opt(
-        "tokenizer", "chat template: 'tokenizer' (the folder's own), a name (olmo, tulu, … in sft.templates), or a .jinja file under DATA"
+        "tokenizer",
+        "chat template: 'tokenizer' (the folder's own), a name (olmo, tulu, … in sft.templates), or a .jinja file under DATA",
     )
     system: str = opt("", "system prompt for conversations that have none; empty = the template's own default")
     train_roles: tuple[str, ...] = opt(
