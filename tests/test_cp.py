@@ -1,0 +1,143 @@
+"""Copying by hand, as a person does it: the program's exit status, its words, and what lies there afterwards."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO
+from gcs_server import Server
+from sft import manifest, sync
+from sft.errors import SftError
+from sft.storage import LocalStorage
+
+FILES = {"manifest.json": b"{}", "data/x.npy": os.urandom(300_000), "data/y.npy": b"y", "z": b""}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with Server() as server:
+        yield server
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "run"
+    for name, data in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(data)
+    return root
+
+
+def cp(server: Server, *args: str | Path, ok: bool = True) -> str:
+    env = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "STORAGE_EMULATOR_HOST": server.url}
+    command = [sys.executable, str(REPO / "stages" / "cp.py"), *map(str, args)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=server_folder(args))
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def server_folder(args: tuple[str | Path, ...]) -> Path:
+    """A folder of the test to stand in: --cache is relative to it."""
+    return next(Path(a) for a in args if not str(a).startswith(("gs://", "-"))).parent
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+def test_a_folder_goes_to_a_bucket_and_back_and_lists_travel_last(server: Server, folder: Path, tmp_path: Path) -> None:
+    cp(server, folder, "gs://bucket/there")
+    assert {n: o.data for n, o in server.objects.items()} == {f"there/{n}": d for n, d in FILES.items()}
+    newest = max(server.objects, key=lambda n: server.objects[n].generation)
+    assert newest == "there/manifest.json"
+    cp(server, "gs://bucket/there", tmp_path / "back")
+    assert files(tmp_path / "back") == FILES
+    cp(server, "gs://bucket/there", "gs://bucket/copy", "--cache", tmp_path / "cache")
+    assert server.objects["copy/data/x.npy"].data == FILES["data/x.npy"]
+
+
+def test_the_names_do_not_depend_on_whether_the_target_exists(server: Server, folder: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        cp(server, folder, tmp_path / "to")
+        assert files(tmp_path / "to") == FILES
+
+
+def test_a_single_file_goes_to_a_name_or_into_a_folder(server: Server, folder: Path, tmp_path: Path) -> None:
+    cp(server, folder / "data/x.npy", "gs://bucket/p/renamed")
+    cp(server, folder / "data/x.npy", "gs://bucket/q/")
+    assert set(server.objects) == {"p/renamed", "q/x.npy"}
+    cp(server, "gs://bucket/p/renamed", f"{tmp_path}/to/")
+    assert files(tmp_path / "to") == {"renamed": FILES["data/x.npy"]}
+
+
+def test_check_says_what_differs_and_copies_nothing(server: Server, folder: Path) -> None:
+    cp(server, folder, "gs://bucket/there")
+    assert "4 files are identical" in cp(server, folder, "gs://bucket/there", "--check")
+    (folder / "data/y.npy").write_bytes(b"Y")
+    before = dict(server.objects)
+    assert "data/y.npy is missing or has other bytes" in cp(server, folder, "gs://bucket/there", "--check", ok=False)
+    assert server.objects == before
+
+
+def test_no_clobber_leaves_other_bytes_alone_and_says_so(server: Server, folder: Path) -> None:
+    server.store("there/z", b"theirs", "", None)
+    assert "there/z is there with other bytes and was left alone" in cp(
+        server, folder, "gs://bucket/there", "--no-clobber", ok=False
+    )
+    assert server.objects["there/z"].data == b"theirs"
+    assert server.objects["there/data/x.npy"].data == FILES["data/x.npy"]
+
+
+def test_a_failure_is_a_nonzero_exit_with_a_list(server: Server, folder: Path, tmp_path: Path) -> None:
+    assert "no such file, and no files under it" in cp(server, "gs://bucket/nothing", tmp_path / "to", ok=False)
+    (folder / "link").symlink_to("/etc/hostname")
+    assert "link: a link" in cp(server, folder, "gs://bucket/there", ok=False)
+    server.objects.clear()
+    server.fault("list", 403, 10)
+    assert "no permission" in cp(server, folder / "z", "gs://bucket/there/", ok=False)
+    assert server.objects == {}
+
+
+def test_a_dataset_reaches_a_bucket_with_its_manifest_last_and_a_killed_one_has_none(
+    server: Server, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    source = LocalStorage(folder)
+    listed = manifest.describe(folder, ["data", "z"])
+    copier = sync.Copier("gs://bucket/root", tmp_path / "cache", lambda _: None)
+    (folder / "data/x.npy").write_bytes(b"changed")
+    with pytest.raises(SftError, match=r"data/x\.npy"):
+        copier.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+    assert "root/datasets/d/manifest.json" not in server.objects and "root/datasets/d/z" in server.objects
+    (folder / "data/x.npy").write_bytes(FILES["data/x.npy"])
+    entries = copier.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+    assert [e["path"] for e in entries] == ["datasets/d/data/x.npy", "datasets/d/data/y.npy", "datasets/d/z"]
+    assert max(server.objects, key=lambda n: server.objects[n].generation) == "root/datasets/d/manifest.json"
+    checking = sync.Copier("gs://bucket/root", tmp_path / "cache", lambda _: None, check_only=True)
+    checking.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+    del server.objects["root/datasets/d/z"]
+    with pytest.raises(SftError, match="1 of 3 files differ"):
+        checking.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+
+
+def test_base_weights_in_a_bucket_are_fetched_and_what_was_removed_there_goes(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+    for name in ("config.json", "model.safetensors"):
+        server.store(f"models/tiny/{name}", name.encode(), "", None)
+
+    def find(*_: str) -> Path:
+        raise AssertionError("not a local path")
+
+    folder, label = sync.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    assert label == "tiny" and set(files(folder.root)) == {"config.json", "model.safetensors"}
+    del server.objects["models/tiny/config.json"]
+    folder, _ = sync.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    assert set(files(folder.root)) == {"model.safetensors"}
