@@ -230,7 +230,7 @@ def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
     from olmo_core.nn.hf.convert_checkpoint import convert_checkpoint_to_hf, load_config
 
     config = replace(CONFIG, vocab_size=1152)
-    facts = {"vocab_size": 1024, "eos_id": 1, "pad_id": 0}
+    facts = {"vocab_size": 1024, "eos_id": 1020, "pad_id": 1023}
     step = checkpoint.save(
         tmp_path, 3, *trained(0, config), {}, base.step_config(config, facts), ALONE, ephemeral=False
     )

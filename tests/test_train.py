@@ -19,7 +19,9 @@ import torch
 
 from sft import base, checkpoint, metrics
 from sft.checkpoint import Tensors
+from sft.dataset import Dataset
 from sft.errors import SftError
+from sft.packing import pack_dataset
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training
@@ -139,13 +141,23 @@ def test_killed_anywhere_training_ends_with_the_same_bits(folder: Path, dataset:
 
 def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_only(folder: Path, dataset: Path) -> None:
     """Few packs, so that ranks get very different numbers of labels, and in the last batch none at all."""
-    plans = [(1, 64), (1, 256), (2, 64), (4, 64)]
+    plans: list[tuple[int, dict[str, Any]]] = [
+        (1, {"microbatch_tokens": 64}),
+        (1, {"microbatch_tokens": 256}),
+        (2, {"microbatch_tokens": 64, "recompute": "full"}),
+        (4, {"microbatch_tokens": 64}),
+        (4, {"microbatch_tokens": 64, "shard_degree": 2}),
+    ]
     results = []
-    for ranks, microbatch in plans:
-        here = folder / f"{ranks}-{microbatch}"
+    packs = len(pack_dataset(Dataset.open(dataset / "data"), 64))
+    for number, (ranks, hardware) in enumerate(plans):
+        here = folder / str(number)
         here.mkdir()
         (here / "dataset").symlink_to(dataset)
-        train(here, ranks=ranks, steps=0, epochs=0.31, lr=1e-3, hardware={"microbatch_tokens": microbatch})
+        train(here, ranks=ranks, steps=0, epochs=17 / packs, lr=1e-3, hardware=hardware)
+        described = json.loads((here / "result.json").read_text())["data"]
+        assert described["steps"] == 5
+        assert described["last_batch_packs"] == 1  # of four: three of four ranks have no label
         results.append(here)
     steps = len(records(results[0]))
     weights = [dict(Tensors(r / "train" / f"step{steps}")) for r in results]
