@@ -44,8 +44,9 @@ class EncodeChunk:
         self.encoder, self.cache = encoder, cache
         self.sources = encoder.prepare.sources
 
-    def __call__(self, job: Job) -> tuple[Summary, float]:
-        began = time.monotonic()
+    def __call__(self, job: Job) -> tuple[Summary, float, float]:
+        """The chunk's counts, when it was begun (monotonic, of the machine), and the CPU seconds it took."""
+        began, cpu = time.monotonic(), time.process_time()
         source = self.sources[job.source]
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
@@ -65,7 +66,7 @@ class EncodeChunk:
                 note(summary.notes, encoded.engine, encoded.proof)
             summary.rejects.sort()
         told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
-        return told, began
+        return told, began, time.process_time() - cpu
 
 
 @contextlib.contextmanager

@@ -117,6 +117,7 @@ class Preparation:
         self.summaries: dict[str, Summary] = {}
         self.checks: dict[str, dict[str, int]] = {}
         self.encoded_tokens, self.seconds = 0, {"start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
+        self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
 
     def _encoding(self) -> dict[str, Any]:
         """Everything but the rows that decides tokens and masks. New options count unless named as the mix's own."""
@@ -171,9 +172,10 @@ class Preparation:
         arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
         asked = time.monotonic()
-        for job, (summary, began) in workers.work(EncodeChunk, arguments, missing, count):
+        for job, (summary, began, cpu) in workers.work(EncodeChunk, arguments, missing, count):
             progress.began = min(progress.began, began) if progress.bytes else began  # starting workers is not encoding
             progress.add(job.chunk.bytes, summary.tokens)
+            self.cpu_seconds["encode"] += cpu
             counts = seen[job.source]
             counts[0] += summary.rows
             counts[1] += summary.rows - summary.documents
@@ -403,9 +405,10 @@ class Preparation:
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        began = time.monotonic()
+        began, cpu = time.monotonic(), time.process_time()
         yield
         self.seconds[step] += time.monotonic() - began
+        self.cpu_seconds[step] += time.process_time() - cpu
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -490,6 +493,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         "encoded_tokens": work.encoded_tokens,
     }
     metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
+    metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("encode", "mix", "write")}
     return Result([*splits, *files, *lists], metrics)
 
 
