@@ -15,7 +15,7 @@ endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) preview help setup check test new show why fields verify diff lock nightly
+.PHONY: FORCE smoke all $(STAGES) preview steps help setup check test new show why fields verify diff lock nightly
 
 # Values reach the shell inside single quotes, whatever they hold.
 quote = '$(subst ','\'',$(1))'
@@ -49,6 +49,8 @@ convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folde
 evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with their errors
 report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page over whatever stages are done
 all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; smoke = all RECIPE=smoke
+steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic before training: packs, steps, padding, trained tokens of a step
+	@$(foreach d,$(DIRS),$(PY) -m sft.arithmetic $d $(ARGS) &&) true
 preview: | $(READY) ## conversations as they are tokenised, trained tokens coloured; [SOURCE=n] [ROW=n]
 	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true
 

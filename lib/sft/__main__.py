@@ -89,7 +89,7 @@ def command_plan(args: argparse.Namespace) -> None:
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit"
         )
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
-    needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview")]
+    needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview", "steps")]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
         raise SftError(
             f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"

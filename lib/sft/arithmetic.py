@@ -1,0 +1,60 @@
+"""Epoch and batch arithmetic of a run before anything is launched: python -m sft.arithmetic runs/<run> [field=value …]
+
+In:  runs/<run>/prepare and the recipe's [train] and [on.<cluster>.train] numbers.
+Out: a table: packs, steps, warm-up, padding, trained tokens of a step, what long documents lose, the share of each rank.
+
+A dataset smaller than one batch, a batch without a trained token or a remainder is refused with the numbers.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from sft import launch, plan
+from sft.dataset import Dataset
+from sft.packing import pack_documents
+from sft.stage import parse, report_errors
+from sft.steps import StepPlan, accumulation
+
+
+def rows(described: dict[str, Any], ranks: int, microbatches: int, packs_each: int) -> list[tuple[str, str]]:
+    """The table as (what, value)."""
+    d = described
+    step = d["trained_tokens_per_step"]
+    return [
+        ("documents", f"{d['documents']:,}, {d['documents_per_pack']:.1f} in a pack"),
+        ("longer than seq_len", f"{d['long_documents']:,}, policy {d['long_documents_policy']}"),
+        (
+            "lost to seq_len",
+            f"{d['tokens_lost_fraction']:.2%} of tokens, {d['trained_tokens_lost_fraction']:.2%} of trained",
+        ),
+        ("packs", f"{d['packs']:,} of {d['seq_len']:,} tokens, {d['fill']:.1%} full"),
+        ("steps", f"{d['steps']:,} of {d['packs_per_batch']:,} packs, {d['epochs']:.2f} epochs"),
+        ("warm-up", f"{d['warmup_steps']:,} steps"),
+        ("tokens", f"{d['tokens']:,}, and {d['padding_fraction']:.1%} padding"),
+        (
+            "trained tokens",
+            f"{d['trained_tokens']:,}; in a step {step['min']:,} to {step['max']:,}, mean {step['mean']:,.0f}",
+        ),
+        ("on each of", f"{ranks} ranks: {microbatches} microbatches of {packs_each} packs in a step"),
+    ]
+
+
+def main() -> None:
+    with report_errors("steps"):
+        args = parse("steps", sys.argv[1:])
+        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
+        recipe = plan.load_run(place, args.run.name, args.overrides)
+        hardware = recipe.hardware(place.cluster, "train")
+        train = recipe.train
+        documents = Dataset.open(args.run / "prepare" / "data").documents
+        steps = StepPlan.build(pack_documents(documents, train.seq_len, train.long_documents), train)
+        ranks = hardware.nodes * launch.processes(hardware)[0]
+        share = accumulation(steps.batch_packs, train.seq_len, ranks, hardware.microbatch_tokens)
+        for what, value in rows(steps.describe(), ranks, *share):
+            print(f"{what:20} {value}")
+
+
+if __name__ == "__main__":
+    main()
