@@ -175,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
                 else "stat"
             )
             return kind, unquote(match[2])
+        if match := re.fullmatch(r"/(?!storage/|upload/|download/)[^/]+/(.+)", path):
+            return "xml", unquote(match[1])
         return "list", ""
 
     def first_byte(self, operation: str) -> int:
@@ -266,6 +268,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault and fault.kind == "corrupt":
             data = data[:-1] + bytes([data[-1] ^ 1])
         self.answer(status, data, headers, fault)
+
+    def on_xml(self, name: str, query: dict[str, str], body: bytes, fault: Fault | None) -> None:
+        """Whole objects by the XML API, which obstore speaks."""
+        stored = self.mine.store(name, body, "", None)[1] if self.command == "PUT" else self.mine.objects.get(name)
+        if stored is None:
+            return self.error(404, "no such object")
+        headers = {"ETag": f'"{stored.generation}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        self.answer(200, b"" if self.command == "PUT" else stored.data, headers, fault)
 
     def on_upload(self, name: str, query: dict[str, str], body: bytes, fault: Fault | None) -> None:
         boundary = re.search(r'boundary="?([^";]+)', self.headers["Content-Type"])
