@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 numbers=$(.venv/bin/python -m sft.launch train "$@")
 read -r processes threads <<<"$numbers"
 export OMP_NUM_THREADS="$threads"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that spin while they wait cost a busy machine a factor of four
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # torchrun's 30 s would kill a large model in the middle of its save
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1
 

@@ -320,3 +320,19 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     base._check_core_config(tmp_path, config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@pytest.mark.parametrize("hardware", [{}, {"compile": True, "recompute": "selected"}, {"recompute": "full"}])
+def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
+    folder: Path, dataset: Path, hardware: dict[str, Any]
+) -> None:
+    host = folder / "host"
+    host.mkdir()
+    (host / "dataset").symlink_to(dataset)
+    train(host, steps=12)
+    train(folder, steps=12, device="cuda", precision="bf16", hardware=hardware)
+    for ours, theirs in zip(records(folder), records(host), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+    assert records(folder)[-1]["memory_gb"] > 0

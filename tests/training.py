@@ -156,4 +156,6 @@ def run(folder: Path, fields: dict[str, Any]) -> None:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     ranks = fields.pop("ranks", 1)
+    if fields.pop("device", "cpu") == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     sys.exit(fork(ranks, lambda: train(folder, fields)))
