@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import sys
@@ -217,13 +218,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Any:
-    """On ranks other than 0: says only what rank 0 does not know."""
+    """On ranks other than 0: says only what rank 0 does not."""
     try:
         yield
     except SharedError:
         sys.exit(1)
     except SftError as error:
-        sys.exit(f"[train] error: {error}")
+        # Most errors meet every rank alike. Where rank 0 has said it, torchrun ends this rank before it repeats it.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+        sys.exit(f"[train] error on rank {os.environ.get('RANK')}: {error}")
 
 
 if __name__ == "__main__":
