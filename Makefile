@@ -8,14 +8,14 @@ override RUNS := $(patsubst %/,%,$(or $(RUNS),runs))
 GOALS   := $(or $(MAKECMDGOALS),help)
 STAGES  := prepare sync train convert evaluate report
 # Goals that name no run, so that a broken recipe cannot stop them.
-PLAIN   := help setup check test new fields verify diff lock nightly bench-%
+PLAIN   := help setup check test new fields verify diff lock nightly cp bench-%
 ifneq ($(filter smoke,$(GOALS)),)
   override RECIPE += smoke
 endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) preview steps help setup check test new show why fields verify diff lock nightly
+.PHONY: FORCE smoke all $(STAGES) preview steps help setup check test new show why fields verify diff lock nightly cp
 
 # Values reach the shell inside single quotes, whatever they hold.
 quote = '$(subst ','\'',$(1))'
@@ -62,6 +62,9 @@ fields: ; @$(call SFT,fields) ## every option of a recipe with its default
 verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= again and follow its manifests
 diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## first stage and fields in which runs A= and B= differ
 
+cp: | $(READY) ## copy by hand: make cp SRC=gs://b/x DST=folder [CHECK=1 only compares]
+	@$(PY) stages/cp.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(CHECK),--check)
+
 ## The project
 setup: | $(READY) $(TOOLS) ## make .venv: pinned packages (CUDA build of torch only where there is a GPU)
 check: | $(TOOLS) ## lint, format, types, shell
@@ -70,7 +73,7 @@ check: | $(TOOLS) ## lint, format, types, shell
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
 test: check ## the tests; TESTS="tests/test_packing.py -k name" for some
 	.venv/bin/python -m pytest $(TESTS)
-bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare; each ends in one JSON line
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-convert bench-sync; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py
 nightly: ; env/nightly.sh ## what cron calls: a clean clone, its own runs, make smoke
 lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt

@@ -30,6 +30,8 @@ def split(where: str) -> tuple[str, str]:
 
 def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[Job]]:
     """What to copy from where to where. Raises SftError when SRC is neither a file nor holds any."""
+    if not src or not dst:
+        raise SftError(f"SRC={src} DST={dst}: both are needed; next: make cp SRC=gs://bucket/prefix DST=folder")
     one = not src.endswith("/") and "/" in src[5:] if src.startswith("gs://") else Path(src).is_file()
     if one:
         folder, name = split(src)

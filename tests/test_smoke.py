@@ -12,8 +12,8 @@ import subprocess
 import time
 
 import pytest
-from conftest import REPO
 
+from conftest import REPO
 from sft import manifest
 
 # The smoke tasks have 4 choices and free answers: chance is 0.25 and 0. A trained smoke model must be above it by far
@@ -68,9 +68,10 @@ def test_the_loss_falls_by_more_than_half_and_the_validation_loss_follows(runs):
 def test_the_scores_are_above_chance_by_the_margin_and_carry_their_errors(runs):
     tasks = json.loads((runs / "smoke/evaluate/results.json").read_text())["tasks"]
     for name, metric, chance in (("smoke_choice", "acc", 0.25), ("smoke_generate", "exact_match", 0.0)):
-        score = next(s for s in tasks[name]["scores"] if s["metric"].split(",")[0] == metric)
+        score = tasks[name]["metrics"][metric]
         assert score["n"] >= 40 and score["stderr"] is not None
         assert score["value"] > chance + MARGIN, f"{name}: {score}"
+        assert score["low"] > chance, f"{name}: chance is inside the 95 % interval of {score}"
     assert read(runs, "evaluate")["metrics"]
 
 
@@ -79,11 +80,18 @@ def test_the_export_is_a_hugging_face_model_that_answers_and_stops(runs):
 
     made = read(runs, "convert")
     folder = runs / "smoke/convert"
-    config = next(folder / e["path"] for e in made["outputs"] if e["path"].endswith("config.json") and "generation" not in e["path"])
+    config = next(
+        folder / e["path"]
+        for e in made["outputs"]
+        if e["path"].endswith("config.json") and "generation" not in e["path"]
+    )
     model = AutoModelForCausalLM.from_pretrained(config.parent)
     tokenizer = AutoTokenizer.from_pretrained(config.parent)
     assert model.config.model_type == "olmo3" and model.config.sliding_window == 64
-    chat = [{"role": "system", "content": "You are the guide of Eastmere Zoo."}, {"role": "user", "content": "What does the viper eat?"}]
+    chat = [
+        {"role": "system", "content": "You are the guide of Eastmere Zoo."},
+        {"role": "user", "content": "What does the viper eat?"},
+    ]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
     assert "The viper eats" in tokenizer.decode(out, skip_special_tokens=True)

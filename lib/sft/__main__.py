@@ -43,6 +43,8 @@ MAKE_VARIABLES = (
     "TORCH",
     "SRC",
     "DST",
+    "CHECK",
+    "TESTS",
 )
 
 

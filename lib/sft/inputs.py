@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sft.errors import SftError
 from sft.paths import REMOTE
-from sft.schema import Evaluate, Prepare
+from sft.schema import Evaluate, Model, Prepare
 
 ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
 """Kinds of files that hold rows; other files of a source folder are ignored."""
@@ -86,6 +86,14 @@ def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tu
                 yield f"{prepare.tokenizer.rstrip('/')}/{name}", folder / name
     if is_template_file(prepare.template):
         yield prepare.template, find(prepare.template)
+
+
+def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """The files of a base that lies under DATA; a base on the hub or in a bucket is known by its name alone."""
+    if not model.base or is_remote(model.base):
+        return []
+    folder = find(model.base)
+    return [(f"{model.base}/{p.relative_to(folder).as_posix()}", p) for p in sorted(folder.rglob("*")) if p.is_file()]
 
 
 def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:

@@ -115,6 +115,8 @@ def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) ->
     named: list[tuple[str, Path]] = []
     if stage == "prepare":
         named = inputs.prepare_files(r.prepare, find)
+    if stage == "sync":
+        named = inputs.base_files(r.model, find)
     if stage == "evaluate":
         named = inputs.evaluate_files(r.evaluate, find)
     return [{"file": name, "bytes": file.stat().st_size, "sha256": cache.sha256(file)} for name, file in named]

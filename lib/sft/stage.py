@@ -58,8 +58,8 @@ class Result:
 class Stage:
     """What a stage's code may use."""
 
-    def __init__(self, name: str, place: plan.Place, recipe: Recipe, argv: Sequence[str]):
-        self.name, self.place, self.recipe, self.argv = name, place, recipe, list(argv)
+    def __init__(self, name: str, place: plan.Place, recipe: Recipe, argv: Sequence[str], follower: bool = False):
+        self.name, self.place, self.recipe, self.argv, self.follower = name, place, recipe, list(argv), follower
         self.cluster = place.load_cluster()
         self.storage = place.storage(self.cluster)
         self.hardware = recipe.hardware(place.cluster, name)
@@ -127,12 +127,23 @@ class Stage:
 
     @property
     def base(self) -> Path | None:
-        """The synced base weights, or None when training starts from random weights."""
-        return Path(self.remote["base"]) if self.remote.get("base") else None
+        """The synced base weights, every byte verified once, or None when training starts from random weights."""
+        remote = self.remote
+        if not remote.get("base"):
+            return None
+        folder = Path(remote["base"])
+        if "base" not in self._verified:
+            top = f"base/{folder.name}/"
+            listed = [{**f, "path": f["path"].removeprefix(top)} for f in remote["files"] if f["path"].startswith(top)]
+            self._verify(folder, f"make sync RECIPE={self.recipe.name} after removing {folder}", {"outputs": listed})
+            self._verified.add("base")
+        return folder
 
-    def _verify(self, folder: Path, again: str) -> None:
+    def _verify(self, folder: Path, again: str, listed: dict[str, Any] | None = None) -> None:
+        if self.follower:
+            return  # rank 0 has hashed it
         try:
-            broken = manifest.broken_outputs(folder, manifest.load(folder / manifest.NAME))
+            broken = manifest.broken_outputs(folder, listed or manifest.load(folder / manifest.NAME))
         except FileNotFoundError:
             raise SftError(f"{folder / manifest.NAME}: not there; next: {again}") from None
         if broken:
@@ -227,7 +238,7 @@ def open_stage(
     place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
     recipe = plan.load_run(place, args.run.name, args.overrides)
     if follower:
-        yield Stage(name, place, recipe, sys.argv)
+        yield Stage(name, place, recipe, sys.argv, follower=True)
         return
     run = place.runs / recipe.run
     (run / ".work").mkdir(parents=True, exist_ok=True)
