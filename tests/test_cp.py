@@ -144,8 +144,6 @@ def test_base_weights_in_a_bucket_are_fetched_and_what_was_removed_there_goes(
 
 
 def test_an_empty_name_copies_nothing(tmp_path):
-    from conftest import REPO
-
     for args in (["", str(tmp_path)], [str(tmp_path), ""]):
         done = subprocess.run(
             [sys.executable, REPO / "stages/cp.py", *args], cwd=tmp_path, capture_output=True, text=True, check=False
