@@ -254,7 +254,8 @@ def save(
         described = world.together(describe)
         world.leader_first(publish)
     except (OSError, RuntimeError, SftError, dcp.api.CheckpointException) as error:
-        need = sum(p.numel() for p in names.values()) * 12
+        # Weights and two moments in fp32, and about 2 kB around every stored entry.
+        need = sum(p.numel() for p in names.values()) * 12 + 2000 * (len(state["model"]) + len(state["optim"]))
         if world.leader:
             shutil.rmtree(work, ignore_errors=True)
         raise SharedError(
