@@ -6,11 +6,12 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
 
+rm -f "$1/train/.requeue"
 numbers=$(.venv/bin/python -m sft.launch train "$@")
 read -r processes threads <<<"$numbers"
 export OMP_NUM_THREADS="$threads"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that spin while they wait cost a busy machine a factor of four
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 # torchrun's 30 s would kill a large model in the middle of its save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # torchrun's 30 s would kill a large model in the middle of its save
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1
 
 command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner

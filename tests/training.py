@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sft import schema
+from sft import manifest, schema
 from sft.dataset import DatasetWriter
 
 VOCAB, EOS, PAD = 120, 1, 0
@@ -66,6 +66,16 @@ def write_dataset(folder: Path) -> Path:
         "splits": splits,
     }
     (folder / "dataset.json").write_text(json.dumps(facts))
+    record = {
+        "schema": manifest.SCHEMA,
+        "stage": "prepare",
+        "run": "fake",
+        "key": "sha256:0",
+        "config": {},
+        "inputs": [],
+    }
+    outputs = manifest.describe(folder, ["data", "validation", "dataset.json"])
+    manifest.write(folder / manifest.NAME, {**record, "outputs": outputs, "metrics": {}})
     return folder
 
 
@@ -89,6 +99,7 @@ class FakeStage:
         self.base = base
         self.out = folder / "train"
         self.out.mkdir(parents=True, exist_ok=True)
+        self.cache = folder / "cache"
         self.identity = "0123456789abcdef"
 
     def say(self, text: str) -> None:

@@ -35,7 +35,7 @@ from sft.loop import Requeue, Run, loop
 from sft.metrics import Metrics, read
 from sft.model import Transformer
 from sft.optim import Guard, build_adamw
-from sft.packing import pack_dataset
+from sft.packing import PackIndex, pack_dataset
 from sft.stage import Result, Stage, open_stage, report_errors
 from sft.steps import StepPlan, accumulation
 
@@ -46,14 +46,22 @@ REQUEUE_MARK = ".requeue"
 def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest whole step. Returns the run and the number of finished steps."""
     train, hardware = stage.recipe.train, stage.hardware
-    dataset_folder = stage.dataset
+    dataset_folder = world.leader_first(lambda: stage.dataset)  # rank 0 hashes every byte before anyone reads it
+    base_folder = world.leader_first(lambda: stage.base)
     facts = json.loads((dataset_folder / "dataset.json").read_bytes())
     config = presets.resolve(stage.recipe.model, int(facts["vocab_size"]))
-    warning = base.check_tokenizer(dataset_folder, facts, stage.base)
+    warning = base.check_tokenizer(dataset_folder, facts, base_folder)
 
-    def packed(name: str) -> tuple[Dataset, Any]:
+    identity = manifest.digest(manifest.load(dataset_folder / manifest.NAME))
+
+    def packed(name: str) -> tuple[Dataset, PackIndex]:
         dataset = Dataset.open(dataset_folder / name)
-        return dataset, pack_dataset(dataset, train.seq_len, train.long_documents)
+
+        def pack() -> PackIndex:
+            return pack_dataset(dataset, train.seq_len, train.long_documents, stage.cache / "packs", identity)
+
+        mine = world.leader_first(pack, share=False)  # the others read what rank 0 has written
+        return dataset, pack() if mine is None else mine
 
     dataset, index = packed("data")
     plan = StepPlan.build(index, train)
@@ -101,7 +109,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         say(f"warning: {warning}")
     step = checkpoint.latest(stage.out, world, lambda text: say(f"warning: {text}"))
     if step is None:
-        origin = base.initialise(model, config, stage.base, train.seed)
+        origin = base.initialise(model, config, base_folder, train.seed)
         start = 0
     else:
         state = checkpoint.restore(step, model, optimizer, world)
