@@ -76,6 +76,7 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
+    bounds: npt.NDArray[np.integer] | None = None  # where each token begins in the data; made anew once tokens change
 
     def reject(self, row: int, reason: str, detail: str) -> None:
         example = repr(self.source_rows[row])
@@ -96,6 +97,7 @@ class Batch:
         self.data = [self.data[document] for document in left if self.data]
         self.specials = [self.specials[document] for document in left]
         self.rows = [self.rows[document] for document in left]
+        self.bounds = None
         return keep
 
 
@@ -272,6 +274,7 @@ class Encoder:
         self, batch: Batch, source: Source, slowly: bool = False
     ) -> tuple[Ids, Offsets, npt.NDArray[np.bool_]]:
         """Ids and offsets of the documents, and which of them decode to their text: all, unless the encoder is broken."""
+        batch.bounds = None
         if slowly or self.engine.fast is None:
             ids, offsets = self.engine.encode_slowly(batch.texts)
         else:
@@ -283,10 +286,22 @@ class Encoder:
             if batch.escaped:
                 ids, offsets = self._replace_escaped(batch, ids, offsets)
         good = np.ones(len(batch.texts), dtype=bool)
-        if self.engine.decode(ids) != b"".join(batch.data):
-            for document, data in enumerate(batch.data):
-                good[document] = self.vocabulary.decode(ids[offsets[document] : offsets[document + 1]]) == data
+        sizes = np.fromiter(map(len, batch.data), dtype=np.int64, count=len(batch.data))
+        whole = np.array_equal(self._bounds(batch, ids)[offsets[1:]], np.cumsum(sizes))  # documents end where texts do
+        if whole and self.engine.decode(ids) == b"".join(batch.data):
+            return ids, offsets, good
+        for document, data in enumerate(batch.data):
+            good[document] = self.vocabulary.decode(ids[offsets[document] : offsets[document + 1]]) == data
         return ids, offsets, good
+
+    def _bounds(self, batch: Batch, ids: Ids) -> npt.NDArray[np.integer]:
+        """Where every token begins in the bytes of all documents, and where the last one ends."""
+        if batch.bounds is None:
+            # 32 bits sum up several times faster, and hold any batch short of 2 GiB of text.
+            small = sum(map(len, batch.data)) < 1 << 31
+            batch.bounds = np.zeros(len(ids) + 1, dtype=np.int32 if small else np.int64)
+            np.cumsum(self.vocabulary.widths.take(ids, mode="clip"), out=batch.bounds[1:])
+        return batch.bounds
 
     def _find_escaped(self, batch: Batch, source: Source, ids: Ids, offsets: Offsets) -> dict[int, tuple[str, str]]:
         """Renders anew the documents with more special tokens than their template wrote; returns those that cannot be."""
@@ -324,6 +339,7 @@ class Encoder:
         if self.plain is None:
             self.plain = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
             self.plain.encode_special_tokens = True
+        batch.bounds = None
         documents = sorted(batch.escaped)
         segments: list[list[str]] = []
         for document in documents:
@@ -356,13 +372,16 @@ class Encoder:
         foreign = spread([index for index, text in enumerate(texts) if not text.isascii()], (wanted + 1) // 2)
         chosen = {*foreign, *spread(range(len(texts)), wanted - len(foreign) if wanted < len(texts) else wanted)}
         chosen -= batch.escaped.keys()
-        for index in chosen:
-            # A special token cuts the text, so what stands before one can be compared alone: long documents stay cheap.
-            cut = self.specials.pattern.search(texts[index], PARITY_CHARACTERS)
-            text = texts[index] if cut is None else texts[index][: cut.start()]
-            right = self.vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
-            end = offsets[index + 1] if cut is None else offsets[index] + len(right)
-            if ids[offsets[index] : end].tolist() != right:
+        # A special token cuts the text, so what stands before one can be compared alone: long documents stay cheap.
+        cuts = [self.specials.pattern.search(texts[index], PARITY_CHARACTERS) for index in chosen]
+        parts = [
+            texts[index] if cut is None else texts[index][: cut.start()]
+            for index, cut in zip(chosen, cuts, strict=True)
+        ]
+        right = self.vocabulary.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        for index, cut, expected in zip(chosen, cuts, right, strict=True):
+            end = offsets[index + 1] if cut is None else offsets[index] + len(expected.ids)
+            if ids[offsets[index] : end].tolist() != expected.ids:
                 return -1
         return len(chosen)
 
@@ -371,17 +390,16 @@ class Encoder:
         if not batch.texts:
             return np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), 0
         flat = list(chain.from_iterable(batch.runs))
-        if sum(map(len, batch.texts)) == sum(map(len, batch.data)):
-            sizes = list(map(len, flat))
-        else:
-            sizes = [len(run) if run.isascii() else len(run.encode()) for run in flat]
-        edges = np.cumsum(sizes)
-        # 32 bits sum up several times faster, and hold any batch short of 2 GiB of text.
-        ends = np.cumsum(
-            self.vocabulary.widths.take(ids, mode="clip"), dtype=np.int32 if edges[-1] < 1 << 31 else np.int64
-        )
-        counts = np.array([len(runs) for runs in batch.runs])
+        sizes = np.fromiter(map(len, flat), dtype=np.int64, count=len(flat))
+        counts = np.fromiter(map(len, batch.runs), dtype=np.int64, count=len(batch.runs))
         first = np.cumsum(counts) - counts
+        wide = [document for document, text in enumerate(batch.texts) if not text.isascii()]
+        for document in wide:  # characters of more than one byte
+            sizes[first[document] : first[document] + counts[document]] = [
+                len(run.encode()) for run in batch.runs[document]
+            ]
+        ends = self._bounds(batch, ids)[1:]
+        edges = np.cumsum(sizes, dtype=ends.dtype)
         trained = ((np.arange(len(flat)) - np.repeat(first, counts)) & 1).astype(bool)
         # Tokens that end by each edge. Where the edge lies inside the next token, that token is scaffold.
         upto = np.searchsorted(ends, edges, side="right")
