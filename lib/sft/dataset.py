@@ -113,7 +113,7 @@ class DatasetWriter:
             )
         rows = np.empty(len(lengths), dtype=DOCUMENT)
         rows["length"], rows["source"] = lengths, source
-        rows["labels"] = np.add.reduceat(mask, starts, dtype=np.int64)
+        rows["labels"] = np.diff(np.searchsorted(np.flatnonzero(mask), ends), prepend=0)
         first = 0
         while first < len(lengths):
             room = self.part_tokens - self._part_used
@@ -175,9 +175,8 @@ class DatasetWriter:
         # No name and no time in the gzip header: the same documents give the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
             for rows in self._part_rows:
-                starts = rows["start"].tolist()
-                ends = (rows["start"] + rows["length"]).tolist()
-                packed.write("".join(f"{a},{b}\n" for a, b in zip(starts, ends, strict=True)).encode())
+                bounds = np.stack([rows["start"], rows["start"] + rows["length"]], axis=1)
+                packed.write(("%d,%d\n" * len(rows) % tuple(bounds.ravel().tolist())).encode())
         _publish(raw, path)
         self._part_rows = []
 

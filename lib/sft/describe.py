@@ -44,23 +44,27 @@ class Check:
 
     def block(self, ids: NDArray[np.uint32], mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> None:
         ends = np.cumsum(lengths)
-        starts = ends - lengths
-        labels = np.add.reduceat(mask, starts, dtype=np.int64)
-        wrong = (labels == 0) | mask[starts]
+        trained = np.flatnonzero(mask)
+        upto = np.searchsorted(trained, ends)
+        labels = np.diff(upto, prepend=0)
+        wrong = (labels == 0) | mask[ends - lengths]
         if self.identity["boundaries"] == "eos":
-            eos = ids == self.identity["eos_id"]
-            wrong |= ~eos[ends - 1] | (np.add.reduceat(eos, starts, dtype=np.int64) != 1)
+            found = np.flatnonzero(ids == self.identity["eos_id"])
+            if not np.array_equal(found, ends - 1):
+                wrong |= (np.diff(np.searchsorted(found, ends), prepend=0) != 1) | (
+                    ids[ends - 1] != self.identity["eos_id"]
+                )
         if wrong.any():
             at = self.documents + int(np.flatnonzero(wrong)[0])
             raise SftError(
                 f"{self.what}: document {at} breaks the mask proof ({int(wrong.sum())} of {len(wrong)} in its block);"
                 " next: remove the cache/tokens folder and run it again"
             )
-        last = np.flatnonzero(mask)[np.cumsum(labels) - 1]  # the last trained token of each document
+        last = trained[upto - 1]  # the last trained token of each document
         self.terminated += int(np.isin(ids[last], self.terminators).sum())
         self.documents += len(lengths)
         self.tokens += len(ids)
-        self.labels += int(labels.sum())
+        self.labels += len(trained)
 
     def finish(self) -> dict[str, int]:
         if self.documents and not self.terminated:

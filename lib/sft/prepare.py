@@ -50,7 +50,7 @@ MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
 """What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs
-BLOCK_TOKENS = 8 << 20  # documents are gathered and written this many tokens at a time
+BLOCK_TOKENS = 1 << 20  # documents are gathered and written this many tokens at a time
 OPEN_CHUNKS = 256
 REJECT_EXAMPLES = 5
 GIVE_UP_ROWS = 1000
@@ -355,16 +355,21 @@ class Preparation:
             total = int(length[first:last].sum())
             ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
             order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
-            at = first + order
-            for c, s, n, to in zip(
-                chunk[at].tolist(), start[at].tolist(), length[at].tolist(), places[order].tolist(), strict=True
-            ):
+            at, to = first + order, places[order]
+            files, begins = np.unique(chunk[at], return_index=True)
+            put_ids, put_mask = memoryview(ids), memoryview(mask)  # their slices cost half of an array's
+            for c, here in zip(files.tolist(), np.split(np.arange(len(at)), begins[1:]), strict=True):
                 if (tokens := opened.get(c)) is None:
                     if len(opened) >= OPEN_CHUNKS:
                         opened.pop(next(iter(opened)))
                     tokens = opened[c] = Tokens.open(self.cache / jobs[c].name, self.summaries[jobs[c].name])
-                ids[to : to + n] = tokens.ids[s : s + n]
-                mask[to : to + n] = tokens.mask[s : s + n]
+                get_ids, get_mask = memoryview(tokens.ids), memoryview(tokens.mask)
+                sizes = length[at[here]]
+                takes = map(slice, start[at[here]].tolist(), (start[at[here]] + sizes).tolist())
+                puts = map(slice, to[here].tolist(), (to[here] + sizes).tolist())
+                for take, put in zip(takes, puts, strict=True):
+                    put_ids[put] = get_ids[take]
+                    put_mask[put] = get_mask[take]
             return ids, mask
 
         check = describe.Check(f"[prepare] {name}", self.encoder.identity)

@@ -404,28 +404,48 @@ def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
 
 
 def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
-    batch, size = Batch(), 0
-    for line, long_numbers in _lines(chunk):
-        number = batch.count
-        batch.count += 1
-        if line is None:
-            batch.bad.append(BadRow(number, "row_too_long", f"more than {MAX_ROW_BYTES} bytes", ""))
-            continue
-        size += len(line)
-        try:
-            row = parse(line, long_numbers)
-        except ValueError as e:
-            reason, _, detail = str(e).partition(": ")
-            example = line[:EXAMPLE_CHARS].decode("utf-8", "replace")
-            batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], example))
-            continue
-        if row is not None:
-            batch.rows.append(row)
-            batch.numbers.append(number)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = Batch(count=batch.count), 0
-    yield batch
+    batch = Batch()
+    for lines, long_numbers in _blocks(chunk):
+        rows = None if long_numbers else _parse_plain(lines)
+        if rows is not None:
+            batch.rows, batch.numbers = rows, list(range(batch.count, batch.count + len(lines)))
+            batch.count += len(lines)
+        else:
+            for line in lines:
+                _read_line(line, batch, long_numbers)
+        yield batch
+        batch = Batch(count=batch.count)
+    if not batch.count:
+        yield batch
+
+
+def _parse_plain(lines: list[bytes | None]) -> list[dict[str, Any]] | None:
+    """Rows when every line is one, and no number needs more than 64 bits, which orjson would round; else None."""
+    if orjson is None:
+        return None
+    try:
+        rows = list(map(orjson.loads, lines))  # type: ignore[arg-type]
+    except ValueError:
+        return None
+    return rows if set(map(type, rows)) <= {dict} else None
+
+
+def _read_line(line: bytes | None, batch: Batch, long_numbers: bool) -> None:
+    number = batch.count
+    batch.count += 1
+    if line is None:
+        batch.bad.append(BadRow(number, "row_too_long", f"more than {MAX_ROW_BYTES} bytes", ""))
+        return
+    try:
+        row = parse(line, long_numbers)
+    except ValueError as e:
+        reason, _, detail = str(e).partition(": ")
+        example = line[:EXAMPLE_CHARS].decode("utf-8", "replace")
+        batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], example))
+        return
+    if row is not None:
+        batch.rows.append(row)
+        batch.numbers.append(number)
 
 
 def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
@@ -468,10 +488,9 @@ def _has_long_number(data: bytes) -> bool:
     return any(_LONG_NUMBER.search(data, max(0, 8 * i - 18), 8 * i + 26) for i in np.flatnonzero(found).tolist())
 
 
-def _lines(chunk: Chunk) -> Iterator[tuple[bytes | None, bool]]:
-    """Lines that begin inside the chunk; the last may end beyond it. None stands for one that is too long.
-
-    With each line, whether it may hold a number of 19 digits or more.
+def _blocks(chunk: Chunk) -> Iterator[tuple[list[bytes | None], bool]]:
+    """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it. None stands for a line
+    that is too long. With each block, whether it may hold a number of 19 digits or more.
     """
     with open(chunk.file.path, "rb") as f:
         if chunk.start == 0:
@@ -488,20 +507,21 @@ def _lines(chunk: Chunk) -> Iterator[tuple[bytes | None, bool]]:
             return
         long_numbers = _has_long_number(data)
         *whole, last = data.split(b"\n")
-        for line in whole:
-            yield line, long_numbers
+        count = len(data) // BATCH_BYTES + 1
+        for i in range(count):
+            yield whole[i * len(whole) // count : (i + 1) * len(whole) // count], long_numbers
         if not last:
             return  # the chunk ends with a line
         while b"\n" not in (block := f.read(1 << 20)):
             if not block:
-                yield last, True
+                yield [last], True
                 return
             last += block
             if len(last) > MAX_ROW_BYTES:
-                yield None, False
+                yield [None], False
                 return
         last += block[: block.index(b"\n")]
-        yield (last if len(last) <= MAX_ROW_BYTES else None), True
+        yield [last if len(last) <= MAX_ROW_BYTES else None], True
 
 
 def read_row(files: list[InputFile], row: int, name: str = "") -> tuple[str, dict[str, Any]]:
