@@ -3,18 +3,23 @@
 
     PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
 
-In: a tokenizer folder and GSM8K (from $SFT_SHARED_DATA or ../shared/data), and generated 20-message tool dialogues. Out: a
-table, and as the last line one JSON object with ratio_to_ancestor, share_of_floor and tokens_per_s, the worst of both data
-sets, and the figures of each. Every method uses the same number of processes or threads:
+In: a tokenizer folder and GSM8K (from $SFT_SHARED_DATA or ../shared/data), and generated 20-message tool dialogues, whose
+words are GSM8K's own at their own frequencies: text of few words would be encoded from a cache. Out: a table, and as the
+last line one JSON object with ratio_to_ancestor, share_of_floor and tokens_per_s, the worst of both data sets, and the
+figures of each. Every method uses the same number of processes or threads:
 
-* ancestor: render the conversation, tokenise it with offsets, and for every assistant turn render the messages before it
-  and up to it and scan all offsets in Python for the tokens between; one conversation at a time, `--cores` processes;
+* ancestor: one conversation at a time through transformers: apply_chat_template renders and tokenises it with offsets; for
+  every assistant turn it renders and tokenises two prefixes, up to the turn and through it, and a Python loop goes over all
+  offsets for the tokens between their ends; `--cores` processes;
+* light ancestor: the same, but prefixes are only rendered, never tokenised. It counts for nothing, and shows how much of the
+  ratio comes from tokenising prefixes;
 * Hugging Face batch: render once, `tokenizers` encodes 1000 conversations a call on all cores; no mask, nothing written;
 * floor: rendering and the encoder alone, rows parsed and in memory, workers warm; no reading, mask, proof or writing;
 * ours: the prepare stage from the JSONL file to the finished folder, with parsing, mask, proof, checksums, mix and fsync.
 
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
-whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check against transformers count for none of them; ours prints both.
+whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check
+against transformers count for none of them; ours prints both.
 """
 
 from __future__ import annotations
@@ -32,28 +37,21 @@ from types import SimpleNamespace
 from typing import Any
 
 from sft import schema, workers
+from sft.chunks import without_gc
 from sft.prepare import prepare
 from sft.schema import Prepare, Source
 from sft.tokenize import Encoder
 
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"
-WORDS = """
-the of to and in a is that for it as was with be by on not he his but at are this have from or had an they which one
-you were her all their there been more if would who what so when some could time than into only its about other see
-model value result compute tensor gradient river mountain weather forecast temperature budget invoice delivery
-schedule station latitude understanding nevertheless international characteristics straightforward approximately
-configuration environment
-""".split()  # noqa: SIM905 - readable
 
 
-def dialogue(rng: random.Random) -> dict[str, Any]:
+def dialogue(rng: random.Random, words: Sequence[str]) -> dict[str, Any]:
     """A system prompt and 20 messages: user, assistant that calls a tool, tool result, assistant that answers, …"""
 
     def prose(low: int, high: int) -> str:
-        words = rng.choices(WORDS, k=rng.randint(low, high))
         return (
-            " ".join(words).capitalize()
+            " ".join(rng.choices(words, k=rng.randint(low, high))).capitalize()
             + f". It is {rng.randint(0, 99999) / 100} at {rng.randint(0, 23)}:{rng.randint(10, 59)}."
         )
 
@@ -114,19 +112,29 @@ class Ancestor:
         return tokens, labels, *clock.stop()
 
     def encode(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[bool]]:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self.tokenise(messages)
         mask = [False] * len(encoded["input_ids"])
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self.tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
-            upto = self.tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
-            start, end = len(before), len(upto)
+            start = self.end_of(messages[:i], add_generation_prompt=True)
+            end = self.end_of(messages[: i + 1])
             for position, (a, b) in enumerate(encoded["offset_mapping"]):
                 if a >= start and b <= end:
                     mask[position] = True
         return encoded["input_ids"], mask
+
+    def tokenise(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+        offsets = {"return_offsets_mapping": True}
+        return self.tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs=offsets, **options)
+
+    def end_of(self, messages: list[dict[str, Any]], **options: Any) -> int:
+        return self.tokenise(messages, **options)["offset_mapping"][-1][1]
+
+
+class LightAncestor(Ancestor):
+    def end_of(self, messages: list[dict[str, Any]], **options: Any) -> int:
+        return len(self.tokenizer.apply_chat_template(messages, tokenize=False, **options))
 
 
 class Floor:
@@ -140,9 +148,10 @@ class Floor:
         encoder, tokens = self.encoder, 0
         read = encoder.reader(self.source).read
         clock = Clock()
-        for start in range(0, len(rows), 4096):
-            texts = ["".join(encoder.template.render(read(row))[0]) for row in rows[start : start + 4096]]
-            tokens += len(encoder.engine.encode(texts)[0])
+        with without_gc():
+            for start in range(0, len(rows), 4096):
+                texts = ["".join(encoder.template.render(read(row))[0]) for row in rows[start : start + 4096]]
+                tokens += len(encoder.engine.encode(texts)[0])
         return tokens, 0, *clock.stop()
 
 
@@ -193,6 +202,7 @@ def compare(
 
     few = rows[: max(20 * cores, int(60_000 * cores / per_row))]
     found["ancestor"] = in_processes(Ancestor, (templated,), few, cores)
+    found["light_ancestor"] = in_processes(LightAncestor, (templated,), few, cores)
     check = encoder.encode(few, encoder.prepare.sources[0])
     print(
         f"  ancestor, tokens and labels: {found['ancestor'][:2]}; ours on its rows: {(len(check.ids), int(check.labels.sum()))}"
@@ -220,6 +230,7 @@ def compare(
             print(f"  by {label:8}  {method:20} {speed:14,.0f} tokens/s   ours is {mine / speed:8.2f} x")
         result[label] = {
             "ratio_to_ancestor": round(mine / speeds["ancestor"], 2),
+            "ratio_to_light_ancestor": round(mine / speeds["light_ancestor"], 2),
             "ratio_to_hugging_face": round(mine / speeds["hugging_face_batch"], 2),
             "share_of_floor": round(mine / speeds["floor"], 3),
             "tokens_per_s": round(mine),
@@ -238,12 +249,14 @@ def main() -> None:
     for path in (args.tokenizer / "tokenizer.json", args.gsm8k):
         if not path.is_file():
             sys.exit(f"error: {path} is not there; next: name it with --tokenizer and --gsm8k, or set SFT_SHARED_DATA")
-    rng = random.Random(1)
+    rng, grade_school = random.Random(1), gsm8k(args.gsm8k)
+    words = [word for row in grade_school for message in row["messages"] for word in message["content"].split()]
+    made = [dialogue(rng, words) for _ in range(2000)]
     with tempfile.TemporaryDirectory() as saved:  # the tokenizer with the template in it, for transformers
         Encoder(args.tokenizer, table_for("rows.jsonl")).save_tokenizer(Path(saved))
         found = {
             name: compare(name, rows, int(args.tokens), args.tokenizer, Path(saved), args.cores)
-            for name, rows in (("gsm8k", gsm8k(args.gsm8k)), ("dialogues", [dialogue(rng) for _ in range(2000)]))
+            for name, rows in (("gsm8k", grade_school), ("dialogues", made))
         }
     keys = ("ratio_to_ancestor", "share_of_floor", "tokens_per_s")
     worst = {
