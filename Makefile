@@ -15,7 +15,7 @@ endif
 
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) preview steps help setup check test new show why fields verify diff lock nightly cp
+.PHONY: FORCE smoke all $(STAGES) preview steps export help setup check test new show why fields verify diff lock nightly cp
 
 # Values reach the shell inside single quotes, whatever they hold.
 quote = '$(subst ','\'',$(1))'
@@ -37,8 +37,9 @@ $(DIRS:%=%/sync/manifest.json):     %/sync/manifest.json:     | %/prepare/manife
 $(DIRS:%=%/train/manifest.json):    %/train/manifest.json:    | %/sync/manifest.json ; stages/train.sh $* $(ARGS)
 $(DIRS:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/train/manifest.json ; $(PY) stages/convert.py $* $(ARGS)
 $(DIRS:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/convert/manifest.json ; $(PY) stages/evaluate.py $* $(ARGS)
-# `make report` shows what there is; after `make all` or `make smoke` that is everything.
-$(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(if $(filter all smoke,$(GOALS)),%/evaluate/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
+# `make report` shows what there is, after the other stages it is made together with.
+BEFORE := $(if $(filter all smoke,$(GOALS)),evaluate,$(filter $(filter-out report,$(STAGES)),$(GOALS)))
+$(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(foreach s,$(BEFORE),%/$(s)/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
 $(patsubst %,$(RUNS)/%/manifest.json,$(call planned,stale)): FORCE
 
 ## The pipeline, for RECIPE=name (several: RECIPE="a b"), on CLUSTER=local, data looked up under DATA=folder[:folder]
@@ -49,6 +50,8 @@ convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folde
 evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with their errors
 report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page over whatever stages are done
 all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; smoke = all RECIPE=smoke
+export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-core's own scripts: make export RECIPE=x DST=folder
+	@$(foreach d,$(DIRS),$(PY) stages/export.py $d $(call quote,$(DST)) &&) true
 steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic before training: packs, steps, padding, trained tokens of a step
 	@$(foreach d,$(DIRS),$(PY) -m sft.arithmetic $d $(ARGS) &&) true
 preview: | $(READY) ## conversations as they are tokenised, trained tokens coloured; [SOURCE=n] [ROW=n]

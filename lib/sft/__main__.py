@@ -18,6 +18,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an old interpr
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import signal
 import typing
@@ -48,6 +49,9 @@ MAKE_VARIABLES = (
 )
 
 
+FIELDS = {f.name for cls in (*schema.TABLES.values(), schema.Hardware) for f in dataclasses.fields(cls)}
+
+
 def split_overrides(text: str) -> list[str]:
     """The command-line variables as Make lists them ($(MAKEOVERRIDES)): lower case is a recipe field.
 
@@ -60,6 +64,10 @@ def split_overrides(text: str) -> list[str]:
         name = name.rstrip(":+?!")
         if name[:1].islower():
             fields.append(f"{name}={value}")
+        elif name not in MAKE_VARIABLES and name.lower() in FIELDS:
+            raise SftError(
+                f"make: {name}={value}: a recipe's field is lower case; did you mean {name.lower()}={value}?"
+            )
         elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
             raise SftError(
                 f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)"
@@ -74,8 +82,8 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
     for name in args.recipe.split():
         r = recipe.load(recipe.find(RECIPES, name, "recipe"), args.fields, place.cluster)
         found[r.run] = r
-    root = str(place.runs).rstrip("/") + "/"
-    for goal in args.goals.split():
+    root = os.path.normpath(place.runs) + "/"
+    for goal in (os.path.normpath(g) for g in args.goals.split()):
         if goal.startswith(root) and goal.endswith("/" + manifest.NAME):
             run = goal.removeprefix(root).split("/")[0]
             if run not in found:
@@ -91,7 +99,7 @@ def command_plan(args: argparse.Namespace) -> None:
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit"
         )
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
-    needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview", "steps")]
+    needs_run = [g for g in goals if g in (*schema.STAGES, "report", "all", "preview", "steps", "export")]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
         raise SftError(
             f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"
@@ -99,6 +107,11 @@ def command_plan(args: argparse.Namespace) -> None:
     if needs_run:
         args.place.load_cluster()
     runs = runs_of(args)
+    shard = os.environ.get("SHARD") or next(iter(re.findall(r"(?:^|\s)SHARD=(\S+)", args.overrides)), "")
+    if shard and (beyond := [g for g in needs_run if g != "prepare"]):
+        raise SftError(
+            f"make {beyond[0]} SHARD={shard}: SHARD is for prepare; next: make prepare … SHARD={shard}, then SHARD=merge/n"
+        )
     if needs_run and not runs:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
     for r in runs:
@@ -151,13 +164,15 @@ def command_show(args: argparse.Namespace) -> None:
 def command_why(args: argparse.Namespace) -> None:
     """Each stage of each run: done, or the reasons why it would run."""
     for r in _one_or_more(args):
-        stale = plan.stale_stages(args.place, r, ["sync"])
+        stale = plan.stale_stages(args.place, r, [])
         for stage in (*schema.STAGES, "report"):
             print(f"{r.run}/{stage}: {'; '.join(stale[stage]) if stage in stale else 'up to date'}")
 
 
 def command_new(args: argparse.Namespace) -> None:
     """Copies a recipe to a new name, with fields changed; comments and layout stay."""
+    if not args.copy_from or not args.recipe:
+        raise SftError("make new: FROM= and RECIPE= are needed; next: make new FROM=smoke RECIPE=my-exp lr=1e-4")
     source = recipe.find(RECIPES, args.copy_from, "recipe")
     if not recipe.NAME.fullmatch(args.recipe):
         raise SftError(f"make new RECIPE={args.recipe!r}: a name is lower-case letters, digits, '.' and '-'")
@@ -198,7 +213,7 @@ def command_fields(args: argparse.Namespace) -> None:
 def command_verify(args: argparse.Namespace) -> None:
     """Hashes every output of a run again and follows its chain of manifests."""
     bad = []
-    run = args.place.runs / recipe_run(args.run)
+    run = run_folder(args.place, args.run, "RUN")
     for stage in (*schema.STAGES, "report"):
         file = run / stage / manifest.NAME
         if not file.exists():
@@ -226,15 +241,25 @@ def paths_name(entry: str) -> str:
     return entry.removeprefix("../")
 
 
-def recipe_run(run: str) -> str:
+def run_folder(place: plan.Place, run: str, variable: str) -> Path:
+    """The folder of an existing run. Raises SftError naming the Make variable and near names."""
+    if not run:
+        raise SftError(f"which run? next: say {variable}=<name of a folder in {place.runs}>")
     recipe.from_run(run)
-    return run
+    folder = place.runs / run
+    if not folder.is_dir():
+        known = sorted(p.name for p in place.runs.glob("[a-z0-9]*") if p.is_dir()) if place.runs.is_dir() else []
+        near = difflib.get_close_matches(run, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+        raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}")
+    return folder
 
 
 def command_diff(args: argparse.Namespace) -> None:
     """The first stage and the fields in which two runs differ."""
+    folders = [run_folder(args.place, args.a, "A"), run_folder(args.place, args.b, "B")]
     for stage in schema.STAGES:
-        files = [args.place.runs / recipe_run(run) / stage / manifest.NAME for run in (args.a, args.b)]
+        files = [folder / stage / manifest.NAME for folder in folders]
         a, b = (manifest.load(f) if f.is_file() else None for f in files)
         if a is None or b is None:
             print(f"{stage}: not made in {args.a if a is None else args.b}")
@@ -310,13 +335,15 @@ def main() -> None:
     parser.add_argument("--a", default="")
     parser.add_argument("--b", default="")
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `make fields | head` ends quietly
+    signal.signal(signal.SIGPIPE, lambda *_: os._exit(0))  # `make fields | head` ends quietly
     try:
         args.place = plan.Place.parse(args.runs, args.data, args.cluster)
         args.fields = split_overrides(args.overrides)
         commands[args.command](args)
     except SftError as e:
         sys.exit(f"error: {e}")
+    except OSError as e:
+        sys.exit(f"error: {e.filename}: {e.strerror}; next: correct that path or its permissions")
 
 
 main()

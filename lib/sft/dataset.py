@@ -8,6 +8,9 @@ Out: a folder that OLMo-core's readers accept, and one file more that says where
     token_ids_part_0000.csv.gz  "start,end" of every document, tiling the part
     documents.npy               a real .npy of `DOCUMENT`, in the order the documents were added
 
+Documents that have EOS inside (boundaries = "index") go to indexed_ids_part_0000.npy and indexed_mask_part_0000.npy, without
+a csv.gz: OLMo-core looks for EOS to find documents and would take them apart, so it must not find these files by its names.
+
 A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed;
 documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the documents alone.
 """
@@ -39,12 +42,12 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     raise SftError(f"vocab_size {vocab_size} does not fit 64 bits")
 
 
-def ids_name(part: int) -> str:
-    return f"token_ids_part_{part:04d}.npy"
+def ids_name(part: int, boundaries: str = "eos") -> str:
+    return f"{'token' if boundaries == 'eos' else 'indexed'}_ids_part_{part:04d}.npy"
 
 
-def mask_name(part: int) -> str:
-    return f"labels_mask_part_{part:04d}.npy"
+def mask_name(part: int, boundaries: str = "eos") -> str:
+    return f"{'labels' if boundaries == 'eos' else 'indexed'}_mask_part_{part:04d}.npy"
 
 
 def bounds_name(part: int) -> str:
@@ -80,12 +83,15 @@ def sync_folder(folder: Path) -> None:
 class DatasetWriter:
     """Writes documents into a folder. Use as a context manager: an exception leaves no documents.npy behind."""
 
-    def __init__(self, folder: Path | str, vocab_size: int, part_tokens: int = PART_TOKENS) -> None:
+    def __init__(
+        self, folder: Path | str, vocab_size: int, part_tokens: int = PART_TOKENS, boundaries: str = "eos"
+    ) -> None:
         if vocab_size < 1 or part_tokens < 1:
             raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.vocab_size, self.part_tokens, self.dtype = vocab_size, part_tokens, token_dtype(vocab_size)
+        self.boundaries = boundaries
         self.documents = self.tokens = self.labels = 0
         self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array a call
         self._part, self._part_used = -1, 0
@@ -161,16 +167,26 @@ class DatasetWriter:
         self._part, self._part_used = self._part + 1, 0
         if self._part >= MAX_PARTS:
             raise SftError(f"{self.folder}: more than {MAX_PARTS} parts of {self.part_tokens} tokens; use larger parts")
-        self._ids = _create(self.folder / ids_name(self._part))
-        self._mask = _create(self.folder / mask_name(self._part))
+        self._ids = _create(self._ids_path())
+        self._mask = _create(self._mask_path())
+
+    def _ids_path(self) -> Path:
+        return self.folder / ids_name(self._part, self.boundaries)
+
+    def _mask_path(self) -> Path:
+        return self.folder / mask_name(self._part, self.boundaries)
 
     def _finish_part(self) -> None:
         if self._ids is None or self._mask is None:
             return
-        _publish(self._ids, self.folder / ids_name(self._part))
-        _publish(self._mask, self.folder / mask_name(self._part))
+        _publish(self._ids, self._ids_path())
+        _publish(self._mask, self._mask_path())
         self._ids = self._mask = None
-        path = self.folder / bounds_name(self._part)
+        if self.boundaries == "eos":
+            self._write_bounds(self.folder / bounds_name(self._part))
+        self._part_rows = []
+
+    def _write_bounds(self, path: Path) -> None:
         raw = _create(path)
         # No name and no time in the gzip header: the same documents give the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
@@ -178,7 +194,6 @@ class DatasetWriter:
                 bounds = np.stack([rows["start"], rows["start"] + rows["length"]], axis=1)
                 packed.write(("%d,%d\n" * len(rows) % tuple(bounds.ravel().tolist())).encode())
         _publish(raw, path)
-        self._part_rows = []
 
     def close(self) -> None:
         """Finishes the last part and writes documents.npy, which makes the folder a dataset."""
@@ -195,10 +210,10 @@ class DatasetWriter:
 
     def abort(self) -> None:
         """Removes the temporary files of an unfinished part; finished parts stay for the caller to judge."""
-        for part_file, name in ((self._ids, ids_name), (self._mask, mask_name)):
+        for part_file, path in ((self._ids, self._ids_path()), (self._mask, self._mask_path())):
             if part_file is not None:
                 part_file.close()
-                _temporary(self.folder / name(self._part)).unlink(missing_ok=True)
+                _temporary(path).unlink(missing_ok=True)
         self._ids = self._mask = None
 
     def __enter__(self) -> Self:
@@ -232,9 +247,11 @@ class Dataset:
             raise SftError(f"{path}: cannot be read ({error}); run make prepare again") from None
         if documents.dtype != DOCUMENT:
             raise SftError(f"{path}: has fields {documents.dtype}, not {DOCUMENT}; run make prepare again")
-        parts = sorted(folder.glob("token_ids_part_*.npy"))
-        masks = sorted(folder.glob("labels_mask_part_*.npy"))
-        if [p.name for p in parts] != [ids_name(i) for i in range(len(parts))] or len(masks) != len(parts):
+        parts = sorted(folder.glob("*_ids_part_*.npy"))
+        masks = sorted(folder.glob("*_mask_part_*.npy"))
+        boundaries = "index" if parts and parts[0].name == ids_name(0, "index") else "eos"
+        names = [[name(i, boundaries) for i in range(len(parts))] for name in (ids_name, mask_name)]
+        if [[p.name for p in parts], [p.name for p in masks]] != names:
             raise SftError(
                 f"{folder}: {len(parts)} token files and {len(masks)} mask files are not a whole set; copy it again"
             )

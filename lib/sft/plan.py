@@ -21,7 +21,7 @@ from sft.hashcache import HashCache
 
 REPO = Path(__file__).resolve().parents[2]
 # Raise a stage's number when its code makes different bytes from the same options.
-VERSIONS = {"prepare": 1, "sync": 1, "train": 1, "convert": 1, "evaluate": 1, "report": 1}
+VERSIONS = {"prepare": 2, "sync": 1, "train": 1, "convert": 1, "evaluate": 1, "report": 1}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Re
     if loaded.run != run:
         try:
             recorded = json.loads((place.runs / run / "run.json").read_bytes())["overrides"]
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
+            recorded = []
+        if not (isinstance(recorded, list) and all(isinstance(text, str) for text in recorded)):
             recorded = []
         loaded = recipe.load(file, [*recorded, *overrides], place.cluster)
     if loaded.run != run:
@@ -108,18 +110,23 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> di
 
 def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[dict[str, Any]]:
     """Manifest entries of the local files a stage's recipe tables name. Raises SftError for a missing one."""
+    named = named_files(place, r, stage)
+    return [{"file": name, "bytes": file.stat().st_size, "sha256": cache.sha256(file)} for name, file in named]
+
+
+def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, Path]]:
+    """The local files a stage's recipe tables name, by their name there. Raises SftError for a missing one."""
 
     def find(path: str, what: str = "") -> Path:
         return paths.find(place.roots, path, f"{r.file}: {what or stage}")
 
-    named: list[tuple[str, Path]] = []
     if stage == "prepare":
-        named = inputs.prepare_files(r.prepare, find)
+        return inputs.prepare_files(r.prepare, find)
     if stage == "sync":
-        named = inputs.base_files(r.model, find)
+        return inputs.base_files(r.model, find)
     if stage == "evaluate":
-        named = inputs.evaluate_files(r.evaluate, find)
-    return [{"file": name, "bytes": file.stat().st_size, "sha256": cache.sha256(file)} for name, file in named]
+        return inputs.evaluate_files(r.evaluate, find)
+    return []
 
 
 def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None:
@@ -160,7 +167,7 @@ def _look_elsewhere(sync: State, place: Place) -> None:
         return
     storage = place.storage(place.load_cluster())
     was = str(sync.manifest["metrics"].get("storage", ""))
-    if was != storage:
+    if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):
         sync.elsewhere = f"storage {was} -> {storage}"
     elif (
         "://" not in storage and not (Path(str(sync.manifest["metrics"].get("dataset", ""))) / manifest.NAME).is_file()
@@ -169,13 +176,24 @@ def _look_elsewhere(sync: State, place: Place) -> None:
 
 
 def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
-    """{stage: reasons} of what must run for the goals; a sync that is only elsewhere counts if training follows or it is asked for."""
+    """{stage: reasons} of what must run for the goals (stages, or 'all').
+
+    A sync that is only elsewhere counts if training follows or it is asked for; a report beside other goals comes after
+    them. Raises SftError for an input that a stage to run needs and that is not there: told now, not when its turn comes.
+    """
     found = states(place, r)
+    last = max((schema.STAGES.index(g) for g in goals if g in schema.STAGES), default=-1)
+    last = len(schema.STAGES) - 1 if not {"all", "smoke"}.isdisjoint(goals) else last
+    runs = [s for s in schema.STAGES[: last + 1] if found[s].stale]
+    for stage in runs:
+        named_files(place, r, stage)
+    if "evaluate" in runs:
+        inputs.check_tasks(r.evaluate, lambda path: paths.find(place.roots, path, f"{r.file}: evaluate"), r.file)
     sync = found["sync"]
     if sync.elsewhere and (found["train"].stale or "sync" in goals):
         sync.reasons.append(sync.elsewhere)
     stale = {s.stage: s.reasons for s in found.values() if s.stale}
-    if reasons := report_reasons(place.runs / r.run, bool(stale) and not {"all", "smoke"}.isdisjoint(goals)):
+    if reasons := report_reasons(place.runs / r.run, bool(runs)):
         stale["report"] = reasons
     return stale
 

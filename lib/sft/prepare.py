@@ -36,6 +36,7 @@ from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk, naming
 from sft.dataset import DatasetWriter, token_dtype
 from sft.decontaminate import Screen
 from sft.errors import SftError
+from sft.export import olmo_core_obstacle
 from sft.mix import Pool, Selection, mix
 from sft.schema import Source
 from sft.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
@@ -385,7 +386,7 @@ class Preparation:
         with (
             naming(folder, needed),
             ThreadPoolExecutor(1) as ahead,
-            DatasetWriter(folder, vocab_size) as writer,
+            DatasetWriter(folder, vocab_size, boundaries=self.encoder.identity["boundaries"]) as writer,
         ):
             coming = ahead.submit(gather, *spans[0])
             for i, (first, last) in enumerate(spans):
@@ -472,6 +473,8 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         stage.say(
             f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
         )
+    if reason := olmo_core_obstacle(work.encoder.identity):
+        stage.say(f"data/ is for training here, not for OLMo-core: {reason}")
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):
         splits = {"data": work.write("data", mixed.data, found)}

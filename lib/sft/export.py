@@ -1,0 +1,62 @@
+"""The dataset of a run as a folder for OLMo-core's own training scripts: `olmo_core_export(runs/<run>/prepare, folder)`.
+
+In: what prepare published. Out: a new folder with token_ids_part_*.npy, labels_mask_part_*.npy, token_ids_part_*.csv.gz and
+tokenizer/, linked where the file system can, else copied. OLMo-core finds documents by looking for EOS, so a dataset with EOS
+inside its documents is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft import manifest
+from sft.errors import SftError
+
+PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv.gz")
+
+
+def olmo_core_obstacle(identity: Mapping[str, Any]) -> str:
+    """Why OLMo-core would read other documents than were written; '' when it reads the same."""
+    if identity["boundaries"] == "eos":
+        return ""
+    return (
+        f"template {identity['template']['name']!r} writes EOS (id {identity['eos_id']}) inside conversations, and OLMo-core "
+        "ends a document at every EOS: it would take each conversation apart"
+    )
+
+
+def olmo_core_export(prepared: Path, target: Path) -> int:
+    """Makes `target` a dataset folder of OLMo-core and returns its bytes. Raises SftError, and leaves no folder, when it cannot be one."""
+    described = prepared / "dataset.json"
+    try:
+        identity = json.loads(described.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SftError(f"{described}: {error}; next: make prepare") from None
+    if reason := olmo_core_obstacle(identity):
+        raise SftError(
+            f"{prepared / 'data'}: not for OLMo-core: {reason}; next: train here, which reads documents.npy, or choose a "
+            "template that writes EOS once, at the end (make fields)"
+        )
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SftError(f"DST={target}: exists; next: name a new folder")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "tokenizer").mkdir(parents=True)
+    data = prepared / "data"
+    files = [file for pattern in PARTS for file in sorted(data.glob(pattern))]
+    for file in [*files, *sorted((data / "tokenizer").iterdir())]:
+        copy = partial / file.relative_to(data)
+        try:
+            os.link(file, copy)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(file, copy)
+    keep = ("dtype", "vocab_size", "eos_id", "pad_id", "boundaries", "template", "splits")
+    about = {name: identity[name] for name in keep}
+    manifest.write_atomic(partial / "dataset.json", json.dumps(about, indent=1).encode() + b"\n")
+    os.replace(partial, target)
+    return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
