@@ -215,6 +215,28 @@ def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, mon
     assert [row for chunk in sources.cut(file) for batch in sources.read(chunk) for row in batch.rows] == ROWS
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("a/b", "train[:50%]", ""), ("a/b", "train[:50]", "")),
+        (("a-b/c", "train", ""), ("a/b-c", "train", "")),
+        (("a/b", "train", "x"), ("a/b", "x-train", "")),
+    ],
+)
+def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, other):
+    import datasets
+
+    def load_dataset(name, subset, split, revision):
+        return datasets.Dataset.from_list([{"is": f"{name} {subset} {split}"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name, split, subset in (one, other, one):
+        source = Source(path=f"hf://{name}@{'a' * 40}", split=split, subset=subset)
+        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
+        (batch,) = sources.read(sources.cut(file)[0])
+        assert batch.rows == [{"is": f"{name} {subset or None} {split}"}]
+
+
 def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monkeypatch):
     import datasets
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -247,7 +248,8 @@ def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, P
             f"{source.path}: not pinned to a commit; what 'main' means may change: write @<40 hex digits> after the name"
         )
     label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
-    copy = cache / f"{label}.parquet"
+    # The label is for people: train[:50%] and train[:50], or a-b/c and a/b-c, have the same one.
+    copy = cache / f"{label}-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]}.parquet"
     if pinned and copy.exists():
         return {source.path: copy}
     import datasets
