@@ -108,16 +108,21 @@ def test_tulu_zephyr_and_simple_chat_layouts_as_published() -> None:
     )
 
 
-def test_thinker_templates_train_the_opening_tag_that_data_spells_out() -> None:
-    row = chat("a", "<think>\nhm\n</think>\n\nb")
-    assert trained(named("olmo_thinker"), row) == ["<think>\nhm\n</think>\n\nb<|endoftext|>"]
-    assert trained(jinja(named("olmo_thinker").text), row) == ["<think>\nhm\n</think>\n\nb<|endoftext|>"]
+@pytest.mark.parametrize("name", ["olmo_thinker", "tulu_thinker"])
+def test_thinker_templates_leave_to_the_prompt_the_opening_tag_that_it_gives(name: str) -> None:
+    for template in (named(name), jinja(named(name).text)):
+        row = chat("a", "<think>\nhm\n</think>\n\nb")
+        assert trained(template, row) == ["\nhm\n</think>\n\nb<|endoftext|>"]
+        assert template.render(READ(row))[0][0].endswith("assistant|>\n<think>" if "tulu" in name else "\n<think>")
+        assert template.unprompted == 0
+        assert trained(template, chat("a", "b")) == ["b<|endoftext|>"]
+        assert template.unprompted == 1
 
 
 def test_remove_intermediate_thinking_keeps_only_the_last() -> None:
     row = chat("a", "<think>1</think>\nb", "c", "<think>2</think>\nd")
     name = "olmo_thinker_remove_intermediate_thinking"
-    assert trained(named(name), row) == ["b<|im_end|>", "<think>2</think>\nd<|endoftext|>"]
+    assert trained(named(name), row) == ["b<|im_end|>", "2</think>\nd<|endoftext|>"]
     assert trained(jinja(named(name).text), row) == trained(named(name), row)
 
 
@@ -239,6 +244,117 @@ def test_template_whose_masks_would_be_wrong_is_refused(name: str) -> None:
     with pytest.raises(SftError, match=why) as caught:
         jinja(text)
     assert "next: " in str(caught.value)
+
+
+LOOP = (
+    "{% for m in messages %}BODY{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+CALL = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def calling(content: str = "", **fields: Any) -> dict[str, Any]:
+    asked = {"role": "assistant", "content": content, **(fields or {"tool_calls": CALL})}
+    return {"messages": [*turns(("user", "q")), asked, *turns(("tool", "r"), ("assistant", "done"))]}
+
+
+UNFIT = {
+    "a call without a terminator": (
+        "{{ '<|im_start|>' + m.role + '\\n' }}{% if m.tool_calls %}{{ 'CALL ' + (m.tool_calls | tojson) + '\\n' }}"
+        "{% else %}{{ m.content + '<|im_end|>\\n' }}{% endif %}",
+        calling(),
+        "message 1 ends without <|im_end|>",
+    ),
+    "long answers without a terminator": (
+        "{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% if m.content | length < 40 %}{{ '<|im_end|>' }}{% endif %}{{ '\\n' }}",
+        chat("q", "x" * 50),
+        "message 1 ends without <|im_end|>",
+    ),
+    "another turn behind the answer": (
+        TURN + "{% if m.role == 'assistant' %}{{ '<|im_start|>feedback\\nrate<|im_end|>\\n' }}{% endif %}",
+        chat("a", "b", "c", "d"),
+        "message 1: '<|im_start|>feedback.*' follows the terminator",
+    ),
+    "the tool's result behind the call": (
+        "{% if m.role != 'tool' %}" + TURN + "{% endif %}{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}"
+        "{{ '<|im_start|>tool\\n' + loop.nextitem.content + '<|im_end|>\\n' }}{% endif %}",
+        {"messages": turns(("user", "q"), ("assistant", "f"), ("tool", "SECRET"), ("assistant", "done"))},
+        "follows the terminator",
+    ),
+    "calls left out": (TURN, calling(), "message 1: tool_calls: template .* leaves it out"),
+    "calls left out beside a content": (TURN, calling("I think"), "tool_calls: template .* leaves it out"),
+    "content left out beside calls": (
+        "{{ '<|im_start|>' + m.role + '\\n' }}{{ m.tool_calls | tojson if m.tool_calls else m.content }}{{ '<|im_end|>\\n' }}",
+        calling("I think"),
+        "leaves out the content beside it",
+    ),
+    "thinking left out": (TURN, {"messages": [*turns(("user", "q")), {**turns(("assistant", "a"))[0], "thinking": "hm"}]}, "thinking"),
+    "functions left out": (TURN, {"messages": [{**turns(("user", "q"))[0], "functions": "f"}, *turns(("assistant", "a"))]}, "functions"),
+    "an answer left out": (
+        "{{ '<|im_start|>' + m.role + '\\n' + (m.content if m.content != 'no' else '') + '<|im_end|>\\n' }}",
+        chat("q", "no"),
+        "message 1: template .* writes nothing of what it says",
+    ),
+    "tools left out": (TURN, {**chat("q", "a"), "tools": [{"name": "f"}]}, "tools: template .* leaves it out"),
+    "division by zero": (TURN + "{% if m.content == 'boom' %}{{ 1 // 0 }}{% endif %}", chat("q", "boom"), "message 1: ZeroDivisionError"),
+    "too large": (TURN + "{% if m.content == 'big' %}{{ 'x' * 10 ** 15 }}{% endif %}", chat("q", "big"), "message 1: MemoryError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_row_that_a_template_would_spoil_is_rejected(name: str) -> None:
+    body, row, why = UNFIT[name]
+    template = jinja(LOOP.replace("BODY", body))
+    if name != "another turn behind the answer":
+        assert trained(template, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
+    with pytest.raises(BadRow, match=why) as caught:
+        template.render(READ(row))
+    assert caught.value.reason == "template"
+
+
+def test_messages_written_in_another_order_reject_the_row() -> None:
+    backwards = jinja(LOOP.replace("BODY", TURN).replace("in messages", "in messages | reverse"))
+    for contents in ("abcd", "abc"):
+        with pytest.raises(BadRow, match="another order"):
+            backwards.render(READ(chat(*contents)))
+
+
+def test_generation_block_that_goes_on_behind_the_terminator_rejects_the_row() -> None:
+    block = "{% generation %}{{ m.content + '<|im_end|>' }}{% if 'x' in m.content %}{{ 'more' }}{% endif %}{% endgeneration %}"
+    template = jinja(
+        LOOP.replace("BODY", "{{ '<|im_start|>' + m.role + '\\n' }}" + block + "{{ '\\n' }}"),
+    )
+    assert trained(template, chat("a", "b")) == ["b<|im_end|>"]
+    with pytest.raises(BadRow, match="'more' follows the terminator"):
+        template.render(READ(chat("a", "x")))
+
+
+def test_fields_that_a_template_writes_are_kept() -> None:
+    body = (
+        "{{ '<|im_start|>' + m.role + '\\n' + (m.thinking or '') + m.content }}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}"
+        "{{ '<|im_end|>\\n' }}"
+    )
+    template = jinja("{{ tools | tojson if tools else '' }}" + LOOP.replace("BODY", body))
+    row = calling("I think", tool_calls=CALL, thinking="hm")
+    row["tools"] = [{"name": "f"}]
+    said = trained(template, row)
+    assert said[0].startswith("hmI think[{") and said == [said[0], "done<|im_end|>"]
+
+
+def test_special_tokens_inside_a_turn_and_end_of_text_behind_it_do_not_end_it_early() -> None:
+    body = "{{ '<|im_start|>' + m.role + '\\n' }}{{ '<s>' + m.tool_calls | tojson if m.tool_calls else m.content }}{{ '<|eot_id|><|im_end|>\\n' }}"
+    template = jinja(
+        LOOP.replace("BODY", body).replace(
+            "{% if add", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if add"
+        )
+    )
+    assert template.terminators == [IM_END] and template.boundaries == "eos"
+    said = trained(template, calling())
+    assert (
+        said[0].startswith("<s>[")
+        and said[0].endswith("<|eot_id|><|im_end|>")
+        and said[1] == "done<|eot_id|><|im_end|>"
+    )
 
 
 def test_template_cannot_reach_python() -> None:

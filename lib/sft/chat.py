@@ -4,8 +4,9 @@ In: a template by name (`sft.templates`), as a .jinja file, or the tokenizer's o
 of text, untrained and trained in turn. Every conversation is rendered once, and the runs come from the structure of the
 rendering: a named template knows its turns; a Jinja template is compiled with marks at the top of its loop over the
 messages and at its {% generation %} blocks, so that the output says which message wrote which part of it. Inside one
-message's part, what the generation prompt already gives is scaffold, and the last special token ends what is trained.
-No text is ever searched for content, so no content can move a mask.
+message's part, what the generation prompt already gives is scaffold, and the first terminator ends what is trained; a
+message without one, or with more text behind it, rejects the row. No text is ever searched for content, so no content
+can move a mask.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from sft.templates import FAMILIES, NamedTemplate
 # Stand-ins for special-token text in content; two blocks, because a row may hold characters of one of them.
 PRIVATE_BLOCKS = (0xF0000, 0x100000)
 BLOCK = 0x1000
+# Message fields that a template which does not know them leaves out without a word.
+FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
 
 
 class Template(Protocol):
@@ -38,6 +41,8 @@ class Template(Protocol):
     boundaries: str
     eos_appended: bool
     terminators: list[str]
+    given: str  # what the generation prompt writes behind the header of the turn, such as <think>
+    unprompted: int  # trained answers so far that did not begin with it
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold."""
@@ -50,6 +55,7 @@ class Specials:
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = sorted(texts, key=lambda text: (-len(text), text))
         self.pattern = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
+        self.chain = re.compile(f"(?:{self.pattern.pattern})+")  # special tokens with nothing between them
         self.split = re.compile(f"({self.pattern.pattern})")
 
     def found(self, conversation: Conversation) -> bool:
@@ -76,6 +82,10 @@ class Specials:
             conversation.flagged,
         )
         return escaped, lambda text: back.sub(lambda match: self.texts[ord(match.group()) - base], text)
+
+
+def calls(message: Mapping) -> bool:
+    return bool(message.get("tool_calls") or message.get("function_calls"))
 
 
 def strings(value: Any) -> Any:
@@ -194,6 +204,9 @@ class JinjaTemplate:
         )
         env.filters["tojson"] = to_json
         self.index_of: dict[int, int] = {}
+        self.writing = -1
+        self.knows: dict[tuple, bool] = {}
+        self.unprompted = 0
         env.globals.update(
             raise_exception=refuse,
             sft_message=self._mark_message,
@@ -216,11 +229,13 @@ class JinjaTemplate:
         for target in targets:
             index = self.index_of.get(id(target), -1)
             if index >= 0:
+                self.writing = index
                 return mark("message", index)
         return ""
 
     def pieces(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> list[str]:
         self.index_of = {id(message): index for index, message in enumerate(messages)}
+        self.writing = -1
         context = self.template.new_context(
             {
                 **self.variables,
@@ -232,8 +247,9 @@ class JinjaTemplate:
         )
         try:
             return list(self.template.root_render_func(context))
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            raise BadRow("template", f"template {self.name}: {type(error).__name__}: {error}") from None
+        except Exception as error:  # Jinja text is a program: it can fail in any way, out of memory included
+            where = f"template {self.name}" + (f", message {self.writing}" if self.writing >= 0 else "")
+            raise BadRow("template", f"{where}: {type(error).__name__}: {error}") from None
 
     def layout(self, pieces: list[str]) -> tuple[str, dict[int, list[tuple[int, int]]], list[tuple[int, int, int]]]:
         """The text; the stretches each message wrote; the generation blocks as (message, start, end)."""
@@ -271,7 +287,11 @@ class JinjaTemplate:
                 f"prepare.template: {self.name} cannot render a plain two-turn conversation: {error.detail};"
                 " next: use a template that can, or name one (" + ", ".join(known_templates()) + ")"
             ) from None
-        prompt = asked[1][len(commonprefix(asked)) :]
+        shared = len(commonprefix(asked))
+        for token in self.specials.pattern.finditer(asked[1]):
+            if token.start() < shared < token.end():  # two special tokens that begin alike
+                shared = token.start()
+        prompt = asked[1][shared:]
         for index in (1, 3):
             inside = [text[a:b] for a, b in regions.get(index, [])]
             if len(inside) != 1 or marks[index] not in inside[0]:
@@ -284,13 +304,14 @@ class JinjaTemplate:
         # Scaffold is what the generation prompt gives: only as far as the turns really begin with it (a thinking prompt
         # may go on into <think>, which the data spells out), or all that stands before the content when there is no prompt.
         self.header = commonprefix([prompt, *before]) if prompt else ""
+        self.given = prompt[len(self.header) :]
         if prompt and not self.header:
             raise SftError(
                 f"prepare.template: {self.name} opens an answer with {prompt!r} when prompted, but writes {before[0]!r} before an answer in"
                 " the history, so the trained text would not be what the model is asked for; next: make the two equal"
             )
         tails = [parts[0].split(marks[1], 1)[1], text[text.index(marks[3]) + 1 :]]
-        stops = [self._stop(tail) for tail in tails]
+        stops = self.stops = [self._stop(tail) for tail in tails]
         if stops[1] is None:
             raise SftError(
                 f"prepare.template: {self.name} writes no special token after the last answer, so the model would never learn to stop;"
@@ -324,20 +345,33 @@ class JinjaTemplate:
                 )
 
     def _stop(self, tail: str) -> str | None:
-        found = self.specials.pattern.findall(tail)
-        return found[-1] if found else None
+        """The token that ends a turn: the last of the first special tokens that stand together behind the content."""
+        chain = self.specials.chain.search(tail)
+        return self.specials.pattern.findall(chain.group())[-1] if chain else None
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """`conversation` must hold no special-token text (`Specials.escape`), so every special token found is scaffold."""
-        text, regions, blocks = self.layout(self.pieces(conversation.messages, conversation.tools))
+        messages = conversation.messages
+        text, regions, blocks = self.layout(self.pieces(messages, conversation.tools))
         specials = len(self.specials.pattern.findall(text))
         if self.boundaries == "eos" and text.find(self.eos) not in (-1, len(text) - len(self.eos)):
             raise BadRow("eos_inside", f"template {self.name} writes {self.eos} inside this conversation")
+        if conversation.tools:
+            self._demand("tools", any(message["role"] == "system" for message in messages))
         spans: list[tuple[int, int]] = []
+        written = 0
         for index, train in enumerate(conversation.train):
             wrote = regions.get(index, [])
+            message = messages[index]
+            if wrote and message["role"] not in ("system", "developer"):
+                if wrote[0][0] < written:
+                    raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
+                written = wrote[-1][1]
+            if len(message) > 2:
+                for name in FIELDS:
+                    if name in message and (train or name not in ("reasoning_content", "thinking")):
+                        self._demand(name, message["role"], bool(message["content"]), index)
             if not train:
-                message = conversation.messages[index]
                 if (
                     not wrote
                     and message["role"] not in ("system", "developer")
@@ -347,48 +381,111 @@ class JinjaTemplate:
                 continue
             if len(wrote) != 1:
                 raise BadRow("template", f"message {index} is rendered {len(wrote)} times by template {self.name}")
-            start, end = wrote[0]
-            if index == len(conversation.messages) - 1:
-                end = len(text)
-            if self.generation:
-                inside = [(a, b) for message, a, b in blocks if message == index]
-                if not inside:
-                    raise BadRow(
-                        "template", f"message {index} is to be trained but is in no generation block of {self.name}"
-                    )
-                spans += [(a, self._end(text, a, b, index)) for a, b in inside]
-            else:
-                role = conversation.messages[index]["role"]
-                header = self.header if role == "assistant" else self._header_of(conversation, index)
-                if not text.startswith(header, start):
-                    raise BadRow("template", f"message {index} does not begin with {header!r}")
-                start += len(header)
-                spans.append((start, self._end(text, start, end, index)))
+            own = self._spans(conversation, text, wrote[0], [(a, b) for m, a, b in blocks if m == index], index)
+            said = "".join(text[start:end] for start, end in own)
+            if not self.specials.pattern.sub("", said).strip() and (message["content"].strip() or calls(message)):
+                raise BadRow("template", f"message {index}: template {self.name} writes nothing of what it says")
+            spans += own
         runs: list[str] = []
         position = 0
         for start, end in spans:
+            if start < position:
+                raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
             runs += (text[position:start], text[start:end])
             position = end
         if position < len(text):
             runs.append(text[position:])
+        if "".join(runs) != text:
+            raise BadRow("proof", f"the runs of template {self.name} are not the text it rendered")
         if self.boundaries == "eos" and not text.endswith(self.eos):
             specials += 1
             runs = runs if len(runs) % 2 else [*runs, ""]
             runs[-1] += self.eos
         return runs, specials
 
-    def _end(self, text: str, start: int, end: int, index: int) -> int:
-        """Where what is trained of text[start:end] ends: behind its last special token, or before the gap between turns."""
-        found = list(self.specials.pattern.finditer(text, start, end))[-1:]
-        if found:
-            if text[found[0].end() : end].strip():
+    def _spans(
+        self, conversation: Conversation, text: str, wrote: tuple[int, int], blocks: list[tuple[int, int]], index: int
+    ) -> list[tuple[int, int]]:
+        """What is trained of a message, given the stretch it wrote and its generation blocks."""
+        start, end = wrote
+        last = index == len(conversation.messages) - 1
+        if last:
+            end = len(text)
+        role = conversation.messages[index]["role"]
+        if self.generation:
+            if not blocks:
                 raise BadRow(
-                    "template", f"message {index}: {text[found[0].end() : end][:40]!r} follows the last special token"
+                    "template", f"message {index} is to be trained but is in no generation block of {self.name}"
                 )
-            return found[0].end()
+        else:
+            header = self.header if role == "assistant" else self._header_of(conversation, index)
+            if not text.startswith(header, start):
+                raise BadRow("template", f"message {index} does not begin with {header!r}")
+            blocks = [(start + len(header), end)]
+        if role != "assistant":
+            return [(a, self._end(text, a, b, index, self.specials.texts, None)) for a, b in blocks]
+        first = blocks[0][0]
+        if self.given and not text.startswith(self.given, start + len(self.header)):
+            self.unprompted += 1
+        elif self.given and first == start + len(self.header):
+            # The prompt already says it. Where it ends inside a token, that token is scaffold too.
+            blocks = [(first + len(self.given), max(first + len(self.given), blocks[0][1])), *blocks[1:]]
+        for a, b in blocks[:-1]:
+            if any(stop in text[a:b] for stop in self.terminators):
+                raise BadRow("template", f"message {index}: a generation block follows the terminator")
+        a, b = blocks[-1]
+        return [*blocks[:-1], (a, self._end(text, a, b, index, self.terminators, self.stops[1 if last else 0]))]
+
+    def _end(self, text: str, start: int, end: int, index: int, stops: Sequence[str], stop: str | None) -> int:
+        """Where what is trained of text[start:end] ends: behind its first terminator and the special tokens that stand
+        right behind it, or before the gap between turns. `stop`: the terminator that there must be."""
+        for chain in self.specials.chain.finditer(text, start, end):
+            if not any(token in stops for token in self.specials.pattern.findall(chain.group())):
+                continue
+            rest = text[chain.end() : end].strip()
+            if rest.removeprefix(self.eos):
+                raise BadRow("template", f"message {index}: {rest[:40]!r} follows the terminator")
+            return chain.end()
+        if stop is not None:
+            raise BadRow("template", f"message {index} ends without {stop}: {text[start:end][-40:]!r}")
         if self.tail and text.endswith(self.tail, start, end):
             return end - len(self.tail)
         return end
+
+    def _demand(self, field: str, *where: Any) -> None:
+        """Raises BadRow when the template leaves `field` out: learnt once from a conversation with it and one without."""
+        index = where[-1] if len(where) == 3 else -1
+        key = (field, *where[:2])
+        if key not in self.knows:
+            self.knows[key] = self._probe_field(*key)
+        if not self.knows[key]:
+            place = "tools" if field == "tools" else f"message {index}: {field}"
+            raise BadRow(
+                "template", f"{place}: template {self.name} leaves it out, or leaves out the content beside it"
+            )
+
+    def _probe_field(self, field: str, role: Any, spoken: bool = True) -> bool:
+        """`role`: who has the field, or for tools, whether there is a system message. `spoken`: with a content beside it."""
+        said, named = (chr(PRIVATE_BLOCKS[0] + BLOCK + index) for index in (0, 1))
+        messages: list[dict] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+        call = {"type": "function", "id": "call00001", "function": {"name": named, "arguments": {"x": 1}}}
+        tools = None
+        if field == "tools":
+            tools = [{"type": "function", "function": {"name": named, "description": "d", "parameters": {}}}]
+            messages = [{"role": "system", "content": said}, *messages] if role else messages
+            spoken = role
+        else:
+            value = [call] if field == "tool_calls" else named
+            carrier = {"role": role, "content": said if spoken else "", field: value}
+            if role == "system":
+                messages.insert(0, carrier)
+            else:
+                messages[1:] = [carrier] if role == "assistant" else [carrier, messages[1]]
+        try:
+            text = "".join(self.pieces(messages, tools))
+        except BadRow:
+            return True  # the template may want more of it than this: the row itself will show
+        return named in text and (not spoken or said in text)
 
     def _header_of(self, conversation: Conversation, index: int) -> str:
         """What stands before the content of a trained message that is not the assistant's, from the same conversation with

@@ -41,6 +41,7 @@ class Family:
     between: str = ""
     lead: str = ""  # what the model emits in front of the content, as it follows the head without a token boundary
     calls: bool = False
+    given: str = ""  # what the generation prompt writes behind the assistant's head
 
 
 CALLS = """\
@@ -192,7 +193,7 @@ def olmo(identity: str, suffix: str, prompt: str = "", strip_history: bool = Fal
         ("PROMPT", prompt),
     ):
         text = text.replace(name, value)
-    return Family(text, lambda eos: im_turns(eos, eos, "", NO_FUNCTIONS), calls=True)
+    return Family(text, lambda eos: im_turns(eos, eos, "", NO_FUNCTIONS), calls=True, given=prompt)
 
 
 def chatml() -> Family:
@@ -219,7 +220,7 @@ def tulu(prompt: str = "") -> Family:
         table = {role: (f"<|{role}|>\n", "", "\n", "", "\n") for role in ("system", "user")}
         return table | {"assistant": ("<|assistant|>\n", eos, "\n", eos, "")}
 
-    return Family(TULU_JINJA.replace("PROMPT", prompt), turns)
+    return Family(TULU_JINJA.replace("PROMPT", prompt), turns, given=prompt)
 
 
 def zephyr() -> Family:
@@ -302,6 +303,7 @@ class NamedTemplate:
         self.default = "" if identity is None else f"<|im_start|>system\n{identity[0]}{{}}<|im_end|>\n"
         self.default_plain = self.default.format(identity[1]) if identity else ""
         self.default_specials = count(self.default_plain)
+        self.given, self.unprompted = family.given, 0
         self.joins = bool(family.between or family.lead)
         self.strips_history = "if not last and '<think>'" in self.text
         assistant = self.turns["assistant"]
@@ -343,7 +345,14 @@ class NamedTemplate:
                 if index or turn.head:
                     body = self.family.lead + body
             if train[index]:
-                runs += (pending + turn.head, body + stop)
+                pending += turn.head
+                if self.given and role == "assistant":
+                    if body.startswith(self.given):
+                        # The prompt already says it. Where it ends inside a token, that token is scaffold too.
+                        pending, body = pending + self.given, body[len(self.given) :]
+                    else:
+                        self.unprompted += 1
+                runs += (pending, body + stop)
                 pending = gap
             else:
                 pending += turn.head + body + stop + gap
