@@ -4,9 +4,9 @@
 # SIGTERM or SIGUSR1: saves, then exits with 75, which asks the scheduler to run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -gt 0 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
+case "${1:--}" in -*) sed -n '2,4s/^# //p' "$0" >&2; exit 2 ;; esac
 
-rm -f "$1/train/.requeue"
+rm -f -- "$1/train/.requeue"
 numbers=$(.venv/bin/python -m sft.launch train "$@")
 read -r processes threads <<<"$numbers"
 export OMP_NUM_THREADS="$threads"
@@ -19,9 +19,8 @@ command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner
 
 "${command[@]}" -m sft.train "$@" &
 child=$!
-trap 'kill -TERM "$child"' TERM
+trap 'kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
 trap 'kill -USR1 "$child"' USR1
-trap : INT # Ctrl-C reaches the child by itself
 status=0
 while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
 [ ! -e "$1/train/.requeue" ] || exit 75 # torchrun itself says 1

@@ -262,3 +262,67 @@ def test_the_plan_costs_little_of_a_make(workspace):
     for _ in range(3):
         workspace.make("evaluate", "RECIPE=x")
     assert (time.monotonic() - began) / 3 < 1.0
+
+
+def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace):
+    (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
+    workspace.make("train", "RECIPE=x")
+    workspace.make("sync", "RECIPE=x", "CLUSTER=other")
+    workspace.ran()
+    assert planned(workspace, "train", "RECIPE=x", "CLUSTER=other") == []
+    assert planned(workspace, "train", "RECIPE=x") == []
+    first = (workspace.root / "runs/x/train/out").read_text()
+    (workspace.root / "runs/x/train/manifest.json").unlink()
+    workspace.make("train", "RECIPE=x", "CLUSTER=other")
+    assert (workspace.root / "runs/x/train/out").read_text() == first, "the identity that training continues by changed"
+
+
+def test_a_report_made_with_other_goals_comes_after_them(workspace):
+    workspace.make("-j4", "evaluate", "report", "RECIPE=x")
+    assert names(workspace.ran()) == [*STAGES, "report"]
+    workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    assert planned(workspace, "evaluate", "report", "RECIPE=x") == ["train", "convert", "evaluate", "report"]
+    workspace.make("evaluate", "report", "RECIPE=x")
+    workspace.make("-q", "evaluate", "report", "RECIPE=x")
+
+
+def test_what_a_later_stage_lacks_is_told_before_the_first_starts(workspace):
+    for old, new, told in (
+        ('path = "rows.jsonl"', 'path = "no.jsonl"', "no file or folder 'no.jsonl'"),
+        ('path = "rows.jsonl"', 'path = "/etc/passwd"', "not a plain relative path"),
+        ('preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "no/such"', "no file or folder 'no/such'"),
+        ('tokenizer = "tok"', 'tokenizer = "tok"\ntemplate = "olmoo"', "olmoo"),
+        ('tasks = ["one"]', 'tasks = ["onee"]', "did you mean 'one'?"),
+    ):
+        workspace.recipe("x", old, new)
+        assert told in workspace.make("evaluate", "RECIPE=x", ok=False).stderr
+    assert workspace.ran() == []
+
+
+def test_broken_records_are_as_good_as_none(workspace):
+    workspace.make("prepare", "RECIPE=x")
+    workspace.make("prepare", "RECIPE=x", "prepare.seed=7")
+    run = workspace.root / "runs/x"
+    for text in ("[]", '{"overrides": [1]}', "{"):
+        (run / "run.json").write_text(text)
+        workspace.make("runs/x/prepare/manifest.json")
+    record = json.loads((run / "prepare/manifest.json").read_text())
+    for inputs in (["x"], [{"file": "a"}], [{"sha256": "0"}]):
+        (run / "prepare/manifest.json").write_text(json.dumps(record | {"inputs": inputs}))
+        assert "torn" in workspace.make("why", "RECIPE=x").stdout
+    for shared in (workspace.root / "runs/.cache/prepare").glob("*/manifest.json"):
+        shared.write_text("{")
+    workspace.make("prepare", "RECIPE=x")
+    workspace.make("-q", "prepare", "RECIPE=x")
+
+
+def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace):
+    workspace.make("prepare", "RECIPE=x")
+    assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
+    assert "say RUN=" in workspace.make("verify", ok=False).stderr
+    assert "B=nothing" in workspace.make("diff", "A=x", "B=nothing", ok=False).stderr
+    assert "did you mean lr=3?" in workspace.make("train", "RECIPE=x", "LR=3", ok=False).stderr
+    assert "did you mean 'x'?" in workspace.make("train", "RECIPE=x.toml", ok=False).stderr
+    assert "FROM= and RECIPE= are needed" in workspace.make("new", "RECIPE=z", ok=False).stderr
+    assert "SHARD is for prepare" in workspace.make("train", "RECIPE=x", "SHARD=0/2", ok=False).stderr
+    workspace.make("-n", "./runs/x/prepare/manifest.json")

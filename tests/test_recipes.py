@@ -76,6 +76,8 @@ def test_all_mistakes_are_told_at_once(tmp_path):
             "[on.local.train]\nprocesses = 3\n[train]",
             "4096 is not a multiple of 3 ranks x microbatch_tokens 512 = 1536",
         ),
+        ("seq_len = 512", "seq_len = 512\nbetas = [0.9, 1.5]", "at most 0.999999 is expected"),
+        ('tasks = ["one"]', "tasks = []", "'tasks' in [evaluate] is empty: at least one is needed"),
         ("[train]", "[train", "not valid TOML"),
         ("[train]\n", "[train]\nmax_position_embeddings = 5\n", "it belongs to [convert]"),
     ],
@@ -103,10 +105,19 @@ def test_a_run_is_named_by_the_overrides_that_change_results(tmp_path):
 
 
 def test_overrides_of_hardware_go_to_the_cluster(tmp_path):
-    r = load(tmp_path, overrides=["processes=2", "prepare.threads=3", "on.big.train.nodes=4"])
+    r = load(tmp_path, overrides=["processes=2", "prepare.threads=3", "on.local.evaluate.threads=4"])
     assert r.hardware("local", "train").processes == 2
     assert r.hardware("local", "prepare").threads == 3
-    assert r.hardware("big", "train").nodes == 4
+    assert r.hardware("local", "evaluate").threads == 4
+    assert "[on.loca]: no such cluster; did you mean 'local'?" in error(tmp_path, overrides=["on.loca.train.threads=4"])
+    assert "'local' is one machine" in error(tmp_path, overrides=["on.local.train.nodes=2"])
+
+
+def test_an_override_is_told_when_the_recipe_or_the_line_contradicts_it(tmp_path):
+    assert "given twice, as 1e-4 and 2e-4" in error(tmp_path, overrides=["lr=1e-4", "train.lr=2e-4"])
+    assert "is not a table" in error(tmp_path, MINIMAL + "[on]\nlocal = 3\n", overrides=["processes=1"])
+    assert load(tmp_path, MINIMAL.replace("seq_len = 512", 'seq_len = 512\nlr = "3e-3"'), ["lr=1e-4"]).train.lr == 1e-4
+    assert load(tmp_path, overrides=["lr=3e-4"]).run == load(tmp_path, overrides=["lr=3.0e-04"]).run == "x_lr-3e-4"
 
 
 def test_the_key_config_has_what_changes_a_result_and_nothing_else(tmp_path):

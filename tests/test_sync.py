@@ -47,17 +47,17 @@ def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_
     found = remote(place)
     root = place.root / "runs" / ".storage"
     made = manifest.load(place.root / "runs/x/prepare/manifest.json")
-    assert found["dataset"] == f"runs/.storage/datasets/{manifest.digest(made)[:16]}"
-    assert found["base"].startswith("runs/.storage/base/tiny-")
+    assert found["dataset"] == f"datasets/{manifest.digest(made)[:16]}"
+    assert found["base"].startswith("base/tiny-")
     for entry in found["files"]:
         data = (root / entry["path"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert sorted(e["path"].rsplit("/", 1)[1] for e in found["files"]) == ["config.json", "model.safetensors", "out"]
-    copied = place.root / found["dataset"]
+    copied = root / found["dataset"]
     assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json")) == []
-    assert json.loads((place.root / f"{found['base']}.json").read_text())["files"]
+    assert json.loads((root / f"{found['base']}.json").read_text())["files"]
     metrics = manifest.load(place.root / "runs/x/sync/manifest.json")["metrics"]
-    assert (metrics["storage"], metrics["dataset"]) == ("runs/.storage", found["dataset"])
+    assert (metrics["storage"], metrics["dataset"]) == ("runs/.storage", f"runs/.storage/{found['dataset']}")
 
 
 def test_a_second_run_with_the_same_content_copies_nothing(place: Workspace) -> None:
@@ -72,7 +72,7 @@ def test_check_tells_a_whole_copy_from_a_damaged_or_unfinished_one_and_sync_repa
     assert (done := check(place)).returncode != 0 and "not complete; next: make sync" in done.stderr
     place.make("sync", "RECIPE=x")
     assert (done := check(place)).returncode == 0 and "complete and identical: 3 files" in done.stdout
-    file = place.root / remote(place)["base"] / "model.safetensors"
+    file = place.root / "runs/.storage" / remote(place)["base"] / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(b"\1" + whole[1:])
     assert (done := check(place)).returncode != 0 and "model.safetensors is missing or has other bytes" in done.stderr
@@ -84,7 +84,7 @@ def test_check_tells_a_whole_copy_from_a_damaged_or_unfinished_one_and_sync_repa
 
 def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    file = place.root / remote(place)["dataset"] / "manifest.json"
+    file = place.root / "runs/.storage" / remote(place)["dataset"] / "manifest.json"
     file.write_bytes(file.read_bytes()[:100])
     assert check(place).returncode != 0
     (place.root / "runs/x/sync/manifest.json").unlink()
@@ -94,11 +94,11 @@ def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Works
 
 def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    before = place.root / remote(place)["base"]
+    before = place.root / "runs/.storage" / remote(place)["base"]
     (place.root / "recipes/weights/tiny/config.json").write_text('{"a": 1}')
     (place.root / "runs/x/sync/manifest.json").unlink()
     place.make("sync", "RECIPE=x")
-    after = place.root / remote(place)["base"]
+    after = place.root / "runs/.storage" / remote(place)["base"]
     assert (
         after != before
         and (before / "config.json").read_text() == "{}"
@@ -108,7 +108,7 @@ def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: W
 
 def test_what_a_killed_run_left_unfinished_is_removed(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    left = place.root / remote(place)["base"] / ".model.safetensors.0123.part"
+    left = place.root / "runs/.storage" / remote(place)["base"] / ".model.safetensors.0123.part"
     left.write_bytes(b"half")
     (place.root / "runs/x/sync/manifest.json").unlink()
     place.make("sync", "RECIPE=x")

@@ -6,6 +6,7 @@ fixed order. `gs://` and `hf://` sources are not listed: a pinned revision names
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Pat
         return []
     folder = find(model.base)
     return [(f"{model.base}/{p.relative_to(folder).as_posix()}", p) for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> None:
+    """Refuses a task that is nearly one of task_dir's: other unknown names may be lm-eval's own."""
+    local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
+    for task in evaluate.tasks:
+        if task not in local and (near := difflib.get_close_matches(task, local, n=1, cutoff=0.85)):
+            raise SftError(f"{file}: 'tasks' in [evaluate] = {task!r}: no such task; did you mean '{near[0]}'?")
 
 
 def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:

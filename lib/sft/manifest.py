@@ -65,6 +65,9 @@ def load(file: Path) -> dict[str, Any]:
     wrong = [
         f"{name} is not a {kind.__name__}" for name, kind in _FIELDS.items() if not isinstance(data.get(name), kind)
     ]
+    for entry in data["inputs"] if not wrong else []:
+        ok = isinstance(entry, dict) and isinstance(entry.get("manifest", entry.get("file")), str)
+        wrong += [] if ok and isinstance(entry.get("sha256"), str) else [f"input {entry!r} lacks a name or sha256"]
     for entry in data["outputs"] if not wrong else []:
         ok = isinstance(entry, dict) and isinstance(entry.get("path"), str) and isinstance(entry.get("bytes"), int)
         wrong += (
@@ -126,6 +129,14 @@ def describe(root: Path, paths: Iterable[str]) -> list[dict[str, Any]]:
         return [
             {"path": f, "bytes": (root / f).stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)
         ]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder has a well-formed manifest and every byte it lists."""
+    try:
+        return not broken_outputs(folder, load(folder / NAME))
+    except (FileNotFoundError, SftError):
+        return False
 
 
 def broken_outputs(folder: Path, manifest: Mapping[str, Any], hashes: bool = True) -> list[str]:

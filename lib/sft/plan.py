@@ -187,6 +187,8 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
     runs = [s for s in schema.STAGES[: last + 1] if found[s].stale]
     for stage in runs:
         named_files(place, r, stage)
+    if "prepare" in runs and not inputs.is_remote(r.prepare.tokenizer):
+        _check_template(r)
     if "evaluate" in runs:
         inputs.check_tasks(r.evaluate, lambda path: paths.find(place.roots, path, f"{r.file}: evaluate"), r.file)
     sync = found["sync"]
@@ -196,6 +198,16 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
     if reasons := report_reasons(place.runs / r.run, bool(runs)):
         stale["report"] = reasons
     return stale
+
+
+def _check_template(r: recipe.Recipe) -> None:
+    from sft import templates  # only here: a current run does not need to know them
+
+    name = r.prepare.template
+    if name != "tokenizer" and not inputs.is_template_file(name) and name not in templates.FAMILIES:
+        raise SftError(
+            f"{r.file}: 'template' in [prepare] = {name!r}: none of tokenizer, {', '.join(templates.FAMILIES)}, nor a .jinja file"
+        )
 
 
 def report_inputs(run: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sft import presets, schema
 from sft.errors import SftError
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
+CLUSTERS = Path(__file__).resolve().parents[2] / "env"
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
 
 
@@ -104,6 +106,8 @@ def load_cluster(file: Path) -> schema.Cluster:
 def find(folder: Path, name: str, what: str) -> Path:
     """The TOML file of a recipe or cluster by name. Raises SftError with the nearest names."""
     file = folder / f"{name}.toml"
+    if name.endswith(".toml"):
+        raise SftError(f"{what} {name!r}: say its name alone; did you mean '{Path(name).stem}'?")
     if not NAME.fullmatch(name):
         raise SftError(f"{what} {name!r}: names are lower-case letters, digits, '.' and '-'")
     if not file.is_file():
@@ -157,6 +161,8 @@ def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
         except (TypeError, ValueError) as e:
             problems.append(f"'{name}'{where} = {value!r}: {e}")
     for name, f in fields.items():
+        if f.metadata.get("required") and values.get(name) == ():
+            problems.append(f"'{name}'{where} is empty: at least one is needed")
         if f.metadata.get("required") and name not in data:
             problems.append(f"'{name}'{where} is missing: {f.metadata['doc']}")
     return cls(**values)
@@ -175,8 +181,6 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         if args[-1] is not Ellipsis and len(value) != len(args):
             raise TypeError(f"{len(args)} values are expected")
         kinds = args if args[-1] is not Ellipsis else (args[0],) * len(value)
-        if not value and args[-1] is Ellipsis and dataclasses.is_dataclass(args[0]):
-            raise TypeError("at least one is needed")
         return tuple(
             _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
@@ -219,7 +223,14 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
         return on
     for cluster, stages in data.items():
         on[cluster] = {}
-        for stage, numbers in stages.items() if isinstance(stages, dict) else []:
+        if not isinstance(stages, dict):
+            problems.append(f"[on.{cluster}] = {stages!r} must hold [on.{cluster}.<stage>] tables")
+            continue
+        if not (CLUSTERS / f"{cluster}.toml").is_file():
+            problems.append(
+                f"[on.{cluster}]: no such cluster{_did_you_mean(cluster, [p.stem for p in CLUSTERS.glob('*.toml')])}"
+            )
+        for stage, numbers in stages.items():
             if stage not in schema.STAGES:
                 problems.append(f"no stage '{stage}' in [on.{cluster}]{_did_you_mean(stage, schema.STAGES)}")
                 continue
@@ -250,6 +261,8 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
             continue
         micro = h.microbatch_tokens or train.seq_len
         ranks = h.nodes * max(1, h.processes)
+        if h.nodes > 1 and cluster == "local":
+            problems.append(f"'nodes' in [on.local.train] = {h.nodes}: 'local' is one machine")
         if micro % train.seq_len:
             problems.append(
                 f"'microbatch_tokens' in [on.{cluster}.train] = {micro} is not a multiple of 'seq_len' = {train.seq_len}"
@@ -279,9 +292,15 @@ def _apply(
             continue
         *tables, last = path
         cls = schema.Hardware if tables[0] == "on" else schema.TABLES[tables[0]]
-        at = data
+        at: Any = data
         for t in tables:
-            at = at.setdefault(t, {})
+            at = at.setdefault(t, {}) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            problems.append(f"override '{name}': [{'.'.join(tables)}] in the recipe is not a table")
+            continue
+        if ".".join(path) in taken:
+            problems.append(f"override '{name}': given twice, as {taken['.'.join(path)][0]} and {text}")
+            continue
         taken[".".join(path)] = (text, at.get(last))
         at[last] = parse_value(text, typing.get_type_hints(cls)[last])
     return taken
@@ -340,10 +359,25 @@ def _changing(taken: dict[str, tuple[str, Any]], file: Path) -> tuple[tuple[str,
             cls = schema.TABLES[table]
             default = next(f for f in dataclasses.fields(cls) if f.name == name).default
             hint = typing.get_type_hints(cls)[name]
-            was = default if before is None else _convert(before, hint, path, [])
-            if _convert(parse_value(text, hint), hint, path, []) != was:
-                kept.append((path, text))
+            value = _convert(parse_value(text, hint), hint, path, [])
+            try:
+                was = default if before is None else _convert(before, hint, path, [])
+            except TypeError:
+                was = None  # the recipe's own value is broken, and replaced
+            if value != was:
+                kept.append((path, _canonical(value)))
     return tuple(kept)
+
+
+def _canonical(value: Any) -> str:
+    """One text for one value, so that 1e-4 and 0.0001 name the same run."""
+    if isinstance(value, tuple):
+        return ",".join(_canonical(v) for v in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        return format(Decimal(repr(value)).normalize(), "e")
+    return str(value)
 
 
 def _short(path: str) -> str:

@@ -142,7 +142,7 @@ class Train:
     lr: float = opt(8e-5, "peak learning rate", above=0)
     schedule: str = opt("linear", "decay after warm-up", choices=("linear", "cosine", "constant"))
     warmup_fraction: float = opt(0.03, "share of the steps that warm up from 0 to lr", min=0, max=1)
-    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's decay rates")
+    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's decay rates, below 1", min=0, max=0.999999)
     eps: float = opt(1e-8, "AdamW's epsilon", above=0)
     weight_decay: float = opt(0.0, "AdamW's decoupled decay", min=0)
     max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = do not clip", min=0)
@@ -162,7 +162,9 @@ class Train:
         "shuffled", "order of packs; 'olmo-core' is its loader's, for comparisons", choices=("shuffled", "olmo-core")
     )
     epoch_tail: str = opt(
-        "next", "an epoch's incomplete last batch: filled up from the next epoch, or dropped", choices=("next", "drop")
+        "next",
+        "an epoch's incomplete last batch: filled up from the next epoch, or dropped (as olmo-core's order always does)",
+        choices=("next", "drop"),
     )
     save_every: int = opt(1000, "steps between permanent checkpoints; the last step is always saved", min=1, key=False)
     ephemeral_every: int = opt(500, "steps between checkpoints that the next one replaces; 0 = none", min=0, key=False)
@@ -234,7 +236,6 @@ class Hardware:
 class Cluster:
     """env/<cluster>.toml: facts about a place where stages run."""
 
-    launcher: str = opt("local", "env/<launcher>.sh runs a command there", choices=("local",))
     storage: str = opt(REQUIRED, "root that training reads from: a folder ('{runs}' is the folder of runs) or gs://…")
 
 
@@ -248,4 +249,3 @@ TABLES: dict[str, type] = {
 }
 STAGES = ("prepare", "sync", "train", "convert", "evaluate")
 UPSTREAM = {"prepare": (), "sync": ("prepare",), "train": ("sync",), "convert": ("train",), "evaluate": ("convert",)}
-READS_MODEL = ("sync", "train", "convert")

@@ -111,13 +111,23 @@ class Stage:
 
     @property
     def remote(self) -> dict[str, Any]:
-        """What sync put on the cluster's storage: {"dataset": location, "base": location or null, …}."""
+        """What sync put on the cluster's storage: {"dataset": path, "base": path or null, …} under `self.synced`."""
         return json.loads((self.folder("sync") / "remote.json").read_bytes())
+
+    @property
+    def synced(self) -> Path:
+        """The storage root that sync wrote to."""
+        storage = str(manifest.load(self.run / "sync" / manifest.NAME)["metrics"]["storage"])
+        if "://" in storage:
+            raise SftError(
+                f"{storage}: {self.name} reads folders only; next: choose a CLUSTER whose storage is mounted"
+            )
+        return Path(storage)
 
     @property
     def dataset(self) -> Path:
         """The synced dataset (data/, validation/, dataset.json), every byte verified once."""
-        folder = Path(self.remote["dataset"])
+        folder = self.synced / self.remote["dataset"]
         if "dataset" not in self._verified:
             self._verify(
                 folder, f"make sync RECIPE={self.recipe.name} after removing {self.run / 'sync' / manifest.NAME}"
@@ -131,7 +141,7 @@ class Stage:
         remote = self.remote
         if not remote.get("base"):
             return None
-        folder = Path(remote["base"])
+        folder = self.synced / remote["base"]
         if "base" not in self._verified:
             top = f"base/{folder.name}/"
             listed = [{**f, "path": f["path"].removeprefix(top)} for f in remote["files"] if f["path"].startswith(top)]
@@ -159,6 +169,9 @@ class Stage:
 
     def open_work(self) -> None:
         """The work folder of this identity; work of other identities is left to be continued or cleaned."""
+        old = self.run / ".work" / f"{self.name}-old"
+        if old.exists() and not (self.run / self.name).exists():
+            os.rename(old, self.run / self.name)  # killed between the two renames of an earlier publication
         self.out = self.run / ".work" / f"{self.name}-{self.identity[:16]}"
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -189,7 +202,8 @@ class Stage:
         }  # fmt: skip
         manifest.write(self.out / manifest.NAME, record)
         if not in_place:
-            final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old-{os.getpid()}"
+            final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old"
+            shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.rename(final, old)
             os.rename(self.out, final)
@@ -204,9 +218,7 @@ class Stage:
         work, self.out = self.out, shared.with_suffix(".work")
         shared.parent.mkdir(parents=True, exist_ok=True)
         with lock(shared.with_suffix(".lock"), wait=True):
-            if not (shared / manifest.NAME).is_file() or manifest.broken_outputs(
-                shared, manifest.load(shared / manifest.NAME)
-            ):
+            if not manifest.is_whole(shared):
                 self.out.mkdir(exist_ok=True)
                 self.result = body(self)
                 shutil.rmtree(shared, ignore_errors=True)
@@ -255,8 +267,9 @@ def open_stage(
 
 
 def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) -> None:
-    """The whole program of a stage. Exit status: 0 done, 1 an error a person can mend, 143 ended by SIGTERM."""
+    """The whole program of a stage. Exit status: 0 done, 1 an error a person can mend, 130 Ctrl-C, 143 SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
     began = time.monotonic()
     run = parse(name, sys.argv[1:]).run
     with report_errors(name, run.parent if run.parent.is_dir() else None):
@@ -269,6 +282,7 @@ def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) ->
 
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
 
 
 @contextlib.contextmanager
@@ -279,6 +293,10 @@ def report_errors(name: str, folder: Path | None = None) -> Iterator[None]:
     except SftError as e:
         sys.exit(f"[{name}] error: {e}")
     except OSError as e:
+        if e.errno in PATH_ERRORS and e.filename:
+            sys.exit(
+                f"[{name}] error: {e.filename}: {e.strerror}; next: correct that path or its permissions and run it again"
+            )
         if e.errno not in DISK_ERRORS:
             raise
         where = Path(e.filename or folder or ".")
@@ -294,7 +312,10 @@ def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cluster", default="local", help="env/<cluster>.toml")
     parser.add_argument("--data", default="", help="folders that recipes' paths are looked up in, separated by ':'")
     parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the recipe")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.run.parent == Path(".") and not args.run.is_absolute():
+        parser.error(f"{args.run}: the folder of a run is <runs>/<run>, e.g. runs/{args.run}")
+    return args
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 In:  prepare's published folder; [model] base (a folder under DATA, gs://… or hf://org/name[@revision]); the storage root.
 Out: <root>/datasets/<16 hex of the prepare manifest's digest>/…, with prepare's manifest.json last
      <root>/base/<name>-<16 hex of its content>/…, with <that>.json, the list of its files, last
-     remote.json in the stage's folder: {"dataset": location, "base": location or null, "files": [{"path", "bytes", "sha256"}]}
+     remote.json in the stage's folder: {"dataset": path, "base": path or null, "files": [{"path", "bytes", "sha256"}]}, all under
+     the root, which only the manifest's metrics name: the same content on another cluster is the same result
 
 Folders are named by content, so that runs share them, nothing is overwritten by something else, and a list (manifest.json,
 <name>.json) under its final name says that everything it lists was verified.
@@ -33,7 +34,8 @@ HUB = re.compile(r"hf://(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 def sync(stage: Stage) -> Result:
     files, place = bring(stage, check_only=False)
     (stage.out / "remote.json").write_text(json.dumps({**place, "files": files}, indent=1) + "\n", encoding="utf-8")
-    metrics = {"storage": stage.storage, **place, "files": len(files), "bytes": sum(f["bytes"] for f in files)}
+    where = {k: f"{stage.storage}/{v}" if v else None for k, v in place.items()}
+    metrics = {"storage": stage.storage, **where, "files": len(files), "bytes": sum(f["bytes"] for f in files)}
     return Result(["remote.json"], metrics)
 
 
@@ -56,7 +58,7 @@ def bring(stage: Stage, check_only: bool) -> tuple[list[dict[str, Any]], dict[st
         base = f"base/{label}-{hashlib.sha256(manifest.canonical(listed)).hexdigest()[:16]}"
         text = json.dumps({"files": listed}, indent=1).encode() + b"\n"
         files += copier.folder(source, base, listed, text, f"{base}.json")
-    return files, {"dataset": f"{root}/{name}", "base": f"{root}/{base}" if base else None}
+    return files, {"dataset": name, "base": base}
 
 
 @dataclass(frozen=True)
