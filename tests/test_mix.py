@@ -20,6 +20,7 @@ def pool(names, lengths=None, excluded=()) -> Pool:
     return Pool(
         np.array(lengths if lengths is not None else [10] * len(digests), dtype=np.int64),
         np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
+        np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)[:, 0],
         np.isin(np.arange(len(digests)), list(excluded)),
     )
 
@@ -114,9 +115,25 @@ def test_copies_of_a_held_out_conversation_are_not_trained():
 
 
 def test_a_larger_fraction_holds_out_what_a_smaller_one_held():
-    digests = pool(range(2000)).digests
-    assert (held_out(digests, 0.05) <= held_out(digests, 0.2)).all()
-    assert not held_out(digests, 0.0).any()
+    said = pool(range(2000)).conversations
+    assert (held_out(said, 0.05) <= held_out(said, 0.2)).all()
+    assert not held_out(said, 0.0).any()
+
+
+@pytest.mark.parametrize("weight", [0.5, 7, 3.0])
+def test_validation_does_not_depend_on_how_many_documents_there_are(weight):
+    small, large = (
+        set(mix([pool(range(n))], [Source(path="a", weight=weight)], seed=n, validation_fraction=0.2).validation.index)
+        for n in (1000, 2000)
+    )
+    assert small == {i for i in large if i < 1000} and len(small) > 50
+
+
+def test_a_conversation_is_in_validation_once_over_all_sources():
+    pools = [pool([i % 100 for i in range(300)]), pool(range(150))]
+    mixed = mix(pools, [Source(path="a", weight=2.0), Source(path="b")], seed=1, validation_fraction=0.3)
+    said = [pools[s].conversations[i] for s, i in zip(mixed.validation.source, mixed.validation.index, strict=True)]
+    assert len(said) == len(set(said)) > 25
 
 
 def test_contaminated_documents_are_in_no_split():

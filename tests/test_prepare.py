@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -345,6 +346,44 @@ def test_weights_repeat_and_sample_and_sources_are_numbered(tmp_path):
     assert [x["documents"] for x in json.loads((s.out / "dataset.json").read_bytes())["sources"]] == [20, 60, 7]
 
 
+def numbers(folder: Path, encoder: Any) -> list[int]:
+    """Which `conversation(i)` stand in a split."""
+    decoded = (encoder.vocabulary.decode(ids).decode() for ids, _ in Dataset.open(folder))
+    return [int(re.findall(r"🦊 of (\d+)\.", text)[0]) for text in decoded]
+
+
+def test_held_out_conversations_stay_held_out_under_every_template_weight_and_seed(tmp_path):
+    rows = [conversation(i) for i in range(150)]
+    write_rows(tmp_path / "rows.jsonl", [*rows, *rows[:75]])
+    changes: list[dict[str, Any]] = [
+        {}, {"template": "tulu"}, {"seed": 9}, {"system": "Be brief."}, {"deduplicate": True},
+        {"sources": (Source(path="rows.jsonl", weight=40),)}, {"sources": (Source(path="rows.jsonl", weight=0.5),)},
+    ]  # fmt: skip
+    held, trained = [], []
+    for change in changes:
+        s = stage(tmp_path, out=f"out{len(held)}", validation_fraction=0.2, **change)
+        prepare.prepare(s)
+        encoder = prepare.Preparation(s, prepare.Shard()).encoder
+        found = numbers(s.out / "validation", encoder)
+        assert len(found) == len(set(found)), "a conversation is in validation twice"
+        held.append(set(found))
+        trained.append(set(numbers(s.out / "data", encoder)))
+    *whole, half = held
+    assert all(other == held[0] for other in whole) and 15 < len(held[0]) < 50
+    assert half < held[0] and not held[0] & set().union(*trained)
+
+
+def test_documents_with_other_masks_are_no_duplicates(tmp_path):
+    def row(train: bool) -> dict[str, Any]:
+        return {"messages": [USER, {**BOT, "train": train}, USER, BOT]}
+
+    write_rows(tmp_path / "rows.jsonl", [row(True), row(False), row(True)])
+    s = stage(tmp_path, deduplicate=True)
+    prepare.prepare(s)
+    assert len({mask.tobytes() for _, mask in Dataset.open(s.out / "data")}) == 2
+    assert json.loads((s.out / "dataset.json").read_bytes())["sources"][0]["duplicates"] == 1
+
+
 def test_copies_of_evaluation_questions_are_dropped_and_listed(tmp_path):
     question = "How many legs do seven tapirs and three ibises have when two of the tapirs lie down?"
     write_rows(tmp_path / "test.jsonl", [{"question": question, "answer": "34"}])
@@ -382,9 +421,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         write_rows(tmp_path / f"{times}.jsonl", rows * times)
         code = (
             f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
-            "from pathlib import Path; import test_prepare as t; from sft import prepare, sources\n"
+            "from pathlib import Path; import test_prepare as t; from sft import materialise, prepare, sources\n"
             "from sft.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
-            "sources.CHUNK_BYTES = 1 << 19; prepare.BLOCK_TOKENS = 1 << 18; prepare.OPEN_CHUNKS = 2\n"
+            "sources.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = 1 << 18; materialise.OPEN_FILES = 2\n"
             f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
             "prepare.prepare(s)\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"  # since exec
@@ -413,7 +452,8 @@ def test_a_worker_that_dies_is_told_and_does_not_hang():
 def test_a_cache_file_is_whole_or_not_there(tmp_path):
     file = tmp_path / "x.tok"
     with pytest.raises(ZeroDivisionError), tokencache.ChunkWriter(file) as writer:
-        writer.add(np.arange(3, dtype=np.uint32), np.array([False, True, True]), np.array([3]), np.array([0]))
+        one = np.zeros(1, dtype=np.uint64)
+        writer.add(np.arange(3, dtype=np.uint32), np.array([False, True, True]), np.array([3]), np.array([0]), one)
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     assert tokencache.read_summary(file) is None

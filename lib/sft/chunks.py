@@ -59,7 +59,8 @@ class EncodeChunk:
                     continue
                 encoded = self.encoder.encode(batch.rows, source)
                 numbers = np.array(batch.numbers, dtype=np.int64)
-                writer.add(encoded.ids, encoded.mask, encoded.lengths, numbers[encoded.rows])
+                rows = numbers[encoded.rows]
+                writer.add(encoded.ids, encoded.mask, encoded.lengths, rows, encoded.conversations)
                 summary.rejects += [
                     Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects
                 ]

@@ -1,15 +1,15 @@
 """Which documents of each source make the dataset, how often, and in which order. Pure functions over arrays.
 
-In: for every source the length and digest of each of its documents, and its recipe table. Out: `Mixed`: the documents of
+In: for every source the length and digests of each of its documents, and its recipe table. Out: `Mixed`: the documents of
 the training and the validation split as (source, index) pairs in their order, and a report of what was left out.
 
-Every choice follows from the seed and a document's digest, not from its place in a file: the documents that weight 0.5
-takes are among those that weight 0.7 takes, and a conversation held out for validation stays held out when rows are added.
+Every choice follows from the seed and the digest of what a conversation says, not from its place in a file nor from its
+tokens: the documents that weight 0.5 takes are among those that weight 0.7 takes, and a conversation held out for validation
+stays held out when rows are added, and under another seed, template or tokenizer.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +29,8 @@ class Pool:
     """The documents of one source, in the order of its files."""
 
     lengths: I64
-    digests: U64  # [documents, 2]: 128 bits of the hash of a document's tokens
+    digests: U64  # [documents, 2]: 128 bits of the hash of a document's tokens and mask
+    conversations: U64  # [documents]: 64 bits of the hash of what the conversation says
     excluded: NDArray[np.bool_]  # found in an evaluation file
 
 
@@ -61,11 +62,15 @@ def scramble(values: U64) -> U64:
         return z ^ (z >> np.uint64(31))
 
 
-def held_out(digests: U64, fraction: float) -> NDArray[np.bool_]:
-    """True for a share of all possible digests: independent of the seed and of the other documents."""
-    if fraction <= 0:
-        return np.zeros(len(digests), dtype=np.bool_)
-    return scramble(digests[:, 0] ^ np.uint64(0x76616C6964617465)) < np.uint64(int(fraction * 2**64))
+def held_out(conversations: U64, fraction: float) -> NDArray[np.bool_]:
+    """True for a share of all possible conversations: independent of the seed and of the other documents."""
+    return _share(conversations, 0x76616C6964617465, fraction)
+
+
+def _share(conversations: U64, salt: int, fraction: float) -> NDArray[np.bool_]:
+    if not 0 < fraction < 1:
+        return np.full(len(conversations), fraction >= 1)
+    return scramble(conversations ^ np.uint64(salt)) < np.uint64(int(fraction * 2**64))
 
 
 def first_copies(digests: U64) -> NDArray[np.bool_]:
@@ -118,7 +123,8 @@ def mix(
 ) -> Mixed:
     """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
 
-    A validation document appears once whatever its source's weight, and only as many as a weight below 1 leaves.
+    A conversation is in validation once, whatever its source's weight and however often it stands in the sources. A weight
+    below 1 keeps that share of what is held out, by a threshold too: whether one is in does not depend on the others.
     Raises SftError when nothing is left.
     """
     if len(pools) > 1 << 16:
@@ -130,16 +136,19 @@ def mix(
         copies = [~part for part in np.split(first, ends[:-1])]
     data: list[I64] = []
     validation: list[I64] = []
+    validated = np.empty(0, dtype=np.uint64)  # conversations in validation
     report: list[dict[str, Any]] = []
     for pool, source, duplicate in zip(pools, sources, copies, strict=True):
         usable = ~(duplicate | pool.excluded)
-        held = held_out(pool.digests, validation_fraction)
-        ranks = scramble(pool.digests[:, 0] ^ scramble(np.array([seed], dtype=np.uint64)))
-        train, keep = np.flatnonzero(usable & ~held), np.flatnonzero(usable & held)
-        ratio = source.weight if isinstance(source.weight, float) else source.weight / max(1, int(usable.sum()))
+        held = held_out(pool.conversations, validation_fraction)
+        ranks = scramble(pool.conversations ^ scramble(np.array([seed], dtype=np.uint64)))
+        train = np.flatnonzero(usable & ~held)
+        kept = held & _share(pool.conversations, 0x7765696768746564, source.weight)
+        keep = np.flatnonzero(usable & kept & ~np.isin(pool.conversations, validated))
+        keep = keep[np.sort(np.unique(pool.conversations[keep], return_index=True)[1])]
+        validated = np.concatenate([validated, pool.conversations[keep]])
         chosen = train[choose(ranks[train], wanted(source.weight, len(train)))]
         chosen = cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
-        keep = keep[choose(ranks[keep], math.ceil(min(1.0, ratio) * len(keep)))]
         data.append(chosen)
         validation.append(keep)
         report.append(

@@ -17,14 +17,12 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,11 +30,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import describe, inputs, manifest, sources, workers
-from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk, naming
-from sft.dataset import DatasetWriter, token_dtype
+from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.decontaminate import Screen
 from sft.errors import SftError
 from sft.export import olmo_core_obstacle
+from sft.materialise import Documents, materialise
 from sft.mix import Pool, Selection, mix
 from sft.schema import Source
 from sft.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
@@ -44,15 +42,13 @@ from sft.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
 if TYPE_CHECKING:
     from sft.stage import Result, Stage
 
-ENCODING = 1
+ENCODING = 2
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
 MIX_FIELDS = {"sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate"}
 MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
 """What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs
-BLOCK_TOKENS = 1 << 20  # documents are gathered and written this many tokens at a time
-OPEN_CHUNKS = 256
 REJECT_EXAMPLES = 5
 GIVE_UP_ROWS = 1000
 
@@ -310,7 +306,10 @@ class Preparation:
         return SourceIndex(
             chunk=np.concatenate(chunk), start=np.concatenate(starts), labels=index["labels"].astype(np.int64),
             rows=np.concatenate(rows), repeats=texts, read=read, rejects=rejects,
-            pool=Pool(index["length"].astype(np.int64), np.ascontiguousarray(index["digest"]), texts >= 0),
+            pool=Pool(
+                index["length"].astype(np.int64), np.ascontiguousarray(index["digest"]),
+                np.ascontiguousarray(index["conversation"]), texts >= 0,
+            ),
         )  # fmt: skip
 
     def _check_rejects(self, number: int, read: int, rejects: Sequence[dict[str, Any]]) -> None:
@@ -345,59 +344,13 @@ class Preparation:
             index = chosen.index[here]
             chunk[here] = source.chunk[index] + offsets[number]
             start[here], length[here] = source.start[index], source.pool.lengths[index]
-        ends = np.cumsum(length)
-        progress = Progress(self.say, f"writing {name}", int(ends[-1]))
-        opened: dict[int, Tokens] = {}
-
-        def gather(first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-            """Ids and mask of documents [first, last) of the new order."""
-            places = ends[first:last] - length[first:last]
-            places -= places[0]
-            total = int(length[first:last].sum())
-            ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
-            order = np.lexsort((start[first:last], chunk[first:last]))  # each file once and forwards
-            at, to = first + order, places[order]
-            files, begins = np.unique(chunk[at], return_index=True)
-            put_ids, put_mask = memoryview(ids), memoryview(mask)  # their slices cost half of an array's
-            for c, here in zip(files.tolist(), np.split(np.arange(len(at)), begins[1:]), strict=True):
-                if (tokens := opened.get(c)) is None:
-                    if len(opened) >= OPEN_CHUNKS:
-                        opened.pop(next(iter(opened)))
-                    tokens = opened[c] = Tokens.open(self.cache / jobs[c].name, self.summaries[jobs[c].name])
-                get_ids, get_mask = memoryview(tokens.ids), memoryview(tokens.mask)
-                sizes = length[at[here]]
-                takes = map(slice, start[at[here]].tolist(), (start[at[here]] + sizes).tolist())
-                puts = map(slice, to[here].tolist(), (to[here] + sizes).tolist())
-                for take, put in zip(takes, puts, strict=True):
-                    put_ids[put] = get_ids[take]
-                    put_mask[put] = get_mask[take]
-            return ids, mask
-
         check = describe.Check(f"[prepare] {name}", self.encoder.identity)
-        cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
-        blocks = np.unique(np.concatenate([[0], cuts, [len(chosen)]])).tolist()
-        spans = list(itertools.pairwise(blocks))
-        vocab_size = self.encoder.identity["vocab_size"]
-        needed = int(ends[-1]) * (token_dtype(vocab_size).itemsize + 1) + 32 * len(chosen)
-        if (free := shutil.disk_usage(self.stage.out).free) < needed:
-            raise SftError(
-                f"{folder}: needs {needed:,} bytes, {free:,} are free on that disk; next: free space and run it again"
-            )
-        with (
-            naming(folder, needed),
-            ThreadPoolExecutor(1) as ahead,
-            DatasetWriter(folder, vocab_size, boundaries=self.encoder.identity["boundaries"]) as writer,
-        ):
-            coming = ahead.submit(gather, *spans[0])
-            for i, (first, last) in enumerate(spans):
-                ids, mask = coming.result()
-                if i + 1 < len(spans):
-                    coming = ahead.submit(gather, *spans[i + 1])
-                check.block(ids, mask, length[first:last])
-                writer.add(ids, mask, length[first:last], chosen.source[first:last])
-                progress.add(len(ids), len(ids))
+        progress = Progress(self.say, f"writing {name}", int(length.sum()))
+        files = [(self.cache / job.name, self.summaries[job.name]) for job in jobs]
+        documents = Documents(chunk, start, length, chosen.source)
+        written = materialise(folder, self.encoder.identity["vocab_size"], files, documents, check, progress)
         self.checks[name] = check.finish()
-        return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
+        return written
 
     def check_tokenizer(self, folder: Path) -> None:
         """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""

@@ -23,8 +23,10 @@ from numpy.typing import NDArray
 
 from sft.errors import SftError
 
-MAGIC = b"sft-tok2"
-INDEX = np.dtype([("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,))])
+MAGIC = b"sft-tok3"
+INDEX = np.dtype(
+    [("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,)), ("conversation", "<u8")]
+)
 TEMPORARY = ".tmp-"
 _SPOOL_BYTES = 32 << 20
 _COPY_BYTES = 8 << 20
@@ -72,9 +74,14 @@ class ChunkWriter:
         return self
 
     def add(
-        self, ids: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], rows: NDArray[np.int64]
+        self,
+        ids: NDArray[Any],
+        mask: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        conversations: NDArray[np.uint64],
     ) -> None:
-        """Appends whole documents; `rows` are their row numbers inside the chunk."""
+        """Appends whole documents; `rows` are their row numbers inside the chunk, `conversations` digests of what they say."""
         if not len(lengths):
             return
         ids = np.ascontiguousarray(ids, dtype="<u4")
@@ -82,10 +89,10 @@ class ChunkWriter:
         ends = np.cumsum(lengths)
         assert int(ends[-1]) == len(ids) == len(mask), (int(ends[-1]), len(ids), len(mask))
         index = np.zeros(len(lengths), dtype=INDEX)
-        index["length"], index["row"] = lengths, rows
+        index["length"], index["row"], index["conversation"] = lengths, rows, conversations
         index["labels"] = np.diff(np.searchsorted(np.flatnonzero(mask), ends), prepend=0)
         raw = ids.data.cast("B")
-        index["digest"] = _digests(raw, ends)
+        index["digest"] = _digests(raw, mask.data.cast("B"), ends)
         self._index.append(index)
         self._file.write(raw)
         raw_mask = mask.tobytes()
@@ -165,15 +172,20 @@ def is_intact(path: Path, summary: Summary) -> bool:
         found["mask"] = google_crc32c.extend(found["mask"], tokens.mask[start : start + _COPY_BYTES].tobytes())
     if found != summary.crc:
         return False
-    found_digests = _digests(tokens.ids.data.cast("B"), np.cumsum(tokens.index["length"], dtype=np.int64))
+    ends = np.cumsum(tokens.index["length"], dtype=np.int64)
+    found_digests = _digests(tokens.ids.data.cast("B"), tokens.mask.data.cast("B"), ends)
     return np.array_equal(found_digests, tokens.index["digest"])
 
 
-def _digests(ids: memoryview, ends: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """128 bits that name each document: what is a duplicate, what is held out, what is damaged.
+def _digests(ids: memoryview, mask: memoryview, ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """128 bits that name each document, ids and mask: what is a duplicate, what is damaged.
 
     XXH3 is no defence against documents made to collide, which could only remove one another from the mix.
     """
     stops = (4 * ends).tolist()
     documents = map(ids.__getitem__, map(slice, [0, *stops[:-1]], stops))
-    return np.frombuffer(b"".join(map(xxhash.xxh3_128_digest, documents)), dtype="<u8").reshape(-1, 2)
+    found = np.frombuffer(bytearray(b"".join(map(xxhash.xxh3_128_digest, documents))), dtype="<u8").reshape(-1, 2)
+    stops = ends.tolist()
+    masks = map(mask.__getitem__, map(slice, [0, *stops[:-1]], stops))
+    found[:, 1] ^= np.frombuffer(b"".join(map(xxhash.xxh3_64_digest, masks)), dtype="<u8")
+    return found

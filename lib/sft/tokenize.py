@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 from tokenizers import Tokenizer
 
 from sft.chat import JinjaTemplate, Specials, known_templates, load_template
@@ -34,10 +35,11 @@ from sft.errors import SftError
 from sft.rows import BadRow, Conversation, RowReader
 from sft.schema import Prepare, Source
 from sft.templates import FAMILIES
-from sft.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt
+from sft.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt, read_text
 
 EXAMPLE_CHARACTERS = 300
 PARITY_CHARACTERS = 1000
+TOO_DEEP = ("bad_value", "nested too deeply")
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,15 @@ class Reject:
 
 @dataclass
 class Encoded:
-    """Documents, one after another. `rows[d]` is the input row of document d, `labels[d]` the trained tokens in its mask."""
+    """Documents, one after another. `rows[d]` is the input row of document d, `labels[d]` the trained tokens in its mask,
+    `conversations[d]` the digest of what it says (`name_conversation`)."""
 
     ids: Ids
     mask: npt.NDArray[np.bool_]
     lengths: Offsets
     rows: Offsets
     labels: Offsets
+    conversations: npt.NDArray[np.uint64]
     rejects: list[Reject]
     engine: str
     proof: dict[str, int] = field(default_factory=dict)
@@ -73,13 +77,17 @@ class Batch:
     texts: list[str] = field(default_factory=list)
     data: list[bytes] = field(default_factory=list)  # the texts in UTF-8
     specials: list[int] = field(default_factory=list)  # special tokens that the template wrote
+    conversations: list[int] = field(default_factory=list)  # digest of each row that was read, 0 of others
     rows: list[int] = field(default_factory=list)
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
     bounds: npt.NDArray[np.integer] | None = None  # where each token begins in the data; made anew once tokens change
 
     def reject(self, row: int, reason: str, detail: str) -> None:
-        example = repr(self.source_rows[row])
+        try:
+            example = repr(self.source_rows[row])
+        except RecursionError:
+            example = "a row nested too deeply to show"
         if len(example) > EXAMPLE_CHARACTERS:
             example = example[:EXAMPLE_CHARACTERS] + "…"
         self.rejects.append(Reject(row, reason, detail.encode(errors="backslashreplace").decode(), example))
@@ -146,7 +154,7 @@ class Encoder:
                 f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja file, nor one of {', '.join(known_templates())};"
                 " next: choose one of them"
             )
-        return find(name).read_text(encoding="utf-8")
+        return read_text(find(name), "prepare.template", "name a Jinja file in UTF-8")
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -188,7 +196,7 @@ class Encoder:
     def reader(self, source: Source) -> RowReader:
         key = repr(sorted(source.columns.items()))
         if key not in self.readers:
-            self.readers[key] = RowReader(self.prepare, source)
+            self.readers[key] = RowReader(self.prepare, source, "<think>" in self.template.given)
         return self.readers[key]
 
     def read(self, row: Any, source: Source) -> Conversation:
@@ -220,7 +228,7 @@ class Encoder:
         return self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked)
 
     def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> Batch:
-        batch = Batch(rows)
+        batch = Batch(rows, conversations=[0] * len(rows))
         render = self.template.render
         # Named templates write the same scaffold whatever the content; Jinja text may look at it, so it must not see
         # special-token text that it would take for its own.
@@ -230,12 +238,16 @@ class Encoder:
         for index, row in enumerate(rows):
             try:
                 conversation = read(row)
+                batch.conversations[index] = name_conversation(conversation.messages, self.prepare.system)
                 if careful and self.specials.found(conversation):
                     runs, specials = self._render_escaped(batch, conversation, len(runs_of))
                 else:
                     runs, specials = render(conversation)
             except BadRow as error:
                 batch.reject(index, error.reason, error.detail)
+                continue
+            except RecursionError:
+                batch.reject(index, *TOO_DEEP)
                 continue
             runs_of.append(runs)
             specials_of.append(specials)
@@ -315,6 +327,8 @@ class Encoder:
                 self._render_escaped(batch, self.reader(source).read(batch.source_rows[batch.rows[document]]), document)
             except BadRow as error:
                 bad[document] = (error.reason, error.detail)
+            except RecursionError:
+                bad[document] = TOO_DEEP
         return bad
 
     def _drop(
@@ -480,9 +494,17 @@ class Encoder:
             "parity_documents": checked,
         }
         rows = np.array(batch.rows, dtype=np.int64)
-        return Encoded(
-            ids, mask, lengths, rows, labels, sorted(batch.rejects, key=lambda item: item.row), engine, proof
-        )
+        conversations = np.array(batch.conversations, dtype=np.uint64)[rows]
+        rejects = sorted(batch.rejects, key=lambda item: item.row)
+        return Encoded(ids, mask, lengths, rows, labels, conversations, rejects, engine, proof)
+
+
+def name_conversation(messages: Sequence[Mapping[str, Any]], system: str = "") -> int:
+    """64 bits of who says what, the same under every template and tokenizer; the recipe's own system message does not count."""
+    if system and messages[0]["content"] == system:
+        messages = messages[1:]
+    said = "\0".join([text for message in messages for text in (message["role"], message["content"])])
+    return xxhash.xxh3_64_intdigest(said.encode(errors="surrogatepass"))
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
