@@ -74,7 +74,7 @@ def _gather(
     file, start, length = documents.file[first:last], documents.start[first:last], documents.length[first:last]
     ends = np.cumsum(length)
     ids, mask = np.empty(int(ends[-1]), dtype=np.uint32), np.empty(int(ends[-1]), dtype=np.bool_)
-    put_ids, put_mask = memoryview(ids), memoryview(mask)  # their slices cost half of an array's
+    put_ids, put_mask = ids.data, mask.data  # their slices cost half of an array's
     order = np.lexsort((start, file))  # each file once and forwards
     numbers, begins = np.unique(file[order], return_index=True)
     for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
@@ -82,7 +82,7 @@ def _gather(
             if len(opened) >= OPEN_FILES:
                 opened.pop(next(iter(opened)))
             tokens = opened[number] = Tokens.open(*files[number])
-        get_ids, get_mask = memoryview(tokens.ids), memoryview(tokens.mask)
+        get_ids, get_mask = tokens.ids.data, tokens.mask.data
         takes = map(slice, start[here].tolist(), (start[here] + length[here]).tolist())
         puts = map(slice, (ends[here] - length[here]).tolist(), ends[here].tolist())
         for take, put in zip(takes, puts, strict=True):

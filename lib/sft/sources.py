@@ -18,7 +18,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -40,8 +40,8 @@ CHUNK_BYTES = 8 << 20
 MIN_CHUNK_BYTES = 1 << 20
 MAX_ROW_BYTES = 64 << 20
 """A longer line is a reject: one row must not be able to exhaust the memory."""
-BATCH_BYTES = 4 << 20
-"""Input bytes that are in memory as Python objects at a time, in each worker."""
+BATCH_BYTES = 1 << 20
+"""Input bytes that a worker has as Python objects at a time: their tokens then still fit the caches of a processor."""
 BATCH_ROWS = 4096
 EXAMPLE_CHARS = 200
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -384,9 +384,19 @@ def _parquet_batches(chunk: Chunk) -> Iterator[Any]:
             yield from f.iter_batches(batch_size=rows, row_groups=[group], use_threads=False)
 
 
+def without_nulls(value: Any) -> Any:
+    """A columnar file gives every object every field of any object, filled with nulls: here a null is an absent field."""
+    if type(value) is dict:
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if type(value) is list else value
+
+
 def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
+    import pyarrow as pa
+
     count = 0
     for arrow in batches:
+        nested = [field.name for field in arrow.schema if pa.types.is_nested(field.type)]
         step = max(1, min(BATCH_ROWS, BATCH_BYTES * arrow.num_rows // max(1, arrow.nbytes)))
         for start in range(0, arrow.num_rows, step):
             piece = arrow.slice(start, step)
@@ -401,6 +411,9 @@ def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
                         batch.numbers.append(count + i)
                     except (UnicodeDecodeError, ValueError) as e:
                         batch.bad.append(BadRow(count + i, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
+            for row in batch.rows:
+                for name in nested:
+                    row[name] = without_nulls(row[name])
             count = batch.count
             yield batch
 
@@ -421,7 +434,7 @@ def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
         yield batch
 
 
-def _parse_plain(lines: list[bytes | None]) -> list[dict[str, Any]] | None:
+def _parse_plain(lines: Sequence[bytes | None]) -> list[dict[str, Any]] | None:
     """Rows when every line is one, and no number needs more than 64 bits, which orjson would round; else None."""
     if orjson is None:
         return None
@@ -490,7 +503,7 @@ def _has_long_number(data: bytes) -> bool:
     return any(_LONG_NUMBER.search(data, max(0, 8 * i - 18), 8 * i + 26) for i in np.flatnonzero(found).tolist())
 
 
-def _blocks(chunk: Chunk) -> Iterator[tuple[list[bytes | None], bool]]:
+def _blocks(chunk: Chunk) -> Iterator[tuple[Sequence[bytes | None], bool]]:
     """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it. None stands for a line
     that is too long. With each block, whether it may hold a number of 19 digits or more.
     """
