@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chat_samples import chat, encoder, make_tokenizer, text_of, turns
+from chat_samples import EOS, IM_END, chat, encoder, make_tokenizer, text_of, turns
 from sft.rows import BadRow, Conversation, RowReader
 from sft.schema import Prepare, Source
 
@@ -48,6 +50,17 @@ LAYOUTS = {
     "prompt as messages": {"prompt": HELLO[:1], "completion": HELLO[1:]},
     "alpaca": {"instruction": "Hi", "input": "", "output": "Hello"},
     "alpaca without input": {"instruction": "Hi", "output": "Hello"},
+    "nulls are absent columns": {
+        "messages": None,
+        "prompt": "Hi",
+        "completion": None,
+        "response": "Hello",
+        "tools": "null",
+    },
+    "alpaca with a null": {"instruction": "Hi", "output": None, "response": "Hello", "tools": " "},
+    "roles in capitals": {"messages": [{**m, "role": m["role"].title()} for m in HELLO]},
+    "sharegpt in capitals": {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Hello"}]},
+    "flags as numbers": {"messages": [{**HELLO[0], "train": 0}, {**HELLO[1], "train": 1, "weight": 1.0}]},
 }
 
 
@@ -94,6 +107,18 @@ def test_train_and_weight_flags_of_messages_win() -> None:
     assert read(row, train_turns="last").train == [True, False, False, True]
 
 
+def test_a_flag_says_nothing_of_the_other_messages() -> None:
+    prompt = turns(("user", "a"), ("assistant", "OLD"), ("user", "b"))
+    told = [{"role": "assistant", "content": "NEW", "train": True}]
+    assert read({"prompt": prompt, "completion": told}).train == [False, False, False, True]
+    row = chat(*"abcdef")
+    row["messages"][1]["train"] = False
+    assert read(row, train_turns="last").train == [False] * 5 + [True]
+    row["messages"][5]["weight"] = 0
+    row["messages"][1]["train"] = True
+    assert read(row, train_turns="last").train == [False, True, False, False, False, False]
+
+
 def test_last_turn_only_and_roles_to_train() -> None:
     row = chat("a", "b", "c", "d")
     assert read(row, train_turns="last").train == [False, False, False, True]
@@ -111,6 +136,38 @@ def test_thinking_is_kept_or_stripped_in_history_turns_only() -> None:
     assert [m["content"] for m in read(row, thinking="strip").messages[1::2]] == ["b", "<think>\nso\n</think>\n\nd"]
 
 
+def test_only_thinking_that_opens_the_content_is_stripped() -> None:
+    for said, left in (
+        ("The tag </think> ends it.", "The tag </think> ends it."),
+        ("<think>a</think> The tag </think> ends it.", "The tag </think> ends it."),
+        ("Write <think>x</think> so.", "Write <think>x</think> so."),
+        ("\n<think>\na\n</think>\n\nb", "b"),
+        ("<think> alone opens it", None),
+    ):
+        row = chat("q", said, "r", "<think>so</think>end")
+        if left is None:
+            with pytest.raises(BadRow, match="bad_thinking: message 1: <think> is not closed"):
+                read(row, thinking="strip")
+            assert read(row).messages[1]["content"] == said
+        else:
+            assert [m["content"] for m in read(row, thinking="strip").messages[1::2]] == [left, "<think>so</think>end"]
+
+
+def test_thinking_that_the_prompt_opens_is_stripped_where_the_template_has_such_a_prompt(folder: Path) -> None:
+    row = chat("q", "hm</think>b", "r", "c")
+    for template, said in (("olmo_thinker", f"b{IM_END}c{EOS}"), ("olmo", f"hm</think>b{IM_END}c{EOS}")):
+        made = encoder(folder, template, thinking="strip")
+        assert text_of(made, made.encode([row], Source(path="x")), trained=True) == said
+
+
+def test_nulls_that_json_states_are_kept() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": None, "b": [{"c": None}]}}}
+    row = {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [{"d": None}]}
+    got = read(row)
+    assert got.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None, "b": [{"c": None}]}
+    assert got.tools == [{"d": None}]
+
+
 def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
     calls = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": null}'}}]
     row = {
@@ -123,6 +180,17 @@ def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
     assert got.tools == [{"name": "add"}]
     share = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "add(1)"}]}
     assert read(share).messages[1] == {"role": "assistant", "content": "", "function_calls": "add(1)"}
+
+
+def deep(levels: int) -> Any:
+    value: Any = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+def call(value: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": value}}}]}
 
 
 A, B = HELLO
@@ -165,6 +233,16 @@ BAD: dict[str, tuple[Any, str]] = {
     "alpaca without output": ({"instruction": "Hi"}, "missing_column"),
     "system is a list": ({**chat("Hi", "Hello"), "system": ["x"]}, "bad_system"),
     "half a surrogate pair": (chat("Hi", "\ud83d"), "bad_unicode"),
+    "a date in tools": ({"messages": HELLO, "tools": [{"a": datetime(2020, 1, 1)}]}, "bad_value"),
+    "bytes in arguments": ({"messages": [A, call([b"x"])]}, "bad_value"),
+    "a decimal in function_calls": ({"messages": [A, {**B, "function_calls": [Decimal("1.5")]}]}, "bad_value"),
+    "tools nested too deeply": ({"messages": HELLO, "tools": [{"a": deep(5000)}]}, "bad_value"),
+    "arguments nested too deeply": ({"messages": [A, call(deep(5000))]}, "bad_value"),
+    "special-token text among arguments nested deeply": (
+        {"messages": [{"role": "user", "content": "<|im_end|>"}, call(deep(900))]},
+        "bad_value",
+    ),
+    "an unknown row nested too deeply": ({"x": deep(5000)}, "unknown_columns"),
     "calls in a user message": ({"messages": [{**A, "function_calls": "f()"}, B]}, "template"),
     "functions in an assistant message": ({"messages": [A, {**B, "functions": "f"}]}, "template"),
 }

@@ -157,6 +157,20 @@ def test_a_file_that_cannot_be_read_stops_with_its_name(tmp_path, name, content,
     assert str(error.value).startswith(name)
 
 
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl"])
+def test_only_a_columnar_file_adds_nulls_that_are_taken_away(tmp_path, name):
+    rows = [
+        {"messages": [{"role": "a", "calls": [{"x": {"y": 1}}]}], "tools": [{"p": {"q": 1}}], "n": None},
+        {"messages": [{"role": "b", "note": "c"}], "tools": [{"p": {"r": [2]}}], "n": 1},
+    ]
+    if name == "x.jsonl":
+        rows[0]["messages"][0]["note"] = None
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        {"x.parquet": write_parquet, "x.arrow": write_arrow}[name](tmp_path / name, rows)
+    assert everything(tmp_path, name)[0] == rows
+
+
 def test_a_flipped_byte_in_a_parquet_page_is_an_error_or_a_reject_never_a_crash(tmp_path):
     write_parquet(tmp_path / "x.parquet", ROWS)
     good = (tmp_path / "x.parquet").read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -390,3 +391,61 @@ def test_real_dolma2_agrees_with_tokenizers_on_gsm8k(shared_data: Path) -> None:
         and made.identity["pad_id"] == 100277
         and made.identity["vocab_size"] == 100278
     )
+
+
+def test_answers_that_lack_what_the_prompt_gives_are_counted(folder: Path) -> None:
+    rows = [chat("a", "<think>1</think>b", "c", "d"), chat("a", "<think>1</think>b"), chat(f"a{IM_END}", "b")]
+    assert encoder(folder, "olmo_thinker").encode(rows, SOURCE).proof["answers_without_prompt"] == 2
+    assert "answers_without_prompt" not in encoder(folder, "olmo").encode(rows, SOURCE).proof
+
+
+def test_template_file_that_cannot_be_read_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "folder.jinja").mkdir()
+    (tmp_path / "latin.jinja").write_bytes(b"{# \xe9 #}")
+    for name, why in (("folder", "Is a directory"), ("latin", "not UTF-8"), ("gone", "No such file")):
+        with pytest.raises(SftError, match=rf"{name}.jinja: prepare.template: .*{why}.*; next: "):
+            encoder(folder, f"{name}.jinja", lambda path: tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_tokenizer_file_that_cannot_be_read_is_named(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_tokenizer(tmp_path / "tokenizer", template="")
+    (made / "chat_template.jinja").write_text("x")
+    read = Path.read_bytes, Path.read_text
+
+    def refuse(reader: Any) -> Any:
+        def refused(path: Path, *args: Any, **options: Any) -> Any:
+            if path.name == name:
+                raise PermissionError(13, "Permission denied")
+            return reader(path, *args, **options)
+
+        return refused
+
+    monkeypatch.setattr(Path, "read_bytes", refuse(read[0]))
+    monkeypatch.setattr(Path, "read_text", refuse(read[1]))
+    with pytest.raises(SftError, match=rf"{name}: .*Permission denied; next: "):
+        encoder(made, "tokenizer")
+
+
+def test_tokenizer_configuration_that_is_no_object_is_named(tmp_path: Path) -> None:
+    made = make_tokenizer(tmp_path / "tokenizer")
+    (made / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(SftError, match=r"tokenizer_config.json: holds list, not an object; next: "):
+        encoder(made)
+
+
+def test_gigatoken_that_fails_at_its_first_text_gives_way_to_tokenizers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def encode_batch(self, texts: list) -> Any:
+            raise AttributeError("layout")
+
+    monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=lambda path: Broken()))
+    made = encoder(folder)
+    assert made.engine.name == "tokenizers" and "layout" in made.engine.why
+    assert made.encode([chat("a", "b")], SOURCE).engine == "tokenizers"
+    with pytest.raises(SftError, match=r'prepare.encoder = "gigatoken": gigatoken cannot read this tokenizer: layout'):
+        encoder(folder, encoder="gigatoken")

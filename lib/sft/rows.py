@@ -64,9 +64,11 @@ class Conversation:
 
 
 class RowReader:
-    """Reads the rows of one source by the recipe's rules."""
+    """Reads the rows of one source by the recipe's rules. `prompted`: the template's generation prompt ends in <think>,
+    so that answers need not spell it out."""
 
-    def __init__(self, prepare: Prepare, source: Source) -> None:
+    def __init__(self, prepare: Prepare, source: Source, prompted: bool = False) -> None:
+        self.prompted = prompted
         columns = dict(source.columns)
         self.columns = {name: columns.get(name, name) for name in COLUMNS}
         self.train_roles = frozenset(prepare.train_roles)
@@ -105,7 +107,7 @@ class RowReader:
             tools = read_tools(tools)
         messages: list[dict] = []
         train: list[bool] = []
-        flagged = False
+        flags: dict[int, bool] = {}
         train_roles = self.train_roles
         for index, item in enumerate(raw):
             # The common shapes, taken as they are: a known role, a content, and other fields of text that templates read.
@@ -120,17 +122,16 @@ class RowReader:
                     continue
             message, flag = read_message(item, index)
             messages.append(message)
-            if flag is None:
-                train.append(message["role"] in train_roles)
-            else:
-                flagged = True
-                train.append(flag)
-        if not flagged:
-            if answer:
-                train = [flag and index >= answer for index, flag in enumerate(train)]
-            if self.last_only and True in train:
-                last = len(train) - 1 - train[::-1].index(True)
-                train = [index == last for index in range(len(train))]
+            train.append(message["role"] in train_roles)
+            if flag is not None:
+                flags[index] = flag
+        if answer:
+            train = [flag and index >= answer for index, flag in enumerate(train)]
+        if self.last_only and True in train:
+            last = len(train) - 1 - train[::-1].index(True)
+            train = [index == last for index in range(len(train))]
+        for index, flag in flags.items():  # what the row says of a message holds, and says nothing of the others
+            train[index] = flag
         system = get(self.system_column) or self.system
         if system and messages[0]["role"] != "system":
             if not isinstance(system, str):
@@ -142,8 +143,8 @@ class RowReader:
                 "nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8])
             )
         if self.strip:
-            messages = strip_thinking(messages)
-        return Conversation(messages, train, tools, flagged)
+            messages = strip_thinking(messages, self.prompted)
+        return Conversation(messages, train, tools, bool(flags))
 
     def _messages(self, row: Mapping) -> tuple[Sequence, int]:
         """The row's messages, and the index before which nothing is trained (the prompt of a prompt/completion pair)."""
@@ -157,7 +158,9 @@ class RowReader:
         if layout in ("messages", "conversations"):
             return read_list(value, columns[layout]), 0
         if layout == "prompt":
-            completion = row.get(self.completion, row.get("response"))
+            completion = row.get(self.completion)
+            if completion is None:
+                completion = row.get("response")
             if completion is None:
                 raise BadRow("missing_column", f"{columns['completion']} is missing")
             prompt = (
@@ -167,7 +170,9 @@ class RowReader:
                 return [*prompt, {"role": "assistant", "content": completion}], len(prompt)
             return [*prompt, *read_list(completion, columns["completion"])], len(prompt)
         given = row.get(columns["input"]) or ""
-        output = row.get(columns["output"], row.get("response"))
+        output = row.get(columns["output"])
+        if output is None:
+            output = row.get("response")
         for name, text in (("instruction", value), ("input", given), ("output", output)):
             if not isinstance(text, str):
                 reason = "missing_column" if text is None else "bad_content"
@@ -197,6 +202,14 @@ def parse(text: str, reason: str, detail: str) -> Any:
         raise BadRow(reason, f"{detail}: {error}") from None
 
 
+def to_json(value: Any, where: str) -> str:
+    """JSON text. Columnar files can hold values that JSON has no word for: dates, decimals, bytes."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRow("bad_value", f"{where}: {error}") from None
+
+
 def read_message(item: Any, index: int) -> tuple[dict, bool | None]:
     """One message in any accepted shape, and the row's own say on training it (None where it says nothing)."""
     if not isinstance(item, Mapping):
@@ -205,10 +218,11 @@ def read_message(item: Any, index: int) -> tuple[dict, bool | None]:
     call_text = None
     if role is None and "from" in item:
         role, content = item["from"], item.get("value")
-        if role == "function_call":
+        if isinstance(role, str) and role.lower() == "function_call":
             call_text, content = content, ""
     if not isinstance(role, str):
         raise BadRow("bad_role", f"message {index}: role is {kind(role)}")
+    role = role.lower()
     role = SHAREGPT.get(role, role)
     if role not in ROLES:
         raise BadRow("bad_role", f"message {index}: unknown role {role[:40]!r}; known: {', '.join(sorted(ROLES))}")
@@ -223,7 +237,7 @@ def read_message(item: Any, index: int) -> tuple[dict, bool | None]:
         if name in message and not isinstance(message[name], str):
             if name in ("reasoning_content", "thinking"):
                 raise BadRow("bad_content", f"message {index}: {name} is {kind(message[name])}, not text")
-            message[name] = json.dumps(message[name], ensure_ascii=False)
+            message[name] = to_json(message[name], f"message {index}: {name}")
     if "tool_calls" in message:
         calls = read_tool_calls(message.pop("tool_calls"), index)
         if calls:
@@ -254,13 +268,14 @@ def join_parts(content: Any, index: int) -> str:
 
 def read_flag(item: Mapping, index: int) -> bool | None:
     train, weight = item.get("train"), item.get("weight")
-    if train is not None and not isinstance(train, bool):
+    if train is not None and train not in (0, 1):  # true and false are 1 and 0
         raise BadRow("bad_train_flag", f"message {index}: train is {train!r}, expected true or false")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise BadRow("bad_weight", f"message {index}: weight is {weight!r}, expected 0 or 1")
-    if train is not None and weight is not None and train != bool(weight):
+    if train is not None and weight is not None and train != weight:
         raise BadRow("bad_train_flag", f"message {index}: train is {train} but weight is {weight}")
-    return train if train is not None else None if weight is None else bool(weight)
+    said = train if train is not None else weight
+    return None if said is None else bool(said)
 
 
 def read_tool_calls(calls: Any, index: int) -> list[dict]:
@@ -288,9 +303,7 @@ def read_tool_calls(calls: Any, index: int) -> list[dict]:
                 "bad_tool_calls", f"message {index}: arguments of {function['name'][:40]} are {kind(arguments)}"
             )
         call_id = {"id": call["id"]} if call is not function and isinstance(call.get("id"), str) else {}
-        # Columnar files fill arguments that a call does not have with nulls; text arguments keep the nulls they state.
-        if not isinstance(function.get("arguments"), str):
-            arguments = {name: value for name, value in arguments.items() if value is not None}
+        to_json(arguments, f"message {index}: arguments of {function['name'][:40]}")
         result.append(
             {**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
         )
@@ -302,20 +315,29 @@ def read_tools(tools: Any) -> list[dict] | None:
         if not tools.strip():
             return None
         tools = parse(tools, "bad_tools", "the tools column holds text that is not JSON")
+        if tools is None:
+            return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("bad_tools", f"the tools column holds {kind(tools)}, not a list of objects")
+    to_json(tools, "the tools column")
     return [dict(tool) for tool in tools] or None
 
 
-def strip_thinking(messages: list[dict]) -> list[dict]:
-    """Removes the thinking of the assistant turns before the last user turn, as a chat at inference time does."""
+def strip_thinking(messages: list[dict], prompted: bool) -> list[dict]:
+    """Removes the thinking of the assistant turns before the last user turn, as a chat at inference time does. Thinking is
+    what opens the content: an answer may speak of the tags."""
     last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
     result = []
     for index, message in enumerate(messages):
         if index < last_user and message["role"] == "assistant":
             content = message["content"]
-            if "</think>" in content:
-                content = content.rsplit("</think>", 1)[1].lstrip()
+            opened = content.lstrip().startswith("<think>")
+            if opened and "</think>" not in content:
+                raise BadRow(
+                    "bad_thinking", f"message {index}: <think> is not closed, so nothing says where the answer begins"
+                )
+            if opened or (prompted and "</think>" in content):
+                content = content.split("</think>", 1)[1].lstrip()
             message = {
                 key: content if key == "content" else value
                 for key, value in message.items()

@@ -81,6 +81,7 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     rejects: list[Reject] = field(default_factory=list)
+    unprompted: int = 0  # trained answers that lack what the generation prompt gives
     bounds: npt.NDArray[np.integer] | None = None  # where each token begins in the data; made anew once tokens change
 
     def reject(self, row: int, reason: str, detail: str) -> None:
@@ -234,6 +235,7 @@ class Encoder:
         # special-token text that it would take for its own.
         careful = isinstance(self.template, JinjaTemplate) or not self.countable
         careful = careful and self.prepare.special_text != "token"
+        before = self.template.unprompted
         runs_of, specials_of, rows_of = batch.runs, batch.specials, batch.rows
         for index, row in enumerate(rows):
             try:
@@ -253,6 +255,7 @@ class Encoder:
             specials_of.append(specials)
             rows_of.append(index)
         batch.texts = ["".join(runs) for runs in runs_of]
+        batch.unprompted = self.template.unprompted - before
         return batch
 
     def _to_bytes(self, batch: Batch) -> None:
@@ -493,6 +496,8 @@ class Encoder:
             "straddling_tokens": straddled,
             "parity_documents": checked,
         }
+        if self.template.given:
+            proof["answers_without_prompt"] = batch.unprompted
         rows = np.array(batch.rows, dtype=np.int64)
         conversations = np.array(batch.conversations, dtype=np.uint64)[rows]
         rejects = sorted(batch.rejects, key=lambda item: item.row)

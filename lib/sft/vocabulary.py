@@ -36,6 +36,15 @@ Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
 
 
+def read_text(path: Path, what: str, advice: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise SftError(f"{path}: {what}: cannot be read: {error.strerror}; next: {advice}") from None
+    except UnicodeDecodeError as error:
+        raise SftError(f"{path}: {what}: not UTF-8: {error}; next: {advice}") from None
+
+
 class Vocabulary:
     """The facts of a tokenizer folder, read from its files without transformers."""
 
@@ -47,7 +56,10 @@ class Vocabulary:
                 f"{path}: not found; prepare.tokenizer = {str(folder)!r} must be a folder with tokenizer.json; next: save the tokenizer there"
                 " with transformers' save_pretrained"
             )
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise SftError(f"{path}: cannot be read: {error.strerror}; next: make it readable") from None
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.json: dict[str, Any] = json.loads(data)
@@ -75,12 +87,15 @@ class Vocabulary:
 
     def _config(self, name: str) -> dict[str, Any]:
         path = self.folder / name
-        if not path.is_file():
+        if not path.exists():
             return {}
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = json.loads(read_text(path, "prepare.tokenizer", "fetch the file again"))
+        except (ValueError, RecursionError) as error:
             raise SftError(f"{path}: not JSON: {error}; next: fetch the file again") from None
+        if not isinstance(config, dict):
+            raise SftError(f"{path}: holds {type(config).__name__}, not an object; next: fetch the file again")
+        return config
 
     def _variables(self) -> dict[str, str]:
         """The named special tokens, which templates read as eos_token, bos_token, …"""
@@ -156,8 +171,8 @@ class Vocabulary:
     def chat_template(self) -> str | None:
         """The folder's own template: chat_template.jinja, else the configuration's."""
         path = self.folder / "chat_template.jinja"
-        if path.is_file():
-            return path.read_text(encoding="utf-8")
+        if path.exists():
+            return read_text(path, "prepare.template", "fetch the file again")
         own = self.config.get("chat_template")
         if isinstance(own, list):
             own = next((item.get("template") for item in own if item.get("name") == "default"), None)
@@ -222,13 +237,16 @@ class Engine:
             import gigatoken
 
             self.fast = gigatoken.Tokenizer(str(vocabulary.folder / "tokenizer.json"))
-            self.name, self.why = "gigatoken", ""
+            # Its first encoding is the first to need all that it depends on.
+            self.why = "" if self._canaries_agree() else "gigatoken gives other ids for the canary texts"
         except ImportError as error:
             self.why = f"gigatoken is not importable: {error}"
         except Exception as error:  # what it cannot read it refuses in many ways
             self.why = f"gigatoken cannot read this tokenizer: {error}"
-        if self.fast is not None and not self._canaries_agree():
-            self.fast, self.name, self.why = None, "tokenizers", "gigatoken gives other ids for the canary texts"
+        if self.why:
+            self.fast = None
+        else:
+            self.name = "gigatoken"
         if self.fast is None and wanted == "gigatoken":
             raise SftError(f'prepare.encoder = "gigatoken": {self.why}; next: set it to "auto"')
 
