@@ -54,6 +54,12 @@ make_venv() {
     [ -x .venv/bin/python ] || "$python" -m venv .venv
 }
 
+if [ -n "${2:-}" ] && command -v flock >/dev/null; then # two makes on a fresh clone: the second finds the work done
+    exec 9>.setup.lock
+    flock 9
+    [ ! -e "$2" ] || exit 0
+fi
+
 case "${1:-}" in
 packages)
     make_venv

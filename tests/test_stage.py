@@ -5,9 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
+from conftest import REPO
 
 STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.stage import Result, main, open_stage\n"
 
@@ -98,6 +100,30 @@ def test_a_stage_run_by_hand_refuses_a_stale_upstream_and_says_what_to_do(worksp
     out, _ = process.communicate()
     assert process.returncode == 1
     assert "runs/x/prepare/manifest.json: prepare is stale (not made yet); next: make prepare RECIPE=x" in out
+
+
+@pytest.mark.parametrize(("sent", "requeue"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)])
+def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_the_caller(workspace, sent, requeue):
+    shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
+    (workspace.root / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "def end(*_):\n"
+        f"    if {requeue}: pathlib.Path(sys.argv[1], 'train/.requeue').touch()\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "pathlib.Path('at').touch()\ntime.sleep(60)\n"
+    )
+    (workspace.root / ".venv/bin/python").write_text(
+        '#!/bin/sh\ncase "$2" in sft.launch) echo 1 1 ;; *) shift 2; exec '
+        + sys.executable
+        + ' train.py "$@" ;; esac\n'
+    )
+    (workspace.root / "runs/x/train").mkdir(parents=True)
+    (workspace.root / "runs/x/train/.requeue").touch()  # of an earlier attempt: it says nothing about this one
+    process = subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
+    wait_for(workspace.root / "at", process)
+    os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
+    assert process.wait(timeout=20) == (75 if requeue else 1)
 
 
 @pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])

@@ -9,10 +9,11 @@ import shutil
 import signal
 import sys
 import time
+import types
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ import torch
 from sft import base, checkpoint, metrics
 from sft.checkpoint import Tensors
 from sft.dataset import Dataset
+from sft.dist import World
 from sft.errors import SftError
 from sft.packing import pack_dataset
+from sft.stopwatch import Stopwatch
 
 sys.path.insert(0, str(Path(__file__).parent))
 import training
@@ -168,6 +171,29 @@ def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_onl
             assert ours["labels"] == theirs["labels"]
         for name, value in found.items():
             torch.testing.assert_close(value, weights[0][name], atol=2e-5, rtol=1e-3)
+
+
+def test_the_ranks_measure_how_unevenly_they_computed(folder: Path, dataset: Path) -> None:
+    packs = len(pack_dataset(Dataset.open(dataset / "data"), 64))
+    train(folder, ranks=2, steps=0, epochs=5 / packs, hardware={"microbatch_tokens": 64})
+    *_, last = records(folder)
+    assert last["imbalance_expected"] == pytest.approx(0.5)  # the only pack of the last batch is one rank's
+    assert all(0 <= r["imbalance"] < 1 for r in records(folder))
+
+
+def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
+    def three_times_mine(times: torch.Tensor) -> torch.Tensor:
+        times[1] = 3 * times[0]
+        return times
+
+    world = types.SimpleNamespace(size=2, rank=0, device=torch.device("cpu"), sum=three_times_mine)
+    block = torch.nn.Linear(256, 256)
+    watch = Stopwatch([block], cast(World, world))
+    block(torch.randn(4096, 256))
+    lap = watch.lap()
+    assert len(lap) == 1 and watch.lap() == []
+    assert watch.imbalance(lap) == pytest.approx(1 - (1 + 3) / 2 / 3)
+    assert watch.imbalance([]) == 0.0  # a rank that had nothing to do, beside one that had nothing either
 
 
 def test_a_resume_on_other_ranks_keeps_data_order_and_state(folder: Path, dataset: Path) -> None:

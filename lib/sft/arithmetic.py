@@ -9,13 +9,22 @@ A dataset smaller than one batch, a batch without a trained token or a remainder
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from sft import launch, plan
 from sft.dataset import Dataset
-from sft.packing import pack_documents
+from sft.packing import pack_dataset
+from sft.schema import Hardware, Train
 from sft.stage import parse, report_errors
 from sft.steps import StepPlan, accumulation
+
+
+def check(prepared: Path, train: Train, hardware: Hardware) -> tuple[StepPlan, int, tuple[int, int]]:
+    """(plan, ranks, (microbatches, packs of each)) as training will have them. Raises SftError as training would."""
+    steps = StepPlan.build(pack_dataset(Dataset.open(prepared / "data"), train.seq_len, train.long_documents), train)
+    ranks = hardware.nodes * launch.processes(hardware)[0]
+    return steps, ranks, accumulation(steps.batch_packs, train.seq_len, ranks, hardware.microbatch_tokens)
 
 
 def rows(described: dict[str, Any], ranks: int, microbatches: int, packs_each: int) -> list[tuple[str, str]]:
@@ -47,11 +56,7 @@ def main() -> None:
         place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
         recipe = plan.load_run(place, args.run.name, args.overrides)
         hardware = recipe.hardware(place.cluster, "train")
-        train = recipe.train
-        documents = Dataset.open(args.run / "prepare" / "data").documents
-        steps = StepPlan.build(pack_documents(documents, train.seq_len, train.long_documents), train)
-        ranks = hardware.nodes * launch.processes(hardware)[0]
-        share = accumulation(steps.batch_packs, train.seq_len, ranks, hardware.microbatch_tokens)
+        steps, ranks, share = check(args.run / "prepare", recipe.train, hardware)
         for what, value in rows(steps.describe(), ranks, *share):
             print(f"{what:20} {value}")
 

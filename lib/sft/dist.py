@@ -39,10 +39,6 @@ class World:
     def leader(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            self.sum(torch.zeros(1))
-
     def sum(self, value: Tensor) -> Tensor:
         """The sum over ranks of a host tensor, in place."""
         if self.size > 1:

@@ -1,6 +1,6 @@
 """How many processes a stage runs on this machine: python -m sft.launch train runs/<run> [--cluster C] [field=value …]
 
-Prints `<processes> <threads per process>` for stages/train.sh. Standard library only.
+Prints `<processes> <threads per process>` for stages/train.sh, once the batch arithmetic is known to work out.
 """
 
 from __future__ import annotations
@@ -29,11 +29,19 @@ def processes(hardware: Hardware) -> tuple[int, int]:
 
 
 def main() -> None:
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m sft.launch train runs/<run> [--cluster C] [field=value …]")
     name = sys.argv[1]
     with report_errors(name):
         args = parse(name, sys.argv[2:])
         place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        print(*processes(plan.load_run(place, args.run.name, args.overrides).hardware(place.cluster, name)))
+        recipe = plan.load_run(place, args.run.name, args.overrides)
+        hardware = recipe.hardware(place.cluster, name)
+        if (args.run / "prepare" / "data").is_dir():  # what the numbers make impossible is told before a process starts
+            from sft.arithmetic import check
+
+            check(args.run / "prepare", recipe.train, hardware)
+        print(*processes(hardware))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from sft.metrics import Metrics
 from sft.optim import Guard, clip, learning_rate
 from sft.stage import Stage
 from sft.steps import StepPlan
+from sft.stopwatch import Stopwatch
 
 
 class Requeue(Exception):
@@ -47,6 +48,7 @@ class Run:
     validation: Loader | None
     sources: list[str]
     step_config: dict[str, Any]
+    stopwatch: Stopwatch | None = None  # with more than one rank
     tokens: int = 0  # consumed so far, padding excluded
     skipped: int = 0  # steps in a row
     last_saved: Path | None = None
@@ -121,12 +123,15 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
     began = time.monotonic()
     for step, batches in loader:
         asked = world.sum_later(torch.tensor([float(stop())]))
+        if run.stopwatch is not None:
+            run.stopwatch.lap()  # a validation in between does not count
         values, lr = optimizer_step(run, step, batches)
         run.tokens += plan.tokens(step)
         done = step + 1
-        facts = {"step": done, "lr": lr, "tokens": run.tokens, "step_tokens": plan.tokens(step)}
+        facts: dict[str, Any] = {"step": done, "lr": lr, "tokens": run.tokens, "step_tokens": plan.tokens(step)}
         facts["padding"] = plan.padding(step) / (plan.padding(step) + plan.tokens(step))
-        facts["imbalance"] = loader.idle(step)
+        facts["imbalance_expected"] = loader.idle(step)
+        facts["lap"] = run.stopwatch.lap() if run.stopwatch is not None else None
         if pending is not None:
             began = report(run, metrics, pending, began)
         pending = Readback(values, facts)
@@ -161,6 +166,7 @@ def report(run: Run, metrics: Metrics | None, pending: Readback, began: float) -
     count = len(run.sources)
     labels = sum(sums[count:])
     run.skipped = run.skipped + 1 if skipped else 0
+    measured = run.stopwatch.imbalance(facts["lap"]) if run.stopwatch is not None else None
     if metrics is not None:
         seconds = now - began
         record: dict[str, Any] = {
@@ -172,10 +178,12 @@ def report(run: Run, metrics: Metrics | None, pending: Readback, began: float) -
             "tokens": facts["tokens"],
             "tokens_per_s": facts["step_tokens"] / seconds,
             "padding": facts["padding"],
-            "imbalance": facts["imbalance"],
+            "imbalance_expected": facts["imbalance_expected"],
             "seconds": seconds,
             **{k: v for k, v in facts.items() if k.startswith("validation")},
         }
+        if measured is not None:
+            record["imbalance"] = measured
         if skipped:
             record["skipped"] = True
         if count > 1:

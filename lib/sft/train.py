@@ -38,6 +38,7 @@ from sft.optim import Guard, build_adamw
 from sft.packing import PackIndex, pack_dataset
 from sft.stage import Result, Stage, open_stage, report_errors
 from sft.steps import StepPlan, accumulation
+from sft.stopwatch import Stopwatch
 
 REQUEUE = 75
 REQUEUE_MARK = ".requeue"
@@ -99,6 +100,10 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         validation=validation,
         sources=[str(s["path"]) for s in facts["sources"]] or ["data"],
         step_config=base.step_config(config, facts),
+        # A compiled block would take the hooks into its graph.
+        stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
+        if world.size > 1 and not hardware.compile
+        else None,
     )
 
     def say(text: str) -> None:
