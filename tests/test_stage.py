@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+
 from conftest import REPO
 
 STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.stage import Result, main, open_stage\n"
