@@ -373,6 +373,48 @@ def test_held_out_conversations_stay_held_out_under_every_template_weight_and_se
     assert half < held[0] and not held[0] & set().union(*trained)
 
 
+def test_a_tokenizer_whose_tokens_have_no_fixed_bytes_is_prepared_to_the_end(tmp_path):
+    """SentencePiece-like; a row with a character that it does not know is a reject, never an unknown token in the data."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    rows = [conversation(i) for i in range(20)]
+    text = "".join(map(chr, range(33, 127))) + "\n▁🦊"
+    letters = [("<unk>", 0.0), *((char, -2.0) for char in text)]
+    tokenizer = Tokenizer(models.Unigram(letters, unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.add_special_tokens(["</s>"])
+    (tmp_path / "unigram").mkdir()
+    tokenizer.save(str(tmp_path / "unigram" / "tokenizer.json"))
+    config = {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "unigram" / "tokenizer_config.json").write_text(json.dumps(config))
+    write_rows(tmp_path / "rows.jsonl", [*rows, {"messages": [USER, {**BOT, "content": "日本"}]}])
+    s = stage(tmp_path, tokenizer="unigram", template="simple_chat")
+    result = prepare.prepare(s)
+    assert [json.loads(line)["reason"] for line in (s.out / "rejects.jsonl").read_text().splitlines()] == [
+        "unknown_token"
+    ]
+    assert len(Dataset.open(s.out / "data")) == 20
+    (first, *_) = json.loads((s.out / "preview.json").read_bytes())
+    assert any("🦊" in part["text"] for part in first if part["trained"])
+    assert [part["text"] for part in first if part["special"]][-1] == "</s>" and first[-1]["end"]
+    assert [line for line in s.said if "slower" in line and "no fixed bytes" in line]
+    assert result.metrics["encoded_by"] == {"tokenizers": 20} and result.metrics["chunks_redone"] == 0
+
+
+def test_chunks_that_the_fast_encoder_got_wrong_are_counted(tmp_path, monkeypatch):
+    from sft.tokenize import Encoder
+
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(10)])
+    s = stage(tmp_path)
+    if prepare.Preparation(s, prepare.Shard()).encoder.engine.fast is None:
+        pytest.skip("there is no fast encoder here")
+    monkeypatch.setattr(Encoder, "_parity", lambda *_: -1)
+    result = prepare.prepare(s)
+    assert result.metrics["encoded_by"] == {"tokenizers": 10} and result.metrics["chunks_redone"] == 1
+    assert [line for line in s.said if "1 of 1 chunks were encoded again" in line]
+
+
 def test_documents_with_other_masks_are_no_duplicates(tmp_path):
     def row(train: bool) -> dict[str, Any]:
         return {"messages": [USER, {**BOT, "train": train}, USER, BOT]}

@@ -71,9 +71,11 @@ def whole_run(run: Path, steps: int = 240) -> Path:
     }
     source = {"path": "smoke/<train>.jsonl", "documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2}
     preview = [[
-        {"text": "<|im_start|>user\nWhere is <b>the otter</b>?<|im_end|>\n<|im_start|>assistant\n", "trained": False},
-        {"text": "In the river house.<|im_end|>", "trained": True},
-        {"text": "\n<|im_start|>tool\n{\"ok\": true}<|im_end|>\n", "trained": False},
+        {"text": "<|im_start|>", "trained": False, "special": True},
+        {"text": "user\nWhere is <b>the otter</b>?\nassistant\n", "trained": False, "special": False},
+        {"text": "In the <|river|> house.", "trained": True, "special": False},
+        {"text": "<|im_end|>", "trained": True, "special": True},
+        {"text": "\n", "trained": False, "special": False, "end": True},
     ]] * 3  # fmt: skip
     facts = {"sources": [source], "lengths": lengths}
     made(run, "prepare", {"documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2},
@@ -155,8 +157,17 @@ def test_trained_tokens_are_marked_and_others_are_not(tmp_path: Path) -> None:
     text = report.page(whole_run(tmp_path / "smoke"))
     article = text.split('id="trained-tokens"')[1].split("</article>")[0]
     assert re.findall(r"<mark>(.*?)</mark>", article, re.S) == [
-        'In the river house.<span class="special">&lt;|im_end|&gt;</span>'
+        'In the &lt;|river|&gt; house.<span class="special">&lt;|im_end|&gt;</span>'
     ]
+
+
+def test_special_tokens_are_told_from_text_that_looks_like_them_and_documents_have_an_end(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    section = report.page(run).split('id="trained-tokens"')[1].split("</section>")[0]
+    assert set(re.findall(r'class="special">(.*?)</span>', section)) == {
+        "Coloured", "&lt;|im_start|&gt;", "&lt;|im_end|&gt;",
+    }  # fmt: skip
+    assert section.count("■ end of document") == section.count("<article") == 3
 
 
 @pytest.mark.parametrize("last", range(5))

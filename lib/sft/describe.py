@@ -5,9 +5,8 @@ In: the finished steps of sft.prepare. Out: JSON values that depend on the data 
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +17,11 @@ from sft.dataset import Dataset, token_dtype
 from sft.decontaminate import Screen
 from sft.errors import SftError
 from sft.mix import Mixed
+from sft.preview import segments
 
 if TYPE_CHECKING:
     from sft.prepare import Preparation, SourceIndex
+    from sft.vocabulary import Vocabulary
 
 PREVIEWS = 8
 PREVIEW_TOKENS = 4000
@@ -163,19 +164,15 @@ def proof(work: Preparation, found: Sequence[SourceIndex]) -> dict[str, Any]:
     return {"format": 1, "claims": CLAIMS, "written": work.checks, "sources": sources}
 
 
-def preview(folder: Path, decode: Callable[[Any], bytes]) -> list[list[dict[str, Any]]]:
-    """The first conversations of a split as [{"text", "trained"}] segments."""
+def preview(folder: Path, vocabulary: Vocabulary) -> list[list[dict[str, Any]]]:
+    """The first conversations of a split as [{"text", "trained", "special"}] segments; the last one says whether it is the end."""
     found = []
     data = Dataset.open(folder)
     for document in range(min(PREVIEWS, len(data))):
-        ids, mask = (array[:PREVIEW_TOKENS] for array in data[document])
-        edges = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
-        found.append(
-            [
-                {"text": decode(ids[a:b]).decode("utf-8", "replace"), "trained": bool(mask[a])}
-                for a, b in itertools.pairwise(edges)
-            ]
-        )
+        ids, mask = data[document]
+        parts = segments(vocabulary, ids[:PREVIEW_TOKENS], mask[:PREVIEW_TOKENS])
+        parts[-1]["end"] = len(ids) <= PREVIEW_TOKENS
+        found.append(parts)
     return found
 
 

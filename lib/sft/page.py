@@ -41,7 +41,7 @@ thead th,tbody:first-child tr:first-child td{border-top:0}th{color:var(--soft);f
 .chat footer{border:0;border-top:1px solid var(--line)}
 pre{margin:0;padding:12px 14px;font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere;
 max-height:420px;overflow-y:auto}
-mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0}.special{color:var(--special)}
+mark{background:var(--mark);color:inherit;border-radius:3px;padding:1px 0}.special{color:var(--special)}.end{color:var(--soft);user-select:none}
 .note{color:var(--soft);font-size:13.5px;margin:10px 0}.none{color:var(--soft)}.bad{color:var(--bad)}
 details{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}summary{padding:8px 14px;cursor:pointer}
 #tip{position:fixed;z-index:3;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 10px;

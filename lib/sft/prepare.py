@@ -164,6 +164,9 @@ class Preparation:
             )
         if not missing:
             return
+        engine = self.encoder.engine
+        if engine.fast is None and self.table.encoder != "tokenizers":
+            self.say(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         progress = Progress(self.say, "encoding", todo)
         arguments = (self.encoder, self.cache)
@@ -352,6 +355,20 @@ class Preparation:
         self.checks[name] = check.finish()
         return written
 
+    def encoders(self) -> dict[str, Any]:
+        """Which encoder made the documents, and how many chunks the fast one made that were not accepted."""
+        notes: Counter[str] = Counter()
+        for summary in self.summaries.values():
+            notes.update(summary.notes)
+        redone = sum(bool(summary.notes.get("redone_batches")) for summary in self.summaries.values())
+        if redone:
+            self.say(f"warning: {redone} of {len(self.summaries)} chunks were encoded again: gigatoken gave other ids")
+        by = "documents_by_"
+        return {
+            "encoded_by": {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)},
+            "chunks_redone": redone,
+        }
+
     def check_tokenizer(self, folder: Path) -> None:
         """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
         version = importlib.metadata.version("transformers")
@@ -439,7 +456,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     files = {
         "dataset.json": describe.dataset(work, mixed, found, splits, screen),
         "proof.json": describe.proof(work, found),
-        "preview.json": describe.preview(out / "data", work.encoder.vocabulary.decode),
+        "preview.json": describe.preview(out / "data", work.encoder.vocabulary),
     }
     lists = {"rejects.jsonl": [reject for source in found for reject in source.rejects]}
     if screen is not None:
@@ -453,6 +470,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         "rejected": len(lists["rejects.jsonl"]),
         "encoded_tokens": work.encoded_tokens,
     }
+    metrics |= work.encoders()
     metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
     metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("encode", "mix", "write")}
     return Result([*splits, *files, *lists], metrics)

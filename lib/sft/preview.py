@@ -21,6 +21,7 @@ from sft.rows import BadRow
 
 if TYPE_CHECKING:
     from sft.tokenize import Encoder
+    from sft.vocabulary import Vocabulary
 
 SHOWN = 2  # rows of each source, when none is asked for
 GREEN, GREY, INVERTED, BOLD, RED, RESET = "\033[32m", "\033[90m", "\033[7m", "\033[1m", "\033[31m", "\033[0m"
@@ -28,16 +29,16 @@ GREEN, GREY, INVERTED, BOLD, RED, RESET = "\033[32m", "\033[90m", "\033[7m", "\0
 VISIBLE = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
-def segments(encoder: Encoder, ids: npt.NDArray[np.uint32], mask: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
+def segments(vocabulary: Vocabulary, ids: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
     """One document as stretches of text: [{"text", "trained", "special"}], a special token always alone."""
-    special = encoder.vocabulary.is_special[ids]
+    special = vocabulary.is_special[ids]
     if not len(ids):
         return []
     cut = (mask[1:] != mask[:-1]) | special[1:] | special[:-1]
     edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(ids)]
     return [
         {
-            "text": encoder.vocabulary.text(ids[a:b]),
+            "text": vocabulary.text(ids[a:b]),
             "trained": bool(mask[a]),
             "special": bool(special[a]),
         }
@@ -126,7 +127,7 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
         return
     share = encoded.labels[0] / encoded.lengths[0]
     yield f"{bold}{title} · {encoded.lengths[0]:,} tokens, {encoded.labels[0]:,} trained ({share:.0%}){reset}"
-    yield paint(segments(encoder, encoded.ids, encoded.mask), colour)
+    yield paint(segments(encoder.vocabulary, encoded.ids, encoded.mask), colour)
     try:
         flagged = encoder.read(value, source).flagged
     except BadRow:

@@ -9,8 +9,8 @@ Run: make report RECIPE=…, or python stages/report.py runs/<run>.
 
 from __future__ import annotations
 
+import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -264,14 +264,19 @@ def previews(run: Path) -> str:
     parts = []
     for segments in (found if isinstance(found, list) else [])[:PREVIEWS]:
         budget, text = TEXT, ""
-        for segment in segments:
-            piece = segment["text"][:budget]
-            budget -= len(piece)
-            shown = visible(piece)
-            text += f"<mark>{shown}</mark>" if segment["trained"] else shown
-        parts.append(f'<article class="chat"><pre>{text}{" …" if budget <= 0 else ""}</pre></article>')
+        for trained, run_of in itertools.groupby(segments, key=lambda segment: segment["trained"]):
+            shown = ""
+            for segment in run_of:
+                piece = escape(segment["text"][:budget])
+                budget -= len(segment["text"])
+                shown += f'<span class="special">{piece}</span>' if segment["special"] and piece else piece
+            text += f"<mark>{shown}</mark>" if trained and shown else shown
+        whole = budget >= 0 and segments and segments[-1]["end"]
+        end = '<span class="end">■ end of document</span>' if whole else " …"
+        parts.append(f'<article class="chat"><pre>{text}{end}</pre></article>')
     return (
-        f'<p class="note">Marked: what the loss is computed on.</p><div class="cards">{"".join(parts)}</div>'
+        '<p class="note">Marked: what the loss is computed on. <span class="special">Coloured</span>: special tokens; the same'
+        f' characters written in a message stay plain.</p><div class="cards">{"".join(parts)}</div>'
         if parts
         else ""
     )
@@ -348,12 +353,7 @@ def clip(text: str) -> str:
     """Escaped text, shortened in the middle."""
     if len(text) > TEXT:
         text = text[: TEXT // 2] + " … " + text[-TEXT // 2 :]
-    return visible(text)
-
-
-def visible(text: str) -> str:
-    """Escaped text whose special tokens (<|like_this|>) stand out."""
-    return re.sub(r"&lt;\|.{1,40}?\|&gt;", r'<span class="special">\g<0></span>', escape(text))
+    return escape(text)
 
 
 def read(file: Path) -> Any:

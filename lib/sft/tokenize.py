@@ -22,6 +22,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from sft.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt, read
 
 EXAMPLE_CHARACTERS = 300
 PARITY_CHARACTERS = 1000
+ROLE_AND_CONTENT = itemgetter("role", "content")
 TOO_DEEP = ("bad_value", "nested too deeply")
 
 
@@ -124,6 +126,8 @@ class Encoder:
         self.vocabulary = Vocabulary(self.folder)
         self.specials = Specials(list(self.vocabulary.specials))
         self.engine = Engine(self.vocabulary, prepare.encoder if self.vocabulary.byte_level else "tokenizers")
+        if not self.vocabulary.byte_level:
+            self.engine.why = "the tokens of this tokenizer have no fixed bytes"
         name = prepare.template
         text = None if name in FAMILIES else template_text or self._template_text(name, find)
         self.template_text = text
@@ -211,12 +215,12 @@ class Encoder:
         self._to_bytes(batch)
         if not self.vocabulary.byte_level:
             return self._encode_by_offsets(batch)
-        engine, checked = "tokenizers", 0
+        engine, checked, redone = "tokenizers", 0, False
         ids, offsets, good = self._encode_texts(batch, source)
         if self.engine.fast is not None:
             engine, checked = self.engine.name, self._parity(batch, ids, offsets)
             if checked < 0 or not good.all():
-                engine, checked = "tokenizers", 0
+                engine, checked, redone = "tokenizers", 0, True
                 ids, offsets, good = self._encode_texts(batch, source, slowly=True)
         if not good.all():
             wrong = "the ids do not decode to the rendered text"
@@ -226,7 +230,9 @@ class Encoder:
         if self.template.boundaries == "eos":
             ids, offsets = self._drop_inner_eos(batch, ids, offsets)
         mask, labels, straddled = self._mask(batch, ids)
-        return self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked)
+        encoded = self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked)
+        encoded.proof["redone_batches"] = int(redone)
+        return encoded
 
     def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> Batch:
         batch = Batch(rows, conversations=[0] * len(rows))
@@ -440,6 +446,8 @@ class Encoder:
                     "special_text",
                     "special-token text in the content, which this kind of tokenizer cannot keep as text",
                 )
+            if self.vocabulary.unk_id in encoding.ids:
+                bad.setdefault(document, ("unknown_token", "text that the tokenizer has no token for would be lost"))
             spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             covered = np.zeros(len(text) + 1, dtype=np.int64)
             np.add.at(covered, spans[:, 0], 1)
@@ -508,7 +516,7 @@ def name_conversation(messages: Sequence[Mapping[str, Any]], system: str = "") -
     """64 bits of who says what, the same under every template and tokenizer; the recipe's own system message does not count."""
     if system and messages[0]["content"] == system:
         messages = messages[1:]
-    said = "\0".join([text for message in messages for text in (message["role"], message["content"])])
+    said = "\0".join(chain.from_iterable(map(ROLE_AND_CONTENT, messages)))
     return xxhash.xxh3_64_intdigest(said.encode(errors="surrogatepass"))
 
 

@@ -81,6 +81,8 @@ class Vocabulary:
         self.byte_level = self._byte_level(added)
         self.token_bytes = self._token_bytes() if self.byte_level else []
         self.widths = np.array([len(token) for token in self.token_bytes], dtype=np.int32)
+        unknown = self.json["model"].get("unk_token")
+        self.unk_id = self.json["model"].get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
         self.first_special = min(self.specials.values())
         self.is_special = np.zeros(self.size, dtype=bool)
         self.is_special[list(self.specials.values())] = True
