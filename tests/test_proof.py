@@ -6,12 +6,15 @@ nothing with the code under test but the tokenizer.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from chat_samples import (
     EOS,
@@ -49,6 +52,40 @@ def with_template(folder: Path, text: str) -> Encoder:
     )
 
 
+# Templates as they stand in published tokenizer folders: nothing in them says what is to be trained.
+STOCK = {
+    "chatml": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        IM_END,
+    ),
+    "gemma": (
+        "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'assistant') %}{% set role = 'model' %}{% else %}"
+        "{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+        "<end_of_turn>",
+    ),
+    "olmo": (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' + message['content'] }}"
+        "{% if not loop.last %}{{ '<|im_end|>\\n' }}{% else %}{{ eos_token }}{% endif %}{% else %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}"
+        "{% if loop.last and add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}{% endfor %}",
+        IM_END,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def stock(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Encoder]:
+    made = tmp_path_factory.mktemp("stock")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<start_of_turn>", "<end_of_turn>", "<bos>"])
+    tokenizer.save(str(made / "tokenizer.json"))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (made / "tokenizer_config.json").write_text(json.dumps(config | {"bos_token": "<bos>"}))
+    return {name: with_template(made, text) for name, (text, _) in STOCK.items()}
+
+
 # --- eight published failures -----------------------------------------------------------------------------------------
 
 
@@ -61,6 +98,16 @@ def test_turn_terminator_is_trained_after_every_turn_that_has_one(name: str, enc
     answers = 1 if name.startswith("simple") else 3  # the simple layouts end only the conversation
     assert terminators and sum(number in terminators for number in got.ids[got.mask].tolist()) == answers
     assert int(got.ids[got.mask][-1]) in terminators
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_turn_terminator_that_is_not_eos_is_trained_with_stock_templates(name: str, stock: Any) -> None:
+    """axolotl #3754, where it was met: a template whose turns end in another token than EOS."""
+    made, stop = stock[name], STOCK[name][1]
+    got = made.encode([MULTI], SOURCE)
+    last = EOS if name == "olmo" else stop
+    assert text_of(made, got, trained=True) == f"4{stop}6{stop}You are welcome.{last}"
+    assert made.identity["terminator_ids"] == sorted({made.vocabulary.specials[token] for token in (stop, last)})
 
 
 def test_template_that_hides_its_terminator_from_the_mask_is_refused(folder: Path) -> None:
@@ -102,6 +149,30 @@ def test_mask_is_never_all_ones(name: str, encoders: Any) -> None:
     assert (got.labels < got.lengths // 2).all() and (got.labels > 0).all()
     spoken = text_of(made, got, 0, trained=True) + text_of(made, got, 1, trained=True)
     assert not any(text in spoken for text in ("What", "Thanks", "question", "OLMo"))
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_mask_is_never_all_ones_with_stock_templates(name: str, stock: Any) -> None:
+    """Megatron-Bridge #3359, where it was met: templates without generation markers."""
+    made = stock[name]
+    assert "generation %}" not in made.template.text
+    got = made.encode([MULTI, chat("only a question", "x")], SOURCE)
+    assert (got.labels < got.lengths // 2).all() and got.rejects == []
+    spoken = text_of(made, got, 0, trained=True) + text_of(made, got, 1, trained=True)
+    scaffold = ("What", "Thanks", "question", "user", "model", "assistant", "start", "\n")
+    assert not any(text in spoken for text in scaffold)
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_mask_is_never_all_zeros_with_stock_templates(name: str, stock: Any) -> None:
+    """marin #7237, where it was met: without generation markers transformers' assistant mask is all zeros."""
+    made = stock[name]
+    silent = [dict(m, train=False) for m in MULTI["messages"]]
+    got = made.encode([{"messages": silent}, MULTI, chat("a", "b")], SOURCE)
+    assert [(bad.row, bad.reason) for bad in got.rejects] == [(0, "nothing_to_train")]
+    assert got.rows.tolist() == [1, 2]
+    assert got.labels.tolist() == [int(part.sum()) for part in np.split(got.mask, [got.lengths[0]])]
+    assert text_of(made, got, 0, trained=True).startswith("4") and text_of(made, got, 1, trained=True).startswith("b")
 
 
 def test_mask_is_never_all_zeros(encoders: Any) -> None:
