@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sft import inputs, sources
+from sft import inputs, sources, unpack
 from sft.errors import SftError
 from sft.schema import Source
 
@@ -122,7 +122,7 @@ def test_integers_beyond_64_bits_are_not_rounded(tmp_path):
 
 
 def test_a_row_longer_than_the_limit_is_rejected_without_being_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MAX_ROW_BYTES", 2 << 20)
+    monkeypatch.setattr(unpack, "MAX_ROW_BYTES", 2 << 20)
     long = json.dumps({"a": "x" * (5 << 20)})
     (tmp_path / "x.jsonl").write_text(f'{{"a": 1}}\n{long}\n{{"a": 2}}\n')
     rows, bad = everything(tmp_path, "x.jsonl")
@@ -144,7 +144,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         ("x.json", b'[{"a": 1}] trailing', "after the closing bracket"),
         ("x.json", b'[{"a": "\xff"}]', "not UTF-8"),
         ("x.json", b'{\n  "a": 1\n}', "neither a JSON array"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:-20], "gzip"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "gzip"),
         ("x.jsonl.gz", b"not gzip", "gzip"),
         ("x.parquet", b"PAR1 and nothing else", "broken parquet"),
         ("x.arrow", b"nothing at all", "broken arrow"),
@@ -184,7 +184,7 @@ def test_a_flipped_byte_in_a_parquet_page_is_an_error_or_a_reject_never_a_crash(
 
 def test_json_arrays_are_read_in_blocks_smaller_than_an_element(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([*ROWS, 12345678, "s", None, [1]], ensure_ascii=False))
-    assert list(sources.json_array("x.json", tmp_path / "x.json", block=5)) == [*ROWS, 12345678, "s", None, [1]]
+    assert list(unpack.json_array("x.json", tmp_path / "x.json", block=5)) == [*ROWS, 12345678, "s", None, [1]]
 
 
 def test_a_folder_is_read_in_the_order_of_its_names_and_ignores_other_files(tmp_path):

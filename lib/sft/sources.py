@@ -12,23 +12,21 @@ In: one [[prepare.sources]] table. Out: files with their sha256, each cut into c
 from __future__ import annotations
 
 import codecs
-import gzip
 import hashlib
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sft import inputs
+from sft import inputs, unpack
 from sft.errors import SftError
 from sft.manifest import hash_file
 from sft.schema import Source
+from sft.unpack import gunzip, is_array, json_array, new_file
 
 try:  # three times faster than json, and optional: what it refuses, json decides
     import orjson
@@ -38,8 +36,6 @@ except ImportError:
 CHUNK_BYTES = 8 << 20
 """Input bytes in a chunk of a large file: the unit of work of a worker and of what a kill -9 can lose."""
 MIN_CHUNK_BYTES = 1 << 20
-MAX_ROW_BYTES = 64 << 20
-"""A longer line is a reject: one row must not be able to exhaust the memory."""
 BATCH_BYTES = 1 << 20
 """Input bytes that a worker has as Python objects at a time: their tokens then still fit the caches of a processor."""
 BATCH_ROWS = 4096
@@ -110,128 +106,20 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str]) ->
     """The file itself, or its JSONL copy in the cache when it is compressed or one JSON array (neither can be cut)."""
     kind = inputs.kind(file.name)
     digest = sha256(file)
-    if kind == "json" and not _is_array(name, file):
+    if kind == "json" and not is_array(name, file):
         kind = "jsonl"
     if kind in ("json", "jsonl.gz"):
         copy = cache / f"{digest}-{kind.replace('.', '-')}.jsonl"
         if not copy.exists():
             cache.mkdir(parents=True, exist_ok=True)
-            with _new(copy) as out:
+            with new_file(copy) as out:
                 if kind == "json":
                     for value in json_array(name, file):
                         out.write(json.dumps(value).encode() + b"\n")
                 else:
-                    _gunzip(name, file, out)
+                    gunzip(name, file, out)
         file, kind = copy, "jsonl"
     return InputFile(name, str(file), str(kind), digest, file.stat().st_size)
-
-
-class _new:
-    """A file written under a temporary name and renamed when the block ends well."""
-
-    def __init__(self, final: Path):
-        self.final = final
-        self.temporary = final.with_name(f".{final.name}.{os.getpid()}")
-
-    def __enter__(self) -> IO[bytes]:
-        self.file = self.temporary.open("wb")
-        return self.file
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                os.replace(self.temporary, self.final)
-        finally:
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
-
-
-def _gunzip(name: str, file: Path, out: IO[bytes]) -> None:
-    try:
-        with gzip.open(file, "rb") as f:
-            shutil.copyfileobj(f, out, 1 << 20)
-    except (gzip.BadGzipFile, EOFError, OSError) as e:
-        if isinstance(e, OSError) and e.errno is not None:
-            raise
-        raise SftError(f"{name}: broken gzip file ({e}); next: fetch it again") from None
-
-
-def _is_array(name: str, file: Path) -> bool:
-    """True for one JSON array, False for rows on lines that are called .json. Raises for one lonely object."""
-    with file.open("rb") as f:
-        head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
-        if head[:1] == b"[":
-            return True
-        f.seek(0)
-        first = f.readline(MAX_ROW_BYTES).removeprefix(codecs.BOM_UTF8).strip() or b"{}"
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        raise SftError(
-            f"{name}: neither a JSON array of rows nor one row per line; next: write one JSON object per line"
-        ) from None
-    return False
-
-
-def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
-    """The elements of a JSON array one after the other, with memory for the largest element only."""
-    decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
-    skip = re.compile(r"[ \t\r\n]*")
-    buffer, at, row, state, end_of_file = "", 0, 0, "start", False
-
-    def broken(why: str) -> SftError:
-        return SftError(
-            f"{name}: broken JSON array after row {row} ({why}); next: repair it or write one JSON object per line"
-        )
-
-    with file.open("rb") as f:
-
-        def more() -> None:
-            nonlocal buffer, at, end_of_file
-            data = f.read(max(block, len(buffer) - at))  # doubles, so that a long element is not parsed over and over
-            end_of_file = not data
-            try:
-                buffer = buffer[at:] + text.decode(data, end_of_file)
-            except UnicodeDecodeError as e:
-                raise broken(f"not UTF-8: {e.reason}") from None
-            at = 0
-
-        while True:
-            at = skip.match(buffer, at).end()  # type: ignore[union-attr]
-            if at == len(buffer):
-                if end_of_file:
-                    if state != "end":
-                        raise broken("it ends early")
-                    return
-                more()
-            elif state == "start":
-                at, state = at + 1, "first"
-            elif state == "end":
-                raise broken("text after the closing bracket")
-            elif buffer[at] == "]" and state != "value":
-                at, state = at + 1, "end"
-            elif state == "comma":
-                if buffer[at] != ",":
-                    raise broken(f"expected a comma, found {buffer[at]!r}")
-                at, state = at + 1, "value"
-            else:
-                try:
-                    value, end = decoder.raw_decode(buffer, at)
-                except RecursionError:
-                    raise broken("nested too deeply") from None
-                except ValueError as e:
-                    if end_of_file or len(buffer) - at > MAX_ROW_BYTES:
-                        raise broken(str(e)) from None
-                    more()
-                    continue
-                if end == len(buffer) and not end_of_file:
-                    more()  # a number may go on in the next block
-                    continue
-                at, state, row = end, "comma", row + 1
-                yield value
 
 
 def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
@@ -263,7 +151,7 @@ def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, P
             "next: check the name, revision and split, HF_TOKEN for a private one, and the network"
         ) from None
     cache.mkdir(parents=True, exist_ok=True)
-    with _new(copy) as out:
+    with new_file(copy) as out:
         rows.to_parquet(out, batch_size=1000)
     return {source.path: copy}
 
@@ -449,7 +337,7 @@ def _read_line(line: bytes | None, batch: Batch, long_numbers: bool) -> None:
     number = batch.count
     batch.count += 1
     if line is None:
-        batch.bad.append(BadRow(number, "row_too_long", f"more than {MAX_ROW_BYTES} bytes", ""))
+        batch.bad.append(BadRow(number, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
         return
     try:
         row = parse(line, long_numbers)
@@ -532,11 +420,11 @@ def _blocks(chunk: Chunk) -> Iterator[tuple[Sequence[bytes | None], bool]]:
                 yield [last], True
                 return
             last += block
-            if len(last) > MAX_ROW_BYTES:
+            if len(last) > unpack.MAX_ROW_BYTES:
                 yield [None], False
                 return
         last += block[: block.index(b"\n")]
-        yield [last if len(last) <= MAX_ROW_BYTES else None], True
+        yield [last if len(last) <= unpack.MAX_ROW_BYTES else None], True
 
 
 def read_row(files: list[InputFile], row: int, name: str = "") -> tuple[str, dict[str, Any]]:
