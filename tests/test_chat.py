@@ -339,6 +339,8 @@ def test_fields_that_a_template_writes_are_kept() -> None:
     row["tools"] = [{"name": "f"}]
     said = trained(template, row)
     assert said[0].startswith("hmI think[{") and said == [said[0], "done<|im_end|>"]
+    bare = jinja(LOOP.replace("BODY", TURN.replace("m.content", "m.content + (m.tool_calls or '') | string")))
+    assert trained(bare, calling())[0] == f"{CALL}<|im_end|>"
 
 
 def test_special_tokens_inside_a_turn_and_end_of_text_behind_it_do_not_end_it_early() -> None:

@@ -466,7 +466,7 @@ class JinjaTemplate:
 
     def _probe_field(self, field: str, role: Any, spoken: bool = True) -> bool:
         """`role`: who has the field, or for tools, whether there is a system message. `spoken`: with a content beside it."""
-        said, named = (chr(PRIVATE_BLOCKS[0] + BLOCK + index) for index in (0, 1))
+        said, named = "qjzxsaid", "qjzxnamed"  # letters: a template may write Python's repr of a call
         messages: list[dict] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         call = {"type": "function", "id": "call00001", "function": {"name": named, "arguments": {"x": 1}}}
         tools = None
