@@ -82,8 +82,29 @@ def test_caps_cut_documents_and_tokens_and_prefer_first_copies():
     assert cap(chosen, ranks, lengths, 10, 0).tolist() == list(range(10))
     assert cap(chosen, ranks, lengths, 0, 350).tolist() == [0, 1, 2]
     assert cap(chosen, ranks, lengths, 0, 0).tolist() == chosen.tolist()
+    once = choose(ranks, 10)
+    lengths[:4] = [100, 900, 50, 300]
+    assert cap(once, ranks, lengths, 0, 400).tolist() == [
+        0,
+        2,
+        4,
+        5,
+    ]  # 900 and 300 do not fit, what is behind them does
+    assert cap(once, ranks, lengths, 0, 49).tolist() == []
     mixed = mix([pool(range(100))], [Source(path="a", weight=2.0, max_documents=30)], seed=1)
     assert len(set(taken(mixed))) == len(taken(mixed)) == 30
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(0, 400))
+def test_a_cap_on_tokens_takes_every_document_that_still_fits(lengths, room):
+    left, expected = room, []
+    for i, length in enumerate(lengths):
+        if length <= left:
+            left -= length
+            expected.append(i)
+    ranks = np.arange(len(lengths), dtype=np.uint64)
+    if room:
+        assert cap(choose(ranks, len(ranks)), ranks, np.array(lengths), 0, room).tolist() == expected
 
 
 def test_exact_duplicates_go_over_all_sources_and_the_first_stays():

@@ -426,6 +426,15 @@ def test_documents_with_other_masks_are_no_duplicates(tmp_path):
     assert json.loads((s.out / "dataset.json").read_bytes())["sources"][0]["duplicates"] == 1
 
 
+def test_a_source_that_the_weight_leaves_nothing_of_is_told(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)])
+    sources_ = (Source(path="rows.jsonl"), Source(path="rows.jsonl", weight=0.01))
+    s = stage(tmp_path, sources=sources_)
+    prepare.prepare(s)
+    (line,) = [line for line in s.said if line.startswith("warning: rows.jsonl: weight 0.01")]
+    assert "leave none of 30 documents" in line
+
+
 def test_copies_of_evaluation_questions_are_dropped_and_listed(tmp_path):
     question = "How many legs do seven tapirs and three ibises have when two of the tapirs lie down?"
     write_rows(tmp_path / "test.jsonl", [{"question": question, "answer": "34"}])

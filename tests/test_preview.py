@@ -13,6 +13,7 @@ from chat_samples import EOS, IM_END, SOURCE, chat, encoder, make_tokenizer
 from conftest import REPO
 from sft import preview, sources
 from sft.errors import SftError
+from sft.schema import Source
 from sft.tokenize import Encoder
 
 
@@ -46,6 +47,26 @@ def test_preview_shows_rows_rejects_and_boundaries(made: Encoder, files: list) -
     assert "⟦3<|im_end|>⟧" in "\n".join(preview.preview(made, files, "1", "3", colour=False))
     coloured = "\n".join(preview.preview(made, files, "rows.jsonl", "4", colour=True))
     assert preview.GREEN + "4" + preview.RESET in coloured and "⟦" not in coloured
+
+
+def test_every_row_of_a_folder_can_be_asked_for_by_its_file_or_by_counting_on(made: Encoder, tmp_path: Path) -> None:
+    (tmp_path / "mix").mkdir()
+    for name in "ab":
+        rows = [chat("q", f"{name}1"), chat("q", f"{name}2"), chat(f"no answer in {name}")]
+        (tmp_path / "mix" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = [sources.resolve(Source(path="mix"), lambda path: tmp_path / path, tmp_path / "cache")]
+
+    def shown(source: str, row: str) -> str:
+        return "\n".join(preview.preview(made, files, source, row, colour=False))
+
+    assert "mix/b.jsonl row 2 ·" in shown("mix/b.jsonl", "2") and "⟦b2" in shown("mix/b.jsonl", "2")
+    assert "mix/b.jsonl row 3 · rejected" in shown("mix/b.jsonl", "3")
+    assert "mix/b.jsonl row 1 ·" in shown("", "4") and "⟦b1" in shown("1", "4")
+    assert "⟦b1" in shown("mix/b.jsonl", "") and "⟦a1" not in shown("mix/b.jsonl", "")
+    with pytest.raises(SftError, match="no row 7; there are 6"):
+        shown("", "7")
+    with pytest.raises(SftError, match="no such source or file"):
+        shown("mix/c.jsonl", "1")
 
 
 @pytest.mark.parametrize(

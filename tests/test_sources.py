@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size):
     (tmp_path / "x.jsonl").write_text(text)
     rows, bad = everything(tmp_path, "x.jsonl")
     assert [r["a"] for r in rows] == [1, 2, "x" * 300, 3, 4] and not bad
-    assert sources.read_row(resolved(tmp_path, "x.jsonl"), 5)[1] == {"a": 3}  # the blank line is line 2
+    assert sources.read_row(resolved(tmp_path, "x.jsonl"), 5)[1:] == (5, {"a": 3})  # the blank line is line 2
 
 
 BAD_LINES = {
@@ -253,13 +254,36 @@ def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, 
 
 def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monkeypatch):
     import datasets
+    import huggingface_hub
 
-    def load_dataset(*_, **__):
+    def fail(*_, **__):
         raise ConnectionError("Couldn't reach the hub\nmany lines")
 
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    for path in ("hf://org/name", "hf://org/name@" + "a" * 40):
+        with pytest.raises(SftError, match=rf"{path} \(split 'train'\): Couldn't reach the hub; next: check"):
+            sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
+
+
+def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorded(tmp_path, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    asked, said = [], []
+
+    def load_dataset(name, subset, split, revision):
+        asked.append(revision)
+        return datasets.Dataset.from_list(ROWS)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(SftError, match=r"hf://org/name \(split 'train'\): Couldn't reach the hub; next: check"):
-        sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path)
+    for commit in ("b" * 40, "b" * 40, "c" * 40):
+        info = SimpleNamespace(sha=commit)
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, info=info, **__: info)
+        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, say=said.append)
+        assert dict(file.origin) == {"commit": commit}
+    assert asked == ["b" * 40, "c" * 40]
+    assert all("not pinned" in line and "write @" in line for line in said) and len(said) == 3
 
 
 @pytest.fixture
@@ -286,6 +310,10 @@ def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path,
     (bucket / "mix" / "README").write_text("no rows")
     assert everything(tmp_path, "gs://bucket/mix")[0] == ROWS[:9]
     assert everything(tmp_path, "gs://bucket/mix/b.jsonl")[0] == ROWS[:5]
+    said: list[str] = []
+    found = sources.resolve(Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", say=said.append)
+    assert all(set(dict(f.origin)) == {"crc32c"} for f in found)
+    assert any("gs://bucket/mix: what a bucket holds may change" in line for line in said)
     assert [f.name for f in resolved(tmp_path, "gs://bucket/mix/")] == [
         "gs://bucket/mix/b.jsonl",
         "gs://bucket/mix/sub/c.jsonl",

@@ -101,7 +101,7 @@ def dataset(
                 "documents": len(chosen),
                 "tokens": int(lengths[-1].sum()),
                 "labels": int(index.labels[chosen].sum()),
-                "files": [{"name": f.name, "sha256": f.sha256} for f in files],
+                "files": [{"name": f.name, "sha256": f.sha256, **dict(f.origin)} for f in files],
             }
         )
     identity = work.encoder.identity

@@ -1,7 +1,8 @@
 """Which local files a recipe's tables name. Standard library only: the planner hashes them by content at parse time.
 
 In: a table and `find`, which turns a recipe's relative path into a file or folder. Out: (relative path, file), in a
-fixed order. `gs://` and `hf://` sources are not listed: a pinned revision names their content.
+fixed order. `gs://` and `hf://` sources are not listed: a commit in the name says what the content is, and without one the
+planner cannot see a change; prepare warns of that and records in dataset.json what it read.
 """
 
 from __future__ import annotations

@@ -102,15 +102,33 @@ def choose(ranks: U64, count: int) -> I64:
 
 
 def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: int) -> I64:
-    """The part of `chosen` that fits the caps: those of lowest rank, first copies before second ones."""
+    """The part of `chosen` that fits the caps: those of lowest rank, first copies before second ones.
+
+    A document that no longer fits is passed over for shorter ones behind it.
+    """
     if not len(chosen) or not (max_documents or max_tokens):
         return chosen
     copy = np.arange(len(chosen)) - np.searchsorted(chosen, chosen)  # `chosen` is sorted: 0 for a first copy, 1, …
     order = np.lexsort((ranks[chosen], copy))
     kept = order[:max_documents] if max_documents else order
     if max_tokens:
-        kept = kept[np.cumsum(lengths[chosen[kept]]) <= max_tokens]
+        kept = kept[_fitting(lengths[chosen[kept]], max_tokens)]
     return np.sort(chosen[kept], kind="stable")
+
+
+def _fitting(lengths: I64, room: int) -> I64:
+    """Positions taken one after the other as long as each still fits."""
+    taken: list[I64] = []
+    at, left = 0, room
+    shortest = np.minimum.accumulate(lengths[::-1])[::-1]  # of what is still to come
+    while at < len(lengths) and shortest[at] <= left:
+        sums = np.cumsum(lengths[at:])
+        fit = int(np.searchsorted(sums, left, side="right"))
+        taken.append(np.arange(at, at + fit))
+        left -= int(sums[fit - 1]) if fit else 0
+        later = np.flatnonzero(lengths[at + fit :] <= left)  # the next one that fits
+        at = at + fit + int(later[0]) if len(later) else len(lengths)
+    return np.concatenate([np.empty(0, dtype=np.int64), *taken])
 
 
 def mix(

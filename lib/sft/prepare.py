@@ -439,6 +439,10 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         )
     for entry in mixed.report:
         stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
+        if not entry["taken"] and entry["weight"] and entry["found"]:
+            stage.say(
+                f"warning: {entry['path']}: weight {entry['weight']} and its caps leave none of {entry['found']} documents"
+            )
     if table.validation_fraction and not len(mixed.validation):
         stage.say(
             f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"

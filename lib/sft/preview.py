@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,24 +76,23 @@ def paint(parts: Sequence[dict[str, Any]], colour: bool) -> str:
 def preview(
     encoder: Encoder, files_of: Sequence[Sequence[sources.InputFile]], source: str, row: str, colour: bool
 ) -> Iterator[str]:
-    """Lines for the terminal: row number `row` of source `source` (both from 1; a source also by its path), or the first
-    rows of every source."""
+    """Lines for the terminal: row number `row` of source `source` (both from 1; a source also by its path, or one of its
+    files by name, as rejects.jsonl has it), or the first rows of every source."""
     table = encoder.prepare.sources
-    chosen = list(range(len(table)))
+    chosen = {number: list(files) for number, files in enumerate(files_of)}
     if source:
-        chosen = [n for n in chosen if source in (str(n + 1), table[n].path)]
+        chosen = {n: files for n, files in chosen.items() if source in (str(n + 1), table[n].path)} or {
+            n: named for n, files in chosen.items() if (named := [f for f in files if f.name == source])
+        }
         if not chosen:
             known = ", ".join(f"{number} {item.path}" for number, item in enumerate(table, 1))
-            raise SftError(f"SOURCE={source}: no such source; there are {known}; next: give a number or a path")
+            raise SftError(
+                f"SOURCE={source}: no such source or file; there are {known}; next: give a number, a path or a file of a folder"
+            )
     if row and not (row.isascii() and row.isdigit() and int(row)):
         raise SftError(f"ROW={row}: not a row number; rows count from 1; next: ROW=1")
-    for number in chosen:
-        files = list(files_of[number])
-        if row:
-            name, value = sources.read_row(files, int(row))
-            found = [(name, int(row), value)]
-        else:
-            found = list(first_rows(files))
+    for number, files in chosen.items():
+        found = [sources.read_row(files, int(row))] if row else list(first_rows(files))
         for name, at, value in found:
             yield from show(encoder, number, name, at, value, colour)
 
@@ -119,7 +117,7 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
     source = encoder.prepare.sources[number]
     bold, red, reset = (BOLD, RED, RESET) if colour else ("", "", "")
     encoded = encoder.encode([value], source)
-    title = f"── source {number + 1} {source.path} · {Path(name).name} row {row}"
+    title = f"── source {number + 1} {source.path} · {name} row {row}"
     if encoded.rejects:
         bad = encoded.rejects[0]
         yield f"{bold}{title} · {red}rejected, {bad.reason}: {visible(bad.detail)}{reset}"

@@ -12,6 +12,7 @@ In: one [[prepare.sources]] table. Out: files with their sha256, each cut into c
 from __future__ import annotations
 
 import codecs
+import contextlib
 import hashlib
 import json
 import re
@@ -43,6 +44,9 @@ EXAMPLE_CHARS = 200
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
+Origin = tuple[tuple[str, str], ...]
+
+
 class BadRow(NamedTuple):
     row: int
     reason: str
@@ -59,6 +63,8 @@ class InputFile:
     kind: str
     sha256: str
     bytes: int
+    origin: Origin = ()
+    """What named the content where it came from: the commit on the hub, the crc32c in a bucket."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +95,21 @@ def resolve(
     say: Callable[[str], None] = print,
 ) -> list[InputFile]:
     """The files of a source on this machine, fetched or unpacked into `cache` where they are not plain local files."""
+    origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
-        found = _hub(source, cache / "hub", say)
+        found, origins = _hub(source, cache / "hub", say)
     elif source.path.startswith("gs://"):
-        found = _gs(source.path, cache / "gs", say)
+        found, origins = _gs(source.path, cache / "gs", say)
     elif inputs.is_remote(source.path):
         raise SftError(
             f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them"
         )
     else:
         found = inputs.members(find(source.path), source.path)
-    return [_plain(name, file, cache / "unpacked", sha256) for name, file in found.items()]
+    return [_plain(name, file, cache / "unpacked", sha256, origins.get(name, ())) for name, file in found.items()]
 
 
-def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str]) -> InputFile:
+def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], origin: Origin) -> InputFile:
     """The file itself, or its JSONL copy in the cache when it is compressed or one JSON array (neither can be cut)."""
     kind = inputs.kind(file.name)
     digest = sha256(file)
@@ -119,44 +126,57 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str]) ->
                 else:
                     gunzip(name, file, out)
         file, kind = copy, "jsonl"
-    return InputFile(name, str(file), str(kind), digest, file.stat().st_size)
+    return InputFile(name, str(file), str(kind), digest, file.stat().st_size, origin)
 
 
-def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """A Hugging Face dataset as one Parquet file in the cache."""
+def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
+    """A Hugging Face dataset as one Parquet file in the cache, and the commit it is of."""
     name, _, revision = source.path.removeprefix("hf://").partition("@")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name or not re.fullmatch(r"[\w./-]*", revision):
         raise SftError(
             f"[prepare] sources: {source.path!r} is not hf://org/name or hf://org/name@revision; next: correct it"
         )
-    wanted = [name, revision, source.subset, source.split]
-    pinned = re.fullmatch(r"[0-9a-f]{40}", revision) is not None
-    if not pinned:
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        commit = revision
+    else:
+        with _fetching(source):
+            import huggingface_hub
+
+            commit = str(huggingface_hub.HfApi().dataset_info(name, revision=revision or None).sha)
         say(
-            f"{source.path}: not pinned to a commit; what 'main' means may change: write @<40 hex digits> after the name"
+            f"warning: {source.path}: not pinned to a commit; {revision or 'main'!r} means {commit} now and may change, which no"
+            f" run would notice: write @{commit} after the name"
         )
+    wanted = [name, commit, source.subset, source.split]
+    origins: dict[str, Origin] = {source.path: (("commit", commit),)}
     label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
     # The label is for people: train[:50%] and train[:50], or a-b/c and a/b-c, have the same one.
     copy = cache / f"{label}-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]}.parquet"
-    if pinned and copy.exists():
-        return {source.path: copy}
-    import datasets
+    if copy.exists():
+        return {source.path: copy}, origins
+    with _fetching(source):
+        import datasets
 
+        rows = datasets.load_dataset(name, source.subset or None, split=source.split, revision=commit)
+    cache.mkdir(parents=True, exist_ok=True)
+    with new_file(copy) as out:
+        rows.to_parquet(out, batch_size=1000)
+    return {source.path: copy}, origins
+
+
+@contextlib.contextmanager
+def _fetching(source: Source) -> Iterator[None]:
     try:
-        rows = datasets.load_dataset(name, source.subset or None, split=source.split, revision=revision or None)
-    except Exception as e:  # the library raises many kinds: network, missing name, missing split, bad files
+        yield
+    except Exception as e:  # the libraries raise many kinds: network, missing name, missing split, bad files
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         raise SftError(
             f"[prepare] sources: {source.path} (split {source.split!r}): {reason}; "
             "next: check the name, revision and split, HF_TOKEN for a private one, and the network"
         ) from None
-    cache.mkdir(parents=True, exist_ok=True)
-    with new_file(copy) as out:
-        rows.to_parquet(out, batch_size=1000)
-    return {source.path: copy}
 
 
-def _gs(path: str, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
+def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
     """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
     from sft import storage
 
@@ -174,13 +194,19 @@ def _gs(path: str, cache: Path, say: Callable[[str], None]) -> dict[str, Path]:
         raise SftError(
             f"[prepare] sources: {path}: no object, or no {', '.join(inputs.ROWS)} under it; next: correct the path"
         )
+    say(
+        f"warning: {path}: what a bucket holds may change, which no run would notice; dataset.json records the checksums of what"
+        " was read"
+    )
     jobs, found = [], {}
+    origins: dict[str, Origin] = {}
     for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
         content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
         jobs.append(storage.Job(name, content, entry.bytes, crc32c=entry.crc32c))
         found[f"{where}/{name}"] = cache / content
+        origins[f"{where}/{name}"] = (("crc32c", f"{entry.crc32c or 0:08x}"),)
     storage.transfer(jobs, remote, storage.open_storage(str(cache)), say)
-    return found
+    return found, origins
 
 
 def cut(file: InputFile) -> list[Chunk]:
@@ -427,21 +453,21 @@ def _blocks(chunk: Chunk) -> Iterator[tuple[Sequence[bytes | None], bool]]:
         yield [last if len(last) <= unpack.MAX_ROW_BYTES else None], True
 
 
-def read_row(files: list[InputFile], row: int, name: str = "") -> tuple[str, dict[str, Any]]:
-    """Row number `row` (from 1) of a file of a source, or of its first file: (file name, row). Used by previews."""
-    file = next((f for f in files if not name or f.name == name), None)
-    if file is None:
-        raise SftError(f"{name}: not a file of this source; next: one of {', '.join(f.name for f in files)}")
-    before = 0
-    for chunk in cut(file):
-        count = 0
-        for batch in read(chunk):
-            count = batch.count
-            for number, value in zip(batch.numbers, batch.rows, strict=True):
-                if before + number + 1 == row:
-                    return file.name, value
-            for bad in batch.bad:
-                if before + bad.row + 1 == row:
-                    raise SftError(f"{file.name}: row {row}: {bad.reason}: {bad.detail}")
-        before += count
-    raise SftError(f"{file.name}: no row {row}; it has {before} rows")
+def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:
+    """Row number `row` (from 1), counted on through the files: (file name, row in that file, row). Used by previews."""
+    passed = 0
+    for file in files:
+        before = 0
+        for chunk in cut(file):
+            count = 0
+            for batch in read(chunk):
+                count = batch.count
+                for number, value in zip(batch.numbers, batch.rows, strict=True):
+                    if passed + before + number + 1 == row:
+                        return file.name, row - passed, value
+                for bad in batch.bad:
+                    if passed + before + bad.row + 1 == row:
+                        raise SftError(f"{file.name}: row {row - passed}: {bad.reason}: {bad.detail}")
+            before += count
+        passed += before
+    raise SftError(f"{', '.join(f.name for f in files[:8])}: no row {row}; there are {passed}")
