@@ -193,7 +193,26 @@ def test_a_conversation_that_repeats_an_evaluation_text_is_found(text, hit):
     ]
 
 
-def test_short_evaluation_texts_are_counted_not_matched():
+def test_evaluation_texts_shorter_than_an_ngram_are_matched_whole():
+    s = screen("Where do grey otters sleep?", n=8)
+    found = s.hits(
+        [["So, where do GREY otters sleep at night"], ["where do otters sleep"], ["Where do grey", "otters sleep"]]
+    )
+    assert found.tolist() == [0, -1, 0] and s.too_short == 1
+
+
+def test_instructions_that_many_rows_share_are_not_looked_for():
+    task = "Answer the following question with a single word and nothing else at all please."
+    rows = [
+        (str(i), {"task": task, "question": f"What is the exact height of tower number {i} in metres"})
+        for i in range(30)
+    ]
+    s = Screen(rows, 8, 0.5)
+    assert s.shared == 30 and len(s.texts) == 30
+    assert s.hits([[task], ["What is the exact height of tower number 7 in metres"]]).tolist() == [-1, 7]
+
+
+def test_very_short_evaluation_texts_are_counted_not_matched():
     s = screen("too short", "yes")
     assert s.texts == [] and s.too_short == 4
     assert s.hits([{"a": "too short"}]).tolist() == [-1]

@@ -448,6 +448,24 @@ def test_copies_of_evaluation_questions_are_dropped_and_listed(tmp_path):
     assert json.loads((s.out / "dataset.json").read_bytes())["decontamination"]["dropped"] == 1
 
 
+def test_only_what_the_conversation_says_is_compared_with_evaluation_texts(tmp_path):
+    question = "How many legs do seven tapirs and three ibises have when two of the tapirs lie down?"
+    write_rows(tmp_path / "test.jsonl", [{"question": question, "answer": "34"}])
+    rows = [
+        {**conversation(1), "source_question": question},
+        {"messages": json.dumps([{"role": "user", "content": question}, BOT])},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in (question[:9], question[9:])]}, BOT]},
+    ]  # fmt: skip
+    write_rows(tmp_path / "rows.jsonl", rows)
+    s = stage(tmp_path, decontaminate=("test.jsonl",))
+    prepare.prepare(s)
+    dropped = [json.loads(line)["row"] for line in (s.out / "contaminated.jsonl").read_text().splitlines()]
+    assert dropped == [2, 3]
+    assert [line for line in s.said if "1 evaluation texts; not covered: 1 of fewer than 5 words" in line]
+    described = json.loads((s.out / "dataset.json").read_bytes())["decontamination"]
+    assert described["not_covered"] == {"too_short": 1, "shared_by_many_rows": 0}
+
+
 def test_the_planner_is_told_every_local_file(tmp_path):
     (tmp_path / "mix").mkdir()
     for name in ("mix/a.jsonl", "mix/notes.txt", "test.jsonl", "my.jinja"):

@@ -11,16 +11,17 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sft import manifest, sources
 from sft.decontaminate import Screen
 from sft.errors import SftError
+from sft.rows import BadRow, Conversation, RowReader
 from sft.tokencache import ChunkWriter, Rejected, Summary
 
 if TYPE_CHECKING:
@@ -103,16 +104,26 @@ def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
         notes[name] = notes.get(name, 0) + count
 
 
+def said(read: Callable[[Any], Conversation], row: Any) -> list[Any]:
+    """What stands in the messages of a row, whatever other columns it has; nothing where it makes no document."""
+    try:
+        messages = read(row).messages
+    except (BadRow, RecursionError):
+        return []
+    return [value for message in messages for name, value in message.items() if name != "role"]
+
+
 class ScreenChunk:
     """What a worker does to find evaluation texts: writes {"hits": [[row, text], …]} of a chunk."""
 
-    def __init__(self, screen: Screen, cache: Path):
-        self.screen, self.cache = screen, cache
+    def __init__(self, screen: Screen, cache: Path, readers: Sequence[RowReader]):
+        self.screen, self.cache, self.readers = screen, cache, readers
 
     def __call__(self, job: Job) -> int:
         hits: list[list[int]] = []
+        read = self.readers[job.source].read
         for batch in sources.read(job.chunk):
-            found = self.screen.hits(batch.rows)
+            found = self.screen.hits([said(read, row) for row in batch.rows])
             hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
         manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
         return len(hits)

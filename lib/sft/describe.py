@@ -119,7 +119,7 @@ def dataset(
             "ngram": screen.n,
             "overlap": screen.overlap,
             "texts": len(screen.texts),
-            "too_short": screen.too_short,
+            "not_covered": {"too_short": screen.too_short, "shared_by_many_rows": screen.shared},
             "dropped": int(sum((f.repeats >= 0).sum() for f in found)),
         }
     return made

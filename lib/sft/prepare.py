@@ -31,7 +31,7 @@ import numpy as np
 
 from sft import describe, inputs, manifest, sources, workers
 from sft.chunks import EncodeChunk, Job, Progress, ScreenChunk
-from sft.decontaminate import Screen
+from sft.decontaminate import SHORTEST, Screen
 from sft.errors import SftError
 from sft.export import olmo_core_obstacle
 from sft.materialise import Documents, materialise
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 ENCODING = 2
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
+SCREENING = 2
+"""Raised when code changes find other copies of evaluation texts in the same input."""
 MIX_FIELDS = {"sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate"}
 MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
@@ -260,14 +262,20 @@ class Preparation:
         screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
         if not screen.texts:
             raise SftError(
-                f"[prepare] decontaminate: no text of {', '.join(self.table.decontaminate)} has {screen.n} words; "
-                "next: name files with evaluation texts or lower decontaminate_ngram"
+                f"[prepare] decontaminate: no text of {', '.join(self.table.decontaminate)} can be looked for: {screen.too_short}"
+                f" have fewer than {min(SHORTEST, screen.n)} words, {screen.shared} are shared by many rows; next: name files with"
+                " evaluation texts"
             )
-        cache = self.stage.cache / "screens" / _digest([digests, screen.n, screen.overlap])
+        self.say(
+            f"decontaminating against {len(screen.texts):,} evaluation texts; not covered: {screen.too_short:,} of fewer than"
+            f" {min(SHORTEST, screen.n)} words and {screen.shared:,} that many rows share"
+        )
+        cache = self.stage.cache / "screens" / _digest([SCREENING, digests, screen.n, screen.overlap, self.encode_key])
         cache.mkdir(parents=True, exist_ok=True)
         missing = [job for job in self.mine if not (cache / f"{job.name}.json").is_file()]
+        readers = [self.encoder.reader(source) for source in self.table.sources]
         progress = Progress(self.say, "decontaminating", sum(j.chunk.bytes for j in missing))
-        for job, _ in workers.work(ScreenChunk, (screen, cache), missing, self.workers(missing)):
+        for job, _ in workers.work(ScreenChunk, (screen, cache, readers), missing, self.workers(missing)):
             progress.add(job.chunk.bytes)
         return {job.name: json.loads((cache / f"{job.name}.json").read_bytes())["hits"] for job in self.mine}, screen
 
