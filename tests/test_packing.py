@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench_pack import first_fit_decreasing
 from made_data import write_dataset
 from sft.dataset import DOCUMENT, Dataset, DatasetWriter
 from sft.errors import SftError
-from sft.packing import PackIndex, cut, first_fit_decreasing, label_counter, pack, pack_dataset, pack_documents
+from sft.packing import PackIndex, cut, label_counter, pack, pack_dataset, pack_documents
 
 
 def one_at_a_time(lengths: list[int], capacity: int) -> list[int]:

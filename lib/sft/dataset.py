@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from sft.errors import SftError
+from sft.manifest import sync_folder
 
 DOCUMENT = np.dtype([("part", "<u4"), ("start", "<u8"), ("length", "<u4"), ("labels", "<u4"), ("source", "<u2")])
 PART_TOKENS = 1 << 28  # 1 GiB of uint32 ids: few files, and small enough to copy again after an error
@@ -69,15 +70,6 @@ def _publish(file: IO[bytes], path: Path) -> None:
 
 def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames inside a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class DatasetWriter:

@@ -24,8 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.dataset import Dataset, sync_folder
+from sft.dataset import Dataset
 from sft.errors import SftError
+from sft.manifest import sync_folder
 
 PIECE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
 POLICIES = ("truncate", "drop", "split")
@@ -330,29 +331,6 @@ def _place(
                 narrow[room].append((room, first, width))
     first_, width_, each_ = np.fromiter(steps, np.int64, len(steps)).reshape(-1, 3).T
     return first_, width_, each_, packs
-
-
-def first_fit_decreasing(lengths: ArrayLike, capacity: int) -> int:
-    """The number of packs of first-fit decreasing, for comparison in the bench: the first pack with room, not the best.
-
-    A tree of maxima over the packs finds it in O(log packs).
-    """
-    ordered = np.sort(np.asarray(lengths))[::-1].tolist()
-    leaves = 1 << max(len(ordered) - 1, 0).bit_length()
-    tree = [capacity] * (2 * leaves)
-    used = 0
-    for length in ordered:
-        node = 1
-        while node < leaves:
-            node *= 2
-            if tree[node] < length:
-                node += 1
-        tree[node] -= length
-        used = max(used, node - leaves + 1)
-        while node > 1:
-            node //= 2
-            tree[node] = max(tree[2 * node], tree[2 * node + 1])
-    return used
 
 
 def _digest(seq_len: int, policy: str, offsets: NDArray[Any], pieces: NDArray[Any], losses: Losses) -> str:
