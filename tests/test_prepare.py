@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from conftest import REPO
-from sft import inputs, paths, prepare, schema, sources, tokencache, workers
+from sft import describe, inputs, paths, prepare, schema, sources, tokencache, workers
 from sft.dataset import Dataset
 from sft.errors import SftError
 from sft.schema import Prepare, Source
@@ -107,6 +107,10 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
     proof = json.loads((s.out / "proof.json").read_bytes())
     assert proof["written"]["data"]["documents_ending_with_a_trained_terminator"] == len(data)
     assert proof["sources"][0]["encoded"]["documents"] == 300
+    assert {c["claim"][:20]: c["of"] for c in proof["claims"][:4]} == dict.fromkeys(
+        ("the ids of a documen", "a token of it is tra", "the last token that ", "it ends with the onl"), 300
+    )
+    assert len(proof["claims"]) == 5 and all(claim["true"] == claim["of"] > 0 for claim in proof["claims"])
     (first, *_) = json.loads((s.out / "preview.json").read_bytes())
     assert any("lynx" in p["text"] or "ibis" in p["text"] or "tapir" in p["text"] for p in first if p["trained"])
     assert not any("Which animal" in p["text"] for p in first if p["trained"])
@@ -138,6 +142,30 @@ def slow(self, job):
 prepare.EncodeChunk.__call__ = slow
 prepare.prepare(t.stage(Path({root!r}), out="killed", cache="cache"))
 """
+
+
+def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path, monkeypatch):
+    flagged = {"messages": [USER, {**BOT, "train": True}, USER, {**BOT, "train": False}]}
+    write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(20)), flagged])
+    prepare.prepare(stage(tmp_path))  # this template ends every turn
+    plain = tokencache.Summary.__init__
+
+    def forgetful(self, *args: Any, **kwargs: Any) -> None:
+        plain(self, *args, **kwargs)
+        if "documents_proven" in self.notes:
+            self.notes = {**self.notes, "documents_proven": 20}
+
+    monkeypatch.setattr(tokencache.Summary, "__init__", forgetful)
+    with pytest.raises(SftError, match=r"decode to its rendered text' is true for 20 of 21"):
+        prepare.prepare(stage(tmp_path, out="other"))
+
+
+def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
+    check = describe.Check("x", {"terminator_ids": [9], "boundaries": "eos", "eos_id": 9})
+    ids, mask = np.array([1, 2, 9, 1, 2, 9], dtype=np.uint32), np.array([0, 1, 1, 0, 1, 0], dtype=bool)
+    check.block(ids, mask, np.array([3, 3]))
+    with pytest.raises(SftError, match="in 1 of 2 documents, first in 1, the last trained token is no terminator"):
+        check.finish()
 
 
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, small_chunks):

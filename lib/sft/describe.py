@@ -26,13 +26,6 @@ if TYPE_CHECKING:
 PREVIEWS = 8
 PREVIEW_TOKENS = 4000
 EXAMPLES_PER_REASON = 3
-CLAIMS = (
-    "the ids of every document decode to its rendered text",
-    "trained spans are what the model emits: terminator included, scaffold excluded",
-    "every document has at least one trained token, and its first token is not one",
-    "where boundaries are 'eos', every document ends with the only EOS it has",
-    "transformers, loading data/tokenizer, gives the same ids and renders the same text",
-)
 
 
 class Check:
@@ -41,7 +34,9 @@ class Check:
     def __init__(self, what: str, identity: dict[str, Any]):
         self.what, self.identity = what, identity
         self.terminators = np.array(identity["terminator_ids"], dtype=np.int64)
-        self.documents = self.tokens = self.labels = self.terminated = 0
+        self.documents = self.tokens = self.labels = 0
+        self.trained = self.ended = self.terminated = 0  # documents for which each claim was found true
+        self.unterminated = -1  # the first document whose last trained token is no terminator
 
     def block(self, ids: NDArray[np.uint32], mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> None:
         ends = np.cumsum(lengths)
@@ -49,12 +44,16 @@ class Check:
         upto = np.searchsorted(trained, ends)
         labels = np.diff(upto, prepend=0)
         wrong = (labels == 0) | mask[ends - lengths]
+        self.trained += len(wrong) - int(wrong.sum())
         if self.identity["boundaries"] == "eos":
             found = np.flatnonzero(ids == self.identity["eos_id"])
+            once = np.ones(len(ends), dtype=np.bool_)
             if not np.array_equal(found, ends - 1):
-                wrong |= (np.diff(np.searchsorted(found, ends), prepend=0) != 1) | (
-                    ids[ends - 1] != self.identity["eos_id"]
+                once = (np.diff(np.searchsorted(found, ends), prepend=0) == 1) & (
+                    ids[ends - 1] == self.identity["eos_id"]
                 )
+            self.ended += int(once.sum())
+            wrong |= ~once
         if wrong.any():
             at = self.documents + int(np.flatnonzero(wrong)[0])
             raise SftError(
@@ -62,22 +61,28 @@ class Check:
                 " next: remove the cache/tokens folder and run it again"
             )
         last = trained[upto - 1]  # the last trained token of each document
-        self.terminated += int(np.isin(ids[last], self.terminators).sum())
+        stops = np.isin(ids[last], self.terminators)
+        self.terminated += int(stops.sum())
+        if self.unterminated < 0 and not stops.all():
+            self.unterminated = self.documents + int(np.argmin(stops))
         self.documents += len(lengths)
         self.tokens += len(ids)
         self.labels += len(trained)
 
     def finish(self) -> dict[str, int]:
-        if self.documents and not self.terminated:
+        if self.terminated < self.documents:
             raise SftError(
-                f"{self.what}: no conversation's last trained token is a terminator {self.identity['terminator_ids']}: the model "
-                "would never learn to stop; next: correct the template or the train flags of the rows"
+                f"{self.what}: in {self.documents - self.terminated} of {self.documents} documents, first in {self.unterminated}, the last"
+                f" trained token is no terminator {self.identity['terminator_ids']}: the model would not learn to stop; next: choose a"
+                " template that ends every turn, or correct the train flags of the rows"
             )
         return {
             "documents": self.documents,
             "tokens": self.tokens,
             "labels": self.labels,
+            "documents_with_a_trained_token_that_is_not_the_first": self.trained,
             "documents_ending_with_a_trained_terminator": self.terminated,
+            **({"documents_ending_with_their_only_eos": self.ended} if self.identity["boundaries"] == "eos" else {}),
         }
 
 
@@ -141,10 +146,12 @@ def histogram(lengths: NDArray[np.int64]) -> dict[str, Any]:
 def proof(work: Preparation, found: Sequence[SourceIndex]) -> dict[str, Any]:
     """proof.json: what was checked on how much, and every source's rejects with examples."""
     sources = []
+    total: Counter[str] = Counter()
     for source, jobs, index in zip(work.table.sources, work.jobs_of, found, strict=True):
         counts: Counter[str] = Counter()
         for job in jobs:
             counts.update(work.summaries[job.name].notes)
+        total.update(counts)
         reasons = Counter(r["reason"] for r in index.rejects)
         examples = [
             example
@@ -161,7 +168,39 @@ def proof(work: Preparation, found: Sequence[SourceIndex]) -> dict[str, Any]:
                 "examples": examples,
             }
         )
-    return {"format": 1, "claims": CLAIMS, "written": work.checks, "sources": sources}
+    made = claims(work, total)
+    if broken := [claim for claim in made if claim["true"] != claim["of"]]:
+        first = broken[0]
+        raise SftError(
+            f"[prepare] proof: {first['claim']!r} is true for {first['true']} of {first['of']}; next: remove the cache/tokens folder and"
+            " run it again"
+        )
+    return {"format": 2, "claims": made, "written": work.checks, "sources": sources}
+
+
+def claims(work: Preparation, encoded: Counter[str]) -> list[dict[str, Any]]:
+    """What is said of all documents, each with the number for which it was found true and the number of all."""
+    written: Counter[str] = Counter()
+    for check in work.checks.values():
+        written.update(check)
+    exact = work.encoder.vocabulary.byte_level
+    text = "decode to its rendered text" if exact else "cover its rendered text"
+    found = [
+        (f"the ids of a document {text}", encoded["documents_proven"], encoded["documents"]),
+        ("a token of it is trained, and its first token is not",
+         written["documents_with_a_trained_token_that_is_not_the_first"], written["documents"]),
+        ("the last token that is trained is a terminator",
+         written["documents_ending_with_a_trained_terminator"], written["documents"]),
+    ]  # fmt: skip
+    if work.encoder.identity["boundaries"] == "eos":
+        found.append(
+            ("it ends with the only EOS it has", written["documents_ending_with_their_only_eos"], written["documents"])
+        )
+    texts = len(work.encoder.identity["tokenizer"]["canaries"])
+    found.append(
+        ("transformers, loading data/tokenizer, gives these canary texts the same ids", work.canaries_agreed, texts)
+    )
+    return [{"claim": claim, "true": true, "of": of} for claim, true, of in found]
 
 
 def preview(folder: Path, vocabulary: Vocabulary) -> list[list[dict[str, Any]]]:

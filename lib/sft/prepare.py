@@ -42,7 +42,7 @@ from sft.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
 if TYPE_CHECKING:
     from sft.stage import Result, Stage
 
-ENCODING = 2
+ENCODING = 3
 """Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
 SCREENING = 2
 """Raised when code changes find other copies of evaluation texts in the same input."""
@@ -114,6 +114,7 @@ class Preparation:
             dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))
         ]
         self.summaries: dict[str, Summary] = {}
+        self.canaries_agreed = 0
         self.checks: dict[str, dict[str, int]] = {}
         self.encoded_tokens, self.seconds = 0, {"start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
         self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
@@ -386,6 +387,7 @@ class Preparation:
             self.encoder.check_saved(folder)
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
+        self.canaries_agreed = len(self.encoder.identity["tokenizer"]["canaries"])
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:

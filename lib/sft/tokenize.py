@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, compress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -222,6 +222,7 @@ class Encoder:
             if checked < 0 or not good.all():
                 engine, checked, redone = "tokenizers", 0, True
                 ids, offsets, good = self._encode_texts(batch, source, slowly=True)
+        proven = set(compress(batch.rows, good.tolist()))  # rows whose ids were found to decode to their text
         if not good.all():
             wrong = "the ids do not decode to the rendered text"
             ids, offsets = self._drop(
@@ -230,7 +231,7 @@ class Encoder:
         if self.template.boundaries == "eos":
             ids, offsets = self._drop_inner_eos(batch, ids, offsets)
         mask, labels, straddled = self._mask(batch, ids)
-        encoded = self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked)
+        encoded = self._finish(batch, ids, mask, offsets, labels, engine, straddled, checked, proven)
         encoded.proof["redone_batches"] = int(redone)
         return encoded
 
@@ -439,6 +440,7 @@ class Encoder:
         """For tokenizers whose tokens have no fixed bytes: the whole text, and the offsets that `tokenizers` reports."""
         encodings = [self.vocabulary.tokenizer.encode(text, add_special_tokens=False) for text in batch.texts]
         bad: dict[int, tuple[str, str]] = {}
+        proven: set[int] = set()
         for document, (encoding, text) in enumerate(zip(encodings, batch.texts, strict=True)):
             special = int(self.vocabulary.is_special[encoding.ids].sum())
             if self.prepare.special_text != "token" and special != batch.specials[document]:
@@ -454,6 +456,8 @@ class Encoder:
             np.add.at(covered, spans[:, 1], -1)
             if not all(text[gap].isspace() for gap in np.flatnonzero(np.cumsum(covered)[:-1] <= 0).tolist()):
                 bad.setdefault(document, ("proof", "the tokens do not cover the rendered text"))
+            else:
+                proven.add(batch.rows[document])
         encodings = [encoding for encoding, kept in zip(encodings, batch.drop(bad), strict=True) if kept]
         ids = np.array(list(chain.from_iterable(encoding.ids for encoding in encodings)), dtype=np.uint32)
         offsets = np.cumsum([0, *(len(encoding.ids) for encoding in encodings)])
@@ -472,7 +476,7 @@ class Encoder:
             masks.append((start_run == end_run) & (start_run % 2 == 1))
             straddled += int((start_run < end_run).sum())
         labels = np.array([int(mask.sum()) for mask in masks[1:]], dtype=np.int64)
-        return self._finish(batch, ids, np.concatenate(masks), offsets, labels, "tokenizers", straddled, 0)
+        return self._finish(batch, ids, np.concatenate(masks), offsets, labels, "tokenizers", straddled, 0, proven)
 
     def _finish(
         self,
@@ -484,6 +488,7 @@ class Encoder:
         engine: str,
         straddled: int,
         checked: int,
+        proven: set[int],
     ) -> Encoded:
         """Leaves out documents with nothing to train, with a reject for each."""
         starts, lengths = offsets[:-1], np.diff(offsets)
@@ -498,6 +503,7 @@ class Encoder:
             ids, mask, lengths, labels = ids[tokens], mask[tokens], lengths[keep], labels[keep]
         proof = {
             "documents": len(lengths),
+            "documents_proven": len(set(batch.rows) & proven),
             "tokens": len(ids),
             "labels": int(labels.sum()),
             "escaped_documents": escaped,
