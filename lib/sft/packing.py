@@ -12,7 +12,6 @@ of packs is that of the one-at-a-time algorithm (arXiv 2404.10830), which differ
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from sft.dataset import Dataset
@@ -129,7 +129,7 @@ def pack_dataset(
     """
     folder = None
     if cache is not None and identity:
-        key = hashlib.sha256(f"{PIECE.descr} {seq_len} {policy} {identity} ".encode())
+        key = xxhash.xxh3_128(f"{PIECE.descr} {seq_len} {policy} {identity} ".encode())
         key.update(np.ascontiguousarray(dataset.documents).data)
         folder = Path(cache) / f"packs-{key.hexdigest()[:20]}"
         if folder.is_dir():
@@ -334,7 +334,9 @@ def _place(
 
 
 def _digest(seq_len: int, policy: str, offsets: NDArray[Any], pieces: NDArray[Any], losses: Losses) -> str:
-    digest = hashlib.sha256(json.dumps([seq_len, policy, asdict(losses)]).encode())
+    digest = xxhash.xxh3_128(
+        json.dumps([seq_len, policy, asdict(losses)]).encode()
+    )  # against damage, not against people
     for array in (offsets, pieces):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
