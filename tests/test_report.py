@@ -90,7 +90,7 @@ def whole_run(run: Path, steps: int = 240) -> Path:
             records[-1]["validation_loss"] = loss + 0.2
     plan = {"fill": 0.981, "packs": 74, "seq_len": 256, "trained_tokens": 15000, "tokens": 55000, "padding": 1200,
             "padding_fraction": 0.0214, "documents_per_pack": 3.8, "long_documents": 0, "long_documents_policy": "truncate",
-            "tokens_lost_fraction": 0.0}  # fmt: skip
+            "tokens_lost_fraction": 0.0123, "trained_tokens_lost_fraction": 0.0456}  # fmt: skip
     train = {"final_step": steps, "loss": records[-1]["loss"], "first_loss": records[0]["loss"], "tokens": 55000, "tokens_per_s": 41234.5,
              "validation_loss": 0.61, "first_validation_loss": 2.4, "data": plan}  # fmt: skip
     made(run, "train", train, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in records)}, "sync")
@@ -145,6 +145,11 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> No
         assert f"<h2>{section}</h2>" in text
     assert "0.8125" in parsed.text and "0.647 to 0.911" in parsed.text and "97% stop" in parsed.text
     assert "changed since" not in text
+
+
+def test_what_packing_loses_is_told_of_tokens_and_of_trained_tokens(tmp_path: Path) -> None:
+    page = report.page(whole_run(tmp_path / "smoke"))
+    assert "loses 1.23% of the tokens and 4.56% of the trained ones" in " ".join(page.split())
 
 
 def test_data_cannot_write_markup(tmp_path: Path) -> None:

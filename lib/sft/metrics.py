@@ -18,15 +18,20 @@ from sft import manifest
 from sft.errors import SftError
 
 
-def read(file: Path) -> list[dict[str, Any]]:
-    """The whole records of a metrics file; a last line that a kill cut short is dropped."""
+def json_lines(file: Path) -> list[dict[str, Any]]:
+    """The whole records of a JSONL file; a last line that a kill cut short is dropped, a missing file is empty."""
     records = []
     for line in file.read_bytes().splitlines() if file.is_file() else ():
         try:
             records.append(json.loads(line))
         except ValueError:
             continue
-    return [r for r in records if isinstance(r, dict) and isinstance(r.get("step"), int)]
+    return [r for r in records if isinstance(r, dict)]
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The steps of a metrics file."""
+    return [r for r in json_lines(file) if isinstance(r.get("step"), int)]
 
 
 class Metrics:

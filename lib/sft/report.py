@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sft import charts, manifest, schema
 from sft.charts import Line, number
 from sft.errors import SftError
+from sft.metrics import json_lines
 from sft.page import SCRIPT, STYLE
 
 if TYPE_CHECKING:
@@ -253,7 +254,8 @@ def data(run: Path, train: Mapping[str, Any]) -> str:
         body += (
             f'<p class="note">{plan["documents_per_pack"]:.1f} conversations a pack; {plan["long_documents"]:,} longer than'
             f" {plan['seq_len']:,} tokens ({escape(str(plan['long_documents_policy']))}), which loses"
-            f" {plan['tokens_lost_fraction']:.2%} of the tokens</p>"
+            f" {plan['tokens_lost_fraction']:.2%} of the tokens and {plan['trained_tokens_lost_fraction']:.2%} of the"
+            " trained ones</p>"
         )
     return body
 
@@ -362,14 +364,3 @@ def read(file: Path) -> Any:
         return json.loads(file.read_bytes())
     except (OSError, ValueError) as error:
         raise SftError(f"{file}: {error}; next: make verify") from None
-
-
-def json_lines(file: Path) -> list[dict[str, Any]]:
-    """Records of a JSONL file; a torn last line is dropped, a missing file is empty."""
-    records = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [r for r in records if isinstance(r, dict)]
