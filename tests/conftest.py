@@ -106,3 +106,28 @@ class Workspace:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks of 2 kB and workers for every one of them, so that a few hundred rows take the paths of a large file."""
+    from sft import prepare, sources
+
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(prepare, "BYTES_PER_WORKER", 1)
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Fails the test when anything is encoded."""
+
+    from sft import prepare
+
+    def refuse(self, job):
+        raise AssertionError(f"{job.name} was encoded again")
+
+    def arm():
+        monkeypatch.setattr(prepare.EncodeChunk, "__call__", refuse)
+
+    return arm

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from preparing import conversation, stage, write_rows
 from sft import prepare
 from sft.dataset import Dataset
 from sft.errors import SftError
 from sft.export import olmo_core_export
-from test_prepare import conversation, stage, write_rows
 
 PATTERNS = ("token_ids_part_*.npy", "labels_mask_part_*.npy")
 

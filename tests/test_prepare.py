@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -15,73 +13,19 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from conftest import REPO
-from sft import describe, inputs, paths, prepare, schema, sources, tokencache, workers
+from preparing import TOKENIZER, conversation, stage, write_rows
+from sft import describe, inputs, paths, prepare, tokencache, workers
 from sft.dataset import Dataset
 from sft.errors import SftError
 from sft.schema import Prepare, Source
 
-TOKENIZER = "smoke/tokenizer"
-OPTIONS = {"tokenizer": TOKENIZER, "template": "olmo", "max_reject_fraction": 0.5}
-
-
-def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", **options: Any) -> Any:
-    """What the stage's code sees of its runner."""
-    table = Prepare(**{"sources": (Source(path="rows.jsonl"),), **OPTIONS, **options})
-    (root / out).mkdir(exist_ok=True, parents=True)
-    said: list[str] = []
-    return SimpleNamespace(
-        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
-        find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), say=said.append, said=said,
-    )  # fmt: skip
-
-
-def conversation(i: int) -> dict[str, Any]:
-    rng = random.Random(i)
-    turns = [("system", f"You keep zoo number {i}.")] if i % 3 == 0 else []
-    for _ in range(rng.randint(1, 4)):
-        turns += [
-            ("user", f"Which animal is {rng.randint(0, 999)}?"),
-            ("assistant", f"The {rng.choice(['lynx', 'ibis', 'tapir'])} 🦊 of {i}."),
-        ]
-    return {"messages": [{"role": role, "content": content} for role, content in turns]}
-
-
-def write_rows(file: Path, rows: list) -> Path:
-    file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return file
-
-
-def contents(folder: Path) -> dict[str, str]:
-    files = (p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of 2 kB and workers for every one of them, so that a few hundred rows take the paths of a large file."""
-    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(prepare, "BYTES_PER_WORKER", 1)
-
-
-@pytest.fixture
-def no_encoding(monkeypatch):
-    """Fails the test when anything is encoded."""
-
-    def refuse(self, job):
-        raise AssertionError(f"{job.name} was encoded again")
-
-    def arm():
-        monkeypatch.setattr(prepare.EncodeChunk, "__call__", refuse)
-
-    return arm
+USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 
 
 def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
@@ -117,33 +61,6 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
     assert sorted(p.name for p in (s.out / "data" / "tokenizer").iterdir())[:1] == ["chat_template.jinja"]
 
 
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path, small_chunks):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(120)] + ["torn {"])
-    one, three = stage(tmp_path, 1, "one", "cache1"), stage(tmp_path, 3, "three", "cache3")
-    prepare.prepare(one)
-    prepare.prepare(three)
-    assert any("3 workers" in line for line in three.said)
-    assert contents(one.out) == contents(three.out)
-    first, third = ({k: v for k, v in contents(s.cache).items() if k.endswith(".tok")} for s in (one, three))
-    assert first == third and len(first) > 10
-
-
-PROGRAM = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, {tests!r})
-import test_prepare as t
-from sft import prepare, sources
-sources.MIN_CHUNK_BYTES = sources.CHUNK_BYTES = 2000
-plain = prepare.EncodeChunk.__call__
-def slow(self, job):
-    time.sleep(0.05)
-    return plain(self, job)
-prepare.EncodeChunk.__call__ = slow
-prepare.prepare(t.stage(Path({root!r}), out="killed", cache="cache"))
-"""
-
-
 def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path, monkeypatch):
     flagged = {"messages": [USER, {**BOT, "train": True}, USER, {**BOT, "train": False}]}
     write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(20)), flagged])
@@ -168,118 +85,6 @@ def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
         check.finish()
 
 
-def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, small_chunks):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(200)])
-    program = PROGRAM.format(tests=str(REPO / "tests"), root=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "PYTHONPATH": str(REPO / "lib")})
-    done: list[Path] = []
-    while len(done) < 5:
-        assert process.poll() is None, "it ended before it could be killed"
-        done = [p for p in tmp_path.glob("cache/tokens/*/*.tok") if not p.name.startswith(".")]
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "dataset.json").exists()
-    before = {p: p.stat().st_ino for p in tmp_path.glob("cache/tokens/*/*.tok") if not p.name.startswith(".")}
-    again, fresh = stage(tmp_path, out="killed"), stage(tmp_path, out="fresh", cache="other")
-    prepare.prepare(again)
-    prepare.prepare(fresh)
-    assert contents(again.out) == contents(fresh.out)
-    assert {p: p.stat().st_ino for p in before} == before
-    assert any(f"{len(before)} of " in line for line in again.said)
-
-
-def test_a_torn_write_is_not_taken_for_a_result(tmp_path):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(20)])
-    s = stage(tmp_path)
-    prepare.prepare(s)
-    before = contents(s.out)
-    (s.out / "data" / "token_ids_part_0007.npy").write_bytes(b"left behind")
-    (s.out / "data" / "documents.npy").write_bytes(b"torn")
-    (s.out / "validation").mkdir()
-    prepare.prepare(s)
-    assert contents(s.out) == before
-
-
-@pytest.mark.parametrize("change", [{"sources": (Source(path="rows.jsonl", weight=0.5),)}, {"seed": 7}, {"validation_fraction": 0.2},
-                                    {"deduplicate": True}, {"encoder": "tokenizers"}, {"max_reject_fraction": 0.9}])  # fmt: skip
-def test_weights_seed_and_splits_tokenise_nothing_again(tmp_path, no_encoding, change):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
-    prepare.prepare(stage(tmp_path))
-    no_encoding()
-    prepare.prepare(stage(tmp_path, out="other", **change))
-
-
-@pytest.mark.parametrize("change", [{"template": "tulu"}, {"train_turns": "last"}, {"system": "Be brief."},
-                                    {"sources": (Source(path="rows.jsonl", columns={"messages": "messages"}),)}])  # fmt: skip
-def test_what_decides_tokens_or_masks_tokenises_again(tmp_path, no_encoding, change):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
-    prepare.prepare(stage(tmp_path))
-    no_encoding()
-    with pytest.raises(AssertionError, match="encoded again"):
-        prepare.prepare(stage(tmp_path, out="other", **change))
-
-
-def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
-    (tmp_path / "mix").mkdir()
-    for name in "ac":
-        write_rows(tmp_path / "mix" / f"{name}.jsonl", [conversation(ord(name) * 100 + i) for i in range(10)])
-    prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),)))
-    write_rows(tmp_path / "mix" / "b.jsonl", [conversation(i) for i in range(10)])
-    encoded = []
-    plain = prepare.EncodeChunk.__call__
-
-    def watched(self, job):
-        encoded.append(job.chunk.file.name)
-        return plain(self, job)
-
-    monkeypatch.setattr(prepare.EncodeChunk, "__call__", watched)
-    prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),), out="more"))
-    assert encoded == ["mix/b.jsonl"]
-
-
-@pytest.mark.parametrize("where", [0.1, 0.5, 0.9, -30])
-def test_a_flipped_bit_in_the_token_cache_is_found_and_made_again(tmp_path, where):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(40)])
-    first, second = stage(tmp_path), stage(tmp_path, out="second")
-    prepare.prepare(first)
-    (file,) = first.cache.glob("tokens/*/*.tok")
-    data = bytearray(file.read_bytes())
-    good = bytes(data)
-    data[int(where * len(data)) if where > 0 else where] ^= 16
-    file.write_bytes(data)
-    prepare.prepare(second)
-    assert contents(first.out) == contents(second.out)
-    assert file.read_bytes() == good
-
-
-def test_parts_of_an_array_job_merge_into_the_same_bytes(tmp_path, small_chunks):
-    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(150)])
-    whole = stage(tmp_path, out="whole", cache="other")
-    prepare.prepare(whole)
-    merged = stage(tmp_path, out="merged")
-    for i in (2, 0):
-        prepare.prepare_part(stage(tmp_path), prepare.Shard.parse(f"{i}/3"))
-    with pytest.raises(SftError, match=r"parts 1 of 3 are not done; next: SHARD=1/3"):
-        prepare.prepare(merged, prepare.Shard.parse("merge/3"))
-    prepare.prepare_part(stage(tmp_path), prepare.Shard.parse("1/3"))
-    victim = sorted(merged.cache.glob("tokens/*/*.tok"))[4]
-    good = victim.read_bytes()
-    victim.write_bytes(good[:-1] + b"x")
-    with pytest.raises(SftError, match=r"not what part 1 wrote; next: SHARD=1/3"):
-        prepare.prepare(merged, prepare.Shard.parse("merge/3"))
-    victim.write_bytes(good)
-    prepare.prepare(merged, prepare.Shard.parse("merge/3"))
-    assert contents(whole.out) == contents(merged.out)
-
-
-@pytest.mark.parametrize("text", ["4/4", "x/4", "1", "-1/4", "0/0", "merge/0", "merge"])
-def test_a_malformed_shard_is_refused(text):
-    with pytest.raises(SftError, match="SHARD="):
-        prepare.Shard.parse(text)
-
-
-USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 BAD_ROWS = {
     "torn line": '{"messages": [{"role": "us',
     "plain text": "not JSON at all",
@@ -518,7 +323,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         write_rows(tmp_path / f"{times}.jsonl", rows * times)
         code = (
             f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
-            "from pathlib import Path; import test_prepare as t; from sft import materialise, prepare, sources\n"
+            "from pathlib import Path; import preparing as t; from sft import materialise, prepare, sources\n"
             "from sft.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
             "sources.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = 1 << 18; materialise.OPEN_FILES = 2\n"
             f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
@@ -633,7 +438,7 @@ FULL = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-import test_prepare as t
+import preparing as t
 from sft import prepare
 from sft.errors import SftError
 try:
