@@ -137,9 +137,9 @@ def test_a_finished_task_is_reused_and_a_killed_one_continues(
     assert run(place, "capitals", tmp_path / "a") == whole and sum(rows) == 5
 
     # killed after two replies, in the middle of writing the third
-    kept = (tmp_path / "a/work/capitals.replies.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b/work").mkdir(parents=True)
-    (tmp_path / "b/work/capitals.replies.jsonl").write_text("".join(kept[:2]) + kept[2][:30] + "\n")
+    kept = (tmp_path / "a" / "work" / "capitals.replies.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b" / "work").mkdir(parents=True)
+    (tmp_path / "b" / "work" / "capitals.replies.jsonl").write_text("".join(kept[:2]) + kept[2][:30] + "\n")
     again = run(place, "capitals", tmp_path / "b")
     assert sum(rows) == 5 + 3 and again["reused_replies"] == 2
     assert (tmp_path / "a/samples/capitals.jsonl").read_bytes() == (tmp_path / "b/samples/capitals.jsonl").read_bytes()

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from sft.schema import Train
+from sft.steps import warmup_steps
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
     """The rate of step 1..steps: up in a line over the warm-up, then down to 0, which step `steps + 1` would reach."""
-    warmup = round(train.warmup_fraction * steps)
+    warmup = warmup_steps(train, steps)
     if step <= warmup:
         return train.lr * step / warmup
     if train.schedule == "constant":

@@ -24,6 +24,11 @@ from sft.packing import PackIndex
 from sft.schema import Train
 
 
+def warmup_steps(train: Train, steps: int) -> int:
+    """The steps in which the learning rate rises to its peak."""
+    return round(train.warmup_fraction * steps)
+
+
 def epoch_order(packs: int, seed: int, epoch: int, order: str = "shuffled") -> NDArray[np.int64]:
     """The packs of an epoch (from 0) in the order they are consumed. A pure function of its arguments."""
     if order == "sequential":
@@ -90,7 +95,7 @@ class StepPlan:
             total_packs=total,
             seed=train.data_seed,
             order=train.order,
-            warmup_steps=round(train.warmup_fraction * -(-total // batch_packs)),
+            warmup_steps=warmup_steps(train, -(-total // batch_packs)),
             _labels=index.sums("labels"),
             _tokens=index.sums("length"),
         )

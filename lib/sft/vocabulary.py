@@ -71,7 +71,6 @@ class Vocabulary:
         added = self.json.get("added_tokens") or []
         self.added = {token["content"]: int(token["id"]) for token in added}
         self.specials = {token["content"]: int(token["id"]) for token in added if token["special"]}
-        self.plain_added = {token["content"]: int(token["id"]) for token in added if not token["special"]}
         self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos, self.eos_id = self._named("eos_token")
         if self.eos not in self.specials:
