@@ -1,4 +1,4 @@
-"""sft.evaluation.evaluate and sft.evaluation.harness: scores equal lm-eval's own, carry their errors, and broken tasks have none."""
+"""sft.evaluation.evaluate: scores equal lm-eval's own and carry their errors; broken tasks have none; tasks, batches, progress."""
 
 from __future__ import annotations
 
@@ -15,73 +15,17 @@ import numpy as np
 import pytest
 import torch
 
-import tiny_export
-from sft.conversion import convert, hf
+from evaluating import ANYTHING, CHOICE, REPLY, lines, make_place, run
+from sft.conversion import hf
 from sft.errors import SftError
 from sft.evaluation import evaluate
-from sft.schema import Convert, Evaluate
+from sft.schema import Evaluate
 from tiny_export import OLMO3
-
-CHOICE = """
-task: colours
-dataset_path: json
-dataset_kwargs: {data_files: {test: colours}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: choices
-doc_to_target: gold
-metric_list:
-  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-"""
-REPLY = """
-task: capitals
-dataset_path: json
-dataset_kwargs: {data_files: {test: capitals.jsonl}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs: {until: ["ZZZ"], max_gen_toks: 6, do_sample: false}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
-ANYTHING = Evaluate(tasks=("capitals",), min_stop_rate=0, max_empty_fraction=1, batch_size=3)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A tiny export, two tasks, and the model as lm-eval holds it."""
-    root = tmp_path_factory.mktemp("evaluate")
-    tasks = root / "tasks"
-    tasks.mkdir()
-    (tasks / "colours.yaml").write_text(CHOICE)
-    (tasks / "capitals.yaml").write_text(REPLY)
-    rows = [{"question": f"Name {i}", "choices": ["red", "yellow", f"b{i}"], "gold": i % 3} for i in range(12)]
-    (root / "colours.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"question": f"What is the capital of {c}?", "answer": "Paris"} for c in ("France", "Rome", "A", "B", "C")]
-    (tasks / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    facts = tiny_export.tokenizer(root / "tokenizer")
-    weights = tiny_export.weights(OLMO3)
-    options = Convert(dtype="float32", max_position_embeddings=512)
-    convert.export(
-        weights, OLMO3, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
-    )
-    from sft.evaluation.harness import Model
-
-    model = Model(root / "model", batch_size=4, max_length=0, think_end=None)
-    return SimpleNamespace(
-        root=root, tasks=tasks, data={"colours": root / "colours.jsonl"}, model=model, weights=weights
-    )
-
-
-def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHING) -> dict[str, Any]:
-    return evaluate.one_task(place.model, name, options, place.tasks, place.data, out)
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return make_place(tmp_path_factory.mktemp("evaluate"))
 
 
 def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -102,75 +46,6 @@ def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespac
         assert ours[metric]["stderr"] == pytest.approx(theirs["colours"][f"{metric}_stderr,none"])
         assert ours[metric]["n"] == 12
         assert ours[metric]["low"] < ours[metric]["value"] < ours[metric]["high"]
-
-
-def test_replies_are_kept_with_how_they_ended(place: SimpleNamespace, tmp_path: Path) -> None:
-    result = run(place, "capitals", tmp_path)
-    samples = lines(tmp_path / "samples" / "capitals.jsonl")
-    assert [s["doc_id"] for s in samples] == list(range(5))
-    assert all(s["prompt"].startswith("<|im_start|>user\nWhat is the capital") for s in samples)
-    assert all(s["prompt"].endswith("<|im_start|>assistant\n") for s in samples)
-    assert all((s["ended_by"] == "length") == (s["tokens"] == 6) for s in samples)
-    facts = result["generation"]
-    assert facts["n"] == 5 and facts["stop_rate"] == sum(s["ended_by"] != "length" for s in samples) / 5
-    # lm-eval's text of a reply and the recorded length belong together, whatever order lm-eval worked in
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(place.root / "model", dtype=torch.float32)
-    for sample in samples[:2]:
-        ids = place.model.tokenizer(sample["prompt"], return_tensors="pt", add_special_tokens=False)
-        out = model.generate(**ids, max_new_tokens=6)[0, ids["input_ids"].shape[1] :].tolist()
-        kept = [i for i in out if i not in (0, 2)]
-        assert sample["replies"] == [place.model.tokenizer.decode(kept, skip_special_tokens=True)]
-        assert sample["tokens"] == len(kept)
-
-
-def test_a_finished_task_is_reused_and_a_killed_one_continues(
-    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows: list[int] = []
-    generate = type(place.model)._model_generate
-
-    def counting(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        rows.append(len(context))
-        return generate(self, context, *args, **kwargs)
-
-    monkeypatch.setattr(type(place.model), "_model_generate", counting)
-    whole = run(place, "capitals", tmp_path / "a")
-    assert sum(rows) == 5
-    assert run(place, "capitals", tmp_path / "a") == whole and sum(rows) == 5
-
-    # killed after two replies, in the middle of writing the third
-    kept = (tmp_path / "a" / "work" / "capitals.replies.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b" / "work").mkdir(parents=True)
-    (tmp_path / "b" / "work" / "capitals.replies.jsonl").write_text("".join(kept[:2]) + kept[2][:30] + "\n")
-    again = run(place, "capitals", tmp_path / "b")
-    assert sum(rows) == 5 + 3 and again["reused_replies"] == 2
-    assert (tmp_path / "a/samples/capitals.jsonl").read_bytes() == (tmp_path / "b/samples/capitals.jsonl").read_bytes()
-    assert {k: v for k, v in again.items() if k not in ("seconds", "reused_replies")} == {
-        k: v for k, v in whole.items() if k not in ("seconds", "reused_replies")
-    }
-
-
-def test_replies_that_never_stop_break_the_task_and_keep_their_samples(place: SimpleNamespace, tmp_path: Path) -> None:
-    options = Evaluate(tasks=("capitals",), min_stop_rate=1.0)
-    with pytest.raises(
-        evaluate.BrokenTask, match=r"capitals: \d+% of 5 replies stop by themselves, min_stop_rate is 1"
-    ):
-        run(place, "capitals", tmp_path, options)
-    assert len(lines(tmp_path / "samples" / "capitals.jsonl")) == 5
-    assert not (tmp_path / "work" / "capitals.json").exists()
-
-
-def test_empty_replies_break_the_task(place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def silent(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        return torch.cat([context, torch.full((len(context), 1), 2)], dim=1)
-
-    from lm_eval.models.huggingface import HFLM
-
-    monkeypatch.setattr(HFLM, "_model_generate", silent)
-    with pytest.raises(evaluate.BrokenTask, match=r"100% of 5 replies are empty, max_empty_fraction is 0\.1"):
-        run(place, "capitals", tmp_path, Evaluate(tasks=("capitals",)))
 
 
 def test_a_model_that_computes_nonsense_is_broken_not_zero(
@@ -242,14 +117,6 @@ def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: 
     assert found["high"] - found["loss"] == pytest.approx(1.96 * found["stderr"], rel=1e-3)
     for end in ("low", "high"):
         assert found[f"perplexity_{end}"] == pytest.approx(math.exp(found[end]))
-
-
-def test_a_reply_that_goes_round_in_circles_is_seen() -> None:
-    from sft.evaluation.harness import repeats
-
-    assert repeats([1, 2, 3] * 10)
-    assert not repeats(list(range(30)))
-    assert not repeats([1, 1, 1])
 
 
 def test_the_shipped_gsm8k_tasks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,53 +283,6 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
     assert again["metrics"] == whole["metrics"] and again["generation"] == whole["generation"]
 
 
-def test_likelihoods_survive_a_kill_too(
-    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run(place, "colours", tmp_path / "a")
-    kept = (tmp_path / "a/work/colours.replies.jsonl").read_text().splitlines(keepends=True)
-    assert len(kept) == 36
-    (tmp_path / "b/work").mkdir(parents=True)
-    (tmp_path / "b/work/colours.replies.jsonl").write_text("".join(kept[:30]) + kept[30][:20])
-    asked: list[int] = []
-    call = type(place.model)._model_call
-
-    def counting(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        asked.append(len(inputs))
-        return call(self, inputs, *args, **kwargs)
-
-    monkeypatch.setattr(type(place.model), "_model_call", counting)
-    again = run(place, "colours", tmp_path / "b")
-    assert sum(asked) == 6 and again["reused_replies"] == 30 and again["metrics"] == whole["metrics"]
-    assert (tmp_path / "a/samples/colours.jsonl").read_bytes() == (tmp_path / "b/samples/colours.jsonl").read_bytes()
-
-
-def test_a_signal_leaves_what_was_answered_marked_incomplete(
-    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from sft.evaluation.harness import Model
-
-    model, said = Model(place.root / "model", batch_size=2, max_length=0, think_end=None), []
-    model.say = said.append
-    generate = Model._model_generate
-
-    def interrupted(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(self.replies) == 4:
-            raise SystemExit(143)  # what stage.main makes of SIGTERM
-        return generate(self, context, *args, **kwargs)
-
-    monkeypatch.setattr(Model, "_model_generate", interrupted)
-    with pytest.raises(SystemExit):
-        evaluate.one_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path)
-    file = tmp_path / "samples/capitals.incomplete.jsonl"
-    assert said == [f"interrupted: 4 answers of 5 documents are kept in {file}"]
-    rows = lines(file)
-    assert len(rows) == 4 and all(r["incomplete"] and "capital" in r["prompt"] and "ended_by" in r for r in rows)
-    assert not (tmp_path / "samples/capitals.jsonl").exists() and not (tmp_path / "work/capitals.json").exists()
-    monkeypatch.undo()
-    assert run(place, "capitals", tmp_path)["reused_replies"] == 4 and not file.exists()
-
-
 def test_items_that_fail_break_the_task(place: SimpleNamespace, tmp_path: Path) -> None:
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -502,122 +322,6 @@ def test_the_system_prompt_stands_before_every_conversation(place: SimpleNamespa
     prompts = [s["prompt"] for s in lines(tmp_path / "samples/capitals.jsonl")]
     assert all(p.startswith("<|im_start|>system\nYou know maps.<|im_end|>\n<|im_start|>user\nWhat") for p in prompts)
     assert result["samples_sha256"] != run(place, "capitals", tmp_path / "without")["samples_sha256"]
-
-
-def test_thinking_is_removed_before_scoring(
-    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from lm_eval.models.huggingface import HFLM
-
-    from sft.evaluation.harness import Model
-
-    encode = place.model.tokenizer.encode
-
-    def thinking(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        reply = torch.tensor([[*encode("It is ZZZ or so.</think>\n\nParis"), 2]] * len(context))
-        return torch.cat([context, reply], dim=1)
-
-    monkeypatch.setattr(HFLM, "_model_generate", thinking)
-    assert set(evaluate._THINK_END) == set(Evaluate.__dataclass_fields__["process_output"].metadata["choices"])
-    found = {}
-    for kind, end in evaluate._THINK_END.items():
-        model = Model(place.root / "model", batch_size=0, max_length=0, think_end=end)
-        found[kind] = evaluate.one_task(model, "capitals", ANYTHING, place.tasks, {}, tmp_path / kind)
-        assert found[kind]["metrics"]["exact_match"]["value"] == (kind == "r1_style")
-    assert found["r1_style"]["generation"]["tokens"]["median"] > 10  # what was generated, thinking included
-
-
-def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end: str | None, says: list[str]) -> Any:
-    """A model whose next token is the one its script for that row names, so that everything else is the real thing."""
-    from sft.evaluation.harness import Model
-
-    model = Model(place.root / "model", batch_size=len(says), max_length=0, think_end=think_end)
-    scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in says]
-    forward, at = model.model.forward, [0]
-
-    def say(*args: Any, **kwargs: Any) -> Any:
-        out = forward(*args, **kwargs)
-        out.logits[:] = -100.0
-        for row in range(len(out.logits)):
-            out.logits[row, -1, scripts[row][min(at[0], len(scripts[row]) - 1)]] = 100.0
-        at[0] += 1
-        return out
-
-    monkeypatch.setattr(model.model, "forward", say)
-    return model
-
-
-def ask(model: Any, prompts: list[str], **kwargs: Any) -> tuple[list[str], list[dict[str, Any]]]:
-    from lm_eval.api.instance import Instance
-
-    arguments = {"max_gen_toks": 80, "do_sample": False, **kwargs}
-    texts = model.generate_until([Instance("generate_until", {}, (p, dict(arguments)), 0) for p in prompts])
-    return texts, [entry for entries in model.replies.values() for entry in entries]
-
-
-def test_a_thought_is_not_stopped_by_a_stop_string_and_an_unclosed_one_has_no_answer(
-    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    says = ["<think>a ZZZ b</think> Paris ZZZ not this", "<think>so it is Paris", "Paris ZZZ or so"]
-    model = scripted(place, monkeypatch, "</think>", says)
-    texts, entries = ask(model, ["bbb", "ccc", "ddd"], until=["ZZZ"])
-    assert [t.strip() for t in texts] == ["Paris", "", "Paris"]
-    ends = [e["ended_by"] for e in entries]
-    assert ends == ["stop string", "unclosed thought", "stop string"]
-    model = scripted(place, monkeypatch, "</think>", ["it is Paris"])
-    assert ask(model, ["who?<think>\n"])[1][0]["ended_by"] == "unclosed thought"
-    model = scripted(place, monkeypatch, None, ["<think>it is Paris"])
-    texts, entries = ask(model, ["who?"], until=["is"])
-    assert texts == ["<think>it "] and entries[0]["ended_by"] == "stop string"
-
-
-def test_unclosed_thoughts_lower_the_stop_rate() -> None:
-    from sft.evaluation.scores import generation_facts
-
-    row = {"filter": "none", "replies": [""], "ended_by": "unclosed thought", "tokens": 9, "repeats": False}
-    facts = generation_facts([row, {**row, "replies": ["x"], "ended_by": "terminator"}])["generation"]
-    assert facts["stop_rate"] == facts["terminator_rate"] == 0.5 and facts["empty"] == 0
-
-
-def test_how_a_reply_ended_does_not_depend_on_its_neighbours(
-    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    says = ["Rome ZZZ " + "round and round " * 3, "a longer answer comes here ZZZ"]
-    together = ask(scripted(place, monkeypatch, None, says), ["bbb", "ccc"], until=["ZZZ"])
-    for i in (0, 1):
-        alone = ask(scripted(place, monkeypatch, None, says[i : i + 1]), [["bbb", "ccc"][i]], until=["ZZZ"])
-        assert alone == ([together[0][i]], [together[1][i]])
-    encode = place.model.tokenizer.encode
-    assert together[1][0]["tokens"] <= len(encode("Rome ZZZ ", add_special_tokens=False))
-
-
-def test_several_replies_to_a_document_are_all_counted(place: SimpleNamespace, tmp_path: Path) -> None:
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "capitals.jsonl").write_text((place.tasks / "capitals.jsonl").read_text())
-    text = REPLY.replace("do_sample: false", "do_sample: true, temperature: 1.0").replace(
-        "metric_list", "repeats: 3\nmetric_list"
-    )
-    (tasks / "capitals.yaml").write_text(text.replace('"ZZZ"', '"a", "e", "i", "o"'))
-
-    def once(out: str) -> Any:
-        return evaluate.one_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / out)
-
-    result = once("a")
-    samples = lines(tmp_path / "a/samples/capitals.jsonl")
-    ends = [end for s in samples for end in s["ended_by"]]
-    assert all(len(s["replies"]) == len(s["ended_by"]) == len(s["tokens"]) == 3 for s in samples)
-    assert len({tuple(s["replies"]) for s in samples}) > 1 and len(set(ends)) > 1
-    facts = result["generation"]
-    assert facts["n"] == 15 and facts["stop_rate"] == sum(e != "length" for e in ends) / 15
-    assert facts["empty"] == sum(not r.strip() for s in samples for r in s["replies"]) / 15
-    # a killed attempt keeps its replies, in their places
-    kept = (tmp_path / "a/work/capitals.replies.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "b/work").mkdir(parents=True)
-    (tmp_path / "b/work/capitals.replies.jsonl").write_text("".join(kept[:7]))
-    assert once("b")["reused_replies"] == 7
-    again = [r for s in lines(tmp_path / "b/samples/capitals.jsonl") for r in s["replies"]]
-    assert len(again) == 15 and {json.loads(k)["text"] for k in kept[:7]} <= set(again)
 
 
 def test_as_many_held_out_conversations_as_asked_are_measured_and_kept(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -689,10 +393,3 @@ def test_progress_tells_how_far_it_is_and_when_it_ends(
     assert all("ETA 0:00:0" in line for line in said[:2]) and said[2].startswith(
         "1/1 capitals: exact_match 0.000 [0.000"
     )
-
-
-def test_reply_lengths_are_counted_in_bins() -> None:
-    from sft.evaluation.scores import length_bins
-
-    assert length_bins([0, 3, 8, 9, 40]) == [[8, 3], [16, 1], [32, 0], [64, 1]]
-    assert length_bins([20]) == [[32, 1]] and length_bins([70_000]) == [[70_000, 1]]

@@ -14,13 +14,10 @@ from typing import Any
 
 import pytest
 
-import tiny_export
-from sft.conversion import convert
+from evaluating import make_place
 from sft.errors import SftError
 from sft.evaluation import evaluate
-from sft.schema import Convert, Evaluate, Hardware
-from test_evaluate import CHOICE, REPLY
-from tiny_export import OLMO3
+from sft.schema import Evaluate, Hardware
 
 FAKE = '''
 """Stands in for vllm 0.11: LLM(**arguments).generate(prompts, sampling_params, use_tqdm, lora_request)."""
@@ -111,22 +108,9 @@ def fake_vllm(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    root = tmp_path_factory.mktemp("vllm")
-    tasks = root / "tasks"
-    tasks.mkdir()
-    (tasks / "colours.yaml").write_text(CHOICE)
-    (tasks / "capitals.yaml").write_text(
-        REPLY.replace('"ZZZ"', '"a", "e", "i", "o", "r"')
-    )  # some replies meet the stop string
-    rows = [{"question": f"Name {i}", "choices": ["red", "yellow", f"b{i}"], "gold": i % 3} for i in range(4)]
-    (root / "colours.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    rows = [{"question": f"What is the capital of {c}?", "answer": "Paris"} for c in ("France", "Rome", "A", "B", "C")]
-    (tasks / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    facts = tiny_export.tokenizer(root / "tokenizer")
-    options = Convert(dtype="float32", max_position_embeddings=512)
-    weights, tokenizer = tiny_export.weights(OLMO3), root / "tokenizer"
-    convert.export(weights, OLMO3, facts, tokenizer, root / "model", options, tiny_export.TEMPLATE, lambda _: None)
-    return SimpleNamespace(tasks=tasks, model=root / "model", data={"colours": root / "colours.jsonl"})
+    return make_place(
+        tmp_path_factory.mktemp("vllm"), stops='"a", "e", "i", "o", "r"', choices=4
+    )  # some replies meet one
 
 
 OPTIONS = Evaluate(tasks=("colours", "capitals"), min_stop_rate=0, max_empty_fraction=1, seed=7, max_length=200)
@@ -142,18 +126,20 @@ def test_a_backend_that_is_not_installed_names_the_extra(
     with pytest.raises(
         SftError, match=r"backend = 'vllm': the package vllm is not installed; next.*pip install -e '.\[vllm\]'"
     ):
-        evaluate.open_model(place.model, options, Hardware())
+        evaluate.open_model(place.root / "model", options, Hardware())
 
 
 def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -> None:
     options = Evaluate(tasks=("x",), backend="vllm", seed=7, max_length=300, process_output="r1_style")
-    model: Any = evaluate.open_model(place.model, options, Hardware(processes=4))
+    model: Any = evaluate.open_model(place.root / "model", options, Hardware(processes=4))
     given = fake_vllm.CALLS[-1]
-    assert given["model"] == str(place.model) and given["dtype"] == "auto" and given["trust_remote_code"] is False
+    assert (
+        given["model"] == str(place.root / "model") and given["dtype"] == "auto" and given["trust_remote_code"] is False
+    )
     assert (given["max_model_len"], given["tensor_parallel_size"], given["seed"]) == (300, 4, 7)
     assert model.think_end_token == "</think>" and model.max_length == 300 and model.stop_ids == [2, 0]
     assert model.about == {"backend": "vllm", "device": "4 x cuda", "dtype": "float32"}
-    evaluate.open_model(place.model, Evaluate(tasks=("x",), backend="vllm"), Hardware())
+    evaluate.open_model(place.root / "model", Evaluate(tasks=("x",), backend="vllm"), Hardware())
     assert fake_vllm.CALLS[-1]["max_model_len"] is None and fake_vllm.CALLS[-1]["tensor_parallel_size"] == 1
 
 
@@ -163,7 +149,7 @@ def test_both_backends_give_the_same_scores_samples_and_facts(
     found = {}
     for backend in ("hf", "vllm"):
         options = Evaluate(**{**vars(OPTIONS), "backend": backend})
-        model = evaluate.open_model(place.model, options, Hardware())
+        model = evaluate.open_model(place.root / "model", options, Hardware())
         found[backend] = evaluate.run_tasks(model, options, place.tasks, place.data, tmp_path / backend, print)[0]
         documents = [([5, 6, 7, 8], [False, True, False, True]), ([9, 9], [False, False]), ([4] * 30, [True] * 30)]
         found[backend]["losses"] = list(model.losses(documents))

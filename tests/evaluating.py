@@ -1,0 +1,73 @@
+"""Two small tasks and an export for them, for the tests of evaluation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import tiny_export
+from sft.conversion import convert
+from sft.evaluation import evaluate
+from sft.schema import Convert, Evaluate
+from tiny_export import OLMO3
+
+CHOICE = """
+task: colours
+dataset_path: json
+dataset_kwargs: {data_files: {test: colours}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: gold
+metric_list:
+  - {metric: acc_norm, aggregation: mean, higher_is_better: true}
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+REPLY = """
+task: capitals
+dataset_path: json
+dataset_kwargs: {data_files: {test: capitals.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ["ZZZ"], max_gen_toks: 6, do_sample: false}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+ANYTHING = Evaluate(tasks=("capitals",), min_stop_rate=0, max_empty_fraction=1, batch_size=3)
+
+
+def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNamespace:
+    """A tiny export, two tasks (replies that end at `stops`, `choices` questions of three answers), and the model as lm-eval holds it."""
+    tasks = root / "tasks"
+    tasks.mkdir()
+    (tasks / "colours.yaml").write_text(CHOICE)
+    (tasks / "capitals.yaml").write_text(REPLY.replace('"ZZZ"', stops))
+    rows = [{"question": f"Name {i}", "choices": ["red", "yellow", f"b{i}"], "gold": i % 3} for i in range(choices)]
+    (root / "colours.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"question": f"What is the capital of {c}?", "answer": "Paris"} for c in ("France", "Rome", "A", "B", "C")]
+    (tasks / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    facts = tiny_export.tokenizer(root / "tokenizer")
+    weights = tiny_export.weights(OLMO3)
+    options = Convert(dtype="float32", max_position_embeddings=512)
+    convert.export(
+        weights, OLMO3, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
+    )
+    from sft.evaluation.harness import Model
+
+    model = Model(root / "model", batch_size=4, max_length=0, think_end=None)
+    return SimpleNamespace(
+        root=root, tasks=tasks, data={"colours": root / "colours.jsonl"}, model=model, weights=weights
+    )
+
+
+def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHING) -> dict[str, Any]:
+    return evaluate.one_task(place.model, name, options, place.tasks, place.data, out)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
