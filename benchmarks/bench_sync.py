@@ -34,8 +34,10 @@ AT_ONCE = 32
 
 
 def ours(folder: Path, names: list[str], back: Path, sha256: bool = False) -> tuple[float, float]:
+    from sft.storage.files import Job
     from sft.storage.gcs import GcsStorage
-    from sft.storage.transfer import Job, LocalStorage, transfer
+    from sft.storage.local import LocalStorage
+    from sft.storage.transfer import transfer
 
     target, source = (GcsStorage("gs://bench/ours", back / "cache") for _ in range(2))
     assert target.fast and source.fast  # the clients, which the others have too before the clock starts

@@ -20,7 +20,9 @@ from pathlib import Path
 from sft.errors import SftError
 from sft.hashcache import HashCache
 from sft.stage import report_errors
-from sft.storage.transfer import Job, LocalStorage, Storage, open_storage, transfer
+from sft.storage.files import Job, Storage
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage, transfer
 
 
 def split(where: str) -> tuple[str, str]:

@@ -17,7 +17,7 @@ from sft import manifest
 from sft.errors import SftError
 from sft.hashcache import HashCache
 from sft.storage import sync
-from sft.storage.transfer import LocalStorage
+from sft.storage.local import LocalStorage
 
 FILES = {"manifest.json": b"{}", "data/x.npy": os.urandom(300_000), "data/y.npy": b"y", "z": b""}
 

@@ -16,7 +16,8 @@ from gcs_server import Server
 from sft import manifest
 from sft.errors import SftError
 from sft.storage import fetch
-from sft.storage.transfer import LocalStorage, open_storage
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage
 
 
 @pytest.fixture

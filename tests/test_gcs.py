@@ -25,8 +25,10 @@ from google.cloud import storage
 
 from sft.errors import SftError
 from sft.storage import attempts, download, gcs, upload, wires
+from sft.storage.files import Found, Job, Meter
 from sft.storage.gcs import GcsStorage
-from sft.storage.transfer import Found, Job, LocalStorage, Meter, is_part, transfer
+from sft.storage.local import LocalStorage, is_part
+from sft.storage.transfer import transfer
 
 SMALL, LARGE = os.urandom(100_000), os.urandom(3_000_001)
 
@@ -278,7 +280,8 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from sft.storage import download, gcs, transfer as storage
-from sft.storage.transfer import Job, open_storage, transfer
+from sft.storage.files import Job
+from sft.storage.transfer import open_storage, transfer
 gcs.LARGE = storage.CONTINUED = download.SLICE = 1 << 20
 download.SLICES = 2
 for line in sys.stdin:  # a process for each line, so that the libraries are imported once

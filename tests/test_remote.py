@@ -14,7 +14,8 @@ from test_checkpoint import save
 pytest.importorskip("google.cloud.storage")
 
 import training
-from sft.storage.transfer import LocalStorage, open_storage
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage
 from sft.training import checkpoint
 from sft.training.remote import Uploads, destination
 from training import train

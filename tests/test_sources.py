@@ -291,12 +291,13 @@ def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorde
 def bucket(tmp_path, monkeypatch):
     """gs://bucket as a folder; sft.storage.gcs itself has its own tests."""
     from sft.storage import transfer as storage
+    from sft.storage.files import Storage
 
     real = storage.open_storage
     root = tmp_path / "bucket"
     root.mkdir()
 
-    def open_storage(where: str, cache: Path | None = None) -> storage.Storage:
+    def open_storage(where: str, cache: Path | None = None) -> Storage:
         return real(str(tmp_path / where.removeprefix("gs://")) if where.startswith("gs://") else where, cache)
 
     monkeypatch.setattr(storage, "open_storage", open_storage)

@@ -14,8 +14,10 @@ import pytest
 
 from conftest import REPO
 from sft.errors import SftError
-from sft.storage import transfer as storage
-from sft.storage.transfer import Job, LocalStorage, hash_file, transfer
+from sft.storage import local
+from sft.storage.files import Job, Meter, hash_file
+from sft.storage.local import LocalStorage, is_part
+from sft.storage.transfer import open_storage, transfer
 
 
 def make(root: Path, files: dict[str, bytes]) -> LocalStorage:
@@ -150,7 +152,7 @@ def test_a_root_that_cannot_be_written_is_told_first(source: LocalStorage, tmp_p
 def test_too_little_space_is_told_with_the_bytes_needed(
     source: LocalStorage, target: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(SftError, match=r"9,070,001 bytes are needed, 1,000 are free"):
         transfer(jobs(source), source, target, quiet)
     assert not files(target.root)
@@ -163,9 +165,10 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(source: LocalStorage, tmp_p
         'cd "$1"\n"$2" fill.py "$1/source" "$1/small" || echo failed\nls -AR "$1/small"\n'
     )
     (tmp_path / "fill.py").write_text(
-        "import sys\nfrom pathlib import Path\nfrom sft.storage import transfer as storage\nfrom sft.storage.transfer import LocalStorage, Job, transfer\n"
+        "import shutil, sys\nfrom pathlib import Path\nfrom sft.storage.files import Job\n"
+        "from sft.storage.local import LocalStorage\nfrom sft.storage.transfer import transfer\n"
         "source, target = (LocalStorage(Path(p)) for p in sys.argv[1:])\n"
-        "storage.shutil.disk_usage = lambda _: type('U', (), {'free': 10**12})\n"  # it fills up later
+        "shutil.disk_usage = lambda _: type('U', (), {'free': 10**12})\n"  # it fills up later
         "jobs = [Job(n, n, f.bytes) for n, f in source.list().items()]\n"
         "try:\n    transfer(jobs, source, target, print)\nexcept Exception as e:\n    sys.exit(str(e))\n"
     )
@@ -182,18 +185,19 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(source: LocalStorage, tmp_p
 COPY_SLOWLY = """
 import sys, time
 from pathlib import Path
-from sft.storage import transfer as storage
-from sft.storage.transfer import LocalStorage, Job, transfer
-storage.CHUNK = 1 << 14
-class Slow(storage.Meter):
+from sft.storage import files, local, transfer as copying
+from sft.storage.files import Job
+from sft.storage.local import LocalStorage
+local.CHUNK = 1 << 14
+class Slow(files.Meter):
     def add(self, count):
         super().add(count)
         time.sleep(0.002)
-storage.Meter = Slow
+copying.Meter = Slow
 source, target = (LocalStorage(Path(p)) for p in sys.argv[1:])
 target.check_access(True)
 target.sweep()
-transfer([Job(n, n, f.bytes) for n, f in source.list().items()], source, target, print)
+copying.transfer([Job(n, n, f.bytes) for n, f in source.list().items()], source, target, print)
 """
 
 
@@ -212,8 +216,8 @@ def test_kill_at_any_moment_leaves_no_partial_file_and_a_rerun_completes(
         running.send_signal(signal.SIGKILL)
         running.wait()
         present = files(target.root)
-        partial |= any(storage.is_part(Path(n).name) for n in present)
-        assert all(FILES[n] == data for n, data in present.items() if not storage.is_part(Path(n).name))
+        partial |= any(is_part(Path(n).name) for n in present)
+        assert all(FILES[n] == data for n, data in present.items() if not is_part(Path(n).name))
     assert partial, "no kill came while a file was being written"
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     assert files(target.root) == FILES
@@ -225,7 +229,7 @@ def test_a_rename_that_fails_is_an_error_that_names_the_file(
     def fail(old: Path, new: Path) -> None:
         raise OSError(5, os.strerror(5), str(new))
 
-    monkeypatch.setattr(storage.os, "replace", fail)
+    monkeypatch.setattr(local.os, "replace", fail)
     with pytest.raises(SftError, match=r"b/c\.npy: Input/output error"):
         transfer(jobs(source), source, target, quiet)
     assert files(target.root) == {}
@@ -235,7 +239,7 @@ def test_progress_says_files_bytes_rate_and_time_left(source: LocalStorage, targ
     said: list[str] = []
     transfer(jobs(source), source, target, said.append)
     assert said[-1] == "3 files copied (9.1 MB), 0 were there and identical"
-    meter = storage.Meter(3, 3_000_000, said.append, every_s=0)
+    meter = Meter(3, 3_000_000, said.append, every_s=0)
     meter.add(1_500_000)
     meter.show()
     assert said[-1].startswith("0/3 files, 1.5 MB of 3.0 MB, ") and said[-1].endswith(" s left") and "/s" in said[-1]
@@ -243,4 +247,4 @@ def test_progress_says_files_bytes_rate_and_time_left(source: LocalStorage, targ
 
 def test_only_folders_and_gs_are_storage() -> None:
     with pytest.raises(SftError, match="s3://b"):
-        storage.open_storage("s3://b")
+        open_storage("s3://b")

@@ -30,8 +30,10 @@ from sft.conversion.folder import Folder
 from sft.errors import SftError
 from sft.presets import ModelConfig, Stepwise, Yarn
 from sft.schema import Convert, Prepare
+from sft.storage.files import Job
+from sft.storage.local import LocalStorage
 from sft.storage.sync import find_base
-from sft.storage.transfer import Job, LocalStorage, open_storage, transfer
+from sft.storage.transfer import open_storage, transfer
 from sft.training.base import core_layers, step_config
 from sft.training.checkpoint import LAYOUT_VERSION
 from sft.training.tensors import Tensors

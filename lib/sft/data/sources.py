@@ -159,6 +159,7 @@ def _named(source: Source) -> str:
 def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
     """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
     from sft.storage import transfer as storage
+    from sft.storage.files import Job
 
     folder, _, last = path.rstrip("/").rpartition("/")
     single = inputs.kind(last) is not None
@@ -182,7 +183,7 @@ def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, P
     origins: dict[str, Origin] = {}
     for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
         content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
-        jobs.append(storage.Job(name, content, entry.bytes, crc32c=entry.crc32c))
+        jobs.append(Job(name, content, entry.bytes, crc32c=entry.crc32c))
         found[f"{where}/{name}"] = cache / content
         origins[f"{where}/{name}"] = (("crc32c", f"{entry.crc32c or 0:08x}"), ("generation", str(entry.generation)))
     storage.transfer(jobs, remote, storage.open_storage(str(cache)), say)

@@ -19,7 +19,8 @@ from typing import IO
 from sft.errors import SftError
 from sft.storage.attempts import Deadline, Refused, attempt
 from sft.storage.crc import Object
-from sft.storage.transfer import CHUNK, MORE, PART, Hasher, Meter, Sums
+from sft.storage.files import CHUNK, Hasher, Meter, Sums
+from sft.storage.local import MORE, PART
 from sft.storage.wires import Sink, Wire
 
 SLICE = 8 << 20  # so much in each of SLICES parallel requests

@@ -27,7 +27,9 @@ from sft.hashcache import HashCache
 from sft.launch import handback
 from sft.schema import STAGES
 from sft.stage import lock, report_errors
-from sft.storage.transfer import Job, LocalStorage, Storage, open_storage, transfer
+from sft.storage.files import Job, Storage
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage, transfer
 
 STEP_LIST = re.compile(rf"step\d+/{re.escape(manifest.NAME)}")
 

@@ -1,4 +1,4 @@
-"""gs://bucket/prefix as a storage of sft.storage.transfer: two clients for requests, our own checks around them.
+"""gs://bucket/prefix as a storage of sft.storage.files: two clients for requests, our own checks around them.
 
 In:  gs://bucket/prefix; Google's standard credentials (or none at STORAGE_EMULATOR_HOST); a folder for unfinished uploads.
 Out: objects and files whose CRC32C was compared after the last byte, or an SftError that says what happened.
@@ -30,7 +30,7 @@ from sft.paths import check_relative
 from sft.storage import attempts, download, wires
 from sft.storage.attempts import Deadline, Refused, attempt
 from sft.storage.crc import Object
-from sft.storage.transfer import CONTINUED, Found, Hasher, Job, Meter, Sums, check, hash_file
+from sft.storage.files import CONTINUED, Found, Hasher, Job, Meter, Sums, check, hash_file
 from sft.storage.upload import Upload
 from sft.storage.wires import Wire
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from sft.errors import SftError
-from sft.storage.transfer import LocalStorage, hash_file
+from sft.storage.files import hash_file
+from sft.storage.local import LocalStorage
 
 # Weights as pickles could run code when they are read, and the same weights are there as safetensors.
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite"]

@@ -25,7 +25,9 @@ from sft import manifest
 from sft.errors import SftError
 from sft.stage import Result, Stage, lock
 from sft.storage import hub
-from sft.storage.transfer import Job, LocalStorage, Storage, make_folders, open_storage, size, transfer
+from sft.storage.files import Job, Storage, size
+from sft.storage.local import LocalStorage, make_folders
+from sft.storage.transfer import open_storage, transfer
 
 
 def sync(stage: Stage) -> Result:

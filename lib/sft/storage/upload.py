@@ -25,7 +25,7 @@ from sft.errors import SftError
 from sft.storage import attempts
 from sft.storage.attempts import Deadline, Refused, attempt
 from sft.storage.crc import Object, number, text
-from sft.storage.transfer import Job, Meter, Sums, check, hash_file
+from sft.storage.files import Job, Meter, Sums, check, hash_file
 
 PIECE = 1 << 20  # bytes handed to the connection at a time
 

@@ -23,7 +23,7 @@ from sft.errors import SftError
 from sft.storage import attempts
 from sft.storage.attempts import Answer, Deadline
 from sft.storage.crc import Object, number, text
-from sft.storage.transfer import Meter
+from sft.storage.files import Meter
 
 try:
     import obstore

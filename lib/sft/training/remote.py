@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sft import manifest
-from sft.storage.transfer import Job, LocalStorage, open_storage, transfer
+from sft.storage.files import Job
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage, transfer
 from sft.training import checkpoint
 
 
