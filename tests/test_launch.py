@@ -259,6 +259,13 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
         ('launcher = "slurm"\ninstall = ["x"]', "'install': for launcher = 'beaker' only, and this is 'slurm'"),
         ('image = "a/b"\nmounts = ["b:/b"]', "'image', 'mounts': for launcher = 'beaker' only, and this is 'local'"),
         ('launcher = "slurm"\n[secrets]\nA = "b"', "'secrets': for launcher = 'beaker' only"),
+        (
+            'launcher = "slurm"\nevaluate_image = "a/b"',
+            "'evaluate_image': for launcher = 'beaker' only, and this is 'slurm'",
+        ),
+        ("preemptible = true", "'preemptible': for launcher = 'beaker' only, and this is 'local'; remove it"),
+        ('launcher = "beaker"\npartition = "gpu"', "'partition': for launcher = 'slurm' only, and this is 'beaker'"),
+        ('time = "1:00:00"', "'time': for launcher = 'slurm' or 'beaker' only, and this is 'local'"),
         ('[env]\n"A B" = "b"', "'env': 'A B' is not a variable's name"),
         ('[env]\nA = "\\u0000"', "'env': A = '\\x00' holds a NUL"),
     ],
@@ -268,6 +275,17 @@ def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path,
     with pytest.raises(SftError) as error:
         recipe.load_cluster(tmp_path / "c.toml")
     assert f"{tmp_path}/c.toml: {told}" in str(error.value)
+
+
+def test_a_recipes_numbers_that_its_cluster_would_ignore_are_refused(workspace):
+    file = workspace.recipe("x")
+    file.write_text(file.read_text() + '[on.ai2-jupiter.train]\npartition = "gpu"\n[on.local.prepare]\ncpus = 4\n')
+    told = workspace.make("show", "RECIPE=x", ok=False).stderr
+    assert (
+        "recipes/x.toml: 'partition' in [on.ai2-jupiter.train]: for launcher = 'slurm' only, and this is 'beaker'"
+        in told
+    )
+    assert "'cpus' in [on.local.prepare]: for launcher = 'slurm' or 'beaker' only, and this is 'local'" in told
 
 
 def test_the_clusters_variables_reach_a_stage_on_this_machine(workspace):

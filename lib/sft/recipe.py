@@ -99,8 +99,9 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
 def load_cluster(file: Path) -> schema.Cluster:
     """Reads and checks env/<cluster>.toml. Raises SftError."""
     problems: list[str] = []
-    cluster: schema.Cluster = _build(schema.Cluster, _read_toml(file, "cluster"), "", problems)
-    problems = problems or _check_cluster(cluster)
+    data = _read_toml(file, "cluster")
+    cluster: schema.Cluster = _build(schema.Cluster, data, "", problems)
+    problems = problems or _check_cluster(cluster) + _unread(schema.Cluster, data, cluster.launcher)
     if problems:
         raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
     return cluster
@@ -109,13 +110,19 @@ def load_cluster(file: Path) -> schema.Cluster:
 def _check_cluster(cluster: schema.Cluster) -> list[str]:
     problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not VARIABLE.fullmatch(name)]
     problems += [f"'env': {name} = {value!r} holds a NUL" for name, value in cluster.env.items() if "\0" in value]
-    if cluster.launcher != "beaker":
-        unused = [f"'{name}'" for name in ("image", "install", "mounts", "secrets") if getattr(cluster, name)]
-        if unused:
-            problems.append(
-                f"{', '.join(unused)}: for launcher = 'beaker' only, and this is {cluster.launcher!r}; remove it"
-            )
     return problems
+
+
+def _unread(cls: type, given: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
+    """One line for the fields that are given and that no job of this launcher would follow."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for f in dataclasses.fields(cls):
+        if f.name in given and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
+            names.setdefault(f.metadata["launchers"], []).append(f"'{f.name}'")
+    return [
+        f"{', '.join(fields)}{where}: for launcher = {' or '.join(map(repr, readers))} only, and this is {launcher!r}; remove it"
+        for readers, fields in names.items()
+    ]
 
 
 def find(folder: Path, name: str, what: str) -> Path:
@@ -250,7 +257,17 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
                 problems.append(f"no stage '{stage}' in [on.{cluster}]{_did_you_mean(stage, schema.STAGES)}")
                 continue
             on[cluster][stage] = _build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
+            if isinstance(numbers, dict) and (launcher := _launcher(cluster)):
+                problems += _unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
     return on
+
+
+def _launcher(cluster: str) -> str:
+    """The launcher of env/<cluster>.toml, or "" where that file cannot be read: whoever uses the cluster is told."""
+    try:
+        return str(_read_toml(CLUSTERS / f"{cluster}.toml", "cluster").get("launcher", "local"))
+    except SftError:
+        return ""
 
 
 def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> list[str]:

@@ -25,9 +25,19 @@ def opt(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     key: bool = True,
+    launchers: tuple[str, ...] = (),
 ) -> Any:
-    """Declares a field. `min`/`max` are inclusive bounds, `above` an exclusive lower bound; `choices` of a table are its keys."""
-    metadata = {"doc": doc, "min": min, "max": max, "above": above, "choices": choices, "key": key}
+    """Declares a field. `min`/`max` are inclusive bounds, `above` an exclusive lower bound; `choices` of a table are its keys;
+    `launchers`: those that read it (empty = all), under the others it is refused."""
+    metadata = {
+        "doc": doc,
+        "min": min,
+        "max": max,
+        "above": above,
+        "choices": choices,
+        "key": key,
+        "launchers": launchers,
+    }
     if default is REQUIRED:
         return field(metadata={**metadata, "required": True}, default=None)
     if isinstance(default, dict):
@@ -283,6 +293,10 @@ class Evaluate:
     )
 
 
+LAUNCHERS = ("local", "slurm", "beaker")
+JOBS, SLURM, BEAKER = LAUNCHERS[1:], LAUNCHERS[1:2], LAUNCHERS[2:]
+
+
 @dataclass(frozen=True)
 class Hardware:
     """[on.<cluster>.<stage>]: numbers that differ between clusters and never change a result's key."""
@@ -309,12 +323,23 @@ class Hardware:
         max=1,
     )
     compile: bool = opt(False, "compile every block with torch.compile")
-    gpus: int = opt(-1, "GPUs a job asks for on each machine; -1 = all for train, one for evaluate, else none", min=-1)
-    cpus: int = opt(0, "CPU cores a job asks for on each machine; 0 = what the scheduler gives", min=0)
-    memory_gb: int = opt(0, "host memory a job asks for on each machine, in GB; 0 = what the scheduler gives", min=0)
-    time: str = opt("", "longest duration of a job, as the scheduler writes it, e.g. 24:00:00; empty = the cluster's")
-    partition: str = opt("", "Slurm partition; empty = the cluster's")
-    priority: str = opt("", "Beaker priority; empty = the cluster's")
+    gpus: int = opt(
+        -1,
+        "GPUs a job asks for on each machine; -1 = all for train, one for evaluate, else none",
+        min=-1,
+        launchers=JOBS,
+    )
+    cpus: int = opt(0, "CPU cores a job asks for on each machine; 0 = what the scheduler gives", min=0, launchers=JOBS)
+    memory_gb: int = opt(
+        0, "host memory a job asks for on each machine, in GB; 0 = what the scheduler gives", min=0, launchers=JOBS
+    )
+    time: str = opt(
+        "",
+        "longest duration of a job, as the scheduler writes it, e.g. 24:00:00; empty = the cluster's",
+        launchers=JOBS,
+    )
+    partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
+    priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
 
 
 STAGES = ("prepare", "sync", "train", "convert", "evaluate")
@@ -332,50 +357,74 @@ class Cluster:
     launcher: str = opt(
         "local",
         "what starts a stage there: this machine, or a job of a scheduler",
-        choices=("local", "slurm", "beaker"),
+        choices=LAUNCHERS,
     )
     stages: tuple[str, ...] = opt(STAGES, "stages that run there; the others run on this machine", choices=STAGES)
     runs: str = opt("", "folder of runs as jobs see it; empty = the same path as here")
-    shared_disk: bool = opt(True, "jobs see this machine's repository and folder of runs")
+    shared_disk: bool = opt(True, "jobs see this machine's repository and folder of runs", launchers=JOBS)
     gpu: str = opt("", "type of the GPUs, e.g. H100; empty = whatever the scheduler has")
     gpu_memory_gb: float = opt(0.0, "memory of one GPU in GB; 0 = unknown", min=0)
     gpu_tflops: float = opt(0.0, "dense bf16 peak of one GPU in TFLOP/s; 0 = unknown", min=0)
     gpus_per_node: int = opt(0, "GPUs of one machine; 0 = none, or those found when stages run on this machine", min=0)
-    time: str = opt("", "longest duration of a job, as the scheduler writes it; empty = the scheduler's default")
-    partition: str = opt("", "Slurm partition; empty = Slurm's default")
-    account: str = opt("", "Slurm account; empty = the user's default")
-    qos: str = opt("", "Slurm quality of service; empty = the account's default")
-    sbatch: tuple[str, ...] = opt((), 'more options of sbatch, e.g. ["--constraint=ib", "--exclusive"]')
-    notice_s: int = opt(
-        120, "seconds before a Slurm job's time is up at which training saves and asks for a new turn", min=1
+    time: str = opt(
+        "", "longest duration of a job, as the scheduler writes it; empty = the scheduler's default", launchers=JOBS
     )
-    clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]')
-    workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default")
-    budget: str = opt("", "Beaker budget, org/name")
-    priority: str = opt("normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"))
-    preemptible: bool = opt(True, "a Beaker job may be preempted; it saves and resumes")
-    min_runtime: str = opt("", "time a Beaker job runs before it may be preempted, e.g. 1h; empty = none")
-    image: str = opt("", "Beaker image, user/name")
-    install: tuple[str, ...] = opt((), "commands that prepare the repository's environment in a fresh container")
+    partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
+    account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
+    qos: str = opt("", "Slurm quality of service; empty = the account's default", launchers=SLURM)
+    sbatch: tuple[str, ...] = opt(
+        (), 'more options of sbatch, e.g. ["--constraint=ib", "--exclusive"]', launchers=SLURM
+    )
+    notice_s: int = opt(
+        120,
+        "seconds before a Slurm job's time is up at which training saves and asks for a new turn",
+        min=1,
+        launchers=SLURM,
+    )
+    clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]', launchers=BEAKER)
+    workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default", launchers=BEAKER)
+    budget: str = opt("", "Beaker budget, org/name", launchers=BEAKER)
+    priority: str = opt(
+        "normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"), launchers=BEAKER
+    )
+    preemptible: bool = opt(True, "a Beaker job may be preempted; it saves and resumes", launchers=BEAKER)
+    min_runtime: str = opt(
+        "", "time a Beaker job runs before it may be preempted, e.g. 1h; empty = none", launchers=BEAKER
+    )
+    image: str = opt("", "Beaker image, user/name", launchers=BEAKER)
+    install: tuple[str, ...] = opt(
+        (), "commands that prepare the repository's environment in a fresh container", launchers=BEAKER
+    )
     mounts: tuple[str, ...] = opt(
-        (), "Weka buckets and where jobs see them, e.g. oe-training-default:/weka/oe-training-default"
+        (), "Weka buckets and where jobs see them, e.g. oe-training-default:/weka/oe-training-default", launchers=BEAKER
     )
     env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
-    data: str = opt("", "DATA as jobs see it, folders separated by ':'")
+    data: str = opt("", "DATA as jobs see it, folders separated by ':'", launchers=BEAKER)
     code: str = opt(
-        "git", "how a Beaker job gets the code: a pushed commit, or an archive of HEAD", choices=("git", "dataset")
+        "git",
+        "how a Beaker job gets the code: a pushed commit, or an archive of HEAD",
+        choices=("git", "dataset"),
+        launchers=BEAKER,
     )
-    retries: int = opt(0, "times Beaker starts a failed task again by itself", min=0)
-    evaluate_image: str = opt("", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness")
-    evaluate_install: tuple[str, ...] = opt((), "shell lines that bring the harness into that image")
+    retries: int = opt(0, "times Beaker starts a failed task again by itself", min=0, launchers=BEAKER)
+    evaluate_image: str = opt(
+        "", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness", launchers=BEAKER
+    )
+    evaluate_install: tuple[str, ...] = opt((), "shell lines that bring the harness into that image", launchers=BEAKER)
     evaluate_harness: str = opt(
-        "olmo-eval", "the harness that these two bring; the other is refused", choices=("olmo-eval", "oe-eval")
+        "olmo-eval",
+        "the harness that these two bring; the other is refused",
+        choices=("olmo-eval", "oe-eval"),
+        launchers=BEAKER,
     )
-    evaluate_secrets: dict[str, str] = opt({}, "secrets of harnesses, besides `secrets`")
-    optional_secrets: dict[str, str] = opt({}, "like `secrets`, but those that the workspace lacks are left out")
+    evaluate_secrets: dict[str, str] = opt({}, "secrets of harnesses, besides `secrets`", launchers=BEAKER)
+    optional_secrets: dict[str, str] = opt(
+        {}, "like `secrets`, but those that the workspace lacks are left out", launchers=BEAKER
+    )
     secrets: dict[str, str] = opt(
         {},
         "secrets of the workspace by environment variable, e.g. {HF_TOKEN = \"HF_TOKEN\"}; '{user}' is the user's name",
+        launchers=BEAKER,
     )
 
 
