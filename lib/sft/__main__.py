@@ -252,7 +252,8 @@ def command_fields(args: argparse.Namespace) -> None:
             default = "required" if f.metadata.get("required") else default
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}")
+            readers = "".join(f" [{launcher}]" for launcher in f.metadata["launchers"])
+            print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}{readers}")
 
 
 def command_verify(args: argparse.Namespace) -> None:
