@@ -69,5 +69,12 @@ def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHI
     return evaluate.one_task(place.model, name, options, place.tasks, place.data, out)
 
 
+def load(name: str, tasks: Path, data: dict[str, Any], seed: int = 1) -> Any:
+    """lm-eval's task."""
+    from sft.evaluation.tasks import find
+
+    return find(name, tasks, data).load(seed)
+
+
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import ANYTHING, CHOICE, REPLY, lines, make_place, run
+from evaluating import ANYTHING, CHOICE, REPLY, lines, load, make_place, run
 from sft.conversion import hf
 from sft.errors import SftError
 from sft.evaluation import evaluate
@@ -31,15 +31,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespace, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-
-    from sft.evaluation import harness
+    from lm_eval.tasks import TaskManager
 
     ours = run(place, "colours", tmp_path)["metrics"]
-    task = harness.load_task("colours", place.tasks, place.data, 1)
+    task = load("colours", place.tasks, place.data)
     lm = HFLM(pretrained=str(place.root / "model"), device="cpu", dtype="float32", batch_size=4)
-    theirs = simple_evaluate(model=lm, tasks=[task], apply_chat_template=True, random_seed=1, bootstrap_iters=100)[
-        "results"
-    ]
+    theirs = simple_evaluate(
+        model=lm,
+        tasks=[task],
+        apply_chat_template=True,
+        random_seed=1,
+        bootstrap_iters=100,
+        task_manager=TaskManager(include_defaults=False),
+    )["results"]
     assert list(ours) == ["acc_norm", "acc"]  # the task's own order: the first is the headline
     for metric in ours:
         assert ours[metric]["value"] == theirs["colours"][f"{metric},none"]
@@ -72,13 +76,17 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_not_cut(place: SimpleNamespa
         place.model._max_length = None
 
 
-def test_unknown_tasks_and_missing_data_are_told_with_the_next_step(place: SimpleNamespace) -> None:
-    from sft.evaluation import harness
+def test_unknown_tasks_and_missing_data_are_told_with_the_next_step(
+    place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.evaluation import tasks
 
+    few = tasks.TaskManager(include_path=str(place.tasks), include_defaults=False)  # lm-eval's own take half a minute
+    monkeypatch.setattr(tasks, "_all_tasks", lambda _: few)
     with pytest.raises(SftError, match=r"no task 'capitols' in .*similar names: capitals"):
-        harness.load_task("capitols", place.tasks, {}, 1)
+        load("capitols", place.tasks, {})
     with pytest.raises(SftError, match=r"task colours needs the file 'colours'; next: add colours = "):
-        harness.load_task("colours", place.tasks, {}, 1)
+        load("colours", place.tasks, {})
 
 
 def test_an_export_without_a_template_is_not_scored(tmp_path: Path) -> None:
@@ -120,22 +128,20 @@ def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: 
 
 
 def test_the_shipped_gsm8k_tasks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sft.evaluation import harness
-
     rows = [{"question": f"q{i}", "answer": f"{i} + 1 = {i + 1}\n#### {i + 1}"} for i in range(400)]
     file = tmp_path / "problems.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     tasks = Path(__file__).parents[1] / "recipes" / "tasks"
     data = {"gsm8k_test": file, "gsm8k_train": file}
-    choice = harness.load_task("gsm8k_choice", tasks, data, 1)
+    choice = load("gsm8k_choice", tasks, data)
     golds = []
     for doc in choice.test_docs():
         assert doc["choices"][doc["gold"]] == doc["answer"] and len(set(doc["choices"])) == 4
         golds.append(doc["gold"])
     assert np.bincount(golds).tolist() == [100] * 4
-    shots = harness.load_task("gsm8k_8shot", tasks, data, 1)
+    shots = load("gsm8k_8shot", tasks, data)
     assert shots.config.num_fewshot == 8 and shots.config.doc_to_text == "{{question}}"
-    chat = harness.load_task("gsm8k_chat", tasks, data, 1)
+    chat = load("gsm8k_chat", tasks, data)
     text = "So it is 3.\n#### 1,003."
     for kept in chat._filters:
         from lm_eval.api.instance import Instance
@@ -148,12 +154,10 @@ def test_the_shipped_gsm8k_tasks_load(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_gsm8k_is_asked_in_one_turn_or_after_eight_worked_ones(place: SimpleNamespace, shared_data: Path) -> None:
-    from sft.evaluation import harness
-
     tasks = Path(__file__).parents[1] / "recipes" / "tasks"
     data = {f"gsm8k_{split}": shared_data / "gsm8k" / f"{split}.jsonl" for split in ("test", "train")}
     for name, turns in (("gsm8k_chat", 1), ("gsm8k_8shot", 9)):
-        task = harness.load_task(name, tasks, data, 1)
+        task = load(name, tasks, data)
         assert len(task.eval_docs) == 1319
         task.build_all_requests(
             limit=1, apply_chat_template=True, fewshot_as_multiturn=True,
@@ -344,7 +348,6 @@ def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
     from pyarrow import Table, parquet
 
     from sft import paths
-    from sft.evaluation import harness
 
     mine = tmp_path / "data/my/tasks"
     mine.mkdir(parents=True)
@@ -362,18 +365,18 @@ def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
     options = Evaluate(tasks=("colours",), task_dir="my/tasks", data={"colours": path})
     folder, data = evaluate.find_tasks(options, lambda p, what: paths.find((tmp_path / "data",), p, what), "r.toml")
     assert folder == mine
-    task = harness.load_task("colours", folder, data, 1)
+    task = load("colours", folder, data)
     assert [dict(d) for d in task.test_docs()] == rows
     assert asked == [("org/colours", "main/test-0.parquet", {"repo_type": "dataset", "revision": "v2"})]
     with pytest.raises(SftError, match=r"data.colours: 'hf://colours' is not hf://org/name\[@revision\]/file"):
-        harness.load_task("colours", folder, {"colours": "hf://colours"}, 1)
+        load("colours", folder, {"colours": "hf://colours"})
 
     def fail(*_: Any, **__: Any) -> str:
         raise ConnectionError("Couldn't reach the hub\nmany lines")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(SftError, match=r"data.colours: Couldn't reach the hub; next: check"):
-        harness.load_task("colours", folder, data, 1)
+        load("colours", folder, data)
     with pytest.raises(SftError, match=r"r.toml: \[evaluate\] tasks: '../x' is not a task name"):
         evaluate.find_tasks(replace(options, tasks=("../x",)), lambda p, what: tmp_path, "r.toml")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from evaluating import ANYTHING, REPLY, lines, make_place, run
+from evaluating import ANYTHING, REPLY, lines, load, make_place, run
 from sft.evaluation import evaluate
 from sft.schema import Evaluate
 
@@ -271,8 +271,7 @@ def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleN
     """Two filters over the same replies: as they are, and their first letter; half of the answers are that letter."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-
-    from sft.evaluation import harness
+    from lm_eval.tasks import TaskManager
 
     replies = [
         s["replies"][0] for s in (run(place, "capitals", tmp_path), lines(tmp_path / "samples/capitals.jsonl"))[1]
@@ -291,10 +290,14 @@ def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleN
     (tasks / "capitals.yaml").write_text(REPLY + pattern)
     ours = evaluate.one_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / "ours")["metrics"]
     lm = HFLM(pretrained=str(place.root / "model"), device="cpu", dtype="float32", batch_size=3)
-    task = harness.load_task("capitals", tasks, {}, ANYTHING.seed)
-    theirs = simple_evaluate(model=lm, tasks=[task], apply_chat_template=True, bootstrap_iters=100)["results"][
-        "capitals"
-    ]
+    task = load("capitals", tasks, {})
+    theirs = simple_evaluate(
+        model=lm,
+        tasks=[task],
+        apply_chat_template=True,
+        bootstrap_iters=100,
+        task_manager=TaskManager(include_defaults=False),
+    )["results"]["capitals"]
     assert len(ours) == 2 and {m["value"] for m in ours.values()} & {0.4, 0.6}
     for name, metric in ours.items():
         key = next(k for k in theirs if "stderr" not in k and k.split(",")[-1] in name)

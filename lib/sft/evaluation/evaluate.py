@@ -36,7 +36,6 @@ from sft.evaluation.scores import (
     sample_rows,
     samples_hash,
     scores,
-    task_hash,
 )
 from sft.evaluation.statistics import Z95
 
@@ -83,7 +82,7 @@ def evaluate(stage: Stage) -> Result:
     metrics: dict[str, Any] = {name: result["metrics"] for name, result in results.items()}
     if "validation" in report:
         metrics["validation"] = report["validation"]
-    hashes = {name: {k: r[k] for k in ("task_sha256", "samples_sha256")} for name, r in results.items()}
+    hashes = {name: {k: r[k] for k in ("task_sha256", "data_sha256", "samples_sha256")} for name, r in results.items()}
     metrics["asked"] = {"template_sha256": template, "tasks": hashes}
     return Result(outputs=outputs, metrics=metrics)
 
@@ -177,21 +176,24 @@ def check_template(folder: Path) -> str:
 def one_task(
     model: Recorder, name: str, options: Evaluate, tasks: Path, data: Mapping[str, Path | str], out: Path
 ) -> dict[str, Any]:
-    """The result of one task, reused from an earlier attempt when it was finished. Raises BrokenTask."""
+    """The result of one task, reused from an earlier attempt that finished the very same one. Raises BrokenTask."""
     from sft.evaluation import harness
+    from sft.evaluation.tasks import find
 
     work = out / "work"
     done, samples = work / f"{name}.json", out / "samples" / f"{name}.jsonl"
-    if done.is_file() and samples.is_file():
-        return read_json(done)
     began = time.monotonic()
     for folder in (work, samples.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    kept = model.open_journal(work / f"{name}.replies.jsonl")
     documents = 0
     unfinished = samples.with_suffix(".incomplete.jsonl")
     try:
-        task = harness.load_task(name, tasks, data, options.seed)
+        definition = find(name, tasks, data)
+        hashes = definition.hashes()
+        if done.is_file() and samples.is_file() and hashes.items() <= (finished := read_json(done)).items():
+            return finished
+        kept = model.open_journal(work / f"{name}.replies.jsonl")
+        task = definition.load(options.seed)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         raw = harness.run_task(model, task, limit=options.limit, seed=options.seed, system_prompt=options.system_prompt)
     except (SystemExit, KeyboardInterrupt):
@@ -213,7 +215,7 @@ def one_task(
         **generation_facts(rows),
         "num_fewshot": raw["config"].get("num_fewshot"),
         "samples_sha256": samples_hash(raw["samples"]),
-        "task_sha256": task_hash(raw["config"]),
+        **hashes,
         "reused_replies": kept,
     }
     if problems := problems_of(result, rows, options, documents):

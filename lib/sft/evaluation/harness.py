@@ -1,6 +1,6 @@
 """lm-eval in-process, with what it leaves out: how each reply ended, answers that survive a kill, batches by memory, progress.
 
-In:  a Hugging Face folder, a folder of task files, the recipe's data paths. Out: `run_task` gives lm-eval's own metrics and
+In:  a Hugging Face folder, a task (see tasks.py). Out: `run_task` gives lm-eval's own metrics and
 samples; the model's `replies` hold the facts about every reply. Imported late: lm-eval takes seconds to import.
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import random
-import re
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,9 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from transformers.utils.logging import disable_progress_bar
 
 from sft.errors import SftError
@@ -303,66 +300,6 @@ def repeats(tokens: Sequence[int]) -> bool:
     """A reply that goes round in circles: fewer than half of its 4-grams are different ones."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return len(grams) >= 16 and len(set(grams)) < len(grams) / 2
-
-
-def load_task(name: str, folder: Path, data: Mapping[str, Path | str], seed: int) -> Task:
-    """A task by name, from the folder or else from lm-eval; its data_files are looked up in `data`, then beside it.
-
-    Raises SftError for an unknown task and for data that the recipe does not name.
-    """
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    if name not in manager.all_tasks:
-        manager = TaskManager(include_path=str(folder))
-    entry = manager.task_index.get(name)
-    if entry is None:
-        known = [t for t in manager.all_tasks if t[:4] == name[:4]][:8]
-        raise SftError(
-            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval; similar names: {', '.join(known) or 'none'}"
-        )
-    config = load_yaml(entry.yaml_path) if entry.yaml_path else {}
-    files = (config.get("dataset_kwargs") or {}).get("data_files")
-    if not files or not Path(entry.yaml_path).resolve().is_relative_to(folder.resolve()):
-        loaded = manager.load([name])["tasks"]
-        if list(loaded) != [name]:
-            raise SftError(f"[evaluate] tasks: {name!r} is a group; name its tasks: {', '.join(list(loaded)[:8])}")
-        task = loaded[name]
-    else:
-        found = {split: _data_file(name, f, folder, data) for split, f in files.items()}
-        config["dataset_kwargs"]["data_files"] = {split: str(file) for split, file in found.items()}
-        if all(file.suffix == ".parquet" for file in found.values()):
-            config["dataset_path"] = "parquet"
-        task = ConfigurableTask(config=config)
-    if task.get_config("num_fewshot") is None:
-        task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=seed)
-    return task
-
-
-def _data_file(task: str, name: str, folder: Path, data: Mapping[str, Path | str]) -> Path:
-    if name in data:
-        given = data[name]
-        return given if isinstance(given, Path) else hub_file(given, f"[evaluate] data.{name}")
-    beside = folder / name
-    if beside.is_file() and beside.resolve().is_relative_to(folder.resolve()):
-        return beside
-    raise SftError(
-        f'[evaluate] data: task {task} needs the file {name!r}; next: add {name} = "path under DATA" (or'
-        ' "hf://org/dataset/file") to [evaluate] data'
-    )
-
-
-def hub_file(path: str, what: str) -> Path:
-    """A file of a dataset on the hub: hf://org/name[@revision]/path. Raises SftError."""
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", path)
-    if not match:
-        raise SftError(f"{what}: {path!r} is not hf://org/name[@revision]/file; next: correct it")
-    from sft.storage.hub import reaching
-
-    name, revision, file = match.groups()
-    with reaching(what):
-        import huggingface_hub
-
-        return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", revision=revision))
 
 
 def run_task(

@@ -187,13 +187,6 @@ def samples_hash(samples: Sequence[Mapping[str, Any]]) -> str:
     return json_hash([[s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in samples])
 
 
-def task_hash(config: Mapping[str, Any]) -> str:
-    """Names how it was asked: the task's configuration, without where its data lie on this machine."""
-    kept = {k: v for k, v in config.items() if k not in ("dataset_kwargs", "metadata")}
-    kept["version"] = (config.get("metadata") or {}).get("version")
-    return json_hash(kept)
-
-
 def json_hash(value: Any) -> str:
     """sha256 (hex) of a value as JSON; functions count by their names."""
     text = json.dumps(

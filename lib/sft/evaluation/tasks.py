@@ -1,0 +1,208 @@
+"""lm-eval's tasks: finding one, its data, and hashes of all that decides how it is asked and scored.
+
+In:  a task's name, a folder of task files, the recipe's data paths.
+Out: lm-eval's Task; `hashes` names its YAML with what that includes, the modules of its functions with those that they import
+     from beside them (lm-eval's version for tasks that it ships), and its local data files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from modulefinder import ModuleFinder
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+import yaml
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from sft import manifest
+from sft.errors import SftError
+from sft.evaluation.scores import json_hash
+
+SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent
+LM_EVAL = importlib.metadata.version("lm_eval")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A task's definition before its data are read."""
+
+    name: str
+    folder: Path
+    manager: TaskManager
+    data: dict[str, Path]  # {split: data file} of a task in the folder
+
+    @property
+    def file(self) -> Path | None:
+        """Its YAML; None for one that another YAML holds inline."""
+        path = self.manager.task_index[self.name].yaml_path
+        return Path(path).resolve() if path else None
+
+    def hashes(self) -> dict[str, Any]:
+        """{"task_sha256": how it is asked and scored, "data_sha256": {split: sha256}, "lm_eval": version}.
+
+        Raises SftError for a part outside of the folder: nobody would see that it changed.
+        """
+        told: dict[str, Any] = {"config": self.manager.task_index[self.name].cfg}
+        if self.file is not None:
+            files, hooks = _parts(self.file)
+            names = {f"{folder}/{hook}": hook for folder, hook in hooks}
+            told["config"] = _portable(load_yaml(self.file, resolve_func=False), names)
+        if self.file is None or self.file.is_relative_to(SHIPPED):
+            told["lm_eval"] = LM_EVAL
+        else:
+            beside = {module for folder, hook in hooks for module in _beside(folder, hook)}
+            for part in (*files, *beside):
+                if not part.is_relative_to(self.folder):
+                    raise SftError(
+                        f"{self.file}: {part} lies outside of [evaluate] task_dir {self.folder}; next: copy it there"
+                    )
+            modules = beside | {module for folder, hook in hooks for module in _installed(folder, hook)}
+            told["modules"] = sorted((m.name, manifest.hash_file(m)) for m in modules)
+        data = {split: manifest.hash_file(file) for split, file in self.data.items()}
+        return {"task_sha256": json_hash(told), "data_sha256": data, "lm_eval": LM_EVAL}
+
+    def load(self, seed: int) -> Task:
+        """lm-eval's task with its data. Raises SftError for the name of a group."""
+        if self.data:
+            config = load_yaml(str(self.file))
+            config["dataset_kwargs"]["data_files"] = {split: str(file) for split, file in self.data.items()}
+            if all(file.suffix == ".parquet" for file in self.data.values()):
+                config["dataset_path"] = "parquet"
+            task = ConfigurableTask(config=config)
+        else:
+            loaded = self.manager.load([self.name])["tasks"]
+            if list(loaded) != [self.name]:
+                some = ", ".join(list(loaded)[:8])
+                raise SftError(f"[evaluate] tasks: {self.name!r} is a group; name its tasks: {some}")
+            task = loaded[self.name]
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=seed)
+        return task
+
+
+def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> Found:
+    """A task by name, from the folder or else from lm-eval; its data_files are looked up in `data`, then beside it.
+
+    Raises SftError for an unknown task and for data that the recipe does not name.
+    """
+    folder = folder.resolve()
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    if name not in manager.all_tasks:
+        manager = _all_tasks(folder)
+    entry = manager.task_index.get(name)
+    if entry is None:
+        own, why = folder / f"{name}.yaml", ""
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                why = f"; {own} names {load_yaml(own, resolve_func=False).get('task')!r}"
+            except (ValueError, yaml.YAMLError) as error:  # lm-eval passes over such a file
+                why = f"; {own}: {error}"
+        known = ", ".join([t for t in manager.all_tasks if t[:4] == name[:4]][:8])
+        raise SftError(
+            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval; similar names: {known or 'none'}{why}"
+        )
+    files: dict[str, str] = {}
+    if entry.yaml_path and not Path(entry.yaml_path).resolve().is_relative_to(SHIPPED):
+        files = (load_yaml(entry.yaml_path, resolve_func=False).get("dataset_kwargs") or {}).get("data_files") or {}
+    return Found(name, folder, manager, {split: _data_file(name, f, folder, data) for split, f in files.items()})
+
+
+@functools.cache
+def _all_tasks(folder: Path) -> TaskManager:
+    """With lm-eval's own tasks, whose thousands of files take it half a minute to read."""
+    return TaskManager(include_path=str(folder))
+
+
+def _parts(file: Path, seen: frozenset[Path] = frozenset()) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """(the YAML and those it includes, the folder and name of each of their functions), without running anything."""
+    files, hooks = [file], []
+
+    def walk(node: Any) -> Iterator[Any]:
+        if isinstance(node, (list, tuple)):
+            for child in node:
+                yield from walk(child)
+        elif isinstance(node, yaml.Node):
+            yield node
+            yield from walk(node.value)
+
+    top = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    for node in walk(top):
+        if node.tag == "!function":
+            hooks.append((file.parent, node.value))
+    for key, value in top.value:
+        for included in walk(value) if key.value == "include" else ():
+            if (
+                isinstance(included, yaml.ScalarNode)
+                and (other := (file.parent / included.value).resolve()) not in seen
+            ):
+                more = _parts(other, seen | {file})
+                files, hooks = files + more[0], hooks + more[1]
+    return files, hooks
+
+
+def _beside(folder: Path, hook: str) -> set[Path]:
+    """The module of a function that lies beside its YAML, and what that imports from there, also inside of functions."""
+    file = _module(folder, hook)
+    if not file.is_file():
+        return set()
+    finder = ModuleFinder(path=[str(file.parent)])
+    finder.run_script(str(file))
+    found = [getattr(module, "__file__", None) for module in finder.modules.values()]
+    return {Path(name).resolve() for name in found if name}
+
+
+def _installed(folder: Path, hook: str) -> set[Path]:
+    """The module of a function that comes from an installed package."""
+    spec = None if _module(folder, hook).is_file() else importlib.util.find_spec(hook.rpartition(".")[0])
+    return {Path(spec.origin)} if spec and spec.origin else set()
+
+
+def _module(folder: Path, hook: str) -> Path:
+    return (folder / (hook.rpartition(".")[0].replace(".", "/") + ".py")).resolve()
+
+
+def _portable(value: Any, names: Mapping[str, str]) -> Any:
+    """A configuration with its functions as the YAML names them, not by this machine's folders."""
+    if isinstance(value, dict):
+        return {str(k): _portable(v, names) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_portable(v, names) for v in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+def _data_file(task: str, name: str, folder: Path, data: Mapping[str, Path | str]) -> Path:
+    if name in data:
+        given = data[name]
+        return given if isinstance(given, Path) else hub_file(given, f"[evaluate] data.{name}")
+    beside = folder / name
+    if beside.is_file() and beside.resolve().is_relative_to(folder):
+        return beside
+    raise SftError(
+        f'[evaluate] data: task {task} needs the file {name!r}; next: add {name} = "path under DATA" (or'
+        ' "hf://org/dataset/file") to [evaluate] data'
+    )
+
+
+def hub_file(path: str, what: str) -> Path:
+    """A file of a dataset on the hub: hf://org/name[@revision]/path. Raises SftError."""
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", path)
+    if not match:
+        raise SftError(f"{what}: {path!r} is not hf://org/name[@revision]/file; next: correct it")
+    from sft.storage.hub import reaching
+
+    name, revision, file = match.groups()
+    with reaching(what):
+        import huggingface_hub
+
+        return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", revision=revision))

@@ -1,0 +1,130 @@
+"""sft.evaluation.tasks: hashes name all of a task that can change its score, and a finished task is reused only under the same ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evaluating import ANYTHING, make_place
+from sft.errors import SftError
+from sft.evaluation import evaluate
+
+BASE = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: capitals.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+process_results: !function marks.score
+generation_kwargs: {until: ["ZZZ"], max_gen_toks: 6, do_sample: false}
+metric_list:
+  - {metric: points, aggregation: mean, higher_is_better: true}
+"""
+MARKS = "def score(doc, results):\n    import rules\n    return {'points': rules.POINTS}\n"
+# lm-eval does not put the folder on the path: a module that imports its neighbour must
+MARKS = f"import pathlib, sys\nsys.path.insert(0, str(pathlib.Path(__file__).parent))\n{MARKS}"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "mine"
+    made.mkdir()
+    (made / "base.yaml").write_text(BASE)
+    (made / "capitals.yaml").write_text("include: base.yaml\ntask: capitals\n")
+    (made / "marks.py").write_text(MARKS)
+    (made / "rules.py").write_text("POINTS = 1.0\n")
+    (made / "other.py").write_text("X = 1\n")
+    rows = [{"question": f"What is the capital of {c}?", "answer": "Paris"} for c in "ABC"]
+    (made / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return made
+
+
+def hashes(folder: Path) -> dict[str, Any]:
+    from sft.evaluation.tasks import find
+
+    return find("capitals", folder, {}).hashes()
+
+
+def edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text((folder / name).read_text().replace(old, new)) and None
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (edit("capitals.yaml", "task:", "num_fewshot: 2\ntask:"), ["task_sha256"]),
+        (edit("base.yaml", "max_gen_toks: 6", "max_gen_toks: 7"), ["task_sha256"]),
+        (edit("marks.py", "return {", "return {'more': 1, "), ["task_sha256"]),
+        (edit("rules.py", "1.0", "2.0"), ["task_sha256"]),
+        (edit("capitals.jsonl", "of A", "of Z"), ["data_sha256"]),
+        (edit("other.py", "1", "2"), []),
+        (edit("base.yaml", "test_split", "# what is asked\ntest_split"), []),
+    ],
+)
+def test_hashes_change_with_what_can_change_a_score_and_with_nothing_else(
+    folder: Path, change: Callable[[Path], None], changed: list[str]
+) -> None:
+    before = hashes(folder)
+    change(folder)
+    after = hashes(folder)
+    assert [name for name in before if before[name] != after[name]] == changed
+
+
+def test_hashes_do_not_depend_on_where_the_folder_is(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "elsewhere" / "tasks")
+    assert hashes(folder) == hashes(tmp_path / "elsewhere" / "tasks")
+
+
+def test_a_part_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "base.yaml").rename(tmp_path / "base.yaml")
+    (folder / "capitals.yaml").write_text("include: ../base.yaml\ntask: capitals\n")
+    with pytest.raises(SftError, match=r"base\.yaml lies outside of \[evaluate\] task_dir .*; next: copy it there"):
+        hashes(folder)
+
+
+def test_a_task_that_lm_eval_ships_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from sft.evaluation import tasks
+
+    shipped = tasks.SHIPPED / "arc"
+    monkeypatch.setattr(
+        tasks, "_all_tasks", lambda _: tasks.TaskManager(include_path=str(shipped), include_defaults=False)
+    )
+    now = tasks.find("arc_easy", tmp_path, {}).hashes()
+    monkeypatch.setattr(tasks, "LM_EVAL", "99.0")
+    assert now["task_sha256"] != tasks.find("arc_easy", tmp_path, {}).hashes()["task_sha256"]
+
+
+def test_a_task_file_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    from sft.evaluation import tasks
+
+    monkeypatch.setattr(tasks, "_all_tasks", lambda f: tasks.TaskManager(include_path=str(f), include_defaults=False))
+    (folder / "towns.yaml").write_text("task: [towns\n")
+    with pytest.raises(SftError, match=r"no task 'towns' in .*towns\.yaml: while parsing a flow sequence"):
+        tasks.find("towns", folder, {})
+    (folder / "towns.yaml").write_text("task: cities\n")
+    with pytest.raises(SftError, match=r"no task 'towns' in .*towns\.yaml names 'cities'"):
+        tasks.find("towns", folder, {})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return make_place(tmp_path_factory.mktemp("tasks"))
+
+
+def test_a_finished_task_is_reused_until_its_code_changes(place: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
+    def once() -> Any:
+        return evaluate.one_task(place.model, "capitals", ANYTHING, folder, {}, tmp_path / "out")
+
+    first = once()
+    assert first["metrics"]["points"]["value"] == 1.0 and once() == first
+    edit("marks.py", "rules.POINTS", "0.25")(folder)
+    again = once()
+    assert again["metrics"]["points"]["value"] == 0.25 and again["task_sha256"] != first["task_sha256"]
+    assert again["reused_replies"] == 3  # the model is not asked again for what it has answered
