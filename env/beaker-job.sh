@@ -2,12 +2,21 @@
 # Inside a Beaker job: gets the code, prepares its environment, runs a stage's command, hands back what fits.
 # Usage: beaker-job.sh RUN STAGE COUNT LINE… COMMAND…   (COUNT shell lines that prepare the environment)
 # The code is the archive in SFT_CODE, or SFT_COMMIT of SFT_REPOSITORY; SFT_INPUT_<stage> is an earlier stage
-# that was made on another machine, SFT_RESULTS is what Beaker keeps. SIGTERM reaches the stage, which saves.
+# that was made on another machine, SFT_RESULTS is what Beaker keeps. Where no disk outlives the job, SFT_KEPT=gs://… is
+# where the stage is kept, and earlier ones are brought from gs:// too. SIGTERM reaches the stage, which saves.
 set -euo pipefail
 run="$1" stage="$2" count="$3"
 shift 3
 child=
 trap '[ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
+attend() { # runs a command that SIGTERM reaches, and returns its status
+    local status=0
+    "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+    child=
+    return "$status"
+}
 mkdir -p olmo-sft && cd olmo-sft
 
 fetch() { # the token of a private repository is asked for by git, and never stands in a command line
@@ -32,9 +41,14 @@ for ((; count > 0; count--)); do
 done
 
 mkdir -p "$run"
+if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then # a key's text; Google's clients read a file
+    export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
+    (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
+fi
 if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ]; then
     for variable in "${!SFT_INPUT_@}"; do # stages that were made on another machine
         name="${variable#SFT_INPUT_}" folder="${!variable}"
+        case "$folder" in gs://*) continue ;; esac
         if ! cmp -s "$folder/manifest.json" "$run/$name/manifest.json"; then
             rm -rf "${run:?}/.arriving-$name" && cp -rL "$folder" "$run/.arriving-$name"
             [ ! -e "$run/$name" ] || { mkdir -p "$run/.replaced" && mv "$run/$name" "$run/.replaced/$name-$(date +%s)"; }
@@ -46,9 +60,11 @@ fi
 if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # what stages/train.sh gives to torchrun
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:29500"
 fi
-"$@" &
-child=$!
+export PYTHONPATH=lib
+[ -z "${SFT_KEPT:-}" ] || attend .venv/bin/python -m sft.launch.kept bring "$run" "$stage" "$@"
 status=0
-while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+attend "$@" || status=$?
+case "${SFT_KEPT:+kept}$status" in kept0 | kept75) attend .venv/bin/python -m sft.launch.kept send "$run" "$stage" "$status" ;; esac
 [ "$status" -eq 0 ] || exit "$status"
-[ "${BEAKER_REPLICA_RANK:-0}" -ne 0 ] || PYTHONPATH=lib .venv/bin/python -m sft.launch.handback "$run/$stage" "$SFT_RESULTS"
+[ "${BEAKER_REPLICA_RANK:-0}" -ne 0 ] ||
+    .venv/bin/python -m sft.launch.handback "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}

@@ -29,8 +29,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def stored(server: Server, where: str) -> set[str]:
+    """The files of steps that the bucket has."""
     prefix = where.removeprefix("gs://test/") + "/"
-    return {name.removeprefix(prefix) for name in server.objects if name.startswith(prefix)}
+    return {name.removeprefix(prefix) for name in server.objects if name.startswith(f"{prefix}step")}
 
 
 def local(step: Path) -> set[str]:
@@ -100,3 +101,12 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
     assert {name.split("/")[0] for name in stored(server, where)} == {"step2", "step4", "step6"}
     bucket, here = open_storage(f"{where}/step6"), LocalStorage(tmp_path / "train" / "step6")
     assert {n: f.bytes for n, f in bucket.list().items()} == {n: f.bytes for n, f in here.list().items()}
+    metrics = [json.loads(line) for line in (open_storage(where).read("metrics.jsonl") or b"").splitlines()]
+    assert [r["step"] for r in metrics if "step" in r] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # beside the steps, and never older than they are

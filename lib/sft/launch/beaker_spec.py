@@ -6,6 +6,7 @@ values travel as arguments or variables and are never part of a shell line. Secr
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,7 @@ NAMES = {
     "image": r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+",
     "evaluate_image": r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+",
     "mounts": r"[A-Za-z0-9_.-]+:(/[A-Za-z0-9_.-]+)+",
-    "runs": r"(/[A-Za-z0-9_.-]+)+",
+    "runs": r"(/[A-Za-z0-9_.-]+|gs://[a-z0-9_.-]+)(/[A-Za-z0-9_.-]+)*",
     "data": r"(/[A-Za-z0-9_.-]+)+(:(/[A-Za-z0-9_.-]+)+)*",
 }
 _VARIABLE, _SECRET = r"[A-Za-z_][A-Za-z0-9_]*", r"[A-Za-z0-9_.-]+"
@@ -80,7 +81,7 @@ def check_cluster(name: str, cluster: schema.Cluster) -> None:
         problems.append("'preemptible' = false needs 'time' or 'min_runtime': how long a job must not be interrupted")
     mounted = [m.partition(":")[2] for m in cluster.mounts]
     runs = paths.for_user(cluster.runs)
-    if runs and not any(runs == m or runs.startswith(m + "/") for m in mounted):
+    if runs and not in_bucket(cluster) and not any(runs == m or runs.startswith(m + "/") for m in mounted):
         problems.append(
             f"'runs' = {runs!r} lies in none of the mounts ({', '.join(mounted) or 'none'}): it would end with the job"
         )
@@ -88,12 +89,18 @@ def check_cluster(name: str, cluster: schema.Cluster) -> None:
         raise SftError("\n".join(f"env/{name}.toml: {p}" for p in problems) + f"\nnext: correct env/{name}.toml")
 
 
-def check_time(r: recipe.Recipe, cluster: str, stage: str) -> None:
-    """Raises SftError for an [on.<cluster>.<stage>] time that Beaker would not take."""
+def check_hardware(r: recipe.Recipe, name: str, cluster: schema.Cluster, stage: str) -> None:
+    """Raises SftError for numbers in [on.<cluster>.<stage>] that cannot work there."""
+    hardware, where = r.hardware(name, stage), f"{r.file}: [on.{name}.{stage}]"
     try:
-        duration(r.hardware(cluster, stage).time or "0s")
+        duration(hardware.time or "0s")
     except SftError as e:
-        raise SftError(f"{r.file}: [on.{cluster}.{stage}] time = {e}") from None
+        raise SftError(f"{where} time = {e}") from None
+    if in_bucket(cluster) and hardware.nodes > 1:
+        raise SftError(
+            f"{where} nodes = {hardware.nodes}: the nodes of {name} share no disk, and a checkpoint is written by all of them;"
+            " next: nodes = 1, or a cluster with Weka"
+        )
 
 
 def name_of(job: Job, attempt: int = 0) -> str:
@@ -102,9 +109,24 @@ def name_of(job: Job, attempt: int = 0) -> str:
     return f"{name}-{job.identity[:10]}" + (f"-{attempt}" if attempt else "")
 
 
+def in_bucket(cluster: schema.Cluster) -> bool:
+    """Whether runs are kept in a bucket, because no disk outlives a job; see sft.launch.kept."""
+    return cluster.runs.startswith("gs://")
+
+
 def remote_run(job: Job) -> str:
-    """The run's folder as jobs see it."""
+    """The run's folder as jobs see it: where runs are kept, or on a disk that ends with the job."""
+    return f"runs/{job.run.name}" if in_bucket(job.cluster) else kept_run(job)
+
+
+def kept_run(job: Job) -> str:
     return f"{paths.for_user(job.cluster.runs)}/{job.run.name}"
+
+
+def kept(job: Job) -> str:
+    """Where the stage's folder is once the job has ended."""
+    name = f"{kept_run(job)}/{job.stage}"
+    return f"{name}/{job.identity[:16]}" if in_bucket(job.cluster) else name
 
 
 def remote_command(job: Job) -> list[str]:
@@ -134,9 +156,11 @@ def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
             made = manifest.load(folder / manifest.NAME)
         except (FileNotFoundError, SftError):
             continue  # a stale upstream is told by the planner
-        target = f"{remote_run(job)}/{stage}"
         where, absent = handback.elsewhere(folder)
-        if target in (where, str(folder.absolute())):
+        if in_bucket(job.cluster):
+            if _in_bucket_already(job, stage, made, where):
+                continue
+        elif f"{kept_run(job)}/{stage}" in (where, str(folder.absolute())):
             continue
         if absent:
             raise SftError(
@@ -144,6 +168,34 @@ def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
                 f" {folder / manifest.NAME} and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}"
             )
         found[stage] = (f"olmo-sft-{stage}-{manifest.digest(made)[:16]}", folder)
+    return found
+
+
+def _in_bucket_already(job: Job, stage: str, made: Mapping[str, Any], where: str) -> str:
+    """The address of an earlier stage that jobs can read from a bucket, or "": its own, or that of the dataset that sync
+    made of prepare's folder."""
+    if where.startswith("gs://"):
+        return where
+    if stage != "prepare":
+        return ""
+    try:
+        synced = str(manifest.load(job.run / "sync" / manifest.NAME)["metrics"].get("dataset", ""))
+    except (FileNotFoundError, SftError):
+        return ""
+    storage = job.place.storage(job.cluster).rstrip("/")
+    same = synced == f"{storage}/datasets/{manifest.digest(made)[:16]}" and storage.startswith("gs://")
+    return synced if same else ""
+
+
+def addresses(job: Job) -> dict[str, str]:
+    """Earlier stages that a job brings from a bucket: {stage: gs://…}; those of `inputs_of` travel with it."""
+    found = {}
+    for stage in schema.STAGES[: schema.STAGES.index(job.stage)] if in_bucket(job.cluster) else ():
+        folder = job.run / stage
+        with contextlib.suppress(FileNotFoundError, SftError):
+            made = manifest.load(folder / manifest.NAME)
+            if address := _in_bucket_already(job, stage, made, handback.elsewhere(folder)[0]):
+                found[stage] = address
     return found
 
 
@@ -157,6 +209,9 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
         mounts[CODE] = f"{user}/{shipped.dataset}"
     else:
         variables["SFT_REPOSITORY"] = shipped.repository
+    if in_bucket(job.cluster):
+        variables |= {f"SFT_INPUT_{stage}": address for stage, address in addresses(job).items()}
+        variables["SFT_KEPT"] = kept(job)
     for stage, (dataset, _) in inputs_of(job).items():
         variables[f"SFT_INPUT_{stage}"] = f"{INPUTS}/{stage}"
         mounts[f"{INPUTS}/{stage}"] = f"{user}/{dataset}"
@@ -172,7 +227,7 @@ def task(
 ) -> BeakerTaskSpec:
     """A task without its command: where it runs, what it sees, what it keeps."""
     cluster, hardware = job.cluster, job.hardware
-    check_time(job.recipe, job.place.cluster, job.stage)
+    check_hardware(job.recipe, job.place.cluster, cluster, job.stage)
     time = duration(hardware.time or cluster.time or "0s")
     gpus = job.gpus if gpus is None else gpus
     resources = {"gpu_count": gpus or None, "cpu_count": hardware.cpus or None,

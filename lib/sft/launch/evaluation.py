@@ -103,9 +103,9 @@ def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]
         return place, {}, {}
     folder = job.run / "convert"
     where, absent = handback.elsewhere(folder)
-    remote = f"{beaker_spec.remote_run(job)}/convert"
-    if remote in (where, str(folder.absolute())):
-        return f"{remote}/model", {}, {}
+    remote = f"{beaker_spec.kept_run(job)}/convert"
+    if where.startswith("gs://") or remote in (where, str(folder.absolute())):
+        return f"{where or remote}/model", {}, {}
     if absent:
         _check_mounted(job, where)
         return f"{where}/model", {}, {}

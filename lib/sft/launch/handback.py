@@ -1,6 +1,6 @@
 """What comes back from a stage that was made on a machine whose disks are not here, and what stays there.
 
-In the job:  python -m sft.launch.handback runs/<run>/<stage> RESULTS   copies the files that are small enough
+In the job:  python -m sft.launch.handback runs/<run>/<stage> RESULTS [WHERE]  copies the files that are small enough
 Here:        accept(folder, runs/<run>/<stage>, key)                    checks them and puts them in place, manifest last
 
 `elsewhere.json` beside the manifest says where the stage's folder is and which outputs are only there:
@@ -40,8 +40,9 @@ def small(outputs: list[dict[str, Any]], file_bytes: int = FILE_BYTES, total_byt
     return kept
 
 
-def hand_back(folder: Path, results: Path) -> None:
-    """Copies a finished stage's small files to `results`. Raises SftError when the stage left no manifest."""
+def hand_back(folder: Path, results: Path, where: str = "") -> None:
+    """Copies a finished stage's small files to `results`. `where`: its folder when the job's disk has gone, if that
+    is not where it is now. Raises SftError when the stage left no manifest."""
     try:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:
@@ -52,9 +53,9 @@ def hand_back(folder: Path, results: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target)
     left = [e["path"] for e in made["outputs"] if e["path"] not in kept]
-    (results / NAME).write_text(json.dumps({"where": str(folder), "outputs": left}, indent=1) + "\n")
+    (results / NAME).write_text(json.dumps({"where": where or str(folder), "outputs": left}, indent=1) + "\n")
     shutil.copyfile(folder / manifest.NAME, results / manifest.NAME)
-    print(f"[handback] {len(kept)} files handed back, {len(left)} stay in {folder}", flush=True)
+    print(f"[handback] {len(kept)} files handed back, {len(left)} stay in {where or folder}", flush=True)
 
 
 def elsewhere(folder: Path) -> tuple[str, set[str]]:
@@ -105,9 +106,9 @@ def accept(arrived: Path, final: Path, key: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m sft.launch.handback runs/<run>/<stage> RESULTS")
+    if len(sys.argv) not in (3, 4):
+        sys.exit("usage: python -m sft.launch.handback runs/<run>/<stage> RESULTS [gs://where it is kept]")
     try:
-        hand_back(Path(sys.argv[1]), Path(sys.argv[2]))
+        hand_back(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except SftError as e:
         sys.exit(f"[handback] error: {e}")

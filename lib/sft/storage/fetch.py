@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import manifest, plan
+from sft import manifest, paths, plan
 from sft.errors import SftError
 from sft.hashcache import HashCache
 from sft.launch import handback
@@ -99,12 +99,22 @@ def _digest(text: bytes) -> str:
 
 def where(place: plan.Place, run: Path, stage: str, given: str) -> str:
     """The stage's folder on the cluster."""
-    if given:
-        return f"{given.rstrip('/')}/{run.name}/{stage}"
-    if there := handback.elsewhere(run / stage)[0]:
+    if not given and (there := handback.elsewhere(run / stage)[0]):
         return there
     cluster = place.load_cluster()
-    return f"{cluster.runs or place.storage(cluster).rstrip('/') + '/runs'}/{run.name}/{stage}"
+    runs = given or paths.for_user(cluster.runs) or f"{place.storage(cluster).rstrip('/')}/runs"
+    folder = f"{runs.rstrip('/')}/{run.name}/{stage}"
+    return identified(folder, place.cache) if folder.startswith("gs://") else folder
+
+
+def identified(folder: str, cache: Path) -> str:
+    """The one result in a bucket's folder of a stage, where jobs keep each under the name of what it is (sft.launch.kept); else
+    the folder itself. Raises SftError for several."""
+    names = sorted({m[1] for n in open_storage(folder, cache).list() if (m := re.match(r"([0-9a-f]{16})/", n))})
+    if len(names) > 1:
+        found = ", ".join(f"{folder}/{name}" for name in names)
+        raise SftError(f"{folder}: {len(names)} results: {found}; next: make cp SRC=<one of them> DST=<a folder>")
+    return f"{folder}/{names[0]}" if names else folder
 
 
 def fetch(place: plan.Place, run: Path, stages: list[str], given: str, push: bool, check_only: bool) -> None:

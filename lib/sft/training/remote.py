@@ -9,6 +9,7 @@ what is still missing then is told with the command that copies it. Steps that a
 from __future__ import annotations
 
 import json
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sft import manifest
+from sft.launch.handback import BESIDE
 from sft.storage.files import Job
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
@@ -62,6 +64,10 @@ class Uploads:
                 files = json.loads(record)["outputs"]
                 jobs = [Job(f["path"], f["path"], f["bytes"], f["sha256"]) for f in files]
                 transfer(jobs, LocalStorage(step), storage, lambda _: None, stop=self._stop)
+                top = open_storage(self.where, self.cache)
+                for name in BESIDE:  # what a job on another machine goes on with: never older than the step
+                    if (self.out / name).is_file():
+                        top.write(name, (self.out / name).read_bytes())
                 storage.write(manifest.NAME, record)
                 self.say(f"uploaded {step.name} to {self.where}")
             self._there.append(step.name)
@@ -93,7 +99,10 @@ class Uploads:
 
 
 def destination(storage: str, run: str, identity: str) -> str:
-    """Where the steps of a run go, or "" where training writes to the storage itself (a folder)."""
+    """Where the steps of a run go, or "" where training writes to the storage itself (a folder). A job whose disk ends with it
+    says so itself (SFT_KEPT)."""
+    if kept := os.environ.get("SFT_KEPT"):
+        return kept
     if not storage.startswith("gs://"):
         return ""
     return f"{storage.rstrip('/')}/checkpoints/{run}-{identity[:16]}"

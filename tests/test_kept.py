@@ -1,0 +1,169 @@
+"""A cluster without a disk that outlives its jobs: runs in a bucket, brought into each job and sent back from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from beaker_server import pb2
+from conftest import REPO
+from gcs_server import Server as Bucket
+from sft import manifest
+from sft.errors import SftError
+from sft.launch import kept
+from sft.storage.transfer import open_storage
+from sft.training import logs
+from test_beaker import Place, place
+
+__all__ = ["place"]  # the fixture
+RUN = "smoke_steps-24"
+HARDWARE = "\n[on.beaker-test.train]\nprocesses = 1\nmicrobatch_tokens = 512\nthreads = 1\n"
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    with Bucket() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        yield server
+
+
+@pytest.fixture
+def augusta(place: Place, bucket: Bucket) -> Place:
+    """The cluster's file as env/ai2-augusta.toml says it, with the loopback bucket; the real stages and the smoke recipe."""
+    text = place.cluster.read_text()
+    text = text.replace(
+        f'storage = "{place.weka}/storage"', 'storage = "gs://test/{user}/olmo-sft"\nstages = ["train", "convert"]'
+    )
+    text = text.replace(f'runs = "{place.weka}/{{user}}/runs"', 'runs = "gs://test/{user}/olmo-sft/runs"')
+    text = text.replace(f'mounts = ["oe-test:{place.weka}"]\n', "")
+    text = text.replace("[env]\n", f'[env]\nSTORAGE_EMULATOR_HOST = "{bucket.url}"\nOMP_NUM_THREADS = "1"\n')
+    assert place.weka not in text
+    place.cluster.write_text(text)
+    for folder in ("stages", "recipes"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(REPO / folder, place.root / folder, dirs_exist_ok=True, ignore=ignored)
+    recipe = place.root / "recipes" / "smoke.toml"
+    recipe.write_text(recipe.read_text() + HARDWARE)
+    place.push()
+    return place
+
+
+def kept_steps(bucket: Bucket) -> list[str]:
+    names = [n for n in list(bucket.objects) if "/train/" in n and n.endswith("/manifest.json")]
+    return sorted(n.split("/")[-2] for n in names if "step" in n.split("/")[-2])
+
+
+def test_a_run_without_a_lasting_disk_survives_kills_and_its_model_is_made_from_what_the_bucket_has(augusta, bucket):
+    words = ("RECIPE=smoke", "CLUSTER=beaker-test", "steps=24", "save_every=4", "validate_every=0")
+    ends = iter((signal.SIGKILL, signal.SIGTERM))
+
+    def kill() -> None:
+        """Twice: without a word after the first kept steps, then as Beaker preempts."""
+        for number, seen in ((1, 2), (2, 4)):
+            while len(augusta.server.runs) < number or len(kept_steps(bucket)) < seen:
+                time.sleep(0.02)
+            run = list(augusta.server.runs.values())[-1]
+            if next(ends) == signal.SIGTERM:
+                augusta.server.preempt(run)
+            else:
+                run.cancelled = ("node lost", pb2.CancelationCode.CANCELATION_CODE_SYSTEM_PREEMPTION)
+                os.killpg(run.process.pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    done = augusta.workspace.make("train", *words)
+    killer.join(10)
+    assert len(augusta.server.experiments) == 1 and len(augusta.server.runs) == 3, done.stdout
+    folder = augusta.root / "runs" / RUN / "train"
+    where = json.loads((folder / "elsewhere.json").read_text())["where"]
+    assert where.startswith(f"gs://test/ann/olmo-sft/runs/{RUN}/train/")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    begins = [r["from_step"] for r in records if "attempt" in r]
+    assert [r["attempt"] for r in records if "attempt" in r] == [1, 2, 3]
+    assert begins[0] == 0 and 8 <= begins[1] < begins[2] and begins[1] % 4 == 0
+    assert [r["step"] for r in records if "attempt" not in r] == list(range(1, 25))
+    # What the SIGTERM saved was sent too, although its step is no multiple of save_every, or it was a kept one anyhow.
+    assert f"going on from step {begins[2]} of {where}" in done.stdout
+    there = open_storage(where)
+    made = manifest.load(folder / manifest.NAME)
+    assert there.read(manifest.NAME) == (folder / manifest.NAME).read_bytes()
+    assert {e["path"] for e in made["outputs"]} <= set(there.list())
+
+    done = augusta.workspace.make("convert", *words)
+    model = augusta.root / "runs" / RUN / "convert"
+    assert (model / manifest.NAME).is_file() and len(augusta.server.experiments) == 2
+    whole = json.loads((model / "elsewhere.json").read_text())["where"]
+    assert open_storage(whole).read(manifest.NAME) == (model / manifest.NAME).read_bytes()
+    specs = [e.body["tasks"][0] for e in augusta.server.experiments.values()]
+    variables = [{v["name"]: v.get("value") for v in task["envVars"]} for task in specs]
+    assert variables[1]["SFT_INPUT_train"] == where and variables[1]["SFT_KEPT"] == whole
+    assert variables[0]["SFT_INPUT_prepare"].startswith("gs://test/ann/olmo-sft/datasets/")  # not sent a second time
+    travelled = {d.message.name.rsplit("-", 1)[0] for d in augusta.server.datasets.values()}
+    assert "olmo-sft-sync" in travelled and "olmo-sft-prepare" not in travelled
+    # Everything again, from what the bucket has.
+    shutil.rmtree(folder)
+    augusta.workspace.make("fetch", "STAGE=train", *words)
+    assert manifest.is_whole(folder) and {f"step{n}" for n in begins[1:]} <= {p.name for p in folder.iterdir()}
+
+
+def step_folder(root: Path, number: int, text: str = "weights") -> Path:
+    folder = root / f"step{number}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(f"{text} of {number}")
+    outputs = manifest.describe(folder, ["config.json"])
+    (folder / manifest.NAME).write_text(json.dumps({"schema": 1, "step": number, "outputs": outputs}))
+    return folder
+
+
+def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_path, bucket, capsys):
+    address, cache, there = "gs://test/runs/x/train/0123456789abcdef", tmp_path / "cache", tmp_path / "there"
+    for number in (2, 4, 6, 8, 10):
+        folder = step_folder(there, number)
+        for file in folder.iterdir():
+            if (number, file.name) != (10, manifest.NAME):  # its manifest had not been sent
+                open_storage(address, cache).write(f"{folder.name}/{file.name}", file.read_bytes())
+    open_storage(address, cache).write("BEST", b"step4\nloss 0.5\n")
+    open_storage(address, cache).write("metrics.jsonl", b'{"attempt": 1}\n{"step": 1}\n')
+    bucket.objects["runs/x/train/0123456789abcdef/step8/config.json"].data = b"weights of 9"
+    out = tmp_path / "train"
+    out.mkdir()
+    kept.bring_steps(address, out, cache, "0123")
+    assert sorted(p.name for p in out.glob("step*")) == ["step4", "step6", "step8"]
+    assert not (out / "step8" / manifest.NAME).exists()  # not whole: training passes it over
+    for step in (out / "step4", out / "step6"):
+        assert not manifest.broken_outputs(step, json.loads((step / manifest.NAME).read_bytes()))
+    assert (out / "BEST").is_file()
+    assert (out / ".identity").read_text() == "0123" and logs.next_attempt(out) == 2
+    told = capsys.readouterr().out
+    assert "warning: " in told and "step8 is passed over" in told and "going on from step 6" in told
+    empty = tmp_path / "empty"
+    kept.bring_steps("gs://test/runs/y/train/0", empty, cache, "0123")
+    assert not empty.exists()
+
+
+def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(augusta, bucket, monkeypatch):
+    monkeypatch.setenv("SFT_KEPT", "gs://test/runs/smoke/prepare/0123456789abcdef")
+    command = ["x", "runs/smoke", "--cluster", "beaker-test"]
+    with pytest.raises(
+        SftError, match=r"this job would make [0-9a-f]{16}: its recipe or inputs are not those of the sub"
+    ):
+        kept.bring(Path("runs/smoke"), "prepare", command)
+    monkeypatch.setenv("SFT_INPUT_prepare", "gs://test/nothing/there")
+    with pytest.raises(
+        SftError, match=r"gs://test/nothing/there/manifest\.json: not there; next: on your machine remove"
+    ):
+        kept.bring(Path("runs/smoke"), "sync", command)
+
+
+def test_several_nodes_without_a_common_disk_are_refused_before_anything_is_asked(augusta):
+    file = augusta.root / "recipes" / "smoke.toml"
+    file.write_text(file.read_text().replace("processes = 1\nmicro", "nodes = 2\nprocesses = 1\nmicro"))
+    done = augusta.workspace.make("dry-run", "RECIPE=smoke", "CLUSTER=beaker-test", ok=False)
+    assert "[on.beaker-test.train] nodes = 2: the nodes of beaker-test share no disk" in done.stdout + done.stderr
