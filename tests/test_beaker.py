@@ -223,6 +223,7 @@ def test_a_preempted_one_saves_and_goes_on_by_itself(place, capsys):
     thread.join()
     told = capsys.readouterr().out
     assert "saved" in told and len(place.server.runs) == 2 and len(place.server.experiments) == 1
+    assert job.Record.load(place.run / ".jobs" / "prepare.json").attempts == 2  # make jobs tells it
 
 
 def test_a_preempted_one_that_is_never_started_again_ends_when_it_is_cancelled(place, capsys):

@@ -207,6 +207,9 @@ class Answers:
     def tail(self, id, lines=20):
         return f"the log of {id}"
 
+    def attempts(self, id):
+        return 3
+
 
 @pytest.mark.parametrize(
     ("answers", "code", "told"),
@@ -229,7 +232,7 @@ def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, co
     record, said = Record(tmp_path / "train.json", "7", "i", "c", ["x"], "now"), []
     assert jobs.follow(record, Answers(*answers), said.append) == code
     assert told in "\n".join(said)
-    assert Record.load(record.file).ended
+    assert Record.load(record.file).ended and Record.load(record.file).attempts == 3
 
 
 @pytest.mark.parametrize("problem", [LostConnection("the network is down"), SftError("no such job")])

@@ -109,7 +109,7 @@ def test_every_stage_runs_as_a_job_and_the_second_make_submits_nothing(workspace
     assert workspace.ran() == [f"{s} x" for s in (*stages, "report")]
     for stage in stages:
         assert f"[{stage}] job {record(workspace, stage)['job']} is done" in out
-    log = next((workspace.root / "runs/x/.jobs").glob("train-*.log")).read_text()
+    log = next((workspace.root / "runs/x/.jobs").glob("train-*.attempt-01.log")).read_text()
     assert re.match(r"--- attempt 1 of job \d+ on n\d, ", log) and "[train] done in" in out
     workspace.make("-q", "all", "RECIPE=x", "CLUSTER=slurm")
     late = ["env/slurm.sh", "runs/x", "sync", ".venv/bin/python", "stages/sync.py", "runs/x", "--cluster", "slurm"]
@@ -117,7 +117,7 @@ def test_every_stage_runs_as_a_job_and_the_second_make_submits_nothing(workspace
         "made meanwhile" in subprocess.run(late, cwd=workspace.root, capture_output=True, text=True, check=True).stdout
     )
     listed = workspace.make("jobs").stdout
-    assert len(re.findall(r"^x +(?:prepare|sync|train|convert|evaluate) +slurm .* done$", listed, re.M)) == 5
+    assert len(re.findall(r"^x +(?:prepare|sync|train|convert|evaluate) +slurm .* 1 +done$", listed, re.M)) == 5
     workspace.make("verify", "RUN=x")
 
 
@@ -171,7 +171,7 @@ def test_a_failed_task_is_told_with_its_status_and_the_end_of_its_log(workspace)
     job = record(workspace, "prepare")["job"]
     assert f"error: job {job} on slurm: failed, exit status 7" in done.stdout
     tail = done.stdout[done.stdout.index("last lines of") :]
-    assert f"runs/x/.jobs/prepare-{job}.log" in tail and "what went wrong" in tail
+    assert f"runs/x/.jobs/prepare-{job}.attempt-01.log" in tail and "what went wrong" in tail
     assert "Error 7" in done.stderr and "failed, exit status 7" in workspace.make("jobs").stdout
     workspace._stage("prepare")
     assert f"job {int(job) + 1} submitted" in workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm").stdout
@@ -299,7 +299,8 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     workspace.make("sync", "RECIPE=x")
     program(workspace, "train", SAVES_WHEN_TOLD)
     process = start(workspace, "train", "RECIPE=x", "CLUSTER=slurm")
-    log = until(lambda: next((workspace.root / "runs/x/.jobs").glob("train-*.log"), None), "the log")
+    logs = workspace.root / "runs/x/.jobs"
+    log = until(lambda: next(logs.glob("train-*.attempt-01.log"), None), "the log")
     until(lambda: "resuming from nothing" in log.read_text(), "training")
     job = record(workspace, "train")["job"]
     slurm.run("scancel", "--batch", "--signal=USR1", job)
@@ -307,6 +308,10 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     assert process.returncode == 0, out
     assert f"resuming from {job}" in out and f"--- attempt 2 of job {job}" in out
     assert "stopped early (exit status 75): back into the queue" in out
+    # The first attempt's log is as it was, beside the second's.
+    assert "resuming from nothing" in log.read_text() and "attempt 2" not in log.read_text()
+    assert f"resuming from {job}" in (logs / f"train-{job}.attempt-02.log").read_text()
+    assert re.search(r"^x +train +slurm .* 2 +done$", workspace.make("jobs").stdout, re.M)
 
 
 def test_hostile_paths_and_values_reach_the_job_unchanged(slurm, tmp_path):

@@ -394,6 +394,12 @@ class Scheduler:
         with _told():
             self.beaker.workload.cancel(self.beaker.workload.get(id))
 
+    def attempts(self, id: str) -> int:
+        """How many jobs the leader's task has had; Beaker keeps the log of each."""
+        with _told():
+            leader = self._jobs(id)[0]
+            return len(list(self.beaker.job.list(task=pb2.Task(id=leader.task_id)))) if leader else 0
+
     def tail(self, id: str, lines: int = 20) -> str:
         with _told():
             jobs = [job for job in self._jobs(id) if job is not None]

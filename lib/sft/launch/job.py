@@ -147,6 +147,7 @@ class Scheduler(Protocol):
     def cancel(self, id: str) -> None: ...
     def render(self, job: Job) -> str: ...  # what would be submitted, for people
     def tail(self, id: str, lines: int = 20) -> str: ...  # the end of the log, and where it is
+    def attempts(self, id: str) -> int: ...  # how often it has begun: each attempt has a log of its own
 
 
 def scheduler(launcher: str, folder: Path, cluster: schema.Cluster) -> Scheduler:
@@ -167,6 +168,7 @@ class Record:
     command: list[str]
     submitted: str
     ended: str = ""  # what was told of its end; empty while nobody was told
+    attempts: int = 0  # how often it had begun by then
 
     @staticmethod
     def load(file: Path) -> Record | None:
@@ -177,14 +179,15 @@ class Record:
         except (OSError, ValueError, TypeError):
             return None
         texts = (record.job, record.identity, record.cluster, record.submitted, record.ended)
-        return record if all(isinstance(text, str) for text in texts) and record.job else None
+        whole = all(isinstance(text, str) for text in texts) and isinstance(record.attempts, int) and record.job
+        return record if whole else None
 
     def save(self) -> None:
         data = {k: v for k, v in vars(self).items() if k != "file"}
         manifest.write_atomic(self.file, json.dumps(data, indent=1).encode() + b"\n")
 
-    def end(self, status: str) -> None:
-        self.ended = status
+    def end(self, status: str, attempts: int) -> None:
+        self.ended, self.attempts = status, attempts
         self.save()
 
 
@@ -323,11 +326,14 @@ def follow(record: Record, backend: Scheduler, say: Callable[[str], None]) -> in
     """Streams the log until the job ends, records and tells how, and returns its exit status (75 = run again)."""
     code = retried(lambda: backend.follow(record.job, sys.stdout), say)
     status = retried(lambda: backend.status(record.job), say)
+    attempts = 0
+    with contextlib.suppress(SftError, LostConnection):
+        attempts = backend.attempts(record.job)
     if code == 0 and status.state in ("done", "gone"):
-        record.end("done")
+        record.end("done", attempts)
         say(f"job {record.job} is done")
         return 0
-    record.end(str(status))
+    record.end(str(status), attempts)
     if code == AGAIN:
         say(f"job {record.job} saved and asks to be run again; next: the same make continues")
         return AGAIN
@@ -342,26 +348,29 @@ def follow(record: Record, backend: Scheduler, say: Callable[[str], None]) -> in
 # --- make jobs, make cancel -----------------------------------------------------------------------------------------
 
 
-def state_of(record: Record, place: plan.Place) -> str:
+def state_of(record: Record, place: plan.Place) -> tuple[str, int]:
+    """(its state, how often it has begun)."""
     if record.ended:
-        return record.ended
+        return record.ended, record.attempts
     try:
-        return str(_scheduler_of(record, place).status(record.job))
+        backend = _scheduler_of(record, place)
+        return str(backend.status(record.job)), backend.attempts(record.job)
     except (SftError, LostConnection) as e:
-        return f"unknown: {e}"
+        return f"unknown: {e}", 0
 
 
 def list_jobs(runs: Path) -> None:
     place = plan.Place(runs)
-    rows = [("RUN", "STAGE", "CLUSTER", "JOB", "SUBMITTED", "STATE")]
+    rows = [("RUN", "STAGE", "CLUSTER", "JOB", "SUBMITTED", "ATTEMPTS", "STATE")]
     for r in records(runs):
-        rows.append((r.file.parents[1].name, r.file.stem, r.cluster, r.job, r.submitted, state_of(r, place)))
+        state, attempts = state_of(r, place)
+        rows.append((r.file.parents[1].name, r.file.stem, r.cluster, r.job, r.submitted, str(attempts or "-"), state))
     if len(rows) == 1:
         print(f"no jobs in {runs}")
         return
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  " + row[5])
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def each(action: Callable[[T], None], items: Iterable[T]) -> None:

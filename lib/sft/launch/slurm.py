@@ -2,8 +2,8 @@
 
     env/slurm.sh runs/<run> <stage> COMMAND…      submits or finds the job, follows its log, returns its status
 
-The script lies in runs/<run>/.jobs/<stage>.sbatch and can be submitted by hand; every attempt of job N appends to
-<stage>-N.log beside it. srun starts COMMAND once on each node with SFT_NODES, SFT_NODE_RANK and SFT_HEAD (host:port of the
+The script lies in runs/<run>/.jobs/<stage>.sbatch and can be submitted by hand; attempt K of job N writes
+<stage>-N.attempt-K.log beside it, and <stage>-N.log is what Slurm itself says of them. srun starts COMMAND once on each node with SFT_NODES, SFT_NODE_RANK and SFT_HEAD (host:port of the
 first node, for torchrun). Preempted, or told shortly before its time is up, training saves and exits with 75: the script
 puts the job back into the queue, and its next attempt resumes. SHARDS=n makes prepare an array of n parts and a merge.
 
@@ -41,10 +41,12 @@ RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGN
 ENDS = {"COMPLETED": "done", "TIMEOUT": "timeout", "DEADLINE": "timeout", "CANCELLED": "cancelled"}
 
 SCRIPT = r"""
+attempt=$((${SLURM_RESTART_COUNT:-0} + 1)) ended="$job.exit"
+exec >>"$job.attempt-$(printf %02d "$attempt").log" 2>&1
 rm -f "$ended" # of an attempt that Slurm itself has put back into the queue
 SFT_HEAD="$(hostname):$((20000 + SLURM_JOB_ID % 10000))"
 export SFT_HEAD SFT_JOB="$SLURM_JOB_ID" SFT_NODES="$SLURM_JOB_NUM_NODES"
-echo "--- attempt $((${SLURM_RESTART_COUNT:-0} + 1)) of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
+echo "--- attempt $attempt of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 # shellcheck disable=SC2016  # the inner shell is the one on each node; a node that ends first leaves the others time to save
 srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none${SLURM_CPUS_PER_TASK:+ --cpus-per-task=$SLURM_CPUS_PER_TASK} \
     bash -c 'SFT_NODE_RANK="$SLURM_NODEID" exec "$@"' - "${command[@]}" &
@@ -126,10 +128,24 @@ class Slurm:
         return "\n".join(self._script(job, name) for name in names)
 
     def tail(self, id: str, lines: int = 20) -> str:
-        logs = [file for i in id.split("+") for file in sorted(self.folder.glob(self._pattern(i)))]
-        broken = [f for f in logs if _read(f.with_suffix(".exit")).strip() not in ("", "0")] or logs[-1:]
-        texts = [f"last lines of {f}:\n" + "\n".join(_read(f).splitlines()[-lines:]) for f in broken[:3]]
+        logs: dict[
+            str, list[Path]
+        ] = {}  # of each job or part, those that say something: Slurm's own after the attempts'
+        for file in [file for i in id.split("+") for file in sorted(self.folder.glob(self._pattern(i)))]:
+            if _read(file).strip() or not file.name.endswith(f"{_job_of(file)}.log"):
+                logs.setdefault(_job_of(file), []).append(file)
+        broken = [j for j in logs if _read(self.folder / f"{j}.exit").strip() not in ("", "0")] or [*logs][-1:]
+        texts = [
+            f"last lines of {f}:\n" + "\n".join(_read(f).splitlines()[-lines:])
+            for j in broken[:3]
+            for f in logs[j][-2:]
+        ]
         return "\n".join(texts) or f"no log in {self.folder}: the job never started"
+
+    def attempts(self, id: str) -> int:
+        """How often the job has begun; of an array, its part that began most often."""
+        logs = [f.name for i in id.split("+") for f in self.folder.glob(self._pattern(i))]
+        return max((int(m[1]) for name in logs if (m := re.search(r"\.attempt-(\d+)\.log$", name))), default=0)
 
     # --- what Slurm is told -----------------------------------------------------------------------------------------
 
@@ -162,11 +178,11 @@ class Slurm:
         }
         lines = [directive(f"--{option}", str(value)) for option, value in options.items() if value]
         lines += ["#SBATCH --exclusive"] * whole + ["#SBATCH --requeue"] + [*(extra(text) for text in cluster.sbatch)]
-        ended = shlex.quote(str(self.folder / f"{name}-")) + (
-            '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID.exit"' if part else '"$SLURM_JOB_ID.exit"'
+        mine = shlex.quote(str(self.folder / f"{name}-")) + (
+            '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if part else '"$SLURM_JOB_ID"'
         )
         body = [f"export {name}={shlex.quote(value)}" for name, value in cluster.env.items()]
-        body += [f"command=({shlex.join(job.command)})", f"ended={ended}"]
+        body += [f"command=({shlex.join(job.command)})", f"job={mine}"]
         if job.shards:
             body.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
         again = f"sbatch {shlex.quote(str(self.folder / f'{name}.sbatch'))}"
@@ -273,7 +289,7 @@ class Tail:
             data = f.read()
         whole = data[: data.rfind(b"\n") + 1]
         self.offsets[file] += len(whole)
-        part = re.search(r"-\d+_(\d+)\.log$", file.name)
+        part = re.search(r"-\d+_(\d+)\.(?:attempt-\d+\.)?log$", file.name)
         for line in whole.decode(errors="replace").splitlines():
             print(f"part {part[1]}: {line}" if part else line, file=out)
 
@@ -365,6 +381,11 @@ def _slurm(*command: str) -> str:
     ):
         raise LostConnection(f"{command[0]}: {said.splitlines()[-1]}")
     raise SftError(f"{shlex.join(command)} failed with status {done.returncode}:\n{said}")
+
+
+def _job_of(log: Path) -> str:
+    """`train-12`, or `prepare-part-12_3`, of a log's name."""
+    return re.sub(r"(\.attempt-\d+)?\.log$", "", log.name)
 
 
 def _read(file: Path) -> str:
