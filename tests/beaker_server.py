@@ -13,6 +13,7 @@ Faults: `unavailable` (an RPC is refused before anything is done; times < 0 = fo
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import datetime
 import hashlib
@@ -23,7 +24,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -40,6 +41,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 ORG, USER, WORKSPACE, BUDGET, TOKEN = "ai2", "ann", "team", "ai2/oe-test", "token-that-nobody-may-see"
 AUTHORITY = trustme.CA()  # one for all servers: gRPC reads its roots once in a process
+
+
+LIMIT = 32 << 20  # bytes of one request
+
+
+def digest_of(data: bytes | bytearray) -> str:
+    return "SHA256 " + base64.b64encode(hashlib.sha256(data).digest()).decode()
 
 
 def now() -> Timestamp:
@@ -101,6 +109,7 @@ class Server(beaker_pb2_grpc.BeakerServicer):
         self.experiments: dict[str, Experiment] = {}
         self.runs: dict[str, Run] = {}
         self.datasets: dict[str, Dataset] = {}
+        self.uploads: dict[str, bytearray] = {}  # of files over 32 MiB, which come in pieces
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.hold = False  # jobs stay queued
@@ -524,10 +533,11 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def _answer(self, code: int, body: Any = None) -> None:
+    def _answer(self, code: int, body: Any = None, headers: Mapping[str, str] | None = None) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body if body is not None else {}).encode()
         self.send_response(code)
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
@@ -545,6 +555,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         parts, query = self._parts()
+        if parts == ["uploads"]:
+            key = self.beaker._name("upload")
+            self.beaker.uploads[key] = bytearray()
+            return self._answer(200, headers={"Upload-ID": key})
         body = json.loads(self._body() or b"{}")
         if parts[0] == "workspaces" and parts[2] == "experiments":
             fault = self.beaker._take("create")
@@ -572,15 +586,39 @@ class Handler(BaseHTTPRequestHandler):
         if parts[0] == "datasets" and parts[2] == "files":
             file = self.beaker.datasets[parts[1]].folder.joinpath(*parts[3:])
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(self._body())
+            data = self._body()
+            if digest := self.headers.get("Digest"):  # the content is that of an upload
+                found = [bytes(u) for u in self.beaker.uploads.values() if digest_of(u) == digest]
+                if data or not found:
+                    return self._answer(400, {"message": f"no upload has the digest {digest}"})
+                data = found[0]
+            elif len(data) > LIMIT:
+                return self._answer(413, {"message": "larger than one request may be"})
+            file.write_bytes(data)
             return self._answer(200)
         return self._answer(404, {"message": self.path})
 
     def do_PATCH(self) -> None:
         parts, _ = self._parts()
-        self._body()
+        data = self._body()
+        if parts[0] == "uploads":
+            return self._piece(self.beaker.uploads[parts[1]], data)
         self.beaker.datasets[parts[1]].message.committed.CopyFrom(now())
         return self._answer(200)
+
+    def _piece(self, upload: bytearray, data: bytes) -> None:
+        """A piece of a file at its offset; the last one is answered with the digest of the whole."""
+        fault = self.beaker._take("piece")
+        if fault and fault.kind == "dropped":
+            self.close_connection = True
+            return None
+        length, offset = int(self.headers["Upload-Length"]), int(self.headers["Upload-Offset"])
+        if len(data) > LIMIT or offset + len(data) > length or offset > len(upload):
+            return self._answer(
+                400, {"message": f"a piece of {len(data)} at {offset} of {length}, {len(upload)} are here"}
+            )
+        upload[offset : offset + len(data)] = data
+        return self._answer(200, headers={"Digest": digest_of(upload)} if len(upload) == length else {})
 
     def do_GET(self) -> None:
         parts, _ = self._parts()

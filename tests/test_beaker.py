@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -323,6 +324,29 @@ def test_an_upload_by_another_is_waited_for_and_one_that_was_killed_is_replaced(
     assert place.launch("exit 5") == 5
     thread.join()
     assert (other.message.id in place.server.datasets) == (hours == 0)
+
+
+def test_files_over_32_mib_travel_in_pieces_both_ways(place):
+    """The code as an archive, an earlier stage, and a result; one piece's answer never comes, and the client sends it again."""
+    place.edit('launcher = "beaker"', 'launcher = "beaker"\ncode = "dataset"\nstages = ["sync"]')
+    big = os.urandom(1 << 20) * 33
+    for name in ("prepare", "sync"):
+        file = place.root / "stages" / f"{name}.py"
+        body = "(stage.out / 'out').write_text(stage.identity)"
+        assert body in file.read_text()
+        file.write_text(
+            file.read_text()
+            .replace(body, body + "\n    (stage.out / 'big').write_bytes(open('big', 'rb').read())")
+            .replace("Result(['out']", "Result(['out', 'big']")
+        )
+    (place.root / "big").write_bytes(big)
+    place.push()
+    place.server.fault("piece", "dropped")
+    place.workspace.make("sync", "RECIPE=x", "CLUSTER=beaker-test")
+    assert place.server.requests.count("piece") == 5  # two files of two pieces each, and the one that was dropped
+    folders = {d.message.name.rsplit("-", 1)[0]: d.folder for d in place.server.datasets.values()}
+    assert (folders["olmo-sft-prepare"] / "big").read_bytes() == big
+    assert manifest.is_whole(place.run / "sync") and (place.run / "sync" / "big").read_bytes() == big
 
 
 def test_results_that_arrive_damaged_are_refused_and_what_was_here_stays(place):
