@@ -1,12 +1,7 @@
-"""A batch of rendered documents on its way to tokens: its text as one piece, where runs end in it, and the mask.
+"""A batch of rendered documents on its way to tokens: its text as one piece, and where runs end in it.
 
 In: runs of text of each document, untrained and trained in turn. Out: `Batch.data`, the UTF-8 of all documents one after
-another, the byte at which each run and each document ends, and, given where each token begins in those bytes, the mask:
-
-    runs     └ <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n ┘└ Hello.<|endoftext|> ┘
-    tokens   └─ one byte position for the beginning of each token, and one for the end of the last ─┘
-
-A token is trained when all its bytes lie in trained runs of one document. No Python code runs for each token.
+another, and the byte at which each run and each document ends. A token will be trained when all its bytes lie in one trained run.
 """
 
 from __future__ import annotations
@@ -21,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sft.data.vocabulary import Ids, Offsets
+from sft.data.vocabulary import Offsets
 
 EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
@@ -35,16 +30,6 @@ class Reject:
     reason: str
     detail: str
     example: str
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """`bounds[t]`: where token t begins in the bytes of the batch, then where the last one ends. `offsets[d]`: the first
-    token of document d, then the number of all."""
-
-    ids: Ids
-    bounds: npt.NDArray[np.integer]
-    offsets: Offsets
 
 
 @dataclass
@@ -61,7 +46,9 @@ class Batch:
     unprompted: int = 0  # trained answers that lack what the generation prompt gives
     # What `lay_out` finds:
     data: bytes = b""  # the text of all documents in UTF-8
-    first: Offsets = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # the first run of each document
+    first: Offsets = field(
+        default_factory=lambda: np.zeros(1, dtype=np.int64)
+    )  # the first run of each document, and the number of all
     edges: Offsets = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # where each run ends in `data`
     ends: Offsets = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # where each document ends in it
 
@@ -103,35 +90,25 @@ class Batch:
         self.data = b"".join(pieces)
         self.edges = np.cumsum(np.fromiter(map(len, pieces), dtype=np.int64, count=len(pieces)))
         last = np.cumsum(np.fromiter(map(len, self.runs), dtype=np.int64, count=len(self.runs)))
-        self.first, self.ends = np.concatenate([[0], last[:-1]]) if len(last) else last, self.edges[last - 1]
+        self.first, self.ends = np.concatenate([[0], last]), self.edges[last - 1]
 
     def cut(self) -> list[bytes]:
         """The bytes of each document."""
-        ends = self.ends.tolist()
-        return list(map(self.data.__getitem__, map(slice, [0, *ends[:-1]], ends)))
-
-    def foreign(self) -> list[int]:
-        """The documents that have other characters than ASCII."""
-        if self.data.isascii():
-            return []
-        starts = np.concatenate([[0], self.ends[:-1]])
-        return np.flatnonzero(np.maximum.reduceat(np.frombuffer(self.data, dtype=np.uint8), starts) > 127).tolist()
+        return cut(self.data, self.ends)
 
 
-def find_mask(batch: Batch, bounds: npt.NDArray[np.integer]) -> tuple[npt.NDArray[np.bool_], Offsets, int]:
-    """The mask, the trained tokens of each document, and how many edges of runs lie inside a token."""
-    if not batch.runs:
-        return np.zeros(0, dtype=bool), np.zeros(0, dtype=np.int64), 0
-    edges = batch.edges.astype(bounds.dtype)
-    upto = np.searchsorted(bounds, edges, side="right") - 1  # tokens that end by each edge
-    inside = bounds[upto] != edges
-    runs = np.arange(len(edges)) - np.repeat(batch.first, np.diff(batch.first, append=len(edges)))
-    trained = (runs & 1).astype(bool)
-    # Where an edge lies inside a token, that token is scaffold: it goes to the run that is not trained.
-    upto = np.maximum.accumulate(upto + (inside & np.append(trained[1:], False)))
-    tokens = np.diff(upto, prepend=0)
-    labels = np.add.reduceat(np.where(trained, tokens, 0), batch.first)
-    return np.repeat(trained, tokens), labels, int(inside.sum())
+def cut(data: bytes, ends: Offsets) -> list[bytes]:
+    """The bytes of each document."""
+    stops = ends.tolist()
+    return list(map(data.__getitem__, map(slice, [0, *stops[:-1]], stops)))
+
+
+def foreign(data: bytes, ends: Offsets) -> list[int]:
+    """The documents that have other characters than ASCII."""
+    if data.isascii():
+        return []
+    starts = np.concatenate([[0], ends[:-1]])
+    return np.flatnonzero(np.maximum.reduceat(np.frombuffer(data, dtype=np.uint8), starts) > 127).tolist()
 
 
 def name_conversation(messages: Sequence[Mapping[str, Any]], system: str = "") -> int:

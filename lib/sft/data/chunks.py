@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft import manifest
 from sft.data import sources
@@ -26,7 +27,7 @@ from sft.data.tokencache import ChunkWriter, Rejected, Summary
 from sft.errors import SftError
 
 if TYPE_CHECKING:
-    from sft.data.tokenize import Encoder
+    from sft.data.tokenize import Encoded, Encoder
 
 
 @dataclass(frozen=True)
@@ -53,20 +54,30 @@ class EncodeChunk:
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
-            for batch in sources.read(job.chunk):
+            for piece in sources.pieces(job.chunk):
+                parts = []
+                if isinstance(piece, sources.Block):
+                    plain, odd = self.encoder.encode_lines(piece.lines, source)
+                    batch = piece.batch(odd)
+                    if plain is not None:
+                        parts.append((plain, plain.rows + piece.first))
+                        summary.rows += len(plain.rows)
+                else:
+                    batch = piece
                 summary.rejects += [Rejected(*bad) for bad in batch.bad]
                 summary.rows += len(batch.rows) + len(batch.bad)
                 summary.lines = batch.count
-                if not batch.rows:
-                    continue
-                encoded = self.encoder.encode(batch.rows, source)
-                numbers = np.array(batch.numbers, dtype=np.int64)
-                rows = numbers[encoded.rows]
-                writer.add(encoded.ids, encoded.mask, encoded.lengths, rows, encoded.conversations)
-                summary.rejects += [
-                    Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects
-                ]
-                note(summary.notes, encoded.engine, encoded.proof)
+                if batch.rows:
+                    encoded = self.encoder.encode(batch.rows, source)
+                    numbers = np.array(batch.numbers, dtype=np.int64)
+                    parts.append((encoded, numbers[encoded.rows]))
+                    summary.rejects += [
+                        Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects
+                    ]
+                for made, _ in parts:
+                    note(summary.notes, made.engine, made.proof)
+                if parts:
+                    writer.add(*in_order(parts))
             summary.rejects.sort()
         told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
         return told, began, time.process_time() - cpu
@@ -97,6 +108,18 @@ def without_gc() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArray[Any], ...]:
+    """Tokens, lengths, labels, rows and conversations of the documents of one part or several by the numbers of their rows."""
+    columns = [(made.tokens, made.lengths, made.labels, rows, made.conversations) for made, rows in parts]
+    if len(columns) == 1:
+        return columns[0]
+    tokens, lengths, labels, rows, conversations = map(np.concatenate, zip(*columns, strict=True))
+    order, ends = np.argsort(rows), np.cumsum(lengths)
+    spans = zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
+    tokens = np.concatenate([tokens[:0], *(tokens[a:b] for a, b in spans)])
+    return tokens, lengths[order], labels[order], rows[order], conversations[order]
 
 
 def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.chunks import Progress, naming
+from sft.data.compiled import TRAINED
 from sft.data.dataset import DatasetWriter, token_dtype
 from sft.data.describe import Check, Seen
-from sft.data.tokencache import TRAINED, Summary, Tokens
+from sft.data.tokencache import Summary, Tokens
 from sft.errors import SftError
 
 BLOCK_TOKENS = 1 << 19  # documents are gathered and written this many tokens at a time

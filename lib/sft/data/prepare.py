@@ -159,6 +159,7 @@ class Preparation:
         if engine.fast is None and self.table.encoder != "tokenizers":
             self.say(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
+        self.encoder.compile()
         progress = Progress(self.say, "encoding", todo)
         arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -87,6 +88,40 @@ class Batch:
     bad: list[BadRow] = field(default_factory=list)
     count: int = 0
     """Rows read so far in the chunk, blank lines of a JSONL file included: the number of the next one."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines of a chunk, each with its newline; `first` is the number of the first one."""
+
+    lines: bytes
+    first: int
+    too_long: bool = False
+    """It stands for one line of more than MAX_ROW_BYTES, which is not read."""
+
+    @property
+    def count(self) -> int:
+        return 1 if self.too_long else self.lines.count(b"\n")
+
+    def batch(self, wanted: Sequence[int] | None = None) -> Batch:
+        """The rows of all lines, or of those that are wanted, by their numbers in the block."""
+        made = Batch(count=self.first + self.count)
+        if self.too_long:
+            made.bad.append(BadRow(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
+        if self.too_long or (wanted is not None and not wanted):
+            return made
+        lines = self.lines.split(b"\n")[:-1]
+        numbers = list(range(len(lines))) if wanted is None else list(wanted)
+        if wanted is not None:
+            lines = [lines[i] for i in numbers]
+        long_numbers = _has_long_number(self.lines)
+        rows = None if long_numbers else _parse_plain(lines)
+        if rows is not None:
+            made.rows, made.numbers = rows, [self.first + n for n in numbers]
+            return made
+        for number, line in zip(numbers, lines, strict=True):
+            _read_line(line, self.first + number, made, long_numbers)
+        return made
 
 
 def resolve(
@@ -254,10 +289,13 @@ class _reading:
 
 def read(chunk: Chunk) -> Iterator[Batch]:
     """The rows of a chunk in batches of bounded size; the last batch may be empty."""
-    if chunk.file.kind == "jsonl":
-        yield from _read_jsonl(chunk)
-    else:
-        yield from _read_columns(chunk)
+    for piece in pieces(chunk):
+        yield piece.batch() if isinstance(piece, Block) else piece
+
+
+def pieces(chunk: Chunk) -> Iterator[Block | Batch]:
+    """The same, where the rows of a JSONL file are still lines."""
+    return _blocks(chunk) if chunk.file.kind == "jsonl" else _read_columns(chunk)
 
 
 def _read_columns(chunk: Chunk) -> Iterator[Batch]:
@@ -313,39 +351,18 @@ def _from_arrow(batches: Iterator[Any]) -> Iterator[Batch]:
             yield batch
 
 
-def _read_jsonl(chunk: Chunk) -> Iterator[Batch]:
-    batch = Batch()
-    for lines, long_numbers in _blocks(chunk):
-        rows = None if long_numbers else _parse_plain(lines)
-        if rows is not None:
-            batch.rows, batch.numbers = rows, list(range(batch.count, batch.count + len(lines)))
-            batch.count += len(lines)
-        else:
-            for line in lines:
-                _read_line(line, batch, long_numbers)
-        yield batch
-        batch = Batch(count=batch.count)
-    if not batch.count:
-        yield batch
-
-
-def _parse_plain(lines: Sequence[bytes | None]) -> list[dict[str, Any]] | None:
+def _parse_plain(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     """Rows when every line is one, and no number needs more than 64 bits, which orjson would round; else None."""
     if orjson is None:
         return None
     try:
-        rows = list(map(orjson.loads, lines))  # type: ignore[arg-type]
+        rows = list(map(orjson.loads, lines))
     except ValueError:
         return None
     return rows if set(map(type, rows)) <= {dict} else None
 
 
-def _read_line(line: bytes | None, batch: Batch, long_numbers: bool) -> None:
-    number = batch.count
-    batch.count += 1
-    if line is None:
-        batch.bad.append(BadRow(number, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
-        return
+def _read_line(line: bytes, number: int, batch: Batch, long_numbers: bool) -> None:
     try:
         row = parse(line, long_numbers)
     except ValueError as e:
@@ -398,10 +415,19 @@ def _has_long_number(data: bytes) -> bool:
     return any(_LONG_NUMBER.search(data, max(0, 8 * i - 18), 8 * i + 26) for i in np.flatnonzero(found).tolist())
 
 
-def _blocks(chunk: Chunk) -> Iterator[tuple[Sequence[bytes | None], bool]]:
-    """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it. None stands for a line
-    that is too long. With each block, whether it may hold a number of 19 digits or more.
-    """
+def _blocks(chunk: Chunk) -> Iterator[Block]:
+    """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it."""
+    number = 0
+    for lines, too_long in _lines(chunk):
+        block = Block(lines, number, too_long)
+        number += block.count
+        yield block
+    if not number:
+        yield Block(b"", 0)
+
+
+def _lines(chunk: Chunk) -> Iterator[tuple[bytes, bool]]:
+    """Whole lines, each with its newline; none, and True, for a line that is too long."""
     with open(chunk.file.path, "rb") as f:
         if chunk.start == 0:
             data = f.read(chunk.stop)
@@ -413,25 +439,25 @@ def _blocks(chunk: Chunk) -> Iterator[tuple[Sequence[bytes | None], bool]]:
             if first < 0 or first == len(data) - 1:
                 return  # one long line of an earlier chunk fills this one
             data = data[first + 1 :]
-        if not data:
-            return
-        long_numbers = _has_long_number(data)
-        *whole, last = data.split(b"\n")
-        count = max(1, round(len(data) / BATCH_BYTES))
-        for i in range(count):
-            yield whole[i * len(whole) // count : (i + 1) * len(whole) // count], long_numbers
+        whole = data.rfind(b"\n") + 1
+        count = max(1, round(whole / BATCH_BYTES))
+        cuts = [0, *(data.find(b"\n", i * whole // count) + 1 for i in range(1, count)), whole]
+        for begin, end in itertools.pairwise(cuts):
+            if begin < end:
+                yield data[begin:end], False
+        last = data[whole:]
         if not last:
             return  # the chunk ends with a line
         while b"\n" not in (block := f.read(1 << 20)):
             if not block:
-                yield [last], True
-                return
+                break
             last += block
             if len(last) > unpack.MAX_ROW_BYTES:
-                yield [None], False
+                yield b"", True
                 return
-        last += block[: block.index(b"\n")]
-        yield [last if len(last) <= unpack.MAX_ROW_BYTES else None], True
+        last += block[: block.find(b"\n")] if block else b""
+        too_long = len(last) > unpack.MAX_ROW_BYTES
+        yield b"" if too_long else last + b"\n", too_long
 
 
 def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:

@@ -2,8 +2,8 @@
 
     tokens <u4[tokens] | INDEX[documents] | JSON footer | footer's length <u8 | MAGIC
 
-A token is its id, and its highest bit (`TRAINED`) says whether it is trained. In: encoded documents of a chunk, batch by batch. Out: a file under its final name only when whole; its footer says what
-stands in it, what was rejected, and checksums, so that a damaged file is found and made again.
+A token is its id, and its highest bit (`sft.data.compiled.TRAINED`) says whether it is trained. In: encoded documents of a chunk,
+batch by batch. Out: a file under its final name only when whole; its footer says what stands in it, what was rejected, and checksums, so that a damaged file is found and made again.
 """
 
 from __future__ import annotations
@@ -20,11 +20,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.data.dataset import trained_counts
 from sft.errors import SftError
 
 MAGIC = b"sft-tok4"
-TRAINED = np.uint32(1 << 31)
 INDEX = np.dtype(
     [("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,)), ("conversation", "<u8")]
 )
@@ -73,9 +71,9 @@ class ChunkWriter:
 
     def add(
         self,
-        ids: NDArray[Any],
-        mask: NDArray[np.bool_],
+        tokens: NDArray[np.uint32],
         lengths: NDArray[np.int64],
+        labels: NDArray[np.int64],
         rows: NDArray[np.int64],
         conversations: NDArray[np.uint64],
     ) -> None:
@@ -83,19 +81,16 @@ class ChunkWriter:
         if not len(lengths):
             return
         ends = np.cumsum(lengths)
-        assert int(ends[-1]) == len(ids) == len(mask), (int(ends[-1]), len(ids), len(mask))
-        tokens = mask.astype("<u4")
-        tokens <<= 31
-        tokens |= ids
+        assert int(ends[-1]) == len(tokens), (int(ends[-1]), len(tokens))
         index = np.zeros(len(lengths), dtype=INDEX)
         index["length"], index["row"], index["conversation"] = lengths, rows, conversations
-        index["labels"] = trained_counts(mask, ends)
+        index["labels"] = labels
         raw = tokens.data.cast("B")
         index["digest"] = _digests(raw, ends)
         self._index.append(index)
         self._file.write(raw)
         self.summary.documents += len(lengths)
-        self.summary.tokens += len(ids)
+        self.summary.tokens += len(tokens)
         self.summary.labels += int(index["labels"].sum(dtype=np.int64))
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

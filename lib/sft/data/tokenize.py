@@ -1,15 +1,16 @@
 """Rows to token ids and label masks: `Encoder(tokenizer_dir, prepare, find).encode(rows, source)`.
 
-In: rows of a source. Out: `Encoded`, flat arrays over documents. A batch goes through five steps, each a pass without a
+In: rows of a source. Out: `Encoded`, flat arrays over documents. A batch goes through four steps, each a pass without a
 Python loop over tokens:
 
     1. each row becomes a conversation and is rendered once into runs: untrained, trained, untrained, …   (sft.data.rows, sft.data.chat)
     2. all texts are encoded in one call                                                             (sft.data.vocabulary)
-    3. special tokens are counted; a document with more than its template wrote holds special-token text in its content,
+    3. the ids are followed through the text: their bytes, put together, must be it, and a document ends where its text does.
+       Which run a token lies in is the mask; one that straddles the edge of a run is not trained: part of it is scaffold
+    4. special tokens are counted; a document with more than its template wrote holds special-token text in its content,
        and is encoded again so that this text stays text
-    4. the proof: the bytes of all tokens, put together, are the rendered text, and a document ends where its text does
-    5. where each token begins in those bytes says which of them lie in trained runs: that is the mask. A token that
-       straddles the edge of a run is not trained: part of it is scaffold                            (sft.data.batch)
+
+`encode_lines` takes lines of JSON and does the first step without Python objects for the plain ones of them  (sft.data.plain)
 
     text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello.<|endoftext|>
     runs    └──────────────── untrained ────────────────────────┘  └──── trained ────┘
@@ -19,7 +20,8 @@ Python loop over tokens:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -27,15 +29,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from tokenizers import Tokenizer
 
-from sft.data.batch import Batch, Reject, Tokens, find_mask, name_conversation, spread
+from sft.data.batch import Batch, Reject, cut, foreign, name_conversation, spread
 from sft.data.chat import JinjaTemplate, Specials, known_templates, load_template
+from sft.data.compiled import TRAINED
 from sft.data.dataset import trained_runs
+from sft.data.plain import PlainRows
 from sft.data.rows import BadRow, Conversation, RowReader
 from sft.data.templates import FAMILIES
-from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, check_rebuilt, read_text
+from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
 from sft.errors import SftError
 from sft.schema import Prepare, Source
 
@@ -45,11 +48,10 @@ TOO_DEEP = ("bad_value", "nested too deeply")
 
 @dataclass
 class Encoded:
-    """Documents, one after another. `rows[d]` is the input row of document d, `labels[d]` the trained tokens in its mask,
+    """Documents, one after another. `tokens` are ids with the bit TRAINED. `rows[d]` is the input row of document d, `labels[d]` the trained tokens in its mask,
     `conversations[d]` the digest of what it says (`name_conversation`)."""
 
-    ids: Ids
-    mask: npt.NDArray[np.bool_]
+    tokens: Ids
     lengths: Offsets
     rows: Offsets
     labels: Offsets
@@ -57,6 +59,19 @@ class Encoded:
     rejects: list[Reject]
     engine: str
     proof: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> Ids:
+        return self.tokens & ~TRAINED
+
+    @property
+    def mask(self) -> npt.NDArray[np.bool_]:
+        return self.tokens >= TRAINED
+
+
+def sums(counted: npt.NDArray[np.bool_], starts: Offsets) -> Offsets:
+    """How many are true in each document."""
+    return np.add.reduceat(counted, starts, dtype=np.int64) if len(starts) else starts
 
 
 class Encoder:
@@ -83,6 +98,7 @@ class Encoder:
             {self.vocabulary.specials[text] for text in self.template.terminators if text in self.vocabulary.specials}
         )
         self.readers: dict[str, RowReader] = {}
+        self.plain_rows: dict[str, PlainRows | None] = {}
         self.last_read: tuple[Source | None, Any] = (None, None)
         self.plain: Tokenizer | None = None
         # Every place where a special token's text stands becomes that token, unless two of them can overlap.
@@ -158,25 +174,61 @@ class Encoder:
             self.last_read = (source, self.reader(source))
         return self.last_read[1].read(row)
 
+    def compile(self) -> None:
+        """Compiles what worker processes then find compiled, once on each kind of machine."""
+        row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
+        for source in self.prepare.sources if self.vocabulary.byte_level else ():
+            self.encode_lines(json.dumps(row).encode() + b"\n", source)
+            self.vocabulary.follow(np.zeros(0, dtype=np.uint32), b"", *np.zeros((2, 1), dtype=np.int64))
+
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
         batch = self._render(rows, self.reader(source).read)
         batch.lay_out()
         if not self.vocabulary.byte_level:
             return self._encode_by_offsets(batch)
-        engine, checked, tokens = self.engine.name, 0, None
+        engine, checked, walk = self.engine.name, 0, None
         if self.engine.fast is not None:
-            tokens = self._encode_fast(batch, source)
-            checked = -1 if tokens is None else self._parity(batch, tokens)
+            walk = self._encode_fast(batch, source)
+            checked = -1 if walk is None else self._parity(batch.data, batch.ends, walk, batch.escaped)
         redone = checked < 0
-        if tokens is None or redone:
-            engine, checked, tokens = "tokenizers", 0, self._encode_slowly(batch, source)
+        if walk is None or redone:
+            engine, checked, walk = "tokenizers", 0, self._encode_slowly(batch, source)
         proven = set(batch.rows)  # rows whose ids were found to decode to their text
-        if self.template.boundaries == "eos" and (bad := self._inner_eos(tokens.ids, tokens.offsets)):
-            tokens = self._drop(batch, bad, tokens.ids, tokens.offsets)
-        mask, labels, straddled = find_mask(batch, tokens.bounds)
-        encoded = self._finish(batch, tokens.ids, mask, tokens.offsets, labels, engine, straddled, checked, proven)
+        if self.template.boundaries == "eos" and (bad := self._inner_eos(walk)):
+            walk = self._drop(batch, bad, walk.ids, walk.offsets)
+        encoded = self._finish(batch, walk, engine, checked, proven)
         encoded.proof["redone_batches"] = int(redone)
         return encoded
+
+    def encode_lines(self, lines: bytes, source: Source) -> tuple[Encoded | None, list[int]]:
+        """The documents of those lines of JSON that are plain, `rows` being lines, and the numbers of the others, which are for
+        `encode`. Each line ends in a newline."""
+        key = repr(sorted(source.columns.items()))
+        if key not in self.plain_rows:
+            usable = self.engine.fast is not None and (self.countable or self.prepare.special_text == "token")
+            self.plain_rows[key] = PlainRows.of(self.template, self.reader(source)) if usable else None
+        plain = self.plain_rows[key]
+        if plain is None:
+            return None, list(range(lines.count(b"\n")))
+        text, odd = plain.read(lines)
+        ends = text.edges[text.first[1:] - 1]
+        walk = self.vocabulary.follow(self._fast_ids(text.data, ends), text.data, text.first, text.edges)
+        checked = -1 if walk is None else self._parity(text.data, ends, walk)
+        if walk is None or checked < 0:
+            return None, sorted([*odd, *text.rows.tolist()])
+        good = (walk.labels > 0) & np.isin(walk.last, self.terminator_ids)
+        if self.prepare.special_text != "token":
+            good &= walk.specials == text.specials
+        if self.template.boundaries == "eos":
+            good &= walk.ended
+        rows, conversations, lacking = text.rows, text.conversations, text.lacking
+        if not good.all():
+            odd = sorted([*odd, *rows[~good].tolist()])
+            walk, rows, conversations, lacking = walk.only(good), rows[good], conversations[good], lacking[good]
+        proof = self._proof(walk, len(rows), 0, checked, int(lacking.sum()))
+        proof["redone_batches"] = 0
+        made = Encoded(walk.tokens, walk.lengths, rows, walk.labels, conversations, [], self.engine.name, proof)
+        return made, odd
 
     def _render(self, rows: Sequence[Any], read: Callable[[Any], Conversation]) -> Batch:
         batch = Batch(rows, conversations=[0] * len(rows))
@@ -220,15 +272,17 @@ class Encoder:
         batch.escaped[document] = (runs, back)
         return list(map(back, runs)), specials
 
-    def _encode_fast(self, batch: Batch, source: Source) -> Tokens | None:
-        """The tokens of all documents by the fast encoder; None when they do not decode to the documents' text."""
+    def _fast_ids(self, data: bytes, ends: Offsets) -> Ids:
         # Where a special token ends every document, one text may follow another without changing its tokens.
         joined = self.template.boundaries == "eos"
-        ids = self.engine.encode_joined(batch.data) if joined else self.engine.encode(batch.cut())[0]
-        tokens = self._prove(batch, ids)
-        return None if tokens is None else self._keep_special_text(batch, source, tokens)
+        return self.engine.encode_joined(data) if joined else self.engine.encode(cut(data, ends))[0]
 
-    def _encode_slowly(self, batch: Batch, source: Source) -> Tokens:
+    def _encode_fast(self, batch: Batch, source: Source) -> Walk | None:
+        """The tokens of all documents by the fast encoder; None when they do not decode to the documents' text."""
+        walk = self._prove(batch, self._fast_ids(batch.data, batch.ends))
+        return None if walk is None else self._keep_special_text(batch, source, walk)
+
+    def _encode_slowly(self, batch: Batch, source: Source) -> Walk:
         """The tokens of all documents by `tokenizers`. Documents that these do not decode to are left out."""
         ids, offsets = self.engine.encode_slowly([data.decode() for data in batch.cut()])
         tokens = self._prove(batch, ids)
@@ -239,17 +293,11 @@ class Encoder:
             tokens = self._drop(batch, dict.fromkeys(bad, wrong), ids, offsets)
         return self._keep_special_text(batch, source, tokens)
 
-    def _prove(self, batch: Batch, ids: Ids) -> Tokens | None:
-        """The ids with their places, when they spell the text of all documents and end where each of them ends."""
-        spelled, bounds = self.vocabulary.spell(ids)
-        if spelled is None or not spelled.equals(pa.py_buffer(batch.data)):
-            return None
-        ends = np.searchsorted(bounds, batch.ends.astype(bounds.dtype))
-        if not np.array_equal(bounds[ends], batch.ends):
-            return None
-        return Tokens(ids, bounds, np.concatenate([[0], ends]))
+    def _prove(self, batch: Batch, ids: Ids) -> Walk | None:
+        """The ids, when they spell the text of all documents and end where each of them ends."""
+        return self.vocabulary.follow(ids, batch.data, batch.first, batch.edges)
 
-    def _keep_special_text(self, batch: Batch, source: Source, tokens: Tokens) -> Tokens:
+    def _keep_special_text(self, batch: Batch, source: Source, tokens: Walk) -> Walk:
         """Encodes anew the documents whose content holds special-token text, so that it stays text."""
         if self.prepare.special_text == "token":
             return tokens
@@ -258,12 +306,10 @@ class Encoder:
             tokens = self._drop(batch, bad, tokens.ids, tokens.offsets)
         return self._replace_escaped(batch, tokens) if batch.escaped else tokens
 
-    def _find_escaped(self, batch: Batch, source: Source, tokens: Tokens) -> dict[int, tuple[str, str]]:
+    def _find_escaped(self, batch: Batch, source: Source, tokens: Walk) -> dict[int, tuple[str, str]]:
         """Renders anew the documents with more special tokens than their template wrote; returns those that cannot be."""
-        found = self.vocabulary.special_positions(tokens.ids)
-        counts = np.diff(np.searchsorted(found, tokens.offsets))
         bad: dict[int, tuple[str, str]] = {}
-        for document in np.flatnonzero(counts != np.array(batch.specials, dtype=np.int64)).tolist():
+        for document in np.flatnonzero(tokens.specials != np.array(batch.specials, dtype=np.int64)).tolist():
             if document in batch.escaped:
                 continue
             try:
@@ -274,7 +320,7 @@ class Encoder:
                 bad[document] = TOO_DEEP
         return bad
 
-    def _drop(self, batch: Batch, bad: Mapping[int, tuple[str, str]], ids: Ids, offsets: Offsets) -> Tokens:
+    def _drop(self, batch: Batch, bad: Mapping[int, tuple[str, str]], ids: Ids, offsets: Offsets) -> Walk:
         """Takes documents out of the batch and out of its tokens, which must spell the others' text."""
         lengths = np.diff(offsets)
         keep = batch.drop(bad)
@@ -283,16 +329,12 @@ class Encoder:
         assert tokens is not None, "proven documents without their neighbours are proven"
         return tokens
 
-    def _inner_eos(self, ids: Ids, offsets: Offsets) -> dict[int, tuple[str, str]]:
+    def _inner_eos(self, walk: Walk) -> dict[int, tuple[str, str]]:
         """The documents that do not end in the only EOS they have; with special_text = "token" a row can be such."""
-        ends = np.flatnonzero(ids == self.vocabulary.eos_id)
-        if np.array_equal(ends, offsets[1:] - 1):
-            return {}
-        good = (np.diff(np.searchsorted(ends, offsets)) == 1) & (ids[offsets[1:] - 1] == self.vocabulary.eos_id)
         why = f"{self.vocabulary.eos} stands inside the conversation, where readers would end the document"
-        return dict.fromkeys(np.flatnonzero(~good).tolist(), ("eos_inside", why))
+        return dict.fromkeys(np.flatnonzero(~walk.ended).tolist(), ("eos_inside", why))
 
-    def _replace_escaped(self, batch: Batch, tokens: Tokens) -> Tokens:
+    def _replace_escaped(self, batch: Batch, tokens: Walk) -> Walk:
         """Encodes the documents in `batch.escaped` segment by segment: between the template's special tokens, all is text."""
         if self.plain is None:
             self.plain = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
@@ -325,24 +367,24 @@ class Encoder:
         wrong = ("proof", "the ids do not decode to the rendered text")
         return self._drop(batch, dict.fromkeys(bad, wrong), ids, offsets)
 
-    def _parity(self, batch: Batch, tokens: Tokens) -> int:
+    def _parity(self, data: bytes, ends: Offsets, walk: Walk, without: Container[int] = ()) -> int:
         """How many documents `tokenizers` was asked about too; -1 when it gave other ids for one of them."""
-        documents, share = len(batch.runs), self.prepare.parity_sample
+        documents, share = len(ends), self.prepare.parity_sample
         if share <= 0 or not documents:
             return 0
         wanted = max(1, round(share * documents))
         # Other scripts are where encoders differ: half of the sample comes from the documents that have them.
-        foreign = spread(batch.foreign(), (wanted + 1) // 2)
-        chosen = {*foreign, *spread(range(documents), wanted - len(foreign) if wanted < documents else wanted)}
-        chosen -= batch.escaped.keys()
-        texts = {document: "".join(batch.runs[document]) for document in chosen}
+        others = spread(foreign(data, ends), (wanted + 1) // 2)
+        chosen = {*others, *spread(range(documents), wanted - len(others) if wanted < documents else wanted)}
+        chosen = {document for document in chosen if document not in without}
+        texts = {d: data[ends[d - 1] if d else 0 : ends[d]].decode() for d in chosen}
         # A special token cuts the text, so what stands before one can be compared alone: long documents stay cheap.
         cuts = {document: self.specials.pattern.search(text, PARITY_CHARACTERS) for document, text in texts.items()}
         parts = [text if (cut := cuts[d]) is None else text[: cut.start()] for d, text in texts.items()]
         right = self.vocabulary.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
         for (document, cut), expected in zip(cuts.items(), right, strict=True):
-            start, end = tokens.offsets[document : document + 2].tolist()
-            if tokens.ids[start : end if cut is None else start + len(expected.ids)].tolist() != expected.ids:
+            start, end = walk.offsets[document : document + 2].tolist()
+            if walk.ids[start : end if cut is None else start + len(expected.ids)].tolist() != expected.ids:
                 return -1
         return len(chosen)
 
@@ -372,62 +414,54 @@ class Encoder:
         encodings = [encoding for encoding, kept in zip(encodings, batch.drop(bad), strict=True) if kept]
         ids = np.array(list(chain.from_iterable(encoding.ids for encoding in encodings)), dtype=np.uint32)
         offsets = np.cumsum([0, *(len(encoding.ids) for encoding in encodings)])
-        if self.template.boundaries == "eos":
-            keep = batch.drop(self._inner_eos(ids, offsets))
-            encodings = [encoding for encoding, kept in zip(encodings, keep.tolist(), strict=True) if kept]
-            ids, offsets = ids[np.repeat(keep, np.diff(offsets))], np.cumsum([0, *map(len, encodings)])
         masks = [np.zeros(0, dtype=bool)]
-        straddled = 0
+        straddled = []
         for encoding, runs in zip(encodings, batch.runs, strict=True):
             spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             edges = np.cumsum([0, *map(len, runs)])
             start_run = np.searchsorted(edges, spans[:, 0], side="right") - 1
             end_run = np.searchsorted(edges, spans[:, 1], side="left") - 1
             masks.append((start_run == end_run) & (start_run % 2 == 1))
-            straddled += int((start_run < end_run).sum())
-        labels = np.array([int(mask.sum()) for mask in masks[1:]], dtype=np.int64)
-        return self._finish(batch, ids, np.concatenate(masks), offsets, labels, "tokenizers", straddled, 0, proven)
+            masks[-1][:1] = False  # the first token would be predicted from the document before it in a pack
+            straddled.append(int((start_run < end_run).sum()))
+        mask, starts = np.concatenate(masks), offsets[:-1]
+        _, stops = trained_runs(mask)
+        last = np.concatenate([[0], stops])[np.searchsorted(stops, offsets[1:], side="right")] - 1
+        is_eos = ids == self.vocabulary.eos_id
+        eoses = sums(is_eos, starts) | np.where(is_eos[offsets[1:] - 1], TRAINED, 0)
+        walk = Walk(
+            ids, np.where(mask, ids | TRAINED, ids), offsets, sums(mask, starts), np.array(batch.specials),
+            np.array(straddled, dtype=np.int64), ids[last], eoses.astype(np.uint32),
+        )  # fmt: skip
+        if self.template.boundaries == "eos" and (inner := self._inner_eos(walk)):
+            walk = walk.only(batch.drop(inner))
+        return self._finish(batch, walk, "tokenizers", 0, proven)
 
-    def _finish(
-        self,
-        batch: Batch,
-        ids: Ids,
-        mask: npt.NDArray[np.bool_],
-        offsets: Offsets,
-        labels: Offsets,
-        engine: str,
-        straddled: int,
-        checked: int,
-        proven: set[int],
-    ) -> Encoded:
+    def _finish(self, batch: Batch, walk: Walk, engine: str, checked: int, proven: set[int]) -> Encoded:
         """Leaves out documents with nothing to train, or whose training would not end in a terminator: a reject for each."""
-        starts, lengths = offsets[:-1], np.diff(offsets)
-        # The first token of a document would be predicted from the document before it in a pack.
-        labels = labels - mask[starts]
-        mask[starts] = False
         escaped = len(batch.escaped)
         empty = ("nothing_to_train", "no token of the conversation is trained")
         endless = ("no_terminator", "the last trained token is no terminator, so the model would not learn to stop")
-        _, stops = trained_runs(mask)
-        last = stops[np.searchsorted(stops, offsets[1:], side="right") - 1] - 1 if len(stops) else starts
-        bad = dict.fromkeys(np.flatnonzero(~np.isin(ids[last], self.terminator_ids)).tolist(), endless)
-        bad |= dict.fromkeys(np.flatnonzero(labels <= 0).tolist(), empty)
+        bad = dict.fromkeys(np.flatnonzero(~np.isin(walk.last, self.terminator_ids)).tolist(), endless)
+        bad |= dict.fromkeys(np.flatnonzero(walk.labels <= 0).tolist(), empty)
         if bad:
-            keep = batch.drop(bad)
-            tokens = np.repeat(keep, lengths)
-            ids, mask, lengths, labels = ids[tokens], mask[tokens], lengths[keep], labels[keep]
-        proof = {
-            "documents": len(lengths),
-            "documents_proven": len(set(batch.rows) & proven),
-            "tokens": len(ids),
-            "labels": int(labels.sum()),
-            "escaped_documents": escaped,
-            "straddling_tokens": straddled,
-            "parity_documents": checked,
-        }
-        if self.template.given:
-            proof["answers_without_prompt"] = batch.unprompted
+            walk = walk.only(batch.drop(bad))
+        proof = self._proof(walk, len(set(batch.rows) & proven), escaped, checked, batch.unprompted)
         rows = np.array(batch.rows, dtype=np.int64)
         conversations = np.array(batch.conversations, dtype=np.uint64)[rows]
         rejects = sorted(batch.rejects, key=lambda item: item.row)
-        return Encoded(ids, mask, lengths, rows, labels, conversations, rejects, engine, proof)
+        return Encoded(walk.tokens, walk.lengths, rows, walk.labels, conversations, rejects, engine, proof)
+
+    def _proof(self, walk: Walk, proven: int, escaped: int, checked: int, unprompted: int) -> dict[str, int]:
+        proof = {
+            "documents": len(walk.labels),
+            "documents_proven": proven,
+            "tokens": len(walk.ids),
+            "labels": int(walk.labels.sum()),
+            "escaped_documents": escaped,
+            "straddling_tokens": int(walk.straddled.sum()),
+            "parity_documents": checked,
+        }
+        if self.template.given:
+            proof["answers_without_prompt"] = unprompted
+        return proof

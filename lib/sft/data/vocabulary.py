@@ -11,15 +11,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from tokenizers import Tokenizer
 
+from sft.data.compiled import TRAINED, WORD, walk, words_of
 from sft.errors import SftError
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
@@ -35,6 +36,39 @@ CANARIES = (
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What following the ids through their text finds. `tokens` are ids with the bit TRAINED; `offsets[d]` is the first token of
+    document d, then the number of all; the others have one entry for each document."""
+
+    ids: Ids
+    tokens: Ids
+    offsets: Offsets
+    labels: Offsets  # trained tokens
+    specials: Offsets  # special tokens
+    straddled: Offsets  # edges of runs inside a token, which is then not trained
+    last: Ids  # the last id that is trained
+    eoses: Ids  # how often EOS stands in it, plus TRAINED when it is the last token
+
+    @property
+    def ended(self) -> npt.NDArray[np.bool_]:
+        """The documents that end in the only EOS they have."""
+        return self.eoses == (TRAINED | 1)
+
+    @property
+    def lengths(self) -> Offsets:
+        return np.diff(self.offsets)
+
+    def only(self, keep: npt.NDArray[np.bool_]) -> Walk:
+        """The documents that are kept."""
+        lengths = self.lengths
+        tokens = np.repeat(keep, lengths)
+        return Walk(
+            self.ids[tokens], self.tokens[tokens], np.cumsum([0, *lengths[keep]]), self.labels[keep], self.specials[keep],
+            self.straddled[keep], self.last[keep], self.eoses[keep],
+        )  # fmt: skip
 
 
 def read_text(path: Path, what: str, advice: str) -> str:
@@ -80,7 +114,9 @@ class Vocabulary:
         self.pad_id = self.eos_id if pad is None else self._named("pad_token")[1]
         self.byte_level = self._byte_level(added)
         self.token_bytes = self._token_bytes() if self.byte_level else []
-        self.spelling = pa.array(self.token_bytes, type=pa.binary())
+        self.where = np.cumsum([0, *map(len, self.token_bytes)], dtype=np.uint32)
+        self.spelled = np.frombuffer(b"".join(self.token_bytes) + bytes(WORD), dtype=np.uint8)
+        self.words = np.frombuffer(b"".join(token[:WORD].ljust(WORD, b"\0") for token in self.token_bytes), dtype="<u8")
         unknown = self.json["model"].get("unk_token")
         self.unk_id = self.json["model"].get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
         self.first_special = min(self.specials.values())
@@ -155,19 +191,21 @@ class Vocabulary:
             table[number] = text.encode()
         return table
 
-    def special_positions(self, ids: Ids) -> npt.NDArray[np.int64]:
-        """Where special tokens stand. They usually have the highest ids, so that one comparison finds nearly no others."""
-        found = np.flatnonzero(ids >= self.first_special)
-        return found[self.is_special[ids[found]]]
-
-    def spell(self, ids: Ids) -> tuple[pa.Buffer | None, npt.NDArray[np.int32]]:
-        """The bytes of all tokens one after another (None when an id is no token), and where each begins and the last ends."""
-        try:
-            _, bounds, spelled = self.spelling.take(pa.array(ids)).buffers()
-        except pa.ArrowIndexError:
-            return None, np.zeros(1, dtype=np.int32)
-        bounds = np.frombuffer(bounds, dtype=np.int32, count=len(ids) + 1)
-        return spelled.slice(0, int(bounds[-1])), bounds
+    def follow(self, ids: Ids, text: bytes, first: Offsets, edges: Offsets) -> Walk | None:
+        """The ids with their mask, when they spell `text` and each document ends where a token does; `first` and `edges` are the runs
+        of documents as `sft.data.batch.Batch` has them."""
+        data = np.frombuffer(text + bytes(WORD), dtype=np.uint8)
+        documents = len(first) - 1
+        made = Walk(
+            ids, np.empty(len(ids), dtype=np.uint32), np.empty(documents + 1, dtype=np.int64), *np.empty((3, documents), dtype=np.int64),
+            *np.empty((2, documents), dtype=np.uint32),
+        )  # fmt: skip
+        followed = walk(
+            ids, self.words, self.where, self.spelled, np.uint32(self.first_special), self.is_special, np.uint32(self.eos_id),
+            data, words_of(data), first, edges,
+            made.tokens, made.offsets, made.labels, made.specials, made.straddled, made.last, made.eoses,
+        )  # fmt: skip
+        return made if followed else None
 
     def decode(self, ids: Ids) -> bytes:
         table = self.token_bytes

@@ -1,0 +1,104 @@
+"""What runs for each token or each byte, compiled to machine code by numba, without Python objects and without the interpreter's lock.
+
+In and out: flat arrays; the meaning of each is said where it is used (sft.data.tokenize, sft.data.plain, sft.data.materialise).
+A function is compiled once on each kind of machine, at its first call (seconds), and kept in __pycache__ beside this file, or in
+NUMBA_CACHE_DIR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+TRAINED = np.uint32(1 << 31)
+"""The bit of a token that says it is trained; the others are its id."""
+WORD = 8  # bytes compared at a time; what is read so has as many bytes behind its end
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def compiled(function: F) -> F:
+    return cast(F, numba.njit(cache=True, nogil=True)(function))
+
+
+def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The eight bytes that begin at each byte of `data` but the last eight."""
+    return np.lib.stride_tricks.as_strided(data[:WORD].view("<u8"), shape=(len(data) - WORD + 1,), strides=(1,))
+
+
+@compiled
+def walk(
+    ids, words, where, spelled, first_special, is_special, eos, text, text_words, first, edges, tokens, offsets, labels, specials, straddled, last, eoses
+):  # fmt: skip
+    """Follows the ids through the text that they must spell. False when they do not, or when a document does not
+    end where a token does.
+
+    In, for each id: its bytes, `spelled[where[id] : where[id + 1]]`, and the first eight of them in `words`. For each
+    document, from `first`: its runs, untrained and trained in turn, which end in `text` at `edges`. Out, for each token: its id and
+    the bit TRAINED; for each document: the first token, the trained and the special tokens, the edges of runs that lie inside a
+    token, the last trained id, and how often `eos` stands in it, plus TRAINED when it is the last token.
+    """
+    position, token = 0, 0
+    size, count = len(words), len(ids)
+    for document in range(len(first) - 1):
+        run, runs_end = first[document], first[document + 1]
+        end = edges[runs_end - 1]
+        edge = edges[run]
+        trained = False
+        trained_tokens, special_tokens, cut, ends_of_text, last_trained = 0, 0, 0, 0, np.uint32(0xFFFFFFFF)
+        begin = token
+        offsets[document] = token
+        number = np.uint32(0)
+        while position < end:
+            while edge <= position:
+                run += 1
+                edge = edges[run]
+                trained = not trained
+            if token == count or ids[token] >= size:
+                return False
+            number = ids[token]
+            begins = where[number]
+            length = where[number + np.uint32(1)] - begins
+            stop = position + length
+            if stop > end:
+                return False
+            differs = words[number] ^ text_words[position]
+            if length < 8:
+                if differs & ((np.uint64(1) << np.uint64(8 * length)) - np.uint64(1)):
+                    return False
+            elif differs:
+                return False
+            for i in range(8, length):
+                if spelled[begins + i] != text[position + i]:
+                    return False
+            learnt = trained
+            if stop > edge:  # part of it is scaffold
+                learnt = False
+                inside = run
+                while edges[inside] < stop:
+                    cut += 1
+                    inside += 1
+            if learnt and token > begin:  # the first token would be predicted from the document before it in a pack
+                trained_tokens += 1
+                last_trained = number
+                tokens[token] = number | TRAINED
+            else:
+                tokens[token] = number
+            if number >= first_special:
+                special_tokens += is_special[number]
+            ends_of_text += number == eos
+            position = stop
+            token += 1
+        labels[document] = trained_tokens
+        specials[document] = special_tokens
+        straddled[document] = cut
+        last[document] = last_trained
+        eoses[document] = ends_of_text
+        if token > begin and number == eos:
+            eoses[document] |= TRAINED
+    offsets[len(first) - 1] = token
+    return token == count

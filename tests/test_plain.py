@@ -1,0 +1,218 @@
+"""Plain rows, read by compiled code from lines of JSON, make what rows and templates make: same tokens, masks, names and rejects."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chat_samples import SOURCE, any_text, conversations, encoder, make_tokenizer, turns
+from sft.data import plain, vocabulary
+from sft.data.chunks import in_order
+from sft.data.sources import Block
+from sft.data.templates import FAMILIES
+from sft.data.tokenize import Encoder
+from sft.schema import Source
+
+PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("plain") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def olmo(folder: Path) -> Encoder:
+    return encoder(folder)
+
+
+def both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
+    """What the lines make with the compiled code and without, and how many of them were plain."""
+    block = Block(lines, 7)
+    some, odd = made.encode_lines(lines, source)
+    parts = [(some, some.rows + block.first)] if some is not None else []
+    rejects, ways = [], []
+    for batch, before in ((block.batch(odd), parts), (block.batch(), [])):
+        encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
+        rejects.append(
+            sorted([*batch.bad, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
+        )
+        ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
+    assert rejects[0] == rejects[1]
+    return *ways, block.count - len(odd)
+
+
+extra = st.dictionaries(
+    st.sampled_from(["id", "source", "tools", "system", "prompt", "näme", "weight"]),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text, st.just([1]), st.just({"a": "}"})),
+    max_size=2,
+)  # fmt: skip
+fields = st.dictionaries(
+    st.sampled_from(
+        ["functions", "function_calls", "tool_calls", "thinking", "train", "weight", "name", "value", "id"]
+    ),
+    st.one_of(st.none(), any_text, st.sampled_from([0, 1, 2.5, True, []])),
+    max_size=2,
+)
+
+
+@st.composite
+def lines(draw: Any) -> bytes:
+    """A row as one of the many ways to write it down."""
+    row = draw(conversations(text=any_text, roles=True))
+    if draw(st.booleans()):
+        row["messages"] = [message | draw(fields) for message in row["messages"]]
+    row |= draw(extra)
+    keys = draw(st.permutations(sorted(row)))
+    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " :  ")]))
+    text = json.dumps({key: row[key] for key in keys}, ensure_ascii=draw(st.booleans()), separators=separators)
+    return (draw(st.sampled_from(["", " ", "\t"])) + text + draw(st.sampled_from(["", " ", "\r"]))).encode() + b"\n"
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(lines(), max_size=5))
+def test_both_ways_make_the_same(olmo: Encoder, rows: list[bytes]) -> None:
+    compiled, python, _ = both_ways(olmo, b"".join(rows))
+    assert compiled == python
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(lines(), min_size=1, max_size=3))
+def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, rows: list[bytes]) -> None:
+    compiled, python, _ = both_ways(encoders(name), b"".join(rows))
+    assert compiled == python
+
+
+@pytest.fixture(scope="module")
+def encoders(folder: Path) -> Any:
+    made: dict[str, Encoder] = {}
+    return lambda name: made.setdefault(name, encoder(folder, name)) if name not in made else made[name]
+
+
+@settings(max_examples=250, deadline=None)
+@given(rows=st.lists(lines(), min_size=1, max_size=2), data=st.data())
+def test_damaged_lines_are_judged_as_without_compiled_code(olmo: Encoder, rows: list[bytes], data: Any) -> None:
+    text = bytearray(b"".join(rows))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(text) - 2))
+        piece = data.draw(
+            st.sampled_from(
+                [b"", b'"', b"\\", b"{", b"}", b"[", b",", b"\\u12", b"\\ud800", b"\x00", b"\t", b"\n", b"\xff", b"0"]
+            )
+        )
+        text[at : at + data.draw(st.integers(0, 2))] = piece
+    text = bytes(text.rstrip(b"\n")) + b"\n"
+    compiled, python, _ = both_ways(olmo, text)
+    assert compiled == python
+
+
+PLAINEST = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+ODD = {
+    "a blank line": " ",
+    "an empty object": "{}",
+    "no object": "[1]",
+    "no messages": '{"messages": []}',
+    "messages twice": PLAINEST + ', "messages": []}',
+    "a role twice": '{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}',
+    "an escaped name": PLAINEST.replace('"role"', '"\\u0072ole"', 1) + "}",
+    "an escaped role": PLAINEST.replace('"user"', '"\\u0075ser"') + "}",
+    "two objects": PLAINEST + "}" + PLAINEST + "}",
+    "a comma too many": PLAINEST + ",}",
+    "half of a surrogate pair": PLAINEST.replace('"a"', '"\\ud83e"') + "}",
+    "the other half": PLAINEST.replace('"a"', '"\\udd8a"') + "}",
+    "a surrogate and a letter": PLAINEST.replace('"a"', '"\\ud83e\\u0041"') + "}",
+    "a bad escape": PLAINEST.replace('"a"', '"\\x41"') + "}",
+    "a control character": PLAINEST.replace('"a"', '"\x01"') + "}",
+    "a leading zero": PLAINEST + ', "id": 01}',
+    "a lonely minus": PLAINEST + ', "id": -}',
+    "a long number": PLAINEST + ', "id": 1234567890123456789}',
+    "tools": PLAINEST + ', "tools": []}',
+    "a system column": PLAINEST + ', "system": "s"}',
+    "a flag": PLAINEST.replace('"content": "b"', '"content": "b", "train": true') + "}",
+    "a content of null": PLAINEST.replace('"b"', "null") + "}",
+    "a content that is no text": PLAINEST.replace('"b"', "1") + "}",
+    "an unknown role": PLAINEST.replace('"user"', '"User"') + "}",
+    "nothing to train": '{"messages": [{"role": "user", "content": "a"}]}',
+    "special-token text": PLAINEST.replace('"a"', '"<|im_end|>"') + "}",
+    "more messages than are plain": json.dumps({"messages": turns(("user", "a"), ("assistant", "b")) * plain.MESSAGES}),
+    "an open string": PLAINEST + ', "id": "',
+    "an open object": PLAINEST,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", ODD.values(), ids=ODD.keys())
+def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Encoder, line: str) -> None:
+    compiled, python, count = both_ways(olmo, f"{PLAINEST}}}\n{line}\n{PLAINEST}}}\n".encode())
+    assert compiled == python
+    assert count == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        PLAINEST + "}",
+        " " + PLAINEST.replace(":", "\t:\t").replace(",", " , ") + " } \r",
+        PLAINEST.replace('"a"', '"\\u00e9\\ud83e\\udd8a\\n\\t\\r\\b\\f\\/\\\\\\" \\u0000 \\uFFFF"') + "}",
+        PLAINEST.replace('"a"', '"é🦊日本語 and more than eight bytes"') + "}",
+        PLAINEST + ', "id": -12, "n": 0, "ok": true, "no": false, "nothing": null, "t": "\\"}", "tools": null, "system": null}',
+        PLAINEST.replace('"content": "b"', '"content": "b", "function_calls": "f()", "name": "n", "tool_calls": null') + "}",
+        PLAINEST.replace('"content": "a"', '"functions": "[]", "content": "a"') + "}",
+    ],
+)  # fmt: skip
+def test_a_plain_line_is_read_by_compiled_code(olmo: Encoder, line: str) -> None:
+    compiled, python, count = both_ways(olmo, (line + "\n").encode())
+    assert compiled == python
+    assert count == 1
+
+
+def test_a_block_that_is_not_utf8_is_left_to_python(olmo: Encoder) -> None:
+    compiled, python, count = both_ways(olmo, f"{PLAINEST}}}\n".encode() + b'{"messages": "\xff"}\n')
+    assert compiled == python
+    assert count == 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"train_turns": "last"}, {"train_roles": ("user", "assistant")}, {"special_text": "token"}, {"special_text": "reject"}]
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(lines(), min_size=1, max_size=3))
+def test_both_ways_make_the_same_by_the_recipes_rules(folder: Path, options: Any, rows: list[bytes]) -> None:
+    made = (
+        KEPT.setdefault(repr(options), encoder(folder, "olmo_thinker", **options))
+        if repr(options) not in KEPT
+        else KEPT[repr(options)]
+    )
+    compiled, python, _ = both_ways(made, b"".join(rows))
+    assert compiled == python
+
+
+KEPT: dict[str, Encoder] = {}
+
+
+def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: Path, olmo: Encoder) -> None:
+    line = (PLAINEST.replace("messages", "turns") + "}\n").encode()
+    renamed = Source(path="x", columns={"messages": "turns"})
+    compiled, python, count = both_ways(olmo, line, renamed)
+    assert compiled == python and count == 1
+    for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
+        assert encoder(folder, **options).encode_lines(line, renamed) == (None, [0])
+    for name in set(FAMILIES) - set(PLAIN):
+        assert encoder(folder, name).encode_lines(line, renamed) == (None, [0])
+
+
+def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
+    made = encoder(folder)
+    made.compile()
+    known = len(plain.read_lines.signatures), len(vocabulary.walk.signatures)
+    rng = random.Random(0)
+    rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
+    both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
+    assert (len(plain.read_lines.signatures), len(vocabulary.walk.signatures)) == known
