@@ -46,6 +46,7 @@ class EncodeChunk:
     def __init__(self, encoder: Encoder, cache: Path):
         self.encoder, self.cache = encoder, cache
         self.sources = encoder.prepare.sources
+        encoder.compile()  # here it is only loaded, before the first job asks for it
 
     def __call__(self, job: Job) -> tuple[Summary, float, float]:
         """The chunk's counts, when it was begun (monotonic, of the machine), and the CPU seconds it took."""

@@ -52,6 +52,7 @@ MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
 """What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs
+COMPILING_S = 2.0  # loading what was compiled takes less
 REJECT_EXAMPLES = 5
 GIVE_UP_ROWS = 1000
 
@@ -159,7 +160,10 @@ class Preparation:
         if engine.fast is None and self.table.encoder != "tokenizers":
             self.say(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
+        began = time.monotonic()
         self.encoder.compile()
+        if (took := time.monotonic() - began) > COMPILING_S:
+            self.say(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
         progress = Progress(self.say, "encoding", todo)
         arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
