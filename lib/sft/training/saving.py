@@ -4,9 +4,9 @@ In:  the state after a step, on every rank.
 Out: step folders (sft.training.checkpoint.save), then LATEST and BEST, then retention: what became superfluous is renamed at
      once and removed in a thread of its own, so that a kill never leaves half a step under a step's name.
 
-What the loop pays is `blocked_s`: waiting for the save before (there is one at a time), and the copy to host memory, which is
-pinned and reused on CUDA. What goes on beside it (`seconds`) is what torch's dcp.async_save does in its thread, plus hashes
-and publication, with a gloo group of its own, so that its agreements never meet the loop's.
+What the loop pays is `blocked_s`: waiting for the save before (there is one at a time), and the copy to host memory
+(sft.training.hostcopy). What goes on beside it (`seconds`): torch's dcp.save, hashes and publication, with a gloo group of
+its own, so that its agreements never meet the loop's.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from sft.schema import Train
 from sft.training import checkpoint
 from sft.training.dist import World
+from sft.training.hostcopy import HostCopy
 from sft.training.remote import Uploads
 
 REQUEST = "SAVE"  # touch runs/<run>/train/SAVE: a permanent checkpoint after the step that is running
@@ -58,10 +58,7 @@ class Saver:
         self.last: Path | None = None  # the newest whole step of this run
         self._apart = world.apart()
         cuda = world.device.type == "cuda"
-        options = StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-        self._stager = DefaultStager(options)
+        self._copy = HostCopy()
         # A new thread would be on GPU 0, whichever this rank's is.
         mine: tuple[Any, ...] = (torch.cuda.set_device, (world.device,)) if cuda else (None, ())
         self._pool = ThreadPoolExecutor(1, "saving", *mine)
@@ -101,7 +98,7 @@ class Saver:
         self.wait()
         state = checkpoint.snapshot(model, optimizer)
         if self.train.async_save:
-            state = self._stager.stage(state)  # type: ignore[assignment]
+            state = self._copy.take(state)
         # One that will be removed again does not answer: the file stays, and the next step, or attempt, does.
         answers = self.world.leader and not ephemeral and (self.out / REQUEST).exists()
         job = (step, state, copy.deepcopy(dict(train_state)), ephemeral, best, answers)
@@ -175,4 +172,4 @@ class Saver:
         if self.uploads is not None:
             self.uploads.close()
         self._bin.shutdown()
-        self._stager.close()
+        self._copy.close()
