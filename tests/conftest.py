@@ -25,6 +25,22 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A synced dataset to train on."""
+    from training import write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, dataset: Path) -> Path:
+    """A folder to train in, over that dataset."""
+    from training import run_folder
+
+    return run_folder(tmp_path, dataset)
+
+
 class Workspace:
     """A copy of the repository's orchestration in a temporary folder; each stage is a few lines on the real runner."""
 

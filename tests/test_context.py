@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import training
 from sft.errors import SftError
 from sft.packing.loader import Loader
 from sft.packing.steps import context_groups
 from sft.presets import PRESETS
 from sft.schema import Hardware, Train
 from sft.training import context
-
-sys.path.insert(0, str(Path(__file__).parent))
-import training
 
 # Six packs a batch (two, three or six ranks divide them) and five left for the last one. 4 query and 2 key/value heads.
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -37,17 +34,12 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training.write_dataset(tmp_path_factory.mktemp("data") / "dataset")
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, Any]:
     return gradients(tmp_path_factory.mktemp("reference"), dataset, *PLANS["one rank"])
 
 
 def gradients(folder: Path, dataset: Path, ranks: int, hardware: dict[str, Any]) -> dict[str, Any]:
-    (folder / "dataset").symlink_to(dataset)
+    training.run_folder(folder, dataset)
     fields = {"ranks": ranks, "hardware": hardware, "global_batch_tokens": 384, "steps": 0, "epochs": 11 / 60}
     process = training.SERVER.Process(target=training.run, args=(folder, fields, training.gradients))
     process.start()

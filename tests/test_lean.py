@@ -10,15 +10,14 @@ from typing import Any
 import pytest
 import torch
 
+import training
 from sft.errors import SftError
 from sft.schema import Train
 from sft.training import lean
 from sft.training.checkpoint import Tensors
 from sft.training.memory import plan
 from sft.training.optim import build_adamw, clip
-
-sys.path.insert(0, str(Path(__file__).parent))
-import training
+from training import run_folder
 
 training.SERVER.set_forkserver_preload(
     ["sft.training.train", "training", "torchao.optim.quant_utils"]
@@ -130,21 +129,9 @@ WIDE: dict[str, Any] = {
 SMALL: dict[str, Any] = {"optimizer": "adamw8bit", "gradients": "bf16", "steps": 8, "save_every": 4, **WIDE}
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training.write_dataset(tmp_path_factory.mktemp("data") / "dataset")
-
-
-def run_folder(parent: Path, name: str, dataset: Path) -> Path:
-    folder = parent / name
-    folder.mkdir()
-    (folder / "dataset").symlink_to(dataset)
-    return folder
-
-
 def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path) -> None:
     ranks = 2
-    folder = run_folder(tmp_path, "run", dataset)
+    folder = run_folder(tmp_path / "run", dataset)
     training.train(folder, ranks=ranks, **SMALL)
     kept = tmp_path / "kept"
     shutil.copytree(folder / "train" / "step8", kept)
@@ -158,8 +145,8 @@ def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path
 
 
 def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path: Path, dataset: Path) -> None:
-    one, three = run_folder(tmp_path, "one", dataset), run_folder(tmp_path, "three", dataset)
-    exact = run_folder(tmp_path, "exact", dataset)
+    one, three = run_folder(tmp_path / "one", dataset), run_folder(tmp_path / "three", dataset)
+    exact = run_folder(tmp_path / "exact", dataset)
     batch = {"global_batch_tokens": 384}
     training.train(one, **SMALL, **batch)
     training.train(three, **SMALL, **batch)

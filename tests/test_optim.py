@@ -3,7 +3,6 @@
 import copy
 import itertools
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,11 @@ import pytest
 import torch
 from torch import nn
 
+import training
 from sft.schema import Train
 from sft.training.checkpoint import Tensors
 from sft.training.optim import Guard, build_adamw, clip, learning_rate
-
-sys.path.insert(0, str(Path(__file__).parent))
-import training
+from training import run_folder
 
 
 def rates(**fields: object) -> list[float]:
@@ -159,13 +157,9 @@ def test_wsd_stays_at_the_peak_and_decays_over_the_last_steps_in_its_shape(shape
     assert found[80:] == pytest.approx([0.5 + 0.5 * x for x in left])
 
 
-def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tmp_path: Path) -> None:
-    dataset = training.write_dataset(tmp_path / "dataset")
-
+def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tmp_path: Path, dataset: Path) -> None:
     def run(name: str, **fields: Any) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "dataset").symlink_to(dataset)
+        folder = run_folder(tmp_path / name, dataset)
         training.train(folder, validate_every=0, ephemeral_every=0, warmup_fraction=0.0, **fields)
         return folder
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from pathlib import Path
@@ -13,27 +12,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+import training
 from sft.errors import SftError
 from sft.schema import Train
 from sft.training import base, checkpoint
 from sft.training.optim import Guard
 from sft.training.saving import Saver
 from test_checkpoint import ALONE, CONFIG, FACTS, save, trained
-
-sys.path.insert(0, str(Path(__file__).parent))
-import training
-from training import records, start, train, wait_for
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training.write_dataset(tmp_path_factory.mktemp("data") / "dataset")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, dataset: Path) -> Path:
-    (tmp_path / "dataset").symlink_to(dataset)
-    return tmp_path
+from training import records, run_folder, start, train, wait_for
 
 
 def files(step: Path) -> list[dict[str, Any]]:
@@ -97,9 +83,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
 def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
     folder: Path, dataset: Path, ranks: int
 ) -> None:
-    waiting = folder / "waiting"
-    waiting.mkdir()
-    (waiting / "dataset").symlink_to(dataset)
+    waiting = run_folder(folder / "waiting", dataset)
     fields = {"steps": 8, "save_every": 2, "ephemeral_every": 0, "ranks": ranks}
     train(folder, **fields)
     train(waiting, async_save=False, **fields)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import sys
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+import training
 from sft.data.dataset import Dataset
 from sft.errors import SftError
 from sft.packing.packs import pack_dataset
@@ -21,21 +21,7 @@ from sft.training import base, checkpoint, metrics
 from sft.training.dist import World
 from sft.training.stopwatch import Stopwatch
 from sft.training.tensors import Tensors
-
-sys.path.insert(0, str(Path(__file__).parent))
-import training
-from training import assert_same_bits, curve, finish, kill, records, start, tensors, train, wait_for
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return training.write_dataset(tmp_path_factory.mktemp("data") / "dataset")
-
-
-@pytest.fixture
-def folder(tmp_path: Path, dataset: Path) -> Path:
-    (tmp_path / "dataset").symlink_to(dataset)
-    return tmp_path
+from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
 
 def test_training_learns_and_reports(folder: Path) -> None:
@@ -80,9 +66,7 @@ def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_onl
     results = []
     packs = len(pack_dataset(Dataset.open(dataset / "data"), 64))
     for number, (ranks, hardware) in enumerate(plans):
-        here = folder / str(number)
-        here.mkdir()
-        (here / "dataset").symlink_to(dataset)
+        here = run_folder(folder / str(number), dataset)
         train(here, ranks=ranks, steps=0, epochs=17 / packs, lr=1e-3, hardware=hardware)
         described = json.loads((here / "result.json").read_text())["data"]
         assert described["steps"] == 5
@@ -126,9 +110,7 @@ def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
 def test_a_resume_on_other_ranks_keeps_data_order_and_state(
     folder: Path, dataset: Path, before: int, after: int
 ) -> None:
-    whole = folder / "whole"
-    whole.mkdir()
-    (whole / "dataset").symlink_to(dataset)
+    whole = run_folder(folder / "whole", dataset)
     train(whole, steps=12)
     process = start(folder, steps=12, ranks=before)
     wait_for(folder, 7, process)
@@ -142,9 +124,7 @@ def test_a_resume_on_other_ranks_keeps_data_order_and_state(
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, dataset: Path, ranks: int) -> None:
     fields: dict[str, Any] = {"steps": 30, "ephemeral_every": 0, "ranks": ranks}
-    whole = folder / "whole"
-    whole.mkdir()
-    (whole / "dataset").symlink_to(dataset)
+    whole = run_folder(folder / "whole", dataset)
     train(whole, **fields)
     process = start(folder, **fields)
     wait_for(folder, 4, process)
@@ -173,9 +153,7 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     status, best, fault = STOPPED[moment]
     # The rate changes no weight, so that every validation measures the same and the first saved one stays the best.
     fields: dict[str, Any] = {"steps": 8, "save_every": 4, "ephemeral_every": 0, "validate_every": 2, "lr": 1e-30}
-    whole = folder / "whole"
-    whole.mkdir()
-    (whole / "dataset").symlink_to(dataset)
+    whole = run_folder(folder / "whole", dataset)
     train(whole, **fields)
     train(folder, status=status, fault=fault, **fields)
     assert "continuing from" in train(folder, **fields)
@@ -227,9 +205,7 @@ def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
 
 
 def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path, dataset: Path) -> None:
-    first = folder / "first"
-    first.mkdir()
-    (first / "dataset").symlink_to(dataset)
+    first = run_folder(folder / "first", dataset)
     train(first, lr=1e-2)
     step = first / "train" / "step12"
     train(folder, base=str(step), steps=1, lr=1e-9, warmup_fraction=0.0)
@@ -276,13 +252,11 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
             base.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
 
 
-def test_half_precision_compute_keeps_fp32_weights(folder: Path) -> None:
+def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) -> None:
     train(folder, precision="bf16", steps=8, lr=1e-2)
     step = Tensors(folder / "train" / "step8")
     assert {step.dtype(n) for n in step} == {torch.float32}
-    exact = folder / "exact"
-    exact.mkdir()
-    (exact / "dataset").symlink_to((folder / "dataset").resolve())
+    exact = run_folder(folder / "exact", dataset)
     train(exact, steps=8, lr=1e-2)
     for ours, theirs in zip(records(folder), records(exact), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
@@ -325,9 +299,7 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
 def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
     folder: Path, dataset: Path, hardware: dict[str, Any]
 ) -> None:
-    host = folder / "host"
-    host.mkdir()
-    (host / "dataset").symlink_to(dataset)
+    host = run_folder(folder / "host", dataset)
     train(host, steps=12)
     train(folder, steps=12, device="cuda", precision="bf16", hardware=hardware)
     for ours, theirs in zip(records(folder), records(host), strict=True):

@@ -89,6 +89,13 @@ def write_dataset(folder: Path) -> Path:
     return folder
 
 
+def run_folder(folder: Path, dataset: Path) -> Path:
+    """The folder of a run over a dataset that is there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset").symlink_to(dataset)
+    return folder
+
+
 @dataclasses.dataclass
 class FakeRecipe:
     model: schema.Model
