@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,21 +64,16 @@ def test_a_step_arrives_whole_and_is_not_sent_twice(tmp_path: Path, server: Serv
     assert destination(str(tmp_path), "x", "abc") == ""
 
 
-def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: Path, server: Server) -> None:
     out = tmp_path / "train"
     out.mkdir()
     said: list[str] = []
     uploads = Uploads(out, "gs://test/c", tmp_path / "cache", said.append)
 
-    def broken(*_: object) -> None:
-        raise OSError("no route to the bucket")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("sft.training.remote.transfer", broken)
-        uploads.add(save(out, 1))
-        sent = uploads.finish()
+    may, server.permissions = server.permissions, set()
+    uploads.add(save(out, 1))
+    sent = uploads.finish()
+    server.permissions = may
     assert sent["missing"] == ["step1"]
     assert f"next: make cp SRC={out / 'step1'} DST=gs://test/c/step1" in said[-1]
     assert uploads.busy == {out / "step1"}
@@ -85,6 +83,75 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(
     assert uploads.finish() == {"where": "gs://test/c", "steps": ["step1", "step2"], "missing": []}
     uploads.close()
     assert stored(server, "gs://test/c") == local(out / "step1") | local(out / "step2")
+
+
+SENDER = """
+import sys
+from pathlib import Path
+from sft.training.remote import Uploads
+out = Path(sys.argv[1])
+uploads = Uploads(out, "gs://test/c", out / "cache", print)
+sys.stdin.readline()
+assert uploads.busy == {out / "step1"}
+print(uploads._sending.pid, flush=True)
+sys.stdin.readline()
+uploads.close()
+"""
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind", "end"),
+    [
+        ("stat", "stall", "closed"),
+        ("upload", "stall", "closed"),
+        ("upload", 503, "closed"),
+        ("upload", "stall", "killed"),
+    ],
+)
+def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
+    tmp_path: Path, server: Server, operation: str, kind: str | int, end: str
+) -> None:
+    save(tmp_path, 1)
+    server.fault(operation, kind, times=10_000, seconds=300)
+    command = [sys.executable, "-c", SENDER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
+        assert training.stdin is not None and training.stdout is not None
+        wait_until(lambda: operation in [o for o, _, _ in server.requests])
+        training.stdin.write("\n")
+        training.stdin.flush()
+        sending = int(training.stdout.readline())
+        assert not gone(sending)
+        began = time.monotonic()
+        if end == "killed":
+            training.kill()
+        else:
+            training.stdin.write("\n")
+            training.stdin.flush()
+        assert training.wait(60) == (-9 if end == "killed" else 0)
+        wait_until(lambda: gone(sending))
+    assert time.monotonic() - began < 10  # a request that gets no answer is waited for 60 s
+    half = stored(server, "gs://test/c")
+    assert "step1/manifest.json" not in half
+    assert half < local(tmp_path / "step1")
+    server.faults.clear()
+    uploads = Uploads(tmp_path, "gs://test/c", tmp_path / "cache", print)
+    assert uploads.finish()["steps"] == ["step1"]
+    uploads.close()
+    assert stored(server, "gs://test/c") == local(tmp_path / "step1")
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path: Path, server: Server) -> None:

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import queue
 import tempfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,12 +45,11 @@ def transfer(
     *,
     clobber: bool = True,
     check_only: bool = False,
-    stop: threading.Event | None = None,
 ) -> list[Done]:
     """Brings every job's file to the target, in parallel. Raises SftError listing all that failed, after trying each.
 
     clobber=False leaves an existing different file alone and reports it; check_only copies nothing and reports every
-    file that is missing or different. stop: once set, every thread ends at its next piece or attempt, and this raises.
+    file that is missing or different.
     """
     if twice := [name for name, count in Counter(j.target for j in jobs).items() if count > 1]:
         raise SftError(
@@ -75,8 +73,6 @@ def transfer(
                 running[future] = job
                 future.add_done_callback(finished.put)
             while running:
-                if stop is not None and stop.is_set():
-                    raise SftError("cancelled")
                 with contextlib.suppress(queue.Empty):
                     future = finished.get(timeout=0.5)
                     job = running.pop(future)

@@ -4,13 +4,17 @@ In:  whole step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/
 
 A bucket that fails stops nothing: sft.storage retries by itself, the step is tried again after every later one and at the end, and
 what is still missing then is told with the command that copies it. Steps that an earlier attempt left behind are sent first.
+
+Each step is sent by a process of its own (sft.storage.send): hashing and sending take no time of this one's interpreter, and a
+training that a signal ends kills it, whatever it waits for. What it had not finished the next attempt continues.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import queue
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +22,6 @@ from typing import Any
 
 from sft import manifest
 from sft.launch.handback import BESIDE
-from sft.storage.files import Job
-from sft.storage.local import LocalStorage
-from sft.storage.transfer import open_storage, transfer
 from sft.training import checkpoint
 
 
@@ -29,18 +30,19 @@ class Uploads:
         """`where`: the folder of this run's steps, gs://bucket/…"""
         self.out, self.where, self.cache, self.say = out, where, cache, say
         self._queue: queue.Queue[Path] = queue.Queue()
-        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sending: subprocess.Popen[str] | None = None
         self._waiting: set[Path] = set()
         self._missing: dict[Path, str] = {}
         self._there: list[str] = []
         for _, step in checkpoint.steps(out):
             if (step / manifest.NAME).is_file() and not checkpoint.is_ephemeral(step):
                 self.add(step)
-        # A daemon: a process that a signal ends waits for no bucket.
         threading.Thread(target=self._work, name="uploading", daemon=True).start()
 
     def _work(self) -> None:
-        while not self._stop.is_set():
+        while not self._closed:
             self._send(self._queue.get())
             self._queue.task_done()
 
@@ -57,27 +59,26 @@ class Uploads:
         return {*self._waiting, *self._missing}
 
     def _send(self, step: Path) -> None:
-        try:
-            record = (step / manifest.NAME).read_bytes()
-            storage = open_storage(f"{self.where}/{step.name}", self.cache)
-            if storage.read(manifest.NAME) != record:
-                files = json.loads(record)["outputs"]
-                jobs = [Job(f["path"], f["path"], f["bytes"], f["sha256"]) for f in files]
-                transfer(jobs, LocalStorage(step), storage, lambda _: None, stop=self._stop)
-                top = open_storage(self.where, self.cache)
-                for name in BESIDE:  # what a job on another machine goes on with: never older than the step
-                    if (self.out / name).is_file():
-                        top.write(name, (self.out / name).read_bytes())
-                storage.write(manifest.NAME, record)
-                self.say(f"uploaded {step.name} to {self.where}")
-            self._there.append(step.name)
-        except Exception as error:  # whatever a network can do
-            if self._stop.is_set():
+        command = [sys.executable, "-m", "sft.storage.send", str(step), self.where, str(self.cache), *BESIDE]
+        pipe = subprocess.PIPE
+        with self._lock:
+            if self._closed:
                 return
-            self._missing[step] = f"{type(error).__name__}: {error}"
-            self.say(f"warning: {step.name} is not in {self.where} yet, training goes on: {error}")
-        finally:
-            self._waiting.discard(step)
+            self._sending = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+        # Its end of standard input stays open until it is done: the process ends with this one.
+        said = self._sending.stdout.read().strip()  # type: ignore[union-attr]
+        status = self._sending.wait()
+        self._sending.stdin.close()  # type: ignore[union-attr]
+        if self._closed:
+            return
+        if status:
+            self._missing[step] = said or f"exit status {status}"
+            self.say(f"warning: {step.name} is not in {self.where} yet, training goes on: {said}")
+        else:
+            self._there.append(step.name)
+            if said:
+                self.say(said)
+        self._waiting.discard(step)
 
     def finish(self) -> dict[str, Any]:
         """Waits for what is under way and tries once more what failed. Returns {"where", "steps", "missing"}."""
@@ -94,8 +95,11 @@ class Uploads:
         return {"where": self.where, "steps": self._there, "missing": [s.name for s in self._missing]}
 
     def close(self) -> None:
-        """Begins no further upload, and ends the one under way at its next piece or attempt, without waiting for it."""
-        self._stop.set()
+        """Begins no further upload and ends the one under way."""
+        with self._lock:
+            self._closed = True
+            if self._sending is not None:
+                self._sending.kill()
 
 
 def destination(storage: str, run: str, identity: str) -> str:
