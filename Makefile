@@ -60,7 +60,7 @@ export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-co
 steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic before training: packs, steps, padding, trained tokens of a step
 	@$(foreach d,$(DIRS),$(PY) -m sft.packing.arithmetic $d $(ARGS) &&) true
 .PHONY: watch compare
-watch: | $(READY) ## evaluates checkpoints as training keeps them, while it runs ([evaluate] every > 0; local training starts it itself)
+watch: | $(READY) ## evaluates checkpoints as training keeps them, while it runs ([evaluate] every > 0; make train starts or submits it itself)
 	@$(foreach d,$(DIRS),$(PY) stages/watch.py $d $(ARGS) &&) true
 preview: | $(READY) ## conversations as they are tokenised, trained tokens coloured; [SOURCE=n] [ROW=n]
 	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true

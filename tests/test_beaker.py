@@ -176,6 +176,37 @@ def test_outputs_that_stay_there_are_told_and_not_missing(place):
     assert f"1 outputs are elsewhere, in {where}" in failed.value.stderr
 
 
+def test_checkpoints_are_evaluated_by_an_experiment_beside_training_and_their_scores_come_back(place):
+    place.cluster.write_text(place.cluster.read_text().replace("[env]", "[env]\n" + "\n".join(
+        f'{name} = "{value}"' for name, value in place.server.environment.items())))  # fmt: skip
+    place.workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
+    watch = (REPO / "stages/watch.py").read_text().replace("how.beside)", "how.beside, 0.2)")
+    watch = watch.replace("watch.watch(stage, ", "seen(stage, ").replace("\nif __name__", """
+def seen(stage, ended):
+    (stage.run / "watching").touch()
+    while not ended():
+        time.sleep(0.05)
+    (stage.out / "evaluations.jsonl").write_text('{"step": 2}')
+
+if __name__""", 1)  # fmt: skip
+    (place.root / "stages/watch.py").write_text(watch)
+    train = place.root / "stages/train.py"
+    waits = "    import time\n    while not (stage.run / 'watching').exists(): time.sleep(0.05)\n"
+    train.write_text(train.read_text().replace("def body(stage):\n", f"def body(stage):\n{waits}"))
+    place.push()
+    done = place.workspace.make("train", "RECIPE=x", "CLUSTER=beaker-test")
+    training, beside = (e for n, e in place.server.experiments.items() if n.startswith(("x-train", "x-watch")))
+    told = json.loads((place.run / ".jobs/watch.json").read_text())
+    assert told["job"] == beside.message.id and "to evaluate checkpoints: 1 node, no GPUs each" in done.stdout
+    words = beside.spec.tasks[0].arguments
+    assert words[words.index("--beside") + 1] == training.message.id and words[1] == "watch"
+    assert not any("olmo-sft-prepare" in str(d.source) for d in beside.spec.tasks[0].datasets)
+    out = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test").stdout
+    assert "evaluations.jsonl came back to runs/x/train" in out
+    assert (place.run / "train/evaluations.jsonl").read_text() == '{"step": 2}'
+    assert manifest.is_whole(place.run / "train")
+
+
 # --- how a job ends ---------------------------------------------------------------------------------------------------
 
 

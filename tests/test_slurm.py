@@ -314,6 +314,35 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     assert re.search(r"^x +train +slurm .* 2 +done$", workspace.make("jobs").stdout, re.M)
 
 
+def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(workspace, slurm):
+    shutil.copy(REPO / "stages/watch.py", workspace.root / "stages/watch.py")
+    watch = "from sft.evaluation import watch\nwatch.PAUSE = 0.2\n"  # the real one, only less patient
+    file = workspace.root / "stages/watch.py"
+    file.write_text(
+        file.read_text().replace("from sft.evaluation import watch\n", watch).replace("how.beside)", "how.beside, 0.5)")
+    )
+    workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
+    workspace.make("sync", "RECIPE=x")
+    program(workspace, "train", "while not Path('go').exists(): time.sleep(0.05)\nsys.exit(4)")
+    shown = workspace.make("dry-run", "RECIPE=x", "CLUSTER=slurm").stdout
+    assert "command=(.venv/bin/python stages/watch.py --beside ID-OF-THE-TRAINING runs/x" in shown
+    out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
+    training, beside = (record(workspace, name)["job"] for name in ("train", "watch"))
+    assert f"job {beside} submitted to slurm, to evaluate checkpoints" in out
+    log = workspace.root / f"runs/x/.jobs/watch-{beside}.log"
+    until(log.exists, "the watcher")
+    assert f"evaluated by job {beside}" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
+    assert re.search(rf"^x +watch +slurm +{beside} .* running", workspace.make("jobs").stdout, re.M)
+    (workspace.root / "go").touch()
+    until(log.with_suffix(".exit").exists, "the watcher to see that training has ended")
+    assert "train: not trained from this recipe" in log.read_text()  # it failed before it had begun
+    (workspace.root / "go").unlink()
+    assert "exit status 4" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", ok=False).stdout
+    workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
+    assert record(workspace, "train")["job"] != training and record(workspace, "watch")["job"] != beside
+    assert workspace.make("cancel", "RECIPE=x").stdout.count("is cancelled") == 2
+
+
 def test_hostile_paths_and_values_reach_the_job_unchanged(slurm, tmp_path):
     (tmp_path / HOSTILE / "data\nline").mkdir(parents=True)
     workspace = Workspace(tmp_path / HOSTILE)

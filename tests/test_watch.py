@@ -25,7 +25,7 @@ from sft.training import checkpoint
 SMOKE = REPO / "recipes" / "smoke.toml"
 FIELDS = [
     "steps=5", "save_every=2", "ephemeral_every=3", "every=2", "every_limit=2", "min_stop_rate=0", "max_empty_fraction=1",
-    "validation_documents=2", 'tasks=["smoke_generate"]', "async_save=false",
+    "validation_documents=2", "keep=1", 'tasks=["smoke_generate"]', "async_save=false",
 ]  # fmt: skip
 
 
@@ -108,12 +108,27 @@ def test_what_cannot_be_watched_is_told_before_training(field: str, message: str
         recipe.load(SMOKE, [f"best={name}"])
 
 
-def test_links_keep_a_step_that_training_removes(tmp_path: Path) -> None:
-    source = step(tmp_path / "train", 100)
-    watch.link_tree(source, tmp_path / "kept")
-    for file in source.iterdir():
-        file.unlink()
-    assert (tmp_path / "kept" / "manifest.json").read_text() == '"100"'
+def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) -> None:
+    def retire() -> list[int]:
+        for doomed in checkpoint.retire(tmp_path, keep=1, spare=watch.held(tmp_path, 100)):
+            shutil.rmtree(doomed)
+        return [number for number, _ in checkpoint.steps(tmp_path)]
+
+    def settle(number: int, **found: Any) -> None:
+        digest = manifest.hash_file(tmp_path / f"step{number}" / "manifest.json")
+        with (tmp_path / watch.NAME).open("a") as f:
+            f.write(json.dumps({"step": number, "checkpoint": digest, "asked": "", **found}) + "\n")
+
+    for n in (50, 100, 150, 200, 250):
+        step(tmp_path, n)
+    checkpoint.mark_latest(tmp_path / "step250")
+    assert retire() == [100, 200, 250]
+    settle(100)
+    assert retire() == [200, 250]
+    settle(200, failed="no scores")  # nothing more is to be had of it
+    step(tmp_path, 260)
+    checkpoint.mark_latest(tmp_path / "step260")
+    assert retire() == [260]  # the steps that were removed have had their turn: 260 is not the first one after 200
 
 
 def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
@@ -121,34 +136,29 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
 ) -> None:
     seen: list[int] = []
 
-    def evaluate_step(stage: Any, folder: Path) -> None:
+    def evaluate_step(stage: Any, folder: Path, digest: str) -> None:
         seen.append(int(folder.name.removeprefix("step")))
         if seen[-1] == 100:
-            shutil.rmtree(tmp_path / "step300")  # retention, while this one is evaluated
             raise RuntimeError("torn")
-        assert (folder / "manifest.json").is_file()
+        watch.record(stage, folder, digest, {"tasks": {}, "broken": {}})
 
     monkeypatch.setattr(watch, "evaluate_step", evaluate_step)
     said: list[str] = []
     (tmp_path / ".identity").write_text("me")
     smoke = recipe.load(SMOKE, ["every=100"])
+    left = tmp_path / ".work/watch-step50-x/model"
+    left.mkdir(parents=True)
     stage = SimpleNamespace(
-        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, say=said.append
+        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, say=said.append, key="k"
     )
     for n in (100, 200, 300):
         step(tmp_path, n)
-    left = [3]
-
-    def ended() -> bool:
-        left[0] -= 1
-        if left[0] < 0:  # nothing is recorded here: what was evaluated must not be due for ever
-            shutil.rmtree(tmp_path / "step200", ignore_errors=True)
-        return left[0] < 0
-
     with pytest.raises(SftError, match=r"1 steps have no scores: step100; next: .* make watch RECIPE=smoke"):
-        watch.watch(stage, ended, pause=0)  # type: ignore[arg-type]
-    assert seen[0] == 100 and {200, 300} <= set(seen) and seen.count(100) == seen.count(300) == 1
+        watch.watch(stage, lambda: True, pause=0)  # type: ignore[arg-type]
+    assert seen == [100, 200, 300] and not left.exists()
     assert said == ["step100 has no scores: RuntimeError('torn')"]
+    assert [r.get("failed") for r in watch.records(tmp_path)] == ["RuntimeError('torn')", None, None]
+    assert numbers(watch.due(tmp_path, stage.place, smoke)) == [100]  # the next watcher tries it again
 
 
 def test_a_changed_task_file_is_asked_again(tmp_path: Path) -> None:
@@ -201,8 +211,9 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     assert records[0]["checkpoint"] == manifest.hash_file(train / "step2" / "manifest.json")
     assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
     assert checkpoint.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
+    assert [number for number, _ in checkpoint.steps(train)] == [2, 5]  # keep=1, once every step had its scores
     assert not [e for e in manifest.load(train / "manifest.json")["outputs"] if "evaluations" in e["path"]]
-    assert not list((Path(run) / ".work").glob("watch-*/model")) and list((Path(run) / ".work").glob("watch-*/samples"))
+    assert {f.name for f in (Path(run) / ".work").glob("watch-*/*")} == {"samples"}
     assert watch.due(train, plan.Place(runs), recipe.load(SMOKE, FIELDS), last=True) == []
 
 
@@ -210,11 +221,10 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     run = str(runs / recipe.load(SMOKE, FIELDS).run)
     if not (Path(run) / "train" / ".identity").is_file():
         pytest.fail("needs the run of the test before")
-    done = (Path(run) / "train" / watch.NAME).read_text().splitlines(keepends=True)
-    (Path(run) / "train" / watch.NAME).write_text("".join(done[:1]))
+    (Path(run) / "train" / watch.NAME).unlink()
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     until = time.monotonic() + 120
-    while not list((Path(run) / ".work").glob("watch-*/step4")):  # it works on a step
+    while not list((Path(run) / ".work").glob("watch-*/model")):  # it works on a step
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
@@ -222,4 +232,5 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     said = process.communicate()[0]  # closes standard input, as the death of training would
     assert process.returncode == 0, said
-    assert [r["step"] for r in watch.records(Path(run) / "train")] == [2, 4, 5]
+    assert [r["step"] for r in watch.records(Path(run) / "train")] == [2, 5]
+    assert not list((Path(run) / ".work").glob("watch-*/model"))

@@ -1,16 +1,17 @@
-"""Evaluates the checkpoints of a run as training keeps them, in a process of its own.
+"""Evaluates the checkpoints of a run as training keeps them, in a process or job of its own.
 
 In:  runs/<run>/train/stepN (kept ones, with a manifest), the recipe's [convert] and [evaluate].
 Out: train/evaluations.jsonl, one record per step: scores with n, error and interval, held-out loss, broken tasks with why;
      train/BEST names the best step by `[evaluate] best`.
 
-A step is hard-linked, converted with the fast gate, scored and forgotten; only the record and its samples in
-.work/watch-stepN stay. Training starts this itself where `every` > 0 and stages run on this machine, and closes its
-standard input when no more steps come. By hand, for a run that trains elsewhere: make watch RECIPE=…
+A step is converted with the fast gate, scored and recorded; its samples stay in .work/watch-stepN-…. Training removes no
+step that is due before it has its record (`held`). Where `every` > 0, training on this machine starts this itself and closes
+its standard input when no more steps come; a launcher submits it as a job beside training's. By hand: make watch RECIPE=…
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,8 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +28,12 @@ from sft import manifest, plan
 from sft.errors import SftError
 from sft.evaluation.scores import json_hash
 from sft.hashcache import HashCache
+from sft.launch.processes import in_job
 
 if TYPE_CHECKING:
     from sft.plan import Place
     from sft.recipe import Recipe
-    from sft.schema import Evaluate
+    from sft.schema import Cluster, Evaluate
     from sft.stage import Stage
 
 NAME = "evaluations.jsonl"
@@ -41,39 +42,34 @@ PAUSE = 5.0  # seconds between looks at the folder
 
 def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None:
     """Evaluates what is due until `ended` says that no more steps come. `stage` is the training stage, as a follower."""
+    from sft.training import checkpoint
+
     mark = stage.out / ".identity"
     while not mark.is_file() or mark.read_text() != stage.identity:
         if ended():
             raise SftError(f"{stage.out}: not trained from this recipe; next: make train RECIPE={stage.recipe.name}")
         time.sleep(pause)
+    for folder in (stage.run / ".work").glob("watch-step*/model"):  # of an attempt that was killed
+        shutil.rmtree(folder, ignore_errors=True)
     failed: dict[tuple[str, str], str] = {}  # by step and the digest of its manifest
-    waiting: dict[tuple[str, str], Path] = {}
-
-    def attempt(name: tuple[str, str], what: Callable[[], Any]) -> Any:
-        try:
-            return what()
-        except (SftError, OSError, RuntimeError, ValueError) as error:  # a bad step must not end the others' evaluation
-            failed[name] = name[0]
-            stage.say(f"{name[0]} has no scores: {error if isinstance(error, SftError) else repr(error)}")
-
     while True:
         last = ended()  # before looking: a step that is saved in between is found in the next round
-        for step, digest in due(stage.out, stage.place, stage.recipe, last):
-            name = (step.name, digest)
-            if (
-                name not in failed
-                and name not in waiting
-                and (kept := attempt(name, partial(hold, stage, step, digest)))
-            ):
-                waiting[name] = kept
-        if waiting:  # one, then a look for others: retention may be about to remove them
-            name = min(waiting, key=lambda n: int(n[0].removeprefix("step")))
-            attempt(name, partial(evaluate_step, stage, waiting[name]))
-            del waiting[name]
-        elif last:
+        waiting = [d for d in due(stage.out, stage.place, stage.recipe, last) if (d[0].name, d[1]) not in failed]
+        for step, digest in waiting[:1]:  # one, then a look whether it is still the first
+            try:
+                evaluate_step(stage, step, digest)
+            except (SftError, OSError, RuntimeError, ValueError) as error:  # must not end the others' evaluation
+                why = str(error) if isinstance(error, SftError) else repr(error)
+                failed[step.name, digest] = step.name
+                stage.say(f"{step.name} has no scores: {why}")
+                record(stage, step, digest, {"tasks": {}, "broken": {}, "failed": why})
+        if not waiting and last:
             break
-        else:
+        if not waiting:
             time.sleep(pause)
+    if trained(stage)():  # what was held for this
+        for doomed in checkpoint.retire(stage.out, stage.recipe.train.keep):
+            shutil.rmtree(doomed, ignore_errors=True)
     if failed:
         raise SftError(
             f"{len(failed)} steps have no scores: {', '.join(failed.values())}; next: mend the above, then make watch RECIPE={stage.recipe.name}"
@@ -83,24 +79,35 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
 def due(train: Path, place: Place, recipe: Recipe, last: bool = False) -> list[tuple[Path, str]]:
     """(folder, digest of its manifest) of kept steps that are to be evaluated and are not yet: the first at or after each multiple of `every`, and the newest
     when it is the last one."""
+    wanted = asked(place, recipe)
+    done = {(r["step"], r["checkpoint"]) for r in records(train) if r["asked"] == wanted and "failed" not in r}
+    return [(folder, digest) for number, folder, digest in chosen(train, recipe.evaluate.every, last)
+            if (number, digest) not in done]  # fmt: skip
+
+
+def held(train: Path, every: int) -> list[Path]:
+    """Steps that retention leaves until they have been evaluated, or found to have no scores."""
+    done = {(r["step"], r["checkpoint"]) for r in records(train)}
+    return [folder for number, folder, digest in chosen(train, every) if (number, digest) not in done]
+
+
+def chosen(train: Path, every: int, last: bool = False) -> Iterator[tuple[int, Path, str]]:
+    """(number, folder, digest of its manifest) of the kept steps that `every` means; one that was removed has had its turn."""
     from sft.training import checkpoint
 
-    wanted = asked(place, recipe)
-    done = {(r["step"], r["checkpoint"]) for r in records(train) if r["asked"] == wanted}
-    kept = []
+    kept = {}
     for number, folder in checkpoint.steps(train):
         try:
             if not checkpoint.is_ephemeral(folder):
-                kept.append((number, folder, manifest.hash_file(folder / manifest.NAME)))
+                kept[number] = (folder, manifest.hash_file(folder / manifest.NAME))
         except FileNotFoundError:  # not whole yet, or retention has just removed it
             continue
-    every, before, found = recipe.evaluate.every, 0, []
-    for number, folder, digest in kept:
-        if number // every > before // every or (last and folder == kept[-1][1]):
+    before = 0
+    for number in sorted({*kept, *(r["step"] for r in records(train))}):
+        if number // every > before // every or (last and number == max(kept, default=None)):
             before = number
-            if (number, digest) not in done:
-                found.append((folder, digest))
-    return found
+            if number in kept:
+                yield (number, *kept[number])
 
 
 def records(train: Path) -> list[dict[str, Any]]:
@@ -116,67 +123,58 @@ def asked(place: Place, recipe: Recipe) -> str:
     return json_hash([*map(recipe.config, tables), recipe.evaluate.every_limit, files])[:16]
 
 
-def hold(stage: Stage, step: Path, digest: str) -> Path:
-    """Hard links of a step in a folder of its evaluation, whole or not there: retention may remove the step itself."""
-    out = stage.run / ".work" / f"watch-{step.name}-{digest[:8]}-{asked(stage.place, stage.recipe)[:8]}"
-    kept, linking = out / step.name, out / "linking"
-    for folder in (kept, linking):
-        shutil.rmtree(folder, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    link_tree(step, linking)
-    return linking.rename(kept)
-
-
-def evaluate_step(stage: Stage, kept: Path) -> None:
-    """Converts, scores and records one step that is held. Raises SftError when there is nothing to be scored."""
+def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
+    """Converts, scores and records one step. Raises SftError when there is nothing to be scored."""
     from sft.conversion.hf import read_json
     from sft.evaluation import evaluate as stages
 
     began = time.monotonic()
     options = stage.recipe.evaluate
     options = dataclasses.replace(options, limit=options.every_limit or options.limit)
-    digest = manifest.hash_file(kept / manifest.NAME)
-    out, model_folder = kept.parent, kept.parent / "model"
-    shutil.rmtree(model_folder, ignore_errors=True)
-    if broken := manifest.broken_outputs(kept, read_json(kept / manifest.NAME)):
+    out = stage.run / ".work" / f"watch-{step.name}-{digest[:8]}-{asked(stage.place, stage.recipe)[:8]}"
+    model_folder = out / "model"
+    if broken := manifest.broken_outputs(step, read_json(step / manifest.NAME)):
         raise SftError("; ".join(broken))
     tasks, data = stages.find_tasks(options, stage.find, stage.recipe.file)
     stages.go_offline(options, tasks, out / "work")
-    export(stage, kept, model_folder)
+    export(stage, step, model_folder)
     template = stages.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
-    model = stages.open_model(model_folder, options, hardware, options.every_device)
+    model = stages.open_model(model_folder, options, hardware, options.every_device.partition(":")[0])
     results, broken_tasks = stages.run_tasks(model, options, tasks, data, out, stage.say)
-    record: dict[str, Any] = {
-        "step": int(kept.name.removeprefix("step")),
-        "checkpoint": digest,
-        "asked": asked(stage.place, stage.recipe),
+    found: dict[str, Any] = {
         "template_sha256": template,
         "tasks": {name: result["metrics"] for name, result in results.items()},
         "broken": broken_tasks,
     }
     validation = stage.run / "prepare" / "validation"
     if options.validation_documents and validation.is_dir():
-        record["validation"] = stages.validation_loss(
+        found["validation"] = stages.validation_loss(
             model, validation, options.validation_documents, stage.recipe.train.seq_len
         )
-    stages.refuse_not_finite(record)
-    record["seconds"] = round(time.monotonic() - began, 1)
-    lines = [*(r for r in records(stage.out) if r["step"] != record["step"]), record]
-    lines.sort(key=lambda r: r["step"])
-    manifest.write_atomic(stage.out / NAME, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines).encode())
-    for folder in (kept, model_folder):
-        shutil.rmtree(folder, ignore_errors=True)
-    told = f"{kept.name}: evaluated in {record['seconds']:.0f} s"
-    if best := score(record, options):
+    stages.refuse_not_finite(found)
+    found["seconds"] = round(time.monotonic() - began, 1)
+    told = f"{step.name}: evaluated in {found['seconds']:.0f} s"
+    if best := score(found, options):
         from sft.training.checkpoint import mark_best
 
         told += f", {best[0]} {best[1]:.4f}"
-        if not (stage.out / kept.name / manifest.NAME).is_file():
+        if not (step / manifest.NAME).is_file():  # training was not told of `every`
             told += "; train.keep has removed it meanwhile, so BEST cannot name it"
-        elif mark_best(stage.out, record["step"], *best):
+        elif mark_best(stage.out, int(step.name.removeprefix("step")), *best):
             told += ", the best so far"
+    record(stage, step, digest, found)
+    for folder in (model_folder, out / "work"):
+        shutil.rmtree(folder, ignore_errors=True)
     stage.say(told)
+
+
+def record(stage: Stage, step: Path, digest: str, found: Mapping[str, Any]) -> None:
+    """Writes what was found of a step in place of what was known of it. From now on retention may remove the step."""
+    number = int(step.name.removeprefix("step"))
+    line = {"step": number, "checkpoint": digest, "asked": asked(stage.place, stage.recipe), **found}
+    lines = sorted([*(r for r in records(stage.out) if r["step"] != number), line], key=lambda r: int(r["step"]))
+    manifest.write_atomic(stage.out / NAME, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines).encode())
 
 
 def score(record: Mapping[str, Any], options: Evaluate) -> tuple[str, float, bool] | None:
@@ -216,31 +214,12 @@ def export(stage: Stage, step: Path, target: Path) -> None:
         weights.close()
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """Hard links of every file: training may drop the step meanwhile. Copies where the file system has no links."""
-
-    def link(a: str, b: str) -> str:
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copyfile(a, b)
-        return b
-
-    shutil.copytree(source, target, copy_function=link)
-
-
 class Watcher:
     """The process that training starts: low priority, its own log lines, never in training's way."""
 
     def __init__(self, stage: Stage, argv: list[str]) -> None:
-        device = stage.recipe.evaluate.every_device
-        gpu = device.partition(":")[2] if device.startswith("cuda") else ""
-        environment = {
-            k: v
-            for k, v in os.environ.items()
-            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        }
-        environment["CUDA_VISIBLE_DEVICES"] = gpu
+        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {k: v for k, v in os.environ.items() if k not in ranks}
         command = [sys.executable, str(plan.REPO / "stages" / "watch.py"), *argv, "--until-end-of-input"]
         self.say = stage.say
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
@@ -274,11 +253,11 @@ class Watcher:
 
 
 def start(stage: Stage, argv: list[str]) -> Watcher | None:
-    """The watcher of a run that asks for one and trains on this machine; elsewhere `make watch` is run by hand."""
+    """The watcher of a run that asks for one; inside of a launcher's job it is a job of its own, which the launcher submits."""
     if not stage.recipe.evaluate.every:
         return None
-    if stage.cluster.launcher != "local":
-        stage.say(f"[evaluate] every: run make watch RECIPE={stage.recipe.name} where these checkpoints are seen")
+    if in_job():
+        stage.say("checkpoints are evaluated by a job of their own: make jobs tells its state")
         return None
     return Watcher(stage, argv)
 
@@ -306,3 +285,21 @@ def trained(stage: Stage) -> Callable[[], bool]:
             return False
 
     return done
+
+
+def job_ended(cluster: Cluster, jobs: Path, training: str, every_s: float = 30.0) -> Callable[[], bool]:
+    """Says whether training's own job has come to its end, well or not. Asks its scheduler now and then."""
+    from sft.launch.job import LostConnection, scheduler
+
+    backend = scheduler(cluster.launcher, jobs, cluster)
+    asked, over = -every_s, False
+
+    def ended() -> bool:
+        nonlocal asked, over
+        if not over and time.monotonic() - asked >= every_s:
+            asked = time.monotonic()
+            with contextlib.suppress(LostConnection):
+                over = not backend.status(training).living
+        return over
+
+    return ended

@@ -43,7 +43,7 @@ from beaker.exceptions import (
 from sft import manifest, paths, plan, schema
 from sft.errors import SftError
 from sft.launch import beaker_spec, code, handback
-from sft.launch.job import AGAIN, CANCELLED, Job, LostConnection, Record, Status
+from sft.launch.job import AGAIN, CANCELLED, WATCH, Job, LostConnection, Record, Status
 from sft.launch.job import main as run_stage
 
 PATIENCE_S = 20.0
@@ -439,6 +439,10 @@ class Scheduler:
                 self._fetch(latest, arrived / evaluation.folder_of(task.name))
             return evaluation.record_scores(job, arrived)
         names = [self._fetch(found, arrived) for found in self._jobs(id)]
+        if job.stage == WATCH:
+            came = handback.accept_watched(arrived, job.run / "train")
+            out.write(f"[beaker] {', '.join(came) or 'no evaluation'} came back to {job.run / 'train'}\n")
+            return 0
         where, left = handback.elsewhere(arrived)
         key = plan.states(job.place, job.recipe)[job.stage].key
         handback.accept(arrived, job.run / job.stage, key)

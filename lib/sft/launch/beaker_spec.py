@@ -18,6 +18,7 @@ from beaker import BeakerExperimentSpec, BeakerTaskSpec
 from sft import manifest, paths, plan, recipe, schema
 from sft.errors import SftError
 from sft.launch import code, handback
+from sft.launch.job import WATCH
 
 if TYPE_CHECKING:
     from sft.launch.job import Job
@@ -150,6 +151,8 @@ def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
     Raises SftError for one whose outputs are on yet another machine.
     """
     found: dict[str, tuple[str, Path]] = {}
+    if job.stage == WATCH:
+        return found  # training brings them
     for stage in schema.STAGES[: schema.STAGES.index(job.stage)]:
         folder = job.run / stage
         try:

@@ -337,6 +337,8 @@ def disk(case: Case) -> Iterator[Row]:
     permanent = math.ceil(steps / train.save_every)
     count = (min(permanent, keep) if keep else permanent) + (1 if train.ephemeral_every else 0)
     text = f"{count} of {_bytes(one)}, {_bytes(count * one)} in all"
+    if keep and case.recipe.evaluate.every:
+        text += ", and those that wait for their evaluation"
     if case.far and "train" in case.cluster.stages:
         yield Row(LEFT, "checkpoints", f"{text}, in {paths.for_user(case.cluster.runs) or 'storage'}: not measured")
         return

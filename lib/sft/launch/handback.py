@@ -9,6 +9,7 @@ Here:        accept(folder, runs/<run>/<stage>, key)                    checks t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,8 +26,10 @@ from sft.paths import inside
 NAME = "elsewhere.json"
 FILE_BYTES = 64 << 20
 TOTAL_BYTES = 512 << 20
-BESIDE = ("metrics.jsonl", "LATEST", "BEST")
+BESIDE = ("metrics.jsonl", "LATEST", "BEST", "evaluations.jsonl")
 """Small files that a manifest does not list and people look at."""
+WATCHED = ("evaluations.jsonl", "BEST")
+"""What the evaluation of a training's checkpoints leaves in training's folder."""
 
 
 def small(outputs: list[dict[str, Any]], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
@@ -43,6 +46,11 @@ def small(outputs: list[dict[str, Any]], file_bytes: int = FILE_BYTES, total_byt
 def hand_back(folder: Path, results: Path, where: str = "") -> None:
     """Copies a finished stage's small files to `results`. `where`: its folder when the job's disk has gone, if that
     is not where it is now. Raises SftError when the stage left no manifest."""
+    if folder.name == "watch":
+        for name in WATCHED:
+            with contextlib.suppress(FileNotFoundError):  # no step was due, or none has a score
+                shutil.copyfile(folder.parent / "train" / name, results / name)
+        return
     try:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:
@@ -75,6 +83,15 @@ def here(folder: Path, made: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest without the outputs that are elsewhere: what can be verified on this machine."""
     _, absent = elsewhere(folder)
     return {**made, "outputs": [e for e in made["outputs"] if e["path"] not in absent]}
+
+
+def accept_watched(arrived: Path, train: Path) -> list[str]:
+    """Puts what came back from the evaluation of checkpoints beside what came back from training. Returns its names."""
+    names = [name for name in WATCHED if (arrived / name).is_file()]
+    train.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        manifest.write_atomic(train / name, (arrived / name).read_bytes())
+    return names
 
 
 def accept(arrived: Path, final: Path, key: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ VISIBLE_S = 10.0
 LIVING = ("pending", "running")
 STATES = (*LIVING, "done", "failed", "cancelled", "timeout", "gone")
 FOLDER = ".jobs"
+WATCH = "watch"
+"""The job that evaluates the checkpoints of a training that runs: not a stage, and no make waits for it."""
 T = TypeVar("T")
 
 
@@ -85,7 +87,7 @@ class Job:
 
     @property
     def hardware(self) -> schema.Hardware:
-        return self.recipe.hardware(self.place.cluster, self.stage)
+        return self.recipe.hardware(self.place.cluster, "evaluate" if self.stage == WATCH else self.stage)
 
     @property
     def nodes(self) -> int:
@@ -94,6 +96,8 @@ class Job:
     @property
     def gpus(self) -> int:
         """GPUs on each node: what [on.<cluster>.<stage>] says, else all for training, one for evaluation, none for the rest."""
+        if self.stage == WATCH:
+            return 0 if self.recipe.evaluate.every_device == "cpu" else max(1, self.hardware.gpus)
         if self.hardware.gpus >= 0:
             return self.hardware.gpus
         return {"train": self.cluster.gpus_per_node, "evaluate": min(1, self.cluster.gpus_per_node)}.get(self.stage, 0)
@@ -112,18 +116,19 @@ class Job:
         if len(argv) < 3 or argv[0] not in argv[2:]:
             raise SftError("usage: env/<launcher>.sh runs/<run> <stage> COMMAND… (the command names runs/<run>)")
         run, stage, command = argv[0], argv[1], list(argv[2:])
-        if stage not in schema.STAGES:
+        if stage not in (*schema.STAGES, WATCH):
             raise SftError(f"{stage!r} is no stage that runs as a job; there are: {', '.join(schema.STAGES)}")
         args = parse(stage, command[command.index(run) :])
         place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
         found = plan.load_run(place, args.run.name, args.overrides)
         shards = _shards(os.environ.get("SHARDS", ""), stage)
+        made = "train" if stage == WATCH else stage
         try:
-            state, inputs = plan.consumed(place, found, stage)
+            state, inputs = plan.consumed(place, found, made)
         except SftError:
             if strict:
                 raise
-            state, inputs = plan.states(place, found)[stage], []
+            state, inputs = plan.states(place, found)[made], []
         identity = plan.identity(state.key, inputs)
         return Job(args.run, stage, command, place, place.load_cluster(), found, identity, shards, state.key)
 
@@ -229,7 +234,7 @@ def main(launcher: str, argv: Sequence[str] | None = None) -> int:
         job = Job.parse(argv, strict=not dry)
         backend = scheduler(launcher, job.folder, job.cluster)
         if dry:
-            print(backend.render(job))
+            print("\n".join(backend.render(j) for j in (job, *watcher(job, "ID-OF-THE-TRAINING"))))
             return 0
         job.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -237,6 +242,7 @@ def main(launcher: str, argv: Sequence[str] | None = None) -> int:
             if record is None:
                 say("made meanwhile")
                 return 0
+            accompany(job, record, backend, say)
             if os.environ.get("DETACH"):
                 say(f"job {record.job} on {record.cluster} is left to itself; the same make without DETACH follows it,"
                     f" make jobs tells its state, make cancel RECIPE={job.recipe.name} ends it")  # fmt: skip
@@ -303,6 +309,50 @@ def find_or_submit(job: Job, backend: Scheduler, say: Callable[[str], None]) -> 
         record.save()
         say(f"job {identifier} submitted to {job.place.cluster}: {describe(job)}")
         return record
+
+
+def watcher(job: Job, training: str) -> list[Job]:
+    """The job that evaluates the checkpoints of a training job, where the recipe asks for one."""
+    if job.stage != "train" or not job.recipe.evaluate.every:
+        return []
+    words = job.command[job.command.index(str(job.run)) :]
+    command = [".venv/bin/python", "stages/watch.py", "--beside", training, *words]
+    return [replace(job, stage=WATCH, command=command)]
+
+
+def beside(job: Job) -> str:
+    """The id of the training job that this one goes with, or ''."""
+    return job.command[job.command.index("--beside") + 1] if job.stage == WATCH else ""
+
+
+def accompany(job: Job, training: Record, backend: Scheduler, say: Callable[[str], None]) -> None:
+    """Submits the evaluation of checkpoints beside a training that lives, or finds it. Training goes on without it."""
+    file = job.folder / f"{WATCH}.json"
+    for watch in watcher(job, training.job):
+        try:
+            with lock(file.with_suffix(".lock"), wait=True):
+                if not retried(lambda: backend.status(training.job), say).living:
+                    return
+                known = Record.load(file)
+                if (
+                    known
+                    and known.cluster == training.cluster
+                    and retried(partial(backend.status, known.job), say).living
+                ):
+                    if known.command == watch.command:
+                        say(f"checkpoints are evaluated by job {known.job}")
+                        return
+                    retried(partial(backend.cancel, known.job), say)  # of an earlier training; what it did is kept
+                    until = time.monotonic() + 60
+                    while retried(partial(backend.status, known.job), say).living and time.monotonic() < until:
+                        time.sleep(0.5)
+                backend.check(watch)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                found = Record(file, backend.submit(watch), watch.identity, training.cluster, watch.command, now)
+                found.save()
+                say(f"job {found.job} submitted to {found.cluster}, to evaluate checkpoints: {describe(watch)}")
+        except SftError as e:
+            say(f"warning: nobody evaluates checkpoints: {e}; next: the same make again, or make watch")
 
 
 def _backend_of(record: Record, job: Job, backend: Scheduler) -> Scheduler:

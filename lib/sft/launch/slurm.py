@@ -88,7 +88,10 @@ class Slurm:
         if known := self._queued(job, job.stage):
             return known
         if not job.shards:
-            return self._sbatch(self._write(job.stage, self._script(job, job.stage)))
+            beside = jobs.beside(job)  # the training whose checkpoints it evaluates: not before that begins
+            return self._sbatch(
+                self._write(job.stage, self._script(job, job.stage)), *[f"--dependency=after:{beside}"] * bool(beside)
+            )
         part = f"{job.stage}-part"
         array = self._queued(job, part) or self._sbatch(self._write(part, self._script(job, part)))
         after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes"]
@@ -174,7 +177,7 @@ class Slurm:
             "account": cluster.account,
             "qos": cluster.qos,
             "array": f"0-{job.shards - 1}" if part else "",
-            "signal": f"B:USR1@{cluster.notice_s}" if job.stage == "train" else "",
+            "signal": f"B:USR1@{cluster.notice_s}" if job.stage in ("train", jobs.WATCH) else "",
         }
         lines = [directive(f"--{option}", str(value)) for option, value in options.items() if value]
         lines += ["#SBATCH --exclusive"] * whole + ["#SBATCH --requeue"] + [*(extra(text) for text in cluster.sbatch)]

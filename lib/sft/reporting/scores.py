@@ -116,7 +116,7 @@ def over_steps(train: Path) -> str:
     for r in records:
         cells = [f"{r['step']:,}" + (" <b>BEST</b>" if best[:1] == [f"step{r['step']}"] else "")]
         for name, by_step in shown.items():
-            score, broken = by_step.get(r["step"]), r.get("broken", {}).get(name.split(" ")[0])
+            score, broken = by_step.get(r["step"]), r.get("broken", {}).get(name.split(" ")[0], r.get("failed"))
             error = f" ± {score['stderr']:.4f}" if score and score.get("stderr") is not None else ""
             why = f'<b class="bad" title="{escape(broken)}">broken</b>' if broken else "–"
             cells.append(f"{score['value']:.4f}{error}" if score else why)

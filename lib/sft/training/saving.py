@@ -15,7 +15,7 @@ import contextlib
 import copy
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,9 @@ class Saver:
         self.out, self.train, self.config, self.world, self.say = out, train, config, world, say
         self.uploads: Uploads | None = None  # sends kept steps away (rank 0 only)
         self.last: Path | None = None  # the newest whole step of this run
+        self.waiting: Callable[[], Collection[Path]] = (
+            tuple  # steps that wait for their evaluation, and stay until then
+        )
         self._apart = world.apart()
         cuda = world.device.type == "cuda"
         self._copy = HostCopy()
@@ -138,7 +141,7 @@ class Saver:
 
     def _retire(self) -> None:
         busy = self.uploads.busy if self.uploads is not None else ()
-        for doomed in checkpoint.retire(self.out, self.train.keep, busy):
+        for doomed in checkpoint.retire(self.out, self.train.keep, {*busy, *self.waiting()}):
             self._bin.submit(shutil.rmtree, doomed, ignore_errors=True)
 
     def send(self) -> dict[str, Any]:

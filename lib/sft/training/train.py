@@ -140,6 +140,8 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         )
     step = checkpoint.latest(stage.out, world, lambda text: say(f"warning: {text}"))
     run.saver.uploads = uploads(stage, world)  # what is damaged was set aside
+    if every := stage.recipe.evaluate.every:
+        run.saver.waiting = functools.partial(watch.held, stage.out, every)
     if step is None:
         origin = base.initialise(model, config, base_folder, train.seed)
         start = 0
