@@ -213,7 +213,7 @@ def stage(tmp_path):
             text = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in lines)
             file.write_text(text)
         (where / "evaluate").mkdir(exist_ok=True)
-        options = SimpleNamespace(harness=harness, max_empty_fraction=0.1)
+        options = SimpleNamespace(harness=harness, max_empty_fraction=0.1, min_stop_rate=0.5)
         it = SimpleNamespace(
             recipe=SimpleNamespace(evaluate=options), run=where, identity="same", out=where / "evaluate", say=print
         )
@@ -279,6 +279,17 @@ def test_a_broken_task_has_no_score(stage, metrics, rows, told):
         stage(returned(metrics, rows), T)
 
 
+def test_how_replies_ended_is_told_where_the_harness_says_it(stage, tmp_path):
+    def ended(reason: str, tokens: int) -> dict:
+        return {**row(1), "model_output": [{"text": "x", "finish_reason": reason, "completion_tokens": tokens}]}
+
+    stage(returned(task(1, 2), [ended("stop", 5), ended("length", 30)]), T)
+    facts = json.loads((tmp_path / "evaluate/results.json").read_text())["tasks"]["t"]["generation"]
+    assert facts["n"] == 2 and facts["stop_rate"] == 0.5 and facts["tokens"]["max"] == 30
+    with pytest.raises(SftError, match=r"t: 33% of 3 replies stop by themselves, min_stop_rate is 0\.5"):
+        stage(returned(task(1, 3), [ended("stop", 5), ended("length", 30), ended("length", 30)]), T)
+
+
 def test_a_harness_that_returned_nothing_is_told(tmp_path):
     with pytest.raises(SftError, match="has returned nothing for this evaluation; next:"):
         collected.returned(tmp_path, "x", "olmo-eval")
@@ -327,17 +338,17 @@ def both(score: float | None) -> dict:
 
 
 def test_every_task_of_oe_eval_has_its_score_though_their_files_have_the_same_names(stage, tmp_path):
-    asked = {"gsm8k::tulu": "000", "gsm8k::zs": "001", "mmlu:mc::tulu": "002"}
+    asked = {"gsm8k::tulu": "000", "gsm8k::zs": "001", "agi_eval_english:1shot::olmes": "002"}
     files = {
         **olmes("000", "gsm8k", "gsm8k::tulu", both(0.5), [reply(0, 1), reply(1, 0)]),
         **olmes("001", "gsm8k", "gsm8k::zs", {**both(0.0), "extra": {"tokens": 3}}, [reply(0, 0)]),
-        **olmes("002", "mmlu_law", "mmlu_law:mc::tulu", both(1.0), [choice(0, 1)]),
-        **olmes("002", "mmlu_art", "mmlu_art:mc::tulu", both(0.0), [choice(0, 0)], number=1),
+        **olmes("002", "agi_eval_lsat-ar", "agi_eval_lsat-ar:1shot::olmes", both(1.0), [choice(0, 1)]),
+        **olmes("002", "agi_eval_sat-math", "agi_eval_sat-math:1shot::olmes", both(0.0), [choice(0, 0)], number=1),
     }
     found = stage(files, asked, "oe-eval")
     hashes = found.pop("asked")["tasks"]
     assert {name: score["exact_match"]["value"] for name, score in found.items()} == {
-        "gsm8k::tulu": 0.5, "gsm8k::zs": 0.0, "mmlu_law:mc::tulu": 1.0, "mmlu_art:mc::tulu": 0.0,
+        "gsm8k::tulu": 0.5, "gsm8k::zs": 0.0, "agi_eval_lsat-ar:1shot::olmes": 1.0, "agi_eval_sat-math:1shot::olmes": 0.0,
     }  # fmt: skip
     assert all(list(score) == ["exact_match"] for score in found.values())
     assert found["gsm8k::tulu"]["exact_match"]["stderr"] == pytest.approx(0.5) and list(hashes) == list(found)
@@ -366,6 +377,34 @@ def test_a_broken_task_of_oe_eval_has_no_score(stage, tmp_path, files, told):
     with pytest.raises(SftError, match=told) as error:
         stage(files, {"a": "000", "b": "001"}, "oe-eval")
     assert "\n  a:" not in str(error.value) and not (tmp_path / "evaluate" / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("suite", "absent", "told"),
+    [
+        ("mmlu:mc::tulu", [3], "mmlu:mc::tulu: 56 of its 57 tasks returned, without number 3"),
+        ("mmlu:cot::summarize", [56], "56 of its 57 tasks returned, without number 56"),  # no gap tells of the last
+        ("mmlu_pro:cot::llama3.1", range(1, 14), "1 of its 14 tasks returned, without number 1, 2, 3, 4, 5, 6, 7, 8"),
+        ("bfcl_all::std", [0], "bfcl_all::std: 4 of its 5 tasks returned, without number 0"),
+    ],
+)
+def test_a_suite_without_one_of_its_tasks_is_broken_and_has_no_mean_of_the_others(stage, tmp_path, suite, absent, told):
+    name, _, variant = suite.partition(":")
+    files = {}
+    for n in range(collected.PARTS.get(name, 5)):
+        if n not in absent:
+            files |= olmes("000", f"{name}_{n}", f"{name}_{n}:{variant}", both(1.0), [choice(0, 1)], n)
+    with pytest.raises(SftError, match=told):
+        stage(files, {suite: "000"}, "oe-eval")
+    assert not (tmp_path / "evaluate" / "results.json").exists()
+
+
+def test_a_whole_suite_has_the_scores_of_all_its_tasks(stage):
+    files = {}
+    for n in range(7):
+        files |= olmes("000", f"minerva_math_{n}", f"minerva_math_{n}::tulu", both(1.0), [reply(0, 1)], n)
+    found = stage(files, {"minerva_math::tulu": "000"}, "oe-eval")
+    assert len(found) == 7 + len(("asked",))
 
 
 def test_scores_of_oe_eval_are_compared_item_by_item(stage, tmp_path):

@@ -1,7 +1,9 @@
 """The vLLM backend, with a stand-in for the package vllm at its own boundary: what lm-eval's VLLM class hands to it.
 
-The stand-in's `LLM` computes with transformers, so that scores can be compared with the other backend's; its arguments,
-its sampling parameters and the shape of its outputs are those of vLLM's documented interface. Real vLLM needs a GPU.
+The stand-in's `LLM` computes with transformers, so that scores can be compared with the other backend's. What it takes and gives was
+read from the sources of vllm 0.33.0: the arguments of LLM (with those of EngineArgs that lm-eval uses), LLM.generate and
+SamplingParams, how a reply ends (SamplingParams.update_from_generation_config, v1/core/sched/utils.py) and where its end token goes
+(v1/engine/detokenizer.py). Real vLLM needs a GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from sft.evaluation import evaluate
 from sft.schema import Evaluate, Hardware
 
 FAKE = '''
-"""Stands in for vllm 0.11: LLM(**arguments).generate(prompts, sampling_params, use_tqdm, lora_request)."""
+"""Stands in for vllm 0.33.0."""
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 import torch
@@ -28,31 +30,41 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CALLS = []
 
-@dataclass
+@dataclass(kw_only=True)
 class SamplingParams:
-    max_tokens: int = 16
-    stop: list = field(default_factory=list)
+    n: int = 1
     temperature: float = 1.0
-    skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: list = field(default_factory=list)
+    max_tokens: int = 16
+    min_tokens: int = 0
     prompt_logprobs: int | None = None
     detokenize: bool = True
-    top_p: float = 1.0
-    seed: int | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
 
-def TokensPrompt(prompt_token_ids):
+def TokensPrompt(*, prompt_token_ids):
     return {"prompt_token_ids": prompt_token_ids}
 
 class LLM:
-    def __init__(self, **arguments):
-        CALLS.append(arguments)
-        self.model = AutoModelForCausalLM.from_pretrained(arguments["model"], dtype=torch.float32)
-        self.tokenizer = AutoTokenizer.from_pretrained(arguments["model"])
-        length = arguments["max_model_len"] or self.model.config.max_position_embeddings
+    def __init__(
+        self, model, *, tokenizer=None, tokenizer_mode="auto", trust_remote_code=False, tensor_parallel_size=1, dtype="auto",
+        quantization=None, revision=None, tokenizer_revision=None, seed=0, gpu_memory_utilization=0.92, max_model_len=None,
+        max_num_seqs=None, enable_lora=False, max_lora_rank=16,
+    ):
+        CALLS.append({k: v for k, v in locals().items() if k != "self"})
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        length = max_model_len or self.model.config.max_position_embeddings
         self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=length, dtype=torch.float32))
 
     @torch.inference_mode()
-    def generate(self, prompts, sampling_params, use_tqdm, lora_request):
+    def generate(self, prompts, sampling_params=None, *, use_tqdm=True, lora_request=None):
+        assert not use_tqdm  # bars would be drawn over our own lines
         return [self.one(p["prompt_token_ids"], s) for p, s in zip(prompts, sampling_params, strict=True)]
 
     def one(self, ids, s):
@@ -70,7 +82,9 @@ class LLM:
             made.append(int(self.model(torch.tensor([ids + made])).logits[0, -1].argmax()))
             text = self.tokenizer.decode(made, skip_special_tokens=s.skip_special_tokens)
             if made[-1] in ends:
-                reason, stop, text = "stop", made[-1], self.tokenizer.decode(made[:-1])
+                # None for the tokenizer's own, the id for another of generation_config.json; it stays in token_ids
+                stop = None if made[-1] == self.tokenizer.eos_token_id else made[-1]
+                reason, text = "stop", self.tokenizer.decode(made[:-1])
                 break
             if found := [w for w in s.stop if w in text]:
                 reason, stop, text = "stop", found[0], text.split(found[0])[0]
@@ -89,10 +103,10 @@ def fake_vllm(tmp_path_factory: pytest.TempPathFactory) -> Any:
         "vllm/lora/__init__.py": "",
         "vllm/lora/request.py": "class LoRARequest: pass\n",
         "vllm/renderers/__init__.py": "",
-        "vllm/renderers/hf.py": "def resolve_chat_template(tokenizer, chat_template, tools, model_config):\n    return tokenizer.chat_template\n",
+        "vllm/renderers/hf.py": "def resolve_chat_template(tokenizer, chat_template, tools, *, model_config):\n    return tokenizer.chat_template\n",
         "vllm/tokenizers.py": "from transformers import AutoTokenizer\n"
         "def get_tokenizer(name, tokenizer_mode, trust_remote_code, revision):\n    return AutoTokenizer.from_pretrained(name)\n",
-        "vllm-0.11.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.11.0\n",
+        "vllm-0.33.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -168,3 +182,15 @@ def test_both_backends_give_the_same_scores_samples_and_facts(
     for (ours, n), (theirs, m) in zip(found["hf"]["losses"], found["vllm"]["losses"], strict=True):
         assert n == m and ours == pytest.approx(theirs, abs=1e-3)
     assert [n for _, n in found["hf"]["losses"]] == [2, 0, 29]
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_a_reply_that_vllm_gave_up_breaks_the_task(
+    place: SimpleNamespace, fake_vllm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    output = SimpleNamespace(text="", token_ids=[], finish_reason=reason, stop_reason=None)
+    gone = SimpleNamespace(outputs=[output], prompt_logprobs=None)
+    monkeypatch.setattr(fake_vllm.LLM, "generate", lambda self, prompts, **_: [gone] * len(prompts))
+    model = evaluate.open_model(place.root / "model", Evaluate(**{**vars(OPTIONS), "backend": "vllm"}), Hardware())
+    with pytest.raises(evaluate.BrokenTask, match=f"capitals: RuntimeError: vLLM ended a reply with '{reason}'"):
+        evaluate.one_task(model, "capitals", OPTIONS, place.tasks, place.data, tmp_path)

@@ -5,8 +5,9 @@ In:  runs/<run>/.jobs/evaluate-returned, fetched by sft.launch: asked.json names
 Out: results.json, samples/<task>.jsonl: the harness's own predictions, with doc, target and scores as lm-eval's have them
 
 n and the standard error are recomputed from the predictions, one line each; a metric that they do not hold has no error.
-A task that did not return or returned twice, without instances, predictions, reply texts or its primary metric, with failures,
-empty replies or a score that is not finite is broken. Neither harness says how a reply ended, so that no stop rate can be told.
+A task that did not return, whole or in part, or returned twice, without instances, predictions, reply texts or its primary metric, with failures,
+empty replies, replies that do not stop or a score that is not finite is broken. oe-eval and older versions of olmo-eval do not say how a
+reply ended: then no stop rate is told.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from sft.errors import SftError
 from sft.evaluation.evaluate import refuse_not_finite, write_json, write_lines
-from sft.evaluation.scores import is_number, json_hash
+from sft.evaluation.scores import is_number, json_hash, token_facts
 from sft.evaluation.statistics import Z95, wilson
 
 if TYPE_CHECKING:
     from sft.schema import Evaluate
     from sft.stage import Result, Stage
 
+PARTS = {"mmlu": 57, "mmlu_pro": 14, "bbh": 27, "minerva_math": 7}
+"""Of how many tasks these consist in oe-eval, in every variant (its configs/task_suites.py)."""
 RETURNED = "evaluate-returned"
 ASKED = "asked.json"
 
@@ -63,12 +66,12 @@ def collect(stage: Stage) -> Result:
             continue
         files.add(file)
         rows = list(_rows(task.predictions)) if task.predictions else []
-        metrics = _metrics(task, rows)
-        if problems := _problems(task, rows, options):
+        metrics, facts = _metrics(task, rows), _endings(rows)
+        if problems := _problems(task, rows, options, facts):
             broken.append(f"{task.name}: {'; '.join(problems)}")
             continue
         items = [_item(row, metrics) for row in rows]
-        results[task.name] = {"metrics": metrics, "task_sha256": task.hash, "samples": file,
+        results[task.name] = {"metrics": metrics, **facts, "task_sha256": task.hash, "samples": file,
                               "samples_sha256": json_hash([[i["doc"], i["target"]] for i in items])}  # fmt: skip
         write_lines(stage.out / file, items)
         name, score = next(iter(metrics.items()))
@@ -131,7 +134,7 @@ def _oe_eval(folder: Path, asked: Mapping[str, str]) -> tuple[list[Task], list[s
     tasks, failures = [], []
     for name, where in asked.items():
         files = sorted((folder / where).rglob("*-metrics.json"))
-        failures += [] if files else [_missing(name)]
+        failures += _absent(name, files)
         for file in files:
             data = _read(file)
             config = data.get("task_config") or {}
@@ -146,6 +149,18 @@ def _oe_eval(folder: Path, asked: Mapping[str, str]) -> tuple[list[Task], list[s
             tasks.append(Task(name if len(files) == 1 else str(alias), scores, primary, int(data.get("num_instances") or 0),
                               predictions if predictions.is_file() else None, data.get("task_hash")))  # fmt: skip
     return tasks, failures
+
+
+def _absent(name: str, files: Sequence[Path]) -> list[str]:
+    """What is told of a task whose files are not all there; oe-eval numbers the tasks that it makes of one, from 0."""
+    if not files:
+        return [_missing(name)]
+    numbers = {int(match[1]) for file in files if (match := re.match(r"task-(\d+)-", file.name))}
+    count = max(PARTS.get(name.split(":")[0], 0), max(numbers, default=0) + 1)
+    if len(files) >= count:
+        return []
+    gaps = [str(n) for n in range(count) if n not in numbers]
+    return [f"{name}: {len(files)} of its {count} tasks returned, without number {', '.join(gaps[:8])}"]
 
 
 def _missing(name: str) -> str:
@@ -193,8 +208,24 @@ def _item(row: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "filter": "none", "doc": doc, "target": row.get("label"), "prompt": None, "scores": scores}
 
 
-def _problems(task: Task, rows: Sequence[Mapping[str, Any]], options: Evaluate) -> list[str]:
+def _endings(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"generation": n, stop rate, lengths} where every generated reply says how it ended, as newer olmo-eval's do."""
+    made = [o for row in rows if not _is_choice(row) for o in row.get("model_output") or [] if isinstance(o, Mapping)]
+    if not made or not all(o.get("finish_reason") for o in made):
+        return {}
+    stops = sum(o["finish_reason"] != "length" for o in made)
+    facts: dict[str, Any] = {"n": len(made), "stop_rate": stops / len(made)}
+    if all(isinstance(o.get("completion_tokens"), int) for o in made):
+        facts["tokens"] = token_facts([o["completion_tokens"] for o in made])
+    return {"generation": facts}
+
+
+def _problems(task: Task, rows: Sequence[Mapping[str, Any]], options: Evaluate, facts: Mapping[str, Any]) -> list[str]:
     problems = []
+    if facts and (rate := facts["generation"]["stop_rate"]) < options.min_stop_rate:
+        problems.append(
+            f"{rate:.0%} of {facts['generation']['n']} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}"
+        )
     if not task.scores:
         problems.append("no metric")
     if not task.instances:

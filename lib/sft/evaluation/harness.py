@@ -136,6 +136,9 @@ class Recorder(TemplateLM):
         self._in_batches(lengths, run, "replies", len(requests))
         return [self.replies[key][n]["text"] for key, n in zip(keys, number, strict=True)]
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Any]:
+        return list(super().loglikelihood(requests, disable_tqdm=True))
+
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
         """lm-eval's step under all likelihood requests: ((context, continuation) or None, context ids, continuation ids)."""
         keys = [reply_key(words) if words else "" for words, _, _ in requests]

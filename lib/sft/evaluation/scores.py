@@ -76,9 +76,7 @@ def generation_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if not made:
         return {}
     texts, ends, tokens, circles = zip(*made, strict=True)
-    lengths = sorted(tokens)
     count = len(made)
-
     return {
         "generation": {
             "n": count,
@@ -86,13 +84,19 @@ def generation_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "terminator_rate": ends.count("terminator") / count,
             "empty": sum(not text.strip() and by != UNCLOSED for text, by in zip(texts, ends, strict=True)) / count,
             "repeating": sum(circles) / count,
-            "tokens": {
-                "median": statistics.median(lengths),
-                "p90": lengths[min(count - 1, math.ceil(0.9 * count) - 1)],
-                "max": lengths[-1],
-                "up_to": length_bins(lengths),
-            },
+            "tokens": token_facts(tokens),
         }
+    }
+
+
+def token_facts(tokens: Sequence[int]) -> dict[str, Any]:
+    """How replies' lengths in tokens are spread."""
+    lengths = sorted(tokens)
+    return {
+        "median": statistics.median(lengths),
+        "p90": lengths[math.ceil(0.9 * len(lengths)) - 1],
+        "max": lengths[-1],
+        "up_to": length_bins(lengths),
     }
 
 

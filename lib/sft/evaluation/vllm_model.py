@@ -32,7 +32,7 @@ class VllmModel(Recorder, VLLM):
         super().__init__(
             pretrained=str(folder),
             dtype="auto",
-            batch_size=batch_size or "auto",
+            batch_size=batch_size or GROUP,  # "auto" draws progress bars over our own lines
             max_model_len=max_length or None,
             tensor_parallel_size=gpus,
             seed=seed,
@@ -56,6 +56,8 @@ class VllmModel(Recorder, VLLM):
         outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
         for prompt, made in zip(requests, (o.outputs[0] for o in outputs), strict=True) if generate else ():
             by = "length"
+            if made.finish_reason not in ("stop", "length"):  # "abort", "error": no reply of the model's
+                raise RuntimeError(f"vLLM ended a reply with {made.finish_reason!r} ({made.stop_reason})")
             if made.finish_reason == "stop":  # stop_reason: None or the id of a terminator, or the stop string
                 by = "stop string" if isinstance(made.stop_reason, str) else "terminator"
                 by = "terminator" if made.stop_reason in self._stop_texts else by

@@ -63,7 +63,9 @@ SUITES = {
 """oe-eval's task suites as scripts/eval/oe-eval.sh lists them; each name of a suite in [evaluate] tasks stands for its tasks."""
 CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")  # multiple choice without vLLM: batches of 1 on twice the GPUs
 TOOLS = "bfcl_all::std"
-LM_EVAL_ONLY = ("system_prompt", "seed", "min_stop_rate", "validation_documents", "backend", "task_dir", "data")
+LM_EVAL_ONLY = ("system_prompt", "seed", "validation_documents", "backend", "task_dir", "data")
+REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_ONLY, "min_stop_rate")}
+"""Options that a harness would silently not do: its tasks decide the thing, or its records do not tell it."""
 
 
 def is_ours(job: Job) -> bool:
@@ -164,9 +166,8 @@ def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
 def _check_honoured(job: Job) -> None:
     """Refuses what the harness would silently not do."""
     options = job.recipe.evaluate
-    fields = [f for f in dataclasses.fields(options) if f.name in LM_EVAL_ONLY]
+    fields = [f for f in dataclasses.fields(options) if f.name in REFUSED[options.harness]]
     changed = [f.name for f in fields if getattr(options, f.name) not in (f.default, {})]
-    changed += ["process_output"] if options.harness == "olmo-eval" and options.process_output != "none" else []
     if changed:
         raise SftError(
             f"{job.recipe.file}: [evaluate] {', '.join(changed)}: {options.harness}'s tasks decide that themselves; next: remove"

@@ -22,12 +22,9 @@ def scores(results: Mapping[str, Any]) -> str:
     """Every score with its interval; how replies ended, and how long they were."""
     rows = []
     for task, result in results.get("tasks", {}).items():
-        facts = result.get("generation")
-        ended = (
-            f"{facts['stop_rate']:.0%} stop, {facts['empty']:.0%} empty, {facts['repeating']:.0%} repeat"
-            if facts
-            else "–"
-        )
+        facts = result.get("generation", {})
+        told = (("stop_rate", "stop"), ("empty", "empty"), ("repeating", "repeat"))  # another harness may know less
+        ended = ", ".join(f"{facts[key]:.0%} {word}" for key, word in told if key in facts) or "–"
         for i, (name, score) in enumerate(result["metrics"].items()):
             drawn = (
                 charts.whisker(score["value"], score.get("low"), score.get("high")) if 0 <= score["value"] <= 1 else ""
