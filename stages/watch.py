@@ -17,7 +17,6 @@ import time
 from sft import plan
 from sft.errors import SftError
 from sft.evaluation import watch
-from sft.launch.processes import in_job
 from sft.stage import lock, open_stage, parse, report_errors
 
 if __name__ == "__main__":
@@ -46,7 +45,7 @@ if __name__ == "__main__":
         options, published = stage.recipe.evaluate, watch.trained(stage)
         if not options.every:
             raise SftError("[evaluate] every = 0: no step is asked for; next: make watch … every=1000")
-        if options.every_device != "cuda" and not in_job():  # a job sees the GPU that was asked for it
+        if options.every_device != "cuda" and not how.beside:  # a job of its own sees the GPU that was asked for it
             os.environ["CUDA_VISIBLE_DEVICES"] = options.every_device.partition(":")[2]
         os.nice(19)  # training comes first
         stack.enter_context(lock(stage.run / ".work" / "watch.lock", wait=True))

@@ -329,12 +329,12 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     training, beside = (record(workspace, name)["job"] for name in ("train", "watch"))
     assert f"job {beside} submitted to slurm, to evaluate checkpoints" in out
-    log = workspace.root / f"runs/x/.jobs/watch-{beside}.log"
+    log = workspace.root / f"runs/x/.jobs/watch-{beside}.attempt-01.log"
     until(log.exists, "the watcher")
     assert f"evaluated by job {beside}" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     assert re.search(rf"^x +watch +slurm +{beside} .* running", workspace.make("jobs").stdout, re.M)
     (workspace.root / "go").touch()
-    until(log.with_suffix(".exit").exists, "the watcher to see that training has ended")
+    until((log.parent / f"watch-{beside}.exit").exists, "the watcher to see that training has ended")
     assert "train: not trained from this recipe" in log.read_text()  # it failed before it had begun
     (workspace.root / "go").unlink()
     assert "exit status 4" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", ok=False).stdout

@@ -147,7 +147,7 @@ def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
         "tasks": {name: result["metrics"] for name, result in results.items()},
         "broken": broken_tasks,
     }
-    validation = stage.run / "prepare" / "validation"
+    validation = stage.dataset / "validation"
     if options.validation_documents and validation.is_dir():
         found["validation"] = stages.validation_loss(
             model, validation, options.validation_documents, stage.recipe.train.seq_len
@@ -196,7 +196,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     from sft.conversion.hf import read_json
     from sft.training.tensors import Tensors
 
-    facts = read_json(stage.run / "prepare" / "dataset.json")
+    facts = read_json(stage.dataset / "dataset.json")
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
     config = convert.model_config(stage.recipe.model, facts, step)
     tokenizer = stage.out / "tokenizer"
@@ -253,10 +253,10 @@ class Watcher:
 
 
 def start(stage: Stage, argv: list[str]) -> Watcher | None:
-    """The watcher of a run that asks for one; inside of a launcher's job it is a job of its own, which the launcher submits."""
+    """The watcher of a run that asks for one. A launcher submits it as a job of its own, unless no other job sees the checkpoints."""
     if not stage.recipe.evaluate.every:
         return None
-    if in_job():
+    if in_job() and "SFT_KEPT" not in os.environ:
         stage.say("checkpoints are evaluated by a job of their own: make jobs tells its state")
         return None
     return Watcher(stage, argv)

@@ -312,8 +312,9 @@ def find_or_submit(job: Job, backend: Scheduler, say: Callable[[str], None]) -> 
 
 
 def watcher(job: Job, training: str) -> list[Job]:
-    """The job that evaluates the checkpoints of a training job, where the recipe asks for one."""
-    if job.stage != "train" or not job.recipe.evaluate.every:
+    """The job that evaluates the checkpoints of a training job, where the recipe asks for one. Where no disk outlives a job
+    (`runs` in a bucket), training starts it as a process in its own."""
+    if job.stage != "train" or not job.recipe.evaluate.every or job.cluster.runs.startswith("gs://"):
         return []
     words = job.command[job.command.index(str(job.run)) :]
     command = [".venv/bin/python", "stages/watch.py", "--beside", training, *words]

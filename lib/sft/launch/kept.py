@@ -95,6 +95,8 @@ def bring_steps(address: str, out: Path, cache: Path, identity: str) -> None:
         number = int(match[1])
         if number == newest or (number in numbers and _bring_step(address, number, out, cache)):
             LocalStorage(out).write("BEST", best.encode())
+    if (evaluations := bucket.read("evaluations.jsonl")) is not None:
+        LocalStorage(out).write("evaluations.jsonl", evaluations)
     if (metrics := bucket.read("metrics.jsonl")) is not None:
         LocalStorage(out).write("metrics.jsonl", metrics)
         for attempt in range(1, 1 + metrics.count(b'"attempt"')):  # so that this one gets the next number
