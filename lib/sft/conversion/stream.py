@@ -1,4 +1,4 @@
-"""Runs a model whose weights are not in memory: one block's at a time, the vocabulary's tables a piece at a time.
+"""Runs a model whose weights are not in memory: one matrix at a time, the vocabulary's tables a piece at a time.
 
 In:  a model built on the meta device, and a way to read a tensor or some of its rows by our name.
 Out: the same model, whose forward reads what it needs; `prefetched` reads ahead in one thread while the caller works.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -48,30 +49,34 @@ class Head(nn.Module):
 
 
 def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep: int = 0) -> None:
-    """Loads a block's weights before it runs and drops them after; the first `keep` bytes of blocks stay.
+    """Loads every module's own weights before it runs and drops them after; the first `keep` bytes stay.
 
-    `read(i, name)` gives the parameter `name` of blocks[i].
+    `read(i, name)` gives the parameter `name` of blocks[i]. No more than one matrix of the others is in memory at a time.
     """
-    index = {block: i for i, block in enumerate(blocks)}
-    held: set[nn.Module] = set()
     left = keep
 
-    def load(block: nn.Module, *_: Any) -> None:
-        if block not in held:
-            block.load_state_dict({n: read(index[block], n) for n, _ in block.named_parameters()}, assign=True)
+    def load(i: int, prefix: str, module: nn.Module, _: Any) -> None:
+        if any(p.is_meta for p in module.parameters()):
+            own = {name: read(i, prefix + name) for name, _ in module.named_parameters()}
+            module.load_state_dict(own, assign=True)
 
-    def drop(block: nn.Module, *_: Any) -> None:
+    def drop(module: nn.Module, *_: Any) -> None:
         nonlocal left
-        size = sum(p.numel() * p.element_size() for p in block.parameters())
-        if block not in held and size <= left:
-            held.add(block)
+        if module in held:
+            return
+        size = sum(p.numel() * p.element_size() for p in module.parameters())
+        if size <= left:
+            held.add(module)
             left -= size
-        if block not in held:
-            block.to("meta")
+        else:
+            module.to("meta")
 
-    for block in blocks:
-        block.register_forward_pre_hook(load)
-        block.register_forward_hook(drop)
+    held: set[nn.Module] = set()
+    for i, block in enumerate(blocks):
+        for name, module in block.named_modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(partial(load, i, f"{name}."))
+                module.register_forward_hook(drop)
 
 
 def prefetched(tasks: Iterable[Callable[[], T]], ahead: int = 2) -> Iterator[T]:
