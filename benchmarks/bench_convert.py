@@ -1,24 +1,32 @@
 """What an export costs, for the 7B geometry: time against copying the same bytes, memory, and OLMo-core's converter beside it.
 
-In:  nothing; a step with random weights is written first. Out: a table, and one JSON object on the last line.
-Run: make bench-convert    (or: python benchmarks/bench_convert.py --layers 32 --folder /a/large/disk)
+In:  nothing; a step with random weights is written first (29 GB; fewer layers where the disk is short) and removed at the end.
+Out: a table, and one JSON object on the last line.
+Run: make bench-convert    (or: python benchmarks/bench_convert.py --layers 8 --folder /a/large/disk)
 
-Copy and export take turns, three times, and the best of each counts. Memory is the high-water mark of a process of its own.
+Copy and export take turns, both from a cold page cache, as often as --minutes allows, and the best of each counts. The gate runs once:
+every tensor, the logits over the layers that `gate = "fast"` takes (--gate full: all, which is hours on two cores), tokens of replies.
 OLMo-core's converter holds the model several times over, so the two are compared on two layers of the 1B geometry.
+
+Every part is a process of its own. Its memory is the kernel's high-water mark of the resident set (VmHWM): what it
+allocated and what it touched of mapped files such as torch's libraries. The page cache of files that are read is not in it,
+and no weights are mapped here.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +34,7 @@ from typing import Any
 import torch
 
 from sft.conversion import hf
-from sft.conversion.core import write_step
+from sft.conversion.core import model_config, write_step
 from sft.conversion.folder import Folder
 from sft.presets import PRESETS, ModelConfig
 from sft.training.base import step_config
@@ -35,16 +43,17 @@ from sft.training.tensors import Tensors
 VOCAB = 100_278
 TOKENIZER = Path(__file__).parents[1] / "recipes" / "smoke" / "tokenizer"
 TEMPLATE = "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-SMALL = replace(PRESETS["olmo2-1b"], n_layers=2)
 ROUNDS = 3
-REPLY = 4  # tokens of a greedy reply: each costs as much as the next
+REPLY = 2  # tokens of a greedy reply: each costs as much as the next
+SAMPLE = 1 << 22
 
 
 class Noise:
-    """Random weights, made as they are read."""
+    """Random weights: stretches of one sample, so that writing them costs little more than the disk."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.shapes = hf.shapes(config)
+        self.sample = torch.empty(SAMPLE).uniform_(-0.035, 0.035, generator=torch.Generator().manual_seed(0))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -53,54 +62,69 @@ class Noise:
         return self.shapes[name]
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        shape = (stop - start, *self.shapes[name][1:])
-        return torch.ones(shape) if len(shape) == 1 else torch.empty(shape).uniform_(-0.035, 0.035)
-
-
-def geometry(layers: int) -> ModelConfig:
-    return replace(PRESETS["olmo3-7b"], n_layers=layers)
+        shape = torch.Size((stop - start, *self.shapes[name][1:]))
+        if len(shape) == 1:
+            return torch.ones(shape)
+        first = hash(name) % 997  # so that no two tensors are alike
+        repeats = (first + shape.numel()) // SAMPLE + 1
+        return self.sample.repeat(repeats)[first : first + shape.numel()].view(shape)
 
 
 def write_checkpoint(step: Path, config: ModelConfig) -> None:
-    torch.manual_seed(0)
     write_step(Noise(config), hf.shapes(config), step, "random weights")
-    facts = {"vocab_size": VOCAB if config is not SMALL else 1024, "eos_id": 1020, "pad_id": 1023}
-    (step / "config.json").write_text(json.dumps(step_config(config, facts)))
+    made = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {**made["model"]["vocab"], **{token["content"]: token["id"] for token in made["added_tokens"]}}
+    # As many ids as the real one has: OLMo-core's converter refuses another number.
+    made["model"]["vocab"] = ids | {f"unused {i}": i for i in range(len(ids), VOCAB)}
     shutil.copytree(TOKENIZER, step.parent / "tokenizer", dirs_exist_ok=True)
+    (step.parent / "tokenizer" / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
+    facts = {"vocab_size": VOCAB, "eos_id": ids["<|endoftext|>"], "pad_id": ids["<|pad|>"]}
+    (step / "config.json").write_text(json.dumps(step_config(config, facts)))
 
 
-def export(step: Path, config: ModelConfig, vocab: int) -> dict[str, Any]:
+def export(step: Path) -> dict[str, Any]:
     from sft.conversion.convert import write_json, write_weights
 
-    target = step / "model"
+    config, target = model_config(step / "config.json"), step / "model"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    weights = Tensors(step)
-    made = hf.hf_config(config, vocab_size=vocab, max_position_embeddings=65536, dtype="bfloat16")
+    made = hf.hf_config(config, vocab_size=VOCAB, max_position_embeddings=65536, dtype="bfloat16")
     began = time.monotonic()
-    size = write_weights(weights, config, vocab, target, "bfloat16", 5_000_000_000, lambda _: None)
+    write_weights(Tensors(step), config, VOCAB, target, "bfloat16", 5_000_000_000, lambda _: None)
     write_json(target / "config.json", hf.config_json(made))
-    return {"export_s": time.monotonic() - began, "bytes": size, "export_rss_gb": peak_gb()}
+    return {"seconds": time.monotonic() - began, "peak": peak_gb()}
 
 
-def prove(step: Path, config: ModelConfig) -> dict[str, Any]:
-    from transformers import AutoTokenizer
-
+def gate(step: Path, every: bool) -> dict[str, Any]:
+    """The gate's parts that grow with the model, one after the other in this process, as the stage runs them."""
     from sft.conversion.gate import check_logits, check_tensors, greedy_chats, sample_layers, trained_chats
 
-    weights, exported = Tensors(step), Folder(step / "model")
-    began = time.monotonic()
-    check_tensors(exported, weights, config, torch.bfloat16)
-    result = {"tensors_s": time.monotonic() - began, "tensors_rss_gb": peak_gb()}
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokenizer.chat_template = TEMPLATE
-    chats = trained_chats(tokenizer, TEMPLATE, config)
-    began = time.monotonic()
-    logits = check_logits(exported, weights, config, chats, sample_layers(config.n_layers))
-    result |= {"logits_s": time.monotonic() - began, "tokens": logits["tokens"]}
-    began = time.monotonic()
-    greedy_chats(exported, tokenizer, config, [0], REPLY)
-    return {**result, "reply_s": time.monotonic() - began, "gate_rss_gb": peak_gb()}
+    config, weights, exported = model_config(step / "config.json"), Tensors(step), Folder(step / "model")
+    layers = list(range(config.n_layers)) if every else sample_layers(config.n_layers)
+    loaded = tokenizer(step)
+    chats = trained_chats(loaded, TEMPLATE, config)
+    parts: dict[str, Callable[[], Any]] = {
+        "every tensor": lambda: check_tensors(exported, weights, config, torch.bfloat16),
+        f"logits of {sum(map(len, chats)):,} packed tokens, {len(layers)} layers": lambda: check_logits(
+            exported, weights, config, chats, layers
+        ),
+        f"{REPLY} tokens of three replies": lambda: greedy_chats(exported, loaded, config, [0], REPLY),
+    }
+    found = {}
+    for name, part in parts.items():
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+        began = time.monotonic()
+        part()
+        found[name] = {"seconds": time.monotonic() - began, "peak": peak_gb()}
+    return found
+
+
+def tokenizer(step: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    made = AutoTokenizer.from_pretrained(step.parent / "tokenizer")
+    made.chat_template = TEMPLATE
+    return made
 
 
 def theirs(step: Path) -> dict[str, Any]:
@@ -120,7 +144,7 @@ def theirs(step: Path) -> dict[str, Any]:
         max_sequence_length=65536,
         validate=False,
     )
-    return {"export_s": time.monotonic() - began, "export_rss_gb": peak_gb()}
+    return {"seconds": time.monotonic() - began, "peak": peak_gb()}
 
 
 def peak_gb() -> float:
@@ -132,6 +156,7 @@ def peak_gb() -> float:
 
 def copy_seconds(step: Path) -> float:
     """Reads the checkpoint's bytes and writes as many as the export has, synced, as the export does."""
+    forget(step)
     target = step / "copy"
     began = time.monotonic()
     with target.open("wb") as write:
@@ -146,74 +171,130 @@ def copy_seconds(step: Path) -> float:
     return seconds
 
 
-def alone(what: str, step: Path, layers: int) -> dict[str, Any]:
-    """One part in a process of its own."""
-    command = [sys.executable, __file__, "--only", what, "--folder", str(step), "--layers", str(layers)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+def forget(step: Path) -> None:
+    """Drops the checkpoint from the page cache."""
+    for file in (step / "model_and_optim").glob("*.distcp"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def alone(part: str, step: Path) -> dict[str, Any]:
+    """One part in a process of its own: what it found."""
+    forget(step)
+    command = [sys.executable, __file__, "--part", part, "--folder", str(step)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stderr[-3000:]}\n{part}: exit {done.returncode}")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
+def tell(what: str, seconds: float, peak: float | None = None) -> None:
+    print(f"{what:<58} {seconds:8.1f} s" + (f"   peak {peak:5.2f} GB" if peak is not None else ""), flush=True)
+
+
+def compare(folder: Path, preset: str, minutes: float) -> dict[str, Any]:
+    """Our export and OLMo-core's in turn."""
+    config = replace(PRESETS[preset], n_layers=2, vocab_size=-(-VOCAB // 128) * 128)
+    write_checkpoint(folder / "step0", config)
+    print(f"{preset}, 2 layers, {config.parameters:,} parameters:")
+    best: dict[str, dict[str, Any]] = {}
+    there = importlib.util.find_spec("olmo_core") is not None
+    for _ in range(2 if minutes else 1):
+        for part in ("export", "theirs") if there else ("export",):
+            found = alone(part, folder / "step0")
+            shutil.rmtree(folder / "step0" / "theirs", ignore_errors=True)
+            tell("  export" if part == "export" else "  OLMo-core's converter", **found)
+            if found["seconds"] < best.get(part, found)["seconds"] or part not in best:
+                best[part] = found
+    shutil.rmtree(folder)
+    ours, other = best["export"], best.get("theirs")
+    return {
+        "ratio_to_olmo_core": ours["seconds"] / other["seconds"] if other else None,
+        "olmo_core_rss_gb": other["peak"] if other else None,
+        "our_rss_gb": ours["peak"],
+    }
+
+
+def fitting_layers(config: ModelConfig, free: int) -> int:
+    """As many layers, in groups of four, as fit: fp32, half of that for the export or the copy, and some air."""
+
+    def size(layers: int) -> int:
+        return replace(config, n_layers=layers).parameters * 6
+
+    return max((n for n in range(4, config.n_layers + 1, 4) if size(n) < 0.95 * free), default=0)
+
+
+def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    began = time.monotonic()
+    result = compare(folder / "small", args.other, args.minutes)
+    full = replace(PRESETS[args.preset], vocab_size=-(-VOCAB // 128) * 128)
+    layers = args.layers or fitting_layers(full, shutil.disk_usage(folder).free)
+    if not layers:
+        sys.exit(f"{folder}: too little free space for four layers of {args.preset}; next: --folder=/a/larger/disk")
+    config, step = replace(full, n_layers=layers), folder / "step0"
+    print(f"{args.preset}, {layers} of {full.n_layers} layers, {config.parameters:,} parameters:")
+    at = time.monotonic()
+    write_checkpoint(step, config)
+    tell("  checkpoint written", time.monotonic() - at)
+    copies: list[float] = []
+    exports: list[dict[str, Any]] = []
+    proof: dict[str, dict[str, Any]] = {}
+    taken = 0.0
+    while not copies or (len(copies) < ROUNDS and time.monotonic() - began + taken < 60 * args.minutes):
+        at = time.monotonic()
+        shutil.rmtree(step / "model", ignore_errors=True)  # one of the two at a time is on the disk
+        copies.append(copy_seconds(step))
+        tell("  copy of the same bytes", copies[-1])
+        exports.append(alone("export", step))
+        tell("  export", **exports[-1])
+        taken = time.monotonic() - at
+        if not proof:
+            proof = alone(f"gate-{args.gate}", step)
+            for name, found in proof.items():
+                tell(f"  gate: {name}", **found)
+    seconds = min(e["seconds"] for e in exports)
+    return {
+        "peak_rss_gb": max(part["peak"] for part in (*exports, *proof.values())),
+        "ratio_to_copy": seconds / min(copies),
+        **result,
+        "layers": layers,
+        "rounds": len(copies),
+        "copy_s": copies,
+        "export_s": [e["seconds"] for e in exports],
+        "export_rss_gb": max(e["peak"] for e in exports),
+        "gate": proof,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=0, help="of 32; 0 = as many as half of the free disk takes")
+    parser.add_argument("--layers", type=int, default=0, help="default: all that the free disk takes")
+    parser.add_argument("--minutes", type=float, default=10, help="no further round after this; 0 = one of each")
+    parser.add_argument("--gate", choices=("fast", "full"), default="fast", help="layers whose logits are compared")
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
-    parser.add_argument("--only", choices=("export", "prove", "small", "theirs"), default="", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only:
-        parts = {
-            "export": lambda: export(args.folder, geometry(args.layers), VOCAB),
-            "prove": lambda: prove(args.folder, geometry(args.layers)),
-            "small": lambda: export(args.folder, SMALL, 1024),
-            "theirs": lambda: theirs(args.folder),
-        }
-        print(json.dumps(parts[args.only]()))
-        return
-    with tempfile.TemporaryDirectory(dir=args.folder) as name:
-        step, small = Path(name) / "step0", Path(name) / "small"
-        free = shutil.disk_usage(name).free / 2
-        # fp32, a copy or the export of half the size, and one more for what is being written.
-        layers = args.layers or min(32, max(4, int((free / 8 - geometry(0).parameters) / 202_400_000) // 4 * 4))
-        config = geometry(layers)
-        print(f"olmo3-7b geometry, {layers} layers: {config.parameters:,} parameters", flush=True)
-        write_checkpoint(step, config)
-        copies, exports = [], []
-        for _ in range(ROUNDS):
-            copies.append(copy_seconds(step))
-            exports.append(alone("export", step, layers))
-            print(f"copy {copies[-1]:6.1f} s   export {exports[-1]['export_s']:6.1f} s", flush=True)
-        gate = alone("prove", step, layers)
-        shutil.rmtree(step)
-        write_checkpoint(small, SMALL)
-        ours, others = [], []
-        for _ in range(ROUNDS):
-            ours.append(alone("small", small, 0))
-            others.append(alone("theirs", small, 0))
-            shutil.rmtree(small / "theirs")
-    best = min(e["export_s"] for e in exports)
-    memory = max(e["export_rss_gb"] for e in exports)
-    mine, their = (min(r["export_s"] for r in runs) for runs in (ours, others))
-    held = [max(r["export_rss_gb"] for r in runs) for runs in (ours, others)]
-    print(f"copy of the same bytes            {min(copies):7.1f} s")
-    print(f"export                            {best:7.1f} s   peak {memory:.2f} GB")
-    print(f"gate: {REPLY} tokens of three replies     {gate['reply_s']:7.1f} s")
-    print(f"gate: every tensor                {gate['tensors_s']:7.1f} s   peak {gate['tensors_rss_gb']:.2f} GB")
-    print(
-        f"gate: logits of {gate['tokens']:,} packed tokens {gate['logits_s']:7.1f} s   peak {gate['gate_rss_gb']:.2f} GB"
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="olmo3-7b", help="the geometry")
+    parser.add_argument(
+        "--other", choices=tuple(PRESETS), default="olmo2-1b", help="compared with OLMo-core, two layers"
     )
-    print(f"{SMALL.parameters:,} parameters: {mine:.1f} s, {held[0]:.2f} GB; OLMo-core {their:.1f} s, {held[1]:.2f} GB")
-    result = {
-        "peak_rss_gb": max(memory, gate["gate_rss_gb"]),
-        "ratio_to_copy": best / min(copies),
-        "ratio_to_olmo_core": mine / their,
-        "olmo_core_rss_gb": held[1],
-        "our_rss_gb": held[0],
-        "layers": layers,
-        "copy_s": copies,
-        "export_s": [e["export_s"] for e in exports],
-        "export_rss_gb": memory,
-        **gate,
-    }
+    parser.add_argument("--part", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        parts = {
+            "export": export,
+            "theirs": theirs,
+            "gate-fast": lambda step: gate(step, every=False),
+            "gate-full": lambda step: gate(step, every=True),
+        }
+        print(json.dumps(parts[args.part](args.folder)))
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    try:
+        with tempfile.TemporaryDirectory(dir=args.folder, prefix="bench-convert-") as name:
+            result = run(Path(name), args)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; what was written is removed")
     print(json.dumps(result))
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def pareto(count: int) -> np.ndarray:
     return (np.random.default_rng(0).pareto(1.1, count) * 600).clip(2, SEQ_LEN).astype(np.int64)
 
 
-DISTRIBUTIONS = {
+DISTRIBUTIONS: dict[str, Callable[[int], np.ndarray]] = {
     "chat (lognormal, mean 1.1k)": lognormal,
     "reasoning (lognormal, mean 8k)": lambda n: lognormal(n, 8.5, 1.2),
     "heavy tail (Pareto 1.1)": pareto,

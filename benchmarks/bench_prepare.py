@@ -189,7 +189,7 @@ class TemplateFloor:
         with without_gc():
             for start in range(0, len(rows), BATCH):
                 messages = [row["messages"] for row in rows[start : start + BATCH]]
-                texts = self.renderer.apply_chat_template(messages, tokenize=False)
+                texts: Any = self.renderer.apply_chat_template(messages, tokenize=False)
                 tokens += len(self.engine.encode_joined("".join(texts).encode()))
         return tokens, 0, *clock.stop()
 

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
@@ -96,7 +96,7 @@ def rust(folder: Path, names: list[str], back: Path) -> tuple[float, float]:
     key |= dict.fromkeys(("client_email", "private_key", "private_key_id"), "")
     store = GCSStore("bench", prefix="rust", service_account_key=json.dumps(key), client_options={"allow_http": True})
 
-    async def each(work: Callable[..., Awaitable[object]], what: list[tuple[object, ...]]) -> None:
+    async def each(work: Callable[..., Awaitable[object]], what: Sequence[tuple[object, ...]]) -> None:
         gate = asyncio.Semaphore(AT_ONCE)
 
         async def one(arguments: tuple[object, ...]) -> None:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import google_crc32c
@@ -63,7 +63,7 @@ class Talk:
 
     def __init__(self, connection: socket.socket, folder: Path, url: str, latency_s: float):
         self.connection, self.folder, self.url, self.latency_s = connection, folder, url, latency_s
-        self.stream: BinaryIO = connection.makefile("rb", buffering=1 << 16)
+        self.stream = connection.makefile("rb", buffering=1 << 16)
 
     def run(self) -> None:
         with contextlib.suppress(OSError, ValueError):
@@ -95,13 +95,13 @@ class Talk:
                 return self.answer(200, {"permissions": asked})
             name = unquote(url.path.partition("/o/")[2])
             if not name:
-                return self.list(query.get("prefix", ""), int(query.get("pageToken", 0)))
+                return self.listing(query.get("prefix", ""), int(query.get("pageToken", 0)))
             if query.get("alt") == "media" or url.path.startswith("/download/"):
                 return self.download(name, headers)
             return self.answer(200, json.loads(self.facts(name).read_bytes()))
         return self.xml(method, unquote(url.path.split("/", 2)[2]), query, headers, length)
 
-    def object(self, name: str) -> Path:
+    def object_file(self, name: str) -> Path:
         return self.folder / "objects" / quote(name, safe="")
 
     def facts(self, name: str) -> Path:
@@ -131,7 +131,7 @@ class Talk:
         assert not crc32c or crc32c == found, "other bytes arrived than were stated"
         said = {"name": name, "bucket": "bench", "size": str(size), "crc32c": found}
         said["generation"] = str(time.time_ns() // 1000)
-        os.replace(part, self.object(name))
+        os.replace(part, self.object_file(name))
         self.facts(name).write_text(json.dumps(said))
         return said
 
@@ -172,7 +172,7 @@ class Talk:
             return self.answer(308, None, [f"Range: bytes=0-{size - 1}"] if size else [])
         return self.answer(200, self.store(part, said["name"], said.get("crc32c", "")))
 
-    def list(self, prefix: str, first: int) -> None:
+    def listing(self, prefix: str, first: int) -> None:
         names = sorted(n for n in map(unquote, os.listdir(self.folder / "facts")) if n.startswith(prefix))
         more = {"nextPageToken": str(first + 1000)} if len(names) > first + 1000 else {}
         items = [json.loads(self.facts(n).read_bytes()) for n in names[first : first + 1000]]
@@ -193,7 +193,7 @@ class Talk:
             head.append(f"Content-Range: bytes {first}-{last}/{size}")
         lines = [f"HTTP/1.1 {206 if match else 200} OK", *head, "", ""]
         self.connection.sendall("\r\n".join(lines).encode())
-        with self.object(name).open("rb") as f:
+        with self.object_file(name).open("rb") as f:
             while first <= last:
                 first += os.sendfile(self.connection.fileno(), f.fileno(), first, last - first + 1)
 
@@ -204,8 +204,8 @@ class Talk:
         if method == "POST" and "uploads" in query:
             upload = self.part()
             upload.mkdir()
-            said = f"<InitiateMultipartUploadResult><UploadId>{upload.name}</UploadId></InitiateMultipartUploadResult>"
-            return self.answer(200, said.encode())
+            text = f"<InitiateMultipartUploadResult><UploadId>{upload.name}</UploadId></InitiateMultipartUploadResult>"
+            return self.answer(200, text.encode())
         if method == "PUT" and "partNumber" in query:
             self.receive(self.folder / "parts" / query["uploadId"] / query["partNumber"].zfill(6), length)
             return self.answer(200, b"", [f"ETag: {query['partNumber']}"])
@@ -224,7 +224,7 @@ class Talk:
         said = self.store(part, name)
         return self.answer(200, b"", [f"x-goog-generation: {said['generation']}", f'ETag: "{said["generation"]}"'])
 
-    def answer(self, status: int, said: object = None, headers: list[str] | tuple[str, ...] = ()) -> None:
+    def answer(self, status: int, said: Any = None, headers: list[str] | tuple[str, ...] = ()) -> None:
         data = said if isinstance(said, bytes) else json.dumps(said).encode() if said is not None else b""
         kind = "application/json" if data[:1] in b"{[" else "application/xml"
         lines = [f"HTTP/1.1 {status} OK", f"Content-Length: {len(data)}", f"Content-Type: {kind}", *headers, "", ""]

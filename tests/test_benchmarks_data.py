@@ -1,4 +1,4 @@
-"""The benches of packing, balance and loading run, at a small size, and end in the JSON object that is read from them."""
+"""The benches of packing, balance, loading and converting run, at a small size, and end in the JSON object that is read from them."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
         ("pack", ["--documents", "4000", "--others", "300", "--large", "5000"], {"ratio_to_olmo_core", "packs_equal", "seconds_1m", "seconds_20m"}),
         ("balance", ["--steps", "2"], {"idle_8x8", "idle_32x4"}),
         ("loader", ["--tokens", "2000000"], {"tokens_per_s"}),
+        ("convert", ["--preset", "olmo3-tiny", "--other", "olmo2-tiny", "--minutes", "0"], {"peak_rss_gb", "ratio_to_copy", "ratio_to_olmo_core"}),
     ],
 )  # fmt: skip
 def test_a_bench_ends_in_its_numbers(bench: str, options: list[str], keys: set[str]):

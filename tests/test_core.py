@@ -134,6 +134,21 @@ def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfi
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
+    pytest.importorskip("olmo_core")
+    from olmo_core.distributed.checkpoint import load_model_and_optim_state
+    from olmo_core.nn.transformer import TransformerConfig
+
+    step = tmp_path / "step0"
+    core.to_core(str(export(tmp_path, QWEN3)), str(step), tmp_path / "cache", quiet)
+    model = TransformerConfig.from_dict(hf.read_json(step / "config.json")["model"]).build(init_device="cpu")
+    load_model_and_optim_state(step / "model_and_optim", model)
+    found = model.state_dict()
+    assert found["lm_head.w_out.weight"].data_ptr() == found["embeddings.weight"].data_ptr()
+    rows = hf.read_json(tmp_path / "hf" / "config.json")["vocab_size"]
+    assert torch.equal(found["embeddings.weight"][:rows], Folder(tmp_path / "hf")["embeddings.weight"])
+
+
 def export(root: Path, config: ModelConfig) -> Path:
     from sft.conversion.convert import export
 

@@ -205,7 +205,7 @@ def write_weights(
     """
     kind = hf.family(config)
     padded, cut = hf.shapes(config), hf.shapes(config, vocab)
-    hf.check_shapes({name: weights.shape(name) for name in weights}, padded, "the checkpoint")
+    hf.check_shapes({name: weights.shape(name) for name in hf.once(weights, config)}, padded, "the checkpoint")
     width = DTYPES[dtype].itemsize
     shards: list[list[_Entry]] = [[]]
     for name, shape in cut.items():

@@ -144,7 +144,7 @@ def to_core(source: str, target: str, cache: Path, say: Say) -> dict[str, Any]:
             "pad_id": said.get("pad_token_id"),
         }
         (out / "train").mkdir(parents=True)
-        write_step(folder, hf.shapes(config), out, str(folder.path))
+        write_step(folder, step_shapes(config), out, str(folder.path))
         write_json(out / "config.json", step_config(config, facts))
         write_json(out / ".metadata.json", {"ephemeral": False, "version": LAYOUT_VERSION})
         torch.save({}, out / "train" / "rank0.pt")
@@ -166,8 +166,9 @@ def check_step(folder: Folder, config: ModelConfig, step: Path, say: Say) -> dic
     """The step's values are the folder's, rows beyond its vocabulary are zero, and our reading of config.json computes what
     transformers computes. Raises SftError."""
     written = Tensors(step)
-    hf.check_shapes({name: written.shape(name) for name in written}, hf.shapes(config), str(step))
-    for name, shape in hf.shapes(config).items():
+    shapes = step_shapes(config)
+    hf.check_shapes({name: written.shape(name) for name in written}, shapes, str(step))
+    for name, shape in shapes.items():
         for start, stop in pieces(shape):
             if not torch.equal(written.rows(name, start, stop), _padded(folder, name, start, stop)):
                 raise SftError(f"{step}: {name}: not the folder's values; next: check that disk and run it again")
@@ -194,6 +195,12 @@ def _documents(folder: Path, config: ModelConfig) -> list[list[int]]:
     else:
         ids = list(range(min(97, config.vocab_size // 2)))
     return [(ids * (longest // len(ids) + 1))[:longest], ids, ids[: len(ids) // 2]]
+
+
+def step_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of an OLMo-core step, which holds a tied head a second time."""
+    shapes = hf.shapes(config)
+    return {**shapes, "lm_head.w_out.weight": shapes[hf.head_name(config)]}
 
 
 class _Planner(dcp.DefaultSavePlanner):
@@ -248,6 +255,8 @@ def write_step(weights: Weights, shapes: Mapping[str, tuple[int, ...]], out: Pat
 
 
 def _padded(weights: Weights, name: str, start: int, stop: int) -> torch.Tensor:
+    if name == "lm_head.w_out.weight" and name not in weights:
+        name = "embeddings.weight"  # tied
     there = weights.shape(name)
     values = torch.zeros(stop - start, *there[1:])
     if start < there[0]:

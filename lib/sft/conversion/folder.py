@@ -127,9 +127,7 @@ class Folder(Mapping[str, torch.Tensor]):
                 f"{self.path / 'config.json'}: vocab_size: {vocab}, the recipe's [model] has {config.vocab_size} rows; "
                 f"set vocab_size = {vocab}"
             )
-        # Some files hold a tied head a second time.
-        there = {name: self.shape(name) for name in self if not (found.tied and name == "lm_head.w_out.weight")}
-        hf.check_shapes(there, hf.shapes(found), str(self.path))
+        hf.check_shapes({name: self.shape(name) for name in hf.once(self, found)}, hf.shapes(found), str(self.path))
 
     def close(self) -> None:
         self._stack.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,6 +97,11 @@ def family(config: ModelConfig) -> Family:
 def head_name(config: ModelConfig) -> str:
     """The tensor that hidden states become logits with: the embedding, where it is tied to the head."""
     return "embeddings.weight" if config.tied else "lm_head.w_out.weight"
+
+
+def once(names: Iterable[str], config: ModelConfig) -> list[str]:
+    """The names without a tied head, which OLMo-core's steps and some files hold a second time."""
+    return [name for name in names if not (config.tied and name == "lm_head.w_out.weight")]
 
 
 def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:

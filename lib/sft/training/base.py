@@ -38,9 +38,7 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
     if (weights_folder(base) / ".metadata").is_file():
         _check_core_config(base, config)
         tensors = Tensors(base)
-        # OLMo-core saves a tied head a second time.
-        there = [name for name in tensors if not (config.tied and name == "lm_head.w_out.weight")]
-        _check_shapes({name: tensors.shape(name) for name in there}, config, base)
+        _check_shapes({name: tensors.shape(name) for name in hf.once(tensors, config)}, config, base)
         _fill(parameters, tensors.__getitem__, base)
         return f"weights of the OLMo-core checkpoint {base}"
     if (base / "config.json").is_file():
