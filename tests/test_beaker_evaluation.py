@@ -163,27 +163,54 @@ print("evaluated", name)
 """
 
 
-def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatch):  # noqa: F811
-    tool = place.server.folder / "bin" / "olmo-eval"
+OLMES = """#!/usr/bin/env python3
+import json, pathlib, sys, time
+out, name = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1]), sys.argv[sys.argv.index("--task") + 1]
+both = pathlib.Path("MEETING")  # neither goes on before the other is there: they run at once
+(both / name).touch()
+until = time.monotonic() + 60
+while len(list(both.iterdir())) < 2:
+    assert time.monotonic() < until
+    time.sleep(0.02)
+scores = [1, 0, 1, 1] if name.startswith("gsm8k") else [0, 1]
+rows = [{"doc_id": i, "native_id": i, "metrics": {"exact_match": s}, "label": "4", "model_output": [{"continuation": "4"}]} for i, s in enumerate(scores)]
+config = {"primary_metric": "exact_match", "metadata": {"alias": name}}
+told = {"task_name": name, "task_hash": "a" * 32, "task_config": config, "num_instances": len(rows), "metrics": {"exact_match": sum(scores) / len(scores)}}
+(out / "task-000-x-metrics.json").write_text(json.dumps(told))
+(out / "task-000-x-predictions.jsonl").write_text("".join(json.dumps(r) + chr(10) for r in rows))
+"""
+
+
+def arrange(place, monkeypatch, name: str, program: str, evaluate: str) -> None:  # noqa: F811
+    """The stand-in of a harness in the jobs' PATH; a recipe whose evaluation asks for it; an export made on this machine."""
+    tool = place.server.folder / "bin" / name
     tool.parent.mkdir()
-    tool.write_text(STAND_IN)
+    tool.write_text(program)
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     (place.root / "stages" / "evaluate.py").write_text(
         "from sft.evaluation.evaluate import evaluate\nfrom sft.stage import main\nmain('evaluate', evaluate)\n"
     )
-    spec_of(place, 'tasks = ["gsm8k"]\nharness = "olmo-eval"')
+    spec_of(place, evaluate)
     place.edit('workspace = "ai2/team"', 'workspace = "ai2/team"\nstages = ["evaluate"]')
-    folder = place.root / "stages" / "convert.py"
-    folder.write_text(folder.read_text().replace("(stage.out / 'out')", "(stage.out / 'model').mkdir(exist_ok=True)\n    (stage.out / 'model' / 'config.json').write_text('{}')\n    (stage.out / 'out')").replace("['out']", "['out', 'model']"))  # fmt: skip
+    convert = place.root / "stages" / "convert.py"
+    convert.write_text(convert.read_text().replace("(stage.out / 'out')", "(stage.out / 'model').mkdir(exist_ok=True)\n    (stage.out / 'model' / 'config.json').write_text('{}')\n    (stage.out / 'out')").replace("['out']", "['out', 'model']"))  # fmt: skip
     place.push()
+
+
+def submit_and_wait(place) -> None:  # noqa: F811
     done = place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test", "DETACH=1")
     assert "is left to itself" in done.stdout and not (place.run / "evaluate").exists()
-    for _ in range(100):
-        if all(r.message.status.HasField("finalized") for r in place.server.runs.values()):
-            break
+    until = time.monotonic() + 60
+    while not all(r.message.status.HasField("finalized") for r in place.server.runs.values()):
+        assert time.monotonic() < until
         time.sleep(0.05)
-    done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test")
+
+
+def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatch):  # noqa: F811
+    arrange(place, monkeypatch, "olmo-eval", STAND_IN, 'tasks = ["gsm8k"]\nharness = "olmo-eval"')
+    submit_and_wait(place)
+    place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test")
     made = manifest.load(place.run / "evaluate" / "manifest.json")
     score = made["metrics"]["gsm8k"]["accuracy:exact"]
     assert score["value"] == 0.75 and score["n"] == 4 and score["interval"] == "wilson"
@@ -194,6 +221,27 @@ def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatc
     assert (
         "up to date" in place.workspace.make("why", "RECIPE=x", "CLUSTER=beaker-test").stdout.split("x/evaluate: ")[1]
     )
+
+
+def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluation(place, monkeypatch, tmp_path):  # noqa: F811
+    meeting = tmp_path / "meeting"
+    meeting.mkdir()
+    tasks = 'tasks = ["gsm8k::tulu", "popqa::tulu"]\nharness = "oe-eval"'
+    arrange(place, monkeypatch, "oe-eval", OLMES.replace("MEETING", str(meeting)), tasks)
+    submit_and_wait(place)
+    assert len(place.experiment.tasks) == len(place.server.runs) == 2
+    lost = list(place.server.runs.values())[1]
+    del place.server.datasets[lost.dataset]  # somebody has removed it
+    done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
+    told = done.stdout + done.stderr
+    assert f"the results of the job {lost.message.id} are gone" in told
+    assert "\n  popqa::tulu: was asked for and did not return\n" in told and "gsm8k::tulu: exact_match 0.750" in told
+    assert not (place.run / "evaluate").exists()
+    place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test")
+    assert len(place.server.experiments) == 2
+    metrics = manifest.load(place.run / "evaluate" / "manifest.json")["metrics"]
+    assert [metrics[name]["exact_match"]["value"] for name in ("gsm8k::tulu", "popqa::tulu")] == [0.75, 0.5]
+    assert [metrics[name]["exact_match"]["n"] for name in ("gsm8k::tulu", "popqa::tulu")] == [4, 2]
 
 
 # --- broken ones ------------------------------------------------------------------------------------------------------

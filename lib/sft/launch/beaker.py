@@ -453,7 +453,11 @@ class Scheduler:
 
     def _fetch(self, job: Any, target: Path) -> int:
         """Downloads a job's results, every file checked against its digest. Returns how many there were."""
-        dataset = self.beaker.job.get_results(job) if job is not None else None
+        dataset = None
+        try:
+            dataset = self.beaker.job.get_results(job) if job is not None else None
+        except BeakerDatasetNotFound:
+            print(f"[beaker] the results of the job {job.id} are gone from Beaker", flush=True)
         if dataset is None:  # told by who reads the folder
             return 0
         files = list(self.beaker.dataset.list_files(dataset))
