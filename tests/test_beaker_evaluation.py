@@ -223,8 +223,8 @@ def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatc
     )
 
 
-def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluation(place, monkeypatch, tmp_path):  # noqa: F811
-    meeting = tmp_path / "meeting"
+def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluation(place, monkeypatch):  # noqa: F811
+    meeting = place.server.folder / "meeting"
     meeting.mkdir()
     tasks = 'tasks = ["gsm8k::tulu", "popqa::tulu"]\nharness = "oe-eval"'
     arrange(place, monkeypatch, "oe-eval", OLMES.replace("MEETING", str(meeting)), tasks)
