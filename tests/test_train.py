@@ -23,6 +23,8 @@ from sft.training.stopwatch import Stopwatch
 from sft.training.tensors import Tensors
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+
 
 def test_training_learns_and_reports(folder: Path) -> None:
     out = train(folder, steps=40, lr=1e-2)
@@ -293,8 +295,33 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
         base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
 
 
+@pytest.mark.parametrize(
+    ("device", "hardware"),
+    [
+        ("cpu", {"recompute": "selected"}),
+        pytest.param("cuda", {"recompute": "selected"}, marks=[pytest.mark.gpu, NO_GPU]),
+        pytest.param("cuda", {"compile": True}, marks=[pytest.mark.gpu, NO_GPU]),
+    ],
+)
+def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
+    folder: Path, dataset: Path, device: str, hardware: dict[str, Any]
+) -> None:
+    fields: dict[str, Any] = {
+        "steps": 12, "ephemeral_every": 2, "deterministic": True, "device": device, "hardware": hardware,
+        "precision": "fp32" if device == "cpu" else "bf16", "skip_sigmas": 6.0, "z_loss": 1e-4,
+    }  # fmt: skip
+    whole = run_folder(folder / "whole", dataset)
+    train(whole, **fields)
+    process = start(folder, **fields)
+    wait_for(folder, 5, process)
+    kill(process, signal.SIGKILL)
+    assert "continuing from" in train(folder, **fields)
+    assert_same_bits(folder / "train" / "step12", whole / "train" / "step12")
+    assert curve(folder) == curve(whole)
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+@NO_GPU
 @pytest.mark.parametrize("hardware", [{}, {"compile": True, "recompute": "selected"}, {"recompute": "full"}])
 def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
     folder: Path, dataset: Path, hardware: dict[str, Any]

@@ -192,6 +192,9 @@ class Train:
     precision: str = opt(
         "bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32")
     )
+    deterministic: bool = opt(
+        False, "the same bytes again on the same GPUs, at a loss of speed; a CPU gives them anyway", key=False
+    )
     seed: int = opt(33333, "seed of random weights", min=0)
     data_seed: int = opt(34521, "seed of the order of packs", min=0)
     order: str = opt(

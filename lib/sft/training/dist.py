@@ -138,6 +138,16 @@ def join(threads: int = 0, timeout_s: int = 1800) -> World:
     return World(rank, size, local_rank, device)
 
 
+def make_deterministic() -> None:
+    """From now on every sum of this process is added up in one order, so that the same GPUs give the same bytes again: attention's
+    backward pass, index sums, cuBLAS, NCCL (whose sums inside a switch have no fixed order). Where torch has no such
+    kernel, a step raises RuntimeError. Call it before the first product and the first exchange on a GPU; a CPU changes nothing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+
+
 def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0) -> nn.Module:
     """Shards parameters, gradients and optimizer state over the ranks, one group per block and one for the rest.
 

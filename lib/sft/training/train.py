@@ -36,7 +36,7 @@ from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.stage import Result, Stage, open_stage, report_errors
 from sft.training import base, checkpoint, flops, logs, memory
-from sft.training.dist import SharedError, World, context_group, join, shard
+from sft.training.dist import SharedError, World, context_group, join, make_deterministic, shard
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import Metrics, json_lines, read
 from sft.training.model import Transformer, compile_blocks
@@ -53,6 +53,8 @@ REQUEUE_MARK = ".requeue"
 def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest whole step. Returns the run and the number of finished steps."""
     train, hardware = stage.recipe.train, stage.hardware
+    if train.deterministic:
+        make_deterministic()
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
     world.leader_first(lambda: [stage.dataset, stage.base], share=False)
     dataset_folder, base_folder = world.together(lambda: (stage.dataset, stage.base))[world.rank]
@@ -129,6 +131,8 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     )
     if warning:
         say(f"warning: {warning}")
+    if train.deterministic and world.device.type == "cuda":
+        say("deterministic: every sum in one order, which costs time (attention's backward pass most)")
     if not room.fits:
         say(
             f"warning: {room.total / 1e9:.1f} GB per GPU estimated, {room.limit / 1e9:.1f} GB there; recompute=auto may fit"
