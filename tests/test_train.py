@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import types
@@ -18,7 +19,7 @@ from sft.data.dataset import Dataset
 from sft.errors import SftError
 from sft.packing.packs import pack_dataset
 from sft.training import base, checkpoint, metrics
-from sft.training.dist import World
+from sft.training.dist import World, make_deterministic
 from sft.training.stopwatch import Stopwatch
 from sft.training.tensors import Tensors
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
@@ -293,6 +294,20 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     base._check_core_config(tmp_path, config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
+
+
+def test_deterministic_turns_on_what_torch_cublas_and_nccl_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_NVLS_ENABLE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    try:
+        make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["NCCL_NVLS_ENABLE"] == "0"
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(
