@@ -98,6 +98,7 @@ def test_the_score_that_best_follows_is_the_recipes() -> None:
             "best=other/acc",
             "'best' in .evaluate. = 'other/acc': 'validation/loss', or 'task/metric' of one of smoke_generate",
         ),
+        ("every=5,backend=vllm", "'every_device' in .evaluate. = 'cpu': backend = 'vllm' needs a GPU"),
         ("best=smoke_choice", "'best' in .evaluate. = 'smoke_choice'"),
     ],
 )

@@ -306,6 +306,8 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
         )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
+    if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
+        problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
     for cluster, stages in on.items():
         h = stages.get("train")
         if h is None:
