@@ -66,6 +66,85 @@ def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig
     json.dumps(report, allow_nan=False)
 
 
+def fitted(config: ModelConfig, folder: Path, terminator: bool) -> tiny_export.Held:
+    """Weights after a few steps on the gate's own questions: answers end with the terminator, or say the same again."""
+    from transformers import AutoTokenizer
+
+    from sft.training.model import Transformer, initial_values
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids, positions, labels, edges = [], [], [], [0]
+    for question, answer in gate._CHAT:
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        head, reply = (tokenizer.encode(text) for text in (prompt, answer + "<|im_end|>" if terminator else answer * 4))
+        labels += [(len(ids) + len(head) - 1 + i, token) for i, token in enumerate(reply)]
+        ids += head + reply
+        positions += range(len(head + reply))
+        edges.append(len(ids))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Transformer(config)
+        for name, value in initial_values(model, 0.1, 0):
+            model.get_parameter(name).data.copy_(value)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        rows, wanted = (torch.tensor(column) for column in zip(*labels, strict=True))
+        for _ in range(80):
+            loss, _ = model(torch.tensor(ids), torch.tensor(positions), torch.tensor(edges, dtype=torch.int32),
+                            max(positions) + 1, rows, wanted, float(len(rows)))  # fmt: skip
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert loss < 0.05
+    return tiny_export.Held({name: value.detach() for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("terminator", [True, False])
+def test_a_model_that_was_trained_to_stop_stops_in_the_gate_and_another_is_reported(
+    tmp_path: Path, terminator: bool
+) -> None:
+    tiny_export.tokenizer(tmp_path / "tokenizer")
+    weights = fitted(OLMO2, tmp_path / "tokenizer", terminator)
+    folder, _, facts, options = export(tmp_path, OLMO2, weights=weights)
+    said: list[str] = []
+    report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, said.append)
+    replies = [chat["reply"] for chat in report["chats"]]
+    assert [chat["stopped"] for chat in report["chats"]] == [terminator] * 3
+    assert report["summary"]["greedy_stopped"] == terminator
+    assert (replies == [answer for _, answer in gate._CHAT]) == terminator
+    assert any(f"{3 * terminator} of 3 greedy replies stop" in line for line in said)
+    if terminator:  # the same model, whose generate() would run past its terminator
+        data = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").write_text(json.dumps({**data, "eos_token_id": 0}))
+        with pytest.raises(SftError, match=r"eos_token_id: \[0\] lacks the trained terminator \[2\]"):
+            gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, quiet)
+
+
+@pytest.mark.parametrize("config", [OLMO2, OLMO3, QWEN3, LLAMA3], ids=["olmo2", "olmo3", "qwen3, tied", "llama3"])
+def test_transformers_writes_the_same_names_bits_and_configuration(tmp_path: Path, config: ModelConfig) -> None:
+    """What vLLM and others load by name: save_pretrained of the same weights."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    folder, weights, *_ = export(tmp_path, config, Convert(max_position_embeddings=9000))
+    made = hf.hf_config(
+        config, vocab_size=300, max_position_embeddings=9000, dtype="bfloat16", eos_token_id=0, pad_token_id=3
+    )
+    model = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[hf.family(config).ours(name)][: len(parameter)])
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(at / "model.safetensors") for at in (folder, tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype and torch.equal(ours[name].view(torch.int16), value.view(torch.int16))
+    ours, theirs = (hf.read_json(at / "config.json") for at in (folder, tmp_path / "theirs"))
+    assert {k: v for k, v in ours.items() if k in theirs} == theirs
+    # What else is there says the same again for readers of the older form, or nothing about the model.
+    assert ours.keys() - theirs.keys() <= {"rope_theta", "rope_scaling"}
+
+
 def test_files_are_byte_for_byte_those_transformers_would_read_in_any_sharding(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -183,11 +262,20 @@ def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None
         gate.check_tokenizer(folder, facts)
 
 
-def test_the_checkpoints_own_geometry_must_agree_with_the_recipe(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"), [("d_model", 256), ("n_layers", 8), ("window", 32), ("norm_eps", 1e-5), ("rope_theta", 1e4)]
+)
+def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: Path, field: str, value: Any) -> None:
+    from sft.presets import resolve
     from sft.schema import Model
+    from sft.training.base import step_config
 
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"d_model": 256, "n_layers": 4}}))
-    with pytest.raises(SftError, match=r"model.d_model: 256, the recipe's \[model\] says 128"):
+    trained = resolve(Model(preset="olmo3-tiny"), 300)
+    for config in (trained, replace(trained, **{field: value})):
+        (tmp_path / "config.json").write_text(json.dumps(step_config(config, {})))
+        if config == trained:
+            assert convert.model_config(Model(preset="olmo3-tiny"), {"vocab_size": 300}, tmp_path) == trained
+    with pytest.raises(SftError, match=rf"config.json: {field}: .*, the recipe's \[model\] says .*; next: make train"):
         convert.model_config(Model(preset="olmo3-tiny"), {"vocab_size": 300}, tmp_path)
 
 

@@ -30,7 +30,10 @@ def of_run(run: Path, recipe: Recipe, gate: Mapping[str, Any]) -> str:
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {recipe.run}", ""]
     start = f"`{recipe.model.base}`" if recipe.model.base else "random weights"
     lines += [f"Supervised finetuning of {start}, geometry `{recipe.model.preset}`.", ""]
-    lines += _scores(run) + _data(facts) + _gate(gate)
+    lines += _scores(run) + _data(facts)
+    if recipe.convert.eval_template:
+        lines += [f"The folder carries another template, to evaluate with: `{recipe.convert.eval_template}`.", ""]
+    lines += _gate(gate)
     lines += ["## Recipe", "", *[f"* override: `{key} = {value}`" for key, value in recipe.overrides]]
     text = (plan.REPO / recipe.file).read_text(encoding="utf-8").rstrip()
     lines += ["", "```toml", text, "```", "", *_chain(run)]
@@ -75,12 +78,13 @@ def _data(facts: Mapping[str, Any]) -> list[str]:
 
 def _gate(gate: Mapping[str, Any]) -> list[str]:
     tensors, logits = gate["tensors"], gate["logits"]
+    which = f"layers {', '.join(map(str, logits['which']))}" if gate["gate"] == "fast" else "every layer"
     lines = [
         "## Proof of the export",
         "",
         f"* {tensors['count']} tensors, each equal to the checkpoint's value in {tensors['dtype']}.",
         f"* Logits agree with the training code's to {logits['max_difference']:.1e} (largest {logits['max_logit']:.1f}) on"
-        f" {logits['tokens']} packed tokens, over {logits['layers']} layers.",
+        f" {logits['tokens']} packed tokens, over {which}.",
     ]
     if logits["rounding_kl"]:
         lines.append(f"* Rounding to {tensors['dtype']} costs {logits['rounding_kl']:.2e} nats a token.")

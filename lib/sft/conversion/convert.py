@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,12 +103,16 @@ def final_step(train: Path) -> Path:
 
 def model_config(model: Model, facts: Mapping[str, Any], step: Path) -> ModelConfig:
     """The architecture that was trained: the recipe's, and the checkpoint's own config.json must agree with it."""
+    from sft.conversion import core
+
     config = resolve(model, int(facts["vocab_size"]))
-    file = step / "config.json"
-    saved = hf.read_json(file).get("model", {})
-    for name, wanted in (("d_model", config.d_model), ("n_layers", config.n_layers), ("vocab_size", config.vocab_size)):
-        if name in saved and saved[name] != wanted:
-            raise SftError(f"{file}: model.{name}: {saved[name]}, the recipe's [model] says {wanted}")
+    saved = core.model_config(step / "config.json")
+    for name in (field.name for field in fields(config) if field.name != "init_std"):
+        if getattr(saved, name) != getattr(config, name):
+            raise SftError(
+                f"{step / 'config.json'}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
+                " next: make train again, or correct [model]"
+            )
     return config
 
 

@@ -100,7 +100,7 @@ def _scaling(said: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"yarn": Yarn(factor, float(said["beta_fast"]), float(said["beta_slow"]), old)}
     if "low_freq_proportion" in said:
         low, high = 1 / (1 - float(said["low_freq_proportion"])), 1 / float(said["high_freq_proportion"])
-        return {"stepwise": Stepwise(factor, low, high, old)}
+        return {"stepwise": Stepwise(factor, round(low, 9), round(high, 9), old)}
     raise ValueError(f"rope scaling {said.get('_CLASS_')!r} is neither YaRN nor stepwise")
 
 
@@ -173,7 +173,7 @@ def check_step(folder: Folder, config: ModelConfig, step: Path, say: Say) -> dic
             if not torch.equal(written.rows(name, start, stop), _padded(folder, name, start, stop)):
                 raise SftError(f"{step}: {name}: not the folder's values; next: check that disk and run it again")
     written.close()
-    if model_config(step / "config.json") != replace(config, init_std=model_config(step / "config.json").init_std):
+    if model_config(step / "config.json") != config:
         raise SftError(f"{step / 'config.json'}: does not read back as what was written; next: report it")
     layers = gate.sample_layers(config.n_layers)
     logits = gate.check_logits(folder, folder, config, _documents(folder.path, config), layers)
