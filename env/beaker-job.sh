@@ -45,7 +45,7 @@ if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}
     export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
     (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
 fi
-if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ]; then
+if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_KEPT:-}" ]; then # nodes without a common disk have one each
     for variable in "${!SFT_INPUT_@}"; do # stages that were made on another machine
         name="${variable#SFT_INPUT_}" folder="${!variable}"
         case "$folder" in gs://*) continue ;; esac
@@ -58,13 +58,13 @@ if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ]; then
 fi
 
 if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # what stages/train.sh gives to torchrun
-    export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:29500"
+    export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
 export PYTHONPATH=lib
 [ -z "${SFT_KEPT:-}" ] || attend .venv/bin/python -m sft.launch.kept bring "$run" "$stage" "$@"
 status=0
 attend "$@" || status=$?
+[ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
 case "${SFT_KEPT:+kept}$status" in kept0 | kept75) attend .venv/bin/python -m sft.launch.kept send "$run" "$stage" "$status" ;; esac
 [ "$status" -eq 0 ] || exit "$status"
-[ "${BEAKER_REPLICA_RANK:-0}" -ne 0 ] ||
-    .venv/bin/python -m sft.launch.handback "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}
+.venv/bin/python -m sft.launch.handback "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}

@@ -466,7 +466,7 @@ class Server(beaker_pb2_grpc.BeakerServicer):
                                     pb2.CancelationCode.CANCELATION_CODE_TIMEOUT)) if spec.timeout else None  # fmt: skip
             if timer:
                 timer.start()
-            threading.Thread(target=self._end, args=(run.process,), daemon=True).start()
+            threading.Thread(target=self._end, args=(run,), daemon=True).start()
             assert run.process.stdout is not None
             for line in run.process.stdout:
                 run.lines.append((now(), line))
@@ -477,11 +477,19 @@ class Server(beaker_pb2_grpc.BeakerServicer):
             status.exited.CopyFrom(now())
         self._finish(run, home)
 
-    def _end(self, process: subprocess.Popen[bytes]) -> None:
-        """A container ends with its first process."""
-        process.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    def _end(self, run: Run) -> None:
+        """A container ends with its first process, and so do those in sessions of their own, as torchrun's."""
+        run.process.wait()
+        mark = f"BEAKER_JOB_ID={run.message.id}\0HOME={self.folder}\0".encode()
+        mine = True
+        while mine:
+            mine = False
+            for proc in Path("/proc").glob("[0-9]*"):
+                with contextlib.suppress(OSError):
+                    environment = (proc / "environ").read_bytes()
+                    if all(word in environment for word in mark.split(b"\0")):
+                        os.kill(int(proc.name), signal.SIGKILL)
+                        mine = True
 
     def _finish(self, run: Run, home: Path) -> None:
         task, status = run.task, run.message.status
@@ -521,6 +529,11 @@ class Server(beaker_pb2_grpc.BeakerServicer):
             threading.Timer(
                 10, lambda: run.process.poll() is None and os.killpg(run.process.pid, signal.SIGKILL)
             ).start()
+
+    def lose(self, run: Run) -> None:
+        """Its machine is gone, without a word to anybody in it."""
+        run.cancelled = ("node lost", pb2.CancelationCode.CANCELATION_CODE_SYSTEM_PREEMPTION)
+        os.kill(run.process.pid, signal.SIGKILL)
 
     def preempt(self, run: Run) -> None:
         self._stop(run, "preempted", pb2.CancelationCode.CANCELATION_CODE_SYSTEM_PREEMPTION)

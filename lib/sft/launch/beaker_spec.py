@@ -90,18 +90,12 @@ def check_cluster(name: str, cluster: schema.Cluster) -> None:
         raise SftError("\n".join(f"env/{name}.toml: {p}" for p in problems) + f"\nnext: correct env/{name}.toml")
 
 
-def check_hardware(r: recipe.Recipe, name: str, cluster: schema.Cluster, stage: str) -> None:
-    """Raises SftError for numbers in [on.<cluster>.<stage>] that cannot work there."""
-    hardware, where = r.hardware(name, stage), f"{r.file}: [on.{name}.{stage}]"
+def check_time(r: recipe.Recipe, cluster: str, stage: str) -> None:
+    """Raises SftError for an [on.<cluster>.<stage>] time that Beaker would not take."""
     try:
-        duration(hardware.time or "0s")
+        duration(r.hardware(cluster, stage).time or "0s")
     except SftError as e:
-        raise SftError(f"{where} time = {e}") from None
-    if in_bucket(cluster) and hardware.nodes > 1:
-        raise SftError(
-            f"{where} nodes = {hardware.nodes}: the nodes of {name} share no disk, and a checkpoint is written by all of them;"
-            " next: nodes = 1, or a cluster with Weka"
-        )
+        raise SftError(f"{r.file}: [on.{cluster}.{stage}] time = {e}") from None
 
 
 def name_of(job: Job, attempt: int = 0) -> str:
@@ -205,7 +199,9 @@ def addresses(job: Job) -> dict[str, str]:
 def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     """The experiment of a stage's job. Raises SftError for a cluster's file or a path that cannot work."""
     check_cluster(job.place.cluster, job.cluster)
-    variables = {"SFT_JOB": "beaker", "SFT_USER": user, "SFT_COMMIT": shipped.commit, "SFT_RESULTS": RESULTS}
+    # Two jobs may share a host and its network: a port made from what the job is.
+    variables = {"SFT_PORT": str(20000 + int(job.identity[:8], 16) % 10000)} if job.nodes > 1 else {}
+    variables |= {"SFT_JOB": "beaker", "SFT_USER": user, "SFT_COMMIT": shipped.commit, "SFT_RESULTS": RESULTS}
     mounts = {}
     if shipped.dataset:
         variables["SFT_CODE"] = CODE
@@ -230,7 +226,7 @@ def task(
 ) -> BeakerTaskSpec:
     """A task without its command: where it runs, what it sees, what it keeps."""
     cluster, hardware = job.cluster, job.hardware
-    check_hardware(job.recipe, job.place.cluster, cluster, job.stage)
+    check_time(job.recipe, job.place.cluster, job.stage)
     time = duration(hardware.time or cluster.time or "0s")
     gpus = job.gpus if gpus is None else gpus
     resources = {"gpu_count": gpus or None, "cpu_count": hardware.cpus or None,

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from sft import manifest
 from sft.errors import SftError
+from sft.training import disks
 from sft.training.dist import SharedError, World
 from sft.training.tensors import Tensors
 
@@ -121,7 +122,10 @@ def save(
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
             dcp.save(dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized())
         described = world.together(describe)
+        sent = disks.bring_together(work, described, world)
         world.leader_first(publish)
+        if sent:
+            disks.forget(work)
     except (OSError, RuntimeError, SftError, dcp.api.CheckpointException) as error:
         entries = [value for part in state.values() for value in part.values()]
         tensors = [value for value in entries if isinstance(value, Tensor)]

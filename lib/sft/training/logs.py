@@ -25,7 +25,7 @@ def next_attempt(out: Path) -> int:
 def record(out: Path, attempt: int, rank: int) -> Path:
     """Copies standard output and error into this rank's log until the process ends; both still go where they went."""
     file = out / "logs" / f"attempt-{attempt:03}-rank{rank}.log"
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()

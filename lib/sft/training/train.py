@@ -204,7 +204,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         loop(run, start, metrics, stop)
         sent = run.saver.send()
     except Requeue:
-        if world.leader:
+        if world.local_rank == 0:  # on every node: each may have a disk of its own
             manifest.write_atomic(stage.out / REQUEUE_MARK, b"")
         raise
     finally:
