@@ -36,7 +36,7 @@ def olmo(folder: Path) -> Encoder:
 def both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
     """What the lines make with the compiled code and without, and how many of them were plain."""
     block = Block(lines, 7)
-    some, odd = made.encode_lines(lines, source)
+    some, odd = made.encode_lines(block, source)
     parts = [(some, some.rows + block.first)] if some is not None else []
     rejects, ways = [], []
     for batch, before in ((block.batch(odd), parts), (block.batch(), [])):
@@ -203,9 +203,9 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
     compiled, python, count = both_ways(olmo, line, renamed)
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
-        assert encoder(folder, **options).encode_lines(line, renamed) == (None, [0])
+        assert encoder(folder, **options).encode_lines(Block(line, 0), renamed) == (None, [0])
     for name in set(FAMILIES) - set(PLAIN):
-        assert encoder(folder, name).encode_lines(line, renamed) == (None, [0])
+        assert encoder(folder, name).encode_lines(Block(line, 0), renamed) == (None, [0])
 
 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:

@@ -58,7 +58,7 @@ class EncodeChunk:
             for piece in sources.pieces(job.chunk):
                 parts = []
                 if isinstance(piece, sources.Block):
-                    plain, odd = self.encoder.encode_lines(piece.lines, source)
+                    plain, odd = self.encoder.encode_lines(piece, source)
                     batch = piece.batch(odd)
                     if plain is not None:
                         parts.append((plain, plain.rows + piece.first))

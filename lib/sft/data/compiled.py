@@ -45,54 +45,53 @@ def walk(
     position, token = 0, 0
     size, count = len(words), len(ids)
     for document in range(len(first) - 1):
-        run, runs_end = first[document], first[document + 1]
-        end = edges[runs_end - 1]
-        edge = edges[run]
-        trained = False
-        trained_tokens, special_tokens, cut, ends_of_text, last_trained = 0, 0, 0, 0, np.uint32(0xFFFFFFFF)
+        run = first[document]
+        end = edges[first[document + 1] - 1]
         begin = token
+        trained_tokens, special_tokens, cut, ends_of_text = 0, 0, 0, 0
+        last_trained, number = np.uint32(0xFFFFFFFF), np.uint32(0)
+        flag = np.uint32(0)  # TRAINED in every other run
         offsets[document] = token
-        number = np.uint32(0)
         while position < end:
-            while edge <= position:
+            edge, here = edges[run], token
+            while position < edge:
+                if token >= count or ids[token] >= size:
+                    return False
+                number = ids[token]
+                begins = where[number]
+                length = int(where[number + np.uint32(1)] - begins)
+                differs = words[number] ^ text_words[position]
+                if length < 8:
+                    differs &= (np.uint64(1) << np.uint64(8 * length)) - np.uint64(1)
+                if differs or position + length > end:
+                    return False
+                for i in range(8, length):
+                    if spelled[begins + i] != text[position + i]:
+                        return False
+                if number >= first_special:
+                    special_tokens += is_special[number]
+                    ends_of_text += number == eos
+                tokens[token] = number | flag
+                position += length
+                token += 1
+            if flag and token > here:
+                until = token
+                if position > edge:  # part of its last token is scaffold
+                    until -= 1
+                    tokens[until] = ids[until]
+                if here == begin:  # the first token would be predicted from the document before it in a pack
+                    tokens[here] = ids[here]
+                    here += 1
+                if until > here:
+                    trained_tokens += until - here
+                    last_trained = ids[until - 1]
+            while position > edges[run]:
+                cut += 1
                 run += 1
-                edge = edges[run]
-                trained = not trained
-            if token == count or ids[token] >= size:
-                return False
-            number = ids[token]
-            begins = where[number]
-            length = where[number + np.uint32(1)] - begins
-            stop = position + length
-            if stop > end:
-                return False
-            differs = words[number] ^ text_words[position]
-            if length < 8:
-                if differs & ((np.uint64(1) << np.uint64(8 * length)) - np.uint64(1)):
-                    return False
-            elif differs:
-                return False
-            for i in range(8, length):
-                if spelled[begins + i] != text[position + i]:
-                    return False
-            learnt = trained
-            if stop > edge:  # part of it is scaffold
-                learnt = False
-                inside = run
-                while edges[inside] < stop:
-                    cut += 1
-                    inside += 1
-            if learnt and token > begin:  # the first token would be predicted from the document before it in a pack
-                trained_tokens += 1
-                last_trained = number
-                tokens[token] = number | TRAINED
-            else:
-                tokens[token] = number
-            if number >= first_special:
-                special_tokens += is_special[number]
-            ends_of_text += number == eos
-            position = stop
-            token += 1
+                flag ^= TRAINED
+            if position == edges[run]:
+                run += 1
+                flag ^= TRAINED
         labels[document] = trained_tokens
         specials[document] = special_tokens
         straddled[document] = cut

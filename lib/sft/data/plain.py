@@ -38,7 +38,7 @@ PARTS = 5
 DEFAULT, GIVEN, OFFERED, OFFERED_TO_USER, END_OF_OFFERED, CALLED, END_OF_CALLED, END_OF_TURN = range(8)
 SHORTEST = len('{"role":"","content":""},')
 ODD = -1
-NEWLINE, QUOTE, BACKSLASH, COMMA, COLON = 10, 34, 92, 44, 58
+QUOTE, BACKSLASH, COMMA, COLON = 34, 92, 44, 58
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_LIST, CLOSE_LIST = 123, 125, 91, 93
 
 
@@ -487,6 +487,7 @@ class Written:
     """Documents as text: what `sft.data.batch.Batch` holds after `lay_out`, and the digest of what each conversation says."""
 
     data: bytes
+    padded: NDArray[np.uint8]  # the same, with WORD bytes behind it
     rows: NDArray[np.int64]  # the line of each document
     first: NDArray[np.int64]  # the first run of each, and the number of all
     edges: NDArray[np.int64]  # where each run ends in `data`
@@ -545,10 +546,9 @@ class PlainRows:
         )
         return PlainRows(template, reader) if plain else None
 
-    def read(self, lines: bytes) -> tuple[Written, list[int]]:
-        """The documents of the plain lines, and the numbers of the other lines. Each line ends in a newline."""
+    def read(self, lines: bytes, ends: NDArray[np.int64]) -> tuple[Written, list[int]]:
+        """The documents of the plain lines, valid until the next call, and the numbers of the other lines. `ends`: their newlines."""
         data = np.frombuffer(lines + bytes(WORD), dtype=np.uint8)
-        ends = np.flatnonzero(data == NEWLINE)
         if not lines or not (lines.isascii() or is_utf8(lines)):
             return NOTHING, list(range(len(ends)))
         self._reserve(len(lines), len(ends))
@@ -560,12 +560,13 @@ class PlainRows:
         spoken = map(self.said.data.__getitem__, map(slice, [0, *stops[:-1]], stops))
         written = Written(
             self.out[:size].tobytes(),
-            self.rows[:documents].copy(),
-            self.first[: documents + 1].copy(),
-            self.edges[:runs].copy(),
-            self.specials[:documents].copy(),
+            self.out[: size + WORD],
+            self.rows[:documents],
+            self.first[: documents + 1],
+            self.edges[:runs],
+            self.specials[:documents],
             np.fromiter(map(xxhash.xxh3_64_intdigest, spoken), dtype=np.uint64, count=documents),
-            self.lacking[:documents].copy(),
+            self.lacking[:documents],
         )
         return written, self.odd[:odds].tolist()
 
@@ -584,7 +585,9 @@ class PlainRows:
 
 
 NONE = np.zeros(0, dtype=np.int64)
-NOTHING = Written(b"", NONE, np.zeros(1, dtype=np.int64), NONE, NONE, NONE.astype(np.uint64), NONE)
+NOTHING = Written(
+    b"", np.zeros(WORD, dtype=np.uint8), NONE, np.zeros(1, dtype=np.int64), NONE, NONE, NONE.astype(np.uint64), NONE
+)
 
 
 def is_utf8(data: bytes) -> bool:

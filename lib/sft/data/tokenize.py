@@ -33,10 +33,11 @@ from tokenizers import Tokenizer
 
 from sft.data.batch import Batch, Reject, cut, foreign, name_conversation, spread
 from sft.data.chat import JinjaTemplate, Specials, known_templates, load_template
-from sft.data.compiled import TRAINED
+from sft.data.compiled import TRAINED, WORD
 from sft.data.dataset import trained_runs
 from sft.data.plain import PlainRows
 from sft.data.rows import BadRow, Conversation, RowReader
+from sft.data.sources import Block
 from sft.data.templates import FAMILIES
 from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
 from sft.errors import SftError
@@ -178,8 +179,8 @@ class Encoder:
         """Compiles what worker processes then find compiled, once on each kind of machine."""
         row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
         for source in self.prepare.sources if self.vocabulary.byte_level else ():
-            self.encode_lines(json.dumps(row).encode() + b"\n", source)
-            self.vocabulary.follow(np.zeros(0, dtype=np.uint32), b"", *np.zeros((2, 1), dtype=np.int64))
+            self.encode_lines(Block(json.dumps(row).encode() + b"\n", 0), source)
+            self.encode([], source)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
         batch = self._render(rows, self.reader(source).read)
@@ -200,19 +201,19 @@ class Encoder:
         encoded.proof["redone_batches"] = int(redone)
         return encoded
 
-    def encode_lines(self, lines: bytes, source: Source) -> tuple[Encoded | None, list[int]]:
+    def encode_lines(self, block: Block, source: Source) -> tuple[Encoded | None, list[int]]:
         """The documents of those lines of JSON that are plain, `rows` being lines, and the numbers of the others, which are for
-        `encode`. Each line ends in a newline."""
+        `encode`."""
         key = repr(sorted(source.columns.items()))
         if key not in self.plain_rows:
             usable = self.engine.fast is not None and (self.countable or self.prepare.special_text == "token")
             self.plain_rows[key] = PlainRows.of(self.template, self.reader(source)) if usable else None
         plain = self.plain_rows[key]
         if plain is None:
-            return None, list(range(lines.count(b"\n")))
-        text, odd = plain.read(lines)
+            return None, list(range(len(block.ends)))
+        text, odd = plain.read(block.lines, block.ends)
         ends = text.edges[text.first[1:] - 1]
-        walk = self.vocabulary.follow(self._fast_ids(text.data, ends), text.data, text.first, text.edges)
+        walk = self.vocabulary.follow(self._fast_ids(text.data, ends), text.padded, text.first, text.edges)
         checked = -1 if walk is None else self._parity(text.data, ends, walk)
         if walk is None or checked < 0:
             return None, sorted([*odd, *text.rows.tolist()])
@@ -295,7 +296,10 @@ class Encoder:
 
     def _prove(self, batch: Batch, ids: Ids) -> Walk | None:
         """The ids, when they spell the text of all documents and end where each of them ends."""
-        return self.vocabulary.follow(ids, batch.data, batch.first, batch.edges)
+        text = np.frombuffer(
+            bytearray(batch.data) + bytes(WORD), dtype=np.uint8
+        )  # writable, as what plain rows are written to
+        return self.vocabulary.follow(ids, text, batch.first, batch.edges)
 
     def _keep_special_text(self, batch: Batch, source: Source, tokens: Walk) -> Walk:
         """Encodes anew the documents whose content holds special-token text, so that it stays text."""

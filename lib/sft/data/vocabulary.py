@@ -191,10 +191,9 @@ class Vocabulary:
             table[number] = text.encode()
         return table
 
-    def follow(self, ids: Ids, text: bytes, first: Offsets, edges: Offsets) -> Walk | None:
-        """The ids with their mask, when they spell `text` and each document ends where a token does; `first` and `edges` are the runs
-        of documents as `sft.data.batch.Batch` has them."""
-        data = np.frombuffer(text + bytes(WORD), dtype=np.uint8)
+    def follow(self, ids: Ids, text: npt.NDArray[np.uint8], first: Offsets, edges: Offsets) -> Walk | None:
+        """The ids with their mask, when they spell `text`, less the WORD bytes behind it, and each document ends where a token does.
+        `first` and `edges` are the runs of documents as `sft.data.batch.Batch` has them."""
         documents = len(first) - 1
         made = Walk(
             ids, np.empty(len(ids), dtype=np.uint32), np.empty(documents + 1, dtype=np.int64), *np.empty((3, documents), dtype=np.int64),
@@ -202,7 +201,7 @@ class Vocabulary:
         )  # fmt: skip
         followed = walk(
             ids, self.words, self.where, self.spelled, np.uint32(self.first_special), self.is_special, np.uint32(self.eos_id),
-            data, words_of(data), first, edges,
+            text, words_of(text), first, edges,
             made.tokens, made.offsets, made.labels, made.specials, made.straddled, made.last, made.eoses,
         )  # fmt: skip
         return made if followed else None
