@@ -24,6 +24,7 @@ from conftest import REPO
 from preparing import TOKENIZER, conversation, stage, write_rows
 from sft import inputs, paths
 from sft.data import describe, prepare, tokencache, workers
+from sft.data.compiled import TRAINED, gather
 from sft.data.dataset import Dataset
 from sft.data.vocabulary import CANARIES
 from sft.errors import SftError
@@ -83,8 +84,14 @@ def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path
 
 def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
     check = describe.Check("x", {"terminator_ids": [9], "boundaries": "eos", "eos_id": 9})
-    ids, mask = np.array([1, 2, 9, 1, 2, 9], dtype=np.uint32), np.array([0, 1, 1, 0, 1, 0], dtype=bool)
-    check.add(check.look(ids, mask, np.array([3, 3])))
+    tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
+    ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
+    found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)
+    both, lengths, puts = np.array([1, 0]), np.array([3, 3]), np.array([3, 0])
+    gather(tokens, both, np.array([0, 3]), lengths, puts, np.uint32(9), ids, mask, *found)
+    assert ids.tolist() == [1, 2, 9, 1, 2, 9] and mask.tolist() == [False, True, False, False, True, True]
+    assert [f.tolist() for f in found] == [[2, 1], [False, False], [9, 2], [(1 << 31) + 1] * 2]
+    check.add(check.look(lengths, *found))
     with pytest.raises(SftError, match="in 1 of 2 documents, first in 1, the last trained token is no terminator"):
         check.finish()
 

@@ -101,3 +101,38 @@ def walk(
             eoses[document] |= TRAINED
     offsets[len(first) - 1] = token
     return token == count
+
+
+@compiled
+def gather(tokens, which, starts, lengths, puts, eos, ids, mask, labels, first_trained, last, eoses):
+    """Copies documents `which`, at `starts` in a file's tokens, to `puts` in ids and mask, and looks at each.
+
+    Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often `eos` stands in it, plus TRAINED
+    when it is the last token.
+    """
+    for document in which:
+        start, put, length = starts[document], puts[document], lengths[document]
+        from_here, ids_here, mask_here = (
+            tokens[start : start + length],
+            ids[put : put + length],
+            mask[put : put + length],
+        )
+        for i in range(length):
+            ids_here[i] = from_here[i] & ~TRAINED
+        for i in range(length):
+            mask_here[i] = from_here[i] >> np.uint32(31)
+        count, ends = np.uint32(0), np.uint32(0)
+        for i in range(length):
+            count += from_here[i] >> np.uint32(31)
+        for i in range(length):
+            ends += np.uint32(ids_here[i] == eos)
+        labels[document] = count
+        first_trained[document] = mask[put]
+        eoses[document] = ends
+        if ids[put + length - 1] == eos:
+            eoses[document] |= TRAINED
+        last[document] = 0xFFFFFFFF
+        for i in range(length - 1, -1, -1):
+            if mask[put + i]:
+                last[document] = ids[put + i]
+                break

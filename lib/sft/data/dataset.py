@@ -90,6 +90,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Documents with which nothing is wrong, one after another, and their DOCUMENT records, less the place."""
+
+    ids: NDArray[Any]
+    mask: NDArray[np.bool_]
+    rows: NDArray[Any]
+
+
 class DatasetWriter:
     """Writes documents into a folder. Use as a context manager: an exception leaves no documents.npy behind."""
 
@@ -116,20 +125,30 @@ class DatasetWriter:
         """
         ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
         mask = np.asarray(mask, dtype=np.bool_)
-        self._check(ids, mask, lengths)
-        if not len(lengths):
-            return
-        ends = np.cumsum(lengths)
-        starts = ends - lengths
+        self.append(self.look(ids, mask, lengths, source, trained_counts(mask, np.cumsum(lengths)), self.documents))
+
+    def look(
+        self, ids: NDArray[Any], mask: NDArray[np.bool_], lengths: NDArray[np.int64], source: int | ArrayLike, labels: NDArray[np.int64],
+        first: int,
+    ) -> Looked:  # fmt: skip
+        """Finds nothing wrong with documents, the first of which is number `first`. May run in many threads, ahead of `append`."""
+        self._check(ids, mask, lengths, first)
+        starts = np.cumsum(lengths) - lengths
         if mask[starts].any():
             bad = int(np.flatnonzero(mask[starts])[0])
             raise SftError(
-                f"{self.folder}: document {self.documents + bad}: its first token is a target; "
-                "nothing precedes it to predict it from"
+                f"{self.folder}: document {first + bad}: its first token is a target; nothing precedes it to predict it from"
             )
         rows = np.empty(len(lengths), dtype=DOCUMENT)
-        rows["length"], rows["source"] = lengths, source
-        rows["labels"] = trained_counts(mask, ends)
+        rows["length"], rows["source"], rows["labels"] = lengths, source, labels
+        return Looked(np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(mask), rows)
+
+    def append(self, looked: Looked) -> None:
+        """Writes what was looked at; the order of these calls is the order of documents."""
+        ids, mask, rows = looked.ids, looked.mask, looked.rows
+        lengths = rows["length"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
         first = 0
         while first < len(lengths):
             room = self.part_tokens - self._part_used
@@ -141,17 +160,17 @@ class DatasetWriter:
             self._append(ids, mask, rows, int(starts[first]), int(ends[last - 1]), slice(first, last))
             first = last
 
-    def _check(self, ids: NDArray[Any], mask: NDArray[Any], lengths: NDArray[np.int64]) -> None:
+    def _check(self, ids: NDArray[Any], mask: NDArray[Any], lengths: NDArray[np.int64], first: int) -> None:
         total = int(lengths.sum())
         if len(ids) != total or len(mask) != total:
             raise SftError(
                 f"{self.folder}: {len(ids)} ids and {len(mask)} mask entries for lengths that add up to {total}"
             )
         if len(lengths) and (lengths < 1).any():
-            raise SftError(f"{self.folder}: document {self.documents + int(np.argmin(lengths))} is empty")
+            raise SftError(f"{self.folder}: document {first + int(np.argmin(lengths))} is empty")
         if len(lengths) and int(lengths.max()) >= 1 << 31:
             raise SftError(
-                f"{self.folder}: document {self.documents + int(np.argmax(lengths))} has {lengths.max()} tokens, more than 2^31"
+                f"{self.folder}: document {first + int(np.argmax(lengths))} has {lengths.max()} tokens, more than 2^31"
             )
         if total and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             raise SftError(f"{self.folder}: ids from {ids.min()} to {ids.max()} for a vocabulary of {self.vocab_size}")
@@ -160,8 +179,8 @@ class DatasetWriter:
         self, ids: NDArray[Any], mask: NDArray[Any], rows: NDArray[Any], start: int, end: int, which: slice
     ) -> None:
         assert self._ids is not None and self._mask is not None
-        self._ids.write(np.ascontiguousarray(ids[start:end], dtype=self.dtype).data.cast("B"))
-        self._mask.write(np.ascontiguousarray(mask[start:end]).data.cast("B"))
+        self._ids.write(ids[start:end].data.cast("B"))
+        self._mask.write(mask[start:end].data.cast("B"))
         part = rows[which]
         lengths = part["length"].astype(np.int64)
         part["part"], part["start"] = self._part, self._part_used + np.cumsum(lengths) - lengths

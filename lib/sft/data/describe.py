@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.data.dataset import Dataset, token_dtype, trained_runs
+from sft.data.compiled import TRAINED
+from sft.data.dataset import Dataset, token_dtype
 from sft.data.decontaminate import Screen
 from sft.data.mix import Mixed
 from sft.data.preview import segments
@@ -57,24 +58,24 @@ class Check:
         self.trained = self.ended = self.terminated = 0  # documents for which each claim was found true
         self.unterminated = -1  # the first document whose last trained token is no terminator
 
-    def look(self, ids: NDArray[np.uint32], mask: NDArray[np.bool_], lengths: NDArray[np.int64]) -> Seen:
-        ends = np.cumsum(lengths)
-        begins, stops = trained_runs(mask)
-        upto = np.searchsorted(begins, ends)  # trained runs up to each end
-        wrong = (np.diff(upto, prepend=0) == 0) | mask[ends - lengths]
+    def look(
+        self,
+        lengths: NDArray[np.int64],
+        labels: NDArray[np.int64],
+        first_trained: NDArray[np.bool_],
+        last: NDArray[np.uint32],
+        eoses: NDArray[np.uint32],
+    ) -> Seen:
+        """From what `sft.data.compiled.gather` found of each document."""
+        wrong = (labels == 0) | first_trained
         trained = len(wrong) - int(wrong.sum())
-        once = np.ones(len(ends), dtype=np.bool_)
+        once = np.ones(len(wrong), dtype=np.bool_)
         if self.identity["boundaries"] == "eos":
-            found = np.flatnonzero(ids == self.identity["eos_id"])
-            if not np.array_equal(found, ends - 1):
-                once = (np.diff(np.searchsorted(found, ends), prepend=0) == 1) & (
-                    ids[ends - 1] == self.identity["eos_id"]
-                )
+            once = eoses == (TRAINED | 1)
             wrong |= ~once
-        last = np.concatenate([[1], stops])[upto] - 1  # the last trained token of each document
-        stopped = np.isin(ids[last], self.terminators)
+        stopped = np.isin(last, self.terminators)
         return Seen(
-            len(ends), len(ids), int((stops - begins).sum()), trained, int(once.sum()), int(stopped.sum()), int(wrong.sum()),
+            len(lengths), int(lengths.sum()), int(labels.sum()), trained, int(once.sum()), int(stopped.sum()), int(wrong.sum()),
             int(np.argmax(wrong)) if wrong.any() else -1, -1 if stopped.all() else int(np.argmin(stopped)),
         )  # fmt: skip
 

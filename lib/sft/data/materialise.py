@@ -10,7 +10,7 @@ import functools
 import itertools
 import shutil
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.chunks import Progress, naming
-from sft.data.compiled import TRAINED
-from sft.data.dataset import DatasetWriter, token_dtype
+from sft.data.compiled import gather
+from sft.data.dataset import DatasetWriter, Looked, token_dtype
 from sft.data.describe import Check, Seen
 from sft.data.tokencache import Summary, Tokens
 from sft.errors import SftError
@@ -57,40 +57,33 @@ def materialise(
         )
     cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
     spans = iter(list(itertools.pairwise(np.unique(np.concatenate([[0], cuts, [len(length)]])).tolist())))
-    opened = functools.lru_cache(OPEN_FILES)(lambda number: Tokens.open(*files[number]).tokens.data)
+    opened = functools.lru_cache(OPEN_FILES)(lambda number: Tokens.open(*files[number]).tokens)
 
-    def block(span: tuple[int, int]) -> tuple[slice, NDArray[np.uint32], NDArray[np.bool_], Seen]:
+    def block(span: tuple[int, int]) -> tuple[Seen, Looked]:
         here = slice(*span)
-        ids = _gather(opened, documents.file[here], documents.start[here], length[here])
-        mask = ids >= TRAINED
-        ids &= ~TRAINED
-        return here, ids, mask, check.look(ids, mask, length[here])
+        lengths = length[here]
+        total, count = int(lengths.sum()), len(lengths)
+        ids, mask = np.empty(total, dtype=np.uint32), np.empty(total, dtype=np.bool_)
+        found = (np.empty(count, np.int64), np.empty(count, np.bool_), *np.empty((2, count), np.uint32))
+        puts, start, eos = np.cumsum(lengths) - lengths, documents.start[here], np.uint32(check.identity["eos_id"])
+        for file, which in _by_file(documents.file[here], start):
+            gather(opened(file), which, start, lengths, puts, eos, ids, mask, *found)
+        return check.look(lengths, *found), writer.look(ids, mask, lengths, documents.source[here], found[0], span[0])
 
     writer = DatasetWriter(folder, vocab_size, boundaries=check.identity["boundaries"])
     with naming(folder, needed), ThreadPoolExecutor(threads) as ahead, writer:
         coming = deque(ahead.submit(block, span) for span in itertools.islice(spans, threads + 1))
         while coming:
-            here, ids, mask, seen = coming.popleft().result()
+            seen, looked = coming.popleft().result()
             coming.extend(ahead.submit(block, span) for span in itertools.islice(spans, 1))
             check.add(seen)
-            writer.add(ids, mask, length[here], documents.source[here])
-            progress.add(len(ids), len(ids))
+            writer.append(looked)
+            progress.add(seen.tokens, seen.tokens)
     return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
 
 
-def _gather(
-    opened: Callable[[int], memoryview], file: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]
-) -> NDArray[np.uint32]:
-    """The tokens of documents, one after another."""
-    ends = np.cumsum(length)
-    tokens = np.empty(int(ends[-1]), dtype=np.uint32)
-    into = tokens.data  # its slices cost half of an array's
-    order = np.lexsort((start, file))  # each file once and forwards
+def _by_file(file: NDArray[np.int64], start: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """The documents of each file, once and forwards."""
+    order = np.lexsort((start, file))
     numbers, begins = np.unique(file[order], return_index=True)
-    for number, here in zip(numbers.tolist(), np.split(order, begins[1:]), strict=True):
-        source = opened(number)
-        takes = map(slice, start[here].tolist(), (start[here] + length[here]).tolist())
-        puts = map(slice, (ends[here] - length[here]).tolist(), ends[here].tolist())
-        for take, put in zip(takes, puts, strict=True):
-            into[put] = source[take]
-    return tokens
+    return zip(numbers.tolist(), np.split(order, begins[1:]), strict=True)
