@@ -48,6 +48,30 @@ def test_right_and_wrong_answers_are_tested_by_mcnemars_exact_test(better: int, 
     assert found.stderr == pytest.approx(stats.sem(np.subtract(b, a)))
 
 
+@pytest.mark.parametrize("n", [6, 25, 100])
+@pytest.mark.parametrize(
+    "shares", [(0.01, 0.0, 0.01, 0.98), (0.3, 0.02, 0.02, 0.66), (0.5, 0.2, 0.05, 0.25), (0.9, 0.05, 0.05, 0.0)]
+)
+def test_newcombes_interval_holds_the_true_difference_in_95_of_100_samples(n: int, shares: tuple[float, ...]) -> None:
+    both, better, worse, neither = (np.round(np.array(shares) * 1000) / 1000).tolist()
+    drawn = np.random.default_rng(n).multinomial(n, [both, better, worse, neither], 2000)
+    intervals = [statistics.newcombe(*map(int, row)) for row in drawn]
+    held = np.mean([low <= better - worse <= high for low, high in intervals])
+    assert held >= 0.935
+    assert np.mean([high - low for low, high in intervals]) < 2 * 1.96 * np.sqrt((better + worse + 4 / n) / n) + 0.1
+
+
+def test_two_systems_that_agree_on_every_item_may_still_differ() -> None:
+    found = statistics.paired([0.0] * 6, [0.0] * 6)
+    assert (found.value, found.stderr, found.p) == (0.0, 0.0, 1.0)
+    wilson = stats.binomtest(0, 6).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((-wilson.high, wilson.high))
+    for cells in ((3, 5, 1, 7), (0, 2, 0, 9)):
+        low, high = statistics.newcombe(*cells)
+        other = statistics.newcombe(cells[0], cells[2], cells[1], cells[3])  # the other way round
+        assert (-high, -low) == pytest.approx(other) and low < (cells[1] - cells[2]) / sum(cells) < high
+
+
 def test_a_ratio_with_equal_weights_is_the_paired_t_test_and_with_others_agrees_with_the_bootstrap() -> None:
     rng = np.random.default_rng(0)
     weights = rng.integers(1, 60, 300).astype(float)

@@ -229,7 +229,7 @@ def p_text(p: float | None) -> str:
 def footnote(comparison: Mapping[str, Any]) -> str:
     tested = sum(row["p"] is not None for row in comparison["rows"])
     return (
-        f"Item by item. p: McNemar's exact test where answers are right or wrong, the paired t test elsewhere, a z test for scores of a whole set or without items. * corrected p < 0.05,"
+        f"Item by item. Where answers are right or wrong: McNemar's exact test and Newcombe's interval; elsewhere the paired t test's; a z test for scores of a whole set or without items. * corrected p < 0.05,"
         f" ** < 0.01, *** < 0.001 (Holm's correction for {tested} comparison{'s' if tested != 1 else ''})."
     )
 

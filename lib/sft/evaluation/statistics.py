@@ -1,7 +1,7 @@
 """Intervals and paired tests of scores. Standard library only, so that `make compare` needs no environment.
 
 In: shares, or two lists of scores of the same items in the same order. Out: intervals, differences with standard errors, p values.
-The tests compare every function with scipy.
+The tests compare every function with scipy, but Newcombe's interval with what it promises.
 """
 
 from __future__ import annotations
@@ -35,10 +35,8 @@ class Difference:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """b - a item by item: mean, its standard error and Student's interval.
-
-    p is McNemar's exact one (binomial over the items on which the two disagree) where every score is 0 or 1, else the
-    paired t test's.
+    """b - a item by item: mean and its standard error. Where every score is 0 or 1, Newcombe's interval and McNemar's exact p
+    (binomial over the items on which the two disagree), else Student's interval and the paired t test's.
     """
     n = len(a)
     d = [y - x for x, y in zip(a, b, strict=True)]
@@ -49,7 +47,30 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
     if n < 2:
         return Difference(mean, None, None, None, p, n, "mcnemar" if binary else "none")
     stderr = math.sqrt(math.fsum((x - mean) ** 2 for x in d) / (n - 1) / n)
-    return _with_interval(mean, stderr, p, n, "mcnemar" if binary else "t")
+    if p is not None:
+        both = sum(x == y == 1 for x, y in zip(a, b, strict=True))
+        return Difference(mean, stderr, *newcombe(both, better, worse, n - both - better - worse), p, n, "mcnemar")
+    return _with_interval(mean, stderr, n)
+
+
+def newcombe(both: int, better: int, worse: int, neither: int) -> tuple[float, float]:
+    """95 % interval of the difference of two shares of the same items: right in both, only in the second, only in the first,
+    in neither (Newcombe 1998, Statistics in Medicine 17:2635, method 10). From Wilson's intervals of the two, so that it keeps
+    its width where two systems agree on every item and their standard error is 0."""
+    n = both + better + worse + neither
+    first, second = (both + worse) / n, (both + better) / n
+    (low_1, high_1), (low_2, high_2) = wilson(first, n), wilson(second, n)
+    margins = (both + better) * (worse + neither) * (both + worse) * (better + neither)
+    related = float(both * neither - better * worse)
+    if related > 0:
+        related = max(0.0, related - n / 2)  # for continuity
+    phi = related / math.sqrt(margins) if margins else 0.0
+
+    def away(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
+
+    value = second - first
+    return value - away(second - low_2, high_1 - first), value + away(high_2 - second, first - low_1)
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], weights: Sequence[float]) -> Difference:
@@ -63,14 +84,13 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], weights: Sequence[float
     if n < 2:
         return Difference(value, None, None, None, None, n, "none")
     spread = math.fsum((y - x - value * w) ** 2 for x, y, w in zip(a, b, weights, strict=True))
-    return _with_interval(value, math.sqrt(spread * n / (n - 1)) / total, None, n, "t")
+    return _with_interval(value, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
-def _with_interval(value: float, stderr: float, p: float | None, n: int, test: str) -> Difference:
-    if p is None:
-        p = t_test(value / stderr, n - 1) if stderr else (1.0 if value == 0 else 0.0)
+def _with_interval(value: float, stderr: float, n: int) -> Difference:
+    p = t_test(value / stderr, n - 1) if stderr else (1.0 if value == 0 else 0.0)
     half = t_quantile(0.975, n - 1) * stderr
-    return Difference(value, stderr, value - half, value + half, p, n, test)
+    return Difference(value, stderr, value - half, value + half, p, n, "t")
 
 
 def mcnemar(better: int, worse: int) -> float:
