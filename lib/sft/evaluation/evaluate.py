@@ -191,8 +191,11 @@ def one_task(
         definition = find(name, tasks, data)
         hashes = definition.hashes()
         if done.is_file() and samples.is_file() and hashes.items() <= (finished := read_json(done)).items():
+            model.say("finished by an earlier attempt")
             return finished
         kept = model.open_journal(work / f"{name}.replies.jsonl")
+        if kept:
+            model.say(f"{kept:,} answers of an earlier attempt are reused")
         task = definition.load(options.seed)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         raw = harness.run_task(model, task, limit=options.limit, seed=options.seed, system_prompt=options.system_prompt)
