@@ -18,6 +18,7 @@ from conftest import REPO, Workspace
 from sft import manifest, plan, recipe
 from sft.errors import SftError
 from sft.launch import beaker, doctor, job
+from sft.launch.checks import cluster
 
 HUSH = "the-value-of-a-secret"
 CLUSTER = f"""
@@ -441,7 +442,7 @@ def test_a_name_taken_by_an_unfinished_experiment_is_told(place, monkeypatch, ca
 def test_the_doctor_says_what_a_launch_would_be_refused_for(place, monkeypatch):
     def rows(stage: str = "prepare") -> dict[str, doctor.Row]:
         made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
-        return {r.found: r for r in doctor.account(doctor.Case(made.place, made.recipe, made.cluster, (stage,)))}
+        return {r.found: r for r in cluster.ask(doctor.Case(made.place, made.recipe, made.cluster, (stage,)))[1]}
 
     assert [r.state for r in rows().values()] == [doctor.OK]
     place.edit(
@@ -611,7 +612,9 @@ def test_the_gpus_of_the_clusters_file_are_compared_with_beakers(place, line, to
     made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
     backend = beaker.Scheduler(made.folder, made.cluster)
     assert backend.missing("F", False) == ([f"F: {told}"] if told else [])
-    assert backend.gpus() == ["ai2/jupiter: 8 x NVIDIA H100"]
+    assert backend.gpus() == {"ai2/jupiter": (8, "NVIDIA H100")}
+    case = doctor.Case(made.place, made.recipe, made.cluster)
+    assert cluster.ask(case)[0] == "NVIDIA H100"
 
 
 def test_a_commit_of_another_remote_is_not_pushed(place):

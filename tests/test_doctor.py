@@ -14,6 +14,8 @@ import pytest
 from sft import plan, recipe
 from sft.errors import SftError
 from sft.launch import doctor
+from sft.launch.checks import case as cases
+from sft.launch.checks import cluster, training
 
 REPO = Path(__file__).parents[1]
 CLUSTER = """
@@ -89,6 +91,41 @@ def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, n
     assert told in row.found and then in row.next, row
 
 
+@pytest.mark.parametrize(
+    ("gpu", "size"),
+    [("NVIDIA A100 80GB", 80), ("NVIDIA A100 40GB", 40), ("NVIDIA H100", 80), ("H200", 141), ("NVIDIA B200", 180), ("NVIDIA L40S", 48),
+     ("NVIDIA L4", 24), ("NVIDIA RTX A6000", 48), ("A100", 0), ("NVIDIA V100", 0), ("", 0)],
+)  # fmt: skip
+def test_the_memory_of_a_gpu_is_known_by_its_name_unless_there_are_several_sizes(gpu, size):
+    assert cases.memory_gb(gpu) == size
+
+
+def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_the_scheduler_says(
+    examine, monkeypatch
+):
+    unstated = CLUSTER.replace('gpu = "H100"\ngpu_memory_gb = 80\n', "")
+    old, new = '"olmo3-tiny"', '"olmo3-32b"'
+    (row,) = examine(unstated, old, new)["memory"]
+    assert (
+        row.state == cases.NOTE
+        and '[on.here.train] gpu = "A100 80GB"' in row.next
+        and "gpu_memory_gb in env/here.toml" in row.next
+    )
+    place = plan.Place(Path("runs"), (), "here")
+
+    def memory(told: str = "", *overrides: str) -> doctor.Row:
+        monkeypatch.setattr(cluster, "ask", lambda case: (told, []))
+        loaded = recipe.load(Path("recipes/y.toml"), overrides, "here")
+        rows = doctor.examine(doctor.Case(place, loaded, place.load_cluster()), ask=True)
+        return next(r for r in rows if r.what == "memory")
+
+    told = memory("NVIDIA L40S")
+    assert told.state == doctor.RED and "[on.here.train]" in told.found and "48.0 GB" in told.found
+    assert memory("NVIDIA L40S", "gpu=B200", "recompute=full", "nodes=4", "global_batch_tokens=16384").found.endswith(
+        "of 180 GB (B200)"
+    )
+
+
 def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     steps = TRAIN + "\nsteps = 1000"
     vocabulary = 'preset = "olmo3-tiny"\nvocab_size = 1024'
@@ -98,7 +135,7 @@ def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     file = Path("recipes/y.toml")
     file.write_text(file.read_text().replace(TRAIN, steps))
     case = doctor.Case(place, recipe.load(file, cluster="here"), place.load_cluster())
-    row = next(doctor.hours(case))
+    row = next(training.hours(case))
     assert "MFU of 40% assumed" in row.found and " to " in row.found
     folder = Path("runs/old/train")
     folder.mkdir(parents=True)
@@ -106,11 +143,11 @@ def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA A100-SXM4-80GB", "mfu": "how"}\n{"step": 1, "mfu": 0.5}\n'
     )
-    assert "assumed" in next(doctor.hours(case)).found
+    assert "assumed" in next(training.hours(case)).found
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA H100 80GB HBM3", "mfu": "how"}\n{"step": 1, "mfu": 0.2}\n{"step": 2, "mfu": 0.5}\n{"step": 3, "mfu": 0.5}\n'
     )
-    assert "MFU of 50% measured" in next(doctor.hours(case)).found
+    assert "MFU of 50% measured" in next(training.hours(case)).found
 
 
 def test_checkpoints_that_do_not_fit_are_red(examine, monkeypatch):
@@ -120,7 +157,7 @@ def test_checkpoints_that_do_not_fit_are_red(examine, monkeypatch):
         'preset = "olmo3-tiny"', 'preset = "olmo3-7b"'))  # fmt: skip
     place = plan.Place(Path("runs"), (), "here")
     case = doctor.Case(place, recipe.load(file, cluster="here"), place.load_cluster())
-    row = next(doctor.disk(case))
+    row = next(training.disk(case))
     assert row.state == doctor.RED and "101 of 87.6 GB" in row.found and "keep=2" in row.next
 
 
@@ -131,11 +168,11 @@ def test_a_run_that_stopped_halfway_on_a_disk_that_just_fits_goes_on(examine, mo
     monkeypatch.setattr(doctor.Case, "model", property(lambda self: SimpleNamespace(parameters=100)))
     used = shutil.disk_usage(".")._replace(free=7000)  # 10 steps of 1200 bytes: half of them are there
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: used)
-    assert next(doctor.disk(case)).state == doctor.RED
+    assert next(training.disk(case)).state == doctor.RED
     for step in range(100, 600, 100):
         (case.run / "train" / f"step{step}").mkdir(parents=True)
         (case.run / "train" / f"step{step}" / "model.safetensors").write_bytes(bytes(1200))
-    row = next(doctor.disk(case))
+    row = next(training.disk(case))
     assert row.state == doctor.OK and "6.0 kB of them there" in row.found
 
 
@@ -162,10 +199,10 @@ def test_make_doctor_is_one_table_with_an_exit_status_and_needs_no_environment(w
 def test_every_shipped_recipe_is_examined_in_under_two_seconds(monkeypatch):
     monkeypatch.setenv("SFT_USER", "ann")
     for file in sorted((REPO / "recipes").glob("*.toml")):
-        for cluster in ("local", "ai2-jupiter", "slurm"):
-            place = plan.Place(Path("runs-none"), (), cluster)
+        for name in ("local", "ai2-jupiter", "slurm"):
+            place = plan.Place(Path("runs-none"), (), name)
             began = time.process_time()
-            rows = doctor.examine(doctor.Case(place, recipe.load(file, cluster=cluster), place.load_cluster()))
+            rows = doctor.examine(doctor.Case(place, recipe.load(file, cluster=name), place.load_cluster()))
             assert time.process_time() - began < 2 and len(rows) > 8, file
 
 
@@ -182,7 +219,7 @@ def test_slurm_is_asked_and_nothing_is_submitted(examine, tmp_path, monkeypatch,
     assert rows["scheduler"][0].state == doctor.LEFT and not (tmp_path / "words").exists()
     place = plan.Place(Path("runs"), (), "here")
     case = doctor.Case(place, recipe.load(Path("recipes/y.toml"), cluster="here"), place.load_cluster())
-    (row,) = doctor.account(case)
+    _, (row,) = cluster.ask(case)
     assert row.state == state and row.found in ("would start", "invalid partition")
     words = (tmp_path / "words").read_text().splitlines()
     assert words == ["--test-only", "--nodes=1", "--partition=a b", "--wrap=true"]

@@ -341,6 +341,11 @@ class Hardware:
         "longest duration of a job, as the scheduler writes it, e.g. 24:00:00; empty = the cluster's",
         launchers=JOBS,
     )
+    gpu: str = opt(
+        "",
+        "type of the GPUs that the doctor plans with, e.g. A100 80GB; empty = the cluster's, or what Beaker tells",
+        launchers=JOBS,
+    )
     partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
     priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
 

@@ -184,12 +184,12 @@ class Scheduler:
                 found[f"{c.organization_name}/{name}"] = (c.node_shape.gpu_count, kind if kind != "UNSPECIFIED" else "")
         return found
 
-    def gpus(self) -> list[str]:
-        """What a node of each of the cluster file's clusters has, as Beaker tells it. Raises SftError or LostConnection."""
+    def gpus(self) -> dict[str, tuple[int, str]]:
+        """(GPUs of a node, their type) by each of the cluster file's clusters that Beaker tells it of. Raises SftError or
+        LostConnection."""
         with _told():
             nodes = self._nodes()
-        told = {name: nodes[name] for name in self.cluster.clusters if all(nodes.get(name, (0,)))}
-        return [f"{name}: {count} x {kind}" for name, (count, kind) in told.items()]
+        return {name: nodes[name] for name in self.cluster.clusters if all(nodes.get(name, (0,)))}
 
     def _has_secret(self, name: str, workspace: Any) -> bool:
         try:
