@@ -16,13 +16,15 @@ figures of each. Every method uses the same number of processes or threads:
 * Hugging Face batch: render once, `tokenizers` encodes 1000 conversations a call on all cores; no mask, nothing written;
 * floor: rendering and the encoder alone, rows parsed and in memory, workers warm; no reading, mask, proof or writing;
 * floor from file: the same, and the rows are parsed from lines in memory: what no way from a file to tokens can leave out;
+* compiled floor: lines in memory to text by our compiled code (sft.data.plain), and the encoder: what parsing, rendering and encoding
+  alone cost with the renderer that `ours` uses for rows like these;
 * template's floor: transformers renders each conversation once with the template itself (Jinja), the same fast encoder makes
   the ids; nothing else: what rendering and encoding alone cost without our renderer;
 * ours: the prepare stage from the JSONL file to the finished folder, with checksum of the input, parsing, mask, proof,
   checksums, mix and fsync.
 
-`share_of_floor` is ours by the first floor, which profits from our own renderer; `share_of_floor_from_file` and
-`share_of_template_floor` are by the others.
+`share_of_floor` is ours by the first floor, whose renderer is ours for rows in memory as Python objects; `share_of_floor_from_file`,
+`share_of_compiled_floor`, the hardest, and `share_of_template_floor` are by the others.
 
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
 whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check
@@ -46,8 +48,9 @@ from typing import Any
 import orjson
 
 from sft import schema
-from sft.data import workers
+from sft.data import sources, workers
 from sft.data.chunks import without_gc
+from sft.data.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
 from sft.schema import Prepare, Source
@@ -55,6 +58,7 @@ from sft.schema import Prepare, Source
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"
 BATCH = 256  # conversations that the floor encodes at a time: its fastest
+PLAIN = 1024  # and that the compiled floor does
 
 
 def dialogue(rng: random.Random, words: Sequence[str]) -> dict[str, Any]:
@@ -178,6 +182,26 @@ class FloorFromFile(Floor):
         return tokens, 0, *clock.stop()
 
 
+class CompiledFloor:
+    """Lines to text and to ids in compiled code, nothing else."""
+
+    def __init__(self, encoder: Encoder):
+        encoder.compile()
+        self.engine = encoder.engine
+        self.plain = PlainRows.of(encoder.template, encoder.reader(encoder.prepare.sources[0]))
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
+        lines, tokens = [json.dumps(row).encode() + b"\n" for row in rows], 0
+        blocks = [sources.Block(b"".join(lines[start : start + PLAIN]), 0) for start in range(0, len(lines), PLAIN)]
+        clock = Clock()
+        for block in blocks:
+            assert self.plain is not None
+            text, odd = self.plain.read(block.lines, block.ends)
+            assert not odd
+            tokens += len(self.engine.encode_joined(text.data))
+        return tokens, 0, *clock.stop()
+
+
 class TemplateFloor:
     """Rendering by the template itself and the fast encoder, nothing else."""
 
@@ -251,6 +275,7 @@ def compare(
     many = rows * max(1, min(repeats, round(2e7 / per_row / len(rows))))
     found["floor"] = in_processes(Floor, (encoder,), many, cores)
     found["floor_from_file"] = in_processes(FloorFromFile, (encoder,), many, cores)
+    found["compiled_floor"] = in_processes(CompiledFloor, (encoder,), many, cores)
     found["template_floor"] = in_processes(TemplateFloor, (templated, encoder), sample, cores)
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "rows.jsonl"
@@ -276,6 +301,7 @@ def compare(
             "ratio_to_hugging_face": round(mine / speeds["hugging_face_batch"], 2),
             "share_of_floor": round(mine / speeds["floor"], 3),
             "share_of_floor_from_file": round(mine / speeds["floor_from_file"], 3),
+            "share_of_compiled_floor": round(mine / speeds["compiled_floor"], 3),
             "share_of_template_floor": round(mine / speeds["template_floor"], 3),
             "tokens_per_s": round(mine),
             "speeds": {method: round(speed) for method, speed in speeds.items()},
@@ -306,6 +332,7 @@ def main() -> None:
         "ratio_to_ancestor",
         "share_of_floor",
         "share_of_floor_from_file",
+        "share_of_compiled_floor",
         "share_of_template_floor",
         "tokens_per_s",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -176,3 +177,33 @@ def test_the_cache_is_removed_when_nobody_uses_it_and_made_again(tmp_path):
     assert not (s.cache / "tokens").exists() and contents(s.out) == before
     prepare.prepare(s)
     assert contents(s.out) == before
+
+
+def test_the_token_cache_keeps_to_its_bound_and_to_what_runs_need(tmp_path, small_chunks):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(120)])
+    first = stage(tmp_path)
+    prepare.prepare(first)
+    assert not any("not needed" in line for line in first.said)
+    tokens = first.cache / "tokens"
+    (ours,) = tokens.iterdir()
+    other = tokens / "other"
+    other.mkdir()
+    now = time.time()
+    ages = {"oldest": 400_000, "older": 300_000, "old": 200_000, "young": 60}
+    for name, age in ages.items():
+        with (other / f"{name}.tok").open("wb") as f:
+            f.truncate(10**9)  # no byte of it is on the disk
+        os.utime(other / f"{name}.tok", (now - age, now - age))
+    for file in ours.glob("*.tok"):
+        os.utime(file, (now - 10**6, now - 10**6))  # the oldest of all, but needed again
+    again = stage(tmp_path, out="again")
+    again.hardware = dataclasses.replace(again.hardware, cache_gb=3)
+    prepare.prepare(again)
+    assert contents(first.out) == contents(again.out)
+    assert sorted(p.name for p in other.iterdir()) == ["old.tok", "young.tok"]
+    assert any(
+        "token cache: 2 chunks (2.0 GB) not needed for longest are gone: cache_gb = 3" in line for line in again.said
+    )
+    again.hardware = dataclasses.replace(again.hardware, cache_gb=1)
+    prepare.prepare(again)
+    assert [p.name for p in other.iterdir()] == ["young.tok"] and any(ours.glob("*.tok"))

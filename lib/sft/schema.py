@@ -308,6 +308,11 @@ class Hardware:
     processes: int = opt(0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0)
     microbatch_tokens: int = opt(0, "tokens in one forward pass of one rank or context group; 0 = seq_len", min=0)
     threads: int = opt(0, "CPU threads or workers per process; 0 = the machine's cores shared out", min=0)
+    cache_gb: int = opt(
+        0,
+        "GB of encoded chunks that prepare keeps for other runs; those not needed for longest go; 0 = all stay",
+        min=0,
+    )
     shard_degree: int = opt(
         0, "ranks that share one copy of the weights, which the others replicate; 0 = all of them", min=0
     )

@@ -35,7 +35,7 @@ from sft.data.interop import olmo_core_obstacle
 from sft.data.materialise import Documents, materialise
 from sft.data.mix import Pool, Selection, mix
 from sft.data.shards import Shard, digest
-from sft.data.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary
+from sft.data.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary, trim, use
 from sft.errors import SftError
 from sft.schema import Source
 from sft.storage import hub
@@ -336,6 +336,16 @@ class Preparation:
             passed.touch()
         self.canaries_agreed = len(self.encoder.identity["tokenizer"]["canaries"])
 
+    def trim_cache(self) -> None:
+        """Keeps the token caches of all runs within cache_gb; what this run uses stays whatever it weighs."""
+        use(self.cache / job.name for job in self.jobs)
+        if most := self.stage.hardware.cache_gb:
+            removed, freed = trim(self.cache.parent, most * 10**9, time.time())
+            if removed:
+                self.say(
+                    f"token cache: {removed} chunks ({freed / 1e9:,.1f} GB) not needed for longest are gone: cache_gb = {most}"
+                )
+
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:
         began, cpu = time.monotonic(), time.process_time()
@@ -385,6 +395,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         hits, screen = work.screen()
         with work.timed("mix"):
             found = work.collect(hits)
+        work.trim_cache()
     with work.timed("mix"):
         pools = [f.pool for f in found]
         mixed = mix(

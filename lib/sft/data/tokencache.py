@@ -8,9 +8,11 @@ batch by batch. Out: a file under its final name only when whole; its footer say
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +29,7 @@ INDEX = np.dtype(
     [("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,)), ("conversation", "<u8")]
 )
 TEMPORARY = ".tmp-"
+NEEDED_S = 6 * 3600.0  # a run may be at work with files that it needed so long ago
 
 
 class Rejected(NamedTuple):
@@ -153,6 +156,30 @@ def is_intact(path: Path, summary: Summary) -> bool:
         return False
     ends = np.cumsum(made.index["length"], dtype=np.int64)
     return np.array_equal(_digests(made.tokens.data.cast("B"), ends), made.index["digest"])
+
+
+def use(files: Iterable[Path]) -> None:
+    """Says that these files were needed now: `trim` goes by it."""
+    for file in files:
+        with contextlib.suppress(OSError):  # another user's file: it stays as old as it is
+            os.utime(file)
+
+
+def trim(root: Path, most: int, now: float) -> tuple[int, int]:
+    """Removes the files of all token caches under `root` that were not needed for longest, until the others hold at most `most`
+    bytes; none that was needed in the last hours. Returns how many were removed, and their bytes."""
+    found = []
+    for file in root.glob("*/*.tok"):
+        with contextlib.suppress(FileNotFoundError):
+            found.append((file.stat().st_mtime, file.stat().st_size, file))
+    beyond = sum(size for _, size, _ in found) - most
+    removed = freed = 0
+    for needed, size, file in sorted(found):
+        if freed >= beyond or now - needed < NEEDED_S:
+            break
+        file.unlink(missing_ok=True)
+        removed, freed = removed + 1, freed + size
+    return removed, freed
 
 
 def _digests(tokens: memoryview, ends: NDArray[np.int64]) -> NDArray[np.uint64]:
