@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from sft.errors import SftError
 from sft.training.hostcopy import HostCopy
 
 CUDA = pytest.param(
@@ -52,6 +54,28 @@ def test_a_copy_holds_what_was_there_and_the_next_one_takes_its_memory(device: s
     assert torch.equal(second["model"]["matrix"], torch.full((300, 7), 3.0))
     assert second["model"]["matrix"].data_ptr() == first["model"]["matrix"].data_ptr()
     copy.close()
+
+
+def test_memory_is_pinned_once_and_given_back_or_told_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's runtime stands in: what it is asked for, without a GPU."""
+    calls: list[tuple[int, ...]] = []
+    answer = 0
+
+    def register(*args: int) -> int:
+        calls.append(args)
+        return answer
+
+    runtime = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=lambda *args: calls.append(args))
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    copy = HostCopy()
+    copy._reserve(1000, True)
+    copy._reserve(1000, True)
+    address = copy._memory.data_ptr()
+    copy.close()
+    assert calls == [(address, 1000, 1), (address,)]
+    answer = 2
+    with pytest.raises(SftError, match=r"1,000 bytes .* could not be pinned \(CUDA error 2\); .*async_save=false"):
+        copy._reserve(1000, True)
 
 
 @pytest.fixture

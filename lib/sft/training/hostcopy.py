@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from sft.errors import SftError
+
 ALIGN = 64  # bytes at which every tensor begins
 
 
@@ -26,7 +28,7 @@ class HostCopy:
 
     @torch.no_grad()
     def take(self, state: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-        """`state` with its tensors as they are now. The copy before it is overwritten."""
+        """`state` with its tensors as they are now. The copy before it is overwritten. Raises SftError where memory cannot be pinned."""
         tensors = [_local(v) for part in state.values() for v in part.values() if isinstance(v, Tensor)]
         self._reserve(sum(_stretch(t) for t in tensors), any(t.is_cuda for t in tensors))
         copied, at = {}, 0
@@ -44,11 +46,17 @@ class HostCopy:
         return copied
 
     def _reserve(self, size: int, pin: bool) -> None:
-        if len(self._memory) != size:
-            self.close()
-            self._memory = torch.empty(size, dtype=torch.uint8)
-            # Where the system's limit on locked memory refuses, copies are right all the same, and slower.
-            self._pinned = pin and int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 1)) == 0
+        if len(self._memory) == size:
+            return
+        self.close()
+        self._memory = torch.empty(size, dtype=torch.uint8)
+        # torch's own pinned memory comes in powers of two, up to twice what is needed.
+        if pin and (error := int(torch.cuda.cudart().cudaHostRegister(self._memory.data_ptr(), size, 1))):
+            raise SftError(
+                f"[train] async_save: {size:,} bytes of host memory could not be pinned (CUDA error {error});"
+                " next: ulimit -l unlimited, or async_save=false"
+            )
+        self._pinned = pin
 
     def _host(self, local: Tensor, at: int) -> Tensor:
         """Memory of its own for DCP, which clones whatever is a view of something larger."""
