@@ -85,6 +85,18 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: P
     assert stored(server, "gs://test/c") == local(out / "step1") | local(out / "step2")
 
 
+def test_a_machine_that_starts_no_process_is_told_and_training_goes_on(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        uploads = Uploads(tmp_path, "gs://test/c", tmp_path / "cache", print)
+        assert uploads.finish()["missing"] == ["step1"]
+    assert uploads.finish()["missing"] == []
+    uploads.close()
+
+
 SENDER = """
 import sys
 from pathlib import Path

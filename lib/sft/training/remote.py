@@ -59,26 +59,39 @@ class Uploads:
         return {*self._waiting, *self._missing}
 
     def _send(self, step: Path) -> None:
-        command = [sys.executable, "-m", "sft.storage.send", str(step), self.where, str(self.cache), *BESIDE]
-        pipe = subprocess.PIPE
-        with self._lock:
-            if self._closed:
-                return
-            self._sending = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
-        # Its end of standard input stays open until it is done: the process ends with this one.
-        said = self._sending.stdout.read().strip()  # type: ignore[union-attr]
-        status = self._sending.wait()
-        self._sending.stdin.close()  # type: ignore[union-attr]
+        try:
+            status, said = self._run(step)
+        except OSError as error:  # no process could be started
+            status, said = 1, str(error)
         if self._closed:
             return
         if status:
             self._missing[step] = said or f"exit status {status}"
-            self.say(f"warning: {step.name} is not in {self.where} yet, training goes on: {said}")
+            self.say(f"warning: {step.name} is not in {self.where} yet, training goes on: {self._missing[step]}")
         else:
             self._there.append(step.name)
             if said:
                 self.say(said)
         self._waiting.discard(step)
+
+    def _run(self, step: Path) -> tuple[int, str]:
+        """(exit status, what was said) of the process that sends a step."""
+        command = [sys.executable, "-m", "sft.storage.send", str(step), self.where, str(self.cache), *BESIDE]
+        with self._lock:
+            if self._closed:
+                return 1, ""
+            self._sending = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+            )
+        with self._sending as process:  # its standard input stays open until it is done: it ends with this process
+            assert process.stdout is not None
+            said = process.stdout.read().strip()
+        return process.returncode, said
 
     def finish(self) -> dict[str, Any]:
         """Waits for what is under way and tries once more what failed. Returns {"where", "steps", "missing"}."""
