@@ -68,7 +68,7 @@ preview: | $(READY) ## conversations as they are tokenised, trained tokens colou
 ## Jobs, on a CLUSTER with a scheduler. DETACH=1 leaves the last stage's job to itself; the same make follows it again
 dry-run: export DRY_RUN := 1
 dry-run: $(DIRS:%=%/$(or $(STAGE),train)/manifest.json) ## what would be submitted, up to STAGE=train
-jobs: | $(READY) ## the jobs of all runs and their states
+jobs: | $(READY) ## the jobs of all runs, with their attempts and states
 	@$(PY) -m sft.launch.job jobs $(call quote,$(RUNS))
 cancel: | $(READY) ## end the jobs of RECIPE=
 	@$(PY) -m sft.launch.job cancel $(DIRS)

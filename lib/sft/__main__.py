@@ -34,39 +34,15 @@ from sft.launch import handback
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
-    "RECIPE",
-    "CLUSTER",
-    "RUNS",
-    "DATA",
-    "FROM",
-    "A",
-    "B",
-    "C",
-    "ANYWAY",
-    "RUN",
-    "STEPS",
-    "WEIGHTS",
-    "SOURCE",
-    "ROW",
-    "SHARD",
-    "TOKENIZER",
-    "TEMPLATE",
-    "REPO",
-    "PUSH",
-    "PYTHON",
-    "TORCH",
-    "SRC",
-    "DST",
-    "CHECK",
-    "TESTS",
-    "DETACH",
-    "DRY_RUN",
-    "SHARDS",
-    "STAGE",
-    "GPU_WAIT",
-)
-
-
+    "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
+    "WEIGHTS", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
+)  # fmt: skip
+# Goals of Make that are about a run, and so need RECIPE=.
+OF_A_RUN = (
+    *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
+    "dry-run", "cancel", "collect", "fetch",
+)  # fmt: skip
 FIELDS = {f.name for cls in (*schema.TABLES.values(), schema.Hardware) for f in dataclasses.fields(cls)}
 
 
@@ -117,25 +93,7 @@ def command_plan(args: argparse.Namespace) -> None:
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit"
         )
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
-    needs_run = [
-        g
-        for g in goals
-        if g
-        in (
-            *schema.STAGES,
-            "report",
-            "all",
-            "preview",
-            "steps",
-            "watch",
-            "export",
-            "push-hub",
-            "card",
-            "dry-run",
-            "cancel",
-            "collect",
-        )
-    ]
+    needs_run = [g for g in goals if g in OF_A_RUN]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
         raise SftError(
             f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"

@@ -108,8 +108,10 @@ def memory(case: Case) -> Iterator[Row]:
     most = sorted(found.parts.items(), key=lambda p: -p[1])[:3]
     text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}"
     if not limit:
-        yield Row(NOTE if case.cluster.launcher != "local" else LEFT, "memory", f"{text}; what a GPU holds is not stated",
-                  f'[on.{case.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {case.file}' if case.cluster.launcher != "local" else "")  # fmt: skip
+        asked = case.cluster.launcher != "local" and (case.cluster.gpus_per_node or case.training.gpus > 0)
+        then = f'[on.{case.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {case.file}'
+        text += "; what a GPU holds is not stated" if asked else ""
+        yield Row(NOTE if asked else LEFT, "memory", text, then if asked else "")
         return
     try:
         memory.require(found, model, case.recipe.train, case.training, case.ranks)
