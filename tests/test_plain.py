@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from chat_samples import SOURCE, any_text, conversations, encoder, make_tokenizer, turns
 from sft.data import plain, vocabulary
 from sft.data.chunks import in_order
+from sft.data.compiled import compiled
 from sft.data.sources import Block
 from sft.data.templates import FAMILIES
 from sft.data.tokenize import Encoder
@@ -216,3 +217,9 @@ def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None
     rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
     both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
     assert (len(plain.read_lines.signatures), len(vocabulary.walk.signatures)) == known
+
+
+def test_code_is_compiled_where_nothing_can_be_kept() -> None:
+    made: dict[str, Any] = {}
+    exec("def twice(x):\n    return 2 * x", made)  # of no file, so there is no folder to keep it beside
+    assert compiled(made["twice"])(21) == 42

@@ -22,7 +22,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def compiled(function: F) -> F:
-    return cast(F, numba.njit(cache=True, nogil=True)(function))
+    try:
+        return cast(F, numba.njit(cache=True, nogil=True)(function))
+    except RuntimeError:  # nowhere to keep what is compiled: every process compiles for itself
+        return cast(F, numba.njit(nogil=True)(function))
 
 
 def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
