@@ -17,7 +17,7 @@ from beaker_server import BUDGET, TOKEN, USER, Server, now
 from conftest import REPO, Workspace
 from sft import manifest, plan, recipe
 from sft.errors import SftError
-from sft.launch import beaker, doctor, job
+from sft.launch import beaker, beaker_spec, doctor, job
 from sft.launch.checks import cluster
 
 HUSH = "the-value-of-a-secret"
@@ -548,19 +548,25 @@ def test_the_spec_says_what_gantry_run_would(place):
     ("written", "seconds"),
     [("24:00:00", 86400), ("1-00:00:00", 86400), ("2-03:04:05", 183845), ("24h", 86400), ("1h30m", 5400), ("90s", 90)],
 )
-def test_a_recipes_time_is_the_specs_timeout(place, written, seconds):
+def test_a_duration_means_what_it_means_to_slurm_and_to_go(written, seconds):
+    assert beaker_spec.duration(written) == f"{seconds}s"
+
+
+@pytest.mark.parametrize("written", ["24", "24:00", "1d", "24:00:99", "-1h", "24 h", ""])
+def test_a_duration_that_beaker_would_misread_is_refused(written):
+    with pytest.raises(SftError, match="next: write it as 24h"):
+        beaker_spec.duration(written)
+
+
+def test_a_recipes_time_is_the_specs_timeout_and_one_that_would_be_misread_is_refused_before_anything_is_asked(place):
     recipe_file = place.root / "recipes" / "x.toml"
-    recipe_file.write_text(recipe_file.read_text() + f'\n[on.beaker-test.train]\ntime = "{written}"\n')
+    recipe_file.write_text(
+        recipe_file.read_text() + '\n[on.beaker-test.train]\ntime = "1h30m"\n[on.beaker-test.prepare]\ntime = "24:00"\n'
+    )
+    place.push()
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
     spec = yaml.safe_load(beaker.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
-    assert spec["tasks"][0]["timeout"] == seconds * 10**9
-
-
-@pytest.mark.parametrize("written", ["24", "24:00", "1d", "24:00:99", "-1h", "24 h"])
-def test_a_time_that_beaker_would_misread_is_refused(place, written):
-    recipe_file = place.root / "recipes" / "x.toml"
-    recipe_file.write_text(recipe_file.read_text() + f'\n[on.beaker-test.prepare]\ntime = "{written}"\n')
-    place.push()
+    assert spec["tasks"][0]["timeout"] == 5400 * 10**9
     with pytest.raises(SystemExit, match=r"\[on\.beaker-test\.prepare\] time = .*; next: write it as 24h"):
         place.launch("exit 0")
     assert not place.server.experiments
