@@ -6,6 +6,7 @@ Out: the same model, whose forward reads what it needs; `prefetched` reads ahead
 
 from __future__ import annotations
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 HEAD_ROWS = 8192
+TRIM = 64
 
 T = TypeVar("T")
 Rows = Callable[[int, int], Tensor]  # rows [start, stop) of one tensor
@@ -80,11 +82,18 @@ def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep
 
 
 def prefetched(tasks: Iterable[Callable[[], T]], ahead: int = 2) -> Iterator[T]:
-    """The tasks' results in order; one thread works on the next `ahead` of them."""
+    """The tasks' results in order; one thread works on the next `ahead` of them.
+
+    What one thread allocates and another frees leaves holes that glibc keeps: without giving them back every TRIM results,
+    an export of 29 GB grew to 1.8 GB.
+    """
+    trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)  # other C libraries have none
     with ThreadPoolExecutor(1) as pool:
         running: deque[Future[T]] = deque()
         try:
-            for task in tasks:
+            for number, task in enumerate(tasks):
+                if number % TRIM == 0:
+                    trim(0)
                 running.append(pool.submit(task))
                 if len(running) > ahead:
                     yield running.popleft().result()
