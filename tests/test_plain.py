@@ -223,3 +223,18 @@ def test_code_is_compiled_where_nothing_can_be_kept() -> None:
     made: dict[str, Any] = {}
     exec("def twice(x):\n    return 2 * x", made)  # of no file, so there is no folder to keep it beside
     assert compiled(made["twice"])(21) == 42
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, name: str) -> None:
+    made = encoders(name)
+    fields = [{"role": "user", "functions": ""}, {"role": "assistant", "function_calls": ""}]
+    for pair in (fields, [{"role": m["role"]} for m in fields], [{"role": "system"}, {"role": "assistant"}]):
+        row = {"messages": [{**message, "content": ""} for message in pair] * 500}
+        lines = json.dumps(row, separators=(",", ":")).encode() + b"\n"
+        block = Block(lines * 3, 0)
+        room = plain.PlainRows.of(made.template, made.reader(SOURCE))
+        text, _ = room.read(block.lines, block.ends)
+        assert len(text.data) + plain.WORD <= len(room.out) and len(text.edges) <= len(room.edges)
+        compiled_way, python, _ = both_ways(made, lines)
+        assert compiled_way == python

@@ -6,7 +6,8 @@ messages have a known role, a text as content and perhaps texts as functions and
 count (tools, train, tool_calls, …) is absent or null, and when no oddity of JSON is in it: a field twice, an escaped name, half of a
 surrogate pair. tests/test_plain.py proves that both ways write the same.
 
-One compiled pass goes over each line: `scan` finds its messages and their texts, `write` puts them into the template's turns.
+One compiled pass goes over each line: `scan` finds its messages and their texts, `write` puts them into the template's turns. All that
+is compiled together stands in this file, with its constants: numba compiles anew when the file changes, and does not look at others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from sft.data.rows import RowReader
 
 MESSAGES = 1 << 12  # a conversation of more is no plain one
-SYSTEM, USER, ASSISTANT = (ROLES.index(role) for role in ("system", "user", "assistant"))
+SYSTEM, USER, ASSISTANT = range(3)
+SPEAKERS = ("system", "user", "assistant", *(role for role in ROLES if role not in ("system", "user", "assistant")))
 # Texts of a message, in the order of the fields' names below; the other fields must be absent or null.
 CONTENT, FUNCTIONS, CALLS, ROLE = range(4)
 FIELDS = ("content", "functions", "function_calls", "role")
@@ -501,8 +503,10 @@ class PlainRows:
 
     def __init__(self, template: NamedTemplate, reader: RowReader) -> None:
         columns = [reader.columns[name] for name in ("messages", "tools", "system")]
-        self.names = Names(*packed(columns), *packed([*FIELDS, *BARRED]), *packed(ROLES), words_of(packed(ROLES)[0]))
-        turns = [template.turns.get(role) for role in ROLES]
+        self.names = Names(
+            *packed(columns), *packed([*FIELDS, *BARRED]), *packed(SPEAKERS), words_of(packed(SPEAKERS)[0])
+        )
+        turns = [template.turns.get(role) for role in SPEAKERS]
         texts = [
             part
             for turn in turns
@@ -516,7 +520,7 @@ class PlainRows:
             words_of(joined),
             where,
             np.array([turn is not None for turn in turns], dtype=np.uint8),
-            np.array([role in reader.train_roles for role in ROLES], dtype=np.uint8),
+            np.array([role in reader.train_roles for role in SPEAKERS], dtype=np.uint8),
             np.array(
                 [
                     [turn.specials if turn else 0 for turn in turns],
@@ -527,7 +531,9 @@ class PlainRows:
             template.family.calls,
             reader.last_only,
         )
-        self.longest = len(template.default_plain) + 2 * max(map(len, map(str.encode, texts)))
+        sizes = [len(text.encode()) for text in texts]
+        # The most that a line, and a message in it, is given by the template: head, stop and gap, and all that belongs to no role.
+        self.default, self.turn = sizes[-8], 3 * max(sizes[:-8]) + sum(sizes[-7:])
         self.roles = np.empty(MESSAGES, dtype=np.int64)
         self.spans = np.empty((MESSAGES, 2 * ROLE), dtype=np.int64)
         self.size = self.lines = 0
@@ -577,8 +583,8 @@ class PlainRows:
         self.size, self.lines = size, lines
         messages = size // SHORTEST + 1
         self.text = np.empty(size + WORD, dtype=np.uint8)
-        self.out = np.empty(size + (messages + lines) * self.longest + WORD, dtype=np.uint8)
-        self.said = np.empty(size + messages * (max(map(len, ROLES)) + 2) + 2 * WORD, dtype=np.uint8)
+        self.out = np.empty(size + messages * self.turn + lines * self.default + WORD, dtype=np.uint8)
+        self.said = np.empty(size + messages * (max(map(len, SPEAKERS)) + 2) + 2 * WORD, dtype=np.uint8)
         self.edges = np.empty(2 * messages + lines + 1, dtype=np.int64)
         self.odd, self.rows, self.specials, self.lacking, self.said_ends = np.empty((5, lines), dtype=np.int64)
         self.first = np.empty(lines + 1, dtype=np.int64)
