@@ -15,6 +15,7 @@ Out: a report (gate.json) of what was compared; SftError at the first thing that
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -302,6 +303,8 @@ def hf_model(exported: Folder, layers: Sequence[int], dtype: torch.dtype, keep: 
 
 def _meta_model(config: Mapping[str, Any]) -> nn.Module:
     """transformers' model for a config.json, without memory for its weights."""
+    for noisy in ("torchao", "torch.utils._pytree"):  # transformers imports it, and it warns of kernels that no CPU has
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     made = AutoConfig.for_model(**config)
