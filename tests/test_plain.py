@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, conversations, encoder, make_tokenizer, turns
+from sft.data import lines as compiled_lines
 from sft.data import plain, vocabulary
 from sft.data.chunks import in_order
 from sft.data.compiled import compiled
@@ -143,7 +144,7 @@ ODD = {
     "an unknown role": PLAINEST.replace('"user"', '"User"') + "}",
     "nothing to train": '{"messages": [{"role": "user", "content": "a"}]}',
     "special-token text": PLAINEST.replace('"a"', '"<|im_end|>"') + "}",
-    "more messages than are plain": json.dumps({"messages": turns(("user", "a"), ("assistant", "b")) * plain.MESSAGES}),
+    "more messages than are plain": json.dumps({"messages": turns(("user", "a"), ("assistant", "b")) * compiled_lines.MESSAGES}),
     "an open string": PLAINEST + ', "id": "',
     "an open object": PLAINEST,
 }  # fmt: skip
@@ -212,11 +213,11 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile()
-    known = len(plain.read_lines.signatures), len(vocabulary.walk.signatures)
+    known = len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)
     rng = random.Random(0)
     rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
     both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
-    assert (len(plain.read_lines.signatures), len(vocabulary.walk.signatures)) == known
+    assert (len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)) == known
 
 
 def test_code_is_compiled_where_nothing_can_be_kept() -> None:
