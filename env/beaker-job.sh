@@ -13,7 +13,8 @@ attend() { # runs a command that SIGTERM reaches, and returns its status
     local status=0
     "$@" &
     child=$!
-    while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the command
+    wait "$child" || status=$? # bash has kept it, however long ago the command ended
     child=
     return "$status"
 }

@@ -29,7 +29,8 @@ child=$!
 trap 'kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
 trap 'kill -USR1 "$child"' USR1
 status=0
-while kill -0 "$child" 2>/dev/null; do wait "$child" && status=0 || status=$?; done
+while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the training
+wait "$child" || status=$? # bash has kept it, however long ago the training ended
 [ -e "$1/train/.requeue" ] || exit "$status"
 [ -n "${SFT_JOB:-}" ] || echo "[train] next: the same command continues from there; on this machine nobody else starts it again"
 exit 75 # torchrun itself says 1

@@ -466,3 +466,15 @@ def test_two_machines_of_two_processes_meet_as_one_world_with_ranks_in_the_nodes
     assert [(w["RANK"], w["SFT_NODE_RANK"], w["LOCAL_RANK"], w["WORLD_SIZE"]) for w in who] == [
         (0, 0, 0, 4), (1, 0, 1, 4), (2, 1, 0, 4), (3, 1, 1, 4),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["stages/train.sh", "env/beaker-job.sh"])
+def test_a_command_that_ends_before_the_shell_looks_keeps_its_status(script: str, tmp_path: Path) -> None:
+    text = (REPO / script).read_text()
+    slow = 'kill() { sleep 0.2; builtin kill "$@"; }\n'  # by then bash has collected the child
+    if script == "stages/train.sh":
+        waiting = text[text.index("status=0\n") : text.index('[ -e "$1/train')]
+        program = f"{slow}(exit 7) &\nchild=$!\n{waiting}exit $status\n"
+    else:
+        program = slow + text[text.index("attend() {") : text.index("\n}\n") + 3] + "attend bash -c 'exit 7'\n"
+    assert subprocess.run(["bash", "-c", program], cwd=tmp_path).returncode == 7
