@@ -14,6 +14,7 @@ for the slowest, expected by sft.packing.balance and measured by sft.training.st
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
@@ -129,7 +130,7 @@ def measure(
     train = Train(
         seq_len=args.seq_len,
         global_batch_tokens=args.seq_len * groups * args.microbatches,
-        steps=args.steps + 1,
+        steps=args.steps + 1 + args.profile,
         precision="bf16" if world.device.type == "cuda" else "fp32",
         optimizer=args.optimizer,
     )
@@ -160,21 +161,26 @@ def measure(
     cuda = world.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds, expected, waited = [], [], [], []
+    losses, seconds, expected, waited, kernels = [], [], [], [], []
     for step, batches in loader:
         wait(world)
+        profile = profiler(args.profile and step == plan.steps - 1)  # the last step: not one of the timed ones
         began = time.monotonic()
-        total = torch.zeros((), device=world.device)
-        for batch in batches:
-            b = batch.to(world.device)
-            ids = (b.input_ids, b.positions, b.cu_seqlens, b.max_len, b.label_rows, b.label_ids)
-            loss, _ = model(*ids, float(plan.labels(step)))
-            loss.backward()
-            total += loss.detach()
-        guard.step(optimizer, total, clip(model.parameters(), 1.0))
-        optimizer.zero_grad(set_to_none=True)
-        wait(world)
-        seconds.append(time.monotonic() - began)
+        with profile:
+            total = torch.zeros((), device=world.device)
+            for batch in batches:
+                b = batch.to(world.device)
+                ids = (b.input_ids, b.positions, b.cu_seqlens, b.max_len, b.label_rows, b.label_ids)
+                loss, _ = model(*ids, float(plan.labels(step)))
+                loss.backward()
+                total += loss.detach()
+            guard.step(optimizer, total, clip(model.parameters(), 1.0))
+            optimizer.zero_grad(set_to_none=True)
+            wait(world)
+        if isinstance(profile, torch.profiler.profile):
+            kernels = costliest(profile)
+        else:
+            seconds.append(time.monotonic() - began)
         losses.append(world.sum(total.cpu()).item())
         expected.append(loader.expected(step))
         if watch is not None:
@@ -199,7 +205,19 @@ def measure(
         "planned_gb": (room.total - room.parts["context and fragmentation"]) / 1e9,
         "imbalance_expected": float(np.mean([idle for idle, _ in expected[1:]])),
         "imbalance": float(np.mean(waited[1:])) if waited else None,
+        "kernels": kernels,
     }
+
+
+def profiler(wanted: bool) -> Any:
+    return torch.profiler.profile(acc_events=True) if wanted else contextlib.nullcontext()
+
+
+def costliest(profile: torch.profiler.profile, count: int = 24) -> list[tuple[str, float, int]]:
+    """(name, milliseconds, calls) of the kernels that took the device longest in one step."""
+    found = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    found.sort(key=lambda e: -e.self_device_time_total)
+    return [(e.key, round(e.self_device_time_total / 1e3, 2), e.count) for e in found[:count]]
 
 
 def wait(world: World) -> None:
@@ -210,6 +228,7 @@ def wait(world: World) -> None:
 
 
 def show(found: dict[str, Any]) -> str:
+    kernels = "".join(f"\n    {ms:9.2f} ms {calls:6d} x  {name[:90]}" for name, ms, calls in found["kernels"])
     mfu = "" if found["mfu"] is None else f"  MFU {found['mfu']:5.1%}"
     kept = f" {found['recompute_budget']:.0%}" if found["recompute"] == "budget" else ""
     waited = "" if found["imbalance"] is None else f" measured {found['imbalance']:.1%}"
@@ -217,7 +236,7 @@ def show(found: dict[str, Any]) -> str:
         f"{found['preset']:12} {'compiled' if found['compiled'] else 'eager':8} {found['recompute'] + kept:12}"
         f" {found['tokens_per_s_per_gpu']:10,.0f} tokens/s/GPU{mfu}  memory {found['memory_gb']:6.1f} GB, planned"
         f" {found['planned_gb']:6.1f}  imbalance expected {found['imbalance_expected']:.1%}{waited}"
-        f"  loss {found['loss'][0]:.3f} to {found['loss'][1]:.3f}"
+        f"  loss {found['loss'][0]:.3f} to {found['loss'][1]:.3f}{kernels}"
     )
 
 
@@ -254,7 +273,7 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
 
 def documents_in(folder: Path, args: argparse.Namespace, world: World) -> Path:
     groups = world.size // args.context_degree
-    tokens = args.seq_len * groups * args.microbatches * (args.steps + 2)
+    tokens = args.seq_len * groups * args.microbatches * (args.steps + 3)
     return documents(folder / "data", tokens, args.seq_len).folder
 
 
@@ -270,6 +289,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--profile", action="store_true", help="one step more, and the kernels that took longest in it")
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
