@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast prepare is, against the ancestor's method, Hugging Face batch encoding and the floor, on the same cores.
 
-    PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
+    PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--rounds 3] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
 
 In: a tokenizer folder and GSM8K (from $SFT_SHARED_DATA or ../shared/data), and generated 20-message tool dialogues, whose
 words are GSM8K's own at their own frequencies: text of few words would be encoded from a cache. Out: a table, and as the
@@ -28,7 +28,8 @@ figures of each. Every method uses the same number of processes or threads:
 
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
 whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check
-against transformers count for none of them; ours prints both.
+against transformers count for none of them; ours prints both. The floors and ours are measured in `--rounds` rounds, one after the
+other in each, and their medians are told.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ import argparse
 import json
 import os
 import random
+import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -237,8 +240,8 @@ def hugging_face(encoder: Encoder, rows: list[dict[str, Any]]) -> Counts:
     return tokens, 0, *clock.stop()
 
 
-def ours(folder: Path, work: Path, file: Path, cores: int) -> dict[str, Any]:
-    """The metrics of the whole stage, as `make prepare` runs it."""
+def ours(folder: Path, work: Path, file: Path, cores: int) -> Counts:
+    """The whole stage, as `make prepare` runs it."""
     out = work / "out"
     out.mkdir(parents=True)
     table = table_for(file.name)
@@ -246,7 +249,11 @@ def ours(folder: Path, work: Path, file: Path, cores: int) -> dict[str, Any]:
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache",
         find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, say=lambda text: print("    " + text),
     )  # fmt: skip
-    return prepare(stage).metrics
+    m = prepare(stage).metrics
+    print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")
+    clock = sum(m["seconds"][step] for step in ("hash", "encode", "mix", "write"))
+    alone = m["cpu_seconds"]["hash"] + m["cpu_seconds"]["mix"]
+    return m["tokens"], m["labels"], clock, (m["cpu_seconds"]["encode"] + m["cpu_seconds"]["write"]) / cores + alone
 
 
 def table_for(path: str) -> Prepare:
@@ -254,14 +261,14 @@ def table_for(path: str) -> Prepare:
 
 
 def compare(
-    name: str, rows: list[dict[str, Any]], tokens: int, folder: Path, templated: Path, cores: int
+    title: str, rows: list[dict[str, Any]], args: argparse.Namespace, folder: Path, templated: Path, cores: int
 ) -> dict[str, Any]:
     encoder = Encoder(folder, table_for("rows.jsonl"))
     per_row = Floor(encoder)(rows[:500])[0] / min(500, len(rows))
-    repeats = max(1, round(tokens / per_row / len(rows)))
+    repeats = max(1, round(args.tokens / per_row / len(rows)))
     sample = rows[: max(cores, int(1e6 / per_row))]
     found: dict[str, Counts] = {}
-    print(f"{name}: {len(rows)} conversations x {repeats}, {per_row:.0f} tokens each")
+    print(f"{title}: {len(rows)} conversations x {repeats}, {per_row:.0f} tokens each")
 
     few = rows[: max(20 * cores, int(60_000 * cores / per_row))]
     found["ancestor"] = in_processes(Ancestor, (templated,), few, cores)
@@ -273,23 +280,24 @@ def compare(
     tokens_, labels, clock, cpu = hugging_face(encoder, sample)
     found["hugging_face_batch"] = (tokens_, labels, clock, cpu / cores)
     many = rows * max(1, min(repeats, round(2e7 / per_row / len(rows))))
-    found["floor"] = in_processes(Floor, (encoder,), many, cores)
-    found["floor_from_file"] = in_processes(FloorFromFile, (encoder,), many, cores)
-    found["compiled_floor"] = in_processes(CompiledFloor, (encoder,), many, cores)
     found["template_floor"] = in_processes(TemplateFloor, (templated, encoder), sample, cores)
+    floors: dict[str, type] = {"floor": Floor, "floor_from_file": FloorFromFile, "compiled_floor": CompiledFloor}
+    rounds: dict[str, list[Counts]] = {}
     with tempfile.TemporaryDirectory() as work:
         file = Path(work) / "rows.jsonl"
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         with file.open("w") as f:
             for _ in range(repeats):
                 f.write(lines)
-        m = ours(folder, Path(work) / "run", file, cores)
-    print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")
-    clock = sum(m["seconds"][step] for step in ("hash", "encode", "mix", "write"))
-    alone = m["cpu_seconds"]["hash"] + m["cpu_seconds"]["mix"]
-    cpu = (m["cpu_seconds"]["encode"] + m["cpu_seconds"]["write"]) / cores + alone
-    found["ours"] = (m["tokens"], m["labels"], clock, cpu)
-    result: dict[str, Any] = {"tokens": m["tokens"]}
+        for number in range(args.rounds):
+            for name, floor in floors.items():
+                rounds.setdefault(name, []).append(in_processes(floor, (encoder,), many, cores))
+            rounds.setdefault("ours", []).append(ours(folder, Path(work) / str(number), file, cores))
+            shutil.rmtree(Path(work) / str(number))
+    for name, each in rounds.items():
+        tokens_, labels, clocks, cpus = zip(*each, strict=True)
+        found[name] = (tokens_[0], labels[0], statistics.median(clocks), statistics.median(cpus))
+    result: dict[str, Any] = {"tokens": found["ours"][0]}
     for label, which in (("clock", 2), ("cpu_time", 3)):
         speeds = {method: counts[0] / counts[which] for method, counts in found.items()}
         mine = speeds["ours"]
@@ -312,6 +320,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=60e6, help="size of each data set for 'ours'")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=workers.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
@@ -325,7 +334,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as saved:  # the tokenizer with the template in it, for transformers
         Encoder(args.tokenizer, table_for("rows.jsonl")).save_tokenizer(Path(saved))
         found = {
-            name: compare(name, rows, int(args.tokens), args.tokenizer, Path(saved), args.cores)
+            name: compare(name, rows, args, args.tokenizer, Path(saved), args.cores)
             for name, rows in (("gsm8k", grade_school), ("dialogues", made))
         }
     keys = (

@@ -18,6 +18,8 @@ TRAINED = np.uint32(1 << 31)
 """The bit of a token that says it is trained; the others are its id."""
 WORD = 8  # bytes compared at a time; what is read so has as many bytes behind its end
 
+DIGITS = 21  # of a number, with the sign behind it, at most
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -35,64 +37,70 @@ def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
 
 @compiled
 def walk(
-    ids, words, where, spelled, first_special, is_special, eos, text, text_words, first, edges, tokens, offsets, labels, specials, straddled, last, eoses
+    ids, words, lengths, where, spelled_words, first_special, is_special, eos, text_words, first, edges, tokens, offsets, labels, specials, straddled, last, eoses
 ):  # fmt: skip
     """Follows the ids through the text that they must spell. False when they do not, or when a document does not
     end where a token does.
 
-    In, for each id: its bytes, `spelled[where[id] : where[id + 1]]`, and the first eight of them in `words`. For each
-    document, from `first`: its runs, untrained and trained in turn, which end in `text` at `edges`. Out, for each token: its id and
-    the bit TRAINED; for each document: the first token, the trained and the special tokens, the edges of runs that lie inside a
+    In, for each id, all below len(words): its first eight bytes in `words`, its length, and where all of them begin in `spelled_words`.
+    For each document, from `first`: its runs, untrained and trained in turn, which end in the text at `edges`. Out, for each token: its
+    id and the bit TRAINED; for each document: the first token, the trained and the special tokens, the edges of runs that lie inside a
     token, the last trained id, and how often `eos` stands in it, plus TRAINED when it is the last token.
     """
-    position, token = 0, 0
-    size, count = len(words), len(ids)
+    # Unsigned, because a signed index could count from the end, which costs every access a comparison.
+    position, token, count, one, word = np.uint64(0), np.uint64(0), np.uint64(len(ids)), np.uint64(1), np.uint64(WORD)
     for document in range(len(first) - 1):
         run = first[document]
-        end = edges[first[document + 1] - 1]
+        end = np.uint64(edges[first[document + 1] - 1])
         begin = token
-        trained_tokens, special_tokens, cut, ends_of_text = 0, 0, 0, 0
+        trained_tokens, special_tokens, cut, ends_of_text = np.uint64(0), 0, 0, 0
         last_trained, number = np.uint32(0xFFFFFFFF), np.uint32(0)
         flag = np.uint32(0)  # TRAINED in every other run
         offsets[document] = token
         while position < end:
-            edge, here = edges[run], token
+            edge, here = np.uint64(edges[run]), token
             while position < edge:
-                if token >= count or ids[token] >= size:
+                if token >= count:
                     return False
                 number = ids[token]
-                begins = where[number]
-                length = int(where[number + np.uint32(1)] - begins)
+                length = np.uint64(lengths[number])
                 differs = words[number] ^ text_words[position]
-                if length < 8:
-                    differs &= (np.uint64(1) << np.uint64(8 * length)) - np.uint64(1)
-                if differs or position + length > end:
-                    return False
-                for i in range(8, length):
-                    if spelled[begins + i] != text[position + i]:
+                if length < word:
+                    differs &= (one << (word * length)) - one
+                elif length > word:
+                    if position + length > end:
                         return False
+                    begins, at = np.uint64(where[number]), word
+                    while at < length:
+                        back = min(at, length - word)  # the last eight bytes overlap those before
+                        differs |= spelled_words[begins + back] ^ text_words[position + back]
+                        at += word
+                if differs:
+                    return False
                 if number >= first_special:
                     special_tokens += is_special[number]
                     ends_of_text += number == eos
                 tokens[token] = number | flag
                 position += length
-                token += 1
+                token += one
+            if position > end:
+                return False
             if flag and token > here:
                 until = token
                 if position > edge:  # part of its last token is scaffold
-                    until -= 1
+                    until -= one
                     tokens[until] = ids[until]
                 if here == begin:  # the first token would be predicted from the document before it in a pack
                     tokens[here] = ids[here]
-                    here += 1
+                    here += one
                 if until > here:
                     trained_tokens += until - here
-                    last_trained = ids[until - 1]
-            while position > edges[run]:
+                    last_trained = ids[until - one]
+            while position > np.uint64(edges[run]):
                 cut += 1
                 run += 1
                 flag ^= TRAINED
-            if position == edges[run]:
+            if position == np.uint64(edges[run]):
                 run += 1
                 flag ^= TRAINED
         labels[document] = trained_tokens
@@ -107,13 +115,13 @@ def walk(
 
 
 @compiled
-def gather(tokens, which, starts, lengths, puts, eos, ids, mask, labels, first_trained, last, eoses):
-    """Copies documents `which`, at `starts` in a file's tokens, to `puts` in ids and mask, and looks at each.
+def gather(tokens, begin, end, starts, lengths, puts, eos, ids, mask, labels, first_trained, last, eoses):
+    """Copies documents begin … end - 1, at `starts` in a file's tokens, to `puts` in ids and mask, and looks at each.
 
     Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often `eos` stands in it, plus TRAINED
     when it is the last token.
     """
-    for document in which:
+    for document in range(begin, end):
         start, put, length = starts[document], puts[document], lengths[document]
         from_here, ids_here, mask_here = (
             tokens[start : start + length],
@@ -139,3 +147,28 @@ def gather(tokens, which, starts, lengths, puts, eos, ids, mask, labels, first_t
             if mask[put + i]:
                 last[document] = ids[put + i]
                 break
+
+
+@compiled
+def write_number(number, behind, text, to):
+    """The digits of a number and the byte behind them, at text[to]; returns where they end."""
+    size, left = 1, number
+    while left > 9:
+        left //= 10
+        size += 1
+    for i in range(to + size - 1, to - 1, -1):
+        text[i] = 48 + number % 10
+        number //= 10
+    text[to + size] = behind
+    return to + size + 1
+
+
+@compiled
+def write_bounds(starts, lengths, text):
+    """ "start,end" and a newline for each document; returns where the text ends."""
+    to = 0
+    for document in range(len(starts)):
+        start = np.int64(starts[document])
+        to = write_number(start, 44, text, to)
+        to = write_number(start + lengths[document], 10, text, to)
+    return to

@@ -6,7 +6,7 @@ Out: a folder that OLMo-core's readers accept, and one file more that says where
     token_ids_part_0000.npy     raw little-endian ids, the smallest unsigned dtype that holds vocab_size - 1, no header
     labels_mask_part_0000.npy   raw bool, one byte a token; True = this token is a target
     token_ids_part_0000.csv.gz  "start,end" of every document, tiling the part
-    documents.npy               a real .npy of `DOCUMENT`, in the order the documents were added
+    documents.npy               a real .npy of `DOCUMENT`: where each document lies; their numbers need not follow their places
 
 Documents that have EOS inside (boundaries = "index") go to indexed_ids_part_0000.npy and indexed_mask_part_0000.npy, without
 a csv.gz: OLMo-core looks for EOS to find documents and would take them apart, so it must not find these files by its names.
@@ -28,6 +28,8 @@ from typing import IO, Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sft.data.compiled import DIGITS, write_bounds
+from sft.data.mix import scramble
 from sft.errors import SftError
 from sft.manifest import sync_folder
 
@@ -103,14 +105,20 @@ class DatasetWriter:
     """Writes documents into a folder. Use as a context manager: an exception leaves no documents.npy behind."""
 
     def __init__(
-        self, folder: Path | str, vocab_size: int, part_tokens: int = PART_TOKENS, boundaries: str = "eos"
+        self,
+        folder: Path | str,
+        vocab_size: int,
+        part_tokens: int = PART_TOKENS,
+        boundaries: str = "eos",
+        order: NDArray[np.int64] | None = None,
     ) -> None:
+        """documents.npy lists the documents as they are added, or the added documents `order`, each once."""
         if vocab_size < 1 or part_tokens < 1:
             raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.vocab_size, self.part_tokens, self.dtype = vocab_size, part_tokens, token_dtype(vocab_size)
-        self.boundaries = boundaries
+        self.boundaries, self.order = boundaries, order
         self.documents = self.tokens = self.labels = 0
         self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array a call
         self._part, self._part_used = -1, 0
@@ -224,8 +232,8 @@ class DatasetWriter:
         # No name and no time in the gzip header: the same documents give the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
             for rows in self._part_rows:
-                bounds = np.stack([rows["start"], rows["start"] + rows["length"]], axis=1)
-                packed.write(("%d,%d\n" * len(rows) % tuple(bounds.ravel().tolist())).encode())
+                text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
+                packed.write(text[: write_bounds(rows["start"], rows["length"], text)])
         _publish(raw, path)
 
     def close(self) -> None:
@@ -235,8 +243,8 @@ class DatasetWriter:
         file = _create(path)
         header = {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (self.documents,)}
         np.lib.format.write_array_header_1_0(file, header)
-        for rows in self._rows:
-            rows.tofile(file)
+        rows = np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows])
+        (rows if self.order is None else np.take(rows, self.order)).tofile(file)
         _publish(file, path)
         sync_folder(self.folder)
         self._rows = []
@@ -337,22 +345,23 @@ class Dataset:
 
 
 def _check_tiling(path: Path, documents: NDArray[Any], sizes: list[int]) -> None:
-    """Every part must be covered by its documents, in order, without gaps: a torn copy fails here and not in training."""
-    if not len(documents):
-        if sum(sizes):
-            raise SftError(f"{path}: no documents for {sum(sizes)} tokens; run make prepare again")
-        return
-    part, start = documents["part"].astype(np.int64), documents["start"].astype(np.int64)
-    end = start + documents["length"]
-    first = np.flatnonzero(np.diff(part, prepend=-1))  # the first document of each part
-    last = np.append(first[1:], len(part)) - 1
-    joined = np.ones(len(part), dtype=np.bool_)
-    joined[1:] = start[1:] == end[:-1]
-    joined[first] = start[first] == 0
-    if part[first].tolist() != list(range(len(sizes))) or end[last].tolist() != sizes or not joined.all():
+    """Every part must be covered by its documents, without gaps or overlaps: a torn copy fails here and not in training."""
+    part, start = documents["part"].astype(np.uint64) << np.uint64(40), documents["start"].astype(np.uint64)
+    length, held = documents["length"].astype(np.uint64), np.array(sizes, dtype=np.uint64)
+    parts = np.arange(len(sizes), dtype=np.uint64) << np.uint64(40)
+    # Documents of some length lead from their start to their end. They tile the parts when every place is reached as often as it is
+    # left, but for where a part begins and ends: then they make one way through each, and no two ways share a part.
+    left = np.concatenate([part | start, parts | held])
+    reached = np.concatenate([part | (start + length), parts])
+    if not length.all() or (start + length > np.uint64(1) << np.uint64(40)).any() or not _same_places(left, reached):
         raise SftError(
-            f"{path}: its documents end at {end[last].tolist()[:4]} but the parts hold {sizes[:4]} tokens, or leave gaps; "
-            "copy the dataset again or run make prepare"
+            f"{path}: its documents do not cover the {len(sizes)} parts of {sizes[:4]} tokens, each token once; copy the dataset again or run"
+            " make prepare"
         )
-    if (documents["labels"] > documents["length"]).any() or not documents["length"].all():
-        raise SftError(f"{path}: has an empty document or more labels than tokens; run make prepare again")
+    if (documents["labels"] > documents["length"]).any():
+        raise SftError(f"{path}: has a document with more labels than tokens; run make prepare again")
+
+
+def _same_places(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> bool:
+    """Whether both hold the same numbers, each as often: by the sum of 64-bit hashes, as sorting millions takes seconds."""
+    return len(a) == len(b) and scramble(a).sum() == scramble(b).sum()

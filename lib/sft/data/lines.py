@@ -27,6 +27,7 @@ PARTS = 5
 DEFAULT, GIVEN, OFFERED, OFFERED_TO_USER, END_OF_OFFERED, CALLED, END_OF_CALLED, END_OF_TURN = range(8)
 SHORTEST = len('{"role":"","content":""},')
 ODD = -1
+U = np.uint64  # of an index: a signed one could count from the end, which costs every access a comparison
 QUOTE, BACKSLASH, COMMA, COLON = 34, 92, 44, 58
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_LIST, CLOSE_LIST = 123, 125, 91, 93
 
@@ -62,7 +63,7 @@ class Names(NamedTuple):
 
 @compiled
 def skip_space(data, at):
-    while data[at] == 32 or data[at] == 9 or data[at] == 13:
+    while data[U(at)] == 32 or data[U(at)] == 9 or data[U(at)] == 13:
         at += 1
     return at
 
@@ -75,7 +76,7 @@ def find_name(data, begin, end, names, where):
             continue
         same = True
         for k in range(end - begin):
-            same &= data[begin + k] == names[where[i] + k]
+            same &= data[U(begin + k)] == names[U(where[i] + k)]
         if same:
             return i
     return ODD
@@ -84,8 +85,8 @@ def find_name(data, begin, end, names, where):
 @compiled
 def end_of_string(data, at):
     """The quote that ends a string without escapes and control characters; ODD when it has some."""
-    while data[at] != QUOTE:
-        if data[at] < 32 or data[at] == BACKSLASH:
+    while data[U(at)] != QUOTE:
+        if data[U(at)] < 32 or data[U(at)] == BACKSLASH:
             return ODD
         at += 1
     return at
@@ -136,11 +137,11 @@ def read_string(data, words, at, text, text_words, to):
     ones, highs = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
     quotes, slashes, spaces = ones * np.uint64(QUOTE), ones * np.uint64(BACKSLASH), ones * np.uint64(32)
     while True:
-        word = words[at]
+        word = words[U(at)]
         quote, slash = word ^ quotes, word ^ slashes
         # A byte's high bit is set where the byte is a quote, a backslash or a control character, and perhaps behind such a one.
         found = ((quote - ones) & ~quote | (slash - ones) & ~slash | (word - spaces) & ~word) & highs
-        text_words[to] = word
+        text_words[U(to)] = word
         if found == 0:
             at += WORD
             to += WORD
@@ -149,7 +150,7 @@ def read_string(data, words, at, text, text_words, to):
             found >>= np.uint64(8)
             at += 1
             to += 1
-        c = data[at]
+        c = data[U(at)]
         if c == QUOTE:
             return at + 1, to
         if c != BACKSLASH:
@@ -192,7 +193,7 @@ def read_string(data, words, at, text, text_words, to):
 def is_word(data, at, word):
     same = True
     for i in range(len(word)):
-        same &= data[at + i] == word[i]
+        same &= data[U(at + i)] == word[i]
     return same
 
 
@@ -341,7 +342,7 @@ def scan(data, words, at, stop, names, text, text_words, roles, spans):
 @compiled
 def put(out, to, source, begin, end):
     for i in range(0, end - begin, WORD):
-        out[to + i] = source[begin + i]
+        out[U(to + i)] = source[U(begin + i)]
     return to + end - begin
 
 

@@ -97,7 +97,7 @@ def choose(ranks: U64, count: int) -> I64:
         return np.empty(0, dtype=np.int64)
     copies, rest = divmod(count, len(ranks))
     everything = np.arange(len(ranks), dtype=np.int64)
-    lowest = np.argsort(ranks, kind="stable")[:rest]
+    lowest = np.argsort(ranks, kind="stable")[:rest] if rest else everything[:0]
     return np.sort(np.concatenate([np.tile(everything, copies), lowest]), kind="stable")
 
 

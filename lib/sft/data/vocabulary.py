@@ -114,7 +114,8 @@ class Vocabulary:
         self.pad_id = self.eos_id if pad is None else self._named("pad_token")[1]
         self.byte_level = self._byte_level(added)
         self.token_bytes = self._token_bytes() if self.byte_level else []
-        self.where = np.cumsum([0, *map(len, self.token_bytes)], dtype=np.uint32)
+        self.lengths = np.array(list(map(len, self.token_bytes)), dtype=np.uint16)
+        self.where = np.cumsum(self.lengths, dtype=np.uint32) - self.lengths
         self.spelled = np.frombuffer(b"".join(self.token_bytes) + bytes(WORD), dtype=np.uint8)
         self.words = np.frombuffer(b"".join(token[:WORD].ljust(WORD, b"\0") for token in self.token_bytes), dtype="<u8")
         unknown = self.json["model"].get("unk_token")
@@ -199,9 +200,9 @@ class Vocabulary:
             ids, np.empty(len(ids), dtype=np.uint32), np.empty(documents + 1, dtype=np.int64), *np.empty((3, documents), dtype=np.int64),
             *np.empty((2, documents), dtype=np.uint32),
         )  # fmt: skip
-        followed = walk(
-            ids, self.words, self.where, self.spelled, np.uint32(self.first_special), self.is_special, np.uint32(self.eos_id),
-            text, words_of(text), first, edges,
+        followed = (not len(ids) or int(ids.max()) < self.size) and walk(
+            ids, self.words, self.lengths, self.where, words_of(self.spelled), np.uint32(self.first_special), self.is_special,
+            np.uint32(self.eos_id), words_of(text), first, edges,
             made.tokens, made.offsets, made.labels, made.specials, made.straddled, made.last, made.eoses,
         )  # fmt: skip
         return made if followed else None
