@@ -56,6 +56,7 @@ from sft.data.chunks import without_gc
 from sft.data.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
+from sft.manifest import hash_file
 from sft.schema import Prepare, Source
 
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
@@ -246,7 +247,7 @@ def ours(folder: Path, work: Path, file: Path, cores: int) -> Counts:
     out.mkdir(parents=True)
     table = table_for(file.name)
     stage: Any = SimpleNamespace(
-        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache",
+        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache", sha256=hash_file,
         find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, say=lambda text: print("    " + text),
     )  # fmt: skip
     m = prepare(stage).metrics
@@ -295,8 +296,8 @@ def compare(
             rounds.setdefault("ours", []).append(ours(folder, Path(work) / str(number), file, cores))
             shutil.rmtree(Path(work) / str(number))
     for name, each in rounds.items():
-        tokens_, labels, clocks, cpus = zip(*each, strict=True)
-        found[name] = (tokens_[0], labels[0], statistics.median(clocks), statistics.median(cpus))
+        clock, cpu = (statistics.median(counts[which] for counts in each) for which in (2, 3))
+        found[name] = (*each[0][:2], clock, cpu)
     result: dict[str, Any] = {"tokens": found["ours"][0]}
     for label, which in (("clock", 2), ("cpu_time", 3)):
         speeds = {method: counts[0] / counts[which] for method, counts in found.items()}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from conftest import REPO
-from sft import paths, schema
+from sft import manifest, paths, schema
 from sft.schema import Prepare, Source
 
 TOKENIZER = "smoke/tokenizer"
@@ -25,6 +25,7 @@ def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", 
     return SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
         find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), say=said.append, said=said,
+        sha256=manifest.hash_file,
     )  # fmt: skip
 
 

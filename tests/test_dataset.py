@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import itertools
 from pathlib import Path
 
@@ -125,3 +126,45 @@ def test_an_empty_dataset_opens_and_has_no_documents(tmp_path: Path):
     DatasetWriter(tmp_path, vocab_size=1000).close()
     assert len(Dataset.open(tmp_path)) == 0
     assert np.load(tmp_path / "documents.npy").dtype == DOCUMENT
+
+
+def test_documents_may_be_numbered_otherwise_than_they_lie(tmp_path: Path):
+    ids, mask, lengths = documents(80)
+    order = np.random.default_rng(1).permutation(80)
+    with DatasetWriter(tmp_path / "a", vocab_size=1000, part_tokens=300, order=order) as writer:
+        writer.add(ids, mask, lengths, np.arange(80) % 7)
+    with DatasetWriter(tmp_path / "b", vocab_size=1000, part_tokens=300) as writer:
+        writer.add(ids, mask, lengths, np.arange(80) % 7)
+    numbered, plain = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
+    for number, place in enumerate(order):
+        assert [x.tolist() for x in numbered[number]] == [x.tolist() for x in plain[int(place)]]
+    assert numbered.documents["source"].tolist() == (order % 7).tolist()
+    for name in {p.name for p in (tmp_path / "b").iterdir()} - {"documents.npy"}:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert writer.hashes[name] == hashlib.sha256((tmp_path / "b" / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("fault", ["overlap", "gap", "twice", "another part", "beyond", "empty"])
+def test_documents_that_do_not_tile_the_parts_are_refused(tmp_path: Path, fault: str):
+    with DatasetWriter(tmp_path, vocab_size=1000, part_tokens=200) as writer:
+        writer.add(*documents(50))
+    rows = np.load(tmp_path / "documents.npy")
+    if fault == "overlap":
+        rows["start"][3] -= 1
+    elif fault == "gap":
+        rows["length"][3] -= 1
+    elif fault == "twice":
+        rows[3] = rows[4]
+    elif fault == "another part":
+        rows["part"][3] = 1 if rows["part"][3] == 0 else 0
+    elif fault == "beyond":
+        rows["part"][3] = 99
+    else:
+        rows = np.append(rows, rows[3:4])
+        rows["length"][-1] = 0
+    np.save(tmp_path / "documents.npy", rows)
+    with pytest.raises(SftError, match=r"documents\.npy: its documents do not cover"):
+        Dataset.open(tmp_path)
+    np.save(tmp_path / "documents.npy", np.random.default_rng(0).permutation(rows))
+    with pytest.raises(SftError, match="do not cover"):
+        Dataset.open(tmp_path)

@@ -125,3 +125,14 @@ def test_the_hash_cache_rereads_a_file_whose_signature_changed(tmp_path):
     assert again.sha256(file) == manifest.hash_file(file) != first
     (tmp_path / "cache/hashes.json").write_text(json.dumps({str(file): "junk"}))
     assert HashCache(tmp_path / "cache").sha256(file) == manifest.hash_file(file)
+
+
+def test_what_was_hashed_on_its_way_to_the_disk_is_not_read_again(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a").write_bytes(b"abc")
+    (tmp_path / "data" / "b").write_bytes(b"abc")
+    read: list[str] = []
+    plain = manifest.hash_file
+    monkeypatch.setattr(manifest, "hash_file", lambda file: read.append(file.name) or plain(file))
+    known = manifest.describe(tmp_path, ["data"], {"data/a": plain(tmp_path / "data" / "a")})
+    assert known == manifest.describe(tmp_path, ["data"]) and sorted(read) == ["a", "b", "b"]

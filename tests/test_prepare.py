@@ -87,8 +87,8 @@ def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
     tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
     ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
     found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)
-    both, lengths, puts = np.array([1, 0]), np.array([3, 3]), np.array([3, 0])
-    gather(tokens, both, np.array([0, 3]), lengths, puts, np.uint32(9), ids, mask, *found)
+    starts, lengths, puts = np.array([100, 103]), np.array([3, 3]), np.array([3, 0])
+    gather(tokens, 100, 0, 2, starts, lengths, puts, np.uint32(9), ids, mask, *found)
     assert ids.tolist() == [1, 2, 9, 1, 2, 9] and mask.tolist() == [False, True, False, False, True, True]
     assert [f.tolist() for f in found] == [[2, 1], [False, False], [9, 2], [(1 << 31) + 1] * 2]
     check.add(check.look(lengths, *found))
@@ -394,9 +394,10 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         write_rows(tmp_path / f"{times}.jsonl", rows * times)
         code = (
             f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
-            "from pathlib import Path; import preparing as t; from sft.data import materialise, prepare, sources\n"
+            "from pathlib import Path; import preparing as t; from sft.data import bulk, materialise, prepare, sources\n"
             "from sft.data.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
-            "sources.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = 1 << 18; materialise.OPEN_FILES = 2\n"
+            "sources.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = materialise.READ_TOKENS = 1 << 16\n"
+            "bulk.BUFFER = 1 << 16; materialise.OPEN_FILES = 2\n"
             f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
             "prepare.prepare(s)\n"
             "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"  # since exec

@@ -22,7 +22,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -53,6 +53,8 @@ class Result:
 
     outputs: Sequence[str]
     metrics: dict[str, Any] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """sha256 of those files of the outputs that were hashed on their way to the disk; the others are read again for it."""
 
 
 class Stage:
@@ -86,6 +88,10 @@ class Stage:
     def find(self, path: str, what: str = "") -> Path:
         """A recipe's relative path under the DATA roots or recipes/. Raises SftError."""
         return paths.find(self.place.roots, path, f"{self.recipe.file}: {what or self.name}")
+
+    def sha256(self, file: Path) -> str:
+        """sha256 (hex) of an input, read again only where it is another file than when it was last hashed."""
+        return self._hashes.sha256(file)
 
     def folder(self, upstream: str) -> Path:
         """The published folder of an earlier stage, every byte verified once. Raises SftError naming what is wrong."""
@@ -186,7 +192,7 @@ class Stage:
     def publish(self, in_place: bool) -> None:
         """Hashes the outputs, flushes them to disk, writes the manifest last and renames the folder into place."""
         assert self.result is not None
-        outputs = manifest.describe(self.out, self.result.outputs)
+        outputs = manifest.describe(self.out, self.result.outputs, self.result.hashes)
         if not in_place:
             _keep_only(self.out, {e["path"] for e in outputs})
         _flush(self.out, [e["path"] for e in outputs])
@@ -218,7 +224,7 @@ class Stage:
                 self.out.mkdir(exist_ok=True)
                 self.result = body(self)
                 shutil.rmtree(shared, ignore_errors=True)
-                outputs = manifest.describe(self.out, self.result.outputs)
+                outputs = manifest.describe(self.out, self.result.outputs, self.result.hashes)
                 _keep_only(self.out, {e["path"] for e in outputs})
                 _flush(self.out, [e["path"] for e in outputs])
                 record = {"schema": manifest.SCHEMA, "stage": self.name, "run": "", "key": self.key, "config": self.config,
@@ -229,8 +235,9 @@ class Stage:
                 self.say(f"the same result is in {shared}: linked, not made again")
             made = manifest.load(shared / manifest.NAME)
             self.out = work
-            _link_tree(shared, work, [e["path"] for e in made["outputs"]])
-        self.result = Result([e["path"] for e in made["outputs"]], made["metrics"])
+            hashes = {e["path"]: e["sha256"] for e in made["outputs"]}  # of what was whole a moment ago
+            linked = _link_tree(shared, work, list(hashes))
+        self.result = Result(list(hashes), made["metrics"], {name: hashes[name] for name in linked})
 
 
 @contextlib.contextmanager
@@ -377,12 +384,16 @@ def _flush(folder: Path, files: Sequence[str]) -> None:
         manifest.sync_folder(parent)
 
 
-def _link_tree(source: Path, target: Path, files: Sequence[str]) -> None:
+def _link_tree(source: Path, target: Path, files: Sequence[str]) -> list[str]:
+    """Hard links, or copies on another file system or one without links. Returns the names of those that are links."""
+    linked = []
     for name in files:
         to = target / name
         to.parent.mkdir(parents=True, exist_ok=True)
         to.unlink(missing_ok=True)
         try:
             os.link(source / name, to)
-        except OSError:  # another file system, or one without hard links
+            linked.append(name)
+        except OSError:
             shutil.copyfile(source / name, to)
+    return linked

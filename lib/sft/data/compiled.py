@@ -115,14 +115,15 @@ def walk(
 
 
 @compiled
-def gather(tokens, begin, end, starts, lengths, puts, eos, ids, mask, labels, first_trained, last, eoses):
-    """Copies documents begin … end - 1, at `starts` in a file's tokens, to `puts` in ids and mask, and looks at each.
+def gather(tokens, base, begin, end, starts, lengths, puts, eos, ids, mask, labels, first_trained, last, eoses):
+    """Copies documents begin … end - 1, at `starts` in a file, whose tokens from `base` on these are, to `puts` in ids and mask, and looks
+    at each.
 
     Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often `eos` stands in it, plus TRAINED
     when it is the last token.
     """
     for document in range(begin, end):
-        start, put, length = starts[document], puts[document], lengths[document]
+        start, put, length = starts[document] - base, puts[document], lengths[document]
         from_here, ids_here, mask_here = (
             tokens[start : start + length],
             ids[put : put + length],

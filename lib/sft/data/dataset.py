@@ -11,23 +11,24 @@ Out: a folder that OLMo-core's readers accept, and one file more that says where
 Documents that have EOS inside (boundaries = "index") go to indexed_ids_part_0000.npy and indexed_mask_part_0000.npy, without
 a csv.gz: OLMo-core looks for EOS to find documents and would take them apart, so it must not find these files by its names.
 
-A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed;
+A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed (sft.data.bulk);
 documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the documents alone.
 """
 
 from __future__ import annotations
 
 import gzip
-import os
+import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sft.data.bulk import BulkFile
 from sft.data.compiled import DIGITS, write_bounds
 from sft.data.mix import scramble
 from sft.errors import SftError
@@ -75,23 +76,6 @@ def bounds_name(part: int) -> str:
     return f"token_ids_part_{part:04d}.csv.gz"
 
 
-def _create(path: Path) -> IO[bytes]:
-    """Opens the temporary file that `_publish` renames to `path`."""
-    return _temporary(path).open("wb")
-
-
-def _publish(file: IO[bytes], path: Path) -> None:
-    """Makes a temporary file durable and gives it its name."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    _temporary(path).replace(path)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + ".partial")
-
-
 @dataclass(frozen=True)
 class Looked:
     """Documents with which nothing is wrong, one after another, and their DOCUMENT records, less the place."""
@@ -123,8 +107,10 @@ class DatasetWriter:
         self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array a call
         self._part, self._part_used = -1, 0
         self._part_rows: list[NDArray[Any]] = []
-        self._ids: IO[bytes] | None = None
-        self._mask: IO[bytes] | None = None
+        self._ids: BulkFile | None = None
+        self._mask: BulkFile | None = None
+        self.hashes: dict[str, str] = {}
+        """sha256 of each finished file, by its name."""
 
     def add(self, ids: ArrayLike, mask: ArrayLike, lengths: ArrayLike, source: int | ArrayLike = 0) -> None:
         """Appends documents: `ids` and `mask` hold them one after another, `lengths` says where each ends.
@@ -187,8 +173,8 @@ class DatasetWriter:
         self, ids: NDArray[Any], mask: NDArray[Any], rows: NDArray[Any], start: int, end: int, which: slice
     ) -> None:
         assert self._ids is not None and self._mask is not None
-        self._ids.write(ids[start:end].data.cast("B"))
-        self._mask.write(mask[start:end].data.cast("B"))
+        self._ids.write(ids[start:end])
+        self._mask.write(mask[start:end])
         part = rows[which]
         lengths = part["length"].astype(np.int64)
         part["part"], part["start"] = self._part, self._part_used + np.cumsum(lengths) - lengths
@@ -204,57 +190,59 @@ class DatasetWriter:
         self._part, self._part_used = self._part + 1, 0
         if self._part >= MAX_PARTS:
             raise SftError(f"{self.folder}: more than {MAX_PARTS} parts of {self.part_tokens} tokens; use larger parts")
-        self._ids = _create(self._ids_path())
-        self._mask = _create(self._mask_path())
-
-    def _ids_path(self) -> Path:
-        return self.folder / ids_name(self._part, self.boundaries)
-
-    def _mask_path(self) -> Path:
-        return self.folder / mask_name(self._part, self.boundaries)
+        self._ids = BulkFile(self.folder / ids_name(self._part, self.boundaries))
+        self._mask = BulkFile(self.folder / mask_name(self._part, self.boundaries))
 
     def _finish_part(self) -> None:
         if self._ids is None or self._mask is None:
             return
-        with ThreadPoolExecutor(2) as pool:  # the disk works on both files while the csv is made
-            published = [
-                pool.submit(_publish, self._ids, self._ids_path()), pool.submit(_publish, self._mask, self._mask_path())
-            ]  # fmt: skip
+        with ThreadPoolExecutor(2) as pool:  # the disk works on both while the csv is made
+            closed = [pool.submit(self._finish, self._ids), pool.submit(self._finish, self._mask)]
+            self._ids = self._mask = None
             if self.boundaries == "eos":
-                self._write_bounds(self.folder / bounds_name(self._part))
-            for file in published:
+                bounds = BulkFile(self.folder / bounds_name(self._part))
+                bounds.write(self._bounds())
+                self._finish(bounds)
+            for file in closed:
                 file.result()
-        self._ids = self._mask = None
         self._part_rows = []
 
-    def _write_bounds(self, path: Path) -> None:
-        raw = _create(path)
+    def _finish(self, file: BulkFile) -> None:
+        self.hashes[file.path.name] = file.close()
+
+    def _bounds(self) -> bytes:
+        """The csv.gz of this part."""
+        packed = io.BytesIO()
         # No name and no time in the gzip header: the same documents give the same bytes.
-        with gzip.GzipFile(filename="", mode="wb", fileobj=raw, compresslevel=1, mtime=0) as packed:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as file:
             for rows in self._part_rows:
                 text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
-                packed.write(text[: write_bounds(rows["start"], rows["length"], text)])
-        _publish(raw, path)
+                file.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
+        return packed.getvalue()
 
     def close(self) -> None:
         """Finishes the last part and writes documents.npy, which makes the folder a dataset."""
         self._finish_part()
-        path = self.folder / "documents.npy"
-        file = _create(path)
-        header = {"descr": np.lib.format.dtype_to_descr(DOCUMENT), "fortran_order": False, "shape": (self.documents,)}
-        np.lib.format.write_array_header_1_0(file, header)
+        file = BulkFile(self.folder / "documents.npy")
+        header = io.BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(DOCUMENT),
+            "fortran_order": False,
+            "shape": (self.documents,),
+        }
+        np.lib.format.write_array_header_1_0(header, described)
+        file.write(header.getvalue())
         rows = np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows])
-        (rows if self.order is None else np.take(rows, self.order)).tofile(file)
-        _publish(file, path)
+        file.write(rows if self.order is None else np.take(rows, self.order))
+        self._finish(file)
         sync_folder(self.folder)
         self._rows = []
 
     def abort(self) -> None:
         """Removes the temporary files of an unfinished part; finished parts stay for the caller to judge."""
-        for part_file, path in ((self._ids, self._ids_path()), (self._mask, self._mask_path())):
-            if part_file is not None:
-                part_file.close()
-                _temporary(path).unlink(missing_ok=True)
+        for file in (self._ids, self._mask):
+            if file is not None:
+                file.abort()
         self._ids = self._mask = None
 
     def __enter__(self) -> Self:

@@ -4,7 +4,7 @@ In: files of the token cache, and for every document which file it is in, where,
 Out: the dataset's parts through `DatasetWriter`. Documents are numbered in the order that they are given in, which is random, but
 lie in the parts as they lie in the files of the cache, one file after another: reading and writing go forwards, whatever the size. The
 files follow each other in the order of their first documents, so that the sources are mixed inside each part. Memory: a few blocks of
-tokens, and what the system keeps of mapped files.
+tokens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import functools
 import itertools
 import shutil
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,15 @@ from sft.data.chunks import Progress, naming
 from sft.data.compiled import gather
 from sft.data.dataset import DatasetWriter, Looked, token_dtype
 from sft.data.describe import Check, Seen
-from sft.data.tokencache import Summary, Tokens
+from sft.data.tokencache import TokenFile
 from sft.errors import SftError
 
-Halves = tuple[NDArray[np.uint32], NDArray[np.bool_]]
-"""Ids and mask of a block."""
+Memory = tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.uint32]]
+"""Ids and mask of a block, and room for what is read."""
 BLOCK_TOKENS = 1 << 19  # documents are gathered and written this many tokens at a time
-OPEN_FILES = 256
+READ_TOKENS = 1 << 19  # and read so
+GAP_TOKENS = 1 << 14  # to read what nobody wants is faster than to begin another read
+OPEN_FILES = 64
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class Documents:
 def materialise(
     folder: Path,
     vocab_size: int,
-    files: Sequence[tuple[Path, Summary]],
+    files: Sequence[Path],
     documents: Documents,
     check: Check,
     progress: Progress,
     threads: int,
-) -> dict[str, int]:
-    """Threads gather and check the next blocks while one is written. Returns what was written."""
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Threads gather and check the next blocks while one is written. Returns what was written, and the sha256 of each file by name."""
     order = by_place(documents)
     file, start, length = documents.file[order], documents.start[order], documents.length[order]
     source = documents.source[order]
@@ -67,38 +69,39 @@ def materialise(
     cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
     spans = list(itertools.pairwise(np.unique(np.concatenate([[0], cuts, [len(length)]])).tolist()))
     largest = max(int(ends[b - 1] - ends[a] + length[a]) for a, b in spans)
-    opened = functools.lru_cache(OPEN_FILES)(lambda number: Tokens.open(*files[number]).tokens)
-    # Blocks are used again: memory that the system has to find and clear for each would take longer than all else.
-    free_blocks: SimpleQueue[Halves] = SimpleQueue()
+    opened = functools.lru_cache(OPEN_FILES)(lambda number: TokenFile(files[number]))
+    # Memory is used again: what the system has to find and clear for each block would take longer than all else.
+    unused: SimpleQueue[Memory] = SimpleQueue()
     for _ in range(threads + 2):
-        free_blocks.put((np.empty(largest, dtype=np.uint32), np.empty(largest, dtype=np.bool_)))
+        room = np.empty(max(READ_TOKENS, int(length.max())), dtype=np.uint32)
+        unused.put((np.empty(largest, dtype=np.uint32), np.empty(largest, dtype=np.bool_), room))
 
-    def block(span: tuple[int, int]) -> tuple[Seen, Looked, Halves]:
+    def block(span: tuple[int, int]) -> tuple[Seen, Looked, Memory]:
         here = slice(*span)
         lengths, count = length[here], span[1] - span[0]
-        halves, total = free_blocks.get(), int(lengths.sum())
-        ids, mask = halves[0][:total], halves[1][:total]
+        memory, total = unused.get(), int(lengths.sum())
+        ids, mask, room = memory[0][:total], memory[1][:total], memory[2]
         found = (np.empty(count, np.int64), np.empty(count, np.bool_), *np.empty((2, count), np.uint32))
         puts, eos = np.cumsum(lengths) - lengths, np.uint32(check.identity["eos_id"])
-        edges = [0, *(np.flatnonzero(np.diff(file[here])) + 1).tolist(), count]
-        for first, stop in itertools.pairwise(edges):
-            tokens = opened(int(file[span[0] + first]))
-            gather(tokens, first, stop, start[here], lengths, puts, eos, ids, mask, *found)
+        for first, stop in reads(file[here], start[here], lengths):
+            base, end = int(start[span[0] + first]), int(start[span[0] + stop - 1] + lengths[stop - 1])
+            tokens = opened(int(file[span[0] + first])).tokens(base, end, room)
+            gather(tokens, base, first, stop, start[here], lengths, puts, eos, ids, mask, *found)
         looked = writer.look(ids, mask, lengths, source[here], found[0], span[0])
-        return check.look(lengths, *found), looked, halves
+        return check.look(lengths, *found), looked, memory
 
     writer = DatasetWriter(folder, vocab_size, boundaries=check.identity["boundaries"], order=inverse(order))
     with naming(folder, needed), ThreadPoolExecutor(threads) as ahead, writer:
         left = iter(spans)
         coming = deque(ahead.submit(block, span) for span in itertools.islice(left, threads + 1))
         while coming:
-            seen, looked, halves = coming.popleft().result()
+            seen, looked, memory = coming.popleft().result()
             coming.extend(ahead.submit(block, span) for span in itertools.islice(left, 1))
             check.add(seen)
             writer.append(looked)
-            free_blocks.put(halves)
+            unused.put(memory)
             progress.add(seen.tokens, seen.tokens)
-    return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
+    return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}, writer.hashes
 
 
 def by_place(documents: Documents) -> NDArray[np.int64]:
@@ -114,6 +117,18 @@ def by_place(documents: Documents) -> NDArray[np.int64]:
     here = np.arange(len(order))
     copy = here - np.maximum.accumulate(np.where(again, 0, here))
     return order[np.argsort(copy, kind="stable")]
+
+
+def reads(file: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Documents [first, stop) that one read brings: near each other, forwards in one file, and READ_TOKENS at most or one document."""
+    end = start + length
+    apart = np.diff(file) != 0
+    apart |= (start[1:] < end[:-1]) | (start[1:] - end[:-1] > GAP_TOKENS)
+    for first, stop in itertools.pairwise([0, *(np.flatnonzero(apart) + 1).tolist(), len(file)]):
+        while first < stop:
+            most = int(np.searchsorted(end[first:stop], start[first] + READ_TOKENS, side="right"))
+            yield first, first + max(1, most)
+            first += max(1, most)
 
 
 def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:

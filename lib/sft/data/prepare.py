@@ -35,7 +35,7 @@ from sft.data.interop import olmo_core_obstacle
 from sft.data.materialise import Documents, materialise
 from sft.data.mix import Pool, Selection, mix
 from sft.data.shards import Shard, digest
-from sft.data.tokencache import TEMPORARY, Summary, Tokens, is_intact, read_summary, trim, use
+from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.errors import SftError
 from sft.schema import Source
 from sft.storage import hub
@@ -82,16 +82,13 @@ class Preparation:
         self.say = stage.say
         self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
-        hashes: dict[Path, str] = {}
-
-        def sha256(file: Path) -> str:
-            return hashes[file] if file in hashes else hashes.setdefault(file, manifest.hash_file(file))
-
         self.encoded_tokens = 0
         self.seconds = {"hash": 0.0, "start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
         self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
         with self.timed("hash"):
-            self.inputs = [sources.resolve(s, stage.find, stage.cache, sha256, self.say) for s in self.table.sources]
+            self.inputs = [
+                sources.resolve(s, stage.find, stage.cache, stage.sha256, self.say) for s in self.table.sources
+            ]
         self.encode_key = digest(self._encoding())
         self.cache = stage.cache / "tokens" / self.encode_key
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -103,6 +100,7 @@ class Preparation:
         self.summaries: dict[str, Summary] = {}
         self.canaries_agreed = 0
         self.checks: dict[str, dict[str, int]] = {}
+        self.hashes: dict[str, str] = {}  # sha256 of the files of the splits
 
     def _encoding(self) -> dict[str, Any]:
         """Everything but the rows that decides tokens and masks. New options count unless named as the mix's own."""
@@ -240,7 +238,7 @@ class Preparation:
             if summary is None:
                 raise SftError(f"{self.cache / job.name}: the token cache lost this file; next: run it again")
             self.summaries[job.name] = summary
-            index = np.array(Tokens.open(self.cache / job.name, summary).index)
+            index = read_index(self.cache / job.name, summary)
             lengths = index["length"].astype(np.int64)
             parts.append(index)
             chunk.append(np.full(len(index), position, dtype=np.uint32))
@@ -290,7 +288,7 @@ class Preparation:
     # --- writing --------------------------------------------------------------------------------------------------
 
     def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex]) -> dict[str, int]:
-        """Writes the chosen documents into stage.out/name in their order. Memory: one block of tokens."""
+        """Writes the chosen documents into stage.out/name, numbered in their order."""
         folder = self.stage.out / name
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
         offsets = np.cumsum([0, *(len(jobs) for jobs in self.jobs_of)])
@@ -303,11 +301,12 @@ class Preparation:
             start[here], length[here] = source.start[index], source.pool.lengths[index]
         check = describe.Check(f"[prepare] {name}", self.encoder.identity)
         progress = Progress(self.say, f"writing {name}", int(length.sum()))
-        files = [(self.cache / job.name, self.summaries[job.name]) for job in jobs]
+        files = [self.cache / job.name for job in jobs]
         documents = Documents(chunk, start, length, chosen.source)
-        written = materialise(
+        written, hashes = materialise(
             folder, self.encoder.identity["vocab_size"], files, documents, check, progress, self.threads
         )
+        self.hashes |= {f"{name}/{file}": sha256 for file, sha256 in hashes.items()}
         self.checks[name] = check.finish()
         return written
 
@@ -448,7 +447,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         metrics["tokenizer_commit"] = work.tokenizer.name
     metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
     metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("hash", "encode", "mix", "write")}
-    return Result([*splits, *files, *lists], metrics)
+    return Result([*splits, *files, *lists], metrics, work.hashes)
 
 
 def resolve_tokenizer(path: str, stage: Stage) -> Path:

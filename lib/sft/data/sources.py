@@ -41,6 +41,8 @@ except ImportError:
 CHUNK_BYTES = 8 << 20
 """Input bytes in a chunk of a large file: the unit of work of a worker and of what a kill -9 can lose."""
 MIN_CHUNK_BYTES = 1 << 20
+CHUNKS = 64
+"""Chunks of a smaller file, at most: enough for many workers, and few of them idle while the last ones are encoded."""
 BATCH_BYTES = 4 << 20
 """Input bytes that a worker has as Python objects at a time. What a batch costs however small it is weighs more than caches:
 4 MiB take a tenth less time than 1 MiB."""
@@ -236,7 +238,7 @@ def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, P
 def cut(file: InputFile) -> list[Chunk]:
     """The chunks of a file, decided by its content alone."""
     if file.kind == "jsonl":
-        size = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, file.bytes // 16))
+        size = max(MIN_CHUNK_BYTES, min(CHUNK_BYTES, file.bytes // CHUNKS))
         starts = range(0, file.bytes, size)
         return [
             Chunk(file, i, s, min(s + size, file.bytes), min(s + size, file.bytes) - s) for i, s in enumerate(starts)

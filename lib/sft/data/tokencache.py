@@ -15,7 +15,7 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import numpy as np
@@ -130,32 +130,52 @@ def read_summary(path: Path) -> Summary | None:
     return summary if whole == size else None
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A chunk's file, mapped: ids with the bit TRAINED, and INDEX records."""
+class TokenFile:
+    """Reads ranges of a chunk's file. Raises SftError for a file that is gone or too short."""
 
-    tokens: NDArray[np.uint32]
-    index: NDArray[Any]
-
-    @classmethod
-    def open(cls, path: Path, summary: Summary) -> Tokens:
-        n, d = summary.tokens, summary.documents
-        if not d:
-            return cls(np.empty(0, np.uint32), np.empty(0, INDEX))
+    def __init__(self, path: Path) -> None:
         try:
-            raw = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)  # slicing a memmap is slow
-        except (OSError, ValueError) as e:
+            self._file = path.open("rb", buffering=0)
+        except OSError as e:
             raise SftError(f"{path}: the token cache lost this file ({e}); next: run it again") from None
-        return cls(raw[: 4 * n].view("<u4"), raw[4 * n : 4 * n + d * INDEX.itemsize].view(INDEX))
+
+    def tokens(self, first: int, stop: int, room: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Tokens [first, stop): ids with the bit TRAINED, in `room` until it is used again."""
+        found = room[: stop - first]
+        self.read(4 * first, found)
+        return found
+
+    def read(self, start: int, into: NDArray[Any]) -> None:
+        raw, have = into.view(np.uint8), 0
+        while more := os.preadv(self._file.fileno(), [raw[have:].data], start + have) if have < len(raw) else 0:
+            have += more
+        if have < len(raw):
+            raise SftError(f"{self._file.name}: the token cache's file ends too soon; next: run it again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def read_index(path: Path, summary: Summary) -> NDArray[Any]:
+    """The INDEX records of a file."""
+    index = np.empty(summary.documents, dtype=INDEX)
+    with TokenFile(path) as file:
+        file.read(4 * summary.tokens, index)
+    return index
 
 
 def is_intact(path: Path, summary: Summary) -> bool:
     """Reads the whole file: crc32c speaks for the index, its digests for the tokens."""
-    made = Tokens.open(path, summary)
-    if google_crc32c.value(made.index.tobytes()) != summary.crc:
+    index = read_index(path, summary)
+    if google_crc32c.value(index.tobytes()) != summary.crc:
         return False
-    ends = np.cumsum(made.index["length"], dtype=np.int64)
-    return np.array_equal(_digests(made.tokens.data.cast("B"), ends), made.index["digest"])
+    ends = np.cumsum(index["length"], dtype=np.int64)
+    with TokenFile(path) as file:
+        tokens = file.tokens(0, summary.tokens, np.empty(summary.tokens, dtype=np.uint32))
+    return np.array_equal(_digests(tokens.data.cast("B"), ends), index["digest"])
 
 
 def use(files: Iterable[Path]) -> None:

@@ -1,0 +1,117 @@
+"""Large files that are written once, from front to back: past the system's page cache, and hashed on their way.
+
+In: bytes, in any pieces. Out: the file under its name when all of it is on the disk, and its sha256.
+
+What a stage publishes is synced first, so the disk is waited for in any case; a copy in the page cache would take memory from what
+is read again, and the processor's time (most in virtual machines, which get each new page from their host). Threads write and
+hash while the caller makes the next bytes, so that nobody has to read a file again for its hash. Where a file system refuses
+O_DIRECT, or the system has none, the same bytes go through the page cache.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+BUFFER = 4 << 20
+BUFFERS = 3  # one is filled, one is written, one waits
+BLOCK = 4096  # O_DIRECT wants places, lengths and addresses that are multiples of this
+DIRECT = getattr(os, "O_DIRECT", 0)
+
+_free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+"""Buffers of finished files: new memory would have to be found and cleared."""
+
+
+class BulkFile:
+    """Writes `path` under a temporary name until `close`. Errors of a thread (a full disk) are raised by the next call."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.temporary = path, path.with_name(path.name + ".partial")
+        self.temporary.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        try:
+            self._file = os.open(self.temporary, flags | DIRECT, 0o644)
+        except OSError:  # not every file system has it; any other reason is met again
+            self.temporary.unlink(missing_ok=True)
+            self._file = os.open(self.temporary, flags, 0o644)
+        self._direct = bool(fcntl.fcntl(self._file, fcntl.F_GETFL) & DIRECT)
+        self._sha256 = hashlib.sha256()
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("write", "hash")]
+        self._buffers = [_buffer() for _ in range(BUFFERS)]
+        self._busy: list[list[Future[None]]] = [[] for _ in range(BUFFERS)]  # what still reads each of them
+        self._now = self._used = 0
+
+    def write(self, data: bytes | NDArray[Any]) -> None:
+        """Appends bytes, or those of an array without gaps."""
+        raw, at = np.frombuffer(data, dtype=np.uint8), 0
+        while at < len(raw):
+            take = min(BUFFER - self._used, len(raw) - at)
+            self._buffers[self._now][self._used : self._used + take] = raw[at : at + take]
+            at, self._used = at + take, self._used + take
+            if self._used == BUFFER:
+                self._hand_over()
+
+    def _hand_over(self) -> None:
+        full = self._buffers[self._now][: self._used]
+        writing, hashing = self._threads
+        self._busy[self._now] = [writing.submit(self._put, full), hashing.submit(self._sha256.update, full.data)]
+        self._now, self._used = (self._now + 1) % BUFFERS, 0
+        self._wait(self._now)
+
+    def _wait(self, buffer: int) -> None:
+        for done in self._busy[buffer]:
+            done.result()
+
+    def _put(self, data: NDArray[np.uint8]) -> None:
+        while len(data):
+            whole = len(data) - len(data) % BLOCK if self._direct else len(data)
+            if not whole:  # the last bytes
+                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~DIRECT)
+                self._direct = False
+                continue
+            data = data[os.write(self._file, data[:whole].data) :]
+
+    def close(self) -> str:
+        """Makes the file durable, gives it its name and returns its sha256 (hex)."""
+        try:
+            self._hand_over()
+            for buffer in range(BUFFERS):
+                self._wait(buffer)
+            os.fsync(self._file)
+        except BaseException:
+            self.abort()
+            raise
+        self._end()
+        self.temporary.replace(self.path)
+        return self._sha256.hexdigest()
+
+    def abort(self) -> None:
+        """Leaves nothing behind. May be called again."""
+        self._end()
+        self.temporary.unlink(missing_ok=True)
+
+    def _end(self) -> None:
+        if self._file < 0:
+            return
+        for thread in self._threads:
+            thread.shutdown(cancel_futures=True)
+        os.close(self._file)
+        self._file = -1
+        for buffer in self._buffers:
+            _free.put(buffer)
+
+
+def _buffer() -> NDArray[np.uint8]:
+    try:
+        return _free.get_nowait()
+    except Empty:
+        return np.frombuffer(mmap.mmap(-1, BUFFER), dtype=np.uint8)

@@ -1,0 +1,121 @@
+"""sft.data.compiled: following ids through their text says what a slow reading of the rules says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft.data.compiled import DIGITS, TRAINED, WORD, walk, words_of, write_bounds
+
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 23, 24, 25, 40]
+SPECIAL, EOS = len(LENGTHS), len(LENGTHS) + 1
+BYTES = [bytes((7 * i + k) % 251 for k in range(n)) for i, n in enumerate(LENGTHS)] + [b"<|special|>", b"<|end|>"]
+SIZES = np.array(list(map(len, BYTES)), dtype=np.uint16)
+WORDS = np.frombuffer(b"".join(token[:WORD].ljust(WORD, b"\0") for token in BYTES), dtype="<u8")
+SPELLED = np.frombuffer(bytearray(b"".join(BYTES) + bytes(WORD)), dtype=np.uint8)
+IS_SPECIAL = np.array([False] * len(LENGTHS) + [True, True])
+
+
+def follow(ids: list[int], text: bytes, documents: list[list[int]]) -> tuple[bool, dict[str, list[int]]]:
+    """`documents`: where the runs of each end in the text."""
+    first = np.cumsum([0, *map(len, documents)])
+    names = ("tokens", "offsets", "labels", "specials", "straddled", "last", "eoses")
+    n, d = len(ids), len(documents)
+    out: list[Any] = [
+        np.zeros(n, np.uint32), np.zeros(d + 1, np.int64), *np.zeros((3, d), np.int64), *np.zeros((2, d), np.uint32)
+    ]  # fmt: skip
+    padded = np.frombuffer(bytearray(text) + bytes(WORD), dtype=np.uint8)
+    right = walk(
+        np.array(ids, dtype=np.uint32), WORDS, SIZES, (np.cumsum(SIZES) - SIZES).astype(np.uint32), words_of(SPELLED),
+        np.uint32(SPECIAL), IS_SPECIAL, np.uint32(EOS), words_of(padded), first, np.array([edge for edges in documents for edge in edges]), *out,
+    )  # fmt: skip
+    return bool(right), {name: array.tolist() for name, array in zip(names, out, strict=True)}
+
+
+def slowly(ids: list[int], documents: list[list[int]]) -> dict[str, list[int]]:
+    """The rules: a token is trained when all its bytes lie in one odd run, and it is not the first of its document."""
+    made: dict[str, list[int]] = {
+        name: [] for name in ("tokens", "offsets", "labels", "specials", "straddled", "last", "eoses")
+    }
+    at = token = 0
+    for edges in documents:
+        made["offsets"].append(token)
+        begins, trained, inside = [0, *edges[:-1]], [], 0
+        begins[0] = at
+        start = token
+        while at < edges[-1]:
+            number, end = ids[token], at + len(BYTES[ids[token]])
+            run = next((r for r, (a, b) in enumerate(zip(begins, edges, strict=True)) if a <= at and end <= b), None)
+            inside += sum(at < edge < end for edge in edges)
+            if run is not None and run % 2 and token > start:
+                trained.append(number)
+                number |= int(TRAINED)
+            made["tokens"].append(number)
+            at, token = end, token + 1
+        here = ids[start:token]
+        made["labels"].append(len(trained))
+        made["specials"].append(sum(i >= SPECIAL for i in here))
+        made["straddled"].append(inside)
+        made["last"].append(trained[-1] if trained else 0xFFFFFFFF)
+        made["eoses"].append(here.count(EOS) + (int(TRAINED) if here and here[-1] == EOS else 0))
+    made["offsets"].append(token)
+    return made
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[int], bytes, list[list[int]]]:
+    ids, documents, at = [], [], 0
+    for _ in range(draw(st.integers(1, 4))):
+        mine = draw(st.lists(st.integers(0, len(BYTES) - 1), min_size=1, max_size=12))
+        size = sum(len(BYTES[i]) for i in mine)
+        edges = sorted(draw(st.lists(st.integers(0, size), max_size=5)))
+        documents.append([at + edge for edge in [*edges, size]])
+        ids += mine
+        at += size
+    return ids, b"".join(BYTES[i] for i in ids), documents
+
+
+@settings(max_examples=400, deadline=None)
+@given(batches())
+def test_following_says_what_the_rules_say(batch: tuple[list[int], bytes, list[list[int]]]) -> None:
+    ids, text, documents = batch
+    right, found = follow(ids, text, documents)
+    wanted = slowly(ids, documents)
+    assert right and found == wanted
+
+
+def test_one_changed_byte_anywhere_is_found() -> None:
+    ids = list(range(len(BYTES))) * 2
+    text = b"".join(BYTES[i] for i in ids)
+    documents = [[40, len(text)]]
+    assert follow(ids, text, documents)[0]
+    for at in range(len(text)):
+        changed = bytearray(text)
+        changed[at] ^= 1
+        assert not follow(ids, bytes(changed), documents)[0], at
+
+
+@pytest.mark.parametrize(
+    ("ids", "documents"),
+    [
+        ([0, 1], [[1, 2]]),  # the last token goes beyond the document
+        ([0, 1, 2], [[1, 3]]),  # a token is left over
+        ([0], [[1, 3]]),  # one is missing
+        ([0, 1, 2], [[2], [6]]),  # one lies across the edge of two documents
+    ],
+)
+def test_ids_that_end_elsewhere_than_their_document_are_refused(ids: list[int], documents: list[list[int]]) -> None:
+    text = b"".join(BYTES[i] for i in [0, 1, 2])[: documents[-1][-1]]
+    assert not follow(ids, text, documents)[0]
+
+
+def test_bounds_are_written_as_python_would() -> None:
+    starts = np.array([0, 9, 10, 99, 100, 10**9, 10**12 - 1], dtype=np.uint64)
+    lengths = np.array([9, 1, 89, 1, 900, 2**31 - 1, 1], dtype=np.uint32)
+    text = np.empty(2 * DIGITS * len(starts), dtype=np.uint8)
+    wanted = "".join(f"{a},{a + n}\n" for a, n in zip(starts.tolist(), lengths.tolist(), strict=True))
+    assert bytes(text[: write_bounds(starts, lengths, text)]) == wanted.encode()
