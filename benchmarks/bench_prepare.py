@@ -20,8 +20,9 @@ figures of each. Every method uses the same number of processes or threads:
   alone cost with the renderer that `ours` uses for rows like these;
 * template's floor: transformers renders each conversation once with the template itself (Jinja), the same fast encoder makes
   the ids; nothing else: what rendering and encoding alone cost without our renderer;
-* ours: the prepare stage from the JSONL file to the finished folder, with checksum of the input, parsing, mask, proof,
-  checksums, mix and fsync.
+* ours: the prepare stage from the JSONL file to the finished folder: reading, parsing, mask, proof, cache, mix, checksums of the
+  outputs and fsync. The checksum of the inputs is made when a stage is opened, by the runner, and handed to it; `ours_with_checksum`
+  counts it in.
 
 `share_of_floor` is ours by the first floor, whose renderer is ours for rows in memory as Python objects; `share_of_floor_from_file`,
 `share_of_compiled_floor`, the hardest, and `share_of_template_floor` are by the others.
@@ -62,7 +63,8 @@ from sft.schema import Prepare, Source
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"
 BATCH = 256  # conversations that the floor encodes at a time: its fastest
-PLAIN = 1024  # and that the compiled floor does
+BLOCK_BYTES = 1 << 20  # and of lines that the compiled floor does
+STEPS = ("encode", "mix", "write")
 
 
 def dialogue(rng: random.Random, words: Sequence[str]) -> dict[str, Any]:
@@ -196,7 +198,8 @@ class CompiledFloor:
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
         lines, tokens = [json.dumps(row).encode() + b"\n" for row in rows], 0
-        blocks = [sources.Block(b"".join(lines[start : start + PLAIN]), 0) for start in range(0, len(lines), PLAIN)]
+        each = max(1, BLOCK_BYTES * len(lines) // sum(map(len, lines)))
+        blocks = [sources.Block(b"".join(lines[start : start + each]), 0) for start in range(0, len(lines), each)]
         clock = Clock()
         for block in blocks:
             assert self.plain is not None
@@ -241,20 +244,23 @@ def hugging_face(encoder: Encoder, rows: list[dict[str, Any]]) -> Counts:
     return tokens, 0, *clock.stop()
 
 
-def ours(folder: Path, work: Path, file: Path, cores: int) -> Counts:
-    """The whole stage, as `make prepare` runs it."""
+def ours(folder: Path, work: Path, file: Path, cores: int) -> tuple[Counts, Counts]:
+    """The whole stage, as `make prepare` runs it when it is open; the same with the checksum of its input."""
     out = work / "out"
     out.mkdir(parents=True)
-    table = table_for(file.name)
+    table, checksum = table_for(file.name), Clock()
+    known = {file: hash_file(file)}
+    opened = checksum.stop()
     stage: Any = SimpleNamespace(
-        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache", sha256=hash_file,
+        recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache", sha256=known.__getitem__,
         find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, say=lambda text: print("    " + text),
     )  # fmt: skip
     m = prepare(stage).metrics
     print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")
-    clock = sum(m["seconds"][step] for step in ("hash", "encode", "mix", "write"))
-    alone = m["cpu_seconds"]["hash"] + m["cpu_seconds"]["mix"]
-    return m["tokens"], m["labels"], clock, (m["cpu_seconds"]["encode"] + m["cpu_seconds"]["write"]) / cores + alone
+    clock = sum(m["seconds"][step] for step in STEPS)
+    cpu = (m["cpu_seconds"]["encode"] + m["cpu_seconds"]["write"]) / cores + m["cpu_seconds"]["mix"]
+    counts = m["tokens"], m["labels"]
+    return (*counts, clock, cpu), (*counts, clock + opened[0], cpu + opened[1])
 
 
 def table_for(path: str) -> Prepare:
@@ -293,7 +299,10 @@ def compare(
         for number in range(args.rounds):
             for name, floor in floors.items():
                 rounds.setdefault(name, []).append(in_processes(floor, (encoder,), many, cores))
-            rounds.setdefault("ours", []).append(ours(folder, Path(work) / str(number), file, cores))
+            for name, counts in zip(
+                ("ours", "ours_with_checksum"), ours(folder, Path(work) / str(number), file, cores), strict=True
+            ):
+                rounds.setdefault(name, []).append(counts)
             shutil.rmtree(Path(work) / str(number))
     for name, each in rounds.items():
         clock, cpu = (statistics.median(counts[which] for counts in each) for which in (2, 3))
@@ -309,6 +318,7 @@ def compare(
             "ratio_to_light_ancestor": round(mine / speeds["light_ancestor"], 2),
             "ratio_to_hugging_face": round(mine / speeds["hugging_face_batch"], 2),
             "share_of_floor": round(mine / speeds["floor"], 3),
+            "share_of_floor_with_checksum": round(speeds["ours_with_checksum"] / speeds["floor"], 3),
             "share_of_floor_from_file": round(mine / speeds["floor_from_file"], 3),
             "share_of_compiled_floor": round(mine / speeds["compiled_floor"], 3),
             "share_of_template_floor": round(mine / speeds["template_floor"], 3),
@@ -341,6 +351,7 @@ def main() -> None:
     keys = (
         "ratio_to_ancestor",
         "share_of_floor",
+        "share_of_floor_with_checksum",
         "share_of_floor_from_file",
         "share_of_compiled_floor",
         "share_of_template_floor",

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,14 @@ class Job:
     name: str
 
 
+class Work(NamedTuple):
+    """Who did a job, when it was begun (monotonic, of the machine), and the CPU seconds it took."""
+
+    worker: int
+    began: float
+    cpu: float
+
+
 class EncodeChunk:
     """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
 
@@ -48,8 +57,7 @@ class EncodeChunk:
         self.sources = encoder.prepare.sources
         encoder.compile()  # here it is only loaded, before the first job asks for it
 
-    def __call__(self, job: Job) -> tuple[Summary, float, float]:
-        """The chunk's counts, when it was begun (monotonic, of the machine), and the CPU seconds it took."""
+    def __call__(self, job: Job) -> tuple[Summary, Work]:
         began, cpu = time.monotonic(), time.process_time()
         source = self.sources[job.source]
         path = self.cache / job.name
@@ -81,7 +89,7 @@ class EncodeChunk:
                     writer.add(*in_order(parts))
             summary.rejects.sort()
         told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
-        return told, began, time.process_time() - cpu
+        return told, Work(os.getpid(), began, time.process_time() - cpu)
 
 
 @contextlib.contextmanager

@@ -70,11 +70,11 @@ def walk(
                 elif length > word:
                     if position + length > end:
                         return False
-                    begins, at = np.uint64(where[number]), word
-                    while at < length:
-                        back = min(at, length - word)  # the last eight bytes overlap those before
-                        differs |= spelled_words[begins + back] ^ text_words[position + back]
-                        at += word
+                    begins, rest = np.uint64(where[number]), length - word  # the last eight bytes overlap those before
+                    differs |= spelled_words[begins + rest] ^ text_words[position + rest]
+                    while rest > word:  # few tokens have so many
+                        rest -= word
+                        differs |= spelled_words[begins + rest] ^ text_words[position + rest]
                 if differs:
                     return False
                 if number >= first_special:

@@ -83,9 +83,9 @@ class Preparation:
         self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
         self.encoded_tokens = 0
-        self.seconds = {"hash": 0.0, "start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
+        self.seconds = {"resolve": 0.0, "start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
         self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
-        with self.timed("hash"):
+        with self.timed("resolve"):
             self.inputs = [
                 sources.resolve(s, stage.find, stage.cache, stage.sha256, self.say) for s in self.table.sources
             ]
@@ -166,10 +166,12 @@ class Preparation:
         arguments = (self.encoder, self.cache)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
         asked = time.monotonic()
-        for job, (summary, began, cpu) in workers.work(EncodeChunk, arguments, missing, count):
-            progress.began = min(progress.began, began) if progress.bytes else began  # starting workers is not encoding
+        begun: dict[int, float] = {}  # when each worker began
+        for job, (summary, done) in workers.work(EncodeChunk, arguments, missing, count):
+            begun[done.worker] = min(done.began, begun.get(done.worker, done.began))
+            progress.began = sum(begun.values()) / len(begun)  # starting workers is not encoding
             progress.add(job.chunk.bytes, summary.tokens)
-            self.cpu_seconds["encode"] += cpu
+            self.cpu_seconds["encode"] += done.cpu
             counts = seen[job.source]
             counts[0] += summary.rows
             counts[1] += summary.rows - summary.documents
@@ -446,7 +448,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     if inputs.is_remote(table.tokenizer):
         metrics["tokenizer_commit"] = work.tokenizer.name
     metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
-    metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("hash", "encode", "mix", "write")}
+    metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("resolve", "encode", "mix", "write")}
     return Result([*splits, *files, *lists], metrics, work.hashes)
 
 
