@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -161,12 +162,12 @@ def measure(
     cuda = world.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    losses, seconds, expected, waited, kernels = [], [], [], [], []
+    totals, marks, expected, waited, kernels = [], [], [], [], []
     for step, batches in loader:
-        wait(world)
-        profile = profiler(args.profile and step == plan.steps - 1)  # the last step: not one of the timed ones
-        began = time.monotonic()
-        with profile:
+        if step < 2:
+            wait(world)  # compiling and the first allocations; from there on the host runs ahead, as in training
+        with profiler(args.profile and step == plan.steps - 1, world) as profile:  # the last step is not timed
+            marks.append(mark(world))
             total = torch.zeros((), device=world.device)
             for batch in batches:
                 b = batch.to(world.device)
@@ -176,16 +177,16 @@ def measure(
                 total += loss.detach()
             guard.step(optimizer, total, clip(model.parameters(), 1.0))
             optimizer.zero_grad(set_to_none=True)
-            wait(world)
-        if isinstance(profile, torch.profiler.profile):
-            kernels = costliest(profile)
-        else:
-            seconds.append(time.monotonic() - began)
-        losses.append(world.sum(total.cpu()).item())
+        kernels = costliest(profile) if profile else []
+        totals.append(total)
         expected.append(loader.expected(step))
         if watch is not None:
             waited.append(watch.imbalance(watch.lap()))
-    took = float(np.median(seconds[1:]))
+    marks.append(mark(world))
+    wait(world)
+    losses = [world.sum(total.cpu()).item() for total in totals]
+    seconds = [between(*pair) for pair in itertools.pairwise(marks)]
+    took = float(np.median(seconds[1 : args.steps + 1]))
     tokens = float(np.mean([plan.tokens(step) for step in range(1, plan.steps)]))
     work = float(np.mean([step_flops for _, step_flops in expected[1:]]))
     peak = flops.peak_tflops(torch.cuda.get_device_name()) if cuda else 0.0
@@ -209,15 +210,46 @@ def measure(
     }
 
 
-def profiler(wanted: bool) -> Any:
-    return torch.profiler.profile(acc_events=True) if wanted else contextlib.nullcontext()
+Mark = float | torch.cuda.Event
+
+
+def mark(world: World) -> Mark:
+    """A moment of the device, which nobody waits for."""
+    if world.device.type != "cuda":
+        return time.monotonic()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a: Mark, b: Mark) -> float:
+    """Seconds."""
+    if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
+        return a.elapsed_time(b) / 1e3
+    assert isinstance(a, float) and isinstance(b, float)
+    return b - a
+
+
+@contextlib.contextmanager
+def profiler(wanted: bool, world: World) -> Iterator[torch.profiler.profile | None]:
+    if not wanted:
+        yield None
+        return
+    wait(world)
+    with torch.profiler.profile(acc_events=True) as profile:
+        yield profile
+        wait(world)
 
 
 def costliest(profile: torch.profiler.profile, count: int = 24) -> list[tuple[str, float, int]]:
-    """(name, milliseconds, calls) of the kernels that took the device longest in one step."""
-    found = [e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    """(name, milliseconds, calls) of the kernels that took the device longest in one step, and of all others together."""
+    regions = ("Optimizer.", "FSDP::", "ProfilerStep")  # they span kernels and are none
+    kernels = (e for e in profile.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    found = [e for e in kernels if not e.key.startswith(regions)]
     found.sort(key=lambda e: -e.self_device_time_total)
-    return [(e.key, round(e.self_device_time_total / 1e3, 2), e.count) for e in found[:count]]
+    rest = found[count:]
+    table = [(e.key, round(e.self_device_time_total / 1e3, 2), e.count) for e in found[:count]]
+    return [*table, ("others", round(sum(e.self_device_time_total for e in rest) / 1e3, 2), sum(e.count for e in rest))]
 
 
 def wait(world: World) -> None:

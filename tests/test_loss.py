@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sft.training import loss as module
 from sft.training.loss import IGNORE, labelled_loss
 
 
@@ -33,6 +34,32 @@ def test_value_and_gradients_equal_full_logits(chunk: int, z_loss: float) -> Non
     ours = torch.autograd.grad(3 * loss, (hidden, weight))
     for a, b in zip(ours, torch.autograd.grad(3 * wanted, (hidden, weight)), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_compiled_it_gives_the_same(device: str, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU the graph is traced and run as it stands: the formula without a scatter."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device; none here")
+    if device == "cpu":
+        traced = torch.compile(module.losses, fullgraph=True, backend="eager")
+        monkeypatch.setattr(module, "_compiled_losses", lambda: traced)
+    dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+    for dtype in dtypes:
+        hidden, weight, labels = (x.detach().to(device) for x in make(300, 64, 1000))
+        found = []
+        for compiled in (False, True):
+            h, w = (x.to(dtype).requires_grad_() for x in (hidden, weight / 8))
+            loss, rows = labelled_loss(h, w, labels, 100.0, z_loss, 64, compiled=compiled)
+            loss.backward()
+            with torch.no_grad():
+                assert torch.equal(labelled_loss(h, w, labels, 100.0, z_loss, 64, compiled=compiled)[1], rows)
+            found.append((loss.detach(), rows, h.grad, w.grad))
+        for a, b in zip(*found, strict=True):
+            assert a is not None and b is not None and a.dtype == b.dtype
+            exact = dtype == torch.float32
+            torch.testing.assert_close(a, b, atol=1e-6 if exact else 2e-3, rtol=1e-5 if exact else 2e-2)
 
 
 def test_rows_of_padding_alone_cost_and_move_nothing() -> None:

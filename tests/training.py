@@ -266,7 +266,9 @@ SERVER.set_forkserver_preload(["sft.training.train", "training"])
 
 
 def start(folder: Path, **fields: Any) -> BaseProcess:
-    process = SERVER.Process(target=run, args=(folder, fields))
+    # With CUDA, what the server has imported may have touched the driver, which no forked process can use then.
+    context = multiprocessing.get_context("spawn") if fields.get("device") == "cuda" else SERVER
+    process = context.Process(target=run, args=(folder, fields))
     process.start()
     return process
 

@@ -134,6 +134,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.compiled_loss = False
         self.embeddings = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.lm_head = LMHead(config)
@@ -170,7 +171,7 @@ class Transformer(nn.Module):
             h = self.lm_head.norm(x)
             return F.linear(h, head), h
         h = self.lm_head.norm(x.index_select(0, label_rows))
-        return labelled_loss(h, head, label_ids, divisor, z_loss)
+        return labelled_loss(h, head, label_ids, divisor, z_loss, compiled=self.compiled_loss)
 
 
 def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
@@ -216,12 +217,13 @@ def inverse_frequencies(
 
 def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
     """torch.compile for every block, before `shard`: one graph a block where the fused kernel runs (CUDA in bf16); elsewhere
-    attention's loop over documents stays outside the graphs.
+    attention's loop over documents stays outside the graphs. On CUDA the loss is compiled, too.
 
     All blocks share the code of `Block.forward`, so its variants (windowed or not, what is recomputed, with gradients or
     without, document edges of one size or of any) count together against dynamo's limit, which is 8.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
     for block in model.get_submodule("blocks").children():
         block.compile(fullgraph=device.type == "cuda" and precision == "bf16")
 
