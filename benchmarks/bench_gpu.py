@@ -186,10 +186,11 @@ def measure(
     wait(world)
     losses = [world.sum(total.cpu()).item() for total in totals]
     seconds = [between(*pair) for pair in itertools.pairwise(marks)]
-    took = float(np.median(seconds[1 : args.steps + 1]))
-    tokens = float(np.mean([plan.tokens(step) for step in range(1, plan.steps)]))
-    work = float(np.mean([step_flops for _, step_flops in expected[1:]]))
+    timed = range(1, args.steps + 1)
+    took = float(np.median([seconds[step] for step in timed]))
+    speed = float(np.median([plan.tokens(step) / seconds[step] for step in timed]))
     peak = flops.peak_tflops(torch.cuda.get_device_name()) if cuda else 0.0
+    used_flops = [flops.mfu(expected[step][1], seconds[step], world.size, peak) for step in timed] if peak else []
     used = max(world.gather(torch.cuda.max_memory_allocated() if cuda else 0))
     if not np.isfinite(losses).all():
         raise NotANumber(f"losses {losses}")
@@ -200,11 +201,11 @@ def measure(
         "recompute_budget": room.recompute_budget,
         "loss": [losses[0], losses[-1]],
         "seconds": took,
-        "tokens_per_s_per_gpu": tokens / took / world.size,
-        "mfu": flops.mfu(work, took, world.size, peak) if peak else None,
+        "tokens_per_s_per_gpu": speed / world.size,
+        "mfu": float(np.median(used_flops)) if peak else None,
         "memory_gb": used / 1e9,
         "planned_gb": (room.total - room.parts["context and fragmentation"]) / 1e9,
-        "imbalance_expected": float(np.mean([idle for idle, _ in expected[1:]])),
+        "imbalance_expected": float(np.mean([expected[step][0] for step in timed])),
         "imbalance": float(np.mean(waited[1:])) if waited else None,
         "kernels": kernels,
     }
@@ -286,7 +287,7 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
         for name in args.presets:
             config = presets.PRESETS[name]
             config = replace(config, vocab_size=config.vocab_size or 1024)
-            for compiled in (False, True) if args.compile else (False,):
+            for compiled in [False] * args.eager + [True] * args.compile:
                 torch._dynamo.reset()
                 gc.collect()
                 if world.device.type == "cuda":
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--recompute", default="auto")
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--no-eager", dest="eager", action="store_false")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--profile", action="store_true", help="one step more, and the kernels that took longest in it")
     parser.add_argument("--no-tests", dest="tests", action="store_false")

@@ -117,7 +117,7 @@ class FakeStage:
     ) -> None:
         model = {k.removeprefix("model_"): fields.pop(k) for k in list(fields) if k.startswith("model_")}
         self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), schema.Train(**(TRAIN | fields)))
-        self.hardware = schema.Hardware(**(hardware or {}))
+        self.hardware, self.cluster = schema.Hardware(**(hardware or {})), schema.Cluster(storage="")
         self.dataset = folder / "dataset"
         self.base = base
         self.out = folder / "train"

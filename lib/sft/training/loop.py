@@ -158,6 +158,7 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
         # The host must know this step's numbers before it saves: a step that stops the run is not worth keeping.
         measured = {}
         if validate_now:
+            pending.read()  # a GPU may be at the step still, whose time is not the validation's
             paused = time.monotonic()
             measured = validate(run)
             pending.facts |= measured
