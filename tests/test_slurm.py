@@ -87,7 +87,7 @@ def short_of_time(slurm, tmp_path_factory):
     """Two jobs of one minute, on a node of their own while the other tests run: one does not hear that its time is up."""
     workspace = Workspace(tmp_path_factory.mktemp("short"))
     (workspace.root / "env/mine.toml").write_text(
-        'launcher = "slurm"\nstorage = "{runs}/.s"\npartition = "aside"\ntime = "1"\nnotice_s = 50\n'
+        'launcher = "slurm"\nstorage = "{runs}/.s"\npartition = "aside"\ntime = "1"\nnotice_s = 15\n'
         'stages = ["prepare", "train"]\n'
     )
     workspace.recipe("y", "lr = 1e-3", "lr = 2e-3\nseed = 9")
