@@ -199,11 +199,11 @@ class CompiledFloor:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
         lines, tokens = [json.dumps(row).encode() + b"\n" for row in rows], 0
         each = max(1, BLOCK_BYTES * len(lines) // sum(map(len, lines)))
-        blocks = [sources.Block(b"".join(lines[start : start + each]), 0) for start in range(0, len(lines), each)]
+        blocks = [sources.Block.of(b"".join(lines[start : start + each])) for start in range(0, len(lines), each)]
         clock = Clock()
         for block in blocks:
             assert self.plain is not None
-            text, odd = self.plain.read(block.lines, block.ends)
+            text, odd = self.plain.read(block)
             assert not odd
             tokens += len(self.engine.encode_joined(text.data))
         return tokens, 0, *clock.stop()

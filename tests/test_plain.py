@@ -37,7 +37,7 @@ def olmo(folder: Path) -> Encoder:
 
 def both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
     """What the lines make with the compiled code and without, and how many of them were plain."""
-    block = Block(lines, 7)
+    block = Block.of(lines, 7)
     some, odd = made.encode_lines(block, source)
     parts = [(some, some.rows + block.first)] if some is not None else []
     rejects, ways = [], []
@@ -205,9 +205,9 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
     compiled, python, count = both_ways(olmo, line, renamed)
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
-        assert encoder(folder, **options).encode_lines(Block(line, 0), renamed) == (None, [0])
+        assert encoder(folder, **options).encode_lines(Block.of(line), renamed) == (None, [0])
     for name in set(FAMILIES) - set(PLAIN):
-        assert encoder(folder, name).encode_lines(Block(line, 0), renamed) == (None, [0])
+        assert encoder(folder, name).encode_lines(Block.of(line), renamed) == (None, [0])
 
 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
@@ -233,9 +233,9 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
     for pair in (fields, [{"role": m["role"]} for m in fields], [{"role": "system"}, {"role": "assistant"}]):
         row = {"messages": [{**message, "content": ""} for message in pair] * 500}
         lines = json.dumps(row, separators=(",", ":")).encode() + b"\n"
-        block = Block(lines * 3, 0)
+        block = Block.of(lines * 3)
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
-        text, _ = room.read(block.lines, block.ends)
+        text, _ = room.read(block)
         assert len(text.data) + plain.WORD <= len(room.out) and len(text.edges) <= len(room.edges)
         compiled_way, python, _ = both_ways(made, lines)
         assert compiled_way == python

@@ -23,6 +23,7 @@ from sft.data.templates import NamedTemplate
 
 if TYPE_CHECKING:
     from sft.data.rows import RowReader
+    from sft.data.sources import Block
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,13 @@ class PlainRows:
         )
         return PlainRows(template, reader) if plain else None
 
-    def read(self, lines: bytes, ends: NDArray[np.int64]) -> tuple[Written, list[int]]:
-        """The documents of the plain lines, valid until the next call, and the numbers of the other lines. `ends`: their newlines."""
-        data = np.frombuffer(lines + bytes(WORD), dtype=np.uint8)
-        if not lines or not (lines.isascii() or is_utf8(lines)):
+    def read(self, block: Block) -> tuple[Written, list[int]]:
+        """The documents of the plain lines, valid until the next call, and the numbers of the other lines."""
+        data, ends = block.padded, block.ends
+        size = len(data) - WORD
+        if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
             return NOTHING, list(range(len(ends)))
-        self._reserve(len(lines), len(ends))
+        self._reserve(size, len(ends))
         documents, odds, runs, size = read_lines(
             data, words_of(data), ends, self.names, self.layout, self.text, words_of(self.text), self.roles, self.spans,
             words_of(self.out), words_of(self.said), self.odd, self.rows, self.first, self.edges, self.specials, self.lacking, self.said_ends,

@@ -12,6 +12,7 @@ In: one [[prepare.sources]] table. Out: files with their sha256, each cut into c
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 
 from sft import inputs
 from sft.data import unpack
+from sft.data.compiled import WORD
 from sft.data.unpack import gunzip, is_array, json_array, new_file
 from sft.errors import SftError
 from sft.manifest import hash_file
@@ -99,15 +101,26 @@ class Batch:
 class Block:
     """Lines of a chunk, each with its newline; `first` is the number of the first one."""
 
-    lines: bytes
+    padded: NDArray[np.uint8]
+    """The lines, and WORD bytes behind them that may be read and mean nothing."""
     first: int
     too_long: bool = False
     """It stands for one line of more than MAX_ROW_BYTES, which is not read."""
 
+    @classmethod
+    def of(cls, lines: bytes, first: int = 0, too_long: bool = False) -> Block:
+        return cls(
+            np.frombuffer(bytearray(lines) + bytes(WORD), dtype=np.uint8), first, too_long
+        )  # writable, as a chunk is
+
+    @property
+    def lines(self) -> bytes:
+        return self.padded[:-WORD].tobytes()
+
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
         """Where the newline of each line is."""
-        return np.flatnonzero(np.frombuffer(self.lines, dtype=np.uint8) == NEWLINE)
+        return np.flatnonzero(self.padded[:-WORD] == NEWLINE)
 
     @property
     def count(self) -> int:
@@ -120,11 +133,12 @@ class Block:
             made.bad.append(BadRow(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
         if self.too_long or (wanted is not None and not wanted):
             return made
-        lines = self.lines.split(b"\n")[:-1]
+        data = self.lines
+        lines = data.split(b"\n")[:-1]
         numbers = list(range(len(lines))) if wanted is None else list(wanted)
         if wanted is not None:
             lines = [lines[i] for i in numbers]
-        long_numbers = _has_long_number(self.lines)
+        long_numbers = _has_long_number(data)
         rows = None if long_numbers else _parse_plain(lines)
         if rows is not None:
             made.rows, made.numbers = rows, [self.first + n for n in numbers]
@@ -428,44 +442,46 @@ def _has_long_number(data: bytes) -> bool:
 def _blocks(chunk: Chunk) -> Iterator[Block]:
     """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it."""
     number = 0
-    for lines, too_long in _lines(chunk):
-        block = Block(lines, number, too_long)
-        number += block.count
-        yield block
+    for block in _unnumbered(chunk):
+        numbered = dataclasses.replace(block, first=number)
+        number += numbered.count
+        yield numbered
     if not number:
-        yield Block(b"", 0)
+        yield Block.of(b"")
 
 
-def _lines(chunk: Chunk) -> Iterator[tuple[bytes, bool]]:
-    """Whole lines, each with its newline; none, and True, for a line that is too long."""
+def _unnumbered(chunk: Chunk) -> Iterator[Block]:
+    """Blocks that lie in one copy of the chunk, then the line that it begins and does not end."""
     with open(chunk.file.path, "rb") as f:
         f.seek(max(0, chunk.start - 1))
-        data = f.read(chunk.stop - f.tell())
+        data = bytearray(chunk.stop - f.tell() + WORD)
+        size = f.readinto(memoryview(data)[:-WORD])
         if chunk.start == 0:
             first = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
         else:
-            first = data.find(b"\n") + 1
-            if first in (0, len(data)):
+            first = data.find(b"\n", 0, size) + 1
+            if first in (0, size):
                 return  # one long line of an earlier chunk fills this one
-        whole = max(first, data.rfind(b"\n") + 1)
+        whole = max(first, data.rfind(b"\n", 0, size) + 1)
         count = max(1, round((whole - first) / BATCH_BYTES))
         cuts = (data.find(b"\n", first + i * (whole - first) // count) + 1 for i in range(1, count))
+        padded = np.frombuffer(data, dtype=np.uint8)
         for begin, end in itertools.pairwise([first, *cuts, whole]):
             if begin < end:
-                yield data[begin:end], False
-        last = data[whole:]
+                yield Block(padded[begin : end + WORD], 0)
+        last = bytes(data[whole:size])
         if not last:
             return  # the chunk ends with a line
-        while b"\n" not in (block := f.read(1 << 20)):
-            if not block:
+        while b"\n" not in (more := f.read(1 << 20)):
+            if not more:
                 break
-            last += block
+            last += more
             if len(last) > unpack.MAX_ROW_BYTES:
-                yield b"", True
+                yield Block.of(b"", too_long=True)
                 return
-        last += block[: block.find(b"\n")] if block else b""
+        last += more[: more.find(b"\n")] if more else b""
         too_long = len(last) > unpack.MAX_ROW_BYTES
-        yield b"" if too_long else last + b"\n", too_long
+        yield Block.of(b"" if too_long else last + b"\n", too_long=too_long)
 
 
 def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:

@@ -179,7 +179,7 @@ class Encoder:
         """Compiles what worker processes then find compiled, once on each kind of machine."""
         row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
         for source in self.prepare.sources if self.vocabulary.byte_level else ():
-            self.encode_lines(Block(json.dumps(row).encode() + b"\n", 0), source)
+            self.encode_lines(Block.of(json.dumps(row).encode() + b"\n"), source)
             self.encode([], source)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
@@ -211,7 +211,7 @@ class Encoder:
         plain = self.plain_rows[key]
         if plain is None:
             return None, list(range(len(block.ends)))
-        text, odd = plain.read(block.lines, block.ends)
+        text, odd = plain.read(block)
         ends = text.edges[text.first[1:] - 1]
         walk = self.vocabulary.follow(self._fast_ids(text.data, ends), text.padded, text.first, text.edges)
         checked = -1 if walk is None else self._parity(text.data, ends, walk)
