@@ -2,7 +2,7 @@
 
 In:  nothing but the GPU; documents and weights are drawn here. Out: a table, and one JSON object on the last line.
 Run: make bench-peers, or .venv/bin/python benchmarks/bench_peers.py --preset olmo3-7b --seq-len 16384
-     --device cpu --preset olmo3-tiny --seq-len 512 checks the script itself, without a GPU
+     --device cpu --preset olmo3-tiny --seq-len 512 --no-compile checks the script itself, without a GPU
 
 * padded, N a batch: transformers' own class under bf16 autocast with fp32 weights; N documents in random order, padded to the
   longest of them; its own loss. What padded trainers do; one a batch pads nothing and feeds the GPU little;
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--packs", type=int, default=4, help="packs of seq_len tokens in a global batch")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="documents in a padded batch")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing, for all ways")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -165,7 +166,7 @@ def main() -> None:
             ways = {name: partial(theirs, config, world, row, args.recompute) for name, row in rows.items()}
             ways |= {
                 f"ours, {how}": partial(ours, config, world, dataset, args, how == "compiled")
-                for how in ("eager", "compiled")
+                for how in ["eager"] + ["compiled"] * args.compile
             }
             for name, way in ways.items():
                 torch._dynamo.reset()
