@@ -111,7 +111,7 @@ check: | $(TOOLS) ## lint, format, types, shell
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
 test: check ## the tests; TESTS="tests/test_packing.py -k name" for some
 	.venv/bin/python -m pytest $(TESTS)
-bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-convert bench-sync bench-save bench-gpu; each ends in one JSON line
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-convert bench-sync bench-save bench-gpu bench-peers; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py
 nightly: ; env/nightly.sh ## what cron calls: a clean clone, its own runs, make smoke
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with

@@ -21,13 +21,11 @@ from sft.errors import SftError
 
 Job = TypeVar("Job")
 WAITING = 4  # jobs handed out per worker: enough to keep it busy, few enough to stop soon after an error
-# Set before workers start: one thread each, and huge pages for what they allocate (glibc; others do not know the name): encoding jumps
-# about in tables of megabytes, and finding so many small pages takes it a sixth of its time.
-ENVIRONMENT = {
-    "RAYON_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=1073741824",
+SINGLE_THREADED = {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+# Huge pages, and memory that is kept, for what workers allocate, unless somebody has set this otherwise: encoding jumps about in tables of
+# megabytes, and looking so many small pages up takes it a sixth of its time. C libraries other than glibc do not know the name.
+MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=268435456:glibc.malloc.trim_threshold=1073741824"
 }
 
 _do: Callable[[Any], Any] | None = None
@@ -69,8 +67,8 @@ def work(
             for job in jobs:
                 yield job, do(job)
         return
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
+    before = {name: os.environ.get(name) for name in SINGLE_THREADED | MEMORY}
+    os.environ.update(SINGLE_THREADED | {name: before[name] or value for name, value in MEMORY.items()})
     pool = ProcessPoolExecutor(
         min(workers, len(jobs)), multiprocessing.get_context("spawn"), initializer=_start, initargs=(setup, arguments)
     )
