@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -14,9 +15,10 @@ from sft.data import bulk
 from sft.data.bulk import BLOCK, BulkFile
 
 
-@pytest.fixture(params=["direct", "refused", "unknown"])
+@pytest.fixture(params=["direct", "refused", "refused late", "unknown"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With O_DIRECT where the disk of the test has it; on a file system that refuses it; on a system without."""
+    """With O_DIRECT where the disk of the test has it; on a file system that refuses it at once, or by the first write; on a system
+    without."""
     monkeypatch.setattr(bulk, "BUFFER", 2 * BLOCK)
     monkeypatch.setattr(bulk, "_free", bulk.SimpleQueue())
     if request.param == "refused":
@@ -28,6 +30,15 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
             return plain(path, flags, mode)
 
         monkeypatch.setattr(os, "open", refusing)
+    elif request.param == "refused late":
+        write = os.write
+
+        def refusing_late(file: int, data: memoryview) -> int:
+            if fcntl.fcntl(file, fcntl.F_GETFL) & bulk.DIRECT:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+            return write(file, data)
+
+        monkeypatch.setattr(os, "write", refusing_late)
     elif request.param == "unknown":
         monkeypatch.setattr(bulk, "DIRECT", 0)
     return str(request.param)

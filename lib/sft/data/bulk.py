@@ -10,6 +10,7 @@ O_DIRECT, or the system has none, the same bytes go through the page cache.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -75,10 +76,18 @@ class BulkFile:
         while len(data):
             whole = len(data) - len(data) % BLOCK if self._direct else len(data)
             if not whole:  # the last bytes
-                fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~DIRECT)
-                self._direct = False
+                self._stop_direct()
                 continue
-            data = data[os.write(self._file, data[:whole].data) :]
+            try:
+                data = data[os.write(self._file, data[:whole].data) :]
+            except OSError as error:  # some file systems refuse it only here
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._stop_direct()
+
+    def _stop_direct(self) -> None:
+        fcntl.fcntl(self._file, fcntl.F_SETFL, fcntl.fcntl(self._file, fcntl.F_GETFL) & ~DIRECT)
+        self._direct = False
 
     def close(self) -> str:
         """Makes the file durable, gives it its name and returns its sha256 (hex)."""
