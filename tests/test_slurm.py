@@ -282,19 +282,6 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     assert " done" in workspace.make("jobs").stdout
 
 
-def test_a_lost_controller_is_asked_again_until_it_answers(workspace, slurm, monkeypatch):
-    program(workspace, "prepare", "Path('at').touch()\nwhile not Path('go').exists(): time.sleep(0.05)")
-    process = start(workspace, "prepare", "RECIPE=x", "CLUSTER=slurm")
-    until((workspace.root / "at").exists, "the stage to start")
-    slurm.stop("slurmctld")
-    assert process.stdout is not None
-    until(lambda: "no answer: " in process.stdout.readline(), "the lost connection to be told")
-    slurm._daemon("slurmctld", "slurmctld", "-D")
-    (workspace.root / "go").touch()
-    out, _ = process.communicate(timeout=90)
-    assert process.returncode == 0 and "is done" in out, out
-
-
 def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm):
     workspace.make("sync", "RECIPE=x")
     program(workspace, "train", SAVES_WHEN_TOLD)
@@ -415,6 +402,21 @@ def test_time_that_runs_out_is_a_new_turn_for_training_and_an_error_for_a_stage_
     assert prepare.returncode != 0 and "on mine: timeout" in out and "DUE TO TIME LIMIT" in out and "no hurry" in out, (
         out
     )
+
+
+def test_a_lost_controller_is_asked_again_until_it_answers(workspace, slurm, short_of_time):
+    """After the jobs that run out of time: while the controller is away, it tells none of them."""
+    assert all(process.poll() is not None for process in short_of_time.makes)
+    program(workspace, "prepare", "Path('at').touch()\nwhile not Path('go').exists(): time.sleep(0.05)")
+    process = start(workspace, "prepare", "RECIPE=x", "CLUSTER=slurm")
+    until((workspace.root / "at").exists, "the stage to start")
+    slurm.stop("slurmctld")
+    assert process.stdout is not None
+    until(lambda: "no answer: " in process.stdout.readline(), "the lost connection to be told")
+    slurm._daemon("slurmctld", "slurmctld", "-D")
+    (workspace.root / "go").touch()
+    out, _ = process.communicate(timeout=90)
+    assert process.returncode == 0 and "is done" in out, out
 
 
 # --- the real stages --------------------------------------------------------------------------------------------------
