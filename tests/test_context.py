@@ -27,6 +27,7 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks of one group, three packs": (2, {"context_degree": 2, "microbatch_tokens": 192}),
     "four ranks of one group, key/value heads repeated": (4, {"context_degree": 4}),
     "two groups of two": (4, {"context_degree": 2}),
+    "two ranks with a copy each": (2, {"shard_degree": 1}),
     "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
     "two of one group, attention kept": (2, {"context_degree": 2, "recompute": "selected"}),
     "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": True}),
@@ -61,6 +62,9 @@ def test_the_gradient_is_the_same_however_the_work_is_divided(
             difference = (found["steps"][step][parameter] - value).norm() / value.norm()
             assert difference < 2e-6, (step, parameter)
     assert sum(map(sum, found["labels"])) == sum(map(sum, reference["labels"]))
+    # Two copies of the weights meet for each of the five groups of parameters once a step, however many microbatches there are.
+    if "shard_degree" in hardware:
+        assert len(found["labels"][0]) == 6 and found["reductions"] == 10
     if ranks == 4:
         assert 0 in (n for labels in found["labels"] for n in labels)  # a rank without a trained token
 

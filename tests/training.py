@@ -179,15 +179,25 @@ def arm(at: str, call: int, kind: str, thread: str = "") -> None:
 
 
 def gradients(folder: Path, fields: dict[str, Any]) -> int:
-    """The gradients of the first and of the last step at the first weights, whole, into <folder>/gradients.pt."""
+    """The gradients of the first and of the last step at the first weights, whole, and how often they were summed over copies of the
+    weights, into <folder>/gradients.pt."""
     import torch
 
     from sft.training.dist import join
-    from sft.training.loop import forward
+    from sft.training.loop import accumulate
     from sft.training.optim import whole
     from sft.training.train import prepare
 
     world = join(threads=1)
+    reductions = 0
+    reduce = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+        nonlocal reductions
+        reductions += tensor.numel() > VOCAB  # gradients, and no statistics
+        return reduce(tensor, *args, **options)
+
+    torch.distributed.all_reduce = counted
     # Dynamo's and autograd's graphs without a C++ compiler, which takes a minute here.
     plain = torch.nn.Module.compile
     torch.nn.Module.compile = lambda module, **options: plain(module, backend="aot_eager", **options)  # type: ignore[method-assign,assignment]
@@ -199,18 +209,14 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
         for step, batches in run.loader(0):
             if step not in (0, run.plan.steps - 1):
                 continue
-            loss = torch.zeros((), dtype=torch.float64)
-            for batch in batches:
-                part, sums = forward(run, batch, float(run.plan.labels(step)))
-                part.backward()
-                loss += sums[0]
-                labels.append(batch.n_labels)
+            loss = accumulate(run, step, batches)[0]
+            labels += [batch.n_labels for batch in batches]
             grads = {n: whole(p.grad).clone() for n, p in run.model.named_parameters() if p.grad is not None}
             found[step] = {**grads, "loss": world.sum(loss)}
             run.model.zero_grad(set_to_none=True)
         every = world.gather(labels)
         if world.leader:
-            torch.save({"steps": found, "labels": every}, folder / "gradients.pt")
+            torch.save({"steps": found, "labels": every, "reductions": reductions}, folder / "gradients.pt")
     finally:
         world.close()
     return 0

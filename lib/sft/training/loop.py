@@ -79,18 +79,25 @@ def forward(run: Run, batch: Microbatch, divisor: float) -> tuple[Tensor, Tensor
     return loss, sums
 
 
+def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
+    """Adds up the gradients of this rank's microbatches of a step; returns the sum of their statistics."""
+    divisor, total = float(run.plan.labels(step)), None
+    for number, batch in enumerate(batches, 1):
+        if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
+            run.model.set_requires_all_reduce(number == len(batches))
+        loss, sums = forward(run, batch, divisor)
+        loss.backward()
+        total = sums if total is None else total.add_(sums)
+    assert total is not None
+    return total
+
+
 def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, float]:
     """One update. Returns (norm, skipped, then the statistics of `forward` over the global batch) on the device, and lr."""
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
     run.optimizer.param_groups[0]["lr"] = lr
-    divisor = float(run.plan.labels(step))
-    total = None
-    for batch in batches:
-        loss, sums = forward(run, batch, divisor)
-        loss.backward()
-        total = sums if total is None else total.add_(sums)
-    assert total is not None
+    total = accumulate(run, step, batches)
     if run.world.size > 1:
         dist.all_reduce(total)
     norm = clip(run.model.parameters(), train.max_grad_norm)
