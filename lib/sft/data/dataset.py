@@ -20,7 +20,7 @@ from __future__ import annotations
 import gzip
 import io
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -109,6 +109,8 @@ class DatasetWriter:
         self._part_rows: list[NDArray[Any]] = []
         self._ids: BulkFile | None = None
         self._mask: BulkFile | None = None
+        self._closing: list[Future[None]] = []  # the files of the part before
+        self._pool = ThreadPoolExecutor(3, thread_name_prefix="close")
         self.hashes: dict[str, str] = {}
         """sha256 of each finished file, by its name."""
 
@@ -194,35 +196,41 @@ class DatasetWriter:
         self._mask = BulkFile(self.folder / mask_name(self._part, self.boundaries))
 
     def _finish_part(self) -> None:
+        """Hands the part over to the disk, and waits for the one before."""
         if self._ids is None or self._mask is None:
             return
-        with ThreadPoolExecutor(2) as pool:  # the disk works on both while the csv is made
-            closed = [pool.submit(self._finish, self._ids), pool.submit(self._finish, self._mask)]
-            self._ids = self._mask = None
-            if self.boundaries == "eos":
-                bounds = BulkFile(self.folder / bounds_name(self._part))
-                bounds.write(self._bounds())
-                self._finish(bounds)
-            for file in closed:
-                file.result()
+        self._wait()
+        self._closing = [self._pool.submit(self._finish, file) for file in (self._ids, self._mask)]
+        if self.boundaries == "eos":
+            name = bounds_name(self._part)
+            self._closing.append(self._pool.submit(self._write_bounds, self.folder / name, self._part_rows))
+        self._ids = self._mask = None
         self._part_rows = []
+
+    def _wait(self) -> None:
+        for file in self._closing:
+            file.result()
+        self._closing = []
 
     def _finish(self, file: BulkFile) -> None:
         self.hashes[file.path.name] = file.close()
 
-    def _bounds(self) -> bytes:
-        """The csv.gz of this part."""
+    def _write_bounds(self, path: Path, parts: list[NDArray[Any]]) -> None:
         packed = io.BytesIO()
         # No name and no time in the gzip header: the same documents give the same bytes.
-        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as file:
-            for rows in self._part_rows:
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as csv:
+            for rows in parts:
                 text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
-                file.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
-        return packed.getvalue()
+                csv.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
+        file = BulkFile(path)
+        file.write(packed.getvalue())
+        self._finish(file)
 
     def close(self) -> None:
         """Finishes the last part and writes documents.npy, which makes the folder a dataset."""
         self._finish_part()
+        self._wait()
+        self._pool.shutdown()
         file = BulkFile(self.folder / "documents.npy")
         header = io.BytesIO()
         described = {
@@ -240,6 +248,7 @@ class DatasetWriter:
 
     def abort(self) -> None:
         """Removes the temporary files of an unfinished part; finished parts stay for the caller to judge."""
+        self._pool.shutdown()
         for file in (self._ids, self._mask):
             if file is not None:
                 file.abort()
