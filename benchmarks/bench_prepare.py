@@ -52,8 +52,9 @@ from typing import Any
 import orjson
 
 from sft import schema
-from sft.data import sources, workers
+from sft.data import workers
 from sft.data.chunks import without_gc
+from sft.data.pieces import Block
 from sft.data.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
@@ -199,7 +200,7 @@ class CompiledFloor:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
         lines, tokens = [json.dumps(row).encode() + b"\n" for row in rows], 0
         each = max(1, BLOCK_BYTES * len(lines) // sum(map(len, lines)))
-        blocks = [sources.Block.of(b"".join(lines[start : start + each])) for start in range(0, len(lines), each)]
+        blocks = [Block.of(b"".join(lines[start : start + each])) for start in range(0, len(lines), each)]
         clock = Clock()
         for block in blocks:
             assert self.plain is not None

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sft.data.chunks import in_order
+from sft.data.pieces import Piece
 from sft.data.tokenize import Encoded, Encoder
 from sft.schema import Prepare, Source
 
@@ -118,3 +121,18 @@ def conversations(draw: Any, text: Any = plain_text, roles: bool = False, tools:
     if tools and draw(st.booleans()):
         row["tools"] = [{"type": "function", "function": {"name": "f", "description": draw(text), "parameters": {}}}]
     return row
+
+
+def both_ways(made: Encoder, piece: Piece, source: Source = SOURCE) -> tuple[Any, Any, int]:
+    """What the rows of a piece make with compiled code and without, and how many of them were plain."""
+    some, odd = made.encode_plain(piece, source)
+    parts = [(some, some.rows + piece.first)] if some is not None else []
+    rejects, ways = [], []
+    for batch, before in ((piece.batch(odd), parts), (piece.batch(), [])):
+        encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
+        rejects.append(
+            sorted([*batch.bad, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
+        )
+        ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
+    assert rejects[0] == rejects[1]
+    return *ways, piece.count - len(odd)

@@ -7,17 +7,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_samples import SOURCE, any_text, conversations, encoder, make_tokenizer, turns
+from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
 from sft.data import lines as compiled_lines
 from sft.data import plain, vocabulary
-from sft.data.chunks import in_order
 from sft.data.compiled import compiled
-from sft.data.sources import Block
+from sft.data.pieces import Block
 from sft.data.templates import FAMILIES
 from sft.data.tokenize import Encoder
 from sft.schema import Source
@@ -35,20 +33,8 @@ def olmo(folder: Path) -> Encoder:
     return encoder(folder)
 
 
-def both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
-    """What the lines make with the compiled code and without, and how many of them were plain."""
-    block = Block.of(lines, 7)
-    some, odd = made.encode_lines(block, source)
-    parts = [(some, some.rows + block.first)] if some is not None else []
-    rejects, ways = [], []
-    for batch, before in ((block.batch(odd), parts), (block.batch(), [])):
-        encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
-        rejects.append(
-            sorted([*batch.bad, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
-        )
-        ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
-    assert rejects[0] == rejects[1]
-    return *ways, block.count - len(odd)
+def lines_both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
+    return both_ways(made, Block.of(lines, 7), source)
 
 
 extra = st.dictionaries(
@@ -81,7 +67,7 @@ def lines(draw: Any) -> bytes:
 @settings(max_examples=150, deadline=None)
 @given(rows=st.lists(lines(), max_size=5))
 def test_both_ways_make_the_same(olmo: Encoder, rows: list[bytes]) -> None:
-    compiled, python, _ = both_ways(olmo, b"".join(rows))
+    compiled, python, _ = lines_both_ways(olmo, b"".join(rows))
     assert compiled == python
 
 
@@ -89,7 +75,7 @@ def test_both_ways_make_the_same(olmo: Encoder, rows: list[bytes]) -> None:
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(lines(), min_size=1, max_size=3))
 def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, rows: list[bytes]) -> None:
-    compiled, python, _ = both_ways(encoders(name), b"".join(rows))
+    compiled, python, _ = lines_both_ways(encoders(name), b"".join(rows))
     assert compiled == python
 
 
@@ -112,7 +98,7 @@ def test_damaged_lines_are_judged_as_without_compiled_code(olmo: Encoder, rows: 
         )
         text[at : at + data.draw(st.integers(0, 2))] = piece
     text = bytes(text.rstrip(b"\n")) + b"\n"
-    compiled, python, _ = both_ways(olmo, text)
+    compiled, python, _ = lines_both_ways(olmo, text)
     assert compiled == python
 
 
@@ -152,7 +138,7 @@ ODD = {
 
 @pytest.mark.parametrize("line", ODD.values(), ids=ODD.keys())
 def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Encoder, line: str) -> None:
-    compiled, python, count = both_ways(olmo, f"{PLAINEST}}}\n{line}\n{PLAINEST}}}\n".encode())
+    compiled, python, count = lines_both_ways(olmo, f"{PLAINEST}}}\n{line}\n{PLAINEST}}}\n".encode())
     assert compiled == python
     assert count == 2
 
@@ -170,13 +156,13 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
     ],
 )  # fmt: skip
 def test_a_plain_line_is_read_by_compiled_code(olmo: Encoder, line: str) -> None:
-    compiled, python, count = both_ways(olmo, (line + "\n").encode())
+    compiled, python, count = lines_both_ways(olmo, (line + "\n").encode())
     assert compiled == python
     assert count == 1
 
 
 def test_a_block_that_is_not_utf8_is_left_to_python(olmo: Encoder) -> None:
-    compiled, python, count = both_ways(olmo, f"{PLAINEST}}}\n".encode() + b'{"messages": "\xff"}\n')
+    compiled, python, count = lines_both_ways(olmo, f"{PLAINEST}}}\n".encode() + b'{"messages": "\xff"}\n')
     assert compiled == python
     assert count == 0
 
@@ -192,7 +178,7 @@ def test_both_ways_make_the_same_by_the_recipes_rules(folder: Path, options: Any
         if repr(options) not in KEPT
         else KEPT[repr(options)]
     )
-    compiled, python, _ = both_ways(made, b"".join(rows))
+    compiled, python, _ = lines_both_ways(made, b"".join(rows))
     assert compiled == python
 
 
@@ -202,12 +188,12 @@ KEPT: dict[str, Encoder] = {}
 def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: Path, olmo: Encoder) -> None:
     line = (PLAINEST.replace("messages", "turns") + "}\n").encode()
     renamed = Source(path="x", columns={"messages": "turns"})
-    compiled, python, count = both_ways(olmo, line, renamed)
+    compiled, python, count = lines_both_ways(olmo, line, renamed)
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
-        assert encoder(folder, **options).encode_lines(Block.of(line), renamed) == (None, [0])
+        assert encoder(folder, **options).encode_plain(Block.of(line), renamed) == (None, [0])
     for name in set(FAMILIES) - set(PLAIN):
-        assert encoder(folder, name).encode_lines(Block.of(line), renamed) == (None, [0])
+        assert encoder(folder, name).encode_plain(Block.of(line), renamed) == (None, [0])
 
 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
@@ -216,7 +202,7 @@ def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None
     known = len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)
     rng = random.Random(0)
     rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
-    both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
+    lines_both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
     assert (len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)) == known
 
 
@@ -237,5 +223,5 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
         text, _ = room.read(block)
         assert len(text.data) + plain.WORD <= len(room.out) and len(text.edges) <= len(room.edges)
-        compiled_way, python, _ = both_ways(made, lines)
+        compiled_way, python, _ = lines_both_ways(made, lines)
         assert compiled_way == python

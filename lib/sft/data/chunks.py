@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft import manifest
-from sft.data import sources
+from sft.data import pieces, sources
 from sft.data.decontaminate import Screen
 from sft.data.rows import BadRow, Conversation, RowReader
 from sft.data.tokencache import ChunkWriter, Rejected, Summary
@@ -52,10 +52,10 @@ class Work(NamedTuple):
 class EncodeChunk:
     """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
 
-    def __init__(self, encoder: Encoder, cache: Path):
+    def __init__(self, encoder: Encoder, cache: Path, kinds: Container[str]):
         self.encoder, self.cache = encoder, cache
         self.sources = encoder.prepare.sources
-        encoder.compile()  # here it is only loaded, before the first job asks for it
+        encoder.compile(kinds)  # here it is only loaded, before the first job asks for it
 
     def __call__(self, job: Job) -> tuple[Summary, Work]:
         began, cpu = time.monotonic(), time.process_time()
@@ -63,16 +63,13 @@ class EncodeChunk:
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
-            for piece in sources.pieces(job.chunk):
+            for piece in pieces.pieces(job.chunk):
                 parts = []
-                if isinstance(piece, sources.Block):
-                    plain, odd = self.encoder.encode_lines(piece, source)
-                    batch = piece.batch(odd)
-                    if plain is not None:
-                        parts.append((plain, plain.rows + piece.first))
-                        summary.rows += len(plain.rows)
-                else:
-                    batch = piece
+                plain, odd = self.encoder.encode_plain(piece, source)
+                if plain is not None:
+                    parts.append((plain, plain.rows + piece.first))
+                    summary.rows += len(plain.rows)
+                batch = piece.batch(odd)
                 summary.rejects += [Rejected(*bad) for bad in batch.bad]
                 summary.rows += len(batch.rows) + len(batch.bad)
                 summary.lines = batch.count
@@ -155,7 +152,7 @@ class ScreenChunk:
     def __call__(self, job: Job) -> int:
         hits: list[list[int]] = []
         read = self.readers[job.source].read
-        for batch in sources.read(job.chunk):
+        for batch in pieces.read(job.chunk):
             found = self.screen.hits([said(read, row) for row in batch.rows])
             hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
         manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())

@@ -1,7 +1,8 @@
-"""Lines of JSON to rendered text in compiled code, without a Python object for each row: `read_lines`, for sft.data.plain.
+"""Rows to rendered text in compiled code, without a Python object for each: `read_lines` of JSON, `read_columns` of Arrow, for sft.data.plain.
 
-One pass goes over each line: `scan` finds its messages and their texts, `write` puts them into the template's turns. All that is
-compiled together stands in this file, with its constants: numba compiles anew when the file changes, and does not look at others.
+One pass goes over each line: `scan` finds its messages and their texts, `write` puts them into the template's turns. In columns the
+texts are found already. All that is compiled together stands in this file, with its constants: numba compiles anew when the file
+changes, and does not look at others.
 """
 
 from __future__ import annotations
@@ -440,30 +441,67 @@ def say(count, roles, spans, content, names, said, to):
 
 
 @compiled
+def keep(row, made, documents, runs, rows, first, specials, lacking):
+    """Notes a document that `write` has made, behind the others."""
+    rows[documents] = row
+    first[documents] = runs
+    specials[documents] = made[2]
+    lacking[documents] = made[3]
+
+
+@compiled
 def read_lines(
     data, words, line_ends, names, layout, text, text_words, roles, spans, out, said, odd, rows, first, edges, specials, lacking, said_ends
 ):  # fmt: skip
     """Every line, as a document or, by its number, in `odd`. Returns the number of documents, odd lines, runs, and bytes in `out`."""
     documents, odds, runs, to, spoken, at = 0, 0, 0, 0, 0, 0
     for line in range(len(line_ends)):
+        made = (ODD, runs, 0, 0)
         count = scan(data, words, at, line_ends[line], names, text, text_words, roles, spans)
-        end = ODD
         if count != ODD:
-            end, next_run, tokens, unprompted = write(
-                layout, count, roles, spans, text_words, text_words, text_words, out, to, edges, runs
-            )
-        if end == ODD:
+            made = write(layout, count, roles, spans, text_words, text_words, text_words, out, to, edges, runs)
+        if made[0] == ODD:
             odd[odds] = line
             odds += 1
         else:
-            rows[documents] = line
-            first[documents] = runs
-            specials[documents] = tokens
-            lacking[documents] = unprompted
+            keep(line, made, documents, runs, rows, first, specials, lacking)
             spoken = say(count, roles, spans, text_words, names, said, spoken)
             said_ends[documents] = spoken
             documents += 1
-            runs, to = next_run, end
+            to, runs = made[0], made[1]
         at = line_ends[line] + 1
+    first[documents] = runs
+    return documents, odds, runs, to
+
+
+@compiled
+def read_columns(
+    begins, skipped, speakers, texts, where, absent, names, layout, roles, spans, out, said, odd, rows, first, edges, specials, lacking, said_ends
+):  # fmt: skip
+    """The same for rows of messages begins[row] … begins[row + 1] - 1, less those to be `skipped`. `speakers` are the bytes of the roles;
+    texts[field] are the words of a field, its texts lie between where[field, message] and where[field, message + 1]."""
+    documents, odds, runs, to, spoken = 0, 0, 0, 0, 0
+    for row in range(len(skipped)):
+        made, count = (ODD, runs, 0, 0), begins[row + 1] - begins[row]
+        plain = not skipped[row]
+        for i in range(count if plain else 0):
+            message = begins[row] + i
+            roles[i] = find_name(speakers, where[ROLE, message], where[ROLE, message + 1], names.role, names.role_where)
+            plain &= roles[i] != ODD
+            for field in range(ROLE):
+                missing = absent[field, message]
+                spans[i, 2 * field] = ODD if missing else where[field, message]
+                spans[i, 2 * field + 1] = ODD if missing else where[field, message + 1]
+        if plain:
+            made = write(layout, count, roles, spans, texts[0], texts[1], texts[2], out, to, edges, runs)
+        if made[0] == ODD:
+            odd[odds] = row
+            odds += 1
+        else:
+            keep(row, made, documents, runs, rows, first, specials, lacking)
+            spoken = say(count, roles, spans, texts[0], names, said, spoken)
+            said_ends[documents] = spoken
+            documents += 1
+            to, runs = made[0], made[1]
     first[documents] = runs
     return documents, odds, runs, to

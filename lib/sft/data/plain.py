@@ -1,10 +1,10 @@
-"""Rows that are as most rows are, from lines of JSON to rendered text without a Python object for each: `PlainRows.read`.
+"""Rows that are as most rows are, from lines of JSON or columns of Arrow to rendered text without a Python object for each: `PlainRows.read`.
 
-In: lines of a JSONL file. Out: the text of their conversations as the named template writes it, with the ends of its runs, and the
-lines that are not plain, which sft.data.rows and sft.data.templates read instead. A line is plain when it is an object whose
+In: a piece of a file. Out: the text of its conversations as the named template writes it, with the ends of its runs, and the
+rows that are not plain, which sft.data.rows and sft.data.templates read instead. A row is plain when it is an object whose
 messages have a known role, a text as content and perhaps texts as functions and function_calls, when all else that could
 count (tools, train, tool_calls, …) is absent or null, and when no oddity of JSON is in it: a field twice, an escaped name, half of a
-surrogate pair. tests/test_plain.py proves that both ways write the same. What is compiled: sft.data.lines.
+surrogate pair. tests/test_plain.py and test_columns.py prove that both ways write the same. What is compiled: sft.data.lines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,26 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sft.data.columns import messages as messages_of
 from sft.data.compiled import WORD, words_of
-from sft.data.lines import BARRED, FIELDS, MESSAGES, PARTS, ROLE, SHORTEST, SPEAKERS, Layout, Names, read_lines
+from sft.data.lines import (
+    BARRED,
+    FIELDS,
+    MESSAGES,
+    PARTS,
+    ROLE,
+    SHORTEST,
+    SPEAKERS,
+    Layout,
+    Names,
+    read_columns,
+    read_lines,
+)
+from sft.data.pieces import Block, Columns, Piece
 from sft.data.templates import NamedTemplate
 
 if TYPE_CHECKING:
     from sft.data.rows import RowReader
-    from sft.data.sources import Block
 
 
 @dataclass(frozen=True)
@@ -44,7 +57,7 @@ class PlainRows:
     """Reads the plain rows of a source by the rules of its `RowReader`, as its template writes them."""
 
     def __init__(self, template: NamedTemplate, reader: RowReader) -> None:
-        columns = [reader.columns[name] for name in ("messages", "tools", "system")]
+        self.columns = columns = [reader.columns[name] for name in ("messages", "tools", "system")]
         self.names = Names(
             *packed(columns), *packed([*FIELDS, *BARRED]), *packed(SPEAKERS), words_of(packed(SPEAKERS)[0])
         )
@@ -78,7 +91,8 @@ class PlainRows:
         self.default, self.turn = sizes[-8], 3 * max(sizes[:-8]) + sum(sizes[-7:])
         self.roles = np.empty(MESSAGES, dtype=np.int64)
         self.spans = np.empty((MESSAGES, 2 * ROLE), dtype=np.int64)
-        self.size = self.lines = 0
+        self.text = self.out = self.said = np.empty(0, dtype=np.uint8)
+        self.edges = self.odd = np.empty(0, dtype=np.int64)
 
     @staticmethod
     def of(template: Any, reader: RowReader) -> PlainRows | None:
@@ -94,17 +108,12 @@ class PlainRows:
         )
         return PlainRows(template, reader) if plain else None
 
-    def read(self, block: Block) -> tuple[Written, list[int]]:
-        """The documents of the plain lines, valid until the next call, and the numbers of the other lines."""
-        data, ends = block.padded, block.ends
-        size = len(data) - WORD
-        if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
-            return NOTHING, list(range(len(ends)))
-        self._reserve(size, len(ends))
-        documents, odds, runs, size = read_lines(
-            data, words_of(data), ends, self.names, self.layout, self.text, words_of(self.text), self.roles, self.spans,
-            words_of(self.out), words_of(self.said), self.odd, self.rows, self.first, self.edges, self.specials, self.lacking, self.said_ends,
-        )  # fmt: skip
+    def read(self, piece: Piece) -> tuple[Written, list[int]]:
+        """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the piece."""
+        found = self._lines(piece) if isinstance(piece, Block) else self._columns(piece)
+        if found is None:
+            return NOTHING, list(range(piece.count))
+        documents, odds, runs, size = found
         stops = self.said_ends[:documents].tolist()
         spoken = map(self.said.data.__getitem__, map(slice, [0, *stops[:-1]], stops))
         written = Written(
@@ -119,18 +128,47 @@ class PlainRows:
         )
         return written, self.odd[:odds].tolist()
 
-    def _reserve(self, size: int, lines: int) -> None:
-        """Room for what so many bytes in so many lines can become. Pages that are not written to cost nothing."""
-        if size <= self.size and lines <= self.lines:
-            return
-        self.size, self.lines = size, lines
-        messages = size // SHORTEST + 1
-        self.text = np.empty(size + WORD, dtype=np.uint8)
-        self.out = np.empty(size + messages * self.turn + lines * self.default + WORD, dtype=np.uint8)
-        self.said = np.empty(size + messages * (max(map(len, SPEAKERS)) + 2) + 2 * WORD, dtype=np.uint8)
-        self.edges = np.empty(2 * messages + lines + 1, dtype=np.int64)
-        self.odd, self.rows, self.specials, self.lacking, self.said_ends = np.empty((5, lines), dtype=np.int64)
-        self.first = np.empty(lines + 1, dtype=np.int64)
+    def _lines(self, block: Block) -> tuple[int, int, int, int] | None:
+        data, ends = block.padded, block.ends
+        size = len(data) - WORD
+        if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
+            return None
+        self._reserve(size, size // SHORTEST + 1, len(ends))
+        self.text = room(self.text, len(data))
+        return read_lines(
+            data, words_of(data), ends, self.names, self.layout, self.text, words_of(self.text), self.roles, self.spans, *self._made()
+        )  # fmt: skip
+
+    def _columns(self, columns: Columns) -> tuple[int, int, int, int] | None:
+        found = messages_of(columns.arrow, self.columns[0], self.columns[1:])
+        if found is None:
+            return None
+        self._reserve(sum(map(len, found.texts)), len(found.absent[0]), columns.count)
+        texts = tuple(words_of(text) for text in found.texts[:ROLE])
+        return read_columns(
+            found.begins, found.skipped, found.texts[ROLE], texts, found.where, found.absent, self.names, self.layout, self.roles, self.spans,
+            *self._made(),
+        )  # fmt: skip
+
+    def _made(self) -> tuple[NDArray[Any], ...]:
+        """Where compiled code puts what it makes."""
+        return (
+            words_of(self.out), words_of(self.said), self.odd, self.rows, self.first, self.edges, self.specials, self.lacking, self.said_ends
+        )  # fmt: skip
+
+    def _reserve(self, size: int, messages: int, rows: int) -> None:
+        """Room for what so many bytes of texts in so many messages and rows can become. Pages that are not written to cost nothing."""
+        self.out = room(self.out, size + messages * self.turn + rows * self.default + WORD)
+        self.said = room(self.said, size + messages * (max(map(len, SPEAKERS)) + 2) + 2 * WORD)
+        self.edges = room(self.edges, 2 * messages + rows + 1)
+        if len(self.odd) < rows:
+            self.odd, self.rows, self.specials, self.lacking, self.said_ends = np.empty((5, rows), dtype=np.int64)
+            self.first = np.empty(rows + 1, dtype=np.int64)
+
+
+def room(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """The array, or a larger one of its kind: what stood in it is needed no more."""
+    return array if len(array) >= size else np.empty(size, dtype=array.dtype)
 
 
 NONE = np.zeros(0, dtype=np.int64)

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sft import inputs, manifest
-from sft.data import describe, shards, sources, workers
+from sft.data import describe, pieces, shards, sources, workers
 from sft.data.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.interop import olmo_core_obstacle
@@ -159,11 +159,12 @@ class Preparation:
             self.say(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
         self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         began = time.monotonic()
-        self.encoder.compile()
+        kinds = {job.chunk.file.kind for job in missing}
+        self.encoder.compile(kinds)
         if (took := time.monotonic() - began) > COMPILING_S:
             self.say(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
         progress = Progress(self.say, "encoding", todo)
-        arguments = (self.encoder, self.cache)
+        arguments = (self.encoder, self.cache, kinds)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
         asked = time.monotonic()
         begun: dict[int, float] = {}  # when each worker began
@@ -463,7 +464,7 @@ def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
     base = 0
     for chunk in sources.cut(file):
         count = 0
-        for batch in sources.read(chunk):
+        for batch in pieces.read(chunk):
             count = batch.count
             if batch.bad:
                 bad = batch.bad[0]

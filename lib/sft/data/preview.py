@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sft.data import sources
+from sft.data import pieces, sources
 from sft.data.rows import BadRow
 from sft.errors import SftError
 
@@ -92,7 +92,7 @@ def preview(
     if row and not (row.isascii() and row.isdigit() and int(row)):
         raise SftError(f"ROW={row}: not a row number; rows count from 1; next: ROW=1")
     for number, files in chosen.items():
-        found = [sources.read_row(files, int(row))] if row else list(first_rows(files))
+        found = [pieces.read_row(files, int(row))] if row else list(first_rows(files))
         for name, at, value in found:
             yield from show(encoder, number, name, at, value, colour)
 
@@ -103,7 +103,7 @@ def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, A
         before = 0
         for chunk in sources.cut(file):
             count = 0
-            for batch in sources.read(chunk):
+            for batch in pieces.read(chunk):
                 count = batch.count
                 for number, value in zip(batch.numbers[:left], batch.rows[:left], strict=True):
                     yield file.name, before + number + 1, value

@@ -10,7 +10,7 @@ Python loop over tokens:
     4. special tokens are counted; a document with more than its template wrote holds special-token text in its content,
        and is encoded again so that this text stays text
 
-`encode_lines` takes lines of JSON and does the first step without Python objects for the plain ones of them  (sft.data.plain)
+`encode_plain` takes lines of JSON or columns of Arrow and does the first step without Python objects for the plain rows  (sft.data.plain)
 
     text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello.<|endoftext|>
     runs    └──────────────── untrained ────────────────────────┘  └──── trained ────┘
@@ -35,9 +35,9 @@ from sft.data.batch import Batch, Reject, cut, foreign, name_conversation, sprea
 from sft.data.chat import JinjaTemplate, Specials, known_templates, load_template
 from sft.data.compiled import TRAINED, WORD
 from sft.data.dataset import trained_runs
+from sft.data.pieces import Block, Columns, Piece
 from sft.data.plain import PlainRows
 from sft.data.rows import BadRow, Conversation, RowReader
-from sft.data.sources import Block
 from sft.data.templates import FAMILIES
 from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
 from sft.errors import SftError
@@ -175,11 +175,14 @@ class Encoder:
             self.last_read = (source, self.reader(source))
         return self.last_read[1].read(row)
 
-    def compile(self) -> None:
-        """Compiles what worker processes then find compiled, once on each kind of machine."""
+    def compile(self, kinds: Container[str] = ("jsonl",)) -> None:
+        """Compiles what worker processes then find compiled, once on each kind of machine, for files of these kinds."""
         row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
         for source in self.prepare.sources if self.vocabulary.byte_level else ():
-            self.encode_lines(Block.of(json.dumps(row).encode() + b"\n"), source)
+            if "jsonl" in kinds:
+                self.encode_plain(Block.of(json.dumps(row).encode() + b"\n"), source)
+            if "parquet" in kinds or "arrow" in kinds:
+                self.encode_plain(Columns.of([row]), source)
             self.encode([], source)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
@@ -201,17 +204,16 @@ class Encoder:
         encoded.proof["redone_batches"] = int(redone)
         return encoded
 
-    def encode_lines(self, block: Block, source: Source) -> tuple[Encoded | None, list[int]]:
-        """The documents of those lines of JSON that are plain, `rows` being lines, and the numbers of the others, which are for
-        `encode`."""
+    def encode_plain(self, piece: Piece, source: Source) -> tuple[Encoded | None, list[int]]:
+        """The documents of the plain rows of a piece, and the numbers of the others, which are for `encode`."""
         key = repr(sorted(source.columns.items()))
         if key not in self.plain_rows:
             usable = self.engine.fast is not None and (self.countable or self.prepare.special_text == "token")
             self.plain_rows[key] = PlainRows.of(self.template, self.reader(source)) if usable else None
         plain = self.plain_rows[key]
         if plain is None:
-            return None, list(range(len(block.ends)))
-        text, odd = plain.read(block)
+            return None, list(range(piece.count))
+        text, odd = plain.read(piece)
         ends = text.edges[text.first[1:] - 1]
         walk = self.vocabulary.follow(self._fast_ids(text.data, ends), text.padded, text.first, text.edges)
         checked = -1 if walk is None else self._parity(text.data, ends, walk)

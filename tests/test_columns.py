@@ -1,0 +1,188 @@
+"""Plain rows of Parquet and Arrow, read by compiled code from their columns, make what Python objects make of them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
+from sft.data import lines as compiled_lines
+from sft.data import sources, vocabulary
+from sft.data.columns import messages
+from sft.data.pieces import Columns, pieces
+from sft.data.templates import FAMILIES
+from sft.data.tokenize import Encoder
+from sft.schema import Source
+
+PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
+ROLES = ["user", "assistant", "system", "environment", "tool", "nobody", ""]
+TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(tmp_path_factory.mktemp("columns") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def encoders(folder: Path) -> Any:
+    made: dict[str, Encoder] = {}
+    return lambda name: made.setdefault(name, encoder(folder, name)) if name not in made else made[name]
+
+
+@st.composite
+def batches(draw: Any) -> Columns:
+    """A record batch of conversations, with nulls in any place, and perhaps a slice of a larger one."""
+    text = draw(st.sampled_from(TYPES))
+    maybe = st.one_of(st.none(), any_text)
+    fields: dict[str, tuple[pa.DataType, Any]] = {
+        "role": (draw(st.sampled_from(TYPES)), st.sampled_from([*ROLES[:2] * 4, *ROLES, None])),
+        "content": (draw(st.sampled_from(TYPES)), st.one_of(any_text, any_text, any_text, st.none())),
+    }
+    more = {
+        "functions": (text, maybe), "function_calls": (text, maybe), "name": (text, maybe), "thinking": (text, maybe),
+        "train": (pa.bool_(), st.one_of(st.none(), st.booleans())), "weight": (pa.int64(), st.one_of(st.none(), st.sampled_from([0, 1]))),
+        "tool_calls": (pa.list_(pa.string()), st.none()), "value": (pa.null(), st.none()),
+    }  # fmt: skip
+    for name in draw(st.lists(st.sampled_from(sorted(more)), unique=True, max_size=3)):
+        fields[name] = more[name]
+    if draw(st.booleans()) and draw(st.booleans()):
+        fields.pop(draw(st.sampled_from(["role", "content"])))
+    message = st.fixed_dictionaries({name: values for name, (_, values) in fields.items()})
+    often = [message] * 6 + [st.none()]
+    rows = draw(st.lists(st.one_of(*[st.lists(st.one_of(*often), max_size=4)] * 6, st.none()), min_size=1, max_size=6))
+    order = draw(st.permutations(sorted(fields)))
+    struct = pa.struct([(name, fields[name][0]) for name in order])
+    listed = draw(st.sampled_from([pa.list_, pa.large_list]))(struct)
+    columns: dict[str, pa.Array] = {"messages": pa.array(rows, type=listed)}
+    if draw(st.booleans()):
+        columns["tools"] = pa.array([draw(st.one_of(st.none(), st.none(), any_text)) for _ in rows], type=pa.string())
+    if draw(st.booleans()):
+        columns["id"] = pa.array(list(range(len(rows))))
+    batch = pa.RecordBatch.from_pydict(columns)
+    start = draw(st.integers(0, len(rows) - 1))
+    return Columns(batch.slice(start, draw(st.integers(1, len(rows)))), 5)
+
+
+@settings(max_examples=400, deadline=None)
+@given(piece=batches())
+def test_both_ways_make_the_same(encoders: Any, piece: Columns) -> None:
+    compiled, python, _ = both_ways(encoders("olmo"), piece)
+    assert compiled == python
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@settings(max_examples=25, deadline=None)
+@given(piece=batches())
+def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, piece: Columns) -> None:
+    compiled, python, _ = both_ways(encoders(name), piece)
+    assert compiled == python
+
+
+def rows_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {"messages": turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99)))}
+        for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_the_rows_of_files_are_plain_and_keep_their_numbers(encoders: Any, tmp_path: Path, kind: str) -> None:
+    rows = rows_of(500)
+    rows[123]["messages"][1]["role"] = "wizard"
+    table = pa.Table.from_pylist([{**row, "id": i} for i, row in enumerate(rows)])
+    path = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pq.write_table(table, path, row_group_size=70)
+    else:
+        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table, max_chunksize=70)
+    (file,) = sources.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache")
+    numbers, odd = [], []
+    for chunk in sources.cut(file):
+        for piece in pieces(chunk):
+            made, others = encoders("olmo").encode_plain(piece, SOURCE)
+            assert made is not None
+            numbers += (made.rows + piece.first).tolist()
+            odd += [piece.first + i for i in others]
+            compiled, python, _ = both_ways(encoders("olmo"), piece)
+            assert compiled == python
+    assert odd == [123] and numbers == [i for i in range(500) if i != 123]
+
+
+@pytest.mark.parametrize(
+    "where", ["the only text", "the first half of a character here, the second there", "under a null"]
+)
+def test_bytes_that_are_no_unicode_are_left_to_python(encoders: Any, where: str) -> None:
+    """As a broken writer makes them: pyarrow itself does not look."""
+    first, second = {"the only text": (b"\xff", b"b"), "under a null": (b"a", b"b")}.get(where, (b"\xc3", b"\xa9"))
+    texts = pa.array([b"u", first, second, b"d"]).view(pa.string())
+    if where == "under a null":
+        raw = pa.array([b"u", b"\xff", b"b", b"d"])
+        valid = pa.array([True, False, True, True]).buffers()[1]
+        texts = pa.Array.from_buffers(pa.string(), 4, [valid, *raw.buffers()[1:]])
+    roles = pa.array(["user", "assistant"] * 2)
+    struct = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
+    batch = pa.RecordBatch.from_pydict({"messages": pa.ListArray.from_arrays([0, 2, 4], struct)})
+    piece = Columns(batch, 0)
+    compiled, python, plain = both_ways(encoders("olmo"), piece)
+    assert compiled == python and plain == 0
+
+
+def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
+    made = encoder(folder)
+    made.compile(["parquet"])
+    known = len(compiled_lines.read_columns.signatures), len(vocabulary.walk.signatures)
+    rows = rows_of(60)
+    for row in rows[:20]:
+        row["messages"][0]["functions"] = "[]"
+    for some in (rows, rows[20:], [{"messages": turns(("user", ""), ("assistant", ""))}] * 3):
+        both_ways(made, Columns.of(some))
+    for text in TYPES:
+        struct = pa.struct([("content", text), ("role", text)])
+        array = pa.array([row["messages"] for row in rows], type=pa.large_list(struct))
+        both_ways(made, Columns(pa.RecordBatch.from_pydict({"messages": array}), 0))
+    assert (len(compiled_lines.read_columns.signatures), len(vocabulary.walk.signatures)) == known
+
+
+def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
+    rows = [{"turns": row["messages"], "tools": None if i % 2 else "[]"} for i, row in enumerate(rows_of(6))]
+    renamed = Source(path="x", columns={"messages": "turns"})
+    piece = Columns(pa.RecordBatch.from_pylist(rows), 0)
+    assert encoders("olmo").encode_plain(piece, renamed)[1] == [0, 2, 4]
+    assert (
+        encoders("olmo").encode_plain(piece, SOURCE) == (None, list(range(6)))
+        or both_ways(encoders("olmo"), piece)[2] == 0
+    )
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array(["text"]),
+        pa.array([["a", "b"]]),
+        pa.array([[{"role": "user", "content": 3}]]),
+        pa.array([[{"role": 1, "content": "x"}]]),
+        pa.array([{"role": "user"}]),
+        pa.array([None]),
+    ],
+)
+def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) -> None:
+    batch = pa.RecordBatch.from_arrays([array], ["messages"])
+    found = messages(batch, "messages", [])
+    assert found is None or found.skipped.all()
+    compiled, python, plain = both_ways(encoders("olmo"), Columns(batch, 0))
+    assert compiled == python and plain == 0
+
+
+def test_a_column_that_is_there_twice_is_left_to_python() -> None:
+    array = pa.array([[{"role": "user", "content": "x"}]])
+    assert messages(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), "messages", []) is None
