@@ -26,7 +26,7 @@ def resolved(folder: Path, name: str) -> list[sources.InputFile]:
     return sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache")
 
 
-def everything(folder: Path, name: str) -> tuple[list[dict], list[pieces.BadRow]]:
+def everything(folder: Path, name: str) -> tuple[list[dict], list[pieces.Reject]]:
     rows, bad = [], []
     for file in resolved(folder, name):
         base = 0

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,8 @@ EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
 
 
-@dataclass(frozen=True)
-class Reject:
-    """A row that was not used: its index in the input, a reason that is counted, what was found, and the start of the row."""
+class Reject(NamedTuple):
+    """A row that was not used: its number in what was read, a reason that is counted, what was found, and the start of the row."""
 
     row: int
     reason: str

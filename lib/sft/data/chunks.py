@@ -24,7 +24,7 @@ from sft import manifest
 from sft.data import pieces, sources
 from sft.data.decontaminate import Screen
 from sft.data.rows import BadRow, Conversation, RowReader
-from sft.data.tokencache import ChunkWriter, Rejected, Summary
+from sft.data.tokencache import ChunkWriter, Summary
 from sft.errors import SftError
 
 if TYPE_CHECKING:
@@ -70,16 +70,14 @@ class EncodeChunk:
                     parts.append((plain, plain.rows + piece.first))
                     summary.rows += len(plain.rows)
                 batch = piece.batch(odd)
-                summary.rejects += [Rejected(*bad) for bad in batch.bad]
+                summary.rejects += batch.bad
                 summary.rows += len(batch.rows) + len(batch.bad)
                 summary.lines = batch.count
                 if batch.rows:
                     encoded = self.encoder.encode(batch.rows, source)
                     numbers = np.array(batch.numbers, dtype=np.int64)
                     parts.append((encoded, numbers[encoded.rows]))
-                    summary.rejects += [
-                        Rejected(int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects
-                    ]
+                    summary.rejects += [r._replace(row=int(numbers[r.row])) for r in encoded.rejects]
                 for made, _ in parts:
                     note(summary.notes, made.engine, made.proof)
                 if parts:

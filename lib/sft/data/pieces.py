@@ -14,12 +14,13 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.data import unpack
+from sft.data.batch import Reject
 from sft.data.compiled import WORD
 from sft.data.sources import Chunk, InputFile, arrow_batches, cut, reading
 from sft.errors import SftError
@@ -38,18 +39,11 @@ NEWLINE = 10
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
-class BadRow(NamedTuple):
-    row: int
-    reason: str
-    detail: str
-    example: str
-
-
 @dataclass
 class Batch:
     rows: list[dict[str, Any]] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    bad: list[BadRow] = field(default_factory=list)
+    bad: list[Reject] = field(default_factory=list)
     count: int = 0
     """Rows read so far in the chunk, blank lines of a JSONL file included: the number of the next one."""
 
@@ -87,7 +81,7 @@ class Block:
         """The rows of all lines, or of those that are wanted, by their numbers in the block."""
         made = Batch(count=self.first + self.count)
         if self.too_long:
-            made.bad.append(BadRow(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
+            made.bad.append(Reject(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
         if self.too_long or (wanted is not None and not wanted):
             return made
         data = self.lines
@@ -141,7 +135,7 @@ class Columns:
                     made.rows.append(arrow.slice(i, 1).to_pylist()[0])
                     made.numbers.append(number)
                 except (UnicodeDecodeError, ValueError) as e:
-                    made.bad.append(BadRow(number, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
+                    made.bad.append(Reject(number, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
         for row in made.rows:
             for name in nested:
                 row[name] = without_nulls(row[name])
@@ -210,7 +204,7 @@ def _read_line(line: bytes, number: int, batch: Batch, long_numbers: bool) -> No
     except ValueError as e:
         reason, _, detail = str(e).partition(": ")
         example = line[:EXAMPLE_CHARS].decode("utf-8", "replace")
-        batch.bad.append(BadRow(number, reason, detail[:EXAMPLE_CHARS], example))
+        batch.bad.append(Reject(number, reason, detail[:EXAMPLE_CHARS], example))
         return
     if row is not None:
         batch.rows.append(row)

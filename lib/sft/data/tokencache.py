@@ -15,13 +15,14 @@ import socket
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sft.data.batch import Reject
 from sft.errors import SftError
 
 MAGIC = b"sft-tok4"
@@ -30,15 +31,6 @@ INDEX = np.dtype(
 )
 TEMPORARY = ".tmp-"
 NEEDED_S = 6 * 3600.0  # a run may be at work with files that it needed so long ago
-
-
-class Rejected(NamedTuple):
-    """A row that makes no document: `row` is counted from 0 inside its chunk."""
-
-    row: int
-    reason: str
-    detail: str
-    example: str
 
 
 @dataclass
@@ -51,7 +43,8 @@ class Summary:
     rows: int = 0
     lines: int = 0
     """Rows and blank lines: how far the chunk moves the numbers of the rows after it."""
-    rejects: list[Rejected] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+    """`row` is counted from 0 inside the chunk."""
     notes: dict[str, int] = field(default_factory=dict)
     """What the encoder counted, e.g. the documents compared with another tokenizer."""
     crc: int = 0
@@ -125,7 +118,7 @@ def read_summary(path: Path) -> Summary | None:
             summary = Summary(**json.loads(f.read(length)))
     except (OSError, ValueError, TypeError):
         return None
-    summary.rejects = [Rejected(*r) for r in summary.rejects]
+    summary.rejects = [Reject(*r) for r in summary.rejects]
     whole = summary.tokens * 4 + summary.documents * INDEX.itemsize + length + 16
     return summary if whole == size else None
 
