@@ -71,8 +71,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     assert everything(tmp_path, name) == (ROWS, [])
 
 
+@pytest.mark.parametrize("tail", [0, 5, 64, 1000])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
-def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size):
+def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):
+    monkeypatch.setattr(pieces, "TAIL_BYTES", tail)
+    monkeypatch.setattr(pieces, "LOOK_BYTES", tail // 2 + 1)
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", size)
     monkeypatch.setattr(sources, "CHUNK_BYTES", size)
     text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'
