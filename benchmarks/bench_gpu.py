@@ -157,7 +157,7 @@ def measure(
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
-    optimizer, guard = build_adamw(model, train), Guard(0.0, world.device)
+    optimizer, guard = build_adamw(model, train, compiled), Guard(0.0, world.device)
     watch = Stopwatch(blocks, world) if world.size > 1 and not compiled else None
     cuda = world.device.type == "cuda"
     if cuda:

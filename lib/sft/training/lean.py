@@ -3,17 +3,18 @@
 In:  fp32 parameters, plain or sharded by rows. Out: `LeanAdamW`, stepped like the fused AdamW and skipping on the device
      like it (`found_inf`); `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
 
-8-bit moments (arXiv 2110.02861, the quantiser is torchao's): 256 values of a row share one fp32 scale, and each is one of 256
+8-bit moments (arXiv 2110.02861, the scale is torchao's): 256 values of a row share one fp32 scale, and each is one of 256
 steps of a dynamic scale. A block never crosses a row and rows are what ranks divide, so the state, its checkpoint and what
 follows are the same on any number of ranks. Vectors, and rows that 256 does not divide, keep fp32 moments.
 
-A step takes a matrix a few rows at a time, so that its fp32 temporaries stay small; it reads and computes in fp32.
+Compiled, a step is one pass over a matrix. Otherwise it takes a part at a time, so that its fp32 temporaries stay small.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,11 +24,13 @@ from torch.distributed.tensor import DTensor
 from sft.errors import SftError
 from sft.training.memory import QUANTISED_BLOCK, is_quantised
 
-CHUNK = 1 << 24  # values of a parameter that are updated at once
+CHUNK = 1 << 24  # values of a parameter that are updated at once, unless compiled
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Scale = tuple[Tensor, Tensor]  # the values of the codes [256], the borders between them [255]
 
 
-def _quantiser() -> Any:
+def _scales(device: torch.device) -> list[Scale]:
+    """What the codes of each moment mean."""
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every kernel that this machine cannot load
     try:
         from torchao.optim import quant_utils
@@ -35,7 +38,10 @@ def _quantiser() -> Any:
         raise SftError(
             f"[train] optimizer 'adamw8bit' needs the package torchao ({error}); next: pip install torchao, or optimizer=adamw"
         ) from error
-    return quant_utils
+    values = [
+        torch.tensor(quant_utils.create_dynamic_map(signed=name == MOMENTS[0]), device=device) for name in MOMENTS
+    ]
+    return [(v, (v[1:] + v[:-1]) / 2) for v in values]
 
 
 class LeanAdamW(torch.optim.Optimizer):
@@ -51,20 +57,17 @@ class LeanAdamW(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
         eight_bit: bool,
+        compiled: bool = False,
     ) -> None:
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.maps: dict[str, Tensor] = {}
-        if eight_bit:
-            self.quantiser = _quantiser()
-            device = self.param_groups[0]["params"][0].device
-            steps = {name: self.quantiser.create_dynamic_map(signed=name == "exp_avg") for name in MOMENTS}
-            self.maps = {name: torch.tensor(values, device=device) for name, values in steps.items()}
+        self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else []
+        self.compiled = compiled
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **self._moments(p)}
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:
-        if not self.maps or not is_quantised(tuple(p.shape)):
+        if not self.scales or not is_quantised(tuple(p.shape)):
             return {name: torch.zeros_like(p) for name in MOMENTS}
         blocks = torch.zeros_like(p[..., ::QUANTISED_BLOCK]) if not isinstance(p, DTensor) else _scales_like(p)
         return {name: torch.zeros_like(p, dtype=torch.uint8) for name in MOMENTS} | {
@@ -74,50 +77,67 @@ class LeanAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            lr = torch.full((), group["lr"], device=group["params"][0].device)
+            constants = (*group["betas"], group["eps"], group["weight_decay"])
             for p in group["params"]:
-                if p.grad is None:
+                if p.grad is None or not _local(p).numel():
                     continue
                 state = {name: _local(value) for name, value in self.state[p].items()}
-                skip = torch.zeros_like(state["step"]) if self.found_inf is None else self.found_inf
-                skip = skip.to(state["step"].device) > 0
-                state["step"] += ~skip
-                rows = max(1, CHUNK // max(1, p.shape[1:].numel()))
-                local, grad = _local(p), _local(p.grad)
-                for start in range(0, local.shape[0], rows):
-                    part = slice(start, start + rows)
-                    pieces = {name: value[part] for name, value in state.items() if value.dim()}
-                    self._update(local[part], grad[part].float(), pieces, state["step"], skip, group)
+                step = state["step"]
+                skip = torch.zeros_like(step) if self.found_inf is None else self.found_inf.to(step.device)
+                skip = skip > 0
+                step += ~skip
+                eight_bit = f"{MOMENTS[0]}_scale" in state
+                scales = self.scales if eight_bit else []
+                # As blocks of values, or as one row of them; scales are one for each block.
+                shape = (-1, QUANTISED_BLOCK) if eight_bit else (-1,)
+                tensors = [_local(p).detach().view(shape), _local(p.grad).reshape(shape)]
+                tensors += [state[name].view(shape) for name in MOMENTS]
+                tensors += [state[f"{name}_scale"].view(-1, 1) for name in MOMENTS if eight_bit]
+                if self.compiled:
+                    for tensor in tensors:
+                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+                    _compiled_update()(tensors, scales, step, skip, lr, constants)
+                    continue
+                rows = max(1, CHUNK // tensors[0][0].numel())
+                for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+                    update(parts, scales, step, skip, lr, constants)
 
-    def _update(
-        self,
-        p: Tensor,
-        grad: Tensor,
-        state: dict[str, Tensor],
-        step: Tensor,
-        skip: Tensor,
-        group: dict[str, Any],
-    ) -> None:
-        eight_bit = f"{MOMENTS[0]}_scale" in state
-        values = []
-        for name, beta, new in zip(MOMENTS, group["betas"], (grad, grad.square()), strict=True):
-            old = state[name]
-            if eight_bit:
-                scale = state[f"{name}_scale"]
-                old = self.quantiser.dequant_with_qmap(old, self.maps[name], scale.reshape(-1)).view_as(grad)
-            moment = torch.lerp(old, new, 1 - beta)
-            values.append(moment)
-            if eight_bit:
-                scaled, scale = self.quantiser.scale_tensor(moment, QUANTISED_BLOCK)
-                codes = self.quantiser.quantize_8bit_with_qmap(scaled, self.maps[name])
-                _put(state[name], codes.view_as(state[name]), skip)
-                _put(state[f"{name}_scale"], scale.view_as(state[f"{name}_scale"]), skip)
-            else:
-                _put(state[name], moment, skip)
-        first, second = group["betas"]
-        count = step.clamp(min=1)
-        denominator = (values[1].sqrt() / (1 - second**count).sqrt()).add_(group["eps"])
-        change = (values[0] / denominator) * (group["lr"] / (1 - first**count))
-        _put(p, p * (1 - group["lr"] * group["weight_decay"]) - change, skip)
+
+def update(
+    tensors: Sequence[Tensor],
+    scales: Sequence[Scale],
+    step: Tensor,
+    skip: Tensor,
+    lr: Tensor,
+    constants: tuple[float, float, float, float],
+) -> None:
+    """One step of some parameters. `tensors`: they, their gradients and two moments, all of one shape, [N] or [blocks, 256]; with
+    `scales` the moments are codes, and the largest value [blocks, 1] of each block of both follows. `constants`: both betas,
+    eps, weight decay."""
+    p, grad, *moments = tensors
+    grad = grad.float()
+    *betas, eps, weight_decay = constants
+    values = []
+    for i, (beta, new) in enumerate(zip(betas, (grad, grad.square()), strict=True)):
+        old = scales[i][0][moments[i].int()] * moments[2 + i] if scales else moments[i]
+        values.append(torch.lerp(old, new, 1 - beta))
+        if scales:
+            largest = values[i].abs().amax(-1, keepdim=True).clamp(min=1e-12)
+            codes = torch.bucketize(values[i] / largest, scales[i][1], right=True, out_int32=True)
+            _put(moments[i], codes.to(torch.uint8), skip)
+            _put(moments[2 + i], largest, skip)
+        else:
+            _put(moments[i], values[i], skip)
+    count = step.clamp(min=1)
+    denominator = values[1].sqrt() / (1 - betas[1] ** count).sqrt() + eps
+    change = (values[0] / denominator) * (lr / (1 - betas[0] ** count))
+    _put(p, p * (1 - lr * weight_decay) - change, skip)
+
+
+@lru_cache(maxsize=1)
+def _compiled_update() -> Callable[..., None]:
+    return torch.compile(update, fullgraph=True)
 
 
 def _put(target: Tensor, value: Tensor, skip: Tensor) -> None:

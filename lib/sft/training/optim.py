@@ -40,14 +40,15 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
     return train.lr * (train.final_lr_fraction + (1 - train.final_lr_fraction) * left)
 
 
-def build_adamw(model: nn.Module, train: Train) -> torch.optim.Optimizer:
-    """The fused AdamW, or the lean one where the recipe wants 8-bit moments or bf16 gradients."""
+def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:
+    """The fused AdamW, or the lean one where the recipe wants 8-bit moments or bf16 gradients: `compiled`, on CUDA."""
     parameters = list(model.parameters())
     if train.gradients == "bf16":
         keep_gradients_in_bf16(parameters)
     if train.optimizer == "adamw8bit" or train.gradients == "bf16":
         eight_bit = train.optimizer == "adamw8bit"
-        return LeanAdamW(parameters, train.lr, train.betas, train.eps, train.weight_decay, eight_bit)
+        compiled = compiled and parameters[0].is_cuda
+        return LeanAdamW(parameters, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
     optimizer = torch.optim.AdamW(
         parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
     )

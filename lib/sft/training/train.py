@@ -105,7 +105,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     if hardware.compile:
         compile_blocks(model, world.device, train.precision)
     model = shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
-    optimizer = build_adamw(model, train)
+    optimizer = build_adamw(model, train, hardware.compile)
 
     def say(text: str) -> None:
         if world.leader:
