@@ -22,7 +22,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,7 @@ from sft.training import attention, flops, memory
 from sft.training.dist import World, context_group, join, shard
 from sft.training.model import Transformer, compile_blocks, initial_values
 from sft.training.optim import Guard, build_adamw, clip
-from sft.training.stopwatch import Stopwatch
+from sft.training.stopwatch import Stopwatch, between, mark
 
 WINDOW = 64
 
@@ -167,7 +166,7 @@ def measure(
         if step < 2:
             wait(world)  # compiling and the first allocations; from there on the host runs ahead, as in training
         with profiler(args.profile and step == plan.steps - 1, world) as profile:  # the last step is not timed
-            marks.append(mark(world))
+            marks.append(mark(world.device))
             total = torch.zeros((), device=world.device)
             for batch in batches:
                 b = batch.to(world.device)
@@ -182,7 +181,7 @@ def measure(
         expected.append(loader.expected(step))
         if watch is not None:
             waited.append(watch.imbalance(watch.lap()))
-    marks.append(mark(world))
+    marks.append(mark(world.device))
     wait(world)
     losses = [world.sum(total.cpu()).item() for total in totals]
     seconds = [between(*pair) for pair in itertools.pairwise(marks)]
@@ -209,26 +208,6 @@ def measure(
         "imbalance": float(np.mean(waited[1:])) if waited else None,
         "kernels": kernels,
     }
-
-
-Mark = float | torch.cuda.Event
-
-
-def mark(world: World) -> Mark:
-    """A moment of the device, which nobody waits for."""
-    if world.device.type != "cuda":
-        return time.monotonic()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(a: Mark, b: Mark) -> float:
-    """Seconds."""
-    if isinstance(a, torch.cuda.Event) and isinstance(b, torch.cuda.Event):
-        return a.elapsed_time(b) / 1e3
-    assert isinstance(a, float) and isinstance(b, float)
-    return b - a
 
 
 @contextlib.contextmanager

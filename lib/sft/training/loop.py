@@ -10,7 +10,6 @@ Nothing here waits for a GPU inside a step: the loss, the norm and whether the s
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from sft.training.flops import mfu
 from sft.training.metrics import Metrics, read
 from sft.training.optim import Guard, clip, learning_rate
 from sft.training.saving import Best, Saver
-from sft.training.stopwatch import Stopwatch
+from sft.training.stopwatch import Mark, Stopwatch, between, mark
 
 
 class Requeue(Exception):
@@ -107,22 +106,17 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
 
 
 class Readback:
-    """Numbers on their way from the device. Reading them one step later leaves the GPU busy meanwhile."""
+    """A step's numbers on their way from the device, and when it was done. Reading them one step later leaves the GPU busy meanwhile."""
 
     def __init__(self, values: Tensor, facts: dict[str, Any]) -> None:
         self.facts = facts
-        self.event = None
-        if values.is_cuda:
-            self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.host.copy_(values, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
-        else:
-            self.host = values
+        self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self.host.copy_(values, non_blocking=True)
+        self.ended = mark(values.device)
 
     def read(self) -> list[float]:
-        if self.event is not None:
-            self.event.synchronize()
+        if isinstance(self.ended, torch.cuda.Event):
+            self.ended.synchronize()
         return [float(x) for x in self.host.tolist()]
 
 
@@ -135,7 +129,7 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
             checkpoint.mark_best(run.stage.out, start, best.metric, best.value, higher_is_better=False)
     loader = run.loader(start)
     pending: Readback | None = None
-    began = time.monotonic()
+    began = mark(world.device)
     for step, batches in loader:
         asked = world.sum_later(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
         if run.stopwatch is not None:
@@ -163,19 +157,14 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
         if not (regular or ended or validate_now or world.device.type == "cpu"):
             continue
         # The host must know this step's numbers before it saves: a step that stops the run is not worth keeping.
-        measured = {}
-        if validate_now:
-            pending.read()  # a GPU may be at the step still, whose time is not the validation's
-            paused = time.monotonic()
-            measured = validate(run)
-            pending.facts |= measured
-            began += time.monotonic() - paused
-        began = report(run, metrics, pending, began)
+        measured = validate(run) if validate_now else {}
+        pending.facts |= measured
+        report(run, metrics, pending, began)
         pending = None
         if regular or ended:
             # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
             save(run, done, measured if regular else {}, ephemeral=not permanent)
-            began = time.monotonic()
+        began = mark(world.device)  # neither is the next step's time
         if ended:
             saver.wait()
             raise Requeue
@@ -195,10 +184,9 @@ def find_best(run: Run, measured: Mapping[str, Any]) -> Best | None:
     )
 
 
-def report(run: Run, metrics: Metrics | None, pending: Readback, began: float) -> float:
-    """Writes a finished step's record; stops the run after too many skipped steps in a row. Returns the time now."""
+def report(run: Run, metrics: Metrics | None, pending: Readback, began: Mark) -> Mark:
+    """Writes a finished step's record; stops the run after too many skipped steps in a row. Returns when the step ended."""
     norm, skipped, _, *sums = pending.read()
-    now = time.monotonic()
     facts = pending.facts
     count = len(run.sources)
     labels = sum(sums[count:])
@@ -206,7 +194,7 @@ def report(run: Run, metrics: Metrics | None, pending: Readback, began: float) -
     measured = run.stopwatch.imbalance(facts["lap"]) if run.stopwatch is not None else None
     saved = run.saver.report()
     if metrics is not None:
-        seconds = now - began
+        seconds = between(began, pending.ended)
         record: dict[str, Any] = {
             "step": facts["step"],
             "loss": sum(sums[:count]) / labels,
@@ -245,7 +233,7 @@ def report(run: Run, metrics: Metrics | None, pending: Readback, began: float) -
             f" a spike (last: loss {sum(sums[:count]) / labels}, gradient norm {norm}); last good checkpoint: {good};"
             " next: look at metrics.jsonl, lower [train] lr or raise skip_sigmas, and run train again"
         )
-    return now
+    return pending.ended
 
 
 def finite(value: Any) -> Any:

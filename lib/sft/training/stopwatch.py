@@ -1,24 +1,43 @@
-"""How unevenly the ranks of a step computed: the measured side of what sft.packing.balance promises.
+"""Times of what a device does, which nobody waits for, and how unevenly the ranks of a step computed: the measured side of what
+sft.packing.balance promises.
 
 In:  the model's blocks, after fully_shard, so that a block's own hooks run inside FSDP's: waiting for weights is not counted.
 Out: `lap()` for each step, and `imbalance(laps)`: the share of time that ranks wait for the slowest, 1 - mean / max over ranks
      of the seconds spent in the blocks' forward passes. Hooks do not run again where a block is recomputed: that and the
      backward pass are taken to cost in proportion. Compiled blocks are not measured: hooks would be part of their graphs.
 
-On CUDA events are recorded and read a step later, so nothing waits; on the CPU the thread's own time is taken.
+On CUDA events are recorded and read a step later; on the CPU the thread's own time is taken.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
 from sft.training.dist import World
 
-Lap = list[tuple[Any, Any]]
+Mark = float | torch.cuda.Event
+Lap = list[tuple[Mark, Mark]]
+
+
+def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> Mark:
+    """This point in the work of a device: on CUDA the end of what it was told to do so far, else the clock's time now."""
+    if device.type != "cuda":
+        return clock()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a: Mark, b: Mark) -> float:
+    """Seconds from one mark to a later one, which the device must have reached."""
+    if isinstance(a, float) and isinstance(b, float):
+        return b - a
+    assert not isinstance(a, float) and not isinstance(b, float)
+    return float(a.elapsed_time(b)) / 1e3
 
 
 class Stopwatch:
@@ -30,12 +49,8 @@ class Stopwatch:
             block.register_forward_pre_hook(self._start)
             block.register_forward_hook(self._stop)
 
-    def _now(self) -> Any:
-        if self.world.device.type != "cuda":
-            return time.thread_time()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def _now(self) -> Mark:
+        return mark(self.world.device, time.thread_time)
 
     def _start(self, *_: Any) -> None:
         self._open = self._now()
@@ -50,11 +65,7 @@ class Stopwatch:
 
     def imbalance(self, lap: Lap) -> float:
         """Over all ranks, each of which must call it; the lap's step must have ended on this rank's device."""
-        if self.world.device.type == "cuda":
-            seconds = sum(start.elapsed_time(end) for start, end in lap) / 1e3
-        else:
-            seconds = sum(end - start for start, end in lap)
         times = torch.zeros(self.world.size)
-        times[self.world.rank] = seconds
+        times[self.world.rank] = sum(between(start, end) for start, end in lap)
         self.world.sum(times)
         return float(1 - times.mean() / times.max()) if times.max() else 0.0
