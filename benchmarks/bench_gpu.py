@@ -125,7 +125,7 @@ def measure(
 ) -> dict[str, Any]:
     """Steps of one preset: seconds, MFU, memory, loss, imbalance. DoesNotFit where the plan says so."""
     degree = args.context_degree
-    hardware = Hardware(recompute=args.recompute, compile=compiled, context_degree=degree)
+    hardware = Hardware(recompute=args.recompute, compile="always" if compiled else "never", context_degree=degree)
     groups = world.size // degree
     train = Train(
         seq_len=args.seq_len,

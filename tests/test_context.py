@@ -30,7 +30,7 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks with a copy each": (2, {"shard_degree": 1}),
     "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
     "two of one group, attention kept": (2, {"context_degree": 2, "recompute": "selected"}),
-    "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": True}),
+    "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": "always"}),
 }
 
 

@@ -74,7 +74,7 @@ def test_a_layer_keeps_the_bytes_that_the_plan_says(mode: str, family: dict[str,
         return int(found["Total"]) - sum(p.numel() * p.element_size() for p in model.parameters())
 
     width = 2 if dtype == torch.bfloat16 else 4
-    wanted = kept(config, TOKENS, mode, width, Hardware())
+    wanted = kept(config, TOKENS, mode, width, Hardware(compile="never"))
     if mode == "none":  # the CPU's loop over documents joins their outputs in a new tensor
         wanted += width * TOKENS * SMALL.n_heads * SMALL.head_dim
     assert (alive(5) - alive(2)) / 3 == pytest.approx(wanted, rel=0.001)
@@ -102,14 +102,14 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
         block(x, (table, table), torch.empty(64, dtype=torch.int32), TOKENS)
     for held in (*block.parameters(), table):
         saved.pop(held.untyped_storage()._cdata, None)
-    assert kept(config, TOKENS, "none", 2, Hardware(compile=True)) == pytest.approx(sum(saved.values()), rel=0.001)
+    assert kept(config, TOKENS, "none", 2, Hardware(compile="always")) == pytest.approx(sum(saved.values()), rel=0.001)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["none", "budget", "selected", "full"])
 def test_the_peak_is_within_an_eighth_of_what_torch_counts(precision: str, mode: str, no_group: None) -> None:
     train = Train(seq_len=2048, precision=precision)
-    hardware = Hardware(recompute=mode)
+    hardware = Hardware(recompute=mode, compile="never")
     model = shard(build(SMALL, layer_modes(SMALL.n_layers, mode, 0.5)), World(0, 1, 0, torch.device("cpu")), precision)
     optimizer = build_adamw(model, train)
     for p in model.parameters():
@@ -143,13 +143,13 @@ def test_what_stays_is_exact_on_any_number_of_gpus() -> None:
 
 def test_auto_takes_the_least_recomputation_that_fits() -> None:
     def auto(gb: float, **changed: Any) -> Any:
-        return plan(PRESETS["olmo2-7b"], Train(), Hardware(recompute="auto", **changed), 8, gb)
+        return plan(PRESETS["olmo2-7b"], Train(), Hardware(**({"compile": "never"} | changed)), 8, gb)
 
     assert auto(0).recompute == "none"
     assert auto(200).recompute == "none"
     found = auto(80)
     assert found.recompute == "budget" and found.fits
-    more = replace(Hardware(recompute="budget"), recompute_budget=found.recompute_budget + 1 / 32)
+    more = replace(Hardware(recompute="budget", compile="never"), recompute_budget=found.recompute_budget + 1 / 32)
     assert not plan(PRESETS["olmo2-7b"], Train(), more, 8, 80).fits
     work = [
         {"none": 1.0, "budget": f.recompute_budget, "selected": 0.0, "full": -1.0}[f.recompute]
@@ -159,7 +159,7 @@ def test_auto_takes_the_least_recomputation_that_fits() -> None:
     assert {1.0, -1.0} < set(work)
     assert not auto(20).fits
     # A compiled layer keeps less, and two ranks that share a pack keep half of it each.
-    assert auto(80, compile=True).recompute_budget > found.recompute_budget
+    assert auto(80, compile="always").recompute_budget > found.recompute_budget
     halves = [plan(PRESETS["olmo2-7b"], Train(), Hardware(context_degree=n), 8, 0).parts["activations"] for n in (1, 2)]
     assert halves[1] == pytest.approx(halves[0] / 2, rel=0.01)
 
@@ -178,7 +178,7 @@ def test_auto_takes_the_least_recomputation_that_fits() -> None:
 def test_what_does_not_fit_is_refused_with_the_numbers_and_what_would(
     preset: str, gpus: int, gb: float, hardware: dict[str, Any], next_step: str
 ) -> None:
-    hard = Hardware(**({"recompute": "auto"} | hardware))
+    hard = Hardware(**({"compile": "never"} | hardware))
     found = plan(PRESETS[preset], Train(), hard, gpus, gb)
     with pytest.raises(
         SftError, match=rf"GB per GPU are needed on {gpus} GPUs of {gb}.0 GB \(parameters .*{next_step}"

@@ -19,7 +19,10 @@ import training
 from sft.data.dataset import Dataset
 from sft.errors import SftError
 from sft.packing.packs import pack_dataset
+from sft.schema import Hardware, Train
 from sft.training import base, checkpoint, metrics
+from sft.training import model as model_module
+from sft.training import train as train_module
 from sft.training.dist import World, make_deterministic
 from sft.training.stopwatch import Stopwatch
 from sft.training.tensors import Tensors
@@ -315,8 +318,8 @@ def test_deterministic_turns_on_what_torch_cublas_and_nccl_have(monkeypatch: pyt
     ("device", "hardware"),
     [
         ("cpu", {"recompute": "selected"}),
-        pytest.param("cuda", {"recompute": "selected"}, marks=[pytest.mark.gpu, NO_GPU]),
-        pytest.param("cuda", {"compile": True}, marks=[pytest.mark.gpu, NO_GPU]),
+        pytest.param("cuda", {"recompute": "selected", "compile": "never"}, marks=[pytest.mark.gpu, NO_GPU]),
+        pytest.param("cuda", {"compile": "always"}, marks=[pytest.mark.gpu, NO_GPU]),
     ],
 )
 def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
@@ -336,9 +339,56 @@ def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
     assert curve(folder) == curve(whole)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "precision", "lacking", "settled"),
+    [
+        ("auto", "cuda", "bf16", "", "always"),
+        ("auto", "cuda", "bf16", "a C compiler", "never"),
+        ("auto", "cuda", "fp32", "", "never"),
+        ("auto", "cpu", "bf16", "", "never"),
+        ("always", "cpu", "fp32", "a C compiler", "always"),
+        ("never", "cuda", "bf16", "", "never"),
+    ],
+)
+def test_a_gpu_in_bf16_compiles_where_it_can(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, precision: str, lacking: str, settled: str
+) -> None:
+    monkeypatch.setattr(train_module, "lacking_compiler", lambda: lacking)
+    recipe = types.SimpleNamespace(train=Train(precision=precision))
+    stage: Any = types.SimpleNamespace(hardware=Hardware(compile=wanted), recipe=recipe)
+    hardware, why = train_module.settle_compile(stage, World(0, 1, 0, torch.device(device)))
+    assert hardware == Hardware(compile=settled)
+    assert why == (lacking if (wanted, device) == ("auto", "cuda") else "")
+
+
+def test_what_a_compiler_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"triton", "gcc"}
+    monkeypatch.setattr(model_module.importlib.util, "find_spec", lambda name: name if name in found else None)
+    monkeypatch.setattr(model_module.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(model_module.os.path, "exists", lambda path: "Python.h" in found)
+    monkeypatch.delenv("CC", raising=False)
+    assert model_module.lacking_compiler().endswith("Python.h")
+    found.add("Python.h")
+    assert model_module.lacking_compiler() == ""
+    found.remove("gcc")
+    assert model_module.lacking_compiler() == "a C compiler"
+    monkeypatch.setenv("CC", "zig cc")
+    assert model_module.lacking_compiler() == ""
+    found.remove("triton")
+    assert model_module.lacking_compiler() == "the package triton"
+
+
 @pytest.mark.gpu
 @NO_GPU
-@pytest.mark.parametrize("hardware", [{}, {"compile": True, "recompute": "selected"}, {"recompute": "full"}])
+@pytest.mark.parametrize(
+    "hardware",
+    [
+        {},
+        {"compile": "always", "recompute": "selected"},
+        {"compile": "never"},
+        {"compile": "never", "recompute": "full"},
+    ],
+)
 def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
     folder: Path, dataset: Path, hardware: dict[str, Any]
 ) -> None:

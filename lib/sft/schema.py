@@ -320,7 +320,7 @@ class Hardware:
         1, "ranks that share the tokens of one microbatch (Ulysses): for packs too long for one GPU", min=1
     )
     recompute: str = opt(
-        "none",
+        "auto",
         "activations made anew in the backward pass; 'selected' keeps attention's, 'budget' keeps all of some layers, 'auto' takes what fits",
         choices=("none", "selected", "budget", "full", "auto"),
     )
@@ -330,7 +330,11 @@ class Hardware:
         min=0,
         max=1,
     )
-    compile: bool = opt(False, "compile every block with torch.compile")
+    compile: str = opt(
+        "auto",
+        "torch.compile for every block; 'auto' on CUDA in bf16, where there is a C compiler",
+        choices=("auto", "always", "never"),
+    )
     gpus: int = opt(
         -1,
         "GPUs a job asks for on each machine; -1 = all for train, one for evaluate, else none",

@@ -15,7 +15,11 @@ The ranks of a context group hold consecutive parts of the row: only attention, 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -226,6 +230,16 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
     model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
     for block in model.get_submodule("blocks").children():
         block.compile(fullgraph=device.type == "cuda" and precision == "bf16")
+
+
+def lacking_compiler() -> str:
+    """What torch.compile needs for a GPU and does not find on this machine; empty where it finds all."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
+        return "a C compiler"
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    return "" if os.path.exists(header) else header
 
 
 def recompute_options(mode: str) -> dict[str, Any]:

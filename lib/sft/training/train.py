@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,13 @@ from sft.evaluation import watch
 from sft.packing.loader import Loader
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
+from sft.schema import Hardware
 from sft.stage import Result, Stage, open_stage, report_errors
 from sft.training import base, checkpoint, flops, logs, memory
 from sft.training.dist import SharedError, World, context_group, join, make_deterministic, shard
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import Metrics, json_lines, read
-from sft.training.model import Transformer, compile_blocks
+from sft.training.model import Transformer, compile_blocks, lacking_compiler
 from sft.training.optim import Guard, build_adamw
 from sft.training.remote import Uploads, destination
 from sft.training.saving import Saver
@@ -52,7 +54,7 @@ REQUEUE_MARK = ".requeue"
 
 def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest whole step. Returns the run and the number of finished steps."""
-    train, hardware = stage.recipe.train, stage.hardware
+    train, (hardware, lacking) = stage.recipe.train, settle_compile(stage, world)
     if train.deterministic:
         make_deterministic()
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
@@ -102,10 +104,11 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):
         block.recompute = mode  # type: ignore[assignment]
         block.attention.context = together  # type: ignore[union-attr]
-    if hardware.compile:
+    compiled = hardware.compile == "always"
+    if compiled:
         compile_blocks(model, world.device, train.precision)
     model = shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
-    optimizer = build_adamw(model, train, hardware.compile)
+    optimizer = build_adamw(model, train, compiled)
 
     def say(text: str) -> None:
         if world.leader:
@@ -124,20 +127,25 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         saver=Saver(stage.out, train, base.step_config(config, facts), world, say),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
-        if world.size > 1 and not hardware.compile
+        if world.size > 1 and not compiled
         else None,
         peak_tflops=peak(stage, world),
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     if warning:
         say(f"warning: {warning}")
+    if lacking:
+        say(
+            f"warning: not compiled, which costs a quarter of the speed: {lacking} is not there; next: install it (Debian: gcc python3-dev),"
+            " or compile=never"
+        )
     if train.deterministic and world.device.type == "cuda":
         say("deterministic: every sum in one order, which costs time (attention's backward pass most)")
     if not room.fits:
         say(
             f"warning: {room.total / 1e9:.1f} GB per GPU estimated, {room.limit / 1e9:.1f} GB there; recompute=auto may fit"
         )
-    if hardware.recompute == "auto":
+    if hardware.recompute == "auto" and room.limit:
         say(
             f"recomputation: {room.recompute}"
             + (f", {room.recompute_budget:.0%} of the layers keep everything" if room.recompute == "budget" else "")
@@ -165,6 +173,16 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         f" padding {described['padding_fraction']:.1%}, tokens lost to seq_len {described['tokens_lost_fraction']:.1%}"
     )
     return run, start
+
+
+def settle_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
+    """The hardware numbers with `compile` decided, and what 'auto' lacked for it on one of the machines."""
+    hardware, lacking = stage.hardware, ""
+    if hardware.compile == "auto":
+        fused = world.device.type == "cuda" and stage.recipe.train.precision == "bf16"
+        lacking = next(filter(None, world.gather(lacking_compiler() if fused else "")), "")
+        hardware = replace(hardware, compile="always" if fused and not lacking else "never")
+    return hardware, lacking
 
 
 def uploads(stage: Stage, world: World) -> Uploads | None:
