@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast prepare is, against the ancestor's method, Hugging Face batch encoding and the floor, on the same cores.
 
-    PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--rounds 3] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
+    PYTHONPATH=lib python benchmarks/bench_prepare.py [--tokens 60e6] [--rounds 5] [--cores 2] [--tokenizer FOLDER] [--gsm8k FILE]
 
 In: a tokenizer folder and GSM8K (from $SFT_SHARED_DATA or ../shared/data), and generated 20-message tool dialogues, whose
 words are GSM8K's own at their own frequencies: text of few words would be encoded from a cache. Out: a table, and as the
@@ -332,7 +332,7 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=60e6, help="size of each data set for 'ours'")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=workers.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
