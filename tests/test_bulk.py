@@ -1,4 +1,4 @@
-"""sft.data.bulk: what is written is what lies on the disk, with its sha256, whether or not it goes past the page cache."""
+"""sft.bulk: what is written is what lies on the disk, with its sha256, whether or not it goes past the page cache."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft.data import bulk
-from sft.data.bulk import BLOCK, BulkFile
+from sft import bulk
+from sft.bulk import BLOCK, BulkFile
 
 
 @pytest.fixture(params=["direct", "refused", "refused late", "unknown"])

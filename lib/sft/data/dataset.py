@@ -11,7 +11,7 @@ Out: a folder that OLMo-core's readers accept, and one file more that says where
 Documents that have EOS inside (boundaries = "index") go to indexed_ids_part_0000.npy and indexed_mask_part_0000.npy, without
 a csv.gz: OLMo-core looks for EOS to find documents and would take them apart, so it must not find these files by its names.
 
-A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed (sft.data.bulk);
+A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed (sft.bulk);
 documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the documents alone.
 """
 
@@ -28,7 +28,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.data.bulk import BulkFile
+from sft.bulk import BulkFile
 from sft.data.compiled import DIGITS, write_bounds
 from sft.data.mix import scramble
 from sft.errors import SftError

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -28,7 +29,7 @@ import re
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystem
 
 from sft import manifest
+from sft.bulk import BulkFile
 from sft.errors import SftError
 from sft.training import disks
 from sft.training.dist import SharedError, World
@@ -48,8 +51,54 @@ LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout this is
 STEP = re.compile(r"step(\d+)")
 
 
+class _Shard(io.RawIOBase):
+    """A BulkFile as a stream."""
+
+    def __init__(self, file: BulkFile) -> None:
+        self.file, self.at = file, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.file.write(data)
+        self.at += size
+        return size
+
+    def tell(self) -> int:
+        return self.at
+
+
+class _Files(FileSystem):
+    """Files that are on the disk when they are closed, shards past the page cache and hashed on their way."""
+
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        if Path(path).suffix != ".distcp":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+            return
+        file = BulkFile(Path(path))
+        try:
+            yield _Shard(file)
+        except BaseException:
+            file.abort()
+            raise
+        self.hashes[Path(path).name] = file.close()
+
+
 class _Writer(dcp.FileSystemWriter):
     """DCP's writer, which would otherwise note a random id and the temporary path: equal states give equal bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=True, sync_files=False)
+        self.fs = self.files = _Files()
 
     def storage_meta(self) -> None:
         return None
@@ -102,7 +151,9 @@ def save(
         mine = [f"train/rank{world.rank}.pt"]
         mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
         mine += ["config.json", ".metadata.json", "model_and_optim/.metadata"] if world.leader else []
-        return manifest.describe(work, sorted(mine))
+        return manifest.describe(
+            work, sorted(mine), {f"model_and_optim/{n}": h for n, h in writer.files.hashes.items()}
+        )
 
     def publish() -> None:
         outputs = sorted((entry for part in described for entry in part), key=lambda e: str(e["path"]))
@@ -117,7 +168,7 @@ def save(
     try:
         world.leader_first(lambda: shutil.rmtree(work, ignore_errors=True))
         world.together(write)
-        writer = _Writer(work / "model_and_optim", single_file_per_rank=True, sync_files=True)
+        writer = _Writer(work / "model_and_optim")
         with warnings.catch_warnings():  # one process without a group is what was meant
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
             dcp.save(dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized())
