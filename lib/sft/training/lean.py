@@ -77,15 +77,15 @@ class LeanAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            lr = torch.full((), group["lr"], device=group["params"][0].device)
+            device = group["params"][0].device
+            lr = torch.full((), group["lr"], device=device)
+            skip = torch.full((), False, device=device) if self.found_inf is None else self.found_inf.to(device) > 0
             constants = (*group["betas"], group["eps"], group["weight_decay"])
             for p in group["params"]:
                 if p.grad is None or not _local(p).numel():
                     continue
                 state = {name: _local(value) for name, value in self.state[p].items()}
                 step = state["step"]
-                skip = torch.zeros_like(step) if self.found_inf is None else self.found_inf.to(step.device)
-                skip = skip > 0
                 step += ~skip
                 eight_bit = f"{MOMENTS[0]}_scale" in state
                 scales = self.scales if eight_bit else []

@@ -142,7 +142,8 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
         facts["imbalance_expected"], facts["flops"] = loader.expected(step)
         facts["lap"] = run.stopwatch.lap() if run.stopwatch is not None else None
         if pending is not None:
-            began = report(run, metrics, pending, began)
+            report(run, metrics, pending, began)
+            began = pending.ended
         pending = Readback(values, facts)
         last = done == plan.steps
         ended, requested, failed = (flag > 0 for flag in asked().tolist())
@@ -184,8 +185,8 @@ def find_best(run: Run, measured: Mapping[str, Any]) -> Best | None:
     )
 
 
-def report(run: Run, metrics: Metrics | None, pending: Readback, began: Mark) -> Mark:
-    """Writes a finished step's record; stops the run after too many skipped steps in a row. Returns when the step ended."""
+def report(run: Run, metrics: Metrics | None, pending: Readback, began: Mark) -> None:
+    """Writes a finished step's record; stops the run after too many skipped steps in a row."""
     norm, skipped, _, *sums = pending.read()
     facts = pending.facts
     count = len(run.sources)
@@ -233,7 +234,6 @@ def report(run: Run, metrics: Metrics | None, pending: Readback, began: Mark) ->
             f" a spike (last: loss {sum(sums[:count]) / labels}, gradient norm {norm}); last good checkpoint: {good};"
             " next: look at metrics.jsonl, lower [train] lr or raise skip_sigmas, and run train again"
         )
-    return pending.ended
 
 
 def finite(value: Any) -> Any:

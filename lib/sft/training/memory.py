@@ -197,9 +197,8 @@ def kept(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Har
     attention = width * (q + 2 * exchanged + q) + statistics  # its inputs and output
     normed = 2 * d + (q + kv if model.qk_norm else 0)
     rows = 2 + {"full": 2, "head": model.n_heads + model.n_kv_heads, "": 0}[model.qk_norm]
-    if hardware.compile == "always" or (
-        hardware.compile == "auto" and width == 2
-    ):  # fused: a norm keeps its input and one number a row, SwiGLU its factors and product
+    if hardware.compile == "always" or (hardware.compile == "auto" and width == 2):
+        # Fused: a norm keeps its input and one number a row, SwiGLU its factors and product.
         norms = width * normed + 4 * rows
         return tokens * (width * 2 * d + norms + attention + width * 3 * model.hidden)
     # One at a time: a norm keeps its input in fp32 and its quotient in fp32; SwiGLU both factors, SiLU's output, the product.

@@ -54,9 +54,10 @@ REQUEUE_MARK = ".requeue"
 
 def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest whole step. Returns the run and the number of finished steps."""
-    train, (hardware, lacking) = stage.recipe.train, settle_compile(stage, world)
+    train = stage.recipe.train
     if train.deterministic:
         make_deterministic()
+    hardware, lacking = settle_compile(stage, world)
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
     world.leader_first(lambda: [stage.dataset, stage.base], share=False)
     dataset_folder, base_folder = world.together(lambda: (stage.dataset, stage.base))[world.rank]
