@@ -10,6 +10,7 @@ another. Training sends its kept steps there by itself (sft.training.remote). Ev
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -59,7 +60,8 @@ def bring(run: Path, stage: str, command: Sequence[str]) -> None:
             f" next: make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster} again"
         )
     if stage == "train":
-        bring_steps(kept, run / stage, cache(run), job.identity)
+        # A node may look while another's last attempt still sends the step it saved when told to end: the one before is on both.
+        bring_steps(kept, run / stage, cache(run), job.identity, 2 if job.hardware.nodes > 1 else 1)
 
 
 def bring_stage(address: str, folder: Path, cache: Path, whole: bool) -> None:
@@ -81,19 +83,19 @@ def bring_stage(address: str, folder: Path, cache: Path, whole: bool) -> None:
     target.write(manifest.NAME, text)
 
 
-def bring_steps(address: str, out: Path, cache: Path, identity: str) -> None:
-    """The newest whole step, the one that BEST names, and the metrics so far; nothing where no step was kept."""
+def bring_steps(address: str, out: Path, cache: Path, identity: str, count: int = 1) -> None:
+    """The newest `count` whole steps, the one that BEST names, and the metrics so far; nothing where no step was kept."""
     bucket = open_storage(address, cache)
     there = bucket.list()
     numbers = sorted((int(m[1]) for name in there if (m := STEP_LIST.fullmatch(name))), reverse=True)
-    newest = next((n for n in numbers if _bring_step(address, n, out, cache)), None)
-    if newest is None:
+    brought = list(itertools.islice((n for n in numbers if _bring_step(address, n, out, cache)), count))
+    if not brought:
         return
-    say(f"going on from step {newest} of {address}")
+    say(f"going on from step {brought[0]} of {address}")
     best = (bucket.read("BEST") or b"").decode()
     if match := re.match(r"step(\d+)\n", best):
         number = int(match[1])
-        if number == newest or (number in numbers and _bring_step(address, number, out, cache)):
+        if number in brought or (number in numbers and _bring_step(address, number, out, cache)):
             LocalStorage(out).write("BEST", best.encode())
     if (evaluations := bucket.read("evaluations.jsonl")) is not None:
         LocalStorage(out).write("evaluations.jsonl", evaluations)
