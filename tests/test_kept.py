@@ -147,6 +147,10 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     assert (out / ".identity").read_text() == "0123" and logs.next_attempt(out) == 2
     told = capsys.readouterr().out
     assert "warning: " in told and "step8 is passed over" in told and "going on from step 6" in told
+    several = tmp_path / "several"  # nodes that look at different moments have one of two in common
+    several.mkdir()
+    kept.bring_steps(address, several, cache, "0123", 3)
+    assert sorted(p.parent.name for p in several.glob(f"step*/{manifest.NAME}")) == ["step2", "step4", "step6"]
     empty = tmp_path / "empty"
     kept.bring_steps("gs://test/runs/y/train/0", empty, cache, "0123")
     assert not empty.exists()
