@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +78,26 @@ def test_a_stage_goes_to_a_bucket_and_back_with_its_kept_steps_and_without_an_un
     assert "0 files copied" in run(tmp_path / "back/x", "--from", "gs://bucket/runs")
     (tmp_path / "back/x/train/step1/model/0.distcp").write_bytes(b"")
     assert "1 of " in run(tmp_path / "back/x", "--from", "gs://bucket/runs", "--check", ok=False)
+
+
+def test_what_a_training_that_goes_on_replaces_meanwhile_comes_as_it_is_then(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "there"
+    make_train(there)
+    (there / "manifest.json").unlink()
+    where = open_storage("gs://test/train")
+    fetch.bring(LocalStorage(there), where, print)
+    copy = fetch.transfer
+
+    def slow(*args: Any, **options: Any) -> Any:
+        open_storage("gs://test/train").write("LATEST", b"step3\n")
+        return copy(*args, **options)
+
+    monkeypatch.setattr(fetch, "transfer", slow)
+    fetch.bring(open_storage("gs://test/train"), LocalStorage(tmp_path / "here"), print)
+    assert (tmp_path / "here" / "LATEST").read_bytes() == b"step3\n"
+    assert (tmp_path / "here" / "step2" / "manifest.json").is_file()
 
 
 def test_outputs_that_stayed_elsewhere_come_here(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from google.cloud import storage
 
 from sft.errors import SftError
 from sft.storage import attempts, download, gcs, upload, wires
+from sft.storage.crc import Object
 from sft.storage.files import Found, Job, Meter
 from sft.storage.gcs import GcsStorage
 from sft.storage.local import LocalStorage, is_part
@@ -357,6 +358,26 @@ def test_kill_at_ten_points_and_a_rerun_continues_without_sending_everything_aga
 @pytest.mark.skipif(
     not importlib.util.find_spec("gcp_storage_emulator"), reason="gcp-storage-emulator is not installed"
 )
+def test_a_small_object_that_is_replaced_meanwhile_is_read_as_it_is_then(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = GcsStorage("gs://test/p"), GcsStorage("gs://test/p")
+    other.write("metrics", b"one")
+    mine.list()
+    other.write("metrics", b"two")
+    assert mine.read("metrics") == b"two"  # whatever the listing was
+    asked, replaced = mine.stat, iter([b"three", b"four"])
+
+    def stat(name: str) -> Object | None:
+        found = asked(name)
+        if (data := next(replaced, None)) is not None:
+            other.write(name, data)
+        return found
+
+    monkeypatch.setattr(mine, "stat", stat)
+    assert mine.read("metrics") == b"four"
+
+
 def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gcp_storage_emulator.server import create_server
 

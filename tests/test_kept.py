@@ -16,7 +16,6 @@ from sft import manifest
 from sft.errors import SftError
 from sft.launch import kept
 from sft.storage.transfer import open_storage
-from sft.training import logs
 from test_beaker import Place, place
 
 __all__ = ["place"]  # the fixture
@@ -115,45 +114,6 @@ def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job
     (file,) = (augusta.root / "runs").glob("smoke_*/train/evaluations.jsonl")
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["step"] for r in found] == [2, 4] and all(r["validation"]["documents"] == 2 for r in found), done.stdout
-
-
-def step_folder(root: Path, number: int, text: str = "weights") -> Path:
-    folder = root / f"step{number}"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(f"{text} of {number}")
-    outputs = manifest.describe(folder, ["config.json"])
-    (folder / manifest.NAME).write_text(json.dumps({"schema": 1, "step": number, "outputs": outputs}))
-    return folder
-
-
-def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_path, bucket, capsys):
-    address, cache, there = "gs://test/runs/x/train/0123456789abcdef", tmp_path / "cache", tmp_path / "there"
-    for number in (2, 4, 6, 8, 10):
-        folder = step_folder(there, number)
-        for file in folder.iterdir():
-            if (number, file.name) != (10, manifest.NAME):  # its manifest had not been sent
-                open_storage(address, cache).write(f"{folder.name}/{file.name}", file.read_bytes())
-    open_storage(address, cache).write("BEST", b"step4\nloss 0.5\n")
-    open_storage(address, cache).write("metrics.jsonl", b'{"attempt": 1}\n{"step": 1}\n')
-    bucket.objects["runs/x/train/0123456789abcdef/step8/config.json"].data = b"weights of 9"
-    out = tmp_path / "train"
-    out.mkdir()
-    kept.bring_steps(address, out, cache, "0123")
-    assert sorted(p.name for p in out.glob("step*")) == ["step4", "step6", "step8"]
-    assert not (out / "step8" / manifest.NAME).exists()  # not whole: training passes it over
-    for step in (out / "step4", out / "step6"):
-        assert not manifest.broken_outputs(step, json.loads((step / manifest.NAME).read_bytes()))
-    assert (out / "BEST").is_file()
-    assert (out / ".identity").read_text() == "0123" and logs.next_attempt(out) == 2
-    told = capsys.readouterr().out
-    assert "warning: " in told and "step8 is passed over" in told and "going on from step 6" in told
-    several = tmp_path / "several"  # nodes that look at different moments have one of two in common
-    several.mkdir()
-    kept.bring_steps(address, several, cache, "0123", 3)
-    assert sorted(p.parent.name for p in several.glob(f"step*/{manifest.NAME}")) == ["step2", "step4", "step6"]
-    empty = tmp_path / "empty"
-    kept.bring_steps("gs://test/runs/y/train/0", empty, cache, "0123")
-    assert not empty.exists()
 
 
 def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(augusta, bucket, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -10,16 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from gcs_server import Server
+from conftest import REPO
+from gcs_server import Server, Stored
 from test_checkpoint import save
 
 pytest.importorskip("google.cloud.storage")
 
 import training
+from sft import manifest
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
-from sft.training import checkpoint
+from sft.training import checkpoint, logs, remote
+from sft.training.dist import World
 from sft.training.remote import Uploads, destination
 from training import train
 
@@ -189,3 +195,85 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
         5,
         6,
     ]  # beside the steps, and never older than they are
+
+
+# --- back -------------------------------------------------------------------------------------------------------------
+
+KEPT = "gs://test/runs/x/train/0123456789abcdef"
+
+
+def keep(server: Server, root: Path, number: int) -> None:
+    """A step in the bucket."""
+    folder = root / f"step{number}"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(f"weights of {number}")
+    outputs = manifest.describe(folder, ["config.json"])
+    (folder / manifest.NAME).write_text(json.dumps({"schema": 1, "step": number, "outputs": outputs}))
+    for file in folder.iterdir():
+        name = f"{KEPT}/{folder.name}/{file.name}".removeprefix("gs://test/")
+        server.objects[name] = Stored(file.read_bytes(), next(server.numbers))
+
+
+def put(server: Server, name: str, data: bytes) -> None:
+    server.objects[f"{KEPT}/{name}".removeprefix("gs://test/")] = Stored(data, next(server.numbers))
+
+
+def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_path: Path, server: Server) -> None:
+    out, said = tmp_path / "train", list[str]()
+    out.mkdir()
+    alone = World(0, 1, 0, torch.device("cpu"))
+    remote.bring(out, KEPT, tmp_path / "cache", alone, said.append)
+    assert not list(out.iterdir()) and not said
+    for number in (2, 4, 6, 8, 10):
+        keep(server, tmp_path / "there", number)
+    del server.objects[f"{KEPT}/step10/{manifest.NAME}".removeprefix("gs://test/")]  # it had not been sent
+    put(server, "step8/config.json", b"weights of 9")
+    put(server, "BEST", b"step4\nloss 0.5\n")
+    put(server, "LATEST", b"step10\n")
+    put(server, "metrics.jsonl", b'{"attempt": 1}\n{"step": 1}\n')
+    remote.bring(out, KEPT, tmp_path / "cache", alone, said.append)
+    assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
+    for step in (out / "step4", out / "step6"):
+        assert not manifest.broken_outputs(step, json.loads((step / manifest.NAME).read_bytes()))
+    assert (out / "BEST").read_bytes() == b"step4\nloss 0.5\n" and not (out / "LATEST").exists()
+    assert logs.next_attempt(out) == 2
+    assert any(line.startswith(f"warning: {KEPT}/step8 is passed over: ") for line in said)
+    assert said[-1] == f"going on from step 6 of {KEPT}"
+
+
+NODE = """
+import sys
+from pathlib import Path
+from sft.training import remote
+from sft.training.dist import join
+
+world, root = join(1), Path(sys.argv[1])
+out = root / f"disk{world.rank}"
+out.mkdir()
+remote.bring(out, sys.argv[2], root / f"cache{world.rank}", world, print if world.leader else lambda _: None)
+world.close()
+"""
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path, server: Server, ahead: int) -> None:
+    """An attempt that was told to end still sends step 8: one of the two nodes sees it, the other does not."""
+    with Server() as later:
+        for number in (2, 4, 6, 8):
+            keep(later, tmp_path / "there", number)
+        server.objects |= {name: stored for name, stored in later.objects.items() if "/step8/" not in name}
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        nodes = []
+        for rank in (0, 1):
+            sees = later if rank == ahead else server
+            here = {"RANK": str(rank), "STORAGE_EMULATOR_HOST": sees.url, "PYTHONPATH": str(REPO / "lib")}
+            command = [sys.executable, "-c", NODE, str(tmp_path), KEPT]
+            nodes.append(subprocess.Popen(command, env=env | here, text=True, stdout=subprocess.PIPE))
+        said = [node.communicate(timeout=120)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert said[0].endswith(f"going on from step 6 of {KEPT}\n") and not said[1]
+    assert ("step8 is passed over" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
+    assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))

@@ -41,7 +41,7 @@ class Lists:
     top: bytes | None
     jobs: list[Job]  # everything but the manifests
     steps: list[Job]  # manifests of kept steps
-    marks: list[Job]  # LATEST, BEST, metrics of a run that is not over: nobody has hashed them
+    marks: list[str]  # LATEST, BEST, metrics of a run that is not over: nobody has hashed them
 
 
 def read(source: Storage) -> Lists | None:
@@ -58,7 +58,7 @@ def read(source: Storage) -> Lists | None:
     steps = [Job(n, n, found[n].bytes, crc32c=found[n].crc32c) for n, _ in lists]
     for job in steps:
         jobs.pop(job.source, None)
-    marks = [Job(n, n, found[n].bytes, crc32c=found[n].crc32c) for n in handback.BESIDE if n in found and n not in jobs]
+    marks = [name for name in handback.BESIDE if name in found and name not in jobs]
     return Lists(top, list(jobs.values()), steps, marks) if jobs else None
 
 
@@ -80,9 +80,16 @@ def bring(source: Storage, target: Storage, say: Callable[[str], None], check_on
         raise SftError(
             f"{target.where}/{manifest.NAME} is of another result than {source.where}/{manifest.NAME}; next: move that folder away"
         )
-    for group in (lists.jobs, lists.marks, lists.steps):
-        if group:
-            transfer(group, source, target, say, check_only=check_only)
+    if lists.jobs:
+        transfer(lists.jobs, source, target, say, check_only=check_only)
+    for name in lists.marks:  # as they are now: a run that goes on replaces them
+        if (text := source.read(name)) is None or text == target.read(name):
+            continue
+        if check_only:
+            raise SftError(f"{target.where}/{name} is missing or has other bytes")
+        target.write(name, text)
+    if lists.steps:
+        transfer(lists.steps, source, target, say, check_only=check_only)
     if lists.top is not None and mine is None:
         if check_only:
             raise SftError(f"{target.where}/{manifest.NAME} is missing: the copy is not complete")

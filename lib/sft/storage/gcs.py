@@ -279,25 +279,34 @@ class GcsStorage:
     # --- download -------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes | None:
+        """A small object as it is now: one that is replaced while it is read is read again."""
         found = self.stat(name)
-        if found is None:
-            return None
-        with tempfile.TemporaryDirectory(prefix="sft-") as folder:
-            file = Path(folder) / "file"
-            self.get(name, file, Job(name, name, found.bytes, crc32c=found.crc32c), Meter.silent())
-            return file.read_bytes()
+        while found is not None:
+            with tempfile.TemporaryDirectory(prefix="sft-") as folder:
+                file = Path(folder) / "file"
+                try:
+                    self._download(name, file, found, Meter.silent(), sha256=False)
+                    return file.read_bytes()
+                except SftError:
+                    before, found = found, self.stat(name)
+                    if found == before:
+                        raise
+        return None
 
     def get(self, name: str, file: Path, expected: Job, meter: Meter) -> Sums:
         found = self._find(name)
         if found is None:
             raise SftError(f"{self.where}/{name}: no such object")
-        if found.crc32c is None:
-            raise SftError(f"{self.where}/{name}: the bucket states no CRC32C for it, so a copy could not be proven")
-        what = f"{self.where}/{name}"
-        fetching = download.Download(self.fast, self.slices, self.full(name), what, found, file, meter)
-        sums = fetching.run(found.bytes >= LARGE, sha256=bool(expected.sha256))
-        check(sums, expected, what)
+        sums = self._download(name, file, found, meter, sha256=bool(expected.sha256))
+        check(sums, expected, f"{self.where}/{name}")
         return sums
+
+    def _download(self, name: str, file: Path, found: Object, meter: Meter, *, sha256: bool) -> Sums:
+        what = f"{self.where}/{name}"
+        if found.crc32c is None:
+            raise SftError(f"{what}: the bucket states no CRC32C for it, so a copy could not be proven")
+        fetching = download.Download(self.fast, self.slices, self.full(name), what, found, file, meter)
+        return fetching.run(found.bytes >= LARGE, sha256=sha256)
 
 
 def _client() -> google.Client:

@@ -1,6 +1,7 @@
-"""Kept checkpoints to the cluster's bucket, beside training.
+"""Kept checkpoints to the cluster's bucket, beside training, and back where no disk outlives a job.
 
 In:  whole step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file verified.
+`bring` is the way back: a step that rank 0 chooses, on the disk of every machine.
 
 A bucket that fails stops nothing: sft.storage retries by itself, the step is tried again after every later one and at the end, and
 what is still missing then is told with the command that copies it. Steps that an earlier attempt left behind are sent first.
@@ -13,16 +14,25 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from sft import manifest
+from sft.errors import SftError
 from sft.launch.handback import BESIDE
+from sft.storage import fetch
+from sft.storage.files import Job
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage, transfer
 from sft.training import checkpoint
+from sft.training.dist import World
+from sft.training.metrics import json_lines
 
 
 class Uploads:
@@ -123,3 +133,68 @@ def destination(storage: str, run: str, identity: str) -> str:
     if not storage.startswith("gs://"):
         return ""
     return f"{storage.rstrip('/')}/checkpoints/{run}-{identity[:16]}"
+
+
+# --- back -------------------------------------------------------------------------------------------------------------
+
+WHOLE = re.compile(rf"step(\d+)/{re.escape(manifest.NAME)}")
+
+
+def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str], None]) -> None:
+    """Puts the newest step that is whole in the bucket on every machine's disk, and on rank 0's the step that BEST names and the
+    records of earlier attempts. Nothing where none is. Every rank calls this; `say` is asked on each. Raises SharedError.
+
+    Rank 0 chooses, as the bucket may change while machines look: an attempt that was told to end may still send its last step."""
+
+    def here(number: int) -> str:
+        return "" if world.local_rank else _bring_step(number, out, where, cache, say)
+
+    numbers = world.leader_first(lambda: _whole_steps(where, cache))
+    for number in numbers:
+        wrong = next(filter(None, world.together(partial(here, number))), "")
+        if not wrong:
+            break
+        say(f"warning: {where}/step{number} is passed over: {wrong}")
+    else:
+        return
+    world.leader_first(lambda: _bring_records(numbers, number, out, where, cache, say))
+    say(f"going on from step {number} of {where}")
+
+
+def _whole_steps(where: str, cache: Path) -> list[int]:
+    """Newest first."""
+    found = (WHOLE.fullmatch(name) for name in open_storage(where, cache).list())
+    return sorted((int(m[1]) for m in found if m), reverse=True)
+
+
+def _bring_step(number: int, out: Path, where: str, cache: Path, say: Callable[[str], None]) -> str:
+    """What is wrong with the step there, or "" once it is here."""
+    source, target = open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}")
+    try:
+        text = source.read(manifest.NAME) or b""
+        files = [Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in fetch.entries(text, source.where)]
+        target.root.mkdir(parents=True, exist_ok=True)
+        transfer(files, source, target, say)
+    except SftError as error:
+        return str(error)
+    target.write(manifest.NAME, text)
+    return ""
+
+
+def _bring_records(
+    numbers: Sequence[int], newest: int, out: Path, where: str, cache: Path, say: Callable[[str], None]
+) -> None:
+    """BEST with its step, the evaluations, the metrics, and a word for each attempt in logs/, so that this one gets the next number."""
+    bucket, target = open_storage(where, cache), LocalStorage(out)
+    best = bucket.read("BEST") or b""
+    if match := re.match(rb"step(\d+)\n", best):
+        number = int(match[1])
+        if number == newest or (number in numbers and not _bring_step(number, out, where, cache, say)):
+            target.write("BEST", best)
+    for name in ("evaluations.jsonl", "metrics.jsonl"):
+        if (text := bucket.read(name)) is not None:
+            target.write(name, text)
+    for attempt in (r["attempt"] for r in json_lines(out / "metrics.jsonl") if "attempt" in r):
+        target.write(
+            f"logs/attempt-{attempt:03}-rank0.log", b"This attempt ran as a job of its own, which has its log.\n"
+        )

@@ -37,13 +37,12 @@ from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.schema import Hardware
 from sft.stage import Result, Stage, open_stage, report_errors
-from sft.training import base, checkpoint, flops, logs, memory
+from sft.training import base, checkpoint, flops, logs, memory, remote
 from sft.training.dist import SharedError, World, context_group, join, make_deterministic, shard
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import Metrics, json_lines, read
 from sft.training.model import Transformer, compile_blocks, lacking_compiler
 from sft.training.optim import Guard, build_adamw
-from sft.training.remote import Uploads, destination
 from sft.training.saving import Saver
 from sft.training.stopwatch import Stopwatch
 from sft.training.trackers import Trackers
@@ -186,10 +185,10 @@ def settle_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
     return hardware, lacking
 
 
-def uploads(stage: Stage, world: World) -> Uploads | None:
+def uploads(stage: Stage, world: World) -> remote.Uploads | None:
     """Rank 0 of a cluster whose storage is a bucket sends the steps there."""
-    where = destination(stage.storage, stage.recipe.run, stage.identity)
-    return Uploads(stage.out, where, stage.cache, stage.say) if world.leader and where else None
+    where = remote.destination(stage.storage, stage.recipe.run, stage.identity)
+    return remote.Uploads(stage.out, where, stage.cache, stage.say) if world.leader and where else None
 
 
 def peak(stage: Stage, world: World) -> float:
@@ -295,6 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if stage.hardware.threads and world.device.type == "cpu":
                 torch.set_num_threads(stage.hardware.threads)
+            if kept := os.environ.get("SFT_KEPT"):  # this disk ends with the job
+                remote.bring(stage.out, kept, stage.cache, world, stage.say if world.leader else lambda _: None)
             attempt = world.leader_first(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)
             if world.leader:
