@@ -36,9 +36,12 @@ class World:
     device: torch.device
     group: Any = None  # of the host-side agreements; None = the default group
 
-    def apart(self) -> World:
-        """The same ranks on a gloo group of their own, for a thread beside the training loop. Every rank calls this."""
-        return replace(self, group=dist.new_group(backend="gloo") if dist.is_initialized() else None)
+    def apart(self, timeout_s: int = 1800) -> World:
+        """The same ranks on a gloo group of their own, for a thread beside the training loop or for a wait longer than that of
+        `join`. Every rank calls this."""
+        if not dist.is_initialized():
+            return replace(self, group=None)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
     @property
     def leader(self) -> bool:

@@ -138,6 +138,7 @@ def destination(storage: str, run: str, identity: str) -> str:
 # --- back -------------------------------------------------------------------------------------------------------------
 
 WHOLE = re.compile(rf"step(\d+)/{re.escape(manifest.NAME)}")
+PATIENCE_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
 def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str], None]) -> None:
@@ -145,6 +146,7 @@ def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str],
     records of earlier attempts. Nothing where none is. Every rank calls this; `say` is asked on each. Raises SharedError.
 
     Rank 0 chooses, as the bucket may change while machines look: an attempt that was told to end may still send its last step."""
+    world = world.apart(PATIENCE_S)
 
     def here(number: int) -> str:
         return "" if world.local_rank else _bring_step(number, out, where, cache, say)
