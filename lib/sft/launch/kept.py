@@ -5,7 +5,8 @@
 
 env/beaker-job.sh calls it around the stage's command, on a disk that ends with the job. SFT_INPUT_<stage>=gs://… says where an
 earlier stage is kept, SFT_KEPT where this one is: gs://…/runs/<run>/<stage>/<16 hex of its identity>, so that no result replaces
-another. Training sends its kept steps there by itself and brings the one to go on from (sft.training.remote). Every file is proven; manifests come last.
+another. Training sends its kept steps there by itself, and brings the one to go on from (sft.training.remote). Every file is
+proven; manifests come last.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from sft.launch import handback
 from sft.launch.job import AGAIN, Job
 from sft.stage import report_errors
 from sft.storage import fetch
-from sft.storage.transfer import Job as File
 from sft.storage.transfer import LocalStorage, Storage, open_storage, transfer
 
 READS = {"sync": {"prepare"}, "train": {"sync"}, "convert": {"prepare", "train"}, "evaluate": {"prepare", "convert"}}
@@ -66,7 +66,7 @@ def bring_stage(address: str, folder: Path, cache: Path, whole: bool) -> None:
         raise SftError(
             f"{address}/{manifest.NAME}: not there; next: on your machine remove {folder}/{manifest.NAME} and make {folder.name} again"
         )
-    files = [File(e["path"], e["path"], e["bytes"], e["sha256"]) for e in fetch.entries(text, f"{address}")]
+    files = fetch.listed(text, address)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / handback.NAME).unlink(missing_ok=True)
     if whole:
@@ -100,8 +100,7 @@ def _send_folder(folder: Path, target: Storage) -> None:
     text = (folder / manifest.NAME).read_bytes()
     if target.read(manifest.NAME) == text:
         return
-    files = [File(e["path"], e["path"], e["bytes"], e["sha256"]) for e in fetch.entries(text, str(folder))]
-    transfer(files, LocalStorage(folder), target, say)
+    transfer(fetch.listed(text, str(folder)), LocalStorage(folder), target, say)
     target.write(manifest.NAME, text)
     say(f"{folder} is kept in {target.where}")
 

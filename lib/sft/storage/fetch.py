@@ -17,9 +17,8 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sft import manifest, paths, plan
 from sft.errors import SftError
@@ -31,7 +30,7 @@ from sft.storage.files import Job, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 
-STEP_LIST = re.compile(rf"step\d+/{re.escape(manifest.NAME)}")
+STEP_LIST = re.compile(rf"step(\d+)/{re.escape(manifest.NAME)}")
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,9 @@ def read(source: Storage) -> Lists | None:
     lists = [(n, source.read(n) or b"") for n in found if STEP_LIST.fullmatch(n)]
     for name, text in [*lists, *([(manifest.NAME, top)] if top is not None else [])]:
         folder = name.removesuffix(manifest.NAME)
-        for entry in entries(text, f"{source.where}/{name}"):
-            path = folder + entry["path"]
-            jobs[path] = Job(path, path, entry["bytes"], entry["sha256"])
+        for job in listed(text, f"{source.where}/{name}"):
+            path = folder + job.source
+            jobs[path] = replace(job, source=path, target=path)
     steps = [Job(n, n, found[n].bytes, crc32c=found[n].crc32c) for n, _ in lists]
     for job in steps:
         jobs.pop(job.source, None)
@@ -62,10 +61,11 @@ def read(source: Storage) -> Lists | None:
     return Lists(top, list(jobs.values()), steps, marks) if jobs else None
 
 
-def entries(text: bytes, what: str) -> list[dict[str, Any]]:
+def listed(text: bytes, what: str) -> list[Job]:
+    """The outputs of a manifest. Raises SftError for a torn one."""
     try:
-        listed = json.loads(text)["outputs"]
-        return [{"path": str(e["path"]), "bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for e in listed]
+        entries = json.loads(text)["outputs"]
+        return [Job(str(e["path"]), str(e["path"]), int(e["bytes"]), str(e["sha256"])) for e in entries]
     except (ValueError, KeyError, TypeError) as e:
         raise SftError(f"{what}: torn manifest ({e}); next: see whether the stage has ended there") from None
 

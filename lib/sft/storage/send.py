@@ -9,7 +9,6 @@ The process ends with its standard input, so that it never outlives its parent, 
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import threading
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from sft import manifest
 from sft.errors import SftError
-from sft.storage.files import Job
+from sft.storage.fetch import listed
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 
@@ -28,8 +27,7 @@ def send(folder: Path, where: str, cache: Path, beside: Sequence[str]) -> None:
     storage = open_storage(f"{where}/{folder.name}", cache)
     if storage.read(manifest.NAME) == record:
         return
-    jobs = [Job(f["path"], f["path"], f["bytes"], f["sha256"]) for f in json.loads(record)["outputs"]]
-    transfer(jobs, LocalStorage(folder), storage, lambda _: None)
+    transfer(listed(record, str(folder)), LocalStorage(folder), storage, lambda _: None)
     top = open_storage(where, cache)
     for file in (folder.parent / name for name in beside):
         if file.is_file():

@@ -27,9 +27,8 @@ from sft import manifest
 from sft.errors import SftError
 from sft.launch.handback import BESIDE
 from sft.storage import fetch
-from sft.storage.files import Job
 from sft.storage.local import LocalStorage
-from sft.storage.transfer import open_storage, transfer
+from sft.storage.transfer import open_storage
 from sft.training import checkpoint
 from sft.training.dist import World
 from sft.training.metrics import json_lines
@@ -137,7 +136,6 @@ def destination(storage: str, run: str, identity: str) -> str:
 
 # --- back -------------------------------------------------------------------------------------------------------------
 
-WHOLE = re.compile(rf"step(\d+)/{re.escape(manifest.NAME)}")
 PATIENCE_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
@@ -165,22 +163,17 @@ def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str],
 
 def _whole_steps(where: str, cache: Path) -> list[int]:
     """Newest first."""
-    found = (WHOLE.fullmatch(name) for name in open_storage(where, cache).list())
+    found = (fetch.STEP_LIST.fullmatch(name) for name in open_storage(where, cache).list())
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
 def _bring_step(number: int, out: Path, where: str, cache: Path, say: Callable[[str], None]) -> str:
     """What is wrong with the step there, or "" once it is here."""
-    source, target = open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}")
     try:
-        text = source.read(manifest.NAME) or b""
-        files = [Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in fetch.entries(text, source.where)]
-        target.root.mkdir(parents=True, exist_ok=True)
-        transfer(files, source, target, say)
+        step = fetch.bring(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), say)
     except SftError as error:
         return str(error)
-    target.write(manifest.NAME, text)
-    return ""
+    return "" if step else "its manifest is gone"
 
 
 def _bring_records(
