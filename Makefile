@@ -1,5 +1,5 @@
 # Five stages that talk through files: prepare -> sync -> train -> convert -> evaluate, and a report over them.
-# The target of a stage is runs/<run>/<stage>/manifest.json; lib/sft/plan.py decides by content what is stale.
+# The target of a stage is runs/<run>/<stage>/manifest.json; lib/sft/runner/plan.py decides by content what is stale.
 # UPPER case variables are Make's own; lower case ones override a field of the recipe: make train RECIPE=x lr=1e-4
 
 CLUSTER ?= local
@@ -69,11 +69,11 @@ preview: | $(READY) ## conversations as they are tokenised, trained tokens colou
 dry-run: export DRY_RUN := 1
 dry-run: $(DIRS:%=%/$(or $(STAGE),train)/manifest.json) ## what would be submitted, up to STAGE=train
 jobs: | $(READY) ## the jobs of all runs, with their attempts and states
-	@$(PY) -m sft.launch.job jobs $(call quote,$(RUNS))
+	@$(PY) -m sft.launch.commands jobs $(call quote,$(RUNS))
 cancel: | $(READY) ## end the jobs of RECIPE=
-	@$(PY) -m sft.launch.job cancel $(DIRS)
+	@$(PY) -m sft.launch.commands cancel $(DIRS)
 collect: | $(READY) ## fetch what detached jobs of RECIPE= have made on other disks
-	@$(PY) -m sft.launch.job collect $(DIRS)
+	@$(PY) -m sft.launch.commands collect $(DIRS)
 doctor: ## what would stop RECIPE= on CLUSTER=, in one table: data, batch, memory, hours, disk, secrets
 	@$(call SFT,doctor)
 
@@ -91,7 +91,7 @@ clean-cache: ; @$(call SFT,clean_cache) ## remove what prepare keeps to be faste
 cp: | $(READY) ## copy by hand: make cp SRC=gs://b/x DST=folder [NO_CLOBBER=1] [DELETE=1] [CHECK=1 only compares]
 	@$(PY) stages/cp.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(CHECK),--check) $(if $(NO_CLOBBER),--no-clobber) $(if $(DELETE),--delete)
 fetch: | $(READY) ## stages of a run back from CLUSTER=c, proven: [STAGE=train] [FROM=gs://b/runs] [CHECK=1 only compares] [PUSH=1 sends them there]
-	@$(foreach d,$(DIRS),$(PY) -m sft.storage.fetch $d $(ARGS) --stage $(call quote,$(STAGE)) --from $(call quote,$(FROM)) $(if $(PUSH),--push) $(if $(CHECK),--check) &&) true
+	@$(foreach d,$(DIRS),$(PY) -m sft.sync.fetch $d $(ARGS) --stage $(call quote,$(STAGE)) --from $(call quote,$(FROM)) $(if $(PUSH),--push) $(if $(CHECK),--check) &&) true
 to-hf: | $(READY) ## any OLMo-core step to a Hugging Face folder, proven: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…]
 	@$(PY) stages/to_hf.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(TOKENIZER),--tokenizer $(call quote,$(TOKENIZER))) $(if $(TEMPLATE),--template $(call quote,$(TEMPLATE))) $(call planned,set)
 to-core: | $(READY) ## Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0

@@ -17,7 +17,7 @@ import numpy as np
 from sft.data.dataset import DOCUMENT
 from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.packs import PackIndex, pack_documents
-from sft.presets import PRESETS
+from sft.recipe.presets import PRESETS
 
 SEQ_LEN = 32768
 MODELS = ("olmo2-1b", "olmo2-7b", "olmo3-7b", "olmo3-32b")

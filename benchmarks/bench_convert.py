@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 
-from sft.conversion import hf
-from sft.conversion.core import model_config, write_step
-from sft.conversion.folder import Folder
-from sft.presets import PRESETS, ModelConfig
-from sft.training.base import step_config
-from sft.training.tensors import Tensors
+from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.olmo_core import model_config, step_config
+from sft.checkpoint.tensors import Tensors
+from sft.export.core import write_step
+from sft.model import hf
+from sft.recipe.presets import PRESETS, ModelConfig
 
 VOCAB = 100_278
 TOKENIZER = Path(__file__).parents[1] / "recipes" / "smoke" / "tokenizer"
@@ -83,7 +83,8 @@ def write_checkpoint(step: Path, config: ModelConfig) -> None:
 
 
 def export(step: Path) -> dict[str, Any]:
-    from sft.conversion.convert import write_json, write_weights
+    from sft.export.rows import write_json
+    from sft.export.write import write_weights
 
     config, target = model_config(step / "config.json"), step / "model"
     shutil.rmtree(target, ignore_errors=True)
@@ -97,7 +98,7 @@ def export(step: Path) -> dict[str, Any]:
 
 def gate(step: Path, every: bool) -> dict[str, Any]:
     """The gate's parts that grow with the model, one after the other in this process, as the stage runs them."""
-    from sft.conversion.gate import check_logits, check_tensors, greedy_chats, sample_layers, trained_chats
+    from sft.export.gate import check_logits, check_tensors, greedy_chats, sample_layers, trained_chats
 
     config, weights, exported = model_config(step / "config.json"), Tensors(step), Folder(step / "model")
     layers = list(range(config.n_layers)) if every else sample_layers(config.n_layers)

@@ -7,7 +7,7 @@ Run: make bench-gpu, or on all GPUs of a machine: .venv/bin/torchrun --nproc-per
 
 A preset that the planner says does not fit is passed over with its numbers; one that fails otherwise (a loss that is not a
 number, an error of the compiler) is reported as FAILED and the next one begins. Memory is the allocator's peak against the
-plan's total without its allowance for the context; MFU is sft.training.flops'; imbalance is the share of time that ranks wait
+plan's total without its allowance for the context; MFU is sft.model.utilisation'; imbalance is the share of time that ranks wait
 for the slowest, expected by sft.packing.balance and measured by sft.training.stopwatch. Exit status 1 where a check fails.
 """
 
@@ -31,17 +31,17 @@ import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from sft import presets
+from sft.common.errors import SftError
 from sft.data.dataset import Dataset, DatasetWriter
-from sft.errors import SftError
+from sft.model import attention, memory, utilisation
+from sft.model.model import Transformer, compile_blocks, initial_values
+from sft.model.parallel import World, context_group, join, shard
 from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, context_groups
-from sft.presets import ModelConfig
-from sft.schema import Hardware, Train
-from sft.training import attention, flops, memory
-from sft.training.dist import World, context_group, join, shard
-from sft.training.model import Transformer, compile_blocks, initial_values
+from sft.recipe import presets
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Hardware, Train
 from sft.training.optim import Guard, build_adamw, clip
 from sft.training.stopwatch import Stopwatch, between, mark
 
@@ -188,8 +188,8 @@ def measure(
     timed = range(1, args.steps + 1)
     took = float(np.median([seconds[step] for step in timed]))
     speed = float(np.median([plan.tokens(step) / seconds[step] for step in timed]))
-    peak = flops.peak_tflops(torch.cuda.get_device_name()) if cuda else 0.0
-    used_flops = [flops.mfu(expected[step][1], seconds[step], world.size, peak) for step in timed] if peak else []
+    peak = utilisation.peak_tflops(torch.cuda.get_device_name()) if cuda else 0.0
+    used_flops = [utilisation.mfu(expected[step][1], seconds[step], world.size, peak) for step in timed] if peak else []
     used = max(world.gather(torch.cuda.max_memory_allocated() if cuda else 0))
     if not np.isfinite(losses).all():
         raise NotANumber(f"losses {losses}")

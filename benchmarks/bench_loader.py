@@ -21,8 +21,8 @@ from sft.data.dataset import Dataset, DatasetWriter
 from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
-from sft.presets import PRESETS
-from sft.schema import Train
+from sft.recipe.presets import PRESETS
+from sft.recipe.schema import Train
 
 TRAIN = Train(seq_len=16384, global_batch_tokens=64 * 16384, epochs=1.0)
 

@@ -34,12 +34,12 @@ import torch
 from torch import Tensor, nn
 
 import bench_gpu
-from sft import presets
-from sft.conversion.hf import hf_config
 from sft.data.dataset import Dataset
+from sft.model.hf import hf_config
+from sft.model.parallel import World, join
 from sft.packing.packs import pack_dataset
-from sft.presets import ModelConfig
-from sft.training.dist import World, join
+from sft.recipe import presets
+from sft.recipe.presets import ModelConfig
 
 Row = dict[str, Tensor]
 

@@ -16,7 +16,7 @@ figures of each. Every method uses the same number of processes or threads:
 * Hugging Face batch: render once, `tokenizers` encodes 1000 conversations a call on all cores; no mask, nothing written;
 * floor: rendering and the encoder alone, rows parsed and in memory, workers warm; no reading, mask, proof or writing;
 * floor from file: the same, and the rows are parsed from lines in memory: what no way from a file to tokens can leave out;
-* compiled floor: lines in memory to text by our compiled code (sft.data.plain), and the encoder: what parsing, rendering and encoding
+* compiled floor: lines in memory to text by our compiled code (sft.data.fast.plain), and the encoder: what parsing, rendering and encoding
   alone cost with the renderer that `ours` uses for rows like these;
 * template's floor: transformers renders each conversation once with the template itself (Jinja), the same fast encoder makes
   the ids; nothing else: what rendering and encoding alone cost without our renderer;
@@ -51,15 +51,15 @@ from typing import Any
 
 import orjson
 
-from sft import schema
+from sft.common.manifest import hash_file
 from sft.data import workers
+from sft.data.blocks import Block
 from sft.data.chunks import without_gc
-from sft.data.pieces import Block
-from sft.data.plain import PlainRows
+from sft.data.fast.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
-from sft.manifest import hash_file
-from sft.schema import Prepare, Source
+from sft.recipe import schema
+from sft.recipe.schema import Prepare, Source
 
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"

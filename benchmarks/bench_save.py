@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 
-from sft.presets import ModelConfig
-from sft.schema import Train
-from sft.training import base
-from sft.training.dist import World
-from sft.training.model import Transformer, initial_values
+from sft.checkpoint import olmo_core
+from sft.model.model import Transformer, initial_values
+from sft.model.parallel import World
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Train
 from sft.training.optim import build_adamw
 from sft.training.saving import Saver
 
@@ -53,7 +53,7 @@ def main() -> None:
     quiet, during, blocked, waited, seconds, copied, written = [], [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         beside, waiting = (
-            Saver(Path(folder), Train(async_save=a, keep=1), base.step_config(config, {}), world, lambda _: None)
+            Saver(Path(folder), Train(async_save=a, keep=1), olmo_core.step_config(config, {}), world, lambda _: None)
             for a in (True, False)
         )
         step()

@@ -34,7 +34,7 @@ AT_ONCE = 32
 
 
 def ours(folder: Path, names: list[str], back: Path, sha256: bool = False) -> tuple[float, float]:
-    from sft.storage.files import Job
+    from sft.storage.contract import Job
     from sft.storage.gcs import GcsStorage
     from sft.storage.local import LocalStorage
     from sft.storage.transfer import transfer

@@ -62,10 +62,10 @@ if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # what stages/train.sh gives to 
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
 export PYTHONPATH=lib
-[ -z "${SFT_KEPT:-}" ] || attend .venv/bin/python -m sft.launch.kept bring "$run" "$stage" "$@"
+[ -z "${SFT_KEPT:-}" ] || attend .venv/bin/python -m sft.launch.beaker.bucket_runs bring "$run" "$stage" "$@"
 status=0
 attend "$@" || status=$?
 [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
-case "${SFT_KEPT:+kept}$status" in kept0 | kept75) attend .venv/bin/python -m sft.launch.kept send "$run" "$stage" "$status" ;; esac
+case "${SFT_KEPT:+kept}$status" in kept0 | kept75) attend .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;; esac
 [ "$status" -eq 0 ] || exit "$status"
-.venv/bin/python -m sft.launch.handback "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}
+.venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a stage as a Beaker experiment: submits it or finds it again, follows its log, returns its status; see sft.launch.beaker.
+# Runs a stage as a Beaker experiment: submits it or finds it again, follows its log, returns its status; see sft.launch.beaker.scheduler.
 # Usage: [DETACH=1] env/beaker.sh runs/<run> <stage> COMMAND…
 set -euo pipefail
-exec .venv/bin/python -m sft.launch.beaker "$@"
+exec .venv/bin/python -m sft.launch beaker "$@"

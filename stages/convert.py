@@ -5,8 +5,8 @@ Out: runs/<run>/convert/model, gate.json, manifest.json.
 Run: python stages/convert.py runs/<run> [--cluster local] [field=value ...]
 """
 
-from sft.conversion.convert import convert
-from sft.stage import main
+from sft.export.convert import convert
+from sft.runner.stage import main
 
 if __name__ == "__main__":
     main("convert", convert)

@@ -17,10 +17,10 @@ import signal
 import sys
 from pathlib import Path
 
-from sft.errors import SftError
-from sft.hashcache import HashCache
-from sft.stage import report_errors
-from sft.storage.files import Job, Storage
+from sft.common.errors import SftError
+from sft.common.hashcache import HashCache
+from sft.common.process import report_errors
+from sft.storage.contract import Job, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 

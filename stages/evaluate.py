@@ -6,7 +6,7 @@ Run: python stages/evaluate.py runs/<run> [--cluster local] [--data FOLDERS] [fi
 """
 
 from sft.evaluation.evaluate import evaluate
-from sft.stage import main
+from sft.runner.stage import main
 
 if __name__ == "__main__":
     main("evaluate", evaluate)

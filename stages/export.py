@@ -9,9 +9,9 @@ Refuses a dataset whose documents OLMo-core would take apart, and a DST that exi
 import sys
 from pathlib import Path
 
+from sft.common.errors import SftError
+from sft.common.process import report_errors
 from sft.data.interop import olmo_core_export
-from sft.errors import SftError
-from sft.stage import report_errors
 
 if __name__ == "__main__":
     with report_errors("export"):

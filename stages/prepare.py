@@ -9,9 +9,10 @@ job); SHARD=merge/n then checks that all n parts are there and publishes. Exit s
 
 import os
 
+from sft.common.process import report_errors
 from sft.data.prepare import prepare, prepare_part
-from sft.data.shards import Shard
-from sft.stage import main, open_stage, report_errors
+from sft.data.shard import Shard
+from sft.runner.stage import main, open_stage
 
 if __name__ == "__main__":
     with report_errors("prepare"):

@@ -10,11 +10,12 @@ import argparse
 import os
 import sys
 
+from sft.common.process import report_errors
 from sft.data import sources
-from sft.data.prepare import resolve_tokenizer
+from sft.data.preparation import resolve_tokenizer
 from sft.data.preview import preview
 from sft.data.tokenize import Encoder
-from sft.stage import open_stage, report_errors
+from sft.runner.stage import open_stage
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(add_help=False)

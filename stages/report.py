@@ -5,7 +5,7 @@ Run: python stages/report.py runs/<run>
 """
 
 from sft.reporting.report import report
-from sft.stage import main
+from sft.runner.stage import main
 
 if __name__ == "__main__":
     main("report", report)

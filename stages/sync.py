@@ -1,4 +1,4 @@
-"""Puts the prepared dataset and the base weights where the cluster reads them: see sft.storage.sync.
+"""Puts the prepared dataset and the base weights where the cluster reads them: see sft.sync.sync.
 
 python stages/sync.py runs/<run> [--cluster C] [--data ROOTS] [field=value …]
 python stages/sync.py runs/<run> --check …     copies nothing; exit status 0 if all is there and identical
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from sft.stage import main, open_stage, report_errors
-from sft.storage.sync import bring, sync
+from sft.common.process import report_errors
+from sft.runner.stage import main, open_stage
+from sft.sync.sync import bring, sync
 
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:

@@ -1,9 +1,9 @@
-"""A Hugging Face folder to an OLMo-core step, proven equal (make to-core SRC=folder DST=step0); see sft.conversion.core.
+"""A Hugging Face folder to an OLMo-core step, proven equal (make to-core SRC=folder DST=step0); see sft.export.core.
 
 python stages/to_core.py SRC DST
 """
 
-from sft.conversion.core import main
+from sft.export.core import main
 
 if __name__ == "__main__":
     main("to-core")

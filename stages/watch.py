@@ -14,10 +14,13 @@ import signal
 import sys
 import time
 
-from sft import plan
-from sft.errors import SftError
+from sft.common.errors import SftError
+from sft.common.locks import lock
+from sft.common.process import report_errors
 from sft.evaluation import watch
-from sft.stage import lock, open_stage, parse, report_errors
+from sft.launch import watched
+from sft.runner import plan
+from sft.runner.stage import open_stage, parse
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -32,7 +35,7 @@ if __name__ == "__main__":
         if how.beside:
             args = parse("watch", rest)
             cluster = plan.Place.parse(str(args.run.parent), args.data, args.cluster).load_cluster()
-            ended = watch.job_ended(cluster, args.run / ".jobs", how.beside)
+            ended = watched.job_ended(cluster, args.run / ".jobs", how.beside)
         while True:
             try:
                 stage = stack.enter_context(open_stage("train", rest, follower=True))

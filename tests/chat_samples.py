@@ -10,10 +10,10 @@ import numpy as np
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from sft.data.blocks import Piece
 from sft.data.chunks import in_order
-from sft.data.pieces import Piece
 from sft.data.tokenize import Encoded, Encoder
-from sft.schema import Prepare, Source
+from sft.recipe.schema import Prepare, Source
 
 EOS, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [EOS, PAD, IM_START, IM_END]

@@ -63,12 +63,12 @@ class Workspace:
         venv.mkdir(parents=True)
         (venv / "python").write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
         (venv / "python").chmod(0o755)
-        digest = self.python("from sft.plan import environment_digest as d; print(d())").strip()
+        digest = self.python("from sft.runner.plan import environment_digest as d; print(d())").strip()
         (root / ".venv" / f"ready-{digest}").touch()
 
     def _stage(self, name: str) -> None:
         program = (
-            "import json\nfrom sft.stage import Result, main\n"
+            "import json\nfrom sft.runner.stage import Result, main\n"
             f"def body(stage):\n    open('log', 'a').write({name!r} + ' ' + stage.recipe.run + chr(10))\n"
             "    (stage.out / 'out').write_text(stage.identity)\n"
             "    metrics = {}\n"
@@ -127,11 +127,11 @@ def workspace(tmp_path: Path) -> Workspace:
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 2 kB and workers for every one of them, so that a few hundred rows take the paths of a large file."""
-    from sft.data import prepare, sources
+    from sft.data import preparation, sources
 
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 2000)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
-    monkeypatch.setattr(prepare, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(preparation, "BYTES_PER_WORKER", 1)
 
 
 @pytest.fixture

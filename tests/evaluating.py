@@ -8,9 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import tiny_export
-from sft.conversion import convert
 from sft.evaluation import evaluate
-from sft.schema import Convert, Evaluate
+from sft.export import write
+from sft.recipe.schema import Convert, Evaluate
 from tiny_export import OLMO3
 
 CHOICE = """
@@ -54,10 +54,10 @@ def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNam
     facts = tiny_export.tokenizer(root / "tokenizer")
     weights = tiny_export.weights(OLMO3)
     options = Convert(dtype="float32", max_position_embeddings=512)
-    convert.export(
+    write.export(
         weights, OLMO3, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
     )
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     model = Model(root / "model", batch_size=4, max_length=0, think_end=None)
     return SimpleNamespace(

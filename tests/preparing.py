@@ -10,8 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from conftest import REPO
-from sft import manifest, paths, schema
-from sft.schema import Prepare, Source
+from sft.common import manifest, paths
+from sft.recipe import schema
+from sft.recipe.schema import Prepare, Source
 
 TOKENIZER = "smoke/tokenizer"
 OPTIONS = {"tokenizer": TOKENIZER, "template": "olmo", "max_reject_fraction": 0.5}

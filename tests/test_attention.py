@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sft.training import attention as module
-from sft.training.attention import attention
+from sft.model import attention as module
+from sft.model.attention import attention
 
 LENGTHS = [5, 1, 23, 64, 40]
 

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft.data.dataset import DOCUMENT
-from sft.packing.balance import attention_flops, attention_pairs, deal, deal_in_order, idle, pack_costs, token_flops
+from sft.model.flops import attention_flops, attention_pairs, token_flops
+from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.packs import pack_documents
-from sft.presets import PRESETS
+from sft.recipe.presets import PRESETS
 
 
 def test_attention_pairs_count_what_every_token_sees():

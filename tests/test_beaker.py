@@ -15,10 +15,13 @@ import yaml
 
 from beaker_server import BUDGET, TOKEN, USER, Server, now
 from conftest import REPO, Workspace
-from sft import manifest, plan, recipe
-from sft.errors import SftError
-from sft.launch import beaker, beaker_spec, doctor, job
-from sft.launch.checks import cluster
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.launch import commands, job
+from sft.launch.beaker import scheduler, specification
+from sft.launch.doctor import cluster, doctor
+from sft.recipe import recipe
+from sft.runner import plan
 
 HUSH = "the-value-of-a-secret"
 CLUSTER = f"""
@@ -74,7 +77,7 @@ class Place:
     def launch(self, script: str, *words: str, stage: str = "prepare") -> int:
         """A stage whose command is a shell script: what a job does when it ends so."""
         command = ["bash", "-c", script, "runs/x", "--cluster", "beaker-test", *words]
-        return job.main("beaker", ["runs/x", stage, *command])
+        return commands.main("beaker", ["runs/x", stage, *command])
 
     @property
     def experiment(self):
@@ -98,7 +101,7 @@ def place(workspace, tmp_path_factory, monkeypatch):
         monkeypatch.chdir(workspace.root)
         monkeypatch.setattr(plan, "REPO", workspace.root)
         monkeypatch.setattr(recipe, "CLUSTERS", workspace.root / "env")
-        monkeypatch.setattr(beaker, "POLL_S", 0.2)
+        monkeypatch.setattr(scheduler, "POLL_S", 0.2)
         yield made
 
 
@@ -166,7 +169,7 @@ def test_outputs_that_stay_there_are_told_and_not_missing(place):
     where = json.loads(file.read_text())["where"]
     file.write_text(json.dumps({"where": where, "outputs": ["out"]}))
     assert f"0 files verified; 1 are elsewhere: {where} (out)" in place.workspace.make("verify", "RUN=x").stdout
-    code = "from sft.stage import open_stage\nwith open_stage('sync', ['runs/x']) as s: s.folder('prepare')"
+    code = "from sft.runner.stage import open_stage\nwith open_stage('sync', ['runs/x']) as s: s.folder('prepare')"
     with pytest.raises(subprocess.CalledProcessError) as failed:
         place.workspace.python(code)
     assert f"1 outputs are elsewhere, in {where}" in failed.value.stderr
@@ -223,7 +226,7 @@ def test_a_cancelled_one_is_told(place, capsys, monkeypatch):
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("echo up; exec sleep 60") == 0
     monkeypatch.delenv("DETACH")
-    job.cancel(Path("runs/x"))
+    commands.cancel(Path("runs/x"))
     assert place.launch("echo up; exec sleep 60") == job.CANCELLED
     told = capsys.readouterr().out
     assert "is cancelled" in told and "cancelled, exit status 130 (stopped by ann)" in told
@@ -265,7 +268,7 @@ def test_a_preempted_one_that_is_never_started_again_ends_when_it_is_cancelled(p
         while not run.message.status.HasField("finalized"):
             time.sleep(0.02)
         time.sleep(0.5)  # the follower sees it preempted
-        job.cancel(Path("runs/x"))
+        commands.cancel(Path("runs/x"))
 
     thread = threading.Thread(target=preempt_and_cancel)
     thread.start()
@@ -311,7 +314,7 @@ def test_a_connection_that_stays_lost_is_told_and_the_job_is_found_again(place, 
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("sleep 3; exit 7") == 0
     monkeypatch.delenv("DETACH")
-    monkeypatch.setattr(beaker, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(scheduler, "PATIENCE_S", 0.5)
     real = job.retried
     monkeypatch.setattr(job, "retried", lambda action, say, patience_s=0.0: real(action, say, 0.0))
     place.server.fault("GetWorkload", "unavailable", times=-1)
@@ -458,13 +461,13 @@ def test_the_doctor_says_what_a_launch_would_be_refused_for(place, monkeypatch):
     place.push()
     made = job.Job.parse(["runs/x", "evaluate", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
     with pytest.raises(SftError) as refused:
-        job.scheduler("beaker", made.folder, made.cluster).check(made)
+        commands.open_scheduler("beaker", made.folder, made.cluster).check(made)
     assert all(line in str(refused.value) for line in wanted)
     monkeypatch.setenv("SFT_USER", "bob")
     row = next(iter(rows().values()))
     assert row.state == doctor.RED and "you are ann on Beaker" in row.found and row.next == "SFT_USER=ann make …"
     monkeypatch.setenv("BEAKER_CONFIG", "/nowhere")
-    monkeypatch.setattr(beaker, "has_token", lambda: False)
+    monkeypatch.setattr(scheduler, "has_token", lambda: False)
     assert [(r.state, r.next[:13]) for r in rows().values()] == [(doctor.RED, "BEAKER_TOKEN=")]
 
 
@@ -484,7 +487,7 @@ def test_hostile_arguments_reach_the_job_unchanged(place):
     script = f'printf "%s\\0" "$@" >{out}; exit 3'
     command = ["bash", "-c", script, "0", *HOSTILE, "runs/x", "--cluster", "beaker-test"]
     made = job.Job.parse(["runs/x", "prepare", *command])
-    backend = job.scheduler("beaker", made.folder, made.cluster)
+    backend = commands.open_scheduler("beaker", made.folder, made.cluster)
     id = backend.submit(made)
     while backend.status(id).living:
         time.sleep(0.05)
@@ -523,7 +526,7 @@ def test_the_spec_says_what_gantry_run_would(place):
         'clusters = ["ai2/jupiter", "ai2/ceres"]\npriority = "high"\ngpus_per_node = 8\nmin_runtime = "1h"',
     )
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
-    body = yaml.safe_load(beaker.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    body = yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
     assert {k: body[k] for k in ("version", "budget")} == {"version": "v2", "budget": BUDGET}
     task = body["tasks"][0]
     arguments, environment = task["arguments"], {e["name"]: e for e in task["envVars"]}
@@ -549,13 +552,13 @@ def test_the_spec_says_what_gantry_run_would(place):
     [("24:00:00", 86400), ("1-00:00:00", 86400), ("2-03:04:05", 183845), ("24h", 86400), ("1h30m", 5400), ("90s", 90)],
 )
 def test_a_duration_means_what_it_means_to_slurm_and_to_go(written, seconds):
-    assert beaker_spec.duration(written) == f"{seconds}s"
+    assert specification.duration(written) == f"{seconds}s"
 
 
 @pytest.mark.parametrize("written", ["24", "24:00", "1d", "24:00:99", "-1h", "24 h", ""])
 def test_a_duration_that_beaker_would_misread_is_refused(written):
     with pytest.raises(SftError, match="next: write it as 24h"):
-        beaker_spec.duration(written)
+        specification.duration(written)
 
 
 def test_a_recipes_time_is_the_specs_timeout_and_one_that_would_be_misread_is_refused_before_anything_is_asked(place):
@@ -565,7 +568,7 @@ def test_a_recipes_time_is_the_specs_timeout_and_one_that_would_be_misread_is_re
     )
     place.push()
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
-    spec = yaml.safe_load(beaker.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    spec = yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
     assert spec["tasks"][0]["timeout"] == 5400 * 10**9
     with pytest.raises(SystemExit, match=r"\[on\.beaker-test\.prepare\] time = .*; next: write it as 24h"):
         place.launch("exit 0")
@@ -577,7 +580,7 @@ def test_every_shipped_beaker_cluster_makes_a_spec(place, file):
     shutil.copy(file, place.root / "env")
     place.push()
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", file.stem], strict=False)
-    backend = beaker.Scheduler(made.folder, made.cluster)
+    backend = scheduler.Scheduler(made.folder, made.cluster)
     (task,) = yaml.safe_load(backend.render(made).partition("\n")[2])["tasks"]
     name = file.stem.replace("-", "/", 1)
     assert task["constraints"] == {"cluster": [name]} and task["resources"]["gpuCount"] == 8
@@ -616,7 +619,7 @@ def test_optional_secrets_are_attached_where_the_workspace_has_them(place):
 def test_the_gpus_of_the_clusters_file_are_compared_with_beakers(place, line, told):
     place.edit('workspace = "ai2/team"', f'workspace = "ai2/team"\n{line}')
     made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
-    backend = beaker.Scheduler(made.folder, made.cluster)
+    backend = scheduler.Scheduler(made.folder, made.cluster)
     assert backend.missing("F", False) == ([f"F: {told}"] if told else [])
     assert backend.gpus() == {"ai2/jupiter": (8, "NVIDIA H100")}
     case = doctor.Case(made.place, made.recipe, made.cluster)
@@ -632,7 +635,7 @@ def test_a_commit_of_another_remote_is_not_pushed(place):
 
 
 def test_a_hub_of_ssh_is_fetched_by_https():
-    from sft.launch.code import public_url
+    from sft.launch.beaker.code import public_url
 
     assert public_url("git@github.com:org/x.git") == "https://github.com/org/x.git"
     assert public_url("https://github.com/org/x") == "https://github.com/org/x"

@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.evaluation import collected, compare
-from sft.launch import beaker, evaluation, job
+from sft.launch import job
+from sft.launch.beaker import harnesses, scheduler
 from test_beaker import Place, place  # noqa: F401 - a fixture
 
 LOCATION = "/ann/checkpoints/path-to-model/step3710-hf"  # below the mount
@@ -41,7 +42,7 @@ def spec_of(place: Place, evaluate: str, brings: str = "") -> dict:  # noqa: F81
         ["runs/x", "evaluate", ".venv/bin/python", "stages/evaluate.py", "runs/x", "--cluster", "beaker-test"],
         strict=False,
     )
-    return yaml.safe_load(beaker.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    return yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
 
 
 def test_olmo_eval_is_the_ancestors_new_submission_field_by_field(place):  # noqa: F811
@@ -70,7 +71,7 @@ def test_oe_eval_is_the_ancestors_documented_command_field_by_field(place):  # n
     """--run_oe_eval_experiments --skip_oi_evals --evaluate_on_weka --oe_eval_max_length 32768 --process_output r1_style"""
     body = spec_of(place, f'tasks = ["OLMO_3"]\nharness = "oe-eval"\nprocess_output = "r1_style"\n{FIELDS}')
     assert len(body["tasks"]) == 17
-    assert [evaluation.folder_of(t["name"]) for t in body["tasks"]] == [f"{n:03d}" for n in range(17)]
+    assert [harnesses.folder_of(t["name"]) for t in body["tasks"]] == [f"{n:03d}" for n in range(17)]
     model = {"model_path": place.weka + LOCATION, "max_length": 32768, "process_output": "r1_style"}
     for task in body["tasks"]:
         words = task["command"] + task["arguments"]
@@ -189,7 +190,7 @@ def arrange(place, monkeypatch, name: str, program: str, evaluate: str) -> None:
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     (place.root / "stages" / "evaluate.py").write_text(
-        "from sft.evaluation.evaluate import evaluate\nfrom sft.stage import main\nmain('evaluate', evaluate)\n"
+        "from sft.evaluation.evaluate import evaluate\nfrom sft.runner.stage import main\nmain('evaluate', evaluate)\n"
     )
     spec_of(place, evaluate)
     place.edit('workspace = "ai2/team"', 'workspace = "ai2/team"\nstages = ["evaluate"]')
@@ -346,10 +347,10 @@ def test_a_harness_that_returned_nothing_is_told(tmp_path):
 def test_suites_are_written_out_for_oe_eval_only():
     options = SimpleNamespace(harness="olmo-eval", tasks=("OLMO_3", "gsm8k", "gsm8k"))
     made = SimpleNamespace(recipe=SimpleNamespace(evaluate=options, file="x"))
-    assert evaluation.tasks_of(made) == ["OLMO_3", "gsm8k"]
+    assert harnesses.tasks_of(made) == ["OLMO_3", "gsm8k"]
     options.harness = "oe-eval"
-    assert len(evaluation.tasks_of(made)) == 18
-    assert list(evaluation.asked(made).values()) == [f"{n:03d}" for n in range(18)]
+    assert len(harnesses.tasks_of(made)) == 18
+    assert list(harnesses.asked(made).values()) == [f"{n:03d}" for n in range(18)]
 
 
 def test_a_suite_of_olmo_eval_is_named_by_its_summary(stage):

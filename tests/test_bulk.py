@@ -1,4 +1,4 @@
-"""sft.bulk: what is written is what lies on the disk, with its sha256, whether or not it goes past the page cache."""
+"""sft.common.direct_io: what is written is what lies on the disk, with its sha256, whether or not it goes past the page cache."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sft import bulk
-from sft.bulk import BLOCK, BulkFile
+from sft.common import direct_io
+from sft.common.direct_io import BLOCK, BulkFile
 
 
 @pytest.fixture(params=["direct", "refused", "refused late", "unknown"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With O_DIRECT where the disk of the test has it; on a file system that refuses it at once, or by the first write; on a system
     without."""
-    monkeypatch.setattr(bulk, "BUFFER", 2 * BLOCK)
-    monkeypatch.setattr(bulk, "_free", bulk.SimpleQueue())
+    monkeypatch.setattr(direct_io, "BUFFER", 2 * BLOCK)
+    monkeypatch.setattr(direct_io, "_free", direct_io.SimpleQueue())
     if request.param == "refused":
         plain = os.open
 
         def refusing(path: str, flags: int, mode: int = 0o777) -> int:
-            if flags & bulk.DIRECT:
+            if flags & direct_io.DIRECT:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
             return plain(path, flags, mode)
 
@@ -34,13 +34,13 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
         write = os.write
 
         def refusing_late(file: int, data: memoryview) -> int:
-            if fcntl.fcntl(file, fcntl.F_GETFL) & bulk.DIRECT:
+            if fcntl.fcntl(file, fcntl.F_GETFL) & direct_io.DIRECT:
                 raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
             return write(file, data)
 
         monkeypatch.setattr(os, "write", refusing_late)
     elif request.param == "unknown":
-        monkeypatch.setattr(bulk, "DIRECT", 0)
+        monkeypatch.setattr(direct_io, "DIRECT", 0)
     return str(request.param)
 
 

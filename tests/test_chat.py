@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 
 from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
-from sft.data.chat import JinjaTemplate, Specials, known_templates
-from sft.data.rows import BadRow, Conversation, RowReader
-from sft.data.templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO, NamedTemplate
-from sft.errors import SftError
-from sft.schema import Prepare, Source
+from sft.chat.named import NamedTemplate
+from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.chat.template import JinjaTemplate, Specials, known_templates
+from sft.common.errors import SftError
+from sft.recipe.chat_templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO
+from sft.recipe.schema import Prepare, Source
 
 MORE = [*SPECIALS, "<s>", "<|eot_id|>", "<|header|>", "<end_of_turn>", "<start_of_turn>"]
 READ = RowReader(Prepare(tokenizer="t", sources=(Source(path="x"),)), Source(path="x")).read

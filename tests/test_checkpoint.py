@@ -16,17 +16,18 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from sft import manifest
-from sft.conversion import hf
-from sft.conversion.folder import Folder
-from sft.errors import SftError
-from sft.presets import ModelConfig, Yarn
-from sft.schema import Train
-from sft.training import base, checkpoint
-from sft.training.dist import World
-from sft.training.model import Transformer, initial_values
+from sft.checkpoint import olmo_core, step_folder
+from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.tensors import Tensors, read_metadata
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.model.model import Transformer, initial_values
+from sft.model.parallel import World
+from sft.recipe.presets import ModelConfig, Yarn
+from sft.recipe.schema import Train
+from sft.training import base
 from sft.training.optim import build_adamw
-from sft.training.tensors import Tensors, read_metadata
 
 CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, yarn=Yarn(factor=4.0, old_context=32))
 FACTS = {"vocab_size": 120, "eos_id": 1, "pad_id": 0}
@@ -49,15 +50,17 @@ def trained(seed: int = 0, model_config: ModelConfig = CONFIG) -> tuple[Transfor
 def save(out: Path, step: int = 3, seed: int = 0, ephemeral: bool = False) -> Path:
     model, optimizer = trained(seed)
     state = {"step": step}
-    config = base.step_config(CONFIG, FACTS)
-    return checkpoint.save(out, step, checkpoint.snapshot(model, optimizer), state, config, ALONE, ephemeral=ephemeral)
+    config = olmo_core.step_config(CONFIG, FACTS)
+    return step_folder.save(
+        out, step, step_folder.snapshot(model, optimizer), state, config, ALONE, ephemeral=ephemeral
+    )
 
 
 def test_a_step_reads_back_bitwise(tmp_path: Path) -> None:
     step = save(tmp_path)
     model, optimizer = trained()
     other, other_optimizer = trained(seed=9)
-    assert checkpoint.restore(step, other, other_optimizer, ALONE) == {"step": 3}
+    assert step_folder.restore(step, other, other_optimizer, ALONE) == {"step": 3}
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         for name in ("step", "exp_avg", "exp_avg_sq"):
@@ -68,7 +71,7 @@ def test_a_step_reads_back_bitwise(tmp_path: Path) -> None:
     files = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
     expected = {"config.json", ".metadata.json", "manifest.json", "train/rank0.pt", "model_and_optim/.metadata"}
     assert files == expected | {"model_and_optim/__0_0.distcp"}
-    assert checkpoint.damage(step) == []
+    assert step_folder.damage(step) == []
 
 
 def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
@@ -94,17 +97,17 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> N
     else:
         path.write_bytes(data if how == "flip" else data[: len(data) // 2])
     said: list[str] = []
-    assert checkpoint.latest(tmp_path, ALONE, said.append) == good
+    assert step_folder.latest(tmp_path, ALONE, said.append) == good
     assert len(said) == 1
     assert str(path) in said[0]
     aside = tmp_path / ".damaged-step7"
     assert f"it is {aside} now" in said[0]
     assert (aside / file).is_file() == (how != "remove")
-    assert [n for n, _ in checkpoint.steps(tmp_path)] == [3]
-    checkpoint.mark_latest(save(tmp_path, 7))  # trained again: with two to keep, the damaged one takes no place
-    assert checkpoint.retire(tmp_path, 2) == []
+    assert [n for n, _ in step_folder.steps(tmp_path)] == [3]
+    step_folder.mark_latest(save(tmp_path, 7))  # trained again: with two to keep, the damaged one takes no place
+    assert step_folder.retire(tmp_path, 2) == []
     (tmp_path / "step7" / "config.json").write_text("{}")
-    assert checkpoint.latest(tmp_path, ALONE, said.append) == good
+    assert step_folder.latest(tmp_path, ALONE, said.append) == good
     assert len(list(tmp_path.glob(".damaged-step7*"))) == 2
 
 
@@ -113,11 +116,11 @@ def test_an_unfinished_step_is_never_resumed_from(tmp_path: Path) -> None:
     (save(tmp_path, 7) / "manifest.json").unlink()
     (tmp_path / ".saving-step9").mkdir()
     said: list[str] = []
-    assert checkpoint.latest(tmp_path, ALONE, said.append) == good
+    assert step_folder.latest(tmp_path, ALONE, said.append) == good
     assert "manifest.json is missing" in said[0]
     assert (tmp_path / "step7").is_dir()
     assert not (tmp_path / ".saving-step9").exists()
-    assert checkpoint.latest(tmp_path / "step3", ALONE, said.append) is None
+    assert step_folder.latest(tmp_path / "step3", ALONE, said.append) is None
 
 
 def test_a_disk_that_is_full_leaves_the_earlier_step_and_says_what_is_needed(
@@ -136,7 +139,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_step_and_says_what_is_needed(
             ):
                 save(tmp_path, 7)
         assert [p.name for p in tmp_path.iterdir()] == ["step3"]
-    assert checkpoint.damage(good) == []
+    assert step_folder.damage(good) == []
 
 
 class Evil:
@@ -174,7 +177,7 @@ def core_model() -> Any:
     pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
     from olmo_core.nn.transformer import TransformerConfig
 
-    return TransformerConfig.from_dict(base.step_config(CONFIG, FACTS)["model"]).build(init_device="cpu")
+    return TransformerConfig.from_dict(olmo_core.step_config(CONFIG, FACTS)["model"]).build(init_device="cpu")
 
 
 @pytest.mark.parametrize("kind", ["AdamW", "SkipStepAdamW"])
@@ -237,12 +240,12 @@ def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
 
     config = replace(CONFIG, vocab_size=1152)
     facts = {"vocab_size": 1024, "eos_id": 1020, "pad_id": 1023}
-    step = checkpoint.save(
+    step = step_folder.save(
         tmp_path,
         3,
-        checkpoint.snapshot(*trained(0, config)),
+        step_folder.snapshot(*trained(0, config)),
         {},
-        base.step_config(config, facts),
+        olmo_core.step_config(config, facts),
         ALONE,
         ephemeral=False,
     )
@@ -291,8 +294,14 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model, optimizer = trained()
     with torch.no_grad():
         model.lm_head.norm.weight[0] = float("nan")
-    step = checkpoint.save(
-        tmp_path, 1, checkpoint.snapshot(model, optimizer), {}, base.step_config(CONFIG, FACTS), ALONE, ephemeral=False
+    step = step_folder.save(
+        tmp_path,
+        1,
+        step_folder.snapshot(model, optimizer),
+        {},
+        olmo_core.step_config(CONFIG, FACTS),
+        ALONE,
+        ephemeral=False,
     )
     with pytest.raises(SftError, match=r"lm_head.norm.weight holds values that are not finite"):
         base.initialise(Transformer(CONFIG), CONFIG, step, 0)

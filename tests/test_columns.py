@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
-from sft.data import lines as compiled_lines
 from sft.data import sources, vocabulary
-from sft.data.columns import messages
-from sft.data.pieces import Columns, pieces
-from sft.data.templates import FAMILIES
+from sft.data.blocks import Columns, pieces
+from sft.data.fast import lines as compiled_lines
+from sft.data.fast.columns import messages
 from sft.data.tokenize import Encoder
-from sft.schema import Source
+from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.schema import Source
 
 PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 ROLES = ["user", "assistant", "system", "environment", "tool", "nobody", ""]

@@ -14,8 +14,8 @@ import pytest
 from scipy import stats
 
 from conftest import REPO
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.evaluation import compare
 from sft.reporting import comparison, report
 from test_report import Strict

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import training
-from sft.errors import SftError
+from sft.common.errors import SftError
+from sft.model import context
 from sft.packing.loader import Loader
 from sft.packing.steps import context_groups
-from sft.presets import PRESETS
-from sft.schema import Hardware, Train
-from sft.training import context
+from sft.recipe.presets import PRESETS
+from sft.recipe.schema import Hardware, Train
 
 # Six packs a batch (two, three or six ranks divide them) and five left for the last one. 4 query and 2 key/value heads.
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {

@@ -1,4 +1,4 @@
-"""sft.conversion.convert and sft.conversion.gate: what is published loads, computes the same and stops; what is damaged is refused."""
+"""sft.export.convert and sft.export.gate: what is published loads, computes the same and stops; what is damaged is refused."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import tiny_export
-from sft.conversion import convert, gate, hf
-from sft.conversion.folder import Folder
-from sft.errors import SftError
-from sft.presets import ModelConfig
-from sft.schema import Convert
+from sft.checkpoint.hf_folder import Folder
+from sft.common.errors import SftError
+from sft.export import convert, gate, write
+from sft.model import hf
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Convert
 from tiny_export import LLAMA3, OLMO2, OLMO3, QWEN3
 
 
@@ -29,7 +30,7 @@ def export(
     options = options or Convert(max_position_embeddings=4096)
     facts = tiny_export.tokenizer(tmp / "tokenizer")
     weights = tiny_export.Held(tiny_export.weights(config) if weights is None else weights)
-    convert.export(weights, config, facts, tmp / "tokenizer", tmp / "model", options, tiny_export.TEMPLATE, quiet)
+    write.export(weights, config, facts, tmp / "tokenizer", tmp / "model", options, tiny_export.TEMPLATE, quiet)
     return tmp / "model", weights, facts, options
 
 
@@ -70,7 +71,7 @@ def fitted(config: ModelConfig, folder: Path, terminator: bool) -> tiny_export.H
     """Weights after a few steps on the gate's own questions: answers end with the terminator, or say the same again."""
     from transformers import AutoTokenizer
 
-    from sft.training.model import Transformer, initial_values
+    from sft.model.model import Transformer, initial_values
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids, positions, labels, edges = [], [], [], [0]
@@ -225,7 +226,7 @@ def test_another_tokenizer_than_the_trained_one_is_refused(tmp_path: Path) -> No
     facts = tiny_export.tokenizer(tmp_path / "tokenizer")
     tiny_export.tokenizer(tmp_path / "tokenizer", size=290)
     with pytest.raises(SftError, match=r"tokenizer.json: sha256 .* not what the model was trained with"):
-        convert.export(
+        write.export(
             tiny_export.weights(OLMO2),
             OLMO2,
             facts,
@@ -266,9 +267,9 @@ def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None
     ("field", "value"), [("d_model", 256), ("n_layers", 8), ("window", 32), ("norm_eps", 1e-5), ("rope_theta", 1e4)]
 )
 def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: Path, field: str, value: Any) -> None:
-    from sft.presets import resolve
-    from sft.schema import Model
-    from sft.training.base import step_config
+    from sft.checkpoint.olmo_core import step_config
+    from sft.recipe.presets import resolve
+    from sft.recipe.schema import Model
 
     trained = resolve(Model(preset="olmo3-tiny"), 300)
     for config in (trained, replace(trained, **{field: value})):

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 import tiny_export
-from sft import plan, recipe
-from sft.conversion import convert, core, hf
-from sft.data.templates import FAMILIES
-from sft.errors import SftError
-from sft.presets import PRESETS
+from sft.common.errors import SftError
+from sft.export import convert, core, rows, write
+from sft.model import hf
+from sft.recipe import recipe
+from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.presets import PRESETS
+from sft.runner import plan
 
 CONFIG = replace(PRESETS["olmo3-tiny"], vocab_size=384)
 
@@ -26,15 +28,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = tiny_export.tokenizer(run / "train" / "tokenizer")
     (run / "prepare").mkdir()
     sources = [{"path": "zoo.jsonl", "documents": 48, "tokens": 4800, "labels": 1200}]
-    convert.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
+    rows.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
     options = types.SimpleNamespace(dtype="float32", max_position_embeddings=64, shard_gb=1.0)
     weights = tiny_export.weights(CONFIG)
     made: Any = options
-    convert.export(
+    write.export(
         weights, CONFIG, facts, run / "train" / "tokenizer", run / "hf", made, tiny_export.TEMPLATE, lambda _: None
     )
     core.to_core(str(run / "hf"), str(run / "train" / "step7"), run / "cache", lambda _: None)
-    convert.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 7}})
+    rows.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 7}})
     return run
 
 
@@ -94,6 +96,6 @@ def test_an_unknown_evaluation_template_is_refused_before_anything_is_written(tr
 def test_a_step_that_train_names_and_that_is_gone_is_refused(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "smoke"
     (run / "train").mkdir(parents=True)
-    convert.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 9}})
+    rows.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 9}})
     with pytest.raises(SftError, match=r"step9: no checkpoint"):
         convert.final_step(run / "train")

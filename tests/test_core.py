@@ -1,4 +1,4 @@
-"""sft.conversion.core: OLMo-core's own checkpoints become folders that transformers loads, folders become its checkpoints."""
+"""sft.export.core: OLMo-core's own checkpoints become folders that transformers loads, folders become its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ import torch.distributed.checkpoint as dcp
 
 import tiny_export
 from gcs_server import Server
-from sft.conversion import core, hf
-from sft.conversion.folder import Folder
-from sft.errors import SftError
-from sft.presets import ModelConfig
-from sft.schema import Convert
-from sft.training.base import step_config
-from sft.training.tensors import Tensors
+from sft.checkpoint import olmo_core
+from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.olmo_core import step_config
+from sft.checkpoint.tensors import Tensors
+from sft.common.errors import SftError
+from sft.export import core
+from sft.model import hf
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Convert
 from tiny_export import LLAMA3, OLMO2, OLMO3, QWEN3
 
 OLMO3 = replace(OLMO3, n_layers=4)
@@ -127,7 +129,7 @@ def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypa
 def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfig) -> None:
     folder, step, again = export(tmp_path, config), tmp_path / "step0", tmp_path / "again"
     core.to_core(str(folder), str(step), tmp_path / "cache", quiet)
-    assert replace(core.model_config(step / "config.json"), init_std=config.init_std) == config
+    assert replace(olmo_core.model_config(step / "config.json"), init_std=config.init_std) == config
     options = Convert(dtype="float32", max_position_embeddings=512)
     core.to_hf(str(step), str(again), options, "", "tokenizer", tmp_path / "cache", quiet)
     for name in ("model.safetensors", "config.json"):
@@ -150,7 +152,7 @@ def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
 
 
 def export(root: Path, config: ModelConfig) -> Path:
-    from sft.conversion.convert import export
+    from sft.export.write import export
 
     facts = tiny_export.tokenizer(root / "tok")
     options = Convert(dtype="float32", max_position_embeddings=512)

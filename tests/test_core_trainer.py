@@ -14,12 +14,14 @@ import pytest
 import torch
 
 import tiny_export
-from sft.conversion import core, hf
-from sft.conversion.folder import Folder
-from sft.presets import ModelConfig
-from sft.schema import Convert
-from sft.training.base import step_config
-from sft.training.tensors import Tensors
+from sft.checkpoint import olmo_core
+from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.olmo_core import step_config
+from sft.checkpoint.tensors import Tensors
+from sft.export import core
+from sft.model import hf
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Convert
 
 MODELS = {
     "olmo2": tiny_export.OLMO2,
@@ -136,12 +138,12 @@ def test_their_own_description_of_a_model_is_read_as_our_preset(tmp_path: Path, 
     pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
     from olmo_core.nn.transformer import TransformerConfig
 
-    from sft.presets import PRESETS
+    from sft.recipe.presets import PRESETS
 
     wanted = PRESETS[preset]
     made = getattr(TransformerConfig, theirs)(vocab_size=wanted.vocab_size).as_config_dict()
     (tmp_path / "config.json").write_text(json.dumps({"model": made}))
-    found = core.model_config(tmp_path / "config.json")
+    found = olmo_core.model_config(tmp_path / "config.json")
     scaled = ("yarn", "stepwise", "init_std")  # of a finetuned model's context, which a factory does not know
 
     def plain(config: ModelConfig) -> ModelConfig:

@@ -13,11 +13,12 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server
-from sft import manifest
-from sft.errors import SftError
-from sft.hashcache import HashCache
-from sft.storage import sync
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.common.hashcache import HashCache
+from sft.storage import base_weights
 from sft.storage.local import LocalStorage
+from sft.sync import sync
 
 FILES = {"manifest.json": b"{}", "data/x.npy": os.urandom(300_000), "data/y.npy": b"y", "z": b""}
 
@@ -179,10 +180,10 @@ def test_base_weights_in_a_bucket_are_fetched_and_what_was_removed_there_goes(
     def find(*_: str) -> Path:
         raise AssertionError("not a local path")
 
-    base = sync.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    base = base_weights.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
     assert base.label == "tiny" and set(files(base.folder.root)) == {"config.json", "model.safetensors"}
     del server.objects["models/tiny/config.json"]
-    base = sync.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    base = base_weights.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
     assert set(files(base.folder.root)) == {"model.safetensors"}
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from made_data import EOS, PAD, VOCAB, some_lengths, write_dataset
+from sft.common.errors import SftError
 from sft.data.dataset import Dataset
-from sft.errors import SftError
 from sft.packing.loader import Loader, Microbatch, bucket
 from sft.packing.packs import pack_dataset, pack_documents
 from sft.packing.steps import StepPlan
-from sft.presets import PRESETS
-from sft.schema import Train
+from sft.recipe.presets import PRESETS
+from sft.recipe.schema import Train
 
 SEQ, BATCH = 64, 8
 MODEL = replace(PRESETS["olmo3-tiny"], vocab_size=VOCAB)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT, Dataset, DatasetWriter, token_dtype
-from sft.errors import SftError
 
 
 def documents(count: int, seed: int = 0, vocab: int = 1000, longest: int = 40):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from sft import manifest
 from sft.training import disks
-from sft.training.dist import SharedError, join
+from sft.model.parallel import SharedError, join
 
 disks.PIECE = 1000
 world, root, shared = join(1), Path(sys.argv[1]), sys.argv[2] == "shared"

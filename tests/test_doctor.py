@@ -11,11 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft import plan, recipe
-from sft.errors import SftError
-from sft.launch import doctor
-from sft.launch.checks import case as cases
-from sft.launch.checks import cluster, training
+from sft.common.errors import SftError
+from sft.launch.doctor import cluster, doctor, training
+from sft.launch.doctor import context as cases
+from sft.recipe import recipe
+from sft.runner import plan
 
 REPO = Path(__file__).parents[1]
 CLUSTER = """

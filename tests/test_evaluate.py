@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from evaluating import ANYTHING, CHOICE, REPLY, lines, load, make_place, run
-from sft.conversion import hf
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.evaluation import evaluate
-from sft.schema import Evaluate
+from sft.model import hf
+from sft.recipe.schema import Evaluate
 from tiny_export import OLMO3
 
 
@@ -96,7 +96,7 @@ def test_an_export_without_a_template_is_not_scored(tmp_path: Path) -> None:
 
 def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: Path) -> None:
     from sft.data.dataset import DatasetWriter
-    from sft.training.model import Transformer
+    from sft.model.model import Transformer
 
     rng = random.Random(0)
     lengths = [17, 70, 5]
@@ -209,7 +209,7 @@ def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> Non
 
 @pytest.mark.parametrize("batch_size", [1, 5, 0])
 def test_scores_do_not_depend_on_the_batch_size(place: SimpleNamespace, tmp_path: Path, batch_size: int) -> None:
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     other = Model(place.root / "model", batch_size=batch_size, max_length=0, think_end=None)
     for name in ("colours", "capitals"):
@@ -232,7 +232,7 @@ def test_scores_do_not_depend_on_the_batch_size(place: SimpleNamespace, tmp_path
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_cpus_scores(place: SimpleNamespace, tmp_path: Path) -> None:
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     gpu = Model(place.root / "model", batch_size=0, max_length=0, think_end=None, device="cuda")
     for name in ("colours", "capitals"):
@@ -264,7 +264,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     whole = run(place, "capitals", tmp_path / "a")
     model, sizes, generate = (
@@ -347,7 +347,7 @@ def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
     import huggingface_hub
     from pyarrow import Table, parquet
 
-    from sft import paths
+    from sft.common import paths
 
     mine = tmp_path / "data/my/tasks"
     mine.mkdir(parents=True)
@@ -384,11 +384,11 @@ def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
 def test_progress_tells_how_far_it_is_and_when_it_ends(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.evaluation import harness
+    from sft.evaluation import harness, hf_model
 
     monkeypatch.setattr(harness, "SAY_EVERY", 0.0)
     said: list[str] = []
-    model = harness.Model(place.root / "model", batch_size=2, max_length=0, think_end=None)
+    model = hf_model.Model(place.root / "model", batch_size=2, max_length=0, think_end=None)
     evaluate.run_tasks(model, replace(ANYTHING, tasks=("capitals",)), place.tasks, {}, tmp_path, said.append)
     assert [line.split(", ETA")[0] for line in said[:2]] == [
         "capitals: 2/5 replies, 2 at once", "capitals: 4/5 replies, 2 at once",

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from evaluating import make_place
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.evaluation import evaluate
-from sft.schema import Evaluate, Hardware
+from sft.recipe.schema import Evaluate, Hardware
 
 FAKE = '''
 """Stands in for vllm 0.33.0."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from preparing import conversation, stage, write_rows
+from sft.common.errors import SftError
 from sft.data import prepare
 from sft.data.dataset import Dataset
 from sft.data.interop import olmo_core_export
-from sft.errors import SftError
 
 PATTERNS = ("token_ids_part_*.npy", "labels_mask_part_*.npy")
 

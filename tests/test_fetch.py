@@ -14,11 +14,11 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server
-from sft import manifest
-from sft.errors import SftError
-from sft.storage import fetch
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
+from sft.sync import fetch
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 
 def run(*args: str | Path, ok: bool = True) -> str:
-    command = [sys.executable, "-m", "sft.storage.fetch", *map(str, args)]
+    command = [sys.executable, "-m", "sft.sync.fetch", *map(str, args)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True, timeout=60
     )

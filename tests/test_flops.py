@@ -14,16 +14,18 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import training
+from sft.checkpoint import olmo_core
 from sft.data.dataset import Dataset
-from sft.packing.balance import head_flops, token_flops
+from sft.model import utilisation
+from sft.model.flops import head_flops, token_flops
+from sft.model.model import Transformer
+from sft.model.parallel import World
 from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
-from sft.presets import PRESETS, ModelConfig
-from sft.schema import Train
-from sft.training import base, flops, loop, metrics
-from sft.training.dist import World
-from sft.training.model import Transformer
+from sft.recipe.presets import PRESETS, ModelConfig
+from sft.recipe.schema import Train
+from sft.training import loop, metrics
 
 TINY = ModelConfig(8, 32, 4, 2, 8, 48, 128, window=16)
 
@@ -35,11 +37,11 @@ def test_a_document_costs_what_olmo_core_says(window: int, length: int) -> None:
     from olmo_core.nn.transformer import TransformerConfig
 
     config = replace(TINY, window=window)
-    theirs = TransformerConfig.from_dict(base.step_config(config, {})["model"]).build(init_device="meta")
+    theirs = TransformerConfig.from_dict(olmo_core.step_config(config, {})["model"]).build(init_device="meta")
     counted = ("q_norm", "k_norm", "lm_head.norm")
     norms = 6 * sum(p.numel() for name, p in theirs.named_parameters() if any(n in name for n in counted))
-    ours = flops.flops_per_token(
-        config, flops.mean_attended([length]), flops.mean_attended([length], window), trained_fraction=1.0
+    ours = utilisation.flops_per_token(
+        config, utilisation.mean_attended([length]), utilisation.mean_attended([length], window), trained_fraction=1.0
     )
     # They count these norms as matrices, and drop the fraction of a FLOP in every layer.
     assert ours + norms == pytest.approx(theirs.num_flops_per_token(length), abs=config.n_layers)
@@ -70,10 +72,10 @@ def test_a_step_of_the_loader_costs_the_sum_of_its_documents(tmp_path: Path) -> 
     loader = Loader(plan, dataset, training.EOS, training.PAD, TINY)
     for step in range(3):
         lengths = np.concatenate([index.pack(int(p))["length"] for p in plan.packs(step)])
-        each = flops.flops_per_token(
+        each = utilisation.flops_per_token(
             TINY,
-            flops.mean_attended(lengths),
-            flops.mean_attended(lengths, 16),
+            utilisation.mean_attended(lengths),
+            utilisation.mean_attended(lengths, 16),
             trained_fraction=plan.labels(step) / plan.tokens(step),
         )
         assert loader.expected(step)[1] == pytest.approx(each * plan.tokens(step))
@@ -81,10 +83,12 @@ def test_a_step_of_the_loader_costs_the_sum_of_its_documents(tmp_path: Path) -> 
 
 def test_the_estimate_without_windows_is_never_below_the_count() -> None:
     lengths = [3, 40, 500]
-    exact = flops.flops_per_token(TINY, flops.mean_attended(lengths), flops.mean_attended(lengths, 16))
-    assert exact <= flops.flops_per_token(TINY, flops.mean_attended(lengths))
-    assert flops.mean_attended([]) == 0.0
-    assert flops.mean_attended([7]) == 4.0
+    exact = utilisation.flops_per_token(
+        TINY, utilisation.mean_attended(lengths), utilisation.mean_attended(lengths, 16)
+    )
+    assert exact <= utilisation.flops_per_token(TINY, utilisation.mean_attended(lengths))
+    assert utilisation.mean_attended([]) == 0.0
+    assert utilisation.mean_attended([7]) == 4.0
 
 
 @pytest.mark.parametrize(
@@ -97,14 +101,14 @@ def test_the_estimate_without_windows_is_never_below_the_count() -> None:
     ],
 )  # fmt: skip
 def test_peaks_by_the_names_that_cuda_gives(name: str, peak: float) -> None:
-    assert flops.peak_tflops(name) == peak
+    assert utilisation.peak_tflops(name) == peak
 
 
 def test_mfu_is_the_share_of_all_gpus_peak() -> None:
     olmo = PRESETS["olmo3-7b"]
-    each = flops.flops_per_token(olmo, 2048.5, 1024.0)
+    each = utilisation.flops_per_token(olmo, 2048.5, 1024.0)
     assert each == pytest.approx(6 * 7e9, rel=0.1)
-    assert flops.mfu(each * 20_000 * 8, 1.0, 8, 989.4) == pytest.approx(each * 20_000 / 989.4e12)
+    assert utilisation.mfu(each * 20_000 * 8, 1.0, 8, 989.4) == pytest.approx(each * 20_000 / 989.4e12)
 
 
 def test_a_record_tells_mfu_where_a_peak_is_known_and_the_checkpoint_that_ended(tmp_path: Path) -> None:

@@ -23,10 +23,10 @@ import google.auth.credentials
 import google_crc32c
 from google.cloud import storage
 
-from sft.errors import SftError
-from sft.storage import attempts, download, gcs, upload, wires
+from sft.common.errors import SftError
+from sft.storage import attempts, download, gcs, transport, upload
+from sft.storage.contract import Found, Job, Meter
 from sft.storage.crc import Object
-from sft.storage.files import Found, Job, Meter
 from sft.storage.gcs import GcsStorage
 from sft.storage.local import LocalStorage, is_part
 from sft.storage.transfer import transfer
@@ -51,7 +51,7 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def server(wire: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Nothing beyond 127.0.0.1: no credentials are looked for. Sizes and times are scaled down."""
     with Server() as server:
-        monkeypatch.setattr(wires, "PIECE", 1 << 14)
+        monkeypatch.setattr(transport, "PIECE", 1 << 14)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         monkeypatch.setattr(gcs, "LARGE", 1 << 20)
         monkeypatch.setattr("sft.storage.transfer.CONTINUED", 1 << 20)
@@ -269,7 +269,7 @@ def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(wire: s
     with Server() as server:
         credentials = Credentials()  # type: ignore[no-untyped-call]
         client = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
-        carrier = wires.fastest(client, client.bucket("test"))
+        carrier = transport.fastest(client, client.bucket("test"))
         assert type(carrier).__name__.lower() == wire
         for name in ("a", "b"):
             carrier.send(name, SMALL, google_crc32c.value(SMALL), 0)
@@ -281,7 +281,7 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from sft.storage import download, gcs, transfer as storage
-from sft.storage.files import Job
+from sft.storage.contract import Job
 from sft.storage.transfer import open_storage, transfer
 gcs.LARGE = storage.CONTINUED = download.SLICE = 1 << 20
 download.SLICES = 2

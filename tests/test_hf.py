@@ -1,4 +1,4 @@
-"""sft.conversion.hf: names, configurations and weight folders, against transformers itself."""
+"""sft.model.hf: names, configurations and weight folders, against transformers itself."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.conversion import hf
-from sft.conversion.folder import Folder
-from sft.errors import SftError
-from sft.presets import PRESETS, ModelConfig, Yarn
+from sft.checkpoint.hf_folder import Folder
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.recipe.presets import PRESETS, ModelConfig, Yarn
 
 TINY2 = replace(
     PRESETS["olmo2-tiny"],

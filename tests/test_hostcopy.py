@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.training.hostcopy import HostCopy
 
 CUDA = pytest.param(

@@ -12,9 +12,9 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server as Bucket
-from sft import manifest
-from sft.errors import SftError
-from sft.launch import kept
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.launch.beaker import bucket_runs
 from sft.storage.transfer import open_storage
 from test_beaker import Place, place
 
@@ -122,9 +122,9 @@ def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(august
     with pytest.raises(
         SftError, match=r"this job would make [0-9a-f]{16}: its recipe or inputs are not those of the sub"
     ):
-        kept.bring(Path("runs/smoke"), "prepare", command)
+        bucket_runs.bring(Path("runs/smoke"), "prepare", command)
     monkeypatch.setenv("SFT_INPUT_prepare", "gs://test/nothing/there")
     with pytest.raises(
         SftError, match=r"gs://test/nothing/there/manifest\.json: not there; next: on your machine remove"
     ):
-        kept.bring(Path("runs/smoke"), "sync", command)
+        bucket_runs.bring(Path("runs/smoke"), "sync", command)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sft.training import checkpoint
+from sft.checkpoint import step_folder
 from training import assert_same_bits, curve, kill, records, run_folder, start, train
 
 FIELDS: dict[str, Any] = {
@@ -35,11 +35,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[int, 
 
 def assert_sound(out: Path) -> None:
     """Whatever a kill left: a step with a manifest is whole, and LATEST and BEST name steps that are."""
-    for _, step in checkpoint.steps(out):
-        assert not (step / "manifest.json").is_file() or checkpoint.damage(step) == []
+    for _, step in step_folder.steps(out):
+        assert not (step / "manifest.json").is_file() or step_folder.damage(step) == []
     for name in ("LATEST", "BEST"):
-        named = checkpoint.named(out, name)
-        assert named is None or checkpoint.damage(named) == []
+        named = step_folder.named(out, name)
+        assert named is None or step_folder.damage(named) == []
 
 
 def assert_same_end(folder: Path, whole: Path) -> None:
@@ -47,7 +47,7 @@ def assert_same_end(folder: Path, whole: Path) -> None:
     assert curve(folder) == curve(whole)
     for name in ("LATEST", "BEST"):
         assert (folder / "train" / name).read_text() == (whole / "train" / name).read_text()
-    left = {n for n, _ in checkpoint.steps(folder / "train")}
+    left = {n for n, _ in step_folder.steps(folder / "train")}
     assert {40, 36} <= left
     assert not [*(folder / "train").glob(".trash-*"), *(folder / "train").glob(".saving-*")]
 
@@ -82,13 +82,13 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
 
 
 MOMENTS = {
-    "between the weights and their hashes": {"at": "sft.manifest.describe", "call": 2, "thread": "saving"},
-    "in the middle of the hashes": {"at": "sft.manifest.hash_file", "call": 13, "thread": "ThreadPool"},
-    "before the manifest": {"at": "sft.training.checkpoint._write_json", "call": 6, "thread": "saving"},
-    "between the rename and LATEST": {"at": "sft.training.checkpoint.mark_latest", "call": 2, "thread": "saving"},
-    "between LATEST and BEST": {"at": "sft.training.checkpoint.mark_best", "call": 1, "thread": "saving"},
-    "before what is superfluous is renamed": {"at": "sft.training.checkpoint.retire", "call": 3, "thread": "saving"},
-    "between two renames to the trash": {"at": "sft.training.checkpoint.to_trash", "call": 2, "thread": "saving"},
+    "between the weights and their hashes": {"at": "sft.common.manifest.describe", "call": 2, "thread": "saving"},
+    "in the middle of the hashes": {"at": "sft.common.manifest.hash_file", "call": 13, "thread": "ThreadPool"},
+    "before the manifest": {"at": "sft.checkpoint.step_folder._write_json", "call": 6, "thread": "saving"},
+    "between the rename and LATEST": {"at": "sft.checkpoint.step_folder.mark_latest", "call": 2, "thread": "saving"},
+    "between LATEST and BEST": {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "thread": "saving"},
+    "before what is superfluous is renamed": {"at": "sft.checkpoint.step_folder.retire", "call": 3, "thread": "saving"},
+    "between two renames to the trash": {"at": "sft.checkpoint.step_folder.to_trash", "call": 2, "thread": "saving"},
     "in the middle of a removal": {"at": "os.unlink", "call": 4, "thread": "removing"},
 }  # fmt: skip
 

@@ -17,11 +17,11 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
-from sft import recipe, schema
-from sft.errors import SftError
+from sft.common.errors import SftError
+from sft.launch import commands, local, slurm
 from sft.launch import job as jobs
-from sft.launch import local, slurm
 from sft.launch.job import LostConnection, Record, Status
+from sft.recipe import recipe, schema
 
 LAUNCH = [sys.executable, "-m", "sft.launch.local"]
 
@@ -230,7 +230,7 @@ class Answers:
 def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, code, told):
     monkeypatch.setattr(time, "sleep", lambda s: None)
     record, said = Record(tmp_path / "train.json", "7", "i", "c", ["x"], "now"), []
-    assert jobs.follow(record, Answers(*answers), said.append) == code
+    assert commands.follow(record, Answers(*answers), said.append) == code
     assert told in "\n".join(said)
     assert Record.load(record.file).ended and Record.load(record.file).attempts == 3
 
@@ -240,7 +240,7 @@ def test_a_log_that_cannot_be_read_hides_neither_the_end_nor_its_status(tmp_path
     record, said = Record(tmp_path / "train.json", "7", "i", "c", ["x"], "now"), []
     backend = Answers(9, Status("failed", 9), problem)
     backend.tail = backend._next
-    assert jobs.follow(record, backend, said.append) == 9
+    assert commands.follow(record, backend, said.append) == 9
     assert said == [f"error: job 7 on c: failed, exit status 9\nits log cannot be read now: {problem}"]
     assert Record.load(record.file).ended == "failed, exit status 9"
 
@@ -260,13 +260,13 @@ def test_cancel_and_collect_go_through_all_runs_and_tell_what_went_wrong_at_the_
 
         cancel = ended.append
 
-    monkeypatch.setattr(jobs, "_scheduler_of", lambda record, place: Place())
+    monkeypatch.setattr(commands, "_scheduler_of", lambda record, place: Place())
     runs = [tmp_path / name for name in "abc"]
     with pytest.raises(SftError, match=r"^b-prepare: no such cluster$"):
-        jobs.each(jobs.cancel, runs[1:])
+        commands.each(commands.cancel, runs[1:])
     assert ended == ["b-train", "c-train"]
     with pytest.raises(SftError) as told:
-        jobs.each(jobs.collect, runs)
+        commands.each(commands.collect, runs)
     assert "b-prepare: no such cluster" in str(told.value) and f"{runs[0]}/.jobs: no job of this run" in str(told.value)
 
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import training
-from sft.errors import SftError
-from sft.schema import Train
-from sft.training import lean
-from sft.training.checkpoint import Tensors
-from sft.training.memory import plan
+from sft.checkpoint.step_folder import Tensors
+from sft.common.errors import SftError
+from sft.model.memory import plan
+from sft.recipe.schema import Train
+from sft.training import adamw8bit
 from sft.training.optim import build_adamw, clip
 from training import run_folder
 
@@ -39,7 +39,7 @@ def give_gradients(ps: list[torch.nn.Parameter], step: int) -> None:
 
 def test_with_fp32_moments_it_is_torchs_adamw() -> None:
     ours, theirs = parameters(), parameters()
-    mine, reference = lean.LeanAdamW(ours, **HYPER, eight_bit=False), torch.optim.AdamW(theirs, **HYPER)
+    mine, reference = adamw8bit.LeanAdamW(ours, **HYPER, eight_bit=False), torch.optim.AdamW(theirs, **HYPER)
     for step in range(20):
         for ps, optimizer in ((ours, mine), (theirs, reference)):
             give_gradients(ps, step)
@@ -52,9 +52,9 @@ def test_with_8_bit_moments_it_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> N
     from torchao.optim.adam import single_param_adam
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    monkeypatch.setattr(lean, "CHUNK", 4 * 512)  # more than one piece, the last one smaller
+    monkeypatch.setattr(adamw8bit, "CHUNK", 4 * 512)  # more than one piece, the last one smaller
     ours, theirs = parameters(), parameters()
-    mine = lean.LeanAdamW(ours, **HYPER, eight_bit=True)
+    mine = adamw8bit.LeanAdamW(ours, **HYPER, eight_bit=True)
     assert [sorted(mine.state[p]) for p in ours[1:]] == [
         ["exp_avg", "exp_avg_sq", "step"]
     ] * 2  # no blocks of 256 there
@@ -84,14 +84,14 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device; none here")
     if device == "cpu":
-        traced = torch.compile(lean.update, fullgraph=True, backend="aot_eager")
-        monkeypatch.setattr(lean, "_compiled_update", lambda: traced)
+        traced = torch.compile(adamw8bit.update, fullgraph=True, backend="aot_eager")
+        monkeypatch.setattr(adamw8bit, "_compiled_update", lambda: traced)
     sizes = ((40, 512), (10, 48), (300,), (7, 256))
     found = []
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(0)
         ps = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in sizes]
-        optimizer = lean.LeanAdamW(ps, **HYPER, eight_bit=eight_bit, compiled=compiled)
+        optimizer = adamw8bit.LeanAdamW(ps, **HYPER, eight_bit=eight_bit, compiled=compiled)
         for step in range(6):
             optimizer.param_groups[0]["lr"] = HYPER["lr"] / (1 + step)  # which compiles nothing anew
             optimizer.found_inf = torch.tensor(float(step == 3), device=device)
@@ -99,7 +99,7 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
                 p.grad = torch.randn(p.shape, generator=generator).to(device, torch.float32)
                 p.grad = p.grad.fill_(torch.nan) if step == 3 else p.grad
             optimizer.step()
-        found.append([*ps, *(optimizer.state[p][name] for p in ps for name in ("step", *lean.MOMENTS))])
+        found.append([*ps, *(optimizer.state[p][name] for p in ps for name in ("step", *adamw8bit.MOMENTS))])
     for ours, theirs in zip(*found, strict=True):
         if ours.dtype == torch.uint8:  # a value on a border may fall either way
             assert (ours != theirs).float().mean() < 0.005
@@ -110,7 +110,7 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_skipped_step_changes_no_bit(eight_bit: bool) -> None:
     ps = parameters()
-    optimizer = lean.LeanAdamW(ps, **HYPER, eight_bit=eight_bit)
+    optimizer = adamw8bit.LeanAdamW(ps, **HYPER, eight_bit=eight_bit)
     give_gradients(ps, 0)
     optimizer.step()
     before = [t.clone() for p in ps for t in (p.detach(), *optimizer.state[p].values())]
@@ -190,8 +190,8 @@ def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path:
 
 
 def test_the_plan_counts_the_bytes_of_8_bit_moments() -> None:
-    from sft import presets, schema
-    from sft.training.model import Transformer
+    from sft.model.model import Transformer
+    from sft.recipe import presets, schema
 
     model = schema.Model(**training.MODEL | {k.removeprefix("model_"): v for k, v in WIDE.items() if k != "lr"})
     config = presets.resolve(model, training.VOCAB)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sft.training import loss as module
-from sft.training.loss import IGNORE, labelled_loss
+from sft.model import loss as module
+from sft.model.loss import IGNORE, labelled_loss
 
 
 def make(rows: int = 37, width: int = 12, vocab: int = 50) -> tuple[Tensor, Tensor, Tensor]:

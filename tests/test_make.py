@@ -226,7 +226,7 @@ def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace):
 def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace):
     workspace.make("train", "RECIPE=x")
     (workspace.root / "stages/convert.py").write_text(
-        "from sft.stage import Result, main\n"
+        "from sft.runner.stage import Result, main\n"
         "def body(stage):\n    stage.folder('train')\n    return Result([])\n"
         "main('convert', body)\n"
     )
@@ -242,7 +242,7 @@ def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace):
     before = (workspace.root / "runs/x/convert/manifest.json").read_bytes()
     workspace.recipe("x", "[evaluate]", "[convert]\nmax_position_embeddings = 128\n[evaluate]")
     (workspace.root / "stages/convert.py").write_text(
-        "from sft.errors import SftError\nfrom sft.stage import main\n"
+        "from sft.common.errors import SftError\nfrom sft.runner.stage import main\n"
         "def body(stage):\n    (stage.out / 'half').write_text('x')\n    raise SftError('broken on purpose')\n"
         "main('convert', body)\n"
     )
@@ -254,7 +254,7 @@ def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace):
     workspace.make("prepare", "RECIPE=x")
     (workspace.root / "runs/x/prepare/manifest.json").unlink()
     code = (
-        "import subprocess\nfrom pathlib import Path\nfrom sft.stage import lock\n"
+        "import subprocess\nfrom pathlib import Path\nfrom sft.runner.stage import lock\n"
         "with lock(Path('runs/x/.work/prepare.lock')):\n"
         "    r = subprocess.run(['make', 'prepare', 'RECIPE=x'], capture_output=True, text=True)\n"
         "    print(r.returncode, r.stderr)\n"

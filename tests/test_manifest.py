@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from conftest import REPO
-from sft import manifest, paths
-from sft.errors import SftError
-from sft.hashcache import HashCache
+from sft.common import manifest, paths
+from sft.common.errors import SftError
+from sft.common.hashcache import HashCache
 
 
 def record(folder, outputs, **changed):

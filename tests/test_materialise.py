@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sft.common.errors import SftError
 from sft.data import materialise as module
 from sft.data.chunks import Progress
 from sft.data.compiled import TRAINED
 from sft.data.dataset import Dataset
-from sft.data.describe import Check
 from sft.data.materialise import Documents, by_place, inverse, materialise, reads
+from sft.data.token_check import Check
 from sft.data.tokencache import ChunkWriter
-from sft.errors import SftError
 
 EOS = 9
 

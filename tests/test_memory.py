@@ -13,14 +13,14 @@ import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from sft.errors import SftError
-from sft.presets import PRESETS, ModelConfig
-from sft.schema import Hardware, Train
-from sft.training import attention
-from sft.training import model as modules
-from sft.training.dist import World, shard
-from sft.training.memory import kept, layer_modes, plan, require
-from sft.training.model import Block, Transformer
+from sft.common.errors import SftError
+from sft.model import attention
+from sft.model import model as modules
+from sft.model.memory import kept, layer_modes, plan, require
+from sft.model.model import Block, Transformer
+from sft.model.parallel import World, shard
+from sft.recipe.presets import PRESETS, ModelConfig
+from sft.recipe.schema import Hardware, Train
 from sft.training.optim import build_adamw, clip
 
 SMALL = ModelConfig(n_layers=4, d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, hidden=640, vocab_size=1024)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft.common.errors import SftError
 from sft.data.decontaminate import Screen, words
 from sft.data.mix import Mixed, Pool, cap, choose, first_copies, held_out, mix, wanted
-from sft.errors import SftError
-from sft.schema import Source
+from sft.recipe.schema import Source
 
 
 def pool(names, lengths=None, excluded=()) -> Pool:

@@ -15,15 +15,15 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sft.conversion.hf import family, hf_config, shapes
-from sft.presets import PRESETS, ModelConfig, Stepwise, Yarn, resolve
-from sft.schema import Model
-from sft.training import model as modules
-from sft.training.attention import _fused as fused
-from sft.training.base import step_config
-from sft.training.dist import World, shard
-from sft.training.memory import layer_modes
-from sft.training.model import Block, Transformer, compile_blocks, initial_values, inverse_frequencies
+from sft.checkpoint.olmo_core import step_config
+from sft.model import model as modules
+from sft.model.attention import _fused as fused
+from sft.model.hf import family, hf_config, shapes
+from sft.model.memory import layer_modes
+from sft.model.model import Block, Transformer, compile_blocks, initial_values, inverse_frequencies
+from sft.model.parallel import World, shard
+from sft.recipe.presets import PRESETS, ModelConfig, Stepwise, Yarn, resolve
+from sft.recipe.schema import Model
 
 TINY = ModelConfig(n_layers=4, d_model=48, n_heads=4, n_kv_heads=4, head_dim=12, hidden=80, vocab_size=96)
 QWEN = replace(TINY, rope_theta=1e6, prenorm=True, qk_norm="head")

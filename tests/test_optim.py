@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import training
-from sft.schema import Train
-from sft.training.checkpoint import Tensors
+from sft.checkpoint.step_folder import Tensors
+from sft.recipe.schema import Train
 from sft.training.optim import Guard, build_adamw, clip, learning_rate
 from training import run_folder
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from bench_pack import first_fit_decreasing
 from made_data import write_dataset
+from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT, Dataset, DatasetWriter
-from sft.errors import SftError
 from sft.packing.packs import PackIndex, cut, label_counter, pack, pack_dataset, pack_documents
 
 

@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
-from sft.data import lines as compiled_lines
-from sft.data import plain, vocabulary
+from sft.data import vocabulary
+from sft.data.blocks import Block
 from sft.data.compiled import compiled
-from sft.data.pieces import Block
-from sft.data.templates import FAMILIES
+from sft.data.fast import lines as compiled_lines
+from sft.data.fast import plain
 from sft.data.tokenize import Encoder
-from sft.schema import Source
+from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.schema import Source
 
 PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 

@@ -22,13 +22,14 @@ from tokenizers import Tokenizer
 
 from conftest import REPO
 from preparing import TOKENIZER, conversation, stage, write_rows
-from sft import inputs, paths
-from sft.data import describe, prepare, tokencache, workers
+from sft.common import paths
+from sft.common.errors import SftError
+from sft.data import preparation, prepare, token_check, tokencache, workers
 from sft.data.compiled import TRAINED, gather
 from sft.data.dataset import Dataset
 from sft.data.vocabulary import CANARIES
-from sft.errors import SftError
-from sft.schema import Prepare, Source
+from sft.recipe import inputs
+from sft.recipe.schema import Prepare, Source
 
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 
@@ -83,7 +84,7 @@ def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path
 
 
 def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
-    check = describe.Check("x", {"terminator_ids": [9], "boundaries": "eos", "eos_id": 9})
+    check = token_check.Check("x", {"terminator_ids": [9], "boundaries": "eos", "eos_id": 9})
     tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
     ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
     found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)
@@ -159,7 +160,7 @@ def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
 
 
 def test_a_wrong_column_is_told_after_the_first_chunks_not_after_all(tmp_path, small_chunks, monkeypatch):
-    monkeypatch.setattr(prepare, "GIVE_UP_ROWS", 20)
+    monkeypatch.setattr(preparation, "GIVE_UP_ROWS", 20)
     write_rows(tmp_path / "rows.jsonl", [{"text": f"raw {i}"} for i in range(2000)])
     s = stage(tmp_path, max_reject_fraction=0.01)
     with pytest.raises(SftError, match=r"of the first .* rows are unusable"):
@@ -207,7 +208,7 @@ def test_held_out_conversations_stay_held_out_under_every_template_weight_and_se
     for change in changes:
         s = stage(tmp_path, out=f"out{len(held)}", validation_fraction=0.2, **change)
         prepare.prepare(s)
-        encoder = prepare.Preparation(s, prepare.Shard()).encoder
+        encoder = preparation.Preparation(s, prepare.Shard()).encoder
         found = numbers(s.out / "validation", encoder)
         assert len(found) == len(set(found)), "a conversation is in validation twice"
         held.append(set(found))
@@ -251,7 +252,7 @@ def test_chunks_that_the_fast_encoder_got_wrong_are_counted(tmp_path, monkeypatc
 
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(10)])
     s = stage(tmp_path)
-    if prepare.Preparation(s, prepare.Shard()).encoder.engine.fast is None:
+    if preparation.Preparation(s, prepare.Shard()).encoder.engine.fast is None:
         pytest.skip("there is no fast encoder here")
     monkeypatch.setattr(Encoder, "_parity", lambda *_: -1)
     result = prepare.prepare(s)
@@ -364,7 +365,7 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(0), conversation(1)])
     s = stage(tmp_path, system="Only zoo facts.")
     prepare.prepare(s)
-    encoder = prepare.Preparation(s, prepare.Shard()).encoder
+    encoder = preparation.Preparation(s, prepare.Shard()).encoder
     texts = [encoder.vocabulary.decode(ids).decode() for ids, _ in Dataset.open(s.out / "data")]
     assert sorted("Only zoo facts." in text for text in texts) == [False, True]
     assert sorted("You keep zoo number 0." in text for text in texts) == [False, True]
@@ -488,7 +489,7 @@ def test_the_program_publishes_a_manifest_and_parts_fill_the_cache(tmp_path):
 def test_a_second_run_waits_for_the_cache_and_then_encodes_nothing(tmp_path, no_encoding):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)])
     first = stage(tmp_path)
-    holder = prepare.Preparation(first, prepare.Shard())
+    holder = preparation.Preparation(first, prepare.Shard())
     order: list[str] = []
 
     def second() -> None:
@@ -512,7 +513,7 @@ from pathlib import Path
 sys.path.insert(0, {tests!r})
 import preparing as t
 from sft.data import prepare
-from sft.errors import SftError
+from sft.common.errors import SftError
 try:
     prepare.prepare(t.stage(Path({root!r}), out="{out}", cache="{cache}"))
 except SftError as e:

@@ -14,9 +14,9 @@ import pytest
 
 from conftest import REPO
 from preparing import contents, conversation, stage, write_rows
-from sft.data import prepare
-from sft.errors import SftError
-from sft.schema import Source
+from sft.common.errors import SftError
+from sft.data import preparation, prepare
+from sft.recipe.schema import Source
 
 
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, small_chunks):
@@ -168,7 +168,7 @@ def test_the_cache_is_removed_when_nobody_uses_it_and_made_again(tmp_path):
 
     prepare.prepare(s)
     before = contents(s.out)
-    with prepare.Preparation(s, prepare.Shard()).locked():
+    with preparation.Preparation(s, prepare.Shard()).locked():
         busy = clean()
     assert busy.returncode == 1 and f"busy, held by pid {os.getpid()}" in busy.stderr
     assert list((s.cache / "tokens").rglob("*.tok"))

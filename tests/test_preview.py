@@ -11,10 +11,10 @@ import pytest
 
 from chat_samples import EOS, IM_END, SOURCE, chat, encoder, make_tokenizer
 from conftest import REPO
+from sft.common.errors import SftError
 from sft.data import preview, sources
 from sft.data.tokenize import Encoder
-from sft.errors import SftError
-from sft.schema import Source
+from sft.recipe.schema import Source
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from chat_samples import (
     text_of,
     turns,
 )
-from sft.data.templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO
+from sft.common.errors import SftError
 from sft.data.tokenize import Encoder
-from sft.errors import SftError
+from sft.recipe.chat_templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO
 
 MULTI = chat("What is 2+2?", "4", "And 3+3?", "6", "Thanks!\n", "You are welcome.")
 

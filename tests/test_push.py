@@ -18,10 +18,12 @@ import pytest
 import yaml
 
 import tiny_export
-from sft import manifest, plan, recipe
-from sft.conversion import convert, gate, push
-from sft.errors import SftError
-from sft.schema import Convert
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.export import gate, push, rows, write
+from sft.recipe import recipe
+from sft.recipe.schema import Convert
+from sft.runner import plan
 from tiny_export import OLMO2
 
 TOKEN = "hf_secretsecretsecretsecretsecretse"
@@ -147,12 +149,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = tiny_export.weights(OLMO2)
     (run / "convert").mkdir(parents=True)
     folder = run / "convert" / "model"
-    convert.export(weights, OLMO2, facts, run / "tok", folder, options, tiny_export.TEMPLATE, lambda _: None)
+    write.export(weights, OLMO2, facts, run / "tok", folder, options, tiny_export.TEMPLATE, lambda _: None)
     report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, lambda _: None)
-    convert.write_json(run / "convert" / "gate.json", report)
+    rows.write_json(run / "convert" / "gate.json", report)
     sources = [{"path": "hf://lab/zoo@main", "documents": 48, "tokens": 4800, "labels": 1200}]
     (run / "prepare").mkdir()
-    convert.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
+    rows.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
     place = plan.Place.parse(str(runs), "", "local")
     loaded = recipe.load(plan.REPO / "recipes" / "smoke.toml")
     (folder / "README.md").write_text("old")

@@ -6,8 +6,8 @@ import tomllib
 import pytest
 
 from conftest import REPO
-from sft import presets, recipe, schema
-from sft.errors import SftError
+from sft.common.errors import SftError
+from sft.recipe import presets, recipe, schema
 
 MINIMAL = (
     '[model]\npreset = "olmo3-tiny"\n[prepare]\ntokenizer = "tok"\nsources = [{path = "rows.jsonl"}]\n'
@@ -190,8 +190,8 @@ def test_smoke_is_what_the_issue_of_a_laptop_needs():
 
 
 def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> None:
+    from sft.model import memory
     from sft.packing.steps import accumulation, context_groups
-    from sft.training import memory
 
     seen = 0
     for file in sorted((REPO / "recipes").glob("*.toml")):

@@ -21,11 +21,12 @@ from test_checkpoint import save
 pytest.importorskip("google.cloud.storage")
 
 import training
-from sft import manifest
+from sft.checkpoint import step_folder
+from sft.common import manifest
+from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
-from sft.training import checkpoint, logs, remote
-from sft.training.dist import World
+from sft.training import logs, remote
 from sft.training.remote import Uploads, destination
 from training import train
 
@@ -83,8 +84,8 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: P
     assert sent["missing"] == ["step1"]
     assert f"next: make cp SRC={out / 'step1'} DST=gs://test/c/step1" in said[-1]
     assert uploads.busy == {out / "step1"}
-    checkpoint.mark_latest(save(out, 2))
-    assert checkpoint.retire(out, 1, uploads.busy) == []
+    step_folder.mark_latest(save(out, 2))
+    assert step_folder.retire(out, 1, uploads.busy) == []
     uploads.add(out / "step2")
     assert uploads.finish() == {"where": "gs://test/c", "steps": ["step1", "step2"], "missing": []}
     uploads.close()
@@ -182,7 +183,7 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
     sent = json.loads((tmp_path / "result.json").read_text())["remote"]
     assert sent == {"where": where, "steps": ["step2", "step4", "step6"], "missing": []}
     assert f"uploaded step4 to {where}" in out
-    assert [n for n, _ in checkpoint.steps(tmp_path / "train")] == [6]
+    assert [n for n, _ in step_folder.steps(tmp_path / "train")] == [6]
     assert {name.split("/")[0] for name in stored(server, where)} == {"step2", "step4", "step6"}
     bucket, here = open_storage(f"{where}/step6"), LocalStorage(tmp_path / "train" / "step6")
     assert {n: f.bytes for n, f in bucket.list().items()} == {n: f.bytes for n, f in here.list().items()}
@@ -245,7 +246,7 @@ NODE = """
 import sys
 from pathlib import Path
 from sft.training import remote
-from sft.training.dist import join
+from sft.model.parallel import join
 
 world, root = join(1), Path(sys.argv[1])
 out = root / f"disk{world.rank}"

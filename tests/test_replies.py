@@ -12,7 +12,7 @@ import torch
 
 from evaluating import ANYTHING, REPLY, lines, load, make_place, run
 from sft.evaluation import evaluate
-from sft.schema import Evaluate
+from sft.recipe.schema import Evaluate
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_empty_replies_break_the_task(place: SimpleNamespace, tmp_path: Path, mo
 
 
 def test_a_reply_that_goes_round_in_circles_is_seen() -> None:
-    from sft.evaluation.harness import repeats
+    from sft.evaluation.recorder import repeats
 
     assert repeats([1, 2, 3] * 10)
     assert not repeats(list(range(30)))
@@ -121,7 +121,7 @@ def test_likelihoods_survive_a_kill_too(
 def test_a_signal_leaves_what_was_answered_marked_incomplete(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     model, said = Model(place.root / "model", batch_size=2, max_length=0, think_end=None), []
     model.say = said.append
@@ -149,7 +149,7 @@ def test_thinking_is_removed_before_scoring(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     encode = place.model.tokenizer.encode
 
@@ -169,7 +169,7 @@ def test_thinking_is_removed_before_scoring(
 
 def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end: str | None, says: list[str]) -> Any:
     """A model whose next token is the one its script for that row names, so that everything else is the real thing."""
-    from sft.evaluation.harness import Model
+    from sft.evaluation.hf_model import Model
 
     model = Model(place.root / "model", batch_size=len(says), max_length=0, think_end=think_end)
     scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in says]

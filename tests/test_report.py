@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from chat_samples import EOS, IM_END, chat, encoder, make_tokenizer, text_of, turns
-from sft.data.rows import BadRow, Conversation, RowReader
-from sft.schema import Prepare, Source
+from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.recipe.schema import Prepare, Source
 
 HELLO = turns(("user", "Hi"), ("assistant", "Hello"))
 

@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import training
-from sft.errors import SftError
-from sft.schema import Train
-from sft.training import base, checkpoint
+from sft.checkpoint import olmo_core, step_folder
+from sft.common.errors import SftError
+from sft.recipe.schema import Train
 from sft.training.optim import Guard
 from sft.training.saving import Saver
 from test_checkpoint import ALONE, CONFIG, FACTS, save, trained
@@ -24,12 +24,12 @@ from training import records, run_folder, start, train, wait_for
 
 def files(step: Path) -> list[dict[str, Any]]:
     """Paths, sizes and hashes of a whole step."""
-    assert checkpoint.damage(step) == []
+    assert step_folder.damage(step) == []
     return json.loads((step / "manifest.json").read_bytes())["outputs"]
 
 
 def saver(out: Path, **fields: Any) -> Saver:
-    return Saver(out, Train(**fields), base.step_config(CONFIG, FACTS), ALONE, lambda _: None)
+    return Saver(out, Train(**fields), olmo_core.step_config(CONFIG, FACTS), ALONE, lambda _: None)
 
 
 def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
@@ -41,12 +41,12 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     at_once = tmp_path / "at once"
     at_once.mkdir()
     state = {"guard": guard.state()}
-    checkpoint.save(
+    step_folder.save(
         at_once,
         3,
-        checkpoint.snapshot(model, optimizer),
+        step_folder.snapshot(model, optimizer),
         state,
-        base.step_config(CONFIG, FACTS),
+        olmo_core.step_config(CONFIG, FACTS),
         ALONE,
         ephemeral=False,
     )
@@ -75,8 +75,8 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     # The next save reuses the memory of the copy, and holds the new weights.
     beside.begin(4, model, optimizer, {}, ephemeral=False)
     beside.close()
-    assert torch.equal(checkpoint.Tensors(tmp_path / "step4")["lm_head.w_out.weight"], model.lm_head.w_out.weight)
-    assert torch.equal(checkpoint.Tensors(tmp_path / "step3")["lm_head.w_out.weight"], before)
+    assert torch.equal(step_folder.Tensors(tmp_path / "step4")["lm_head.w_out.weight"], model.lm_head.w_out.weight)
+    assert torch.equal(step_folder.Tensors(tmp_path / "step3")["lm_head.w_out.weight"], before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -99,13 +99,13 @@ def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_fails_stops_the_run_and_leaves_the_earlier_steps(folder: Path, ranks: int) -> None:
-    fault = {"at": "sft.manifest.hash_file", "call": 9 if ranks == 1 else 6, "kind": "disk", "thread": ""}
+    fault = {"at": "sft.common.manifest.hash_file", "call": 9 if ranks == 1 else 6, "kind": "disk", "thread": ""}
     out = train(folder, status=1, steps=400, save_every=2, ephemeral_every=0, ranks=ranks, fault=fault)
     assert "No space left on device" in out
     assert "could not be saved" in out
-    left = checkpoint.steps(folder / "train")
+    left = step_folder.steps(folder / "train")
     assert left
-    assert all(checkpoint.damage(step) == [] for _, step in left)
+    assert all(step_folder.damage(step) == [] for _, step in left)
     assert len(records(folder)) < 400
     assert "continuing from" in train(folder, steps=left[-1][0] + 2, save_every=2, ranks=ranks)
 
@@ -132,25 +132,25 @@ def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, mo
 
 
 def names(out: Path) -> list[int]:
-    return [number for number, _ in checkpoint.steps(out)]
+    return [number for number, _ in step_folder.steps(out)]
 
 
 def test_retention_keeps_the_newest_and_whatever_latest_or_best_names(tmp_path: Path) -> None:
     for step, ephemeral in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False)):
         save(tmp_path, step, ephemeral=ephemeral)
-    assert checkpoint.retire(tmp_path, 2) == []  # nothing is named the latest: nothing is superfluous
-    checkpoint.mark_latest(tmp_path / "step6")
-    assert checkpoint.mark_best(tmp_path, 2, "validation_loss", 1.5, higher_is_better=False)
-    doomed = checkpoint.retire(tmp_path, 2)
+    assert step_folder.retire(tmp_path, 2) == []  # nothing is named the latest: nothing is superfluous
+    step_folder.mark_latest(tmp_path / "step6")
+    assert step_folder.mark_best(tmp_path, 2, "validation_loss", 1.5, higher_is_better=False)
+    doomed = step_folder.retire(tmp_path, 2)
     assert names(tmp_path) == [2, 4, 6]
     assert sorted(p.name[:12] for p in doomed) == [".trash-step1", ".trash-step3", ".trash-step5"]
-    assert checkpoint.mark_best(tmp_path, 4, "validation_loss", 1.0, higher_is_better=False)
-    checkpoint.retire(tmp_path, 1)
+    assert step_folder.mark_best(tmp_path, 4, "validation_loss", 1.0, higher_is_better=False)
+    step_folder.retire(tmp_path, 1)
     assert names(tmp_path) == [4, 6]
-    checkpoint.mark_latest(tmp_path / "step4")  # a resume from an older step: a later one is not older than it
-    checkpoint.retire(tmp_path, 1)
+    step_folder.mark_latest(tmp_path / "step4")  # a resume from an older step: a later one is not older than it
+    step_folder.retire(tmp_path, 1)
     assert names(tmp_path) == [4, 6]
-    checkpoint.latest(tmp_path, ALONE, print)
+    step_folder.latest(tmp_path, ALONE, print)
     assert not list(tmp_path.glob(".trash-*"))
     assert (tmp_path / "LATEST").read_text() == "step6\n"
 
@@ -171,8 +171,8 @@ def test_a_request_is_answered_by_a_permanent_step_only(tmp_path: Path) -> None:
 def test_an_ephemeral_step_goes_when_a_newer_one_is_whole(tmp_path: Path) -> None:
     for step, ephemeral in ((1, True), (2, False), (3, True), (4, True)):
         save(tmp_path, step, ephemeral=ephemeral)
-    checkpoint.mark_latest(tmp_path / "step4")
-    checkpoint.retire(tmp_path, 0)
+    step_folder.mark_latest(tmp_path / "step4")
+    step_folder.retire(tmp_path, 0)
     assert names(tmp_path) == [2, 4]
 
 
@@ -180,8 +180,8 @@ def test_a_step_that_was_not_finished_counts_for_nothing_in_retention(tmp_path: 
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "step2" / "manifest.json").unlink()
-    checkpoint.mark_latest(tmp_path / "step3")
-    checkpoint.retire(tmp_path, 2)
+    step_folder.mark_latest(tmp_path / "step3")
+    step_folder.retire(tmp_path, 2)
     assert names(tmp_path) == [1, 2, 3]
 
 
@@ -189,21 +189,21 @@ def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_pa
     for step in (1, 2, 3):
         save(tmp_path, step)
     best = tmp_path / "BEST"
-    assert checkpoint.mark_best(tmp_path, 1, "gsm8k", 0.50)
-    assert not checkpoint.mark_best(tmp_path, 2, "gsm8k", 0.50)
-    assert not checkpoint.mark_best(tmp_path, 2, "gsm8k", 0.25)
-    assert checkpoint.mark_best(tmp_path, 3, "gsm8k", 0.75)
+    assert step_folder.mark_best(tmp_path, 1, "gsm8k", 0.50)
+    assert not step_folder.mark_best(tmp_path, 2, "gsm8k", 0.50)
+    assert not step_folder.mark_best(tmp_path, 2, "gsm8k", 0.25)
+    assert step_folder.mark_best(tmp_path, 3, "gsm8k", 0.75)
     assert best.read_text() == "step3\ngsm8k 0.75\n"
-    assert checkpoint.mark_best(tmp_path, 2, "loss", 3.0, higher_is_better=False)  # another metric starts anew
-    assert not checkpoint.mark_best(tmp_path, 3, "loss", 4.0, higher_is_better=False)
-    assert checkpoint.mark_best(tmp_path, 3, "loss", 2.0, higher_is_better=False)
+    assert step_folder.mark_best(tmp_path, 2, "loss", 3.0, higher_is_better=False)  # another metric starts anew
+    assert not step_folder.mark_best(tmp_path, 3, "loss", 4.0, higher_is_better=False)
+    assert step_folder.mark_best(tmp_path, 3, "loss", 2.0, higher_is_better=False)
     for step, value in ((9, 1.0), (1, float("nan")), (1, float("inf"))):
         with pytest.raises(SftError, match="no such step" if step == 9 else "only finite"):
-            checkpoint.mark_best(tmp_path, step, "loss", value, higher_is_better=False)
-    assert checkpoint.named(tmp_path, "BEST") == tmp_path / "step3"
+            step_folder.mark_best(tmp_path, step, "loss", value, higher_is_better=False)
+    assert step_folder.named(tmp_path, "BEST") == tmp_path / "step3"
     for torn in ("", "../../etc\nloss 1\n", "step3", "step3\nloss\n", "step3\nloss x\n"):
         best.write_text(torn)
-        assert checkpoint.mark_best(tmp_path, 1, "loss", 9.0, higher_is_better=False)
+        assert step_folder.mark_best(tmp_path, 1, "loss", 9.0, higher_is_better=False)
 
 
 def test_a_run_names_its_latest_and_best_and_keeps_what_was_asked(folder: Path) -> None:
@@ -229,11 +229,11 @@ def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Pa
     while request.exists():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
-    saved = checkpoint.steps(folder / "train")
+    saved = step_folder.steps(folder / "train")
     process.terminate() if ranks == 1 else training.kill(process, training.signal.SIGTERM)
     process.join(60)
     assert len(saved) == 1
     step, path = saved[0]
     assert asked_at < step < 600
-    assert checkpoint.damage(path) == []
-    assert not checkpoint.is_ephemeral(path)
+    assert step_folder.damage(path) == []
+    assert not step_folder.is_ephemeral(path)

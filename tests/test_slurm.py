@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO, Workspace
-from sft import manifest
+from sft.common import manifest
 from slurm import NoSlurm, Slurm
 
 SAVES_WHEN_TOLD = """
@@ -57,7 +57,7 @@ def program(workspace, stage, body):
     """A stage whose body is `body`, indented by four; `stage` and `run` (a Path) are what it has."""
     lines = "\n".join("    " + line for line in body.strip().splitlines())
     (workspace.root / f"stages/{stage}.py").write_text(
-        "import json, os, signal, sys, time\nfrom pathlib import Path\nfrom sft.stage import Result, main\n"
+        "import json, os, signal, sys, time\nfrom pathlib import Path\nfrom sft.runner.stage import Result, main\n"
         f"def body(stage):\n    run = Path(sys.argv[1])\n{lines}\n    (stage.out / 'out').write_text('x')\n    return Result(['out'])\n"
         f"main({stage!r}, body, shared=False)\n"
     )

@@ -14,7 +14,7 @@ import time
 import pytest
 
 from conftest import REPO
-from sft import manifest
+from sft.common import manifest
 
 # The smoke tasks have 4 choices and free answers: chance is 0.25 and 0. A trained smoke model must be above it by far
 # more than its error: 0.25 here is about five standard errors of the choice task.

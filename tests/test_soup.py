@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sft import manifest
-from sft.conversion import soup
-from sft.training import base, checkpoint
-from sft.training.model import Transformer
-from sft.training.tensors import Tensors
+from sft.checkpoint import olmo_core, step_folder
+from sft.checkpoint.tensors import Tensors
+from sft.common import manifest
+from sft.export import soup
+from sft.model.model import Transformer
+from sft.training import base
 from test_checkpoint import ALONE, CONFIG, FACTS, core_model, trained
 
 
 def step(out: Path, number: int, seed: int, config: Any = CONFIG, facts: Any = FACTS, tokenizer: str = "{}") -> Path:
     (out / "tokenizer").mkdir(parents=True, exist_ok=True)
     (out / "tokenizer" / "tokenizer.json").write_text(tokenizer)
-    state = checkpoint.snapshot(*trained(seed, config))
-    return checkpoint.save(out, number, state, {}, base.step_config(config, facts), ALONE, ephemeral=False)
+    state = step_folder.snapshot(*trained(seed, config))
+    return step_folder.save(out, number, state, {}, olmo_core.step_config(config, facts), ALONE, ephemeral=False)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def parts(runs: Path) -> list[dict[str, np.ndarray]]:
 
 def test_the_soup_is_numpys_mean_of_every_tensor(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soup, "pieces", lambda shape: [(0, shape[0])])
-    monkeypatch.setattr("sft.conversion.core._CHUNK", 1000)  # a few rows at a time
+    monkeypatch.setattr("sft.export.core._CHUNK", 1000)  # a few rows at a time
     found = made(runs, tmp_path / "soup", ["100", "200", "b/300"])
     theirs = parts(runs)
     assert found.keys() == theirs[0].keys()
@@ -67,7 +68,7 @@ def test_weights_are_relative(runs: Path, tmp_path: Path) -> None:
 
 def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: Path) -> None:
     found = made(runs, tmp_path / "soup", ["100", "200"])
-    assert checkpoint.damage(tmp_path / "soup") == []
+    assert step_folder.damage(tmp_path / "soup") == []
     said = json.loads((tmp_path / "soup" / "soup.json").read_text())["sources"]
     assert [(Path(s["step"]).name, s["weight"]) for s in said] == [("step100", 1.0), ("step200", 1.0)]
     listed = json.loads((runs / "a" / "train" / "step100" / "manifest.json").read_text())["outputs"]
@@ -96,8 +97,8 @@ def test_memory_stays_that_of_a_few_rows(runs: Path, tmp_path: Path, monkeypatch
         return value
 
     monkeypatch.setattr(Tensors, "rows", counted)
-    monkeypatch.setattr("sft.conversion.core._CHUNK", 2000)
-    monkeypatch.setattr("sft.conversion.convert._PIECE_ELEMENTS", 500)
+    monkeypatch.setattr("sft.export.core._CHUNK", 2000)
+    monkeypatch.setattr("sft.export.rows._PIECE_ELEMENTS", 500)
     made(runs, tmp_path / "soup", ["100", "200"])
     assert max(asked) <= 2000
 

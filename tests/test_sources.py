@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sft import inputs
-from sft.data import pieces, sources, unpack
-from sft.errors import SftError
-from sft.schema import Source
+from sft.common.errors import SftError
+from sft.data import blocks, sources, unpack
+from sft.recipe import inputs
+from sft.recipe.schema import Source
 
 ROWS = [{"prompt": f"q{i} é", "completion": "a" * (i % 50)} for i in range(500)]
 
@@ -26,13 +26,13 @@ def resolved(folder: Path, name: str) -> list[sources.InputFile]:
     return sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache")
 
 
-def everything(folder: Path, name: str) -> tuple[list[dict], list[pieces.Reject]]:
+def everything(folder: Path, name: str) -> tuple[list[dict], list[blocks.Reject]]:
     rows, bad = [], []
     for file in resolved(folder, name):
         base = 0
         for chunk in sources.cut(file):
             count = 0
-            for batch in pieces.read(chunk):
+            for batch in blocks.read(chunk):
                 rows += batch.rows
                 bad += [b._replace(row=b.row + base + 1) for b in batch.bad]
                 count = batch.count
@@ -74,15 +74,15 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 @pytest.mark.parametrize("tail", [0, 5, 64, 1000])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):
-    monkeypatch.setattr(pieces, "TAIL_BYTES", tail)
-    monkeypatch.setattr(pieces, "LOOK_BYTES", tail // 2 + 1)
+    monkeypatch.setattr(blocks, "TAIL_BYTES", tail)
+    monkeypatch.setattr(blocks, "LOOK_BYTES", tail // 2 + 1)
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", size)
     monkeypatch.setattr(sources, "CHUNK_BYTES", size)
     text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'
     (tmp_path / "x.jsonl").write_text(text)
     rows, bad = everything(tmp_path, "x.jsonl")
     assert [r["a"] for r in rows] == [1, 2, "x" * 300, 3, 4] and not bad
-    assert pieces.read_row(resolved(tmp_path, "x.jsonl"), 5)[1:] == (5, {"a": 3})  # the blank line is line 2
+    assert blocks.read_row(resolved(tmp_path, "x.jsonl"), 5)[1:] == (5, {"a": 3})  # the blank line is line 2
 
 
 BAD_LINES = {
@@ -112,18 +112,18 @@ def test_a_bad_line_is_a_counted_reject_and_its_neighbours_live(tmp_path, case):
 
 
 def test_what_the_fast_parser_refuses_the_slow_one_decides():
-    assert pieces.parse(b'{"a": "\\ud800"}') == {"a": "\ud800"}  # the encoder judges lone surrogates
-    assert pieces.parse(b" \t\r") is None
-    assert pieces.parse(b'{"a": 123456789012345678901234567890}') == {"a": 123456789012345678901234567890}
+    assert blocks.parse(b'{"a": "\\ud800"}') == {"a": "\ud800"}  # the encoder judges lone surrogates
+    assert blocks.parse(b" \t\r") is None
+    assert blocks.parse(b'{"a": 123456789012345678901234567890}') == {"a": 123456789012345678901234567890}
 
 
 def test_integers_beyond_64_bits_are_not_rounded(tmp_path):
     rows = [{"n": 10**i + 1, "s": "x" * i} for i in range(40)]
     write_jsonl(tmp_path / "x.jsonl", rows)
     assert everything(tmp_path, "x.jsonl") == (rows, [])
-    assert not pieces._has_long_number(b'{"a": 123456789012345678, "b": "2024-01-01T00:00:00"}' * 99)
+    assert not blocks._has_long_number(b'{"a": 123456789012345678, "b": "2024-01-01T00:00:00"}' * 99)
     for pad in range(30):
-        assert pieces._has_long_number(b"x" * pad + b"1234567890123456789" + b"y" * 9)
+        assert blocks._has_long_number(b"x" * pad + b"1234567890123456789" + b"y" * 9)
 
 
 def test_a_row_longer_than_the_limit_is_rejected_without_being_kept(tmp_path, monkeypatch):
@@ -231,7 +231,7 @@ def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, mon
     for _ in range(2):
         (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
     assert asked == [("org/name", "main", "train[:50%]", "a" * 40)]
-    assert [row for chunk in sources.cut(file) for batch in pieces.read(chunk) for row in batch.rows] == ROWS
+    assert [row for chunk in sources.cut(file) for batch in blocks.read(chunk) for row in batch.rows] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, 
     for name, split, subset in (one, other, one):
         source = Source(path=f"hf://{name}@{'a' * 40}", split=split, subset=subset)
         (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
-        (batch,) = pieces.read(sources.cut(file)[0])
+        (batch,) = blocks.read(sources.cut(file)[0])
         assert batch.rows == [{"is": f"{name} {subset or None} {split}"}]
 
 
@@ -294,7 +294,7 @@ def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorde
 def bucket(tmp_path, monkeypatch):
     """gs://bucket as a folder; sft.storage.gcs itself has its own tests."""
     from sft.storage import transfer as storage
-    from sft.storage.files import Storage
+    from sft.storage.contract import Storage
 
     real = storage.open_storage
     root = tmp_path / "bucket"

@@ -12,7 +12,7 @@ import pytest
 
 from conftest import REPO
 
-STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.stage import Result, main, open_stage\n"
+STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.runner.stage import Result, main, open_stage\n"
 
 
 def program(workspace, name, body, **options):
@@ -164,10 +164,11 @@ def test_no_secret_of_the_environment_enters_a_manifest(workspace):
 
 @pytest.mark.parametrize(("visible", "gpus"), [("", 0), ("0,1,3", 3), ("-1", 0), ("GPU-a,GPU-b", 2)])
 def test_processes_follow_the_visible_gpus(monkeypatch, visible, gpus):
-    from sft.launch import processes as launch
-    from sft.schema import Hardware
+    from sft.common.machine import gpus as visible_count
+    from sft.recipe.schema import Hardware
+    from sft.runner.processes import processes
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert launch.gpus() == gpus
-    assert launch.processes(Hardware())[0] == max(1, gpus)
-    assert launch.processes(Hardware(processes=5, threads=2)) == (5, 2)
+    assert visible_count() == gpus
+    assert processes(Hardware())[0] == max(1, gpus)
+    assert processes(Hardware(processes=5, threads=2)) == (5, 2)

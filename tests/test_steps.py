@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from made_data import some_lengths, write_dataset
+from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT
-from sft.errors import SftError
 from sft.packing.packs import PackIndex, pack_dataset, pack_documents
 from sft.packing.steps import StepPlan, accumulation, epoch_order
-from sft.schema import Train
+from sft.recipe.schema import Train
 
 SEQ, BATCH = 64, 5
 TRAIN = Train(seq_len=SEQ, global_batch_tokens=SEQ * BATCH, epochs=3.0)

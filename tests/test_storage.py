@@ -13,9 +13,9 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import REPO
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.storage import local
-from sft.storage.files import Job, Meter, hash_file
+from sft.storage.contract import Job, Meter, hash_file
 from sft.storage.local import LocalStorage, is_part
 from sft.storage.transfer import open_storage, transfer
 
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(source: LocalStorage, tmp_p
         'cd "$1"\n"$2" fill.py "$1/source" "$1/small" || echo failed\nls -AR "$1/small"\n'
     )
     (tmp_path / "fill.py").write_text(
-        "import shutil, sys\nfrom pathlib import Path\nfrom sft.storage.files import Job\n"
+        "import shutil, sys\nfrom pathlib import Path\nfrom sft.storage.contract import Job\n"
         "from sft.storage.local import LocalStorage\nfrom sft.storage.transfer import transfer\n"
         "source, target = (LocalStorage(Path(p)) for p in sys.argv[1:])\n"
         "shutil.disk_usage = lambda _: type('U', (), {'free': 10**12})\n"  # it fills up later
@@ -186,7 +186,7 @@ COPY_SLOWLY = """
 import sys, time
 from pathlib import Path
 from sft.storage import files, local, transfer as copying
-from sft.storage.files import Job
+from sft.storage.contract import Job
 from sft.storage.local import LocalStorage
 local.CHUNK = 1 << 14
 class Slow(files.Meter):

@@ -15,9 +15,10 @@ import pytest
 
 from conftest import REPO, Workspace
 from gcs_server import Server
-from sft import manifest
-from sft.errors import SftError
-from sft.storage import hub, sync
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.storage import base_weights, hub, localise
+from sft.sync import sync
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_storage_that_is_not_a_folder_is_told_before_copying(place: Workspace) -
 
 READ = """
 import sys
-from sft.stage import open_stage
+from sft.runner.stage import open_stage
 with open_stage("train", ["runs/x", "--cluster", "cloud"], in_place=True) as stage:
     print(stage.dataset, stage.base)
 """
@@ -160,10 +161,11 @@ def test_training_reads_a_bucket_through_a_local_copy_that_is_verified_at_every_
         assert [name for what, name, _ in server.requests if what == "download" and "model" in name]
         server.objects = {n: o for n, o in server.objects.items() if not n.endswith(".json")}
         with pytest.raises(SftError, match="no list of its files there"):
-            sync.localise("gs://bucket/root", remote(place)["dataset"], root.parent, print)
+            localise.localise("gs://bucket/root", remote(place)["dataset"], root.parent, print)
         server.requests.clear()
         assert (
-            sync.localise("gs://bucket/root", remote(place)["base"], root.parent, print, again=False) == weights.parent
+            localise.localise("gs://bucket/root", remote(place)["base"], root.parent, print, again=False)
+            == weights.parent
         )
         assert server.requests == []
 
@@ -199,9 +201,9 @@ class Hub:
 
 def fetch(
     base: str, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, said: list[str] | None = None
-) -> sync.Base:
+) -> base_weights.Base:
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    return sync.find_base(base, lambda *_: cache, cache, (said if said is not None else []).append)
+    return base_weights.find_base(base, lambda *_: cache, cache, (said if said is not None else []).append)
 
 
 HUB_FILES = {"config.json": b"{}", "model.safetensors": b"weights", ".cache/huggingface/note": b""}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from evaluating import ANYTHING, make_place
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.evaluation import evaluate
 
 BASE = """

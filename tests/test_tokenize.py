@@ -29,11 +29,11 @@ from chat_samples import (
     text_of,
     turns,
 )
-from sft.data.rows import RowReader
-from sft.data.templates import FAMILIES
+from sft.chat.rows import RowReader
+from sft.common.errors import SftError
 from sft.data.tokenize import Encoder
 from sft.data.vocabulary import Vocabulary, check_rebuilt
-from sft.errors import SftError
+from sft.recipe.chat_templates import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +374,7 @@ def test_tokenizer_without_fixed_bytes_goes_by_offsets(tmp_path: Path) -> None:
 
 
 def test_real_dolma2_agrees_with_tokenizers_on_gsm8k(shared_data: Path) -> None:
-    from sft.schema import Prepare, Source
+    from sft.recipe.schema import Prepare, Source
 
     source = Source(path="x", columns={"prompt": "question", "completion": "answer"})
     table = Prepare(tokenizer="t", sources=(source,), template="olmo", parity_sample=1.0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sft.schema import Train
+from sft.recipe.schema import Train
 from sft.training import metrics
 from sft.training.trackers import Trackers
 

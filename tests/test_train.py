@@ -16,16 +16,17 @@ import pytest
 import torch
 
 import training
+from sft.checkpoint import olmo_core, step_folder
+from sft.checkpoint.tensors import Tensors
+from sft.common.errors import SftError
 from sft.data.dataset import Dataset
-from sft.errors import SftError
+from sft.model import model as model_module
+from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
-from sft.schema import Hardware, Train
-from sft.training import base, checkpoint, metrics
-from sft.training import model as model_module
+from sft.recipe.schema import Hardware, Train
+from sft.training import base, metrics
 from sft.training import train as train_module
-from sft.training.dist import World, make_deterministic
 from sft.training.stopwatch import Stopwatch
-from sft.training.tensors import Tensors
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
@@ -58,7 +59,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
         "BEST",
     }  # the ephemeral ones are gone
     assert (folder / "train" / "tokenizer" / "tokenizer.json").is_file()
-    assert not checkpoint.damage(folder / "train" / "step40")
+    assert not step_folder.damage(folder / "train" / "step40")
 
 
 def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_only(folder: Path, dataset: Path) -> None:
@@ -138,9 +139,9 @@ def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, data
     kill(process, signal.SIGTERM)
     finish(process, folder, 75)
     assert (folder / "train" / ".requeue").exists()
-    [(step, saved)] = checkpoint.steps(folder / "train")
+    [(step, saved)] = step_folder.steps(folder / "train")
     assert 4 <= step < 30
-    assert checkpoint.is_ephemeral(saved)
+    assert step_folder.is_ephemeral(saved)
     assert f"continuing from {saved}" in train(folder, **fields)
     assert not (folder / "train" / ".requeue").exists()
     assert_same_bits(folder / "train" / "step30", whole / "train" / "step30")
@@ -149,7 +150,7 @@ def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, data
 STOPPED = {
     "SIGTERM before a permanent step": (75, 4, {"at": "sft.training.loop.report", "call": 3, "kind": "term"}),
     "SIGTERM before a step that nothing else saves": (75, 4, {"at": "sft.training.loop.report", "call": 1, "kind": "term"}),
-    "killed between LATEST and BEST": (-9, 4, {"at": "sft.training.checkpoint.mark_best", "call": 1, "kind": "kill"}),
+    "killed between LATEST and BEST": (-9, 4, {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "kind": "kill"}),
 }  # fmt: skip
 
 
@@ -165,7 +166,7 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     train(folder, status=status, fault=fault, **fields)
     assert "continuing from" in train(folder, **fields)
     assert curve(folder) == curve(whole)
-    assert checkpoint.named(folder / "train", "BEST") == folder / "train" / f"step{best}"
+    assert step_folder.named(folder / "train", "BEST") == folder / "train" / f"step{best}"
     assert (folder / "train" / "BEST").read_text() == (whole / "train" / "BEST").read_text()
 
 
@@ -175,7 +176,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last
     assert "4 steps in a row" in out
     assert "last good checkpoint: " + str(folder / "train" / "step") in out
     assert "SKIPPED" in out
-    for _, step in checkpoint.steps(folder / "train"):
+    for _, step in step_folder.steps(folder / "train"):
         assert all(value.isfinite().all() for value in Tensors(step).values())
     bad = [r for r in records(folder) if r.get("skipped")]
     assert len(bad) == 4
@@ -287,14 +288,14 @@ def test_a_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
 
 
 def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    from sft import presets, schema
+    from sft.recipe import presets, schema
 
     config = presets.resolve(schema.Model(**training.MODEL), training.VOCAB)
-    described = base.step_config(replace(config, window=16), {})
+    described = olmo_core.step_config(replace(config, window=16), {})
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
         base._check_core_config(tmp_path, config)
-    (tmp_path / "config.json").write_text(json.dumps(base.step_config(config, {})))
+    (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, {})))
     base._check_core_config(tmp_path, config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)

@@ -16,11 +16,14 @@ from typing import Any
 import pytest
 
 from conftest import REPO
-from sft import manifest, plan, recipe
-from sft.errors import SftError
+from sft.checkpoint import step_folder
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.evaluation import watch
-from sft.schema import Evaluate
-from sft.training import checkpoint
+from sft.recipe import recipe
+from sft.recipe.schema import Evaluate
+from sft.runner import plan
+from sft.training import evaluations
 
 SMOKE = REPO / "recipes" / "smoke.toml"
 FIELDS = [
@@ -59,7 +62,7 @@ def test_a_step_is_due_again_when_it_was_made_again_or_is_asked_something_else(t
         lines.append(
             json.dumps({"step": n, "checkpoint": digest, "asked": watch.asked(plan.Place(tmp_path), smoke)}) + "\n"
         )
-    (tmp_path / watch.NAME).write_text("".join(lines))
+    (tmp_path / evaluations.NAME).write_text("".join(lines))
     assert watch.due(tmp_path, plan.Place(tmp_path), smoke) == []
     assert watch.due(tmp_path, plan.Place(tmp_path), recipe.load(SMOKE, ["every=100", "batch_size=3"])) == []
     assert numbers(watch.due(tmp_path, plan.Place(tmp_path), recipe.load(SMOKE, ["every=100", "every_limit=3"]))) == [
@@ -111,24 +114,24 @@ def test_what_cannot_be_watched_is_told_before_training(field: str, message: str
 
 def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) -> None:
     def retire() -> list[int]:
-        for doomed in checkpoint.retire(tmp_path, keep=1, spare=watch.held(tmp_path, 100)):
+        for doomed in step_folder.retire(tmp_path, keep=1, spare=evaluations.held(tmp_path, 100)):
             shutil.rmtree(doomed)
-        return [number for number, _ in checkpoint.steps(tmp_path)]
+        return [number for number, _ in step_folder.steps(tmp_path)]
 
     def settle(number: int, **found: Any) -> None:
         digest = manifest.hash_file(tmp_path / f"step{number}" / "manifest.json")
-        with (tmp_path / watch.NAME).open("a") as f:
+        with (tmp_path / evaluations.NAME).open("a") as f:
             f.write(json.dumps({"step": number, "checkpoint": digest, "asked": "", **found}) + "\n")
 
     for n in (50, 100, 150, 200, 250):
         step(tmp_path, n)
-    checkpoint.mark_latest(tmp_path / "step250")
+    step_folder.mark_latest(tmp_path / "step250")
     assert retire() == [100, 200, 250]
     settle(100)
     assert retire() == [200, 250]
     settle(200, failed="no scores")  # nothing more is to be had of it
     step(tmp_path, 260)
-    checkpoint.mark_latest(tmp_path / "step260")
+    step_folder.mark_latest(tmp_path / "step260")
     assert retire() == [260]  # the steps that were removed have had their turn: 260 is not the first one after 200
 
 
@@ -158,7 +161,7 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
         watch.watch(stage, lambda: True, pause=0)  # type: ignore[arg-type]
     assert seen == [100, 200, 300] and not left.exists()
     assert said == ["step100 has no scores: RuntimeError('torn')"]
-    assert [r.get("failed") for r in watch.records(tmp_path)] == ["RuntimeError('torn')", None, None]
+    assert [r.get("failed") for r in evaluations.records(tmp_path)] == ["RuntimeError('torn')", None, None]
     assert numbers(watch.due(tmp_path, stage.place, smoke)) == [100]  # the next watcher tries it again
 
 
@@ -204,15 +207,15 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     said = process.communicate()[0]
     assert process.returncode == 0, said
     train = Path(run) / "train"
-    records = watch.records(train)
+    records = evaluations.records(train)
     assert [r["step"] for r in records] == [2, 4, 5], said
     assert all(
         r["tasks"]["smoke_generate"]["exact_match"]["n"] == 2 and r["validation"]["documents"] == 2 for r in records
     )
     assert records[0]["checkpoint"] == manifest.hash_file(train / "step2" / "manifest.json")
     assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
-    assert checkpoint.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
-    assert [number for number, _ in checkpoint.steps(train)] == [2, 5]  # keep=1, once every step had its scores
+    assert step_folder.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
+    assert [number for number, _ in step_folder.steps(train)] == [2, 5]  # keep=1, once every step had its scores
     assert not [e for e in manifest.load(train / "manifest.json")["outputs"] if "evaluations" in e["path"]]
     assert {f.name for f in (Path(run) / ".work").glob("watch-*/*")} == {"samples"}
     assert watch.due(train, plan.Place(runs), recipe.load(SMOKE, FIELDS), last=True) == []
@@ -222,7 +225,7 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     run = str(runs / recipe.load(SMOKE, FIELDS).run)
     if not (Path(run) / "train" / ".identity").is_file():
         pytest.fail("needs the run of the test before")
-    (Path(run) / "train" / watch.NAME).unlink()
+    (Path(run) / "train" / evaluations.NAME).unlink()
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     until = time.monotonic() + 120
     while not list((Path(run) / ".work").glob("watch-*/model")):  # it works on a step
@@ -233,5 +236,5 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     said = process.communicate()[0]  # closes standard input, as the death of training would
     assert process.returncode == 0, said
-    assert [r["step"] for r in watch.records(Path(run) / "train")] == [2, 5]
+    assert [r["step"] for r in evaluations.records(Path(run) / "train")] == [2, 5]
     assert not list((Path(run) / ".work").glob("watch-*/model"))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sft.presets import PRESETS, ModelConfig, Yarn
+from sft.recipe.presets import PRESETS, ModelConfig, Yarn
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -75,7 +75,7 @@ class Held(dict[str, torch.Tensor]):
 
 def weights(config: ModelConfig, seed: int = 0) -> Held:
     """Random fp32 weights, far enough from their initial values that every tensor matters."""
-    from sft.conversion.hf import shapes
+    from sft.model.hf import shapes
 
     generator = torch.Generator().manual_seed(seed)
     made = Held()

@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from sft import manifest, schema
+from sft.checkpoint.step_folder import Tensors
+from sft.common import manifest
 from sft.data.dataset import DatasetWriter
+from sft.recipe import schema
 from sft.training import metrics
-from sft.training.checkpoint import Tensors
 
 VOCAB, EOS, PAD = 120, 1, 0
 MODEL: dict[str, Any] = {
@@ -105,7 +106,7 @@ class FakeRecipe:
 
 
 class FakeStage:
-    """What sft.training.train uses of sft.stage.Stage."""
+    """What sft.training.train uses of sft.runner.stage.Stage."""
 
     def __init__(
         self,
@@ -132,8 +133,8 @@ class FakeStage:
 
 def train_here(folder: Path, fields: dict[str, Any]) -> int:
     """The stage on this rank; exit status as sft.training.train's."""
-    from sft.errors import SftError
-    from sft.training.dist import SharedError, join
+    from sft.common.errors import SftError
+    from sft.model.parallel import SharedError, join
     from sft.training.train import REQUEUE, Requeue, train_stage
 
     asked: list[int] = []
@@ -183,7 +184,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     weights, into <folder>/gradients.pt."""
     import torch
 
-    from sft.training.dist import join
+    from sft.model.parallel import join
     from sft.training.loop import accumulate
     from sft.training.optim import whole
     from sft.training.train import prepare

@@ -28,9 +28,10 @@ import tomllib
 import typing
 from pathlib import Path
 
-from sft import manifest, plan, presets, recipe, schema
-from sft.errors import SftError
-from sft.launch import handback
+from sft.common import elsewhere, manifest
+from sft.common.errors import SftError
+from sft.recipe import presets, recipe, schema
+from sft.runner import plan
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -224,8 +225,8 @@ def command_verify(args: argparse.Namespace) -> None:
             print(f"{stage:9}not made")
             continue
         made = manifest.load(file)
-        where, absent = handback.elsewhere(file.parent)
-        problems = manifest.broken_outputs(file.parent, handback.here(file.parent, made))
+        where, absent = elsewhere.elsewhere(file.parent)
+        problems = manifest.broken_outputs(file.parent, elsewhere.here(file.parent, made))
         for entry in made["inputs"]:
             if "manifest" in entry:
                 upstream = file.parent / ".." / paths_name(entry["manifest"])
@@ -288,7 +289,7 @@ def command_doctor(args: argparse.Namespace) -> None:
     if environment.is_file() and not _has("numpy"):
         os.environ["PYTHONPATH"] = str(plan.REPO / "lib")
         os.execv(environment, [str(environment), "-m", "sft", *sys.argv[1:]])
-    from sft.launch import doctor
+    from sft.launch.doctor import doctor
 
     red = 0
     for r in _one_or_more(args):

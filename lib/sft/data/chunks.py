@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sft import manifest
-from sft.data import pieces, sources
+from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.data import blocks, sources
 from sft.data.decontaminate import Screen
-from sft.data.rows import BadRow, Conversation, RowReader
 from sft.data.tokencache import ChunkWriter, Summary
-from sft.errors import SftError
 
 if TYPE_CHECKING:
     from sft.data.tokenize import Encoded, Encoder
@@ -63,7 +63,7 @@ class EncodeChunk:
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
-            for piece in pieces.pieces(job.chunk):
+            for piece in blocks.pieces(job.chunk):
                 parts = []
                 plain, odd = self.encoder.encode_plain(piece, source)
                 if plain is not None:
@@ -150,7 +150,7 @@ class ScreenChunk:
     def __call__(self, job: Job) -> int:
         hits: list[list[int]] = []
         read = self.readers[job.source].read
-        for batch in pieces.read(job.chunk):
+        for batch in blocks.read(job.chunk):
             found = self.screen.hits([said(read, row) for row in batch.rows])
             hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
         manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())

@@ -1,6 +1,6 @@
 """What runs for each token or each byte, compiled to machine code by numba, without Python objects and without the interpreter's lock.
 
-In and out: flat arrays; the meaning of each is said where it is used (sft.data.tokenize, sft.data.materialise; rows of JSON have sft.data.lines).
+In and out: flat arrays; the meaning of each is said where it is used (sft.data.tokenize, sft.data.materialise; rows of JSON have sft.data.fast.lines).
 A function is compiled once on each kind of machine, at its first call (seconds), and kept in __pycache__ beside this file, or in
 NUMBA_CACHE_DIR.
 """

@@ -11,7 +11,7 @@ Out: a folder that OLMo-core's readers accept, and one file more that says where
 Documents that have EOS inside (boundaries = "index") go to indexed_ids_part_0000.npy and indexed_mask_part_0000.npy, without
 a csv.gz: OLMo-core looks for EOS to find documents and would take them apart, so it must not find these files by its names.
 
-A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed (sft.bulk);
+A part is cut on a document boundary only. Every file is written under a temporary name, synced, then renamed (sft.common.direct_io);
 documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the documents alone.
 """
 
@@ -28,11 +28,11 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.bulk import BulkFile
+from sft.common.direct_io import BulkFile
+from sft.common.errors import SftError
+from sft.common.manifest import sync_folder
 from sft.data.compiled import DIGITS, write_bounds
 from sft.data.mix import scramble
-from sft.errors import SftError
-from sft.manifest import sync_folder
 
 DOCUMENT = np.dtype([("part", "<u4"), ("start", "<u8"), ("length", "<u4"), ("labels", "<u4"), ("source", "<u2")])
 PART_TOKENS = 1 << 28  # 1 GiB of uint32 ids: few files, and small enough to copy again after an error

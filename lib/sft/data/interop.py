@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 
 PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv.gz")
 

@@ -22,12 +22,12 @@ from queue import SimpleQueue
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.common.errors import SftError
 from sft.data.chunks import Progress, naming
 from sft.data.compiled import gather
 from sft.data.dataset import DatasetWriter, Looked, token_dtype
-from sft.data.describe import Check, Seen
+from sft.data.token_check import Check, Seen
 from sft.data.tokencache import TokenFile
-from sft.errors import SftError
 
 Memory = tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.uint32]]
 """Ids and mask of a block, and room for what is read."""

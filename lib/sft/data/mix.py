@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.errors import SftError
-from sft.schema import Source
+from sft.common.errors import SftError
+from sft.recipe.schema import Source
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from sft.data import pieces, sources
-from sft.data.rows import BadRow
-from sft.errors import SftError
+from sft.chat.rows import BadRow
+from sft.common.errors import SftError
+from sft.data import blocks, sources
 
 if TYPE_CHECKING:
     from sft.data.tokenize import Encoder
@@ -92,7 +92,7 @@ def preview(
     if row and not (row.isascii() and row.isdigit() and int(row)):
         raise SftError(f"ROW={row}: not a row number; rows count from 1; next: ROW=1")
     for number, files in chosen.items():
-        found = [pieces.read_row(files, int(row))] if row else list(first_rows(files))
+        found = [blocks.read_row(files, int(row))] if row else list(first_rows(files))
         for name, at, value in found:
             yield from show(encoder, number, name, at, value, colour)
 
@@ -103,7 +103,7 @@ def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, A
         before = 0
         for chunk in sources.cut(file):
             count = 0
-            for batch in pieces.read(chunk):
+            for batch in blocks.read(chunk):
                 count = batch.count
                 for number, value in zip(batch.numbers[:left], batch.rows[:left], strict=True):
                     yield file.name, before + number + 1, value

@@ -6,37 +6,16 @@ manifest of part i: its files with their sha256. Nothing is published before all
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 
 if TYPE_CHECKING:
-    from sft.data.prepare import Preparation
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What SHARD= asks for: '' everything, 'i/n' one part of the encoding, 'merge/n' the rest once all n parts are there."""
-
-    parts: int = 0
-    part: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        if not text:
-            return cls()
-        match = re.fullmatch(r"(\d+|merge)/(\d+)", text)
-        if not match or not int(match[2]) or (match[1] != "merge" and int(match[1]) >= int(match[2])):
-            raise SftError(
-                f"SHARD={text!r}: not i/n with 0 <= i < n, nor merge/n; next: SHARD=0/4 … SHARD=3/4, then SHARD=merge/4"
-            )
-        return cls(int(match[2]), None if match[1] == "merge" else int(match[1]))
+    from sft.data.preparation import Preparation
+from sft.data.shard import digest
 
 
 def record(work: Preparation) -> Path:
@@ -79,7 +58,3 @@ def _file(work: Preparation, part: int) -> Path:
 
 def _entry(chunk: Path) -> dict[str, Any]:
     return {"file": chunk.name, "bytes": chunk.stat().st_size, "sha256": manifest.hash_file(chunk)}
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(manifest.canonical(value)).hexdigest()[:32]

@@ -1,7 +1,7 @@
 """Reads the rows of a source: JSONL, JSON, Parquet, Arrow, Hugging Face datasets, local or on gs://.
 
 In: one [[prepare.sources]] table. Out: files with their sha256, each cut into chunks that depend on the content alone
-(never on the number of workers). What stands in a chunk: sft.data.pieces.
+(never on the number of workers). What stands in a chunk: sft.data.blocks.
 
     files = resolve(source, stage.find, stage.cache, sha256)
     for chunk in cut(files[0]):
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import inputs
+from sft.common.errors import SftError
+from sft.common.manifest import hash_file
 from sft.data.unpack import gunzip, is_array, json_array, new_file
-from sft.errors import SftError
-from sft.manifest import hash_file
-from sft.schema import Source
+from sft.recipe import inputs
+from sft.recipe.schema import Source
 from sft.storage import hub
 
 CHUNK_BYTES = 8 << 20
@@ -128,7 +128,7 @@ def _named(source: Source) -> str:
 def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
     """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
     from sft.storage import transfer as storage
-    from sft.storage.files import Job
+    from sft.storage.contract import Job
 
     folder, _, last = path.rstrip("/").rpartition("/")
     single = inputs.kind(last) is not None

@@ -22,8 +22,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from sft.common.errors import SftError
 from sft.data.batch import Reject
-from sft.errors import SftError
 
 MAGIC = b"sft-tok4"
 INDEX = np.dtype(

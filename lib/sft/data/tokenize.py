@@ -3,14 +3,14 @@
 In: rows of a source. Out: `Encoded`, flat arrays over documents. A batch goes through four steps, each a pass without a
 Python loop over tokens:
 
-    1. each row becomes a conversation and is rendered once into runs: untrained, trained, untrained, …   (sft.data.rows, sft.data.chat)
+    1. each row becomes a conversation and is rendered once into runs: untrained, trained, untrained, …   (sft.chat.rows, sft.chat.template)
     2. all texts are encoded in one call                                                             (sft.data.vocabulary)
     3. the ids are followed through the text: their bytes, put together, must be it, and a document ends where its text does.
        Which run a token lies in is the mask; one that straddles the edge of a run is not trained: part of it is scaffold
     4. special tokens are counted; a document with more than its template wrote holds special-token text in its content,
        and is encoded again so that this text stays text
 
-`encode_plain` takes lines of JSON or columns of Arrow and does the first step without Python objects for the plain rows  (sft.data.plain)
+`encode_plain` takes lines of JSON or columns of Arrow and does the first step without Python objects for the plain rows  (sft.data.fast.plain)
 
     text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n  Hello.<|endoftext|>
     runs    └──────────────── untrained ────────────────────────┘  └──── trained ────┘
@@ -31,17 +31,17 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.chat.template import JinjaTemplate, Specials, known_templates, load_template
+from sft.common.errors import SftError
 from sft.data.batch import Batch, Reject, cut, foreign, name_conversation, spread
-from sft.data.chat import JinjaTemplate, Specials, known_templates, load_template
+from sft.data.blocks import Block, Columns, Piece
 from sft.data.compiled import TRAINED, WORD
 from sft.data.dataset import trained_runs
-from sft.data.pieces import Block, Columns, Piece
-from sft.data.plain import PlainRows
-from sft.data.rows import BadRow, Conversation, RowReader
-from sft.data.templates import FAMILIES
+from sft.data.fast.plain import PlainRows
 from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
-from sft.errors import SftError
-from sft.schema import Prepare, Source
+from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.schema import Prepare, Source
 
 PARITY_CHARACTERS = 1000
 TOO_DEEP = ("bad_value", "nested too deeply")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 
 MAX_ROW_BYTES = 64 << 20
 """A longer line is a reject: one row must not be able to exhaust the memory."""

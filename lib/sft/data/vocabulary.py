@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
+from sft.common.errors import SftError
 from sft.data.compiled import TRAINED, WORD, walk, words_of
-from sft.errors import SftError
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
 # joined emoji, code, and a number next to letters.

@@ -17,7 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 
 Job = TypeVar("Job")
 WAITING = 4  # jobs handed out per worker: enough to keep it busy, few enough to stop soon after an error

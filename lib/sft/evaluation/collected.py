@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.errors import SftError
-from sft.evaluation.evaluate import refuse_not_finite, write_json, write_lines
+from sft.common.errors import SftError
+from sft.evaluation.files import refuse_not_finite, write_json, write_lines
 from sft.evaluation.scores import is_number, json_hash, token_facts
 from sft.evaluation.statistics import Z95, wilson
 
 if TYPE_CHECKING:
-    from sft.schema import Evaluate
-    from sft.stage import Result, Stage
+    from sft.recipe.schema import Evaluate
+    from sft.runner.stage import Result, Stage
 
 PARTS = {"mmlu": 57, "mmlu_pro": 14, "bbh": 27, "minerva_math": 7}
 """Of how many tasks these consist in oe-eval, in every variant (its configs/task_suites.py)."""
@@ -50,7 +50,7 @@ class Task:
 
 def collect(stage: Stage) -> Result:
     """The stage's body for a harness that ran on Beaker. Raises SftError naming every broken task."""
-    from sft.stage import Result
+    from sft.runner.stage import Result
 
     options = stage.recipe.evaluate
     folder = returned(stage.run, stage.identity, options.harness)

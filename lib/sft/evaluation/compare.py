@@ -17,10 +17,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft import manifest, schema
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.evaluation.scores import is_number, json_hash
 from sft.evaluation.statistics import Z95, Difference, holm, paired, paired_ratio
+from sft.recipe import schema
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))

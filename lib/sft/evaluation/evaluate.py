@@ -14,43 +14,34 @@ Run: make evaluate RECIPE=…, or python stages/evaluate.py runs/<run>.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import inputs, manifest
-from sft.conversion.hf import read_json
-from sft.errors import SftError
-from sft.evaluation.scores import (
-    generation_facts,
-    headline,
-    json_hash,
-    problems_of,
-    sample_rows,
-    samples_hash,
-    scores,
-)
+from sft.common.errors import SftError
+from sft.evaluation.scores import generation_facts, headline, json_hash, problems_of, sample_rows, samples_hash, scores
 from sft.evaluation.statistics import Z95
+from sft.model.hf import read_json
+from sft.recipe import inputs
 
 if TYPE_CHECKING:
-    from sft.evaluation.harness import Recorder
-    from sft.schema import Evaluate, Hardware
-    from sft.stage import Result, Stage
+    from sft.evaluation.recorder import Recorder
+    from sft.recipe.schema import Evaluate, Hardware
+    from sft.runner.stage import Result, Stage
+from sft.evaluation.files import SAY_EVERY, refuse_not_finite, write_json, write_lines
 
-SAY_EVERY = 15.0  # seconds between lines of progress
 _THINK_END = {"none": None, "r1_style": "</think>"}
 
 
 def evaluate(stage: Stage) -> Result:
     """The stage: every task, then the validation loss; broken tasks are told together at the end."""
-    from sft.stage import Result
+    from sft.runner.stage import Result
 
     options = stage.recipe.evaluate
     if options.harness != "lm-eval":
@@ -105,13 +96,13 @@ def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -
 
 def open_model(folder: Path, options: Evaluate, hardware: Hardware, device: str = "") -> Recorder:
     """The export as the recipe asks for it. `device` = '' takes a GPU where there is one."""
-    from sft.evaluation import harness
+    from sft.evaluation import backends
 
     if hardware.threads:
         import torch
 
         torch.set_num_threads(hardware.threads)
-    return harness.open_model(
+    return backends.open_model(
         folder,
         options.backend,
         batch_size=options.batch_size,
@@ -281,21 +272,3 @@ def validation_loss(
         result |= {"low": low, "high": high}
         result |= {"perplexity_low": math.exp(min(low, 700.0)), "perplexity_high": math.exp(min(high, 700.0))}
     return result
-
-
-def refuse_not_finite(value: Any, where: str = "results") -> None:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            refuse_not_finite(inner, f"{where}.{key}")
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise SftError(f"{where}: {value} is not a score")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all: a task counts as finished when its file is there."""
-    manifest.write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
-
-
-def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-    manifest.write_atomic(path, "".join(line + "\n" for line in lines).encode())

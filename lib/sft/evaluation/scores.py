@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sft.evaluation.statistics import Z95, wilson
 
 if TYPE_CHECKING:
-    from sft.schema import Evaluate
+    from sft.recipe.schema import Evaluate
 
 UNCLOSED = "unclosed thought"  # how a reply ended that never came to its answer
 LENGTH_LIMITS = tuple(2**k for k in range(3, 17))  # upper ends of the bins of reply lengths, in tokens

@@ -24,8 +24,8 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from sft import manifest
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
 from sft.evaluation.scores import json_hash
 
 SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent

@@ -12,7 +12,7 @@ from typing import Any
 from lm_eval.models.vllm_causallms import VLLM
 
 from sft.evaluation.batches import Batches
-from sft.evaluation.harness import Recorder
+from sft.evaluation.recorder import Recorder
 
 GROUP = 1024  # requests handed over at once: enough to keep a GPU full, few enough to lose little in a kill
 

@@ -11,38 +11,35 @@ its standard input when no more steps come; a launcher submits it as a job besid
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import manifest, plan
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.common.hashcache import HashCache
 from sft.evaluation.scores import json_hash
-from sft.hashcache import HashCache
-from sft.launch.processes import in_job
+from sft.runner import plan
 
 if TYPE_CHECKING:
-    from sft.plan import Place
-    from sft.recipe import Recipe
-    from sft.schema import Cluster, Evaluate
-    from sft.stage import Stage
+    from sft.recipe.recipe import Recipe
+    from sft.recipe.schema import Evaluate
+    from sft.runner.plan import Place
+    from sft.runner.stage import Stage
+from sft.training.evaluations import NAME, chosen, records
 
-NAME = "evaluations.jsonl"
 PAUSE = 5.0  # seconds between looks at the folder
 
 
 def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None:
     """Evaluates what is due until `ended` says that no more steps come. `stage` is the training stage, as a follower."""
-    from sft.training import checkpoint
+    from sft.checkpoint import step_folder
 
     mark = stage.out / ".identity"
     while not mark.is_file() or mark.read_text() != stage.identity:
@@ -68,7 +65,7 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
         if not waiting:
             time.sleep(pause)
     if trained(stage)():  # what was held for this
-        for doomed in checkpoint.retire(stage.out, stage.recipe.train.keep):
+        for doomed in step_folder.retire(stage.out, stage.recipe.train.keep):
             shutil.rmtree(doomed, ignore_errors=True)
     if failed:
         raise SftError(
@@ -85,37 +82,6 @@ def due(train: Path, place: Place, recipe: Recipe, last: bool = False) -> list[t
             if (number, digest) not in done]  # fmt: skip
 
 
-def held(train: Path, every: int) -> list[Path]:
-    """Steps that retention leaves until they have been evaluated, or found to have no scores."""
-    done = {(r["step"], r["checkpoint"]) for r in records(train)}
-    return [folder for number, folder, digest in chosen(train, every) if (number, digest) not in done]
-
-
-def chosen(train: Path, every: int, last: bool = False) -> Iterator[tuple[int, Path, str]]:
-    """(number, folder, digest of its manifest) of the kept steps that `every` means; one that was removed has had its turn."""
-    from sft.training import checkpoint
-
-    kept = {}
-    for number, folder in checkpoint.steps(train):
-        try:
-            if not checkpoint.is_ephemeral(folder):
-                kept[number] = (folder, manifest.hash_file(folder / manifest.NAME))
-        except FileNotFoundError:  # not whole yet, or retention has just removed it
-            continue
-    before = 0
-    for number in sorted({*kept, *(r["step"] for r in records(train))}):
-        if number // every > before // every or (last and number == max(kept, default=None)):
-            before = number
-            if number in kept:
-                yield (number, *kept[number])
-
-
-def records(train: Path) -> list[dict[str, Any]]:
-    """The evaluations so far, in the order of their steps."""
-    file = train / NAME
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
 def asked(place: Place, recipe: Recipe) -> str:
     """Names what makes scores comparable: options that change results, the limit during training, tasks and their data."""
     cache, tables = HashCache(place.cache), ("convert", "evaluate")
@@ -125,8 +91,8 @@ def asked(place: Place, recipe: Recipe) -> str:
 
 def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     """Converts, scores and records one step. Raises SftError when there is nothing to be scored."""
-    from sft.conversion.hf import read_json
-    from sft.evaluation import evaluate as stages
+    from sft.evaluation import evaluate, files
+    from sft.model.hf import read_json
 
     began = time.monotonic()
     options = stage.recipe.evaluate
@@ -135,13 +101,13 @@ def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     model_folder = out / "model"
     if broken := manifest.broken_outputs(step, read_json(step / manifest.NAME)):
         raise SftError("; ".join(broken))
-    tasks, data = stages.find_tasks(options, stage.find, stage.recipe.file)
-    stages.go_offline(options, tasks, out / "work")
+    tasks, data = evaluate.find_tasks(options, stage.find, stage.recipe.file)
+    evaluate.go_offline(options, tasks, out / "work")
     export(stage, step, model_folder)
-    template = stages.check_template(model_folder)
+    template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
-    model = stages.open_model(model_folder, options, hardware, options.every_device.partition(":")[0])
-    results, broken_tasks = stages.run_tasks(model, options, tasks, data, out, stage.say)
+    model = evaluate.open_model(model_folder, options, hardware, options.every_device.partition(":")[0])
+    results, broken_tasks = evaluate.run_tasks(model, options, tasks, data, out, stage.say)
     found: dict[str, Any] = {
         "template_sha256": template,
         "tasks": {name: result["metrics"] for name, result in results.items()},
@@ -149,14 +115,14 @@ def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     }
     validation = stage.dataset / "validation"
     if options.validation_documents and validation.is_dir():
-        found["validation"] = stages.validation_loss(
+        found["validation"] = evaluate.validation_loss(
             model, validation, options.validation_documents, stage.recipe.train.seq_len
         )
-    stages.refuse_not_finite(found)
+    files.refuse_not_finite(found)
     found["seconds"] = round(time.monotonic() - began, 1)
     told = f"{step.name}: evaluated in {found['seconds']:.0f} s"
     if best := score(found, options):
-        from sft.training.checkpoint import mark_best
+        from sft.checkpoint.step_folder import mark_best
 
         told += f", {best[0]} {best[1]:.4f}"
         if not (step / manifest.NAME).is_file():  # training was not told of `every`
@@ -192,9 +158,9 @@ def score(record: Mapping[str, Any], options: Evaluate) -> tuple[str, float, boo
 
 def export(stage: Stage, step: Path, target: Path) -> None:
     """The step as a Hugging Face folder that has passed the fast gate."""
-    from sft.conversion import convert, gate
-    from sft.conversion.hf import read_json
-    from sft.training.tensors import Tensors
+    from sft.checkpoint.tensors import Tensors
+    from sft.export import convert, gate, write
+    from sft.model.hf import read_json
 
     facts = read_json(stage.dataset / "dataset.json")
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
@@ -208,58 +174,10 @@ def export(stage: Stage, step: Path, target: Path) -> None:
 
     weights = Tensors(step)
     try:
-        convert.export(weights, config, facts, tokenizer, target, options, template, quiet)
+        write.export(weights, config, facts, tokenizer, target, options, template, quiet)
         gate.check(target, weights, config, facts, trained, options, quiet)
     finally:
         weights.close()
-
-
-class Watcher:
-    """The process that training starts: low priority, its own log lines, never in training's way."""
-
-    def __init__(self, stage: Stage, argv: list[str]) -> None:
-        ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {k: v for k, v in os.environ.items() if k not in ranks}
-        command = [sys.executable, str(plan.REPO / "stages" / "watch.py"), *argv, "--until-end-of-input"]
-        self.say = stage.say
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
-
-    def finish(self, stop: Callable[[], bool]) -> None:
-        """Tells it that no more steps come and waits for the last one, unless `stop` says that there is no time."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        told = False
-        while (status := self.process.poll()) is None:
-            if stop():
-                self.stop()
-                return
-            if not told:
-                self.say("waiting for the evaluation of the last steps; they can be finished later with make watch")
-                told = True
-            time.sleep(0.2)
-        if status:
-            self.say(
-                f"warning: evaluating during training ended with status {status}; next: make watch, to try it again"
-            )
-
-    def stop(self) -> None:
-        """Ends it; what it has answered so far is kept for the next attempt."""
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-
-def start(stage: Stage, argv: list[str]) -> Watcher | None:
-    """The watcher of a run that asks for one. A launcher submits it as a job of its own, unless no other job sees the checkpoints."""
-    if not stage.recipe.evaluate.every:
-        return None
-    if in_job() and "SFT_KEPT" not in os.environ:
-        stage.say("checkpoints are evaluated by a job of their own: make jobs tells its state")
-        return None
-    return Watcher(stage, argv)
 
 
 def end_of_input() -> Callable[[], bool]:
@@ -285,21 +203,3 @@ def trained(stage: Stage) -> Callable[[], bool]:
             return False
 
     return done
-
-
-def job_ended(cluster: Cluster, jobs: Path, training: str, every_s: float = 30.0) -> Callable[[], bool]:
-    """Says whether training's own job has come to its end, well or not. Asks its scheduler now and then."""
-    from sft.launch.job import LostConnection, scheduler
-
-    backend = scheduler(cluster.launcher, jobs, cluster)
-    asked, over = -every_s, False
-
-    def ended() -> bool:
-        nonlocal asked, over
-        if not over and time.monotonic() - asked >= every_s:
-            asked = time.monotonic()
-            with contextlib.suppress(LostConnection):
-                over = not backend.status(training).living
-        return over
-
-    return ended

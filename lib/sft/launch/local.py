@@ -20,11 +20,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft import plan
-from sft.errors import SftError
-from sft.launch import doctor
-from sft.launch.processes import visible_gpus
-from sft.stage import parse, report_errors
+from sft.common.errors import SftError
+from sft.common.machine import visible_gpus
+from sft.common.process import report_errors
+from sft.launch.doctor import doctor
+from sft.runner import plan
+from sft.runner.stage import parse
 
 USES_GPUS = ("train", "evaluate")
 SHARED = (Path("/run/lock"), Path("/tmp"))  # the first that all users may write to, and none of them spoil

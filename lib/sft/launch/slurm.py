@@ -19,17 +19,16 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from sft import manifest, schema
-from sft.errors import SftError
-from sft.launch import job as jobs
-from sft.launch.job import AGAIN, Job, LostConnection, Status
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.launch.job import AGAIN, WATCH, Job, LostConnection, Status, beside, retried
+from sft.recipe import schema
 
 ANSWER_S = 60
 LONGEST_POLL_S = 10.0
@@ -88,9 +87,10 @@ class Slurm:
         if known := self._queued(job, job.stage):
             return known
         if not job.shards:
-            beside = jobs.beside(job)  # the training whose checkpoints it evaluates: not before that begins
+            training = beside(job)  # the training whose checkpoints it evaluates: not before that begins
             return self._sbatch(
-                self._write(job.stage, self._script(job, job.stage)), *[f"--dependency=after:{beside}"] * bool(beside)
+                self._write(job.stage, self._script(job, job.stage)),
+                *[f"--dependency=after:{training}"] * bool(training),
             )
         part = f"{job.stage}-part"
         array = self._queued(job, part) or self._sbatch(self._write(part, self._script(job, part)))
@@ -108,7 +108,7 @@ class Slurm:
     def follow(self, id: str, out: IO[str]) -> int:
         tail, said, pause = Tail([self._pattern(i) for i in id.split("+")], self.folder), "", 0.25
         while True:
-            status = jobs.retried(lambda: self.status(id), lambda text: print(text, file=out, flush=True))
+            status = retried(lambda: self.status(id), lambda text: print(text, file=out, flush=True))
             if str(status) != said and status.living:
                 said = str(status)
                 print(f"job {id}: {said}", file=out, flush=True)
@@ -177,7 +177,7 @@ class Slurm:
             "account": cluster.account,
             "qos": cluster.qos,
             "array": f"0-{job.shards - 1}" if part else "",
-            "signal": f"B:USR1@{cluster.notice_s}" if job.stage in ("train", jobs.WATCH) else "",
+            "signal": f"B:USR1@{cluster.notice_s}" if job.stage in ("train", WATCH) else "",
         }
         lines = [directive(f"--{option}", str(value)) for option, value in options.items() if value]
         lines += ["#SBATCH --exclusive"] * whole + ["#SBATCH --requeue"] + [*(extra(text) for text in cluster.sbatch)]
@@ -308,7 +308,7 @@ class Tail:
         return f.tell()
 
 
-def scheduler(folder: Path, cluster: schema.Cluster) -> Slurm:
+def open_scheduler(folder: Path, cluster: schema.Cluster) -> Slurm:
     return Slurm(folder, cluster)
 
 
@@ -396,7 +396,3 @@ def _read(file: Path) -> str:
         return file.read_text(errors="replace")
     except OSError:
         return ""
-
-
-if __name__ == "__main__":
-    sys.exit(jobs.main("slurm"))

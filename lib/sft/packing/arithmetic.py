@@ -16,15 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft import plan, presets
+from sft.common.process import report_errors
 from sft.data.dataset import Dataset
-from sft.launch.processes import processes
+from sft.model import memory
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
-from sft.recipe import Recipe
-from sft.schema import Cluster, Hardware
-from sft.stage import parse, report_errors
-from sft.training import memory
+from sft.recipe import presets
+from sft.recipe.recipe import Recipe
+from sft.recipe.schema import Cluster, Hardware
+from sft.runner import plan
+from sft.runner.processes import processes
+from sft.runner.stage import parse
 
 
 @dataclass(frozen=True)

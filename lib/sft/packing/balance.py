@@ -10,41 +10,12 @@ ranks that have had the cheapest so far. Which packs a step has never changes, s
 
 from __future__ import annotations
 
-from collections import Counter
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from sft.model.flops import attention_flops, head_flops, token_flops
 from sft.packing.packs import PackIndex
-from sft.presets import ModelConfig
-
-
-def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:
-    """(query, key) pairs of a causal document: token i sees min(i + 1, window) tokens; window 0 sees all."""
-    n = np.asarray(lengths, dtype=np.float64)
-    full = n * (n + 1) / 2
-    if not window:
-        return full
-    return np.where(n <= window, full, window * (window + 1) / 2 + (n - window) * window)
-
-
-def attention_flops(lengths: ArrayLike, model: ModelConfig) -> NDArray[np.float64]:
-    """Forward FLOPs of attention over one document, all layers: QK^T and PV, 2 FLOPs a multiply-add each."""
-    total = np.zeros(np.shape(lengths))
-    for window, layers in Counter(model.windows).items():
-        total += layers * attention_pairs(lengths, window)
-    return 4 * model.n_heads * model.head_dim * total
-
-
-def token_flops(model: ModelConfig) -> float:
-    """Forward FLOPs of one token in all matrices but the head."""
-    q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    return 2.0 * model.n_layers * model.d_model * (2 * q + 2 * kv + 3 * model.hidden)
-
-
-def head_flops(model: ModelConfig) -> float:
-    """Forward FLOPs of the head for one trained token; the others never reach it."""
-    return 2.0 * model.d_model * model.vocab_size
+from sft.recipe.presets import ModelConfig
 
 
 def pack_costs(index: PackIndex, model: ModelConfig, packs: NDArray[np.int64] | None = None) -> NDArray[np.float64]:

@@ -32,11 +32,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from sft.common.errors import SftError
 from sft.data.dataset import Dataset
-from sft.errors import SftError
-from sft.packing.balance import deal, deal_in_order, idle, pack_costs, token_flops
+from sft.model.flops import token_flops
+from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.steps import StepPlan, accumulation
-from sft.presets import ModelConfig
+from sft.recipe.presets import ModelConfig
 
 PADDING_DOCUMENT = (
     1024  # tokens; padding is cut into documents of this length, so that its attention costs next to nothing
@@ -124,7 +125,7 @@ class Loader:
 
     def expected(self, step: int) -> tuple[float, float]:
         """(the share of the ranks' time that this step is expected to wait, ranks meeting in every microbatch; its training
-        FLOPs on all ranks as sft.training.flops counts them, padding excluded)."""
+        FLOPs on all ranks as sft.model.utilisation counts them, padding excluded)."""
         _, costs, slots = self._deal(step)
         forward = float(costs.sum()) - token_flops(self.model) * self.plan.padding(step)
         return idle(costs, slots)[0], 3 * forward

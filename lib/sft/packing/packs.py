@@ -24,9 +24,9 @@ import numpy as np
 import xxhash
 from numpy.typing import ArrayLike, NDArray
 
+from sft.common.errors import SftError
+from sft.common.manifest import sync_folder
 from sft.data.dataset import Dataset
-from sft.errors import SftError
-from sft.manifest import sync_folder
 
 PIECE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
 POLICIES = ("truncate", "drop", "split")

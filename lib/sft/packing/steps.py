@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.packing.packs import PackIndex
-from sft.presets import ModelConfig
-from sft.schema import Hardware, Train
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Hardware, Train
 
 
 def warmup_steps(train: Train, steps: int) -> int:

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sft import manifest
+from sft.common import manifest
 from sft.evaluation.compare import LETTERS, footnote, p_text, show, verdict
 from sft.reporting import charts
 from sft.reporting.page import document, table

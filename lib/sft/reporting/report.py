@@ -17,16 +17,17 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft import manifest, schema
-from sft.errors import SftError
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.common.jsonl import json_lines
+from sft.recipe import schema
 from sft.reporting import charts, comparison
 from sft.reporting.charts import Line, number
 from sft.reporting.page import TEXT, clip, document, table
 from sft.reporting.scores import interval, over_steps, replies, scores
-from sft.training.metrics import json_lines
 
 if TYPE_CHECKING:
-    from sft.stage import Result, Stage
+    from sft.runner.stage import Result, Stage
 
 PREVIEWS = 6
 SMALL = (  # what metrics.jsonl may hold besides the loss
@@ -40,7 +41,7 @@ SMALL = (  # what metrics.jsonl may hold besides the loss
 
 
 def report(stage: Stage) -> Result:
-    from sft.stage import Result
+    from sft.runner.stage import Result
 
     text = page(stage.run)
     manifest.write_atomic(stage.out / "index.html", text.encode())

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from sft.common.jsonl import json_lines
 from sft.reporting import charts
 from sft.reporting.charts import Line
 from sft.reporting.page import clip, table
-from sft.training.metrics import json_lines
 
 SAMPLES = 4  # sample replies shown per task
 

@@ -21,7 +21,7 @@ from google.api_core.exceptions import GoogleAPICallError
 from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud.storage.exceptions import InvalidResponse
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 
 T = TypeVar("T")
 TIMEOUT_S = (10.0, 60.0)  # to connect, and without a byte

@@ -16,12 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.storage.attempts import Deadline, Refused, attempt
+from sft.storage.contract import CHUNK, Hasher, Meter, Sums
 from sft.storage.crc import Object
-from sft.storage.files import CHUNK, Hasher, Meter, Sums
 from sft.storage.local import MORE, PART
-from sft.storage.wires import Sink, Wire
+from sft.storage.transport import Sink, Wire
 
 SLICE = 8 << 20  # so much in each of SLICES parallel requests
 SLICES = 16

@@ -1,4 +1,4 @@
-"""gs://bucket/prefix as a storage of sft.storage.files: two clients for requests, our own checks around them.
+"""gs://bucket/prefix as a storage of sft.storage.contract: two clients for requests, our own checks around them.
 
 In:  gs://bucket/prefix; Google's standard credentials (or none at STORAGE_EMULATOR_HOST); a folder for unfinished uploads.
 Out: objects and files whose CRC32C was compared after the last byte, or an SftError that says what happened.
@@ -7,7 +7,7 @@ What the client does not do, or does wrong, and is done here: every attempt belo
 downloads pin a generation, continue where they broke off, and are checked as a whole; uploads state their CRC32C, so that
 the server refuses other bytes, and the generation they replace, so that a repeated write cannot overwrite a newer one (a
 412 whose object has our CRC32C is our own write whose answer was lost). Large uploads continue across processes.
-Where obstore carries the bytes of many small files (see sft.storage.wires), it states the generation but no CRC32C: `settle`
+Where obstore carries the bytes of many small files (see sft.storage.transport), it states the generation but no CRC32C: `settle`
 compares all of them with one listing, and what is wrong is removed and written again by Google's client.
 """
 
@@ -25,14 +25,14 @@ import requests
 from google.auth.exceptions import DefaultCredentialsError
 from google.cloud import storage as google
 
-from sft.errors import SftError
-from sft.paths import check_relative
-from sft.storage import attempts, download, wires
+from sft.common.errors import SftError
+from sft.common.paths import check_relative
+from sft.storage import attempts, download, transport
 from sft.storage.attempts import Deadline, Refused, attempt
+from sft.storage.contract import CONTINUED, Found, Hasher, Job, Meter, Sums, check, hash_file
 from sft.storage.crc import Object
-from sft.storage.files import CONTINUED, Found, Hasher, Job, Meter, Sums, check, hash_file
+from sft.storage.transport import Wire
 from sft.storage.upload import Upload
-from sft.storage.wires import Wire
 
 LARGE = CONTINUED  # uploads and downloads from here on can be continued
 NEEDED = ["storage.objects.get", "storage.objects.create", "storage.objects.delete"]  # the first one to read
@@ -75,11 +75,11 @@ class GcsStorage:
     @functools.cached_property
     def stating(self) -> Wire:
         """Writes so that the bucket refuses bytes of another CRC32C."""
-        return wires.Google(self.bucket)
+        return transport.Google(self.bucket)
 
     @functools.cached_property
     def fast(self) -> Wire:
-        return wires.fastest(self.client, self.bucket)
+        return transport.fastest(self.client, self.bucket)
 
     @functools.cached_property
     def slices(self) -> ThreadPoolExecutor:
@@ -114,7 +114,7 @@ class GcsStorage:
             if not name or (name.endswith("/") and not blob.size):
                 continue  # a "folder" made in the console
             try:
-                found[check_relative(name, self.where)] = wires.described(blob)
+                found[check_relative(name, self.where)] = transport.described(blob)
             except SftError as e:
                 refused.append(str(e))
         if refused:
@@ -149,7 +149,7 @@ class GcsStorage:
             if e.status == 404:
                 return None
             raise e.error(f"{self.where}/{name}") from None
-        return wires.described(blob)
+        return transport.described(blob)
 
     def find(self, name: str) -> Found | None:
         found = self._find(name)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sft.errors import SftError
-from sft.storage.files import hash_file
+from sft.common.errors import SftError
+from sft.storage.contract import hash_file
 from sft.storage.local import LocalStorage
 
 # Weights as pickles could run code when they are read, and the same weights are there as safetensors.

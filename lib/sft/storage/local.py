@@ -1,4 +1,4 @@
-"""A folder as a storage of `sft.storage.files`: whole files or none, no link followed, durable renames."""
+"""A folder as a storage of `sft.storage.contract`: whole files or none, no link followed, durable renames."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sft.errors import SftError
-from sft.manifest import sync_folder
-from sft.paths import check_relative
-from sft.storage.files import CHUNK, Found, Job, Meter, Sums, check, hash_file
+from sft.common.errors import SftError
+from sft.common.manifest import sync_folder
+from sft.common.paths import check_relative
+from sft.storage.contract import CHUNK, Found, Job, Meter, Sums, check, hash_file
 
 PART = ".part"  # ends the name of a file that is still being written
 MORE = ".more.part"  # and of one that another process continues

@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from sft.errors import SftError
-from sft.storage.files import CONTINUED, Done, Job, Meter, Storage, Sums, check, hash_file, size
+from sft.common.errors import SftError
+from sft.storage.contract import CONTINUED, Done, Job, Meter, Storage, Sums, check, hash_file, size
 from sft.storage.local import LocalStorage
 
 

@@ -21,11 +21,11 @@ from re import fullmatch
 from google.cloud import storage as google
 from google.cloud.storage.exceptions import InvalidResponse
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 from sft.storage import attempts
 from sft.storage.attempts import Deadline, Refused, attempt
+from sft.storage.contract import Job, Meter, Sums, check, hash_file
 from sft.storage.crc import Object, number, text
-from sft.storage.files import Job, Meter, Sums, check, hash_file
 
 PIECE = 1 << 20  # bytes handed to the connection at a time
 

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.conversion import hf
-from sft.conversion.folder import Folder
-from sft.errors import SftError
-from sft.presets import ModelConfig
-from sft.training.dist import set_parameter
-from sft.training.model import initial_values
-from sft.training.tensors import Tensors, weights_folder
+from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.olmo_core import core_layers, step_config
+from sft.checkpoint.tensors import Tensors, weights_folder
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.model.model import initial_values
+from sft.model.parallel import set_parameter
+from sft.recipe.presets import ModelConfig
 
 
 def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: int) -> str:
@@ -89,114 +90,6 @@ def _check_core_config(base: Path, config: ModelConfig) -> None:
                 raise SftError(
                     f"{file}: layer {layer}: {field} is {theirs[field]}, [model] says {value}; correct [model]"
                 )
-
-
-def core_layers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each layer of an OLMo-core model description does beyond its tensor shapes."""
-    layers = []
-    count = int(model["n_layers"])
-    for i in range(count):
-        block = (model.get("block_overrides") or {}).get(str(i)) or model["block"]
-        mixer = block.get("sequence_mixer") or block["attention"]
-        rope, sliding = mixer.get("rope") or {}, mixer.get("sliding_window")
-        window = -1
-        if sliding:
-            first = bool(sliding.get("force_full_attention_on_first_layer", True))
-            last = bool(sliding.get("force_full_attention_on_last_layer", True))
-            pattern = sliding["pattern"]
-            forced = (first and i == 0) or (last and i == count - 1)
-            window = -1 if forced else pattern[(i - first) % len(pattern)]
-        layers.append(
-            {
-                "n_heads": int(mixer["n_heads"]),
-                "n_kv_heads": int(mixer.get("n_kv_heads") or mixer["n_heads"]),
-                "rope theta": float(rope.get("theta", 500_000)),
-                "window": int(window),
-                "rope scaling factor": float((rope.get("scaling") or {}).get("factor", 0)),
-                "block": str(block.get("name", "default")),
-            }
-        )
-    return layers
-
-
-def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of a step folder: what OLMo-core needs to build the model, and its converter to name the tokenizer."""
-    norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
-    windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
-
-    def block(layer: int | None) -> dict[str, Any]:
-        rope: dict[str, Any] = {"name": "default", "theta": _whole(config.rope_theta), "full_precision": True}
-        if config.stepwise:
-            rope["scaling"] = {
-                "_CLASS_": "olmo_core.nn.rope.StepwiseRoPEScalingConfig",
-                "factor": config.stepwise.factor,
-                "low_freq_proportion": 1 - 1 / config.stepwise.low,
-                "high_freq_proportion": 1 / config.stepwise.high,
-                "old_context_len": config.stepwise.old_context,
-            }
-        if config.yarn and layer is not None:
-            rope["scaling"] = {
-                "_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig",
-                "factor": config.yarn.factor,
-                "beta_fast": _whole(config.yarn.beta_fast),
-                "beta_slow": _whole(config.yarn.beta_slow),
-                "old_context_len": config.yarn.old_context,
-            }
-        mixer: dict[str, Any] = {
-            "type": "attention",
-            "name": "default",
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.n_kv_heads,
-            "bias": False,
-            "rope": rope,
-            "dtype": "float32",
-        }
-        if config.qk_norm:
-            mixer |= {"qk_norm": norm, "use_head_qk_norm": True} if config.qk_norm == "head" else {"qk_norm": norm}
-        if config.head_dim * config.n_heads != config.d_model:
-            mixer["head_dim"] = config.head_dim
-        if config.window:
-            mixer["sliding_window"] = {
-                "pattern": windows,
-                "force_full_attention_on_first_layer": False,
-                "force_full_attention_on_last_layer": False,
-            }
-        feed_forward = {"name": "default", "hidden_size": config.hidden, "bias": False, "dtype": "float32"}
-        return {
-            "name": "default" if config.prenorm else "reordered_norm",
-            "sequence_mixer": mixer,
-            "layer_norm": norm,
-            "feed_forward": feed_forward,
-        }
-
-    model: dict[str, Any] = {
-        "d_model": config.d_model,
-        "vocab_size": config.vocab_size,
-        "n_layers": config.n_layers,
-        "block": block(None),
-        "lm_head": {"name": "default", "layer_norm": norm, "bias": False, "dtype": "float32"},
-        "name": "default",
-        "dtype": "float32",
-        "init_method": "normal",
-        "init_std": config.init_std,
-    }
-    if config.tied:
-        model["tie_word_embeddings"] = True
-    if config.yarn:
-        full = [i for i, window in enumerate(config.windows) if not window]
-        model["block_overrides"] = {str(i): block(i) for i in full}
-    tokenizer = {
-        "vocab_size": facts.get("vocab_size"),
-        "eos_token_id": facts.get("eos_id"),
-        "pad_token_id": facts.get("pad_id"),
-        "identifier": None,
-    }
-    return {"model": model, "dataset": {"tokenizer": tokenizer}}
-
-
-def _whole(value: float) -> float | int:
-    """OLMo-core declares these as integers."""
-    return int(value) if float(value).is_integer() else value
 
 
 def check_tokenizer(dataset: Path, facts: Mapping[str, Any], base: Path | None, unchecked: bool = False) -> str:

@@ -1,6 +1,6 @@
 """A copy of training's state in host memory, which a save beside training writes while training goes on.
 
-In:  the live tensors of sft.training.checkpoint.snapshot, plain or sharded, on any device.
+In:  the live tensors of sft.checkpoint.step_folder.snapshot, plain or sharded, on any device.
 Out: the same entries over one stretch of host memory, which the next copy reuses: this rank's parts alone, 12 bytes for each
      parameter it holds. On CUDA the memory is pinned, so that it fills at the speed of the bus.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from sft.errors import SftError
+from sft.common.errors import SftError
 
 ALIGN = 64  # bytes at which every tensor begins
 

@@ -19,13 +19,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from sft.checkpoint import step_folder
+from sft.model.parallel import SharedError, World
+from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
-from sft.schema import Train
-from sft.stage import Stage
-from sft.training import checkpoint
-from sft.training.dist import SharedError, World
-from sft.training.flops import mfu
+from sft.recipe.schema import Train
+from sft.runner.stage import Stage
 from sft.training.metrics import Metrics, read
 from sft.training.optim import Guard, clip, learning_rate
 from sft.training.saving import Best, Saver
@@ -126,7 +126,7 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
     if metrics is not None and start and (start % train.save_every == 0 or is_ephemeral(train, start)):
         again = [r for r in read(metrics.file) if r["step"] == start]
         if (best := find_best(run, again[-1] if again else {})) is not None:  # a kill may have come before BEST
-            checkpoint.mark_best(run.stage.out, start, best.metric, best.value, higher_is_better=False)
+            step_folder.mark_best(run.stage.out, start, best.metric, best.value, higher_is_better=False)
     loader = run.loader(start)
     pending: Readback | None = None
     began = mark(world.device)

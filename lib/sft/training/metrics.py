@@ -15,19 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft import manifest
+from sft.common import manifest
+from sft.common.jsonl import json_lines
 from sft.training.trackers import Trackers
-
-
-def json_lines(file: Path) -> list[dict[str, Any]]:
-    """The whole records of a JSONL file; a last line that a kill cut short is dropped, a missing file is empty."""
-    records = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return [r for r in records if isinstance(r, dict)]
 
 
 def read(file: Path) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sft.packing.steps import warmup_steps
-from sft.schema import Train
-from sft.training.lean import LeanAdamW, keep_gradients_in_bf16
+from sft.recipe.schema import Train
+from sft.training.adamw8bit import LeanAdamW, keep_gradients_in_bf16
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:

@@ -6,7 +6,7 @@ In:  whole step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/
 A bucket that fails stops nothing: sft.storage retries by itself, the step is tried again after every later one and at the end, and
 what is still missing then is told with the command that copies it. Steps that an earlier attempt left behind are sent first.
 
-Each step is sent by a process of its own (sft.storage.send): hashing and sending take no time of this one's interpreter, and a
+Each step is sent by a process of its own (sft.sync.send): hashing and sending take no time of this one's interpreter, and a
 training that a signal ends kills it, whatever it waits for. What it had not finished the next attempt continues.
 """
 
@@ -23,15 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sft import manifest
-from sft.errors import SftError
-from sft.launch.handback import BESIDE
-from sft.storage import fetch
+from sft.checkpoint import step_folder
+from sft.common import manifest
+from sft.common.elsewhere import BESIDE
+from sft.common.errors import SftError
+from sft.common.jsonl import json_lines
+from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
-from sft.training import checkpoint
-from sft.training.dist import World
-from sft.training.metrics import json_lines
+from sft.sync import fetch
 
 
 class Uploads:
@@ -45,8 +45,8 @@ class Uploads:
         self._waiting: set[Path] = set()
         self._missing: dict[Path, str] = {}
         self._there: list[str] = []
-        for _, step in checkpoint.steps(out):
-            if (step / manifest.NAME).is_file() and not checkpoint.is_ephemeral(step):
+        for _, step in step_folder.steps(out):
+            if (step / manifest.NAME).is_file() and not step_folder.is_ephemeral(step):
                 self.add(step)
         threading.Thread(target=self._work, name="uploading", daemon=True).start()
 
@@ -85,7 +85,7 @@ class Uploads:
 
     def _run(self, step: Path) -> tuple[int, str]:
         """(exit status, what was said) of the process that sends a step."""
-        command = [sys.executable, "-m", "sft.storage.send", str(step), self.where, str(self.cache), *BESIDE]
+        command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *BESIDE]
         with self._lock:
             if self._closed:
                 return 1, ""

@@ -1,7 +1,7 @@
 """Checkpoints beside the training loop: a copy of the state is taken at once, the rest happens in a thread.
 
 In:  the state after a step, on every rank.
-Out: step folders (sft.training.checkpoint.save), then LATEST and BEST, then retention: what became superfluous is renamed at
+Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then retention: what became superfluous is renamed at
      once and removed in a thread of its own, so that a kill never leaves half a step under a step's name.
 
 What the loop pays is `blocked_s`: waiting for the save before (there is one at a time), and the copy to host memory
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.schema import Train
-from sft.training import checkpoint
-from sft.training.dist import World
+from sft.checkpoint import step_folder
+from sft.model.parallel import World
+from sft.recipe.schema import Train
 from sft.training.hostcopy import HostCopy
 from sft.training.remote import Uploads
 
@@ -99,7 +99,7 @@ class Saver:
         Raises SharedError when the save before this one failed."""
         began = time.monotonic()
         self.wait()
-        state = checkpoint.snapshot(model, optimizer)
+        state = step_folder.snapshot(model, optimizer)
         if self.train.async_save:
             state = self._copy.take(state)
         # One that will be removed again does not answer: the file stays, and the next step, or attempt, does.
@@ -122,7 +122,7 @@ class Saver:
     ) -> dict[str, Any]:
         """In the thread: writes, names, retires. Returns how long it took."""
         began = time.monotonic()
-        self.last = checkpoint.save(self.out, step, state, train_state, self.config, self._apart, ephemeral=ephemeral)
+        self.last = step_folder.save(self.out, step, state, train_state, self.config, self._apart, ephemeral=ephemeral)
         seconds = time.monotonic() - began
         self._apart.leader_first(lambda: self._name(step, best, answers, ephemeral), share=False)
         if self.world.leader:
@@ -130,8 +130,8 @@ class Saver:
         return {"step": step, "seconds": seconds}
 
     def _name(self, step: int, best: Best | None, answers: bool, ephemeral: bool) -> None:
-        checkpoint.mark_latest(self.out / f"step{step}")
-        if best is not None and checkpoint.mark_best(self.out, step, best.metric, best.value, higher_is_better=False):
+        step_folder.mark_latest(self.out / f"step{step}")
+        if best is not None and step_folder.mark_best(self.out, step, best.metric, best.value, higher_is_better=False):
             self.say(f"best so far: step {step}, {best.metric} {best.value:.4f}")
         if answers:
             (self.out / REQUEST).unlink(missing_ok=True)
@@ -141,7 +141,7 @@ class Saver:
 
     def _retire(self) -> None:
         busy = self.uploads.busy if self.uploads is not None else ()
-        for doomed in checkpoint.retire(self.out, self.train.keep, {*busy, *self.waiting()}):
+        for doomed in step_folder.retire(self.out, self.train.keep, {*busy, *self.waiting()}):
             self._bin.submit(shutil.rmtree, doomed, ignore_errors=True)
 
     def send(self) -> dict[str, Any]:

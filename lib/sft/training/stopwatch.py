@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sft.training.dist import World
+from sft.model.parallel import World
 
 Mark = float | torch.cuda.Event
 Lap = list[tuple[Mark, Mark]]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from sft.schema import Train
+from sft.recipe.schema import Train
 
 
 class Tracker(Protocol):

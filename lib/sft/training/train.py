@@ -1,7 +1,7 @@
 """Training: the synced dataset and first weights to step folders.
 
 In:  runs/<run> with a finished sync stage; torchrun's environment, or none for one process.
-Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.training.checkpoint), tokenizer/, metrics.jsonl, manifest.json last.
+Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.checkpoint.step_folder), tokenizer/, metrics.jsonl, manifest.json last.
 
     python -m sft.training.train runs/<run> [--cluster C] [field=value …]
     torchrun --nproc-per-node 8 -m sft.training.train runs/<run> [--cluster C] [field=value …]
@@ -28,20 +28,24 @@ from typing import Any
 
 import torch
 
-from sft import manifest, presets
+from sft.checkpoint import olmo_core, step_folder
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.common.jsonl import json_lines
+from sft.common.process import report_errors
 from sft.data.dataset import Dataset
-from sft.errors import SftError
-from sft.evaluation import watch
+from sft.model import memory, utilisation
+from sft.model.model import Transformer, compile_blocks, lacking_compiler
+from sft.model.parallel import SharedError, World, context_group, join, make_deterministic, shard
 from sft.packing.loader import Loader
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
-from sft.schema import Hardware
-from sft.stage import Result, Stage, open_stage, report_errors
-from sft.training import base, checkpoint, flops, logs, memory, remote
-from sft.training.dist import SharedError, World, context_group, join, make_deterministic, shard
+from sft.recipe import presets
+from sft.recipe.schema import Hardware
+from sft.runner.stage import Result, Stage, open_stage
+from sft.training import base, companion, evaluations, logs, remote
 from sft.training.loop import Requeue, Run, loop
-from sft.training.metrics import Metrics, json_lines, read
-from sft.training.model import Transformer, compile_blocks, lacking_compiler
+from sft.training.metrics import Metrics, read
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
 from sft.training.stopwatch import Stopwatch
@@ -124,7 +128,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         loader=lambda start: loader(plan, dataset, start),
         validation=validation,
         sources=[str(s["path"]) for s in facts["sources"]] or ["data"],
-        saver=Saver(stage.out, train, base.step_config(config, facts), world, say),
+        saver=Saver(stage.out, train, olmo_core.step_config(config, facts), world, say),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
         if world.size > 1 and not compiled
@@ -150,15 +154,15 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
             f"recomputation: {room.recompute}"
             + (f", {room.recompute_budget:.0%} of the layers keep everything" if room.recompute == "budget" else "")
         )
-    step = checkpoint.latest(stage.out, world, lambda text: say(f"warning: {text}"))
+    step = step_folder.latest(stage.out, world, lambda text: say(f"warning: {text}"))
     run.saver.uploads = uploads(stage, world)  # what is damaged was set aside
     if every := stage.recipe.evaluate.every:
-        run.saver.waiting = functools.partial(watch.held, stage.out, every)
+        run.saver.waiting = functools.partial(evaluations.held, stage.out, every)
     if step is None:
         origin = base.initialise(model, config, base_folder, train.seed)
         start = 0
     else:
-        state = checkpoint.restore(step, model, optimizer, world)
+        state = step_folder.restore(step, model, optimizer, world)
         start = plan.check(state["position"])
         run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
         run.guard.load(state["guard"])
@@ -195,7 +199,7 @@ def peak(stage: Stage, world: World) -> float:
     """Dense bf16 TFLOP/s of one GPU: the cluster's word, or what is known of this one; 0 on the CPU."""
     if world.device.type != "cuda":
         return 0.0
-    return stage.cluster.gpu_tflops or flops.peak_tflops(torch.cuda.get_device_name())
+    return stage.cluster.gpu_tflops or utilisation.peak_tflops(torch.cuda.get_device_name())
 
 
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
@@ -215,7 +219,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
             "ranks": world.size,
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
             "peak_tflops": run.peak_tflops or None,
-            "mfu": flops.FORMULA,
+            "mfu": utilisation.FORMULA,
         }
         metrics = Metrics(stage.out, start, run.plan.steps, stage.say, header, trackers)
     try:
@@ -282,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join()
     began = time.monotonic()
     stage: Stage | None = None
-    watcher: watch.Watcher | None = None
+    watcher: companion.Watcher | None = None
     try:
         with report_errors("train") if world.leader else quiet(), contextlib.ExitStack() as stack:
             # Rank 0 first: it takes the lock and moves a folder of other inputs aside before anyone looks at it.
@@ -299,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             attempt = world.leader_first(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)
             if world.leader:
-                watcher = watch.start(stage, list(sys.argv[1:] if argv is None else argv))
+                watcher = companion.start(stage, list(sys.argv[1:] if argv is None else argv))
             result = train_stage(stage, world, lambda: asked, attempt)
             if world.leader:
                 stage.finish(result)

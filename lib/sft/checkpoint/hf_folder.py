@@ -1,0 +1,150 @@
+"""The weights of a Hugging Face folder, read a few rows at a time.
+
+In: a folder with config.json and safetensors, in one file or in several with an index. Out: tensors under our names.
+
+    weights = Folder(path)                                     # checks that every shard the index names is there
+    weights.check(config)                                      # every tensor once, with its shape
+    weights["blocks.0.attention.w_q.weight"]                   # one tensor
+    weights.rows("embeddings.weight", 100, 200)                # a piece of one
+
+Files are read, never mapped: pages of a mapped file count as the process's memory for as long as they are there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from sft.checkpoint.tensors import read_values
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.recipe.presets import ModelConfig
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True)
+class _Place:
+    file: BinaryIO
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Folder(Mapping[str, torch.Tensor]):
+    """The weights of a Hugging Face folder under our names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = hf.read_json(path / "config.json")
+        self.family = hf.find_family(self.config, str(path / "config.json"))
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            listed: dict[str, str] = hf.read_json(index).get("weight_map", {})
+            files = sorted(set(listed.values()))
+        else:
+            listed, files = {}, ["model.safetensors"]
+        self._stack = ExitStack()
+        self._where: dict[str, _Place] = {}
+        for name in files:
+            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+\.safetensors", name):
+                raise SftError(f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file")
+            file = path / name
+            if not file.is_file():
+                raise SftError(
+                    f"{file}: missing" + (f", named by {index.name}" if listed else "; fetch the weights again")
+                )
+            handle = self._stack.enter_context(file.open("rb"))
+            for key, (dtype, shape, offset) in _header(file).items():
+                if listed and listed.get(key) != name:
+                    raise SftError(f"{file}: tensor {key}: the index puts it in {listed.get(key)!r}")
+                try:
+                    ours = self.family.ours(key)
+                except KeyError:
+                    raise SftError(f"{file}: tensor {key}: not a parameter of {self.family.model_type}") from None
+                if dtype not in DTYPES:
+                    raise SftError(f"{file}: tensor {key}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
+                if ours in self._where:
+                    raise SftError(f"{file}: tensor {key}: present twice")
+                self._where[ours] = _Place(handle, offset, shape, DTYPES[dtype])
+        if absent := sorted(set(listed) - {self.family.theirs(name) for name in self._where}):
+            raise SftError(f"{index}: {len(absent)} tensors are in no file, the first is {absent[0]}")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.rows(name, 0, self.shape(name)[0])
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor."""
+        at = self._where[name]
+        row = torch.Size(at.shape[1:]).numel()
+        values = read_values(at.file, at.offset + start * row * at.dtype.itemsize, (stop - start) * row, at.dtype)
+        return values.view(stop - start, *at.shape[1:])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._where[name].dtype
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises SftError unless the folder holds exactly this architecture; the vocabulary may be cut or padded."""
+        found = hf.model_config(self.config, str(self.path / "config.json"))
+        names = (
+            "n_layers",
+            "d_model",
+            "n_heads",
+            "n_kv_heads",
+            "head_dim",
+            "hidden",
+            "window",
+            "rope_theta",
+            "norm_eps",
+            "stepwise",
+            "tied",
+        )
+        for name in names:
+            if getattr(found, name) != getattr(config, name):
+                raise SftError(
+                    f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "
+                    f"{getattr(config, name)}; correct [model] {name}"
+                )
+        vocab = found.vocab_size
+        if vocab > config.vocab_size:
+            raise SftError(
+                f"{self.path / 'config.json'}: vocab_size: {vocab}, the recipe's [model] has {config.vocab_size} rows; "
+                f"set vocab_size = {vocab}"
+            )
+        hf.check_shapes({name: self.shape(name) for name in hf.once(self, found)}, hf.shapes(found), str(self.path))
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """{name: (dtype, shape, offset in the file)}, after the safetensors library has found the file to be whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt"), file.open("rb") as read:
+            size = int.from_bytes(read.read(8), "little")
+            header = json.loads(read.read(size))
+    except (SafetensorError, OSError) as error:
+        raise SftError(f"{file}: not readable as safetensors: {error}; next: fetch or make it again") from error
+    return {
+        key: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }

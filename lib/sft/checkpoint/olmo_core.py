@@ -1,0 +1,180 @@
+"""TODO sft.checkpoint.olmo_core"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.recipe.presets import ModelConfig, Stepwise, Yarn
+
+
+def core_layers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each layer of an OLMo-core model description does beyond its tensor shapes."""
+    layers = []
+    count = int(model["n_layers"])
+    for i in range(count):
+        block = (model.get("block_overrides") or {}).get(str(i)) or model["block"]
+        mixer = block.get("sequence_mixer") or block["attention"]
+        rope, sliding = mixer.get("rope") or {}, mixer.get("sliding_window")
+        window = -1
+        if sliding:
+            first = bool(sliding.get("force_full_attention_on_first_layer", True))
+            last = bool(sliding.get("force_full_attention_on_last_layer", True))
+            pattern = sliding["pattern"]
+            forced = (first and i == 0) or (last and i == count - 1)
+            window = -1 if forced else pattern[(i - first) % len(pattern)]
+        layers.append(
+            {
+                "n_heads": int(mixer["n_heads"]),
+                "n_kv_heads": int(mixer.get("n_kv_heads") or mixer["n_heads"]),
+                "rope theta": float(rope.get("theta", 500_000)),
+                "window": int(window),
+                "rope scaling factor": float((rope.get("scaling") or {}).get("factor", 0)),
+                "block": str(block.get("name", "default")),
+            }
+        )
+    return layers
+
+
+def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of a step folder: what OLMo-core needs to build the model, and its converter to name the tokenizer."""
+    norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
+    windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
+
+    def block(layer: int | None) -> dict[str, Any]:
+        rope: dict[str, Any] = {"name": "default", "theta": _whole(config.rope_theta), "full_precision": True}
+        if config.stepwise:
+            rope["scaling"] = {
+                "_CLASS_": "olmo_core.nn.rope.StepwiseRoPEScalingConfig",
+                "factor": config.stepwise.factor,
+                "low_freq_proportion": 1 - 1 / config.stepwise.low,
+                "high_freq_proportion": 1 / config.stepwise.high,
+                "old_context_len": config.stepwise.old_context,
+            }
+        if config.yarn and layer is not None:
+            rope["scaling"] = {
+                "_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig",
+                "factor": config.yarn.factor,
+                "beta_fast": _whole(config.yarn.beta_fast),
+                "beta_slow": _whole(config.yarn.beta_slow),
+                "old_context_len": config.yarn.old_context,
+            }
+        mixer: dict[str, Any] = {
+            "type": "attention",
+            "name": "default",
+            "n_heads": config.n_heads,
+            "n_kv_heads": config.n_kv_heads,
+            "bias": False,
+            "rope": rope,
+            "dtype": "float32",
+        }
+        if config.qk_norm:
+            mixer |= {"qk_norm": norm, "use_head_qk_norm": True} if config.qk_norm == "head" else {"qk_norm": norm}
+        if config.head_dim * config.n_heads != config.d_model:
+            mixer["head_dim"] = config.head_dim
+        if config.window:
+            mixer["sliding_window"] = {
+                "pattern": windows,
+                "force_full_attention_on_first_layer": False,
+                "force_full_attention_on_last_layer": False,
+            }
+        feed_forward = {"name": "default", "hidden_size": config.hidden, "bias": False, "dtype": "float32"}
+        return {
+            "name": "default" if config.prenorm else "reordered_norm",
+            "sequence_mixer": mixer,
+            "layer_norm": norm,
+            "feed_forward": feed_forward,
+        }
+
+    model: dict[str, Any] = {
+        "d_model": config.d_model,
+        "vocab_size": config.vocab_size,
+        "n_layers": config.n_layers,
+        "block": block(None),
+        "lm_head": {"name": "default", "layer_norm": norm, "bias": False, "dtype": "float32"},
+        "name": "default",
+        "dtype": "float32",
+        "init_method": "normal",
+        "init_std": config.init_std,
+    }
+    if config.tied:
+        model["tie_word_embeddings"] = True
+    if config.yarn:
+        full = [i for i, window in enumerate(config.windows) if not window]
+        model["block_overrides"] = {str(i): block(i) for i in full}
+    tokenizer = {
+        "vocab_size": facts.get("vocab_size"),
+        "eos_token_id": facts.get("eos_id"),
+        "pad_token_id": facts.get("pad_id"),
+        "identifier": None,
+    }
+    return {"model": model, "dataset": {"tokenizer": tokenizer}}
+
+
+def _whole(value: float) -> float | int:
+    """OLMo-core declares these as integers."""
+    return int(value) if float(value).is_integer() else value
+
+
+def model_config(file: Path) -> ModelConfig:
+    """The architecture that a step's config.json describes. Raises SftError for what the model cannot express."""
+    data = hf.read_json(file)
+    try:
+        model = data["model"]
+        layers, block = core_layers(model), model["block"]
+        last = (model.get("block_overrides") or {}).get(str(int(model["n_layers"]) - 1)) or block
+        mixer = last.get("sequence_mixer") or last["attention"]
+        rope, heads = mixer.get("rope") or {}, int(mixer["n_heads"])
+        prenorm = str(block.get("name", "default")) == "default"
+        qk_norm = ("head" if mixer.get("use_head_qk_norm") else "full") if mixer.get("qk_norm") else ""
+        config = ModelConfig(
+            n_layers=int(model["n_layers"]),
+            d_model=int(model["d_model"]),
+            n_heads=heads,
+            n_kv_heads=int(mixer.get("n_kv_heads") or heads),
+            head_dim=int(mixer.get("head_dim") or int(model["d_model"]) // heads),
+            hidden=int(block["feed_forward"]["hidden_size"]),
+            vocab_size=int(model["vocab_size"]),
+            window=max(0, *(layer["window"] for layer in layers)),
+            rope_theta=float(rope.get("theta", 500_000)),
+            **_scaling(rope.get("scaling")),
+            prenorm=prenorm,
+            qk_norm=qk_norm,
+            tied=bool(model.get("tie_word_embeddings", False)),
+            init_std=float(model.get("init_std", 0.02)),
+            norm_eps=float(block["layer_norm"].get("eps", 1e-5)),
+        )
+        ours = core_layers(step_config(config, {})["model"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SftError(
+            f"{file}: not the description of an OLMo-core model: {error!r}; next: bring the step's own config.json"
+        ) from error
+    if (prenorm, qk_norm) not in ((False, "full"), (True, "head"), (True, "")):
+        raise SftError(
+            f"{file}: model.block: {block.get('name', 'default')!r} with qk_norm {qk_norm or 'none'!r}: the block of no family here"
+            f" ({', '.join(hf.FAMILIES)}); next: convert it with OLMo-core"
+        )
+    for layer, (theirs, wanted) in enumerate(zip(layers, ours, strict=True)):
+        for field, value in wanted.items():
+            if theirs[field] != value:
+                raise SftError(
+                    f"{file}: layer {layer}: {field} is {theirs[field]}, a model of this kind has {value} there; next: convert it"
+                    " with OLMo-core"
+                )
+    return config
+
+
+def _scaling(said: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The ModelConfig's fields for a rotary scaling. Raises ValueError for a kind that is not known here."""
+    if not said:
+        return {}
+    factor, old = float(said["factor"]), int(said["old_context_len"])
+    if "beta_fast" in said:
+        return {"yarn": Yarn(factor, float(said["beta_fast"]), float(said["beta_slow"]), old)}
+    if "low_freq_proportion" in said:
+        low, high = 1 / (1 - float(said["low_freq_proportion"])), 1 / float(said["high_freq_proportion"])
+        return {"stepwise": Stepwise(factor, round(low, 9), round(high, 9), old)}
+    raise ValueError(f"rope scaling {said.get('_CLASS_')!r} is neither YaRN nor stepwise")

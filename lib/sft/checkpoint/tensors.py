@@ -1,0 +1,292 @@
+"""Tensors of a torch DCP folder (ours or OLMo-core's), read in pieces, without a process group and without running anything.
+
+In:  stepN/ or stepN/model_and_optim/, written by any number of ranks. Out: `Tensors`, name -> tensor, or a few rows of one, or the
+     part of one that a rank holds. Memory is that of what is asked for and a piece of 32 MB.
+
+DCP's `.metadata` is a pickle. It is read by an unpickler that knows a dozen plain classes and nothing else. Every stored
+piece is a zip of torch.save's, whose pickle is read with weights_only; values read from first to last are held against its CRC-32.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import os
+import pathlib
+import pickle
+import re
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from sft.common.errors import SftError
+
+PIECE = 32 << 20  # bytes read at once
+
+_ALLOWED: dict[tuple[str, str], Any] = {
+    (kind.__module__, kind.__name__): kind
+    for kind in (
+        metadata.Metadata, metadata.MetadataIndex, metadata.TensorStorageMetadata, metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata, metadata.TensorProperties, metadata.StorageMeta, metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo, collections.OrderedDict,
+    )
+}  # fmt: skip
+_ALLOWED |= {
+    ("olmo_core.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("pathlib", "PosixPath"): pathlib.PurePosixPath,
+    ("pathlib._local", "PosixPath"): pathlib.PurePosixPath,
+}
+_ALLOWED |= {("torch", str(d).removeprefix("torch.")): d for d in (torch.float32, torch.float64, torch.bfloat16)}
+_ALLOWED |= {
+    ("torch", str(d).removeprefix("torch.")): d for d in (torch.float16, torch.int64, torch.int32, torch.uint8)
+}
+
+
+class _Restricted(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata") from None
+
+
+def read_metadata(step: Path) -> metadata.Metadata:
+    """The DCP metadata of a step folder, or of a folder that is itself DCP's. Raises SftError; runs no foreign code."""
+    file = weights_folder(step) / ".metadata"
+    try:
+        with file.open("rb") as f:
+            found = _Restricted(f).load()
+    except FileNotFoundError:
+        raise SftError(f"{file}: no such file; {step} is not a checkpoint; next: name a step folder") from None
+    except Exception as error:  # a torn pickle can raise nearly anything
+        raise SftError(
+            f"{file}: not readable as checkpoint metadata: {type(error).__name__}: {error}; next: bring that file again from where"
+            " you trust it"
+        ) from error
+    if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
+        raise SftError(
+            f"{file}: holds {type(found).__name__}, expected a DCP Metadata with storage data; next: bring it again"
+        )
+    return found
+
+
+def weights_folder(step: Path) -> Path:
+    nested = step / "model_and_optim"
+    return nested if nested.is_dir() or not (step / ".metadata").is_file() else step
+
+
+class Weights(Protocol):
+    """What an export is made from and compared with: tensors by our name, wherever they lie."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor."""
+        ...
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a DCP folder whose names start with `prefix`, under their names without it."""
+
+    def __init__(self, step: Path, prefix: str = "model.") -> None:
+        self.folder = weights_folder(step)
+        self.prefix = prefix
+        found = read_metadata(step)
+        self._storage = found.storage_data
+        self._entries: dict[str, metadata.TensorStorageMetadata] = {
+            name.removeprefix(prefix): entry
+            for name, entry in found.state_dict_metadata.items()
+            if name.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata)
+        }
+        self._files: dict[str, BinaryIO] = {}
+        self._opened: tuple[str, dict[torch.Size, _Chunk]] = ("", {})  # the chunks of the tensor read last
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entries[name].properties.dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        value = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self._fill(name, value, (0,) * value.dim())
+        return value
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of a tensor."""
+        entry = self._entries[name]
+        value = torch.empty((stop - start, *entry.size[1:]), dtype=entry.properties.dtype)
+        self._fill(name, value, (start, *(0,) * (value.dim() - 1)))
+        return value
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Copies a stored tensor into a plain or sharded one of the same shape: every rank reads only what it holds."""
+        if name not in self._entries:
+            raise SftError(f"{self.folder}: no tensor {self.prefix}{name}")
+        if tuple(target.shape) != self.shape(name):
+            raise SftError(
+                f"{self.folder}: {self.prefix}{name}: shape {self.shape(name)}, the model wants {tuple(target.shape)}"
+            )
+        with torch.no_grad():
+            if not isinstance(target, DTensor):
+                self._fill(name, target, (0,) * target.dim())
+                return
+            _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+            self._fill(name, target.to_local(), tuple(offset))
+
+    def _fill(self, name: str, target: Tensor, offset: tuple[int, ...]) -> None:
+        """Fills `target`, which stands at `offset` of the whole tensor, from every stored chunk that overlaps it."""
+        if self._opened[0] != name:
+            self._opened = (name, {})
+        filled = 0
+        for stored in self._entries[name].chunks:
+            theirs, ours = [], []
+            for at, size, start, length in zip(stored.offsets, stored.sizes, offset, target.shape, strict=True):
+                low, high = max(at, start), min(at + size, start + length)
+                theirs.append(slice(low - at, max(high, low) - at))
+                ours.append(slice(low - start, max(high, low) - start))
+            overlap = math.prod(s.stop - s.start for s in ours)
+            if overlap:
+                self._chunk(name, stored).copy(target[tuple(ours)], tuple(theirs))
+                filled += overlap
+        if filled != target.numel():
+            raise SftError(
+                f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values; next: bring the whole checkpoint again"
+            )
+
+    def _chunk(self, name: str, stored: metadata.ChunkStorageMetadata) -> _Chunk:
+        if stored.offsets in self._opened[1]:
+            return self._opened[1][stored.offsets]
+        key = self.prefix + name
+        info = self._storage.get(metadata.MetadataIndex(key, stored.offsets))
+        if info is None:
+            raise SftError(f"{self.folder}/.metadata: says nothing about where {key} at {stored.offsets} lies")
+        if getattr(info, "transform_descriptors", None) or not re.fullmatch(r"[\w.-]+", info.relative_path):
+            raise SftError(f"{self.folder}/.metadata: {key}: unusable location {info.relative_path!r}")
+        file = self.folder / info.relative_path
+        try:
+            if info.relative_path not in self._files:
+                self._files[info.relative_path] = file.open("rb")
+            chunk = _Chunk(self._files[info.relative_path], info.offset, info.length, f"{file}: {key}")
+        except FileNotFoundError:
+            raise SftError(f"{file}: missing; next: bring the whole checkpoint again") from None
+        except SftError:
+            raise
+        except Exception as error:  # a damaged zip can raise nearly anything
+            raise SftError(f"{file}: {key}: not readable: {error}; next: bring that file again") from error
+        if chunk.shape != stored.sizes:
+            raise SftError(f"{file}: {key}: a chunk of {tuple(chunk.shape)}, listed as {tuple(stored.sizes)}")
+        self._opened[1][stored.offsets] = chunk
+        return chunk
+
+
+class _Chunk:
+    """One stored piece of a tensor. Its values lie uncompressed in one record of a zip, row after row."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int, where: str) -> None:
+        self.file, self.where = file, where
+        view: Any = _View(file, offset, length)
+        with zipfile.ZipFile(view) as archive:
+            record = next((i for i in archive.infolist() if i.filename.endswith("/data/0")), None)
+        view.seek(0)
+        with FakeTensorMode():  # reads shape and place, not the values
+            value = torch.load(view, map_location="cpu", weights_only=True)
+        if not isinstance(value, Tensor):
+            raise SftError(f"{where}: holds {type(value).__name__}, expected a tensor")
+        self.shape, self.dtype = value.shape, value.dtype
+        self.whole: Tensor | None = None
+        self.crc = self.seen = 0
+        if record is None or not value.is_contiguous() or value.storage_offset():
+            view.seek(0)
+            self.whole = torch.load(view, map_location="cpu", weights_only=True)
+            return
+        self.record, self.size = record, value.numel() * value.dtype.itemsize
+        self.offset = offset + getattr(value.untyped_storage(), "_checkpoint_offset")  # noqa: B009 (torch's, undeclared)
+
+    def copy(self, target: Tensor, part: tuple[slice, ...]) -> None:
+        """target = self[part], at most PIECE bytes of whole rows at a time."""
+        if self.whole is not None or not part:
+            value = self._values(0, self.size).view(self.shape) if self.whole is None else self.whole
+            target.copy_(value[part])
+            return
+        first, last = part[0].start, part[0].stop
+        row = self.size // self.shape[0]
+        step = max(1, PIECE // max(1, row))
+        for start in range(first, last, step):
+            stop = min(start + step, last)
+            values = self._values(start * row, (stop - start) * row).view(stop - start, *self.shape[1:])
+            target[start - first : stop - first].copy_(values[(slice(None), *part[1:])])
+
+    def _values(self, start: int, count: int) -> Tensor:
+        raw = read_values(self.file, self.offset + start, count, torch.uint8)
+        if start == self.seen:  # one reader that goes from the first byte to the last has them all checked
+            self.crc, self.seen = zlib.crc32(raw.numpy().data, self.crc), start + count
+            if self.seen == self.record.file_size and self.crc != self.record.CRC:
+                raise SftError(
+                    f"{self.where}: the values are not those that were written (CRC-32 differs); next: bring that file again"
+                )
+        return raw.view(self.dtype)
+
+
+class _View(io.RawIOBase):
+    """A stretch of a file as a file of its own."""
+
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.at = file, offset, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.length)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")[: max(0, self.length - self.at)]
+        count = os.preadv(self.file.fileno(), [wanted], self.offset + self.at) if wanted else 0
+        self.at += count
+        return count
+
+
+def read_values(file: BinaryIO, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+    """`count` values at a place in a file. Raises SftError where the file ends early."""
+    raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
+    left = raw.numpy().data
+    while left:
+        got = os.preadv(file.fileno(), [left[: 1 << 30]], offset)
+        if not got:
+            raise SftError(f"{file.name}: ends {len(left):,} bytes early; next: bring that file again")
+        left, offset = left[got:], offset + got
+    return raw.view(dtype)

@@ -1,0 +1,31 @@
+"""TODO sft.common.machine"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def gpus() -> int:
+    """How many GPUs this process may use."""
+    return len(visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs this process may use, by UUID where the driver tells it: those of CUDA_VISIBLE_DEVICES, else all NVIDIA devices."""
+    uuids = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        uuids += [
+            line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith("GPU UUID")
+        ]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        devices = [device.name.removeprefix("nvidia") for device in Path("/dev").glob("nvidia[0-9]*")]
+    else:
+        devices = [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1", "NoDevFiles")]
+    return [uuids[int(d)] if d.isdigit() and int(d) < len(uuids) else d for d in devices]
+
+
+def in_job() -> bool:
+    """Whether a launcher's job has started this process."""
+    return "SFT_JOB" in os.environ

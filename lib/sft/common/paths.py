@@ -1,0 +1,60 @@
+"""Names of files that come from recipes and manifests: they stay under their root. Standard library only."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.common.errors import SftError
+
+REMOTE = re.compile(r"(gs|hf|s3)://")
+
+
+def check_relative(path: str, what: str) -> str:
+    """Returns `path` if it is a clean relative POSIX path; raises SftError naming `what` otherwise."""
+    parts = path.split("/")
+    if (
+        not path
+        or "\0" in path
+        or "\\" in path
+        or path.startswith(("/", "~"))
+        or any(p in ("", ".", "..") for p in parts)
+    ):
+        raise SftError(
+            f"{what}: {path!r} is not a plain relative path (no leading '/', '..', '//', '~' or '\\');"
+            " next: write it relative to a folder and name that folder with DATA=/that/folder"
+        )
+    return path
+
+
+def find(roots: Sequence[Path], path: str, what: str) -> Path:
+    """The file or folder `path` under the first root that has it. Raises SftError when none has, or when it leaves its root."""
+    check_relative(path.rstrip("/"), what)
+    for root in roots:
+        candidate = root / path
+        if candidate.exists():
+            if not candidate.resolve().is_relative_to(root.resolve()):
+                raise SftError(
+                    f"{what}: {candidate} is a link that leaves {root}; next: add the folder it points into to DATA"
+                )
+            return candidate
+    tried = ", ".join(str(r) for r in roots)
+    raise SftError(
+        f"{what}: no file or folder {path!r} under {tried}; next: say where it is with DATA=/its/folder (several: DATA=a:b)"
+    )
+
+
+def for_user(text: str) -> str:
+    """`text` with '{user}' replaced by SFT_USER, else the login name."""
+    return text.replace("{user}", os.environ.get("SFT_USER") or getpass.getuser()) if "{user}" in text else text
+
+
+def inside(root: Path, path: str, what: str) -> Path:
+    """`root/path`, refused when the name or a link on the way leaves the root. It need not exist."""
+    joined = root / check_relative(path, what)
+    if not joined.resolve().is_relative_to(root.resolve()):
+        raise SftError(f"{what}: {path!r} leaves {root} through a link")
+    return joined

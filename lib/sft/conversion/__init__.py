@@ -1,1 +1,0 @@
-"""Checkpoints to Hugging Face folders and back, and the gate before they are published."""

@@ -1,0 +1,34 @@
+"""TODO sft.data.shard"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from sft.common import manifest
+from sft.common.errors import SftError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What SHARD= asks for: '' everything, 'i/n' one part of the encoding, 'merge/n' the rest once all n parts are there."""
+
+    parts: int = 0
+    part: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        if not text:
+            return cls()
+        match = re.fullmatch(r"(\d+|merge)/(\d+)", text)
+        if not match or not int(match[2]) or (match[1] != "merge" and int(match[1]) >= int(match[2])):
+            raise SftError(
+                f"SHARD={text!r}: not i/n with 0 <= i < n, nor merge/n; next: SHARD=0/4 … SHARD=3/4, then SHARD=merge/4"
+            )
+        return cls(int(match[2]), None if match[1] == "merge" else int(match[1]))
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(manifest.canonical(value)).hexdigest()[:32]

@@ -1,0 +1,107 @@
+"""The model card: where a model came from, in the form that the Hugging Face hub reads.
+
+In:  a run's manifests, prepare's dataset.json, the recipe, the gate's report, scores where there are any.
+Out: the text of README.md. It says nothing of when or where, so the same content gives the same card.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.recipe import schema
+from sft.recipe.recipe import Recipe
+from sft.runner import plan
+
+_HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
+
+
+def of_run(run: Path, recipe: Recipe, gate: Mapping[str, Any]) -> str:
+    """README.md of a run's export. Stages that are not done are left out, so that scores appear once they are measured."""
+    facts = json.loads((run / "prepare" / "dataset.json").read_bytes())
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", recipe.model.preset]}
+    base = _HUB.match(recipe.model.base)
+    sources = [m[1] for s in facts.get("sources", []) if (m := _HUB.match(s["path"]))]
+    front |= {"base_model": base[1]} if base else {}
+    front |= {"datasets": list(dict.fromkeys(sources))} if sources else {}
+    lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {recipe.run}", ""]
+    start = f"`{recipe.model.base}`" if recipe.model.base else "random weights"
+    lines += [f"Supervised finetuning of {start}, geometry `{recipe.model.preset}`.", ""]
+    lines += _scores(run) + _data(facts)
+    if recipe.convert.eval_template:
+        lines += [f"The folder carries another template, to evaluate with: `{recipe.convert.eval_template}`.", ""]
+    lines += _gate(gate)
+    lines += ["## Recipe", "", *[f"* override: `{key} = {value}`" for key, value in recipe.overrides]]
+    text = (plan.REPO / recipe.file).read_text(encoding="utf-8").rstrip()
+    lines += ["", "```toml", text, "```", "", *_chain(run)]
+    return "\n".join(lines) + "\n"
+
+
+def of_checkpoint(source: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+    """README.md of an export that belongs to no run."""
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    ends = ", ".join(map(str, facts["terminator_ids"]))
+    about = [f"Exported from the OLMo-core checkpoint `{source}`; a reply ends with token {ends}.", ""]
+    return "\n".join(front + about + _gate(gate))
+
+
+def _scores(run: Path) -> list[str]:
+    """The table of results, or nothing before evaluate has run on this very export."""
+    try:
+        made = manifest.load(run / "evaluate" / manifest.NAME)
+        convert = manifest.digest(manifest.load(run / "convert" / manifest.NAME))
+    except (FileNotFoundError, SftError):
+        return []
+    if {"manifest": f"../convert/{manifest.NAME}", "sha256": convert} not in made["inputs"]:
+        return []
+    lines = ["## Scores", "", "| task | metric | value | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
+    for task, metrics in made["metrics"].items():
+        if task == "validation" and metrics:
+            lines.append(f"| held-out conversations | loss | {metrics['loss']:.4f} | | {metrics['documents']} |")
+        for name, found in metrics.items() if isinstance(metrics, dict) else ():
+            if isinstance(found, dict) and "value" in found:
+                span = f"{found['low']:.4f} to {found['high']:.4f}" if "low" in found else ""
+                lines.append(f"| {task} | {name} | {found['value']:.4f} | {span} | {found.get('n', '')} |")
+    return [*lines, ""]
+
+
+def _data(facts: Mapping[str, Any]) -> list[str]:
+    lines = ["## Data", "", "| source | conversations | tokens | trained tokens |", "| --- | ---: | ---: | ---: |"]
+    for source in facts.get("sources", []):
+        lines.append(f"| `{source['path']}` | {source['documents']:,} | {source['tokens']:,} | {source['labels']:,} |")
+    name, ends = facts["template"]["name"], ", ".join(map(str, facts["terminator_ids"]))
+    return [*lines, "", f"Chat template `{name}`; a reply ends with token {ends}.", ""]
+
+
+def _gate(gate: Mapping[str, Any]) -> list[str]:
+    tensors, logits = gate["tensors"], gate["logits"]
+    which = f"layers {', '.join(map(str, logits['which']))}" if gate["gate"] == "fast" else "every layer"
+    lines = [
+        "## Proof of the export",
+        "",
+        f"* {tensors['count']} tensors, each equal to the checkpoint's value in {tensors['dtype']}.",
+        f"* Logits agree with the training code's to {logits['max_difference']:.1e} (largest {logits['max_logit']:.1f}) on"
+        f" {logits['tokens']} packed tokens, over {which}.",
+    ]
+    if logits["rounding_kl"]:
+        lines.append(f"* Rounding to {tensors['dtype']} costs {logits['rounding_kl']:.2e} nats a token.")
+    if chats := gate.get("chats"):
+        ended = sum(chat["stopped"] for chat in chats)
+        lines.append(f"* {ended} of {len(chats)} greedy replies to fixed questions end by themselves.")
+    return [*lines, ""]
+
+
+def _chain(run: Path) -> list[str]:
+    """The digest of every stage's manifest; each names its inputs' by hash, so that the last one proves them all."""
+    lines = ["## Provenance", "", "| stage | sha256 of what was made, and from what |", "| --- | --- |"]
+    for stage in schema.STAGES:
+        try:
+            lines.append(f"| {stage} | `{manifest.digest(manifest.load(run / stage / manifest.NAME))}` |")
+        except (FileNotFoundError, SftError):
+            continue
+    return lines

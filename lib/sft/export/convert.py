@@ -1,0 +1,104 @@
+"""The convert stage: a training checkpoint to a Hugging Face folder that is proven equal before it is published.
+
+In:  the final step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json.
+Out: model/     sharded safetensors (vocabulary cut to the tokenizer), config.json, generation_config.json, the tokenizer
+                with its chat template, README.md; AutoModelForCausalLM and AutoTokenizer load it
+     gate.json  what was compared before publishing (sft.export.gate)
+
+Weights are read, cast and written a piece at a time: memory does not grow with the model.
+Run: make convert RECIPE=…, or python stages/convert.py runs/<run>.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sft.checkpoint.tensors import Tensors
+from sft.common.errors import SftError
+from sft.model import hf
+from sft.recipe.presets import ModelConfig, resolve
+
+if TYPE_CHECKING:
+    from sft.recipe.schema import Model
+    from sft.runner.stage import Result, Stage
+from sft.export.rows import write_json
+from sft.export.write import export
+
+
+def convert(stage: Stage) -> Result:
+    """The stage: export, prove, publish."""
+    from sft.export import card
+    from sft.export.gate import check
+    from sft.runner.stage import Result
+
+    facts = hf.read_json(stage.folder("prepare") / "dataset.json")
+    step = final_step(stage.folder("train"))
+    config = model_config(stage.recipe.model, facts, step)
+    options, weights = stage.recipe.convert, Tensors(step)
+    trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
+    template = evaluation_template(options.eval_template, stage.find) or trained
+    stage.say(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
+    model = stage.out / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.say)
+    gate = check(model, weights, config, facts, trained, options, stage.say)
+    weights.close()
+    write_json(stage.out / "gate.json", gate)
+    (model / "README.md").write_text(card.of_run(stage.run, stage.recipe, gate), encoding="utf-8")
+    metrics = {
+        "step": int(step.name.removeprefix("step")),
+        "parameters": config.parameters,
+        "bytes": size,
+        "template": {
+            "name": options.eval_template or "as trained",
+            "sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "gate": gate["summary"],
+    }
+    return Result(outputs=["model", "gate.json"], metrics=metrics)
+
+
+def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
+    """The text of [convert] eval_template: a name of sft.chat.named or a .jinja file; "" where there is none."""
+    from sft.recipe.chat_templates import FAMILIES
+    from sft.recipe.inputs import is_template_file
+
+    if is_template_file(name):
+        return find(name, "convert.eval_template").read_text(encoding="utf-8")
+    if name and name not in FAMILIES:
+        raise SftError(
+            f"[convert] eval_template = {name!r}: none of {', '.join(FAMILIES)}, nor a .jinja file; next: correct it"
+        )
+    return FAMILIES[name].jinja if name else ""
+
+
+def final_step(train: Path) -> Path:
+    """The step folder that train's manifest names as the last; never guessed from what happens to lie there."""
+    file = train / "manifest.json"
+    step = hf.read_json(file).get("metrics", {}).get("final_step")
+    if not isinstance(step, int):
+        raise SftError(f"{file}: metrics.final_step: {step!r}, expected a number; next: make train again")
+    folder = train / f"step{step}"
+    if not (folder / "model_and_optim" / ".metadata").is_file():
+        raise SftError(f"{folder}: no checkpoint (model_and_optim/.metadata), though {file} names step {step}")
+    return folder
+
+
+def model_config(model: Model, facts: Mapping[str, Any], step: Path) -> ModelConfig:
+    """The architecture that was trained: the recipe's, and the checkpoint's own config.json must agree with it."""
+    from sft.checkpoint import olmo_core
+
+    config = resolve(model, int(facts["vocab_size"]))
+    saved = olmo_core.model_config(step / "config.json")
+    for name in (field.name for field in fields(config) if field.name != "init_std"):
+        if getattr(saved, name) != getattr(config, name):
+            raise SftError(
+                f"{step / 'config.json'}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
+                " next: make train again, or correct [model]"
+            )
+    return config

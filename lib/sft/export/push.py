@@ -1,0 +1,125 @@
+"""A run's export to the Hugging Face hub: what would go there, or (push) that it is there, byte for byte.
+
+In:  runs/<run>/convert, whose every byte is verified first; HF_TOKEN from the environment.
+Out: a repository, private unless said otherwise, with one commit; README.md is made anew, with the scores that there are by now.
+
+    make push-hub RECIPE=x REPO=org/name            # lists files and sizes, touches nothing
+    make push-hub RECIPE=x REPO=org/name PUSH=1     # does it; PUSH=public makes the repository public
+    make card RECIPE=x                              # only prints the model card
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.export import card
+from sft.model import hf
+from sft.runner import plan
+
+REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def push(
+    place: plan.Place, run: str, repo: str, mode: str, say: Callable[[str], None], overrides: Sequence[str] = ()
+) -> str:
+    """Publishes the run's export as `repo` and returns its address; mode "" only lists. Raises SftError."""
+    if not REPO.fullmatch(repo):
+        raise SftError(f"REPO={repo}: expected org/name; next: make push-hub RECIPE=… REPO=org/name")
+    if mode not in ("", "1", "public"):
+        raise SftError(f"PUSH={mode}: expected 1 (private) or public; next: correct it, or leave it out to list only")
+    folder, text = export_of(place, run, overrides)
+    files = {p.name: p for p in sorted((folder / "model").iterdir()) if p.name != "README.md"}
+    say(f"{repo} ({'public' if mode == 'public' else 'private'}), from {folder / 'model'}:")
+    for name, file in files.items():
+        say(f"  {file.stat().st_size:>15,}  {name}")
+    say(f"  {len(text.encode()):>15,}  README.md (made now)")
+    say(f"  {sum(f.stat().st_size for f in files.values()):>15,}  bytes in {len(files) + 1} files")
+    if not mode:
+        say("nothing was sent; next: the same with PUSH=1")
+        return ""
+    token = os.environ.get("HF_TOKEN", "")
+    if not token:
+        raise SftError("HF_TOKEN is not set; next: export HF_TOKEN=… with a token that may write to " + repo)
+    try:
+        return _send(repo, files, text.encode(), token, private=mode != "public")
+    except SftError:
+        raise
+    except Exception as error:  # whatever the hub's client raises
+        lines = str(error).replace(token, "<HF_TOKEN>").strip().splitlines() or [type(error).__name__]
+        raise SftError(
+            f"{repo}: {type(error).__name__}: {' '.join(lines)[:500]}; next: check REPO=, what HF_TOKEN may do and the network"
+        ) from None
+
+
+def export_of(place: plan.Place, run: str, overrides: Sequence[str] = ()) -> tuple[Path, str]:
+    """The convert folder of a run, every byte verified, and its model card as of now."""
+    recipe = plan.load_run(place, run, overrides)
+    folder = place.runs / run / "convert"
+    state = plan.states(place, recipe)["convert"]
+    again = f"next: make convert RECIPE={recipe.name}" + "".join(f" {k}={v}" for k, v in recipe.overrides)
+    if state.manifest is None or state.stale:
+        raise SftError(f"{folder}: stale ({'; '.join(state.reasons)}); {again}")
+    if broken := manifest.broken_outputs(folder, state.manifest):
+        raise SftError("\n".join(broken) + f"\n{again} after removing {folder / manifest.NAME}")
+    return folder, card.of_run(place.runs / run, recipe, hf.read_json(folder / "gate.json"))
+
+
+def _send(repo: str, files: dict[str, Path], text: bytes, token: str, private: bool) -> str:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    api = HfApi(token=token)
+    url = str(api.create_repo(repo, private=private, exist_ok=True))
+    if private and not api.model_info(repo).private:  # it was there before, and what is sent would be seen by all
+        raise SftError(f"{repo}: is public; next: PUSH=public if that is meant, or another REPO=")
+    adds = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    adds.append(CommitOperationAdd("README.md", text))
+    done = api.create_commit(repo, adds, commit_message="Export with its proof")
+    stated = {s.rfilename: s for s in api.model_info(repo, revision=done.oid, files_metadata=True).siblings or []}
+    wrong = [name for name, file in files.items() if not _there(file, stated.get(name))]
+    if wrong:
+        raise SftError(f"{repo}: the hub has other bytes for {', '.join(wrong)}; next: push again")
+    return f"{url}/commit/{done.oid}"
+
+
+def _there(file: Path, stated: Any) -> bool:
+    """Whether the hub states this file's hash: sha256 of a large one, git's of a small one."""
+    if stated is None:
+        return False
+    if stated.lfs is not None:
+        return manifest.hash_file(file) == str(stated.lfs.sha256)
+    data = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == stated.blob_id
+
+
+def main() -> None:
+    """The program behind stages/push_hub.py."""
+    from sft.common.process import report_errors
+
+    parser = argparse.ArgumentParser(prog="stages/push_hub.py", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("--repo", default="", help="org/name on the hub")
+    parser.add_argument("--push", default="", help="1 = send, to a private repository; public = to a public one")
+    parser.add_argument("--card", action="store_true", help="print the model card and do nothing else")
+    parser.add_argument("--cluster", default="local", help="env/<cluster>.toml")
+    parser.add_argument("--data", default="", help="folders that recipes' paths are looked up in")
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    args = parser.parse_intermixed_args()
+    with report_errors("push-hub"):
+        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
+        if args.card:
+            print(export_of(place, args.run.name, args.overrides)[1], end="")
+            return
+
+        def say(line: str) -> None:
+            print(f"[push-hub] {line}", flush=True)
+
+        if url := push(place, args.run.name, args.repo, args.push, say, args.overrides):
+            say(f"there, every file's hash compared: {url}")

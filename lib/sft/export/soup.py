@@ -1,0 +1,166 @@
+"""Model souping (arXiv 2203.05482): the mean of several checkpoints' weights as a step folder of its own.
+
+    make soup RUN=x STEPS="100 200 300" DST=folder                    kept steps of a run
+    make soup STEPS="seed-1/300 seed-2/300" WEIGHTS="1 2" DST=folder  steps of several runs; a path to any step folder does too
+
+In:  two or more step folders (ours or OLMo-core's) of one geometry and one tokenizer.
+Out: DST in the layout that [model] base, make to-hf and OLMo-core read: weights only, tokenizer/, soup.json (sources, weights,
+     hashes) and a manifest. Averaged in fp32 a few rows at a time, so that memory does not grow with the model, then read back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sft.checkpoint.step_folder import LAYOUT_VERSION, damage
+from sft.checkpoint.tensors import Tensors
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.common.paths import inside
+from sft.export.core import Say, arriving, write_step
+from sft.export.rows import TOKENIZER_FILES, pieces, write_json
+from sft.model.hf import read_json
+
+
+class Mean:
+    """The weighted mean of checkpoints, tensor by tensor and row by row, in fp32."""
+
+    def __init__(self, parts: Sequence[Tensors], weights: Sequence[float]) -> None:
+        self.parts, self.weights = parts, weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts[0])
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.parts[0].shape(name)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        total: Tensor | None = None
+        for part, weight in zip(self.parts, self.weights, strict=True):
+            value = part.rows(name, start, stop).float() * weight
+            total = value if total is None else total.add_(value)
+        assert total is not None
+        return total.div_(sum(self.weights))
+
+
+def find_step(runs: Path, run: str, word: str) -> Path:
+    """The step folder that one word of STEPS means: a number (of `run`), <run>/<number>, or a path."""
+    owner, _, number = word.rpartition("/")
+    if number.isdecimal() and "/" not in owner and (owner or run):
+        folder = inside(runs, f"{owner or run}/train/step{number}", "STEPS")
+        if not folder.is_dir():
+            there = sorted(int(p.name[4:]) for p in folder.parent.glob("step*") if p.name[4:].isdecimal())
+            raise SftError(f"STEPS: {folder}: no such step; there are {' '.join(map(str, there)) or 'none'}")
+        return folder
+    if not Path(word).is_dir():
+        raise SftError(
+            f"STEPS: {word}: neither a step number of RUN=, <run>/<number> nor a step folder; next: correct it"
+        )
+    return Path(word)
+
+
+def tokenizer_of(step: Path) -> Path | None:
+    """The folder with the tokenizer.json that belongs to a step."""
+    places = (step / "tokenizer", step.parent / "tokenizer")
+    return next((p for p in places if (p / "tokenizer.json").is_file()), None)
+
+
+def check_alike(steps: Sequence[Path], parts: Sequence[Tensors]) -> None:
+    """Refuses steps that are damaged, or of different models or tokenizers, naming both."""
+    first, whole = steps[0], parts[0]
+    if len({step.resolve() for step in steps}) < len(steps):
+        raise SftError(f"STEPS: {' '.join(map(str, steps))}: a step twice; next: give it more weight with WEIGHTS=")
+    for step in steps:
+        if (step / manifest.NAME).is_file() and (problems := damage(step)):
+            raise SftError(f"{problems[0]}; next: choose another step")
+    models = [read_json(step / "config.json") for step in steps]
+    tokenizers = [tokenizer_of(step) for step in steps]
+    hashes = [manifest.hash_file(t / "tokenizer.json") if t else None for t in tokenizers]
+    for step, part, model, digest in zip(steps[1:], parts[1:], models[1:], hashes[1:], strict=True):
+        names = set(whole) ^ set(part) or {n for n in whole if whole.shape(n) != part.shape(n)}
+        if names:
+            name = sorted(names)[0]
+            ours, theirs = (t.shape(name) if name in t else "none" for t in (whole, part))
+            raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}")
+        if model.get("model") != models[0].get("model"):
+            raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models")
+        if digest != hashes[0] or model.get("dataset") != models[0].get("dataset"):
+            raise SftError(
+                f"{first} and {step} have different tokenizers: tokenizer.json sha256 {hashes[0]} and {digest};"
+                " their embeddings mean different tokens"
+            )
+
+
+def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Path, say: Say) -> None:
+    """Writes the weighted mean of `steps` at `target` (a new folder or gs://…). Raises SftError."""
+    if len(steps) < 2:
+        raise SftError(f"STEPS={' '.join(map(str, steps))}: a mean needs two steps or more")
+    if len(weights) != len(steps) or not all(math.isfinite(w) and w > 0 for w in weights):
+        raise SftError(
+            f"WEIGHTS={' '.join(f'{w:g}' for w in weights)}: {len(steps)} steps need as many numbers above zero"
+        )
+    parts = [Tensors(step) for step in steps]
+    check_alike(steps, parts)
+    mean = Mean(parts, weights)
+    with arriving(target, cache, say) as out:
+        (out / "train").mkdir(parents=True)
+        shapes = {name: mean.shape(name) for name in mean}
+        write_step(mean, shapes, out, " + ".join(map(str, steps)))
+        written = Tensors(out)
+        for name, shape in shapes.items():
+            for start, stop in pieces(shape):
+                if not torch.equal(written.rows(name, start, stop), mean.rows(name, start, stop)):
+                    raise SftError(f"{out}: {name}: not the mean of the steps; next: check that disk and run it again")
+        for tensors in (*parts, written):
+            tensors.close()
+        shutil.copyfile(steps[0] / "config.json", out / "config.json")
+        write_json(out / ".metadata.json", {"ephemeral": False, "version": LAYOUT_VERSION})
+        torch.save({}, out / "train" / "rank0.pt")
+        if tokenizer := tokenizer_of(steps[0]):
+            (out / "tokenizer").mkdir()
+            for name in TOKENIZER_FILES:
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, out / "tokenizer" / name)
+        write_json(out / "soup.json", {"sources": [describe(s, w) for s, w in zip(steps, weights, strict=True)]})
+        names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
+        write_json(
+            out / manifest.NAME, {"schema": manifest.SCHEMA, "step": 0, "outputs": manifest.describe(out, names)}
+        )
+    say(
+        f"{target}: the mean of {len(steps)} steps, {sum(math.prod(s) for s in shapes.values()):,} parameters, read back"
+    )
+
+
+def describe(step: Path, weight: float) -> dict[str, Any]:
+    file = step / manifest.NAME
+    outputs = json.loads(file.read_bytes())["outputs"] if file.is_file() else None
+    return {"step": str(step), "weight": weight, "files": outputs}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program behind stages/soup.py."""
+    from sft.common.process import report_errors
+
+    parser = argparse.ArgumentParser(prog="stages/soup.py", description=__doc__.splitlines()[0])
+    parser.add_argument("target", help="a new folder or gs://…")
+    parser.add_argument("steps", nargs="+", help="<number> of --run, <run>/<number>, or a step folder")
+    parser.add_argument("--run", default="", help="run whose steps are meant by numbers alone")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs")
+    parser.add_argument("--weights", default="", help="numbers, one for each step; default: all the same")
+    args = parser.parse_args(argv)
+    with report_errors("soup"):
+        steps = [find_step(args.runs, args.run, word) for word in args.steps]
+        try:
+            weights = [float(w) for w in args.weights.split()] or [1.0] * len(steps)
+        except ValueError:
+            raise SftError(f"WEIGHTS={args.weights}: not numbers; next: write one for each step") from None
+        soup(steps, weights, args.target, args.runs / ".cache", lambda text: print(f"[soup] {text}", flush=True))

@@ -1,0 +1,249 @@
+"""Evaluation by AI2's own harnesses on Beaker: the experiment that the ancestor's scripts would submit, as lists of arguments.
+
+`[evaluate] harness = "olmo-eval"` runs `olmo-eval run -m MODEL --harness default -o provider.kind=vllm_server … -t TASK…` as
+one task; `"oe-eval"` the older tool, one task of the experiment for each of its tasks. The options were read from
+allenai/open-instruct (scripts/submit_eval_jobs.py, submit_eval_jobs_old.py, eval/oe-eval.sh). `trust_remote_code`, which
+those scripts set, is not: an export brings no code. What comes back is read by sft.evaluation.collected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from beaker import BeakerExperimentSpec
+
+from sft.common import elsewhere, manifest, paths
+from sft.common.errors import SftError
+from sft.evaluation.collected import ASKED, RETURNED
+from sft.launch.beaker import specification
+from sft.runner import plan
+
+if TYPE_CHECKING:
+    from sft.launch.job import Job
+
+MODEL = "/model"
+# Lines that prepare the image, then the harness: nothing of it is put together from strings.
+INSTALL = (
+    'for ((count = $1; count > 0; count--)); do bash -euo pipefail -c "$2"; set -- "$1" "${@:3}"; done; exec "${@:2}"'
+)
+_TASK = r"[A-Za-z0-9][A-Za-z0-9_.:@+-]*"
+SUITES = {
+    "OLMO_3": (
+        "mmlu:cot::hamish_zs_reasoning_deepseek", "popqa::hamish_zs_reasoning_deepseek",
+        "bbh:cot::hamish_zs_reasoning_deepseek_v2", "gpqa:0shot_cot::qwen3-instruct",
+        "zebralogic::hamish_zs_reasoning_deepseek", "agi_eval_english:0shot_cot::hamish_zs_reasoning_deepseek",
+        "minerva_math::hamish_zs_reasoning_deepseek", "omega_500:0-shot-chat_deepseek",
+        "aime:zs_cot_r1::pass_at_32_2024_deepseek", "aime:zs_cot_r1::pass_at_32_2025_deepseek",
+        "codex_humanevalplus:0-shot-chat::tulu-thinker_deepseek", "mbppplus:0-shot-chat::tulu-thinker_deepseek",
+        "livecodebench_codegeneration::tulu-thinker_deepseek_no_think_tags",
+        "alpaca_eval_v3::hamish_zs_reasoning_deepseek", "ifeval::hamish_zs_reasoning_deepseek",
+        "ifeval_ood::tulu-thinker-deepseek", "bfcl_all::std",
+    ),
+    "OLMO_3_UNSEEN": (
+        "mmlu_pro:0shot_cot::tulu3", "livecodebench_codegeneration::tulu-thinker-hidden_no_think_tags", "ifbench::tulu",
+    ),
+    "TULU_3_DEV": (
+        "gsm8k::tulu", "bbh:cot-v1::tulu", "drop::llama3", "minerva_math::tulu", "codex_humaneval::tulu",
+        "codex_humanevalplus::tulu", "ifeval::tulu", "popqa::tulu", "mmlu:mc::tulu", "mmlu:cot::summarize",
+        "alpaca_eval_v3::tulu", "truthfulqa::tulu",
+    ),
+    "TULU_3_UNSEEN": (
+        "agi_eval_english:0shot_cot::tulu3", "gpqa:0shot_cot::tulu3", "mmlu_pro:0shot_cot::tulu3",
+        "deepmind_math:0shot_cot-v3::tulu3", "bigcodebench_hard::tulu", "gpqa:0shot_cot::llama3.1",
+        "mmlu_pro:cot::llama3.1", "bigcodebench::tulu",
+    ),
+    "SAFETY_EVAL": ("safety::olmo3",),
+    "SAFETY_EVAL_REASONING": ("safety_reasoning::olmo3",),
+}  # fmt: skip
+"""oe-eval's task suites as scripts/eval/oe-eval.sh lists them; each name of a suite in [evaluate] tasks stands for its tasks."""
+CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")  # multiple choice without vLLM: batches of 1 on twice the GPUs
+TOOLS = "bfcl_all::std"
+LM_EVAL_ONLY = ("system_prompt", "seed", "validation_documents", "backend", "task_dir", "data")
+REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_ONLY, "min_stop_rate")}
+"""Options that a harness would silently not do: its tasks decide the thing, or its records do not tell it."""
+
+
+def is_ours(job: Job) -> bool:
+    """Whether the job is an evaluation by one of AI2's harnesses, not a stage's own command."""
+    return job.stage == "evaluate" and job.recipe.evaluate.harness != "lm-eval"
+
+
+def tasks_of(job: Job) -> list[str]:
+    """The tasks' names with suites written out, each once. Raises SftError for a name that no task can have."""
+    options = job.recipe.evaluate
+    named = [
+        t for name in options.tasks for t in (SUITES.get(name, (name,)) if options.harness == "oe-eval" else (name,))
+    ]
+    for name in named:
+        if not re.fullmatch(_TASK, name):
+            raise SftError(f"{job.recipe.file}: [evaluate] tasks: {name!r} is not a task's name")
+    return list(dict.fromkeys(named))
+
+
+def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]:
+    """(model as the harness names it, datasets to mount {path: dataset}, datasets to upload first {name: folder}).
+
+    [evaluate] location is a path on a mount, gs://…, org/name on the hub, or beaker://dataset; empty = the run's own export.
+    """
+    options, file = job.recipe.evaluate, job.recipe.file
+    place = options.location
+    if match := re.fullmatch(r"(?:beaker://)?([0-9A-Z]{26})|beaker://([A-Za-z0-9_-]+/[A-Za-z0-9_.-]+)", place):
+        return MODEL, {MODEL: match[1] or match[2]}, {}
+    if place:
+        place = paths.for_user(place).removeprefix("hf://")
+        if not re.fullmatch(r"(/|gs://)?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*", place) or ".." in place.split("/"):
+            raise SftError(
+                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name or beaker://… is expected"
+            )
+        if place.startswith("/"):
+            _check_mounted(job, place)
+        return place, {}, {}
+    folder = job.run / "convert"
+    where, absent = elsewhere.elsewhere(folder)
+    remote = f"{specification.kept_run(job)}/convert"
+    if where.startswith("gs://") or remote in (where, str(folder.absolute())):
+        return f"{where or remote}/model", {}, {}
+    if absent:
+        _check_mounted(job, where)
+        return f"{where}/model", {}, {}
+    try:
+        made = manifest.load(folder / manifest.NAME)
+    except FileNotFoundError:  # of a dry run
+        return f"{remote}/model", {}, {}
+    dataset = f"olmo-sft-export-{manifest.digest(made)[:16]}"
+    return MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"}
+
+
+def _check_mounted(job: Job, path: str) -> None:
+    mounted = [m.partition(":")[2] for m in job.cluster.mounts]
+    if not any(path == m or path.startswith(m + "/") for m in mounted):
+        raise SftError(
+            f"{path}: jobs on {job.place.cluster} do not see it; they see {', '.join(mounted) or 'no mount'}; next: add its"
+            f" bucket to mounts in env/{job.place.cluster}.toml, or convert on this cluster"
+        )
+
+
+def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
+    """The experiment of an evaluation by one of AI2's harnesses; None when the stage runs lm-eval. Raises SftError."""
+    if not is_ours(job):
+        return None
+    options, cluster = job.recipe.evaluate, job.cluster
+    specification.check_cluster(job.place.cluster, cluster)
+    if not cluster.evaluate_image:
+        raise SftError(
+            f"env/{job.place.cluster}.toml: 'evaluate_image' is missing: the image that has {options.harness}"
+        )
+    if cluster.evaluate_harness != options.harness:
+        raise SftError(
+            f"env/{job.place.cluster}.toml: evaluate_image and evaluate_install bring {cluster.evaluate_harness}, [evaluate] asks for"
+            f" {options.harness}; next: another harness, or a copy of this file with an image of {options.harness} and"
+            f' evaluate_harness = "{options.harness}"'
+        )
+    _check_honoured(job)
+    model, datasets, _ = model_of(job, user)
+    gpus = max(1, job.gpus)
+    make = _olmo_eval if options.harness == "olmo-eval" else _oe_eval
+    made = []
+    for name, used, variables, arguments in make(job, model, gpus):
+        task = specification.task(job, name, variables, datasets, used)
+        task.image.beaker = cluster.evaluate_image
+        for variable, secret in cluster.evaluate_secrets.items():
+            task = task.with_env_var(variable, secret=paths.for_user(secret))
+        if install := cluster.evaluate_install:
+            task.command = ["bash", "-c", INSTALL, "install", str(len(install)), *install]
+        else:
+            task.command = arguments[:1]
+        task.arguments = arguments if install else arguments[1:]
+        made.append(task)
+    return specification.wrap(job, made)
+
+
+def _check_honoured(job: Job) -> None:
+    """Refuses what the harness would silently not do."""
+    options = job.recipe.evaluate
+    fields = [f for f in dataclasses.fields(options) if f.name in REFUSED[options.harness]]
+    changed = [f.name for f in fields if getattr(options, f.name) not in (f.default, {})]
+    if changed:
+        raise SftError(
+            f"{job.recipe.file}: [evaluate] {', '.join(changed)}: {options.harness}'s tasks decide that themselves; next: remove"
+            " it, or choose the task's variant that does"
+        )
+
+
+def _max_length(job: Job) -> int:
+    options = job.recipe.evaluate
+    if options.location and not options.max_length:
+        raise SftError(
+            f"{job.recipe.file}: [evaluate] max_length = 0: the model at {options.location} declares a length of its own that is not"
+            " known here; next: set max_length"
+        )
+    return options.max_length or job.recipe.convert.max_position_embeddings
+
+
+def _olmo_eval(job: Job, model: str, gpus: int) -> list[tuple[str, int, dict[str, str], list[str]]]:
+    """(name, GPUs, variables, command) of the one task."""
+    options = job.recipe.evaluate
+    command = ["olmo-eval", "run", "-m", model, "--harness", "default", "-o", "provider.kind=vllm_server",
+               "-o", f"provider.max_model_len={_max_length(job)}"]  # fmt: skip
+    for task in tasks_of(job):
+        command += ["-t", task, *(["-o", f"limit={options.limit}"] if options.limit else [])]
+    command += ["--num-gpus", str(gpus), "--output-dir", specification.RESULTS]
+    return [("evaluate", gpus, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, command)]
+
+
+def _oe_eval(job: Job, model: str, gpus: int) -> list[tuple[str, int, dict[str, str], list[str]]]:
+    """(name, GPUs, variables, command) for each of oe-eval's tasks."""
+    options, made = job.recipe.evaluate, []
+    length = _max_length(job)
+    task_args = {"generation_kwargs": {"max_gen_toks": length, "truncate_context": False}}
+    for number, name in enumerate(tasks_of(job)):
+        choice = name in CHOICE
+        model_args: dict[str, Any] = {"model_path": model, "max_length": length}
+        if options.process_output != "none":
+            model_args["process_output"] = options.process_output
+        variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
+        if name == TOOLS:
+            if not model.startswith(("/", "gs://")):
+                raise SftError(f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model!r}")
+            model_args["metadata"] = {"extra_eval_config": {"model_name": "allenai/general-tool-use-dev"}}
+            variables["MAX_TOKENS"] = str(length)
+        command = ["oe-eval", "--model", options.model_name or job.run.name, "--task", name]
+        command += [] if choice else ["--model-type", "vllm"]
+        command += ["--batch-size", "1" if choice else "10000", "--model-args", json.dumps(model_args),
+                    "--task-args", json.dumps(task_args), "--gpus", str(gpus * 2 if choice else gpus)]  # fmt: skip
+        command += ["--limit", str(options.limit)] if options.limit else []
+        command += ["--run-local", "--output-dir", specification.RESULTS]
+        made.append((f"{number:03d}-{name}", gpus * 2 if choice else gpus, variables, command))
+    return made
+
+
+def asked(job: Job) -> dict[str, str]:
+    """{task asked for: folder of the results that hold it}: olmo-eval has one Beaker task for all, oe-eval one for each."""
+    names = tasks_of(job)
+    if job.recipe.evaluate.harness == "olmo-eval":
+        return dict.fromkeys(names, "evaluate")
+    return {name: folder_of(f"{number:03d}-{name}") for number, name in enumerate(names)}
+
+
+def folder_of(task: str) -> str:
+    """The folder of a Beaker task's results: its number, or its whole name where it has none."""
+    return task.partition("-")[0]
+
+
+def record_scores(job: Job, arrived: Path) -> int:
+    """Keeps what a harness returned and runs the stage here, which reads it. Returns the stage's exit status."""
+    kept = job.folder / RETURNED
+    if kept.exists():
+        aside = job.run / ".replaced" / f"{RETURNED}-{os.getpid()}"
+        aside.parent.mkdir(exist_ok=True)
+        os.rename(kept, aside)
+    (arrived / ASKED).write_text(json.dumps(asked(job)))
+    (arrived / "identity").write_text(job.identity)
+    os.rename(arrived, kept)
+    return subprocess.run(job.command, cwd=plan.REPO, check=False).returncode

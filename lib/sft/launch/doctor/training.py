@@ -1,0 +1,201 @@
+"""The arithmetic of training before it starts: batch, intervals, memory of a GPU, hours, checkpoints on disk.
+
+Memory and hours need NumPy; without it the table leaves them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from sft.common import elsewhere, manifest, paths
+from sft.common.errors import SftError
+from sft.launch.doctor.context import LEFT, NOTE, OK, RED, Case, Row, amount, hours_text, red
+
+ASSUMED_MFU = (
+    0.25,
+    0.40,
+    0.55,
+)  # low, middle, high, where no earlier run on this kind of GPU has measured one  # low, middle, high, where no earlier run on this kind of GPU has measured one
+MEASURED_BAND = 0.15  # of a measured one: another sequence length or cluster load moves it about that much  # of a measured one: another sequence length or cluster load moves it about that much
+
+
+def batch(case: Case) -> Iterator[Row]:
+    """Packs, ranks and microbatches work out."""
+    train, hardware, ranks = case.recipe.train, case.training, case.ranks
+    micro = hardware.microbatch_tokens or train.seq_len
+    groups = max(1, ranks // hardware.context_degree)
+    packs = train.global_batch_tokens // train.seq_len
+    who = f"{hardware.nodes} node{'s' * (hardware.nodes > 1)} x {ranks // hardware.nodes} processes"
+    whole = f"{packs} packs of {train.seq_len:,} tokens in a step, {who}"
+    if train.global_batch_tokens % (micro * groups):
+        yield Row(RED, "batch", f"{whole}: {train.global_batch_tokens:,} tokens are not a multiple of {groups} x {micro:,}",
+                  f"global_batch_tokens={max(1, round(train.global_batch_tokens / (micro * groups))) * micro * groups}, or other nodes, processes or microbatch_tokens")  # fmt: skip
+    else:
+        yield Row(OK, "batch", f"{whole}, {train.global_batch_tokens // (micro * groups)} microbatches each")
+    if (case.run / "prepare" / "data").is_dir() and not elsewhere.elsewhere(case.run / "prepare")[1]:
+        try:
+            from sft.packing.arithmetic import check
+
+            found = check(case.run / "prepare", case.recipe, hardware, case.cluster)
+            yield Row(OK, "steps", f"{found.steps.steps:,}, {found.steps.warmup_steps:,} of them warm-up")
+        except SftError as e:
+            yield red("steps", e)
+        except ImportError:
+            pass
+    elif case.steps:
+        yield Row(OK, "steps", f"{case.steps:,}" + ("" if train.steps else " or so, packing aside"))
+    else:
+        yield Row(LEFT, "steps", "not known before prepare", f"make prepare RECIPE={case.recipe.name}")
+
+
+def intervals(case: Case) -> Iterator[Row]:
+    """Saving, validating and evaluating happen when they are meant to; the warm-up ends."""
+    train, steps = case.recipe.train, case.steps
+    if train.ephemeral_every and train.ephemeral_every >= train.save_every:
+        yield Row(NOTE, "intervals", f"ephemeral_every = {train.ephemeral_every} is not below save_every = {train.save_every}: it adds nothing",
+                  "ephemeral_every=0, or a smaller one")  # fmt: skip
+    elif train.ephemeral_every and train.save_every % train.ephemeral_every:
+        yield Row(NOTE, "intervals", f"save_every = {train.save_every} is not a multiple of ephemeral_every = {train.ephemeral_every}:"
+                  " saves follow each other closely", f"ephemeral_every={train.save_every // 2 or 1}")  # fmt: skip
+    if train.validate_every and not case.recipe.prepare.validation_fraction:
+        yield Row(NOTE, "validation", "no validation split: no validation loss", "[prepare] validation_fraction = 0.01")
+    every = getattr(case.recipe.evaluate, "every", 0)
+    if every and every < train.save_every:
+        yield Row(NOTE, "intervals", f"[evaluate] every = {every} is below save_every = {train.save_every}: only kept steps are evaluated",
+                  f"save_every={every}")  # fmt: skip
+    for name in ("save_every", "validate_every") if steps else ():
+        value = getattr(train, name)
+        if steps and value > steps:
+            yield Row(NOTE, "intervals", f"{name} = {value} is beyond the last step ({steps}): at the end only")
+    if train.warmup_fraction >= 1:
+        yield Row(
+            RED,
+            "warm-up",
+            "warmup_fraction = 1: the learning rate is never reached before the end",
+            "warmup_fraction=0.03",
+        )
+    elif train.warmup_fraction > 0.5:
+        yield Row(NOTE, "warm-up", f"{train.warmup_fraction:.0%} of the steps are warm-up", "warmup_fraction=0.03")
+    elif steps and train.warmup_fraction and not round(train.warmup_fraction * steps):
+        yield Row(NOTE, "warm-up", f"{train.warmup_fraction:.0%} of {steps} steps is none", "warmup_fraction=0")
+    else:
+        yield Row(
+            OK,
+            "warm-up",
+            f"{round(train.warmup_fraction * steps)} of {steps:,} steps"
+            if steps
+            else f"{train.warmup_fraction:.0%} of the steps",
+        )
+
+
+def memory(case: Case) -> Iterator[Row]:
+    """One GPU holds what training puts on it."""
+    model, limit = case.model, case.cluster.gpu_memory_gb
+    if model is None:
+        yield Row(LEFT, "memory", "the vocabulary is not known before prepare")
+        return
+    from sft.model import memory
+
+    found = memory.plan(model, case.recipe.train, case.training, case.ranks, limit)
+    most = sorted(found.parts.items(), key=lambda p: -p[1])[:3]
+    text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}"
+    if not limit:
+        asked = case.cluster.launcher != "local" and (case.cluster.gpus_per_node or case.training.gpus > 0)
+        then = f'[on.{case.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {case.file}'
+        text += "; what a GPU holds is not stated" if asked else ""
+        yield Row(NOTE if asked else LEFT, "memory", text, then if asked else "")
+        return
+    try:
+        memory.require(found, model, case.recipe.train, case.training, case.ranks)
+    except SftError as e:
+        row = red("memory", e)
+        yield dataclasses.replace(row, found=row.found.replace("<cluster>", case.place.cluster))
+    else:
+        yield Row(OK, "memory", f"{text}, of {limit:g} GB" + (f" ({case.cluster.gpu})" if case.cluster.gpu else ""))
+
+
+def hours(case: Case) -> Iterator[Row]:
+    """How long training takes, from its FLOPs and a share of the GPUs' peak."""
+    model, steps = case.model, case.steps
+    if model is None or not steps:
+        yield Row(LEFT, "hours", "not known before prepare")
+        return
+    from sft.model import utilisation
+
+    peak = case.cluster.gpu_tflops or utilisation.peak_tflops(case.cluster.gpu)
+    train, lengths = case.recipe.train, case.prepared or {}
+    mean = lengths["tokens"] / lengths["documents"] if lengths.get("documents") else train.seq_len
+    per_token = utilisation.flops_per_token(model, (min(mean, train.seq_len) + 1) / 2)
+    total = per_token * steps * train.global_batch_tokens
+    if not peak:
+        yield Row(
+            LEFT, "hours", f"{total:.2g} FLOPs; the GPU's peak is not known", f"gpu and gpu_tflops in {case.file}"
+        )
+        return
+    measured = measured_mfu(case.place.runs, case.recipe.model.preset, case.cluster.gpu)
+    low, middle, high = (
+        (measured * (1 - MEASURED_BAND), measured, measured * (1 + MEASURED_BAND)) if measured else ASSUMED_MFU
+    )
+    one = total / (case.ranks * peak * 1e12) / 3600
+    text = f"{hours_text(one / middle)} ({hours_text(one / high)} to {hours_text(one / low)}), {one / middle * case.ranks:,.1f} GPU hours"
+    yield Row(OK, "hours", f"{text}, at an MFU of {middle:.0%} {'measured before' if measured else 'assumed'}")
+
+
+def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
+    """The median MFU of the latest run of this preset that measured one on this type of GPU."""
+    wanted = set(re.findall(r"\w+", gpu.upper()))
+    files = sorted(runs.glob("[a-z0-9]*/train/metrics.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
+    for file in files[:20]:
+        try:
+            config = json.loads((file.parent / manifest.NAME).read_bytes())["config"]
+            if config["model"]["preset"] != preset:
+                continue
+            lines = file.read_text().splitlines()
+            device = [json.loads(line)["device"] for line in lines if '"device"' in line][-1:]  # of the last attempt
+            if not device or not wanted or not wanted <= set(re.findall(r"\w+", device[0].upper())):
+                continue
+            records = [json.loads(line) for line in lines[-200:] if '"mfu"' in line]
+            values = [r["mfu"] for r in records if isinstance(r.get("mfu"), float) and r["mfu"] > 0]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if values:
+            return median(values)
+    return None
+
+
+def disk(case: Case) -> Iterator[Row]:
+    """Checkpoints fit where they are written."""
+    model, train, steps = case.model, case.recipe.train, case.steps
+    if model is None:
+        yield Row(LEFT, "checkpoints", "the vocabulary is not known before prepare")
+        return
+    moments = 2 if getattr(train, "optimizer", "adamw") == "adamw8bit" else 8
+    one = model.parameters * (4 + moments)
+    if steps is None:
+        yield Row(LEFT, "checkpoints", f"{amount(one)} each; how many is not known before prepare")
+        return
+    keep = getattr(train, "keep", 0)
+    permanent = math.ceil(steps / train.save_every)
+    count = (min(permanent, keep) if keep else permanent) + (1 if train.ephemeral_every else 0)
+    text = f"{count} of {amount(one)}, {amount(count * one)} in all"
+    if keep and case.recipe.evaluate.every:
+        text += ", and those that wait for their evaluation"
+    if case.far and "train" in case.cluster.stages:
+        yield Row(LEFT, "checkpoints", f"{text}, in {paths.for_user(case.cluster.runs) or 'storage'}: not measured")
+        return
+    folder = next(p for p in (case.run, *case.run.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    there = sum(
+        f.stat().st_size for f in (case.run / "train").glob("step*/**/*") if f.is_file()
+    )  # of a run to go on with
+    fits = free + there > 1.05 * count * one
+    kept = f", {amount(there)} of them there" if there else ""
+    yield Row(OK if fits else RED, "checkpoints", f"{text}{kept}; {amount(free)} free in {folder}",
+              "" if fits else "keep=2, a larger save_every, or RUNS= on another disk")  # fmt: skip

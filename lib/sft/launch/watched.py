@@ -1,0 +1,31 @@
+"""TODO sft.launch.watched"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sft.recipe.schema import Cluster
+
+
+def job_ended(cluster: Cluster, jobs: Path, training: str, every_s: float = 30.0) -> Callable[[], bool]:
+    """Says whether training's own job has come to its end, well or not. Asks its scheduler now and then."""
+    from sft.launch.commands import open_scheduler
+    from sft.launch.job import LostConnection
+
+    backend = open_scheduler(cluster.launcher, jobs, cluster)
+    asked, over = -every_s, False
+
+    def ended() -> bool:
+        nonlocal asked, over
+        if not over and time.monotonic() - asked >= every_s:
+            asked = time.monotonic()
+            with contextlib.suppress(LostConnection):
+                over = not backend.status(training).living
+        return over
+
+    return ended

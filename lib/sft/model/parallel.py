@@ -1,0 +1,205 @@
+"""Processes and devices: joining the group that torchrun describes, sharding a model, small agreements between ranks.
+
+In:  torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or none of it for one process.
+Out: a `World`. Its host-side agreements go over gloo even where the model's traffic is NCCL, so that asking "did anyone
+     get a signal?" never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from sft.common.errors import SftError
+
+
+class SharedError(SftError):
+    """An error that every rank raises alike, so that one of them is enough to say it."""
+
+
+@dataclass
+class World:
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    group: Any = None  # of the host-side agreements; None = the default group
+
+    def apart(self, timeout_s: int = 1800) -> World:
+        """The same ranks on a gloo group of their own, for a thread beside the training loop or for a wait longer than that of
+        `join`. Every rank calls this."""
+        if not dist.is_initialized():
+            return replace(self, group=None)
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
+
+    @property
+    def leader(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def memory_gb(self) -> float:
+        """What the GPU of this process holds, in 10^9 bytes; 0 for a CPU, which nothing limits here."""
+        if self.device.type != "cuda":
+            return 0.0
+        return float(torch.cuda.get_device_properties(self.device).total_memory) / 1e9
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum over ranks of a host tensor, in place."""
+        if self.size > 1:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        return bool(self.sum(torch.tensor([float(flag)])).item())
+
+    def sum_later(self, value: Tensor) -> Callable[[], Tensor]:
+        """Starts summing a host tensor over ranks; the returned function waits for the result."""
+        if self.size == 1:
+            return lambda: value
+        work = dist.all_reduce(value, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            work.wait()
+            return value
+
+        return wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def leader_first(self, action: Callable[[], Any], share: bool = True) -> Any:
+        """Runs `action` on rank 0 before any rank goes on and gives its result to all (None to the others unless
+        `share`, for what cannot be sent). An exception there is raised on every rank."""
+        value, failure = None, ""
+        if self.leader:
+            try:
+                value = action()
+            except Exception as error:
+                if self.size == 1:
+                    raise
+                failure = str(error) if isinstance(error, SftError) else f"{type(error).__name__}: {error}"
+        sent, failure = self.gather((value if share else None, failure))[0]
+        if failure:
+            raise SharedError(failure)
+        return value if self.leader else sent
+
+    def together(self, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""
+        value, failure = None, ""
+        try:
+            value = action()
+        except Exception as error:
+            if self.size == 1:
+                raise
+            failure = f"rank {self.rank}: {type(error).__name__}: {error}"
+        outcomes = self.gather((value, failure))
+        if failures := [f for _, f in outcomes if f]:
+            raise SharedError("; ".join(failures))
+        return [v for v, _ in outcomes]
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def join(threads: int = 0, timeout_s: int = 1800) -> World:
+    """Joins the process group. `threads` = CPU threads of this process; 0 shares the cores among the local processes."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores // local_size))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if size > 1:
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    elif device.type == "cuda":
+        # One GPU takes the same code as many: FSDP keeps fp32 weights and computes in bf16.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
+    return World(rank, size, local_rank, device)
+
+
+def make_deterministic() -> None:
+    """From now on every sum of this process is added up in one order, so that the same GPUs give the same bytes again: attention's
+    backward pass, index sums, cuBLAS, NCCL (whose sums inside a switch have no fixed order). Where torch has no such
+    kernel, a step raises RuntimeError. Call it before the first product and the first exchange on a GPU; a CPU changes nothing."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
+
+
+def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0) -> nn.Module:
+    """Shards parameters, gradients and optimizer state over the ranks, one group per block and one for the rest.
+
+    fp32 parameters, `precision` compute, fp32 reduction. Gradients are SUMMED: the loss is already divided by the label
+    count of the global batch. Inputs keep their types: hidden states are `precision` from the embedding on, rotary tables fp32.
+    `shard_degree` ranks share one copy (0 = all of them); copies are kept equal across the rest.
+    One CPU process in fp32 needs none of this and stays plain.
+    """
+    if world.size == 1 and precision == "fp32":
+        return model
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = _mesh(world, shard_degree)
+    compute = torch.bfloat16 if precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return model
+
+
+def context_group(world: World, degree: int) -> tuple[str, int] | None:
+    """(name, size) of the group of `degree` consecutive ranks that this rank shares its rows of tokens with; None alone."""
+    if degree == 1:
+        return None
+    mesh = init_device_mesh(world.device.type, (world.size // degree, degree), mesh_dim_names=("data", "context"))
+    return str(mesh.get_group("context").group_name), degree
+
+
+def _mesh(world: World, shard_degree: int) -> DeviceMesh:
+    degree = shard_degree or world.size
+    if world.size % degree:
+        raise SftError(
+            f"shard_degree {degree} does not divide the {world.size} processes; choose a divisor, or 0 for all"
+        )
+    if degree == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    names = ("replicate", "shard")
+    return init_device_mesh(world.device.type, (world.size // degree, degree), mesh_dim_names=names)
+
+
+def set_parameter(parameter: Tensor, value: Tensor) -> None:
+    """Copies a whole tensor, the same on every rank, into a plain or sharded parameter: no rank sends anything."""
+    with torch.no_grad():
+        value = value.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)

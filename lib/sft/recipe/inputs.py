@@ -1,0 +1,126 @@
+"""Which local files a recipe's tables name. Standard library only: the planner hashes them by content at parse time.
+
+In: a table and `find`, which turns a recipe's relative path into a file or folder. Out: (relative path, file), in a
+fixed order. `gs://` and `hf://` sources are not listed: a commit in the name says what the content is, and without one the
+planner cannot see a change; prepare warns of that and records in dataset.json what it read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sft.common.errors import SftError
+from sft.common.paths import REMOTE
+from sft.recipe.schema import Convert, Evaluate, Model, Prepare
+
+ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
+"""Kinds of files that hold rows; other files of a source folder are ignored."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
+
+
+def is_remote(path: str) -> bool:
+    return REMOTE.match(path) is not None
+
+
+def is_template_file(template: str) -> bool:
+    """A template is a file under DATA when it is named like one; else 'tokenizer' or a name from sft.chat.template."""
+    return template.endswith((".jinja", ".jinja2", ".j2"))
+
+
+def kind(name: str) -> str | None:
+    """'jsonl', 'jsonl.gz', 'json', 'parquet' or 'arrow' by a file's name; None for other files."""
+    return next((suffix[1:] for suffix in ROWS if name.endswith(suffix)), None)
+
+
+def is_ignored(name: str) -> bool:
+    """Hidden files, and the descriptions that `datasets` puts beside its rows."""
+    parts = name.split("/")
+    return parts[-1] in _NOT_ROWS or any(part.startswith((".", "_")) for part in parts)
+
+
+def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str, Path]:
+    """The row files of a source: itself, or the files of a folder in the order of their names. {relative path: file}"""
+    if not root.is_dir():
+        if kind(root.name) is None:
+            raise SftError(f"{what}: {path!r} is none of {', '.join(ROWS)}; next: convert it or name another file")
+        return {path: root}
+    found: dict[str, Path] = {}
+    base = root.resolve()
+    for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
+        name = file.relative_to(root).as_posix()
+        if is_ignored(name) or kind(name) is None or file.is_dir():
+            continue
+        if not file.resolve().is_relative_to(base):
+            raise SftError(f"{what}: {file} is a link that leaves {root}; next: copy the file there")
+        found[f"{path.rstrip('/')}/{name}"] = file
+    if not found:
+        raise SftError(f"{what}: the folder {root} holds no {', '.join(ROWS)} file; next: correct the path")
+    return found
+
+
+def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """Every local file that decides what prepare makes, with its path as the recipe says it; each once."""
+    return list(dict(_prepare_files(prepare, find)).items())
+
+
+def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
+    for source in prepare.sources:
+        if not is_remote(source.path):
+            yield from members(find(source.path), source.path).items()
+    for path in prepare.decontaminate:
+        if not is_remote(path):
+            yield from members(find(path), path, "[prepare] decontaminate").items()
+    if not is_remote(prepare.tokenizer):
+        folder = find(prepare.tokenizer)
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                yield f"{prepare.tokenizer.rstrip('/')}/{name}", folder / name
+    if is_template_file(prepare.template):
+        yield prepare.template, find(prepare.template)
+
+
+def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """The files of a base that lies under DATA; a base on the hub or in a bucket is known by its name alone."""
+    if not model.base or is_remote(model.base):
+        return []
+    folder = find(model.base)
+    return [(f"{model.base}/{p.relative_to(folder).as_posix()}", p) for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def convert_files(convert: Convert, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """The evaluation template, where it is a file."""
+    return [(convert.eval_template, find(convert.eval_template))] if is_template_file(convert.eval_template) else []
+
+
+def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> None:
+    """Refuses a task that is nearly one of task_dir's: other unknown names may be lm-eval's own."""
+    if evaluate.harness != "lm-eval":
+        return
+    local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
+    for task in evaluate.tasks:
+        if task not in local and (near := difflib.get_close_matches(task, local, n=1, cutoff=0.85)):
+            raise SftError(f"{file}: 'tasks' in [evaluate] = {task!r}: no such task; did you mean '{near[0]}'?")
+
+
+def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
+    """The task files and their data, with their paths as the recipe says them; other harnesses bring their own."""
+    if evaluate.harness != "lm-eval":
+        return []
+    folder = find(evaluate.task_dir)
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
+    named += [(path, find(path)) for path in evaluate.data.values() if not is_remote(path)]
+    return [
+        (name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
+    ]

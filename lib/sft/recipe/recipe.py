@@ -1,0 +1,453 @@
+"""Recipes: TOML in, frozen dataclasses out, every mistake told with file, field, value and the next command.
+
+    recipe = load(Path("recipes/smoke.toml"), ["lr=1e-4"])
+    recipe.train.lr, recipe.run, recipe.config("train")
+
+Standard library only: the planner uses it while Make parses. The options themselves live in `sft.recipe.schema`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import re
+import tomllib
+import types
+import typing
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from sft.common.errors import SftError
+from sft.recipe import presets, schema
+
+NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
+CLUSTERS = Path(__file__).resolve().parents[2] / "env"
+FEW_ROWS = 32  # a weight below this was meant as a multiple
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # of the environment
+RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. `overrides` holds (dotted field, value as typed by the user) of those that change a result."""
+
+    name: str
+    file: str
+    model: schema.Model
+    prepare: schema.Prepare
+    sync: schema.Sync
+    train: schema.Train
+    convert: schema.Convert
+    evaluate: schema.Evaluate
+    on: dict[str, dict[str, schema.Hardware]]
+    overrides: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def run(self) -> str:
+        """Folder name of the run: the recipe's name, then each override in the order of the tables."""
+        parts = [f"_{_short(path)}-{_file_safe(value)}" for path, value in self.overrides]
+        name = self.name + "".join(parts)
+        return name if len(name) <= 120 else f"{self.name}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+
+    def hardware(self, cluster: str, stage: str) -> schema.Hardware:
+        return self.on.get(cluster, {}).get(stage, schema.Hardware())
+
+    def config(self, stage: str) -> dict[str, Any]:
+        """What the stage's key hashes: its own table, and [model] where it reads it, without `key=False` options."""
+        config = _keyed(getattr(self, stage))
+        if stage == "sync":
+            config["base"] = self.model.base
+        if stage == "train":
+            config["model"] = _keyed(self.model)
+        return config
+
+
+def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local") -> Recipe:
+    """Reads and checks a recipe.
+
+    overrides: `field=value` or `table.field=value`, as typed on the command line.
+    Raises SftError listing every mistake found.
+    """
+    name = file.stem
+    with contextlib.suppress(ValueError):
+        file = file.relative_to(Path.cwd())  # messages name recipes/x.toml
+    if not NAME.fullmatch(name):
+        raise SftError(
+            f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; rename the file"
+        )
+    data = _read_toml(file, "recipe")
+    problems: list[str] = []
+    taken = _apply(data, overrides, cluster, problems)
+    for table in data:
+        if table not in schema.TABLES and table != "on":
+            problems.append(f"no table [{table}]{_did_you_mean(table, [*schema.TABLES, 'on'])}")
+    values = {t: _build(cls, data.get(t, {}), t, problems) for t, cls in schema.TABLES.items()}
+    on = _hardware(data.get("on", {}), problems)
+    if not problems:
+        problems += _check(values, on)
+    if problems:
+        lines = "\n".join(f"{file}: {p}" for p in problems)
+        raise SftError(f"{lines}\nnext: correct it, then `make show RECIPE={name}`; `make fields` lists every field")
+    recipe = Recipe(name=name, file=str(file), on=on, **values)
+    return dataclasses.replace(recipe, overrides=_changing(taken, file))
+
+
+def load_cluster(file: Path) -> schema.Cluster:
+    """Reads and checks env/<cluster>.toml. Raises SftError."""
+    problems: list[str] = []
+    data = _read_toml(file, "cluster")
+    cluster: schema.Cluster = _build(schema.Cluster, data, "", problems)
+    problems = problems or _check_cluster(cluster) + _unread(schema.Cluster, data, cluster.launcher)
+    if problems:
+        raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
+    return cluster
+
+
+def _check_cluster(cluster: schema.Cluster) -> list[str]:
+    problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not VARIABLE.fullmatch(name)]
+    problems += [f"'env': {name} = {value!r} holds a NUL" for name, value in cluster.env.items() if "\0" in value]
+    return problems
+
+
+def _unread(cls: type, given: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
+    """One line for the fields that are given and that no job of this launcher would follow."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for f in dataclasses.fields(cls):
+        if f.name in given and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
+            names.setdefault(f.metadata["launchers"], []).append(f"'{f.name}'")
+    return [
+        f"{', '.join(fields)}{where}: for launcher = {' or '.join(map(repr, readers))} only, and this is {launcher!r}; remove it"
+        for readers, fields in names.items()
+    ]
+
+
+def find(folder: Path, name: str, what: str) -> Path:
+    """The TOML file of a recipe or cluster by name. Raises SftError with the nearest names."""
+    file = folder / f"{name}.toml"
+    if name.endswith(".toml"):
+        raise SftError(f"{what} {name!r}: say its name alone; did you mean '{Path(name).stem}'?")
+    if not NAME.fullmatch(name):
+        raise SftError(f"{what} {name!r}: names are lower-case letters, digits, '.' and '-'")
+    if not file.is_file():
+        names = sorted(p.stem for p in folder.glob("*.toml"))
+        hint = _did_you_mean(name, names) or f"; there are: {', '.join(names)}"
+        raise SftError(f"{file}: no such {what}{hint}")
+    return file
+
+
+def from_run(run: str) -> str:
+    """The recipe's name inside a run's name. Raises SftError for a name that no run can have."""
+    if not RUN.fullmatch(run) or ".." in run:
+        raise SftError(f"{run!r} is not a run's name: <recipe>[_<field>-<value>…]")
+    return run.split("_")[0]
+
+
+def _read_toml(file: Path, what: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SftError(f"{file}: no such {what}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise SftError(f"{file}: not valid TOML: {e}; correct that line") from None
+
+
+def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+# --- typed construction -------------------------------------------------------------------------------------------
+
+
+def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
+    where = f" in [{table}]" if table else ""
+    if not isinstance(data, dict):
+        problems.append(f"[{table}] must be a table, not {data!r}")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in data.items():
+        if name not in fields:
+            home = next((t for t, c in schema.TABLES.items() if name in {f.name for f in dataclasses.fields(c)}), None)
+            hint = _did_you_mean(name, fields) or (f"; it belongs to [{home}]" if home else "")
+            problems.append(f"no field '{name}'{where}{hint}")
+            continue
+        try:
+            values[name] = _convert(value, hints[name], f"{table}.{name}".lstrip("."), problems)
+            _bounds(values[name], fields[name].metadata)
+        except (TypeError, ValueError) as e:
+            problems.append(f"'{name}'{where} = {value!r}: {e}")
+    for name, f in fields.items():
+        if f.metadata.get("required") and values.get(name) == ():
+            problems.append(f"'{name}'{where} is empty: at least one is needed")
+        if f.metadata.get("required") and name not in data:
+            problems.append(f"'{name}'{where} is missing: {f.metadata['doc']}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
+    """A TOML value as the type the schema declares. Raises TypeError saying what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        options = [a for a in args if a is not type(None)]
+        exact = [a for a in options if type(value) is a]
+        return _convert(value, exact[0] if exact else options[0], where, problems)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise TypeError("a list is expected")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise TypeError(f"{len(args)} values are expected")
+        kinds = args if args[-1] is not Ellipsis else (args[0],) * len(value)
+        return tuple(
+            _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            raise TypeError("a table of strings is expected")
+        return dict(value)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where, problems)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        names = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
+        raise TypeError(f"{names.get(hint, hint)} is expected, not a {type(value).__name__}")
+    return value
+
+
+def _bounds(value: Any, rule: typing.Mapping[str, Any]) -> None:
+    for v in value if isinstance(value, (tuple, dict)) else (value,):
+        if rule["choices"] and v not in rule["choices"]:
+            raise ValueError(f"one of {', '.join(rule['choices'])} is expected{_did_you_mean(str(v), rule['choices'])}")
+        if isinstance(v, str) and "\0" in v:
+            raise ValueError("a NUL character is not allowed")
+        if not isinstance(v, int | float) or isinstance(v, bool):
+            continue
+        if v != v or v in (float("inf"), float("-inf")):
+            raise ValueError("a finite number is expected")
+        if rule["min"] is not None and v < rule["min"]:
+            raise ValueError(f"at least {rule['min']} is expected")
+        if rule["max"] is not None and v > rule["max"]:
+            raise ValueError(f"at most {rule['max']} is expected")
+        if rule["above"] is not None and v <= rule["above"]:
+            raise ValueError(f"more than {rule['above']} is expected")
+
+
+def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hardware]]:
+    on: dict[str, dict[str, schema.Hardware]] = {}
+    if not isinstance(data, dict):
+        problems.append("[on] must hold [on.<cluster>.<stage>] tables")
+        return on
+    for cluster, stages in data.items():
+        on[cluster] = {}
+        if not isinstance(stages, dict):
+            problems.append(f"[on.{cluster}] = {stages!r} must hold [on.{cluster}.<stage>] tables")
+            continue
+        if not (CLUSTERS / f"{cluster}.toml").is_file():
+            problems.append(
+                f"[on.{cluster}]: no such cluster{_did_you_mean(cluster, [p.stem for p in CLUSTERS.glob('*.toml')])}"
+            )
+        for stage, numbers in stages.items():
+            if stage not in schema.STAGES:
+                problems.append(f"no stage '{stage}' in [on.{cluster}]{_did_you_mean(stage, schema.STAGES)}")
+                continue
+            on[cluster][stage] = _build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
+            if isinstance(numbers, dict) and (launcher := _launcher(cluster)):
+                problems += _unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
+    return on
+
+
+def _launcher(cluster: str) -> str:
+    """The launcher of env/<cluster>.toml, or "" where that file cannot be read: whoever uses the cluster is told."""
+    try:
+        return str(_read_toml(CLUSTERS / f"{cluster}.toml", "cluster").get("launcher", "local"))
+    except SftError:
+        return ""
+
+
+def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> list[str]:
+    """Rules that need more than one field."""
+    problems = []
+    model, train = values["model"], values["train"]
+    for source in values["prepare"].sources:
+        if isinstance(source.weight, int) and source.weight < FEW_ROWS:
+            n = source.weight
+            problems.append(f"'weight' of {source.path} in [[prepare.sources]] = {n} would be {n} row{'s' * (n > 1)} in all: an integer"
+                            f" is a number of rows; write {n}.0 for the whole source {n} times, or max_documents = {n}")  # fmt: skip
+    if model.preset not in presets.PRESETS:
+        problems.append(f"'preset' in [model] = {model.preset!r}{_did_you_mean(model.preset, presets.PRESETS)}"
+                        f" (presets: {', '.join(presets.PRESETS)})")  # fmt: skip
+    else:
+        try:
+            presets.resolve(model)
+        except SftError as e:
+            problems.append(str(e))
+    if train.global_batch_tokens % train.seq_len:
+        low = train.global_batch_tokens // train.seq_len * train.seq_len
+        near = f"{low or train.seq_len} or {low + train.seq_len}"
+        problems.append(f"'global_batch_tokens' in [train] = {train.global_batch_tokens} is not a multiple of 'seq_len' ="
+                        f" {train.seq_len}; try {near}")  # fmt: skip
+    if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:
+        problems.append(f"'warmup_fraction' {train.warmup_fraction:g} and 'decay_fraction' {train.decay_fraction:g} in [train] are more"
+                        " than the whole run: lower one of them")  # fmt: skip
+    evaluate = values["evaluate"]
+    task, _, metric = evaluate.best.partition("/")
+    if evaluate.best and not (metric and task in evaluate.tasks) and evaluate.best != "validation/loss":
+        problems.append(f"'best' in [evaluate] = {evaluate.best!r}: 'validation/loss', or 'task/metric' of one of"
+                        f" {', '.join(evaluate.tasks)}")  # fmt: skip
+    if evaluate.every and evaluate.harness != "lm-eval":
+        problems.append(
+            f"'every' in [evaluate] = {evaluate.every}: evaluating during training needs harness = 'lm-eval'"
+        )
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
+        problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
+    if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
+        problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
+    for cluster, stages in on.items():
+        h = stages.get("train")
+        if h is None:
+            continue
+        micro = h.microbatch_tokens or train.seq_len
+        ranks = h.nodes * max(1, h.processes)
+        groups = max(1, ranks // h.context_degree)
+        if h.nodes > 1 and cluster == "local":
+            problems.append(f"'nodes' in [on.local.train] = {h.nodes}: 'local' is one machine")
+        if micro % train.seq_len:
+            problems.append(
+                f"'microbatch_tokens' in [on.{cluster}.train] = {micro} is not a multiple of 'seq_len' = {train.seq_len}"
+            )
+        elif train.global_batch_tokens % (micro * groups):
+            who = "ranks" if h.context_degree == 1 else f"groups of {h.context_degree} ranks"
+            problems.append(
+                f"'global_batch_tokens' in [train] = {train.global_batch_tokens} is not a multiple of {groups} {who} x"
+                f" microbatch_tokens {micro} = {micro * groups} on [on.{cluster}.train]; change one of them"
+            )
+    return problems
+
+
+# --- overrides and keys -------------------------------------------------------------------------------------------
+
+
+def _apply(
+    data: dict[str, Any], overrides: typing.Sequence[str], cluster: str, problems: list[str]
+) -> dict[str, tuple[str, Any]]:
+    """Writes the overrides into the parsed TOML. Returns {dotted field: (text, value the file had, as parsed)}."""
+    taken: dict[str, tuple[str, Any]] = {}
+    for override in overrides:
+        name, sign, text = override.partition("=")
+        path = locate(name, cluster, problems) if sign else None
+        if path is None:
+            if not sign:
+                problems.append(f"override {override!r} is not field=value")
+            continue
+        *tables, last = path
+        cls = schema.Hardware if tables[0] == "on" else schema.TABLES[tables[0]]
+        at: Any = data
+        for t in tables:
+            at = at.setdefault(t, {}) if isinstance(at, dict) else None
+        if not isinstance(at, dict):
+            problems.append(f"override '{name}': [{'.'.join(tables)}] in the recipe is not a table")
+            continue
+        if ".".join(path) in taken:
+            problems.append(f"override '{name}': given twice, as {taken['.'.join(path)][0]} and {text}")
+            continue
+        taken[".".join(path)] = (text, at.get(last))
+        at[last] = parse_value(text, typing.get_type_hints(cls)[last])
+    return taken
+
+
+def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | None:
+    """Where an override goes: ('train', 'lr'), or ('on', 'local', 'train', 'processes')."""
+    parts = tuple(name.split("."))
+    fields = {t: [f.name for f in dataclasses.fields(c)] for t, c in schema.TABLES.items()}
+    hardware = [f.name for f in dataclasses.fields(schema.Hardware)]
+    if len(parts) == 1:
+        homes = [t for t, names in fields.items() if name in names]
+        if len(homes) == 1:
+            return (homes[0], name)
+        if len(homes) > 1:
+            problems.append(
+                f"override '{name}': several tables have it; say {' or '.join(f'{h}.{name}' for h in homes)}"
+            )
+        elif name in hardware:
+            return ("on", cluster, "train", name)
+        else:
+            problems.append(f"override '{name}': no such field{_did_you_mean(name, sum(fields.values(), hardware))}")
+        return None
+    if len(parts) == 2 and parts[1] in fields.get(parts[0], ()):
+        return parts
+    if len(parts) == 2 and parts[0] in schema.STAGES and parts[1] in hardware:
+        return ("on", cluster, *parts)
+    if len(parts) == 4 and parts[0] == "on" and parts[2] in schema.STAGES and parts[3] in hardware:
+        return parts
+    known = [f"{t}.{f}" for t, names in fields.items() for f in names]
+    problems.append(f"override '{name}': no such field{_did_you_mean(name, known)}")
+    return None
+
+
+def parse_value(text: str, hint: Any) -> Any:
+    """A command-line value as TOML would hold it: strings need no quotes, lists may be comma-separated."""
+    if typing.get_origin(hint) is tuple and not text.startswith("["):
+        kind = typing.get_args(hint)[0]
+        return [parse_value(t, kind) for t in text.split(",")]
+    if hint is str:
+        return text
+    try:
+        return tomllib.loads(f"v = {text}")["v"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _changing(taken: dict[str, tuple[str, Any]], file: Path) -> tuple[tuple[str, str], ...]:
+    """The overrides that change a result: those of keyed fields whose value is not what the recipe already says."""
+    order = [f"{t}.{f.name}" for t, c in schema.TABLES.items() for f in dataclasses.fields(c) if f.metadata["key"]]
+    kept = []
+    for path in order:
+        if path in taken:
+            text, before = taken[path]
+            table, name = path.split(".")
+            cls = schema.TABLES[table]
+            default = next(f for f in dataclasses.fields(cls) if f.name == name).default
+            hint = typing.get_type_hints(cls)[name]
+            value = _convert(parse_value(text, hint), hint, path, [])
+            try:
+                was = default if before is None else _convert(before, hint, path, [])
+            except TypeError:
+                was = None  # the recipe's own value is broken, and replaced
+            if value != was:
+                kept.append((path, _canonical(value)))
+    return tuple(kept)
+
+
+def _canonical(value: Any) -> str:
+    """One text for one value, so that 1e-4 and 0.0001 name the same run."""
+    if isinstance(value, tuple):
+        return ",".join(_canonical(v) for v in value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and 0 < abs(value) < 0.01:
+        return format(Decimal(repr(value)).normalize(), "e")
+    return str(value)
+
+
+def _short(path: str) -> str:
+    """`lr` where one table has it, `train.seed` where several do."""
+    name = path.split(".")[-1]
+    owners = sum(name in {f.name for f in dataclasses.fields(c)} for c in schema.TABLES.values())
+    return (name if owners == 1 else path).replace("_", "-")
+
+
+def _file_safe(text: str) -> str:
+    safe = re.fullmatch(r"[A-Za-z0-9.+-]{1,32}", text) and ".." not in text
+    return text if safe else hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _keyed(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {f.name: _keyed(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata["key"]}
+    return [_keyed(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,88 @@
+"""TODO sft.runner.publish"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sft.common import manifest
+from sft.runner import plan
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "numpy",
+    "lm_eval",
+    "safetensors",
+    "gigatoken",
+    "google-cloud-storage",
+)
+
+
+def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
+    """Who made it: for people, never part of a key or digest."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", "-C", str(plan.REPO), *command], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    versions = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "git": git("rev-parse", "HEAD")
+        or os.environ.get("SFT_COMMIT", ""),  # a job may have an archive, not a repository
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "argv": list(argv),
+        "host": socket.gethostname(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions,
+    }
+
+
+def _keep_only(folder: Path, kept: set[str]) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        elif path.relative_to(folder).as_posix() not in kept:
+            path.unlink()
+
+
+def _flush(folder: Path, files: Sequence[str]) -> None:
+    for name in files:
+        fd = os.open(folder / name, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    for parent in sorted({(folder / name).parent for name in files}):
+        manifest.sync_folder(parent)
+
+
+def _link_tree(source: Path, target: Path, files: Sequence[str]) -> list[str]:
+    """Hard links, or copies on another file system or one without links. Returns the names of those that are links."""
+    linked = []
+    for name in files:
+        to = target / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.unlink(missing_ok=True)
+        try:
+            os.link(source / name, to)
+            linked.append(name)
+        except OSError:
+            shutil.copyfile(source / name, to)
+    return linked

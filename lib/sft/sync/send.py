@@ -1,0 +1,54 @@
+"""A folder that has a manifest to a storage, as a process that may be ended at any moment: sft.training.remote starts one per step.
+
+    python -m sft.sync.send FOLDER WHERE CACHE [NAME …]
+
+Out: the files that manifest.json lists in WHERE/<folder's name>/, verified; then, in WHERE itself, the files NAME that lie beside the
+folder, and last manifest.json: what lies beside is never older than the folder. Nothing where the manifest is there already.
+The process ends with its standard input, so that it never outlives its parent, and leaves nothing half-written under a final name.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.storage.local import LocalStorage
+from sft.storage.transfer import open_storage, transfer
+from sft.sync.fetch import listed
+
+
+def send(folder: Path, where: str, cache: Path, beside: Sequence[str]) -> None:
+    record = (folder / manifest.NAME).read_bytes()
+    storage = open_storage(f"{where}/{folder.name}", cache)
+    if storage.read(manifest.NAME) == record:
+        return
+    transfer(listed(record, str(folder)), LocalStorage(folder), storage, lambda _: None)
+    top = open_storage(where, cache)
+    for file in (folder.parent / name for name in beside):
+        if file.is_file():
+            top.write(file.name, file.read_bytes())
+    storage.write(manifest.NAME, record)
+    print(f"uploaded {folder.name} to {where}")
+
+
+def end_with_parent() -> None:
+    os.read(0, 1)
+    os._exit(1)
+
+
+def main() -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    folder, where, cache, *beside = sys.argv[1:]
+    try:
+        send(Path(folder), where, Path(cache), beside)
+    except (SftError, OSError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

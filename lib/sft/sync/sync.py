@@ -1,0 +1,94 @@
+"""Puts a run's dataset and base weights under the storage root that training reads from, proven byte by byte.
+
+In:  prepare's published folder; [model] base (a folder under DATA, gs://… or hf://org/name[@revision]); the storage root.
+Out: <root>/datasets/<16 hex of the prepare manifest's digest>/…, with prepare's manifest.json last
+     <root>/base/<name>-<16 hex of its content>/…, with <that>.json, the list of its files, last
+     remote.json in the stage's folder: {"dataset": path, "base": path or null, "files": [{"path", "bytes", "sha256"}]}, all under
+     the root, which only the manifest's metrics name: the same content on another cluster is the same result
+
+Folders are named by content, so that runs share them, nothing is overwritten by something else, and a list (manifest.json,
+<name>.json) under its final name says that everything it lists was verified.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.common import manifest
+from sft.common.errors import SftError
+from sft.runner.stage import Result, Stage
+from sft.storage.base_weights import find_base
+from sft.storage.contract import Job, size
+from sft.storage.local import LocalStorage
+from sft.storage.localise import _agrees, _locked
+from sft.storage.transfer import open_storage, transfer
+
+
+def sync(stage: Stage) -> Result:
+    files, place, commit = bring(stage, check_only=False)
+    (stage.out / "remote.json").write_text(json.dumps({**place, "files": files}, indent=1) + "\n", encoding="utf-8")
+    where = {k: f"{stage.storage}/{v}" if v else None for k, v in place.items()}
+    metrics = {"storage": stage.storage, **where, "files": len(files), "bytes": sum(f["bytes"] for f in files)}
+    if commit:
+        metrics["base_commit"] = commit
+    return Result(["remote.json"], metrics)
+
+
+def bring(stage: Stage, check_only: bool) -> tuple[list[dict[str, Any]], dict[str, str | None], str]:
+    """Copies, or only compares, dataset and base. Returns the files by name under the root, where the two are, and the
+    commit of a base from the hub."""
+    root = stage.storage.rstrip("/")
+    prepared = stage.folder("prepare")
+    record = manifest.load(prepared / manifest.NAME)
+    name = f"datasets/{manifest.digest(record)[:16]}"
+    text = (prepared / manifest.NAME).read_bytes()
+    copier = Copier(root, stage.cache, stage.say, check_only)
+    files = copier.folder(LocalStorage(prepared), name, record["outputs"], text, f"{name}/{manifest.NAME}")
+    base, commit = None, ""
+    if stage.recipe.model.base:
+        found = find_base(stage.recipe.model.base, stage.find, stage.cache, stage.say)
+        source, commit = found.folder, found.commit
+        names = [n for n in source.list() if not n.startswith(".cache/")]  # the hub client's own notes
+        if not names:
+            raise SftError(f"{source.where}: no files; next: correct [model] base")
+        listed = manifest.describe(source.root, names)
+        base = f"base/{found.label}-{hashlib.sha256(manifest.canonical(listed)).hexdigest()[:16]}"
+        text = json.dumps({"files": listed}, indent=1).encode() + b"\n"
+        files += copier.folder(source, base, listed, text, f"{base}.json")
+    return files, {"dataset": name, "base": base}, commit
+
+
+@dataclass(frozen=True)
+class Copier:
+    """Makes folders under a storage root hold what a list says."""
+
+    root: str
+    cache: Path
+    say: Callable[[str], None]
+    check_only: bool = False
+
+    def folder(
+        self, source: LocalStorage, name: str, listed: Sequence[dict[str, Any]], text: bytes, list_name: str
+    ) -> list[dict[str, Any]]:
+        """Brings the listed files to <root>/<name>, then writes the list. Returns the entries with names under the root."""
+        top, target = open_storage(self.root, self.cache), open_storage(f"{self.root}/{name}", self.cache)
+        jobs = [Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in listed]
+        self.say(f"{target.where}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}")
+        if self.check_only:
+            if not _agrees(top.read(list_name), text):
+                raise SftError(f"{self.root}/{list_name} is missing or torn: the copy is not complete; next: make sync")
+            transfer(jobs, source, target, self.say, check_only=True)
+        else:
+            with _locked(top, name, self.say):
+                known = top.read(list_name)
+                if known is not None and not _agrees(known, text):
+                    top.remove(list_name)  # torn: until the files are proven, no list claims that they are
+                transfer(jobs, source, target, self.say)
+                if not _agrees(known, text):
+                    top.write(list_name, text)
+        return [{**e, "path": f"{name}/{e['path']}"} for e in listed]
