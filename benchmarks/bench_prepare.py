@@ -51,13 +51,13 @@ from typing import Any
 
 import orjson
 
-from sft.common.manifest import hash_file
 from sft.data import workers
 from sft.data.blocks import Block
 from sft.data.chunks import without_gc
 from sft.data.fast.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
+from sft.formats.manifest import hash_file
 from sft.recipe import schema
 from sft.recipe.schema import Prepare, Source
 

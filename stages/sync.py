@@ -15,7 +15,7 @@ from sft.sync.sync import bring, sync
 if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
         with report_errors("sync"), open_stage("sync", [a for a in sys.argv[1:] if a != "--check"]) as stage:
-            files, *_ = bring(stage, check_only=True)
-            stage.say(f"complete and identical: {len(files)} files under {stage.storage}")
+            remote, _ = bring(stage, check_only=True)
+            stage.say(f"complete and identical: {len(remote.files)} files under {stage.storage}")
     else:
         main("sync", sync)

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from conftest import REPO
-from sft.common import manifest, paths
+from sft.common import paths
+from sft.common.files import hash_file
 from sft.recipe import schema
 from sft.recipe.schema import Prepare, Source
 
@@ -26,7 +27,7 @@ def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", 
     return SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
         find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), say=said.append, said=said,
-        sha256=manifest.hash_file,
+        sha256=hash_file,
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ import yaml
 
 from beaker_server import BUDGET, TOKEN, USER, Server, now
 from conftest import REPO, Workspace
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.launch import commands, job
 from sft.launch.beaker import scheduler, specification
 from sft.launch.doctor import cluster, doctor
@@ -118,7 +118,7 @@ def test_stages_run_there_come_back_and_the_next_stage_here_accepts_them(place):
         assert where == {"where": str(there / stage), "outputs": []}
         assert json.loads((place.run / ".jobs" / f"{stage}.json").read_text())["ended"] == "done"
     made = manifest.load(place.run / "prepare" / "manifest.json")
-    assert made["provenance"]["git"] == place.git("rev-parse", "HEAD")
+    assert made.provenance["git"] == place.git("rev-parse", "HEAD")
     assert "with a $HOME `b` 'c'" in done.stdout and "handed back" in done.stdout
     assert not (place.root / "log").exists()  # nothing ran here
     place.workspace.make("train", "RECIPE=x", "CLUSTER=beaker-test")
@@ -140,7 +140,7 @@ def test_real_stages_run_there_and_the_real_sync_here_verifies_every_byte(place)
     done = place.workspace.make("train", "RECIPE=smoke", "CLUSTER=beaker-test", "steps=3", "validate_every=0")
     assert len(place.server.experiments) == 3 and "step" in done.stdout
     made = manifest.load(place.root / "runs" / "smoke_steps-3" / "train" / "manifest.json")
-    assert made["metrics"] and manifest.is_whole(place.root / "runs" / "smoke_steps-3" / "train")
+    assert made.metrics and manifest.is_whole(place.root / "runs" / "smoke_steps-3" / "train")
     done = place.workspace.make("sync", "RECIPE=smoke", "steps=3")
     assert "env/local.sh runs/smoke_steps-3 sync" in done.stdout and "prepare.py" not in done.stdout
 
@@ -158,7 +158,7 @@ def test_an_earlier_stage_made_here_travels_with_the_job_and_code_as_a_dataset(p
     )
     names = sorted(d.message.name for d in place.server.datasets.values() if not d.message.name.startswith("results"))
     assert [n.rsplit("-", 1)[0] for n in names] == ["olmo-sft", "olmo-sft-prepare"]
-    assert manifest.load(place.run / "sync" / "manifest.json")["provenance"]["git"] == place.git("rev-parse", "HEAD")
+    assert manifest.load(place.run / "sync" / "manifest.json").provenance["git"] == place.git("rev-parse", "HEAD")
 
 
 def test_outputs_that_stay_there_are_told_and_not_missing(place):

@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from sft.common import manifest
+from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import collected, compare
+from sft.formats import manifest
 from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
 from test_beaker import Place, place  # noqa: F401 - a fixture
@@ -213,7 +214,7 @@ def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatc
     submit_and_wait(place)
     place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test")
     made = manifest.load(place.run / "evaluate" / "manifest.json")
-    score = made["metrics"]["gsm8k"]["accuracy:exact"]
+    score = made.metrics["gsm8k"]["accuracy:exact"]
     assert score["value"] == 0.75 and score["n"] == 4 and score["interval"] == "wilson"
     assert score["stderr"] == pytest.approx(statistics.stdev([1, 0, 1, 1]) / math.sqrt(4))
     assert manifest.is_whole(place.run / "evaluate") and (place.run / "evaluate" / "samples" / "gsm8k.jsonl").is_file()
@@ -240,7 +241,7 @@ def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluatio
     assert not (place.run / "evaluate").exists()
     place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test")
     assert len(place.server.experiments) == 2
-    metrics = manifest.load(place.run / "evaluate" / "manifest.json")["metrics"]
+    metrics = manifest.load(place.run / "evaluate" / "manifest.json").metrics
     assert [metrics[name]["exact_match"]["value"] for name in ("gsm8k::tulu", "popqa::tulu")] == [0.75, 0.5]
     assert [metrics[name]["exact_match"]["n"] for name in ("gsm8k::tulu", "popqa::tulu")] == [4, 2]
 
@@ -267,9 +268,7 @@ def stage(tmp_path):
             recipe=SimpleNamespace(evaluate=options), run=where, identity="same", out=where / "evaluate", say=print
         )
         result = collected.collect(it)
-        record = {"schema": 1, "stage": "evaluate", "run": where.name, "key": "sha256:0", "config": {}, "inputs": [],
-                  "outputs": manifest.describe(it.out, result.outputs), "metrics": result.metrics}  # fmt: skip
-        manifest.write(it.out / "manifest.json", record)
+        publish(it.out, result.outputs, metrics=result.metrics)
         return dict(result.metrics)
 
     return run

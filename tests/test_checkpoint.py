@@ -19,8 +19,8 @@ from torch import Tensor
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.hf_folder import Folder
 from sft.checkpoint.tensors import Tensors, read_metadata
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.model import hf
 from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World

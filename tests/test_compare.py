@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import pytest
 from scipy import stats
 
 from conftest import REPO
-from sft.common import manifest
+from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import compare
+from sft.formats import manifest
 from sft.reporting import comparison, report
 from test_report import Strict
 
@@ -55,9 +57,7 @@ def evaluated(run: Path, seed: int, *, lr: float = 1e-3, items: range = range(N)
     for stage, config in (("train", {"lr": lr, "model": {"preset": "x"}}), ("evaluate", {"tasks": ["zoo"]})):
         (run / stage).mkdir(exist_ok=True)
         outputs = ["results.json", "samples", "validation.jsonl"] if stage == "evaluate" else []
-        record = {"schema": 1, "stage": stage, "run": run.name, "key": "sha256:0", "config": config, "inputs": [],
-                  "outputs": manifest.describe(run / stage, outputs), "metrics": {}}  # fmt: skip
-        manifest.write(run / stage / "manifest.json", record)
+        publish(run / stage, outputs, config=config)
     return run
 
 
@@ -119,7 +119,7 @@ def test_runs_that_were_asked_something_else_are_refused(tmp_path: Path, change:
         (b / "evaluate/validation.jsonl").unlink()
         file = b / "evaluate/manifest.json"
         record = manifest.load(file)
-        manifest.write(file, {**record, "outputs": [o for o in record["outputs"] if "valid" not in o["path"]]})
+        replace(record, outputs=tuple(o for o in record.outputs if "valid" not in o.path)).write(file)
     with pytest.raises(SftError, match=message):
         compare.compare([a, b])
     if "task" in change or "system" in change:
@@ -133,7 +133,7 @@ def test_records_of_another_harness_are_compared_as_whole_scores(tmp_path: Path)
         (run / "evaluate/samples/zoo.jsonl").write_text('{"native_id": 1, "metrics": {}}\n')
         file = run / "evaluate/manifest.json"
         outputs = manifest.describe(run / "evaluate", ["results.json", "samples", "validation.jsonl"])
-        manifest.write(file, {**manifest.load(file), "outputs": outputs})
+        replace(manifest.load(file), outputs=outputs).write(file)
     acc = compare.compare([a, b])["rows"][0]
     assert (acc["test"], acc["n"], acc["stderr"]) == ("unpaired", 60, pytest.approx(0.05 * 2**0.5))
     assert acc["p"] == pytest.approx(2 * stats.norm.sf(abs(acc["value"]) / acc["stderr"]))

@@ -13,9 +13,9 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server
-from sft.common import manifest
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
+from sft.formats import manifest
 from sft.storage import base_weights
 from sft.storage.local import LocalStorage
 from sft.sync import sync
@@ -161,7 +161,7 @@ def test_a_dataset_reaches_a_bucket_with_its_manifest_last_and_a_killed_one_has_
     assert "root/datasets/d/manifest.json" not in server.objects and "root/datasets/d/z" in server.objects
     (folder / "data/x.npy").write_bytes(FILES["data/x.npy"])
     entries = copier.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
-    assert [e["path"] for e in entries] == ["datasets/d/data/x.npy", "datasets/d/data/y.npy", "datasets/d/z"]
+    assert [o.path for o in entries] == ["datasets/d/data/x.npy", "datasets/d/data/y.npy", "datasets/d/z"]
     assert max(server.objects, key=lambda n: server.objects[n].generation) == "root/datasets/d/manifest.json"
     checking = sync.Copier("gs://bucket/root", tmp_path / "cache", lambda _: None, check_only=True)
     checking.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")

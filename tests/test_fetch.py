@@ -14,8 +14,9 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server
-from sft.common import manifest
+from published import publish, publish_step
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
@@ -34,8 +35,7 @@ def make_train(folder: Path) -> None:
     for step in ("step1", "step2"):
         (folder / step / "model").mkdir(parents=True)
         (folder / step / "model" / "0.distcp").write_bytes(os.urandom(50_000))
-        record = {"schema": 1, "step": 1, "outputs": manifest.describe(folder / step, ["model"])}
-        (folder / step / "manifest.json").write_text(json.dumps(record))
+        publish_step(folder / step, 1, ["model"])
     (folder / "step3" / "model").mkdir(parents=True)
     (folder / "step3" / "model" / "half").write_bytes(b"not finished")
     (folder / "LATEST").write_text("step2\n")
@@ -43,8 +43,7 @@ def make_train(folder: Path) -> None:
 
 
 def finish(folder: Path, outputs: list[str], key: str = "sha256:1") -> None:
-    record = {"schema": 1, "stage": "train", "run": "x", "key": key, "config": {}, "inputs": [], "metrics": {}}
-    manifest.write(folder / "manifest.json", {**record, "outputs": manifest.describe(folder, outputs)})
+    publish(folder, outputs, stage="train", run="x", key=key)
 
 
 def files(root: Path) -> dict[str, bytes]:
@@ -146,4 +145,4 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     assert "nothing to copy" in run(tmp_path / "runs/x", "--from", tmp_path / "there", ok=False)
     assert "is none of prepare" in run(tmp_path / "runs/x", "--stage", "trian", ok=False)
     (tmp_path / "there/x/train/manifest.json").write_text("{")
-    assert "torn manifest" in run(tmp_path / "runs/x", "--from", tmp_path / "there", ok=False)
+    assert "damaged" in run(tmp_path / "runs/x", "--from", tmp_path / "there", ok=False)

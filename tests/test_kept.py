@@ -12,8 +12,8 @@ import pytest
 
 from conftest import REPO
 from gcs_server import Server as Bucket
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.launch.beaker import bucket_runs
 from sft.storage.transfer import open_storage
 from test_beaker import Place, place
@@ -84,10 +84,10 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
     there = open_storage(where)
     made = manifest.load(folder / manifest.NAME)
     assert there.read(manifest.NAME) == (folder / manifest.NAME).read_bytes()
-    assert {e["path"] for e in made["outputs"]} <= set(there.list())
+    assert {e.path for e in made.outputs} <= set(there.list())
     # Each node has written to a disk of its own; the step is whole all the same.
     shards = {f"step16/model_and_optim/__{rank}_0.distcp" for rank in (0, 1)}
-    assert shards <= {e["path"] for e in made["outputs"]} and "2 x cpu" in done.stdout
+    assert shards <= {e.path for e in made.outputs} and "2 x cpu" in done.stdout
 
     done = augusta.workspace.make("convert", *words)
     model = augusta.root / "runs" / RUN / "convert"

@@ -5,19 +5,22 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from conftest import REPO
-from sft.common import manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
+from sft.formats import manifest
+from sft.formats.manifest import Manifest
 
 
 def record(folder, outputs, **changed):
-    made = {"schema": 1, "stage": "train", "run": "x", "cluster": "local", "key": "sha256:0", "version": 1, "config": {},
-            "inputs": [], "outputs": manifest.describe(folder, outputs), "metrics": {}, "provenance": {}}  # fmt: skip
-    manifest.write(folder / "manifest.json", made | changed)
+    made = Manifest(1, "train", "x", "sha256:0", {}, (), manifest.describe(folder, outputs), {}, "local", 1, {})
+    replace(made, **changed).write(folder / "manifest.json")
     return manifest.load(folder / "manifest.json")
 
 
@@ -31,10 +34,10 @@ def made(tmp_path):
 
 def test_a_copied_folder_still_verifies(made, tmp_path_factory):
     m = record(made, ["data"])
-    assert [e["path"] for e in m["outputs"]] == ["data/a", "data/b"]
+    assert [o.path for o in m.outputs] == ["data/a", "data/b"]
     copy = tmp_path_factory.mktemp("copy") / "run"
     shutil.copytree(made, copy)
-    assert manifest.broken_outputs(copy, m) == []
+    assert manifest.broken_outputs(copy, m.outputs) == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "short", "gone"])
@@ -47,16 +50,16 @@ def test_every_damage_is_named(made, damage):
         file.write_bytes(b"a" * 999)
     else:
         file.unlink()
-    (line,) = manifest.broken_outputs(made, m)
+    (line,) = manifest.broken_outputs(made, m.outputs)
     assert str(file) in line
 
 
 def test_the_digest_names_what_was_made_not_when_or_where(made):
     m = record(made, ["data"])
     again = record(made, ["data"], run="y", cluster="elsewhere", metrics={"seconds": 1}, provenance={"host": "h"})
-    assert manifest.digest(m) == manifest.digest(again)
+    assert m.digest == again.digest
     (made / "data/b").write_bytes(b"b")
-    assert manifest.digest(m) != manifest.digest(record(made, ["data"]))
+    assert m.digest != record(made, ["data"]).digest
 
 
 @pytest.mark.parametrize(
@@ -122,9 +125,9 @@ def test_the_hash_cache_rereads_a_file_whose_signature_changed(tmp_path):
     file.write_text("two")
     os.utime(file, ns=(0, 0))
     again = HashCache(tmp_path / "cache")
-    assert again.sha256(file) == manifest.hash_file(file) != first
+    assert again.sha256(file) == hash_file(file) != first
     (tmp_path / "cache/hashes.json").write_text(json.dumps({str(file): "junk"}))
-    assert HashCache(tmp_path / "cache").sha256(file) == manifest.hash_file(file)
+    assert HashCache(tmp_path / "cache").sha256(file) == hash_file(file)
 
 
 def test_what_was_hashed_on_its_way_to_the_disk_is_not_read_again(tmp_path, monkeypatch):
@@ -132,7 +135,7 @@ def test_what_was_hashed_on_its_way_to_the_disk_is_not_read_again(tmp_path, monk
     (tmp_path / "data" / "a").write_bytes(b"abc")
     (tmp_path / "data" / "b").write_bytes(b"abc")
     read: list[str] = []
-    plain = manifest.hash_file
+    plain = hash_file
     monkeypatch.setattr(manifest, "hash_file", lambda file: read.append(file.name) or plain(file))
     known = manifest.describe(tmp_path, ["data"], {"data/a": plain(tmp_path / "data" / "a")})
     assert known == manifest.describe(tmp_path, ["data"]) and sorted(read) == ["a", "b", "b"]

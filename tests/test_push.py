@@ -18,9 +18,11 @@ import pytest
 import yaml
 
 import tiny_export
-from sft.common import manifest
 from sft.common.errors import SftError
 from sft.export import gate, push, rows, write
+from sft.formats import manifest
+from sft.formats.manifest import Manifest
+from sft.formats.remote import SyncMetrics
 from sft.recipe import recipe
 from sft.recipe.schema import Convert
 from sft.runner import plan
@@ -165,11 +167,12 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         files = plan.input_files(place, loaded, stage, plan.HashCache(place.cache))
         upstream = [plan.upstream_entry(plan.states(place, loaded)[u]) for u in plan.schema.UPSTREAM[stage]]
         score = {"value": 0.5972, "stderr": 0.06, "n": 72, "low": 0.4818, "high": 0.7028}
-        record = {"schema": 1, "stage": stage, "run": "smoke", "key": state.key, "config": state.config,
-                  "version": plan.VERSIONS[stage], "inputs": [*upstream, *files],
-                  "outputs": manifest.describe(run / stage, outputs[stage]),
-                  "metrics": {"zoo": {"exact_match": score}} if stage == "evaluate" else {"dataset": "", "storage": str(runs)}}  # fmt: skip
-        manifest.write(run / stage / manifest.NAME, record)
+        metrics = {"zoo": {"exact_match": score}} if stage == "evaluate" else {}
+        if stage == "sync":
+            metrics = SyncMetrics(str(runs), str(runs / "datasets/x"), None, 0, 0).to_metrics()
+        made = Manifest(1, stage, "smoke", state.key, state.config, (*upstream, *files),
+                        manifest.describe(run / stage, outputs[stage]), metrics, version=plan.VERSIONS[stage])  # fmt: skip
+        made.write(run / stage / manifest.NAME)
     return runs
 
 
@@ -199,7 +202,7 @@ def test_a_push_brings_every_file_and_compares_its_hash(exported: Path, hub: Hub
             assert hub.files[file.name][0] == file.read_bytes()
     card = hub.files["README.md"][0].decode()
     assert 'datasets: ["lab/zoo"]' in card and "| zoo | exact_match | 0.5972 | 0.4818 to 0.7028 | 72 |" in card
-    digest = manifest.digest(manifest.load(exported / "smoke/convert/manifest.json"))
+    digest = manifest.load(exported / "smoke/convert/manifest.json").digest
     assert f"| convert | `{digest}` |" in card and 'preset = "olmo3-tiny"' in card
     assert hub.private == (mode == "1")
     assert TOKEN not in done.stdout + done.stderr

@@ -21,8 +21,9 @@ from test_checkpoint import save
 pytest.importorskip("google.cloud.storage")
 
 import training
+from published import publish_step
 from sft.checkpoint import step_folder
-from sft.common import manifest
+from sft.formats import manifest
 from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
@@ -208,8 +209,7 @@ def keep(server: Server, root: Path, number: int) -> None:
     folder = root / f"step{number}"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(f"weights of {number}")
-    outputs = manifest.describe(folder, ["config.json"])
-    (folder / manifest.NAME).write_text(json.dumps({"schema": 1, "step": number, "outputs": outputs}))
+    publish_step(folder, number, ["config.json"])
     for file in folder.iterdir():
         name = f"{KEPT}/{folder.name}/{file.name}".removeprefix("gs://test/")
         server.objects[name] = Stored(file.read_bytes(), next(server.numbers))
@@ -235,7 +235,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     remote.bring(out, KEPT, tmp_path / "cache", alone, said.append)
     assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
     for step in (out / "step4", out / "step6"):
-        assert not manifest.broken_outputs(step, json.loads((step / manifest.NAME).read_bytes()))
+        assert not manifest.broken_outputs(step, manifest.StepManifest.read(step / manifest.NAME).outputs)
     assert (out / "BEST").read_bytes() == b"step4\nloss 0.5\n" and not (out / "LATEST").exists()
     assert logs.next_attempt(out) == 2
     assert any(line.startswith(f"warning: {KEPT}/step8 is passed over: ") for line in said)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sft.common import manifest
+import published
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
@@ -48,17 +50,11 @@ def made(run: Path, stage: str, metrics: dict[str, Any], files: dict[str, str], 
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
-    inputs = []
-    if upstream:
-        above = manifest.load(run / upstream / "manifest.json")
-        inputs = [{"manifest": f"../{upstream}/manifest.json", "sha256": manifest.digest(above)}]
+    inputs = [published.upstream(run / upstream)] if upstream else []
     about = {"git": "0123456789ab", "dirty": False, "host": "box", "started": "2026-01-01T00:00:00+00:00"}
-    record = {
-        "schema": manifest.SCHEMA, "stage": stage, "run": run.name, "cluster": "local", "key": f"sha256:{stage}", "version": 1,
-        "config": {stage: {"field": 1}}, "inputs": inputs, "outputs": manifest.describe(folder, list(files)), "metrics": metrics,
-        "provenance": {**about, "finished": "2026-01-01T00:01:40+00:00", "argv": [], "versions": {}},
-    }  # fmt: skip
-    manifest.write(folder / "manifest.json", record)
+    provenance = {**about, "finished": "2026-01-01T00:01:40+00:00", "argv": [], "versions": {}}
+    config = {stage: {"field": 1}}
+    published.publish(folder, list(files), config=config, inputs=inputs, metrics=metrics, provenance=provenance)
 
 
 def whole_run(run: Path, steps: int = 240) -> Path:
@@ -232,7 +228,7 @@ def test_a_run_without_stages_is_an_error(tmp_path: Path) -> None:
 def test_a_result_made_from_something_else_is_marked(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "smoke")
     record = manifest.load(run / "train" / "manifest.json")
-    manifest.write(run / "train" / "manifest.json", {**record, "key": "sha256:other"})
+    replace(record, key="sha256:other").write(run / "train" / "manifest.json")
     assert report.page(run).count("changed since") == 1
 
 

@@ -99,7 +99,7 @@ def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_fails_stops_the_run_and_leaves_the_earlier_steps(folder: Path, ranks: int) -> None:
-    fault = {"at": "sft.common.manifest.hash_file", "call": 9 if ranks == 1 else 6, "kind": "disk", "thread": ""}
+    fault = {"at": "sft.formats.manifest.hash_file", "call": 9 if ranks == 1 else 6, "kind": "disk", "thread": ""}
     out = train(folder, status=1, steps=400, save_every=2, ephemeral_every=0, ranks=ranks, fault=fault)
     assert "No space left on device" in out
     assert "could not be saved" in out

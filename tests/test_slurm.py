@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO, Workspace
-from sft.common import manifest
+from sft.formats import manifest
 from slurm import NoSlurm, Slurm
 
 SAVES_WHEN_TOLD = """
@@ -478,14 +478,10 @@ def test_an_array_of_parts_and_their_merge_make_the_bytes_of_one_job(real):
     real.make("prepare", "RECIPE=x", "RUNS=whole")
     whole = manifest.load(real.root / "whole/x/prepare/manifest.json")
     arrays = [
-        {
-            e["path"]: e["sha256"]
-            for e in m["outputs"]
-            if e["path"].startswith("data/") and not e["path"].endswith(".json")
-        }
+        {e.path: e.sha256 for e in m.outputs if e.path.startswith("data/") and not e.path.endswith(".json")}
         for m in (made, whole)
     ]
-    assert arrays[0] and arrays[0] == arrays[1] and made["key"] == whole["key"]
+    assert arrays[0] and arrays[0] == arrays[1] and made.key == whole.key
 
 
 def test_a_failed_part_fails_the_job_and_names_the_part(slurm, workspace):
@@ -546,6 +542,4 @@ def ranks_in(root):
 
 def final_weights(train):
     made = manifest.load(train / "manifest.json")
-    return {e["path"]: e["sha256"] for e in made["outputs"] if e["path"].endswith(".distcp")} or pytest.fail(
-        "no weights"
-    )
+    return {e.path: e.sha256 for e in made.outputs if e.path.endswith(".distcp")} or pytest.fail("no weights")

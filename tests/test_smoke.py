@@ -14,7 +14,7 @@ import time
 import pytest
 
 from conftest import REPO
-from sft.common import manifest
+from sft.formats import manifest
 
 # The smoke tasks have 4 choices and free answers: chance is 0.25 and 0. A trained smoke model must be above it by far
 # more than its error: 0.25 here is about five standard errors of the choice task.
@@ -72,7 +72,7 @@ def test_the_scores_are_above_chance_by_the_margin_and_carry_their_errors(runs):
         assert score["n"] >= 40 and score["stderr"] is not None
         assert score["value"] > chance + MARGIN, f"{name}: {score}"
         assert score["low"] > chance, f"{name}: chance is inside the 95 % interval of {score}"
-    asked = read(runs, "evaluate")["metrics"]["asked"]
+    asked = read(runs, "evaluate").metrics["asked"]
     assert set(asked["tasks"]) == {"smoke_choice", "smoke_generate"} and len(asked["template_sha256"]) == 64
     assert all(len(h["task_sha256"]) == len(h["samples_sha256"]) == 64 for h in asked["tasks"].values())
 
@@ -83,9 +83,7 @@ def test_the_export_is_a_hugging_face_model_that_answers_and_stops(runs):
     made = read(runs, "convert")
     folder = runs / "smoke/convert"
     config = next(
-        folder / e["path"]
-        for e in made["outputs"]
-        if e["path"].endswith("config.json") and "generation" not in e["path"]
+        folder / e.path for e in made.outputs if e.path.endswith("config.json") and "generation" not in e.path
     )
     model = AutoModelForCausalLM.from_pretrained(config.parent)
     tokenizer = AutoTokenizer.from_pretrained(config.parent)
@@ -141,5 +139,5 @@ def test_a_sibling_run_shares_the_prepared_data_and_a_short_training_resumes(run
     out = make(runs, "train", *overrides, "processes=2", "save_every=3", "microbatch_tokens=512").stdout
     assert "step3" in out
     again = json.loads((run / "train/manifest.json").read_text())
-    shards = [{e["path"]: e["sha256"] for e in m["outputs"] if e["path"].endswith(".distcp")} for m in (final, again)]
+    shards = [{e.path: e.sha256 for e in m.outputs if e.path.endswith(".distcp")} for m in (final, again)]
     assert shards[0] == shards[1] and shards[0], "a resumed run ends in the same bytes"

@@ -13,7 +13,7 @@ import pytest
 
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.tensors import Tensors
-from sft.common import manifest
+from sft.common.files import hash_file
 from sft.export import soup
 from sft.model.model import Transformer
 from sft.training import base
@@ -77,7 +77,7 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
     assert "OLMo-core checkpoint" in base.initialise(model, CONFIG, tmp_path / "soup", 0)
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name])
-    digest = manifest.hash_file(tmp_path / "soup" / "tokenizer" / "tokenizer.json")
+    digest = hash_file(tmp_path / "soup" / "tokenizer" / "tokenizer.json")
     assert base.check_tokenizer(tmp_path, {**FACTS, "tokenizer": {"sha256": digest}}, tmp_path / "soup") == ""
     theirs = core_model()
     from olmo_core.distributed.checkpoint import load_model_and_optim_state

@@ -15,8 +15,8 @@ import pytest
 
 from conftest import REPO, Workspace
 from gcs_server import Server
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.storage import base_weights, hub, localise
 from sft.sync import sync
 
@@ -46,14 +46,14 @@ def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_
     found = remote(place)
     root = place.root / "runs" / ".storage"
     made = manifest.load(place.root / "runs/x/prepare/manifest.json")
-    assert found["dataset"] == f"datasets/{manifest.digest(made)[:16]}"
+    assert found["dataset"] == f"datasets/{made.digest[:16]}"
     assert found["base"].startswith("base/tiny-")
     for entry in found["files"]:
         data = (root / entry["path"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
     assert sorted(e["path"].rsplit("/", 1)[1] for e in found["files"]) == ["config.json", "model.safetensors", "out"]
     copied = root / found["dataset"]
-    assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json")) == []
+    assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json").outputs) == []
     assert json.loads((root / f"{found['base']}.json").read_text())["files"]
     metrics = manifest.load(place.root / "runs/x/sync/manifest.json")["metrics"]
     assert (metrics["storage"], metrics["dataset"]) == ("runs/.storage", f"runs/.storage/{found['dataset']}")

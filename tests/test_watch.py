@@ -17,9 +17,10 @@ import pytest
 
 from conftest import REPO
 from sft.checkpoint import step_folder
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.evaluation import watch
+from sft.formats import manifest
 from sft.recipe import recipe
 from sft.recipe.schema import Evaluate
 from sft.runner import plan
@@ -58,7 +59,7 @@ def test_a_step_is_due_again_when_it_was_made_again_or_is_asked_something_else(t
     smoke = recipe.load(SMOKE, ["every=100"])
     lines = []
     for n in (100, 200):
-        digest = manifest.hash_file(step(tmp_path, n) / "manifest.json")
+        digest = hash_file(step(tmp_path, n) / "manifest.json")
         lines.append(
             json.dumps({"step": n, "checkpoint": digest, "asked": watch.asked(plan.Place(tmp_path), smoke)}) + "\n"
         )
@@ -119,7 +120,7 @@ def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) ->
         return [number for number, _ in step_folder.steps(tmp_path)]
 
     def settle(number: int, **found: Any) -> None:
-        digest = manifest.hash_file(tmp_path / f"step{number}" / "manifest.json")
+        digest = hash_file(tmp_path / f"step{number}" / "manifest.json")
         with (tmp_path / evaluations.NAME).open("a") as f:
             f.write(json.dumps({"step": number, "checkpoint": digest, "asked": "", **found}) + "\n")
 
@@ -212,11 +213,11 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     assert all(
         r["tasks"]["smoke_generate"]["exact_match"]["n"] == 2 and r["validation"]["documents"] == 2 for r in records
     )
-    assert records[0]["checkpoint"] == manifest.hash_file(train / "step2" / "manifest.json")
+    assert records[0]["checkpoint"] == hash_file(train / "step2" / "manifest.json")
     assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
     assert step_folder.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
     assert [number for number, _ in step_folder.steps(train)] == [2, 5]  # keep=1, once every step had its scores
-    assert not [e for e in manifest.load(train / "manifest.json")["outputs"] if "evaluations" in e["path"]]
+    assert not [o for o in manifest.load(train / "manifest.json").outputs if "evaluations" in o.path]
     assert {f.name for f in (Path(run) / ".work").glob("watch-*/*")} == {"samples"}
     assert watch.due(train, plan.Place(runs), recipe.load(SMOKE, FIELDS), last=True) == []
 

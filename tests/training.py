@@ -27,8 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from published import publish
 from sft.checkpoint.step_folder import Tensors
-from sft.common import manifest
 from sft.data.dataset import DatasetWriter
 from sft.recipe import schema
 from sft.training import metrics
@@ -77,16 +77,7 @@ def write_dataset(folder: Path) -> Path:
         "splits": splits,
     }
     (folder / "dataset.json").write_text(json.dumps(facts))
-    record = {
-        "schema": manifest.SCHEMA,
-        "stage": "prepare",
-        "run": "fake",
-        "key": "sha256:0",
-        "config": {},
-        "inputs": [],
-    }
-    outputs = manifest.describe(folder, ["data", "validation", "dataset.json"])
-    manifest.write(folder / manifest.NAME, {**record, "outputs": outputs, "metrics": {}})
+    publish(folder, ["data", "validation", "dataset.json"], stage="prepare", run="fake", key="sha256:0")
     return folder
 
 

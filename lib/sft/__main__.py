@@ -28,8 +28,10 @@ import tomllib
 import typing
 from pathlib import Path
 
-from sft.common import elsewhere, manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
 from sft.recipe import presets, recipe, schema
 from sft.runner import plan
 
@@ -190,7 +192,7 @@ def command_new(args: argparse.Namespace) -> None:
         path = recipe.locate(name, args.place.cluster, [])
         assert path is not None  # load() above has checked it
         text = _set_field(text, ".".join(path[:-1]), path[-1], value)
-    manifest.write_atomic(target, text.encode())
+    write_atomic(target, text.encode())
     try:
         recipe.load(target, (), args.place.cluster)
     except SftError:
@@ -225,18 +227,19 @@ def command_verify(args: argparse.Namespace) -> None:
             print(f"{stage:9}not made")
             continue
         made = manifest.load(file)
-        where, absent = elsewhere.elsewhere(file.parent)
-        problems = manifest.broken_outputs(file.parent, elsewhere.here(file.parent, made))
-        for entry in made["inputs"]:
-            if "manifest" in entry:
-                upstream = file.parent / ".." / paths_name(entry["manifest"])
+        away = Elsewhere.of(file.parent)
+        problems = manifest.broken_outputs(file.parent, away.here(made.outputs))
+        for entry in made.inputs:
+            if entry.manifest:
+                upstream = file.parent / ".." / paths_name(entry.manifest)
                 if not upstream.is_file():
                     problems.append(f"{upstream} is missing")
-                elif manifest.digest(manifest.load(upstream)) != entry["sha256"]:
+                elif manifest.load(upstream).digest != entry.sha256:
                     problems.append(f"{upstream} is not the one that {stage} consumed")
-        away = f"; {len(absent)} are elsewhere: {where} ({_some(sorted(absent))})" if absent else ""
-        found = f"{len(made['outputs']) - len(absent)} files verified" if not problems else "; ".join(problems)
-        print(f"{stage:9}{found}{away}")
+        absent = sorted(away.outputs)
+        rest = f"; {len(absent)} are elsewhere: {away.where} ({_some(absent)})" if absent else ""
+        found = f"{len(made.outputs) - len(absent)} files verified" if not problems else "; ".join(problems)
+        print(f"{stage:9}{found}{rest}")
         bad += problems
     if bad:
         raise SftError(f"{run}: {len(bad)} problem(s); next: remove the manifest of the broken stage and run it again")
@@ -314,14 +317,14 @@ def command_diff(args: argparse.Namespace) -> None:
         if a is None or b is None:
             print(f"{stage}: not made in {args.a if a is None else args.b}")
             return
-        lines = plan.differences(a["config"], b["config"])
-        names = {e.get("file"): e["sha256"] for e in a["inputs"] if "file" in e}
-        others = {e.get("file"): e["sha256"] for e in b["inputs"] if "file" in e}
+        lines = plan.differences(a.config, b.config)
+        names = {e.file: e.sha256 for e in a.inputs if e.file}
+        others = {e.file: e.sha256 for e in b.inputs if e.file}
         lines += [f"{n} differs" for n in {**names, **others} if names.get(n) != others.get(n)]
         if lines:
             print(f"{stage}:\n" + "\n".join(f"  {line}" for line in lines))
             return
-        if a["outputs"] != b["outputs"]:
+        if a.outputs != b.outputs:
             print(f"{stage}: same options and inputs, different outputs")
             return
     print("no difference")

@@ -14,31 +14,29 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from sft.common.errors import SftError
+from sft.formats.manifest import Output
 from sft.model.parallel import World
 
 PIECE = 64 << 20  # bytes sent at once
 
 
-def bring_together(work: Path, described: Sequence[Sequence[dict[str, Any]]], world: World) -> bool:
+def bring_together(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:
     """`described`: per rank the manifest entries of its files under `work`. Returns whether this rank's were sent away.
     Raises SharedError on every rank when a file did not arrive as it was written."""
     if world.size == 1:
         return False
-    lacking = world.leader_first(
-        lambda: [[e for e in mine if not (work / str(e["path"])).is_file()] for mine in described]
-    )
+    lacking = world.leader_first(lambda: [[e for e in mine if not (work / e.path).is_file()] for mine in described])
     failures: list[str] = []
     for rank, entries in enumerate(lacking):
         for entry in entries:
             if world.rank == rank:
-                _send(work / str(entry["path"]), int(entry["bytes"]), world)
-            elif world.leader and (problem := _receive(work / str(entry["path"]), entry, rank, world)):
+                _send(work / entry.path, entry.bytes, world)
+            elif world.leader and (problem := _receive(work / entry.path, entry, rank, world)):
                 failures.append(problem)
 
     def told() -> None:
@@ -68,9 +66,9 @@ def _send(file: Path, size: int, world: World) -> None:
             dist.send(piece, 0, group=world.group)
 
 
-def _receive(file: Path, entry: dict[str, Any], rank: int, world: World) -> str:
+def _receive(file: Path, entry: Output, rank: int, world: World) -> str:
     """Writes a file that `rank` sends. Returns what went wrong, once every piece has come: the sender waits for none of it."""
-    problem, size, sha256 = "", int(entry["bytes"]), hashlib.sha256()
+    problem, size, sha256 = "", entry.bytes, hashlib.sha256()
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -92,4 +90,4 @@ def _receive(file: Path, entry: dict[str, Any], rank: int, world: World) -> str:
                 os.fsync(f.fileno())
         except OSError as e:
             problem = problem or f"{file}: {e.strerror}"
-    return problem or ("" if sha256.hexdigest() == entry["sha256"] else f"{file}: not the bytes that rank {rank} wrote")
+    return problem or ("" if sha256.hexdigest() == entry.sha256 else f"{file}: not the bytes that rank {rank} wrote")

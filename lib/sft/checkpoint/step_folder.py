@@ -42,9 +42,11 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from sft.checkpoint import gather
 from sft.checkpoint.tensors import Tensors
-from sft.common import manifest
 from sft.common.direct_io import BulkFile
 from sft.common.errors import SftError
+from sft.common.files import sync_folder, write_atomic
+from sft.formats import manifest
+from sft.formats.manifest import Output, StepManifest
 from sft.model.parallel import SharedError, World
 
 LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout this is
@@ -147,7 +149,7 @@ def save(
             _write_json(work / ".metadata.json", {"ephemeral": ephemeral, "version": LAYOUT_VERSION})
         return []
 
-    def describe() -> list[dict[str, Any]]:
+    def describe() -> tuple[Output, ...]:
         mine = [f"train/rank{world.rank}.pt"]
         mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
         mine += ["config.json", ".metadata.json", "model_and_optim/.metadata"] if world.leader else []
@@ -156,14 +158,14 @@ def save(
         )
 
     def publish() -> None:
-        outputs = sorted((entry for part in described for entry in part), key=lambda e: str(e["path"]))
-        _write_json(work / manifest.NAME, {"schema": manifest.SCHEMA, "step": step, "outputs": outputs})
+        outputs = sorted((output for part in described for output in part), key=lambda o: o.path)
+        StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)
         for folder in (work / "model_and_optim", work / "train", work):
-            manifest.sync_folder(folder)
+            sync_folder(folder)
         if final.exists():  # a torn or foreign folder of this name: the resume passed it over
             shutil.rmtree(to_trash(final))
         work.rename(final)
-        manifest.sync_folder(out)
+        sync_folder(out)
 
     try:
         world.leader_first(lambda: shutil.rmtree(work, ignore_errors=True))
@@ -199,7 +201,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    manifest.write_atomic(file, json.dumps(value, indent=1).encode() + b"\n")
+    write_atomic(file, json.dumps(value, indent=1).encode() + b"\n")
 
 
 def steps(out: Path) -> list[tuple[int, Path]]:
@@ -245,7 +247,7 @@ def set_aside(step: Path) -> Path:
     if aside.exists():
         aside = aside.with_name(f"{aside.name}-{uuid.uuid4().hex[:8]}")
     step.rename(aside)
-    manifest.sync_folder(step.parent)
+    sync_folder(step.parent)
     return aside
 
 
@@ -253,15 +255,14 @@ def damage(step: Path, world: World | None = None) -> list[str]:
     """What differs from the step's manifest. Ranks share out the files; without a world all are read."""
     file = step / manifest.NAME
     try:
-        record = json.loads(file.read_bytes())
-        entries = list(record["outputs"])
-        listed = {str(entry["path"]) for entry in entries}
+        entries = StepManifest.read(file).outputs
+        listed = {o.path for o in entries}
         needed = {"config.json", ".metadata.json", "train/rank0.pt", "model_and_optim/.metadata"}
         if not needed <= listed:
             return [f"{file} does not list {', '.join(sorted(needed - listed))}"]
         if world is not None:
             entries = entries[world.rank :: world.size]
-        return manifest.broken_outputs(step, {"outputs": entries})
+        return manifest.broken_outputs(step, entries)
     except FileNotFoundError:
         return [f"{file} is missing: the step was not finished"]
     except (OSError, ValueError, KeyError, TypeError, SftError) as error:
@@ -297,7 +298,7 @@ def named(out: Path, name: str) -> Path | None:
 
 
 def mark_latest(step: Path) -> None:
-    manifest.write_atomic(step.parent / "LATEST", f"{step.name}\n".encode())
+    write_atomic(step.parent / "LATEST", f"{step.name}\n".encode())
 
 
 def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better: bool = True) -> bool:
@@ -312,7 +313,7 @@ def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better:
         known = _best(out)
         if known and known[0] == metric and (known[1] >= value if higher_is_better else known[1] <= value):
             return False
-        manifest.write_atomic(out / "BEST", f"{folder.name}\n{metric} {value!r}\n".encode())
+        write_atomic(out / "BEST", f"{folder.name}\n{metric} {value!r}\n".encode())
     return True
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sft.common import manifest
+from sft.common.files import hash_file, write_atomic
 
 
 class HashCache:
@@ -26,7 +26,7 @@ class HashCache:
     def sha256(self, file: Path) -> str:
         entry = self.known.get(str(file.resolve()))
         if not (isinstance(entry, list) and entry[:-1] == _signature(file) and isinstance(entry[-1], str)):
-            return self.note(file, manifest.hash_file(file))
+            return self.note(file, hash_file(file))
         return str(entry[-1])
 
     def note(self, file: Path, sha256: str) -> str:
@@ -36,7 +36,7 @@ class HashCache:
 
     def save(self) -> None:
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        manifest.write_atomic(self.file, json.dumps(self.known).encode())
+        write_atomic(self.file, json.dumps(self.known).encode())
 
 
 def _signature(file: Path) -> list[object]:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat.rows import BadRow, Conversation, RowReader
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.data import blocks, sources
 from sft.data.decontaminate import Screen
 from sft.data.tokencache import ChunkWriter, Summary
@@ -153,7 +153,7 @@ class ScreenChunk:
         for batch in blocks.read(job.chunk):
             found = self.screen.hits([said(read, row) for row in batch.rows])
             hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
-        manifest.write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
+        write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
         return len(hits)
 
 

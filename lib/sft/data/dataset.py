@@ -30,7 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sft.common.direct_io import BulkFile
 from sft.common.errors import SftError
-from sft.common.manifest import sync_folder
+from sft.common.files import sync_folder
 from sft.data.compiled import DIGITS, write_bounds
 from sft.data.mix import scramble
 

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 
 PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv.gz")
 
@@ -57,6 +57,6 @@ def olmo_core_export(prepared: Path, target: Path) -> int:
             shutil.copyfile(file, copy)
     keep = ("dtype", "vocab_size", "eos_id", "pad_id", "boundaries", "template", "splits")
     about = {name: identity[name] for name in keep}
-    manifest.write_atomic(partial / "dataset.json", json.dumps(about, indent=1).encode() + b"\n")
+    write_atomic(partial / "dataset.json", json.dumps(about, indent=1).encode() + b"\n")
     os.replace(partial, target)
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

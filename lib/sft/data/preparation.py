@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.data import blocks, sources, token_check, workers
 from sft.data.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
@@ -318,7 +318,7 @@ class Preparation:
     def check_tokenizer(self, folder: Path) -> None:
         """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
         version = importlib.metadata.version("transformers")
-        files = {p.name: manifest.hash_file(p) for p in folder.iterdir()}
+        files = {p.name: hash_file(p) for p in folder.iterdir()}
         passed = self.stage.cache / "tokenizers" / digest([version, files, self.encoder.identity])
         if not passed.exists():
             self.encoder.check_saved(folder)

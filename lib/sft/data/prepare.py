@@ -18,7 +18,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.common import manifest
+from sft.common.files import write_atomic
 from sft.data import describe, shards
 from sft.data.interop import olmo_core_obstacle
 from sft.data.mix import mix
@@ -98,9 +98,9 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     if screen is not None:
         lists["contaminated.jsonl"] = describe.contaminated(work, found, screen)
     for name, value in files.items():
-        manifest.write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
     for name, values in lists.items():
-        manifest.write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
+        write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
     metrics: dict[str, Any] = {
         **splits["data"],
         "rejected": len(lists["rejects.jsonl"]),

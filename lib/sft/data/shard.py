@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import canonical
 
 
 @dataclass(frozen=True)
@@ -31,4 +31,4 @@ class Shard:
 
 
 def digest(value: Any) -> str:
-    return hashlib.sha256(manifest.canonical(value)).hexdigest()[:32]
+    return hashlib.sha256(canonical(value)).hexdigest()[:32]

@@ -10,8 +10,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file, write_atomic
 
 if TYPE_CHECKING:
     from sft.data.preparation import Preparation
@@ -22,7 +22,7 @@ def record(work: Preparation) -> Path:
     """Writes the manifest of this part: its files with their sha256."""
     chunks = [_entry(work.cache / job.name) for job in work.mine]
     file = _file(work, work.shard.part or 0)
-    manifest.write_atomic(file, json.dumps({"format": 1, "chunks": chunks}, indent=1).encode())
+    write_atomic(file, json.dumps({"format": 1, "chunks": chunks}, indent=1).encode())
     return file
 
 
@@ -57,4 +57,4 @@ def _file(work: Preparation, part: int) -> Path:
 
 
 def _entry(chunk: Path) -> dict[str, Any]:
-    return {"file": chunk.name, "bytes": chunk.stat().st_size, "sha256": manifest.hash_file(chunk)}
+    return {"file": chunk.name, "bytes": chunk.stat().st_size, "sha256": hash_file(chunk)}

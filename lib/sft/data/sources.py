@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
-from sft.common.manifest import hash_file
+from sft.common.files import hash_file
 from sft.data.unpack import gunzip, is_array, json_array, new_file
 from sft.recipe import inputs
 from sft.recipe.schema import Source

@@ -17,10 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
 from sft.evaluation.scores import is_number, json_hash
 from sft.evaluation.statistics import Z95, Difference, holm, paired, paired_ratio
+from sft.formats import manifest
 from sft.recipe import schema
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -55,7 +55,7 @@ class _Evaluated:
         self.name, self.folder = run.name, run / "evaluate"
         file = self.folder / manifest.NAME
         try:
-            broken = manifest.broken_outputs(self.folder, manifest.load(file))
+            broken = manifest.broken_outputs(self.folder, manifest.load(file).outputs)
         except FileNotFoundError:
             raise SftError(f"{file}: not there: {run.name} has no scores; next: make {file}") from None
         if broken:
@@ -195,8 +195,8 @@ def differing_fields(runs: Sequence[Path]) -> list[dict[str, Any]]:
                 made = manifest.load(run / stage / manifest.NAME)
             except FileNotFoundError:
                 continue
-            leaves = dict(_leaves(made["config"], stage))
-            leaves |= {f"{stage}: {e['file']}": f"sha256 {e['sha256'][:10]}" for e in made["inputs"] if "file" in e}
+            leaves = dict(_leaves(made.config, stage))
+            leaves |= {f"{stage}: {e.file}": f"sha256 {e.sha256[:10]}" for e in made.inputs if e.file}
             for name, value in leaves.items():
                 found.setdefault(name, [None] * len(runs))[i] = value
     differ = [(name, values) for name, values in found.items() if any(v != values[0] for v in values)]

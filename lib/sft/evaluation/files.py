@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 
 SAY_EVERY = 15.0  # seconds between lines of progress
 
@@ -24,9 +24,9 @@ def refuse_not_finite(value: Any, where: str = "results") -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all: a task counts as finished when its file is there."""
-    manifest.write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     lines = [json.dumps(row, ensure_ascii=False, default=str) for row in rows]
-    manifest.write_atomic(path, "".join(line + "\n" for line in lines).encode())
+    write_atomic(path, "".join(line + "\n" for line in lines).encode())

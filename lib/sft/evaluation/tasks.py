@@ -24,8 +24,8 @@ from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.evaluation.scores import json_hash
 
 SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent
@@ -67,8 +67,8 @@ class Found:
                         f"{self.file}: {part} lies outside of [evaluate] task_dir {self.folder}; next: copy it there"
                     )
             modules = beside | {module for folder, hook in hooks for module in _installed(folder, hook)}
-            told["modules"] = sorted((m.name, manifest.hash_file(m)) for m in modules)
-        data = {split: manifest.hash_file(file) for split, file in self.data.items()}
+            told["modules"] = sorted((m.name, hash_file(m)) for m in modules)
+        data = {split: hash_file(file) for split, file in self.data.items()}
         return {"task_sha256": json_hash(told), "data_sha256": data, "lm_eval": LM_EVAL}
 
     def load(self, seed: int) -> Task:

@@ -21,10 +21,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.common.hashcache import HashCache
 from sft.evaluation.scores import json_hash
+from sft.formats import manifest
+from sft.formats.manifest import StepManifest
 from sft.runner import plan
 
 if TYPE_CHECKING:
@@ -92,14 +94,13 @@ def asked(place: Place, recipe: Recipe) -> str:
 def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     """Converts, scores and records one step. Raises SftError when there is nothing to be scored."""
     from sft.evaluation import evaluate, files
-    from sft.model.hf import read_json
 
     began = time.monotonic()
     options = stage.recipe.evaluate
     options = dataclasses.replace(options, limit=options.every_limit or options.limit)
     out = stage.run / ".work" / f"watch-{step.name}-{digest[:8]}-{asked(stage.place, stage.recipe)[:8]}"
     model_folder = out / "model"
-    if broken := manifest.broken_outputs(step, read_json(step / manifest.NAME)):
+    if broken := manifest.broken_outputs(step, StepManifest.read(step / manifest.NAME).outputs):
         raise SftError("; ".join(broken))
     tasks, data = evaluate.find_tasks(options, stage.find, stage.recipe.file)
     evaluate.go_offline(options, tasks, out / "work")
@@ -140,7 +141,7 @@ def record(stage: Stage, step: Path, digest: str, found: Mapping[str, Any]) -> N
     number = int(step.name.removeprefix("step"))
     line = {"step": number, "checkpoint": digest, "asked": asked(stage.place, stage.recipe), **found}
     lines = sorted([*(r for r in records(stage.out) if r["step"] != number), line], key=lambda r: int(r["step"]))
-    manifest.write_atomic(stage.out / NAME, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines).encode())
+    write_atomic(stage.out / NAME, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in lines).encode())
 
 
 def score(record: Mapping[str, Any], options: Evaluate) -> tuple[str, float, bool] | None:
@@ -198,7 +199,7 @@ def trained(stage: Stage) -> Callable[[], bool]:
 
     def done() -> bool:
         try:
-            return bool(manifest.load(stage.out / manifest.NAME)["key"] == stage.key)
+            return bool(manifest.load(stage.out / manifest.NAME).key == stage.key)
         except (FileNotFoundError, SftError):
             return False
 

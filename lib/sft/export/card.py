@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.recipe import schema
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
@@ -54,13 +54,13 @@ def _scores(run: Path) -> list[str]:
     """The table of results, or nothing before evaluate has run on this very export."""
     try:
         made = manifest.load(run / "evaluate" / manifest.NAME)
-        convert = manifest.digest(manifest.load(run / "convert" / manifest.NAME))
+        convert = manifest.load(run / "convert" / manifest.NAME).digest
     except (FileNotFoundError, SftError):
         return []
-    if {"manifest": f"../convert/{manifest.NAME}", "sha256": convert} not in made["inputs"]:
+    if manifest.Input(manifest=f"../convert/{manifest.NAME}", sha256=convert) not in made.inputs:
         return []
     lines = ["## Scores", "", "| task | metric | value | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
-    for task, metrics in made["metrics"].items():
+    for task, metrics in made.metrics.items():
         if task == "validation" and metrics:
             lines.append(f"| held-out conversations | loss | {metrics['loss']:.4f} | | {metrics['documents']} |")
         for name, found in metrics.items() if isinstance(metrics, dict) else ():
@@ -101,7 +101,7 @@ def _chain(run: Path) -> list[str]:
     lines = ["## Provenance", "", "| stage | sha256 of what was made, and from what |", "| --- | --- |"]
     for stage in schema.STAGES:
         try:
-            lines.append(f"| {stage} | `{manifest.digest(manifest.load(run / stage / manifest.NAME))}` |")
+            lines.append(f"| {stage} | `{manifest.load(run / stage / manifest.NAME).digest}` |")
         except (FileNotFoundError, SftError):
             continue
     return lines

@@ -27,11 +27,12 @@ from sft.checkpoint.hf_folder import Folder
 from sft.checkpoint.olmo_core import model_config, step_config
 from sft.checkpoint.step_folder import LAYOUT_VERSION
 from sft.checkpoint.tensors import Tensors, Weights
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import sync_folder
 from sft.export import card, gate
 from sft.export.rows import TOKENIZER_FILES, finite, pieces, write_json
 from sft.export.write import export
+from sft.formats import manifest
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert, Prepare
@@ -254,9 +255,7 @@ def arriving(target: str, cache: Path, say: Say) -> Iterator[Path]:
             yield work / "out"
             local = LocalStorage(work / "out")
             bucket = open_storage(target, cache)
-            jobs = [
-                Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in manifest.describe(local.root, local.list())
-            ]
+            jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in manifest.describe(local.root, local.list())]
             # What says that the folder is whole travels last.
             last = [j for j in jobs if j.source in (manifest.NAME, "config.json")]
             transfer([j for j in jobs if j not in last], local, bucket, say)
@@ -269,10 +268,10 @@ def arriving(target: str, cache: Path, say: Say) -> Iterator[Path]:
     try:
         yield work
         for path in sorted(p for p in work.rglob("*") if p.is_dir()):
-            manifest.sync_folder(path)
-        manifest.sync_folder(work)
+            sync_folder(path)
+        sync_folder(work)
         work.rename(final)
-        manifest.sync_folder(final.parent)
+        sync_folder(final.parent)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -18,9 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.export import card
+from sft.formats import manifest
 from sft.model import hf
 from sft.runner import plan
 
@@ -67,7 +68,7 @@ def export_of(place: plan.Place, run: str, overrides: Sequence[str] = ()) -> tup
     again = f"next: make convert RECIPE={recipe.name}" + "".join(f" {k}={v}" for k, v in recipe.overrides)
     if state.manifest is None or state.stale:
         raise SftError(f"{folder}: stale ({'; '.join(state.reasons)}); {again}")
-    if broken := manifest.broken_outputs(folder, state.manifest):
+    if broken := manifest.broken_outputs(folder, state.manifest.outputs):
         raise SftError("\n".join(broken) + f"\n{again} after removing {folder / manifest.NAME}")
     return folder, card.of_run(place.runs / run, recipe, hf.read_json(folder / "gate.json"))
 
@@ -94,7 +95,7 @@ def _there(file: Path, stated: Any) -> bool:
     if stated is None:
         return False
     if stated.lfs is not None:
-        return manifest.hash_file(file) == str(stated.lfs.sha256)
+        return hash_file(file) == str(stated.lfs.sha256)
     data = file.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == stated.blob_id
 

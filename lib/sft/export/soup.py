@@ -11,7 +11,6 @@ Out: DST in the layout that [model] base, make to-hf and OLMo-core read: weights
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -23,11 +22,14 @@ from torch import Tensor
 
 from sft.checkpoint.step_folder import LAYOUT_VERSION, damage
 from sft.checkpoint.tensors import Tensors
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.common.paths import inside
 from sft.export.core import Say, arriving, write_step
 from sft.export.rows import TOKENIZER_FILES, pieces, write_json
+from sft.formats import manifest
+from sft.formats.manifest import StepManifest
+from sft.formats.record import to_json
 from sft.model.hf import read_json
 
 
@@ -84,7 +86,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[Tensors]) -> None:
             raise SftError(f"{problems[0]}; next: choose another step")
     models = [read_json(step / "config.json") for step in steps]
     tokenizers = [tokenizer_of(step) for step in steps]
-    hashes = [manifest.hash_file(t / "tokenizer.json") if t else None for t in tokenizers]
+    hashes = [hash_file(t / "tokenizer.json") if t else None for t in tokenizers]
     for step, part, model, digest in zip(steps[1:], parts[1:], models[1:], hashes[1:], strict=True):
         names = set(whole) ^ set(part) or {n for n in whole if whole.shape(n) != part.shape(n)}
         if names:
@@ -132,9 +134,7 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
                     shutil.copyfile(tokenizer / name, out / "tokenizer" / name)
         write_json(out / "soup.json", {"sources": [describe(s, w) for s, w in zip(steps, weights, strict=True)]})
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-        write_json(
-            out / manifest.NAME, {"schema": manifest.SCHEMA, "step": 0, "outputs": manifest.describe(out, names)}
-        )
+        StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names)).write(out / manifest.NAME)
     say(
         f"{target}: the mean of {len(steps)} steps, {sum(math.prod(s) for s in shapes.values()):,} parameters, read back"
     )
@@ -142,7 +142,7 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
 
 def describe(step: Path, weight: float) -> dict[str, Any]:
     file = step / manifest.NAME
-    outputs = json.loads(file.read_bytes())["outputs"] if file.is_file() else None
+    outputs = [to_json(o) for o in StepManifest.read(file).outputs] if file.is_file() else None
     return {"step": str(step), "weight": weight, "files": outputs}
 
 

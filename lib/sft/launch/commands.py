@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from sft.common import manifest
 from sft.common.errors import SftError
 from sft.common.locks import lock
 from sft.common.process import report_errors
+from sft.formats import manifest
 from sft.launch.doctor import doctor
 from sft.launch.job import AGAIN, CANCELLED, FOLDER, WATCH, Job, LostConnection, Record, Scheduler, T, records, retried
 from sft.recipe import schema
@@ -72,7 +72,7 @@ def check_made(job: Job, patience_s: float = VISIBLE_S) -> None:
     while True:
         with contextlib.suppress(OSError, SftError):
             os.listdir(job.run)  # asks the file server again
-            if manifest.load(file)["key"] == job.key:
+            if manifest.load(file).key == job.key:
                 return
         if time.monotonic() - began > patience_s:
             raise SftError(

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol, TypeVar
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.recipe import recipe, schema
 from sft.runner import plan
 from sft.runner.stage import parse
@@ -177,7 +177,7 @@ class Record:
 
     def save(self) -> None:
         data = {k: v for k, v in vars(self).items() if k != "file"}
-        manifest.write_atomic(self.file, json.dumps(data, indent=1).encode() + b"\n")
+        write_atomic(self.file, json.dumps(data, indent=1).encode() + b"\n")
 
     def end(self, status: str, attempts: int) -> None:
         self.ended, self.attempts = status, attempts

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.launch.job import AGAIN, WATCH, Job, LostConnection, Status, beside, retried
 from sft.recipe import schema
 
@@ -197,7 +197,7 @@ class Slurm:
 
     def _write(self, name: str, script: str) -> Path:
         file = self.folder / f"{name}.sbatch"
-        manifest.write_atomic(file, script.encode())
+        write_atomic(file, script.encode())
         return file
 
     def _sbatch(self, script: Path, *options: str) -> str:

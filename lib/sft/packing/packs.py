@@ -25,7 +25,7 @@ import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from sft.common.errors import SftError
-from sft.common.manifest import sync_folder
+from sft.common.files import sync_folder
 from sft.data.dataset import Dataset
 
 PIECE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])

@@ -11,7 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
+from sft.common.files import write_atomic
 from sft.evaluation.compare import LETTERS, footnote, p_text, show, verdict
 from sft.reporting import charts
 from sft.reporting.page import document, table
@@ -23,11 +23,9 @@ def write(comparison: Mapping[str, Any], folder: Path) -> Path:
     name = "+".join(comparison["runs"][1:])
     if len(name) > 150:
         name = name[:130] + f"+{len(comparison['runs']) - 1}-runs"
-    manifest.write_atomic(
-        folder / f"{name}.json", json.dumps(comparison, indent=1, ensure_ascii=False).encode() + b"\n"
-    )
+    write_atomic(folder / f"{name}.json", json.dumps(comparison, indent=1, ensure_ascii=False).encode() + b"\n")
     page = folder / f"{name}.html"
-    manifest.write_atomic(page, html(comparison).encode())
+    write_atomic(page, html(comparison).encode())
     return page
 
 

@@ -17,9 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
+from sft.formats import manifest
+from sft.formats.manifest import Manifest
 from sft.recipe import schema
 from sft.reporting import charts, comparison
 from sft.reporting.charts import Line, number
@@ -44,7 +46,7 @@ def report(stage: Stage) -> Result:
     from sft.runner.stage import Result
 
     text = page(stage.run)
-    manifest.write_atomic(stage.out / "index.html", text.encode())
+    write_atomic(stage.out / "index.html", text.encode())
     stage.say(f"{stage.run / 'report' / 'index.html'}: {len(text):,} bytes")
     return Result(outputs=["index.html"])
 
@@ -54,7 +56,7 @@ def page(run: Path) -> str:
     done = manifests(run)
     if not done:
         raise SftError(f"{run}: no stage is done, so there is nothing to report; next: make prepare")
-    train = done.get("train", {}).get("metrics", {})
+    train = done["train"].metrics if "train" in done else {}
     records = json_lines(run / "train" / "metrics.jsonl") if train else []  # steps, and headers of attempts
     sections: list[tuple[str, str]] = [("Summary", tiles(done, run))]
     makers: list[tuple[str, Callable[[], str]]] = [
@@ -75,7 +77,7 @@ def page(run: Path) -> str:
     return document(run.name, sections, note)
 
 
-def manifests(run: Path) -> dict[str, dict[str, Any]]:
+def manifests(run: Path) -> dict[str, Manifest]:
     """The whole manifests of a run, in the order of the stages; torn ones count as absent."""
     found = {}
     for stage in schema.STAGES:
@@ -86,10 +88,10 @@ def manifests(run: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def tiles(done: Mapping[str, Mapping[str, Any]], run: Path) -> str:
+def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     """The figures that a reader looks for first."""
     made: list[tuple[str, str, str]] = []
-    metrics = {stage: m["metrics"] for stage, m in done.items()}
+    metrics = {stage: m.metrics for stage, m in done.items()}
     train = metrics.get("train", {})
     if "loss" in train:
         made.append(("training loss", f"{train['loss']:.3f}", f"from {train.get('first_loss', float('nan')):.3f}"))
@@ -234,24 +236,23 @@ def previews(run: Path) -> str:
     )
 
 
-def chain(done: Mapping[str, Mapping[str, Any]]) -> str:
+def chain(done: Mapping[str, Manifest]) -> str:
     """Which result was made from which: keys, digests, where and when."""
     rows = []
     for stage, made in done.items():
-        about = made.get("provenance", {})
-        size = sum(e["bytes"] for e in made["outputs"])
+        about = made.provenance or {}
+        size = sum(o.bytes for o in made.outputs)
         inputs = []
-        for entry in made["inputs"]:
-            name = entry.get("manifest") or entry.get("file") or ""
-            upstream = name.split("/")[1] if name.startswith("../") else ""
-            whole = not upstream or (upstream in done and manifest.digest(done[upstream]) == entry["sha256"])
+        for entry in made.inputs:
+            upstream = entry.manifest.split("/")[1] if entry.manifest else ""
+            whole = not upstream or (upstream in done and done[upstream].digest == entry.sha256)
             mark = "" if whole else ' <b class="bad">changed since</b>'
-            inputs.append(f"<code>{escape(upstream or name)}</code> <code>{entry['sha256'][:10]}</code>{mark}")
+            inputs.append(f"<code>{escape(upstream or entry.name)}</code> <code>{entry.sha256[:10]}</code>{mark}")
         commit = escape(str(about.get("git", ""))[:10])
         rows.append(
             [
                 f"<b>{stage}</b>",
-                f"<code>{manifest.digest(made)[:10]}</code>",
+                f"<code>{made.digest[:10]}</code>",
                 "<br>".join(inputs) or "–",
                 number(size),
                 duration(about),
@@ -262,10 +263,10 @@ def chain(done: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["stage", "digest", "made from", "bytes", "time", "host", "commit"], rows, numbers=(3, 4))
 
 
-def recipe(done: Mapping[str, Mapping[str, Any]]) -> str:
+def recipe(done: Mapping[str, Manifest]) -> str:
     parts = []
     for stage, made in done.items():
-        text = json.dumps(made.get("config", {}), indent=2, ensure_ascii=False)
+        text = json.dumps(made.config, indent=2, ensure_ascii=False)
         parts.append(f"<details><summary>{stage}</summary><pre>{escape(text)}</pre></details>")
     return "".join(parts)
 

@@ -15,9 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.common.files import canonical, hash_file
 from sft.common.hashcache import HashCache
+from sft.formats import manifest
+from sft.formats import run as run_format
+from sft.formats.manifest import Input, Manifest
+from sft.formats.record import to_json
+from sft.formats.remote import SyncMetrics
+from sft.formats.run import RunFile
 from sft.recipe import inputs, recipe, schema
 
 REPO = Path(__file__).resolve().parents[2]
@@ -62,8 +69,8 @@ class State:
     stage: str
     key: str
     config: dict[str, Any]
-    manifest: dict[str, Any] | None = None
-    inputs: list[dict[str, Any]] = field(default_factory=list)
+    manifest: Manifest | None = None
+    inputs: list[Input] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     elsewhere: str = ""  # sync only: current by content, but on another cluster's storage
 
@@ -81,11 +88,9 @@ def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Re
     loaded = recipe.load(file, overrides, place.cluster)
     if loaded.run != run:
         try:
-            recorded = json.loads((place.runs / run / "run.json").read_bytes())["overrides"]
-        except (OSError, ValueError, KeyError, TypeError):
-            recorded = []
-        if not (isinstance(recorded, list) and all(isinstance(text, str) for text in recorded)):
-            recorded = []
+            recorded = RunFile.read(place.runs / run / run_format.NAME).overrides
+        except (OSError, SftError):
+            recorded = ()
         loaded = recipe.load(file, [*recorded, *overrides], place.cluster)
     if loaded.run != run:
         raise SftError(
@@ -109,9 +114,7 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> di
     return found
 
 
-def consumed(
-    place: Place, r: recipe.Recipe, stage: str, cache: HashCache | None = None
-) -> tuple[State, list[dict[str, Any]]]:
+def consumed(place: Place, r: recipe.Recipe, stage: str, cache: HashCache | None = None) -> tuple[State, list[Input]]:
     """(state, inputs) of a stage that is about to run. Raises SftError for a stale upstream or a missing file."""
     cache = cache or HashCache(place.cache)
     found = states(place, r, cache)
@@ -127,15 +130,15 @@ def consumed(
     )
 
 
-def identity(key: str, entries: Sequence[dict[str, Any]]) -> str:
+def identity(key: str, entries: Sequence[Input]) -> str:
     """Hex name of what a stage will make: its key and the content of its inputs."""
-    return hashlib.sha256(manifest.canonical([key, entries])).hexdigest()
+    return hashlib.sha256(canonical([key, to_json(entries)])).hexdigest()
 
 
-def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[dict[str, Any]]:
+def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[Input]:
     """Manifest entries of the local files a stage's recipe tables name. Raises SftError for a missing one."""
     named = named_files(place, r, stage)
-    return [{"file": name, "bytes": file.stat().st_size, "sha256": cache.sha256(file)} for name, file in named]
+    return [Input(file=name, bytes=file.stat().st_size, sha256=cache.sha256(file)) for name, file in named]
 
 
 def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, Path]]:
@@ -163,28 +166,28 @@ def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None
         state.reasons.append("not made yet")
     except SftError:
         state.reasons.append(f"{file} is torn")
-    if (made := state.manifest) and made["key"] != state.key:
-        state.reasons += differences(made["config"], state.config)
-        if made.get("version") != VERSIONS[state.stage]:
-            state.reasons.append(f"version {made.get('version')} -> {VERSIONS[state.stage]}")
+    if (made := state.manifest) and made.key != state.key:
+        state.reasons += differences(made.config, state.config)
+        if made.version != VERSIONS[state.stage]:
+            state.reasons.append(f"version {made.version} -> {VERSIONS[state.stage]}")
     state.reasons += [f"{u.stage} is stale" for u in upstream if u.stale]
     if state.reasons or made is None:
         return
     state.inputs = [upstream_entry(u) for u in upstream] + files()
-    before = {e.get("manifest") or e.get("file"): e["sha256"] for e in made["inputs"]}
-    after = {e.get("manifest") or e.get("file"): e["sha256"] for e in state.inputs}
+    before = {e.name: e.sha256 for e in made.inputs}
+    after = {e.name: e.sha256 for e in state.inputs}
     for name in [*after, *(n for n in before if n not in after)]:
         if before.get(name) != after.get(name):
             state.reasons.append(
                 f"{name} {'is new' if name not in before else 'is gone' if name not in after else 'changed'}"
             )
-    if not state.reasons and made["key"] != state.key:
+    if not state.reasons and made.key != state.key:
         state.reasons.append("key changed")
 
 
-def upstream_entry(state: State) -> dict[str, Any]:
+def upstream_entry(state: State) -> Input:
     assert state.manifest is not None
-    return {"manifest": f"../{state.stage}/{manifest.NAME}", "sha256": manifest.digest(state.manifest)}
+    return Input(manifest=f"../{state.stage}/{manifest.NAME}", sha256=state.manifest.digest)
 
 
 def _look_elsewhere(sync: State, place: Place) -> None:
@@ -193,14 +196,13 @@ def _look_elsewhere(sync: State, place: Place) -> None:
         return
     cluster = place.load_cluster()
     storage = place.storage(cluster)
-    was = str(sync.manifest["metrics"].get("storage", ""))
+    made = SyncMetrics.of(sync.manifest, str(place.runs / sync.manifest.run / "sync" / manifest.NAME))
+    was = made.storage
     if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):
         sync.elsewhere = f"storage {was} -> {storage}"
     elif cluster.launcher == "beaker" and "SFT_JOB" not in os.environ and not Path(storage).is_dir():
         return  # a disk that is not here: the job that reads it looks
-    elif (
-        "://" not in storage and not (Path(str(sync.manifest["metrics"].get("dataset", ""))) / manifest.NAME).is_file()
-    ):
+    elif "://" not in storage and not (Path(made.dataset) / manifest.NAME).is_file():
         sync.elsewhere = f"the dataset is gone from {storage}"
 
 
@@ -241,18 +243,18 @@ def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default
         raise SftError(f"{r.file}: '{field}' in [{table}] = {name!r}: none of {known}, nor a .jinja file")
 
 
-def report_inputs(run: Path) -> list[dict[str, Any]]:
+def report_inputs(run: Path) -> list[Input]:
     """Manifest entries of what the report shows: the stages that are done, evaluations during training, comparisons."""
-    entries: list[dict[str, Any]] = []
+    entries: list[Input] = []
     for stage in schema.STAGES:
         try:
-            entries.append({"manifest": f"../{stage}/{manifest.NAME}",
-                            "sha256": manifest.digest(manifest.load(run / stage / manifest.NAME))})  # fmt: skip
+            digest = manifest.load(run / stage / manifest.NAME).digest
+            entries.append(Input(manifest=f"../{stage}/{manifest.NAME}", sha256=digest))
         except (FileNotFoundError, SftError):
             continue
     extra = [run / "train" / "evaluations.jsonl", *sorted((run / "compare").glob("*.json"))]
     entries += [
-        {"file": f.relative_to(run).as_posix(), "bytes": f.stat().st_size, "sha256": manifest.hash_file(f)}
+        Input(file=f.relative_to(run).as_posix(), bytes=f.stat().st_size, sha256=hash_file(f))
         for f in extra
         if f.is_file()
     ]
@@ -266,7 +268,7 @@ def report_reasons(run: Path, stages_will_run: bool) -> list[str]:
         made = manifest.load(run / "report" / manifest.NAME)
     except (FileNotFoundError, SftError):
         return ["not made yet"]
-    same = made["inputs"] == report_inputs(run) and made.get("version") == VERSIONS["report"]
+    same = made.inputs == tuple(report_inputs(run)) and made.version == VERSIONS["report"]
     return [] if same else ["a stage's manifest changed"]
 
 

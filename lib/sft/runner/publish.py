@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
+from sft.common.files import sync_folder
 from sft.runner import plan
 
 PACKAGES = (
@@ -70,7 +70,7 @@ def _flush(folder: Path, files: Sequence[str]) -> None:
         finally:
             os.close(fd)
     for parent in sorted({(folder / name).parent for name in files}):
-        manifest.sync_folder(parent)
+        sync_folder(parent)
 
 
 def _link_tree(source: Path, target: Path, files: Sequence[str]) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -23,11 +22,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.common.files import sync_folder, write_atomic
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.common.process import report_errors
+from sft.formats import elsewhere, manifest, remote
+from sft.formats import run as run_format
+from sft.formats.elsewhere import Elsewhere
+from sft.formats.manifest import Manifest, Output
+from sft.formats.remote import Remote, SyncMetrics
+from sft.formats.run import RunFile
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
 from sft.runner.publish import _flush, _keep_only, _link_tree, provenance
@@ -88,13 +94,14 @@ class Stage:
         return folder
 
     @property
-    def remote(self) -> dict[str, Any]:
-        """What sync put on the cluster's storage: {"dataset": path, "base": path or null, …} under its root."""
-        return json.loads((self.folder("sync") / "remote.json").read_bytes())
+    def remote(self) -> Remote:
+        """What sync put on the cluster's storage."""
+        return Remote.read(self.folder("sync") / remote.NAME)
 
     def _synced(self, name: str) -> Path:
         """A folder that sync made, where this machine reads it: brought and verified first where the storage is a bucket."""
-        root = str(manifest.load(self.run / "sync" / manifest.NAME)["metrics"]["storage"])
+        file = self.run / "sync" / manifest.NAME
+        root = SyncMetrics.of(manifest.load(file), str(file)).storage
         if "://" not in root:
             return Path(root) / name
         from sft.storage.localise import localise
@@ -108,7 +115,7 @@ class Stage:
     @property
     def dataset(self) -> Path:
         """The synced dataset (data/, validation/, dataset.json), every byte verified once."""
-        name = str(self.remote["dataset"])
+        name = self.remote.dataset
         folder = self._synced(name)
         if name not in self._verified:
             self._verify(
@@ -120,28 +127,27 @@ class Stage:
     @property
     def base(self) -> Path | None:
         """The synced base weights, every byte verified once, or None when training starts from random weights."""
-        remote = self.remote
-        if not (name := remote.get("base")):
+        synced = self.remote
+        if not (name := synced.base):
             return None
         folder = self._synced(name)
         if name not in self._verified:
-            top = f"{name}/"
-            listed = [{**f, "path": f["path"].removeprefix(top)} for f in remote["files"] if f["path"].startswith(top)]
-            self._verify(folder, f"make sync RECIPE={self.recipe.name} after removing {folder}", {"outputs": listed})
+            again = f"make sync RECIPE={self.recipe.name} after removing {folder}"
+            self._verify(folder, again, synced.below(name))
             self._verified.add(name)
         return folder
 
-    def _verify(self, folder: Path, again: str, listed: dict[str, Any] | None = None) -> None:
+    def _verify(self, folder: Path, again: str, listed: Sequence[Output] | None = None) -> None:
         if self.follower:
             return  # rank 0 has hashed it
-        where, absent = elsewhere.elsewhere(folder)
-        if absent:
+        away = Elsewhere.of(folder)
+        if away.outputs:
             raise SftError(
-                f"{folder}: {len(absent)} outputs are elsewhere, in {where}; next: make {self.name} with the CLUSTER that made"
+                f"{folder}: {len(away.outputs)} outputs are elsewhere, in {away.where}; next: make {self.name} with the CLUSTER that made"
                 f" them, or bring them here and remove {folder / elsewhere.NAME}"
             )
         try:
-            broken = manifest.broken_outputs(folder, listed or manifest.load(folder / manifest.NAME))
+            broken = manifest.broken_outputs(folder, listed or manifest.load(folder / manifest.NAME).outputs)
         except FileNotFoundError:
             raise SftError(f"{folder / manifest.NAME}: not there; next: {again}") from None
         if broken:
@@ -173,32 +179,47 @@ class Stage:
             self.say(f"inputs changed: the earlier {self.name} folder is now {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / manifest.NAME).unlink(missing_ok=True)
-        manifest.write_atomic(mark, self.identity.encode())
+        write_atomic(mark, self.identity.encode())
 
     def publish(self, in_place: bool) -> None:
         """Hashes the outputs, flushes them to disk, writes the manifest last and renames the folder into place."""
         assert self.result is not None
         outputs = manifest.describe(self.out, self.result.outputs, self.result.hashes)
         if not in_place:
-            _keep_only(self.out, {e["path"] for e in outputs})
-        _flush(self.out, [e["path"] for e in outputs])
-        record = {
-            "schema": manifest.SCHEMA, "stage": self.name, "run": self.recipe.run, "cluster": self.place.cluster,
-            "key": self.key, "version": plan.VERSIONS[self.name], "config": self.config,
-            "inputs": self.inputs, "outputs": outputs, "metrics": self.result.metrics,
-            "provenance": provenance(self.argv, self.started),
-        }  # fmt: skip
-        manifest.write(self.out / manifest.NAME, record)
+            _keep_only(self.out, {o.path for o in outputs})
+        _flush(self.out, [o.path for o in outputs])
+        self._record(outputs, self.recipe.run, self.place.cluster, plan.VERSIONS[self.name]).write(
+            self.out / manifest.NAME
+        )
         if not in_place:
             final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old"
             shutil.rmtree(old, ignore_errors=True)
             if final.exists():
                 os.rename(final, old)
             os.rename(self.out, final)
-            manifest.sync_folder(self.run)
+            sync_folder(self.run)
             shutil.rmtree(old, ignore_errors=True)
             self.out = final
         self._hashes.save()
+
+    def _record(
+        self, outputs: tuple[Output, ...], run: str, cluster: str | None = None, version: int | None = None
+    ) -> Manifest:
+        """The manifest of what was made; without a cluster, that of a result in the cache, which belongs to no run."""
+        assert self.result is not None
+        return Manifest(
+            manifest.SCHEMA,
+            self.name,
+            run,
+            self.key,
+            self.config,
+            tuple(self.inputs),
+            outputs,
+            self.result.metrics,
+            cluster,
+            version,
+            provenance(self.argv, self.started) if cluster else None,
+        )
 
     def run_shared(self, body: Callable[[Stage], Result]) -> None:
         """Runs the body once per identity for all runs: the result lies in the cache, each run gets hard links to it."""
@@ -211,19 +232,17 @@ class Stage:
                 self.result = body(self)
                 shutil.rmtree(shared, ignore_errors=True)
                 outputs = manifest.describe(self.out, self.result.outputs, self.result.hashes)
-                _keep_only(self.out, {e["path"] for e in outputs})
-                _flush(self.out, [e["path"] for e in outputs])
-                record = {"schema": manifest.SCHEMA, "stage": self.name, "run": "", "key": self.key, "config": self.config,
-                          "inputs": self.inputs, "outputs": outputs, "metrics": self.result.metrics}  # fmt: skip
-                manifest.write(self.out / manifest.NAME, record)
+                _keep_only(self.out, {o.path for o in outputs})
+                _flush(self.out, [o.path for o in outputs])
+                self._record(outputs, "").write(self.out / manifest.NAME)
                 os.rename(self.out, shared)
             else:
                 self.say(f"the same result is in {shared}: linked, not made again")
             made = manifest.load(shared / manifest.NAME)
             self.out = work
-            hashes = {e["path"]: e["sha256"] for e in made["outputs"]}  # of what was whole a moment ago
+            hashes = {o.path: o.sha256 for o in made.outputs}  # of what was whole a moment ago
             linked = _link_tree(shared, work, list(hashes))
-        self.result = Result(list(hashes), made["metrics"], {name: hashes[name] for name in linked})
+        self.result = Result(list(hashes), made.metrics, {name: hashes[name] for name in linked})
 
 
 @contextlib.contextmanager
@@ -245,10 +264,7 @@ def open_stage(
     (run / ".work").mkdir(parents=True, exist_ok=True)
     with lock(run / ".work" / f"{name}.lock"):
         stage = Stage(name, place, recipe, sys.argv)
-        overrides = [f"{k}={v}" for k, v in recipe.overrides]
-        manifest.write_atomic(
-            run / "run.json", json.dumps({"recipe": recipe.name, "overrides": overrides}).encode() + b"\n"
-        )
+        RunFile(recipe.name, tuple(f"{k}={v}" for k, v in recipe.overrides)).write(run / run_format.NAME)
         stage.open_in_place() if in_place else stage.open_work()
         yield stage
         if stage.result is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.common.manifest import sync_folder
+from sft.common.files import sync_folder
 from sft.common.paths import check_relative
 from sft.storage.contract import CHUNK, Found, Job, Meter, Sums, check, hash_file
 

@@ -7,9 +7,10 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sft.common import manifest
 from sft.common.errors import SftError
 from sft.common.locks import lock
+from sft.formats import manifest
+from sft.formats.manifest import FileList, Manifest, listed_outputs
 from sft.storage.contract import Job, Storage, size
 from sft.storage.local import LocalStorage, make_folders
 from sft.storage.transfer import open_storage, transfer
@@ -33,8 +34,8 @@ def localise(root: str, name: str, cache: Path, say: Callable[[str], None], agai
     if not found:
         raise SftError(f"{root}/{name}: no list of its files there: the copy is not complete; next: make sync")
     list_name, text = next(iter(found.items()))
-    said = json.loads(text)
-    jobs = [Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in said.get("outputs", said.get("files"))]
+    listed = FileList.from_bytes(text, list_name).files if list_name == lists[1] else listed_outputs(text, list_name)
+    jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in listed]
     with _locked(here, name, say):
         target = LocalStorage(here.root / name)
         say(f"{root}/{name}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {target.where}")
@@ -48,9 +49,11 @@ def _agrees(found: bytes | None, wanted: bytes) -> bool:
     if found is None or found == wanted:
         return found is not None
     try:
-        a, b = json.loads(found), json.loads(wanted)
-        return manifest.digest(a) == manifest.digest(b) if "stage" in b else a == b
-    except (ValueError, KeyError, TypeError):
+        value = json.loads(wanted)
+        if "stage" not in value:
+            return bool(json.loads(found) == value)
+        return Manifest.from_bytes(found, "").digest == Manifest.from_bytes(wanted, "").digest
+    except (ValueError, SftError):
         return False
 
 

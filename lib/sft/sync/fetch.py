@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import re
 import signal
 import sys
@@ -20,11 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.common.process import report_errors
+from sft.formats import elsewhere, manifest
 from sft.recipe.schema import STAGES
 from sft.runner import plan
 from sft.storage.contract import Job, Storage
@@ -58,17 +58,16 @@ def read(source: Storage) -> Lists | None:
     steps = [Job(n, n, found[n].bytes, crc32c=found[n].crc32c) for n, _ in lists]
     for job in steps:
         jobs.pop(job.source, None)
-    marks = [name for name in elsewhere.BESIDE if name in found and name not in jobs]
+    marks = [name for name in elsewhere.UNLISTED if name in found and name not in jobs]
     return Lists(top, list(jobs.values()), steps, marks) if jobs else None
 
 
 def listed(text: bytes, what: str) -> list[Job]:
     """The outputs of a manifest. Raises SftError for a torn one."""
     try:
-        entries = json.loads(text)["outputs"]
-        return [Job(str(e["path"]), str(e["path"]), int(e["bytes"]), str(e["sha256"])) for e in entries]
-    except (ValueError, KeyError, TypeError) as e:
-        raise SftError(f"{what}: torn manifest ({e}); next: see whether the stage has ended there") from None
+        return [Job(o.path, o.path, o.bytes, o.sha256) for o in manifest.listed_outputs(text, what)]
+    except SftError as e:
+        raise SftError(f"{e}; see whether the stage has ended there") from None
 
 
 def bring(source: Storage, target: Storage, say: Callable[[str], None], check_only: bool = False) -> list[Job]:
@@ -100,14 +99,14 @@ def bring(source: Storage, target: Storage, say: Callable[[str], None], check_on
 
 def _digest(text: bytes) -> str:
     try:
-        return manifest.digest(json.loads(text))
-    except (ValueError, KeyError, TypeError):
+        return manifest.Manifest.from_bytes(text, "").digest
+    except SftError:
         return ""
 
 
 def where(place: plan.Place, run: Path, stage: str, given: str) -> str:
     """The stage's folder on the cluster."""
-    if not given and (there := elsewhere.elsewhere(run / stage)[0]):
+    if not given and (there := elsewhere.Elsewhere.of(run / stage).where):
         return there
     cluster = place.load_cluster()
     runs = given or paths.for_user(cluster.runs) or f"{place.storage(cluster).rstrip('/')}/runs"

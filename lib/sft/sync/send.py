@@ -15,8 +15,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 from sft.sync.fetch import listed

@@ -13,14 +13,16 @@ Folders are named by content, so that runs share them, nothing is overwritten by
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import canonical
+from sft.formats import manifest
+from sft.formats.manifest import FileList, Output
+from sft.formats.record import to_json
+from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.runner.stage import Result, Stage
 from sft.storage.base_weights import find_base
 from sft.storage.contract import Job, size
@@ -30,25 +32,28 @@ from sft.storage.transfer import open_storage, transfer
 
 
 def sync(stage: Stage) -> Result:
-    files, place, commit = bring(stage, check_only=False)
-    (stage.out / "remote.json").write_text(json.dumps({**place, "files": files}, indent=1) + "\n", encoding="utf-8")
-    where = {k: f"{stage.storage}/{v}" if v else None for k, v in place.items()}
-    metrics = {"storage": stage.storage, **where, "files": len(files), "bytes": sum(f["bytes"] for f in files)}
-    if commit:
-        metrics["base_commit"] = commit
-    return Result(["remote.json"], metrics)
+    remote, commit = bring(stage, check_only=False)
+    remote.write(stage.out / NAME)
+    metrics = SyncMetrics(
+        storage=stage.storage,
+        dataset=f"{stage.storage}/{remote.dataset}",
+        base=f"{stage.storage}/{remote.base}" if remote.base else None,
+        files=len(remote.files),
+        bytes=sum(f.bytes for f in remote.files),
+        base_commit=commit or None,
+    )
+    return Result([NAME], metrics.to_metrics())
 
 
-def bring(stage: Stage, check_only: bool) -> tuple[list[dict[str, Any]], dict[str, str | None], str]:
-    """Copies, or only compares, dataset and base. Returns the files by name under the root, where the two are, and the
-    commit of a base from the hub."""
+def bring(stage: Stage, check_only: bool) -> tuple[Remote, str]:
+    """Copies, or only compares, dataset and base. Returns where they are, and the commit of a base from the hub."""
     root = stage.storage.rstrip("/")
     prepared = stage.folder("prepare")
     record = manifest.load(prepared / manifest.NAME)
-    name = f"datasets/{manifest.digest(record)[:16]}"
+    name = f"datasets/{record.digest[:16]}"
     text = (prepared / manifest.NAME).read_bytes()
     copier = Copier(root, stage.cache, stage.say, check_only)
-    files = copier.folder(LocalStorage(prepared), name, record["outputs"], text, f"{name}/{manifest.NAME}")
+    files = copier.folder(LocalStorage(prepared), name, record.outputs, text, f"{name}/{manifest.NAME}")
     base, commit = None, ""
     if stage.recipe.model.base:
         found = find_base(stage.recipe.model.base, stage.find, stage.cache, stage.say)
@@ -57,10 +62,10 @@ def bring(stage: Stage, check_only: bool) -> tuple[list[dict[str, Any]], dict[st
         if not names:
             raise SftError(f"{source.where}: no files; next: correct [model] base")
         listed = manifest.describe(source.root, names)
-        base = f"base/{found.label}-{hashlib.sha256(manifest.canonical(listed)).hexdigest()[:16]}"
-        text = json.dumps({"files": listed}, indent=1).encode() + b"\n"
+        base = f"base/{found.label}-{hashlib.sha256(canonical(to_json(listed))).hexdigest()[:16]}"
+        text = FileList(listed).to_bytes()
         files += copier.folder(source, base, listed, text, f"{base}.json")
-    return files, {"dataset": name, "base": base}, commit
+    return Remote(name, base, tuple(files)), commit
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,11 @@ class Copier:
     check_only: bool = False
 
     def folder(
-        self, source: LocalStorage, name: str, listed: Sequence[dict[str, Any]], text: bytes, list_name: str
-    ) -> list[dict[str, Any]]:
+        self, source: LocalStorage, name: str, listed: Sequence[Output], text: bytes, list_name: str
+    ) -> list[Output]:
         """Brings the listed files to <root>/<name>, then writes the list. Returns the entries with names under the root."""
         top, target = open_storage(self.root, self.cache), open_storage(f"{self.root}/{name}", self.cache)
-        jobs = [Job(e["path"], e["path"], e["bytes"], e["sha256"]) for e in listed]
+        jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in listed]
         self.say(f"{target.where}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}")
         if self.check_only:
             if not _agrees(top.read(list_name), text):
@@ -91,4 +96,4 @@ class Copier:
                 transfer(jobs, source, target, self.say)
                 if not _agrees(known, text):
                     top.write(list_name, text)
-        return [{**e, "path": f"{name}/{e['path']}"} for e in listed]
+        return [replace(o, path=f"{name}/{o.path}") for o in listed]

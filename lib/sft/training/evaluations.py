@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
+from sft.common.files import hash_file
+from sft.formats import manifest
 
 NAME = "evaluations.jsonl"
 
@@ -26,7 +27,7 @@ def chosen(train: Path, every: int, last: bool = False) -> Iterator[tuple[int, P
     for number, folder in step_folder.steps(train):
         try:
             if not step_folder.is_ephemeral(folder):
-                kept[number] = (folder, manifest.hash_file(folder / manifest.NAME))
+                kept[number] = (folder, hash_file(folder / manifest.NAME))
         except FileNotFoundError:  # not whole yet, or retention has just removed it
             continue
     before = 0

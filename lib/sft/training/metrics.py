@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft.common import manifest
+from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
 from sft.training.trackers import Trackers
 
@@ -40,7 +40,7 @@ class Metrics:
         self.steps, self.say = steps, say
         kept = [r for r in json_lines(self.file) if "attempt" in r or r.get("step", start + 1) <= start]
         kept += [dict(header)] if header else []
-        manifest.write_atomic(self.file, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
+        write_atomic(self.file, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
         self._stream = self.file.open("a", buffering=1)
         self._trackers = trackers or Trackers(say)
         self._seconds = 0.0

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from sft.checkpoint import step_folder
-from sft.common import manifest
-from sft.common.elsewhere import BESIDE
 from sft.common.errors import SftError
 from sft.common.jsonl import json_lines
+from sft.formats import manifest
+from sft.formats.elsewhere import UNLISTED
 from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
@@ -85,7 +85,7 @@ class Uploads:
 
     def _run(self, step: Path) -> tuple[int, str]:
         """(exit status, what was said) of the process that sends a step."""
-        command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *BESIDE]
+        command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *UNLISTED]
         with self._lock:
             if self._closed:
                 return 1, ""

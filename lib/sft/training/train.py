@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from sft.checkpoint import olmo_core, step_folder
-from sft.common import manifest
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
 from sft.common.process import report_errors
 from sft.data.dataset import Dataset
+from sft.formats import manifest
 from sft.model import memory, utilisation
 from sft.model.model import Transformer, compile_blocks, lacking_compiler
 from sft.model.parallel import SharedError, World, context_group, join, make_deterministic, shard
@@ -69,7 +70,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
     warning = base.check_tokenizer(dataset_folder, facts, base_folder, unchecked)
 
-    identity = manifest.digest(manifest.load(dataset_folder / manifest.NAME))
+    identity = manifest.load(dataset_folder / manifest.NAME).digest
 
     def packed(name: str) -> tuple[Dataset, PackIndex]:
         dataset = Dataset.open(dataset_folder / name)
@@ -227,7 +228,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         sent = run.saver.send()
     except Requeue:
         if world.local_rank == 0:  # on every node: each may have a disk of its own
-            manifest.write_atomic(stage.out / REQUEUE_MARK, b"")
+            write_atomic(stage.out / REQUEUE_MARK, b"")
         raise
     finally:
         run.saver.close()

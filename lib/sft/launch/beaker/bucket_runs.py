@@ -11,16 +11,16 @@ proven; manifests come last.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.common import elsewhere, manifest
 from sft.common.errors import SftError
 from sft.common.process import report_errors
+from sft.formats import manifest
+from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
 from sft.launch.job import AGAIN, Job
 from sft.recipe import schema
 from sft.storage.transfer import LocalStorage, Storage, open_storage, transfer
@@ -68,12 +68,11 @@ def bring_stage(address: str, folder: Path, cache: Path, whole: bool) -> None:
         )
     files = fetch.listed(text, address)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / elsewhere.NAME).unlink(missing_ok=True)
+    (folder / NAME).unlink(missing_ok=True)
     if whole:
         transfer(files, source, target, say)
     else:
-        note = {"where": address, "outputs": [f.target for f in files]}
-        target.write(elsewhere.NAME, json.dumps(note, indent=1).encode() + b"\n")
+        target.write(NAME, Elsewhere(address, tuple(f.target for f in files)).to_bytes())
     target.write(manifest.NAME, text)
 
 
@@ -84,7 +83,7 @@ def send(run: Path, stage: str, status: int) -> None:
     """Sends the finished stage, its manifest last, or the newest step of a training that is to go on elsewhere."""
     address, folder = os.environ["SFT_KEPT"], run / stage
     bucket = open_storage(address, cache(run))
-    for name in elsewhere.BESIDE:  # first: never older than a step
+    for name in UNLISTED:  # first: never older than a step
         if (folder / name).is_file():
             bucket.write(name, (folder / name).read_bytes())
     if status == AGAIN and stage == "train":

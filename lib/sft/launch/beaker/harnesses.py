@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from beaker import BeakerExperimentSpec
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
 from sft.evaluation.collected import ASKED, RETURNED
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
 from sft.launch.beaker import specification
 from sft.runner import plan
 
@@ -105,7 +107,8 @@ def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]
             _check_mounted(job, place)
         return place, {}, {}
     folder = job.run / "convert"
-    where, absent = elsewhere.elsewhere(folder)
+    away = Elsewhere.of(folder)
+    where, absent = away.where, away.outputs
     remote = f"{specification.kept_run(job)}/convert"
     if where.startswith("gs://") or remote in (where, str(folder.absolute())):
         return f"{where or remote}/model", {}, {}
@@ -116,7 +119,7 @@ def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:  # of a dry run
         return f"{remote}/model", {}, {}
-    dataset = f"olmo-sft-export-{manifest.digest(made)[:16]}"
+    dataset = f"olmo-sft-export-{made.digest[:16]}"
     return MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"}
 
 

@@ -10,18 +10,19 @@ Here:        accept(folder, runs/<run>/<stage>, key)                    checks t
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
-from sft.common import manifest
-from sft.common.elsewhere import BESIDE, NAME, here
 from sft.common.errors import SftError
+from sft.common.files import sync_folder, write_atomic
 from sft.common.paths import inside
+from sft.formats import manifest
+from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
+from sft.formats.manifest import Manifest, Output
 
 FILE_BYTES = 64 << 20
 TOTAL_BYTES = 512 << 20
@@ -29,14 +30,14 @@ WATCHED = ("evaluations.jsonl", "BEST")
 """What the evaluation of a training's checkpoints leaves in training's folder."""
 
 
-def small(outputs: list[dict[str, Any]], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
+def small(outputs: Iterable[Output], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
     """The outputs that come back: the smallest ones first, until `total_bytes`."""
     kept, total = set(), 0
-    for entry in sorted(outputs, key=lambda e: (e["bytes"], e["path"])):
-        total += entry["bytes"]
-        if entry["bytes"] > file_bytes or total > total_bytes:
+    for entry in sorted(outputs, key=lambda o: (o.bytes, o.path)):
+        total += entry.bytes
+        if entry.bytes > file_bytes or total > total_bytes:
             break
-        kept.add(entry["path"])
+        kept.add(entry.path)
     return kept
 
 
@@ -52,13 +53,13 @@ def hand_back(folder: Path, results: Path, where: str = "") -> None:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:
         raise SftError(f"{folder / manifest.NAME}: the stage ended well but left none") from None
-    kept = small(made["outputs"])
-    for name in [*sorted(kept), *(n for n in BESIDE if (folder / n).is_file())]:
+    kept = small(made.outputs)
+    for name in [*sorted(kept), *(n for n in UNLISTED if (folder / n).is_file())]:
         target = inside(results, name, "handback")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target)
-    left = [e["path"] for e in made["outputs"] if e["path"] not in kept]
-    (results / NAME).write_text(json.dumps({"where": where or str(folder), "outputs": left}, indent=1) + "\n")
+    left = tuple(o.path for o in made.outputs if o.path not in kept)
+    Elsewhere(where or str(folder), left).write(results / NAME)
     shutil.copyfile(folder / manifest.NAME, results / manifest.NAME)
     print(f"[handback] {len(kept)} files handed back, {len(left)} stay in {where or folder}", flush=True)
 
@@ -68,11 +69,11 @@ def accept_watched(arrived: Path, train: Path) -> list[str]:
     names = [name for name in WATCHED if (arrived / name).is_file()]
     train.mkdir(parents=True, exist_ok=True)
     for name in names:
-        manifest.write_atomic(train / name, (arrived / name).read_bytes())
+        write_atomic(train / name, (arrived / name).read_bytes())
     return names
 
 
-def accept(arrived: Path, final: Path, key: str) -> dict[str, Any]:
+def accept(arrived: Path, final: Path, key: str) -> Manifest:
     """Puts a stage's returned files in place of runs/<run>/<stage>, whole or not at all. Returns its manifest.
 
     Raises SftError when the manifest is of another key or a returned file is not what it lists; `final` is then untouched.
@@ -81,11 +82,9 @@ def accept(arrived: Path, final: Path, key: str) -> dict[str, Any]:
         made = manifest.load(arrived / manifest.NAME)
     except FileNotFoundError:
         raise SftError(f"{arrived}: the job returned no {manifest.NAME}: its log says why") from None
-    if made["key"] != key:
-        raise SftError(
-            f"{arrived}: the job made {made['key'][:20]}…, the recipe wants {key[:20]}…; next: make it again"
-        )
-    if broken := manifest.broken_outputs(arrived, here(arrived, made)):
+    if made.key != key:
+        raise SftError(f"{arrived}: the job made {made.key[:20]}…, the recipe wants {key[:20]}…; next: make it again")
+    if broken := manifest.broken_outputs(arrived, Elsewhere.of(arrived).here(made.outputs)):
         raise SftError("\n".join(broken) + "\nnext: collect it again")
     for file in [p for p in arrived.rglob("*") if p.is_file()]:
         fd = os.open(file, os.O_RDONLY)
@@ -96,7 +95,7 @@ def accept(arrived: Path, final: Path, key: str) -> dict[str, Any]:
         aside.parent.mkdir(exist_ok=True)
         os.rename(final, aside)
     os.rename(arrived, final)
-    manifest.sync_folder(final.parent)
+    sync_folder(final.parent)
     return made
 
 

@@ -39,8 +39,10 @@ from beaker.exceptions import (
     RequestException,
 )
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
 from sft.launch.beaker import code, results, specification
 from sft.launch.job import AGAIN, CANCELLED, WATCH, Job, LostConnection, Record, Status
 from sft.recipe import schema
@@ -229,7 +231,7 @@ class Scheduler:
                         shipped.dataset, lambda: code.archive(plan.REPO, shipped.commit, Path(folder)), workspace
                     )
                 for stage, (dataset, path) in specification.inputs_of(job).items():
-                    size = sum(e["bytes"] for e in manifest.load(path / manifest.NAME)["outputs"])
+                    size = sum(o.bytes for o in manifest.load(path / manifest.NAME).outputs)
                     if size > INPUT_BYTES:
                         raise SftError(f"{path}: {size:,} bytes are too many to travel with a job; next: remove its manifest"
                                        f" and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}")  # fmt: skip
@@ -441,7 +443,8 @@ class Scheduler:
             came = results.accept_watched(arrived, job.run / "train")
             out.write(f"[beaker] {', '.join(came) or 'no evaluation'} came back to {job.run / 'train'}\n")
             return 0
-        where, left = elsewhere.elsewhere(arrived)
+        away = Elsewhere.of(arrived)
+        where, left = away.where, away.outputs
         key = plan.states(job.place, job.recipe)[job.stage].key
         results.accept(arrived, job.run / job.stage, key)
         out.write(

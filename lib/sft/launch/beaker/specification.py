@@ -15,8 +15,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
+from sft.formats.manifest import Manifest
+from sft.formats.remote import SyncMetrics
 from sft.launch.beaker import code
 from sft.launch.job import WATCH
 from sft.recipe import recipe, schema
@@ -155,7 +159,8 @@ def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
             made = manifest.load(folder / manifest.NAME)
         except (FileNotFoundError, SftError):
             continue  # a stale upstream is told by the planner
-        where, absent = elsewhere.elsewhere(folder)
+        away = Elsewhere.of(folder)
+        where, absent = away.where, away.outputs
         if in_bucket(job.cluster):
             if _in_bucket_already(job, stage, made, where):
                 continue
@@ -166,11 +171,11 @@ def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
                 f"{folder}: its outputs are in {where}, which jobs on {job.place.cluster} do not read; next: remove"
                 f" {folder / manifest.NAME} and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}"
             )
-        found[stage] = (f"olmo-sft-{stage}-{manifest.digest(made)[:16]}", folder)
+        found[stage] = (f"olmo-sft-{stage}-{made.digest[:16]}", folder)
     return found
 
 
-def _in_bucket_already(job: Job, stage: str, made: Mapping[str, Any], where: str) -> str:
+def _in_bucket_already(job: Job, stage: str, made: Manifest, where: str) -> str:
     """The address of an earlier stage that jobs can read from a bucket, or "": its own, or that of the dataset that sync
     made of prepare's folder."""
     if where.startswith("gs://"):
@@ -178,11 +183,12 @@ def _in_bucket_already(job: Job, stage: str, made: Mapping[str, Any], where: str
     if stage != "prepare":
         return ""
     try:
-        synced = str(manifest.load(job.run / "sync" / manifest.NAME)["metrics"].get("dataset", ""))
+        file = job.run / "sync" / manifest.NAME
+        synced = SyncMetrics.of(manifest.load(file), str(file)).dataset
     except (FileNotFoundError, SftError):
         return ""
     storage = job.place.storage(job.cluster).rstrip("/")
-    same = synced == f"{storage}/datasets/{manifest.digest(made)[:16]}" and storage.startswith("gs://")
+    same = synced == f"{storage}/datasets/{made.digest[:16]}" and storage.startswith("gs://")
     return synced if same else ""
 
 
@@ -193,7 +199,7 @@ def addresses(job: Job) -> dict[str, str]:
         folder = job.run / stage
         with contextlib.suppress(FileNotFoundError, SftError):
             made = manifest.load(folder / manifest.NAME)
-            if address := _in_bucket_already(job, stage, made, elsewhere.elsewhere(folder)[0]):
+            if address := _in_bucket_already(job, stage, made, Elsewhere.of(folder).where):
                 found[stage] = address
     return found
 

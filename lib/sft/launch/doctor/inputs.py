@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
+from sft.formats.elsewhere import Elsewhere
 from sft.launch.doctor.context import LEFT, NOTE, OK, RED, Case, Row, amount
 from sft.recipe import inputs
 from sft.runner import plan
@@ -58,7 +60,7 @@ def tokenizer(case: Case) -> Iterator[Row]:
         files = [paths.find(case.place.roots, f, case.recipe.file) / "tokenizer.json" for f in (name, base)]
         if not all(f.is_file() for f in files):
             yield Row(NOTE, "tokenizer", f"{files[1].parent} has no tokenizer.json to compare with")
-        elif manifest.hash_file(files[0]) != manifest.hash_file(files[1]):
+        elif hash_file(files[0]) != hash_file(files[1]):
             yield Row(RED, "tokenizer", f"{files[0]} and {files[1]} differ",
                       f"[prepare] tokenizer = \"{base}\", and make prepare again")  # fmt: skip
         else:
@@ -70,7 +72,7 @@ def storage(case: Case) -> Iterator[Row]:
     where = case.place.storage(case.cluster)
     states = plan.states(case.place, case.recipe, HashCache(case.place.cache))
     done = [s for s, state in states.items() if not state.stale]
-    away = sorted({at for s in done if (at := elsewhere.elsewhere(case.run / s)[0])})
+    away = sorted({at for s in done if (at := Elsewhere.of(case.run / s).where)})
     yield Row(OK, "stages done", (", ".join(done) or "none") + (f"; made in {', '.join(away)}" if away else ""))
     if "://" in where:
         yield Row(LEFT, "storage", f"{where}: not asked, sync does")

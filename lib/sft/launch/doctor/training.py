@@ -14,8 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from sft.common import elsewhere, manifest, paths
+from sft.common import paths
 from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
 from sft.launch.doctor.context import LEFT, NOTE, OK, RED, Case, Row, amount, hours_text, red
 
 ASSUMED_MFU = (
@@ -39,7 +41,7 @@ def batch(case: Case) -> Iterator[Row]:
                   f"global_batch_tokens={max(1, round(train.global_batch_tokens / (micro * groups))) * micro * groups}, or other nodes, processes or microbatch_tokens")  # fmt: skip
     else:
         yield Row(OK, "batch", f"{whole}, {train.global_batch_tokens // (micro * groups)} microbatches each")
-    if (case.run / "prepare" / "data").is_dir() and not elsewhere.elsewhere(case.run / "prepare")[1]:
+    if (case.run / "prepare" / "data").is_dir() and not Elsewhere.of(case.run / "prepare").outputs:
         try:
             from sft.packing.arithmetic import check
 
@@ -154,7 +156,7 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
     files = sorted(runs.glob("[a-z0-9]*/train/metrics.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files[:20]:
         try:
-            config = json.loads((file.parent / manifest.NAME).read_bytes())["config"]
+            config = manifest.load(file.parent / manifest.NAME).config
             if config["model"]["preset"] != preset:
                 continue
             lines = file.read_text().splitlines()

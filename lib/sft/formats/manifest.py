@@ -1,0 +1,197 @@
+"""manifest.json: the record that a stage writes last, and the proof that its folder is whole. Standard library only.
+
+    {"schema": 1, "stage": "train", "run": "smoke", "cluster": "local", "key": "sha256:…", "version": 1,
+     "config": {…exactly what the key hashed…},
+     "inputs": [{"manifest": "../sync/manifest.json", "sha256": "…"}, {"file": "smoke/train.jsonl", "bytes": 1, "sha256": "…"}],
+     "outputs": [{"path": "data/token_ids_part_0000.npy", "bytes": 1, "sha256": "…"}],
+     "metrics": {…}, "provenance": {"git", "dirty", "argv", "host", "started", "finished", "versions"}}
+
+Paths are relative to the manifest, so that a copied run still verifies. A manifest's digest covers what was made and
+from what (stage, key, inputs, outputs). It leaves out time and place, so equal content has an equal digest on every machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from sft.common.errors import SftError
+from sft.common.files import canonical, hash_file
+from sft.common.paths import inside
+from sft.formats.record import FormatError, Record, VersionError, to_json
+
+SCHEMA = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One file that a stage made. `path` is relative to the manifest; `bytes` is its size; `sha256` is hex."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a stage was made from: another stage's manifest (sha256 = its digest) or a file that the recipe names."""
+
+    manifest: str | None = None
+    file: str | None = None
+    bytes: int | None = None
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.manifest or self.file or ""
+
+
+@dataclass(frozen=True)
+class Manifest(Record):
+    """A stage's manifest. `config` is what the key hashed; `metrics` are the stage's figures (see the stage's format)."""
+
+    NEXT: ClassVar[str] = "run the stage again"
+    schema: int
+    stage: str
+    run: str
+    key: str
+    config: dict[str, Any]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    metrics: dict[str, Any]
+    cluster: str | None = None
+    version: int | None = None
+    provenance: dict[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        check_schema(cls, value)
+        made = super().parse(value)
+        for entry in made.inputs:
+            if not entry.name or not entry.sha256:
+                raise FormatError(f"input {to_json(entry)} lacks a name or sha256")
+        return made
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of what was made and from what."""
+        value = to_json(self)
+        return hashlib.sha256(
+            canonical({k: value[k] for k in ("schema", "stage", "key", "inputs", "outputs")})
+        ).hexdigest()
+
+    def to_value(self) -> dict[str, Any]:
+        order = ("schema", "stage", "run", "cluster", "key", "version", "config", "inputs", "outputs", "metrics",
+                 "provenance")  # fmt: skip
+        value = to_json(self)
+        return {k: value[k] for k in order if k in value}
+
+
+@dataclass(frozen=True)
+class StepManifest(Record):
+    """manifest.json of a checkpoint's folder stepN: its files."""
+
+    NEXT: ClassVar[str] = "bring the step again, or use another one"
+    schema: int
+    step: int
+    outputs: tuple[Output, ...]
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        check_schema(cls, value)
+        return super().parse(value)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
+
+
+def check_schema(cls: type[Record], value: Any) -> None:
+    """Raises VersionError unless the value says the schema that this code reads."""
+    if not isinstance(value, dict):
+        raise FormatError("not an object")
+    if value.get("schema") != SCHEMA:
+        raise VersionError(cls, value.get("schema"), "schema", SCHEMA)
+
+
+@dataclass(frozen=True)
+class FileList(Record):
+    """<name>.json beside a folder of base weights in a storage: the files of the folder."""
+
+    NEXT: ClassVar[str] = "make sync again"
+    files: tuple[Output, ...] = field(default=())
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
+
+
+def listed_outputs(data: bytes, name: str) -> tuple[Output, ...]:
+    """The outputs in the bytes of a stage's or a step's manifest. Raises SftError for a damaged one."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise SftError(f"{name}: damaged: not JSON ({error}); next: {Manifest.NEXT}") from None
+    kind: type[Manifest] | type[StepManifest] = (
+        StepManifest if isinstance(value, dict) and "step" in value else Manifest
+    )
+    return kind.from_value(value, name).outputs
+
+
+def load(file: Path) -> Manifest:
+    """A stage's manifest. Raises FileNotFoundError, or SftError for one that is damaged or of another schema."""
+    return Manifest.read(file)
+
+
+def key(stage: str, version: int, config: Mapping[str, Any], upstream: Iterable[str]) -> str:
+    """The name of a stage's result before it exists: its options, the stage's version and the upstream keys."""
+    body = {"stage": stage, "version": version, "config": config, "upstream": list(upstream)}
+    return "sha256:" + hashlib.sha256(canonical(body)).hexdigest()
+
+
+def describe(root: Path, paths: Iterable[str], known: Mapping[str, str] | None = None) -> tuple[Output, ...]:
+    """One output per file, for files and folders named relative to `root`. `known` maps some files to their sha256.
+
+    Raises SftError for a link or a missing path.
+    """
+    files: list[str] = []
+    for name in paths:
+        path = inside(root, name, f"output of {root.name}")
+        if not path.exists():
+            raise SftError(f"{path}: the stage names this output but did not write it")
+        found = sorted(p for p in path.rglob("*") if not p.is_dir() or p.is_symlink()) if path.is_dir() else [path]
+        if links := [str(p) for p in found if p.is_symlink()]:
+            raise SftError(f"outputs must not be links: {', '.join(links)}")
+        files += [p.relative_to(root).as_posix() for p in found]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda f: (known or {}).get(f) or hash_file(root / f), files)
+        return tuple(Output(f, (root / f).stat().st_size, h) for f, h in zip(files, hashes, strict=True))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the folder has a well-formed manifest and every byte it lists."""
+    try:
+        return not broken_outputs(folder, load(folder / NAME).outputs)
+    except (FileNotFoundError, SftError):
+        return False
+
+
+def broken_outputs(folder: Path, outputs: Iterable[Output], hashes: bool = True) -> list[str]:
+    """What is wrong with the files that a manifest lists: one line per missing, short or altered file."""
+
+    def check(entry: Output) -> str | None:
+        file = inside(folder, entry.path, f"{folder / NAME}: outputs")
+        if not file.is_file():
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != entry.bytes:
+            return f"{file} has {size} bytes, the manifest says {entry.bytes}"
+        if hashes and (found := hash_file(file)) != entry.sha256:
+            return f"{file} has sha256 {found[:16]}…, the manifest says {entry.sha256[:16]}…"
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        return [line for line in pool.map(check, outputs) if line]

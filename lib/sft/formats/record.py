@@ -1,0 +1,186 @@
+"""JSON files as frozen dataclasses: checked when they are read, complete when they are written. Standard library only.
+
+A format is a dataclass that derives from `Record`. Its fields are the keys of the JSON object, in order:
+
+    @dataclass(frozen=True)
+    class Remote(Record):
+        VERSION: ClassVar[int] = 1
+        NEXT: ClassVar[str] = "make sync"
+        dataset: str
+        base: str | None = None
+
+`Remote.read(file)` raises SftError for a file that is damaged, that has an unknown field, or that another version wrote.
+Version 1 is not written into the file: a file without the key `format` is of version 1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self, TypeVar
+
+from sft.common.errors import SftError
+from sft.common.files import write_atomic
+
+T = TypeVar("T")
+VERSION_KEY = "format"
+_NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
+
+
+class FormatError(ValueError):
+    """A value that does not have the declared type. The message names the place inside the file."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Base of every format. Derived dataclasses declare the fields of the JSON object."""
+
+    VERSION: ClassVar[int] = 1
+    NEXT: ClassVar[str] = "remove the file and run the stage that wrote it again"
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """Raises FileNotFoundError for a missing file, and SftError for one that is damaged, older or newer."""
+        return cls.from_bytes(file.read_bytes(), str(file))
+
+    @classmethod
+    def from_bytes(cls, data: bytes, name: str) -> Self:
+        """Parses the bytes of a file. `name` stands in the error message. Raises SftError."""
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise SftError(f"{name}: damaged: not JSON ({error}); next: {cls.NEXT}") from None
+        return cls.from_value(value, name)
+
+    @classmethod
+    def from_value(cls, value: Any, name: str) -> Self:
+        """Parses a decoded JSON value. `name` stands in the error message. Raises SftError."""
+        try:
+            return cls.parse(value)
+        except FormatError as error:
+            raise SftError(f"{name}: damaged: {error}; next: {cls.NEXT}") from None
+        except VersionError as error:
+            raise SftError(f"{name}: {error}") from None
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """Raises FormatError for a wrong value and VersionError for a file of another version."""
+        if not isinstance(value, dict):
+            raise FormatError(f"an object is expected, not {_kind(value)}")
+        version = value.get(VERSION_KEY, 1)
+        if type(version) is not int or version != cls.VERSION:
+            raise VersionError(cls, version)
+        return build(cls, {k: v for k, v in value.items() if k != VERSION_KEY}, "")
+
+    def write(self, file: Path) -> None:
+        """Writes the file under a temporary name, flushes it and renames it."""
+        write_atomic(file, self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """The file's content: indented JSON and a final newline. Raises ValueError for a number that is not finite."""
+        return json.dumps(self.to_value(), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    def to_value(self) -> dict[str, Any]:
+        """The JSON object. A field that is None and has None as its default is left out."""
+        version = {VERSION_KEY: self.VERSION} if self.VERSION > 1 else {}
+        return {**version, **to_json(self)}
+
+
+class VersionError(Exception):
+    """The file has another version than this code reads."""
+
+    def __init__(self, cls: type[Record], found: object, key: str = VERSION_KEY, reads: int | None = None):
+        reads = cls.VERSION if reads is None else reads
+        age = "newer" if isinstance(found, int) and found > reads else "older or unknown"
+        then = "update this checkout" if age == "newer" else cls.NEXT
+        super().__init__(f"{key} {found!r} is {age}; this code reads {key} {reads}; next: {then}")
+
+
+def build(cls: type[T], value: Mapping[str, Any], where: str) -> T:
+    """A dataclass from the keys of a JSON object. Raises FormatError for an unknown, missing or wrongly typed field."""
+    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    place = f"{where}." if where else ""
+    if unknown := [name for name in value if name not in fields]:
+        raise FormatError(f"unknown field {place}{unknown[0]}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in value:
+            arguments[name] = convert(value[name], hints[name], f"{place}{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise FormatError(f"field {place}{name} is missing")
+    return cls(**arguments)
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as the declared type. Raises FormatError that names the place and what was expected."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, args, where)
+    if origin is typing.Literal:
+        if value not in args:
+            raise FormatError(f"{where}: one of {', '.join(map(repr, args))} is expected, not {value!r}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise FormatError(f"{where}: a list is expected, not {_kind(value)}")
+        kinds = (args[0],) * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise FormatError(f"{where}: {len(kinds)} values are expected, not {len(value)}")
+        return tuple(convert(v, k, f"{where}.{i}") for i, (v, k) in enumerate(zip(value, kinds, strict=True)))
+    if origin in (dict, Mapping):
+        if not isinstance(value, dict):
+            raise FormatError(f"{where}: an object is expected, not {_kind(value)}")
+        return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise FormatError(f"{where}: an object is expected, not {_kind(value)}")
+        return build(typing.cast(type, hint), value, where)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise FormatError(f"{where}: {_NAMES.get(hint, hint)} is expected, not {_kind(value)}")
+    return value
+
+
+def _convert_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    problem: FormatError | None = None
+    for option in (o for o in options if o is not type(None)):
+        try:
+            return convert(value, option, where)
+        except FormatError as error:
+            problem = problem or error
+    raise problem or FormatError(f"{where}: nothing is expected, not {_kind(value)}")
+
+
+def _kind(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}…"
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass, tuple or mapping as JSON values. A dataclass field that equals its default None is left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: to_json(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if not (getattr(value, f.name) is None and f.default is None)
+        }
+    if isinstance(value, (list, tuple)):
+        return [to_json(v) for v in value]
+    if isinstance(value, Mapping):
+        return {k: to_json(v) for k, v in value.items()}
+    return value

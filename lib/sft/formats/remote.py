@@ -1,0 +1,58 @@
+"""remote.json: what sync put on the storage that training reads from.
+
+    {"dataset": "datasets/<16 hex>", "base": "base/<name>-<16 hex>" or null, "files": [{"path", "bytes", "sha256"}]}
+
+All paths are relative to the root of the storage. Only sync's manifest names the root (`SyncMetrics.storage`), so the same
+content on another cluster is the same result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sft.formats.manifest import Manifest, Output
+from sft.formats.record import Record, to_json
+
+NAME = "remote.json"
+
+
+@dataclass(frozen=True)
+class Remote(Record):
+    """The dataset, the base weights (None when training starts from random weights), and all files of both."""
+
+    NEXT: ClassVar[str] = "make sync again"
+    dataset: str
+    base: str | None
+    files: tuple[Output, ...]
+
+    def below(self, folder: str) -> list[Output]:
+        """The files of one folder, with paths relative to it."""
+        top = f"{folder}/"
+        return [dataclasses.replace(f, path=f.path.removeprefix(top)) for f in self.files if f.path.startswith(top)]
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class SyncMetrics(Record):
+    """The metrics in sync's manifest. `dataset` and `base` are whole addresses; `bytes` is the size of all files."""
+
+    NEXT: ClassVar[str] = "make sync again"
+    storage: str
+    dataset: str
+    base: str | None
+    files: int
+    bytes: int
+    base_commit: str | None = None
+
+    @classmethod
+    def of(cls, made: Manifest, name: str) -> SyncMetrics:
+        """From sync's manifest; `name` stands in the error message. Raises SftError."""
+        return cls.from_value(made.metrics, f"{name}: metrics")
+
+    def to_metrics(self) -> dict[str, Any]:
+        return dict(to_json(self))
