@@ -260,7 +260,7 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
     yield "attention_error", attention_error(world.device)
     yield "loss_error", loss_error(world)
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(world.leader_first(lambda: str(documents_in(Path(folder), args, world))))
+        place = Path(world.on_rank0(lambda: str(documents_in(Path(folder), args, world))))
         dataset = Dataset.open(place)
         world.any(False)
         for name in args.presets:

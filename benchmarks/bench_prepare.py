@@ -254,7 +254,7 @@ def ours(folder: Path, work: Path, file: Path, cores: int) -> tuple[Counts, Coun
     opened = checksum.stop()
     stage: Any = SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache", sha256=known.__getitem__,
-        find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, say=lambda text: print("    " + text),
+        find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, log=lambda text: print("    " + text),
     )  # fmt: skip
     m = prepare(stage).metrics
     print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")

@@ -34,7 +34,7 @@ AT_ONCE = 32
 
 
 def ours(folder: Path, names: list[str], back: Path, sha256: bool = False) -> tuple[float, float]:
-    from sft.storage.contract import Job
+    from sft.storage.contract import FileCopy
     from sft.storage.gcs import GcsStorage
     from sft.storage.local import LocalStorage
     from sft.storage.transfer import transfer
@@ -43,10 +43,10 @@ def ours(folder: Path, names: list[str], back: Path, sha256: bool = False) -> tu
     assert target.fast and source.fast  # the clients, which the others have too before the clock starts
     said = {n: hashlib.sha256((folder / n).read_bytes()).hexdigest() if sha256 else "" for n in names}
     began = time.monotonic()
-    jobs = [Job(n, n, (folder / n).stat().st_size, said[n]) for n in names]
+    jobs = [FileCopy(n, n, (folder / n).stat().st_size, said[n]) for n in names]
     transfer(jobs, LocalStorage(folder), target, lambda _: None)
     middle = time.monotonic()
-    jobs = [Job(n, n, f.bytes, said[n], f.crc32c) for n, f in source.list().items()]
+    jobs = [FileCopy(n, n, f.bytes, said[n], f.crc32c) for n, f in source.list().items()]
     transfer(jobs, source, LocalStorage(back), lambda _: None)
     return middle - began, time.monotonic() - middle
 

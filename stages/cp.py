@@ -20,7 +20,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.common.process import report_errors
-from sft.storage.contract import Job, Storage
+from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 
@@ -33,7 +33,7 @@ def split(where: str) -> tuple[str, str]:
     return folder or ("/" if where.startswith("/") else "."), name
 
 
-def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[Job]]:
+def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[FileCopy]]:
     """What to copy from where to where. Raises SftError when SRC is neither a file nor holds any."""
     if not src or not dst:
         raise SftError(f"SRC={src} DST={dst}: both are needed; next: make cp SRC=gs://bucket/prefix DST=folder")
@@ -44,12 +44,12 @@ def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[Job]]:
         found = source.find(name)
         if found is not None:
             folder, target = (dst, name) if dst.endswith("/") else split(dst)
-            return source, open_storage(folder, cache), [Job(name, target, found.bytes, crc32c=found.crc32c)]
+            return source, open_storage(folder, cache), [FileCopy(name, target, found.bytes, crc32c=found.crc32c)]
     source = open_storage(src, cache)
     listed = source.list()
     if not listed:
         raise SftError(f"{src}: no such file, and no files under it")
-    jobs = [Job(n, n, f.bytes, crc32c=f.crc32c) for n, f in listed.items()]
+    jobs = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in listed.items()]
     return source, open_storage(dst, cache), jobs
 
 
@@ -61,23 +61,23 @@ def copy(src: str, dst: str, cache: Path, check: bool, clobber: bool, delete: bo
     hashes = HashCache(cache)
     for group in ([j for j in jobs if j not in lists], lists):
         if group:
-            for done in transfer(group, source, target, say, check_only=check, clobber=clobber):
+            for done in transfer(group, source, target, log, check_only=check, clobber=clobber):
                 if done.sums.sha256 and isinstance(target, LocalStorage):
                     hashes.note(target.path(done.job.target), done.sums.sha256)
     if hashes.known and not check:
         with contextlib.suppress(OSError):  # it only saves reading the files again
             hashes.save()
-    say(f"{len(jobs)} files are identical in {src} and {dst}")
+    log(f"{len(jobs)} files are identical in {src} and {dst}")
     if delete:
         extra = sorted(set(target.list()) - {j.target for j in jobs})
         for name in extra:
-            say(f"{'would remove' if check else 'removing'} {target.where}/{name}")
+            log(f"{'would remove' if check else 'removing'} {target.where}/{name}")
             if not check:
                 target.remove(name)
-        say(f"{len(extra)} files {'would be' if check else 'were'} removed from {dst}")
+        log(f"{len(extra)} files {'would be' if check else 'were'} removed from {dst}")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[cp] {text}", flush=True)
 
 

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     with report_errors("preview"), open_stage("prepare", rest, follower=True) as stage:
         table = stage.recipe.prepare
         encoder = Encoder(resolve_tokenizer(table.tokenizer, stage), table, stage.find)
-        files = [sources.resolve(source, stage.find, stage.cache, say=stage.say) for source in table.sources]
+        files = [sources.resolve(source, stage.find, stage.cache, log=stage.log) for source in table.sources]
         try:
             for line in preview(encoder, files, chosen.source, chosen.row, colour):
                 print(line)

@@ -16,6 +16,6 @@ if __name__ == "__main__":
     if "--check" in sys.argv[1:]:
         with report_errors("sync"), open_stage("sync", [a for a in sys.argv[1:] if a != "--check"]) as stage:
             remote, _ = bring(stage, check_only=True)
-            stage.say(f"complete and identical: {len(remote.files)} files under {stage.storage}")
+            stage.log(f"complete and identical: {len(remote.files)} files under {stage.storage}")
     else:
         main("sync", sync)

@@ -44,7 +44,7 @@ if __name__ == "__main__":
                 if not how.beside or ended():
                     raise
                 time.sleep(watch.PAUSE)
-        stage.say = lambda text: print(f"[watch] {text}", flush=True)  # type: ignore[method-assign]
+        stage.log = lambda text: print(f"[watch] {text}", flush=True)  # type: ignore[method-assign]
         options, published = stage.recipe.evaluate, watch.trained(stage)
         if not options.every:
             raise SftError("[evaluate] every = 0: no step is asked for; next: make watch … every=1000")

@@ -26,7 +26,7 @@ def stage(root: Path, threads: int = 1, out: str = "out", cache: str = "cache", 
     said: list[str] = []
     return SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=threads), out=root / out, cache=root / cache,
-        find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), say=said.append, said=said,
+        find=lambda path, what="": paths.find([root, REPO / "recipes"], path, "recipe"), log=said.append, said=said,
         sha256=hash_file,
     )  # fmt: skip
 

@@ -316,7 +316,7 @@ def test_a_connection_that_stays_lost_is_told_and_the_job_is_found_again(place, 
     monkeypatch.delenv("DETACH")
     monkeypatch.setattr(scheduler, "PATIENCE_S", 0.5)
     real = job.retried
-    monkeypatch.setattr(job, "retried", lambda action, say, patience_s=0.0: real(action, say, 0.0))
+    monkeypatch.setattr(job, "retried", lambda action, log, patience_s=0.0: real(action, log, 0.0))
     place.server.fault("GetWorkload", "unavailable", times=-1)
     with pytest.raises(SystemExit) as ended:
         place.launch("sleep 3; exit 7")

@@ -265,7 +265,7 @@ def stage(tmp_path):
         (where / "evaluate").mkdir(exist_ok=True)
         options = SimpleNamespace(harness=harness, max_empty_fraction=0.1, min_stop_rate=0.5)
         it = SimpleNamespace(
-            recipe=SimpleNamespace(evaluate=options), run=where, identity="same", out=where / "evaluate", say=print
+            recipe=SimpleNamespace(evaluate=options), run=where, identity="same", out=where / "evaluate", log=print
         )
         result = collected.collect(it)
         publish(it.out, result.outputs, metrics=result.metrics)

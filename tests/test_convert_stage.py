@@ -48,7 +48,7 @@ def stage(run: Path, out: Path, *overrides: str) -> Any:
         recipe=recipe.load(plan.REPO / "recipes" / "smoke.toml", list(overrides)),
         folder=lambda upstream: run / upstream,
         find=lambda path, what="": run / path,
-        say=said.append,
+        log=said.append,
         said=said,
     )
 

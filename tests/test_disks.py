@@ -23,7 +23,7 @@ for case in ("whole", "altered", "short"):
     mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_bytes(bytes([world.rank]) * 3500)
     (work / f"empty{world.rank}").touch()
-    described = world.together(lambda: manifest.describe(work, [mine.relative_to(work).as_posix(), f"empty{world.rank}"]))
+    described = world.on_all_ranks(lambda: manifest.describe(work, [mine.relative_to(work).as_posix(), f"empty{world.rank}"]))
     if world.rank and case != "whole":
         mine.write_bytes(b"?" * (3500 if case == "altered" else 1200))
     try:

@@ -281,7 +281,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
 
     monkeypatch.setattr(HFLM, "_model_generate", small_memory)
     said: list[str] = []
-    model.say = said.append
+    model.log = said.append
     again = evaluate.one_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path / "b")
     assert sizes == [5, 2, 2, 1] and said == ["out of memory with 5 at once: trying fewer"]
     assert again["metrics"] == whole["metrics"] and again["generation"] == whole["generation"]

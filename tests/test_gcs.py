@@ -25,7 +25,7 @@ from google.cloud import storage
 
 from sft.common.errors import SftError
 from sft.storage import attempts, download, gcs, transport, upload
-from sft.storage.contract import Found, Job, Meter
+from sft.storage.contract import FileCopy, FileInfo, Meter
 from sft.storage.crc import Object
 from sft.storage.gcs import GcsStorage
 from sft.storage.local import LocalStorage, is_part
@@ -71,14 +71,14 @@ def bucket(server: Server, tmp_path: Path) -> GcsStorage:
 def send(bucket: GcsStorage, folder: Path, data: bytes, name: str = "d/x.npy") -> None:
     (folder / "from" / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / "from" / name).write_bytes(data)
-    transfer([Job(name, name, len(data))], LocalStorage(folder / "from"), bucket, quiet)
+    transfer([FileCopy(name, name, len(data))], LocalStorage(folder / "from"), bucket, quiet)
 
 
 def fetch(bucket: GcsStorage, folder: Path, name: str = "d/x.npy") -> bytes:
     found = bucket.find(name)
     assert found
     target = LocalStorage(folder / "to")
-    transfer([Job(name, "y", found.bytes, crc32c=found.crc32c)], bucket, target, quiet)
+    transfer([FileCopy(name, "y", found.bytes, crc32c=found.crc32c)], bucket, target, quiet)
     assert [p.name for p in target.root.iterdir()] == ["y"]
     return (target.root / "y").read_bytes()
 
@@ -89,7 +89,7 @@ def test_a_file_goes_up_and_comes_down_with_the_same_bytes(
 ) -> None:
     send(bucket, tmp_path, data)
     assert server.objects["pre/fix/d/x.npy"].data == data
-    assert GcsStorage(bucket.where).list() == {"d/x.npy": Found(len(data), bucket.list()["d/x.npy"].crc32c)}
+    assert GcsStorage(bucket.where).list() == {"d/x.npy": FileInfo(len(data), bucket.list()["d/x.npy"].crc32c)}
     assert fetch(GcsStorage(bucket.where), tmp_path) == data
 
 
@@ -148,7 +148,7 @@ def test_a_download_that_cannot_succeed_fails_and_leaves_nothing_under_the_final
     server.fault("download", kind, 10_000)
     began = time.monotonic()
     with pytest.raises(SftError, match=words(kind, "fetched twice with crc32c")):
-        transfer([Job("d/x.npy", "y", len(data))], bucket, LocalStorage(tmp_path / "to"), quiet)
+        transfer([FileCopy("d/x.npy", "y", len(data))], bucket, LocalStorage(tmp_path / "to"), quiet)
     assert time.monotonic() - began < 20
     assert not (tmp_path / "to" / "y").exists()
 
@@ -224,7 +224,7 @@ def test_unsafe_names_in_a_bucket_are_refused_at_listing_and_at_download(
         bucket.list()
     server.objects.clear()
     with pytest.raises(SftError, match="relative path"):
-        transfer([Job(name, "y", 1)], bucket, LocalStorage(tmp_path / "to"), quiet)
+        transfer([FileCopy(name, "y", 1)], bucket, LocalStorage(tmp_path / "to"), quiet)
     with pytest.raises(SftError, match="relative path"):
         bucket.stat(name)
     assert {operation for operation, _, _ in server.requests} <= {"list", "permissions"}
@@ -390,7 +390,7 @@ def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.Monk
         bucket = GcsStorage("gs://test/p")
         bucket.write("small", SMALL)
         (tmp_path / "big").write_bytes(bytes(9 << 20))
-        bucket.put(tmp_path / "big", "big", Job("big", "big", 9 << 20), Meter(1, 9 << 20, quiet))
+        bucket.put(tmp_path / "big", "big", FileCopy("big", "big", 9 << 20), Meter(1, 9 << 20, quiet))
         fresh = GcsStorage("gs://test/p")
         assert {n: f.bytes for n, f in fresh.list().items()} == {"big": 9 << 20, "small": len(SMALL)}
         assert fresh.read("small") == SMALL

@@ -124,7 +124,7 @@ def test_a_signal_leaves_what_was_answered_marked_incomplete(
     from sft.evaluation.hf_model import Model
 
     model, said = Model(place.root / "model", batch_size=2, max_length=0, think_end=None), []
-    model.say = said.append
+    model.log = said.append
     generate = Model._model_generate
 
     def interrupted(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +175,7 @@ def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end:
     scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in says]
     forward, at = model.model.forward, [0]
 
-    def say(*args: Any, **kwargs: Any) -> Any:
+    def log(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
         out.logits[:] = -100.0
         for row in range(len(out.logits)):
@@ -183,7 +183,7 @@ def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end:
         at[0] += 1
         return out
 
-    monkeypatch.setattr(model.model, "forward", say)
+    monkeypatch.setattr(model.model, "forward", log)
     return model
 
 

@@ -284,7 +284,7 @@ def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorde
     for commit in ("b" * 40, "b" * 40, "c" * 40):
         info = SimpleNamespace(sha=commit)
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, info=info, **__: info)
-        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, say=said.append)
+        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, log=said.append)
         assert dict(file.origin) == {"commit": commit}
     assert asked == ["b" * 40, "c" * 40]
     assert all("not pinned" in line and "write @" in line for line in said) and len(said) == 3
@@ -316,7 +316,7 @@ def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path,
     assert everything(tmp_path, "gs://bucket/mix")[0] == ROWS[:9]
     assert everything(tmp_path, "gs://bucket/mix/b.jsonl")[0] == ROWS[:5]
     said: list[str] = []
-    found = sources.resolve(Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", say=said.append)
+    found = sources.resolve(Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", log=said.append)
     assert all(set(dict(f.origin)) == {"crc32c", "generation"} for f in found)
     assert any("gs://bucket/mix: what a bucket holds may change" in line for line in said)
     assert [f.name for f in resolved(tmp_path, "gs://bucket/mix/")] == [

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO
 from sft.common.errors import SftError
 from sft.storage import local
-from sft.storage.contract import Job, Meter, hash_file
+from sft.storage.contract import FileCopy, Meter, hash_file
 from sft.storage.local import LocalStorage, is_part
 from sft.storage.transfer import open_storage, transfer
 
@@ -27,9 +27,9 @@ def make(root: Path, files: dict[str, bytes]) -> LocalStorage:
     return LocalStorage(root)
 
 
-def jobs(source: LocalStorage) -> list[Job]:
+def jobs(source: LocalStorage) -> list[FileCopy]:
     found = {n: hash_file(source.root / n) for n in source.list()}
-    return [Job(n, n, s.bytes, s.sha256) for n, s in found.items()]
+    return [FileCopy(n, n, s.bytes, s.sha256) for n, s in found.items()]
 
 
 def quiet(_: str) -> None:
@@ -116,9 +116,9 @@ def test_names_that_could_leave_the_root_are_refused(
 ) -> None:
     before = files(tmp_path)
     with pytest.raises(SftError, match="relative path"):
-        transfer([Job("a", name, 0)], source, target, quiet)
+        transfer([FileCopy("a", name, 0)], source, target, quiet)
     with pytest.raises(SftError, match="relative path"):
-        transfer([Job(name, "x", 0)], source, target, quiet)
+        transfer([FileCopy(name, "x", 0)], source, target, quiet)
     assert files(tmp_path) == before
 
 
@@ -130,17 +130,17 @@ def test_links_are_reported_and_not_followed(source: LocalStorage, target: Local
     with pytest.raises(SftError, match=r"link: a link"):
         source.list()
     with pytest.raises(SftError, match="links are not followed"):
-        transfer([Job("link", "x", 1)], source, target, quiet)
+        transfer([FileCopy("link", "x", 1)], source, target, quiet)
     target.root.mkdir(parents=True, exist_ok=True)
     (target.root / "b").symlink_to(secret)
     with pytest.raises(SftError, match="links are not followed"):
-        transfer([Job("b/d/e", "b/d/e", 70_001)], source, target, quiet)
+        transfer([FileCopy("b/d/e", "b/d/e", 70_001)], source, target, quiet)
     assert files(secret) == {"key": b"k"}
 
 
 def test_two_sources_for_one_target_are_refused(source: LocalStorage, target: LocalStorage) -> None:
     with pytest.raises(SftError, match="several sources for x"):
-        transfer([Job("a", "x", 0), Job("b/d/e", "x", 70_001)], source, target, quiet)
+        transfer([FileCopy("a", "x", 0), FileCopy("b/d/e", "x", 70_001)], source, target, quiet)
 
 
 def test_a_root_that_cannot_be_written_is_told_first(source: LocalStorage, tmp_path: Path) -> None:

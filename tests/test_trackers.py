@@ -31,7 +31,7 @@ def logged(out: Path, start: int = 0, records: list[dict[str, Any]] = RECORDS, *
     said: list[str] = []
     trackers = Trackers.start(Train(**fields), "run", IDENTITY, {"train": {"lr": 1e-4}}, out, start, said.append)
     for record in records:
-        trackers.log(record)
+        trackers.record(record)
     trackers.close()
     return said
 

@@ -154,7 +154,7 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
     left = tmp_path / ".work/watch-step50-x/model"
     left.mkdir(parents=True)
     stage = SimpleNamespace(
-        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, say=said.append, key="k"
+        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, log=said.append, key="k"
     )
     for n in (100, 200, 300):
         step(tmp_path, n)

@@ -118,7 +118,7 @@ class FakeStage:
         self.identity = "0123456789abcdef"
         self.storage = storage or str(folder)
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"[train] {text}", flush=True)
 
 

@@ -30,7 +30,7 @@ def bring_together(work: Path, described: Sequence[Sequence[Output]], world: Wor
     Raises SharedError on every rank when a file did not arrive as it was written."""
     if world.size == 1:
         return False
-    lacking = world.leader_first(lambda: [[e for e in mine if not (work / e.path).is_file()] for mine in described])
+    lacking = world.on_rank0(lambda: [[e for e in mine if not (work / e.path).is_file()] for mine in described])
     failures: list[str] = []
     for rank, entries in enumerate(lacking):
         for entry in entries:
@@ -43,7 +43,7 @@ def bring_together(work: Path, described: Sequence[Sequence[Output]], world: Wor
         if failures:
             raise SftError("; ".join(failures[:3]))
 
-    world.leader_first(told)
+    world.on_rank0(told)
     return bool(lacking[world.rank])
 
 

@@ -168,15 +168,15 @@ def save(
         sync_folder(out)
 
     try:
-        world.leader_first(lambda: shutil.rmtree(work, ignore_errors=True))
-        world.together(write)
+        world.on_rank0(lambda: shutil.rmtree(work, ignore_errors=True))
+        world.on_all_ranks(write)
         writer = _Writer(work / "model_and_optim")
         with warnings.catch_warnings():  # one process without a group is what was meant
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
             dcp.save(dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized())
-        described = world.together(describe)
+        described = world.on_all_ranks(describe)
         sent = gather.bring_together(work, described, world)
-        world.leader_first(publish)
+        world.on_rank0(publish)
         if sent:
             gather.forget(work)
     except (OSError, RuntimeError, SftError, dcp.api.CheckpointException) as error:
@@ -222,13 +222,13 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     what its manifest says is renamed to .damaged-stepN, so that it counts among no steps; nothing of it is removed."""
     for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.leader else ():
         shutil.rmtree(leftover, ignore_errors=True)
-    for _, step in reversed(world.leader_first(lambda: steps(out))):
-        problems = [line for part in world.together(partial(damage, step, world)) for line in part]
+    for _, step in reversed(world.on_rank0(lambda: steps(out))):
+        problems = [line for part in world.on_all_ranks(partial(damage, step, world)) for line in part]
         if not problems:
             if world.leader:
                 mark_latest(step)  # a kill may have come between a step's rename and its name
             return Path(step)
-        now = world.leader_first(partial(set_aside, step))
+        now = world.on_rank0(partial(set_aside, step))
         warn(
             f"{step}: passed over: {problems[0]}"
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")

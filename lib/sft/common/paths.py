@@ -10,6 +10,8 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 
+REPO = Path(__file__).resolve().parents[3]
+"""The root of this checkout."""
 REMOTE = re.compile(r"(gs|hf|s3)://")
 
 

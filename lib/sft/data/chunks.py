@@ -160,8 +160,8 @@ class ScreenChunk:
 class Progress:
     """A line every few seconds: share done, tokens, tokens/s, time left."""
 
-    def __init__(self, say: Callable[[str], None], what: str, total_bytes: int, every_s: float = 5.0):
-        self.say, self.what, self.total, self.every = say, what, max(1, total_bytes), every_s
+    def __init__(self, log: Callable[[str], None], what: str, total_bytes: int, every_s: float = 5.0):
+        self.log, self.what, self.total, self.every = log, what, max(1, total_bytes), every_s
         self.began = self.last = time.monotonic()
         self.bytes = self.tokens = 0
 
@@ -172,7 +172,7 @@ class Progress:
         if now - self.last >= self.every:
             self.last = now
             left = (now - self.began) * (self.total - self.bytes) / max(1, self.bytes)
-            self.say(
+            self.log(
                 f"{self.what} {self.bytes / self.total:4.0%}  {self.rate(now)}  {left // 60:.0f}:{left % 60:02.0f} left"
             )
 

@@ -67,7 +67,7 @@ class Preparation:
 
         self.stage, self.shard = stage, shard
         self.table = stage.recipe.prepare
-        self.say = stage.say
+        self.log = stage.log
         self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
         self.encoded_tokens = 0
@@ -75,7 +75,7 @@ class Preparation:
         self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
         with self.timed("resolve"):
             self.inputs = [
-                sources.resolve(s, stage.find, stage.cache, stage.sha256, self.say) for s in self.table.sources
+                sources.resolve(s, stage.find, stage.cache, stage.sha256, self.log) for s in self.table.sources
             ]
         self.encode_key = digest(self._encoding())
         self.cache = stage.cache / "tokens" / self.encode_key
@@ -132,26 +132,26 @@ class Preparation:
         found = {job.name: read_summary(self.cache / job.name) for job in mine}
         damaged = [n for n, s in found.items() if s is not None and not is_intact(self.cache / n, s)]
         for name in damaged:
-            self.say(f"{self.cache / name}: damaged in the token cache; made again")
+            self.log(f"{self.cache / name}: damaged in the token cache; made again")
         missing = [job for job in mine if found[job.name] is None or job.name in damaged]
         total, todo = sum(j.chunk.bytes for j in mine), sum(j.chunk.bytes for j in missing)
         count = self.workers(missing)
         if len(missing) < len(mine):
-            self.say(
+            self.log(
                 f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({(total - todo) / 1e6:,.1f} MB)"
             )
         if not missing:
             return
         engine = self.encoder.engine
         if engine.fast is None and self.table.encoder != "tokenizers":
-            self.say(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
-        self.say(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
+            self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
+        self.log(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         began = time.monotonic()
         kinds = {job.chunk.file.kind for job in missing}
         self.encoder.compile(kinds)
         if (took := time.monotonic() - began) > COMPILING_S:
-            self.say(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
-        progress = Progress(self.say, "encoding", todo)
+            self.log(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
+        progress = Progress(self.log, "encoding", todo)
         arguments = (self.encoder, self.cache, kinds)
         seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
         asked = time.monotonic()
@@ -168,7 +168,7 @@ class Preparation:
             self._give_up(job, summary, *counts)
         self.seconds["start"], self.seconds["encode"] = progress.began - asked, time.monotonic() - progress.began
         self.encoded_tokens = progress.tokens
-        self.say(f"encoded {progress.rate()}, after {self.seconds['start']:.1f} s of starting workers")
+        self.log(f"encoded {progress.rate()}, after {self.seconds['start']:.1f} s of starting workers")
 
     def _give_up(self, job: Job, summary: Summary, rows: int, rejected: int, seen_bytes: int) -> None:
         """Stops early when a source cannot end below its share of rejects: a wrong column must not cost hours."""
@@ -191,7 +191,7 @@ class Preparation:
         rows = []
         digests = []
         for path in self.table.decontaminate:
-            for file in sources.resolve(Source(path=path), self.stage.find, self.stage.cache, say=self.say):
+            for file in sources.resolve(Source(path=path), self.stage.find, self.stage.cache, log=self.log):
                 digests.append(file.sha256)
                 rows += [(f"{file.name}:{i}", row) for i, row in _numbered(file)]
         screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
@@ -201,7 +201,7 @@ class Preparation:
                 f" have fewer than {min(SHORTEST, screen.n)} words, {screen.shared} are shared by many rows; next: name files with"
                 " evaluation texts"
             )
-        self.say(
+        self.log(
             f"decontaminating against {len(screen.texts):,} evaluation texts; not covered: {screen.too_short:,} of fewer than"
             f" {min(SHORTEST, screen.n)} words and {screen.shared:,} that many rows share"
         )
@@ -209,7 +209,7 @@ class Preparation:
         cache.mkdir(parents=True, exist_ok=True)
         missing = [job for job in self.mine if not (cache / f"{job.name}.json").is_file()]
         readers = [self.encoder.reader(source) for source in self.table.sources]
-        progress = Progress(self.say, "decontaminating", sum(j.chunk.bytes for j in missing))
+        progress = Progress(self.log, "decontaminating", sum(j.chunk.bytes for j in missing))
         for job, _ in workers.work(ScreenChunk, (screen, cache, readers), missing, self.workers(missing)):
             progress.add(job.chunk.bytes)
         return {job.name: json.loads((cache / f"{job.name}.json").read_bytes())["hits"] for job in self.mine}, screen
@@ -291,7 +291,7 @@ class Preparation:
             chunk[here] = source.chunk[index] + offsets[number]
             start[here], length[here] = source.start[index], source.pool.lengths[index]
         check = token_check.Check(f"[prepare] {name}", self.encoder.identity)
-        progress = Progress(self.say, f"writing {name}", int(length.sum()))
+        progress = Progress(self.log, f"writing {name}", int(length.sum()))
         files = [self.cache / job.name for job in jobs]
         documents = Documents(chunk, start, length, chosen.source)
         written, hashes = materialise(
@@ -308,7 +308,7 @@ class Preparation:
             notes.update(summary.notes)
         redone = sum(bool(summary.notes.get("redone_batches")) for summary in self.summaries.values())
         if redone:
-            self.say(f"warning: {redone} of {len(self.summaries)} chunks were encoded again: gigatoken gave other ids")
+            self.log(f"warning: {redone} of {len(self.summaries)} chunks were encoded again: gigatoken gave other ids")
         by = "documents_by_"
         return {
             "encoded_by": {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)},
@@ -332,7 +332,7 @@ class Preparation:
         if most := self.stage.hardware.cache_gb:
             removed, freed = trim(self.cache.parent, most * 10**9, time.time())
             if removed:
-                self.say(
+                self.log(
                     f"token cache: {removed} chunks ({freed / 1e9:,.1f} GB) not needed for longest are gone: cache_gb = {most}"
                 )
 
@@ -362,7 +362,7 @@ def resolve_tokenizer(path: str, stage: Stage) -> Path:
     """The tokenizer's folder; one that is named hf://… lies in a folder that is named by its commit."""
     if not inputs.is_remote(path):
         return stage.find(path)
-    return hub.cached(path, f"[prepare] tokenizer {path}", stage.say, inputs.TOKENIZER_FILES)
+    return hub.cached(path, f"[prepare] tokenizer {path}", stage.log, inputs.TOKENIZER_FILES)
 
 
 def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:

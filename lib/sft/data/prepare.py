@@ -39,7 +39,7 @@ def prepare_part(stage: Stage, shard: Shard) -> Path:
         work.encode()
         work.screen()
         file = shards.record(work)
-    stage.say(
+    stage.log(
         f"part {shard.part} of {shard.parts}: {len(work.mine)} chunks are in {work.cache}; then: SHARD=merge/{shard.parts}"
     )
     return file
@@ -70,17 +70,17 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             validation_fraction=table.validation_fraction,
         )
     for entry in mixed.report:
-        stage.say("  ".join(f"{name} {value}" for name, value in entry.items()))
+        stage.log("  ".join(f"{name} {value}" for name, value in entry.items()))
         if not entry["taken"] and entry["weight"] and entry["found"]:
-            stage.say(
+            stage.log(
                 f"warning: {entry['path']}: weight {entry['weight']} and its caps leave none of {entry['found']} documents"
             )
     if table.validation_fraction and not len(mixed.validation):
-        stage.say(
+        stage.log(
             f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
         )
     if reason := olmo_core_obstacle(work.encoder.identity):
-        stage.say(f"data/ is for training here, not for OLMo-core: {reason}")
+        stage.log(f"data/ is for training here, not for OLMo-core: {reason}")
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):
         splits = {"data": work.write("data", mixed.data, found)}

@@ -63,14 +63,14 @@ def resolve(
     find: Callable[[str], Path],
     cache: Path,
     sha256: Callable[[Path], str] = hash_file,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> list[InputFile]:
     """The files of a source on this machine, fetched or unpacked into `cache` where they are not plain local files."""
     origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
-        found, origins = _hub(source, cache / "hub", say)
+        found, origins = _hub(source, cache / "hub", log)
     elif source.path.startswith("gs://"):
-        found, origins = _gs(source.path, cache / "gs", say)
+        found, origins = _gs(source.path, cache / "gs", log)
     elif inputs.is_remote(source.path):
         raise SftError(
             f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them"
@@ -100,9 +100,9 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], or
     return InputFile(name, str(file), str(kind), digest, file.stat().st_size, origin)
 
 
-def _hub(source: Source, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
+def _hub(source: Source, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
     """A Hugging Face dataset as one Parquet file in the cache, and the commit it is of."""
-    repo = hub.resolve(source.path, _named(source), say, "dataset")
+    repo = hub.resolve(source.path, _named(source), log, "dataset")
     name, commit = repo.name, repo.commit
     wanted = [name, commit, source.subset, source.split]
     origins: dict[str, Origin] = {source.path: (("commit", commit),)}
@@ -125,10 +125,10 @@ def _named(source: Source) -> str:
     return f"[prepare] sources: {source.path} (split {source.split!r})"
 
 
-def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
+def _gs(path: str, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
     """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
     from sft.storage import transfer as storage
-    from sft.storage.contract import Job
+    from sft.storage.contract import FileCopy
 
     folder, _, last = path.rstrip("/").rpartition("/")
     single = inputs.kind(last) is not None
@@ -144,7 +144,7 @@ def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, P
         raise SftError(
             f"[prepare] sources: {path}: no object, or no {', '.join(inputs.ROWS)} under it; next: correct the path"
         )
-    say(
+    log(
         f"warning: {path}: what a bucket holds may change, which no run would notice; dataset.json records checksum and generation of what"
         " was read"
     )
@@ -152,10 +152,10 @@ def _gs(path: str, cache: Path, say: Callable[[str], None]) -> tuple[dict[str, P
     origins: dict[str, Origin] = {}
     for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
         content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
-        jobs.append(Job(name, content, entry.bytes, crc32c=entry.crc32c))
+        jobs.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
         found[f"{where}/{name}"] = cache / content
         origins[f"{where}/{name}"] = (("crc32c", f"{entry.crc32c or 0:08x}"), ("generation", str(entry.generation)))
-    storage.transfer(jobs, remote, storage.open_storage(str(cache)), say)
+    storage.transfer(jobs, remote, storage.open_storage(str(cache)), log)
     return found, origins
 
 

@@ -76,7 +76,7 @@ def collect(stage: Stage) -> Result:
         write_lines(stage.out / file, items)
         name, score = next(iter(metrics.items()))
         error = f" ± {score['stderr']:.3f}" if score["stderr"] is not None else ""
-        stage.say(f"{task.name}: {name} {score['value']:.3f}{error}, n {score['n']}")
+        stage.log(f"{task.name}: {name} {score['value']:.3f}{error}, n {score['n']}")
     if broken:
         raise SftError(
             "broken tasks have no score:\n  " + "\n  ".join(broken) + f"\nwhat the harness returned is in {folder}"

@@ -53,8 +53,8 @@ def evaluate(stage: Stage) -> Result:
     go_offline(options, tasks, stage.out / "work")
     template = check_template(folder)
     model = open_model(folder, options, stage.hardware)
-    stage.say(f"{folder} on {model.about['device']} ({model.about['backend']}), {len(options.tasks)} tasks")
-    results, broken = run_tasks(model, options, tasks, data, stage.out, stage.say)
+    stage.log(f"{folder} on {model.about['device']} ({model.about['backend']}), {len(options.tasks)} tasks")
+    results, broken = run_tasks(model, options, tasks, data, stage.out, stage.log)
     if broken:
         raise SftError("broken tasks have no score:\n  " + "\n  ".join(broken.values()))
     report: dict[str, Any] = {"template_sha256": template, **model.about, "tasks": results}
@@ -63,9 +63,9 @@ def evaluate(stage: Stage) -> Result:
     if options.validation_documents and validation.is_dir():
         losses = stage.out / "validation.jsonl"
         seq_len = stage.recipe.train.seq_len
-        model.say = stage.say
+        model.log = stage.log
         v = report["validation"] = validation_loss(model, validation, options.validation_documents, seq_len, losses)
-        stage.say(f"validation: loss {v['loss']:.4f} ± {v['stderr'] or math.nan:.4f} over {v['documents']} documents")
+        stage.log(f"validation: loss {v['loss']:.4f} ± {v['stderr'] or math.nan:.4f} over {v['documents']} documents")
         outputs.append(losses.name)
     refuse_not_finite(report)
     write_json(stage.out / "results.json", report)
@@ -78,8 +78,8 @@ def evaluate(stage: Stage) -> Result:
     return Result(outputs=outputs, metrics=metrics)
 
 
-def _say(say: Callable[[str], None], name: str, text: str) -> None:
-    say(f"{name}: {text}")
+def _say(log: Callable[[str], None], name: str, text: str) -> None:
+    log(f"{name}: {text}")
 
 
 def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -> tuple[Path, dict[str, Path | str]]:
@@ -120,20 +120,20 @@ def run_tasks(
     tasks: Path,
     data: Mapping[str, Path | str],
     out: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """({task: result}, {broken task: why}) of every task of the recipe."""
     results: dict[str, Any] = {}
     broken: dict[str, str] = {}
     for number, name in enumerate(options.tasks, 1):
-        model.say = partial(_say, say, name)
+        model.log = partial(_say, log, name)
         try:
             results[name] = one_task(model, name, options, tasks, data, out)
         except BrokenTask as error:
             broken[name] = str(error)
-            say(f"{number}/{len(options.tasks)} {name}: BROKEN: {error}")
+            log(f"{number}/{len(options.tasks)} {name}: BROKEN: {error}")
             continue
-        say(f"{number}/{len(options.tasks)} {name}: {headline(results[name])}")
+        log(f"{number}/{len(options.tasks)} {name}: {headline(results[name])}")
     return results, broken
 
 
@@ -182,18 +182,18 @@ def one_task(
         definition = find(name, tasks, data)
         hashes = definition.hashes()
         if done.is_file() and samples.is_file() and hashes.items() <= (finished := read_json(done)).items():
-            model.say("finished by an earlier attempt")
+            model.log("finished by an earlier attempt")
             return finished
         kept = model.open_journal(work / f"{name}.replies.jsonl")
         if kept:
-            model.say(f"{kept:,} answers of an earlier attempt are reused")
+            model.log(f"{kept:,} answers of an earlier attempt are reused")
         task = definition.load(options.seed)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         raw = harness.run_task(model, task, limit=options.limit, seed=options.seed, system_prompt=options.system_prompt)
     except (SystemExit, KeyboardInterrupt):
         answered = incomplete_rows(model)
         write_lines(unfinished, answered)
-        model.say(f"interrupted: {len(answered)} answers of {documents} documents are kept in {unfinished}")
+        model.log(f"interrupted: {len(answered)} answers of {documents} documents are kept in {unfinished}")
         raise
     except Exception as error:  # lm-eval runs code of the task: what it raises is the task's fault, and no score
         if isinstance(error, SftError) or getattr(error, "errno", None):  # a full disk is not the task's fault
@@ -249,7 +249,7 @@ def validation_loss(
         found.append((document, loss))
         if time.monotonic() - told > SAY_EVERY:
             told = time.monotonic()
-            model.say(f"{len(found):,}/{len(documents):,} held-out conversations")
+            model.log(f"{len(found):,}/{len(documents):,} held-out conversations")
     losses = [loss for _, loss in found if loss[1]]
     if not losses:
         raise SftError(f"{folder}: no trained token in the first {limit} documents; next: make prepare again")

@@ -30,7 +30,7 @@ class Recorder(TemplateLM):
     def start_recording(self, replies: Batches, likelihoods: Batches) -> None:
         self.batches = {"replies": replies, "likelihoods": likelihoods}
         self.journal: Path | None = None
-        self.say: Callable[[str], None] = lambda _: None
+        self.log: Callable[[str], None] = lambda _: None
         self.replies: dict[str, list[dict[str, Any]]] = {}  # a key's replies in the order in which they were asked
         self.asked: list[tuple[str, str]] = []
         self.cache_hook = _Hook(self)
@@ -167,7 +167,7 @@ class Recorder(TemplateLM):
             except RuntimeError as error:
                 if not is_out_of_memory(error) or not batches.too_large(len(chosen)):
                     raise
-                self.say(f"out of memory with {len(chosen)} at once: trying fewer")
+                self.log(f"out of memory with {len(chosen)} at once: trying fewer")
                 free_cache()
                 continue
             now = time.monotonic()
@@ -178,7 +178,7 @@ class Recorder(TemplateLM):
                 said = now
                 left = (now - began) / done * (work - done)
                 answered = total - len(order) + at
-                self.say(f"{answered:,}/{total:,} {what}, {len(chosen)} at once, ETA {clock(left)}")
+                self.log(f"{answered:,}/{total:,} {what}, {len(chosen)} at once, ETA {clock(left)}")
 
     def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
         """(summed loss, labels) of each (ids, mask) document, in fp32; documents without a label give (0.0, 0)."""

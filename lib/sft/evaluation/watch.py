@@ -60,7 +60,7 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
             except (SftError, OSError, RuntimeError, ValueError) as error:  # must not end the others' evaluation
                 why = str(error) if isinstance(error, SftError) else repr(error)
                 failed[step.name, digest] = step.name
-                stage.say(f"{step.name} has no scores: {why}")
+                stage.log(f"{step.name} has no scores: {why}")
                 record(stage, step, digest, {"tasks": {}, "broken": {}, "failed": why})
         if not waiting and last:
             break
@@ -108,7 +108,7 @@ def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
     model = evaluate.open_model(model_folder, options, hardware, options.every_device.partition(":")[0])
-    results, broken_tasks = evaluate.run_tasks(model, options, tasks, data, out, stage.say)
+    results, broken_tasks = evaluate.run_tasks(model, options, tasks, data, out, stage.log)
     found: dict[str, Any] = {
         "template_sha256": template,
         "tasks": {name: result["metrics"] for name, result in results.items()},
@@ -133,7 +133,7 @@ def evaluate_step(stage: Stage, step: Path, digest: str) -> None:
     record(stage, step, digest, found)
     for folder in (model_folder, out / "work"):
         shutil.rmtree(folder, ignore_errors=True)
-    stage.say(told)
+    stage.log(told)
 
 
 def record(stage: Stage, step: Path, digest: str, found: Mapping[str, Any]) -> None:

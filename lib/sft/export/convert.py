@@ -42,11 +42,11 @@ def convert(stage: Stage) -> Result:
     options, weights = stage.recipe.convert, Tensors(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
-    stage.say(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
+    stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
     model = stage.out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.say)
-    gate = check(model, weights, config, facts, trained, options, stage.say)
+    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log)
+    gate = check(model, weights, config, facts, trained, options, stage.log)
     weights.close()
     write_json(stage.out / "gate.json", gate)
     (model / "README.md").write_text(card.of_run(stage.run, stage.recipe, gate), encoding="utf-8")

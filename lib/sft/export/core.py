@@ -37,25 +37,25 @@ from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert, Prepare
 from sft.storage.base_weights import find_base
-from sft.storage.contract import Job
+from sft.storage.contract import FileCopy
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 _CHUNK = 64 << 20  # bytes of one stored piece of a tensor
 _TEXT = "The capital of France is Paris. 17 plus 25 is 42. Red, yellow and blue are the primary colours.\n"
 
 
 def to_hf(
-    source: str, target: str, options: Convert, tokenizer: str, template: str, cache: Path, say: Say
+    source: str, target: str, options: Convert, tokenizer: str, template: str, cache: Path, log: Log
 ) -> dict[str, Any]:
     """Exports an OLMo-core step, proves it and publishes it at `target`; returns the gate's report."""
     from sft.data.tokenize import Encoder
 
-    with arriving(target, cache, say) as out:
-        step = _bring(source, cache, say)
+    with arriving(target, cache, log) as out:
+        step = _bring(source, cache, log)
         config = model_config(step / "config.json")
-        folder = _bring(tokenizer, cache, say) if tokenizer else _tokenizer_of(step, source, cache, say)
+        folder = _bring(tokenizer, cache, log) if tokenizer else _tokenizer_of(step, source, cache, log)
         encoder = Encoder(
             folder, Prepare(tokenizer=str(folder), sources=(), template=template), lambda path: Path(path)
         )
@@ -64,17 +64,17 @@ def to_hf(
         weights = Tensors(step)
         with _scratch(cache) as work:
             encoder.save_tokenizer(work)
-            export(weights, config, facts, work, out, options, text, say)
-        report = gate.check(out, weights, config, facts, text, options, say)
+            export(weights, config, facts, work, out, options, text, log)
+        report = gate.check(out, weights, config, facts, text, options, log)
         weights.close()
         (out / "README.md").write_text(card.of_checkpoint(source, facts, report), encoding="utf-8")
     return report
 
 
-def to_core(source: str, target: str, cache: Path, say: Say) -> dict[str, Any]:
+def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
     """Writes a Hugging Face folder as OLMo-core's step, proves it and publishes it at `target`; returns what was compared."""
-    with arriving(target, cache, say) as out:
-        folder = Folder(_bring(source, cache, say))
+    with arriving(target, cache, log) as out:
+        folder = Folder(_bring(source, cache, log))
         found = hf.model_config(folder.config, str(folder.path / "config.json"))
         folder.check(found)
         config = replace(found, vocab_size=-(-found.vocab_size // 128) * 128)
@@ -95,8 +95,8 @@ def to_core(source: str, target: str, cache: Path, say: Say) -> dict[str, Any]:
             for name in TOKENIZER_FILES:
                 if (folder.path / name).is_file():
                     shutil.copyfile(folder.path / name, out / "tokenizer" / name)
-        say(f"step written: {config.parameters:,} parameters in fp32")
-        report = check_step(folder, config, out, say)
+        log(f"step written: {config.parameters:,} parameters in fp32")
+        report = check_step(folder, config, out, log)
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
         record = {"schema": manifest.SCHEMA, "step": 0, "outputs": manifest.describe(out, names)}
         write_json(out / manifest.NAME, record)
@@ -104,7 +104,7 @@ def to_core(source: str, target: str, cache: Path, say: Say) -> dict[str, Any]:
     return report
 
 
-def check_step(folder: Folder, config: ModelConfig, step: Path, say: Say) -> dict[str, Any]:
+def check_step(folder: Folder, config: ModelConfig, step: Path, log: Log) -> dict[str, Any]:
     """The step's values are the folder's, rows beyond its vocabulary are zero, and our reading of config.json computes what
     transformers computes. Raises SftError."""
     written = Tensors(step)
@@ -119,7 +119,7 @@ def check_step(folder: Folder, config: ModelConfig, step: Path, say: Say) -> dic
         raise SftError(f"{step / 'config.json'}: does not read back as what was written; next: report it")
     layers = gate.sample_layers(config.n_layers)
     logits = gate.check_logits(folder, folder, config, _documents(folder.path, config), layers)
-    say(
+    log(
         f"every value compared; logits agree with transformers' to {logits['max_difference']:.1e} of {logits['max_logit']:.1f}"
         f" over layers {', '.join(map(str, layers))}"
     )
@@ -222,16 +222,16 @@ def _check_ids(file: Path, facts: Mapping[str, Any], config: ModelConfig) -> Non
         )
 
 
-def _tokenizer_of(step: Path, source: str, cache: Path, say: Say) -> Path:
+def _tokenizer_of(step: Path, source: str, cache: Path, log: Log) -> Path:
     for folder in (step / "tokenizer", step, step.parent / "tokenizer"):
         if (folder / "tokenizer.json").is_file():
             return folder
     if source.startswith("gs://"):
-        return _bring(source.rstrip("/").rsplit("/", 1)[0] + "/tokenizer", cache, say)
+        return _bring(source.rstrip("/").rsplit("/", 1)[0] + "/tokenizer", cache, log)
     raise SftError(f"{step}: no tokenizer/ in it or beside it; next: name its folder with TOKENIZER=")
 
 
-def _bring(source: str, cache: Path, say: Say) -> Path:
+def _bring(source: str, cache: Path, log: Log) -> Path:
     """A folder, or a remote one as it lies in the cache, compared with what its storage says of it."""
 
     def find(path: str, _: str) -> Path:
@@ -239,11 +239,11 @@ def _bring(source: str, cache: Path, say: Say) -> Path:
             raise SftError(f"{path}: no such folder; next: correct SRC=")
         return Path(path)
 
-    return find_base(source, find, cache, say).folder.root
+    return find_base(source, find, cache, log).folder.root
 
 
 @contextlib.contextmanager
-def arriving(target: str, cache: Path, say: Say) -> Iterator[Path]:
+def arriving(target: str, cache: Path, log: Log) -> Iterator[Path]:
     """A folder to write into, which gets its final name (or goes to its bucket) when the body ends well."""
     remote = target.startswith("gs://")
     if not target or (not remote and Path(target).exists()):
@@ -255,11 +255,11 @@ def arriving(target: str, cache: Path, say: Say) -> Iterator[Path]:
             yield work / "out"
             local = LocalStorage(work / "out")
             bucket = open_storage(target, cache)
-            jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in manifest.describe(local.root, local.list())]
+            jobs = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in manifest.describe(local.root, local.list())]
             # What says that the folder is whole travels last.
             last = [j for j in jobs if j.source in (manifest.NAME, "config.json")]
-            transfer([j for j in jobs if j not in last], local, bucket, say)
-            transfer(last, local, bucket, say)
+            transfer([j for j in jobs if j not in last], local, bucket, log)
+            transfer(last, local, bucket, log)
         return
     final = Path(target)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -305,18 +305,18 @@ def main(direction: str, argv: Sequence[str] | None = None) -> None:
         parser.add_argument("options", nargs="*", metavar="field=value", help="fields of [convert]")
     args = parser.parse_intermixed_args(argv)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         print(f"[{direction}] {text}", flush=True)
 
     with report_errors(direction):
         if direction == "to-hf":
             report = to_hf(
-                args.source, args.target, _options(args.options), args.tokenizer, args.template, args.cache, say
+                args.source, args.target, _options(args.options), args.tokenizer, args.template, args.cache, log
             )
-            say(f"{args.target}: {json.dumps(report['summary'])}")
+            log(f"{args.target}: {json.dumps(report['summary'])}")
         else:
-            to_core(args.source, args.target, args.cache, say)
-            say(f"{args.target}: a base for [model] base, here or in OLMo-core")
+            to_core(args.source, args.target, args.cache, log)
+            log(f"{args.target}: a base for [model] base, here or in OLMo-core")
 
 
 def _options(fields: Sequence[str]) -> Convert:

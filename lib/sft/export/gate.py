@@ -56,14 +56,14 @@ def check(
     facts: Mapping[str, Any],
     template: str,
     options: Convert,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Runs the gate; returns its report, whose "summary" goes into the manifest. `template` is the one trained with."""
     fast = options.gate == "fast"
     exported = Folder(folder)
     report: dict[str, Any] = {"gate": options.gate}
     report["tensors"] = check_tensors(exported, weights, config, DTYPES[options.dtype])
-    say(f"gate: {report['tensors']['count']} tensors complete, finite and equal to the checkpoint")
+    log(f"gate: {report['tensors']['count']} tensors complete, finite and equal to the checkpoint")
     tokenizer = check_tokenizer(folder, facts)
     stops = check_generation(folder, facts)
     report["tokenizer"] = {"canaries": len(facts["tokenizer"]["canaries"]), "stop_ids": stops}
@@ -72,14 +72,14 @@ def check(
         exported, weights, config, trained_chats(tokenizer, template, config), layers
     )
     which = "all" if layers == list(range(config.n_layers)) else "layers " + ", ".join(map(str, layers))
-    say(
+    log(
         f"gate: logits of {logits['rows']} positions agree to {logits['max_difference']:.1e} of {logits['max_logit']:.1f}"
         f" over {which} of {config.n_layers} layers, {logits['tokens']} packed tokens, window {config.window}"
     )
     if not fast:
         report["chats"] = replies = greedy_chats(exported, tokenizer, config, stops)
         ended = sum(reply["stopped"] for reply in replies)
-        say(
+        log(
             f"gate: {ended} of {len(replies)} greedy replies stop by themselves; the first: {replies[0]['reply'][:80]!r}"
         )
     exported.close()

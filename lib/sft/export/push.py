@@ -29,7 +29,7 @@ REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def push(
-    place: plan.Place, run: str, repo: str, mode: str, say: Callable[[str], None], overrides: Sequence[str] = ()
+    place: plan.Place, run: str, repo: str, mode: str, log: Callable[[str], None], overrides: Sequence[str] = ()
 ) -> str:
     """Publishes the run's export as `repo` and returns its address; mode "" only lists. Raises SftError."""
     if not REPO.fullmatch(repo):
@@ -38,13 +38,13 @@ def push(
         raise SftError(f"PUSH={mode}: expected 1 (private) or public; next: correct it, or leave it out to list only")
     folder, text = export_of(place, run, overrides)
     files = {p.name: p for p in sorted((folder / "model").iterdir()) if p.name != "README.md"}
-    say(f"{repo} ({'public' if mode == 'public' else 'private'}), from {folder / 'model'}:")
+    log(f"{repo} ({'public' if mode == 'public' else 'private'}), from {folder / 'model'}:")
     for name, file in files.items():
-        say(f"  {file.stat().st_size:>15,}  {name}")
-    say(f"  {len(text.encode()):>15,}  README.md (made now)")
-    say(f"  {sum(f.stat().st_size for f in files.values()):>15,}  bytes in {len(files) + 1} files")
+        log(f"  {file.stat().st_size:>15,}  {name}")
+    log(f"  {len(text.encode()):>15,}  README.md (made now)")
+    log(f"  {sum(f.stat().st_size for f in files.values()):>15,}  bytes in {len(files) + 1} files")
     if not mode:
-        say("nothing was sent; next: the same with PUSH=1")
+        log("nothing was sent; next: the same with PUSH=1")
         return ""
     token = os.environ.get("HF_TOKEN", "")
     if not token:
@@ -119,8 +119,8 @@ def main() -> None:
             print(export_of(place, args.run.name, args.overrides)[1], end="")
             return
 
-        def say(line: str) -> None:
+        def log(line: str) -> None:
             print(f"[push-hub] {line}", flush=True)
 
-        if url := push(place, args.run.name, args.repo, args.push, say, args.overrides):
-            say(f"there, every file's hash compared: {url}")
+        if url := push(place, args.run.name, args.repo, args.push, log, args.overrides):
+            log(f"there, every file's hash compared: {url}")

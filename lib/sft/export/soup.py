@@ -25,7 +25,7 @@ from sft.checkpoint.tensors import Tensors
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.paths import inside
-from sft.export.core import Say, arriving, write_step
+from sft.export.core import Log, arriving, write_step
 from sft.export.rows import TOKENIZER_FILES, pieces, write_json
 from sft.formats import manifest
 from sft.formats.manifest import StepManifest
@@ -102,7 +102,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[Tensors]) -> None:
             )
 
 
-def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Path, say: Say) -> None:
+def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Path, log: Log) -> None:
     """Writes the weighted mean of `steps` at `target` (a new folder or gs://…). Raises SftError."""
     if len(steps) < 2:
         raise SftError(f"STEPS={' '.join(map(str, steps))}: a mean needs two steps or more")
@@ -113,7 +113,7 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
     parts = [Tensors(step) for step in steps]
     check_alike(steps, parts)
     mean = Mean(parts, weights)
-    with arriving(target, cache, say) as out:
+    with arriving(target, cache, log) as out:
         (out / "train").mkdir(parents=True)
         shapes = {name: mean.shape(name) for name in mean}
         write_step(mean, shapes, out, " + ".join(map(str, steps)))
@@ -135,7 +135,7 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
         write_json(out / "soup.json", {"sources": [describe(s, w) for s, w in zip(steps, weights, strict=True)]})
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
         StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names)).write(out / manifest.NAME)
-    say(
+    log(
         f"{target}: the mean of {len(steps)} steps, {sum(math.prod(s) for s in shapes.values()):,} parameters, read back"
     )
 

@@ -44,7 +44,7 @@ def export(
     target: Path,
     options: Convert,
     template: str,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> int:
     """Writes the whole folder `target`; returns the bytes of the weights. Raises SftError for an unusable checkpoint.
 
@@ -52,7 +52,7 @@ def export(
     """
     vocab = int(facts["vocab_size"])
     target.mkdir(parents=True)
-    size = write_weights(weights, config, vocab, target, options.dtype, int(options.shard_gb * 1e9), say)
+    size = write_weights(weights, config, vocab, target, options.dtype, int(options.shard_gb * 1e9), log)
     stops = stop_ids(facts, tokenizer)
     made = hf.hf_config(
         config,
@@ -113,7 +113,7 @@ def write_weights(
     target: Path,
     dtype: str,
     shard_bytes: int,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> int:
     """Writes model*.safetensors and the index, a piece of a tensor at a time; returns the bytes of the tensors.
 
@@ -150,7 +150,7 @@ def write_weights(
             os.fsync(file.fileno())
         weight_map |= {kind.theirs(entry.name): name for entry in shard}
         done += sum(entry.bytes for entry in shard)
-        say(f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+        log(f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(target / "model.safetensors.index.json", index)

@@ -36,7 +36,7 @@ def main(launcher: str, argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     stage = argv[1] if len(argv) > 1 else "launch"
-    say = _speaker(stage)
+    log = _speaker(stage)
     with report_errors(stage):
         dry = bool(os.environ.get("DRY_RUN"))
         job = Job.parse(argv, strict=not dry)
@@ -46,22 +46,22 @@ def main(launcher: str, argv: Sequence[str] | None = None) -> int:
             return 0
         job.folder.mkdir(parents=True, exist_ok=True)
         try:
-            record = retried(lambda: find_or_submit(job, backend, say), say)
+            record = retried(lambda: find_or_submit(job, backend, log), log)
             if record is None:
-                say("made meanwhile")
+                log("made meanwhile")
                 return 0
-            accompany(job, record, backend, say)
+            accompany(job, record, backend, log)
             if os.environ.get("DETACH"):
-                say(f"job {record.job} on {record.cluster} is left to itself; the same make without DETACH follows it,"
+                log(f"job {record.job} on {record.cluster} is left to itself; the same make without DETACH follows it,"
                     f" make jobs tells its state, make cancel RECIPE={job.recipe.name} ends it")  # fmt: skip
                 return 0
-            code = follow(record, backend, say)
+            code = follow(record, backend, log)
             if code == 0:
                 check_made(job)
             return code
         except KeyboardInterrupt:
             known = Record.load(job.folder / f"{stage}.json")
-            say(f"job {known.job if known else '?'} goes on without you; next: the same make follows it again,"
+            log(f"job {known.job if known else '?'} goes on without you; next: the same make follows it again,"
                 f" make cancel RECIPE={job.recipe.name} ends it")  # fmt: skip
             return CANCELLED
 
@@ -87,7 +87,7 @@ def is_made(job: Job) -> bool:
     return not state.stale and not state.elsewhere
 
 
-def find_or_submit(job: Job, backend: Scheduler, say: Callable[[str], None]) -> Record | None:
+def find_or_submit(job: Job, backend: Scheduler, log: Callable[[str], None]) -> Record | None:
     """The record of the job that makes this stage: the living one, the ended one nobody was told of, or a new one. None when
     another make that followed the same job, or the job itself, has finished the stage since this one was planned."""
     file = job.folder / f"{job.stage}.json"
@@ -105,17 +105,17 @@ def find_or_submit(job: Job, backend: Scheduler, say: Callable[[str], None]) -> 
                     f" inputs; next: wait for it, or make cancel RECIPE={job.recipe.name} CLUSTER={record.cluster}"
                 )
             if same:
-                say(f"job {record.job} on {record.cluster}, submitted {record.submitted}, is {status}")
+                log(f"job {record.job} on {record.cluster}, submitted {record.submitted}, is {status}")
                 if status.state != "done" or not job.cluster.shared_disk:
                     return record  # what a job made on other disks is fetched by following it
-                say(f"it left no finished {job.stage}: submitting again")
+                log(f"it left no finished {job.stage}: submitting again")
         doctor.require(job.place, job.recipe, job.stage)
         backend.check(job)
         identifier = backend.submit(job)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         record = Record(file, identifier, job.identity, job.place.cluster, job.command, now)
         record.save()
-        say(f"job {identifier} submitted to {job.place.cluster}: {describe(job)}")
+        log(f"job {identifier} submitted to {job.place.cluster}: {describe(job)}")
         return record
 
 
@@ -129,34 +129,34 @@ def watcher(job: Job, training: str) -> list[Job]:
     return [replace(job, stage=WATCH, command=command)]
 
 
-def accompany(job: Job, training: Record, backend: Scheduler, say: Callable[[str], None]) -> None:
+def accompany(job: Job, training: Record, backend: Scheduler, log: Callable[[str], None]) -> None:
     """Submits the evaluation of checkpoints beside a training that lives, or finds it. Training goes on without it."""
     file = job.folder / f"{WATCH}.json"
     for watch in watcher(job, training.job):
         try:
             with lock(file.with_suffix(".lock"), wait=True):
-                if not retried(lambda: backend.status(training.job), say).living:
+                if not retried(lambda: backend.status(training.job), log).living:
                     return
                 known = Record.load(file)
                 if (
                     known
                     and known.cluster == training.cluster
-                    and retried(partial(backend.status, known.job), say).living
+                    and retried(partial(backend.status, known.job), log).living
                 ):
                     if known.command == watch.command:
-                        say(f"checkpoints are evaluated by job {known.job}")
+                        log(f"checkpoints are evaluated by job {known.job}")
                         return
-                    retried(partial(backend.cancel, known.job), say)  # of an earlier training; what it did is kept
+                    retried(partial(backend.cancel, known.job), log)  # of an earlier training; what it did is kept
                     until = time.monotonic() + 60
-                    while retried(partial(backend.status, known.job), say).living and time.monotonic() < until:
+                    while retried(partial(backend.status, known.job), log).living and time.monotonic() < until:
                         time.sleep(0.5)
                 backend.check(watch)
                 now = datetime.now(UTC).isoformat(timespec="seconds")
                 found = Record(file, backend.submit(watch), watch.identity, training.cluster, watch.command, now)
                 found.save()
-                say(f"job {found.job} submitted to {found.cluster}, to evaluate checkpoints: {describe(watch)}")
+                log(f"job {found.job} submitted to {found.cluster}, to evaluate checkpoints: {describe(watch)}")
         except SftError as e:
-            say(f"warning: nobody evaluates checkpoints: {e}; next: the same make again, or make watch")
+            log(f"warning: nobody evaluates checkpoints: {e}; next: the same make again, or make watch")
 
 
 def _backend_of(record: Record, job: Job, backend: Scheduler) -> Scheduler:
@@ -176,26 +176,26 @@ def describe(job: Job) -> str:
     return ", ".join(parts)
 
 
-def follow(record: Record, backend: Scheduler, say: Callable[[str], None]) -> int:
+def follow(record: Record, backend: Scheduler, log: Callable[[str], None]) -> int:
     """Streams the log until the job ends, records and tells how, and returns its exit status (75 = run again)."""
-    code = retried(lambda: backend.follow(record.job, sys.stdout), say)
-    status = retried(lambda: backend.status(record.job), say)
+    code = retried(lambda: backend.follow(record.job, sys.stdout), log)
+    status = retried(lambda: backend.status(record.job), log)
     attempts = 0
     with contextlib.suppress(SftError, LostConnection):
         attempts = backend.attempts(record.job)
     if code == 0 and status.state in ("done", "gone"):
         record.end("done", attempts)
-        say(f"job {record.job} is done")
+        log(f"job {record.job} is done")
         return 0
     record.end(str(status), attempts)
     if code == AGAIN:
-        say(f"job {record.job} saved and asks to be run again; next: the same make continues")
+        log(f"job {record.job} saved and asks to be run again; next: the same make continues")
         return AGAIN
     try:
         tail = backend.tail(record.job)
     except (SftError, LostConnection) as e:
         tail = f"its log cannot be read now: {e}"
-    say(f"error: job {record.job} on {record.cluster}: {status}\n{tail}")
+    log(f"error: job {record.job} on {record.cluster}: {status}\n{tail}")
     return code or status.code or 1
 
 
@@ -243,16 +243,16 @@ def open_records(run: Path) -> list[Record]:
 
 def cancel(run: Path) -> None:
     """Ends the living jobs of a run. Raises SftError when there is none."""
-    say, ended = _speaker("cancel"), 0
+    log, ended = _speaker("cancel"), 0
 
     def end(record: Record) -> None:
         nonlocal ended
         backend = _scheduler_of(record, plan.Place(run.parent))
-        status = retried(partial(backend.status, record.job), say, 60)
+        status = retried(partial(backend.status, record.job), log, 60)
         if status.living:
-            retried(partial(backend.cancel, record.job), say, 60)
+            retried(partial(backend.cancel, record.job), log, 60)
             ended += 1
-            say(f"{record.file.stem}: job {record.job} on {record.cluster} was {status} and is cancelled")
+            log(f"{record.file.stem}: job {record.job} on {record.cluster} was {status} and is cancelled")
 
     each(end, open_records(run))
     if not ended:
@@ -261,13 +261,13 @@ def cancel(run: Path) -> None:
 
 def collect(run: Path) -> None:
     """Fetches what ended jobs of a run made on other disks, and tells how the others are. Raises SftError when one failed."""
-    say, failed, found = _speaker("collect"), [], open_records(run)
+    log, failed, found = _speaker("collect"), [], open_records(run)
 
     def bring(record: Record) -> None:
         backend = _scheduler_of(record, plan.Place(run.parent))
-        status = retried(partial(backend.status, record.job), say, 60)
-        say(f"{record.file.stem}: job {record.job} on {record.cluster} is {status}")
-        if not status.living and follow(record, backend, say):
+        status = retried(partial(backend.status, record.job), log, 60)
+        log(f"{record.file.stem}: job {record.job} on {record.cluster} is {status}")
+        if not status.living and follow(record, backend, log):
             failed.append(record.file.stem)
 
     each(bring, found)

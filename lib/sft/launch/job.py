@@ -190,7 +190,7 @@ def records(runs: Path) -> list[Record]:
     return [record for record in found if record is not None]
 
 
-def retried(action: Callable[[], T], say: Callable[[str], None], patience_s: float = 3600.0) -> T:
+def retried(action: Callable[[], T], log: Callable[[str], None], patience_s: float = 3600.0) -> T:
     """`action()`, asked again while the scheduler does not answer. Raises SftError after `patience_s` of silence."""
     began, wait = time.monotonic(), 1.0
     while True:
@@ -201,7 +201,7 @@ def retried(action: Callable[[], T], say: Callable[[str], None], patience_s: flo
                 raise SftError(
                     f"no answer for {patience_s:.0f} s: {e}; the job goes on; next: the same make again"
                 ) from None
-            say(f"no answer: {e}; asking again in {wait:.0f} s, the job goes on")
+            log(f"no answer: {e}; asking again in {wait:.0f} s, the job goes on")
             time.sleep(wait)
             wait = min(2 * wait, 60.0)
 

@@ -83,7 +83,7 @@ class World:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def leader_first(self, action: Callable[[], Any], share: bool = True) -> Any:
+    def on_rank0(self, action: Callable[[], Any], share: bool = True) -> Any:
         """Runs `action` on rank 0 before any rank goes on and gives its result to all (None to the others unless
         `share`, for what cannot be sent). An exception there is raised on every rank."""
         value, failure = None, ""
@@ -99,7 +99,7 @@ class World:
             raise SharedError(failure)
         return value if self.leader else sent
 
-    def together(self, action: Callable[[], Any]) -> list[Any]:
+    def on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
         """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""
         value, failure = None, ""
         try:

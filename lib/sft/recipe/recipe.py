@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
+from sft.common.paths import REPO
 from sft.recipe import presets, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
-CLUSTERS = Path(__file__).resolve().parents[2] / "env"
+CLUSTERS = REPO / "env"
 FEW_ROWS = 32  # a weight below this was meant as a multiple
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # of the environment
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")

@@ -47,7 +47,7 @@ def report(stage: Stage) -> Result:
 
     text = page(stage.run)
     write_atomic(stage.out / "index.html", text.encode())
-    stage.say(f"{stage.run / 'report' / 'index.html'}: {len(text):,} bytes")
+    stage.log(f"{stage.run / 'report' / 'index.html'}: {len(text):,} bytes")
     return Result(outputs=["index.html"])
 
 

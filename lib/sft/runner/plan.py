@@ -27,7 +27,7 @@ from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe import inputs, recipe, schema
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = paths.REPO
 # Raise a stage's number when its code makes different bytes from the same options.
 VERSIONS = {"prepare": 4, "sync": 1, "train": 1, "convert": 2, "evaluate": 4, "report": 2}
 

@@ -108,7 +108,7 @@ class Stage:
 
         # Rank 0 and the first rank of every other machine verify; the rest wait for them and read the same files.
         first = not self.follower or os.environ.get("LOCAL_RANK") == "0"
-        folder = localise(root, name, self.cache, self.say, again=first and name not in self._verified)
+        folder = localise(root, name, self.cache, self.log, again=first and name not in self._verified)
         self._verified.add(name)
         return folder
 
@@ -153,7 +153,7 @@ class Stage:
         if broken:
             raise SftError("\n".join(broken) + f"\nnext: {again}")
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         print(f"[{self.name}] {text}", flush=True)
 
     def finish(self, result: Result) -> None:
@@ -176,7 +176,7 @@ class Stage:
             aside = self.run / ".replaced" / f"{self.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
             aside.parent.mkdir(exist_ok=True)
             os.rename(self.out, aside)
-            self.say(f"inputs changed: the earlier {self.name} folder is now {aside}")
+            self.log(f"inputs changed: the earlier {self.name} folder is now {aside}")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / manifest.NAME).unlink(missing_ok=True)
         write_atomic(mark, self.identity.encode())
@@ -237,7 +237,7 @@ class Stage:
                 self._record(outputs, "").write(self.out / manifest.NAME)
                 os.rename(self.out, shared)
             else:
-                self.say(f"the same result is in {shared}: linked, not made again")
+                self.log(f"the same result is in {shared}: linked, not made again")
             made = manifest.load(shared / manifest.NAME)
             self.out = work
             hashes = {o.path: o.sha256 for o in made.outputs}  # of what was whole a moment ago
@@ -283,7 +283,7 @@ def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) ->
                 stage.run_shared(body)
             else:
                 stage.finish(body(stage))
-        stage.say(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
+        stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
 
 
 def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:

@@ -1,7 +1,7 @@
 """Repeats requests to Google's storage until they succeed, are refused for good, or their own deadline has passed.
 
 In:  a call of google-cloud-storage (made without the client's retries and checksums) and a deadline scaled to its bytes.
-Out: its result; `Refused` for an answer that another attempt does not change; SftError when the deadline has passed or the
+Out: its result; `PermanentError` for an answer that another attempt does not change; SftError when the deadline has passed or the
      credentials are of no use. No signed URL, upload session or token is ever part of a message.
 """
 
@@ -41,7 +41,7 @@ HINTS = {
 }
 
 
-class Refused(Exception):
+class PermanentError(Exception):
     """An answer that another attempt does not change."""
 
     def __init__(self, status: int, words: str):
@@ -89,9 +89,9 @@ def attempt(what: str, call: Callable[[], T], deadline: Deadline, reached: Calla
             status = _status(e)
             words = redact(str(getattr(e, "message", "") or e))[:300]
             if status == 401 or status == 403:
-                raise Refused(status, words).error(what) from None
+                raise PermanentError(status, words).error(what) from None
             if status not in RETRIED:
-                raise Refused(status, words) from None
+                raise PermanentError(status, words) from None
             why = f"{status} {words}"
         except BROKEN as e:
             why = f"{type(e).__name__}: {redact(str(e))}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.storage import hub
-from sft.storage.contract import Job, size
+from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage, make_folders
 from sft.storage.transfer import open_storage, transfer
 
@@ -23,25 +23,25 @@ class Base:
     commit: str = ""
 
 
-def find_base(base: str, find: Callable[[str, str], Path], cache: Path, say: Callable[[str], None]) -> Base:
+def find_base(base: str, find: Callable[[str, str], Path], cache: Path, log: Callable[[str], None]) -> Base:
     """Fetches base weights that are remote into the cache."""
     if base.startswith("hf://"):
-        repo = hub.resolve(base, f"[model] base {base}", say)
+        repo = hub.resolve(base, f"[model] base {base}", log)
         folder = cache / "hub" / f"{repo.name.replace('/', '--')}-{repo.commit[:16]}"
-        say(f"{base}: commit {repo.commit}, to {folder}")
+        log(f"{base}: commit {repo.commit}, to {folder}")
         hub.snapshot(repo, folder, f"[model] base {base}")
         return Base(LocalStorage(folder), f"{_label(repo.name)}-{repo.commit[:8]}", repo.commit)
     if base.startswith("gs://"):
         bucket = open_storage(base, cache)
         storage = LocalStorage(cache / "base" / hashlib.sha256(base.encode()).hexdigest()[:16])
-        jobs = [Job(n, n, f.bytes, crc32c=f.crc32c) for n, f in bucket.list().items()]
-        say(f"{base}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {storage.where}")
+        jobs = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in bucket.list().items()]
+        log(f"{base}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {storage.where}")
         make_folders(storage.root)
         wanted = {j.target for j in jobs}
         for name in storage.list():
             if name not in wanted:
                 storage.remove(name)
-        transfer(jobs, bucket, storage, say)
+        transfer(jobs, bucket, storage, log)
         return Base(storage, _label(base))
     return Base(LocalStorage(find(base, "[model] base")), _label(base))
 

@@ -21,7 +21,7 @@ CONTINUED = 8 << 20  # bytes from which an interrupted download is continued
 
 
 @dataclass(frozen=True)
-class Sums:
+class Checksums:
     """What a file's bytes are. sha256 is "" and crc32c 0 where nobody asked for it."""
 
     bytes: int
@@ -30,7 +30,7 @@ class Sums:
 
 
 @dataclass(frozen=True)
-class Job:
+class FileCopy:
     """One file to bring from `source` to `target` (names in their storages), and what is known of its content."""
 
     source: str
@@ -41,7 +41,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Found:
+class FileInfo:
     """A file in a listing."""
 
     bytes: int
@@ -50,17 +50,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Done:
-    job: Job
-    sums: Sums
+class CopyResult:
+    job: FileCopy
+    sums: Checksums
     copied: bool
 
 
 class Meter:
     """Counts bytes from many threads; one line says bytes, files, rate and the time that is left."""
 
-    def __init__(self, files: int, total: int, say: Callable[[str], None], every_s: float = 2.0):
-        self.files, self.total, self.say, self.every_s = files, total, say, every_s
+    def __init__(self, files: int, total: int, log: Callable[[str], None], every_s: float = 2.0):
+        self.files, self.total, self.log, self.every_s = files, total, log, every_s
         self.done_files = self.seen = 0
         self.stop = threading.Event()
         self._lock = threading.Lock()
@@ -89,7 +89,7 @@ class Meter:
     def show(self) -> None:
         if time.monotonic() - self._shown >= self.every_s:
             self._shown = time.monotonic()
-            self.say(self.line())
+            self.log(self.line())
 
 
 class Storage(Protocol):
@@ -98,7 +98,7 @@ class Storage(Protocol):
     where: str
     threads: int
 
-    def list(self) -> dict[str, Found]:
+    def list(self) -> dict[str, FileInfo]:
         """All files under the root by name, unfinished ones left out; refuses unsafe names and links."""
         ...
 
@@ -106,11 +106,11 @@ class Storage(Protocol):
         """Says that the root cannot be used before a byte is copied."""
         ...
 
-    def same(self, name: str, sums: Callable[[], Sums], expected: Job) -> bool:
+    def same(self, name: str, sums: Callable[[], Checksums], expected: FileCopy) -> bool:
         """Whether `name` holds just these bytes. `sums` reads the source and is called only where it must be."""
         ...
 
-    def put(self, file: Path, name: str, expected: Job, meter: Meter, soon: bool = False) -> Sums:
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
         """Writes the local `file` under `name`, whole and verified, or not at all. soon: `settle` may verify it."""
         ...
 
@@ -118,11 +118,11 @@ class Storage(Protocol):
         """Verifies what `put` left for later. Returns the names that are wrong, with why; "" = removed, put it again."""
         ...
 
-    def get(self, name: str, file: Path, expected: Job, meter: Meter) -> Sums:
+    def get(self, name: str, file: Path, expected: FileCopy, meter: Meter) -> Checksums:
         """Writes `name` into the local `file` (the caller's temporary name) and verifies it."""
         ...
 
-    def find(self, name: str) -> Found | None: ...
+    def find(self, name: str) -> FileInfo | None: ...
 
     def read(self, name: str) -> bytes | None:
         """A small file, or None."""
@@ -154,11 +154,11 @@ class Hasher:
         if self._extend:
             self.crc = self._extend(self.crc, data)
 
-    def sums(self) -> Sums:
-        return Sums(self.count, self._sha.hexdigest() if self._sha else "", self.crc)
+    def sums(self) -> Checksums:
+        return Checksums(self.count, self._sha.hexdigest() if self._sha else "", self.crc)
 
 
-def check(found: Sums, expected: Job, what: str) -> None:
+def check(found: Checksums, expected: FileCopy, what: str) -> None:
     """Raises SftError with both values where a file is not what its manifest says."""
     if found.bytes != expected.bytes:
         raise SftError(f"{what} has {found.bytes:,} bytes, its manifest says {expected.bytes:,}")
@@ -168,7 +168,7 @@ def check(found: Sums, expected: Job, what: str) -> None:
         raise SftError(f"{what} has crc32c {found.crc32c:08x}, the bucket says {expected.crc32c:08x}")
 
 
-def hash_file(file: Path, crc: bool = False, sha: bool = True) -> Sums:
+def hash_file(file: Path, crc: bool = False, sha: bool = True) -> Checksums:
     """Reads a file once. crc=True also gives the CRC32C that gs:// speaks."""
     hasher = Hasher(crc, sha)
     with file.open("rb") as f:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from sft.common.errors import SftError
-from sft.storage.attempts import Deadline, Refused, attempt
-from sft.storage.contract import CHUNK, Hasher, Meter, Sums
+from sft.storage.attempts import Deadline, PermanentError, attempt
+from sft.storage.contract import CHUNK, Checksums, Hasher, Meter
 from sft.storage.crc import Object
 from sft.storage.local import MORE, PART
 from sft.storage.transport import Sink, Wire
@@ -35,7 +35,7 @@ class Download:
         self.found, self.file, self.meter = found, file, meter
         self.deadline = Deadline(found.bytes, meter.stop)
 
-    def run(self, large: bool, sha256: bool) -> Sums:
+    def run(self, large: bool, sha256: bool) -> Checksums:
         """Fetches until the file's CRC32C is the bucket's, at most twice."""
         with self.file.open("a+b", buffering=0) as f:
             if large:
@@ -47,7 +47,7 @@ class Download:
                 hasher = Hasher(crc=True, sha=sha256)
                 try:
                     (self._slices if large else self._whole)(f, hasher)
-                except Refused as e:
+                except PermanentError as e:
                     raise e.error(self.what) from None
                 sums = hasher.sums()
                 if (sums.bytes, sums.crc32c) == (self.found.bytes, self.found.crc32c):

@@ -28,8 +28,8 @@ from google.cloud import storage as google
 from sft.common.errors import SftError
 from sft.common.paths import check_relative
 from sft.storage import attempts, download, transport
-from sft.storage.attempts import Deadline, Refused, attempt
-from sft.storage.contract import CONTINUED, Found, Hasher, Job, Meter, Sums, check, hash_file
+from sft.storage.attempts import Deadline, PermanentError, attempt
+from sft.storage.contract import CONTINUED, Checksums, FileCopy, FileInfo, Hasher, Meter, check, hash_file
 from sft.storage.crc import Object
 from sft.storage.transport import Wire
 from sft.storage.upload import Upload
@@ -106,7 +106,7 @@ class GcsStorage:
 
         try:
             listed = attempt(f"gs://{self.bucket_name}", fetch, Deadline(0))
-        except Refused as e:
+        except PermanentError as e:
             raise e.error(f"gs://{self.bucket_name}") from None
         found, refused = {}, []
         for blob in listed:
@@ -121,8 +121,8 @@ class GcsStorage:
             raise SftError("\n".join(refused))
         return dict(sorted(found.items()))
 
-    def list(self) -> dict[str, Found]:
-        return {name: Found(o.bytes, o.crc32c, o.generation) for name, o in self.objects().items()}
+    def list(self) -> dict[str, FileInfo]:
+        return {name: FileInfo(o.bytes, o.crc32c, o.generation) for name, o in self.objects().items()}
 
     def check_access(self, write: bool, needed: int = 0) -> None:
         self.objects()
@@ -137,7 +137,7 @@ class GcsStorage:
         ask = functools.partial(self.bucket.test_iam_permissions, NEEDED, timeout=attempts.TIMEOUT_S, retry=None)
         try:
             return set(attempt(f"gs://{self.bucket_name}", ask, Deadline(0)))
-        except Refused:  # emulators
+        except PermanentError:  # emulators
             return set(NEEDED)
 
     def stat(self, name: str) -> Object | None:
@@ -145,22 +145,22 @@ class GcsStorage:
         blob = self.bucket.blob(self.full(name))
         try:
             attempt(f"{self.where}/{name}", lambda: blob.reload(timeout=attempts.TIMEOUT_S, retry=None), Deadline(0))
-        except Refused as e:
+        except PermanentError as e:
             if e.status == 404:
                 return None
             raise e.error(f"{self.where}/{name}") from None
         return transport.described(blob)
 
-    def find(self, name: str) -> Found | None:
+    def find(self, name: str) -> FileInfo | None:
         found = self._find(name)
-        return Found(found.bytes, found.crc32c, found.generation) if found else None
+        return FileInfo(found.bytes, found.crc32c, found.generation) if found else None
 
     def _find(self, name: str) -> Object | None:
         """From the listing where there is one."""
         self.full(name)
         return self._known.get(name) if self._known is not None else self.stat(name)
 
-    def same(self, name: str, sums: Callable[[], Sums], expected: Job) -> bool:
+    def same(self, name: str, sums: Callable[[], Checksums], expected: FileCopy) -> bool:
         found = self.objects().get(name)
         if found is None or found.bytes != expected.bytes:
             return False
@@ -168,14 +168,14 @@ class GcsStorage:
 
     # --- upload ---------------------------------------------------------------------------------------------------
 
-    def put(self, file: Path, name: str, expected: Job, meter: Meter, soon: bool = False) -> Sums:
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
         large = file.stat().st_size >= LARGE
         data = b"" if large else file.read_bytes()
         # Of a large file the sha256 is taken while it travels, and its last bytes are kept back until it is known.
         hasher = Hasher(crc=True, sha=bool(expected.sha256))
         hasher.update(data)
         sums = hash_file(file, crc=True, sha=False) if large else hasher.sums()
-        check(sums, Job(name, name, expected.bytes, "" if large else expected.sha256, expected.crc32c), str(file))
+        check(sums, FileCopy(name, name, expected.bytes, "" if large else expected.sha256, expected.crc32c), str(file))
         deadline = Deadline(sums.bytes, meter.stop)
         soon = soon and name not in self._careful
         full, what = self.full(name), f"{self.where}/{name}"
@@ -206,12 +206,12 @@ class GcsStorage:
             f"{self.where}/{name}: its bytes changed on the way, twice; next: check the network, run it again"
         )
 
-    def _write(self, name: str, sums: Sums, write: Callable[[int], Object]) -> Object | None:
+    def _write(self, name: str, sums: Checksums, write: Callable[[int], Object]) -> Object | None:
         """The object as the bucket holds it now; None when the bucket refused bytes that have another CRC32C."""
         before = self._find(name)
         try:
             return write(before.generation if before else 0)
-        except Refused as e:
+        except PermanentError as e:
             if e.status == 400 and "crc32c" in str(e).lower():
                 return None
             if e.status != 412:
@@ -261,7 +261,7 @@ class GcsStorage:
                 lambda: blob.delete(if_generation_match=generation, timeout=attempts.TIMEOUT_S, retry=None),
                 Deadline(0),
             )
-        except Refused as e:
+        except PermanentError as e:
             if e.status not in (404, 412):  # gone, or no longer that object
                 raise e.error(f"{self.where}/{name}") from None
         self._remember(name, None)
@@ -270,7 +270,7 @@ class GcsStorage:
         with tempfile.TemporaryDirectory(prefix="sft-") as folder:
             file = Path(folder) / "file"
             file.write_bytes(data)
-            self.put(file, name, Job(name, name, len(data)), Meter.silent())
+            self.put(file, name, FileCopy(name, name, len(data)), Meter.silent())
 
     def remove(self, name: str) -> None:
         if found := self.stat(name):
@@ -293,7 +293,7 @@ class GcsStorage:
                         raise
         return None
 
-    def get(self, name: str, file: Path, expected: Job, meter: Meter) -> Sums:
+    def get(self, name: str, file: Path, expected: FileCopy, meter: Meter) -> Checksums:
         found = self._find(name)
         if found is None:
             raise SftError(f"{self.where}/{name}: no such object")
@@ -301,7 +301,7 @@ class GcsStorage:
         check(sums, expected, f"{self.where}/{name}")
         return sums
 
-    def _download(self, name: str, file: Path, found: Object, meter: Meter, *, sha256: bool) -> Sums:
+    def _download(self, name: str, file: Path, found: Object, meter: Meter, *, sha256: bool) -> Checksums:
         what = f"{self.where}/{name}"
         if found.crc32c is None:
             raise SftError(f"{what}: the bucket states no CRC32C for it, so a copy could not be proven")

@@ -40,7 +40,7 @@ def parse(url: str, what: str) -> tuple[str, str]:
     return name, revision
 
 
-def resolve(url: str, what: str, say: Callable[[str], None], kind: str = "model") -> Repo:
+def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model") -> Repo:
     """Asks the hub, unless the revision is a commit. kind: "model" or "dataset"."""
     name, revision = parse(url, what)
     if COMMIT.fullmatch(revision):
@@ -51,7 +51,7 @@ def resolve(url: str, what: str, say: Callable[[str], None], kind: str = "model"
         api = huggingface_hub.HfApi()
         info = api.model_info if kind == "model" else api.dataset_info
         commit = str(info(name, revision=revision or None).sha)
-    _warn(url, revision, commit, say)
+    _warn(url, revision, commit, log)
     return Repo(name, commit)
 
 
@@ -74,7 +74,7 @@ def snapshot(repo: Repo, folder: Path, what: str) -> None:
         raise SftError("\n".join(wrong) + "\nnext: run it again")
 
 
-def cached(url: str, what: str, say: Callable[[str], None], names: Sequence[str]) -> Path:
+def cached(url: str, what: str, log: Callable[[str], None], names: Sequence[str]) -> Path:
     """The files `names` as the hub client keeps them, offline too; the folder's name is the commit."""
     name, revision = parse(url, what)
     with reaching(what):
@@ -82,7 +82,7 @@ def cached(url: str, what: str, say: Callable[[str], None], names: Sequence[str]
 
         found = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(names)))
     if not COMMIT.fullmatch(revision):
-        _warn(url, revision, found.name, say)
+        _warn(url, revision, found.name, log)
     return found
 
 
@@ -101,8 +101,8 @@ def reaching(what: str) -> Iterator[None]:
         ) from None
 
 
-def _warn(url: str, revision: str, commit: str, say: Callable[[str], None]) -> None:
-    say(
+def _warn(url: str, revision: str, commit: str, log: Callable[[str], None]) -> None:
+    log(
         f"warning: {url}: not pinned to a commit; {revision or 'main'!r} means {commit} now and may change, which no"
         f" run would notice: write @{commit} after the name"
     )

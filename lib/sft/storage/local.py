@@ -15,7 +15,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.common.paths import check_relative
-from sft.storage.contract import CHUNK, Found, Job, Meter, Sums, check, hash_file
+from sft.storage.contract import CHUNK, Checksums, FileCopy, FileInfo, Meter, check, hash_file
 
 PART = ".part"  # ends the name of a file that is still being written
 MORE = ".more.part"  # and of one that another process continues
@@ -41,10 +41,10 @@ class LocalStorage:
                 raise SftError(f"{path}: a link; links are not followed; next: put the file itself there")
         return path
 
-    def list(self) -> dict[str, Found]:
+    def list(self) -> dict[str, FileInfo]:
         if self.root.is_symlink() or not self.root.is_dir():
             raise SftError(f"{self.root}: not a folder")
-        found: dict[str, Found] = {}
+        found: dict[str, FileInfo] = {}
         refused: list[str] = []
 
         def unreadable(error: OSError) -> None:
@@ -56,7 +56,7 @@ class LocalStorage:
                 info = path.lstat()
                 if stat.S_ISREG(info.st_mode) and not is_part(name):
                     relative = path.relative_to(self.root).as_posix()
-                    found[check_relative(relative, self.where)] = Found(info.st_size)
+                    found[check_relative(relative, self.where)] = FileInfo(info.st_size)
                 elif not stat.S_ISDIR(info.st_mode) and not is_part(name):
                     refused.append(f"{path}: {'a link' if path.is_symlink() else 'not a regular file'}")
         if refused:
@@ -82,7 +82,7 @@ class LocalStorage:
         if free < needed:
             raise SftError(f"{self.root}: {needed:,} bytes are needed, {free:,} are free; next: free space there")
 
-    def same(self, name: str, sums: Callable[[], Sums], expected: Job) -> bool:
+    def same(self, name: str, sums: Callable[[], Checksums], expected: FileCopy) -> bool:
         found = self.find(name)
         if found is None or found.bytes != expected.bytes:
             return False
@@ -90,7 +90,7 @@ class LocalStorage:
             return hash_file(self.path(name)).sha256 == (expected.sha256 or sums().sha256)
         return hash_file(self.path(name), crc=True).crc32c == expected.crc32c
 
-    def put(self, file: Path, name: str, expected: Job, meter: Meter, soon: bool = False) -> Sums:
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
         with self.receive(name, soon=soon) as part:
             written = copy_file(file, part, meter)
             check(written, expected, str(file))
@@ -103,14 +103,14 @@ class LocalStorage:
             sync_folder(folder)
         return {}
 
-    def get(self, name: str, file: Path, expected: Job, meter: Meter) -> Sums:
+    def get(self, name: str, file: Path, expected: FileCopy, meter: Meter) -> Checksums:
         written = copy_file(self.path(name), file, meter)
         check(written, expected, str(self.path(name)))
         return written
 
-    def find(self, name: str) -> Found | None:
+    def find(self, name: str) -> FileInfo | None:
         path = self.path(name)
-        return Found(path.stat().st_size) if path.is_file() else None
+        return FileInfo(path.stat().st_size) if path.is_file() else None
 
     def read(self, name: str) -> bytes | None:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
@@ -158,7 +158,7 @@ class LocalStorage:
                 path.unlink(missing_ok=True)
 
 
-def copy_file(source: Path, target: Path, meter: Meter) -> Sums:
+def copy_file(source: Path, target: Path, meter: Meter) -> Checksums:
     """Copies to the new file `target`, flushes it to the disk and reads it back. Returns what the source's bytes were."""
     h = hashlib.sha256()
     count = 0
@@ -173,7 +173,7 @@ def copy_file(source: Path, target: Path, meter: Meter) -> Sums:
         os.fsync(out.fileno())
         if hasattr(os, "posix_fadvise"):  # read back from the disk rather than from memory
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    written = Sums(count, h.hexdigest())
+    written = Checksums(count, h.hexdigest())
     found = hash_file(target)
     if found != written:
         raise SftError(f"{target} was read back with other bytes than were written; next: check that disk")

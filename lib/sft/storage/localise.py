@@ -11,12 +11,12 @@ from sft.common.errors import SftError
 from sft.common.locks import lock
 from sft.formats import manifest
 from sft.formats.manifest import FileList, Manifest, listed_outputs
-from sft.storage.contract import Job, Storage, size
+from sft.storage.contract import FileCopy, Storage, size
 from sft.storage.local import LocalStorage, make_folders
 from sft.storage.transfer import open_storage, transfer
 
 
-def localise(root: str, name: str, cache: Path, say: Callable[[str], None], again: bool = True) -> Path:
+def localise(root: str, name: str, cache: Path, log: Callable[[str], None], again: bool = True) -> Path:
     """The folder <root>/<name> that `sync` made, as a local one with every byte verified.
 
     A folder is where it lies. What lies in a bucket is brought to <cache>/local/<name>, its list last; what is there
@@ -35,11 +35,11 @@ def localise(root: str, name: str, cache: Path, say: Callable[[str], None], agai
         raise SftError(f"{root}/{name}: no list of its files there: the copy is not complete; next: make sync")
     list_name, text = next(iter(found.items()))
     listed = FileList.from_bytes(text, list_name).files if list_name == lists[1] else listed_outputs(text, list_name)
-    jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in listed]
-    with _locked(here, name, say):
+    jobs = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in listed]
+    with _locked(here, name, log):
         target = LocalStorage(here.root / name)
-        say(f"{root}/{name}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {target.where}")
-        transfer(jobs, open_storage(f"{root}/{name}", cache), target, say)
+        log(f"{root}/{name}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {target.where}")
+        transfer(jobs, open_storage(f"{root}/{name}", cache), target, log)
         here.write(list_name, text)
     return target.root
 
@@ -58,7 +58,7 @@ def _agrees(found: bytes | None, wanted: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(top: Storage, name: str, say: Callable[[str], None]) -> Iterator[None]:
+def _locked(top: Storage, name: str, log: Callable[[str], None]) -> Iterator[None]:
     """One writer at a time in a folder of this storage; a second one waits and then finds everything there."""
     if not isinstance(top, LocalStorage):
         yield  # a bucket's objects appear whole, and a write states the generation it replaces

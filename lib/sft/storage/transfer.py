@@ -1,11 +1,11 @@
 """Copies files between folders and gs:// so that nothing partial or wrong is ever under a final name.
 
-In:  `Job`s: a name at a source, a name at a target, and what is known of the content (bytes; sha256 or crc32c).
+In:  `FileCopy`s: a name at a source, a name at a target, and what is known of the content (bytes; sha256 or crc32c).
 Out: `transfer` returns what was copied and what was already there and identical, or raises SftError with a line for
      every file that failed. It reads every byte: at the source (against the manifest) and again at the target.
 
     source, target = open_storage("/data/run"), open_storage("/weka/root/x")
-    transfer([Job("a.npy", "a.npy", 10, "ab12…")], source, target, say=print)
+    transfer([FileCopy("a.npy", "a.npy", 10, "ab12…")], source, target, log=print)
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.storage.contract import CONTINUED, Done, Job, Meter, Storage, Sums, check, hash_file, size
+from sft.storage.contract import CONTINUED, Checksums, CopyResult, FileCopy, Meter, Storage, check, hash_file, size
 from sft.storage.local import LocalStorage
 
 
@@ -38,14 +38,14 @@ def open_storage(where: str, cache: Path | None = None) -> Storage:
 
 
 def transfer(
-    jobs: Sequence[Job],
+    jobs: Sequence[FileCopy],
     source: Storage,
     target: Storage,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     *,
     clobber: bool = True,
     check_only: bool = False,
-) -> list[Done]:
+) -> list[CopyResult]:
     """Brings every job's file to the target, in parallel. Raises SftError listing all that failed, after trying each.
 
     clobber=False leaves an existing different file alone and reports it; check_only copies nothing and reports every
@@ -58,14 +58,14 @@ def transfer(
     source.check_access(write=False)
     if not check_only:
         target.check_access(write=True, needed=_needed(jobs, target))
-    meter = Meter(len(jobs), sum(j.bytes for j in jobs), say)
-    done: dict[str, Done] = {}
+    meter = Meter(len(jobs), sum(j.bytes for j in jobs), log)
+    done: dict[str, CopyResult] = {}
     failed: dict[str, str] = {}
     pool = ThreadPoolExecutor(max(source.threads, target.threads), thread_name_prefix="transfer")
     # Largest first, so that the end is not one thread with the largest file.
     waiting = sorted(jobs, key=lambda j: -j.bytes)
-    running: dict[Future[Done], Job] = {}
-    finished: queue.SimpleQueue[Future[Done]] = queue.SimpleQueue()
+    running: dict[Future[CopyResult], FileCopy] = {}
+    finished: queue.SimpleQueue[Future[CopyResult]] = queue.SimpleQueue()
     try:
         while waiting:
             for job in waiting:
@@ -97,18 +97,18 @@ def transfer(
     if not check_only:
         copied = [d.sums.bytes for d in done.values() if d.copied]
         same = len(done) - len(copied)
-        say(f"{len(copied)} files copied ({size(sum(copied))}), {same} were there and identical")
+        log(f"{len(copied)} files copied ({size(sum(copied))}), {same} were there and identical")
     return [done[j.target] for j in jobs]
 
 
-def _needed(jobs: Sequence[Job], target: Storage) -> int:
+def _needed(jobs: Sequence[FileCopy], target: Storage) -> int:
     """Bytes that a folder's disk must have free: a file of the right size is probably there already."""
     if not isinstance(target, LocalStorage):
         return 0
     return sum(j.bytes for j in jobs if (found := target.find(j.target)) is None or found.bytes != j.bytes)
 
 
-def _one(job: Job, source: Storage, target: Storage, meter: Meter, clobber: bool, check_only: bool) -> Done:
+def _one(job: FileCopy, source: Storage, target: Storage, meter: Meter, clobber: bool, check_only: bool) -> CopyResult:
     if meter.stop.is_set():
         raise SftError("cancelled")
     with contextlib.ExitStack() as stack:
@@ -128,14 +128,14 @@ def _one(job: Job, source: Storage, target: Storage, meter: Meter, clobber: bool
                 local.append(path)
             return local[0]
 
-        def sums() -> Sums:
+        def sums() -> Checksums:
             found = hash_file(file(), crc=True, sha=bool(job.sha256) or isinstance(target, LocalStorage))
             check(found, job, job.source)
             return found
 
         if target.same(job.target, sums, job):
             meter.add(job.bytes)
-            return Done(job, Sums(job.bytes, job.sha256, job.crc32c or 0), False)
+            return CopyResult(job, Checksums(job.bytes, job.sha256, job.crc32c or 0), False)
         if check_only:
             raise SftError(f"{target.where}/{job.target} is missing or has other bytes")
         if not clobber and target.find(job.target) is not None:
@@ -143,8 +143,8 @@ def _one(job: Job, source: Storage, target: Storage, meter: Meter, clobber: bool
         if isinstance(target, LocalStorage) and not isinstance(source, LocalStorage):
             content = job.sha256[:32] or (f"{job.bytes}-{job.crc32c:08x}" if job.crc32c is not None else "")
             with target.receive(job.target, content if job.bytes >= CONTINUED else "", soon=True) as part:
-                return Done(job, source.get(job.source, part, job, meter), True)
-        return Done(job, target.put(file(), job.target, job, meter, soon=True), True)
+                return CopyResult(job, source.get(job.source, part, job, meter), True)
+        return CopyResult(job, target.put(file(), job.target, job, meter, soon=True), True)
 
 
 def _words(error: Exception) -> str:

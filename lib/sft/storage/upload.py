@@ -23,8 +23,8 @@ from google.cloud.storage.exceptions import InvalidResponse
 
 from sft.common.errors import SftError
 from sft.storage import attempts
-from sft.storage.attempts import Deadline, Refused, attempt
-from sft.storage.contract import Job, Meter, Sums, check, hash_file
+from sft.storage.attempts import Deadline, PermanentError, attempt
+from sft.storage.contract import Checksums, FileCopy, Meter, check, hash_file
 from sft.storage.crc import Object, number, text
 
 PIECE = 1 << 20  # bytes handed to the connection at a time
@@ -38,7 +38,7 @@ class Upload:
         bucket: google.Bucket,
         file: Path,
         name: str,
-        sums: Sums,
+        sums: Checksums,
         sha256: str,
         generation: int,
         cache: Path | None,
@@ -61,7 +61,7 @@ class Upload:
             while self.made is None:
                 try:
                     attempt(what, lambda: self._step(body), deadline, lambda: self.at)
-                except Refused as e:
+                except PermanentError as e:
                     self._forget()
                     restarts += 1
                     if e.status not in (404, 410) or restarts == 3:
@@ -162,7 +162,7 @@ class Body:
                 raise SftError(f"{self.upload.file} became shorter while it was being sent")
             at += len(data)
             if at == end and self._sha:
-                stated = Job("", "", end, self.upload.sha256)
+                stated = FileCopy("", "", end, self.upload.sha256)
                 check(self._sha.result(), stated, str(self.upload.file))
             yield data
             self.upload.meter.add(len(data))

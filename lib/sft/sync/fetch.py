@@ -27,7 +27,7 @@ from sft.common.process import report_errors
 from sft.formats import elsewhere, manifest
 from sft.recipe.schema import STAGES
 from sft.runner import plan
-from sft.storage.contract import Job, Storage
+from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 
@@ -39,8 +39,8 @@ class Lists:
     """A stage as its manifests say it is."""
 
     top: bytes | None
-    jobs: list[Job]  # everything but the manifests
-    steps: list[Job]  # manifests of kept steps
+    jobs: list[FileCopy]  # everything but the manifests
+    steps: list[FileCopy]  # manifests of kept steps
     marks: list[str]  # LATEST, BEST, metrics of a run that is not over: nobody has hashed them
 
 
@@ -48,29 +48,29 @@ def read(source: Storage) -> Lists | None:
     """None when nothing there has a manifest. Raises SftError for a torn one."""
     found = source.list()
     top = source.read(manifest.NAME) if manifest.NAME in found else None
-    jobs: dict[str, Job] = {}
+    jobs: dict[str, FileCopy] = {}
     lists = [(n, source.read(n) or b"") for n in found if STEP_LIST.fullmatch(n)]
     for name, text in [*lists, *([(manifest.NAME, top)] if top is not None else [])]:
         folder = name.removesuffix(manifest.NAME)
         for job in listed(text, f"{source.where}/{name}"):
             path = folder + job.source
             jobs[path] = replace(job, source=path, target=path)
-    steps = [Job(n, n, found[n].bytes, crc32c=found[n].crc32c) for n, _ in lists]
+    steps = [FileCopy(n, n, found[n].bytes, crc32c=found[n].crc32c) for n, _ in lists]
     for job in steps:
         jobs.pop(job.source, None)
     marks = [name for name in elsewhere.UNLISTED if name in found and name not in jobs]
     return Lists(top, list(jobs.values()), steps, marks) if jobs else None
 
 
-def listed(text: bytes, what: str) -> list[Job]:
+def listed(text: bytes, what: str) -> list[FileCopy]:
     """The outputs of a manifest. Raises SftError for a torn one."""
     try:
-        return [Job(o.path, o.path, o.bytes, o.sha256) for o in manifest.listed_outputs(text, what)]
+        return [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in manifest.listed_outputs(text, what)]
     except SftError as e:
         raise SftError(f"{e}; see whether the stage has ended there") from None
 
 
-def bring(source: Storage, target: Storage, say: Callable[[str], None], check_only: bool = False) -> list[Job]:
+def bring(source: Storage, target: Storage, log: Callable[[str], None], check_only: bool = False) -> list[FileCopy]:
     """Copies one stage, its manifests last. Returns what it holds; an empty list when nothing is there."""
     lists = read(source)
     if lists is None:
@@ -81,7 +81,7 @@ def bring(source: Storage, target: Storage, say: Callable[[str], None], check_on
             f"{target.where}/{manifest.NAME} is of another result than {source.where}/{manifest.NAME}; next: move that folder away"
         )
     if lists.jobs:
-        transfer(lists.jobs, source, target, say, check_only=check_only)
+        transfer(lists.jobs, source, target, log, check_only=check_only)
     for name in lists.marks:  # as they are now: a run that goes on replaces them
         if (text := source.read(name)) is None or text == target.read(name):
             continue
@@ -89,7 +89,7 @@ def bring(source: Storage, target: Storage, say: Callable[[str], None], check_on
             raise SftError(f"{target.where}/{name} is missing or has other bytes")
         target.write(name, text)
     if lists.steps:
-        transfer(lists.steps, source, target, say, check_only=check_only)
+        transfer(lists.steps, source, target, log, check_only=check_only)
     if lists.top is not None and mine is None:
         if check_only:
             raise SftError(f"{target.where}/{manifest.NAME} is missing: the copy is not complete")
@@ -137,7 +137,7 @@ def fetch(place: plan.Place, run: Path, stages: list[str], given: str, push: boo
             continue
         (run / ".work").mkdir(parents=True, exist_ok=True)
         with lock(run / ".work" / f"{stage}.lock"):
-            brought = bring(source, target, say, check_only)
+            brought = bring(source, target, log, check_only)
             if brought and not push and not check_only:
                 (here.root / elsewhere.NAME).unlink(missing_ok=True)  # now everything is here
                 for job in brought:
@@ -145,7 +145,7 @@ def fetch(place: plan.Place, run: Path, stages: list[str], given: str, push: boo
                         hashes.note(here.path(job.target), job.sha256)
         if brought:
             total += len(brought)
-            say(f"{stage}: {len(brought)} files of {source.where} are identical in {target.where}")
+            log(f"{stage}: {len(brought)} files of {source.where} are identical in {target.where}")
         elif stages:
             raise SftError(
                 f"{source.where}: no manifest: nothing there is finished; next: correct STAGE=, CLUSTER= or FROM="
@@ -157,7 +157,7 @@ def fetch(place: plan.Place, run: Path, stages: list[str], given: str, push: boo
             hashes.save()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[fetch] {text}", flush=True)
 
 

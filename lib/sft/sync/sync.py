@@ -25,7 +25,7 @@ from sft.formats.record import to_json
 from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.runner.stage import Result, Stage
 from sft.storage.base_weights import find_base
-from sft.storage.contract import Job, size
+from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage
 from sft.storage.localise import _agrees, _locked
 from sft.storage.transfer import open_storage, transfer
@@ -52,11 +52,11 @@ def bring(stage: Stage, check_only: bool) -> tuple[Remote, str]:
     record = manifest.load(prepared / manifest.NAME)
     name = f"datasets/{record.digest[:16]}"
     text = (prepared / manifest.NAME).read_bytes()
-    copier = Copier(root, stage.cache, stage.say, check_only)
+    copier = Copier(root, stage.cache, stage.log, check_only)
     files = copier.folder(LocalStorage(prepared), name, record.outputs, text, f"{name}/{manifest.NAME}")
     base, commit = None, ""
     if stage.recipe.model.base:
-        found = find_base(stage.recipe.model.base, stage.find, stage.cache, stage.say)
+        found = find_base(stage.recipe.model.base, stage.find, stage.cache, stage.log)
         source, commit = found.folder, found.commit
         names = [n for n in source.list() if not n.startswith(".cache/")]  # the hub client's own notes
         if not names:
@@ -74,7 +74,7 @@ class Copier:
 
     root: str
     cache: Path
-    say: Callable[[str], None]
+    log: Callable[[str], None]
     check_only: bool = False
 
     def folder(
@@ -82,18 +82,18 @@ class Copier:
     ) -> list[Output]:
         """Brings the listed files to <root>/<name>, then writes the list. Returns the entries with names under the root."""
         top, target = open_storage(self.root, self.cache), open_storage(f"{self.root}/{name}", self.cache)
-        jobs = [Job(o.path, o.path, o.bytes, o.sha256) for o in listed]
-        self.say(f"{target.where}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}")
+        jobs = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in listed]
+        self.log(f"{target.where}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}")
         if self.check_only:
             if not _agrees(top.read(list_name), text):
                 raise SftError(f"{self.root}/{list_name} is missing or torn: the copy is not complete; next: make sync")
-            transfer(jobs, source, target, self.say, check_only=True)
+            transfer(jobs, source, target, self.log, check_only=True)
         else:
-            with _locked(top, name, self.say):
+            with _locked(top, name, self.log):
                 known = top.read(list_name)
                 if known is not None and not _agrees(known, text):
                     top.remove(list_name)  # torn: until the files are proven, no list claims that they are
-                transfer(jobs, source, target, self.say)
+                transfer(jobs, source, target, self.log)
                 if not _agrees(known, text):
                     top.write(list_name, text)
         return [replace(o, path=f"{name}/{o.path}") for o in listed]

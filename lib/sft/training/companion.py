@@ -23,7 +23,7 @@ class Watcher:
         ranks = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         environment = {k: v for k, v in os.environ.items() if k not in ranks}
         command = [sys.executable, str(plan.REPO / "stages" / "watch.py"), *argv, "--until-end-of-input"]
-        self.say = stage.say
+        self.log = stage.log
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     def finish(self, stop: Callable[[], bool]) -> None:
@@ -36,11 +36,11 @@ class Watcher:
                 self.stop()
                 return
             if not told:
-                self.say("waiting for the evaluation of the last steps; they can be finished later with make watch")
+                self.log("waiting for the evaluation of the last steps; they can be finished later with make watch")
                 told = True
             time.sleep(0.2)
         if status:
-            self.say(
+            self.log(
                 f"warning: evaluating during training ended with status {status}; next: make watch, to try it again"
             )
 
@@ -59,6 +59,6 @@ def start(stage: Stage, argv: list[str]) -> Watcher | None:
     if not stage.recipe.evaluate.every:
         return None
     if in_job() and "SFT_KEPT" not in os.environ:
-        stage.say("checkpoints are evaluated by a job of their own: make jobs tells its state")
+        stage.log("checkpoints are evaluated by a job of their own: make jobs tells its state")
         return None
     return Watcher(stage, argv)

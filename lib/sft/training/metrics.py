@@ -31,24 +31,24 @@ class Metrics:
         out: Path,
         start: int,
         steps: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         header: Mapping[str, Any] | None = None,
         trackers: Trackers | None = None,
     ) -> None:
         """`start` = the last finished step: later records are dropped from the file, headers of attempts stay."""
         self.file = out / "metrics.jsonl"
-        self.steps, self.say = steps, say
+        self.steps, self.log = steps, log
         kept = [r for r in json_lines(self.file) if "attempt" in r or r.get("step", start + 1) <= start]
         kept += [dict(header)] if header else []
         write_atomic(self.file, b"".join(json.dumps(r).encode() + b"\n" for r in kept))
         self._stream = self.file.open("a", buffering=1)
-        self._trackers = trackers or Trackers(say)
+        self._trackers = trackers or Trackers(log)
         self._seconds = 0.0
         self._timed = 0
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(record) + "\n")
-        self._trackers.log(record)
+        self._trackers.record(record)
 
     def count(self, seconds: float) -> None:
         """Adds a step's time to the estimate of what remains. The first step pays for start-up and is left out."""
@@ -57,7 +57,7 @@ class Metrics:
             self._seconds += seconds
 
     def show(self, record: Mapping[str, Any]) -> None:
-        self.say(progress_line(record, self.steps, self._seconds / max(1, self._timed - 1)))
+        self.log(progress_line(record, self.steps, self._seconds / max(1, self._timed - 1)))
 
     def close(self) -> None:
         self._stream.flush()

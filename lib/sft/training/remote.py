@@ -35,9 +35,9 @@ from sft.sync import fetch
 
 
 class Uploads:
-    def __init__(self, out: Path, where: str, cache: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> None:
         """`where`: the folder of this run's steps, gs://bucket/…"""
-        self.out, self.where, self.cache, self.say = out, where, cache, say
+        self.out, self.where, self.cache, self.log = out, where, cache, log
         self._queue: queue.Queue[Path] = queue.Queue()
         self._lock = threading.Lock()
         self._closed = False
@@ -76,11 +76,11 @@ class Uploads:
             return
         if status:
             self._missing[step] = said or f"exit status {status}"
-            self.say(f"warning: {step.name} is not in {self.where} yet, training goes on: {self._missing[step]}")
+            self.log(f"warning: {step.name} is not in {self.where} yet, training goes on: {self._missing[step]}")
         else:
             self._there.append(step.name)
             if said:
-                self.say(said)
+                self.log(said)
         self._waiting.discard(step)
 
     def _run(self, step: Path) -> tuple[int, str]:
@@ -110,7 +110,7 @@ class Uploads:
             self._queue.put(step)
         self._queue.join()
         for step, why in self._missing.items():
-            self.say(
+            self.log(
                 f"warning: {step.name} could not be sent to {self.where}: {why};"
                 f" next: make cp SRC={step} DST={self.where}/{step.name}"
             )
@@ -139,7 +139,7 @@ def destination(storage: str, run: str, identity: str) -> str:
 PATIENCE_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
-def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str], None]) -> None:
+def bring(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
     """Puts the newest step that is whole in the bucket on every machine's disk, and on rank 0's the step that BEST names and the
     records of earlier attempts. Nothing where none is. Every rank calls this; `say` is asked on each. Raises SharedError.
 
@@ -147,18 +147,18 @@ def bring(out: Path, where: str, cache: Path, world: World, say: Callable[[str],
     world = world.apart(PATIENCE_S)
 
     def here(number: int) -> str:
-        return "" if world.local_rank else _bring_step(number, out, where, cache, say)
+        return "" if world.local_rank else _bring_step(number, out, where, cache, log)
 
-    numbers = world.leader_first(lambda: _whole_steps(where, cache))
+    numbers = world.on_rank0(lambda: _whole_steps(where, cache))
     for number in numbers:
-        wrong = next(filter(None, world.together(partial(here, number))), "")
+        wrong = next(filter(None, world.on_all_ranks(partial(here, number))), "")
         if not wrong:
             break
-        say(f"warning: {where}/step{number} is passed over: {wrong}")
+        log(f"warning: {where}/step{number} is passed over: {wrong}")
     else:
         return
-    world.leader_first(lambda: _bring_records(numbers, number, out, where, cache, say))
-    say(f"going on from step {number} of {where}")
+    world.on_rank0(lambda: _bring_records(numbers, number, out, where, cache, log))
+    log(f"going on from step {number} of {where}")
 
 
 def _whole_steps(where: str, cache: Path) -> list[int]:
@@ -167,24 +167,24 @@ def _whole_steps(where: str, cache: Path) -> list[int]:
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
-def _bring_step(number: int, out: Path, where: str, cache: Path, say: Callable[[str], None]) -> str:
+def _bring_step(number: int, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> str:
     """What is wrong with the step there, or "" once it is here."""
     try:
-        step = fetch.bring(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), say)
+        step = fetch.bring(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), log)
     except SftError as error:
         return str(error)
     return "" if step else "its manifest is gone"
 
 
 def _bring_records(
-    numbers: Sequence[int], newest: int, out: Path, where: str, cache: Path, say: Callable[[str], None]
+    numbers: Sequence[int], newest: int, out: Path, where: str, cache: Path, log: Callable[[str], None]
 ) -> None:
     """BEST with its step, the evaluations, the metrics, and a word for each attempt in logs/, so that this one gets the next number."""
     bucket, target = open_storage(where, cache), LocalStorage(out)
     best = bucket.read("BEST") or b""
     if match := re.match(rb"step(\d+)\n", best):
         number = int(match[1])
-        if number == newest or (number in numbers and not _bring_step(number, out, where, cache, say)):
+        if number == newest or (number in numbers and not _bring_step(number, out, where, cache, log)):
             target.write("BEST", best)
     for name in ("evaluations.jsonl", "metrics.jsonl"):
         if (text := bucket.read(name)) is not None:

@@ -50,10 +50,10 @@ class Saver:
         train: Train,
         config: Mapping[str, Any],
         world: World,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> None:
         """`config` = what config.json of a step says; `say` prints (rank 0 only)."""
-        self.out, self.train, self.config, self.world, self.say = out, train, config, world, say
+        self.out, self.train, self.config, self.world, self.log = out, train, config, world, log
         self.uploads: Uploads | None = None  # sends kept steps away (rank 0 only)
         self.last: Path | None = None  # the newest whole step of this run
         self.waiting: Callable[[], Collection[Path]] = (
@@ -124,15 +124,15 @@ class Saver:
         began = time.monotonic()
         self.last = step_folder.save(self.out, step, state, train_state, self.config, self._apart, ephemeral=ephemeral)
         seconds = time.monotonic() - began
-        self._apart.leader_first(lambda: self._name(step, best, answers, ephemeral), share=False)
+        self._apart.on_rank0(lambda: self._name(step, best, answers, ephemeral), share=False)
         if self.world.leader:
-            self.say(f"saved {self.last} in {seconds:.1f} s")
+            self.log(f"saved {self.last} in {seconds:.1f} s")
         return {"step": step, "seconds": seconds}
 
     def _name(self, step: int, best: Best | None, answers: bool, ephemeral: bool) -> None:
         step_folder.mark_latest(self.out / f"step{step}")
         if best is not None and step_folder.mark_best(self.out, step, best.metric, best.value, higher_is_better=False):
-            self.say(f"best so far: step {step}, {best.metric} {best.value:.4f}")
+            self.log(f"best so far: step {step}, {best.metric} {best.value:.4f}")
         if answers:
             (self.out / REQUEST).unlink(missing_ok=True)
         if self.uploads is not None and not ephemeral:
@@ -170,7 +170,7 @@ class Saver:
         try:
             self.wait()
         except Exception as error:
-            self.say(f"warning: {error}")
+            self.log(f"warning: {error}")
         self._pool.shutdown()
         if self.uploads is not None:
             self.uploads.close()

@@ -87,8 +87,8 @@ class Comet:
 class Trackers:
     """Those that the recipe names and that could start."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say = say
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self._open: dict[str, Tracker] = {}
 
     @classmethod
@@ -100,10 +100,10 @@ class Trackers:
         config: Mapping[str, Any],
         out: Path,
         start: int,
-        say: Callable[[str], None],
+        log: Callable[[str], None],
     ) -> Trackers:
         """`identity`: hex, the same for every attempt of a run. `start`: the last finished step."""
-        self = cls(say)
+        self = cls(log)
         if train.wandb_project:
             self._key("wandb_project", "WANDB_API_KEY", "wandb sync")
             self.add("wandb_project", lambda: Wandb(train.wandb_project, name, identity, config, out))
@@ -116,20 +116,20 @@ class Trackers:
 
     def _key(self, field: str, variable: str, upload: str) -> None:
         if not os.environ.get(variable):
-            self.say(f"{field}: {variable} is not set, so it is recorded offline; later: {upload}")
+            self.log(f"{field}: {variable} is not set, so it is recorded offline; later: {upload}")
 
     def add(self, field: str, make: Callable[[], Tracker]) -> None:
         try:
             self._open[field] = make()
         except ImportError as error:
-            self.say(
+            self.log(
                 f"warning: [train] {field}: the package {error.name} is not installed; training goes on without it;"
                 f" next: .venv/bin/pip install {(error.name or '').replace('_', '-')}"
             )
         except Exception as error:
             self._tell(field, error)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def record(self, record: Mapping[str, Any]) -> None:
         """A record of metrics.jsonl; groups in it become group/name."""
         flat = {k: v for k, v in record.items() if not isinstance(v, Mapping)}
         for group, values in record.items():
@@ -151,4 +151,4 @@ class Trackers:
         self._open.clear()
 
     def _tell(self, field: str, error: Exception) -> None:
-        self.say(f"warning: [train] {field}: {type(error).__name__}: {error}; training goes on without it")
+        self.log(f"warning: [train] {field}: {type(error).__name__}: {error}; training goes on without it")

@@ -63,8 +63,8 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         make_deterministic()
     hardware, lacking = settle_compile(stage, world)
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
-    world.leader_first(lambda: [stage.dataset, stage.base], share=False)
-    dataset_folder, base_folder = world.together(lambda: (stage.dataset, stage.base))[world.rank]
+    world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
+    dataset_folder, base_folder = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     facts = json.loads((dataset_folder / "dataset.json").read_bytes())
     config = presets.resolve(stage.recipe.model, int(facts["vocab_size"]))
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
@@ -78,7 +78,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         def pack() -> PackIndex:
             return pack_dataset(dataset, train.seq_len, train.long_documents, stage.cache / "packs", identity)
 
-        mine = world.leader_first(pack, share=False)  # the others read what rank 0 has written
+        mine = world.on_rank0(pack, share=False)  # the others read what rank 0 has written
         return dataset, pack() if mine is None else mine
 
     dataset, index = packed("data")
@@ -115,9 +115,9 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     model = shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
     optimizer = build_adamw(model, train, compiled)
 
-    def say(text: str) -> None:
+    def log(text: str) -> None:
         if world.leader:
-            stage.say(text)
+            stage.log(text)
 
     run = Run(
         stage=stage,
@@ -129,7 +129,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         loader=lambda start: loader(plan, dataset, start),
         validation=validation,
         sources=[str(s["path"]) for s in facts["sources"]] or ["data"],
-        saver=Saver(stage.out, train, olmo_core.step_config(config, facts), world, say),
+        saver=Saver(stage.out, train, olmo_core.step_config(config, facts), world, log),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
         if world.size > 1 and not compiled
@@ -138,24 +138,24 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     if warning:
-        say(f"warning: {warning}")
+        log(f"warning: {warning}")
     if lacking:
-        say(
+        log(
             f"warning: not compiled, which costs a quarter of the speed: {lacking} is not there; next: install it (Debian: gcc python3-dev),"
             " or compile=never"
         )
     if train.deterministic and world.device.type == "cuda":
-        say("deterministic: every sum in one order, which costs time (attention's backward pass most)")
+        log("deterministic: every sum in one order, which costs time (attention's backward pass most)")
     if not room.fits:
-        say(
+        log(
             f"warning: {room.total / 1e9:.1f} GB per GPU estimated, {room.limit / 1e9:.1f} GB there; recompute=auto may fit"
         )
     if hardware.recompute == "auto" and room.limit:
-        say(
+        log(
             f"recomputation: {room.recompute}"
             + (f", {room.recompute_budget:.0%} of the layers keep everything" if room.recompute == "budget" else "")
         )
-    step = step_folder.latest(stage.out, world, lambda text: say(f"warning: {text}"))
+    step = step_folder.latest(stage.out, world, lambda text: log(f"warning: {text}"))
     run.saver.uploads = uploads(stage, world)  # what is damaged was set aside
     if every := stage.recipe.evaluate.every:
         run.saver.waiting = functools.partial(evaluations.held, stage.out, every)
@@ -172,7 +172,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
             torch.cuda.set_rng_state(state["rng_cuda"])
         origin = f"continuing from {step}"
     described = plan.describe()
-    say(
+    log(
         f"{config.parameters:,} parameters, {origin}; {world.size} x {world.device.type}, {train.precision};"
         f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {described['epochs']:.2f} epochs,"
         f" padding {described['padding_fraction']:.1%}, tokens lost to seq_len {described['tokens_lost_fraction']:.1%}"
@@ -193,7 +193,7 @@ def settle_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
 def uploads(stage: Stage, world: World) -> remote.Uploads | None:
     """Rank 0 of a cluster whose storage is a bucket sends the steps there."""
     where = remote.destination(stage.storage, stage.recipe.run, stage.identity)
-    return remote.Uploads(stage.out, where, stage.cache, stage.say) if world.leader and where else None
+    return remote.Uploads(stage.out, where, stage.cache, stage.log) if world.leader and where else None
 
 
 def peak(stage: Stage, world: World) -> float:
@@ -213,7 +213,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         copy_tokenizer(stage)
         train = stage.recipe.train
         options = {"model": dataclasses.asdict(stage.recipe.model), "train": dataclasses.asdict(train)}
-        trackers = Trackers.start(train, stage.recipe.run, stage.identity, options, stage.out, start, stage.say)
+        trackers = Trackers.start(train, stage.recipe.run, stage.identity, options, stage.out, start, stage.log)
         header = {
             "attempt": attempt,
             "from_step": start,
@@ -222,7 +222,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
             "peak_tflops": run.peak_tflops or None,
             "mfu": utilisation.FORMULA,
         }
-        metrics = Metrics(stage.out, start, run.plan.steps, stage.say, header, trackers)
+        metrics = Metrics(stage.out, start, run.plan.steps, stage.log, header, trackers)
     try:
         loop(run, start, metrics, stop)
         sent = run.saver.send()
@@ -291,7 +291,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with report_errors("train") if world.leader else quiet(), contextlib.ExitStack() as stack:
             # Rank 0 first: it takes the lock and moves a folder of other inputs aside before anyone looks at it.
-            opened = world.leader_first(
+            opened = world.on_rank0(
                 lambda: [stack.enter_context(open_stage("train", argv, in_place=True))], share=False
             )
             stage = (
@@ -300,8 +300,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stage.hardware.threads and world.device.type == "cpu":
                 torch.set_num_threads(stage.hardware.threads)
             if kept := os.environ.get("SFT_KEPT"):  # this disk ends with the job
-                remote.bring(stage.out, kept, stage.cache, world, stage.say if world.leader else lambda _: None)
-            attempt = world.leader_first(functools.partial(logs.next_attempt, stage.out))
+                remote.bring(stage.out, kept, stage.cache, world, stage.log if world.leader else lambda _: None)
+            attempt = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)
             if world.leader:
                 watcher = companion.start(stage, list(sys.argv[1:] if argv is None else argv))
@@ -309,12 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             if world.leader:
                 stage.finish(result)
         if world.leader:
-            stage.say(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
+            stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
         if watcher is not None:
             watcher.finish(lambda: asked)
     except Requeue:
         if world.leader and stage is not None:
-            stage.say(f"stopped by a signal and saved; exit status {REQUEUE} asks to be run again")
+            stage.log(f"stopped by a signal and saved; exit status {REQUEUE} asks to be run again")
         return REQUEUE
     finally:
         if watcher is not None:

@@ -427,7 +427,7 @@ def write(layout, count, roles, spans, content, offered, called, out, to, edges,
 
 
 @compiled
-def say(count, roles, spans, content, names, said, to):
+def log(count, roles, spans, content, names, said, to):
     """What `name_conversation` takes the digest of: roles and contents, with a zero byte between each."""
     for i in range(count):
         if i:
@@ -465,7 +465,7 @@ def read_lines(
             odds += 1
         else:
             keep(line, made, documents, runs, rows, first, specials, lacking)
-            spoken = say(count, roles, spans, text_words, names, said, spoken)
+            spoken = log(count, roles, spans, text_words, names, said, spoken)
             said_ends[documents] = spoken
             documents += 1
             to, runs = made[0], made[1]
@@ -499,7 +499,7 @@ def read_columns(
             odds += 1
         else:
             keep(row, made, documents, runs, rows, first, specials, lacking)
-            spoken = say(count, roles, spans, texts[0], names, said, spoken)
+            spoken = log(count, roles, spans, texts[0], names, said, spoken)
             said_ends[documents] = spoken
             documents += 1
             to, runs = made[0], made[1]

@@ -30,7 +30,7 @@ READS = {"sync": {"prepare"}, "train": {"sync"}, "convert": {"prepare", "train"}
 """The earlier stages whose files a stage opens; of the others it needs the manifests."""
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(f"[kept] {text}", flush=True)
 
 
@@ -70,7 +70,7 @@ def bring_stage(address: str, folder: Path, cache: Path, whole: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).unlink(missing_ok=True)
     if whole:
-        transfer(files, source, target, say)
+        transfer(files, source, target, log)
     else:
         target.write(NAME, Elsewhere(address, tuple(f.target for f in files)).to_bytes())
     target.write(manifest.NAME, text)
@@ -99,9 +99,9 @@ def _send_folder(folder: Path, target: Storage) -> None:
     text = (folder / manifest.NAME).read_bytes()
     if target.read(manifest.NAME) == text:
         return
-    transfer(fetch.listed(text, str(folder)), LocalStorage(folder), target, say)
+    transfer(fetch.listed(text, str(folder)), LocalStorage(folder), target, log)
     target.write(manifest.NAME, text)
-    say(f"{folder} is kept in {target.where}")
+    log(f"{folder} is kept in {target.where}")
 
 
 if __name__ == "__main__":

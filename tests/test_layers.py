@@ -1,0 +1,121 @@
+"""The structure of lib/sft: one direction of imports, no circles. docs/structure.md explains the layers."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LIB = Path(__file__).resolve().parents[1] / "lib"
+LAYERS = (
+    "common", "formats", "recipe", "storage", "runner", "chat", "model", "checkpoint", "sync", "data", "packing", "export",
+    "training", "evaluation", "launch", "reporting", "__main__",
+)  # fmt: skip
+"""From the bottom to the top: a module imports from its own folder and from the folders before it."""
+REASON = "start-up"
+"""An import inside a function has a comment with this word: it saves start-up time of the planner or of a stage."""
+
+
+def modules(lib: Path) -> dict[str, Path]:
+    """{dotted name: file} of all modules of the package sft under `lib`."""
+    found = {}
+    for file in (lib / "sft").rglob("*.py"):
+        parts = file.relative_to(lib).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = file
+    return found
+
+
+def imports(file: Path, known: set[str]) -> Iterator[tuple[str, int]]:
+    """(module of sft, line) of every import in a file, also inside functions and under TYPE_CHECKING."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((a.name, node.lineno) for a in node.names if a.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for a in node.names:
+                full = f"{node.module}.{a.name}"
+                if full in known or node.module in known:
+                    yield (full if full in known else node.module), node.lineno
+
+
+def arrows_back(lib: Path) -> list[str]:
+    """One line for every import from a higher layer."""
+    found, names = modules(lib), set(modules(lib))
+    lines = []
+    for name, file in sorted(found.items()):
+        layer = name.split(".")[1] if "." in name else ""
+        for target, line in imports(file, names):
+            above = target.split(".")[1] if "." in target else ""
+            if layer and above and LAYERS.index(above) > LAYERS.index(layer):
+                lines.append(f"{file.relative_to(lib)}:{line}: {layer} imports {target}, which is in a higher layer")
+    return lines
+
+
+def circles(lib: Path) -> list[str]:
+    """The modules that import themselves through others."""
+    found = modules(lib)
+    graph = {name: {t for t, _ in imports(file, set(found)) if t != name} for name, file in found.items()}
+    while free := [n for n in graph if not graph[n] & graph.keys() or not any(n in graph[m] for m in graph)]:
+        for name in free:
+            del graph[name]
+    return sorted(graph)
+
+
+def unexplained(lib: Path) -> list[str]:
+    """Imports inside functions without a comment that says why."""
+    lines = []
+    for name, file in sorted(modules(lib).items()):
+        text = file.read_text().splitlines()
+        tree = ast.parse("\n".join(text))
+        inside = {
+            n
+            for f in ast.walk(tree)
+            if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for n in ast.walk(f)
+            if isinstance(n, ast.ImportFrom) and (n.module or "").partition(".")[0] == "sft"
+        }
+        for node in inside:
+            before = text[node.lineno - 2 : node.end_lineno]
+            if not any(REASON in line.partition("#")[2] for line in before):
+                lines.append(f"{name}:{node.lineno}: an import inside a function without a comment '# {REASON}: …'")
+    return sorted(lines)
+
+
+def test_every_folder_has_its_place_in_the_order():
+    folders = {p.name for p in (LIB / "sft").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    assert folders == set(LAYERS) - {"__main__"}
+
+
+def test_no_module_imports_from_a_higher_layer():
+    assert arrows_back(LIB) == []
+
+
+def test_no_circle_of_modules():
+    assert circles(LIB) == []
+
+
+def test_an_import_inside_a_function_says_what_it_saves():
+    assert unexplained(LIB) == []
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A package of two layers."""
+    for name, text in {
+        "common/a.py": "",
+        "common/b.py": "from sft.common import a\n",
+        "recipe/c.py": "from sft.common.b import x\n",
+    }.items():
+        (tmp_path / "sft" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sft" / name).write_text(text)
+    return tmp_path
+
+
+def test_an_arrow_back_is_found_also_inside_a_function(small):
+    assert arrows_back(small) == [] and circles(small) == []
+    (small / "sft/common/a.py").write_text("def f():\n    from sft.recipe import c\n")
+    assert len(arrows_back(small)) == 1 and circles(small) == ["sft.common.a", "sft.common.b", "sft.recipe.c"]
+    (small / "sft/common/a.py").write_text("def f():\n    from sft.common import b\n")
+    assert arrows_back(small) == [] and circles(small) == ["sft.common.a", "sft.common.b"]
+    assert unexplained(small) == ["sft.common.a:2: an import inside a function without a comment '# start-up: …'"]
