@@ -76,7 +76,7 @@ class Workspace:
             "        folder = stage.run / '..' / '.storage' / stage.recipe.run\n"
             "        folder.mkdir(parents=True, exist_ok=True)\n"
             "        (folder / 'manifest.json').write_text('{}')\n"
-            "        metrics = {'storage': stage.storage, 'dataset': str(folder)}\n"
+            "        metrics = {'storage': stage.storage, 'dataset': str(folder), 'base': None, 'files': 0, 'bytes': 0}\n"
             "    return Result(['out'], metrics)\n"
             f"main({name!r}, body, shared={name == 'prepare'})\n"
         )
@@ -138,12 +138,12 @@ def small_chunks(monkeypatch):
 def no_encoding(monkeypatch):
     """Fails the test when anything is encoded."""
 
-    from sft.data import prepare
+    from sft.data import preparation
 
     def refuse(self, job):
         raise AssertionError(f"{job.name} was encoded again")
 
     def arm():
-        monkeypatch.setattr(prepare.EncodeChunk, "__call__", refuse)
+        monkeypatch.setattr(preparation.EncodeChunk, "__call__", refuse)
 
     return arm

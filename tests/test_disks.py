@@ -11,8 +11,8 @@ from pathlib import Path
 PROGRAM = """
 import sys
 from pathlib import Path
-from sft import manifest
-from sft.training import disks
+from sft.formats import manifest
+from sft.checkpoint import gather as disks
 from sft.model.parallel import SharedError, join
 
 disks.PIECE = 1000

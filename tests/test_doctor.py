@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from published import publish
 from sft.common.errors import SftError
 from sft.launch.doctor import cluster, doctor, training
 from sft.launch.doctor import context as cases
@@ -139,7 +140,7 @@ def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     assert "MFU of 40% assumed" in row.found and " to " in row.found
     folder = Path("runs/old/train")
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text('{"config": {"model": {"preset": "olmo3-tiny"}}}')
+    publish(folder, [], config={"model": {"preset": "olmo3-tiny"}})
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA A100-SXM4-80GB", "mfu": "how"}\n{"step": 1, "mfu": 0.5}\n'
     )

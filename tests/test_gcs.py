@@ -281,7 +281,7 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from sft.storage import download, gcs, transfer as storage
-from sft.storage.contract import Job
+from sft.storage.contract import FileCopy
 from sft.storage.transfer import open_storage, transfer
 gcs.LARGE = storage.CONTINUED = download.SLICE = 1 << 20
 download.SLICES = 2
@@ -289,7 +289,7 @@ for line in sys.stdin:  # a process for each line, so that the libraries are imp
     if not (child := os.fork()):
         os.environ["SFT_OBSTORE"] = line.strip()
         source, target = (open_storage(w, Path(sys.argv[3])) for w in sys.argv[1:3])
-        transfer([Job(n, n, f.bytes, crc32c=f.crc32c) for n, f in source.list().items()], source, target, lambda _: None)
+        transfer([FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in source.list().items()], source, target, lambda _: None)
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)

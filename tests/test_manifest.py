@@ -95,14 +95,14 @@ def test_kill_during_a_write_leaves_the_old_or_the_new_file_whole(tmp_path):
     file = tmp_path / "f"
     file.write_text("old")
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom sft import manifest\n"
+        "import os, sys\nfrom pathlib import Path\nfrom sft.common.files import write_atomic\n"
         "at = int(sys.argv[2])\ncount = 0\n"
         "def trace(event, args):\n"
         "    global count\n"
         "    if event in ('open', 'os.rename', 'os.chmod', 'tempfile.mkstemp'):\n"
         "        count += 1\n"
         "        if count == at: os.kill(os.getpid(), 9)\n"
-        "sys.addaudithook(trace)\nmanifest.write_atomic(Path(sys.argv[1]), b'new' * 1000)\n"
+        "sys.addaudithook(trace)\nwrite_atomic(Path(sys.argv[1]), b'new' * 1000)\n"
     )
     seen = set()
     for at in range(1, 8):

@@ -35,13 +35,13 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import preparing as t
-from sft.data import prepare, sources
+from sft.data import preparation, prepare, sources
 sources.MIN_CHUNK_BYTES = sources.CHUNK_BYTES = 2000
-plain = prepare.EncodeChunk.__call__
+plain = preparation.EncodeChunk.__call__
 def slow(self, job):
     time.sleep(0.05)
     return plain(self, job)
-prepare.EncodeChunk.__call__ = slow
+preparation.EncodeChunk.__call__ = slow
 prepare.prepare(t.stage(Path({root!r}), out="killed", cache="cache"))
 """
 
@@ -105,13 +105,13 @@ def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
     prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),)))
     write_rows(tmp_path / "mix" / "b.jsonl", [conversation(i) for i in range(10)])
     encoded = []
-    plain = prepare.EncodeChunk.__call__
+    plain = preparation.EncodeChunk.__call__
 
     def watched(self, job):
         encoded.append(job.chunk.file.name)
         return plain(self, job)
 
-    monkeypatch.setattr(prepare.EncodeChunk, "__call__", watched)
+    monkeypatch.setattr(preparation.EncodeChunk, "__call__", watched)
     prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),), out="more"))
     assert encoded == ["mix/b.jsonl"]
 

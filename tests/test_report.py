@@ -77,7 +77,13 @@ def whole_run(run: Path, steps: int = 240) -> Path:
     facts = {"sources": [source], "lengths": lengths}
     made(run, "prepare", {"documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2},
          {"dataset.json": json.dumps(facts), "preview.json": json.dumps(preview)}, None)  # fmt: skip
-    made(run, "sync", {"storage": "/s"}, {"remote.json": "{}"}, "prepare")
+    made(
+        run,
+        "sync",
+        {"storage": "/s", "dataset": "/s/d", "base": None, "files": 0, "bytes": 0},
+        {"remote.json": "{}"},
+        "prepare",
+    )
     records = []
     for step in range(1, steps + 1):
         loss = 0.4 + 4 * math.exp(-step / 45) + 0.12 * math.sin(step * 12.9898) * math.cos(step * 78.233)

@@ -165,11 +165,11 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(source: LocalStorage, tmp_p
         'cd "$1"\n"$2" fill.py "$1/source" "$1/small" || echo failed\nls -AR "$1/small"\n'
     )
     (tmp_path / "fill.py").write_text(
-        "import shutil, sys\nfrom pathlib import Path\nfrom sft.storage.contract import Job\n"
+        "import shutil, sys\nfrom pathlib import Path\nfrom sft.storage.contract import FileCopy\n"
         "from sft.storage.local import LocalStorage\nfrom sft.storage.transfer import transfer\n"
         "source, target = (LocalStorage(Path(p)) for p in sys.argv[1:])\n"
         "shutil.disk_usage = lambda _: type('U', (), {'free': 10**12})\n"  # it fills up later
-        "jobs = [Job(n, n, f.bytes) for n, f in source.list().items()]\n"
+        "jobs = [FileCopy(n, n, f.bytes) for n, f in source.list().items()]\n"
         "try:\n    transfer(jobs, source, target, print)\nexcept Exception as e:\n    sys.exit(str(e))\n"
     )
     done = subprocess.run(
@@ -185,8 +185,8 @@ def test_a_disk_that_fills_up_leaves_no_partial_file(source: LocalStorage, tmp_p
 COPY_SLOWLY = """
 import sys, time
 from pathlib import Path
-from sft.storage import files, local, transfer as copying
-from sft.storage.contract import Job
+from sft.storage import contract as files, local, transfer as copying
+from sft.storage.contract import FileCopy
 from sft.storage.local import LocalStorage
 local.CHUNK = 1 << 14
 class Slow(files.Meter):
@@ -197,7 +197,7 @@ copying.Meter = Slow
 source, target = (LocalStorage(Path(p)) for p in sys.argv[1:])
 target.check_access(True)
 target.sweep()
-copying.transfer([Job(n, n, f.bytes) for n, f in source.list().items()], source, target, print)
+copying.transfer([FileCopy(n, n, f.bytes) for n, f in source.list().items()], source, target, print)
 """
 
 

@@ -98,8 +98,7 @@ def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
         log(f"step written: {config.parameters:,} parameters in fp32")
         report = check_step(folder, config, out, log)
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-        record = {"schema": manifest.SCHEMA, "step": 0, "outputs": manifest.describe(out, names)}
-        write_json(out / manifest.NAME, record)
+        manifest.StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names)).write(out / manifest.NAME)
         folder.close()
     return report
 

@@ -165,7 +165,7 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
                 continue
             records = [json.loads(line) for line in lines[-200:] if '"mfu"' in line]
             values = [r["mfu"] for r in records if isinstance(r.get("mfu"), float) and r["mfu"] > 0]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, SftError):
             continue
         if values:
             return median(values)
