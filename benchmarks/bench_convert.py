@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import model_config, step_config
-from sft.checkpoint.tensors import Tensors
 from sft.export.core import write_step
 from sft.model import hf
 from sft.recipe.presets import PRESETS, ModelConfig
@@ -91,7 +91,7 @@ def export(step: Path) -> dict[str, Any]:
     target.mkdir()
     made = hf.hf_config(config, vocab_size=VOCAB, max_position_embeddings=65536, dtype="bfloat16")
     began = time.monotonic()
-    write_weights(Tensors(step), config, VOCAB, target, "bfloat16", 5_000_000_000, lambda _: None)
+    write_weights(DcpReader(step), config, VOCAB, target, "bfloat16", 5_000_000_000, lambda _: None)
     write_json(target / "config.json", hf.config_json(made))
     return {"seconds": time.monotonic() - began, "peak": peak_gb()}
 
@@ -100,7 +100,7 @@ def gate(step: Path, every: bool) -> dict[str, Any]:
     """The gate's parts that grow with the model, one after the other in this process, as the stage runs them."""
     from sft.export.gate import check_logits, check_tensors, greedy_chats, sample_layers, trained_chats
 
-    config, weights, exported = model_config(step / "config.json"), Tensors(step), Folder(step / "model")
+    config, weights, exported = model_config(step / "config.json"), DcpReader(step), HfFolder(step / "model")
     layers = list(range(config.n_layers)) if every else sample_layers(config.n_layers)
     loaded = tokenizer(step)
     chats = trained_chats(loaded, TEMPLATE, config)

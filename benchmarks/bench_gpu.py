@@ -92,9 +92,9 @@ def loss_error(world: World) -> float:
             "label_ids": ids[1:],
         }
         with torch.no_grad():
-            wanted, _ = host(**batch, max_len=300, divisor=511.0)
+            wanted, _ = host(**batch, max_len=300, loss_denominator=511.0)
             moved = {key: value.to(device) for key, value in batch.items()}
-            found, _ = shard(near.to(device), world, "bf16")(**moved, max_len=300, divisor=511.0)
+            found, _ = shard(near.to(device), world, "bf16")(**moved, max_len=300, loss_denominator=511.0)
         worst = max(worst, abs(found.item() / wanted.item() - 1))
     return worst
 
@@ -254,7 +254,7 @@ def show(found: dict[str, Any]) -> str:
 
 def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
     """(name, result) of every check, in the order of the report."""
-    if world.leader and args.tests:
+    if world.is_rank0 and args.tests:
         yield "tests", tests()
     world.any(False)
     yield "attention_error", attention_error(world.device)
@@ -324,11 +324,11 @@ def main() -> None:
                 report["failed"].append(name)
             if isinstance(found, str) and found.startswith("FAILED"):
                 report["failed"].append(name)
-            if world.leader:
+            if world.is_rank0:
                 print(show(found) if isinstance(found, dict) else f"{name:12} {found}", flush=True)
     finally:
         world.close()
-    if world.leader:
+    if world.is_rank0:
         print(json.dumps(report))
     sys.exit(1 if report["failed"] or not report["models"] else 0)
 

@@ -17,8 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from sft.checkpoint import olmo_core, step_folder
-from sft.checkpoint.hf_folder import Folder
-from sft.checkpoint.tensors import Tensors, read_metadata
+from sft.checkpoint.dcp_reader import DcpReader, read_metadata
+from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.model import hf
@@ -26,7 +26,7 @@ from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World
 from sft.recipe.presets import ModelConfig, Yarn
 from sft.recipe.schema import Train
-from sft.training import base
+from sft.training import initial_weights
 from sft.training.optim import build_adamw
 
 CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, yarn=Yarn(factor=4.0, old_context=32))
@@ -65,7 +65,7 @@ def test_a_step_reads_back_bitwise(tmp_path: Path) -> None:
         assert torch.equal(a, b)
         for name in ("step", "exp_avg", "exp_avg_sq"):
             assert torch.equal(optimizer.state[a][name], other_optimizer.state[b][name])
-    tensors = Tensors(step)
+    tensors = DcpReader(step)
     assert set(tensors) == set(dict(model.named_parameters()))
     assert tensors.shape("embeddings.weight") == (128, 32)
     files = {str(p.relative_to(step)) for p in step.rglob("*") if p.is_file()}
@@ -105,7 +105,7 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> N
     assert (aside / file).is_file() == (how != "remove")
     assert [n for n, _ in step_folder.steps(tmp_path)] == [3]
     step_folder.mark_latest(save(tmp_path, 7))  # trained again: with two to keep, the damaged one takes no place
-    assert step_folder.retire(tmp_path, 2) == []
+    assert step_folder.prune(tmp_path, 2) == []
     (tmp_path / "step7" / "config.json").write_text("{}")
     assert step_folder.latest(tmp_path, ALONE, said.append) == good
     assert len(list(tmp_path.glob(".damaged-step7*"))) == 2
@@ -158,7 +158,7 @@ def test_a_metadata_pickle_runs_nothing(tmp_path: Path, payload: Any) -> None:
 
 def test_a_location_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
     step = save(tmp_path)
-    tensors = Tensors(step)
+    tensors = DcpReader(step)
     for info in tensors._storage.values():
         info.relative_path = "../../secret"
     with pytest.raises(SftError, match="unusable location"):
@@ -166,7 +166,7 @@ def test_a_location_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
-    tensors = Tensors(save(tmp_path))
+    tensors = DcpReader(save(tmp_path))
     with pytest.raises(SftError, match=r"shape \(128, 32\), the model wants \(64, 32\)"):
         tensors.read_into("embeddings.weight", torch.zeros(64, 32))
     with pytest.raises(SftError, match=r"no tensor model\.nothing"):
@@ -224,7 +224,7 @@ def test_weights_come_from_an_olmo_core_checkpoint_and_nothing_else_does(tmp_pat
     save_model_and_optim_state(tmp_path / "step1" / "model_and_optim", theirs, optimizer)
     model = Transformer(CONFIG)
     ours = build_adamw(model, Train(lr=1e-2))
-    said = base.initialise(model, CONFIG, tmp_path / "step1", 0)
+    said = initial_weights.initialise(model, CONFIG, tmp_path / "step1", 0)
     assert "OLMo-core checkpoint" in said
     found = dict(theirs.named_parameters())
     for name, parameter in model.named_parameters():
@@ -261,8 +261,8 @@ def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
         max_sequence_length=64,
         validate=False,
     )
-    folder = Folder(out)
-    ours = Tensors(step)
+    folder = HfFolder(out)
+    ours = DcpReader(step)
     rows = folder.config["vocab_size"]
     assert rows == 1024
     for name in folder:
@@ -283,7 +283,7 @@ def test_weights_come_from_a_hugging_face_folder(tmp_path: Path, rows: int) -> N
     described = hf.hf_config(CONFIG, vocab_size=rows, max_position_embeddings=64, dtype="float32")
     (tmp_path / "config.json").write_text(json.dumps(hf.config_json(described)))
     model = Transformer(CONFIG)
-    assert "Hugging Face folder" in base.initialise(model, CONFIG, tmp_path, 0)
+    assert "Hugging Face folder" in initial_weights.initialise(model, CONFIG, tmp_path, 0)
     for (name, a), b in zip(model.named_parameters(), source.parameters(), strict=True):
         kept = rows if name in hf.VOCAB_ROWS else len(b)
         assert torch.equal(a[:kept], b[:kept])
@@ -304,4 +304,4 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ephemeral=False,
     )
     with pytest.raises(SftError, match=r"lm_head.norm.weight holds values that are not finite"):
-        base.initialise(Transformer(CONFIG), CONFIG, step, 0)
+        initial_weights.initialise(Transformer(CONFIG), CONFIG, step, 0)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tiny_export
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export import convert, gate, write
 from sft.model import hf
@@ -286,7 +286,7 @@ def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:
 
     config = replace(OLMO3, yarn=None)
     folder, weights, *_ = export(tmp_path, config, Convert(dtype="float32"))
-    made = Folder(folder)
+    made = HfFolder(folder)
     theirs = convert_state_to_hf(
         hf.hf_config(config, vocab_size=384, max_position_embeddings=64, dtype="float32"), weights
     )

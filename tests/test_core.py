@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 import tiny_export
 from gcs_server import Server
 from sft.checkpoint import olmo_core
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
-from sft.checkpoint.tensors import Tensors
 from sft.common.errors import SftError
 from sft.export import core
 from sft.model import hf
@@ -105,7 +105,7 @@ def test_a_folder_becomes_a_step_that_olmo_core_loads_and_that_converts_back(
     model = TransformerConfig.from_dict(hf.read_json(base / "config.json")["model"]).build(init_device="cpu")
     load_model_and_optim_state(base / "model_and_optim", model)
     rows = hf.read_json(folder / "config.json")["vocab_size"]
-    for name, value in Tensors(step).items():
+    for name, value in DcpReader(step).items():
         found = model.state_dict()[name]
         kept = rows if name in hf.VOCAB_ROWS else len(value)
         assert torch.equal(found[:kept], value[:kept]) and not found[kept:].any(), name
@@ -120,7 +120,7 @@ def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypa
     core.to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", quiet)
     state = {"model": {name: torch.zeros(shape) for name, shape in hf.shapes(OLMO2).items()}}
     dcp.load(state, checkpoint_id=tmp_path / "step0" / "model_and_optim", no_dist=True)
-    weights = Folder(folder)
+    weights = HfFolder(folder)
     for name, value in state["model"].items():
         assert torch.equal(value[: weights.shape(name)[0]], weights[name])
 
@@ -148,7 +148,7 @@ def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
     found = model.state_dict()
     assert found["lm_head.w_out.weight"].data_ptr() == found["embeddings.weight"].data_ptr()
     rows = hf.read_json(tmp_path / "hf" / "config.json")["vocab_size"]
-    assert torch.equal(found["embeddings.weight"][:rows], Folder(tmp_path / "hf")["embeddings.weight"])
+    assert torch.equal(found["embeddings.weight"][:rows], HfFolder(tmp_path / "hf")["embeddings.weight"])
 
 
 def export(root: Path, config: ModelConfig) -> Path:
@@ -184,7 +184,7 @@ def test_a_missing_shard_is_named(step: Path) -> None:
 def test_a_flipped_byte_is_found_by_the_files_own_checksums(step: Path, place: float) -> None:
     file = next((step / "model_and_optim").glob("*.distcp"))
     data = bytearray(file.read_bytes())
-    entries = [i for k, i in Tensors(step)._storage.items() if "feed_forward.w" in k.fqn]
+    entries = [i for k, i in DcpReader(step)._storage.items() if "feed_forward.w" in k.fqn]
     at = entries[int(place * len(entries))]
     data[at.offset + at.length // 2] ^= 4
     file.write_bytes(data)

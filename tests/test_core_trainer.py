@@ -15,9 +15,9 @@ import torch
 
 import tiny_export
 from sft.checkpoint import olmo_core
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
-from sft.checkpoint.tensors import Tensors
 from sft.export import core
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
@@ -109,9 +109,9 @@ def test_other_families_steps_have_the_names_and_bits_of_their_state_converter(
 
     step = trained / name / "2" / "step2"
     export(step, tmp_path / "ours")
-    state = {key: value.bfloat16() for key, value in Tensors(step).items()}
+    state = {key: value.bfloat16() for key, value in DcpReader(step).items()}
     theirs = convert_state_to_hf(AutoConfig.from_pretrained(tmp_path / "ours"), state)
-    rows = Folder(tmp_path / "ours").config["vocab_size"]
+    rows = HfFolder(tmp_path / "ours").config["vocab_size"]
     theirs = {k: v[:rows] if k in ("model.embed_tokens.weight", "lm_head.weight") else v for k, v in theirs.items()}
     if MODELS[name].tied:
         assert torch.equal(theirs.pop("lm_head.weight"), theirs["model.embed_tokens.weight"])
@@ -144,7 +144,7 @@ def test_their_own_description_of_a_model_is_read_as_our_preset(tmp_path: Path, 
     made = getattr(TransformerConfig, theirs)(vocab_size=wanted.vocab_size).as_config_dict()
     (tmp_path / "config.json").write_text(json.dumps({"model": made}))
     found = olmo_core.model_config(tmp_path / "config.json")
-    scaled = ("yarn", "stepwise", "init_std")  # of a finetuned model's context, which a factory does not know
+    scaled = ("yarn", "llama3_rope", "init_std")  # of a finetuned model's context, which a factory does not know
 
     def plain(config: ModelConfig) -> ModelConfig:
         return replace(config, **{name: getattr(wanted, name) for name in scaled})

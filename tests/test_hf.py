@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.model import hf
 from sft.recipe.presets import PRESETS, ModelConfig, Yarn
@@ -22,7 +22,7 @@ TINY2 = replace(
     n_heads=4,
     n_kv_heads=2,
     head_dim=8,
-    hidden=48,
+    intermediate_size=48,
     vocab_size=256,
 )
 TINY3 = replace(TINY2, n_layers=4, window=8, yarn=Yarn(old_context=64))
@@ -44,8 +44,8 @@ def build(config: ModelConfig, vocab: int = 200) -> object:
         return AutoModelForCausalLM.from_config(made)
 
 
-QWEN3 = replace(PRESETS["qwen3-tiny"], n_layers=2, d_model=32, head_dim=16, hidden=48, vocab_size=256)
-LLAMA3 = replace(PRESETS["llama3-tiny"], n_layers=2, d_model=32, head_dim=8, hidden=48, vocab_size=256)
+QWEN3 = replace(PRESETS["qwen3-tiny"], n_layers=2, d_model=32, head_dim=16, intermediate_size=48, vocab_size=256)
+LLAMA3 = replace(PRESETS["llama3-tiny"], n_layers=2, d_model=32, head_dim=8, intermediate_size=48, vocab_size=256)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_a_folder_that_transformers_wrote_reads_back_under_our_names(
 ) -> None:
     model = build(config)
     model.save_pretrained(tmp_path, max_shard_size=shard)
-    weights = Folder(tmp_path)
+    weights = HfFolder(tmp_path)
     weights.check(config)
     state = dict(model.named_parameters())
     assert len(weights) == len(state)
@@ -132,16 +132,16 @@ def test_a_tied_head_that_is_there_twice_is_read_once(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, file)
-    Folder(tmp_path).check(QWEN3)
+    HfFolder(tmp_path).check(QWEN3)
 
 
 def test_a_folder_with_another_geometry_names_field_and_both_values(
     tmp_path: Path,
 ) -> None:
     build(TINY3).save_pretrained(tmp_path)
-    weights = Folder(tmp_path)
-    with pytest.raises(SftError, match=r"config.json: hidden: 48, the recipe's \[model\] says 64"):
-        weights.check(replace(TINY3, hidden=64))
+    weights = HfFolder(tmp_path)
+    with pytest.raises(SftError, match=r"config.json: intermediate_size: 48, the recipe's \[model\] says 64"):
+        weights.check(replace(TINY3, intermediate_size=64))
     with pytest.raises(SftError, match=r"vocab_size: 200, the recipe's \[model\] has 128 rows"):
         weights.check(replace(TINY3, vocab_size=128))
 
@@ -151,7 +151,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     victim = sorted(tmp_path.glob("model-*.safetensors"))[2]
     victim.unlink()
     with pytest.raises(SftError, match=victim.name):
-        Folder(tmp_path)
+        HfFolder(tmp_path)
 
 
 def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(SftError, match=r"model\.safetensors: not readable"):
-        Folder(tmp_path)
+        HfFolder(tmp_path)
 
 
 def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
     data["weight_map"]["lm_head.weight"] = "../../etc/model.safetensors"
     index.write_text(json.dumps(data))
     with pytest.raises(SftError, match="not the plain name"):
-        Folder(tmp_path)
+        HfFolder(tmp_path)
 
 
 def test_another_architecture_is_refused() -> None:

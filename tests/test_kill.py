@@ -87,7 +87,7 @@ MOMENTS = {
     "before the manifest": {"at": "sft.checkpoint.step_folder._write_json", "call": 6, "thread": "saving"},
     "between the rename and LATEST": {"at": "sft.checkpoint.step_folder.mark_latest", "call": 2, "thread": "saving"},
     "between LATEST and BEST": {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "thread": "saving"},
-    "before what is superfluous is renamed": {"at": "sft.checkpoint.step_folder.retire", "call": 3, "thread": "saving"},
+    "before what is superfluous is renamed": {"at": "sft.checkpoint.step_folder.prune", "call": 3, "thread": "saving"},
     "between two renames to the trash": {"at": "sft.checkpoint.step_folder.to_trash", "call": 2, "thread": "saving"},
     "in the middle of a removal": {"at": "os.unlink", "call": 4, "thread": "removing"},
 }  # fmt: skip

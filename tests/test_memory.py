@@ -16,14 +16,16 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from sft.common.errors import SftError
 from sft.model import attention
 from sft.model import model as modules
-from sft.model.memory import kept, layer_modes, plan, require
+from sft.model.memory import activation_bytes, layer_modes, plan, require
 from sft.model.model import Block, Transformer
 from sft.model.parallel import World, shard
 from sft.recipe.presets import PRESETS, ModelConfig
 from sft.recipe.schema import Hardware, Train
 from sft.training.optim import build_adamw, clip
 
-SMALL = ModelConfig(n_layers=4, d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, hidden=640, vocab_size=1024)
+SMALL = ModelConfig(
+    n_layers=4, d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, intermediate_size=640, vocab_size=1024
+)
 TOKENS = 1024
 
 
@@ -43,7 +45,7 @@ def inputs(tokens: int) -> dict[str, Any]:
         "max_len": tokens,
         "label_rows": torch.arange(tokens - 1),
         "label_ids": ids[1:],
-        "divisor": 1.0,
+        "loss_denominator": 1.0,
     }
 
 
@@ -74,7 +76,7 @@ def test_a_layer_keeps_the_bytes_that_the_plan_says(mode: str, family: dict[str,
         return int(found["Total"]) - sum(p.numel() * p.element_size() for p in model.parameters())
 
     width = 2 if dtype == torch.bfloat16 else 4
-    wanted = kept(config, TOKENS, mode, width, Hardware(compile="never"))
+    wanted = activation_bytes(config, TOKENS, mode, width, Hardware(compile="never"))
     if mode == "none":  # the CPU's loop over documents joins their outputs in a new tensor
         wanted += width * TOKENS * SMALL.n_heads * SMALL.head_dim
     assert (alive(5) - alive(2)) / 3 == pytest.approx(wanted, rel=0.001)
@@ -102,7 +104,9 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
         block(x, (table, table), torch.empty(64, dtype=torch.int32), TOKENS)
     for held in (*block.parameters(), table):
         saved.pop(held.untyped_storage()._cdata, None)
-    assert kept(config, TOKENS, "none", 2, Hardware(compile="always")) == pytest.approx(sum(saved.values()), rel=0.001)
+    assert activation_bytes(config, TOKENS, "none", 2, Hardware(compile="always")) == pytest.approx(
+        sum(saved.values()), rel=0.001
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -22,10 +22,10 @@ from sft.model.hf import family, hf_config, shapes
 from sft.model.memory import layer_modes
 from sft.model.model import Block, Transformer, compile_blocks, initial_values, inverse_frequencies
 from sft.model.parallel import World, shard
-from sft.recipe.presets import PRESETS, ModelConfig, Stepwise, Yarn, resolve
+from sft.recipe.presets import PRESETS, Llama3Rope, ModelConfig, Yarn, resolve
 from sft.recipe.schema import Model
 
-TINY = ModelConfig(n_layers=4, d_model=48, n_heads=4, n_kv_heads=4, head_dim=12, hidden=80, vocab_size=96)
+TINY = ModelConfig(n_layers=4, d_model=48, n_heads=4, n_kv_heads=4, head_dim=12, intermediate_size=80, vocab_size=96)
 QWEN = replace(TINY, rope_theta=1e6, prenorm=True, qk_norm="head")
 LLAMA = replace(TINY, norm_eps=1e-5, prenorm=True, qk_norm="")
 CONFIGS = {
@@ -38,7 +38,7 @@ CONFIGS = {
     "olmo2 yarn": replace(TINY, yarn=Yarn(factor=4.0, beta_fast=16.0, beta_slow=2.0, old_context=40)),
     "qwen3": replace(QWEN, n_kv_heads=2),
     "qwen3 tied, head_dim": replace(QWEN, head_dim=16, tied=True),
-    "llama3": replace(LLAMA, n_kv_heads=1, stepwise=Stepwise(factor=8.0, old_context=64)),
+    "llama3": replace(LLAMA, n_kv_heads=1, llama3_rope=Llama3Rope(factor=8.0, old_context=64)),
     "llama3 tied, unscaled": replace(LLAMA, tied=True),
 }
 
@@ -79,7 +79,7 @@ def compare(model: Transformer, logits: Tensor, document: Tensor, theirs: dict[s
     wanted = F.cross_entropy(logits[:-1], labels)
     wanted.backward()
     rows = torch.arange(len(labels))
-    loss, _ = model(**packed(document), label_rows=rows, label_ids=labels, divisor=float(len(labels)))
+    loss, _ = model(**packed(document), label_rows=rows, label_ids=labels, loss_denominator=float(len(labels)))
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -130,7 +130,7 @@ def test_a_packed_document_gives_bitwise_what_it_gives_alone_in_a_row_of_the_sam
         for row in (documents, [*nothing[:i], document, *nothing[i + 1 :]]):
             with torch.no_grad():
                 logits, _ = model(**packed(*row))
-            labels = {"label_rows": rows, "label_ids": document[1:], "divisor": float(len(rows))}
+            labels = {"label_rows": rows, "label_ids": document[1:], "loss_denominator": float(len(rows))}
             loss, losses = model(**packed(*row), **labels)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             found.append((logits[start : start + len(document)], loss, losses, *gradients, logits))
@@ -182,7 +182,7 @@ def gradients(model: Transformer) -> list[Tensor]:
     documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
     rows = torch.arange(0, 100, 3)
     labels = torch.cat(documents)[rows + 1]
-    loss, _ = model(**packed(*documents), label_rows=rows, label_ids=labels, divisor=float(len(rows)))
+    loss, _ = model(**packed(*documents), label_rows=rows, label_ids=labels, loss_denominator=float(len(rows)))
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -243,7 +243,7 @@ def test_the_fields_of_a_recipe_change_the_model_that_they_name() -> None:
     assert resolved("olmo2-7b", rope_theta=8e6).rope_theta == 8e6
     assert resolved("olmo3-7b", window=0).windows == (0,) * 32
     assert resolved("olmo3-7b", window=100).windows[:4] == (100, 100, 100, 0)
-    assert resolved("qwen3-8b", n_layers=2).prenorm and resolved("llama3.1-8b").stepwise == Stepwise()
+    assert resolved("qwen3-8b", n_layers=2).prenorm and resolved("llama3.1-8b").llama3_rope == Llama3Rope()
     wide = resolved("olmo2-tiny", init_std=0.1, vocab_size=256)
     values = dict(initial_values(Transformer(wide), wide.init_std, 0))
     assert values["lm_head.w_out.weight"].std().item() == pytest.approx(0.0987, rel=0.02)  # cut at three deviations
@@ -354,7 +354,7 @@ def test_sharded_bf16_follows_fp32_on_the_host(name: str, device: str, compiled:
     documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
     rows = torch.arange(0, 100, 3)
     labels = torch.cat(documents)[rows + 1]
-    batch = packed(*documents) | {"label_rows": rows, "label_ids": labels, "divisor": float(len(rows))}
+    batch = packed(*documents) | {"label_rows": rows, "label_ids": labels, "loss_denominator": float(len(rows))}
     loss, _ = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     loss.backward()
     for parameter, b in zip(model.parameters(), wanted, strict=True):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import training
-from sft.checkpoint.step_folder import Tensors
+from sft.checkpoint.step_folder import DcpReader
 from sft.recipe.schema import Train
 from sft.training.optim import Guard, build_adamw, clip, learning_rate
 from training import run_folder
@@ -165,7 +165,7 @@ def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tm
 
     def moved(folder: Path) -> float:
         name = "blocks.0.feed_forward.w1.weight"
-        first, last = (Tensors(folder / "train" / f"step{n}")[name] for n in (1, 3))
+        first, last = (DcpReader(folder / "train" / f"step{n}")[name] for n in (1, 3))
         return float((last - first).abs().max())
 
     # Gradients far below AdamW's epsilon move nothing; unclipped, every step moves by about the rate.

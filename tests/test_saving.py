@@ -75,8 +75,8 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     # The next save reuses the memory of the copy, and holds the new weights.
     beside.begin(4, model, optimizer, {}, ephemeral=False)
     beside.close()
-    assert torch.equal(step_folder.Tensors(tmp_path / "step4")["lm_head.w_out.weight"], model.lm_head.w_out.weight)
-    assert torch.equal(step_folder.Tensors(tmp_path / "step3")["lm_head.w_out.weight"], before)
+    assert torch.equal(step_folder.DcpReader(tmp_path / "step4")["lm_head.w_out.weight"], model.lm_head.w_out.weight)
+    assert torch.equal(step_folder.DcpReader(tmp_path / "step3")["lm_head.w_out.weight"], before)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -138,17 +138,17 @@ def names(out: Path) -> list[int]:
 def test_retention_keeps_the_newest_and_whatever_latest_or_best_names(tmp_path: Path) -> None:
     for step, ephemeral in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False)):
         save(tmp_path, step, ephemeral=ephemeral)
-    assert step_folder.retire(tmp_path, 2) == []  # nothing is named the latest: nothing is superfluous
+    assert step_folder.prune(tmp_path, 2) == []  # nothing is named the latest: nothing is superfluous
     step_folder.mark_latest(tmp_path / "step6")
     assert step_folder.mark_best(tmp_path, 2, "validation_loss", 1.5, higher_is_better=False)
-    doomed = step_folder.retire(tmp_path, 2)
+    doomed = step_folder.prune(tmp_path, 2)
     assert names(tmp_path) == [2, 4, 6]
     assert sorted(p.name[:12] for p in doomed) == [".trash-step1", ".trash-step3", ".trash-step5"]
     assert step_folder.mark_best(tmp_path, 4, "validation_loss", 1.0, higher_is_better=False)
-    step_folder.retire(tmp_path, 1)
+    step_folder.prune(tmp_path, 1)
     assert names(tmp_path) == [4, 6]
     step_folder.mark_latest(tmp_path / "step4")  # a resume from an older step: a later one is not older than it
-    step_folder.retire(tmp_path, 1)
+    step_folder.prune(tmp_path, 1)
     assert names(tmp_path) == [4, 6]
     step_folder.latest(tmp_path, ALONE, print)
     assert not list(tmp_path.glob(".trash-*"))
@@ -172,7 +172,7 @@ def test_an_ephemeral_step_goes_when_a_newer_one_is_whole(tmp_path: Path) -> Non
     for step, ephemeral in ((1, True), (2, False), (3, True), (4, True)):
         save(tmp_path, step, ephemeral=ephemeral)
     step_folder.mark_latest(tmp_path / "step4")
-    step_folder.retire(tmp_path, 0)
+    step_folder.prune(tmp_path, 0)
     assert names(tmp_path) == [2, 4]
 
 
@@ -181,7 +181,7 @@ def test_a_step_that_was_not_finished_counts_for_nothing_in_retention(tmp_path: 
         save(tmp_path, step)
     (tmp_path / "step2" / "manifest.json").unlink()
     step_folder.mark_latest(tmp_path / "step3")
-    step_folder.retire(tmp_path, 2)
+    step_folder.prune(tmp_path, 2)
     assert names(tmp_path) == [1, 2, 3]
 
 

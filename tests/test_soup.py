@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from sft.checkpoint import olmo_core, step_folder
-from sft.checkpoint.tensors import Tensors
+from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.files import hash_file
 from sft.export import soup
 from sft.model.model import Transformer
-from sft.training import base
+from sft.training import initial_weights
 from test_checkpoint import ALONE, CONFIG, FACTS, core_model, trained
 
 
@@ -37,12 +37,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def made(runs: Path, target: Path, words: list[str], *options: str) -> dict[str, np.ndarray]:
     soup.main([str(target), *words, "--run", "a", "--runs", str(runs), *options])
-    return {name: value.numpy() for name, value in Tensors(target).items()}
+    return {name: value.numpy() for name, value in DcpReader(target).items()}
 
 
 def parts(runs: Path) -> list[dict[str, np.ndarray]]:
     folders = ("a/train/step100", "a/train/step200", "b/train/step300")
-    return [{n: v.numpy() for n, v in Tensors(runs / folder).items()} for folder in folders]
+    return [{n: v.numpy() for n, v in DcpReader(runs / folder).items()} for folder in folders]
 
 
 def test_the_soup_is_numpys_mean_of_every_tensor(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,11 +74,13 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
     listed = json.loads((runs / "a" / "train" / "step100" / "manifest.json").read_text())["outputs"]
     assert said[0]["files"] == listed
     model = Transformer(CONFIG)
-    assert "OLMo-core checkpoint" in base.initialise(model, CONFIG, tmp_path / "soup", 0)
+    assert "OLMo-core checkpoint" in initial_weights.initialise(model, CONFIG, tmp_path / "soup", 0)
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name])
     digest = hash_file(tmp_path / "soup" / "tokenizer" / "tokenizer.json")
-    assert base.check_tokenizer(tmp_path, {**FACTS, "tokenizer": {"sha256": digest}}, tmp_path / "soup") == ""
+    assert (
+        initial_weights.check_tokenizer(tmp_path, {**FACTS, "tokenizer": {"sha256": digest}}, tmp_path / "soup") == ""
+    )
     theirs = core_model()
     from olmo_core.distributed.checkpoint import load_model_and_optim_state
 
@@ -89,14 +91,14 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
 
 def test_memory_stays_that_of_a_few_rows(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    rows = Tensors.rows
+    rows = DcpReader.rows
 
-    def counted(self: Tensors, name: str, start: int, stop: int) -> Any:
+    def counted(self: DcpReader, name: str, start: int, stop: int) -> Any:
         value = rows(self, name, start, stop)
         asked.append(value.numel() * 4)
         return value
 
-    monkeypatch.setattr(Tensors, "rows", counted)
+    monkeypatch.setattr(DcpReader, "rows", counted)
     monkeypatch.setattr("sft.export.core._CHUNK", 2000)
     monkeypatch.setattr("sft.export.rows._PIECE_ELEMENTS", 500)
     made(runs, tmp_path / "soup", ["100", "200"])
@@ -113,7 +115,7 @@ def refused(match: str, runs: Path, target: Path, *arguments: str) -> None:
 def test_what_cannot_be_averaged_is_refused(runs: Path, tmp_path: Path) -> None:
     target = tmp_path / "soup"
     other = tmp_path / "other" / "train"
-    step(other, 1, 4, replace(CONFIG, hidden=64))
+    step(other, 1, 4, replace(CONFIG, intermediate_size=64))
     step(other, 2, 4, replace(CONFIG, window=16))
     twin = step(tmp_path / "twin" / "train", 3, 4, tokenizer='{"other": 1}')
     narrow = f"{other}/step1"

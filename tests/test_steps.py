@@ -1,4 +1,4 @@
-"""sft.packing.steps: every step's packs and divisor are known in advance; what cannot be trained is refused with numbers."""
+"""sft.packing.steps: every step's packs and loss denominator are known in advance; what cannot be trained is refused with numbers."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ import torch
 
 import training
 from sft.checkpoint import olmo_core, step_folder
-from sft.checkpoint.tensors import Tensors
+from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
 from sft.recipe.schema import Hardware, Train
-from sft.training import base, metrics
+from sft.training import initial_weights, metrics
 from sft.training import train as train_module
 from sft.training.stopwatch import Stopwatch
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
@@ -81,7 +81,7 @@ def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_onl
         assert described["last_batch_packs"] == 1  # of four: three of four ranks have no label
         results.append(here)
     steps = len(records(results[0]))
-    weights = [dict(Tensors(r / "train" / f"step{steps}")) for r in results]
+    weights = [dict(DcpReader(r / "train" / f"step{steps}")) for r in results]
     for result, found in zip(results[1:], weights[1:], strict=True):
         for ours, theirs in zip(records(result), records(results[0]), strict=True):
             assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
@@ -177,7 +177,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last
     assert "last good checkpoint: " + str(folder / "train" / "step") in out
     assert "SKIPPED" in out
     for _, step in step_folder.steps(folder / "train"):
-        assert all(value.isfinite().all() for value in Tensors(step).values())
+        assert all(value.isfinite().all() for value in DcpReader(step).values())
     bad = [r for r in records(folder) if r.get("skipped")]
     assert len(bad) == 4
     assert {"nan", "inf"} & set(bad[-1]["sources"].values())
@@ -217,9 +217,9 @@ def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path,
     train(first, lr=1e-2)
     step = first / "train" / "step12"
     train(folder, base=str(step), steps=1, lr=1e-9, warmup_fraction=0.0)
-    ours, theirs = Tensors(folder / "train" / "step1"), Tensors(step)
+    ours, theirs = DcpReader(folder / "train" / "step1"), DcpReader(step)
     assert all(torch.allclose(ours[k], theirs[k], atol=1e-7) for k in theirs)
-    moments = Tensors(folder / "train" / "step1", "optim.state.")
+    moments = DcpReader(folder / "train" / "step1", "optim.state.")
     assert moments["lm_head.norm.weight.step"].item() == 1
     group = records(folder)[0]
     assert group["lr"] == 1e-9
@@ -233,17 +233,17 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     (other / "tokenizer.json").write_text('{"version": "2.0"}')
     facts = json.loads((folder / "dataset" / "dataset.json").read_text())
     with pytest.raises(SftError) as error:
-        base.check_tokenizer(folder / "dataset", facts, other)
+        initial_weights.check_tokenizer(folder / "dataset", facts, other)
     assert facts["tokenizer"]["sha256"] in str(error.value)
-    assert base.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
+    assert initial_weights.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
     shutil.copy(folder / "dataset" / "data" / "tokenizer" / "tokenizer.json", other)
-    assert base.check_tokenizer(folder / "dataset", facts, other) == ""
-    assert base.check_tokenizer(folder / "dataset", facts, None) == ""
+    assert initial_weights.check_tokenizer(folder / "dataset", facts, other) == ""
+    assert initial_weights.check_tokenizer(folder / "dataset", facts, None) == ""
     (other / "tokenizer.json").unlink()
     with pytest.raises(SftError, match="could not be proven") as error:
-        base.check_tokenizer(folder / "dataset", facts, other)
+        initial_weights.check_tokenizer(folder / "dataset", facts, other)
     assert facts["tokenizer"]["sha256"] in str(error.value)
-    assert "could not be proven" in base.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
+    assert "could not be proven" in initial_weights.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
     size, end = facts["vocab_size"], facts["eos_id"]
     for said, field in (
         ({"vocab_size": size + 8, "eos_token_id": [7, end]}, ""),  # Hugging Face pads the embedding
@@ -254,15 +254,17 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     ):
         (other / "config.json").write_text(json.dumps(said))
         if not field:
-            assert "could not be proven" in base.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
+            assert "could not be proven" in initial_weights.check_tokenizer(
+                folder / "dataset", facts, other, unchecked=True
+            )
             continue
         with pytest.raises(SftError, match=field):  # what is known to differ is refused in any case
-            base.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
+            initial_weights.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
 
 
 def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) -> None:
     train(folder, precision="bf16", steps=8, lr=1e-2)
-    step = Tensors(folder / "train" / "step8")
+    step = DcpReader(folder / "train" / "step8")
     assert {step.dtype(n) for n in step} == {torch.float32}
     exact = run_folder(folder / "exact", dataset)
     train(exact, steps=8, lr=1e-2)
@@ -294,11 +296,11 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     described = olmo_core.step_config(replace(config, window=16), {})
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
-        base._check_core_config(tmp_path, config)
+        initial_weights._check_core_config(tmp_path, config)
     (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, {})))
-    base._check_core_config(tmp_path, config)
+    initial_weights._check_core_config(tmp_path, config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
-        base.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
+        initial_weights.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
 
 
 def test_deterministic_turns_on_what_torch_cublas_and_nccl_have(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,10 +356,10 @@ def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
 def test_a_gpu_in_bf16_compiles_where_it_can(
     monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, precision: str, lacking: str, settled: str
 ) -> None:
-    monkeypatch.setattr(train_module, "lacking_compiler", lambda: lacking)
+    monkeypatch.setattr(train_module, "missing_compiler", lambda: lacking)
     recipe = types.SimpleNamespace(train=Train(precision=precision))
     stage: Any = types.SimpleNamespace(hardware=Hardware(compile=wanted), recipe=recipe)
-    hardware, why = train_module.settle_compile(stage, World(0, 1, 0, torch.device(device)))
+    hardware, why = train_module.resolve_compile(stage, World(0, 1, 0, torch.device(device)))
     assert hardware == Hardware(compile=settled)
     assert why == (lacking if (wanted, device) == ("auto", "cuda") else "")
 
@@ -368,15 +370,15 @@ def test_what_a_compiler_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(model_module.shutil, "which", lambda name: name if name in found else None)
     monkeypatch.setattr(model_module.os.path, "exists", lambda path: "Python.h" in found)
     monkeypatch.delenv("CC", raising=False)
-    assert model_module.lacking_compiler().endswith("Python.h")
+    assert model_module.missing_compiler().endswith("Python.h")
     found.add("Python.h")
-    assert model_module.lacking_compiler() == ""
+    assert model_module.missing_compiler() == ""
     found.remove("gcc")
-    assert model_module.lacking_compiler() == "a C compiler"
+    assert model_module.missing_compiler() == "a C compiler"
     monkeypatch.setenv("CC", "zig cc")
-    assert model_module.lacking_compiler() == ""
+    assert model_module.missing_compiler() == ""
     found.remove("triton")
-    assert model_module.lacking_compiler() == "the package triton"
+    assert model_module.missing_compiler() == "the package triton"
 
 
 @pytest.mark.gpu

@@ -16,10 +16,14 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-OLMO2 = replace(PRESETS["olmo2-tiny"], n_layers=2, d_model=64, n_kv_heads=2, head_dim=16, hidden=96, vocab_size=384)
+OLMO2 = replace(
+    PRESETS["olmo2-tiny"], n_layers=2, d_model=64, n_kv_heads=2, head_dim=16, intermediate_size=96, vocab_size=384
+)
 OLMO3 = replace(OLMO2, n_layers=5, window=48, rope_theta=8e6, yarn=Yarn(old_context=64))
-QWEN3 = replace(PRESETS["qwen3-tiny"], n_layers=2, d_model=64, head_dim=16, hidden=96, vocab_size=384)  # tied
-LLAMA3 = replace(PRESETS["llama3-tiny"], n_layers=2, d_model=64, head_dim=16, hidden=96, vocab_size=384)
+QWEN3 = replace(
+    PRESETS["qwen3-tiny"], n_layers=2, d_model=64, head_dim=16, intermediate_size=96, vocab_size=384
+)  # tied
+LLAMA3 = replace(PRESETS["llama3-tiny"], n_layers=2, d_model=64, head_dim=16, intermediate_size=96, vocab_size=384)
 _LINES = [
     "What is the capital of France? The capital of France is Paris.",
     "And how much is 17 plus 25? 17 plus 25 is 42. Name three primary colours. Red, yellow and blue.",

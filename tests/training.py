@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from published import publish
-from sft.checkpoint.step_folder import Tensors
+from sft.checkpoint.step_folder import DcpReader
 from sft.data.dataset import DatasetWriter
 from sft.recipe import schema
 from sft.training import metrics
@@ -137,12 +137,12 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
     try:
         stage = FakeStage(folder, Path(base) if base else None, fields.pop("hardware", None), **fields)
         result = train_stage(stage, world, lambda: bool(asked))  # type: ignore[arg-type]
-        if world.leader:
+        if world.is_rank0:
             (folder / "result.json").write_text(json.dumps(result.metrics))
     except Requeue:
         return REQUEUE
     except SftError as error:
-        if world.leader or not isinstance(error, SharedError):
+        if world.is_rank0 or not isinstance(error, SharedError):
             print(f"[train] error: {error}", flush=True)
         return 1
     finally:
@@ -207,7 +207,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
             found[step] = {**grads, "loss": world.sum(loss)}
             run.model.zero_grad(set_to_none=True)
         every = world.gather(labels)
-        if world.leader:
+        if world.is_rank0:
             torch.save({"steps": found, "labels": every, "reductions": reductions}, folder / "gradients.pt")
     finally:
         world.close()
@@ -308,7 +308,7 @@ def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
 
 
 def tensors(step: Path) -> dict[str, torch.Tensor]:
-    return dict(Tensors(step)) | {f"optim {k}": v for k, v in Tensors(step, "optim.state.").items()}
+    return dict(DcpReader(step)) | {f"optim {k}": v for k, v in DcpReader(step, "optim.state.").items()}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:

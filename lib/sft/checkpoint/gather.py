@@ -25,7 +25,7 @@ from sft.model.parallel import World
 PIECE = 64 << 20  # bytes sent at once
 
 
-def bring_together(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:
+def gather_files(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:
     """`described`: per rank the manifest entries of its files under `work`. Returns whether this rank's were sent away.
     Raises SharedError on every rank when a file did not arrive as it was written."""
     if world.size == 1:
@@ -36,7 +36,7 @@ def bring_together(work: Path, described: Sequence[Sequence[Output]], world: Wor
         for entry in entries:
             if world.rank == rank:
                 _send(work / entry.path, entry.bytes, world)
-            elif world.leader and (problem := _receive(work / entry.path, entry, rank, world)):
+            elif world.is_rank0 and (problem := _receive(work / entry.path, entry, rank, world)):
                 failures.append(problem)
 
     def told() -> None:

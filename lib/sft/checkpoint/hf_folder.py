@@ -2,7 +2,7 @@
 
 In: a folder with config.json and safetensors, in one file or in several with an index. Out: tensors under our names.
 
-    weights = Folder(path)                                     # checks that every shard the index names is there
+    weights = HfFolder(path)                                     # checks that every shard the index names is there
     weights.check(config)                                      # every tensor once, with its shape
     weights["blocks.0.attention.w_q.weight"]                   # one tensor
     weights.rows("embeddings.weight", 100, 200)                # a piece of one
@@ -22,10 +22,10 @@ from typing import BinaryIO
 
 import torch
 
-from sft.checkpoint.tensors import read_values
+from sft.checkpoint.dcp_reader import read_values
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.recipe.presets import ModelConfig
+from sft.recipe.presets import ModelConfig, recipe_field
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -38,7 +38,7 @@ class _Place:
     dtype: torch.dtype
 
 
-class Folder(Mapping[str, torch.Tensor]):
+class HfFolder(Mapping[str, torch.Tensor]):
     """The weights of a Hugging Face folder under our names."""
 
     def __init__(self, path: Path) -> None:
@@ -108,18 +108,18 @@ class Folder(Mapping[str, torch.Tensor]):
             "n_heads",
             "n_kv_heads",
             "head_dim",
-            "hidden",
+            "intermediate_size",
             "window",
             "rope_theta",
             "norm_eps",
-            "stepwise",
+            "llama3_rope",
             "tied",
         )
         for name in names:
             if getattr(found, name) != getattr(config, name):
                 raise SftError(
                     f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "
-                    f"{getattr(config, name)}; correct [model] {name}"
+                    f"{getattr(config, name)}; correct [model] {recipe_field(name)}"
                 )
         vocab = found.vocab_size
         if vocab > config.vocab_size:
@@ -127,7 +127,9 @@ class Folder(Mapping[str, torch.Tensor]):
                 f"{self.path / 'config.json'}: vocab_size: {vocab}, the recipe's [model] has {config.vocab_size} rows; "
                 f"set vocab_size = {vocab}"
             )
-        hf.check_shapes({name: self.shape(name) for name in hf.once(self, found)}, hf.shapes(found), str(self.path))
+        hf.check_shapes(
+            {name: self.shape(name) for name in hf.without_tied_head(self, found)}, hf.shapes(found), str(self.path)
+        )
 
     def close(self) -> None:
         self._stack.close()

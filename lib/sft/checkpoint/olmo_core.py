@@ -8,7 +8,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.recipe.presets import ModelConfig, Stepwise, Yarn
+from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
 
 def core_layers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -46,13 +46,13 @@ def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]
 
     def block(layer: int | None) -> dict[str, Any]:
         rope: dict[str, Any] = {"name": "default", "theta": _whole(config.rope_theta), "full_precision": True}
-        if config.stepwise:
+        if config.llama3_rope:
             rope["scaling"] = {
                 "_CLASS_": "olmo_core.nn.rope.StepwiseRoPEScalingConfig",
-                "factor": config.stepwise.factor,
-                "low_freq_proportion": 1 - 1 / config.stepwise.low,
-                "high_freq_proportion": 1 / config.stepwise.high,
-                "old_context_len": config.stepwise.old_context,
+                "factor": config.llama3_rope.factor,
+                "low_freq_proportion": 1 - 1 / config.llama3_rope.low,
+                "high_freq_proportion": 1 / config.llama3_rope.high,
+                "old_context_len": config.llama3_rope.old_context,
             }
         if config.yarn and layer is not None:
             rope["scaling"] = {
@@ -81,7 +81,7 @@ def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]
                 "force_full_attention_on_first_layer": False,
                 "force_full_attention_on_last_layer": False,
             }
-        feed_forward = {"name": "default", "hidden_size": config.hidden, "bias": False, "dtype": "float32"}
+        feed_forward = {"name": "default", "hidden_size": config.intermediate_size, "bias": False, "dtype": "float32"}
         return {
             "name": "default" if config.prenorm else "reordered_norm",
             "sequence_mixer": mixer,
@@ -136,7 +136,7 @@ def model_config(file: Path) -> ModelConfig:
             n_heads=heads,
             n_kv_heads=int(mixer.get("n_kv_heads") or heads),
             head_dim=int(mixer.get("head_dim") or int(model["d_model"]) // heads),
-            hidden=int(block["feed_forward"]["hidden_size"]),
+            intermediate_size=int(block["feed_forward"]["hidden_size"]),
             vocab_size=int(model["vocab_size"]),
             window=max(0, *(layer["window"] for layer in layers)),
             rope_theta=float(rope.get("theta", 500_000)),
@@ -176,5 +176,5 @@ def _scaling(said: Mapping[str, Any] | None) -> dict[str, Any]:
         return {"yarn": Yarn(factor, float(said["beta_fast"]), float(said["beta_slow"]), old)}
     if "low_freq_proportion" in said:
         low, high = 1 / (1 - float(said["low_freq_proportion"])), 1 / float(said["high_freq_proportion"])
-        return {"stepwise": Stepwise(factor, round(low, 9), round(high, 9), old)}
-    raise ValueError(f"rope scaling {said.get('_CLASS_')!r} is neither YaRN nor stepwise")
+        return {"llama3_rope": Llama3Rope(factor, round(low, 9), round(high, 9), old)}
+    raise ValueError(f"rope scaling {said.get('_CLASS_')!r} is neither YaRN nor llama3_rope")

@@ -10,7 +10,7 @@
 
 In:  a model and optimizer (plain or sharded), the training folder.
 Out: `save` writes into `.saving-stepN` and renames (beside training: sft.training.saving); `latest` finds the newest step
-     whose bytes are what its manifest says; `restore` loads it for any number of ranks (sft.checkpoint.tensors reads the
+     whose bytes are what its manifest says; `restore` loads it for any number of ranks (sft.checkpoint.dcp_reader reads the
      shards); `mark_best` names the best step in BEST.
 
 Pickled scalars (`optim.param_groups`) are written for OLMo-core and never read.
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from sft.checkpoint import gather
-from sft.checkpoint.tensors import Tensors
+from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.direct_io import BulkFile
 from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
@@ -144,7 +144,7 @@ def save(
             torch.save(dict(train_state), f)
             f.flush()
             os.fsync(f.fileno())
-        if world.leader:
+        if world.is_rank0:
             _write_json(work / "config.json", config)
             _write_json(work / ".metadata.json", {"ephemeral": ephemeral, "version": LAYOUT_VERSION})
         return []
@@ -152,7 +152,7 @@ def save(
     def describe() -> tuple[Output, ...]:
         mine = [f"train/rank{world.rank}.pt"]
         mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
-        mine += ["config.json", ".metadata.json", "model_and_optim/.metadata"] if world.leader else []
+        mine += ["config.json", ".metadata.json", "model_and_optim/.metadata"] if world.is_rank0 else []
         return manifest.describe(
             work, sorted(mine), {f"model_and_optim/{n}": h for n, h in writer.files.hashes.items()}
         )
@@ -175,7 +175,7 @@ def save(
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
             dcp.save(dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized())
         described = world.on_all_ranks(describe)
-        sent = gather.bring_together(work, described, world)
+        sent = gather.gather_files(work, described, world)
         world.on_rank0(publish)
         if sent:
             gather.forget(work)
@@ -184,7 +184,7 @@ def save(
         tensors = [value for value in entries if isinstance(value, Tensor)]
         # And about 2 kB around every stored entry.
         need = sum(t.numel() * t.element_size() for t in tensors) + 2000 * len(entries)
-        if world.leader:
+        if world.is_rank0:
             shutil.rmtree(work, ignore_errors=True)
         raise SharedError(
             f"{final}: could not be saved ({_reason(error)}); a step needs about {need:,} bytes there; earlier steps are"
@@ -220,12 +220,12 @@ def is_ephemeral(step: Path) -> bool:
 def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """The newest step folder that is whole. Others are passed over with a warning that says why: one whose bytes are not
     what its manifest says is renamed to .damaged-stepN, so that it counts among no steps; nothing of it is removed."""
-    for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.leader else ():
+    for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.is_rank0 else ():
         shutil.rmtree(leftover, ignore_errors=True)
     for _, step in reversed(world.on_rank0(lambda: steps(out))):
         problems = [line for part in world.on_all_ranks(partial(damage, step, world)) for line in part]
         if not problems:
-            if world.leader:
+            if world.is_rank0:
                 mark_latest(step)  # a kill may have come between a step's rename and its name
             return Path(step)
         now = world.on_rank0(partial(set_aside, step))
@@ -234,7 +234,7 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
             + (f"; it is {now} now" if now != step else "")
         )
-    if world.leader:
+    if world.is_rank0:
         (out / "LATEST").unlink(missing_ok=True)
     return None
 
@@ -271,7 +271,7 @@ def damage(step: Path, world: World | None = None) -> list[str]:
 
 def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Loads weights and moments from a whole step folder, for any number of ranks; returns this rank's train state."""
-    weights, moments = Tensors(step), Tensors(step, "optim.state.")
+    weights, moments = DcpReader(step), DcpReader(step, "optim.state.")
     for name, parameter in model.named_parameters():
         weights.read_into(name, parameter)
     for name, tensor in optimizer_tensors(model, optimizer).items():
@@ -344,7 +344,7 @@ def to_trash(folder: Path) -> Path:
     return doomed
 
 
-def retire(out: Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
+def prune(out: Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
     """Moves to the trash what the newest whole step (LATEST) makes superfluous, and returns where it lies: older ephemeral
     steps, and permanent ones beyond the newest `keep` (0 = all stay). What LATEST or BEST names, or `spare` holds, stays in any case."""
     with steps_lock(out):

@@ -67,7 +67,7 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
         if not waiting:
             time.sleep(pause)
     if trained(stage)():  # what was held for this
-        for doomed in step_folder.retire(stage.out, stage.recipe.train.keep):
+        for doomed in step_folder.prune(stage.out, stage.recipe.train.keep):
             shutil.rmtree(doomed, ignore_errors=True)
     if failed:
         raise SftError(
@@ -159,7 +159,7 @@ def score(record: Mapping[str, Any], options: Evaluate) -> tuple[str, float, boo
 
 def export(stage: Stage, step: Path, target: Path) -> None:
     """The step as a Hugging Face folder that has passed the fast gate."""
-    from sft.checkpoint.tensors import Tensors
+    from sft.checkpoint.dcp_reader import DcpReader
     from sft.export import convert, gate, write
     from sft.model.hf import read_json
 
@@ -173,7 +173,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     def quiet(_: str) -> None:
         pass
 
-    weights = Tensors(step)
+    weights = DcpReader(step)
     try:
         write.export(weights, config, facts, tokenizer, target, options, template, quiet)
         gate.check(target, weights, config, facts, trained, options, quiet)

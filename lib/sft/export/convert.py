@@ -18,7 +18,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft.checkpoint.tensors import Tensors
+from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.model import hf
 from sft.recipe.presets import ModelConfig, resolve
@@ -39,7 +39,7 @@ def convert(stage: Stage) -> Result:
     facts = hf.read_json(stage.folder("prepare") / "dataset.json")
     step = final_step(stage.folder("train"))
     config = model_config(stage.recipe.model, facts, step)
-    options, weights = stage.recipe.convert, Tensors(step)
+    options, weights = stage.recipe.convert, DcpReader(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")

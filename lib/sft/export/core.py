@@ -23,10 +23,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata, planner
 
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.dcp_reader import DcpReader, Weights
+from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import model_config, step_config
 from sft.checkpoint.step_folder import LAYOUT_VERSION
-from sft.checkpoint.tensors import Tensors, Weights
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.export import card, gate
@@ -61,7 +61,7 @@ def to_hf(
         )
         facts, text = encoder.identity, encoder.template.text
         _check_ids(step / "config.json", facts, config)
-        weights = Tensors(step)
+        weights = DcpReader(step)
         with _scratch(cache) as work:
             encoder.save_tokenizer(work)
             export(weights, config, facts, work, out, options, text, log)
@@ -74,7 +74,7 @@ def to_hf(
 def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
     """Writes a Hugging Face folder as OLMo-core's step, proves it and publishes it at `target`; returns what was compared."""
     with arriving(target, cache, log) as out:
-        folder = Folder(_bring(source, cache, log))
+        folder = HfFolder(_bring(source, cache, log))
         found = hf.model_config(folder.config, str(folder.path / "config.json"))
         folder.check(found)
         config = replace(found, vocab_size=-(-found.vocab_size // 128) * 128)
@@ -103,10 +103,10 @@ def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
     return report
 
 
-def check_step(folder: Folder, config: ModelConfig, step: Path, log: Log) -> dict[str, Any]:
+def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> dict[str, Any]:
     """The step's values are the folder's, rows beyond its vocabulary are zero, and our reading of config.json computes what
     transformers computes. Raises SftError."""
-    written = Tensors(step)
+    written = DcpReader(step)
     shapes = step_shapes(config)
     hf.check_shapes({name: written.shape(name) for name in written}, shapes, str(step))
     for name, shape in shapes.items():

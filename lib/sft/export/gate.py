@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sft.checkpoint.hf_folder import Folder
-from sft.checkpoint.tensors import Weights
+from sft.checkpoint.dcp_reader import Weights
+from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export.rows import DTYPES, finite, pieces
 from sft.export.stream import Head, Table, prefetched, stream
@@ -60,7 +60,7 @@ def check(
 ) -> dict[str, Any]:
     """Runs the gate; returns its report, whose "summary" goes into the manifest. `template` is the one trained with."""
     fast = options.gate == "fast"
-    exported = Folder(folder)
+    exported = HfFolder(folder)
     report: dict[str, Any] = {"gate": options.gate}
     report["tensors"] = check_tensors(exported, weights, config, DTYPES[options.dtype])
     log(f"gate: {report['tensors']['count']} tensors complete, finite and equal to the checkpoint")
@@ -97,7 +97,7 @@ def sample_layers(count: int) -> list[int]:
     return [FAST_LAYERS * round(i * last / (FAST_LAYERS - 1)) + i for i in range(FAST_LAYERS)]
 
 
-def check_tensors(exported: Folder, weights: Weights, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """Every tensor of transformers' own model once, with its shape, finite, equal to the checkpoint's cut and cast."""
     parameters = _meta_model(exported.config).named_parameters()  # a tied head is not named a second time
     theirs = {exported.family.ours(k): tuple(v.shape) for k, v in parameters}
@@ -180,7 +180,7 @@ def _render(tokenizer: Any, template: str, turns: int) -> list[int]:
 
 
 def check_logits(
-    exported: Folder, weights: Weights, config: ModelConfig, documents: Sequence[Sequence[int]], layers: Sequence[int]
+    exported: HfFolder, weights: Weights, config: ModelConfig, documents: Sequence[Sequence[int]], layers: Sequence[int]
 ) -> dict[str, Any]:
     """Compares native and exported logits over the given layers of the model; the others are passed over in both."""
     pack = Pack.of(documents)
@@ -270,7 +270,7 @@ def native_logits(config: ModelConfig, weights: Weights, pack: Pack, layers: Seq
 
 
 @torch.inference_mode()
-def hf_logits(exported: Folder, pack: Pack, layers: Sequence[int]) -> Tensor:
+def hf_logits(exported: HfFolder, pack: Pack, layers: Sequence[int]) -> Tensor:
     """fp32 logits [rows, V] of transformers' model with the given layers."""
     model = hf_model(exported, layers, torch.float32)
     # transformers sees documents by their restarting positions, and only without a cache and without a mask.
@@ -279,7 +279,7 @@ def hf_logits(exported: Folder, pack: Pack, layers: Sequence[int]) -> Tensor:
     return logits
 
 
-def hf_model(exported: Folder, layers: Sequence[int], dtype: torch.dtype, keep: int = 0) -> Any:
+def hf_model(exported: HfFolder, layers: Sequence[int], dtype: torch.dtype, keep: int = 0) -> Any:
     """transformers' model of the folder with the given layers, its weights streamed; `keep` bytes of them stay."""
     short: dict[str, Any] = {"num_hidden_layers": len(layers)}
     if types := exported.config.get("layer_types"):
@@ -315,7 +315,7 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module:
 
 @torch.inference_mode()
 def greedy_chats(
-    exported: Folder, tokenizer: Any, config: ModelConfig, stops: Sequence[int], tokens: int = CHAT_TOKENS
+    exported: HfFolder, tokenizer: Any, config: ModelConfig, stops: Sequence[int], tokens: int = CHAT_TOKENS
 ) -> list[dict[str, Any]]:
     """Greedy replies of at most `tokens` to the fixed questions with the folder's own template, all at once, and whether
     each ends by itself."""

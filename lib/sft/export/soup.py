@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.step_folder import LAYOUT_VERSION, damage
-from sft.checkpoint.tensors import Tensors
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.paths import inside
@@ -36,7 +36,7 @@ from sft.model.hf import read_json
 class Mean:
     """The weighted mean of checkpoints, tensor by tensor and row by row, in fp32."""
 
-    def __init__(self, parts: Sequence[Tensors], weights: Sequence[float]) -> None:
+    def __init__(self, parts: Sequence[DcpReader], weights: Sequence[float]) -> None:
         self.parts, self.weights = parts, weights
 
     def __iter__(self) -> Iterator[str]:
@@ -76,7 +76,7 @@ def tokenizer_of(step: Path) -> Path | None:
     return next((p for p in places if (p / "tokenizer.json").is_file()), None)
 
 
-def check_alike(steps: Sequence[Path], parts: Sequence[Tensors]) -> None:
+def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
     """Refuses steps that are damaged, or of different models or tokenizers, naming both."""
     first, whole = steps[0], parts[0]
     if len({step.resolve() for step in steps}) < len(steps):
@@ -110,14 +110,14 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
         raise SftError(
             f"WEIGHTS={' '.join(f'{w:g}' for w in weights)}: {len(steps)} steps need as many numbers above zero"
         )
-    parts = [Tensors(step) for step in steps]
+    parts = [DcpReader(step) for step in steps]
     check_alike(steps, parts)
     mean = Mean(parts, weights)
     with arriving(target, cache, log) as out:
         (out / "train").mkdir(parents=True)
         shapes = {name: mean.shape(name) for name in mean}
         write_step(mean, shapes, out, " + ".join(map(str, steps)))
-        written = Tensors(out)
+        written = DcpReader(out)
         for name, shape in shapes.items():
             for start, stop in pieces(shape):
                 if not torch.equal(written.rows(name, start, stop), mean.rows(name, start, stop)):

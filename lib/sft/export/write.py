@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sft.checkpoint.tensors import Weights
+from sft.checkpoint.dcp_reader import Weights
 from sft.common.errors import SftError
 from sft.export.stream import prefetched
 from sft.model import hf
@@ -122,7 +122,9 @@ def write_weights(
     """
     kind = hf.family(config)
     padded, cut = hf.shapes(config), hf.shapes(config, vocab)
-    hf.check_shapes({name: weights.shape(name) for name in hf.once(weights, config)}, padded, "the checkpoint")
+    hf.check_shapes(
+        {name: weights.shape(name) for name in hf.without_tied_head(weights, config)}, padded, "the checkpoint"
+    )
     width = DTYPES[dtype].itemsize
     shards: list[list[_Entry]] = [[]]
     for name, shape in cut.items():

@@ -30,7 +30,7 @@ def attention_flops(lengths: ArrayLike, model: ModelConfig) -> NDArray[np.float6
 def token_flops(model: ModelConfig) -> float:
     """Forward FLOPs of one token in all matrices but the head."""
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    return 2.0 * model.n_layers * model.d_model * (2 * q + 2 * kv + 3 * model.hidden)
+    return 2.0 * model.n_layers * model.d_model * (2 * q + 2 * kv + 3 * model.intermediate_size)
 
 
 def head_flops(model: ModelConfig) -> float:

@@ -1,7 +1,7 @@
 """Hugging Face names and configurations, family by family.
 
 In: a ModelConfig (sft.recipe.presets), or the config.json of a Hugging Face folder. Out: the same facts in the other vocabulary.
-Tensors only change their names, never their layout. A family of models is a row of FAMILIES; what its members do is in
+DcpReader only change their names, never their layout. A family of models is a row of FAMILIES; what its members do is in
 ModelConfig, what their files hold is read by sft.checkpoint.hf_folder.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
-from sft.recipe.presets import ModelConfig, Stepwise, Yarn
+from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -99,7 +99,7 @@ def head_name(config: ModelConfig) -> str:
     return "embeddings.weight" if config.tied else "lm_head.w_out.weight"
 
 
-def once(names: Iterable[str], config: ModelConfig) -> list[str]:
+def without_tied_head(names: Iterable[str], config: ModelConfig) -> list[str]:
     """The names without a tied head, which OLMo-core's steps and some files hold a second time."""
     return [name for name in names if not (config.tied and name == "lm_head.w_out.weight")]
 
@@ -116,9 +116,9 @@ def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...
         "attention.q_norm": (q if config.qk_norm == "full" else config.head_dim,),
         "attention.k_norm": (kv if config.qk_norm == "full" else config.head_dim,),
         "attention_norm": (d,),
-        "feed_forward.w1": (config.hidden, d),
-        "feed_forward.w2": (d, config.hidden),
-        "feed_forward.w3": (config.hidden, d),
+        "feed_forward.w1": (config.intermediate_size, d),
+        "feed_forward.w2": (d, config.intermediate_size),
+        "feed_forward.w3": (config.intermediate_size, d),
         "feed_forward_norm": (d,),
     }
     there = family(config).block
@@ -158,18 +158,18 @@ def hf_config(
             "original_max_position_embeddings": config.yarn.old_context,
             "attention_factor": _attention_factor(config.yarn),
         }
-    elif config.stepwise:
+    elif config.llama3_rope:
         full |= {
             "rope_type": "llama3",
-            "factor": config.stepwise.factor,
-            "low_freq_factor": config.stepwise.low,
-            "high_freq_factor": config.stepwise.high,
-            "original_max_position_embeddings": config.stepwise.old_context,
+            "factor": config.llama3_rope.factor,
+            "low_freq_factor": config.llama3_rope.low,
+            "high_freq_factor": config.llama3_rope.high,
+            "original_max_position_embeddings": config.llama3_rope.old_context,
         }
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.d_model,
-        "intermediate_size": config.hidden,
+        "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads,
@@ -230,7 +230,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
         rope = data.get("rope_parameters") or {}
         rope = rope.get("full_attention") or rope
         scaling = data.get("rope_scaling") or rope
-        yarn, stepwise = None, None
+        yarn, llama3_rope = None, None
         if scaling.get("rope_type", "default") == "yarn":
             yarn = Yarn(
                 factor=float(scaling["factor"]),
@@ -239,7 +239,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
                 old_context=int(scaling["original_max_position_embeddings"]),
             )
         elif scaling.get("rope_type", "default") == "llama3":
-            stepwise = Stepwise(
+            llama3_rope = Llama3Rope(
                 factor=float(scaling["factor"]),
                 low=float(scaling["low_freq_factor"]),
                 high=float(scaling["high_freq_factor"]),
@@ -253,12 +253,12 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
             n_heads=heads,
             n_kv_heads=int(data.get("num_key_value_heads") or heads),
             head_dim=int(data.get("head_dim") or d_model // heads),
-            hidden=int(data["intermediate_size"]),
+            intermediate_size=int(data["intermediate_size"]),
             vocab_size=int(data["vocab_size"]),
             window=int(data["sliding_window"]) if kind.model_type == "olmo3" else 0,
             rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or kind.rope_theta),
             yarn=yarn,
-            stepwise=stepwise,
+            llama3_rope=llama3_rope,
             init_std=float(data.get("initializer_range", 0.02)),
             norm_eps=float(data.get("rms_norm_eps", 1e-5)),
             tied=bool(data.get("tie_word_embeddings", False)),

@@ -1,11 +1,11 @@
 """Cross-entropy of labelled rows only, in chunks, with the gradient made in the forward pass.
 
 In:  hidden [L, d] (rows whose next token is trained, already normalised), the head's weight [V, d], label ids [L] (-100 =
-     padding), and the divisor: the number of labels in the GLOBAL batch, over all ranks and microbatches.
-Out: the sum of the rows' losses / divisor (fp32, differentiable) and the rows' own losses (fp32, for reports).
+     padding), and the loss_denominator: the number of labels in the GLOBAL batch, over all ranks and microbatches.
+Out: the sum of the rows' losses / loss_denominator (fp32, differentiable) and the rows' own losses (fp32, for reports).
 
 Logits of a chunk are made, turned into their gradient and dropped, so memory holds [chunk, V] and never [T, V]. The loss is
-fp32 whatever the compute dtype; weight gradients are summed over chunks in fp32. See docs/loss.md for the divisor.
+fp32 whatever the compute dtype; weight gradients are summed over chunks in fp32. See docs/loss.md for the loss_denominator.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ CHUNK = 1024
 
 
 def losses(
-    logits: Tensor, labels: Tensor, divisor: Tensor, z_loss: float, train: bool
+    logits: Tensor, labels: Tensor, loss_denominator: Tensor, z_loss: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of logits [rows, V], which it may use up: the rows' losses [rows], the sum of their z-losses, and, to `train`, the gradient of
-    both sums / divisor in the dtype of the logits. Compiled, it is two passes over the logits, and no fp32 copy of them exists."""
+    both sums / loss_denominator in the dtype of the logits. Compiled, it is two passes over the logits, and no fp32 copy of them exists."""
     label = labels.unsqueeze(1)
     kept, target = label != IGNORE, label.clamp_min(0)
     values = logits.float()
@@ -34,7 +34,7 @@ def losses(
     penalty = z_loss * (lse * lse * kept).sum()
     if not train:
         return nll.squeeze(1), penalty, None
-    scale = kept / divisor
+    scale = kept / loss_denominator
     weight = scale * (1 + 2 * z_loss * lse) if z_loss else scale
     # softmax(logits) * scale - onehot(target) * scale
     if torch.compiler.is_compiling():  # where a scatter would need a pass of its own
@@ -53,12 +53,12 @@ def _compiled_losses() -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
 class _LabelledRows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, divisor: float, z_loss: float, chunk: int, compiled: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, loss_denominator: float, z_loss: float, chunk: int, compiled: bool
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         rows = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        by = torch.full((), divisor, dtype=torch.float32, device=hidden.device)
+        by = torch.full((), loss_denominator, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         make, train = _compiled_losses() if compiled else losses, needs_hidden or needs_weight
@@ -97,16 +97,16 @@ def labelled_loss(
     hidden: Tensor,
     weight: Tensor,
     labels: Tensor,
-    divisor: float,
+    loss_denominator: float,
     z_loss: float = 0.0,
     chunk: int = CHUNK,
     compiled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """(sum of losses / divisor, losses by row [L]). A row labelled -100 costs and contributes nothing.
+    """(sum of losses / loss_denominator, losses by row [L]). A row labelled -100 costs and contributes nothing.
 
     `compiled`: by torch.compile, with twice as many rows at a time, which need no more memory.
     """
     if compiled:
         chunk *= 2
-    loss, rows = _LabelledRows.apply(hidden, weight, labels, divisor, z_loss, chunk, compiled)
+    loss, rows = _LabelledRows.apply(hidden, weight, labels, loss_denominator, z_loss, chunk, compiled)
     return loss, rows

@@ -4,7 +4,7 @@ In:  the architecture, [train], the hardware numbers, how many GPUs there are an
 Out: a `Plan`: bytes per GPU by part at the moment that needs most, and what every layer keeps for the backward pass.
 
 Parameters, gradients and optimizer state are exact, as FSDP2 shards them (rows of the first dimension). Activations are
-what autograd keeps of this model's operations, counted tensor by tensor (see `kept`); `tests/test_memory.py` compares them
+what autograd keeps of this model's operations, counted tensor by tensor (see `activation_bytes`); `tests/test_memory.py` compares them
 with what torch keeps. Buffers of FSDP2 are those of its all-gather and reduce-scatter of one layer, with the next one ahead.
 GB = 10^9 bytes.
 """
@@ -132,7 +132,7 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
     block = sum(math.prod(s) for n, s in shapes(model).items() if n.startswith("blocks.0.")) * wrapped
     root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
     head = model.vocab_size * model.d_model
-    keeps = [kept(model, tokens, mode, compute, hardware) for mode in modes]
+    keeps = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
     tables = 8 * tokens * model.head_dim * (2 if model.yarn else 1)
     held = sum(keeps) + tables + compute * tokens * model.d_model
     scratch = _scratch(model, tokens, compute)
@@ -147,7 +147,7 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
             "reduced gradients": 0,
         }
     ]
-    whole = kept(model, tokens, "none", compute, hardware)
+    whole = activation_bytes(model, tokens, "none", compute, hardware)
     for layer in {model.n_layers - 1, max((i for i, mode in enumerate(modes) if mode != "none"), default=0)}:
         below = sum(keeps[: layer + 1]) + tables + compute * tokens * model.d_model
         moments_of_peak.append(
@@ -183,7 +183,7 @@ def is_quantised(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and shape[-1] % QUANTISED_BLOCK == 0
 
 
-def kept(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware) -> int:
+def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware) -> int:
     """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank; `compute` = bytes of a value."""
     d, width = model.d_model, compute
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
@@ -200,15 +200,15 @@ def kept(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Har
     if hardware.compile == "always" or (hardware.compile == "auto" and width == 2):
         # Fused: a norm keeps its input and one number a row, SwiGLU its factors and product.
         norms = width * normed + 4 * rows
-        return tokens * (width * 2 * d + norms + attention + width * 3 * model.hidden)
+        return tokens * (width * 2 * d + norms + attention + width * 3 * model.intermediate_size)
     # One at a time: a norm keeps its input in fp32 and its quotient in fp32; SwiGLU both factors, SiLU's output, the product.
     norms = 8 * normed + 4 * rows
-    return tokens * (width * 2 * d + norms + attention + width * 4 * model.hidden)
+    return tokens * (width * 2 * d + norms + attention + width * 4 * model.intermediate_size)
 
 
 def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:
     """The largest set of temporary gradients inside one layer's backward pass: SwiGLU's three and the residual's two."""
-    return tokens * compute * (3 * model.hidden + 2 * model.d_model)
+    return tokens * compute * (3 * model.intermediate_size + 2 * model.d_model)
 
 
 def _loss(model: ModelConfig, tokens: int, compute: int) -> int:

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sft.model.attention import attention
 from sft.model.context import gather_heads, gather_tokens
 from sft.model.loss import labelled_loss
-from sft.recipe.presets import ModelConfig, Stepwise, Yarn
+from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
 Rotary = tuple[Tensor, Tensor]  # cos, sin: fp32 [T, 1, head_dim]
 
@@ -91,9 +91,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.d_model, config.hidden, bias=False)
-        self.w2 = nn.Linear(config.hidden, config.d_model, bias=False)
-        self.w3 = nn.Linear(config.d_model, config.hidden, bias=False)
+        self.w1 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.d_model, bias=False)
+        self.w3 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -147,7 +147,7 @@ class Transformer(nn.Module):
         """[T] ids to [T, d], before the head's norm."""
         x = self.embeddings(input_ids)
         # YaRN stretches the full-attention layers only; windowed ones never look further than they were trained to.
-        plain = rotary_table(self.config, self.config.stepwise, positions)
+        plain = rotary_table(self.config, self.config.llama3_rope, positions)
         yarn = self.config.yarn
         stretched = rotary_table(self.config, yarn, positions) if yarn else plain
         for block, window in zip(self.blocks, self.config.windows, strict=True):
@@ -162,7 +162,7 @@ class Transformer(nn.Module):
         max_len: int,
         label_rows: Tensor | None = None,
         label_ids: Tensor | None = None,
-        divisor: float = 1.0,
+        loss_denominator: float = 1.0,
         z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
         """(loss, losses by label row), or (logits [T, V], hidden [T, d]) without labels.
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
             h = self.lm_head.norm(x)
             return F.linear(h, head), h
         h = self.lm_head.norm(x.index_select(0, label_rows))
-        return labelled_loss(h, head, label_ids, divisor, z_loss, compiled=self.compiled_loss)
+        return labelled_loss(h, head, label_ids, loss_denominator, z_loss, compiled=self.compiled_loss)
 
 
 def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
@@ -186,7 +186,7 @@ def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
     return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x_THD.dtype)
 
 
-def rotary_table(config: ModelConfig, scaling: Yarn | Stepwise | None, positions: Tensor) -> Rotary:
+def rotary_table(config: ModelConfig, scaling: Yarn | Llama3Rope | None, positions: Tensor) -> Rotary:
     frequencies, scale = inverse_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
@@ -195,7 +195,7 @@ def rotary_table(config: ModelConfig, scaling: Yarn | Stepwise | None, positions
 
 @lru_cache(maxsize=16)
 def inverse_frequencies(
-    dim: int, theta: float, scaling: Yarn | Stepwise | None, device: torch.device
+    dim: int, theta: float, scaling: Yarn | Llama3Rope | None, device: torch.device
 ) -> tuple[Tensor, float]:
     """Angle per position [dim / 2] and the factor on sin and cos. YaRN (arXiv 2309.00071) slows the dimensions that turn
     less than `beta_slow` times within the old context by `factor`, keeps those above `beta_fast`, and ramps in between over
@@ -204,7 +204,7 @@ def inverse_frequencies(
         base = 1.0 / (theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim))
         if scaling is None:
             return base, 1.0
-        if isinstance(scaling, Stepwise):
+        if isinstance(scaling, Llama3Rope):
             turns = scaling.old_context * base / (2 * math.pi)
             kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
             return (1 - kept) * base / scaling.factor + kept * base, 1.0
@@ -232,7 +232,7 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
         block.compile(fullgraph=device.type == "cuda" and precision == "bf16")
 
 
-def lacking_compiler() -> str:
+def missing_compiler() -> str:
     """What torch.compile needs for a GPU and does not find on this machine; empty where it finds all."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"

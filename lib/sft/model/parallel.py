@@ -36,7 +36,7 @@ class World:
     device: torch.device
     group: Any = None  # of the host-side agreements; None = the default group
 
-    def apart(self, timeout_s: int = 1800) -> World:
+    def with_own_group(self, timeout_s: int = 1800) -> World:
         """The same ranks on a gloo group of their own, for a thread beside the training loop or for a wait longer than that of
         `join`. Every rank calls this."""
         if not dist.is_initialized():
@@ -44,7 +44,7 @@ class World:
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
 
     @property
-    def leader(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
@@ -63,7 +63,7 @@ class World:
     def any(self, flag: bool) -> bool:
         return bool(self.sum(torch.tensor([float(flag)])).item())
 
-    def sum_later(self, value: Tensor) -> Callable[[], Tensor]:
+    def sum_async(self, value: Tensor) -> Callable[[], Tensor]:
         """Starts summing a host tensor over ranks; the returned function waits for the result."""
         if self.size == 1:
             return lambda: value
@@ -87,7 +87,7 @@ class World:
         """Runs `action` on rank 0 before any rank goes on and gives its result to all (None to the others unless
         `share`, for what cannot be sent). An exception there is raised on every rank."""
         value, failure = None, ""
-        if self.leader:
+        if self.is_rank0:
             try:
                 value = action()
             except Exception as error:
@@ -97,7 +97,7 @@ class World:
         sent, failure = self.gather((value if share else None, failure))[0]
         if failure:
             raise SharedError(failure)
-        return value if self.leader else sent
+        return value if self.is_rank0 else sent
 
     def on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
         """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""

@@ -1,7 +1,7 @@
 """Epoch and batch arithmetic: which packs, tokens and labels every optimizer step has, known before anything starts.
 
 In:  a `PackIndex` and the recipe's [train] table. Out: a `StepPlan`; nothing in it depends on ranks, workers or
-     accumulation, so every rank computes the same plan alone, and the loss divisor of a step needs no collective.
+     accumulation, so every rank computes the same plan alone, and the loss denominator of a step needs no collective.
 
 Packs are shuffled anew every epoch by (data_seed, epoch). The epochs follow each other without a gap: the last batch of
 an epoch takes the packs it lacks from the next one, and what is left after the last epoch makes a last, smaller batch

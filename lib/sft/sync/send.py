@@ -1,4 +1,4 @@
-"""A folder that has a manifest to a storage, as a process that may be ended at any moment: sft.training.remote starts one per step.
+"""A folder that has a manifest to a storage, as a process that may be ended at any moment: sft.training.uploads starts one per step.
 
     python -m sft.sync.send FOLDER WHERE CACHE [NAME …]
 

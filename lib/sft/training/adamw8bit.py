@@ -1,6 +1,6 @@
 """AdamW with less memory: moments in 8 bits, gradients that wait in bfloat16.
 
-In:  fp32 parameters, plain or sharded by rows. Out: `LeanAdamW`, stepped like the fused AdamW and skipping on the device
+In:  fp32 parameters, plain or sharded by rows. Out: `LowMemoryAdamW`, stepped like the fused AdamW and skipping on the device
      like it (`found_inf`); `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
 
 8-bit moments (arXiv 2110.02861, the scale is torchao's): 256 values of a row share one fp32 scale, and each is one of 256
@@ -44,7 +44,7 @@ def _scales(device: torch.device) -> list[Scale]:
     return [(v, (v[1:] + v[:-1]) / 2) for v in values]
 
 
-class LeanAdamW(torch.optim.Optimizer):
+class LowMemoryAdamW(torch.optim.Optimizer):
     """AdamW over fp32 parameters whose gradients may be of any dtype. `found_inf` = 1 makes a step change nothing."""
 
     found_inf: Tensor | None = None

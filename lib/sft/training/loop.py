@@ -57,7 +57,7 @@ class Run:
     skipped: int = 0  # steps in a row
 
 
-def forward(run: Run, batch: Microbatch, divisor: float) -> tuple[Tensor, Tensor]:
+def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tensor, Tensor]:
     """(loss, statistics [1 + 2S] float64: the loss, then the summed loss and the number of labels of every source)."""
     b = batch.to(run.world.device)
     loss, rows = run.model(
@@ -67,7 +67,7 @@ def forward(run: Run, batch: Microbatch, divisor: float) -> tuple[Tensor, Tensor
         b.max_len,
         b.label_rows,
         b.label_ids,
-        divisor,
+        loss_denominator,
         run.stage.recipe.train.z_loss,
     )
     count = len(run.sources)
@@ -80,11 +80,11 @@ def forward(run: Run, batch: Microbatch, divisor: float) -> tuple[Tensor, Tensor
 
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     """Adds up the gradients of this rank's microbatches of a step; returns the sum of their statistics."""
-    divisor, total = float(run.plan.labels(step)), None
+    loss_denominator, total = float(run.plan.labels(step)), None
     for number, batch in enumerate(batches, 1):
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
             run.model.set_requires_all_reduce(number == len(batches))
-        loss, sums = forward(run, batch, divisor)
+        loss, sums = forward(run, batch, loss_denominator)
         loss.backward()
         total = sums if total is None else total.add_(sums)
     assert total is not None
@@ -131,7 +131,7 @@ def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]
     pending: Readback | None = None
     began = mark(world.device)
     for step, batches in loader:
-        asked = world.sum_later(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
+        asked = world.sum_async(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
         if run.stopwatch is not None:
             run.stopwatch.lap()  # a validation in between does not count
         values, lr = optimizer_step(run, step, batches)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
-from sft.training.adamw8bit import LeanAdamW, keep_gradients_in_bf16
+from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
@@ -48,7 +48,7 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     if train.optimizer == "adamw8bit" or train.gradients == "bf16":
         eight_bit = train.optimizer == "adamw8bit"
         compiled = compiled and parameters[0].is_cuda
-        return LeanAdamW(parameters, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
+        return LowMemoryAdamW(parameters, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
     optimizer = torch.optim.AdamW(
         parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
     )

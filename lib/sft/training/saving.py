@@ -5,7 +5,7 @@ Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then 
      once and removed in a thread of its own, so that a kill never leaves half a step under a step's name.
 
 What the loop pays is `blocked_s`: waiting for the save before (there is one at a time), and the copy to host memory
-(sft.training.hostcopy). What goes on beside it (`seconds`): torch's dcp.save, hashes and publication, with a gloo group of
+(sft.training.host_copy). What goes on beside it (`seconds`): torch's dcp.save, hashes and publication, with a gloo group of
 its own, so that its agreements never meet the loop's.
 """
 
@@ -27,8 +27,8 @@ from torch import nn
 from sft.checkpoint import step_folder
 from sft.model.parallel import World
 from sft.recipe.schema import Train
-from sft.training.hostcopy import HostCopy
-from sft.training.remote import Uploads
+from sft.training.host_copy import HostCopy
+from sft.training.uploads import Uploads
 
 REQUEST = "SAVE"  # touch runs/<run>/train/SAVE: a permanent checkpoint after the step that is running
 
@@ -59,7 +59,7 @@ class Saver:
         self.waiting: Callable[[], Collection[Path]] = (
             tuple  # steps that wait for their evaluation, and stay until then
         )
-        self._apart = world.apart()
+        self._save_world = world.with_own_group()
         cuda = world.device.type == "cuda"
         self._copy = HostCopy()
         # A new thread would be on GPU 0, whichever this rank's is.
@@ -77,7 +77,7 @@ class Saver:
 
     def requested(self) -> bool:
         """Whether somebody asks for a checkpoint now. Rank 0 looks; the file goes once the checkpoint is whole."""
-        return self.world.leader and self._pending is None and (self.out / REQUEST).exists()
+        return self.world.is_rank0 and self._pending is None and (self.out / REQUEST).exists()
 
     def settled(self) -> Path | None:
         """The newest whole step, once a save under way has ended, well or not."""
@@ -103,7 +103,7 @@ class Saver:
         if self.train.async_save:
             state = self._copy.take(state)
         # One that will be removed again does not answer: the file stays, and the next step, or attempt, does.
-        answers = self.world.leader and not ephemeral and (self.out / REQUEST).exists()
+        answers = self.world.is_rank0 and not ephemeral and (self.out / REQUEST).exists()
         job = (step, state, copy.deepcopy(dict(train_state)), ephemeral, best, answers)
         self._blocked = time.monotonic() - began
         self._pending = self._pool.submit(self._finish, *job)
@@ -122,10 +122,12 @@ class Saver:
     ) -> dict[str, Any]:
         """In the thread: writes, names, retires. Returns how long it took."""
         began = time.monotonic()
-        self.last = step_folder.save(self.out, step, state, train_state, self.config, self._apart, ephemeral=ephemeral)
+        self.last = step_folder.save(
+            self.out, step, state, train_state, self.config, self._save_world, ephemeral=ephemeral
+        )
         seconds = time.monotonic() - began
-        self._apart.on_rank0(lambda: self._name(step, best, answers, ephemeral), share=False)
-        if self.world.leader:
+        self._save_world.on_rank0(lambda: self._name(step, best, answers, ephemeral), share=False)
+        if self.world.is_rank0:
             self.log(f"saved {self.last} in {seconds:.1f} s")
         return {"step": step, "seconds": seconds}
 
@@ -137,11 +139,11 @@ class Saver:
             (self.out / REQUEST).unlink(missing_ok=True)
         if self.uploads is not None and not ephemeral:
             self.uploads.add(self.out / f"step{step}")
-        self._retire()
+        self._prune()
 
-    def _retire(self) -> None:
+    def _prune(self) -> None:
         busy = self.uploads.busy if self.uploads is not None else ()
-        for doomed in step_folder.retire(self.out, self.train.keep, {*busy, *self.waiting()}):
+        for doomed in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
             self._bin.submit(shutil.rmtree, doomed, ignore_errors=True)
 
     def send(self) -> dict[str, Any]:
@@ -149,7 +151,7 @@ class Saver:
         if self.uploads is None:
             return {}
         sent = self.uploads.finish()
-        self._retire()  # steps that stayed only until they were sent
+        self._prune()  # steps that stayed only until they were sent
         return {"remote": sent}
 
     def wait(self) -> None:

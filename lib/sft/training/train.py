@@ -36,7 +36,7 @@ from sft.common.process import report_errors
 from sft.data.dataset import Dataset
 from sft.formats import manifest
 from sft.model import memory, utilisation
-from sft.model.model import Transformer, compile_blocks, lacking_compiler
+from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import SharedError, World, context_group, join, make_deterministic, shard
 from sft.packing.loader import Loader
 from sft.packing.packs import PackIndex, pack_dataset
@@ -44,13 +44,15 @@ from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe import presets
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Result, Stage, open_stage
-from sft.training import base, companion, evaluations, logs, remote
+from sft.training import evaluations, initial_weights, logs
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import Metrics, read
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
 from sft.training.stopwatch import Stopwatch
 from sft.training.trackers import Trackers
+from sft.training.uploads import Uploads, bring_checkpoint, destination
+from sft.training.watcher import Watcher, start_watcher
 
 REQUEUE = 75
 REQUEUE_MARK = ".requeue"
@@ -61,14 +63,14 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     train = stage.recipe.train
     if train.deterministic:
         make_deterministic()
-    hardware, lacking = settle_compile(stage, world)
+    hardware, lacking = resolve_compile(stage, world)
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
     world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
     dataset_folder, base_folder = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     facts = json.loads((dataset_folder / "dataset.json").read_bytes())
     config = presets.resolve(stage.recipe.model, int(facts["vocab_size"]))
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
-    warning = base.check_tokenizer(dataset_folder, facts, base_folder, unchecked)
+    warning = initial_weights.check_tokenizer(dataset_folder, facts, base_folder, unchecked)
 
     identity = manifest.load(dataset_folder / manifest.NAME).digest
 
@@ -116,7 +118,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     optimizer = build_adamw(model, train, compiled)
 
     def log(text: str) -> None:
-        if world.leader:
+        if world.is_rank0:
             stage.log(text)
 
     run = Run(
@@ -156,11 +158,11 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
             + (f", {room.recompute_budget:.0%} of the layers keep everything" if room.recompute == "budget" else "")
         )
     step = step_folder.latest(stage.out, world, lambda text: log(f"warning: {text}"))
-    run.saver.uploads = uploads(stage, world)  # what is damaged was set aside
+    run.saver.uploads = start_uploads(stage, world)  # what is damaged was set aside
     if every := stage.recipe.evaluate.every:
         run.saver.waiting = functools.partial(evaluations.held, stage.out, every)
     if step is None:
-        origin = base.initialise(model, config, base_folder, train.seed)
+        origin = initial_weights.initialise(model, config, base_folder, train.seed)
         start = 0
     else:
         state = step_folder.restore(step, model, optimizer, world)
@@ -180,20 +182,20 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     return run, start
 
 
-def settle_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
+def resolve_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
     """The hardware numbers with `compile` decided, and what 'auto' lacked for it on one of the machines."""
     hardware, lacking = stage.hardware, ""
     if hardware.compile == "auto":
         fused = world.device.type == "cuda" and stage.recipe.train.precision == "bf16"
-        lacking = next(filter(None, world.gather(lacking_compiler() if fused else "")), "")
+        lacking = next(filter(None, world.gather(missing_compiler() if fused else "")), "")
         hardware = replace(hardware, compile="always" if fused and not lacking else "never")
     return hardware, lacking
 
 
-def uploads(stage: Stage, world: World) -> remote.Uploads | None:
+def start_uploads(stage: Stage, world: World) -> Uploads | None:
     """Rank 0 of a cluster whose storage is a bucket sends the steps there."""
-    where = remote.destination(stage.storage, stage.recipe.run, stage.identity)
-    return remote.Uploads(stage.out, where, stage.cache, stage.log) if world.leader and where else None
+    where = destination(stage.storage, stage.recipe.run, stage.identity)
+    return Uploads(stage.out, where, stage.cache, stage.log) if world.is_rank0 and where else None
 
 
 def peak(stage: Stage, world: World) -> float:
@@ -205,11 +207,11 @@ def peak(stage: Stage, world: World) -> float:
 
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
     """The whole stage on every rank. Raises Requeue when `stop` says so and the state is saved."""
-    if world.leader:
+    if world.is_rank0:
         (stage.out / REQUEUE_MARK).unlink(missing_ok=True)
     run, start = prepare(stage, world)
     metrics = None
-    if world.leader:
+    if world.is_rank0:
         copy_tokenizer(stage)
         train = stage.recipe.train
         options = {"model": dataclasses.asdict(stage.recipe.model), "train": dataclasses.asdict(train)}
@@ -236,7 +238,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
             metrics.close()
     final = stage.out / f"step{run.plan.steps}"
     return Result(
-        [final.name, "tokenizer", "metrics.jsonl"], summary(stage.out, run, final) | sent if world.leader else {}
+        [final.name, "tokenizer", "metrics.jsonl"], summary(stage.out, run, final) | sent if world.is_rank0 else {}
     )
 
 
@@ -287,9 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     world = join()
     began = time.monotonic()
     stage: Stage | None = None
-    watcher: companion.Watcher | None = None
+    watcher: Watcher | None = None
     try:
-        with report_errors("train") if world.leader else quiet(), contextlib.ExitStack() as stack:
+        with report_errors("train") if world.is_rank0 else quiet(), contextlib.ExitStack() as stack:
             # Rank 0 first: it takes the lock and moves a folder of other inputs aside before anyone looks at it.
             opened = world.on_rank0(
                 lambda: [stack.enter_context(open_stage("train", argv, in_place=True))], share=False
@@ -300,20 +302,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if stage.hardware.threads and world.device.type == "cpu":
                 torch.set_num_threads(stage.hardware.threads)
             if kept := os.environ.get("SFT_KEPT"):  # this disk ends with the job
-                remote.bring(stage.out, kept, stage.cache, world, stage.log if world.leader else lambda _: None)
+                bring_checkpoint(stage.out, kept, stage.cache, world, stage.log if world.is_rank0 else lambda _: None)
             attempt = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)
-            if world.leader:
-                watcher = companion.start(stage, list(sys.argv[1:] if argv is None else argv))
+            if world.is_rank0:
+                watcher = start_watcher(stage, list(sys.argv[1:] if argv is None else argv))
             result = train_stage(stage, world, lambda: asked, attempt)
-            if world.leader:
+            if world.is_rank0:
                 stage.finish(result)
-        if world.leader:
+        if world.is_rank0:
             stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
         if watcher is not None:
             watcher.finish(lambda: asked)
     except Requeue:
-        if world.leader and stage is not None:
+        if world.is_rank0 and stage is not None:
             stage.log(f"stopped by a signal and saved; exit status {REQUEUE} asks to be run again")
         return REQUEUE
     finally:

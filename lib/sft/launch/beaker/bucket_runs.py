@@ -5,7 +5,7 @@
 
 env/beaker-job.sh calls it around the stage's command, on a disk that ends with the job. SFT_INPUT_<stage>=gs://… says where an
 earlier stage is kept, SFT_KEPT where this one is: gs://…/runs/<run>/<stage>/<16 hex of its identity>, so that no result replaces
-another. Training sends its kept steps there by itself, and brings the one to go on from (sft.training.remote). Every file is
+another. Training sends its kept steps there by itself, and brings the one to go on from (sft.training.uploads). Every file is
 proven; manifests come last.
 """
 

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from sft.common.errors import SftError
-from sft.training.hostcopy import HostCopy
+from sft.training.host_copy import HostCopy
 
 CUDA = pytest.param(
     "cuda",

@@ -54,7 +54,7 @@ class Watcher:
             self.process.wait()
 
 
-def start(stage: Stage, argv: list[str]) -> Watcher | None:
+def start_watcher(stage: Stage, argv: list[str]) -> Watcher | None:
     """The watcher of a run that asks for one. A launcher submits it as a job of its own, unless no other job sees the checkpoints."""
     if not stage.recipe.evaluate.every:
         return None

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sft.checkpoint.hf_folder import Folder
+from sft.checkpoint.dcp_reader import DcpReader, weights_folder
+from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import core_layers, step_config
-from sft.checkpoint.tensors import Tensors, weights_folder
 from sft.common.errors import SftError
 from sft.model import hf
 from sft.model.model import initial_values
@@ -38,12 +38,12 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
         return f"random weights, seed {seed}"
     if (weights_folder(base) / ".metadata").is_file():
         _check_core_config(base, config)
-        tensors = Tensors(base)
-        _check_shapes({name: tensors.shape(name) for name in hf.once(tensors, config)}, config, base)
+        tensors = DcpReader(base)
+        _check_shapes({name: tensors.shape(name) for name in hf.without_tied_head(tensors, config)}, config, base)
         _fill(parameters, tensors.__getitem__, base)
         return f"weights of the OLMo-core checkpoint {base}"
     if (base / "config.json").is_file():
-        folder = Folder(base)
+        folder = HfFolder(base)
         folder.check(config)
         _fill(parameters, folder.__getitem__, base)
         folder.close()

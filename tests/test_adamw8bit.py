@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import training
-from sft.checkpoint.step_folder import Tensors
+from sft.checkpoint.step_folder import DcpReader
 from sft.common.errors import SftError
 from sft.model.memory import plan
 from sft.recipe.schema import Train
@@ -39,7 +39,7 @@ def give_gradients(ps: list[torch.nn.Parameter], step: int) -> None:
 
 def test_with_fp32_moments_it_is_torchs_adamw() -> None:
     ours, theirs = parameters(), parameters()
-    mine, reference = adamw8bit.LeanAdamW(ours, **HYPER, eight_bit=False), torch.optim.AdamW(theirs, **HYPER)
+    mine, reference = adamw8bit.LowMemoryAdamW(ours, **HYPER, eight_bit=False), torch.optim.AdamW(theirs, **HYPER)
     for step in range(20):
         for ps, optimizer in ((ours, mine), (theirs, reference)):
             give_gradients(ps, step)
@@ -54,7 +54,7 @@ def test_with_8_bit_moments_it_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(adamw8bit, "CHUNK", 4 * 512)  # more than one piece, the last one smaller
     ours, theirs = parameters(), parameters()
-    mine = adamw8bit.LeanAdamW(ours, **HYPER, eight_bit=True)
+    mine = adamw8bit.LowMemoryAdamW(ours, **HYPER, eight_bit=True)
     assert [sorted(mine.state[p]) for p in ours[1:]] == [
         ["exp_avg", "exp_avg_sq", "step"]
     ] * 2  # no blocks of 256 there
@@ -91,7 +91,7 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
     for compiled in (False, True):
         generator = torch.Generator().manual_seed(0)
         ps = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in sizes]
-        optimizer = adamw8bit.LeanAdamW(ps, **HYPER, eight_bit=eight_bit, compiled=compiled)
+        optimizer = adamw8bit.LowMemoryAdamW(ps, **HYPER, eight_bit=eight_bit, compiled=compiled)
         for step in range(6):
             optimizer.param_groups[0]["lr"] = HYPER["lr"] / (1 + step)  # which compiles nothing anew
             optimizer.found_inf = torch.tensor(float(step == 3), device=device)
@@ -110,7 +110,7 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_a_skipped_step_changes_no_bit(eight_bit: bool) -> None:
     ps = parameters()
-    optimizer = adamw8bit.LeanAdamW(ps, **HYPER, eight_bit=eight_bit)
+    optimizer = adamw8bit.LowMemoryAdamW(ps, **HYPER, eight_bit=eight_bit)
     give_gradients(ps, 0)
     optimizer.step()
     before = [t.clone() for p in ps for t in (p.detach(), *optimizer.state[p].values())]
@@ -165,7 +165,7 @@ def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path
     training.train(folder, ranks=ranks, **SMALL)
     kept = tmp_path / "kept"
     shutil.copytree(folder / "train" / "step8", kept)
-    moments = Tensors(kept, "optim.state.")
+    moments = DcpReader(kept, "optim.state.")
     assert moments.dtype("blocks.0.attention.w_q.weight.exp_avg") == torch.uint8
     assert moments.shape("blocks.0.attention.w_q.weight.exp_avg_scale") == (256, 1)
     assert moments.dtype("blocks.0.attention.q_norm.weight.exp_avg") == torch.float32

@@ -27,8 +27,8 @@ from sft.formats import manifest
 from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
-from sft.training import logs, remote
-from sft.training.remote import Uploads, destination
+from sft.training import logs, uploads
+from sft.training.uploads import Uploads, destination
 from training import train
 
 
@@ -86,7 +86,7 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: P
     assert f"next: make cp SRC={out / 'step1'} DST=gs://test/c/step1" in said[-1]
     assert uploads.busy == {out / "step1"}
     step_folder.mark_latest(save(out, 2))
-    assert step_folder.retire(out, 1, uploads.busy) == []
+    assert step_folder.prune(out, 1, uploads.busy) == []
     uploads.add(out / "step2")
     assert uploads.finish() == {"where": "gs://test/c", "steps": ["step1", "step2"], "missing": []}
     uploads.close()
@@ -108,7 +108,7 @@ def test_a_machine_that_starts_no_process_is_told_and_training_goes_on(
 SENDER = """
 import sys
 from pathlib import Path
-from sft.training.remote import Uploads
+from sft.training.uploads import Uploads
 out = Path(sys.argv[1])
 uploads = Uploads(out, "gs://test/c", out / "cache", print)
 sys.stdin.readline()
@@ -223,7 +223,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     out, said = tmp_path / "train", list[str]()
     out.mkdir()
     alone = World(0, 1, 0, torch.device("cpu"))
-    remote.bring(out, KEPT, tmp_path / "cache", alone, said.append)
+    uploads.bring_checkpoint(out, KEPT, tmp_path / "cache", alone, said.append)
     assert not list(out.iterdir()) and not said
     for number in (2, 4, 6, 8, 10):
         keep(server, tmp_path / "there", number)
@@ -232,7 +232,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     put(server, "BEST", b"step4\nloss 0.5\n")
     put(server, "LATEST", b"step10\n")
     put(server, "metrics.jsonl", b'{"attempt": 1}\n{"step": 1}\n')
-    remote.bring(out, KEPT, tmp_path / "cache", alone, said.append)
+    uploads.bring_checkpoint(out, KEPT, tmp_path / "cache", alone, said.append)
     assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
     for step in (out / "step4", out / "step6"):
         assert not manifest.broken_outputs(step, manifest.StepManifest.read(step / manifest.NAME).outputs)
@@ -245,13 +245,13 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
 NODE = """
 import sys
 from pathlib import Path
-from sft.training import remote
+from sft.training import uploads
 from sft.model.parallel import join
 
 world, root = join(1), Path(sys.argv[1])
 out = root / f"disk{world.rank}"
 out.mkdir()
-remote.bring(out, sys.argv[2], root / f"cache{world.rank}", world, print if world.leader else lambda _: None)
+uploads.bring_checkpoint(out, sys.argv[2], root / f"cache{world.rank}", world, print if world.is_rank0 else lambda _: None)
 world.close()
 """
 

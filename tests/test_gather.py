@@ -12,10 +12,10 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from sft.formats import manifest
-from sft.checkpoint import gather as disks
+from sft.checkpoint import gather
 from sft.model.parallel import SharedError, join
 
-disks.PIECE = 1000
+gather.PIECE = 1000
 world, root, shared = join(1), Path(sys.argv[1]), sys.argv[2] == "shared"
 for case in ("whole", "altered", "short"):
     work = root / case / ("one" if shared else f"disk{world.rank}")
@@ -27,12 +27,12 @@ for case in ("whole", "altered", "short"):
     if world.rank and case != "whole":
         mine.write_bytes(b"?" * (3500 if case == "altered" else 1200))
     try:
-        sent = disks.bring_together(work, described, world)
+        sent = gather.gather_files(work, described, world)
     except SharedError as e:
         print(case, world.rank, str(e).replace(str(root), ""), flush=True)
         continue
     if sent:
-        disks.forget(work)
+        gather.forget(work)
     print(case, world.rank, sent, flush=True)
 world.close()
 """
@@ -54,7 +54,7 @@ def run(root: Path, how: str) -> list[str]:
 
 
 def test_files_of_another_disk_arrive_in_pieces_and_what_is_not_as_written_is_an_error_on_every_rank(tmp_path):
-    said = run(tmp_path, "apart")
+    said = run(tmp_path, "separate")
     assert said[0] == "whole 0 False" and said[3] == "whole 1 True"
     there = tmp_path / "whole" / "disk0"
     assert (there / "model_and_optim" / "__1_0.distcp").read_bytes() == b"\1" * 3500 and (there / "empty1").is_file()

@@ -139,12 +139,12 @@ def destination(storage: str, run: str, identity: str) -> str:
 PATIENCE_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
-def bring(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
+def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
     """Puts the newest step that is whole in the bucket on every machine's disk, and on rank 0's the step that BEST names and the
     records of earlier attempts. Nothing where none is. Every rank calls this; `say` is asked on each. Raises SharedError.
 
     Rank 0 chooses, as the bucket may change while machines look: an attempt that was told to end may still send its last step."""
-    world = world.apart(PATIENCE_S)
+    world = world.with_own_group(PATIENCE_S)
 
     def here(number: int) -> str:
         return "" if world.local_rank else _bring_step(number, out, where, cache, log)

@@ -1,6 +1,6 @@
 """Tensors of a torch DCP folder (ours or OLMo-core's), read in pieces, without a process group and without running anything.
 
-In:  stepN/ or stepN/model_and_optim/, written by any number of ranks. Out: `Tensors`, name -> tensor, or a few rows of one, or the
+In:  stepN/ or stepN/model_and_optim/, written by any number of ranks. Out: `DcpReader`, name -> tensor, or a few rows of one, or the
      part of one that a rank holds. Memory is that of what is asked for and a piece of 32 MB.
 
 DCP's `.metadata` is a pickle. It is read by an unpickler that knows a dozen plain classes and nothing else. Every stored
@@ -99,7 +99,7 @@ class Weights(Protocol):
         ...
 
 
-class Tensors(Mapping[str, Tensor]):
+class DcpReader(Mapping[str, Tensor]):
     """The tensors of a DCP folder whose names start with `prefix`, under their names without it."""
 
     def __init__(self, step: Path, prefix: str = "model.") -> None:
