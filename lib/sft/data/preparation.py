@@ -37,6 +37,7 @@ ENCODING = 5
 SCREENING = 2
 """Raised when code changes find other copies of evaluation texts in the same input."""
 MIX_FIELDS = {"sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate"}
+MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
 """What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs

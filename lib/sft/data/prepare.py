@@ -27,9 +27,7 @@ from sft.recipe import inputs
 
 if TYPE_CHECKING:
     from sft.runner.stage import Result, Stage
-from sft.data.preparation import MIX_FIELDS, Preparation
-
-MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
+from sft.data.preparation import Preparation
 
 
 def prepare_part(stage: Stage, shard: Shard) -> Path:
