@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 
 from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
+from conftest import REPO
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.chat.template import JinjaTemplate, Specials, known_templates
 from sft.common.errors import SftError
-from sft.recipe.chat_templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO
+from sft.recipe.chat_templates import HELPFUL, NO_FUNCTIONS, OLMO, TEMPLATES
+from sft.recipe.recipe import load
 from sft.recipe.schema import Prepare, Source
 
 MORE = [*SPECIALS, "<s>", "<|eot_id|>", "<|header|>", "<end_of_turn>", "<start_of_turn>"]
@@ -39,7 +42,7 @@ def pairs() -> dict[str, tuple[NamedTemplate, JinjaTemplate]]:
     return {name: (named(name), jinja(named(name).text, SPECIALS)) for name in known_templates()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=40, deadline=None)
 @given(row=conversations(roles=True, tools=True))
 def test_native_renderer_equals_the_jinja_text(pairs: Any, name: str, row: dict[str, Any]) -> None:
@@ -55,7 +58,7 @@ def test_native_renderer_equals_the_jinja_text(pairs: Any, name: str, row: dict[
         assert (runs, specials) == other.render(conversation)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_every_role_can_be_trained_with_what_ends_its_turn(name: str, pairs: Any) -> None:
     reader = RowReader(EVERY, EVERY.sources[0])
     roles = [role for role in ("system", "user", "assistant") if role in named(name).turns]
@@ -115,9 +118,9 @@ def test_thinker_templates_leave_to_the_prompt_the_opening_tag_that_it_gives(nam
         row = chat("a", "<think>\nhm\n</think>\n\nb")
         assert trained(template, row) == ["\nhm\n</think>\n\nb<|endoftext|>"]
         assert template.render(READ(row))[0][0].endswith("assistant|>\n<think>" if "tulu" in name else "\n<think>")
-        assert template.unprompted == 0
+        assert template.answers_without_prefix == 0
         assert trained(template, chat("a", "b")) == ["b<|endoftext|>"]
-        assert template.unprompted == 1
+        assert template.answers_without_prefix == 1
 
 
 def test_remove_intermediate_thinking_keeps_only_the_last() -> None:
@@ -430,3 +433,29 @@ def test_special_text_in_content_is_set_aside_and_restored() -> None:
     crowded = Conversation(turns(("user", "\U000f0000\U00100000"), ("assistant", EOS)), [False, True], None, False)
     with pytest.raises(BadRow, match="private-use"):
         specials.escape(crowded)
+
+
+def test_an_edit_of_a_named_template_makes_prepare_stale_and_says_so(workspace: Any) -> None:
+    workspace.recipe("x", 'tokenizer = "tok"', 'tokenizer = "tok"\ntemplate = "tulu"')
+    workspace.make("prepare", "RECIPE=x")
+    assert workspace.ran() == ["prepare x"]
+    file = workspace.root / "lib/sft/recipe/chat_templates.py"
+    text = file.read_text()
+    file.write_text(text.replace("ZEPHYR_JINJA = (\n", 'ZEPHYR_JINJA = (\n    "{# another template #}" +'))
+    assert "x/prepare: up to date" in workspace.make("why", "RECIPE=x").stdout
+    for edited in (
+        text.replace("{{- '<|assistant|>\\\\n' -}}", "{{- '<|model|>\\\\n' -}}"),  # of the Jinja text
+        text.replace('TurnText("<|assistant|>\\n"', 'TurnText("<|model|>\\n"'),  # of the table of turns
+    ):
+        assert edited != text
+        file.write_text(edited)
+        assert re.search(
+            r"x/prepare: template_text tulu [0-9a-f]{12} -> tulu [0-9a-f]{12}\n",
+            workspace.make("why", "RECIPE=x").stdout,
+        )
+
+
+def test_the_key_of_a_recipe_without_a_named_template_has_no_digest_of_one() -> None:
+    smoke = load(REPO / "recipes/smoke.toml", ["template=tokenizer"])
+    assert "template_text" not in smoke.config("prepare")
+    assert "template_text" not in load(REPO / "recipes/smoke.toml", ["template=olmo"]).config("train")

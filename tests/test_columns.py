@@ -18,10 +18,10 @@ from sft.data.blocks import Columns, pieces
 from sft.data.fast import lines as compiled_lines
 from sft.data.fast.columns import messages
 from sft.data.tokenize import Encoder
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
 
-PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
+PLAIN = [name for name in TEMPLATES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 ROLES = ["user", "assistant", "system", "environment", "tool", "nobody", ""]
 TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
 

@@ -14,7 +14,7 @@ from sft.common.errors import SftError
 from sft.export import convert, core, rows, write
 from sft.model import hf
 from sft.recipe import recipe
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.presets import PRESETS
 from sft.runner import plan
 
@@ -73,7 +73,7 @@ def test_an_evaluation_template_is_carried_and_recorded_and_the_gate_still_runs_
 ) -> None:
     result = convert.convert(stage(trained, tmp_path, "eval_template=olmo_thinker"))
     text = (tmp_path / "model" / "chat_template.jinja").read_text()
-    assert text == FAMILIES["olmo_thinker"].jinja
+    assert text == TEMPLATES["olmo_thinker"].jinja
     assert result.metrics["template"]["name"] == "olmo_thinker"
     report = hf.read_json(tmp_path / "gate.json")
     assert all(chat["prompt"].endswith("<|im_start|>assistant\n<think>") for chat in report["chats"])

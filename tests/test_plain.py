@@ -18,10 +18,10 @@ from sft.data.compiled import compiled
 from sft.data.fast import lines as compiled_lines
 from sft.data.fast import plain
 from sft.data.tokenize import Encoder
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
 
-PLAIN = [name for name in FAMILIES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
+PLAIN = [name for name in TEMPLATES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
         assert encoder(folder, **options).encode_plain(Block.of(line), renamed) == (None, [0])
-    for name in set(FAMILIES) - set(PLAIN):
+    for name in set(TEMPLATES) - set(PLAIN):
         assert encoder(folder, name).encode_plain(Block.of(line), renamed) == (None, [0])
 
 

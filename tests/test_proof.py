@@ -31,7 +31,7 @@ from chat_samples import (
 )
 from sft.common.errors import SftError
 from sft.data.tokenize import Encoder
-from sft.recipe.chat_templates import FAMILIES, HELPFUL, NO_FUNCTIONS, OLMO
+from sft.recipe.chat_templates import HELPFUL, NO_FUNCTIONS, OLMO, TEMPLATES
 
 MULTI = chat("What is 2+2?", "4", "And 3+3?", "6", "Thanks!\n", "You are welcome.")
 
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoders(folder: Path) -> dict[str, Encoder]:
-    return {name: encoder(folder, name) for name in FAMILIES}
+    return {name: encoder(folder, name) for name in TEMPLATES}
 
 
 def with_template(folder: Path, text: str) -> Encoder:
@@ -89,7 +89,7 @@ def stock(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, E
 # --- eight published failures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_turn_terminator_is_trained_after_every_turn_that_has_one(name: str, encoders: Any) -> None:
     """axolotl #3754: the token that ends a turn was never trained, so the model did not stop."""
     made = encoders[name]
@@ -122,7 +122,7 @@ def test_template_that_hides_its_terminator_from_the_mask_is_refused(folder: Pat
         with_template(folder, "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_scaffold_is_never_trained(name: str, encoders: Any) -> None:
     """prime-rl #2492: role headers and newlines between turns were trained."""
     made = encoders[name]
@@ -132,7 +132,7 @@ def test_scaffold_is_never_trained(name: str, encoders: Any) -> None:
     assert spoken.replace(" ", "") == "46Youarewelcome."
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_no_multi_turn_row_is_dropped(name: str, encoders: Any) -> None:
     """prime-rl #2470: every row with two or more turns was dropped, because a prefix of it renders differently."""
     thinking = chat("a", "<think>\n1\n</think>\n\nb", "c", "<think>\n2\n</think>\n\nd")
@@ -141,7 +141,7 @@ def test_no_multi_turn_row_is_dropped(name: str, encoders: Any) -> None:
     assert got.rejects == [] and got.rows.tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_mask_is_never_all_ones(name: str, encoders: Any) -> None:
     """Megatron-Bridge #3359: without generation markers in the template everything was trained."""
     made = encoders[name]
@@ -188,7 +188,7 @@ def test_mask_is_never_all_zeros(encoders: Any) -> None:
         assert (got.labels > 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name.startswith("olmo")])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("olmo")])
 def test_olmo_templates_take_multi_turn_conversations(name: str, encoders: Any) -> None:
     """open-instruct #1800: the last turn ends in EOS and the others in <|im_end|>, so a prefix of the conversation is no prefix of
     its rendering, and label spans could not be computed."""
@@ -197,7 +197,7 @@ def test_olmo_templates_take_multi_turn_conversations(name: str, encoders: Any) 
     assert text_of(made, got, trained=True) == f"4{IM_END}6{IM_END}You are welcome.{EOS}"
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in ("tulu", "tulu_thinker", "zephyr")])
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name not in ("tulu", "tulu_thinker", "zephyr")])
 def test_readers_that_look_for_eos_find_exactly_the_documents(name: str, encoders: Any) -> None:
     """OLMo-core #594: EOS is taken for a document boundary, so an EOS inside a conversation cuts it to pieces."""
     made = encoders[name]
@@ -216,7 +216,7 @@ def test_templates_with_eos_inside_say_that_their_data_needs_an_index(name: str,
     assert made.identity["boundaries"] == "index"
     assert len(got.lengths) == 2 < (got.ids == made.identity["eos_id"]).sum()
     # The same holds when the template is not known by name.
-    assert with_template(folder, FAMILIES[name].jinja).identity["boundaries"] == "index"
+    assert with_template(folder, TEMPLATES[name].jinja).identity["boundaries"] == "index"
 
 
 # --- masks against the oracle -----------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_masks_equal_the_oracle_on_random_conversations(encoders: Any, row: dict
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(conversations(text=any_text, roles=True, tools=True), min_size=1, max_size=5),
-    name=st.sampled_from(list(FAMILIES)),
+    name=st.sampled_from(list(TEMPLATES)),
 )
 def test_every_document_keeps_the_promises_whatever_the_content(
     encoders: Any, rows: list[dict[str, Any]], name: str

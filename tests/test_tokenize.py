@@ -33,7 +33,8 @@ from sft.chat.rows import RowReader
 from sft.common.errors import SftError
 from sft.data.tokenize import Encoder
 from sft.data.vocabulary import Vocabulary, check_rebuilt
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.inputs import TEMPLATE_SUFFIXES
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_a_batch_gives_what_its_rows_give_one_by_one(olmo: Encoder, rows: list[d
     assert together.labels.sum() == together.mask.sum()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", TEMPLATES)
 @settings(max_examples=25, deadline=None)
 @given(row=conversations(text=any_text))
 def test_jinja_file_gives_the_same_tokens_and_masks_as_the_named_template(both: Any, name: str, row: dict) -> None:
@@ -93,7 +94,7 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def pair(name: str) -> tuple[Encoder, Encoder]:
         if name not in made:
-            (root / f"{name}.jinja").write_text(FAMILIES[name].jinja)
+            (root / f"{name}.jinja").write_text(TEMPLATES[name].jinja)
             made[name] = encoder(folder, name), encoder(folder, f"{name}.jinja", lambda path: root / path)
         return made[name]
 
@@ -263,12 +264,25 @@ def test_without_gigatoken_tokenizers_does_the_work(folder: Path, monkeypatch: p
 
 
 def test_encoder_pickles_with_its_template_file(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine.jinja").write_text(FAMILIES["chatml"].jinja)
+    (tmp_path / "mine.jinja").write_text(TEMPLATES["chatml"].jinja)
     made = encoder(folder, "mine.jinja", lambda path: tmp_path / path)
     (tmp_path / "mine.jinja").unlink()
     again = pickle.loads(pickle.dumps(made))  # noqa: S301
     assert again.identity == made.identity
     assert again.encode([chat("a", "b")], SOURCE).ids.tolist() == made.encode([chat("a", "b")], SOURCE).ids.tolist()
+
+
+@pytest.mark.parametrize("suffix", TEMPLATE_SUFFIXES)
+def test_every_name_of_a_template_file_that_the_planner_accepts_is_read(
+    folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    (tmp_path / f"mine{suffix}").write_text(TEMPLATES["chatml"].jinja)
+    made = encoder(folder, f"mine{suffix}", lambda path: tmp_path / path)
+    assert made.template.text == TEMPLATES["chatml"].jinja
+    assert (
+        made.encode([chat("a", "b")], SOURCE).ids.tolist()
+        == encoder(folder, "chatml").encode([chat("a", "b")], SOURCE).ids.tolist()
+    )
 
 
 def test_identity_says_what_readers_of_the_data_need(folder: Path) -> None:
@@ -278,8 +292,8 @@ def test_identity_says_what_readers_of_the_data_need(folder: Path) -> None:
     assert identity["terminator_ids"] == sorted([vocabulary.specials[EOS], vocabulary.specials[IM_END]])
     assert identity["vocab_size"] == vocabulary.size
     assert json.loads(json.dumps(identity)) == identity
-    assert {name: encoder(folder, name).identity["boundaries"] for name in FAMILIES} == {
-        name: "index" if name in ("tulu", "tulu_thinker", "zephyr") else "eos" for name in FAMILIES
+    assert {name: encoder(folder, name).identity["boundaries"] for name in TEMPLATES} == {
+        name: "index" if name in ("tulu", "tulu_thinker", "zephyr") else "eos" for name in TEMPLATES
     }
 
 

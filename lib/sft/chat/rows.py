@@ -41,6 +41,8 @@ KEPT = frozenset(
     )
 )
 TEXT_FIELDS = KEPT - {"tool_calls"}
+Message = dict[str, Any]
+"""A message with `role`, `content` and perhaps other fields of KEPT."""
 LAYOUTS = ("messages", "conversations", "prompt", "instruction")
 
 

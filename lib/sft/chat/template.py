@@ -26,7 +26,7 @@ from sft.chat.named import NamedTemplate
 from sft.chat.rows import BadRow, Conversation
 from sft.chat.trace import Generation, Mark, mark, mark_loops
 from sft.common.errors import SftError
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
 
 # Stand-ins for special-token text in content; two blocks, because a row may hold characters of one of them.
 PRIVATE_BLOCKS = (0xF0000, 0x100000)
@@ -44,8 +44,8 @@ class Template(Protocol):
     boundaries: str
     eos_appended: bool
     terminators: list[str]
-    given: str  # what the generation prompt writes behind the header of the turn, such as <think>
-    unprompted: int  # trained answers so far that did not begin with it
+    generation_prefix: str  # what the generation prompt writes behind the header of the turn, such as <think>
+    answers_without_prefix: int  # trained answers so far that did not begin with it
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold."""
@@ -121,7 +121,7 @@ def load_template(name: str, text: str | None, variables: Mapping[str, str], eos
 
 
 def known_templates() -> list[str]:
-    return sorted(FAMILIES)
+    return sorted(TEMPLATES)
 
 
 def commonprefix(texts: Sequence[str]) -> str:
@@ -155,7 +155,7 @@ class JinjaTemplate:
         self.index_of: dict[int, int] = {}
         self.writing = -1
         self.knows: dict[tuple, bool] = {}
-        self.unprompted = 0
+        self.answers_without_prefix = 0
         env.globals.update(
             raise_exception=refuse,
             sft_message=self._mark_message,
@@ -253,7 +253,7 @@ class JinjaTemplate:
         # Scaffold is what the generation prompt gives: only as far as the turns really begin with it (a thinking prompt
         # may go on into <think>, which the data spells out), or all that stands before the content when there is no prompt.
         self.header = commonprefix([prompt, *before]) if prompt else ""
-        self.given = prompt[len(self.header) :]
+        self.generation_prefix = prompt[len(self.header) :]
         if prompt and not self.header:
             raise SftError(
                 f"prepare.template: {self.name} opens an answer with {prompt!r} when prompted, but writes {before[0]!r} before an answer in"
@@ -395,11 +395,14 @@ class JinjaTemplate:
         if role != "assistant":
             return [(a, self._end(text, a, b, index, self.specials.texts, None)) for a, b in blocks]
         first = blocks[0][0]
-        if self.given and not text.startswith(self.given, start + len(self.header)):
-            self.unprompted += 1
-        elif self.given and first == start + len(self.header):
+        if self.generation_prefix and not text.startswith(self.generation_prefix, start + len(self.header)):
+            self.answers_without_prefix += 1
+        elif self.generation_prefix and first == start + len(self.header):
             # The prompt already says it. Where it ends inside a token, that token is scaffold too.
-            blocks = [(first + len(self.given), max(first + len(self.given), blocks[0][1])), *blocks[1:]]
+            blocks = [
+                (first + len(self.generation_prefix), max(first + len(self.generation_prefix), blocks[0][1])),
+                *blocks[1:],
+            ]
         for a, b in blocks[:-1]:
             if any(stop in text[a:b] for stop in self.terminators):
                 raise BadRow("template", f"message {index}: a generation block follows the terminator")
@@ -411,7 +414,7 @@ class JinjaTemplate:
         after what the template writes when it is asked for this very turn."""
         prompt = "".join(self.pieces(conversation.messages[:index], conversation.tools, prompt=True))
         if not text.startswith(prompt):
-            prompt = prompt.removesuffix(self.given)
+            prompt = prompt.removesuffix(self.generation_prefix)
         if not text.startswith(prompt):
             raise BadRow(
                 "template",

@@ -40,7 +40,8 @@ from sft.data.compiled import TRAINED, WORD
 from sft.data.dataset import trained_runs
 from sft.data.fast.plain import PlainRows
 from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
-from sft.recipe.chat_templates import FAMILIES
+from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.inputs import is_template_file
 from sft.recipe.schema import Prepare, Source
 
 PARITY_CHARACTERS = 1000
@@ -92,7 +93,7 @@ class Encoder:
         if not self.vocabulary.byte_level:
             self.engine.why = "the tokens of this tokenizer have no fixed bytes"
         name = prepare.template
-        text = None if name in FAMILIES else template_text or self._template_text(name, find)
+        text = None if name in TEMPLATES else template_text or self._template_text(name, find)
         self.template_text = text
         self.template = load_template(name, text, self.vocabulary.variables, self.vocabulary.eos, self.specials)
         self.terminator_ids = sorted(
@@ -121,9 +122,9 @@ class Encoder:
                     f"prepare.template: 'tokenizer', but {self.folder} has no chat template; next: name one of {', '.join(known_templates())}"
                 )
             return text
-        if not name.endswith(".jinja") or find is None:
+        if not is_template_file(name) or find is None:
             raise SftError(
-                f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja file, nor one of {', '.join(known_templates())};"
+                f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja, .jinja2 or .j2 file, nor one of {', '.join(known_templates())};"
                 " next: choose one of them"
             )
         return read_text(find(name), "prepare.template", "name a Jinja file in UTF-8")
@@ -166,7 +167,7 @@ class Encoder:
     def reader(self, source: Source) -> RowReader:
         key = repr(sorted(source.columns.items()))
         if key not in self.readers:
-            self.readers[key] = RowReader(self.prepare, source, "<think>" in self.template.given)
+            self.readers[key] = RowReader(self.prepare, source, "<think>" in self.template.generation_prefix)
         return self.readers[key]
 
     def read(self, row: Any, source: Source) -> Conversation:
@@ -240,7 +241,7 @@ class Encoder:
         # special-token text that it would take for its own.
         careful = isinstance(self.template, JinjaTemplate) or not self.countable
         careful = careful and self.prepare.special_text != "token"
-        before, system = self.template.unprompted, self.prepare.system
+        before, system = self.template.answers_without_prefix, self.prepare.system
         runs_of, specials_of, rows_of, conversations = batch.runs, batch.specials, batch.rows, batch.conversations
         for index, row in enumerate(rows):
             try:
@@ -259,7 +260,7 @@ class Encoder:
             runs_of.append(runs)
             specials_of.append(specials)
             rows_of.append(index)
-        batch.unprompted = self.template.unprompted - before
+        batch.unprompted = self.template.answers_without_prefix - before
         return batch
 
     def _render_escaped(self, batch: Batch, conversation: Conversation, document: int) -> tuple[list[str], int]:
@@ -468,6 +469,6 @@ class Encoder:
             "straddling_tokens": int(walk.straddled.sum()),
             "parity_documents": checked,
         }
-        if self.template.given:
+        if self.template.generation_prefix:
             proof["answers_without_prompt"] = unprompted
         return proof

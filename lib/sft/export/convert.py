@@ -65,16 +65,16 @@ def convert(stage: Stage) -> Result:
 
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
     """The text of [convert] eval_template: a name of sft.chat.named or a .jinja file; "" where there is none."""
-    from sft.recipe.chat_templates import FAMILIES
+    from sft.recipe.chat_templates import TEMPLATES
     from sft.recipe.inputs import is_template_file
 
     if is_template_file(name):
         return find(name, "convert.eval_template").read_text(encoding="utf-8")
-    if name and name not in FAMILIES:
+    if name and name not in TEMPLATES:
         raise SftError(
-            f"[convert] eval_template = {name!r}: none of {', '.join(FAMILIES)}, nor a .jinja file; next: correct it"
+            f"[convert] eval_template = {name!r}: none of {', '.join(TEMPLATES)}, nor a .jinja, .jinja2 or .j2 file; next: correct it"
         )
-    return FAMILIES[name].jinja if name else ""
+    return TEMPLATES[name].jinja if name else ""
 
 
 def final_step(train: Path) -> Path:

@@ -1,36 +1,65 @@
-"""TODO sft.recipe.recipe.chat_templates"""
+"""The texts of the named chat templates: olmo and its variants, tulu, zephyr, chatml, simple_chat.
+
+Each template is defined twice: as Jinja text, which is exported with the model, and as a table of turns, which
+`sft.chat.named` renders without Jinja. tests/test_chat.py proves that both write the same. The planner reads this module to check
+a template's name and to put `digest` into prepare's key, so it uses the standard library only.
+"""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from sft.common.files import canonical
 
 
-@dataclass(frozen=True)
-class Turn:
-    """How one role is laid out: head, content, stop (what ends the turn and is trained with it), gap (scaffold).
-    The `last_` pair ends the conversation."""
+class TurnText(NamedTuple):
+    """How one role's turn is written: head, content, stop, gap. `stop` ends the turn and is trained with it; `gap` is scaffold.
+
+    The last turn of a conversation ends with `last_stop` and `last_gap` instead.
+    """
 
     head: str
     stop: str
     gap: str
     last_stop: str
     last_gap: str
-    specials: int = 0
-    last_specials: int = 0
+
+
+class DefaultSystem(NamedTuple):
+    """The system message that a template writes where a conversation has none."""
+
+    identity: str
+    no_functions: str
+    """Follows the identity unless the row has tools."""
 
 
 @dataclass(frozen=True)
-class Family:
-    """Templates that share one layout. `turns(eos)` gives role -> (head, stop, gap, last_stop, last_gap)."""
+class TemplateText:
+    """One named template: its Jinja text, and the same layout as a table of turns."""
 
     jinja: str
-    turns: Callable[[str], dict[str, tuple[str, str, str, str, str]]]
+    turns: Callable[[str], dict[str, TurnText]]
+    """From the text of the end-of-sequence token to the turns, by role."""
     between: str = ""
-    lead: str = ""  # what the model emits in front of the content, as it follows the head without a token boundary
-    calls: bool = False
-    given: str = ""  # what the generation prompt writes behind the assistant's head
+    """Written between two messages, before the head of the second."""
+    lead: str = ""
+    """What the model emits before the content, because it follows the head without a token boundary."""
+    has_calls: bool = False
+    """Whether `functions`, `function_calls`, `tool_calls` and tools have a place in it."""
+    generation_prefix: str = ""
+    """What the generation prompt writes after the assistant's head, such as <think>."""
+    default_system: DefaultSystem | None = None
+    strips_history: bool = False
+    """Whether thinking is removed from all answers except a last one."""
+
+    @property
+    def digest(self) -> str:
+        """Hex digest of all that the template writes. It changes when the text or a rule of the layout changes."""
+        facts = [self.jinja, self.turns("<eos>"), self.between, self.lead, self.has_calls, self.generation_prefix]
+        return hashlib.sha256(canonical([*facts, self.default_system, self.strips_history])).hexdigest()
 
 
 CALLS = """\
@@ -110,8 +139,6 @@ OLMO_7B = (
     "You are Olmo, a helpful AI assistant built by Ai2. Your date cutoff is December 2024, and your model weights are available"
     " at https://huggingface.co/allenai."
 )
-# Where fields other than role and content are written; functions of a system message are handled apart.
-PLACES = {"functions": "user", "function_calls": "assistant", "tool_calls": "assistant"}
 HELPFUL = "You are a helpful AI assistant."
 TULU_JINJA = (
     CONTENT
@@ -161,82 +188,89 @@ SIMPLE_JINJA = (
 )
 
 
-def im_turns(eos: str, assistant_last: str, assistant_last_gap: str, no_functions: str) -> dict:
-    def turn(name: str, suffix: str = "") -> tuple[str, str, str, str, str]:
-        return (f"<|im_start|>{name}\n", f"{suffix}<|im_end|>", "\n", f"{suffix}<|im_end|>", "\n")
+def im_turns(
+    assistant_last_stop: str, assistant_last_gap: str = "", no_functions: str = "", tool: str = "environment"
+) -> dict[str, TurnText]:
+    """Turns between <|im_start|> and <|im_end|>."""
+
+    def turn(name: str, suffix: str = "") -> TurnText:
+        return TurnText(f"<|im_start|>{name}\n", f"{suffix}<|im_end|>", "\n", f"{suffix}<|im_end|>", "\n")
 
     turns = {"system": turn("system", no_functions), "user": turn("user")}
-    turns["assistant"] = ("<|im_start|>assistant\n", "<|im_end|>", "\n", assistant_last, assistant_last_gap)
-    return turns | dict.fromkeys(("environment", "tool", "function", "ipython"), turn("environment"))
+    turns["assistant"] = turn("assistant")._replace(last_stop=assistant_last_stop, last_gap=assistant_last_gap)
+    return turns | dict.fromkeys(("environment", "tool", "function", "ipython"), turn(tool))
 
 
-def olmo(identity: str, suffix: str, prompt: str = "", strip_history: bool = False) -> Family:
-    text = CALLS + CONTENT + DEFAULT_SYSTEM + IM_TURNS
-    for name, value in (
-        ("STRIP_HISTORY", STRIP_HISTORY if strip_history else ""),
-        ("ASSISTANT_STOP", "eos_token if last else '<|im_end|>\\n'"),
-        ("IDENTITY", identity),
-        ("SUFFIX", suffix),
-        ("NO_FUNCTIONS", NO_FUNCTIONS),
-        ("PROMPT", prompt),
-    ):
+def fill(text: str, **values: str) -> str:
+    """Replaces the words in capitals."""
+    for name, value in values.items():
         text = text.replace(name, value)
-    return Family(text, lambda eos: im_turns(eos, eos, "", NO_FUNCTIONS), calls=True, given=prompt)
+    return text
 
 
-def chatml() -> Family:
-    text = CALLS + CONTENT + IM_TURNS
-    for name, value in (
-        ("STRIP_HISTORY", ""),
-        ("ASSISTANT_STOP", "'<|im_end|>\\n'"),
-        ("NO_FUNCTIONS", ""),
-        ("PROMPT", ""),
-        ("environment\\n", "tool\\n"),
-    ):
-        text = text.replace(name, value)
-
-    def turns(eos: str) -> dict:
-        table = im_turns(eos, "<|im_end|>", "\n", "")
-        tool = ("<|im_start|>tool\n", "<|im_end|>", "\n", "<|im_end|>", "\n")
-        return table | dict.fromkeys(("environment", "tool", "function", "ipython"), tool)
-
-    return Family(text, turns, calls=True)
-
-
-def tulu(prompt: str = "") -> Family:
-    def turns(eos: str) -> dict:
-        table = {role: (f"<|{role}|>\n", "", "\n", "", "\n") for role in ("system", "user")}
-        return table | {"assistant": ("<|assistant|>\n", eos, "\n", eos, "")}
-
-    return Family(TULU_JINJA.replace("PROMPT", prompt), turns, given=prompt)
+def olmo(identity: str, suffix: str, prompt: str = "", strips_history: bool = False) -> TemplateText:
+    text = fill(
+        CALLS + CONTENT + DEFAULT_SYSTEM + IM_TURNS,
+        STRIP_HISTORY=STRIP_HISTORY if strips_history else "",
+        ASSISTANT_STOP="eos_token if last else '<|im_end|>\\n'",
+        IDENTITY=identity,
+        SUFFIX=suffix,
+        NO_FUNCTIONS=NO_FUNCTIONS,
+        PROMPT=prompt,
+    )
+    return TemplateText(
+        text,
+        lambda eos: im_turns(eos, no_functions=NO_FUNCTIONS),
+        has_calls=True,
+        generation_prefix=prompt,
+        default_system=DefaultSystem(identity, suffix),
+        strips_history=strips_history,
+    )
 
 
-def zephyr() -> Family:
+def chatml() -> TemplateText:
+    text = fill(
+        CALLS + CONTENT + IM_TURNS, STRIP_HISTORY="", ASSISTANT_STOP="'<|im_end|>\\n'", NO_FUNCTIONS="", PROMPT=""
+    )
+    text = text.replace("environment\\n", "tool\\n")
+    return TemplateText(text, lambda eos: im_turns("<|im_end|>", "\n", tool="tool"), has_calls=True)
+
+
+def tulu(prompt: str = "") -> TemplateText:
+    def turns(eos: str) -> dict[str, TurnText]:
+        table = {role: TurnText(f"<|{role}|>\n", "", "\n", "", "\n") for role in ("system", "user")}
+        return table | {"assistant": TurnText("<|assistant|>\n", eos, "\n", eos, "")}
+
+    return TemplateText(fill(TULU_JINJA, PROMPT=prompt), turns, generation_prefix=prompt)
+
+
+def zephyr() -> TemplateText:
     roles = ("system", "user", "assistant")
-    return Family(ZEPHYR_JINJA, lambda eos: {role: (f"<|{role}|>\n", eos, "\n", eos, "\n") for role in roles})
+    return TemplateText(
+        ZEPHYR_JINJA, lambda eos: {role: TurnText(f"<|{role}|>\n", eos, "\n", eos, "\n") for role in roles}
+    )
 
 
-def simple(between: str, named: bool) -> Family:
+def simple(between: str, named: bool) -> TemplateText:
     """`Role: content` or bare contents. A space joins the word after it into one token, so it belongs to the answer."""
     head = "message['role'].capitalize() + ': '" if named else "''"
     escaped = between.replace("\n", "\\n")
     prompt = "" if between == " " else escaped + ("Assistant:" if named else "")
-    text = SIMPLE_JINJA.replace("BETWEEN", escaped).replace("HEAD", head).replace("PROMPT", prompt)
     roles = ("system", "developer", "user", "assistant", "tool", "environment", "function", "ipython")
-    return Family(
-        text,
-        lambda eos: {role: (f"{role.capitalize()}:" if named else "", "", "", eos, "") for role in roles},
+    return TemplateText(
+        fill(SIMPLE_JINJA, BETWEEN=escaped, HEAD=head, PROMPT=prompt),
+        lambda eos: {role: TurnText(f"{role.capitalize()}:" if named else "", "", "", eos, "") for role in roles},
         between="" if between == " " else between,
         lead=" " if named or between == " " else "",
     )
 
 
-FAMILIES: dict[str, Family] = {
+TEMPLATES: dict[str, TemplateText] = {
     "olmo": olmo(OLMO, NO_FUNCTIONS),
     "olmo_thinker": olmo(OLMO, NO_FUNCTIONS, prompt="<think>"),
     "olmo_thinker_no_think_7b": olmo(OLMO_7B, ""),
     "olmo_thinker_no_think_sft_tokenization": olmo(HELPFUL, ""),
-    "olmo_thinker_remove_intermediate_thinking": olmo(HELPFUL, "", prompt="<think>", strip_history=True),
+    "olmo_thinker_remove_intermediate_thinking": olmo(HELPFUL, "", prompt="<think>", strips_history=True),
     "chatml": chatml(),
     "tulu": tulu(),
     "tulu_thinker": tulu("<think>"),
@@ -245,24 +279,3 @@ FAMILIES: dict[str, Family] = {
     "simple_concat_with_space": simple(" ", named=False),
     "simple_concat_with_new_line": simple("\n", named=False),
 }
-DEFAULTS = {
-    "olmo": (OLMO, NO_FUNCTIONS),
-    "olmo_thinker": (OLMO, NO_FUNCTIONS),
-    "olmo_thinker_no_think_7b": (OLMO_7B, ""),
-    "olmo_thinker_no_think_sft_tokenization": (HELPFUL, ""),
-    "olmo_thinker_remove_intermediate_thinking": (HELPFUL, ""),
-}
-
-
-def functions(tools: list[dict]) -> str:
-    return f" <functions>{json.dumps(tools, ensure_ascii=False)}</functions>"
-
-
-def calls(tool_calls: list[dict]) -> str:
-    lines = []
-    for call in tool_calls:
-        arguments = ", ".join(
-            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["function"]["arguments"].items()
-        )
-        lines.append(f"{call['function']['name']}({arguments})")
-    return "\n".join(lines)

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 _NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 
 
@@ -34,8 +35,8 @@ def is_remote(path: str) -> bool:
 
 
 def is_template_file(template: str) -> bool:
-    """A template is a file under DATA when it is named like one; else 'tokenizer' or a name from sft.chat.template."""
-    return template.endswith((".jinja", ".jinja2", ".j2"))
+    """Whether the recipe names a template file under DATA, rather than 'tokenizer' or a named template."""
+    return template.endswith(TEMPLATE_SUFFIXES)
 
 
 def kind(name: str) -> str | None:

@@ -23,7 +23,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.paths import REPO
-from sft.recipe import presets, schema
+from sft.recipe import chat_templates, presets, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
@@ -58,8 +58,12 @@ class Recipe:
         return self.on.get(cluster, {}).get(stage, schema.Hardware())
 
     def config(self, stage: str) -> dict[str, Any]:
-        """What the stage's key hashes: its own table, and [model] where it reads it, without `key=False` options."""
-        config = _keyed(getattr(self, stage))
+        """What the stage's key hashes: its own table, and [model] where it reads it, without `key=False` options. In prepare's also
+        the digest of a named chat template's text, so that an edit of the text restages it."""
+        config: dict[str, Any] = _keyed(getattr(self, stage))
+        named = chat_templates.TEMPLATES.get(self.prepare.template)
+        if stage == "prepare" and named:
+            config["template_text"] = f"{self.prepare.template} {named.digest[:12]}"
         if stage == "sync":
             config["base"] = self.model.base
         if stage == "train":

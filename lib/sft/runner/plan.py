@@ -25,7 +25,7 @@ from sft.formats.manifest import Input, Manifest
 from sft.formats.record import to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
-from sft.recipe import inputs, recipe, schema
+from sft.recipe import chat_templates, inputs, recipe, schema
 
 REPO = paths.REPO
 # Raise a stage's number when its code makes different bytes from the same options.
@@ -236,11 +236,11 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
 def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default: str) -> None:
     if name == default or inputs.is_template_file(name):
         return
-    from sft.recipe import chat_templates  # only here: a current run does not need to know them
-
-    if name not in chat_templates.FAMILIES:
-        known = ", ".join(filter(None, (default, *chat_templates.FAMILIES)))
-        raise SftError(f"{r.file}: '{field}' in [{table}] = {name!r}: none of {known}, nor a .jinja file")
+    if name not in chat_templates.TEMPLATES:
+        known = ", ".join(filter(None, (default, *chat_templates.TEMPLATES)))
+        raise SftError(
+            f"{r.file}: '{field}' in [{table}] = {name!r}: none of {known}, nor a .jinja, .jinja2 or .j2 file"
+        )
 
 
 def report_inputs(run: Path) -> list[Input]:

@@ -68,7 +68,13 @@ class PlainRows:
             for part in ((turn.head, turn.stop, turn.gap, turn.last_stop, turn.last_gap) if turn else [""] * PARTS)
         ]
         system = template.turns.get("system")
-        texts += [template.default_plain, template.given, " <functions>", "\n<functions>", "</functions>"]
+        texts += [
+            template.default_without_tools,
+            template.generation_prefix,
+            " <functions>",
+            "\n<functions>",
+            "</functions>",
+        ]
         texts += ["<function_calls>", "</function_calls>", "<|im_end|>" if system else ""]
         joined, where = packed(texts)
         self.layout = Layout(
@@ -83,7 +89,7 @@ class PlainRows:
                     [template.default_specials] * len(turns),
                 ]
             ),
-            template.family.calls,
+            template.has_calls,
             reader.last_only,
         )
         sizes = [len(text.encode()) for text in texts]
