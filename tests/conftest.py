@@ -138,12 +138,12 @@ def small_chunks(monkeypatch):
 def no_encoding(monkeypatch):
     """Fails the test when anything is encoded."""
 
-    from sft.data import preparation
+    from sft.data.chunks import EncodeChunk
 
     def refuse(self, job):
         raise AssertionError(f"{job.name} was encoded again")
 
     def arm():
-        monkeypatch.setattr(preparation.EncodeChunk, "__call__", refuse)
+        monkeypatch.setattr(EncodeChunk, "__call__", refuse)
 
     return arm

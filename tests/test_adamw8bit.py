@@ -77,6 +77,7 @@ def test_with_8_bit_moments_it_is_torchaos(monkeypatch: pytest.MonkeyPatch) -> N
     assert (ours[0] - theirs[0]).abs().median() < 1e-6
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("eight_bit", [False, True])
 def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +160,7 @@ WIDE: dict[str, Any] = {
 SMALL: dict[str, Any] = {"optimizer": "adamw8bit", "gradients": "bf16", "steps": 8, "save_every": 4, **WIDE}
 
 
+@pytest.mark.slow
 def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path) -> None:
     ranks = 2
     folder = run_folder(tmp_path / "run", dataset)
@@ -174,6 +176,7 @@ def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path
     training.assert_same_bits(folder / "train" / "step8", kept)
 
 
+@pytest.mark.processes
 def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path: Path, dataset: Path) -> None:
     one, three = run_folder(tmp_path / "one", dataset), run_folder(tmp_path / "three", dataset)
     exact = run_folder(tmp_path / "exact", dataset)

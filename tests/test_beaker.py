@@ -23,6 +23,8 @@ from sft.launch.doctor import cluster, doctor
 from sft.recipe import recipe
 from sft.runner import plan
 
+pytestmark = pytest.mark.server
+
 HUSH = "the-value-of-a-secret"
 CLUSTER = f"""
 launcher = "beaker"

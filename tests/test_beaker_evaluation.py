@@ -24,6 +24,8 @@ from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
 from test_beaker import Place, place  # noqa: F401 - a fixture
 
+pytestmark = pytest.mark.server
+
 LOCATION = "/ann/checkpoints/path-to-model/step3710-hf"  # below the mount
 FIELDS = f'location = "WEKA{LOCATION}"\nmax_length = 32768\nmodel_name = "MODEL-NAME"'
 IMAGE = 'evaluate_image = "ann/image"\nworkspace = "ai2/team"\nretries = 2\npriority = "high"\ngpus_per_node = 8'

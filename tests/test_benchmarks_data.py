@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 CPU = ["--device", "cpu", "--seq-len", "256", "--no-compile"]
 

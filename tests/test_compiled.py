@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from sft.data.compiled import DIGITS, TRAINED, WORD, walk, words_of, write_bounds
 
+pytestmark = pytest.mark.compile
+
 LENGTHS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 16, 17, 23, 24, 25, 40]
 SPECIAL, EOS = len(LENGTHS), len(LENGTHS) + 1
 BYTES = [bytes((7 * i + k) % 251 for k in range(n)) for i, n in enumerate(LENGTHS)] + [b"<|special|>", b"<|end|>"]

@@ -16,6 +16,8 @@ from sft.packing.steps import context_groups
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Hardware, Train
 
+pytestmark = pytest.mark.processes
+
 # Six packs a batch (two, three or six ranks divide them) and five left for the last one. 4 query and 2 key/value heads.
 PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "one rank": (1, {}),

@@ -256,6 +256,7 @@ def test_infinity_in_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     assert not (tmp_path / "step0").exists()
 
 
+@pytest.mark.server
 def test_steps_and_folders_may_lie_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     with Server() as server:

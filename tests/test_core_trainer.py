@@ -23,6 +23,8 @@ from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert
 
+pytestmark = pytest.mark.processes
+
 MODELS = {
     "olmo2": tiny_export.OLMO2,
     "olmo3": replace(tiny_export.OLMO3, n_layers=4),

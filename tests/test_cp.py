@@ -20,6 +20,8 @@ from sft.storage import base_weights
 from sft.storage.local import LocalStorage
 from sft.sync import sync
 
+pytestmark = pytest.mark.server
+
 FILES = {"manifest.json": b"{}", "data/x.npy": os.urandom(300_000), "data/y.npy": b"y", "z": b""}
 
 

@@ -21,6 +21,8 @@ from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:

@@ -31,6 +31,8 @@ from sft.storage.gcs import GcsStorage
 from sft.storage.local import LocalStorage, is_part
 from sft.storage.transfer import transfer
 
+pytestmark = pytest.mark.server
+
 SMALL, LARGE = os.urandom(100_000), os.urandom(3_000_001)
 
 

@@ -18,6 +18,8 @@ from sft.launch.beaker import bucket_runs
 from sft.storage.transfer import open_storage
 from test_beaker import Place, place
 
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
 __all__ = ["place"]  # the fixture
 RUN = "smoke_steps-16"
 HARDWARE = "\n[on.beaker-test.train]\nnodes = 2\nprocesses = 1\nmicrobatch_tokens = 512\nthreads = 1\n"

@@ -17,6 +17,8 @@ import pytest
 from sft.checkpoint import step_folder
 from training import assert_same_bits, curve, kill, records, run_folder, start, train
 
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
+
 FIELDS: dict[str, Any] = {
     "steps": 40, "save_every": 6, "ephemeral_every": 2, "validate_every": 4, "keep": 2, "model_n_layers": 2,
 }  # fmt: skip

@@ -384,6 +384,7 @@ def test_the_clusters_variables_reach_a_stage_on_this_machine(workspace):
     assert "ODD is a '$HOME' `b`\n" in workspace.make("prepare", "RECIPE=x", "CLUSTER=here", ok=None).stdout
 
 
+@pytest.mark.processes
 def test_ranks_that_save_are_waited_for_however_many_signals_arrive(tmp_path):
     """Slurm signals every process of a step, and train.sh hands it on: the second signal must not end torchrun's wait."""
     (tmp_path / "rank.py").write_text(
@@ -438,6 +439,7 @@ def test_a_signal_to_every_process_leaves_the_log_its_last_words(tmp_path):
 # --- two machines -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_two_machines_of_two_processes_meet_as_one_world_with_ranks_in_the_nodes_order(workspace):
     """stages/train.sh twice, as a launcher starts it on two nodes; the program behind torchrun only says who it is."""
     root = workspace.root

@@ -36,6 +36,7 @@ def test_value_and_gradients_equal_full_logits(chunk: int, z_loss: float) -> Non
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("z_loss", [0.0, 0.1])
 def test_compiled_it_gives_the_same(device: str, z_loss: float, monkeypatch: pytest.MonkeyPatch) -> None:

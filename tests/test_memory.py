@@ -82,6 +82,7 @@ def test_a_layer_keeps_the_bytes_that_the_plan_says(mode: str, family: dict[str,
     assert (alive(5) - alive(2)) / 3 == pytest.approx(wanted, rel=0.001)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("preset", ["olmo3-32b", "qwen3-8b"])
 def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the size it is trained in, on the meta device: what torch.compile's partitioner saves around the fused kernel."""

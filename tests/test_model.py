@@ -250,6 +250,7 @@ def test_the_fields_of_a_recipe_change_the_model_that_they_name() -> None:
     assert values["lm_head.w_out.weight"].abs().max() <= 0.3
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(("name", "context"), [("olmo3 yarn", 2), ("qwen3", 1)])
 def test_the_layer_that_cuda_runs_compiles_into_one_graph(
     name: str, context: int, monkeypatch: pytest.MonkeyPatch
@@ -289,6 +290,7 @@ def group() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.compile
 def test_every_kind_of_block_compiles_for_every_shape(monkeypatch: pytest.MonkeyPatch, group: None) -> None:
     """Windowed or not, what is recomputed, with gradients or without, other documents: more variants of one code object than
     dynamo's own limit allows, which is an error where graphs must be whole; a third shape needs no new ones."""

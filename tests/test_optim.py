@@ -157,6 +157,7 @@ def test_wsd_stays_at_the_peak_and_decays_over_the_last_steps_in_its_shape(shape
     assert found[80:] == pytest.approx([0.5 + 0.5 * x for x in left])
 
 
+@pytest.mark.slow
 def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tmp_path: Path, dataset: Path) -> None:
     def run(name: str, **fields: Any) -> Path:
         folder = run_folder(tmp_path / name, dataset)

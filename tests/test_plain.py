@@ -21,6 +21,8 @@ from sft.data.tokenize import Encoder
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
 
+pytestmark = pytest.mark.compile
+
 PLAIN = [name for name in TEMPLATES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 
 

@@ -386,6 +386,7 @@ def test_the_planner_is_told_every_local_file(tmp_path):
     assert f"{TOKENIZER}/tokenizer.json" in named
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_does_not_grow_with_the_data(tmp_path):
     filler = [{"role": role, "content": "The tapir sleeps beside the ibis. " * 50} for role in ("user", "assistant")]
@@ -470,6 +471,7 @@ def test_olmo_core_reads_the_same_documents_and_labels(tmp_path, scan):
     assert found == Counter((tuple(ids.tolist()), tuple(mask.tolist())) for ids, mask in ours)
 
 
+@pytest.mark.slow
 def test_the_program_publishes_a_manifest_and_parts_fill_the_cache(tmp_path):
     """The smoke recipe through stages/prepare.py, with the real runner, cache and manifest."""
     command = [sys.executable, str(REPO / "stages" / "prepare.py"), str(tmp_path / "runs" / "smoke")]

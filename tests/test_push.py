@@ -28,6 +28,8 @@ from sft.recipe.schema import Convert
 from sft.runner import plan
 from tiny_export import OLMO2
 
+pytestmark = pytest.mark.server
+
 TOKEN = "hf_secretsecretsecretsecretsecretse"
 REPO = "lab/tiny"
 

@@ -79,6 +79,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     assert torch.equal(step_folder.DcpReader(tmp_path / "step3")["lm_head.w_out.weight"], before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
     folder: Path, dataset: Path, ranks: int
@@ -97,6 +98,7 @@ def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
         assert r["seconds"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_save_that_fails_stops_the_run_and_leaves_the_earlier_steps(folder: Path, ranks: int) -> None:
     fault = {"at": "sft.formats.manifest.hash_file", "call": 9 if ranks == 1 else 6, "kind": "disk", "thread": ""}
@@ -206,6 +208,7 @@ def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_pa
         assert step_folder.mark_best(tmp_path, 1, "loss", 9.0, higher_is_better=False)
 
 
+@pytest.mark.slow
 def test_a_run_names_its_latest_and_best_and_keeps_what_was_asked(folder: Path) -> None:
     out = train(folder, steps=24, save_every=3, ephemeral_every=2, validate_every=3, keep=2, lr=1e-2)
     kept = folder / "train"

@@ -22,6 +22,8 @@ from conftest import REPO, Workspace
 from sft.formats import manifest
 from slurm import NoSlurm, Slurm
 
+pytestmark = pytest.mark.slurm
+
 SAVES_WHEN_TOLD = """
 saved = Path('saved')
 def save(*_):

@@ -16,6 +16,8 @@ import pytest
 from conftest import REPO
 from sft.formats import manifest
 
+pytestmark = pytest.mark.slow
+
 # The smoke tasks have 4 choices and free answers: chance is 0.25 and 0. A trained smoke model must be above it by far
 # more than its error: 0.25 here is about five standard errors of the choice task.
 MARGIN = 0.25

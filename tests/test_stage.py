@@ -103,6 +103,7 @@ def test_a_stage_run_by_hand_refuses_a_stale_upstream_and_says_what_to_do(worksp
     assert "runs/x/prepare/manifest.json: prepare is stale (not made yet); next: make prepare RECIPE=x" in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sent", "requeue"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)])
 def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_the_caller(workspace, sent, requeue):
     shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")

@@ -20,6 +20,8 @@ from sft.formats import manifest
 from sft.storage import base_weights, hub, localise
 from sft.sync import sync
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def place(workspace: Workspace) -> Workspace:

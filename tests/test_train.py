@@ -32,6 +32,7 @@ from training import assert_same_bits, curve, finish, kill, records, run_folder,
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
 
 
+@pytest.mark.slow
 def test_training_learns_and_reports(folder: Path) -> None:
     out = train(folder, steps=40, lr=1e-2)
     found = records(folder)
@@ -62,6 +63,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
     assert not step_folder.damage(folder / "train" / "step40")
 
 
+@pytest.mark.processes
 def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_only(folder: Path, dataset: Path) -> None:
     """Few packs, so that ranks get very different numbers of labels, and in the last batch none at all."""
     plans: list[tuple[int, dict[str, Any]]] = [
@@ -91,6 +93,7 @@ def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_onl
             torch.testing.assert_close(value, weights[0][name], atol=2e-5, rtol=1e-3)
 
 
+@pytest.mark.processes
 def test_the_ranks_measure_how_unevenly_they_computed(folder: Path, dataset: Path) -> None:
     packs = len(pack_dataset(Dataset.open(dataset / "data"), 64))
     train(folder, ranks=2, steps=0, epochs=5 / packs, hardware={"microbatch_tokens": 64})
@@ -114,6 +117,7 @@ def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
     assert watch.imbalance([]) == 0.0  # a rank that had nothing to do, beside one that had nothing either
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_resume_on_other_ranks_keeps_data_order_and_state(
     folder: Path, dataset: Path, before: int, after: int
@@ -129,6 +133,7 @@ def test_a_resume_on_other_ranks_keeps_data_order_and_state(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, dataset: Path, ranks: int) -> None:
     fields: dict[str, Any] = {"steps": 30, "ephemeral_every": 0, "ranks": ranks}
@@ -154,6 +159,7 @@ STOPPED = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", STOPPED)
 def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     folder: Path, dataset: Path, moment: str
@@ -317,6 +323,7 @@ def test_deterministic_turns_on_what_torch_cublas_and_nccl_have(monkeypatch: pyt
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "hardware"),
     [

@@ -31,6 +31,8 @@ from sft.training import logs, uploads
 from sft.training.uploads import Uploads, destination
 from training import train
 
+pytestmark = pytest.mark.server
+
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:

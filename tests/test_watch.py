@@ -197,6 +197,7 @@ def stage(runs: Path, *command: str, **options: Any) -> subprocess.Popen[str]:
                             env=environment, **options)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_out_of_its_own_digest(
     runs: Path,
 ) -> None:
@@ -222,6 +223,7 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     assert watch.due(train, plan.Place(runs), recipe.load(SMOKE, FIELDS), last=True) == []
 
 
+@pytest.mark.slow
 def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends_by_itself(runs: Path) -> None:
     run = str(runs / recipe.load(SMOKE, FIELDS).run)
     if not (Path(run) / "train" / ".identity").is_file():
