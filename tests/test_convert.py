@@ -14,6 +14,7 @@ import tiny_export
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export import convert, gate, write
+from sft.formats.gate import GateRecord
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert
@@ -44,11 +45,11 @@ def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig
 
     folder, weights, facts, options = export(tmp_path, config, Convert(dtype=dtype, max_position_embeddings=4096))
     report = gate.check(folder, weights, config, facts, tiny_export.TEMPLATE, options, quiet)
-    assert report["tensors"]["count"] == len(weights)
-    assert report["logits"]["documents"][0] > config.window
-    assert report["logits"]["max_difference"] < 1e-4 * report["logits"]["max_logit"]
-    assert (report["logits"]["rounding_kl"] == 0) == (dtype == "float32")
-    assert report["tokenizer"]["stop_ids"] == [2, 0]
+    assert report.tensors.count == len(weights)
+    assert report.logits.documents[0] > config.window
+    assert report.logits.max_difference < 1e-4 * report.logits.max_logit
+    assert (report.logits.rounding_kl == 0) == (dtype == "float32")
+    assert report.tokenizer.stop_ids == (2, 0)
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert str(model.dtype) == f"torch.{dtype}"
@@ -58,13 +59,15 @@ def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig
     assert torch.equal(model.lm_head.weight, weights[hf.head_name(config)][: facts["vocab_size"]].to(model.dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tiny_export.TEMPLATE
-    for chat in report["chats"]:
-        prompt = tokenizer(chat["prompt"], add_special_tokens=False, return_tensors="pt")
+    assert report.chats
+    for chat in report.chats:
+        prompt = tokenizer(chat.prompt, add_special_tokens=False, return_tensors="pt")
         reply = model.generate(**prompt, max_new_tokens=gate.CHAT_TOKENS)[0, prompt["input_ids"].shape[1] :]
         if dtype == "float32":  # in bfloat16 a batch rounds otherwise than a row alone
-            assert tokenizer.decode(reply, skip_special_tokens=True) == chat["reply"]
-            assert (reply[-1].item() in (2, 0)) == chat["stopped"]
-    json.dumps(report, allow_nan=False)
+            assert tokenizer.decode(reply, skip_special_tokens=True) == chat.reply
+            assert (reply[-1].item() in (2, 0)) == chat.stopped
+    report.write(tmp_path / "gate.json")
+    assert GateRecord.read(tmp_path / "gate.json") == report
 
 
 def fitted(config: ModelConfig, folder: Path, terminator: bool) -> tiny_export.Held:
@@ -109,9 +112,10 @@ def test_a_model_that_was_trained_to_stop_stops_in_the_gate_and_another_is_repor
     folder, _, facts, options = export(tmp_path, OLMO2, weights=weights)
     said: list[str] = []
     report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, said.append)
-    replies = [chat["reply"] for chat in report["chats"]]
-    assert [chat["stopped"] for chat in report["chats"]] == [terminator] * 3
-    assert report["summary"]["greedy_stopped"] == terminator
+    assert report.chats
+    replies = [chat.reply for chat in report.chats]
+    assert [chat.stopped for chat in report.chats] == [terminator] * 3
+    assert report.summary.greedy_stopped == terminator
     assert (replies == [answer for _, answer in gate._CHAT]) == terminator
     assert any(f"{3 * terminator} of 3 greedy replies stop" in line for line in said)
     if terminator:  # the same model, whose generate() would run past its terminator
@@ -164,8 +168,8 @@ def test_files_are_byte_for_byte_those_transformers_would_read_in_any_sharding(t
 def test_the_fast_gate_says_that_it_took_four_layers(tmp_path: Path) -> None:
     folder, weights, facts, options = export(tmp_path, OLMO3, Convert(gate="fast"))
     report = gate.check(folder, weights, OLMO3, facts, tiny_export.TEMPLATE, options, quiet)
-    assert report["summary"]["layers"] == 4 and report["summary"]["greedy_stopped"] is None
-    assert report["summary"]["rounding_kl"] is None
+    assert report.summary.layers == 4 and report.summary.greedy_stopped is None
+    assert report.summary.rounding_kl is None
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import tiny_export
 from sft.common.errors import SftError
 from sft.export import convert, core, rows, write
+from sft.formats.gate import GateRecord
 from sft.model import hf
 from sft.recipe import recipe
 from sft.recipe.chat_templates import TEMPLATES
@@ -75,8 +76,8 @@ def test_an_evaluation_template_is_carried_and_recorded_and_the_gate_still_runs_
     text = (tmp_path / "model" / "chat_template.jinja").read_text()
     assert text == TEMPLATES["olmo_thinker"].jinja
     assert result.metrics["template"]["name"] == "olmo_thinker"
-    report = hf.read_json(tmp_path / "gate.json")
-    assert all(chat["prompt"].endswith("<|im_start|>assistant\n<think>") for chat in report["chats"])
+    chats = GateRecord.read(tmp_path / "gate.json").chats
+    assert chats and all(chat.prompt.endswith("<|im_start|>assistant\n<think>") for chat in chats)
     plain = convert.convert(stage(trained, tmp_path / "plain"))
     assert plain.metrics["gate"]["max_logit"] == result.metrics["gate"]["max_logit"]  # the same text went through both
 

@@ -66,7 +66,7 @@ def test_a_step_of_their_trainer_converts_to_what_their_converter_makes_bit_for_
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     options = Convert(dtype="float32", max_position_embeddings=512)
     report = core.to_hf(str(step), str(ours), options, "", "tokenizer", tmp_path / "cache", quiet)
-    assert report["tensors"]["count"] == len(hf.shapes(config))
+    assert report.tensors.count == len(hf.shapes(config))
     described = load_config(str(step))
     assert described is not None
     convert_checkpoint_to_hf(

@@ -83,7 +83,7 @@ def test_our_bf16_export_of_a_sharded_step_is_theirs_bit_for_bit(
     step = trained / name / str(ranks) / "step2"
     assert len(list((step / "model_and_optim").glob("*.distcp"))) >= ranks
     report = export(step, tmp_path / "ours")
-    assert report["summary"]["rounding_kl"] > 0
+    assert report.summary.rounding_kl > 0
     described = load_config(str(step))
     assert described is not None
     convert_checkpoint_to_hf(

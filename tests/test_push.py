@@ -155,7 +155,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = run / "convert" / "model"
     write.export(weights, OLMO2, facts, run / "tok", folder, options, tiny_export.TEMPLATE, lambda _: None)
     report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, lambda _: None)
-    rows.write_json(run / "convert" / "gate.json", report)
+    report.write(run / "convert" / "gate.json")
     sources = [{"path": "hf://lab/zoo@main", "documents": 48, "tokens": 4800, "labels": 1200}]
     (run / "prepare").mkdir()
     rows.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})

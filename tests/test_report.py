@@ -15,6 +15,15 @@ import pytest
 import published
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.gate import (
+    CarriedTemplate,
+    ConvertMetrics,
+    GateRecord,
+    GreedyReply,
+    LogitCheck,
+    TensorCheck,
+    TokenizerCheck,
+)
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
@@ -97,17 +106,19 @@ def whole_run(run: Path, steps: int = 240) -> Path:
     train = {"final_step": steps, "loss": records[-1]["loss"], "first_loss": records[0]["loss"], "tokens": 55000, "tokens_per_s": 41234.5,
              "validation_loss": 0.61, "first_validation_loss": 2.4, "data": plan}  # fmt: skip
     made(run, "train", train, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in records)}, "sync")
-    logits = {"max_difference": 1.9e-6, "max_logit": 6.3, "rounding_kl": 2.1e-5, "argmax_agreement": 1.0, "documents": [134, 60, 21],
-              "tokens": 215, "rows": 215, "layers": 4}  # fmt: skip
-    chat = {"prompt": "<|im_start|>user\nHi<|im_end|>\n", "reply": "Hello </script>", "tokens": 9, "stopped": True}
-    gate = {
-        "tensors": {"count": 47, "bytes": 1800000, "dtype": "bfloat16"},
-        "logits": logits,
-        "tokenizer": {"stop_ids": [2, 0]},
-        "chat": chat,
-    }
-    summary = {"gate": "full", **{k: logits[k] for k in ("max_difference", "max_logit")}}
-    made(run, "convert", {"parameters": 912384, "gate": summary}, {"gate.json": json.dumps(gate)}, "train")
+    logits = LogitCheck(
+        max_difference=1.9e-6, max_logit=6.3, rounding_kl=2.1e-5, argmax_agreement=1.0, documents=(134, 60, 21), tokens=215,
+        rows=215, layers=4, which=(0, 1, 2, 3),
+    )  # fmt: skip
+    chats = (
+        GreedyReply("<|im_start|>user\nHi<|im_end|>\n", "Hello </script>", 9, True),
+        GreedyReply("<|im_start|>user\nAnd?<|im_end|>\n", "and and", 48, False),
+    )
+    gate = GateRecord.of("full", TensorCheck(47, 1800000, "bfloat16"), TokenizerCheck(2, (2, 0)), logits, chats)
+    converted = ConvertMetrics(
+        step=steps, parameters=912384, bytes=1800000, template=CarriedTemplate("as trained", "ab"), gate=gate.summary
+    )
+    made(run, "convert", converted.to_metrics(), {"gate.json": gate.to_bytes().decode()}, "train")
     acc = {
         "value": 0.8125,
         "stderr": 0.07,
@@ -153,6 +164,14 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> No
 def test_what_packing_loses_is_told_of_tokens_and_of_trained_tokens(tmp_path: Path) -> None:
     page = report.page(whole_run(tmp_path / "smoke"))
     assert "loses 1.23% of the tokens and 4.56% of the trained ones" in " ".join(page.split())
+
+
+def test_the_report_shows_every_greedy_reply_of_the_gate(tmp_path: Path) -> None:
+    section = report.page(whole_run(tmp_path / "smoke")).split('id="export"')[1].split("</section>")[0]
+    assert "greedy reply, 9 tokens, stopped by itself" in section
+    assert "user\nHi&lt;|im_end|&gt;\n<mark>Hello &lt;/script&gt;</mark>" in section
+    assert "greedy reply, 48 tokens, did not stop by itself" in section
+    assert "user\nAnd?&lt;|im_end|&gt;\n<mark>and and</mark>" in section
 
 
 def test_scores_over_steps_name_best_and_what_was_broken(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,8 @@ from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.files import hash_file
 from sft.export import soup
+from sft.formats.manifest import StepManifest
+from sft.formats.soup import Soup
 from sft.model.model import Transformer
 from sft.training import initial_weights
 from test_checkpoint import ALONE, CONFIG, FACTS, core_model, trained
@@ -69,10 +70,9 @@ def test_weights_are_relative(runs: Path, tmp_path: Path) -> None:
 def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: Path) -> None:
     found = made(runs, tmp_path / "soup", ["100", "200"])
     assert step_folder.damage(tmp_path / "soup") == []
-    said = json.loads((tmp_path / "soup" / "soup.json").read_text())["sources"]
-    assert [(Path(s["step"]).name, s["weight"]) for s in said] == [("step100", 1.0), ("step200", 1.0)]
-    listed = json.loads((runs / "a" / "train" / "step100" / "manifest.json").read_text())["outputs"]
-    assert said[0]["files"] == listed
+    sources = Soup.read(tmp_path / "soup" / "soup.json").sources
+    assert [(Path(s.step).name, s.weight) for s in sources] == [("step100", 1.0), ("step200", 1.0)]
+    assert sources[0].files == StepManifest.read(runs / "a" / "train" / "step100" / "manifest.json").outputs
     model = Transformer(CONFIG)
     assert "OLMo-core checkpoint" in initial_weights.initialise(model, CONFIG, tmp_path / "soup", 0)
     for name, parameter in model.named_parameters():

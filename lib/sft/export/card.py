@@ -14,6 +14,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.gate import GateRecord
 from sft.recipe import schema
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
@@ -21,7 +22,7 @@ from sft.runner import plan
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
-def of_run(run: Path, recipe: Recipe, gate: Mapping[str, Any]) -> str:
+def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
     """README.md of a run's export. Stages that are not done are left out, so that scores appear once they are measured."""
     facts = json.loads((run / "prepare" / "dataset.json").read_bytes())
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", recipe.model.preset]}
@@ -42,7 +43,7 @@ def of_run(run: Path, recipe: Recipe, gate: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def of_checkpoint(source: str, facts: Mapping[str, Any], gate: Mapping[str, Any]) -> str:
+def of_checkpoint(source: str, facts: Mapping[str, Any], gate: GateRecord) -> str:
     """README.md of an export that belongs to no run."""
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     ends = ", ".join(map(str, facts["terminator_ids"]))
@@ -78,21 +79,21 @@ def _data(facts: Mapping[str, Any]) -> list[str]:
     return [*lines, "", f"Chat template `{name}`; a reply ends with token {ends}.", ""]
 
 
-def _gate(gate: Mapping[str, Any]) -> list[str]:
-    tensors, logits = gate["tensors"], gate["logits"]
-    which = f"layers {', '.join(map(str, logits['which']))}" if gate["gate"] == "fast" else "every layer"
+def _gate(gate: GateRecord) -> list[str]:
+    tensors, logits = gate.tensors, gate.logits
+    which = f"layers {', '.join(map(str, logits.which))}" if gate.gate == "fast" else "every layer"
     lines = [
         "## Proof of the export",
         "",
-        f"* {tensors['count']} tensors, each equal to the checkpoint's value in {tensors['dtype']}.",
-        f"* Logits agree with the training code's to {logits['max_difference']:.1e} (largest {logits['max_logit']:.1f}) on"
-        f" {logits['tokens']} packed tokens, over {which}.",
+        f"* {tensors.count} tensors, each equal to the checkpoint's value in {tensors.dtype}.",
+        f"* Logits agree with the training code's to {logits.max_difference:.1e} (largest {logits.max_logit:.1f}) on"
+        f" {logits.tokens} packed tokens, over {which}.",
     ]
-    if logits["rounding_kl"]:
-        lines.append(f"* Rounding to {tensors['dtype']} costs {logits['rounding_kl']:.2e} nats a token.")
-    if chats := gate.get("chats"):
-        ended = sum(chat["stopped"] for chat in chats)
-        lines.append(f"* {ended} of {len(chats)} greedy replies to fixed questions end by themselves.")
+    if logits.rounding_kl:
+        lines.append(f"* Rounding to {tensors.dtype} costs {logits.rounding_kl:.2e} nats a token.")
+    if gate.chats:
+        ended = sum(chat.stopped for chat in gate.chats)
+        lines.append(f"* {ended} of {len(gate.chats)} greedy replies to fixed questions end by themselves.")
     return [*lines, ""]
 
 

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
+from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
 from sft.model import hf
 from sft.recipe.presets import ModelConfig, resolve
 
 if TYPE_CHECKING:
     from sft.recipe.schema import Model
     from sft.runner.stage import Result, Stage
-from sft.export.rows import write_json
 from sft.export.write import export
 
 
@@ -48,19 +48,17 @@ def convert(stage: Stage) -> Result:
     size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log)
     gate = check(model, weights, config, facts, trained, options, stage.log)
     weights.close()
-    write_json(stage.out / "gate.json", gate)
+    gate.write(stage.out / NAME)
     (model / "README.md").write_text(card.of_run(stage.run, stage.recipe, gate), encoding="utf-8")
-    metrics = {
-        "step": int(step.name.removeprefix("step")),
-        "parameters": config.parameters,
-        "bytes": size,
-        "template": {
-            "name": options.eval_template or "as trained",
-            "sha256": hashlib.sha256(template.encode()).hexdigest(),
-        },
-        "gate": gate["summary"],
-    }
-    return Result(outputs=["model", "gate.json"], metrics=metrics)
+    name = options.eval_template or "as trained"
+    metrics = ConvertMetrics(
+        step=int(step.name.removeprefix("step")),
+        parameters=config.parameters,
+        bytes=size,
+        template=CarriedTemplate(name, hashlib.sha256(template.encode()).hexdigest()),
+        gate=gate.summary,
+    )
+    return Result(outputs=["model", NAME], metrics=metrics.to_metrics())
 
 
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:

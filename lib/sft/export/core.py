@@ -33,6 +33,9 @@ from sft.export import card, gate
 from sft.export.rows import TOKENIZER_FILES, finite, pieces, write_json
 from sft.export.write import export
 from sft.formats import manifest
+from sft.formats.gate import GateRecord, LogitCheck
+from sft.formats.manifest import StepManifest
+from sft.formats.record import to_json
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert, Prepare
@@ -48,7 +51,7 @@ _TEXT = "The capital of France is Paris. 17 plus 25 is 42. Red, yellow and blue 
 
 def to_hf(
     source: str, target: str, options: Convert, tokenizer: str, template: str, cache: Path, log: Log
-) -> dict[str, Any]:
+) -> GateRecord:
     """Exports an OLMo-core step, proves it and publishes it at `target`; returns the gate's report."""
     from sft.data.tokenize import Encoder
 
@@ -71,7 +74,7 @@ def to_hf(
     return report
 
 
-def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
+def to_core(source: str, target: str, cache: Path, log: Log) -> LogitCheck:
     """Writes a Hugging Face folder as OLMo-core's step, proves it and publishes it at `target`; returns what was compared."""
     with arriving(target, cache, log) as out:
         folder = HfFolder(_bring(source, cache, log))
@@ -98,12 +101,13 @@ def to_core(source: str, target: str, cache: Path, log: Log) -> dict[str, Any]:
         log(f"step written: {config.parameters:,} parameters in fp32")
         report = check_step(folder, config, out, log)
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-        manifest.StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names)).write(out / manifest.NAME)
+        record = StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names))
+        write_json(out / manifest.NAME, record.to_value())
         folder.close()
     return report
 
 
-def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> dict[str, Any]:
+def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> LogitCheck:
     """The step's values are the folder's, rows beyond its vocabulary are zero, and our reading of config.json computes what
     transformers computes. Raises SftError."""
     written = DcpReader(step)
@@ -119,7 +123,7 @@ def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> d
     layers = gate.sample_layers(config.n_layers)
     logits = gate.check_logits(folder, folder, config, _documents(folder.path, config), layers)
     log(
-        f"every value compared; logits agree with transformers' to {logits['max_difference']:.1e} of {logits['max_logit']:.1f}"
+        f"every value compared; logits agree with transformers' to {logits.max_difference:.1e} of {logits.max_logit:.1f}"
         f" over layers {', '.join(map(str, layers))}"
     )
     return logits
@@ -312,7 +316,7 @@ def main(direction: str, argv: Sequence[str] | None = None) -> None:
             report = to_hf(
                 args.source, args.target, _options(args.options), args.tokenizer, args.template, args.cache, log
             )
-            log(f"{args.target}: {json.dumps(report['summary'])}")
+            log(f"{args.target}: {json.dumps(to_json(report.summary))}")
         else:
             to_core(args.source, args.target, args.cache, log)
             log(f"{args.target}: a base for [model] base, here or in OLMo-core")

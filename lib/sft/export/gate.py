@@ -30,6 +30,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export.rows import DTYPES, finite, pieces
 from sft.export.stream import Head, Table, prefetched, stream
+from sft.formats.gate import GateRecord, GreedyReply, LogitCheck, TensorCheck, TokenizerCheck
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 
@@ -57,36 +58,32 @@ def check(
     template: str,
     options: Convert,
     log: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Runs the gate; returns its report, whose "summary" goes into the manifest. `template` is the one trained with."""
+) -> GateRecord:
+    """Runs the gate and returns its record. `template` is the chat template that the model was trained with.
+
+    Raises SftError at the first check that fails.
+    """
     fast = options.gate == "fast"
     exported = HfFolder(folder)
-    report: dict[str, Any] = {"gate": options.gate}
-    report["tensors"] = check_tensors(exported, weights, config, DTYPES[options.dtype])
-    log(f"gate: {report['tensors']['count']} tensors complete, finite and equal to the checkpoint")
+    tensors = check_tensors(exported, weights, config, DTYPES[options.dtype])
+    log(f"gate: {tensors.count} tensors complete, finite and equal to the checkpoint")
     tokenizer = check_tokenizer(folder, facts)
     stops = check_generation(folder, facts)
-    report["tokenizer"] = {"canaries": len(facts["tokenizer"]["canaries"]), "stop_ids": stops}
     layers = sample_layers(config.n_layers) if fast else list(range(config.n_layers))
-    report["logits"] = logits = check_logits(
-        exported, weights, config, trained_chats(tokenizer, template, config), layers
-    )
+    logits = check_logits(exported, weights, config, trained_chats(tokenizer, template, config), layers)
     which = "all" if layers == list(range(config.n_layers)) else "layers " + ", ".join(map(str, layers))
     log(
-        f"gate: logits of {logits['rows']} positions agree to {logits['max_difference']:.1e} of {logits['max_logit']:.1f}"
-        f" over {which} of {config.n_layers} layers, {logits['tokens']} packed tokens, window {config.window}"
+        f"gate: logits of {logits.rows} positions agree to {logits.max_difference:.1e} of {logits.max_logit:.1f}"
+        f" over {which} of {config.n_layers} layers, {logits.tokens} packed tokens, window {config.window}"
     )
+    chats: tuple[GreedyReply, ...] | None = None
     if not fast:
-        report["chats"] = replies = greedy_chats(exported, tokenizer, config, stops)
-        ended = sum(reply["stopped"] for reply in replies)
-        log(
-            f"gate: {ended} of {len(replies)} greedy replies stop by themselves; the first: {replies[0]['reply'][:80]!r}"
-        )
+        chats = greedy_chats(exported, tokenizer, config, stops)
+        ended = sum(chat.stopped for chat in chats)
+        log(f"gate: {ended} of {len(chats)} greedy replies stop by themselves; the first: {chats[0].reply[:80]!r}")
     exported.close()
-    summary = {key: logits[key] for key in ("max_difference", "max_logit", "rounding_kl", "layers", "tokens")}
-    stopped = None if fast else all(reply["stopped"] for reply in report["chats"])
-    report["summary"] = {"gate": options.gate, **summary, "greedy_stopped": stopped}
-    return report
+    about_tokenizer = TokenizerCheck(len(facts["tokenizer"]["canaries"]), tuple(stops))
+    return GateRecord.of(options.gate, tensors, about_tokenizer, logits, chats)
 
 
 def sample_layers(count: int) -> list[int]:
@@ -97,7 +94,7 @@ def sample_layers(count: int) -> list[int]:
     return [FAST_LAYERS * round(i * last / (FAST_LAYERS - 1)) + i for i in range(FAST_LAYERS)]
 
 
-def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dtype: torch.dtype) -> TensorCheck:
     """Every tensor of transformers' own model once, with its shape, finite, equal to the checkpoint's cut and cast."""
     parameters = _meta_model(exported.config).named_parameters()  # a tied head is not named a second time
     theirs = {exported.family.ours(k): tuple(v.shape) for k, v in parameters}
@@ -115,7 +112,7 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
         if not finite(found):
             raise SftError(f"{exported.path}: {name}: NaN or infinity from row {start} on; next: make convert again")
     size = sum(torch.Size(shape).numel() for shape in wanted.values()) * dtype.itemsize
-    return {"count": len(wanted), "bytes": size, "dtype": str(dtype).removeprefix("torch.")}
+    return TensorCheck(len(wanted), size, str(dtype).removeprefix("torch."))
 
 
 def check_tokenizer(folder: Path, facts: Mapping[str, Any]) -> Any:
@@ -181,7 +178,7 @@ def _render(tokenizer: Any, template: str, turns: int) -> list[int]:
 
 def check_logits(
     exported: HfFolder, weights: Weights, config: ModelConfig, documents: Sequence[Sequence[int]], layers: Sequence[int]
-) -> dict[str, Any]:
+) -> LogitCheck:
     """Compares native and exported logits over the given layers of the model; the others are passed over in both."""
     pack = Pack.of(documents)
     config = replace(config, vocab_size=int(exported.config["vocab_size"]))  # the padding's rows are not exported
@@ -206,17 +203,17 @@ def check_logits(
         short = Pack.of(documents[1:], pack.rows[pack.rows >= len(documents[0])] - len(documents[0]))
         exact = native_logits(config, weights, short, layers)
         kl = sum(_kl(p, q) for p, q in zip(exact, native[-len(exact) :], strict=True)) / len(exact)
-    return {
-        "max_difference": difference,
-        "max_logit": largest,
-        "rounding_kl": kl,
-        "argmax_agreement": agreement,
-        "documents": [len(d) for d in documents],
-        "tokens": sum(len(d) for d in documents),
-        "rows": len(pack.rows),
-        "layers": len(layers),
-        "which": list(layers),
-    }
+    return LogitCheck(
+        max_difference=difference,
+        max_logit=largest,
+        rounding_kl=kl,
+        argmax_agreement=agreement,
+        documents=tuple(len(d) for d in documents),
+        tokens=sum(len(d) for d in documents),
+        rows=len(pack.rows),
+        layers=len(layers),
+        which=tuple(layers),
+    )
 
 
 def _kl(exact: Tensor, rounded: Tensor) -> float:
@@ -316,7 +313,7 @@ def _meta_model(config: Mapping[str, Any]) -> nn.Module:
 @torch.inference_mode()
 def greedy_chats(
     exported: HfFolder, tokenizer: Any, config: ModelConfig, stops: Sequence[int], tokens: int = CHAT_TOKENS
-) -> list[dict[str, Any]]:
+) -> tuple[GreedyReply, ...]:
     """Greedy replies of at most `tokens` to the fixed questions with the folder's own template, all at once, and whether
     each ends by itself."""
     from transformers import DynamicCache
@@ -351,12 +348,7 @@ def greedy_chats(
                 reply.append(token)
         if all(reply[-1] in stops for reply in replies):
             break
-    return [
-        {
-            "prompt": prompt,
-            "reply": tokenizer.decode(reply, skip_special_tokens=True),
-            "tokens": len(reply),
-            "stopped": reply[-1] in stops,
-        }
+    return tuple(
+        GreedyReply(prompt, tokenizer.decode(reply, skip_special_tokens=True), len(reply), reply[-1] in stops)
         for prompt, reply in zip(prompts, replies, strict=True)
-    ]
+    )

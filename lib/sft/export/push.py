@@ -21,8 +21,8 @@ from typing import Any
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.export import card
-from sft.formats import manifest
-from sft.model import hf
+from sft.formats import gate, manifest
+from sft.formats.gate import GateRecord
 from sft.runner import plan
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -70,7 +70,7 @@ def export_of(place: plan.Place, run: str, overrides: Sequence[str] = ()) -> tup
         raise SftError(f"{folder}: stale ({'; '.join(state.reasons)}); {again}")
     if broken := manifest.broken_outputs(folder, state.manifest.outputs):
         raise SftError("\n".join(broken) + f"\n{again} after removing {folder / manifest.NAME}")
-    return folder, card.of_run(place.runs / run, recipe, hf.read_json(folder / "gate.json"))
+    return folder, card.of_run(place.runs / run, recipe, GateRecord.read(folder / gate.NAME))
 
 
 def _send(repo: str, files: dict[str, Path], text: bytes, token: str, private: bool) -> str:

@@ -15,7 +15,6 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +27,9 @@ from sft.common.paths import inside
 from sft.export.core import Log, arriving, write_step
 from sft.export.rows import TOKENIZER_FILES, pieces, write_json
 from sft.formats import manifest
+from sft.formats import soup as soup_format
 from sft.formats.manifest import StepManifest
-from sft.formats.record import to_json
+from sft.formats.soup import Soup, Source
 from sft.model.hf import read_json
 
 
@@ -132,18 +132,19 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
             for name in TOKENIZER_FILES:
                 if (tokenizer / name).is_file():
                     shutil.copyfile(tokenizer / name, out / "tokenizer" / name)
-        write_json(out / "soup.json", {"sources": [describe(s, w) for s, w in zip(steps, weights, strict=True)]})
+        Soup(tuple(source(s, w) for s, w in zip(steps, weights, strict=True))).write(out / soup_format.NAME)
         names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-        StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names)).write(out / manifest.NAME)
+        record = StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names))
+        write_json(out / manifest.NAME, record.to_value())
     log(
         f"{target}: the mean of {len(steps)} steps, {sum(math.prod(s) for s in shapes.values()):,} parameters, read back"
     )
 
 
-def describe(step: Path, weight: float) -> dict[str, Any]:
+def source(step: Path, weight: float) -> Source:
+    """The entry of a step in soup.json."""
     file = step / manifest.NAME
-    outputs = [to_json(o) for o in StepManifest.read(file).outputs] if file.is_file() else None
-    return {"step": str(step), "weight": weight, "files": outputs}
+    return Source(str(step), weight, StepManifest.read(file).outputs if file.is_file() else None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
+from sft.formats import gate as gate_format
 from sft.formats import manifest
+from sft.formats.gate import ConvertMetrics, GateRecord
 from sft.formats.manifest import Manifest
 from sft.recipe import schema
 from sft.reporting import charts, comparison
@@ -105,8 +107,9 @@ def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     for task, found in scored[:3]:
         name, score = next(iter(found.items()))
         made.append((task, f"{score['value']:.3f}", f"{name}, {interval(score)}, n {score['n']:,}"))
-    if parameters := metrics.get("convert", {}).get("parameters"):
-        made.append(("parameters", number(parameters), "in the checkpoint"))
+    converted = ConvertMetrics.of(done["convert"], run / "convert" / manifest.NAME) if "convert" in done else None
+    if converted:
+        made.append(("parameters", number(converted.parameters), "in the checkpoint"))
     if "tokens" in train:
         again = f", {train['attempts']} attempts" if train.get("attempts", 1) > 1 else ""
         made.append(("tokens trained on", number(train["tokens"]), f"{train['final_step']:,} steps" + again))
@@ -118,10 +121,9 @@ def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     prepared = metrics.get("prepare", {})
     if "documents" in prepared:
         made.append(("conversations", number(prepared["documents"]), f"{number(prepared['tokens'])} tokens"))
-    if gate := metrics.get("convert", {}).get("gate"):
-        made.append(
-            ("export check", "passed", f"logits within {gate['max_difference']:.0e} of {gate['max_logit']:.1f}")
-        )
+    if converted:
+        gate = converted.gate
+        made.append(("export check", "passed", f"logits within {gate.max_difference:.0e} of {gate.max_logit:.1f}"))
     cells = "".join(
         f'<div class="tile"><b>{escape(v)}</b><i>{escape(n)}</i><small>{escape(d)}</small></div>' for n, v, d in made
     )
@@ -153,25 +155,25 @@ def curves(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def export(run: Path) -> str:
-    """What the gate compared, and the greedy reply."""
-    gate = read(run / "convert" / "gate.json")
-    logits, tensors = gate["logits"], gate["tensors"]
-    kl = logits["rounding_kl"]
+    """What the gate compared, and the greedy replies."""
+    gate = GateRecord.read(run / "convert" / gate_format.NAME)
+    logits, tensors = gate.logits, gate.tensors
+    kl = logits.rounding_kl
     rounding = "not measured" if kl is None else f"KL divergence {kl:.1e} nats a token" if kl else "none: float32"
     facts = [
-        ("tensors", f"{tensors['count']:,}, {number(tensors['bytes'])} bytes of {tensors['dtype']}: complete, finite, as in the checkpoint"),
-        ("logits", f"largest difference {logits['max_difference']:.2e} at logits up to {logits['max_logit']:.2f}, argmax equal in"
-                   f" {logits['argmax_agreement']:.1%} of {logits['rows']} positions"),
-        ("compared on", f"packed conversations of {', '.join(f'{n:,}' for n in logits['documents'])} tokens, {logits['layers']} layers"),
+        ("tensors", f"{tensors.count:,}, {number(tensors.bytes)} bytes of {tensors.dtype}: complete, finite, as in the checkpoint"),
+        ("logits", f"largest difference {logits.max_difference:.2e} at logits up to {logits.max_logit:.2f}, argmax equal in"
+                   f" {logits.argmax_agreement:.1%} of {logits.rows} positions"),
+        ("compared on", f"packed conversations of {', '.join(f'{n:,}' for n in logits.documents)} tokens, {logits.layers} layers"),
         ("cost of rounding", rounding),
-        ("stops on", ", ".join(str(i) for i in gate["tokenizer"]["stop_ids"])),
+        ("stops on", ", ".join(str(i) for i in gate.tokenizer.stop_ids)),
     ]  # fmt: skip
     body = table(["", ""], [[escape(k), escape(v)] for k, v in facts], head=False)
-    if chat := gate.get("chat"):
-        ended = "stopped by itself" if chat["stopped"] else "did not stop by itself"
+    for chat in gate.chats or ():
+        ended = "stopped by itself" if chat.stopped else "did not stop by itself"
         body += (
-            f'<article class="chat"><header>greedy reply, {chat["tokens"]} tokens, {ended}</header>'
-            f"<pre>{clip(chat['prompt'])}<mark>{clip(chat['reply'])}</mark></pre></article>"
+            f'<article class="chat"><header>greedy reply, {chat.tokens} tokens, {ended}</header>'
+            f"<pre>{clip(chat.prompt)}<mark>{clip(chat.reply)}</mark></pre></article>"
         )
     return body
 
