@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
 from conftest import REPO
 from sft.chat.named import NamedTemplate
+from sft.chat.probe import TemplateProbe
 from sft.chat.rows import BadRow, Conversation, RowReader
-from sft.chat.template import JinjaTemplate, Specials, known_templates
+from sft.chat.spans import TurnRules, answer_spans, to_runs
+from sft.chat.special_tokens import SpecialTokens
+from sft.chat.template import JinjaTemplate, known_templates
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import HELPFUL, NO_FUNCTIONS, OLMO, TEMPLATES
 from sft.recipe.recipe import load
@@ -26,7 +29,7 @@ EVERY = Prepare(
 
 
 def jinja(text: str, specials: list[str] = MORE, eos: str = EOS, **variables: str) -> JinjaTemplate:
-    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, Specials(specials))
+    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, SpecialTokens(specials))
 
 
 def named(name: str) -> NamedTemplate:
@@ -195,8 +198,8 @@ def test_content_that_looks_like_scaffold_moves_no_mask(name: str) -> None:
 def test_conversation_is_rendered_once_whatever_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     template = jinja(LOOK_AHEAD)
     calls: list[int] = []
-    pieces = template.pieces
-    monkeypatch.setattr(template, "pieces", lambda *args, **kwargs: calls.append(1) or pieces(*args, **kwargs))
+    pieces = template.probe.pieces
+    monkeypatch.setattr(template.probe, "pieces", lambda *args, **kwargs: calls.append(1) or pieces(*args, **kwargs))
     assert len(trained(template, chat(*"abcdefghijklmnopqrstuvwxyz"))) == 13
     assert len(calls) == 1
 
@@ -208,7 +211,7 @@ def test_generation_blocks_are_followed_and_trailing_scaffold_is_not_trained() -
     template = jinja(
         MARKED.replace("BLOCK", "{% generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration %}")
     )
-    assert template.generation
+    assert template.probe.has_generation
     assert trained(template, chat("a", "b", "c", "d")) == ["b<|im_end|>", "d<|im_end|>"]
     row = chat("a", "b", "c", "d")
     row["messages"][1]["train"] = False
@@ -425,10 +428,10 @@ def test_named_template_needs_its_turn_tokens() -> None:
 
 
 def test_special_text_in_content_is_set_aside_and_restored() -> None:
-    specials = Specials(SPECIALS)
+    specials = SpecialTokens(SPECIALS)
     row = {"messages": turns(("user", f"a{IM_END}b"), ("assistant", EOS)), "tools": [{"name": EOS}]}
     escaped, back = specials.escape(READ(row))
-    assert specials.found(READ(row)) and not specials.found(escaped)
+    assert specials.are_in(READ(row)) and not specials.are_in(escaped)
     assert back(escaped.messages[0]["content"]) == f"a{IM_END}b" and back(escaped.messages[1]["content"]) == EOS
     crowded = Conversation(turns(("user", "\U000f0000\U00100000"), ("assistant", EOS)), [False, True], None, False)
     with pytest.raises(BadRow, match="private-use"):
@@ -459,3 +462,46 @@ def test_the_key_of_a_recipe_without_a_named_template_has_no_digest_of_one() -> 
     smoke = load(REPO / "recipes/smoke.toml", ["template=tokenizer"])
     assert "template_text" not in smoke.config("prepare")
     assert "template_text" not in load(REPO / "recipes/smoke.toml", ["template=olmo"]).config("train")
+
+
+def test_spans_become_runs_only_in_ascending_order() -> None:
+    assert to_runs("abcdef", [(1, 2), (4, 6)]) == ["a", "b", "cd", "ef"]
+    assert to_runs("abc", [(0, 1)]) == ["", "a", "bc"]
+    assert to_runs("abc", []) == ["abc"]
+    assert to_runs("abc", [(2, 3), (0, 1)]) is None
+
+
+RULES = TurnRules(
+    header="A:", generation_prefix="<think>", terminator=None, last_terminator=EOS, terminators=(EOS, IM_END), gap="\n", eos=EOS
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "last", "trained"),
+    [
+        ("A:hi<|im_end|>\n", False, "hi<|im_end|>"),
+        ("A:hi<|im_end|><|endoftext|>\n", True, "hi<|im_end|><|endoftext|>"),
+        ("A:hi\n", False, "hi"),  # no terminator is demanded there, and the gap is scaffold
+        ("A:<think>hm</think>hi<|endoftext|>", True, "hm</think>hi<|endoftext|>"),
+        ("A:hi\n", True, BadRow),
+        ("A:hi<|im_end|>more\n", False, BadRow),
+    ],
+)
+def test_what_is_trained_of_an_answer_ends_with_its_first_terminator(text: str, last: bool, trained: Any) -> None:
+    def spans() -> list[tuple[int, int]]:
+        return answer_spans(text, [(2, len(text))], 2, RULES, SpecialTokens(SPECIALS), last, 1)
+
+    if trained is BadRow:
+        with pytest.raises(BadRow):
+            spans()
+    else:
+        assert [text[a:b] for a, b in spans()] == [trained]
+
+
+def test_the_probe_reports_which_message_wrote_what() -> None:
+    probe = TemplateProbe("x", LOOP.replace("BODY", TURN), {})
+    trace = probe.trace(turns(("user", "a"), ("assistant", "b")))
+    assert trace.text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
+    assert trace.region_text(1) == "<|im_start|>assistant\nb<|im_end|>\n" and trace.blocks == {}
+    assert not probe.writes_field("tool_calls", "assistant", True) and not probe.writes_tools(False)
+    assert probe.turn_of_calls() == ""

@@ -1,39 +1,32 @@
-"""Chat templates: a conversation to text, and which stretches of that text the model learns to emit.
+"""Chat templates: a conversation to text, and which parts of that text the model learns to emit.
 
-In: a template by name (`sft.chat.named`), as a .jinja file, or the tokenizer's own. Out: `render(conversation)` gives runs
-of text, untrained and trained in turn. Every conversation is rendered once, and the runs come from the structure of the
-rendering: a named template knows its turns; a Jinja template is compiled with marks at the top of its loop over the
-messages and at its {% generation %} blocks, so that the output says which message wrote which part of it. Inside one
-message's part, what the generation prompt already gives is scaffold, and the first terminator ends what is trained; a
-message without one, or with more text behind it, rejects the row. No text is ever searched for content, so no content
-can move a mask.
+In: a template by name (`sft.chat.named`), as a file of Jinja text, or the tokenizer's own. Out: `render(conversation)` returns runs
+of text, untrained and trained in turn. Every conversation is rendered once. The runs follow from the structure of the rendering:
+a named template has a table of turns; a Jinja template is compiled with trace events (`sft.chat.trace`) at the top of its loop over
+the messages and at its {% generation %} blocks, so its output says which message wrote which part. `sft.chat.spans` computes what
+is trained of a message's part. No text is ever searched for content, so no content can move a mask.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes as nodes
-import jinja2.sandbox
 
 from sft.chat.named import NamedTemplate
+from sft.chat.probe import TemplateProbe, TwoTurns
 from sft.chat.rows import BadRow, Conversation
-from sft.chat.trace import Generation, Mark, mark, mark_loops
+from sft.chat.spans import TurnRules, answer_spans, common_prefix, other_spans, to_runs
+from sft.chat.special_tokens import SpecialTokens
+from sft.chat.trace import Span, Trace
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import TEMPLATES
 
-# Stand-ins for special-token text in content; two blocks, because a row may hold characters of one of them.
-PRIVATE_BLOCKS = (0xF0000, 0x100000)
-BLOCK = 0x1000
-NAMED = "qjzxnamed"  # of probes: letters, as a template may write Python's repr of a call
-# Message fields that a template which does not know them leaves out without a word.
+# A template that does not know these fields of a message silently leaves them out.
 FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
+THINKING_FIELDS = ("reasoning_content", "thinking")
+SYSTEM_ROLES = ("system", "developer")
 
 
 class Template(Protocol):
@@ -41,79 +34,26 @@ class Template(Protocol):
 
     name: str
     text: str
+    """The Jinja text, which is exported with the model."""
     boundaries: str
+    """'eos' when every document ends in the only EOS that it contains, else 'index'."""
     eos_appended: bool
+    """The Jinja text writes no EOS, so `render` appends one."""
     terminators: list[str]
-    generation_prefix: str  # what the generation prompt writes behind the header of the turn, such as <think>
-    answers_without_prefix: int  # trained answers so far that did not begin with it
+    """The special tokens that end an assistant's turn."""
+    generation_prefix: str
+    """What the generation prompt writes after the header of the turn, such as <think>."""
+    answers_without_prefix: int
+    """Trained answers so far that did not begin with the generation prefix."""
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
-        """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold."""
+        """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold. Raises BadRow."""
         ...
 
 
-class Specials:
-    """The tokenizer's special-token texts, and how content that holds one is kept apart from the template's own."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = sorted(texts, key=lambda text: (-len(text), text))
-        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
-        self.chain = re.compile(f"(?:{self.pattern.pattern})+")  # special tokens with nothing between them
-        self.split = re.compile(f"({self.pattern.pattern})")
-
-    def found(self, conversation: Conversation) -> bool:
-        search = self.pattern.search
-        return any(search(text) for text in strings([conversation.messages, conversation.tools]))
-
-    def escape(self, conversation: Conversation) -> tuple[Conversation, Callable[[str], str]]:
-        """The conversation with special-token text replaced by private-use characters, and the way back."""
-        present = set("".join(strings([conversation.messages, conversation.tools])))
-        base = next((b for b in PRIVATE_BLOCKS if not any(b <= ord(char) < b + BLOCK for char in present)), None)
-        if base is None or len(self.texts) > BLOCK:
-            raise BadRow("special_text", "special-token text together with private-use characters of planes 15 and 16")
-        number = {text: chr(base + index) for index, text in enumerate(self.texts)}
-        pattern = self.pattern
-
-        def there(text: str) -> str:
-            return pattern.sub(lambda match: number[match.group()], text)
-
-        back = re.compile(f"[{chr(base)}-{chr(base + BLOCK - 1)}]")
-        escaped = Conversation(
-            [map_strings(message, there) for message in conversation.messages],
-            conversation.train,
-            map_strings(conversation.tools, there),
-            conversation.flagged,
-        )
-        return escaped, lambda text: back.sub(lambda match: self.texts[ord(match.group()) - base], text)
-
-
-def calls(message: Mapping) -> bool:
-    return bool(message.get("tool_calls") or message.get("function_calls"))
-
-
-def strings(value: Any) -> Any:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from strings(key)
-            yield from strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from strings(item)
-
-
-def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [map_strings(item, change) for item in value]
-    return value
-
-
-def load_template(name: str, text: str | None, variables: Mapping[str, str], eos: str, specials: Specials) -> Template:
+def load_template(
+    name: str, text: str | None, variables: Mapping[str, str], eos: str, specials: SpecialTokens
+) -> Template:
     """`text` is the Jinja text of a template that is not one of the named ones."""
     if text is None:
         return NamedTemplate(name, eos, specials.texts)
@@ -124,295 +64,225 @@ def known_templates() -> list[str]:
     return sorted(TEMPLATES)
 
 
-def commonprefix(texts: Sequence[str]) -> str:
-    columns = itertools.takewhile(lambda chars: len(set(chars)) == 1, zip(*texts, strict=False))
-    return "".join(chars[0] for chars in columns)
-
-
-def probe_call() -> dict:
-    return {"type": "function", "id": "call00001", "function": {"name": NAMED, "arguments": {"x": 1}}}
-
-
-def refuse(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
 class JinjaTemplate:
-    """Any Hugging Face chat template. What it does with turns is learnt once, from probe conversations."""
+    """Any Hugging Face chat template. A probe conversation shows once how it writes turns.
 
-    def __init__(self, name: str, text: str, variables: Mapping[str, str], eos: str, specials: Specials) -> None:
+    Raises SftError for a template from which no correct mask can be derived.
+    """
+
+    def __init__(self, name: str, text: str, variables: Mapping[str, str], eos: str, specials: SpecialTokens) -> None:
         self.name, self.text, self.eos, self.specials = name, text, eos, specials
-        self.variables = dict(variables)
-        # The settings that Hugging Face renders with. strftime_now stays undefined: data must not depend on the day.
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-        )
-        env.filters["tojson"] = to_json
-        self.index_of: dict[int, int] = {}
-        self.writing = -1
-        self.knows: dict[tuple, bool] = {}
         self.answers_without_prefix = 0
-        env.globals.update(
-            raise_exception=refuse,
-            sft_message=self._mark_message,
-            sft_loop_end=lambda: mark("end"),
-            sft_generation=lambda: mark("generation"),
-            sft_endgeneration=lambda: mark("endgeneration"),
-        )
+        self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
         try:
-            tree = env.parse(text)
-            self.generation = "sft_generation" in {node.name for node in tree.find_all(nodes.Name)}
-            mark_loops(tree)
-            tree.set_environment(env)
-            code = env.compile(tree, name=name)
-            self.template = jinja2.Template.from_code(env, code, env.make_globals(None))
+            self.probe = TemplateProbe(name, text, variables)
         except jinja2.TemplateError as error:
             raise SftError(f"prepare.template: {name}: {error}; next: correct the Jinja text") from None
-        self._probe()
-
-    def _mark_message(self, *targets: Any) -> str:
-        for target in targets:
-            index = self.index_of.get(id(target), -1)
-            if index >= 0:
-                self.writing = index
-                return mark("message", index)
-        return ""
-
-    def pieces(self, messages: list[dict], tools: list[dict] | None = None, prompt: bool = False) -> list[str]:
-        self.index_of = {id(message): index for index, message in enumerate(messages)}
-        self.writing = -1
-        context = self.template.new_context(
-            {
-                **self.variables,
-                "messages": messages,
-                "tools": tools,
-                "documents": None,
-                "add_generation_prompt": prompt,
-            }
-        )
         try:
-            return list(self.template.root_render_func(context))
-        except Exception as error:  # Jinja text is a program: it can fail in any way, out of memory included
-            where = f"template {self.name}" + (f", message {self.writing}" if self.writing >= 0 else "")
-            raise BadRow("template", f"{where}: {type(error).__name__}: {error}") from None
-
-    def layout(self, pieces: list[str]) -> tuple[str, dict[int, list[tuple[int, int]]], list[tuple[int, int, int]]]:
-        """The text; the stretches each message wrote; the generation blocks as (message, start, end)."""
-        position, current, start = 0, -1, 0
-        regions: dict[int, list[tuple[int, int]]] = {}
-        blocks: list[tuple[int, int, int]] = []
-        opened: list[int] = []
-        for piece in pieces:
-            if type(piece) is not Mark:
-                position += len(piece)
-                continue
-            if piece.what == "generation":
-                opened.append(position)
-            elif piece.what == "endgeneration":
-                blocks.append((current, opened.pop(), position))
-            else:
-                if current >= 0 and position > start:
-                    regions.setdefault(current, []).append((start, position))
-                current, start = piece.message, position
-        if current >= 0 and position > start:
-            regions.setdefault(current, []).append((start, position))
-        return "".join(pieces), regions, blocks
-
-    def _probe(self) -> None:
-        """Learns header, terminator and boundaries from conversations whose contents are single private-use characters."""
-        marks = [chr(PRIVATE_BLOCKS[0] + BLOCK + index) for index in range(4)]
-        roles = itertools.cycle(("user", "assistant"))
-        messages = [{"role": role, "content": content} for role, content in zip(roles, marks, strict=False)]
-        try:
-            text, regions, blocks = self.layout(self.pieces(messages))
-            # Does what it writes after a question, less what it writes without the prompt, open the answer?
-            asked = ["".join(self.pieces(messages[:1], prompt=prompt)) for prompt in (False, True)]
+            turns = self.probe.two_turns()
         except BadRow as error:
-            raise SftError(
-                f"prepare.template: {self.name} cannot render a plain two-turn conversation: {error.detail};"
-                " next: use a template that can, or name one (" + ", ".join(known_templates()) + ")"
+            raise self._refusal(
+                f" cannot render a plain two-turn conversation: {error.detail}",
+                f"use a template that can, or choose one of {', '.join(known_templates())}",
             ) from None
-        shared = len(commonprefix(asked))
-        for token in self.specials.pattern.finditer(asked[1]):
-            if token.start() < shared < token.end():  # two special tokens that begin alike
-                shared = token.start()
-        prompt = asked[1][shared:]
+        self.rules = self._learn_rules(turns)
+        self.generation_prefix = self.rules.generation_prefix
+        self.terminators = list(self.rules.terminators)
+        if self.probe.has_generation:
+            self._check_generation_blocks(turns.trace)
+        number_of_eos = turns.trace.text.count(eos)
+        self.eos_appended = number_of_eos == 0
+        ends_in_eos = number_of_eos == 1 and turns.trace.text.endswith(eos)
+        self.boundaries = "eos" if self.eos_appended or ends_in_eos else "index"
+
+    def _refusal(self, fault: str, advice: str) -> SftError:
+        return SftError(f"prepare.template: {self.name}{fault}; next: {advice}")
+
+    def _learn_rules(self, turns: TwoTurns) -> TurnRules:
+        """The header, the generation prefix and the terminators."""
+        trace = turns.trace
         for index in (1, 3):
-            inside = [text[a:b] for a, b in regions.get(index, [])]
-            if len(inside) != 1 or marks[index] not in inside[0]:
-                raise SftError(
-                    f"prepare.template: {self.name} does not write assistant message {index} once, from a loop over the messages at its"
-                    f" top level, so no mask can be derived from it; next: write such a loop, or name one of {', '.join(known_templates())}"
+            if len(trace.regions.get(index, [])) != 1 or turns.contents[index] not in trace.region_text(index):
+                raise self._refusal(
+                    f" does not write assistant message {index} once, from a loop over the messages at its top level, so no mask can"
+                    " be derived from it",
+                    f"write such a loop, or choose one of {', '.join(known_templates())}",
                 )
-        parts = [text[slice(*regions[index][0])] for index in (1, 3)]
-        before = [part[: part.index(content)] for part, content in zip(parts, marks[1::2], strict=True)]
-        # Scaffold is what the generation prompt gives: only as far as the turns really begin with it (a thinking prompt
-        # may go on into <think>, which the data spells out), or all that stands before the content when there is no prompt.
-        self.header = commonprefix([prompt, *before]) if prompt else ""
-        self.generation_prefix = prompt[len(self.header) :]
-        if prompt and not self.header:
-            raise SftError(
-                f"prepare.template: {self.name} opens an answer with {prompt!r} when prompted, but writes {before[0]!r} before an answer in"
-                " the history, so the trained text would not be what the model is asked for; next: make the two equal"
+        (before, after), (last_before, _) = (
+            trace.region_text(index).split(turns.contents[index], 1) for index in (1, 3)
+        )
+        after_last = trace.text.split(turns.contents[3], 1)[1]
+        prompt = self._prompt(turns)
+        # Scaffold is what the generation prompt gives, but only as far as the turns really begin with it: a thinking prompt may
+        # go on with <think>, which the data spells out. Without a prompt nothing is scaffold.
+        header = common_prefix([prompt, before, last_before]) if prompt else ""
+        if prompt and not header:
+            raise self._refusal(
+                f" opens an answer with {prompt!r} when prompted, but writes {before!r} before an answer in the history, so the trained"
+                " text would not be what the model is asked for",
+                "make the two equal",
             )
-        tails = [parts[0].split(marks[1], 1)[1], text[text.index(marks[3]) + 1 :]]
-        stops = self.stops = [self._stop(tail) for tail in tails]
-        if stops[1] is None:
-            raise SftError(
-                f"prepare.template: {self.name} writes no special token after the last answer, so the model would never learn to stop;"
-                " next: end assistant turns with {{ eos_token }} or the tokenizer's end-of-turn token"
+        terminator, last_terminator = self.specials.last_in_chain(after), self.specials.last_in_chain(after_last)
+        if last_terminator is None:
+            raise self._refusal(
+                " writes no special token after the last answer, so the model would never learn to stop",
+                "end assistant turns with {{ eos_token }} or the tokenizer's end-of-turn token",
             )
-        self.tail = tails[0] if stops[0] is None else ""
-        self.terminators = sorted({stop for stop in (*stops, self._stop_of_calls()) if stop})
-        if self.generation:
-            self._check_generation(text, regions, blocks, tails)
-        eos = text.count(self.eos)
-        self.eos_appended = eos == 0
-        self.boundaries = "eos" if eos == 0 or (eos == 1 and text.endswith(self.eos)) else "index"
+        found = {terminator, last_terminator, self._terminator_of_calls()}
+        return TurnRules(
+            header=header,
+            generation_prefix=prompt[len(header) :],
+            terminator=terminator,
+            last_terminator=last_terminator,
+            terminators=tuple(sorted(token for token in found if token)),
+            gap=after if terminator is None else "",
+            eos=self.eos,
+        )
 
-    def _check_generation(self, text: str, regions: Mapping, blocks: list, tails: list[str]) -> None:
-        for index, tail in ((1, tails[0]), (3, tails[1])):
-            spans = [(start, end) for message, start, end in blocks if message == index]
-            header_end = regions[index][0][0] + len(self.header)
-            if not spans:
-                raise SftError(
-                    f"prepare.template: {self.name}: no {{% generation %}} block in assistant message {index}; next: add it"
-                )
-            if spans[0][0] < header_end:
-                raise SftError(
-                    f"prepare.template: {self.name}: the {{% generation %}} block begins with {text[spans[0][0] : header_end]!r}, which the"
-                    " generation prompt already gives; next: move it behind the header"
-                )
-            if (stop := self._stop(tail)) is not None and stop not in text[spans[-1][0] : spans[-1][1]]:
-                raise SftError(
-                    f"prepare.template: {self.name}: the {{% generation %}} block ends before the terminator {stop!r}, so the model would"
-                    " never learn to stop; next: move {% endgeneration %} behind it"
-                )
+    def _prompt(self, turns: TwoTurns) -> str:
+        """What the generation prompt adds to a question."""
+        without, asked = turns.asked
+        shared = len(common_prefix([without, asked]))
+        for token in self.specials.pattern.finditer(asked):
+            if token.start() < shared < token.end():  # both go on with special tokens that begin alike
+                shared = token.start()
+        return asked[shared:]
 
-    def _stop(self, tail: str) -> str | None:
-        """The token that ends a turn: the last of the first special tokens that stand together behind the content."""
-        chain = self.specials.chain.search(tail)
-        return self.specials.pattern.findall(chain.group())[-1] if chain else None
-
-    def _stop_of_calls(self) -> str | None:
+    def _terminator_of_calls(self) -> str | None:
         """The token that ends a turn of tool calls, which may be another than the one that ends an answer."""
-        messages: list[dict] = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "", "tool_calls": [probe_call()]},
-            {"role": "tool", "content": "r", "name": NAMED, "tool_call_id": "call00001"},
-            {"role": "assistant", "content": "a"},
-        ]
-        try:
-            text, regions, _ = self.layout(self.pieces(messages))
-        except BadRow:
-            return None  # a template without tools
-        part = text[slice(*regions[1][0])].rstrip() if regions.get(1) else ""
-        found = self.specials.pattern.findall(part) if NAMED in part else []
-        return found[-1] if found and part.endswith(found[-1]) else None
+        written = self.probe.turn_of_calls().rstrip()
+        found = self.specials.pattern.findall(written)
+        return found[-1] if found and written.endswith(found[-1]) else None
+
+    def _check_generation_blocks(self, trace: Trace) -> None:
+        """Refuses {% generation %} blocks that contain the header or miss the terminator."""
+        for index, terminator in ((1, self.rules.terminator), (3, self.rules.last_terminator)):
+            blocks = trace.blocks.get(index, [])
+            header_end = trace.regions[index][0][0] + len(self.rules.header)
+            if not blocks:
+                raise self._refusal(f": no {{% generation %}} block in assistant message {index}", "add it")
+            if blocks[0][0] < header_end:
+                raise self._refusal(
+                    f": the {{% generation %}} block begins with {trace.text[blocks[0][0] : header_end]!r}, which the generation"
+                    " prompt already writes",
+                    "move it behind the header",
+                )
+            if terminator is not None and terminator not in trace.text[slice(*blocks[-1])]:
+                raise self._refusal(
+                    f": the {{% generation %}} block ends before the terminator {terminator!r}, so the model would never learn to stop",
+                    "move {% endgeneration %} behind it",
+                )
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
-        """`conversation` must hold no special-token text (`Specials.escape`), so every special token found is scaffold."""
-        messages = conversation.messages
-        text, regions, blocks = self.layout(self.pieces(messages, conversation.tools))
-        specials = len(self.specials.pattern.findall(text))
+        """`conversation` must contain no special-token text (see `SpecialTokens.escape`): every special token found is scaffold."""
+        trace = self.probe.trace(conversation.messages, conversation.tools)
+        text, specials = trace.text, self.specials.count(trace.text)
         if self.boundaries == "eos" and text.find(self.eos) not in (-1, len(text) - len(self.eos)):
             raise BadRow("eos_inside", f"template {self.name} writes {self.eos} inside this conversation")
-        if conversation.tools:
-            self._demand("tools", any(message["role"] == "system" for message in messages))
-        spans: list[tuple[int, int]] = []
-        written = 0
+        self._check_tools(conversation)
+        self._check_order(conversation, trace)
+        spans: list[Span] = []
         for index, train in enumerate(conversation.train):
-            wrote = regions.get(index, [])
-            message = messages[index]
-            if wrote and message["role"] not in ("system", "developer"):
-                if wrote[0][0] < written:
-                    raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
-                written = wrote[-1][1]
-            if len(message) > 2:
-                for name in FIELDS:
-                    if name in message and (train or name not in ("reasoning_content", "thinking")):
-                        self._demand(name, message["role"], bool(message["content"]), index)
-            if not train:
-                if (
-                    not wrote
-                    and message["role"] not in ("system", "developer")
-                    and (message["content"] or len(message) > 2)
-                ):
-                    raise BadRow("template", f"message {index} is not rendered by template {self.name}")
-                continue
-            if len(wrote) != 1:
-                raise BadRow("template", f"message {index} is rendered {len(wrote)} times by template {self.name}")
-            own = self._spans(conversation, text, wrote[0], [(a, b) for m, a, b in blocks if m == index], index)
-            said = "".join(text[start:end] for start, end in own)
-            if not self.specials.pattern.sub("", said).strip() and (message["content"].strip() or calls(message)):
-                raise BadRow("template", f"message {index}: template {self.name} writes nothing of what it says")
-            spans += own
-        runs: list[str] = []
-        position = 0
-        for start, end in spans:
-            if start < position:
-                raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
-            runs += (text[position:start], text[start:end])
-            position = end
-        if position < len(text):
-            runs.append(text[position:])
+            self._check_fields(conversation, index)
+            if train:
+                spans += self._trained_spans(conversation, trace, index)
+            else:
+                self._check_written(conversation, trace, index)
+        runs = to_runs(text, spans)
+        if runs is None:
+            raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
         if "".join(runs) != text:
-            raise BadRow("proof", f"the runs of template {self.name} are not the text it rendered")
+            raise BadRow("proof", f"the runs of template {self.name} are not the text that it rendered")
         if self.boundaries == "eos" and not text.endswith(self.eos):
             specials += 1
             runs = runs if len(runs) % 2 else [*runs, ""]
             runs[-1] += self.eos
         return runs, specials
 
-    def _spans(
-        self, conversation: Conversation, text: str, wrote: tuple[int, int], blocks: list[tuple[int, int]], index: int
-    ) -> list[tuple[int, int]]:
-        """What is trained of a message, given the stretch it wrote and its generation blocks."""
-        start, end = wrote
+    def _check_order(self, conversation: Conversation, trace: Trace) -> None:
+        """Raises BadRow when the template writes messages in another order; system messages may be anywhere."""
+        end = 0
+        for index, message in enumerate(conversation.messages):
+            regions = trace.regions.get(index, [])
+            if regions and message["role"] not in SYSTEM_ROLES:
+                if regions[0][0] < end:
+                    raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
+                end = regions[-1][1]
+
+    def _check_tools(self, conversation: Conversation) -> None:
+        if not conversation.tools:
+            return
+        with_system = any(message["role"] == "system" for message in conversation.messages)
+        key = ("tools", "", with_system)
+        if key not in self.writes:
+            self.writes[key] = self.probe.writes_tools(with_system)
+        if not self.writes[key]:
+            raise BadRow("template", f"tools: template {self.name} leaves it out, or leaves out the content beside it")
+
+    def _check_fields(self, conversation: Conversation, index: int) -> None:
+        """Raises BadRow when the template leaves out a field of the message. Thinking only counts where it is trained."""
+        message = conversation.messages[index]
+        if len(message) == 2:
+            return
+        for field in FIELDS:
+            if field not in message or (field in THINKING_FIELDS and not conversation.train[index]):
+                continue
+            key = (field, message["role"], bool(message["content"]))
+            if key not in self.writes:
+                self.writes[key] = self.probe.writes_field(*key)
+            if not self.writes[key]:
+                raise BadRow(
+                    "template",
+                    f"message {index}: {field}: template {self.name} leaves it out, or leaves out the content beside it",
+                )
+
+    def _check_written(self, conversation: Conversation, trace: Trace, index: int) -> None:
+        """Raises BadRow when the template leaves out an untrained message that says something."""
+        message = conversation.messages[index]
+        is_silent = not message["content"] and len(message) == 2
+        if not trace.regions.get(index) and message["role"] not in SYSTEM_ROLES and not is_silent:
+            raise BadRow("template", f"message {index} is not rendered by template {self.name}")
+
+    def _trained_spans(self, conversation: Conversation, trace: Trace, index: int) -> list[Span]:
+        """The spans of a message that are trained. Raises BadRow when they cannot be told from the structure."""
+        message, text, regions = conversation.messages[index], trace.text, trace.regions.get(index, [])
+        if len(regions) != 1:
+            raise BadRow("template", f"message {index} is rendered {len(regions)} times by template {self.name}")
+        start, end = regions[0]
         last = index == len(conversation.messages) - 1
         if last:
             end = len(text)
-        role = conversation.messages[index]["role"]
-        if self.generation:
-            if not blocks:
-                raise BadRow(
-                    "template", f"message {index} is to be trained but is in no generation block of {self.name}"
-                )
+        if not self.probe.has_generation:
+            blocks = [(self._opening(conversation, text, (start, end), index), end)]
+        elif not (blocks := trace.blocks.get(index, [])):
+            raise BadRow("template", f"message {index} is trained but is in no generation block of {self.name}")
+        if message["role"] == "assistant":
+            after_header = start + len(self.rules.header)
+            if self.generation_prefix and not text.startswith(self.generation_prefix, after_header):
+                self.answers_without_prefix += 1
+            spans = answer_spans(text, blocks, after_header, self.rules, self.specials, last, index)
         else:
-            header = self.header if role == "assistant" else self._header_of(conversation, index)
-            begins = text.startswith(header, start)
-            opening = start + len(header)
-            odd = self.specials.pattern.match(text, opening, end)
-            if role == "assistant" and (not begins or (odd and odd.group() not in self.terminators)):
-                opening = self._opening(conversation, text, start, index)
-            elif not begins:
-                raise BadRow("template", f"message {index} does not begin with {header!r}")
-            blocks = [(opening, end)]
-        if role != "assistant":
-            return [(a, self._end(text, a, b, index, self.specials.texts, None)) for a, b in blocks]
-        first = blocks[0][0]
-        if self.generation_prefix and not text.startswith(self.generation_prefix, start + len(self.header)):
-            self.answers_without_prefix += 1
-        elif self.generation_prefix and first == start + len(self.header):
-            # The prompt already says it. Where it ends inside a token, that token is scaffold too.
-            blocks = [
-                (first + len(self.generation_prefix), max(first + len(self.generation_prefix), blocks[0][1])),
-                *blocks[1:],
-            ]
-        for a, b in blocks[:-1]:
-            if any(stop in text[a:b] for stop in self.terminators):
-                raise BadRow("template", f"message {index}: a generation block follows the terminator")
-        a, b = blocks[-1]
-        return [*blocks[:-1], (a, self._end(text, a, b, index, self.terminators, self.stops[1 if last else 0]))]
+            spans = other_spans(text, blocks, self.rules, self.specials, index)
+        written = "".join(text[a:b] for a, b in spans)
+        has_calls = bool(message.get("tool_calls") or message.get("function_calls"))
+        if not self.specials.pattern.sub("", written).strip() and (message["content"].strip() or has_calls):
+            raise BadRow("template", f"message {index}: template {self.name} writes nothing of what it says")
+        return spans
 
-    def _opening(self, conversation: Conversation, text: str, start: int, index: int) -> int:
-        """Where the model's own text begins in a turn that does not open as the others do, say behind a tool's result:
-        after what the template writes when it is asked for this very turn."""
-        prompt = "".join(self.pieces(conversation.messages[:index], conversation.tools, prompt=True))
+    def _opening(self, conversation: Conversation, text: str, region: Span, index: int) -> int:
+        """Where the model's own text begins in a message: after the header of its turn."""
+        start, end = region
+        if conversation.messages[index]["role"] != "assistant":
+            header = self.probe.header(conversation, index)
+            if not text.startswith(header, start):
+                raise BadRow("template", f"message {index} does not begin with {header!r}")
+            return start + len(header)
+        opening = start + len(self.rules.header)
+        special = self.specials.pattern.match(text, opening, end)
+        if text.startswith(self.rules.header, start) and not (special and special.group() not in self.terminators):
+            return opening
+        # A turn that opens differently, for example after a tool's result: the prompt for this very turn shows where it begins.
+        prompt = self.probe.text(conversation.messages[:index], conversation.tools, prompt=True)
         if not text.startswith(prompt):
             prompt = prompt.removesuffix(self.generation_prefix)
         if not text.startswith(prompt):
@@ -421,66 +291,3 @@ class JinjaTemplate:
                 f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {prompt[-40:]!r}",
             )
         return max(start, len(prompt))
-
-    def _end(self, text: str, start: int, end: int, index: int, stops: Sequence[str], stop: str | None) -> int:
-        """Where what is trained of text[start:end] ends: behind its first terminator and the special tokens that stand
-        right behind it, or before the gap between turns. `stop`: the terminator that there must be."""
-        for chain in self.specials.chain.finditer(text, start, end):
-            if not any(token in stops for token in self.specials.pattern.findall(chain.group())):
-                continue
-            rest = text[chain.end() : end].strip()
-            if rest.removeprefix(self.eos):
-                raise BadRow("template", f"message {index}: {rest[:40]!r} follows the terminator")
-            return chain.end()
-        if stop is not None:
-            raise BadRow("template", f"message {index} ends without {stop}: {text[start:end][-40:]!r}")
-        if self.tail and text.endswith(self.tail, start, end):
-            return end - len(self.tail)
-        return end
-
-    def _demand(self, field: str, *where: Any) -> None:
-        """Raises BadRow when the template leaves `field` out: learnt once from a conversation with it and one without."""
-        index = where[-1] if len(where) == 3 else -1
-        key = (field, *where[:2])
-        if key not in self.knows:
-            self.knows[key] = self._probe_field(*key)
-        if not self.knows[key]:
-            place = "tools" if field == "tools" else f"message {index}: {field}"
-            raise BadRow(
-                "template", f"{place}: template {self.name} leaves it out, or leaves out the content beside it"
-            )
-
-    def _probe_field(self, field: str, role: Any, spoken: bool = True) -> bool:
-        """`role`: who has the field, or for tools, whether there is a system message. `spoken`: with a content beside it."""
-        said, named = "qjzxsaid", NAMED
-        messages: list[dict] = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-        tools = None
-        if field == "tools":
-            tools = [{"type": "function", "function": {"name": named, "description": "d", "parameters": {}}}]
-            messages = [{"role": "system", "content": said}, *messages] if role else messages
-            spoken = role
-        else:
-            value = [probe_call()] if field == "tool_calls" else named
-            carrier = {"role": role, "content": said if spoken else "", field: value}
-            if role == "system":
-                messages.insert(0, carrier)
-            else:
-                messages[1:] = [carrier] if role == "assistant" else [carrier, messages[1]]
-        try:
-            text = "".join(self.pieces(messages, tools))
-        except BadRow:
-            return True  # the template may want more of it than this: the row itself will show
-        return named in text and (not spoken or said in text)
-
-    def _header_of(self, conversation: Conversation, index: int) -> str:
-        """What stands before the content of a trained message that is not the assistant's, from the same conversation with
-        its content made a private-use character."""
-        present = "".join(strings([conversation.messages, conversation.tools]))
-        content = next(chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK, 0x110000) if chr(code) not in present)
-        messages = [dict(message) for message in conversation.messages]
-        messages[index]["content"] = content
-        text, regions, _ = self.layout(self.pieces(messages, conversation.tools))
-        part = text[slice(*regions[index][0])] if regions.get(index) else ""
-        if content not in part:
-            raise BadRow("template", f"message {index} is not rendered with its content")
-        return part[: part.index(content)]

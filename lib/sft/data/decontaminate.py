@@ -11,12 +11,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.common.strings import strings
 from sft.data.mix import U64, scramble
 
 SHORTEST = 5
@@ -25,18 +26,6 @@ SHARED_ROWS, SHARED_FRACTION = 10, 0.01
 """A text in more rows than both is an instruction that the rows share, or an answer that says little."""
 _WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every string inside a row, in order. Keys are not text."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from strings(item)
 
 
 def words(text: str) -> list[str]:

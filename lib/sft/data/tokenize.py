@@ -32,7 +32,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from sft.chat.rows import BadRow, Conversation, RowReader
-from sft.chat.template import JinjaTemplate, Specials, known_templates, load_template
+from sft.chat.special_tokens import SpecialTokens
+from sft.chat.template import JinjaTemplate, known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.batch import Batch, Reject, cut, foreign, name_conversation, spread
 from sft.data.blocks import Block, Columns, Piece
@@ -88,7 +89,7 @@ class Encoder:
     ) -> None:
         self.folder, self.prepare = Path(tokenizer_dir), prepare
         self.vocabulary = Vocabulary(self.folder)
-        self.specials = Specials(list(self.vocabulary.specials))
+        self.specials = SpecialTokens(list(self.vocabulary.specials))
         self.engine = Engine(self.vocabulary, prepare.encoder if self.vocabulary.byte_level else "tokenizers")
         if not self.vocabulary.byte_level:
             self.engine.why = "the tokens of this tokenizer have no fixed bytes"
@@ -103,13 +104,8 @@ class Encoder:
         self.plain_rows: dict[str, PlainRows | None] = {}
         self.last_read: tuple[Source | None, Any] = (None, None)
         self.plain: Tokenizer | None = None
-        # Every place where a special token's text stands becomes that token, unless two of them can overlap.
-        self.countable = not any(
-            a[k:] and b.startswith(a[k:])
-            for a in self.specials.texts
-            for b in self.specials.texts
-            for k in range(1, len(a))
-        ) and not any(a != b and a in b for a in self.specials.texts for b in self.specials.texts)
+        # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
+        self.countable = not self.specials.can_overlap
 
     def __reduce__(self) -> Any:
         return Encoder, (self.folder, self.prepare, None, self.template_text)
@@ -247,7 +243,7 @@ class Encoder:
             try:
                 conversation = read(row)
                 conversations[index] = name_conversation(conversation.messages, system)
-                if careful and self.specials.found(conversation):
+                if careful and self.specials.are_in(conversation):
                     runs, specials = self._render_escaped(batch, conversation, len(runs_of))
                 else:
                     runs, specials = render(conversation)

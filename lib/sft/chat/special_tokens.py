@@ -1,0 +1,77 @@
+"""The texts of a tokenizer's special tokens, and content that contains such a text.
+
+A user may write "<|endoftext|>" in a message. That text must stay text: it must become neither a special token nor a part of the
+template's scaffold. `SpecialTokens.escape` therefore replaces it by private-use characters before a template is rendered, and
+returns a function that restores it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from sft.chat.rows import BadRow, Conversation
+from sft.common.strings import map_strings, strings
+
+PRIVATE_BLOCKS = (0xF0000, 0x100000)
+"""Where the stand-ins begin. There are two blocks, because a row may contain characters of one of them."""
+BLOCK_SIZE = 0x1000
+
+
+class SpecialTokens:
+    """The special-token texts, longest first, and patterns that find them."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = sorted(texts, key=lambda text: (-len(text), text))
+        self.pattern = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
+        self.chain = re.compile(f"(?:{self.pattern.pattern})+")  # special tokens with nothing between them
+        self.split = re.compile(f"({self.pattern.pattern})")
+
+    @property
+    def can_overlap(self) -> bool:
+        """Whether a text can contain two of them that share characters. Then occurrences cannot be counted."""
+        return any(
+            (a != b and a in b) or any(a[k:] and b.startswith(a[k:]) for k in range(1, len(a)))
+            for a in self.texts
+            for b in self.texts
+        )
+
+    def count(self, text: str) -> int:
+        return len(self.pattern.findall(text))
+
+    def last_in_chain(self, text: str) -> str | None:
+        """The last of the first special tokens that follow each other directly in a text."""
+        chain = self.chain.search(text)
+        found: list[str] = self.pattern.findall(chain.group()) if chain else []
+        return found[-1] if found else None
+
+    def are_in(self, conversation: Conversation) -> bool:
+        """Whether the conversation itself contains special-token text."""
+        search = self.pattern.search
+        return any(search(text) for text in strings([conversation.messages, conversation.tools], keys=True))
+
+    def escape(self, conversation: Conversation) -> tuple[Conversation, Callable[[str], str]]:
+        """The conversation with special-token text replaced by private-use characters, and the function that restores it.
+
+        Raises BadRow when the conversation contains private-use characters of both blocks.
+        """
+        present = set("".join(strings([conversation.messages, conversation.tools], keys=True)))
+        base = next((b for b in PRIVATE_BLOCKS if not any(b <= ord(char) < b + BLOCK_SIZE for char in present)), None)
+        if base is None or len(self.texts) > BLOCK_SIZE:
+            raise BadRow("special_text", "special-token text together with private-use characters of planes 15 and 16")
+        stand_in = {text: chr(base + index) for index, text in enumerate(self.texts)}
+        stand_ins = re.compile(f"[{chr(base)}-{chr(base + BLOCK_SIZE - 1)}]")
+
+        def replace(text: str) -> str:
+            return self.pattern.sub(lambda match: stand_in[match.group()], text)
+
+        def restore(text: str) -> str:
+            return stand_ins.sub(lambda match: self.texts[ord(match.group()) - base], text)
+
+        escaped = Conversation(
+            [map_strings(message, replace) for message in conversation.messages],
+            conversation.train,
+            map_strings(conversation.tools, replace),
+            conversation.flagged,
+        )
+        return escaped, restore

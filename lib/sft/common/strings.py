@@ -1,0 +1,31 @@
+"""The strings inside JSON values: `strings` lists them, `map_strings` replaces them. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+
+def strings(value: Any, keys: bool = False) -> Iterator[str]:
+    """Every string inside a value, in order; with `keys`, the keys of objects too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if keys:
+                yield from strings(key, keys)
+            yield from strings(item, keys)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from strings(item, keys)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """The value with `change` applied to every string, keys of objects included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {map_strings(key, change): map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_strings(item, change) for item in value]
+    return value
