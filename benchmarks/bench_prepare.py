@@ -51,6 +51,7 @@ from typing import Any
 
 import orjson
 
+from sft.common import machine
 from sft.data import workers
 from sft.data.blocks import Block
 from sft.data.chunks import without_gc
@@ -333,7 +334,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=60e6, help="size of each data set for 'ours'")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=workers.cores())
+    parser.add_argument("--cores", type=int, default=machine.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
     args = parser.parse_args()

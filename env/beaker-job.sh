@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# Inside a Beaker job: gets the code, prepares its environment, runs a stage's command, hands back what fits.
+# Inside a Beaker job: gets the code, prepares its environment, runs a stage's command, returns its small files.
 # Usage: beaker-job.sh RUN STAGE COUNT LINE… COMMAND…   (COUNT shell lines that prepare the environment)
-# The code is the archive in SFT_CODE, or SFT_COMMIT of SFT_REPOSITORY; SFT_INPUT_<stage> is an earlier stage
-# that was made on another machine, SFT_RESULTS is what Beaker keeps. Where no disk outlives the job, SFT_KEPT=gs://… is
-# where the stage is kept, and earlier ones are brought from gs:// too. SIGTERM reaches the stage, which saves.
+# The code is the archive in SFT_CODE, or SFT_COMMIT of SFT_REPOSITORY. SFT_INPUT_<stage> is an earlier stage that was made on
+# another machine; Beaker stores SFT_RESULTS. Where no disk outlives the job, SFT_STAGE_ADDRESS=gs://… is where the stage is
+# stored, and earlier stages are fetched from gs:// too. SIGTERM reaches the stage, which saves.
 set -euo pipefail
 run="$1" stage="$2" count="$3"
 shift 3
 child=
 trap '[ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
-attend() { # runs a command that SIGTERM reaches, and returns its status
+forward_signals() { # runs a command that gets this script's SIGTERM, and returns its status
     local status=0
     "$@" &
     child=$!
     while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the command
-    wait "$child" || status=$? # bash has kept it, however long ago the command ended
+    wait "$child" || status=$? # bash remembers it after the command has ended
     child=
     return "$status"
 }
 mkdir -p olmo-sft && cd olmo-sft
 
-fetch() { # the token of a private repository is asked for by git, and never stands in a command line
+fetch() { # git asks for the token of a private repository, so that it is in no command line
     # shellcheck disable=SC2016
     git -c credential.helper= -c credential.helper='!f() { echo username=x-access-token; echo "password=${GITHUB_TOKEN:-}"; }; f' \
         fetch --quiet --depth 1 "$SFT_REPOSITORY" "$SFT_COMMIT"
@@ -42,12 +42,12 @@ for ((; count > 0; count--)); do
 done
 
 mkdir -p "$run"
-if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then # a key's text; Google's clients read a file
+if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then # it holds a key, but Google's clients read a file
     export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
     (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
 fi
-if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_KEPT:-}" ]; then # nodes without a common disk have one each
-    for variable in "${!SFT_INPUT_@}"; do # stages that were made on another machine
+if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_STAGE_ADDRESS:-}" ]; then # nodes without a shared disk need it on each
+    for variable in "${!SFT_INPUT_@}"; do # earlier stages that were uploaded with the job
         name="${variable#SFT_INPUT_}" folder="${!variable}"
         case "$folder" in gs://*) continue ;; esac
         if ! cmp -s "$folder/manifest.json" "$run/$name/manifest.json"; then
@@ -58,14 +58,14 @@ if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_KEPT:-}" ]; then # nodes
     done
 fi
 
-if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # what stages/train.sh gives to torchrun
+if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # stages/train.sh passes them to torchrun
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
 export PYTHONPATH=lib
-[ -z "${SFT_KEPT:-}" ] || attend .venv/bin/python -m sft.launch.beaker.bucket_runs bring "$run" "$stage" "$@"
+[ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs fetch "$run" "$stage" "$@"
 status=0
-attend "$@" || status=$?
+forward_signals "$@" || status=$?
 [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
-case "${SFT_KEPT:+kept}$status" in kept0 | kept75) attend .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;; esac
+case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75) forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;; esac
 [ "$status" -eq 0 ] || exit "$status"
-.venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_KEPT:+"$SFT_KEPT"}
+.venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a stage as a Slurm job: submits it or finds it again, follows its log, returns its status; see sft.launch.slurm.
+# Runs a stage as a Slurm job: submits it or finds it again, follows its log, returns its status; see sft.launch.slurm.scheduler.
 # Usage: [DETACH=1] env/slurm.sh runs/<run> <stage> COMMAND…
 set -euo pipefail
 exec .venv/bin/python -m sft.launch slurm "$@"

@@ -17,9 +17,11 @@ from beaker_server import BUDGET, TOKEN, USER, Server, now
 from conftest import REPO, Workspace
 from sft.common.errors import SftError
 from sft.formats import manifest
-from sft.launch import commands, job
-from sft.launch.beaker import scheduler, specification
-from sft.launch.doctor import cluster, doctor
+from sft.formats.job import JobRecord
+from sft.launch import beaker, commands, job, run
+from sft.launch.beaker import connection, datasets, scheduler, specification
+from sft.launch.doctor import doctor
+from sft.launch.launcher import open_scheduler
 from sft.recipe import recipe
 from sft.runner import plan
 
@@ -79,7 +81,7 @@ class Place:
     def launch(self, script: str, *words: str, stage: str = "prepare") -> int:
         """A stage whose command is a shell script: what a job does when it ends so."""
         command = ["bash", "-c", script, "runs/x", "--cluster", "beaker-test", *words]
-        return commands.main("beaker", ["runs/x", stage, *command])
+        return run.main("beaker", ["runs/x", stage, *command])
 
     @property
     def experiment(self):
@@ -103,7 +105,8 @@ def place(workspace, tmp_path_factory, monkeypatch):
         monkeypatch.chdir(workspace.root)
         monkeypatch.setattr(plan, "REPO", workspace.root)
         monkeypatch.setattr(recipe, "CLUSTERS", workspace.root / "env")
-        monkeypatch.setattr(scheduler, "POLL_S", 0.2)
+        for module in (scheduler, datasets):
+            monkeypatch.setattr(module, "POLL_S", 0.2)
         yield made
 
 
@@ -121,7 +124,7 @@ def test_stages_run_there_come_back_and_the_next_stage_here_accepts_them(place):
         assert json.loads((place.run / ".jobs" / f"{stage}.json").read_text())["ended"] == "done"
     made = manifest.load(place.run / "prepare" / "manifest.json")
     assert made.provenance["git"] == place.git("rev-parse", "HEAD")
-    assert "with a $HOME `b` 'c'" in done.stdout and "handed back" in done.stdout
+    assert "with a $HOME `b` 'c'" in done.stdout and "files returned" in done.stdout
     assert not (place.root / "log").exists()  # nothing ran here
     place.workspace.make("train", "RECIPE=x", "CLUSTER=beaker-test")
     assert len(place.server.experiments) == 3
@@ -203,7 +206,7 @@ if __name__""", 1)  # fmt: skip
     assert words[words.index("--beside") + 1] == training.message.id and words[1] == "watch"
     assert not any("olmo-sft-prepare" in str(d.source) for d in beside.spec.tasks[0].datasets)
     out = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test").stdout
-    assert "evaluations.jsonl came back to runs/x/train" in out
+    assert "evaluations.jsonl fetched to runs/x/train" in out
     assert (place.run / "train/evaluations.jsonl").read_text() == '{"step": 2}'
     assert manifest.is_whole(place.run / "train")
 
@@ -221,7 +224,7 @@ def test_a_failed_task_is_told_with_the_end_of_its_log(place, capsys):
 
 def test_one_that_ends_well_without_a_manifest_has_failed(place, capsys):
     assert place.launch("true") != 0
-    assert "left none" in capsys.readouterr().out
+    assert "left no manifest" in capsys.readouterr().out
 
 
 def test_a_cancelled_one_is_told(place, capsys, monkeypatch):
@@ -256,7 +259,7 @@ def test_a_preempted_one_saves_and_goes_on_by_itself(place, capsys):
     thread.join()
     told = capsys.readouterr().out
     assert "saved" in told and len(place.server.runs) == 2 and len(place.server.experiments) == 1
-    assert job.Record.load(place.run / ".jobs" / "prepare.json").attempts == 2  # make jobs tells it
+    assert JobRecord.read(place.run / ".jobs" / "prepare.json").attempts == 2  # make jobs tells it
 
 
 def test_a_preempted_one_that_is_never_started_again_ends_when_it_is_cancelled(place, capsys):
@@ -316,13 +319,13 @@ def test_a_connection_that_stays_lost_is_told_and_the_job_is_found_again(place, 
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("sleep 3; exit 7") == 0
     monkeypatch.delenv("DETACH")
-    monkeypatch.setattr(scheduler, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(connection, "PATIENCE_S", 0.5)
     real = job.retried
-    monkeypatch.setattr(job, "retried", lambda action, log, patience_s=0.0: real(action, log, 0.0))
+    monkeypatch.setattr(run, "retried", lambda action, log, patience_s=0.0: real(action, log, 0.0))
     place.server.fault("GetWorkload", "unavailable", times=-1)
     with pytest.raises(SystemExit) as ended:
         place.launch("sleep 3; exit 7")
-    assert "the job goes on" in str(ended.value) and "connection reset" in str(ended.value)
+    assert "the job continues" in str(ended.value) and "connection reset" in str(ended.value)
     place.server.faults.clear()
     assert place.launch("sleep 3; exit 7") == 7
     assert len(place.server.experiments) == 1
@@ -406,7 +409,7 @@ def test_results_that_arrive_damaged_are_refused_and_what_was_here_stays(place):
         ("ai2/jupiter", "ai2/juppiter", "'ai2/juppiter': no such cluster; there are ai2/ceres, ai2/jupiter"),
         ("oe-test:", "oe test;rm:", "'mounts' = 'oe test;rm:"),
         ('budget = "', 'budget = "$(touch /tmp/x)', "'budget'"),
-        ('runs = "', 'runs = "/other', "lies in none of the mounts"),
+        ('runs = "', 'runs = "/other', "is on none of the mounts"),
     ],
 )
 def test_what_the_cluster_lacks_is_told(place, old, new, told):
@@ -440,14 +443,14 @@ def test_a_name_taken_by_an_unfinished_experiment_is_told(place, monkeypatch, ca
     (place.run / ".jobs" / "prepare.json").unlink()  # submitted by another machine
     with pytest.raises(SystemExit) as ended:
         place.launch("exit 3")
-    assert "is there already and not finished" in str(ended.value) and "/ex/01EXPERIMENT" in str(ended.value)
+    assert "exists already and has not ended" in str(ended.value) and "/ex/01EXPERIMENT" in str(ended.value)
     assert len(place.server.experiments) == 1
 
 
 def test_the_doctor_says_what_a_launch_would_be_refused_for(place, monkeypatch):
     def rows(stage: str = "prepare") -> dict[str, doctor.Row]:
         made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
-        return {r.found: r for r in cluster.ask(doctor.Case(made.place, made.recipe, made.cluster, (stage,)))[1]}
+        return {r.found: r for r in beaker.ask(doctor.Context(made.place, made.recipe, made.cluster, (stage,)))[1]}
 
     assert [r.state for r in rows().values()] == [doctor.OK]
     place.edit(
@@ -463,19 +466,19 @@ def test_the_doctor_says_what_a_launch_would_be_refused_for(place, monkeypatch):
     place.push()
     made = job.Job.parse(["runs/x", "evaluate", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
     with pytest.raises(SftError) as refused:
-        commands.open_scheduler("beaker", made.folder, made.cluster).check(made)
+        open_scheduler(made.cluster, made.folder).check(made)
     assert all(line in str(refused.value) for line in wanted)
     monkeypatch.setenv("SFT_USER", "bob")
     row = next(iter(rows().values()))
-    assert row.state == doctor.RED and "you are ann on Beaker" in row.found and row.next == "SFT_USER=ann make …"
+    assert row.state == doctor.RED and "your Beaker account is ann" in row.found and row.next == "SFT_USER=ann make …"
     monkeypatch.setenv("BEAKER_CONFIG", "/nowhere")
-    monkeypatch.setattr(scheduler, "has_token", lambda: False)
+    monkeypatch.setattr(connection, "has_token", lambda: False)
     assert [(r.state, r.next[:13]) for r in rows().values()] == [(doctor.RED, "BEAKER_TOKEN=")]
 
 
 def test_another_account_than_the_users_name_is_told(place, monkeypatch):
     monkeypatch.setenv("SFT_USER", "bob")
-    with pytest.raises(SystemExit, match="stands for bob, and you are ann on Beaker; next: SFT_USER=ann"):
+    with pytest.raises(SystemExit, match="is bob, but your Beaker account is ann; next: SFT_USER=ann"):
         place.launch("exit 0")
 
 
@@ -489,9 +492,9 @@ def test_hostile_arguments_reach_the_job_unchanged(place):
     script = f'printf "%s\\0" "$@" >{out}; exit 3'
     command = ["bash", "-c", script, "0", *HOSTILE, "runs/x", "--cluster", "beaker-test"]
     made = job.Job.parse(["runs/x", "prepare", *command])
-    backend = commands.open_scheduler("beaker", made.folder, made.cluster)
+    backend = open_scheduler(made.cluster, made.folder)
     id = backend.submit(made)
-    while backend.status(id).living:
+    while backend.status(id).active:
         time.sleep(0.05)
     there = str(place.server.folder / "weka/oe-test/ann/runs/x")
     assert out.read_bytes().decode().split("\0")[:-1] == [*HOSTILE, there, "--cluster", "beaker-test"]
@@ -528,7 +531,7 @@ def test_the_spec_says_what_gantry_run_would(place):
         'clusters = ["ai2/jupiter", "ai2/ceres"]\npriority = "high"\ngpus_per_node = 8\nmin_runtime = "1h"',
     )
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
-    body = yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    body = yaml.safe_load(scheduler.BeakerScheduler(made.folder, made.cluster).render(made).partition("\n")[2])
     assert {k: body[k] for k in ("version", "budget")} == {"version": "v2", "budget": BUDGET}
     task = body["tasks"][0]
     arguments, environment = task["arguments"], {e["name"]: e for e in task["envVars"]}
@@ -570,7 +573,7 @@ def test_a_recipes_time_is_the_specs_timeout_and_one_that_would_be_misread_is_re
     )
     place.push()
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
-    spec = yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    spec = yaml.safe_load(scheduler.BeakerScheduler(made.folder, made.cluster).render(made).partition("\n")[2])
     assert spec["tasks"][0]["timeout"] == 5400 * 10**9
     with pytest.raises(SystemExit, match=r"\[on\.beaker-test\.prepare\] time = .*; next: write it as 24h"):
         place.launch("exit 0")
@@ -582,7 +585,7 @@ def test_every_shipped_beaker_cluster_makes_a_spec(place, file):
     shutil.copy(file, place.root / "env")
     place.push()
     made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", file.stem], strict=False)
-    backend = scheduler.Scheduler(made.folder, made.cluster)
+    backend = scheduler.BeakerScheduler(made.folder, made.cluster)
     (task,) = yaml.safe_load(backend.render(made).partition("\n")[2])["tasks"]
     name = file.stem.replace("-", "/", 1)
     assert task["constraints"] == {"cluster": [name]} and task["resources"]["gpuCount"] == 8
@@ -590,7 +593,7 @@ def test_every_shipped_beaker_cluster_makes_a_spec(place, file):
     assert environment["BEAKER_TOKEN"] == "ann_BEAKER_TOKEN" and environment["HF_TOKEN"] == "HF_TOKEN"
     if file.stem == "ai2-augusta":  # it has no disk that outlives a job
         values = {e["name"]: e.get("value") for e in task["envVars"]}
-        assert values["SFT_KEPT"] == f"gs://ai2-llm/ann/olmo-sft/runs/x/train/{made.identity[:16]}"
+        assert values["SFT_STAGE_ADDRESS"] == f"gs://ai2-llm/ann/olmo-sft/runs/x/train/{made.identity[:16]}"
         assert task["arguments"][0] == "runs/x" and "datasets" not in task
         return
     assert "/weka/oe-training-default" in [d["mountPath"] for d in task["datasets"]]
@@ -621,11 +624,11 @@ def test_optional_secrets_are_attached_where_the_workspace_has_them(place):
 def test_the_gpus_of_the_clusters_file_are_compared_with_beakers(place, line, told):
     place.edit('workspace = "ai2/team"', f'workspace = "ai2/team"\n{line}')
     made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
-    backend = scheduler.Scheduler(made.folder, made.cluster)
+    backend = scheduler.BeakerScheduler(made.folder, made.cluster)
     assert backend.missing("F", False) == ([f"F: {told}"] if told else [])
     assert backend.gpus() == {"ai2/jupiter": (8, "NVIDIA H100")}
-    case = doctor.Case(made.place, made.recipe, made.cluster)
-    assert cluster.ask(case)[0] == "NVIDIA H100"
+    case = doctor.Context(made.place, made.recipe, made.cluster)
+    assert beaker.ask(case)[0] == "NVIDIA H100"
 
 
 def test_a_commit_of_another_remote_is_not_pushed(place):

@@ -20,6 +20,8 @@ from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import collected, compare
 from sft.formats import manifest
+from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
+from sft.formats.job import FOLDER
 from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
 from test_beaker import Place, place  # noqa: F401 - a fixture
@@ -45,7 +47,7 @@ def spec_of(place: Place, evaluate: str, brings: str = "") -> dict:  # noqa: F81
         ["runs/x", "evaluate", ".venv/bin/python", "stages/evaluate.py", "runs/x", "--cluster", "beaker-test"],
         strict=False,
     )
-    return yaml.safe_load(scheduler.Scheduler(made.folder, made.cluster).render(made).partition("\n")[2])
+    return yaml.safe_load(scheduler.BeakerScheduler(made.folder, made.cluster).render(made).partition("\n")[2])
 
 
 def test_olmo_eval_is_the_ancestors_new_submission_field_by_field(place):  # noqa: F811
@@ -147,7 +149,7 @@ def test_what_cannot_be_asked_is_refused(place, fields, told):  # noqa: F811
 
 
 def test_a_harness_that_the_image_does_not_bring_is_refused(place):  # noqa: F811
-    with pytest.raises(SftError, match=r"bring olmo-eval, .* asks for oe-eval; next:"):
+    with pytest.raises(SftError, match=r"install olmo-eval, but .* names oe-eval; next:"):
         spec_of(place, 'tasks = ["gsm8k"]\nharness = "oe-eval"', brings="olmo-eval")
 
 
@@ -204,7 +206,7 @@ def arrange(place, monkeypatch, name: str, program: str, evaluate: str) -> None:
 
 def submit_and_wait(place) -> None:  # noqa: F811
     done = place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test", "DETACH=1")
-    assert "is left to itself" in done.stdout and not (place.run / "evaluate").exists()
+    assert "is detached" in done.stdout and not (place.run / "evaluate").exists()
     until = time.monotonic() + 60
     while not all(r.message.status.HasField("finalized") for r in place.server.runs.values()):
         assert time.monotonic() < until
@@ -238,7 +240,7 @@ def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluatio
     del place.server.datasets[lost.dataset]  # somebody has removed it
     done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
     told = done.stdout + done.stderr
-    assert f"the results of the job {lost.message.id} are gone" in told
+    assert f"the results of the job {lost.message.id} were deleted" in told
     assert "\n  popqa::tulu: was asked for and did not return\n" in told and "gsm8k::tulu: exact_match 0.750" in told
     assert not (place.run / "evaluate").exists()
     place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test")
@@ -256,14 +258,15 @@ def stage(tmp_path):
     """collect(files, asked) on what a harness would have returned: {path: a table, or a list of rows}."""
 
     def run(files: dict, asked: dict[str, str], harness: str = "olmo-eval", where=tmp_path) -> dict:
-        returned = where / ".jobs" / collected.RETURNED
-        files = {"identity": "same", collected.ASKED: asked, **files}
+        returned = where / FOLDER / RETURNED
+        files = {IDENTITY: "same", **files}
         for name, content in files.items():
             file = returned / name
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = content if isinstance(content, list) else [content]
             text = content if isinstance(content, str) else "".join(json.dumps(line) + "\n" for line in lines)
             file.write_text(text)
+        AskedTasks(asked).write(returned / ASKED)
         (where / "evaluate").mkdir(exist_ok=True)
         options = SimpleNamespace(harness=harness, max_empty_fraction=0.1, min_stop_rate=0.5)
         it = SimpleNamespace(

@@ -13,8 +13,10 @@ import pytest
 
 from published import publish
 from sft.common.errors import SftError
-from sft.launch.doctor import cluster, doctor, training
-from sft.launch.doctor import context as cases
+from sft.launch import beaker, slurm
+from sft.launch.doctor import context as contexts
+from sft.launch.doctor import doctor, training
+from sft.launch.launcher import Answer
 from sft.recipe import recipe
 from sft.runner import plan
 
@@ -50,7 +52,7 @@ def examine(workspace, monkeypatch):
         loaded = recipe.load(workspace.recipe("y", old, new), cluster="here")
         place = plan.Place(workspace.root / "runs", (), "here")
         found: dict[str, list[doctor.Row]] = {}
-        for row in doctor.examine(doctor.Case(place, loaded, place.load_cluster())):
+        for row in doctor.examine(doctor.Context(place, loaded, place.load_cluster())):
             found.setdefault(row.what, []).append(row)
         return found
 
@@ -98,7 +100,7 @@ def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, n
      ("NVIDIA L4", 24), ("NVIDIA RTX A6000", 48), ("A100", 0), ("NVIDIA V100", 0), ("", 0)],
 )  # fmt: skip
 def test_the_memory_of_a_gpu_is_known_by_its_name_unless_there_are_several_sizes(gpu, size):
-    assert cases.memory_gb(gpu) == size
+    assert contexts.memory_gb(gpu) == size
 
 
 def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_the_scheduler_says(
@@ -108,16 +110,16 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
     old, new = '"olmo3-tiny"', '"olmo3-32b"'
     (row,) = examine(unstated, old, new)["memory"]
     assert (
-        row.state == cases.NOTE
+        row.state == contexts.NOTE
         and '[on.here.train] gpu = "A100 80GB"' in row.next
         and "gpu_memory_gb in env/here.toml" in row.next
     )
     place = plan.Place(Path("runs"), (), "here")
 
     def memory(told: str = "", *overrides: str) -> doctor.Row:
-        monkeypatch.setattr(cluster, "ask", lambda case: (told, []))
+        monkeypatch.setattr(beaker, "ask", lambda context: Answer(told))
         loaded = recipe.load(Path("recipes/y.toml"), overrides, "here")
-        rows = doctor.examine(doctor.Case(place, loaded, place.load_cluster()), ask=True)
+        rows = doctor.examine(doctor.Context(place, loaded, place.load_cluster()), ask=True)
         return next(r for r in rows if r.what == "memory")
 
     told = memory("NVIDIA L40S")
@@ -130,25 +132,29 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
 def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     steps = TRAIN + "\nsteps = 1000"
     vocabulary = 'preset = "olmo3-tiny"\nvocab_size = 1024'
-    case_rows = examine(CLUSTER, 'preset = "olmo3-tiny"', vocabulary)
-    assert case_rows["hours"][0].state == doctor.LEFT
+    rows = examine(CLUSTER, 'preset = "olmo3-tiny"', vocabulary)
+    assert rows["hours"][0].state == doctor.SKIPPED
     place = plan.Place(Path("runs"), (), "here")
     file = Path("recipes/y.toml")
     file.write_text(file.read_text().replace(TRAIN, steps))
-    case = doctor.Case(place, recipe.load(file, cluster="here"), place.load_cluster())
-    row = next(training.hours(case))
+    context = doctor.Context(place, recipe.load(file, cluster="here"), place.load_cluster())
+    row = next(training.hours(context))
     assert "MFU of 40% assumed" in row.found and " to " in row.found
     folder = Path("runs/old/train")
     folder.mkdir(parents=True)
     publish(folder, [], config={"model": {"preset": "olmo3-tiny"}})
+    damaged = Path("runs/other/train")
+    damaged.mkdir(parents=True)
+    (damaged / "manifest.json").write_text("{}")
+    (damaged / "metrics.jsonl").touch()
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA A100-SXM4-80GB", "mfu": "how"}\n{"step": 1, "mfu": 0.5}\n'
     )
-    assert "assumed" in next(training.hours(case)).found
+    assert "assumed" in next(training.hours(context)).found
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA H100 80GB HBM3", "mfu": "how"}\n{"step": 1, "mfu": 0.2}\n{"step": 2, "mfu": 0.5}\n{"step": 3, "mfu": 0.5}\n'
     )
-    assert "MFU of 50% measured" in next(training.hours(case)).found
+    assert "MFU of 50% measured" in next(training.hours(context)).found
 
 
 def test_checkpoints_that_do_not_fit_are_red(examine, monkeypatch):
@@ -157,23 +163,23 @@ def test_checkpoints_that_do_not_fit_are_red(examine, monkeypatch):
     file.write_text(file.read_text().replace(TRAIN, TRAIN + "\nsteps = 1000\nsave_every = 10").replace(
         'preset = "olmo3-tiny"', 'preset = "olmo3-7b"'))  # fmt: skip
     place = plan.Place(Path("runs"), (), "here")
-    case = doctor.Case(place, recipe.load(file, cluster="here"), place.load_cluster())
-    row = next(training.disk(case))
+    context = doctor.Context(place, recipe.load(file, cluster="here"), place.load_cluster())
+    row = next(training.disk(context))
     assert row.state == doctor.RED and "101 of 87.6 GB" in row.found and "keep=2" in row.next
 
 
 def test_a_run_that_stopped_halfway_on_a_disk_that_just_fits_goes_on(examine, monkeypatch):
     examine('storage = "{runs}/s"', TRAIN, TRAIN + "\nsteps = 1000\nsave_every = 100\nephemeral_every = 0")
     place = plan.Place(Path("runs"), (), "here")
-    case = doctor.Case(place, recipe.load(Path("recipes/y.toml"), cluster="here"), place.load_cluster())
-    monkeypatch.setattr(doctor.Case, "model", property(lambda self: SimpleNamespace(parameters=100)))
+    context = doctor.Context(place, recipe.load(Path("recipes/y.toml"), cluster="here"), place.load_cluster())
+    monkeypatch.setattr(doctor.Context, "model", property(lambda self: SimpleNamespace(parameters=100)))
     used = shutil.disk_usage(".")._replace(free=7000)  # 10 steps of 1200 bytes: half of them are there
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: used)
-    assert next(training.disk(case)).state == doctor.RED
+    assert next(training.disk(context)).state == doctor.RED
     for step in range(100, 600, 100):
-        (case.run / "train" / f"step{step}").mkdir(parents=True)
-        (case.run / "train" / f"step{step}" / "model.safetensors").write_bytes(bytes(1200))
-    row = next(training.disk(case))
+        (context.run / "train" / f"step{step}").mkdir(parents=True)
+        (context.run / "train" / f"step{step}" / "model.safetensors").write_bytes(bytes(1200))
+    row = next(training.disk(context))
     assert row.state == doctor.OK and "6.0 kB of them there" in row.found
 
 
@@ -203,7 +209,7 @@ def test_every_shipped_recipe_is_examined_in_under_two_seconds(monkeypatch):
         for name in ("local", "ai2-jupiter", "slurm"):
             place = plan.Place(Path("runs-none"), (), name)
             began = time.process_time()
-            rows = doctor.examine(doctor.Case(place, recipe.load(file, cluster=name), place.load_cluster()))
+            rows = doctor.examine(doctor.Context(place, recipe.load(file, cluster=name), place.load_cluster()))
             assert time.process_time() - began < 2 and len(rows) > 8, file
 
 
@@ -217,10 +223,10 @@ def test_slurm_is_asked_and_nothing_is_submitted(examine, tmp_path, monkeypatch,
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     rows = examine('storage = "{runs}/s"\nlauncher = "slurm"\npartition = "a b"')
-    assert rows["scheduler"][0].state == doctor.LEFT and not (tmp_path / "words").exists()
+    assert rows["scheduler"][0].state == doctor.SKIPPED and not (tmp_path / "words").exists()
     place = plan.Place(Path("runs"), (), "here")
-    case = doctor.Case(place, recipe.load(Path("recipes/y.toml"), cluster="here"), place.load_cluster())
-    _, (row,) = cluster.ask(case)
+    context = doctor.Context(place, recipe.load(Path("recipes/y.toml"), cluster="here"), place.load_cluster())
+    _, (row,) = slurm.ask(context)
     assert row.state == state and row.found in ("would start", "invalid partition")
     words = (tmp_path / "words").read_text().splitlines()
     assert words == ["--test-only", "--nodes=1", "--partition=a b", "--wrap=true"]

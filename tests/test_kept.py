@@ -98,7 +98,7 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
     assert open_storage(whole).read(manifest.NAME) == (model / manifest.NAME).read_bytes()
     specs = [e.body["tasks"][0] for e in augusta.server.experiments.values()]
     variables = [{v["name"]: v.get("value") for v in task["envVars"]} for task in specs]
-    assert variables[1]["SFT_INPUT_train"] == where and variables[1]["SFT_KEPT"] == whole
+    assert variables[1]["SFT_INPUT_train"] == where and variables[1]["SFT_STAGE_ADDRESS"] == whole
     assert variables[0]["SFT_INPUT_prepare"].startswith("gs://test/ann/olmo-sft/datasets/")  # not sent a second time
     travelled = {d.message.name.rsplit("-", 1)[0] for d in augusta.server.datasets.values()}
     assert "olmo-sft-sync" in travelled and "olmo-sft-prepare" not in travelled
@@ -119,14 +119,12 @@ def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job
 
 
 def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(augusta, bucket, monkeypatch):
-    monkeypatch.setenv("SFT_KEPT", "gs://test/runs/smoke/prepare/0123456789abcdef")
+    monkeypatch.setenv("SFT_STAGE_ADDRESS", "gs://test/runs/smoke/prepare/0123456789abcdef")
     command = ["x", "runs/smoke", "--cluster", "beaker-test"]
     with pytest.raises(
         SftError, match=r"this job would make [0-9a-f]{16}: its recipe or inputs are not those of the sub"
     ):
-        bucket_runs.bring(Path("runs/smoke"), "prepare", command)
+        bucket_runs.fetch(Path("runs/smoke"), "prepare", command)
     monkeypatch.setenv("SFT_INPUT_prepare", "gs://test/nothing/there")
-    with pytest.raises(
-        SftError, match=r"gs://test/nothing/there/manifest\.json: not there; next: on your machine remove"
-    ):
-        bucket_runs.bring(Path("runs/smoke"), "sync", command)
+    with pytest.raises(SftError, match=r"gs://test/nothing/there/manifest\.X: on your machine remove"):
+        bucket_runs.fetch(Path("runs/smoke"), "sync", command)

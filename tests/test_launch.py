@@ -18,9 +18,12 @@ import pytest
 
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.launch import commands, local, slurm
+from sft.formats.job import JobRecord
+from sft.launch import commands, local, run
 from sft.launch import job as jobs
-from sft.launch.job import LostConnection, Record, Status
+from sft.launch.job import LostConnection, Status, SubmittedJob
+from sft.launch.slurm import client, scheduler
+from sft.launch.slurm.script import comment
 from sft.recipe import recipe, schema
 
 LAUNCH = [sys.executable, "-m", "sft.launch.local"]
@@ -135,7 +138,7 @@ def shared(tmp_path_factory, monkeypatch):
 
 def test_the_locks_of_all_users_are_the_same(shared):
     assert local.lock_folder() == (shared, True)
-    take = lambda: local.take_gpus(["GPU-1"], "train", wait=False)  # noqa: E731
+    take = lambda: local.lock_gpus(["GPU-1"], "train", wait=False)  # noqa: E731
     if os.getuid():  # no other user can be played: what the file allows shows it
         (fd,) = take()
         assert os.fstat(fd).st_mode & 0o777 == 0o666
@@ -166,21 +169,21 @@ def test_a_trap_in_the_place_of_a_lock_is_refused_and_nothing_is_written(shared,
         os.mkfifo(file)
     else:
         file.touch(0o600)
-    take = lambda: local.take_gpus(["7"], "train", wait=False)  # noqa: E731
+    take = lambda: local.lock_gpus(["7"], "train", wait=False)  # noqa: E731
     if trap == "unreadable" and os.getuid():
         pytest.skip("needs root, to play two users")
     told = as_user(NOBODY, take) if trap == "unreadable" else as_user(os.getuid(), take)
-    assert "SftError" in told and str(file) in told and "next: have it removed" in told
+    assert "SftError" in told and str(file) in told and "; next: have " in told
     assert precious.read_text() == "data"
 
 
 def test_locks_that_other_users_do_not_see_are_told(shared, monkeypatch, tmp_path, capsys):
     shared.chmod(0o755)
     monkeypatch.setenv("SFT_LOCKS", str(tmp_path / "mine"))
-    for fd in local.take_gpus(["0"], "train", wait=False):
+    for fd in local.lock_gpus(["0"], "train", wait=False):
         os.close(fd)
-    assert "seen by this user alone" in capsys.readouterr().out
-    assert local.take_gpus([], "train", wait=False) == [] and not capsys.readouterr().out
+    assert "only this user sees the locks" in capsys.readouterr().out
+    assert local.lock_gpus([], "train", wait=False) == [] and not capsys.readouterr().out
 
 
 def test_the_exit_status_is_the_stages_own(launch):
@@ -188,6 +191,11 @@ def test_the_exit_status_is_the_stages_own(launch):
 
 
 # --- records and the scheduler's answers ------------------------------------------------------------------------------
+
+
+def submitted(file: Path, id: str) -> SubmittedJob:
+    """A job with the record `file`; `save` writes it."""
+    return SubmittedJob(file, JobRecord(id, "i", "c", ("x",), "now"))
 
 
 class Answers:
@@ -216,7 +224,7 @@ class Answers:
     [
         ([0, Status("done", 0)], 0, "job 7 is done"),
         ([0, Status("gone")], 0, "job 7 is done"),
-        ([75, Status("failed", 75)], 75, "saved and asks to be run again"),
+        ([75, Status("failed", 75)], 75, "saved its state and asks to be run again"),
         (
             [9, Status("failed", 9, "node_fail")],
             9,
@@ -224,32 +232,32 @@ class Answers:
         ),
         ([1, Status("gone", None, "no trace")], 1, "gone (no trace)"),
         ([0, Status("cancelled", 0)], 130, "cancelled"),
-        ([LostConnection("x"), 0, LostConnection("y"), Status("done", 0)], 0, "no answer: y; asking again in 1 s"),
+        ([LostConnection("x"), 0, LostConnection("y"), Status("done", 0)], 0, "no answer: y; trying again in 1 s"),
     ],
 )
 def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, code, told):
     monkeypatch.setattr(time, "sleep", lambda s: None)
-    record, said = Record(tmp_path / "train.json", "7", "i", "c", ["x"], "now"), []
-    assert commands.follow(record, Answers(*answers), said.append) == code
+    job, said = submitted(tmp_path / "train.json", "7"), []
+    assert run.follow(job, Answers(*answers), said.append) == code
     assert told in "\n".join(said)
-    assert Record.load(record.file).ended and Record.load(record.file).attempts == 3
+    assert JobRecord.read(job.file).ended and JobRecord.read(job.file).attempts == 3
 
 
 @pytest.mark.parametrize("problem", [LostConnection("the network is down"), SftError("no such job")])
 def test_a_log_that_cannot_be_read_hides_neither_the_end_nor_its_status(tmp_path, problem):
-    record, said = Record(tmp_path / "train.json", "7", "i", "c", ["x"], "now"), []
-    backend = Answers(9, Status("failed", 9), problem)
-    backend.tail = backend._next
-    assert commands.follow(record, backend, said.append) == 9
-    assert said == [f"error: job 7 on c: failed, exit status 9\nits log cannot be read now: {problem}"]
-    assert Record.load(record.file).ended == "failed, exit status 9"
+    job, said = submitted(tmp_path / "train.json", "7"), []
+    answers = Answers(9, Status("failed", 9), problem)
+    answers.tail = answers._next
+    assert run.follow(job, answers, said.append) == 9
+    assert said == [f"error: job 7 on c: failed, exit status 9\ncannot read its log: {problem}"]
+    assert JobRecord.read(job.file).ended == "failed, exit status 9"
 
 
 def test_cancel_and_collect_go_through_all_runs_and_tell_what_went_wrong_at_the_end(tmp_path, monkeypatch):
-    for run, stage in (("b", "prepare"), ("b", "train"), ("c", "train")):
-        file = tmp_path / run / ".jobs" / f"{stage}.json"
+    for name, stage in (("b", "prepare"), ("b", "train"), ("c", "train")):
+        file = tmp_path / name / ".jobs" / f"{stage}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        Record(file, f"{run}-{stage}", "i", "somewhere", ["x"], "now").save()
+        submitted(file, f"{name}-{stage}").save()
     ended = []
 
     class Place(Answers):
@@ -260,13 +268,13 @@ def test_cancel_and_collect_go_through_all_runs_and_tell_what_went_wrong_at_the_
 
         cancel = ended.append
 
-    monkeypatch.setattr(commands, "_scheduler_of", lambda record, place: Place())
+    monkeypatch.setattr(commands, "scheduler_of", lambda job, place: Place())
     runs = [tmp_path / name for name in "abc"]
     with pytest.raises(SftError, match=r"^b-prepare: no such cluster$"):
-        commands.each(commands.cancel, runs[1:])
+        commands.for_each(commands.cancel, runs[1:])
     assert ended == ["b-train", "c-train"]
     with pytest.raises(SftError) as told:
-        commands.each(commands.collect, runs)
+        commands.for_each(commands.collect, runs)
     assert "b-prepare: no such cluster" in str(told.value) and f"{runs[0]}/.jobs: no job of this run" in str(told.value)
 
 
@@ -274,14 +282,33 @@ def test_a_scheduler_that_never_answers_is_given_up_with_the_job_alive(monkeypat
     clock = iter(range(0, 10**6, 100))
     monkeypatch.setattr(time, "sleep", lambda s: None)
     monkeypatch.setattr(time, "monotonic", lambda: next(clock))
-    with pytest.raises(SftError, match="no answer for 500 s: gone fishing; the job goes on; next: the same make again"):
+    with pytest.raises(
+        SftError, match="no answer for 500 s: gone fishing; the job continues; next: run the same make again"
+    ):
         jobs.retried(Answers(*[LostConnection("gone fishing")] * 99)._next, lambda text: None, 500)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"job": 1}', '{"job": "1", "other": 2}'])
 def test_a_torn_record_is_no_record(tmp_path, text):
     (tmp_path / "train.json").write_text(text)
-    assert Record.load(tmp_path / "train.json") is None
+    assert SubmittedJob.load(tmp_path / "train.json") is None
+    with pytest.raises(SftError, match=r"train\.json: damaged: .*; next: remove it and run the same make again"):
+        JobRecord.read(tmp_path / "train.json")
+
+
+def test_the_bytes_of_a_record_are_as_they_were(tmp_path):
+    submitted(tmp_path / "train.json", "7").save()
+    fields = {
+        "job": "7",
+        "identity": "i",
+        "cluster": "c",
+        "command": ["x"],
+        "submitted": "now",
+        "ended": "",
+        "attempts": 0,
+    }
+    assert (tmp_path / "train.json").read_text() == json.dumps(fields, indent=1) + "\n"
+    assert JobRecord.read(tmp_path / "train.json").command == ("x",)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +316,7 @@ def test_a_torn_record_is_no_record(tmp_path, text):
     [
         (["runs/smoke", "train"], "usage"),
         (["runs/smoke", "train", "stages/train.sh", "runs/other"], "the command names runs/<run>"),
-        (["runs/smoke", "report", "x", "runs/smoke"], "'report' is no stage that runs as a job"),
+        (["runs/smoke", "report", "x", "runs/smoke"], "'report' is not a stage that runs as a job"),
         (["runs/../x", "train", "x", "runs/../x"], "not a run's name|no such recipe"),
     ],
 )
@@ -304,11 +331,11 @@ def forgetful(tmp_path, monkeypatch):
     """A Slurm without accounting that knows no job any more, and the files that jobs left."""
 
     def answer(*command):
-        raise slurm.UnknownJob(command[0])
+        raise client.UnknownJob(command[0])
 
-    monkeypatch.setattr(slurm, "_slurm", answer)
+    monkeypatch.setattr(client, "run", answer)
     monkeypatch.setenv("PATH", "")
-    return slurm.Slurm(tmp_path, schema.Cluster(storage="/s", launcher="slurm"))
+    return scheduler.Slurm(tmp_path, schema.Cluster(storage="/s", launcher="slurm"))
 
 
 def test_a_forgotten_job_is_judged_by_its_own_exit_status_alone(forgetful, tmp_path):
@@ -324,20 +351,20 @@ def test_a_forgotten_job_is_judged_by_its_own_exit_status_alone(forgetful, tmp_p
 
 def test_the_end_of_an_attempt_hurries_the_follower_for_a_moment_only(forgetful, tmp_path):
     left = tmp_path / "train-12.exit"
-    assert not forgetful._left("12")
+    assert not forgetful._just_ended("12")
     left.write_text("75\n")
-    assert forgetful._left("12") and forgetful._left("11+12") and not forgetful._left("2")
-    os.utime(left, (time.time() - slurm.SETTLING_S - 1,) * 2)
-    assert not forgetful._left("12")
+    assert forgetful._just_ended("12") and forgetful._just_ended("11+12") and not forgetful._just_ended("2")
+    os.utime(left, (time.time() - scheduler.SETTLING_S - 1,) * 2)
+    assert not forgetful._just_ended("12")
 
 
 def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names(tmp_path, monkeypatch):
     def job(folder, identity):
         return jobs.Job(Path(f"/a#{folder}/runs/x"), "prepare", [], None, None, None, identity)  # type: ignore[arg-type]
 
-    queue = [f"{n}|{slurm._mark(job(*of), 'prepare')}" for n, of in ((7, ("b", "1")), (8, ("c", "2")))]
-    monkeypatch.setattr(slurm, "_slurm", lambda *command: "\n".join(queue))
-    there = slurm.Slurm(tmp_path, schema.Cluster(storage="/s", launcher="slurm"))
+    queue = [f"{n}|{comment(job(*of), 'prepare')}" for n, of in ((7, ("b", "1")), (8, ("c", "2")))]
+    monkeypatch.setattr(client, "run", lambda *command: "\n".join(queue))
+    there = scheduler.Slurm(tmp_path, schema.Cluster(storage="/s", launcher="slurm"))
     assert there._queued(job("d", "1"), "prepare") == "" and there._queued(job("c", "2"), "prepare") == "8"
     with pytest.raises(SftError, match="job 8 named x-prepare is in the queue already"):
         there._queued(job("c", "1"), "prepare")
@@ -478,5 +505,9 @@ def test_a_command_that_ends_before_the_shell_looks_keeps_its_status(script: str
         waiting = text[text.index("status=0\n") : text.index('[ -e "$1/train')]
         program = f"{slow}(exit 7) &\nchild=$!\n{waiting}exit $status\n"
     else:
-        program = slow + text[text.index("attend() {") : text.index("\n}\n") + 3] + "attend bash -c 'exit 7'\n"
+        program = (
+            slow
+            + text[text.index("forward_signals() {") : text.index("\n}\n") + 3]
+            + "forward_signals bash -c 'exit 7'\n"
+        )
     assert subprocess.run(["bash", "-c", program], cwd=tmp_path).returncode == 7

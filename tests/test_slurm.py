@@ -116,7 +116,8 @@ def test_every_stage_runs_as_a_job_and_the_second_make_submits_nothing(workspace
     workspace.make("-q", "all", "RECIPE=x", "CLUSTER=slurm")
     late = ["env/slurm.sh", "runs/x", "sync", ".venv/bin/python", "stages/sync.py", "runs/x", "--cluster", "slurm"]
     assert (
-        "made meanwhile" in subprocess.run(late, cwd=workspace.root, capture_output=True, text=True, check=True).stdout
+        "another make has finished it"
+        in subprocess.run(late, cwd=workspace.root, capture_output=True, text=True, check=True).stdout
     )
     listed = workspace.make("jobs").stdout
     assert len(re.findall(r"^x +(?:prepare|sync|train|convert|evaluate) +slurm .* 1 +done$", listed, re.M)) == 5
@@ -186,11 +187,7 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
     began = time.monotonic()
     out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     job = record(workspace, "train")["job"]
-    assert (
-        time.monotonic() - began < 5
-        and f"job {job} on slurm is left to itself" in out
-        and "make cancel RECIPE=x" in out
-    )
+    assert time.monotonic() - began < 5 and f"job {job} on slurm is detached" in out and "make cancel RECIPE=x" in out
     again = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     assert f"job {job} on slurm, submitted " in again and "submitted to slurm" not in again
     two = [start(workspace, "train", "RECIPE=x", "CLUSTER=slurm") for _ in range(2)]
@@ -276,7 +273,11 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     os.killpg(process.pid, 2)
     out, _ = process.communicate(timeout=30)
     job = record(workspace, "prepare")["job"]
-    assert process.returncode != 0 and f"job {job} goes on without you" in out and "make cancel RECIPE=x" in out
+    assert (
+        process.returncode != 0
+        and f"job {job} continues; next: the same make follows it again" in out
+        and "make cancel RECIPE=x" in out
+    )
     (workspace.root / "go").touch()
     until(
         lambda: workspace.make("-q", "prepare", "RECIPE=x", "CLUSTER=slurm", ok=None).returncode == 0, "the job's end"
@@ -320,7 +321,10 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     assert f"job {beside} submitted to slurm, to evaluate checkpoints" in out
     log = workspace.root / f"runs/x/.jobs/watch-{beside}.attempt-01.log"
     until(log.exists, "the watcher")
-    assert f"evaluated by job {beside}" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
+    assert (
+        f"job {beside} evaluates the checkpoints"
+        in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
+    )
     assert re.search(rf"^x +watch +slurm +{beside} .* running", workspace.make("jobs").stdout, re.M)
     (workspace.root / "go").touch()
     until((log.parent / f"watch-{beside}.exit").exists, "the watcher to see that training has ended")
@@ -369,7 +373,7 @@ def test_what_slurm_cannot_be_told_is_refused_by_name(workspace, toml, told):
 def test_a_job_that_ends_well_without_its_manifest_is_an_error(workspace):
     (workspace.root / "stages/prepare.py").write_text("print('believe me')\n")
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
-    assert "runs/x/prepare/manifest.json: the job ended well, but this is not there" in done.stderr
+    assert "runs/x/prepare/manifest.json: the job succeeded, but this file is missing" in done.stderr
 
 
 def test_the_clusters_variables_reach_the_job_unchanged(workspace):
@@ -393,7 +397,7 @@ def test_no_secret_of_the_environment_is_written_down(workspace, monkeypatch):
 def test_a_missing_scheduler_is_told(workspace, monkeypatch):
     monkeypatch.setenv("PATH", ":".join(p for p in os.environ["PATH"].split(":") if "slurm" not in p))
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
-    assert "sbatch: not found; next: type this on a login node" in done.stderr
+    assert "sbatch: not found; next: run this on a login node" in done.stderr
 
 
 def test_time_that_runs_out_is_a_new_turn_for_training_and_an_error_for_a_stage_that_cannot_save(short_of_time):

@@ -296,7 +296,7 @@ def command_doctor(args: argparse.Namespace) -> None:
 
     red = 0
     for r in _one_or_more(args):
-        rows = doctor.examine(doctor.Case(args.place, r, args.place.load_cluster()), ask=True)
+        rows = doctor.examine(doctor.Context(args.place, r, args.place.load_cluster()), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
         print(doctor.table([doctor.Row(doctor.OK, "recipe", r.file), *rows]))
         red += sum(row.state == doctor.RED for row in rows)

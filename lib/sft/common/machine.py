@@ -1,9 +1,14 @@
-"""TODO sft.common.machine"""
+"""What this process may use of the machine: CPU cores and GPUs. Standard library only."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+
+def cores() -> int:
+    """How many CPU cores this process may use; all cores where the system has no affinity mask (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> int:
@@ -12,7 +17,7 @@ def gpus() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use, by UUID where the driver tells it: those of CUDA_VISIBLE_DEVICES, else all NVIDIA devices."""
+    """The GPUs this process may use: those of CUDA_VISIBLE_DEVICES, else all NVIDIA devices. UUIDs where the driver lists them."""
     uuids = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         uuids += [
@@ -27,5 +32,5 @@ def visible_gpus() -> list[str]:
 
 
 def in_job() -> bool:
-    """Whether a launcher's job has started this process."""
+    """Whether this process runs inside a job of a launcher."""
     return "SFT_JOB" in os.environ

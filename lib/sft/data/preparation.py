@@ -18,6 +18,7 @@ import numpy as np
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
+from sft.common.machine import cores
 from sft.data import blocks, sources, token_check, workers
 from sft.data.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
@@ -123,7 +124,7 @@ class Preparation:
 
     @property
     def threads(self) -> int:
-        return self.stage.hardware.threads or workers.cores()
+        return self.stage.hardware.threads or cores()
 
     # --- encoding -------------------------------------------------------------------------------------------------
 

@@ -31,11 +31,6 @@ MEMORY = {
 _do: Callable[[Any], Any] | None = None
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _start(setup: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     global _do
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent tells workers when to stop

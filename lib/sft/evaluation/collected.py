@@ -25,6 +25,7 @@ from sft.common.errors import SftError
 from sft.evaluation.files import refuse_not_finite, write_json, write_lines
 from sft.evaluation.scores import is_number, json_hash, token_facts
 from sft.evaluation.statistics import Z95, wilson
+from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
 
 if TYPE_CHECKING:
     from sft.recipe.schema import Evaluate
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
 
 PARTS = {"mmlu": 57, "mmlu_pro": 14, "bbh": 27, "minerva_math": 7}
 """Of how many tasks these consist in oe-eval, in every variant (its configs/task_suites.py)."""
-RETURNED = "evaluate-returned"
-ASKED = "asked.json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def collect(stage: Stage) -> Result:
 
     options = stage.recipe.evaluate
     folder = returned(stage.run, stage.identity, options.harness)
-    asked = _read(folder / ASKED)
+    asked = AskedTasks.read(folder / ASKED).folders
     tasks, broken = (_olmo_eval if options.harness == "olmo-eval" else _oe_eval)(folder, asked)
     results: dict[str, Any] = {}
     files: set[str] = set()
@@ -92,7 +91,7 @@ def collect(stage: Stage) -> Result:
 def returned(run: Path, identity: str, harness: str) -> Path:
     """What the harness returned for this evaluation. Raises SftError when nothing has."""
     folder = run / ".jobs" / RETURNED
-    mark = folder / "identity"
+    mark = folder / IDENTITY
     if not mark.is_file() or mark.read_text() != identity:
         raise SftError(
             f"{folder}: {harness} runs on Beaker and has returned nothing for this evaluation; next: make evaluate with"

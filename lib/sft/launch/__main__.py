@@ -2,7 +2,7 @@
 
 import sys
 
-from sft.launch.commands import main
+from sft.launch.run import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1], sys.argv[2:]))

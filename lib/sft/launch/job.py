@@ -1,28 +1,24 @@
-"""Jobs of a scheduler: one stage of one run, submitted once, followed to its end, found again by the next make.
+"""A job: one stage of one run, submitted once to a scheduler, followed to its end and found again by the next make.
 
-    env/<launcher>.sh runs/<run> <stage> COMMAND…  ->  main(scheduler) of that launcher; COMMAND names the run's folder
-    python -m sft.launch.job jobs RUNS             the records of all runs with the states of their jobs
-    python -m sft.launch.job cancel runs/<run>…    ends the jobs of these runs
-    python -m sft.launch.job collect runs/<run>…   fetches what their ended jobs made on other disks
+    job = Job.parse(["runs/<run>", "<stage>", *command])      what a launcher submits; the command names the run's folder
+    submitted_jobs(Path("runs"))                              the recorded jobs of all runs
 
-`runs/<run>/.jobs/<stage>.json` records the job that makes a stage: id, cluster, command, and the identity (options and
-inputs) of what it makes. A call that wants the same thing attaches to that job; one that wants another is refused while
-the job lives. How a job ended is told once, with the end of its log; the next call submits again. Standard library only.
+`runs/<run>/.jobs/<stage>.json` (sft.formats.job) records the job that makes a stage. Standard library only.
 """
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import TypeVar
 
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
+from sft.formats.job import FOLDER, JobRecord
 from sft.recipe import recipe, schema
 from sft.runner import plan
 from sft.runner.stage import parse
@@ -30,33 +26,33 @@ from sft.runner.stage import parse
 AGAIN = 75
 """Exit status of a stage that saved and asks to be run again (EX_TEMPFAIL)."""
 CANCELLED = 130
-LIVING = ("pending", "running")
-STATES = (*LIVING, "done", "failed", "cancelled", "timeout", "gone")
-FOLDER = ".jobs"
+ACTIVE = ("pending", "running")
+STATES = (*ACTIVE, "done", "failed", "cancelled", "timeout", "gone")
 WATCH = "watch"
-"""The job that evaluates the checkpoints of a training that runs: not a stage, and no make waits for it."""
+"""The job that evaluates the checkpoints of a running training job. It is not a stage, and no make waits for it."""
 T = TypeVar("T")
 
 
 class LostConnection(Exception):
-    """The scheduler did not answer. The job may well live: ask again."""
+    """The scheduler did not answer. The job may still run: ask again."""
 
 
 @dataclass(frozen=True)
 class Status:
-    """What a scheduler says about a job: one of STATES, the exit status where there is one, and a reason for people."""
+    """A job's state according to its scheduler: one of STATES, the exit status where there is one, and a reason."""
 
     state: str
     exit_code: int | None = None
     reason: str = ""
 
     @property
-    def living(self) -> bool:
-        return self.state in LIVING
+    def active(self) -> bool:
+        """Whether the job waits or runs."""
+        return self.state in ACTIVE
 
     @property
     def code(self) -> int:
-        """What the launcher exits with: the stage's own status, or 1 for an end that left none."""
+        """The launcher's exit status: the stage's own, or 1 where the job left none."""
         if self.state == "done":
             return 0
         return CANCELLED if self.state == "cancelled" else self.exit_code or 1
@@ -90,7 +86,7 @@ class Job:
 
     @property
     def gpus(self) -> int:
-        """GPUs on each node: what [on.<cluster>.<stage>] says, else all for training, one for evaluation, none for the rest."""
+        """GPUs on each node: [on.<cluster>.<stage>] gpus, else all for training, one for evaluation, none for the rest."""
         if self.stage == WATCH:
             return 0 if self.recipe.evaluate.every_device == "cpu" else max(1, self.hardware.gpus)
         if self.hardware.gpus >= 0:
@@ -103,7 +99,18 @@ class Job:
 
     @property
     def folder(self) -> Path:
+        """runs/<run>/.jobs."""
         return self.run / FOLDER
+
+    @property
+    def record(self) -> Path:
+        """The file that records the submitted job."""
+        return self.folder / f"{self.stage}.json"
+
+    @property
+    def training(self) -> str:
+        """The id of the training job whose checkpoints this job evaluates; empty for a stage's job."""
+        return self.command[self.command.index("--beside") + 1] if self.stage == WATCH else ""
 
     @staticmethod
     def parse(argv: Sequence[str], strict: bool = True) -> Job:
@@ -112,7 +119,7 @@ class Job:
             raise SftError("usage: env/<launcher>.sh runs/<run> <stage> COMMAND… (the command names runs/<run>)")
         run, stage, command = argv[0], argv[1], list(argv[2:])
         if stage not in (*schema.STAGES, WATCH):
-            raise SftError(f"{stage!r} is no stage that runs as a job; there are: {', '.join(schema.STAGES)}")
+            raise SftError(f"{stage!r} is not a stage that runs as a job; those are: {', '.join(schema.STAGES)}")
         args = parse(stage, command[command.index(run) :])
         place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
         found = plan.load_run(place, args.run.name, args.overrides)
@@ -136,62 +143,53 @@ def _shards(text: str, stage: str) -> int:
     return int(text)
 
 
-class Scheduler(Protocol):
-    """What a launcher's module offers as `open_scheduler(folder, cluster)`; `folder` is the run's .jobs. Every method raises
-    SftError for what a person can mend and LostConnection for what is worth another try."""
-
-    def check(self, job: Job) -> None: ...  # before anything is submitted: what would fail later
-    def submit(self, job: Job) -> str: ...
-    def status(self, id: str) -> Status: ...
-    def follow(self, id: str, out: IO[str]) -> int: ...  # the log, until the job ends: its exit status
-    def cancel(self, id: str) -> None: ...
-    def render(self, job: Job) -> str: ...  # what would be submitted, for people
-    def tail(self, id: str, lines: int = 20) -> str: ...  # the end of the log, and where it is
-    def attempts(self, id: str) -> int: ...  # how often it has begun: each attempt has a log of its own
-
-
-@dataclass
-class Record:
-    """runs/<run>/.jobs/<stage>.json."""
+@dataclass(frozen=True)
+class SubmittedJob:
+    """The record of a job and its file, runs/<run>/.jobs/<stage>.json."""
 
     file: Path
-    job: str
-    identity: str
-    cluster: str
-    command: list[str]
-    submitted: str
-    ended: str = ""  # what was told of its end; empty while nobody was told
-    attempts: int = 0  # how often it had begun by then
+    record: JobRecord
+
+    @property
+    def id(self) -> str:
+        return self.record.job
+
+    @property
+    def cluster(self) -> str:
+        return self.record.cluster
+
+    @property
+    def stage(self) -> str:
+        return self.file.stem
+
+    @property
+    def run(self) -> Path:
+        return self.file.parents[1]
 
     @staticmethod
-    def load(file: Path) -> Record | None:
-        """None when there is none, or one that cannot be read: then nobody knows of a job."""
+    def load(file: Path) -> SubmittedJob | None:
+        """None where there is no record, or one that cannot be read. The stage is then submitted again."""
         try:
-            data = json.loads(file.read_bytes())
-            record = Record(file, **data)
-        except (OSError, ValueError, TypeError):
+            return SubmittedJob(file, JobRecord.read(file))
+        except (OSError, SftError):
             return None
-        texts = (record.job, record.identity, record.cluster, record.submitted, record.ended)
-        whole = all(isinstance(text, str) for text in texts) and isinstance(record.attempts, int) and record.job
-        return record if whole else None
 
     def save(self) -> None:
-        data = {k: v for k, v in vars(self).items() if k != "file"}
-        write_atomic(self.file, json.dumps(data, indent=1).encode() + b"\n")
+        self.record.write(self.file)
 
     def end(self, status: str, attempts: int) -> None:
-        self.ended, self.attempts = status, attempts
-        self.save()
+        """Records how the job ended and how many times it had started."""
+        dataclasses.replace(self.record, ended=status, attempts=attempts).write(self.file)
 
 
-def records(runs: Path) -> list[Record]:
-    """The records of every run, in the order of their names."""
-    found = [Record.load(file) for file in sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json"))]
-    return [record for record in found if record is not None]
+def submitted_jobs(runs: Path) -> list[SubmittedJob]:
+    """The recorded jobs of every run, sorted by run and stage."""
+    found = [SubmittedJob.load(file) for file in sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json"))]
+    return [job for job in found if job is not None]
 
 
 def retried(action: Callable[[], T], log: Callable[[str], None], patience_s: float = 3600.0) -> T:
-    """`action()`, asked again while the scheduler does not answer. Raises SftError after `patience_s` of silence."""
+    """`action()`, repeated while the scheduler does not answer. Raises SftError after `patience_s` without an answer."""
     began, wait = time.monotonic(), 1.0
     while True:
         try:
@@ -199,13 +197,8 @@ def retried(action: Callable[[], T], log: Callable[[str], None], patience_s: flo
         except LostConnection as e:
             if time.monotonic() - began > patience_s:
                 raise SftError(
-                    f"no answer for {patience_s:.0f} s: {e}; the job goes on; next: the same make again"
+                    f"no answer for {patience_s:.0f} s: {e}; the job continues; next: run the same make again"
                 ) from None
-            log(f"no answer: {e}; asking again in {wait:.0f} s, the job goes on")
+            log(f"no answer: {e}; trying again in {wait:.0f} s, the job continues")
             time.sleep(wait)
             wait = min(2 * wait, 60.0)
-
-
-def beside(job: Job) -> str:
-    """The id of the training job that this one goes with, or ''."""
-    return job.command[job.command.index("--beside") + 1] if job.stage == WATCH else ""

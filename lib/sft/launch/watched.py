@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 def job_ended(cluster: Cluster, jobs: Path, training: str, every_s: float = 30.0) -> Callable[[], bool]:
     """Says whether training's own job has come to its end, well or not. Asks its scheduler now and then."""
-    from sft.launch.commands import open_scheduler
     from sft.launch.job import LostConnection
+    from sft.launch.launcher import open_scheduler
 
-    backend = open_scheduler(cluster.launcher, jobs, cluster)
+    scheduler = open_scheduler(cluster, jobs)
     asked, over = -every_s, False
 
     def ended() -> bool:
@@ -25,7 +25,7 @@ def job_ended(cluster: Cluster, jobs: Path, training: str, every_s: float = 30.0
         if not over and time.monotonic() - asked >= every_s:
             asked = time.monotonic()
             with contextlib.suppress(LostConnection):
-                over = not backend.status(training).living
+                over = not scheduler.status(training).active
         return over
 
     return ended

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.common.errors import SftError
+from sft.common.machine import cores
 
 
 class SharedError(SftError):
@@ -127,8 +128,7 @@ def join(threads: int = 0, timeout_s: int = 1800) -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(threads or max(1, cores // local_size))
+        torch.set_num_threads(threads or max(1, cores() // local_size))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if size > 1:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

@@ -301,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             if stage.hardware.threads and world.device.type == "cpu":
                 torch.set_num_threads(stage.hardware.threads)
-            if kept := os.environ.get("SFT_KEPT"):  # this disk ends with the job
+            if kept := os.environ.get("SFT_STAGE_ADDRESS"):  # this disk ends with the job
                 bring_checkpoint(stage.out, kept, stage.cache, world, stage.log if world.is_rank0 else lambda _: None)
             attempt = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)

@@ -126,8 +126,8 @@ class Uploads:
 
 def destination(storage: str, run: str, identity: str) -> str:
     """Where the steps of a run go, or "" where training writes to the storage itself (a folder). A job whose disk ends with it
-    says so itself (SFT_KEPT)."""
-    if kept := os.environ.get("SFT_KEPT"):
+    says so itself (SFT_STAGE_ADDRESS)."""
+    if kept := os.environ.get("SFT_STAGE_ADDRESS"):
         return kept
     if not storage.startswith("gs://"):
         return ""

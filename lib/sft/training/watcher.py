@@ -58,7 +58,7 @@ def start_watcher(stage: Stage, argv: list[str]) -> Watcher | None:
     """The watcher of a run that asks for one. A launcher submits it as a job of its own, unless no other job sees the checkpoints."""
     if not stage.recipe.evaluate.every:
         return None
-    if in_job() and "SFT_KEPT" not in os.environ:
+    if in_job() and "SFT_STAGE_ADDRESS" not in os.environ:
         stage.log("checkpoints are evaluated by a job of their own: make jobs tells its state")
         return None
     return Watcher(stage, argv)

@@ -1,5 +1,32 @@
-"""Stages as Beaker experiments."""
+"""Stages as Beaker experiments.
 
-from sft.launch.beaker.scheduler import open_scheduler
+Modules that a job runs in its container (results, bucket_runs) are in this package too, so it imports Beaker's client only
+when a launcher asks for it.
+"""
 
-__all__ = ["open_scheduler"]
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sft.launch.doctor.context import Context, Row
+from sft.launch.launcher import Answer, Scheduler
+from sft.recipe.schema import Cluster
+
+
+def open_scheduler(folder: Path, cluster: Cluster) -> Scheduler:
+    from sft.launch.beaker import scheduler  # start-up: Beaker's client takes a second, and jobs do not need it
+
+    return scheduler.BeakerScheduler(folder, cluster)
+
+
+def check(context: Context) -> Iterator[Row]:
+    from sft.launch.beaker import checks  # start-up: as above
+
+    return checks.check(context)
+
+
+def ask(context: Context) -> Answer:
+    from sft.launch.beaker import checks  # start-up: as above
+
+    return checks.ask(context)

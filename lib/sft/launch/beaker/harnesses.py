@@ -1,9 +1,9 @@
-"""Evaluation by AI2's own harnesses on Beaker: the experiment that the ancestor's scripts would submit, as lists of arguments.
+"""Evaluation by AI2's own harnesses on Beaker: the experiments that open-instruct's scripts submit, as lists of arguments.
 
 `[evaluate] harness = "olmo-eval"` runs `olmo-eval run -m MODEL --harness default -o provider.kind=vllm_server … -t TASK…` as
-one task; `"oe-eval"` the older tool, one task of the experiment for each of its tasks. The options were read from
-allenai/open-instruct (scripts/submit_eval_jobs.py, submit_eval_jobs_old.py, eval/oe-eval.sh). `trust_remote_code`, which
-those scripts set, is not: an export brings no code. What comes back is read by sft.evaluation.collected.
+one task; `"oe-eval"` runs the older tool, with one Beaker task for each of its tasks. The options come from
+allenai/open-instruct (scripts/submit_eval_jobs.py, submit_eval_jobs_old.py, eval/oe-eval.sh), except `trust_remote_code`,
+which those scripts set and an export does not need: it contains no code. sft.evaluation.collected reads the results.
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ import os
 import re
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from beaker import BeakerExperimentSpec
+from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
 from sft.common import paths
 from sft.common.errors import SftError
-from sft.evaluation.collected import ASKED, RETURNED
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
+from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
 from sft.launch.beaker import specification
+from sft.launch.job import Job
 from sft.runner import plan
 
-if TYPE_CHECKING:
-    from sft.launch.job import Job
-
 MODEL = "/model"
-# Lines that prepare the image, then the harness: nothing of it is put together from strings.
 INSTALL = (
     'for ((count = $1; count > 0; count--)); do bash -euo pipefail -c "$2"; set -- "$1" "${@:3}"; done; exec "${@:2}"'
 )
+"""Runs COUNT LINE… COMMAND…: the lines that prepare the image, then the harness. The arguments are never pasted into it."""
 _TASK = r"[A-Za-z0-9][A-Za-z0-9_.:@+-]*"
 SUITES = {
     "OLMO_3": (
@@ -63,21 +61,39 @@ SUITES = {
     "SAFETY_EVAL": ("safety::olmo3",),
     "SAFETY_EVAL_REASONING": ("safety_reasoning::olmo3",),
 }  # fmt: skip
-"""oe-eval's task suites as scripts/eval/oe-eval.sh lists them; each name of a suite in [evaluate] tasks stands for its tasks."""
-CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")  # multiple choice without vLLM: batches of 1 on twice the GPUs
+"""oe-eval's task suites as scripts/eval/oe-eval.sh lists them. The name of a suite in [evaluate] tasks stands for its tasks."""
+CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")
+"""Multiple choice, which runs without vLLM: batches of 1 on twice the GPUs."""
 TOOLS = "bfcl_all::std"
 LM_EVAL_ONLY = ("system_prompt", "seed", "validation_documents", "backend", "task_dir", "data")
 REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_ONLY, "min_stop_rate")}
-"""Options that a harness would silently not do: its tasks decide the thing, or its records do not tell it."""
+"""Options that a harness would silently ignore: its tasks decide the matter, or its records do not contain it."""
 
 
-def is_ours(job: Job) -> bool:
-    """Whether the job is an evaluation by one of AI2's harnesses, not a stage's own command."""
+class Model(NamedTuple):
+    """The model that a harness evaluates."""
+
+    name: str  # as the harness names it
+    mounts: dict[str, str]  # {path: Beaker dataset}
+    uploads: dict[str, Path]  # {name of a Beaker dataset: the folder to upload before submission}
+
+
+class HarnessTask(NamedTuple):
+    """One Beaker task of an evaluation."""
+
+    name: str
+    gpus: int
+    variables: dict[str, str]
+    command: list[str]
+
+
+def is_harness(job: Job) -> bool:
+    """Whether the job is an evaluation by one of AI2's harnesses instead of the stage's own command."""
     return job.stage == "evaluate" and job.recipe.evaluate.harness != "lm-eval"
 
 
 def tasks_of(job: Job) -> list[str]:
-    """The tasks' names with suites written out, each once. Raises SftError for a name that no task can have."""
+    """The names of the tasks, suites expanded, each once. Raises SftError for a name that no task can have."""
     options = job.recipe.evaluate
     named = [
         t for name in options.tasks for t in (SUITES.get(name, (name,)) if options.harness == "oe-eval" else (name,))
@@ -88,15 +104,15 @@ def tasks_of(job: Job) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]:
-    """(model as the harness names it, datasets to mount {path: dataset}, datasets to upload first {name: folder}).
+def model_of(job: Job, user: str) -> Model:
+    """The model at [evaluate] location: a path on a mount, gs://…, org/name on the hub, or beaker://dataset.
 
-    [evaluate] location is a path on a mount, gs://…, org/name on the hub, or beaker://dataset; empty = the run's own export.
+    An empty location is the run's own export. Raises SftError for any other form, and for a path that jobs do not see.
     """
     options, file = job.recipe.evaluate, job.recipe.file
     place = options.location
     if match := re.fullmatch(r"(?:beaker://)?([0-9A-Z]{26})|beaker://([A-Za-z0-9_-]+/[A-Za-z0-9_.-]+)", place):
-        return MODEL, {MODEL: match[1] or match[2]}, {}
+        return Model(MODEL, {MODEL: match[1] or match[2]}, {})
     if place:
         place = paths.for_user(place).removeprefix("hf://")
         if not re.fullmatch(r"(/|gs://)?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*", place) or ".." in place.split("/"):
@@ -105,22 +121,27 @@ def model_of(job: Job, user: str) -> tuple[str, dict[str, str], dict[str, Path]]
             )
         if place.startswith("/"):
             _check_mounted(job, place)
-        return place, {}, {}
+        return Model(place, {}, {})
+    return _exported_model(job, user)
+
+
+def _exported_model(job: Job, user: str) -> Model:
+    """The run's own export: where convert made it, or as a dataset that is uploaded first. Raises SftError."""
     folder = job.run / "convert"
-    away = Elsewhere.of(folder)
-    where, absent = away.where, away.outputs
-    remote = f"{specification.kept_run(job)}/convert"
+    elsewhere = Elsewhere.of(folder)
+    where = elsewhere.where
+    remote = f"{specification.stored_run(job)}/convert"
     if where.startswith("gs://") or remote in (where, str(folder.absolute())):
-        return f"{where or remote}/model", {}, {}
-    if absent:
+        return Model(f"{where or remote}/model", {}, {})
+    if elsewhere.outputs:
         _check_mounted(job, where)
-        return f"{where}/model", {}, {}
+        return Model(f"{where}/model", {}, {})
     try:
         made = manifest.load(folder / manifest.NAME)
-    except FileNotFoundError:  # of a dry run
-        return f"{remote}/model", {}, {}
+    except FileNotFoundError:  # in a dry run
+        return Model(f"{remote}/model", {}, {})
     dataset = f"olmo-sft-export-{made.digest[:16]}"
-    return MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"}
+    return Model(MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"})
 
 
 def _check_mounted(job: Job, path: str) -> None:
@@ -133,8 +154,8 @@ def _check_mounted(job: Job, path: str) -> None:
 
 
 def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
-    """The experiment of an evaluation by one of AI2's harnesses; None when the stage runs lm-eval. Raises SftError."""
-    if not is_ours(job):
+    """The experiment of an evaluation by one of AI2's harnesses; None for any other job. Raises SftError."""
+    if not is_harness(job):
         return None
     options, cluster = job.recipe.evaluate, job.cluster
     specification.check_cluster(job.place.cluster, cluster)
@@ -144,38 +165,39 @@ def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
         )
     if cluster.evaluate_harness != options.harness:
         raise SftError(
-            f"env/{job.place.cluster}.toml: evaluate_image and evaluate_install bring {cluster.evaluate_harness}, [evaluate] asks for"
-            f" {options.harness}; next: another harness, or a copy of this file with an image of {options.harness} and"
+            f"env/{job.place.cluster}.toml: evaluate_image and evaluate_install install {cluster.evaluate_harness}, but [evaluate]"
+            f" names {options.harness}; next: another harness, or a copy of this file with an image of {options.harness} and"
             f' evaluate_harness = "{options.harness}"'
         )
-    _check_honoured(job)
-    model, datasets, _ = model_of(job, user)
-    gpus = max(1, job.gpus)
-    make = _olmo_eval if options.harness == "olmo-eval" else _oe_eval
-    made = []
-    for name, used, variables, arguments in make(job, model, gpus):
-        task = specification.task(job, name, variables, datasets, used)
-        task.image.beaker = cluster.evaluate_image
-        for variable, secret in cluster.evaluate_secrets.items():
-            task = task.with_env_var(variable, secret=paths.for_user(secret))
-        if install := cluster.evaluate_install:
-            task.command = ["bash", "-c", INSTALL, "install", str(len(install)), *install]
-        else:
-            task.command = arguments[:1]
-        task.arguments = arguments if install else arguments[1:]
-        made.append(task)
-    return specification.wrap(job, made)
+    _check_supported(job)
+    model, gpus = model_of(job, user), max(1, job.gpus)
+    planned = _olmo_eval if options.harness == "olmo-eval" else _oe_eval
+    return specification.wrap(job, [_beaker_task(job, task, model) for task in planned(job, model.name, gpus)])
 
 
-def _check_honoured(job: Job) -> None:
-    """Refuses what the harness would silently not do."""
+def _beaker_task(job: Job, planned: HarnessTask, model: Model) -> BeakerTaskSpec:
+    cluster, words = job.cluster, planned.command
+    task = specification.task(job, planned.name, planned.variables, model.mounts, planned.gpus)
+    task.image.beaker = cluster.evaluate_image
+    for variable, secret in cluster.evaluate_secrets.items():
+        task = task.with_env_var(variable, secret=paths.for_user(secret))
+    if install := cluster.evaluate_install:
+        task.command = ["bash", "-c", INSTALL, "install", str(len(install)), *install]
+        task.arguments = words
+    else:
+        task.command, task.arguments = words[:1], words[1:]
+    return task
+
+
+def _check_supported(job: Job) -> None:
+    """Raises SftError for options that the harness would silently ignore."""
     options = job.recipe.evaluate
     fields = [f for f in dataclasses.fields(options) if f.name in REFUSED[options.harness]]
     changed = [f.name for f in fields if getattr(options, f.name) not in (f.default, {})]
     if changed:
         raise SftError(
             f"{job.recipe.file}: [evaluate] {', '.join(changed)}: {options.harness}'s tasks decide that themselves; next: remove"
-            " it, or choose the task's variant that does"
+            " it, or choose a variant of the task that does so"
         )
 
 
@@ -183,25 +205,25 @@ def _max_length(job: Job) -> int:
     options = job.recipe.evaluate
     if options.location and not options.max_length:
         raise SftError(
-            f"{job.recipe.file}: [evaluate] max_length = 0: the model at {options.location} declares a length of its own that is not"
+            f"{job.recipe.file}: [evaluate] max_length = 0: the longest input of the model at {options.location} is not"
             " known here; next: set max_length"
         )
     return options.max_length or job.recipe.convert.max_position_embeddings
 
 
-def _olmo_eval(job: Job, model: str, gpus: int) -> list[tuple[str, int, dict[str, str], list[str]]]:
-    """(name, GPUs, variables, command) of the one task."""
+def _olmo_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
+    """One Beaker task for all tasks."""
     options = job.recipe.evaluate
     command = ["olmo-eval", "run", "-m", model, "--harness", "default", "-o", "provider.kind=vllm_server",
                "-o", f"provider.max_model_len={_max_length(job)}"]  # fmt: skip
     for task in tasks_of(job):
         command += ["-t", task, *(["-o", f"limit={options.limit}"] if options.limit else [])]
     command += ["--num-gpus", str(gpus), "--output-dir", specification.RESULTS]
-    return [("evaluate", gpus, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, command)]
+    return [HarnessTask("evaluate", gpus, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, command)]
 
 
-def _oe_eval(job: Job, model: str, gpus: int) -> list[tuple[str, int, dict[str, str], list[str]]]:
-    """(name, GPUs, variables, command) for each of oe-eval's tasks."""
+def _oe_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
+    """One Beaker task for each of oe-eval's tasks."""
     options, made = job.recipe.evaluate, []
     length = _max_length(job)
     task_args = {"generation_kwargs": {"max_gen_toks": length, "truncate_context": False}}
@@ -222,12 +244,12 @@ def _oe_eval(job: Job, model: str, gpus: int) -> list[tuple[str, int, dict[str, 
                     "--task-args", json.dumps(task_args), "--gpus", str(gpus * 2 if choice else gpus)]  # fmt: skip
         command += ["--limit", str(options.limit)] if options.limit else []
         command += ["--run-local", "--output-dir", specification.RESULTS]
-        made.append((f"{number:03d}-{name}", gpus * 2 if choice else gpus, variables, command))
+        made.append(HarnessTask(f"{number:03d}-{name}", gpus * 2 if choice else gpus, variables, command))
     return made
 
 
 def asked(job: Job) -> dict[str, str]:
-    """{task asked for: folder of the results that hold it}: olmo-eval has one Beaker task for all, oe-eval one for each."""
+    """{task asked for: the folder of the results that holds it}; see sft.formats.harness."""
     names = tasks_of(job)
     if job.recipe.evaluate.harness == "olmo-eval":
         return dict.fromkeys(names, "evaluate")
@@ -235,18 +257,18 @@ def asked(job: Job) -> dict[str, str]:
 
 
 def folder_of(task: str) -> str:
-    """The folder of a Beaker task's results: its number, or its whole name where it has none."""
+    """The folder for the results of a Beaker task: its number, or its name where it has none."""
     return task.partition("-")[0]
 
 
 def record_scores(job: Job, arrived: Path) -> int:
-    """Keeps what a harness returned and runs the stage here, which reads it. Returns the stage's exit status."""
-    kept = job.folder / RETURNED
-    if kept.exists():
+    """Moves a harness's results into place and runs the stage here, which reads them. Returns the stage's exit status."""
+    returned = job.folder / RETURNED
+    if returned.exists():
         aside = job.run / ".replaced" / f"{RETURNED}-{os.getpid()}"
         aside.parent.mkdir(exist_ok=True)
-        os.rename(kept, aside)
-    (arrived / ASKED).write_text(json.dumps(asked(job)))
-    (arrived / "identity").write_text(job.identity)
-    os.rename(arrived, kept)
+        os.rename(returned, aside)
+    AskedTasks(asked(job)).write(arrived / ASKED)
+    (arrived / IDENTITY).write_text(job.identity)
+    os.rename(arrived, returned)
     return subprocess.run(job.command, cwd=plan.REPO, check=False).returncode

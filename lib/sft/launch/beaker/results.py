@@ -1,10 +1,9 @@
-"""What comes back from a stage that was made on a machine whose disks are not here, and what stays there.
+"""The files that a job on other disks returns, and the note of those that stay there. Standard library only.
 
-In the job:  python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [WHERE]  copies the files that are small enough
-Here:        accept(folder, runs/<run>/<stage>, key)                    checks them and puts them in place, manifest last
+In the job:  python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [WHERE]  copies the stage's small files to RESULTS
+Here:        accept(folder, runs/<run>/<stage>, key)                    checks them and renames them into place
 
-`elsewhere.json` beside the manifest says where the stage's folder is and which outputs are only there:
-{"where": "/weka/…/runs/<run>/train", "outputs": ["step300/…", …]}. Standard library only.
+elsewhere.json (sft.formats.elsewhere) beside the manifest names the stage's folder and the outputs that are only there.
 """
 
 from __future__ import annotations
@@ -26,47 +25,49 @@ from sft.formats.manifest import Manifest, Output
 
 FILE_BYTES = 64 << 20
 TOTAL_BYTES = 512 << 20
-WATCHED = ("evaluations.jsonl", "BEST")
-"""What the evaluation of a training's checkpoints leaves in training's folder."""
+EVALUATIONS = ("evaluations.jsonl", "BEST")
+"""The files that an evaluation of checkpoints writes into training's folder."""
 
 
-def small(outputs: Iterable[Output], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
-    """The outputs that come back: the smallest ones first, until `total_bytes`."""
-    kept, total = set(), 0
+def small_outputs(outputs: Iterable[Output], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
+    """The paths of the outputs that are returned: the smallest ones, up to `total_bytes` together."""
+    small, total = set(), 0
     for entry in sorted(outputs, key=lambda o: (o.bytes, o.path)):
         total += entry.bytes
         if entry.bytes > file_bytes or total > total_bytes:
             break
-        kept.add(entry.path)
-    return kept
+        small.add(entry.path)
+    return small
 
 
-def hand_back(folder: Path, results: Path, where: str = "") -> None:
-    """Copies a finished stage's small files to `results`. `where`: its folder when the job's disk has gone, if that
-    is not where it is now. Raises SftError when the stage left no manifest."""
+def copy_results(folder: Path, results: Path, where: str = "") -> None:
+    """Copies a finished stage's small files to `results`. Raises SftError when the stage left no manifest.
+
+    `where` is the address of the stage's folder after the job, where that is another one than now.
+    """
     if folder.name == "watch":
-        for name in WATCHED:
+        for name in EVALUATIONS:
             with contextlib.suppress(FileNotFoundError):  # no step was due, or none has a score
                 shutil.copyfile(folder.parent / "train" / name, results / name)
         return
     try:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:
-        raise SftError(f"{folder / manifest.NAME}: the stage ended well but left none") from None
-    kept = small(made.outputs)
-    for name in [*sorted(kept), *(n for n in UNLISTED if (folder / n).is_file())]:
-        target = inside(results, name, "handback")
+        raise SftError(f"{folder / manifest.NAME}: the stage succeeded but left no manifest") from None
+    small = small_outputs(made.outputs)
+    for name in [*sorted(small), *(n for n in UNLISTED if (folder / n).is_file())]:
+        target = inside(results, name, "results")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, target)
-    left = tuple(o.path for o in made.outputs if o.path not in kept)
+    left = tuple(o.path for o in made.outputs if o.path not in small)
     Elsewhere(where or str(folder), left).write(results / NAME)
     shutil.copyfile(folder / manifest.NAME, results / manifest.NAME)
-    print(f"[handback] {len(kept)} files handed back, {len(left)} stay in {where or folder}", flush=True)
+    print(f"[results] {len(small)} files returned, {len(left)} stay in {where or folder}", flush=True)
 
 
-def accept_watched(arrived: Path, train: Path) -> list[str]:
-    """Puts what came back from the evaluation of checkpoints beside what came back from training. Returns its names."""
-    names = [name for name in WATCHED if (arrived / name).is_file()]
+def accept_evaluations(arrived: Path, train: Path) -> list[str]:
+    """Copies the files of an evaluation of checkpoints into training's folder. Returns their names."""
+    names = [name for name in EVALUATIONS if (arrived / name).is_file()]
     train.mkdir(parents=True, exist_ok=True)
     for name in names:
         write_atomic(train / name, (arrived / name).read_bytes())
@@ -74,14 +75,14 @@ def accept_watched(arrived: Path, train: Path) -> list[str]:
 
 
 def accept(arrived: Path, final: Path, key: str) -> Manifest:
-    """Puts a stage's returned files in place of runs/<run>/<stage>, whole or not at all. Returns its manifest.
+    """Renames the folder of a stage's returned files to `final`, runs/<run>/<stage>. Returns the stage's manifest.
 
-    Raises SftError when the manifest is of another key or a returned file is not what it lists; `final` is then untouched.
+    Raises SftError when the manifest has another key or a returned file differs from it; `final` is then unchanged.
     """
     try:
         made = manifest.load(arrived / manifest.NAME)
     except FileNotFoundError:
-        raise SftError(f"{arrived}: the job returned no {manifest.NAME}: its log says why") from None
+        raise SftError(f"{arrived}: the job returned no {manifest.NAME}; next: read its log") from None
     if made.key != key:
         raise SftError(f"{arrived}: the job made {made.key[:20]}…, the recipe wants {key[:20]}…; next: make it again")
     if broken := manifest.broken_outputs(arrived, Elsewhere.of(arrived).here(made.outputs)):
@@ -101,8 +102,10 @@ def accept(arrived: Path, final: Path, key: str) -> Manifest:
 
 if __name__ == "__main__":
     if len(sys.argv) not in (3, 4):
-        sys.exit("usage: python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [gs://where it is kept]")
+        sys.exit(
+            "usage: python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [gs://address of the stored stage]"
+        )
     try:
-        hand_back(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
+        copy_results(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
     except SftError as e:
-        sys.exit(f"[handback] error: {e}")
+        sys.exit(f"[results] error: {e}")

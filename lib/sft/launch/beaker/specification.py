@@ -1,16 +1,16 @@
-"""What a stage is on Beaker: the experiment's specification, built from a job and its cluster's file, asking nobody.
+"""A stage's job as the specification of a Beaker experiment, built from the job and its cluster's file without asking Beaker.
 
-One task runs env/beaker-job.sh with a list of arguments; several nodes are replicas with a leader. Names come by pattern,
-values travel as arguments or variables and are never part of a shell line. Secrets are named, never read.
+One task runs env/beaker-job.sh with a list of arguments; several nodes are replicas with a leader. Names are checked
+against patterns. Values travel as arguments or variables and are never part of a shell line. Secrets are only named.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import yaml
 from beaker import BeakerExperimentSpec, BeakerTaskSpec
@@ -22,17 +22,14 @@ from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest
 from sft.formats.remote import SyncMetrics
 from sft.launch.beaker import code
-from sft.launch.job import WATCH
+from sft.launch.job import WATCH, Job
 from sft.recipe import recipe, schema
 from sft.runner import plan
-
-if TYPE_CHECKING:
-    from sft.launch.job import Job
 
 SCRIPT = plan.REPO / "env" / "beaker-job.sh"
 RESULTS, CODE, INPUTS = "/results", "/sft-code", "/sft-inputs"
 START_TIMEOUT = "90m"  # the replicas of a task wait this long for each other
-SHARED_MEMORY = "10GiB"  # Docker's own 64 MB is too small for NCCL and for data workers
+SHARED_MEMORY = "10GiB"  # Docker's default of 64 MB is too small for NCCL and for data workers
 NAMES = {
     "clusters": r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+",
     "workspace": r"[A-Za-z0-9_-]+/[A-Za-z0-9_.-]+",
@@ -47,57 +44,62 @@ _VARIABLE, _SECRET = r"[A-Za-z_][A-Za-z0-9_]*", r"[A-Za-z0-9_.-]+"
 
 
 def duration(value: str) -> str:
-    """A duration as Beaker reads it, in seconds ("86400s"), from 24h, 1h30m, 24:00:00 or 1-00:00:00. Raises SftError.
+    """A duration in seconds as Beaker reads it, "86400s", from 24h, 1h30m, 24:00:00 or 1-00:00:00. Raises SftError.
 
-    Beaker's client takes "24:00:00" for 24 seconds.
+    Beaker's client would read "24:00:00" as 24 seconds.
     """
     go = re.fullmatch(r"()(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", value)
     match = go or re.fullmatch(r"(?:(\d+)-)?(\d+):([0-5]\d):([0-5]\d)", value)
     if not value or not match:
-        raise SftError(
-            f"{value!r} is not a duration that Beaker takes; next: write it as 24h, 1h30m, 24:00:00 or 1-00:00:00"
-        )
+        raise SftError(f"{value!r} is not a duration; next: write it as 24h, 1h30m, 24:00:00 or 1-00:00:00")
     days, hours, minutes, seconds = (int(n or 0) for n in match.groups())
     return f"{((24 * days + hours) * 60 + minutes) * 60 + seconds}s"
 
 
 def check_cluster(name: str, cluster: schema.Cluster) -> None:
-    """Raises SftError listing every field of env/<name>.toml that Beaker would not take."""
-    problems = []
-    for field, pattern in NAMES.items():
-        value = getattr(cluster, field)
-        for text in value if isinstance(value, tuple) else [value] * bool(value):
-            if not re.fullmatch(pattern, paths.for_user(text)) or ".." in text:
-                problems.append(f"'{field}' = {text!r} is not of the form {pattern}")
-    for field in ("time", "min_runtime"):
-        try:
-            duration(getattr(cluster, field) or "0s")
-        except SftError as e:
-            problems.append(f"'{field}' = {str(e).partition('; next: ')[0]}")
-    for field in ("clusters", "workspace", "budget", "image", "runs"):
-        if not getattr(cluster, field):
-            problems.append(f"'{field}' is missing: a Beaker job needs it")
-    for field in ("secrets", "optional_secrets", "evaluate_secrets"):
-        for variable, secret in getattr(cluster, field).items():
-            if not re.fullmatch(_VARIABLE, variable) or not re.fullmatch(_SECRET, paths.for_user(secret)):
-                problems.append(f"'{field}': {variable} = {secret!r} is not VARIABLE = \"name of a secret\"")
-    problems += [f"'env': {v!r} is not a variable's name" for v in cluster.env if not re.fullmatch(_VARIABLE, v)]
-    named = [*cluster.env, *cluster.secrets, *cluster.optional_secrets]
-    problems += [f"'env' and the secrets set {v} twice" for v in dict.fromkeys(named) if named.count(v) > 1]
-    if not cluster.preemptible and not (cluster.min_runtime or cluster.time):
-        problems.append("'preemptible' = false needs 'time' or 'min_runtime': how long a job must not be interrupted")
-    mounted = [m.partition(":")[2] for m in cluster.mounts]
-    runs = paths.for_user(cluster.runs)
-    if runs and not in_bucket(cluster) and not any(runs == m or runs.startswith(m + "/") for m in mounted):
-        problems.append(
-            f"'runs' = {runs!r} lies in none of the mounts ({', '.join(mounted) or 'none'}): it would end with the job"
-        )
+    """Raises SftError listing every field of env/<name>.toml that Beaker would refuse."""
+    problems = [*_bad_names(cluster), *_bad_values(cluster), *_bad_variables(cluster)]
     if problems:
         raise SftError("\n".join(f"env/{name}.toml: {p}" for p in problems) + f"\nnext: correct env/{name}.toml")
 
 
+def _bad_names(cluster: schema.Cluster) -> Iterator[str]:
+    for field, pattern in NAMES.items():
+        value = getattr(cluster, field)
+        for text in value if isinstance(value, tuple) else [value] * bool(value):
+            if not re.fullmatch(pattern, paths.for_user(text)) or ".." in text:
+                yield f"'{field}' = {text!r} is not of the form {pattern}"
+
+
+def _bad_values(cluster: schema.Cluster) -> Iterator[str]:
+    for field in ("time", "min_runtime"):
+        try:
+            duration(getattr(cluster, field) or "0s")
+        except SftError as e:
+            yield f"'{field}' = {str(e).partition('; next: ')[0]}"
+    for field in ("clusters", "workspace", "budget", "image", "runs"):
+        if not getattr(cluster, field):
+            yield f"'{field}' is missing: a Beaker job needs it"
+    if not cluster.preemptible and not (cluster.min_runtime or cluster.time):
+        yield "'preemptible' = false needs 'time' or 'min_runtime': how long a job must not be interrupted"
+    mounted = [m.partition(":")[2] for m in cluster.mounts]
+    runs = paths.for_user(cluster.runs)
+    if runs and not in_bucket(cluster) and not any(runs == m or runs.startswith(m + "/") for m in mounted):
+        yield f"'runs' = {runs!r} is on none of the mounts ({', '.join(mounted) or 'none'}): it would be lost with the job"
+
+
+def _bad_variables(cluster: schema.Cluster) -> Iterator[str]:
+    for field in ("secrets", "optional_secrets", "evaluate_secrets"):
+        for variable, secret in getattr(cluster, field).items():
+            if not re.fullmatch(_VARIABLE, variable) or not re.fullmatch(_SECRET, paths.for_user(secret)):
+                yield f"'{field}': {variable} = {secret!r} is not VARIABLE = \"name of a secret\""
+    yield from (f"'env': {v!r} is not a variable's name" for v in cluster.env if not re.fullmatch(_VARIABLE, v))
+    named = [*cluster.env, *cluster.secrets, *cluster.optional_secrets]
+    yield from (f"'env' and the secrets set {v} twice" for v in dict.fromkeys(named) if named.count(v) > 1)
+
+
 def check_time(r: recipe.Recipe, cluster: str, stage: str) -> None:
-    """Raises SftError for an [on.<cluster>.<stage>] time that Beaker would not take."""
+    """Raises SftError for an [on.<cluster>.<stage>] time that Beaker would misread."""
     try:
         duration(r.hardware(cluster, stage).time or "0s")
     except SftError as e:
@@ -105,39 +107,40 @@ def check_time(r: recipe.Recipe, cluster: str, stage: str) -> None:
 
 
 def name_of(job: Job, attempt: int = 0) -> str:
-    """The experiment's name: of the run, the stage and what it makes, so that two machines cannot submit the same twice."""
+    """The experiment's name. It names the run, the stage and what it makes, so that two machines cannot submit the same twice."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", job.name)[:90]
     return f"{name}-{job.identity[:10]}" + (f"-{attempt}" if attempt else "")
 
 
 def in_bucket(cluster: schema.Cluster) -> bool:
-    """Whether runs are kept in a bucket, because no disk outlives a job; see sft.launch.beaker.bucket_runs."""
+    """Whether runs are stored in a bucket, because no disk outlives a job; see sft.launch.beaker.bucket_runs."""
     return cluster.runs.startswith("gs://")
 
 
 def remote_run(job: Job) -> str:
-    """The run's folder as jobs see it: where runs are kept, or on a disk that ends with the job."""
-    return f"runs/{job.run.name}" if in_bucket(job.cluster) else kept_run(job)
+    """The run's folder as jobs see it: the stored one, or a folder on the job's own disk where runs are in a bucket."""
+    return f"runs/{job.run.name}" if in_bucket(job.cluster) else stored_run(job)
 
 
-def kept_run(job: Job) -> str:
+def stored_run(job: Job) -> str:
+    """Where the cluster stores the run."""
     return f"{paths.for_user(job.cluster.runs)}/{job.run.name}"
 
 
-def kept(job: Job) -> str:
-    """Where the stage's folder is once the job has ended."""
-    name = f"{kept_run(job)}/{job.stage}"
+def stored_stage(job: Job) -> str:
+    """Where the cluster stores the stage's folder. In a bucket each result has a folder of its own."""
+    name = f"{stored_run(job)}/{job.stage}"
     return f"{name}/{job.identity[:16]}" if in_bucket(job.cluster) else name
 
 
 def remote_command(job: Job) -> list[str]:
-    """The stage's command with the run's folder, and DATA, as jobs see them. Raises SftError for a DATA that they do not."""
+    """The stage's command with the run's folder and DATA as jobs see them. Raises SftError for a DATA that they cannot see."""
     words = [remote_run(job) if word == str(job.run) else word for word in job.command]
     if "--data" in words:
         if not job.cluster.data:
             raise SftError(
                 f"DATA={words[words.index('--data') + 1]}: a folder of this machine, which jobs on {job.place.cluster} do not"
-                f' see; next: say where they see it with data = "/…" in env/{job.place.cluster}.toml'
+                f' see; next: name the folder that they see: data = "/…" in env/{job.place.cluster}.toml'
             )
         words[words.index("--data") + 1] = paths.for_user(job.cluster.data)
     elif job.cluster.data:
@@ -145,39 +148,48 @@ def remote_command(job: Job) -> list[str]:
     return words
 
 
-def inputs_of(job: Job) -> dict[str, tuple[str, Path]]:
-    """Earlier stages that were made on this machine and travel with the job: {stage: (dataset's name, folder)}.
+class InputDataset(NamedTuple):
+    """An earlier stage's folder on this machine, and the Beaker dataset that it is uploaded as."""
 
-    Raises SftError for one whose outputs are on yet another machine.
+    dataset: str
+    folder: Path
+
+
+def inputs_of(job: Job) -> dict[str, InputDataset]:
+    """The earlier stages that were made on this machine and are uploaded with the job, {stage: dataset}.
+
+    Raises SftError for one whose outputs are on a third machine.
     """
-    found: dict[str, tuple[str, Path]] = {}
+    found: dict[str, InputDataset] = {}
     if job.stage == WATCH:
-        return found  # training brings them
+        return found  # the training job has them
     for stage in schema.STAGES[: schema.STAGES.index(job.stage)]:
         folder = job.run / stage
         try:
             made = manifest.load(folder / manifest.NAME)
         except (FileNotFoundError, SftError):
-            continue  # a stale upstream is told by the planner
-        away = Elsewhere.of(folder)
-        where, absent = away.where, away.outputs
+            continue  # the planner reports a stale upstream
+        elsewhere = Elsewhere.of(folder)
+        where = elsewhere.where
         if in_bucket(job.cluster):
-            if _in_bucket_already(job, stage, made, where):
+            if _bucket_address(job, stage, made, where):
                 continue
-        elif f"{kept_run(job)}/{stage}" in (where, str(folder.absolute())):
+        elif f"{stored_run(job)}/{stage}" in (where, str(folder.absolute())):
             continue
-        if absent:
+        if elsewhere.outputs:
             raise SftError(
-                f"{folder}: its outputs are in {where}, which jobs on {job.place.cluster} do not read; next: remove"
+                f"{folder}: its outputs are in {where}, which jobs on {job.place.cluster} cannot read; next: remove"
                 f" {folder / manifest.NAME} and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}"
             )
-        found[stage] = (f"olmo-sft-{stage}-{made.digest[:16]}", folder)
+        found[stage] = InputDataset(f"olmo-sft-{stage}-{made.digest[:16]}", folder)
     return found
 
 
-def _in_bucket_already(job: Job, stage: str, made: Manifest, where: str) -> str:
-    """The address of an earlier stage that jobs can read from a bucket, or "": its own, or that of the dataset that sync
-    made of prepare's folder."""
+def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
+    """The address in a bucket of an earlier stage, or "" where no bucket has it.
+
+    It is the stage's own, `where`, or for prepare that of the dataset that sync made from it.
+    """
     if where.startswith("gs://"):
         return where
     if stage != "prepare":
@@ -193,13 +205,13 @@ def _in_bucket_already(job: Job, stage: str, made: Manifest, where: str) -> str:
 
 
 def addresses(job: Job) -> dict[str, str]:
-    """Earlier stages that a job brings from a bucket: {stage: gs://…}; those of `inputs_of` travel with it."""
+    """The earlier stages that a job reads from a bucket, {stage: gs://…}. Those of `inputs_of` are uploaded with it."""
     found = {}
     for stage in schema.STAGES[: schema.STAGES.index(job.stage)] if in_bucket(job.cluster) else ():
         folder = job.run / stage
         with contextlib.suppress(FileNotFoundError, SftError):
             made = manifest.load(folder / manifest.NAME)
-            if address := _in_bucket_already(job, stage, made, Elsewhere.of(folder).where):
+            if address := _bucket_address(job, stage, made, Elsewhere.of(folder).where):
                 found[stage] = address
     return found
 
@@ -207,7 +219,7 @@ def addresses(job: Job) -> dict[str, str]:
 def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     """The experiment of a stage's job. Raises SftError for a cluster's file or a path that cannot work."""
     check_cluster(job.place.cluster, job.cluster)
-    # Two jobs may share a host and its network: a port made from what the job is.
+    # Two jobs may share a host and its network, so the port depends on the job's identity.
     variables = {"SFT_PORT": str(20000 + int(job.identity[:8], 16) % 10000)} if job.nodes > 1 else {}
     variables |= {"SFT_JOB": "beaker", "SFT_USER": user, "SFT_COMMIT": shipped.commit, "SFT_RESULTS": RESULTS}
     mounts = {}
@@ -218,7 +230,7 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
         variables["SFT_REPOSITORY"] = shipped.repository
     if in_bucket(job.cluster):
         variables |= {f"SFT_INPUT_{stage}": address for stage, address in addresses(job).items()}
-        variables["SFT_KEPT"] = kept(job)
+        variables["SFT_STAGE_ADDRESS"] = stored_stage(job)
     for stage, (dataset, _) in inputs_of(job).items():
         variables[f"SFT_INPUT_{stage}"] = f"{INPUTS}/{stage}"
         mounts[f"{INPUTS}/{stage}"] = f"{user}/{dataset}"
@@ -232,7 +244,7 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
 def task(
     job: Job, name: str, variables: Mapping[str, str], datasets: Mapping[str, str], gpus: int | None = None
 ) -> BeakerTaskSpec:
-    """A task without its command: where it runs, what it sees, what it keeps."""
+    """A Beaker task without its command: its resources, variables, secrets and mounts. `datasets`: {path: dataset}."""
     cluster, hardware = job.cluster, job.hardware
     check_time(job.recipe, job.place.cluster, job.stage)
     time = duration(hardware.time or cluster.time or "0s")
@@ -266,7 +278,7 @@ def task(
 
 
 def wrap(job: Job, tasks: list[BeakerTaskSpec]) -> BeakerExperimentSpec:
-    """The experiment around its tasks; the description says what is made, for whoever finds the name taken."""
+    """The experiment of these tasks. Its description names what is made, so that a lost submission is recognised."""
     spec = BeakerExperimentSpec(
         budget=job.cluster.budget, tasks=tasks, description=f"olmo-sft {job.stage} of {job.run.name} {job.identity}"
     )
@@ -276,19 +288,19 @@ def wrap(job: Job, tasks: list[BeakerTaskSpec]) -> BeakerExperimentSpec:
 def text(spec: BeakerExperimentSpec) -> str:
     """The specification as YAML, as `beaker experiment create` reads it."""
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # the package has no types
         pass
 
     def lines(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
     Dumper.add_representer(str, lines)
-    return yaml.dump(spec.to_json(), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return str(yaml.dump(spec.to_json(), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True))
 
 
 def user() -> str:
-    """Whom '{user}' stands for, before Beaker is asked."""
+    """The name that '{user}' stands for: SFT_USER, else the login name. Raises SftError for one that no account can have."""
     name = paths.for_user("{user}")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
-        raise SftError(f"{name!r} is not a Beaker account's name; next: SFT_USER=<your account> make …")
+        raise SftError(f"{name!r} is not the name of a Beaker account; next: SFT_USER=<your account> make …")
     return name

@@ -1,7 +1,7 @@
-"""What the doctor examines, and what a check says of it.
+"""What the doctor examines, and the rows that its checks return.
 
-A check is a function of a `Case` that yields rows (state, what, found, next command). It raises SftError for what no row was
-written for; the table shows that in red. Standard library only.
+A check is a function of a `Context` that yields rows (state, what, found, next command). The table shows an SftError that
+it raises as a red row. Standard library only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from sft.recipe import presets, recipe, schema
 from sft.runner import plan
 from sft.runner.processes import processes
 
-OK, NOTE, RED, LEFT = "ok", "note", "RED", "-"
-# GB of one GPU by a pattern of the name that a cluster's file, a recipe or Beaker gives; the first that matches counts.
+OK, NOTE, RED, SKIPPED = "ok", "note", "RED", "-"
+"""The states of a row: fine, worth knowing, stops the run, not checked."""
+# GB of one GPU by a pattern of its name in a cluster's file, in a recipe or on Beaker. The first match counts.
 MEMORY_GB = (
     (r"B300", 288.0), (r"GB200", 186.0), (r"B200", 180.0), (r"H200", 141.0), (r"H100 NVL", 94.0), (r"H100", 80.0),
     (r"A100 40 ?GB", 40.0), (r"A100 80 ?GB", 80.0), (r"L40S?", 48.0), (r"(RTX )?A6000", 48.0), (r"RTX 8000", 48.0),
@@ -28,6 +29,8 @@ MEMORY_GB = (
 
 @dataclass(frozen=True)
 class Row:
+    """A line of the table. `next` is the command or the edit that helps."""
+
     state: str
     what: str
     found: str
@@ -35,8 +38,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is examined: a run on a cluster, and which stages the answer matters for."""
+class Context:
+    """A run on a cluster, and the stages that are to run there."""
 
     place: plan.Place
     recipe: recipe.Recipe
@@ -52,11 +55,17 @@ class Case:
         return f"env/{self.place.cluster}.toml"
 
     def needs(self, *stages: str) -> bool:
+        """Whether one of these stages is to run."""
         return not set(self.stages).isdisjoint(stages)
+
+    def reads(self, field: str) -> bool:
+        """Whether the cluster's launcher reads this field of the cluster's file."""
+        launchers = next(f for f in dataclasses.fields(schema.Cluster) if f.name == field).metadata["launchers"]
+        return not launchers or self.cluster.launcher in launchers
 
     @property
     def far(self) -> bool:
-        """Whether jobs see other disks than this machine."""
+        """Whether jobs cannot see this machine's disks."""
         return self.cluster.launcher != "local" and not self.cluster.shared_disk
 
     @property
@@ -69,7 +78,7 @@ class Case:
 
     @property
     def prepared(self) -> dict[str, Any] | None:
-        """What prepare says of the data, when it is done."""
+        """prepare's dataset.json; None before prepare."""
         try:
             return json.loads((self.run / "prepare" / "dataset.json").read_bytes())
         except (OSError, ValueError):
@@ -77,7 +86,7 @@ class Case:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps: stated, or about those that the prepared tokens fill; None before prepare."""
+        """Optimizer steps: the recipe's, or about as many as the prepared tokens fill; None before prepare."""
         train, data = self.recipe.train, self.prepared
         if train.steps or data is None or not data.get("tokens"):
             return train.steps or None
@@ -85,37 +94,39 @@ class Case:
 
     @property
     def model(self) -> presets.ModelConfig | None:
-        """The geometry, or None while the vocabulary is only known to a tokenizer that was not read yet."""
+        """The geometry; None before prepare where the vocabulary is the tokenizer's, which prepare reads."""
         found = presets.resolve(self.recipe.model, int((self.prepared or {}).get("vocab_size") or 0))
         return found if found.vocab_size else None
 
-    def with_gpu(self, told: str = "") -> Case:
-        """The case with what is known of its GPUs: the recipe's word, the cluster file's, else what the scheduler told."""
+    def with_gpu(self, reported: str = "") -> Context:
+        """The context with the type of its GPUs: the recipe's, else the cluster file's, else the one the scheduler reported."""
         cluster = self.cluster
-        name = self.training.gpu or cluster.gpu or told
-        stated = not self.training.gpu or self.training.gpu == cluster.gpu  # the file's figures are of its own type
-        size = (cluster.gpu_memory_gb if stated else 0.0) or memory_gb(name)
-        tflops = cluster.gpu_tflops if stated else 0.0
+        name = self.training.gpu or cluster.gpu or reported
+        same = not self.training.gpu or self.training.gpu == cluster.gpu  # the file's figures are of the file's type
+        size = (cluster.gpu_memory_gb if same else 0.0) or memory_gb(name)
+        tflops = cluster.gpu_tflops if same else 0.0
         planned = dataclasses.replace(cluster, gpu=name, gpu_memory_gb=size, gpu_tflops=tflops)
         return dataclasses.replace(self, cluster=planned)
 
 
 def memory_gb(gpu: str) -> float:
-    """GB of a GPU by name, e.g. "NVIDIA A100 80GB"; 0 where it is not known or the type has several sizes."""
+    """GB of a GPU by its name, e.g. "NVIDIA A100 80GB"; 0 for an unknown type and for one of several sizes."""
     found = (size for name, size in MEMORY_GB if re.search(rf"(?<![A-Z0-9]){name}(?![A-Z0-9])", gpu.upper()))
     return next(found, 0.0)
 
 
 def red(what: str, e: Exception) -> Row:
-    found, _, then = (
-        str(e).rpartition("; next: ")
-        if "; next: " in str(e)
-        else (str(e).partition("\nnext: ")[0], "", str(e).partition("\nnext: ")[2])
-    )
+    """A red row from an error: its message, and the command after "next:"."""
+    text = str(e)
+    if "; next: " in text:
+        found, _, then = text.rpartition("; next: ")
+    else:
+        found, _, then = text.partition("\nnext: ")
     return Row(RED, what, found.replace("\n", "; "), then)
 
 
 def amount(size: float) -> str:
+    """Bytes for people: 1234567 -> "1.2 MB"."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

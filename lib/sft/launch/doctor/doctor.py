@@ -1,11 +1,11 @@
-"""What would stop a run on a cluster, found before a GPU is asked for, in one table.
+"""What would stop a run on a cluster, found before a GPU is requested, in one table.
 
     make doctor RECIPE=olmo3-7b CLUSTER=ai2-jupiter     exit status 1 when a line is red
 
-Each check is one function that returns rows (state, what, found, next command). What the recipe and this machine's files
-show costs well under two seconds and asks nobody; a scheduler is asked only by `make doctor`. Launchers run the same checks
-for their stage and refuse on a red line. Standard library, but for memory and hours, which need NumPy and are left out
-without it.
+Each check is a function that returns rows (state, what, found, next command). The checks of the recipe and of this
+machine's files take well under two seconds and ask no other machine; only `make doctor` asks a scheduler. Launchers run
+the same checks for their stage and refuse it on a red line. Standard library only, except for memory and hours: they need
+NumPy and are skipped without it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sft.common.errors import SftError
 from sft.launch.doctor import cluster, inputs, training
-from sft.launch.doctor.context import LEFT, OK, RED, Case, Row, red
+from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, red
+from sft.launch.launcher import Answer, load_launcher
 from sft.recipe import recipe, schema
 from sft.runner import plan
 
-Check = Callable[[Case], Iterator[Row]]
+Check = Callable[[Context], Iterator[Row]]
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (inputs.data, ("prepare", "sync")),
     (inputs.tokenizer, ("prepare", "sync", "train")),
@@ -31,38 +32,51 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (cluster.scheduler, schema.STAGES),
     (cluster.evaluation, ("evaluate",)),
 )
+"""(check, the stages that it matters for), in the order of the table."""
 
 
-def examine(case: Case, ask: bool = False) -> list[Row]:
-    """The rows of every check that matters for the case's stages. `ask`: also those that ask a scheduler, which come last but
-    are asked first: what it tells of its GPUs the others plan with."""
-    told, answers = cluster.ask(case) if ask else ("", [])
-    case = case.with_gpu(told)
-    rows = []
+def examine(context: Context, ask: bool = False) -> list[Row]:
+    """The rows of every check that matters for the context's stages.
+
+    With `ask`, the launcher also asks its scheduler. It is asked first, because the other checks use the type of the GPUs
+    that it answers; its rows come last.
+    """
+    answer = Answer()
+    if ask:
+        try:
+            answer = load_launcher(context.cluster.launcher).ask(context)
+        except ModuleNotFoundError as e:
+            answer = Answer("", (_not_installed("scheduler", e),))
+    context = context.with_gpu(answer.gpu)
+    rows: list[Row] = []
     for check, stages in CHECKS:
-        if case.needs(*stages):
+        if context.needs(*stages):
             try:
-                rows += list(check(case))
+                rows += list(check(context))
             except SftError as e:
                 rows.append(red(check.__name__, e))
             except ModuleNotFoundError as e:
-                rows.append(Row(LEFT, check.__name__, f"not checked: {e.name} is not installed", "make setup"))
-    return rows + answers
+                rows.append(_not_installed(check.__name__, e))
+    return [*rows, *answer.rows]
+
+
+def _not_installed(what: str, e: ModuleNotFoundError) -> Row:
+    return Row(SKIPPED, what, f"not checked: {e.name} is not installed", "make setup")
 
 
 def table(rows: Sequence[Row]) -> str:
-    wide = max((len(r.what) for r in rows), default=0)
+    width = max((len(r.what) for r in rows), default=0)
     lines = []
     for r in rows:
-        lines.append(f"{r.state:4}  {r.what:{wide}}  {r.found}")
+        lines.append(f"{r.state:4}  {r.what:{width}}  {r.found}")
         if r.next and r.state != OK:
-            lines.append(f"{'':4}  {'':{wide}}  next: {r.next}")
+            lines.append(f"{'':4}  {'':{width}}  next: {r.next}")
     return "\n".join(lines)
 
 
 def require(place: plan.Place, r: recipe.Recipe, stage: str) -> None:
-    """What a launcher asks before it starts a stage: raises SftError with every red line."""
-    red = [row for row in examine(Case(place, r, place.load_cluster(), (stage,))) if row.state == RED]
-    if red:
-        lines = "\n".join(f"{row.what}: {row.found}; next: {row.next}" for row in red)
+    """Checks a stage before a launcher starts it. Raises SftError with every red line."""
+    found = [row for row in examine(Context(place, r, place.load_cluster(), (stage,))) if row.state == RED]
+    if found:
+        lines = "\n".join(f"{row.what}: {row.found}; next: {row.next}" for row in found)
         raise SftError(f"{lines}\nmake doctor RECIPE={r.name} CLUSTER={place.cluster} shows all checks")

@@ -18,7 +18,7 @@ from sft.common import paths
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
-from sft.launch.doctor.context import LEFT, NOTE, OK, RED, Case, Row, amount, hours_text, red
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
 
 ASSUMED_MFU = (
     0.25,
@@ -28,9 +28,9 @@ ASSUMED_MFU = (
 MEASURED_BAND = 0.15  # of a measured one: another sequence length or cluster load moves it about that much  # of a measured one: another sequence length or cluster load moves it about that much
 
 
-def batch(case: Case) -> Iterator[Row]:
+def batch(context: Context) -> Iterator[Row]:
     """Packs, ranks and microbatches work out."""
-    train, hardware, ranks = case.recipe.train, case.training, case.ranks
+    train, hardware, ranks = context.recipe.train, context.training, context.ranks
     micro = hardware.microbatch_tokens or train.seq_len
     groups = max(1, ranks // hardware.context_degree)
     packs = train.global_batch_tokens // train.seq_len
@@ -41,34 +41,34 @@ def batch(case: Case) -> Iterator[Row]:
                   f"global_batch_tokens={max(1, round(train.global_batch_tokens / (micro * groups))) * micro * groups}, or other nodes, processes or microbatch_tokens")  # fmt: skip
     else:
         yield Row(OK, "batch", f"{whole}, {train.global_batch_tokens // (micro * groups)} microbatches each")
-    if (case.run / "prepare" / "data").is_dir() and not Elsewhere.of(case.run / "prepare").outputs:
+    if (context.run / "prepare" / "data").is_dir() and not Elsewhere.of(context.run / "prepare").outputs:
         try:
             from sft.packing.arithmetic import check
 
-            found = check(case.run / "prepare", case.recipe, hardware, case.cluster)
+            found = check(context.run / "prepare", context.recipe, hardware, context.cluster)
             yield Row(OK, "steps", f"{found.steps.steps:,}, {found.steps.warmup_steps:,} of them warm-up")
         except SftError as e:
             yield red("steps", e)
         except ImportError:
             pass
-    elif case.steps:
-        yield Row(OK, "steps", f"{case.steps:,}" + ("" if train.steps else " or so, packing aside"))
+    elif context.steps:
+        yield Row(OK, "steps", f"{context.steps:,}" + ("" if train.steps else " or so, packing aside"))
     else:
-        yield Row(LEFT, "steps", "not known before prepare", f"make prepare RECIPE={case.recipe.name}")
+        yield Row(SKIPPED, "steps", "not known before prepare", f"make prepare RECIPE={context.recipe.name}")
 
 
-def intervals(case: Case) -> Iterator[Row]:
+def intervals(context: Context) -> Iterator[Row]:
     """Saving, validating and evaluating happen when they are meant to; the warm-up ends."""
-    train, steps = case.recipe.train, case.steps
+    train, steps = context.recipe.train, context.steps
     if train.ephemeral_every and train.ephemeral_every >= train.save_every:
         yield Row(NOTE, "intervals", f"ephemeral_every = {train.ephemeral_every} is not below save_every = {train.save_every}: it adds nothing",
                   "ephemeral_every=0, or a smaller one")  # fmt: skip
     elif train.ephemeral_every and train.save_every % train.ephemeral_every:
         yield Row(NOTE, "intervals", f"save_every = {train.save_every} is not a multiple of ephemeral_every = {train.ephemeral_every}:"
                   " saves follow each other closely", f"ephemeral_every={train.save_every // 2 or 1}")  # fmt: skip
-    if train.validate_every and not case.recipe.prepare.validation_fraction:
+    if train.validate_every and not context.recipe.prepare.validation_fraction:
         yield Row(NOTE, "validation", "no validation split: no validation loss", "[prepare] validation_fraction = 0.01")
-    every = getattr(case.recipe.evaluate, "every", 0)
+    every = getattr(context.recipe.evaluate, "every", 0)
     if every and every < train.save_every:
         yield Row(NOTE, "intervals", f"[evaluate] every = {every} is below save_every = {train.save_every}: only kept steps are evaluated",
                   f"save_every={every}")  # fmt: skip
@@ -97,56 +97,58 @@ def intervals(case: Case) -> Iterator[Row]:
         )
 
 
-def memory(case: Case) -> Iterator[Row]:
+def memory(context: Context) -> Iterator[Row]:
     """One GPU holds what training puts on it."""
-    model, limit = case.model, case.cluster.gpu_memory_gb
+    model, limit = context.model, context.cluster.gpu_memory_gb
     if model is None:
-        yield Row(LEFT, "memory", "the vocabulary is not known before prepare")
+        yield Row(SKIPPED, "memory", "the vocabulary is not known before prepare")
         return
     from sft.model import memory
 
-    found = memory.plan(model, case.recipe.train, case.training, case.ranks, limit)
+    found = memory.plan(model, context.recipe.train, context.training, context.ranks, limit)
     most = sorted(found.parts.items(), key=lambda p: -p[1])[:3]
     text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}"
     if not limit:
-        asked = case.cluster.launcher != "local" and (case.cluster.gpus_per_node or case.training.gpus > 0)
-        then = f'[on.{case.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {case.file}'
+        asked = context.cluster.launcher != "local" and (context.cluster.gpus_per_node or context.training.gpus > 0)
+        then = f'[on.{context.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {context.file}'
         text += "; what a GPU holds is not stated" if asked else ""
-        yield Row(NOTE if asked else LEFT, "memory", text, then if asked else "")
+        yield Row(NOTE if asked else SKIPPED, "memory", text, then if asked else "")
         return
     try:
-        memory.require(found, model, case.recipe.train, case.training, case.ranks)
+        memory.require(found, model, context.recipe.train, context.training, context.ranks)
     except SftError as e:
         row = red("memory", e)
-        yield dataclasses.replace(row, found=row.found.replace("<cluster>", case.place.cluster))
+        yield dataclasses.replace(row, found=row.found.replace("<cluster>", context.place.cluster))
     else:
-        yield Row(OK, "memory", f"{text}, of {limit:g} GB" + (f" ({case.cluster.gpu})" if case.cluster.gpu else ""))
+        yield Row(
+            OK, "memory", f"{text}, of {limit:g} GB" + (f" ({context.cluster.gpu})" if context.cluster.gpu else "")
+        )
 
 
-def hours(case: Case) -> Iterator[Row]:
+def hours(context: Context) -> Iterator[Row]:
     """How long training takes, from its FLOPs and a share of the GPUs' peak."""
-    model, steps = case.model, case.steps
+    model, steps = context.model, context.steps
     if model is None or not steps:
-        yield Row(LEFT, "hours", "not known before prepare")
+        yield Row(SKIPPED, "hours", "not known before prepare")
         return
     from sft.model import utilisation
 
-    peak = case.cluster.gpu_tflops or utilisation.peak_tflops(case.cluster.gpu)
-    train, lengths = case.recipe.train, case.prepared or {}
+    peak = context.cluster.gpu_tflops or utilisation.peak_tflops(context.cluster.gpu)
+    train, lengths = context.recipe.train, context.prepared or {}
     mean = lengths["tokens"] / lengths["documents"] if lengths.get("documents") else train.seq_len
     per_token = utilisation.flops_per_token(model, (min(mean, train.seq_len) + 1) / 2)
     total = per_token * steps * train.global_batch_tokens
     if not peak:
         yield Row(
-            LEFT, "hours", f"{total:.2g} FLOPs; the GPU's peak is not known", f"gpu and gpu_tflops in {case.file}"
+            SKIPPED, "hours", f"{total:.2g} FLOPs; the GPU's peak is not known", f"gpu and gpu_tflops in {context.file}"
         )
         return
-    measured = measured_mfu(case.place.runs, case.recipe.model.preset, case.cluster.gpu)
+    measured = measured_mfu(context.place.runs, context.recipe.model.preset, context.cluster.gpu)
     low, middle, high = (
         (measured * (1 - MEASURED_BAND), measured, measured * (1 + MEASURED_BAND)) if measured else ASSUMED_MFU
     )
-    one = total / (case.ranks * peak * 1e12) / 3600
-    text = f"{hours_text(one / middle)} ({hours_text(one / high)} to {hours_text(one / low)}), {one / middle * case.ranks:,.1f} GPU hours"
+    one = total / (context.ranks * peak * 1e12) / 3600
+    text = f"{hours_text(one / middle)} ({hours_text(one / high)} to {hours_text(one / low)}), {one / middle * context.ranks:,.1f} GPU hours"
     yield Row(OK, "hours", f"{text}, at an MFU of {middle:.0%} {'measured before' if measured else 'assumed'}")
 
 
@@ -172,30 +174,32 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
     return None
 
 
-def disk(case: Case) -> Iterator[Row]:
+def disk(context: Context) -> Iterator[Row]:
     """Checkpoints fit where they are written."""
-    model, train, steps = case.model, case.recipe.train, case.steps
+    model, train, steps = context.model, context.recipe.train, context.steps
     if model is None:
-        yield Row(LEFT, "checkpoints", "the vocabulary is not known before prepare")
+        yield Row(SKIPPED, "checkpoints", "the vocabulary is not known before prepare")
         return
     moments = 2 if getattr(train, "optimizer", "adamw") == "adamw8bit" else 8
     one = model.parameters * (4 + moments)
     if steps is None:
-        yield Row(LEFT, "checkpoints", f"{amount(one)} each; how many is not known before prepare")
+        yield Row(SKIPPED, "checkpoints", f"{amount(one)} each; how many is not known before prepare")
         return
     keep = getattr(train, "keep", 0)
     permanent = math.ceil(steps / train.save_every)
     count = (min(permanent, keep) if keep else permanent) + (1 if train.ephemeral_every else 0)
     text = f"{count} of {amount(one)}, {amount(count * one)} in all"
-    if keep and case.recipe.evaluate.every:
+    if keep and context.recipe.evaluate.every:
         text += ", and those that wait for their evaluation"
-    if case.far and "train" in case.cluster.stages:
-        yield Row(LEFT, "checkpoints", f"{text}, in {paths.for_user(case.cluster.runs) or 'storage'}: not measured")
+    if context.far and "train" in context.cluster.stages:
+        yield Row(
+            SKIPPED, "checkpoints", f"{text}, in {paths.for_user(context.cluster.runs) or 'storage'}: not measured"
+        )
         return
-    folder = next(p for p in (case.run, *case.run.absolute().parents) if p.exists())
+    folder = next(p for p in (context.run, *context.run.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     there = sum(
-        f.stat().st_size for f in (case.run / "train").glob("step*/**/*") if f.is_file()
+        f.stat().st_size for f in (context.run / "train").glob("step*/**/*") if f.is_file()
     )  # of a run to go on with
     fits = free + there > 1.05 * count * one
     kept = f", {amount(there)} of them there" if there else ""

@@ -1,0 +1,92 @@
+"""Submits a stage as a Beaker experiment: uploads what it needs, builds its specification, creates it under a free name."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from beaker import Beaker, BeakerExperimentSpec
+from beaker import beaker_pb2 as pb2
+from beaker.exceptions import BeakerExperimentConflict, BeakerWorkloadNotFound, HTTPError, RequestException
+
+from sft.common import paths
+from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.launch.beaker import code, harnesses, specification
+from sft.launch.beaker.datasets import Uploads
+from sft.launch.beaker.requirements import has_secret
+from sft.launch.beaker.states import has_ended
+from sft.launch.job import Job
+from sft.runner import plan
+
+ATTEMPTS = 20  # names that are tried, where experiments of the earlier ones have ended
+INPUT_BYTES = 32 << 30  # a larger earlier stage is not uploaded with a job
+
+
+def submit(client: Beaker, job: Job, uploads: Uploads) -> str:
+    """Submits the job and returns the experiment's id. Raises SftError, or what the client raises."""
+    workspace = client.workspace.get(job.cluster.workspace)
+    user = specification.user()
+    spec = _upload_and_specify(job, user, uploads, workspace)
+    _leave_out_absent_secrets(client, job, spec, workspace)
+    for attempt in range(ATTEMPTS):
+        if id := _create(client, spec, specification.name_of(job, attempt), user, workspace):
+            return id
+    raise SftError(f"{ATTEMPTS} experiments named {specification.name_of(job)} have ended without a result; next: read the log"
+                   f" of the last one, then give the run another name: make new FROM={job.recipe.name} RECIPE=…")  # fmt: skip
+
+
+def _upload_and_specify(job: Job, user: str, uploads: Uploads, workspace: pb2.Workspace) -> BeakerExperimentSpec:
+    """Uploads the code and the earlier stages that the job needs, or a harness's model. Returns the specification."""
+    if spec := harnesses.experiment(job, user):
+        for dataset, path in harnesses.model_of(job, user).uploads.items():
+            uploads.upload(dataset, path, workspace)
+        return spec
+    shipped = code.describe(plan.REPO, job.cluster.code)
+    if shipped.dataset:
+        with tempfile.TemporaryDirectory(prefix="olmo-sft-") as folder:
+            archive = Path(folder)
+            uploads.upload(shipped.dataset, lambda: code.archive(plan.REPO, shipped.commit, archive), workspace)
+    for stage, (dataset, path) in specification.inputs_of(job).items():
+        size = sum(o.bytes for o in manifest.load(path / manifest.NAME).outputs)
+        if size > INPUT_BYTES:
+            raise SftError(f"{path}: {size:,} bytes are too many to upload with a job; next: remove its manifest"
+                           f" and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}")  # fmt: skip
+        uploads.upload(dataset, path, workspace)
+    return specification.experiment(job, shipped, user)
+
+
+def _leave_out_absent_secrets(client: Beaker, job: Job, spec: BeakerExperimentSpec, workspace: pb2.Workspace) -> None:
+    """Removes the optional secrets that the workspace does not have from the specification."""
+    names = {paths.for_user(s) for s in job.cluster.optional_secrets.values()}
+    absent = {name for name in names if not has_secret(client, name, workspace)}
+    for task in spec.tasks:
+        task.env_vars = [v for v in task.env_vars or [] if v.secret not in absent]
+
+
+def _create(client: Beaker, spec: BeakerExperimentSpec, name: str, user: str, workspace: pb2.Workspace) -> str | None:
+    """Creates the experiment and returns its id; None where the name is that of an earlier attempt, which has ended.
+
+    A request that ends without an answer may have created the experiment: one of this name and description that has not
+    ended is it. Raises SftError for a name that another active experiment has, and what the client raises.
+    """
+    try:
+        return str(client.experiment.create(spec=spec, name=name, workspace=workspace).experiment.id)
+    except (BeakerExperimentConflict, RequestException) as e:
+        if isinstance(e, HTTPError) or (taken := _find(client, f"{user}/{name}")) is None:
+            raise
+        if has_ended(taken):
+            return None
+        if isinstance(e, RequestException) and taken.experiment.description == spec.description:
+            return str(taken.experiment.id)
+        raise SftError(
+            f"the experiment {name} exists already and has not ended: {client.workload.url(taken)};"
+            f" it was submitted elsewhere; next: wait for it, or beaker experiment stop {taken.experiment.id}"
+        ) from None
+
+
+def _find(client: Beaker, name: str) -> pb2.Workload | None:
+    try:
+        return client.workload.get(name)
+    except BeakerWorkloadNotFound:
+        return None

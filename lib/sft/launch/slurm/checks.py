@@ -1,0 +1,42 @@
+"""The doctor's checks of a Slurm cluster."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row
+from sft.launch.launcher import Answer
+
+ANSWER_S = 10
+
+
+def check(context: Context) -> Iterator[Row]:
+    """Slurm's commands are on this machine."""
+    if found := shutil.which("sbatch"):
+        yield Row(SKIPPED, "scheduler", f"{found}: not asked")
+    else:
+        yield Row(RED, "scheduler", "sbatch: not found", "run this on a login node of the cluster")
+
+
+def ask(context: Context) -> Answer:
+    """Asks Slurm whether it would accept a job like training's. Submits nothing."""
+    if not shutil.which("sbatch"):
+        return Answer()
+    cluster, hardware = context.cluster, context.training
+    gpus = hardware.gpus if hardware.gpus >= 0 else cluster.gpus_per_node
+    options = {"nodes": hardware.nodes, "gpus-per-node": gpus, "cpus-per-task": hardware.cpus, "account": cluster.account,
+               "partition": hardware.partition or cluster.partition, "qos": cluster.qos,
+               "time": hardware.time or cluster.time}  # fmt: skip
+    words = [f"--{k}={v}" for k, v in options.items() if v]
+    command = ["sbatch", "--test-only", *words, *cluster.sbatch, "--wrap=true"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
+    except (subprocess.TimeoutExpired, OSError) as e:
+        return Answer("", (Row(NOTE, "sbatch", f"Slurm did not answer: {e}", "make doctor again"),))
+    lines = (done.stderr or done.stdout).strip().splitlines() or ["no answer"]
+    if done.returncode:
+        then = f"correct {context.file} or [on.{context.place.cluster}.train]"
+        return Answer("", (Row(RED, "sbatch", lines[-1], then),))
+    return Answer("", (Row(OK, "sbatch", lines[-1]),))
