@@ -288,14 +288,12 @@ def wrap(job: Job, tasks: list[BeakerTaskSpec]) -> BeakerExperimentSpec:
 def text(spec: BeakerExperimentSpec) -> str:
     """The specification as YAML, as `beaker experiment create` reads it."""
 
-    class Dumper(yaml.SafeDumper):  # type: ignore[misc]  # the package has no types
-        pass
-
-    def lines(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    def represent(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
         return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
 
-    Dumper.add_representer(str, lines)
-    return str(yaml.dump(spec.to_json(), Dumper=Dumper, sort_keys=False, width=120, allow_unicode=True))
+    dumper: Any = type("Dumper", (yaml.SafeDumper,), {})  # of our own: representers are added to a class
+    dumper.add_representer(str, represent)
+    return str(yaml.dump(spec.to_json(), Dumper=dumper, sort_keys=False, width=120, allow_unicode=True))
 
 
 def user() -> str:
