@@ -37,6 +37,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import model_config, step_config
 from sft.export.core import write_step
+from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.recipe.presets import PRESETS, ModelConfig
 
@@ -78,8 +79,8 @@ def write_checkpoint(step: Path, config: ModelConfig) -> None:
     made["model"]["vocab"] = ids | {f"unused {i}": i for i in range(len(ids), VOCAB)}
     shutil.copytree(TOKENIZER, step.parent / "tokenizer", dirs_exist_ok=True)
     (step.parent / "tokenizer" / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
-    facts = {"vocab_size": VOCAB, "eos_id": ids["<|endoftext|>"], "pad_id": ids["<|pad|>"]}
-    (step / "config.json").write_text(json.dumps(step_config(config, facts)))
+    tokens = TokenIds(VOCAB, ids["<|endoftext|>"], ids["<|pad|>"])
+    (step / "config.json").write_text(json.dumps(step_config(config, tokens)))
 
 
 def export(step: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from sft.checkpoint import olmo_core
+from sft.formats.dataset import TokenIds
 from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World
 from sft.recipe.presets import ModelConfig
@@ -53,7 +54,13 @@ def main() -> None:
     quiet, during, blocked, waited, seconds, copied, written = [], [], [], [], [], [], []
     with tempfile.TemporaryDirectory() as folder:
         beside, waiting = (
-            Saver(Path(folder), Train(async_save=a, keep=1), olmo_core.step_config(config, {}), world, lambda _: None)
+            Saver(
+                Path(folder),
+                Train(async_save=a, keep=1),
+                olmo_core.step_config(config, TokenIds()),
+                world,
+                lambda _: None,
+            )
             for a in (True, False)
         )
         step()

@@ -1,14 +1,53 @@
-"""Small datasets for the tests of packing, steps and loading."""
+"""Small datasets for the tests of packing, steps and loading, and dataset.json for those that need one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from sft.data.dataset import Dataset, DatasetWriter
+from sft.formats.dataset import (
+    DatasetInfo,
+    LengthHistogram,
+    SourceSummary,
+    SplitSize,
+    Template,
+    TokenizerFacts,
+    TokenizerFile,
+)
 
 EOS, PAD, VOCAB = 997, 998, 1000
+
+
+def facts(vocab_size: int, eos_id: int, pad_id: int, sha256: str = "0" * 64) -> TokenizerFacts:
+    """A tokenizer of which only ids and the hash of tokenizer.json matter."""
+    return TokenizerFacts(
+        vocab_size, eos_id, pad_id, (eos_id,), "eos", True, TokenizerFile(sha256, {}), Template("test", "0" * 64)
+    )
+
+
+def source_summary(
+    path: str, documents: int = 1, tokens: int = 10, labels: int = 5, rejected: int = 0
+) -> SourceSummary:
+    rows = documents + rejected
+    return SourceSummary(
+        path, 1.0, documents, 0, 0, 0, documents, documents, rows, rejected, documents, tokens, labels, ()
+    )
+
+
+def dataset_info(
+    facts: TokenizerFacts,
+    sources: Sequence[SourceSummary],
+    splits: dict[str, SplitSize] | None = None,
+    lengths: LengthHistogram | None = None,
+) -> DatasetInfo:
+    """dataset.json of a dataset from these sources."""
+    total = SplitSize(*(sum(getattr(s, name) for s in sources) for name in ("documents", "tokens", "labels")))
+    return DatasetInfo(
+        "uint32", facts, tuple(sources), splits or {"data": total}, lengths or LengthHistogram(10.0, 10, 10, 10, 10, ())
+    )
 
 
 def write_dataset(folder: Path, lengths: list[int], seed: int = 0, part_tokens: int = 700) -> Dataset:

@@ -21,6 +21,7 @@ from sft.checkpoint.dcp_reader import DcpReader, read_metadata
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World
@@ -30,7 +31,7 @@ from sft.training import initial_weights
 from sft.training.optim import build_adamw
 
 CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, yarn=Yarn(factor=4.0, old_context=32))
-FACTS = {"vocab_size": 120, "eos_id": 1, "pad_id": 0}
+FACTS = TokenIds(120, 1, 0)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -239,7 +240,7 @@ def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
     from olmo_core.nn.hf.convert_checkpoint import convert_checkpoint_to_hf, load_config
 
     config = replace(CONFIG, vocab_size=1152)
-    facts = {"vocab_size": 1024, "eos_id": 1020, "pad_id": 1023}
+    facts = TokenIds(1024, 1020, 1023)
     step = step_folder.save(
         tmp_path,
         3,

@@ -14,6 +14,7 @@ import tiny_export
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export import convert, gate, write
+from sft.formats.dataset import TokenIds
 from sft.formats.gate import GateRecord
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
@@ -53,10 +54,10 @@ def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig
 
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert str(model.dtype) == f"torch.{dtype}"
-    assert model.config.vocab_size == facts["vocab_size"] == model.lm_head.weight.shape[0] < config.vocab_size
+    assert model.config.vocab_size == facts.vocab_size == model.lm_head.weight.shape[0] < config.vocab_size
     assert model.config.max_position_embeddings == 4096
     assert model.generation_config.eos_token_id == [2, 0]
-    assert torch.equal(model.lm_head.weight, weights[hf.head_name(config)][: facts["vocab_size"]].to(model.dtype))
+    assert torch.equal(model.lm_head.weight, weights[hf.head_name(config)][: facts.vocab_size].to(model.dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == tiny_export.TEMPLATE
     assert report.chats
@@ -262,7 +263,7 @@ def test_special_tokens_that_disagree_with_training_are_refused(
 
 def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None:
     folder, _, facts, _ = export(tmp_path, OLMO2)
-    facts["tokenizer"]["canaries"] = {"Paris": [1, 2, 3]}
+    facts = replace(facts, tokenizer=replace(facts.tokenizer, canaries={"Paris": (1, 2, 3)}))
     with pytest.raises(SftError, match=r"'Paris' becomes .* another pre-tokenizer"):
         gate.check_tokenizer(folder, facts)
 
@@ -277,11 +278,11 @@ def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: P
 
     trained = resolve(Model(preset="olmo3-tiny"), 300)
     for config in (trained, replace(trained, **{field: value})):
-        (tmp_path / "config.json").write_text(json.dumps(step_config(config, {})))
+        (tmp_path / "config.json").write_text(json.dumps(step_config(config, TokenIds())))
         if config == trained:
-            assert convert.model_config(Model(preset="olmo3-tiny"), {"vocab_size": 300}, tmp_path) == trained
+            assert convert.model_config(Model(preset="olmo3-tiny"), 300, tmp_path) == trained
     with pytest.raises(SftError, match=rf"config.json: {field}: .*, the recipe's \[model\] says .*; next: make train"):
-        convert.model_config(Model(preset="olmo3-tiny"), {"vocab_size": 300}, tmp_path)
+        convert.model_config(Model(preset="olmo3-tiny"), 300, tmp_path)
 
 
 def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:

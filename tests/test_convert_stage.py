@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import made_data
 import tiny_export
 from sft.common.errors import SftError
 from sft.export import convert, core, rows, write
@@ -28,8 +29,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("stage") / "smoke"
     facts = tiny_export.tokenizer(run / "train" / "tokenizer")
     (run / "prepare").mkdir()
-    sources = [{"path": "zoo.jsonl", "documents": 48, "tokens": 4800, "labels": 1200}]
-    rows.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
+    info = made_data.dataset_info(facts, [made_data.source_summary("zoo.jsonl", 48, 4800, 1200)])
+    info.write(run / "prepare" / "dataset.json")
     options = types.SimpleNamespace(dtype="float32", max_position_embeddings=64, shard_gb=1.0)
     weights = tiny_export.weights(CONFIG)
     made: Any = options

@@ -22,6 +22,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
 from sft.common.errors import SftError
 from sft.export import core
+from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert
@@ -35,14 +36,14 @@ def quiet(_: str) -> None:
     pass
 
 
-def their_step(root: Path, config: ModelConfig) -> tuple[Path, dict[str, Any]]:
+def their_step(root: Path, config: ModelConfig) -> tuple[Path, TokenizerFacts]:
     """A step as OLMo-core's trainer writes it, its tokenizer beside it."""
     pytest.importorskip("olmo_core")
     from olmo_core.distributed.checkpoint import save_model_and_optim_state
     from olmo_core.nn.transformer import TransformerConfig
 
     facts = tiny_export.tokenizer(root / "tokenizer")
-    described = step_config(config, facts)
+    described = step_config(config, facts.ids)
     model = TransformerConfig.from_dict(described["model"]).build(init_device="cpu")
     model.load_state_dict(tiny_export.weights(config))
     optimizer = torch.optim.AdamW(model.parameters())

@@ -42,7 +42,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, config in MODELS.items():
         for ranks in RANKS[name]:
             facts = tiny_export.tokenizer(root / name / str(ranks) / "tokenizer")
-            described = json.dumps(step_config(config, facts))
+            described = json.dumps(step_config(config, facts.ids))
             (root / name / str(ranks) / "config.json").write_text(described)
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("core_trainer.py")), str(root)],

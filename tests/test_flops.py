@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import training
 from sft.checkpoint import olmo_core
 from sft.data.dataset import Dataset
+from sft.formats.dataset import TokenIds
 from sft.model import utilisation
 from sft.model.flops import head_flops, token_flops
 from sft.model.model import Transformer
@@ -37,7 +38,7 @@ def test_a_document_costs_what_olmo_core_says(window: int, length: int) -> None:
     from olmo_core.nn.transformer import TransformerConfig
 
     config = replace(TINY, window=window)
-    theirs = TransformerConfig.from_dict(olmo_core.step_config(config, {})["model"]).build(init_device="meta")
+    theirs = TransformerConfig.from_dict(olmo_core.step_config(config, TokenIds())["model"]).build(init_device="meta")
     counted = ("q_norm", "k_norm", "lm_head.norm")
     norms = 6 * sum(p.numel() for name, p in theirs.named_parameters() if any(n in name for n in counted))
     ours = utilisation.flops_per_token(

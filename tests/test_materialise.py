@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import made_data
 from sft.common.errors import SftError
 from sft.data import materialise as module
 from sft.data.chunks import Progress
@@ -54,10 +55,10 @@ def chosen(made: list[list[np.ndarray]], picks: list[tuple[int, int]]) -> Docume
 
 
 def run(folder: Path, paths: list[Path], documents: Documents, threads: int = 2) -> Dataset:
-    check = Check("x", {"terminator_ids": [EOS], "boundaries": "eos", "eos_id": EOS})
+    check = Check("x", made_data.facts(1000, EOS, pad_id=0))
     progress = Progress(lambda _: None, "writing", 1)
     written, _ = materialise(folder, 1000, paths, documents, check, progress, threads)
-    assert written["documents"] == len(documents.file)
+    assert written.documents == len(documents.file)
     return Dataset.open(folder)
 
 

@@ -110,7 +110,7 @@ def test_a_cap_on_tokens_takes_every_document_that_still_fits(lengths, room):
 def test_exact_duplicates_go_over_all_sources_and_the_first_stays():
     mixed = mix([pool([1, 2, 1, 3]), pool([3, 4, 4])], [Source(path="a"), Source(path="b")], seed=1, deduplicate=True)
     assert taken(mixed, 0) == [0, 1, 3] and taken(mixed, 1) == [1]
-    assert [r["duplicates"] for r in mixed.report] == [1, 2]
+    assert [r.duplicates for r in mixed.report] == [1, 2]
     assert first_copies(pool([5, 5, 5]).digests).tolist() == [True, False, False]
 
 
@@ -160,7 +160,7 @@ def test_a_conversation_is_in_validation_once_over_all_sources():
 def test_contaminated_documents_are_in_no_split():
     mixed = mix([pool(range(100), excluded=range(0, 100, 2))], [Source(path="a")], seed=1, validation_fraction=0.2)
     assert all(i % 2 for i in [*mixed.data.index.tolist(), *mixed.validation.index.tolist()])
-    assert mixed.report[0]["contaminated"] == 50
+    assert mixed.report[0].contaminated == 50
 
 
 def test_a_mix_without_documents_is_an_error():

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft.checkpoint.olmo_core import step_config
+from sft.formats.dataset import TokenIds
 from sft.model import model as modules
 from sft.model.attention import _fused as fused
 from sft.model.hf import family, hf_config, shapes
@@ -111,7 +112,7 @@ def test_equals_olmo_core_built_from_our_config_json(name: str) -> None:
 
     config = CONFIGS[name]
     model, document = build(config), ids(90)
-    oracle = TransformerConfig.from_dict(step_config(config, {})["model"]).build(init_device="cpu")
+    oracle = TransformerConfig.from_dict(step_config(config, TokenIds())["model"]).build(init_device="cpu")
     oracle.load_state_dict(whole(model))
     logits = oracle(document[None])[0]
     compare(model, logits, document, dict(oracle.named_parameters()))

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+import made_data
 from conftest import REPO
 from preparing import TOKENIZER, conversation, stage, write_rows
 from sft.common import paths
@@ -84,7 +85,7 @@ def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path
 
 
 def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
-    check = token_check.Check("x", {"terminator_ids": [9], "boundaries": "eos", "eos_id": 9})
+    check = token_check.Check("x", made_data.facts(10, eos_id=9, pad_id=0))
     tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
     ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
     found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)

@@ -33,11 +33,11 @@ def test_segments_are_the_document_with_special_tokens_alone(made: Encoder) -> N
     got = made.encode([chat("é", f"b{EOS}c")], SOURCE)
     parts = preview.segments(made.vocabulary, got.ids, got.mask)
     assert (
-        "".join(part["text"] for part in parts)
+        "".join(part.text for part in parts)
         == f"<|im_start|>user\né{IM_END}\n<|im_start|>assistant\nb{EOS}c{IM_END}\n{EOS}"
     )
-    assert [part["text"] for part in parts if part["special"]] == ["<|im_start|>", IM_END, "<|im_start|>", IM_END, EOS]
-    assert [part["text"] for part in parts if part["trained"]] == [f"b{EOS}c", IM_END]
+    assert [part.text for part in parts if part.special] == ["<|im_start|>", IM_END, "<|im_start|>", IM_END, EOS]
+    assert [part.text for part in parts if part.trained] == [f"b{EOS}c", IM_END]
 
 
 def test_preview_shows_rows_rejects_and_boundaries(made: Encoder, files: list) -> None:

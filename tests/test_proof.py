@@ -94,7 +94,7 @@ def test_turn_terminator_is_trained_after_every_turn_that_has_one(name: str, enc
     """axolotl #3754: the token that ends a turn was never trained, so the model did not stop."""
     made = encoders[name]
     got = made.encode([MULTI], SOURCE)
-    terminators = set(made.identity["terminator_ids"])
+    terminators = set(made.identity.terminator_ids)
     answers = 1 if name.startswith("simple") else 3  # the simple layouts end only the conversation
     assert terminators and sum(number in terminators for number in got.ids[got.mask].tolist()) == answers
     assert int(got.ids[got.mask][-1]) in terminators
@@ -107,7 +107,7 @@ def test_turn_terminator_that_is_not_eos_is_trained_with_stock_templates(name: s
     got = made.encode([MULTI], SOURCE)
     last = EOS if name == "olmo" else stop
     assert text_of(made, got, trained=True) == f"4{stop}6{stop}You are welcome.{last}"
-    assert made.identity["terminator_ids"] == sorted({made.vocabulary.specials[token] for token in (stop, last)})
+    assert made.identity.terminator_ids == tuple(sorted({made.vocabulary.specials[token] for token in (stop, last)}))
 
 
 def test_template_that_hides_its_terminator_from_the_mask_is_refused(folder: Path) -> None:
@@ -203,8 +203,8 @@ def test_readers_that_look_for_eos_find_exactly_the_documents(name: str, encoder
     made = encoders[name]
     rows = [MULTI, chat(f"What is {EOS}?", f"It is {EOS}, the end."), chat("a", "b", "c")]
     got = made.encode(rows, SOURCE)
-    assert made.identity["boundaries"] == "eos"
-    found = [position + 1 for position, number in enumerate(got.ids.tolist()) if number == made.identity["eos_id"]]
+    assert made.identity.boundaries == "eos"
+    found = [position + 1 for position, number in enumerate(got.ids.tolist()) if number == made.identity.eos_id]
     assert found == got.lengths.cumsum().tolist()
 
 
@@ -213,10 +213,10 @@ def test_templates_with_eos_inside_say_that_their_data_needs_an_index(name: str,
     """torchtitan #3130: the same mistake with templates that end every turn in EOS. The data says so before anyone packs it."""
     made = encoders[name]
     got = made.encode([MULTI, MULTI], SOURCE)
-    assert made.identity["boundaries"] == "index"
-    assert len(got.lengths) == 2 < (got.ids == made.identity["eos_id"]).sum()
+    assert made.identity.boundaries == "index"
+    assert len(got.lengths) == 2 < (got.ids == made.identity.eos_id).sum()
     # The same holds when the template is not known by name.
-    assert with_template(folder, TEMPLATES[name].jinja).identity["boundaries"] == "index"
+    assert with_template(folder, TEMPLATES[name].jinja).identity.boundaries == "index"
 
 
 # --- masks against the oracle -----------------------------------------------------------------------------------------
@@ -288,8 +288,8 @@ def test_every_document_keeps_the_promises_whatever_the_content(
     assert len(got.ids) == len(got.mask) == got.lengths.sum() and got.mask.sum() == got.labels.sum()
     starts = got.lengths.cumsum() - got.lengths
     assert not got.mask[starts].any() and (got.labels > 0).all()
-    if made.identity["boundaries"] == "eos":
-        assert ((got.ids == made.identity["eos_id"]).nonzero()[0] == starts + got.lengths - 1).all()
+    if made.identity.boundaries == "eos":
+        assert ((got.ids == made.identity.eos_id).nonzero()[0] == starts + got.lengths - 1).all()
     for document, row in enumerate(got.rows.tolist()):
         text = text_of(made, got, document)
         for message in rows[row]["messages"]:

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+import made_data
 import tiny_export
 from sft.common.errors import SftError
-from sft.export import gate, push, rows, write
+from sft.export import gate, push, write
 from sft.formats import manifest
 from sft.formats.manifest import Manifest
 from sft.formats.remote import SyncMetrics
@@ -156,9 +157,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write.export(weights, OLMO2, facts, run / "tok", folder, options, tiny_export.TEMPLATE, lambda _: None)
     report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, lambda _: None)
     report.write(run / "convert" / "gate.json")
-    sources = [{"path": "hf://lab/zoo@main", "documents": 48, "tokens": 4800, "labels": 1200}]
     (run / "prepare").mkdir()
-    rows.write_json(run / "prepare" / "dataset.json", {**facts, "sources": sources})
+    info = made_data.dataset_info(facts, [made_data.source_summary("hf://lab/zoo@main", 48, 4800, 1200)])
+    info.write(run / "prepare" / "dataset.json")
     place = plan.Place.parse(str(runs), "", "local")
     loaded = recipe.load(plan.REPO / "recipes" / "smoke.toml")
     (folder / "README.md").write_text("old")

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+import made_data
 import published
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.dataset import LengthHistogram
 from sft.formats.gate import (
     CarriedTemplate,
     ConvertMetrics,
@@ -24,6 +26,7 @@ from sft.formats.gate import (
     TensorCheck,
     TokenizerCheck,
 )
+from sft.formats.preview import Preview, Segment
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
@@ -68,24 +71,20 @@ def made(run: Path, stage: str, metrics: dict[str, Any], files: dict[str, str], 
 
 def whole_run(run: Path, steps: int = 240) -> Path:
     """A run with every stage, in the form the stages write."""
-    lengths = {
-        "p50": 60,
-        "p90": 130,
-        "p99": 200,
-        "max": 240,
-        "up_to": [[32, 40, 900], [64, 130, 6000], [128, 90, 8000], [256, 20, 4000]],
-    }
-    source = {"path": "smoke/<train>.jsonl", "documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2}
-    preview = [[
-        {"text": "<|im_start|>", "trained": False, "special": True},
-        {"text": "user\nWhere is <b>the otter</b>?\nassistant\n", "trained": False, "special": False},
-        {"text": "In the <|river|> house.", "trained": True, "special": False},
-        {"text": "<|im_end|>", "trained": True, "special": True},
-        {"text": "\n", "trained": False, "special": False, "end": True},
-    ]] * 3  # fmt: skip
-    facts = {"sources": [source], "lengths": lengths}
+    lengths = LengthHistogram(
+        67.5, 60, 130, 200, 240, ((32, 40, 900), (64, 130, 6000), (128, 90, 8000), (256, 20, 4000))
+    )
+    source = made_data.source_summary("smoke/<train>.jsonl", 280, 18900, 5200, rejected=2)
+    info = made_data.dataset_info(made_data.facts(1024, 0, 1), [source], lengths=lengths)
+    segments = (
+        Segment("<|im_start|>", False, True),
+        Segment("user\nWhere is <b>the otter</b>?\nassistant\n", False, False),
+        Segment("In the <|river|> house.", True, False),
+        Segment("<|im_end|>", True, True),
+        Segment("\n", False, False, end=True),
+    )
     made(run, "prepare", {"documents": 280, "tokens": 18900, "labels": 5200, "rejected": 2},
-         {"dataset.json": json.dumps(facts), "preview.json": json.dumps(preview)}, None)  # fmt: skip
+         {"dataset.json": info.to_bytes().decode(), "preview.json": Preview((segments,) * 3).to_bytes().decode()}, None)  # fmt: skip
     made(
         run,
         "sync",

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import made_data
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.files import hash_file
@@ -78,9 +79,7 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name])
     digest = hash_file(tmp_path / "soup" / "tokenizer" / "tokenizer.json")
-    assert (
-        initial_weights.check_tokenizer(tmp_path, {**FACTS, "tokenizer": {"sha256": digest}}, tmp_path / "soup") == ""
-    )
+    assert initial_weights.check_tokenizer(tmp_path, made_data.facts(*FACTS, digest), tmp_path / "soup") == ""
     theirs = core_model()
     from olmo_core.distributed.checkpoint import load_model_and_optim_state
 

@@ -56,7 +56,7 @@ def test_the_order_is_this_one_on_every_machine_and_numpy():
 def test_dropping_the_tail_gives_whole_batches_of_one_epoch_each(index: PackIndex):
     plan = StepPlan.build(index, replace(TRAIN, epoch_tail="drop"))
     per_epoch = len(index) // BATCH
-    assert plan.steps == 3 * per_epoch and plan.describe()["packs_dropped_per_epoch"] == len(index) - per_epoch * BATCH
+    assert plan.steps == 3 * per_epoch and plan.describe().packs_dropped_per_epoch == len(index) - per_epoch * BATCH
     for epoch in range(3):
         packs = [p for s in range(epoch * per_epoch, (epoch + 1) * per_epoch) for p in plan.packs(s).tolist()]
         assert max(Counter(packs).values()) == 1
@@ -85,20 +85,14 @@ def test_sums_of_steps_are_sums_of_their_packs(index: PackIndex):
 def test_the_description_adds_up(index: PackIndex):
     plan = StepPlan.build(index, replace(TRAIN, warmup_fraction=0.1))
     facts, steps = plan.describe(), range(plan.steps)
-    assert facts["steps"] == plan.steps and facts["warmup_steps"] == round(0.1 * plan.steps)
-    assert facts["tokens"] == sum(map(plan.tokens, steps)) and facts["padding"] == sum(map(plan.padding, steps))
+    assert facts.steps == plan.steps and facts.warmup_steps == round(0.1 * plan.steps)
+    assert facts.tokens == sum(map(plan.tokens, steps)) and facts.padding == sum(map(plan.padding, steps))
     labels = [plan.labels(s) for s in steps]
-    assert facts["trained_tokens"] == sum(labels) and facts["epochs"] == 3.0
-    assert facts["trained_tokens_per_step"] == {
-        "min": min(labels),
-        "mean": pytest.approx(np.mean(labels)),
-        "max": max(labels),
-    }
-    assert (
-        facts["tokens_lost"] == index.losses.tokens_lost > 0
-        and facts["packs_dropped_per_epoch"] == 0
-        and facts["exact"]
-    )
+    assert facts.trained_tokens == sum(labels) and facts.epochs == 3.0
+    per_step = facts.trained_tokens_per_step
+    assert (per_step.min, per_step.max) == (min(labels), max(labels))
+    assert per_step.mean == pytest.approx(np.mean(labels))
+    assert facts.tokens_lost == index.losses.tokens_lost > 0 and facts.packs_dropped_per_epoch == 0 and facts.exact
 
 
 def test_the_description_needs_no_token_files(tmp_path: Path, index: PackIndex):
@@ -107,7 +101,7 @@ def test_the_description_needs_no_token_files(tmp_path: Path, index: PackIndex):
         file.unlink()
     facts = StepPlan.build(pack_documents(data.documents, SEQ), TRAIN).describe()
     exact = StepPlan.build(index, TRAIN).describe()
-    assert not facts["exact"] and facts["steps"] == exact["steps"] and facts["tokens"] == exact["tokens"]
+    assert not facts.exact and facts.steps == exact.steps and facts.tokens == exact.tokens
 
 
 @pytest.mark.parametrize(
@@ -157,7 +151,7 @@ def test_steps_can_be_asked_in_any_order(index: PackIndex):
 def test_a_position_counts_what_was_consumed_and_belongs_to_one_plan(index: PackIndex):
     plan = StepPlan.build(index, TRAIN)
     last = plan.consumed(plan.steps)
-    assert last["packs"] == plan.total_packs and (last["epoch"], last["pack_in_epoch"]) == (3, 0)
+    assert last.packs == plan.total_packs and (last.epoch, last.pack_in_epoch) == (3, 0)
     for step in (0, 1, len(index) // BATCH + 1, plan.steps):
         assert plan.check(plan.consumed(step)) == step
     longer = StepPlan.build(index, replace(TRAIN, epochs=4.0))

@@ -33,6 +33,8 @@ from sft.chat.rows import RowReader
 from sft.common.errors import SftError
 from sft.data.tokenize import Encoder
 from sft.data.vocabulary import Vocabulary, check_rebuilt
+from sft.formats.dataset import TokenizerFacts
+from sft.formats.record import build, to_json
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import TEMPLATE_SUFFIXES
 
@@ -288,11 +290,11 @@ def test_every_name_of_a_template_file_that_the_planner_accepts_is_read(
 def test_identity_says_what_readers_of_the_data_need(folder: Path) -> None:
     identity = encoder(folder).identity
     vocabulary = Vocabulary(folder)
-    assert identity["boundaries"] == "eos" and identity["eos_id"] == vocabulary.specials[EOS]
-    assert identity["terminator_ids"] == sorted([vocabulary.specials[EOS], vocabulary.specials[IM_END]])
-    assert identity["vocab_size"] == vocabulary.size
-    assert json.loads(json.dumps(identity)) == identity
-    assert {name: encoder(folder, name).identity["boundaries"] for name in TEMPLATES} == {
+    assert identity.boundaries == "eos" and identity.eos_id == vocabulary.specials[EOS]
+    assert identity.terminator_ids == tuple(sorted([vocabulary.specials[EOS], vocabulary.specials[IM_END]]))
+    assert identity.vocab_size == vocabulary.size
+    assert build(TokenizerFacts, json.loads(json.dumps(to_json(identity))), "") == identity
+    assert {name: encoder(folder, name).identity.boundaries for name in TEMPLATES} == {
         name: "index" if name in ("tulu", "tulu_thinker", "zephyr") else "eos" for name in TEMPLATES
     }
 
@@ -399,11 +401,7 @@ def test_real_dolma2_agrees_with_tokenizers_on_gsm8k(shared_data: Path) -> None:
     assert got.proof["parity_documents"] in (0, len(rows)) and got.proof["straddling_tokens"] == 0
     for document in range(len(rows)):
         assert text_of(made, got, document, trained=True) == rows[document]["answer"] + EOS
-    assert (
-        made.identity["eos_id"] == 100257
-        and made.identity["pad_id"] == 100277
-        and made.identity["vocab_size"] == 100278
-    )
+    assert made.identity.eos_id == 100257 and made.identity.pad_id == 100277 and made.identity.vocab_size == 100278
 
 
 def test_answers_that_lack_what_the_prompt_gives_are_counted(folder: Path) -> None:

@@ -20,6 +20,7 @@ from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
+from sft.formats.dataset import DatasetInfo, TokenIds
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
@@ -237,10 +238,10 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     other = tmp_path / "base"
     other.mkdir()
     (other / "tokenizer.json").write_text('{"version": "2.0"}')
-    facts = json.loads((folder / "dataset" / "dataset.json").read_text())
+    facts = DatasetInfo.of(folder / "dataset").facts
     with pytest.raises(SftError) as error:
         initial_weights.check_tokenizer(folder / "dataset", facts, other)
-    assert facts["tokenizer"]["sha256"] in str(error.value)
+    assert facts.tokenizer.sha256 in str(error.value)
     assert initial_weights.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
     shutil.copy(folder / "dataset" / "data" / "tokenizer" / "tokenizer.json", other)
     assert initial_weights.check_tokenizer(folder / "dataset", facts, other) == ""
@@ -248,9 +249,9 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     (other / "tokenizer.json").unlink()
     with pytest.raises(SftError, match="could not be proven") as error:
         initial_weights.check_tokenizer(folder / "dataset", facts, other)
-    assert facts["tokenizer"]["sha256"] in str(error.value)
+    assert facts.tokenizer.sha256 in str(error.value)
     assert "could not be proven" in initial_weights.check_tokenizer(folder / "dataset", facts, other, unchecked=True)
-    size, end = facts["vocab_size"], facts["eos_id"]
+    size, end = facts.vocab_size, facts.eos_id
     for said, field in (
         ({"vocab_size": size + 8, "eos_token_id": [7, end]}, ""),  # Hugging Face pads the embedding
         ({"vocab_size": size - 1, "eos_token_id": end}, "config.json: vocab_size is"),
@@ -299,11 +300,11 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     from sft.recipe import presets, schema
 
     config = presets.resolve(schema.Model(**training.MODEL), training.VOCAB)
-    described = olmo_core.step_config(replace(config, window=16), {})
+    described = olmo_core.step_config(replace(config, window=16), TokenIds())
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
         initial_weights._check_core_config(tmp_path, config)
-    (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, {})))
+    (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, TokenIds())))
     initial_weights._check_core_config(tmp_path, config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         initial_weights.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)

@@ -6,10 +6,10 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
 from sft.recipe.presets import PRESETS, ModelConfig, Yarn
 
 TEMPLATE = (
@@ -31,7 +31,7 @@ _LINES = [
 ]
 
 
-def tokenizer(folder: Path, size: int = 300) -> dict[str, Any]:
+def tokenizer(folder: Path, size: int = 300) -> TokenizerFacts:
     """Writes a byte-level BPE tokenizer folder; returns dataset.json's facts about it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -50,17 +50,18 @@ def tokenizer(folder: Path, size: int = 300) -> dict[str, Any]:
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "clean_up_tokenization_spaces": False}))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     canaries = {
-        text: made.encode(text, add_special_tokens=False).ids for text in ("Paris 42\n", "<|im_start|>user\nhé")
+        text: tuple(made.encode(text, add_special_tokens=False).ids) for text in ("Paris 42\n", "<|im_start|>user\nhé")
     }
-    return {
-        "format": 1,
-        "vocab_size": made.get_vocab_size(),
-        "eos_id": 0,
-        "pad_id": 3,
-        "terminator_ids": [2],
-        "tokenizer": {"sha256": sha256(folder / "tokenizer.json"), "canaries": canaries},
-        "template": {"name": "test", "sha256": sha256(folder / "chat_template.jinja")},
-    }
+    return TokenizerFacts(
+        vocab_size=made.get_vocab_size(),
+        eos_id=0,
+        pad_id=3,
+        terminator_ids=(2,),
+        boundaries="index",
+        eos_appended=False,
+        tokenizer=TokenizerFile(sha256(folder / "tokenizer.json"), canaries),
+        template=Template("test", sha256(folder / "chat_template.jinja")),
+    )
 
 
 def sha256(file: Path) -> str:

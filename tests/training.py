@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -27,9 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 
+import made_data
 from published import publish
 from sft.checkpoint.step_folder import DcpReader
+from sft.common.files import hash_file
 from sft.data.dataset import DatasetWriter
+from sft.formats.dataset import SplitSize
 from sft.recipe import schema
 from sft.training import metrics
 
@@ -49,7 +51,7 @@ TRAIN: dict[str, Any] = {
 }  # fmt: skip
 
 
-def write_split(folder: Path, documents: int, seed: int) -> dict[str, int]:
+def write_split(folder: Path, documents: int, seed: int) -> SplitSize:
     rng = np.random.default_rng(seed)
     with DatasetWriter(folder, VOCAB, part_tokens=4096) as writer:
         for number in range(documents):
@@ -58,7 +60,7 @@ def write_split(folder: Path, documents: int, seed: int) -> dict[str, int]:
             ids[-1] = EOS
             mask = np.arange(length) >= (length - 1 if number % 3 == 0 else rng.integers(1, length))
             writer.add(ids, mask, [length], source=number % 2)
-        return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}
+        return SplitSize(writer.documents, writer.tokens, writer.labels)
 
 
 def write_dataset(folder: Path) -> Path:
@@ -67,16 +69,9 @@ def write_dataset(folder: Path) -> Path:
     tokenizer.mkdir(parents=True, exist_ok=True)
     (tokenizer / "tokenizer.json").write_text('{"version": "1.0"}')
     splits = {"data": write_split(folder / "data", 120, 1), "validation": write_split(folder / "validation", 20, 2)}
-    facts = {
-        "format": 1,
-        "vocab_size": VOCAB,
-        "eos_id": EOS,
-        "pad_id": PAD,
-        "tokenizer": {"sha256": hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()},
-        "sources": [{"path": "odd"}, {"path": "even"}],
-        "splits": splits,
-    }
-    (folder / "dataset.json").write_text(json.dumps(facts))
+    facts = made_data.facts(VOCAB, EOS, PAD, hash_file(tokenizer / "tokenizer.json"))
+    sources = [made_data.source_summary("odd"), made_data.source_summary("even")]
+    made_data.dataset_info(facts, sources, splits).write(folder / "dataset.json")
     publish(folder, ["data", "validation", "dataset.json"], stage="prepare", run="fake", key="sha256:0")
     return folder
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
+from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
@@ -39,7 +40,7 @@ def core_layers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
     return layers
 
 
-def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]:
+def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     """config.json of a step folder: what OLMo-core needs to build the model, and its converter to name the tokenizer."""
     norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
     windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
@@ -106,9 +107,9 @@ def step_config(config: ModelConfig, facts: Mapping[str, Any]) -> dict[str, Any]
         full = [i for i, window in enumerate(config.windows) if not window]
         model["block_overrides"] = {str(i): block(i) for i in full}
     tokenizer = {
-        "vocab_size": facts.get("vocab_size"),
-        "eos_token_id": facts.get("eos_id"),
-        "pad_token_id": facts.get("pad_id"),
+        "vocab_size": tokens.vocab_size,
+        "eos_token_id": tokens.eos_id,
+        "pad_token_id": tokens.pad_id,
         "identifier": None,
     }
     return {"model": model, "dataset": {"tokenizer": tokenizer}}
@@ -147,7 +148,7 @@ def model_config(file: Path) -> ModelConfig:
             init_std=float(model.get("init_std", 0.02)),
             norm_eps=float(block["layer_norm"].get("eps", 1e-5)),
         )
-        ours = core_layers(step_config(config, {})["model"])
+        ours = core_layers(step_config(config, TokenIds())["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SftError(
             f"{file}: not the description of an OLMo-core model: {error!r}; next: bring the step's own config.json"

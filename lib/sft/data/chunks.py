@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import shutil
 import time
@@ -22,10 +21,10 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
 from sft.data import blocks, sources
 from sft.data.decontaminate import Screen
 from sft.data.tokencache import ChunkWriter, Summary
+from sft.formats.chunks import ScreenHits
 
 if TYPE_CHECKING:
     from sft.data.tokenize import Encoded, Encoder
@@ -148,12 +147,12 @@ class ScreenChunk:
         self.screen, self.cache, self.readers = screen, cache, readers
 
     def __call__(self, job: Job) -> int:
-        hits: list[list[int]] = []
+        hits: list[tuple[int, int]] = []
         read = self.readers[job.source].read
         for batch in blocks.read(job.chunk):
             found = self.screen.hits([said(read, row) for row in batch.rows])
-            hits += [[batch.numbers[i], int(found[i])] for i in np.flatnonzero(found >= 0)]
-        write_atomic(self.cache / f"{job.name}.json", json.dumps({"hits": hits}).encode())
+            hits += [(batch.numbers[i], int(found[i])) for i in np.flatnonzero(found >= 0)]
+        ScreenHits(tuple(hits)).write(self.cache / f"{job.name}.json")
         return len(hits)
 
 

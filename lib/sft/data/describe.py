@@ -5,10 +5,11 @@ In: the finished steps of sft.data.prepare. Out: JSON values that depend on the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,18 @@ from sft.data.dataset import Dataset, token_dtype
 from sft.data.decontaminate import Screen
 from sft.data.mix import Mixed
 from sft.data.preview import segments
+from sft.formats.dataset import (
+    DatasetInfo,
+    Decontamination,
+    LengthHistogram,
+    NotCovered,
+    SourceFile,
+    SourceSummary,
+    SplitSize,
+)
+from sft.formats.preview import Preview
+from sft.formats.proof import Claim, Proof, SourceProof
+from sft.formats.rejects import ContaminatedRow
 
 if TYPE_CHECKING:
     from sft.data.preparation import Preparation, SourceIndex
@@ -32,60 +45,59 @@ def dataset(
     work: Preparation,
     mixed: Mixed,
     found: Sequence[SourceIndex],
-    splits: dict[str, dict[str, int]],
+    splits: dict[str, SplitSize],
     screen: Screen | None,
-) -> dict[str, Any]:
+) -> DatasetInfo:
     """dataset.json: what the data is, where it came from, and what was left out."""
     described, lengths = [], []
     for number, (source, index, files) in enumerate(zip(mixed.report, found, work.inputs, strict=True)):
         chosen = mixed.data.index[mixed.data.source == number]
         lengths.append(index.pool.lengths[chosen])
         described.append(
-            {
-                **source,
-                "rows": index.read,
-                "rejected": len(index.rejects),
-                "documents": len(chosen),
-                "tokens": int(lengths[-1].sum()),
-                "labels": int(index.labels[chosen].sum()),
-                "files": [{"name": f.name, "sha256": f.sha256, **dict(f.origin)} for f in files],
-            }
+            SourceSummary(
+                **dataclasses.asdict(source),
+                rows=index.read,
+                rejected=len(index.rejects),
+                documents=len(chosen),
+                tokens=int(lengths[-1].sum()),
+                labels=int(index.labels[chosen].sum()),
+                files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in files),
+            )
         )
-    identity = work.encoder.identity
-    made = {
-        "format": 1,
-        "dtype": token_dtype(identity["vocab_size"]).name,
-        **identity,
-        "sources": described,
-        "splits": splits,
-    }
-    made["lengths"] = histogram(np.concatenate(lengths))
-    if screen is not None:
-        made["decontamination"] = {
-            "files": list(work.table.decontaminate),
-            "ngram": screen.n,
-            "overlap": screen.overlap,
-            "texts": len(screen.texts),
-            "not_covered": {"too_short": screen.too_short, "shared_by_many_rows": screen.shared},
-            "dropped": int(sum((f.repeats >= 0).sum() for f in found)),
-        }
-    return made
+    facts = work.encoder.identity
+    return DatasetInfo(
+        dtype=token_dtype(facts.vocab_size).name,
+        facts=facts,
+        sources=tuple(described),
+        splits=splits,
+        lengths=histogram(np.concatenate(lengths)),
+        decontamination=None if screen is None else decontamination(work, found, screen),
+    )
 
 
-def histogram(lengths: NDArray[np.int64]) -> dict[str, Any]:
-    """Document lengths in tokens: percentiles, and [limit, documents, tokens] up to each power of two."""
+def decontamination(work: Preparation, found: Sequence[SourceIndex], screen: Screen) -> Decontamination:
+    """The evaluation files, and how many documents repeat their texts."""
+    return Decontamination(
+        files=tuple(work.table.decontaminate),
+        ngram=screen.n,
+        overlap=screen.overlap,
+        texts=len(screen.texts),
+        not_covered=NotCovered(screen.too_short, screen.shared),
+        dropped=int(sum((f.repeats >= 0).sum() for f in found)),
+    )
+
+
+def histogram(lengths: NDArray[np.int64]) -> LengthHistogram:
+    """Percentiles of document lengths in tokens, and documents and tokens up to each power of two."""
     buckets = np.ceil(np.log2(lengths)).astype(np.int64)
     documents = np.bincount(buckets)
     tokens = np.bincount(buckets, weights=lengths.astype(np.float64))
-    return {
-        "mean": round(float(lengths.mean()), 3),
-        **{f"p{p}": int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99)},
-        "max": int(lengths.max()),
-        "up_to": [[1 << b, int(n), int(t)] for b, (n, t) in enumerate(zip(documents, tokens, strict=True)) if n],
-    }
+    p50, p90, p99 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99))
+    up_to = tuple((1 << b, int(n), int(t)) for b, (n, t) in enumerate(zip(documents, tokens, strict=True)) if n)
+    return LengthHistogram(round(float(lengths.mean()), 3), p50, p90, p99, int(lengths.max()), up_to)
 
 
-def proof(work: Preparation, found: Sequence[SourceIndex]) -> dict[str, Any]:
+def proof(work: Preparation, found: Sequence[SourceIndex]) -> Proof:
     """proof.json: what was checked on how much, and every source's rejects with examples."""
     sources = []
     total: Counter[str] = Counter()
@@ -94,78 +106,76 @@ def proof(work: Preparation, found: Sequence[SourceIndex]) -> dict[str, Any]:
         for job in jobs:
             counts.update(work.summaries[job.name].notes)
         total.update(counts)
-        reasons = Counter(r["reason"] for r in index.rejects)
+        reasons = Counter(r.reason for r in index.rejects)
         examples = [
             example
             for reason in sorted(reasons)
-            for example in [r for r in index.rejects if r["reason"] == reason][:EXAMPLES_PER_REASON]
+            for example in [r for r in index.rejects if r.reason == reason][:EXAMPLES_PER_REASON]
         ]
         sources.append(
-            {
-                "path": source.path,
-                "rows": index.read,
-                "rejected": len(index.rejects),
-                "encoded": dict(sorted(counts.items())),
-                "reasons": dict(sorted(reasons.items())),
-                "examples": examples,
-            }
+            SourceProof(
+                path=source.path,
+                rows=index.read,
+                rejected=len(index.rejects),
+                encoded=dict(sorted(counts.items())),
+                reasons=dict(sorted(reasons.items())),
+                examples=tuple(examples),
+            )
         )
     made = claims(work, total)
-    if broken := [claim for claim in made if claim["true"] != claim["of"]]:
+    if broken := [claim for claim in made if claim.true != claim.of]:
         first = broken[0]
         raise SftError(
-            f"[prepare] proof: {first['claim']!r} is true for {first['true']} of {first['of']}; next: remove the cache/tokens folder and"
+            f"[prepare] proof: {first.claim!r} is true for {first.true} of {first.of}; next: remove the cache/tokens folder and"
             " run it again"
         )
-    return {"format": 2, "claims": made, "written": work.checks, "sources": sources}
+    return Proof(tuple(made), work.checks, tuple(sources))
 
 
-def claims(work: Preparation, encoded: Counter[str]) -> list[dict[str, Any]]:
+def claims(work: Preparation, encoded: Counter[str]) -> list[Claim]:
     """What is said of all documents, each with the number for which it was found true and the number of all."""
-    written: Counter[str] = Counter()
-    for check in work.checks.values():
-        written.update(check)
+    splits = list(work.checks.values())
+    documents = sum(split.documents for split in splits)
     exact = work.encoder.vocabulary.byte_level
     text = "decode to its rendered text" if exact else "cover its rendered text"
     found = [
         (f"the ids of a document {text}", encoded["documents_proven"], encoded["documents"]),
         ("a token of it is trained, and its first token is not",
-         written["documents_with_a_trained_token_that_is_not_the_first"], written["documents"]),
+         sum(split.documents_with_a_trained_token_that_is_not_the_first for split in splits), documents),
         ("the last token that is trained is a terminator",
-         written["documents_ending_with_a_trained_terminator"], written["documents"]),
+         sum(split.documents_ending_with_a_trained_terminator for split in splits), documents),
     ]  # fmt: skip
-    if work.encoder.identity["boundaries"] == "eos":
-        found.append(
-            ("it ends with the only EOS it has", written["documents_ending_with_their_only_eos"], written["documents"])
-        )
-    texts = len(work.encoder.identity["tokenizer"]["canaries"])
+    if work.encoder.identity.boundaries == "eos":
+        ended = sum(split.documents_ending_with_their_only_eos or 0 for split in splits)
+        found.append(("it ends with the only EOS it has", ended, documents))
+    texts = len(work.encoder.identity.tokenizer.canaries)
     found.append(
         ("transformers, loading data/tokenizer, gives these canary texts the same ids", work.canaries_agreed, texts)
     )
-    return [{"claim": claim, "true": true, "of": of} for claim, true, of in found]
+    return [Claim(*claim) for claim in found]
 
 
-def preview(folder: Path, vocabulary: Vocabulary) -> list[list[dict[str, Any]]]:
-    """The first conversations of a split as [{"text", "trained", "special"}] segments; the last one says whether it is the end."""
+def preview(folder: Path, vocabulary: Vocabulary) -> Preview:
+    """The first documents of a split as segments of text."""
     found = []
     data = Dataset.open(folder)
     for document in range(min(PREVIEWS, len(data))):
         ids, mask = data[document]
         parts = segments(vocabulary, ids[:PREVIEW_TOKENS], mask[:PREVIEW_TOKENS])
-        parts[-1]["end"] = len(ids) <= PREVIEW_TOKENS
-        found.append(parts)
-    return found
+        parts[-1] = dataclasses.replace(parts[-1], end=len(ids) <= PREVIEW_TOKENS)
+        found.append(tuple(parts))
+    return Preview(tuple(found))
 
 
-def contaminated(work: Preparation, found: Sequence[SourceIndex], screen: Screen) -> list[dict[str, Any]]:
+def contaminated(work: Preparation, found: Sequence[SourceIndex], screen: Screen) -> list[ContaminatedRow]:
     """Every conversation that was dropped, with the evaluation text it repeats."""
     return [
-        {
-            "source": source.path,
-            "file": jobs[int(index.chunk[i])].chunk.file.name,
-            "row": int(index.rows[i]),
-            "repeats": screen.texts[int(index.repeats[i])],
-        }
+        ContaminatedRow(
+            source=source.path,
+            file=jobs[int(index.chunk[i])].chunk.file.name,
+            row=int(index.rows[i]),
+            repeats=screen.texts[int(index.repeats[i])],
+        )
         for source, jobs, index in zip(work.table.sources, work.jobs_of, found, strict=True)
         for i in np.flatnonzero(index.repeats >= 0)
     ]

@@ -10,34 +10,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
+from sft.formats.dataset import NAME, DatasetInfo, TokenizerFacts
 
 PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv.gz")
 
 
-def olmo_core_obstacle(identity: Mapping[str, Any]) -> str:
+def olmo_core_obstacle(facts: TokenizerFacts) -> str:
     """Why OLMo-core would read other documents than were written; '' when it reads the same."""
-    if identity["boundaries"] == "eos":
+    if facts.boundaries == "eos":
         return ""
     return (
-        f"template {identity['template']['name']!r} writes EOS (id {identity['eos_id']}) inside conversations, and OLMo-core "
+        f"template {facts.template.name!r} writes EOS (id {facts.eos_id}) inside conversations, and OLMo-core "
         "ends a document at every EOS: it would take each conversation apart"
     )
 
 
 def olmo_core_export(prepared: Path, target: Path) -> int:
     """Makes `target` a dataset folder of OLMo-core and returns its bytes. Raises SftError, and leaves no folder, when it cannot be one."""
-    described = prepared / "dataset.json"
     try:
-        identity = json.loads(described.read_bytes())
-    except (OSError, ValueError) as error:
-        raise SftError(f"{described}: {error}; next: make prepare") from None
-    if reason := olmo_core_obstacle(identity):
+        info = DatasetInfo.of(prepared)
+    except OSError as error:
+        raise SftError(f"{prepared / NAME}: {error}; next: make prepare") from None
+    if reason := olmo_core_obstacle(info.facts):
         raise SftError(
             f"{prepared / 'data'}: not for OLMo-core: {reason}; next: train here, which reads documents.npy, or choose a "
             "template that writes EOS once, at the end (make fields)"
@@ -56,7 +54,8 @@ def olmo_core_export(prepared: Path, target: Path) -> int:
         except OSError:  # another disk, or one without links
             shutil.copyfile(file, copy)
     keep = ("dtype", "vocab_size", "eos_id", "pad_id", "boundaries", "template", "splits")
-    about = {name: identity[name] for name in keep}
-    write_atomic(partial / "dataset.json", json.dumps(about, indent=1).encode() + b"\n")
+    value = info.to_value()
+    about = {name: value[name] for name in keep}
+    write_atomic(partial / NAME, json.dumps(about, indent=1).encode() + b"\n")
     os.replace(partial, target)
     return sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

@@ -28,6 +28,7 @@ from sft.data.compiled import gather
 from sft.data.dataset import DatasetWriter, Looked, token_dtype
 from sft.data.token_check import Check, Seen
 from sft.data.tokencache import TokenFile
+from sft.formats.dataset import SplitSize
 
 Memory = tuple[NDArray[np.uint32], NDArray[np.bool_], NDArray[np.uint32]]
 """Ids and mask of a block, and room for what is read."""
@@ -55,7 +56,7 @@ def materialise(
     check: Check,
     progress: Progress,
     threads: int,
-) -> tuple[dict[str, int], dict[str, str]]:
+) -> tuple[SplitSize, dict[str, str]]:
     """Threads gather and check the next blocks while one is written. Returns what was written, and the sha256 of each file by name."""
     order = by_place(documents)
     file, start, length = documents.file[order], documents.start[order], documents.length[order]
@@ -82,7 +83,7 @@ def materialise(
         memory, total = unused.get(), int(lengths.sum())
         ids, mask, room = memory[0][:total], memory[1][:total], memory[2]
         found = (np.empty(count, np.int64), np.empty(count, np.bool_), *np.empty((2, count), np.uint32))
-        puts, eos = np.cumsum(lengths) - lengths, np.uint32(check.identity["eos_id"])
+        puts, eos = np.cumsum(lengths) - lengths, np.uint32(check.facts.eos_id)
         for first, stop in reads(file[here], start[here], lengths):
             base, end = int(start[span[0] + first]), int(start[span[0] + stop - 1] + lengths[stop - 1])
             tokens = opened(int(file[span[0] + first])).tokens(base, end, room)
@@ -90,7 +91,7 @@ def materialise(
         looked = writer.look(ids, mask, lengths, source[here], found[0], span[0])
         return check.look(lengths, *found), looked, memory
 
-    writer = DatasetWriter(folder, vocab_size, boundaries=check.identity["boundaries"], order=inverse(order))
+    writer = DatasetWriter(folder, vocab_size, boundaries=check.facts.boundaries, order=inverse(order))
     with naming(folder, needed), ThreadPoolExecutor(threads) as ahead, writer:
         left = iter(spans)
         coming = deque(ahead.submit(block, span) for span in itertools.islice(left, threads + 1))
@@ -101,7 +102,7 @@ def materialise(
             writer.append(looked)
             unused.put(memory)
             progress.add(seen.tokens, seen.tokens)
-    return {"documents": writer.documents, "tokens": writer.tokens, "labels": writer.labels}, writer.hashes
+    return SplitSize(writer.documents, writer.tokens, writer.labels), writer.hashes
 
 
 def by_place(documents: Documents) -> NDArray[np.int64]:

@@ -11,8 +11,7 @@ stays held out when rows are added, and under another seed, template or tokenize
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +45,24 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class SourceMix:
+    """What the mix took from one source. All but `weight` count documents."""
+
+    path: str
+    weight: int | float
+    found: int
+    duplicates: int
+    contaminated: int
+    validation: int
+    available: int
+    taken: int
+
+
+@dataclass(frozen=True)
 class Mixed:
     data: Selection
     validation: Selection
-    report: list[dict[str, Any]] = field(default_factory=list)
-    """One entry a source: path, weight, found, duplicates, contaminated, validation, available, taken."""
+    report: list[SourceMix]
 
 
 def scramble(values: U64) -> U64:
@@ -155,7 +167,7 @@ def mix(
     data: list[I64] = []
     validation: list[I64] = []
     validated = np.empty(0, dtype=np.uint64)  # conversations in validation
-    report: list[dict[str, Any]] = []
+    report: list[SourceMix] = []
     for pool, source, duplicate in zip(pools, sources, copies, strict=True):
         usable = ~(duplicate | pool.excluded)
         held = held_out(pool.conversations, validation_fraction)
@@ -170,20 +182,22 @@ def mix(
         data.append(chosen)
         validation.append(keep)
         report.append(
-            {
-                "path": source.path,
-                "weight": source.weight,
-                "found": len(pool.lengths),
-                "duplicates": int(duplicate.sum()),
-                "contaminated": int((pool.excluded & ~duplicate).sum()),
-                "validation": len(keep),
-                "available": len(train),
-                "taken": len(chosen),
-            }
+            SourceMix(
+                path=source.path,
+                weight=source.weight,
+                found=len(pool.lengths),
+                duplicates=int(duplicate.sum()),
+                contaminated=int((pool.excluded & ~duplicate).sum()),
+                validation=len(keep),
+                available=len(train),
+                taken=len(chosen),
+            )
         )
     mixed = Mixed(_shuffled(data, seed), _shuffled(validation, seed), report)
     if not len(mixed.data):
-        raise SftError(f"[prepare] sources: no document is left to train on: {report}; next: correct weights and caps")
+        raise SftError(
+            f"[prepare] sources: no document is left to train on: {list(map(asdict, report))}; next: correct weights and caps"
+        )
     return mixed
 
 

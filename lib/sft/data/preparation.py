@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import shutil
 import time
 from collections import Counter
@@ -26,6 +25,11 @@ from sft.data.materialise import Documents, materialise
 from sft.data.mix import Pool, Selection
 from sft.data.shard import Shard, digest
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
+from sft.formats.chunks import ScreenHits
+from sft.formats.dataset import SplitSize
+from sft.formats.proof import WrittenSplit
+from sft.formats.record import to_json
+from sft.formats.rejects import RejectedRow
 from sft.recipe import inputs
 from sft.recipe.schema import Source
 from sft.storage import hub
@@ -58,7 +62,7 @@ class SourceIndex:
     repeats: np.ndarray  # number of the evaluation text a document repeats, or -1
     pool: Pool
     read: int
-    rejects: list[dict[str, Any]]
+    rejects: list[RejectedRow]
 
 
 class Preparation:
@@ -89,7 +93,7 @@ class Preparation:
         ]
         self.summaries: dict[str, Summary] = {}
         self.canaries_agreed = 0
-        self.checks: dict[str, dict[str, int]] = {}
+        self.checks: dict[str, WrittenSplit] = {}
         self.hashes: dict[str, str] = {}  # sha256 of the files of the splits
 
     def _encoding(self) -> dict[str, Any]:
@@ -99,7 +103,7 @@ class Preparation:
             for f in dataclasses.fields(self.table)
             if f.name not in MIX_FIELDS | {"tokenizer"} and f.metadata.get("key", True)
         }
-        return {"encoding": ENCODING, "identity": self.encoder.identity, "options": table}
+        return {"encoding": ENCODING, "identity": to_json(self.encoder.identity), "options": table}
 
     def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[Job]:
         source = self.table.sources[number]
@@ -186,7 +190,7 @@ class Preparation:
 
     # --- what was encoded -----------------------------------------------------------------------------------------
 
-    def screen(self) -> tuple[dict[str, list[tuple[int, int]]], Screen | None]:
+    def screen(self) -> tuple[dict[str, tuple[tuple[int, int], ...]], Screen | None]:
         """Rows that repeat evaluation texts: {chunk file: [[row, text]]}."""
         if not self.table.decontaminate:
             return {}, None
@@ -214,13 +218,13 @@ class Preparation:
         progress = Progress(self.log, "decontaminating", sum(j.chunk.bytes for j in missing))
         for job, _ in workers.work(ScreenChunk, (screen, cache, readers), missing, self.workers(missing)):
             progress.add(job.chunk.bytes)
-        return {job.name: json.loads((cache / f"{job.name}.json").read_bytes())["hits"] for job in self.mine}, screen
+        return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
 
-    def collect(self, hits: dict[str, list[tuple[int, int]]]) -> list[SourceIndex]:
+    def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> list[SourceIndex]:
         """Reads the cache's index of every source. Raises SftError for missing files and too many rejects."""
         return [self._collect(i, hits) for i in range(len(self.inputs))]
 
-    def _collect(self, number: int, hits: dict[str, list[tuple[int, int]]]) -> SourceIndex:
+    def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> SourceIndex:
         jobs = self.jobs_of[number]
         parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
         read = base = 0
@@ -237,13 +241,13 @@ class Preparation:
             chunk.append(np.full(len(index), position, dtype=np.uint32))
             starts.append(np.cumsum(lengths) - lengths)
             rows.append(index["row"].astype(np.int64) + base + 1)
-            text_of = dict(hits.get(job.name, []))
+            text_of = dict(hits.get(job.name, ()))
             repeats.append(np.full(len(index), -1, dtype=np.int32))
             for i in np.flatnonzero(np.isin(index["row"], list(text_of))) if text_of else ():
                 repeats[-1][i] = text_of[int(index["row"][i])]
             name = job.chunk.file.name
             rejects += [
-                {"source": self.table.sources[number].path, "file": name, **{**r._asdict(), "row": r.row + base + 1}}
+                RejectedRow(self.table.sources[number].path, name, r.row + base + 1, r.reason, r.detail, r.example)
                 for r in summary.rejects
             ]
             read += summary.rows
@@ -260,7 +264,7 @@ class Preparation:
             ),
         )  # fmt: skip
 
-    def _check_rejects(self, number: int, read: int, rejects: Sequence[dict[str, Any]]) -> None:
+    def _check_rejects(self, number: int, read: int, rejects: Sequence[RejectedRow]) -> None:
         path = self.table.sources[number].path
         if not read:
             raise SftError(f"{path}: holds no row; next: correct the path")
@@ -269,10 +273,10 @@ class Preparation:
         lines = [
             f"{path}: {len(rejects)} of {read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
         ]
-        for reason, count in Counter(r["reason"] for r in rejects).most_common(REJECT_EXAMPLES):
-            first = next(r for r in rejects if r["reason"] == reason)
+        for reason, count in Counter(r.reason for r in rejects).most_common(REJECT_EXAMPLES):
+            first = next(r for r in rejects if r.reason == reason)
             lines.append(
-                f"  {count} × {reason}: e.g. {first['file']} row {first['row']}: {first['detail']}\n      {first['example'][:200]}"
+                f"  {count} × {reason}: e.g. {first.file} row {first.row}: {first.detail}\n      {first.example[:200]}"
             )
         raise SftError(
             "\n".join([*lines, "next: correct the rows or the source's columns, or raise max_reject_fraction"])
@@ -280,7 +284,7 @@ class Preparation:
 
     # --- writing --------------------------------------------------------------------------------------------------
 
-    def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex]) -> dict[str, int]:
+    def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex]) -> SplitSize:
         """Writes the chosen documents into stage.out/name, numbered in their order."""
         folder = self.stage.out / name
         shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
@@ -297,14 +301,14 @@ class Preparation:
         files = [self.cache / job.name for job in jobs]
         documents = Documents(chunk, start, length, chosen.source)
         written, hashes = materialise(
-            folder, self.encoder.identity["vocab_size"], files, documents, check, progress, self.threads
+            folder, self.encoder.identity.vocab_size, files, documents, check, progress, self.threads
         )
         self.hashes |= {f"{name}/{file}": sha256 for file, sha256 in hashes.items()}
         self.checks[name] = check.finish()
         return written
 
-    def encoders(self) -> dict[str, Any]:
-        """Which encoder made the documents, and how many chunks the fast one made that were not accepted."""
+    def encoders(self) -> tuple[dict[str, int], int]:
+        """The documents by encoder, and the number of chunks that were encoded again after the fast encoder failed."""
         notes: Counter[str] = Counter()
         for summary in self.summaries.values():
             notes.update(summary.notes)
@@ -312,21 +316,18 @@ class Preparation:
         if redone:
             self.log(f"warning: {redone} of {len(self.summaries)} chunks were encoded again: gigatoken gave other ids")
         by = "documents_by_"
-        return {
-            "encoded_by": {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)},
-            "chunks_redone": redone,
-        }
+        return {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)}, redone
 
     def check_tokenizer(self, folder: Path) -> None:
         """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
         version = importlib.metadata.version("transformers")
         files = {p.name: hash_file(p) for p in folder.iterdir()}
-        passed = self.stage.cache / "tokenizers" / digest([version, files, self.encoder.identity])
+        passed = self.stage.cache / "tokenizers" / digest([version, files, to_json(self.encoder.identity)])
         if not passed.exists():
             self.encoder.check_saved(folder)
             passed.parent.mkdir(parents=True, exist_ok=True)
             passed.touch()
-        self.canaries_agreed = len(self.encoder.identity["tokenizer"]["canaries"])
+        self.canaries_agreed = len(self.encoder.identity.tokenizer.canaries)
 
     def trim_cache(self) -> None:
         """Keeps the token caches of all runs within cache_gb; what this run uses stays whatever it weighs."""

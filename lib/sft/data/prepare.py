@@ -13,16 +13,23 @@ SHARD=i/n does step 2 for every n-th chunk and publishes nothing; SHARD=merge/n 
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft.common.files import write_atomic
 from sft.data import describe, shards
 from sft.data.interop import olmo_core_obstacle
 from sft.data.mix import mix
 from sft.data.shard import Shard
+from sft.formats import dataset as dataset_format
+from sft.formats import preview as preview_format
+from sft.formats import proof as proof_format
+from sft.formats import rejects
+from sft.formats.dataset import PrepareMetrics
+from sft.formats.record import Record
 from sft.recipe import inputs
 
 if TYPE_CHECKING:
@@ -68,10 +75,10 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             validation_fraction=table.validation_fraction,
         )
     for entry in mixed.report:
-        stage.log("  ".join(f"{name} {value}" for name, value in entry.items()))
-        if not entry["taken"] and entry["weight"] and entry["found"]:
+        stage.log("  ".join(f"{name} {value}" for name, value in dataclasses.asdict(entry).items()))
+        if not entry.taken and entry.weight and entry.found:
             stage.log(
-                f"warning: {entry['path']}: weight {entry['weight']} and its caps leave none of {entry['found']} documents"
+                f"warning: {entry.path}: weight {entry.weight} and its caps leave none of {entry.found} documents"
             )
     if table.validation_fraction and not len(mixed.validation):
         stage.log(
@@ -87,27 +94,31 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     with work.timed("check"):
         work.encoder.save_tokenizer(out / "data" / "tokenizer")
         work.check_tokenizer(out / "data" / "tokenizer")
-    files = {
-        "dataset.json": describe.dataset(work, mixed, found, splits, screen),
-        "proof.json": describe.proof(work, found),
-        "preview.json": describe.preview(out / "data", work.encoder.vocabulary),
+    records: dict[str, Record] = {
+        dataset_format.NAME: describe.dataset(work, mixed, found, splits, screen),
+        proof_format.NAME: describe.proof(work, found),
+        preview_format.NAME: describe.preview(out / "data", work.encoder.vocabulary),
     }
-    lists = {"rejects.jsonl": [reject for source in found for reject in source.rejects]}
+    rejected = [reject for source in found for reject in source.rejects]
+    lists: dict[str, Sequence[Record]] = {rejects.REJECTS: rejected}
     if screen is not None:
-        lists["contaminated.jsonl"] = describe.contaminated(work, found, screen)
-    for name, value in files.items():
-        write_atomic(out / name, json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
-    for name, values in lists.items():
-        write_atomic(out / name, b"".join(json.dumps(v).encode() + b"\n" for v in values))
-    metrics: dict[str, Any] = {
-        **splits["data"],
-        "rejected": len(lists["rejects.jsonl"]),
-        "encoded_tokens": work.encoded_tokens,
-        "tokenizer": work.encoder.identity["tokenizer"],
-    }
-    metrics |= work.encoders()
-    if inputs.is_remote(table.tokenizer):
-        metrics["tokenizer_commit"] = work.tokenizer.name
-    metrics["seconds"] = {step: round(seconds, 3) for step, seconds in work.seconds.items()}
-    metrics["cpu_seconds"] = {step: round(work.cpu_seconds[step], 3) for step in ("resolve", "encode", "mix", "write")}
-    return Result([*splits, *files, *lists], metrics, work.hashes)
+        lists[rejects.CONTAMINATED] = describe.contaminated(work, found, screen)
+    for name, record in records.items():
+        record.write(out / name)
+    for name, rows in lists.items():
+        write_atomic(out / name, rejects.to_lines(rows))
+    encoded_by, chunks_redone = work.encoders()
+    metrics = PrepareMetrics(
+        documents=splits["data"].documents,
+        tokens=splits["data"].tokens,
+        labels=splits["data"].labels,
+        rejected=len(rejected),
+        encoded_tokens=work.encoded_tokens,
+        tokenizer=work.encoder.identity.tokenizer,
+        encoded_by=encoded_by,
+        chunks_redone=chunks_redone,
+        tokenizer_commit=work.tokenizer.name if inputs.is_remote(table.tokenizer) else None,
+        seconds={step: round(seconds, 3) for step, seconds in work.seconds.items()},
+        cpu_seconds={step: round(work.cpu_seconds[step], 3) for step in ("resolve", "encode", "mix", "write")},
+    )
+    return Result([*splits, *records, *lists], metrics.to_metrics(), work.hashes)

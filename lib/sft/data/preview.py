@@ -17,6 +17,7 @@ import numpy.typing as npt
 from sft.chat.rows import BadRow
 from sft.common.errors import SftError
 from sft.data import blocks, sources
+from sft.formats.preview import Segment
 
 if TYPE_CHECKING:
     from sft.data.tokenize import Encoder
@@ -28,21 +29,14 @@ GREEN, GREY, INVERTED, BOLD, RED, RESET = "\033[32m", "\033[90m", "\033[7m", "\0
 VISIBLE = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
-def segments(vocabulary: Vocabulary, ids: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """One document as stretches of text: [{"text", "trained", "special"}], a special token always alone."""
+def segments(vocabulary: Vocabulary, ids: npt.NDArray[Any], mask: npt.NDArray[np.bool_]) -> list[Segment]:
+    """One document as segments of text. A special token is a segment of its own."""
     special = vocabulary.is_special[ids]
     if not len(ids):
         return []
     cut = (mask[1:] != mask[:-1]) | special[1:] | special[:-1]
     edges = [0, *(np.flatnonzero(cut) + 1).tolist(), len(ids)]
-    return [
-        {
-            "text": vocabulary.text(ids[a:b]),
-            "trained": bool(mask[a]),
-            "special": bool(special[a]),
-        }
-        for a, b in pairwise(edges)
-    ]
+    return [Segment(vocabulary.text(ids[a:b]), bool(mask[a]), bool(special[a])) for a, b in pairwise(edges)]
 
 
 def visible(text: str) -> str:
@@ -58,17 +52,17 @@ def visible(text: str) -> str:
     return "".join(shown)
 
 
-def paint(parts: Sequence[dict[str, Any]], colour: bool) -> str:
+def paint(parts: Sequence[Segment], colour: bool) -> str:
     shown: list[str] = []
     inside = False
     for part in parts:
-        text = visible(part["text"])
+        text = visible(part.text)
         if colour:
-            shown.append((GREEN if part["trained"] else GREY) + (INVERTED if part["special"] else "") + text + RESET)
+            shown.append((GREEN if part.trained else GREY) + (INVERTED if part.special else "") + text + RESET)
             continue
-        if part["trained"] != inside:
-            shown.append("⟦" if part["trained"] else "⟧")
-            inside = part["trained"]
+        if part.trained != inside:
+            shown.append("⟦" if part.trained else "⟧")
+            inside = part.trained
         shown.append(text)
     return "".join(shown) + ("⟧" if inside else "")
 

@@ -6,12 +6,12 @@ manifest of part i: its files with their sha256. Nothing is published before all
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft.common.errors import SftError
-from sft.common.files import hash_file, write_atomic
+from sft.common.files import hash_file
+from sft.formats.chunks import ChunkFile, PartManifest
 
 if TYPE_CHECKING:
     from sft.data.preparation import Preparation
@@ -20,9 +20,8 @@ from sft.data.shard import digest
 
 def record(work: Preparation) -> Path:
     """Writes the manifest of this part: its files with their sha256."""
-    chunks = [_entry(work.cache / job.name) for job in work.mine]
     file = _file(work, work.shard.part or 0)
-    write_atomic(file, json.dumps({"format": 1, "chunks": chunks}, indent=1).encode())
+    PartManifest(tuple(_entry(work.cache / job.name) for job in work.mine)).write(file)
     return file
 
 
@@ -37,14 +36,11 @@ def check(work: Preparation) -> None:
     broken: list[str] = []
     for part in range(n):
         file = _file(work, part)
-        try:
-            entries = json.loads(file.read_bytes())["chunks"]
-            if {e["file"] for e in entries} != {job.name for job in work.jobs[part::n]}:
-                raise ValueError("it lists other chunks")
-        except (ValueError, KeyError, TypeError) as e:
-            raise SftError(f"{file}: torn ({e}); next: SHARD={part}/{n} again") from None
-        for entry in entries:
-            chunk = work.cache / entry["file"]
+        chunks = PartManifest.read(file).chunks
+        if {chunk.file for chunk in chunks} != {job.name for job in work.jobs[part::n]}:
+            raise SftError(f"{file}: damaged: it lists other chunks; next: SHARD={part}/{n} again")
+        for entry in chunks:
+            chunk = work.cache / entry.file
             if not chunk.is_file() or _entry(chunk) != entry:
                 broken.append(f"{chunk}: not what part {part} wrote; next: SHARD={part}/{n} again")
     if broken:
@@ -56,5 +52,5 @@ def _file(work: Preparation, part: int) -> Path:
     return work.cache / f"plan-{plan}-{part}-of-{work.shard.parts}.json"
 
 
-def _entry(chunk: Path) -> dict[str, Any]:
-    return {"file": chunk.name, "bytes": chunk.stat().st_size, "sha256": hash_file(chunk)}
+def _entry(chunk: Path) -> ChunkFile:
+    return ChunkFile(chunk.name, chunk.stat().st_size, hash_file(chunk))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.common.errors import SftError
 from sft.data.compiled import TRAINED
+from sft.formats.dataset import TokenizerFacts
+from sft.formats.proof import WrittenSplit
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Check:
     `look` may run in many threads; `add` takes what it saw in the order of the blocks.
     """
 
-    def __init__(self, what: str, identity: dict[str, Any]):
-        self.what, self.identity = what, identity
-        self.terminators = np.array(identity["terminator_ids"], dtype=np.int64)
+    def __init__(self, what: str, facts: TokenizerFacts):
+        self.what, self.facts = what, facts
+        self.terminators = np.array(facts.terminator_ids, dtype=np.int64)
         self.documents = self.tokens = self.labels = 0
         self.trained = self.ended = self.terminated = 0  # documents for which each claim was found true
         self.unterminated = -1  # the first document whose last trained token is no terminator
@@ -52,7 +53,7 @@ class Check:
         wrong = (labels == 0) | first_trained
         trained = len(wrong) - int(wrong.sum())
         once = np.ones(len(wrong), dtype=np.bool_)
-        if self.identity["boundaries"] == "eos":
+        if self.facts.boundaries == "eos":
             once = eoses == (TRAINED | 1)
             wrong |= ~once
         stopped = np.isin(last, self.terminators)
@@ -76,18 +77,18 @@ class Check:
         self.tokens += seen.tokens
         self.labels += seen.labels
 
-    def finish(self) -> dict[str, int]:
+    def finish(self) -> WrittenSplit:
         if self.terminated < self.documents:
             raise SftError(
                 f"{self.what}: in {self.documents - self.terminated} of {self.documents} documents, first in {self.unterminated}, the last"
-                f" trained token is no terminator {self.identity['terminator_ids']}: the model would not learn to stop; next: choose a"
+                f" trained token is no terminator {list(self.facts.terminator_ids)}: the model would not learn to stop; next: choose a"
                 " template that ends every turn, or correct the train flags of the rows"
             )
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "labels": self.labels,
-            "documents_with_a_trained_token_that_is_not_the_first": self.trained,
-            "documents_ending_with_a_trained_terminator": self.terminated,
-            **({"documents_ending_with_their_only_eos": self.ended} if self.identity["boundaries"] == "eos" else {}),
-        }
+        return WrittenSplit(
+            documents=self.documents,
+            tokens=self.tokens,
+            labels=self.labels,
+            documents_with_a_trained_token_that_is_not_the_first=self.trained,
+            documents_ending_with_a_trained_terminator=self.terminated,
+            documents_ending_with_their_only_eos=self.ended if self.facts.boundaries == "eos" else None,
+        )

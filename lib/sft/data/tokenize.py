@@ -41,6 +41,7 @@ from sft.data.compiled import TRAINED, WORD
 from sft.data.dataset import trained_runs
 from sft.data.fast.plain import PlainRows
 from sft.data.vocabulary import Engine, Ids, Offsets, Vocabulary, Walk, check_rebuilt, read_text
+from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import is_template_file
 from sft.recipe.schema import Prepare, Source
@@ -126,19 +127,20 @@ class Encoder:
         return read_text(find(name), "prepare.template", "name a Jinja file in UTF-8")
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What dataset.json says of the tokenizer and the template."""
+    def identity(self) -> TokenizerFacts:
+        """The facts of the tokenizer and the template that dataset.json records."""
         vocabulary, template = self.vocabulary, self.template
-        return {
-            "vocab_size": vocabulary.size,
-            "eos_id": vocabulary.eos_id,
-            "pad_id": vocabulary.pad_id,
-            "terminator_ids": self.terminator_ids,
-            "boundaries": template.boundaries,
-            "eos_appended": template.eos_appended,
-            "tokenizer": {"sha256": vocabulary.sha256, "canaries": vocabulary.canaries()},
-            "template": {"name": template.name, "sha256": hashlib.sha256(template.text.encode()).hexdigest()},
-        }
+        canaries = {text: tuple(ids) for text, ids in vocabulary.canaries().items()}
+        return TokenizerFacts(
+            vocab_size=vocabulary.size,
+            eos_id=vocabulary.eos_id,
+            pad_id=vocabulary.pad_id,
+            terminator_ids=tuple(self.terminator_ids),
+            boundaries="eos" if template.boundaries == "eos" else "index",
+            eos_appended=template.eos_appended,
+            tokenizer=TokenizerFile(vocabulary.sha256, canaries),
+            template=Template(template.name, hashlib.sha256(template.text.encode()).hexdigest()),
+        )
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer folder that goes with the data. Follow with `check_saved` once per run: it takes seconds."""

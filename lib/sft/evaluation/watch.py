@@ -26,6 +26,7 @@ from sft.common.files import write_atomic
 from sft.common.hashcache import HashCache
 from sft.evaluation.scores import json_hash
 from sft.formats import manifest
+from sft.formats.dataset import DatasetInfo
 from sft.formats.manifest import StepManifest
 from sft.runner import plan
 
@@ -161,11 +162,10 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     """The step as a Hugging Face folder that has passed the fast gate."""
     from sft.checkpoint.dcp_reader import DcpReader
     from sft.export import convert, gate, write
-    from sft.model.hf import read_json
 
-    facts = read_json(stage.dataset / "dataset.json")
+    facts = DatasetInfo.of(stage.dataset).facts
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
-    config = convert.model_config(stage.recipe.model, facts, step)
+    config = convert.model_config(stage.recipe.model, facts.vocab_size, step)
     tokenizer = stage.out / "tokenizer"
     trained = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     template = convert.evaluation_template(options.eval_template, stage.find) or trained

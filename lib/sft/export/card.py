@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.formats.gate import GateRecord
 from sft.recipe import schema
 from sft.recipe.recipe import Recipe
@@ -24,16 +23,16 @@ _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
     """README.md of a run's export. Stages that are not done are left out, so that scores appear once they are measured."""
-    facts = json.loads((run / "prepare" / "dataset.json").read_bytes())
+    info = DatasetInfo.of(run / "prepare")
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", recipe.model.preset]}
     base = _HUB.match(recipe.model.base)
-    sources = [m[1] for s in facts.get("sources", []) if (m := _HUB.match(s["path"]))]
+    sources = [m[1] for s in info.sources if (m := _HUB.match(s.path))]
     front |= {"base_model": base[1]} if base else {}
     front |= {"datasets": list(dict.fromkeys(sources))} if sources else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {recipe.run}", ""]
     start = f"`{recipe.model.base}`" if recipe.model.base else "random weights"
     lines += [f"Supervised finetuning of {start}, geometry `{recipe.model.preset}`.", ""]
-    lines += _scores(run) + _data(facts)
+    lines += _scores(run) + _data(info)
     if recipe.convert.eval_template:
         lines += [f"The folder carries another template, to evaluate with: `{recipe.convert.eval_template}`.", ""]
     lines += _gate(gate)
@@ -43,10 +42,10 @@ def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
     return "\n".join(lines) + "\n"
 
 
-def of_checkpoint(source: str, facts: Mapping[str, Any], gate: GateRecord) -> str:
+def of_checkpoint(source: str, facts: TokenizerFacts, gate: GateRecord) -> str:
     """README.md of an export that belongs to no run."""
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    ends = ", ".join(map(str, facts["terminator_ids"]))
+    ends = ", ".join(map(str, facts.terminator_ids))
     about = [f"Exported from the OLMo-core checkpoint `{source}`; a reply ends with token {ends}.", ""]
     return "\n".join(front + about + _gate(gate))
 
@@ -71,11 +70,11 @@ def _scores(run: Path) -> list[str]:
     return [*lines, ""]
 
 
-def _data(facts: Mapping[str, Any]) -> list[str]:
+def _data(info: DatasetInfo) -> list[str]:
     lines = ["## Data", "", "| source | conversations | tokens | trained tokens |", "| --- | ---: | ---: | ---: |"]
-    for source in facts.get("sources", []):
-        lines.append(f"| `{source['path']}` | {source['documents']:,} | {source['tokens']:,} | {source['labels']:,} |")
-    name, ends = facts["template"]["name"], ", ".join(map(str, facts["terminator_ids"]))
+    for source in info.sources:
+        lines.append(f"| `{source.path}` | {source.documents:,} | {source.tokens:,} | {source.labels:,} |")
+    name, ends = info.facts.template.name, ", ".join(map(str, info.facts.terminator_ids))
     return [*lines, "", f"Chat template `{name}`; a reply ends with token {ends}.", ""]
 
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
+from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
 from sft.model import hf
 from sft.recipe.presets import ModelConfig, resolve
@@ -36,9 +37,9 @@ def convert(stage: Stage) -> Result:
     from sft.export.gate import check
     from sft.runner.stage import Result
 
-    facts = hf.read_json(stage.folder("prepare") / "dataset.json")
+    facts = DatasetInfo.of(stage.folder("prepare")).facts
     step = final_step(stage.folder("train"))
-    config = model_config(stage.recipe.model, facts, step)
+    config = model_config(stage.recipe.model, facts.vocab_size, step)
     options, weights = stage.recipe.convert, DcpReader(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
@@ -87,11 +88,11 @@ def final_step(train: Path) -> Path:
     return folder
 
 
-def model_config(model: Model, facts: Mapping[str, Any], step: Path) -> ModelConfig:
+def model_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
     """The architecture that was trained: the recipe's, and the checkpoint's own config.json must agree with it."""
     from sft.checkpoint import olmo_core
 
-    config = resolve(model, int(facts["vocab_size"]))
+    config = resolve(model, vocab_size)
     saved = olmo_core.model_config(step / "config.json")
     for name in (field.name for field in fields(config) if field.name != "init_std"):
         if getattr(saved, name) != getattr(config, name):

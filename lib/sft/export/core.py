@@ -33,6 +33,7 @@ from sft.export import card, gate
 from sft.export.rows import TOKENIZER_FILES, finite, pieces, write_json
 from sft.export.write import export
 from sft.formats import manifest
+from sft.formats.dataset import TokenIds, TokenizerFacts
 from sft.formats.gate import GateRecord, LogitCheck
 from sft.formats.manifest import StepManifest
 from sft.formats.record import to_json
@@ -83,14 +84,10 @@ def to_core(source: str, target: str, cache: Path, log: Log) -> LogitCheck:
         config = replace(found, vocab_size=-(-found.vocab_size // 128) * 128)
         said = folder.config
         eos = said.get("eos_token_id")
-        facts = {
-            "vocab_size": found.vocab_size,
-            "eos_id": eos[0] if isinstance(eos, list) else eos,
-            "pad_id": said.get("pad_token_id"),
-        }
+        ids = TokenIds(found.vocab_size, eos[0] if isinstance(eos, list) else eos, said.get("pad_token_id"))
         (out / "train").mkdir(parents=True)
         write_step(folder, step_shapes(config), out, str(folder.path))
-        write_json(out / "config.json", step_config(config, facts))
+        write_json(out / "config.json", step_config(config, ids))
         write_json(out / ".metadata.json", {"ephemeral": False, "version": LAYOUT_VERSION})
         torch.save({}, out / "train" / "rank0.pt")
         if (folder.path / "tokenizer.json").is_file():
@@ -209,18 +206,22 @@ def _padded(weights: Weights, name: str, start: int, stop: int) -> torch.Tensor:
     return values
 
 
-def _check_ids(file: Path, facts: Mapping[str, Any], config: ModelConfig) -> None:
+def _check_ids(file: Path, facts: TokenizerFacts, config: ModelConfig) -> None:
     """The tokenizer must be the one that the step was trained with, as far as its config.json tells."""
     said = hf.read_json(file).get("dataset") or {}
     said = said.get("tokenizer") or {} if isinstance(said, dict) else {}
-    for name, ours in (("vocab_size", "vocab_size"), ("eos_token_id", "eos_id"), ("pad_token_id", "pad_id")):
-        if said.get(name) not in (None, facts[ours]):
+    for name, ours in (
+        ("vocab_size", facts.vocab_size),
+        ("eos_token_id", facts.eos_id),
+        ("pad_token_id", facts.pad_id),
+    ):
+        if said.get(name) not in (None, ours):
             raise SftError(
-                f"{file}: dataset.tokenizer.{name}: {said[name]}, the tokenizer has {facts[ours]}; next: name the step's own with TOKENIZER="
+                f"{file}: dataset.tokenizer.{name}: {said[name]}, the tokenizer has {ours}; next: name the step's own with TOKENIZER="
             )
-    if facts["vocab_size"] > config.vocab_size:
+    if facts.vocab_size > config.vocab_size:
         raise SftError(
-            f"{file}: model.vocab_size: {config.vocab_size}, the tokenizer has {facts['vocab_size']} ids; next: name the step's own"
+            f"{file}: model.vocab_size: {config.vocab_size}, the tokenizer has {facts.vocab_size} ids; next: name the step's own"
             " with TOKENIZER="
         )
 

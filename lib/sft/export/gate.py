@@ -30,6 +30,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.export.rows import DTYPES, finite, pieces
 from sft.export.stream import Head, Table, prefetched, stream
+from sft.formats.dataset import TokenizerFacts
 from sft.formats.gate import GateRecord, GreedyReply, LogitCheck, TensorCheck, TokenizerCheck
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
@@ -54,7 +55,7 @@ def check(
     folder: Path,
     weights: Weights,
     config: ModelConfig,
-    facts: Mapping[str, Any],
+    facts: TokenizerFacts,
     template: str,
     options: Convert,
     log: Callable[[str], None] = print,
@@ -82,7 +83,7 @@ def check(
         ended = sum(chat.stopped for chat in chats)
         log(f"gate: {ended} of {len(chats)} greedy replies stop by themselves; the first: {chats[0].reply[:80]!r}")
     exported.close()
-    about_tokenizer = TokenizerCheck(len(facts["tokenizer"]["canaries"]), tuple(stops))
+    about_tokenizer = TokenizerCheck(len(facts.tokenizer.canaries), tuple(stops))
     return GateRecord.of(options.gate, tensors, about_tokenizer, logits, chats)
 
 
@@ -115,16 +116,16 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
     return TensorCheck(len(wanted), size, str(dtype).removeprefix("torch."))
 
 
-def check_tokenizer(folder: Path, facts: Mapping[str, Any]) -> Any:
+def check_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
     """The tokenizer as transformers loads it gives the ids that prepare got, and carries the trained template."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for text, wanted in facts["tokenizer"]["canaries"].items():
+    for text, wanted in facts.tokenizer.canaries.items():
         found = tokenizer.encode(text, add_special_tokens=False)
-        if found != wanted:
+        if found != list(wanted):
             raise SftError(
-                f"{folder / 'tokenizer.json'}: {text!r} becomes {found} through AutoTokenizer, {wanted} in the training"
+                f"{folder / 'tokenizer.json'}: {text!r} becomes {found} through AutoTokenizer, {list(wanted)} in the training"
                 " data: another pre-tokenizer; next: set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
             )
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
@@ -132,28 +133,32 @@ def check_tokenizer(folder: Path, facts: Mapping[str, Any]) -> Any:
         raise SftError(
             f"{folder / 'chat_template.jinja'}: AutoTokenizer loads another template; next: remove the one in tokenizer_config.json"
         )
-    for name, found in (("eos_id", tokenizer.eos_token_id), ("pad_id", tokenizer.pad_token_id)):
-        if found != facts[name]:
-            raise SftError(
-                f"{folder / 'tokenizer_config.json'}: {name.removesuffix('_id')}_token has id {found}, dataset.json has {facts[name]}"
-            )
+    for name, found, expected in (
+        ("eos_token", tokenizer.eos_token_id, facts.eos_id),
+        ("pad_token", tokenizer.pad_token_id, facts.pad_id),
+    ):
+        if found != expected:
+            raise SftError(f"{folder / 'tokenizer_config.json'}: {name} has id {found}, dataset.json has {expected}")
     return tokenizer
 
 
-def check_generation(folder: Path, facts: Mapping[str, Any]) -> list[int]:
+def check_generation(folder: Path, facts: TokenizerFacts) -> list[int]:
     """generate() stops on every trained terminator; config and generation config agree on the special ids."""
     from transformers import AutoConfig, GenerationConfig
 
     generation = GenerationConfig.from_pretrained(folder)
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
-    if missing := [i for i in facts["terminator_ids"] if i not in stops]:
+    if missing := [i for i in facts.terminator_ids if i not in stops]:
         raise SftError(
             f"{folder / 'generation_config.json'}: eos_token_id: {stops} lacks the trained terminator {missing}"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for name, found in (("eos_id", config.eos_token_id), ("pad_id", config.pad_token_id)):
-        if found != facts[name]:
-            raise SftError(f"{folder / 'config.json'}: {name}: {found}, dataset.json has {facts[name]}")
+    for name, found, wanted in (
+        ("eos_id", config.eos_token_id, facts.eos_id),
+        ("pad_id", config.pad_token_id, facts.pad_id),
+    ):
+        if found != wanted:
+            raise SftError(f"{folder / 'config.json'}: {name}: {found}, dataset.json has {wanted}")
     return [int(i) for i in stops]
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 from sft.checkpoint.dcp_reader import Weights
 from sft.common.errors import SftError
 from sft.export.stream import prefetched
+from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 
@@ -39,7 +40,7 @@ class _Entry:
 def export(
     weights: Weights,
     config: ModelConfig,
-    facts: Mapping[str, Any],
+    facts: TokenizerFacts,
     tokenizer: Path,
     target: Path,
     options: Convert,
@@ -50,7 +51,7 @@ def export(
 
     `template` is the chat template that the folder carries; the tokenizer's own must be the one trained with.
     """
-    vocab = int(facts["vocab_size"])
+    vocab = facts.vocab_size
     target.mkdir(parents=True)
     size = write_weights(weights, config, vocab, target, options.dtype, int(options.shard_gb * 1e9), log)
     stops = stop_ids(facts, tokenizer)
@@ -59,14 +60,14 @@ def export(
         vocab_size=vocab,
         max_position_embeddings=options.max_position_embeddings,
         dtype=options.dtype,
-        eos_token_id=int(facts["eos_id"]),
-        pad_token_id=int(facts["pad_id"]),
+        eos_token_id=facts.eos_id,
+        pad_token_id=facts.pad_id,
     )
     write_json(target / "config.json", hf.config_json(made))
     generation = {
         "do_sample": False,
         "eos_token_id": stops[0] if len(stops) == 1 else stops,
-        "pad_token_id": int(facts["pad_id"]),
+        "pad_token_id": facts.pad_id,
     }
     write_json(target / "generation_config.json", generation)
     copy_tokenizer(tokenizer, target, facts)
@@ -74,27 +75,27 @@ def export(
     return size
 
 
-def stop_ids(facts: Mapping[str, Any], tokenizer: Path) -> list[int]:
+def stop_ids(facts: TokenizerFacts, tokenizer: Path) -> list[int]:
     """Ids that end a reply: the trained terminators first, then end-of-text and the ends of turns that are special tokens."""
     file = tokenizer / "tokenizer.json"
     special = {t.get("content"): t.get("id") for t in hf.read_json(file).get("added_tokens", []) if t.get("special")}
-    ids = [int(i) for i in facts["terminator_ids"]]
+    ids = list(facts.terminator_ids)
     if not ids:
         raise SftError(
             "dataset.json: terminator_ids: empty; the model was never trained to stop; next: make prepare again"
         )
-    ids += [int(facts["eos_id"])] + [int(special[name]) for name in _CHAT_ENDS if name in special]
+    ids += [facts.eos_id] + [int(special[name]) for name in _CHAT_ENDS if name in special]
     return list(dict.fromkeys(ids))
 
 
-def copy_tokenizer(source: Path, target: Path, facts: Mapping[str, Any]) -> None:
+def copy_tokenizer(source: Path, target: Path, facts: TokenizerFacts) -> None:
     """Copies the tokenizer as it was trained with, byte for byte, after checking that it is that one."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     for name, wanted in (
-        ("tokenizer.json", facts["tokenizer"]["sha256"]),
-        ("chat_template.jinja", facts["template"]["sha256"]),
+        ("tokenizer.json", facts.tokenizer.sha256),
+        ("chat_template.jinja", facts.template.sha256),
     ):
         file = source / name
         if not file.is_file():

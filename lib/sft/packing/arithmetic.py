@@ -10,14 +10,13 @@ hold is refused with the numbers.
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sft.common.process import report_errors
 from sft.data.dataset import Dataset
+from sft.formats.dataset import DatasetInfo
 from sft.model import memory
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
@@ -46,7 +45,7 @@ def check(prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster |
     train = recipe.train
     steps = StepPlan.build(pack_dataset(Dataset.open(prepared / "data"), train.seq_len, train.long_documents), train)
     ranks = hardware.nodes * processes(hardware, cluster)[0]
-    model = presets.resolve(recipe.model, int(json.loads((prepared / "dataset.json").read_bytes())["vocab_size"]))
+    model = presets.resolve(recipe.model, DatasetInfo.of(prepared).facts.vocab_size)
     groups = context_groups(model, train, hardware, ranks)
     found = memory.plan(model, train, hardware, ranks, cluster.gpu_memory_gb if cluster else 0.0)
     if (
@@ -60,27 +59,27 @@ def check(prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster |
 
 def rows(found: Check) -> list[tuple[str, str]]:
     """The table as (what, value)."""
-    d: dict[str, Any] = found.steps.describe()
+    d = found.steps.describe()
     who = (
         f"{found.ranks} ranks"
         if found.groups == found.ranks
         else f"{found.groups} groups of {found.ranks // found.groups} ranks"
     )
-    step = d["trained_tokens_per_step"]
+    step = d.trained_tokens_per_step
     return [
-        ("documents", f"{d['documents']:,}, {d['documents_per_pack']:.1f} in a pack"),
-        ("longer than seq_len", f"{d['long_documents']:,}, policy {d['long_documents_policy']}"),
+        ("documents", f"{d.documents:,}, {d.documents_per_pack:.1f} in a pack"),
+        ("longer than seq_len", f"{d.long_documents:,}, policy {d.long_documents_policy}"),
         (
             "lost to seq_len",
-            f"{d['tokens_lost_fraction']:.2%} of tokens, {d['trained_tokens_lost_fraction']:.2%} of trained",
+            f"{d.tokens_lost_fraction:.2%} of tokens, {d.trained_tokens_lost_fraction:.2%} of trained",
         ),
-        ("packs", f"{d['packs']:,} of {d['seq_len']:,} tokens, {d['fill']:.1%} full"),
-        ("steps", f"{d['steps']:,} of {d['packs_per_batch']:,} packs, {d['epochs']:.2f} epochs"),
-        ("warm-up", f"{d['warmup_steps']:,} steps"),
-        ("tokens", f"{d['tokens']:,}, and {d['padding_fraction']:.1%} padding"),
+        ("packs", f"{d.packs:,} of {d.seq_len:,} tokens, {d.fill:.1%} full"),
+        ("steps", f"{d.steps:,} of {d.packs_per_batch:,} packs, {d.epochs:.2f} epochs"),
+        ("warm-up", f"{d.warmup_steps:,} steps"),
+        ("tokens", f"{d.tokens:,}, and {d.padding_fraction:.1%} padding"),
         (
             "trained tokens",
-            f"{d['trained_tokens']:,}; in a step {step['min']:,} to {step['max']:,}, mean {step['mean']:,.0f}",
+            f"{d.trained_tokens:,}; in a step {step.min:,} to {step.max:,}, mean {step.mean:,.0f}",
         ),
         ("on each of", f"{who}: {found.microbatches} microbatches of {found.packs_each} packs in a step"),
         ("memory", "per GPU, estimated, at the moment that needs most"),

@@ -27,27 +27,13 @@ from numpy.typing import ArrayLike, NDArray
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.data.dataset import Dataset
+from sft.formats.packs import PackHeader, PackingLosses
 
 PIECE = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
 POLICIES = ("truncate", "drop", "split")
 
 # (documents, starts, stops) -> trained tokens in [start, stop) of each document
 LabelCounter = Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.int64]]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What a long-document policy cost. Tokens and labels of pieces without a trained token count as lost too."""
-
-    documents: int  # in the dataset
-    tokens: int
-    labels: int
-    long_documents: int  # longer than a pack
-    pieces: int  # packed
-    unlabelled_pieces: int  # left out: they would cost compute and train nothing
-    tokens_lost: int
-    labels_lost: int
-    exact: bool  # False: labels of cut documents are estimated, because their masks were not at hand
 
 
 @dataclass(frozen=True)
@@ -58,7 +44,7 @@ class PackIndex:
     policy: str
     offsets: NDArray[np.int64]  # [packs + 1]
     pieces: NDArray[Any]  # PIECE
-    losses: Losses
+    losses: PackingLosses
     digest: str  # sha256 of all of the above: two runs with equal digests pack the same tokens
 
     def __len__(self) -> int:
@@ -79,11 +65,11 @@ class PackIndex:
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        facts = {"seq_len": self.seq_len, "policy": self.policy, "digest": self.digest, "losses": asdict(self.losses)}
+        header = PackHeader(self.seq_len, self.policy, self.digest, self.losses)
         for name, write in (
             ("offsets.npy", lambda file: np.save(file, self.offsets)),
             ("pieces.npy", lambda file: np.save(file, self.pieces)),
-            ("index.json", lambda file: file.write(json.dumps(facts, indent=1).encode())),
+            ("index.json", lambda file: file.write(header.to_bytes())),
         ):
             with (partial / name).open("wb") as file:
                 write(file)
@@ -104,18 +90,17 @@ class PackIndex:
         """Maps a saved index and checks it against its digest."""
         folder = Path(folder)
         try:
-            facts = json.loads((folder / "index.json").read_text())
+            header = PackHeader.read(folder / "index.json")
             offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
             pieces = np.load(folder / "pieces.npy", mmap_mode="r", allow_pickle=False)
-            losses = Losses(**facts["losses"])
-            digest = _digest(facts["seq_len"], facts["policy"], offsets, pieces, losses)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise SftError(f"{folder}: not a pack index ({error}); delete it, and it is made again") from None
-        if digest != facts["digest"]:
+        digest = _digest(header.seq_len, header.policy, offsets, pieces, header.losses)
+        if digest != header.digest:
             raise SftError(
-                f"{folder}: content {digest[:12]} is not the recorded {facts['digest'][:12]}; delete it, and it is made again"
+                f"{folder}: content {digest[:12]} is not the recorded {header.digest[:12]}; delete it, and it is made again"
             )
-        return cls(facts["seq_len"], facts["policy"], offsets, pieces, losses, digest)
+        return cls(header.seq_len, header.policy, offsets, pieces, header.losses, digest)
 
 
 def pack_dataset(
@@ -170,7 +155,7 @@ class Pieces(NamedTuple):
 
 def cut(
     documents: NDArray[Any], seq_len: int, policy: str, count_labels: LabelCounter | None = None
-) -> tuple[Pieces, Losses]:
+) -> tuple[Pieces, PackingLosses]:
     """Documents to pieces of at most `seq_len` tokens that hold at least one trained token each.
 
     truncate: the head stays, and its last token becomes EOS, which is not trained: the document did not end there.
@@ -209,7 +194,7 @@ def cut(
     if not kept.all():
         where = np.flatnonzero(kept).astype("<u8") if pieces.where is None else pieces.where[kept]
         pieces = Pieces(where, pieces.length[kept], pieces.labels[kept])
-    return pieces, Losses(
+    return pieces, PackingLosses(
         documents=len(documents),
         tokens=tokens_before,
         labels=labels_before,
@@ -333,7 +318,7 @@ def _place(
     return first_, width_, each_, packs
 
 
-def _digest(seq_len: int, policy: str, offsets: NDArray[Any], pieces: NDArray[Any], losses: Losses) -> str:
+def _digest(seq_len: int, policy: str, offsets: NDArray[Any], pieces: NDArray[Any], losses: PackingLosses) -> str:
     digest = xxhash.xxh3_128(
         json.dumps([seq_len, policy, asdict(losses)]).encode()
     )  # against damage, not against people

@@ -14,12 +14,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.common.errors import SftError
+from sft.formats.packs import DataPosition, StepSummary, TokensPerStep
 from sft.packing.packs import PackIndex
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Hardware, Train
@@ -155,21 +155,22 @@ class StepPlan:
         packs = self.packs(step)
         return len(packs) * self.seq_len - int(self._tokens[packs].sum())
 
-    def consumed(self, steps: int) -> dict[str, Any]:
-        """Where the data stand after `steps` steps: what a checkpoint records and a resumed run compares."""
+    def consumed(self, steps: int) -> DataPosition:
+        """The position in the data after `steps` steps. A checkpoint records it, and a resumed run compares it."""
         packs = min(steps * self.batch_packs, self.total_packs)
         epoch, offset = divmod(packs, self.epoch_packs)
-        return {"step": steps, "packs": packs, "epoch": epoch, "pack_in_epoch": offset, "plan": self.digest}
+        return DataPosition(step=steps, packs=packs, epoch=epoch, pack_in_epoch=offset, plan=self.digest)
 
-    def check(self, position: dict[str, Any]) -> int:
-        """The number of steps consumed by a recorded position, refused when it belongs to other data or another order."""
-        expected = self.consumed(int(position["step"]))
-        if position != expected:
-            different = {k: (position.get(k), v) for k, v in expected.items() if position.get(k) != v}
+    def check(self, position: DataPosition) -> int:
+        """The number of steps consumed at a recorded position. Raises SftError for a position in other data or another order."""
+        expected = self.consumed(position.step).to_value()
+        recorded = position.to_value()
+        different = {k: (recorded[k], v) for k, v in expected.items() if recorded[k] != v}
+        if different:
             raise SftError(
                 f"checkpoint: its data position differs from this plan's (recorded, here): {different}; start a new run"
             )
-        return int(position["step"])
+        return position.step
 
     @property
     def digest(self) -> str:
@@ -177,44 +178,44 @@ class StepPlan:
         facts = f"{self.index.digest} {self.batch_packs} {self.epoch_packs} {self.seed} {self.order}"
         return hashlib.sha256(facts.encode()).hexdigest()[:32]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> StepSummary:
         """The plan in numbers, for `make show`, doctor, manifests and reports."""
         sums = np.array(list(self._sums()), dtype=np.int64).reshape(-1, 2)
         labels, losses = sums[:, 0], self.index.losses
         positions = self.total_packs * self.seq_len
         tokens = int(sums[:, 1].sum())
-        return {
-            "steps": self.steps,
-            "warmup_steps": self.warmup_steps,
-            "epochs": self.total_packs / self.epoch_packs,
-            "packs": len(self.index),
-            "packs_per_batch": self.batch_packs,
-            "packs_dropped_per_epoch": len(self.index) - self.epoch_packs if len(self.index) else 0,
-            "last_batch_packs": len(self.packs(self.steps - 1)) if self.steps else 0,
-            "order": self.order,
-            "seq_len": self.seq_len,
-            "tokens": tokens,
-            "padding": positions - tokens,
-            "padding_fraction": 1 - tokens / positions if positions else 0.0,
-            "fill": float(self._tokens.sum() / (len(self.index) * self.seq_len)) if len(self.index) else 0.0,
-            "trained_tokens": int(labels.sum()),
-            "trained_tokens_per_step": {
-                "min": int(labels.min()) if len(labels) else 0,
-                "mean": float(labels.mean()) if len(labels) else 0.0,
-                "max": int(labels.max()) if len(labels) else 0,
-            },
-            "documents": losses.documents,
-            "documents_per_pack": len(self.index.pieces) / len(self.index) if len(self.index) else 0.0,
-            "long_documents": losses.long_documents,
-            "long_documents_policy": self.index.policy,
-            "unlabelled_pieces": losses.unlabelled_pieces,
-            "tokens_lost": losses.tokens_lost,
-            "tokens_lost_fraction": losses.tokens_lost / losses.tokens if losses.tokens else 0.0,
-            "trained_tokens_lost": losses.labels_lost,
-            "trained_tokens_lost_fraction": losses.labels_lost / losses.labels if losses.labels else 0.0,
-            "exact": losses.exact,
-            "digest": self.digest,
-        }
+        return StepSummary(
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            epochs=self.total_packs / self.epoch_packs,
+            packs=len(self.index),
+            packs_per_batch=self.batch_packs,
+            packs_dropped_per_epoch=len(self.index) - self.epoch_packs if len(self.index) else 0,
+            last_batch_packs=len(self.packs(self.steps - 1)) if self.steps else 0,
+            order=self.order,
+            seq_len=self.seq_len,
+            tokens=tokens,
+            padding=positions - tokens,
+            padding_fraction=1 - tokens / positions if positions else 0.0,
+            fill=float(self._tokens.sum() / (len(self.index) * self.seq_len)) if len(self.index) else 0.0,
+            trained_tokens=int(labels.sum()),
+            trained_tokens_per_step=TokensPerStep(
+                min=int(labels.min()) if len(labels) else 0,
+                mean=float(labels.mean()) if len(labels) else 0.0,
+                max=int(labels.max()) if len(labels) else 0,
+            ),
+            documents=losses.documents,
+            documents_per_pack=len(self.index.pieces) / len(self.index) if len(self.index) else 0.0,
+            long_documents=losses.long_documents,
+            long_documents_policy=self.index.policy,
+            unlabelled_pieces=losses.unlabelled_pieces,
+            tokens_lost=losses.tokens_lost,
+            tokens_lost_fraction=losses.tokens_lost / losses.tokens if losses.tokens else 0.0,
+            trained_tokens_lost=losses.labels_lost,
+            trained_tokens_lost_fraction=losses.labels_lost / losses.labels if losses.labels else 0.0,
+            exact=losses.exact,
+            digest=self.digest,
+        )
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         if epoch not in self._orders:

@@ -15,15 +15,18 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
+from sft.formats import dataset, manifest, preview
 from sft.formats import gate as gate_format
-from sft.formats import manifest
+from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import ConvertMetrics, GateRecord
 from sft.formats.manifest import Manifest
+from sft.formats.preview import Preview
+from sft.formats.record import Record
 from sft.recipe import schema
 from sft.reporting import charts, comparison
 from sft.reporting.charts import Line, number
@@ -33,6 +36,7 @@ from sft.reporting.scores import interval, over_steps, replies, scores
 if TYPE_CHECKING:
     from sft.runner.stage import Result, Stage
 
+Format = TypeVar("Format", bound=Record)
 PREVIEWS = 6
 SMALL = (  # what metrics.jsonl may hold besides the loss
     ("lr", "learning rate"),
@@ -180,22 +184,24 @@ def export(run: Path) -> str:
 
 def data(run: Path, train: Mapping[str, Any]) -> str:
     """Sources, lengths, and what packing makes of them."""
-    facts = read(run / "prepare" / "dataset.json")
+    info = read_format(DatasetInfo, run / "prepare" / dataset.NAME)
     rows = [
         [
-            escape(s["path"]),
-            f"{s['documents']:,}",
-            f"{s['tokens']:,}",
-            f"{s['labels'] / max(1, s['tokens']):.1%}",
-            f"{s['rejected']:,}",
+            escape(s.path),
+            f"{s.documents:,}",
+            f"{s.tokens:,}",
+            f"{s.labels / max(1, s.tokens):.1%}",
+            f"{s.rejected:,}",
         ]
-        for s in facts.get("sources", [])
+        for s in info.sources
     ]
     body = table(["source", "conversations", "tokens", "trained", "rejected"], rows, numbers=(1, 2, 3, 4))
-    if lengths := facts.get("lengths"):
-        bars = [(f"≤{limit:,}", n, f"{n:,} conversations, {tokens:,} tokens") for limit, n, tokens in lengths["up_to"]]
-        body += "<h3>Conversations by length</h3>" + charts.bars(bars, width=1040, height=220, x_name="tokens")
-        body += f'<p class="note">median {lengths["p50"]:,}, 99th percentile {lengths["p99"]:,}, longest {lengths["max"]:,} tokens</p>'
+    lengths = info.lengths
+    bars = [(f"≤{limit:,}", n, f"{n:,} conversations, {tokens:,} tokens") for limit, n, tokens in lengths.up_to]
+    body += "<h3>Conversations by length</h3>" + charts.bars(bars, width=1040, height=220, x_name="tokens")
+    body += (
+        f'<p class="note">median {lengths.p50:,}, 99th percentile {lengths.p99:,}, longest {lengths.max:,} tokens</p>'
+    )
     if plan := train.get("data"):
         trained = plan["trained_tokens"] / max(1, plan["tokens"] + plan["padding"])
         rest = 1 - plan["padding_fraction"] - trained
@@ -216,18 +222,18 @@ def data(run: Path, train: Mapping[str, Any]) -> str:
 
 def previews(run: Path) -> str:
     """The first conversations with the tokens that are trained on marked."""
-    found = read(run / "prepare" / "preview.json")
+    found = read_format(Preview, run / "prepare" / preview.NAME)
     parts = []
-    for segments in (found if isinstance(found, list) else [])[:PREVIEWS]:
+    for segments in found.documents[:PREVIEWS]:
         budget, text = TEXT, ""
-        for trained, run_of in itertools.groupby(segments, key=lambda segment: segment["trained"]):
+        for trained, run_of in itertools.groupby(segments, key=lambda segment: segment.trained):
             shown = ""
             for segment in run_of:
-                piece = escape(segment["text"][:budget])
-                budget -= len(segment["text"])
-                shown += f'<span class="special">{piece}</span>' if segment["special"] and piece else piece
+                piece = escape(segment.text[:budget])
+                budget -= len(segment.text)
+                shown += f'<span class="special">{piece}</span>' if segment.special and piece else piece
             text += f"<mark>{shown}</mark>" if trained and shown else shown
-        whole = budget >= 0 and segments and segments[-1]["end"]
+        whole = budget >= 0 and segments and segments[-1].end
         end = '<span class="end">■ end of document</span>' if whole else " …"
         parts.append(f'<article class="chat"><pre>{text}{end}</pre></article>')
     return (
@@ -281,6 +287,14 @@ def duration(about: Mapping[str, Any]) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}"
+
+
+def read_format(kind: type[Format], file: Path) -> Format:
+    """A file of a stage that is done. Raises SftError naming it."""
+    try:
+        return kind.read(file)
+    except OSError as error:
+        raise SftError(f"{file}: {error}; next: make verify") from None
 
 
 def read(file: Path) -> Any:

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import core_layers, step_config
 from sft.common.errors import SftError
+from sft.formats.dataset import TokenIds, TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
@@ -79,7 +79,7 @@ def _check_core_config(base: Path, config: ModelConfig) -> None:
         return
     try:
         found = core_layers(hf.read_json(file)["model"])
-        wanted = core_layers(step_config(config, {})["model"])
+        wanted = core_layers(step_config(config, TokenIds())["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise SftError(f"{file}: not the description of an OLMo-core model: {error!r}") from error
     if len(found) != len(wanted):
@@ -92,13 +92,13 @@ def _check_core_config(base: Path, config: ModelConfig) -> None:
                 )
 
 
-def check_tokenizer(dataset: Path, facts: Mapping[str, Any], base: Path | None, unchecked: bool = False) -> str:
+def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unchecked: bool = False) -> str:
     """Refuses a base whose tokenizer is not the one the data were made with, as far as the base says: by the hash of its
     tokenizer.json and, without one, by the vocabulary size and end token of its config.json. One without a tokenizer.json is
     refused unless `unchecked`. Returns a warning or "". Raises SftError."""
     if base is None:
         return ""
-    ours = str(facts["tokenizer"]["sha256"]).removeprefix("sha256:")
+    ours = facts.tokenizer.sha256.removeprefix("sha256:")
     places = (
         base / "tokenizer.json",
         base / "tokenizer" / "tokenizer.json",
@@ -123,7 +123,7 @@ def check_tokenizer(dataset: Path, facts: Mapping[str, Any], base: Path | None, 
     return told
 
 
-def _check_named_tokens(file: Path, facts: Mapping[str, Any]) -> None:
+def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
     """Compares what config.json says: OLMo-core names the tokenizer's size, Hugging Face the padded rows of the embedding."""
     try:
         said = json.loads(file.read_bytes())
@@ -134,10 +134,10 @@ def _check_named_tokens(file: Path, facts: Mapping[str, Any]) -> None:
     core = said.get("dataset", {}).get("tokenizer") if isinstance(said.get("dataset"), dict) else None
     prefix, named = ("dataset.tokenizer.", core) if isinstance(core, dict) else ("", said)
     size, end = named.get("vocab_size"), named.get("eos_token_id")
-    if isinstance(size, int) and (size < facts["vocab_size"] or (prefix and size != facts["vocab_size"])):
-        field, theirs, wanted = "vocab_size", size, facts["vocab_size"]
-    elif end is not None and facts["eos_id"] not in (end if isinstance(end, list) else [end]):
-        field, theirs, wanted = "eos_token_id", end, facts["eos_id"]
+    if isinstance(size, int) and (size < facts.vocab_size or (prefix and size != facts.vocab_size)):
+        field, theirs, wanted = "vocab_size", size, facts.vocab_size
+    elif end is not None and facts.eos_id not in (end if isinstance(end, list) else [end]):
+        field, theirs, wanted = "eos_token_id", end, facts.eos_id
     else:
         return
     raise SftError(

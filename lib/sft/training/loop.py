@@ -278,7 +278,7 @@ def save(run: Run, done: int, measured: dict[str, Any], *, ephemeral: bool) -> N
             f"{run.stage.out}/step{done}: not saved, weights are not finite; last good checkpoint: {good}"
         )
     state = {
-        "position": run.plan.consumed(done),
+        "position": run.plan.consumed(done).to_value(),
         "tokens": run.tokens,
         "skipped": run.skipped,
         "guard": run.guard.state(),

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import shutil
 import signal
@@ -35,6 +34,8 @@ from sft.common.jsonl import json_lines
 from sft.common.process import report_errors
 from sft.data.dataset import Dataset
 from sft.formats import manifest
+from sft.formats.dataset import DatasetInfo
+from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import SharedError, World, context_group, join, make_deterministic, shard
@@ -67,8 +68,9 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     # Rank 0 hashes every byte before anyone reads it; where the storage is a bucket, each machine then brings its own copy.
     world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
     dataset_folder, base_folder = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
-    facts = json.loads((dataset_folder / "dataset.json").read_bytes())
-    config = presets.resolve(stage.recipe.model, int(facts["vocab_size"]))
+    info = DatasetInfo.of(dataset_folder)
+    facts = info.facts
+    config = presets.resolve(stage.recipe.model, facts.vocab_size)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
     warning = initial_weights.check_tokenizer(dataset_folder, facts, base_folder, unchecked)
 
@@ -91,7 +93,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
 
     def loader(plan: StepPlan, dataset: Dataset, start: int) -> Loader:
         return Loader(
-            plan, dataset, facts["eos_id"], facts["pad_id"], config, world.rank // hardware.context_degree, groups,
+            plan, dataset, facts.eos_id, facts.pad_id, config, world.rank // hardware.context_degree, groups,
             packs_each * train.seq_len, start, workers, part=(world.rank % hardware.context_degree, hardware.context_degree),
         )  # fmt: skip
 
@@ -130,8 +132,8 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         plan=plan,
         loader=lambda start: loader(plan, dataset, start),
         validation=validation,
-        sources=[str(s["path"]) for s in facts["sources"]] or ["data"],
-        saver=Saver(stage.out, train, olmo_core.step_config(config, facts), world, log),
+        sources=[source.path for source in info.sources] or ["data"],
+        saver=Saver(stage.out, train, olmo_core.step_config(config, facts.ids), world, log),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
         if world.size > 1 and not compiled
@@ -166,7 +168,7 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
         start = 0
     else:
         state = step_folder.restore(step, model, optimizer, world)
-        start = plan.check(state["position"])
+        start = plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
         run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
         run.guard.load(state["guard"])
         torch.set_rng_state(state["rng"])
@@ -176,8 +178,8 @@ def prepare(stage: Stage, world: World) -> tuple[Run, int]:
     described = plan.describe()
     log(
         f"{config.parameters:,} parameters, {origin}; {world.size} x {world.device.type}, {train.precision};"
-        f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {described['epochs']:.2f} epochs,"
-        f" padding {described['padding_fraction']:.1%}, tokens lost to seq_len {described['tokens_lost_fraction']:.1%}"
+        f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {described.epochs:.2f} epochs,"
+        f" padding {described.padding_fraction:.1%}, tokens lost to seq_len {described.tokens_lost_fraction:.1%}"
     )
     return run, start
 
@@ -266,7 +268,7 @@ def summary(out: Path, run: Run, final: Path) -> dict[str, Any]:
         "tokens_per_s": sum(r["tokens_per_s"] * r["seconds"] for r in timed) / seconds if seconds else 0.0,
         "skipped_steps": sum(1 for r in records if r.get("skipped")),
         "attempts": sum(1 for r in json_lines(out / "metrics.jsonl") if "attempt" in r),
-        "data": run.plan.describe(),
+        "data": run.plan.describe().to_value(),
     }
     if used := [r for r in timed if "mfu" in r]:
         result["mfu"] = sum(r["mfu"] * r["seconds"] for r in used) / sum(r["seconds"] for r in used)

@@ -7,12 +7,12 @@ it raises as a red row. Standard library only.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from sft.common.errors import SftError
+from sft.formats.dataset import DatasetInfo
 from sft.recipe import presets, recipe, schema
 from sft.runner import plan
 from sft.runner.processes import processes
@@ -77,25 +77,25 @@ class Context:
         return self.training.nodes * processes(self.training, self.cluster)[0]
 
     @property
-    def prepared(self) -> dict[str, Any] | None:
+    def prepared(self) -> DatasetInfo | None:
         """prepare's dataset.json; None before prepare."""
         try:
-            return json.loads((self.run / "prepare" / "dataset.json").read_bytes())
-        except (OSError, ValueError):
+            return DatasetInfo.of(self.run / "prepare")
+        except (OSError, SftError):
             return None
 
     @property
     def steps(self) -> int | None:
         """Optimizer steps: the recipe's, or about as many as the prepared tokens fill; None before prepare."""
         train, data = self.recipe.train, self.prepared
-        if train.steps or data is None or not data.get("tokens"):
+        if train.steps or data is None:
             return train.steps or None
-        return max(1, round(train.epochs * data["tokens"] / train.global_batch_tokens))
+        return max(1, round(train.epochs * data.splits["data"].tokens / train.global_batch_tokens))
 
     @property
     def model(self) -> presets.ModelConfig | None:
         """The geometry; None before prepare where the vocabulary is the tokenizer's, which prepare reads."""
-        found = presets.resolve(self.recipe.model, int((self.prepared or {}).get("vocab_size") or 0))
+        found = presets.resolve(self.recipe.model, self.prepared.facts.vocab_size if self.prepared else 0)
         return found if found.vocab_size else None
 
     def with_gpu(self, reported: str = "") -> Context:

@@ -134,8 +134,8 @@ def hours(context: Context) -> Iterator[Row]:
     from sft.model import utilisation
 
     peak = context.cluster.gpu_tflops or utilisation.peak_tflops(context.cluster.gpu)
-    train, lengths = context.recipe.train, context.prepared or {}
-    mean = lengths["tokens"] / lengths["documents"] if lengths.get("documents") else train.seq_len
+    train = context.recipe.train
+    mean = context.prepared.lengths.mean if context.prepared else train.seq_len
     per_token = utilisation.flops_per_token(model, (min(mean, train.seq_len) + 1) / 2)
     total = per_token * steps * train.global_batch_tokens
     if not peak:

@@ -1,0 +1,203 @@
+"""dataset.json: what prepare made, from which files, and with which tokenizer and template. Standard library only.
+
+    {"format": 1, "dtype": "uint32",
+     "vocab_size": 100278, "eos_id": 100257, "pad_id": 100277, "terminator_ids": [100265, 100257],
+     "boundaries": "eos", "eos_appended": true,
+     "tokenizer": {"sha256": "…", "canaries": {"text": [ids]}}, "template": {"name": "olmo", "sha256": "…"},
+     "sources": [{"path", "weight", "found", …, "files": [{"name", "sha256"}]}],
+     "splits": {"data": {"documents", "tokens", "labels"}, "validation": …},
+     "lengths": {"mean", "p50", "p90", "p99", "max", "up_to"}, "decontamination": {…}}
+
+The keys from `vocab_size` to `template` are the fields of `TokenizerFacts`, which training, export and the gate use.
+`PrepareMetrics` are the metrics in prepare's manifest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple, Self
+
+from sft.formats.record import FormatError, Record, build, to_json
+
+NAME = "dataset.json"
+
+
+class TokenIds(NamedTuple):
+    """The numbers that an OLMo-core config names a tokenizer by. None where they are not known."""
+
+    vocab_size: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenizerFile:
+    """tokenizer.json: its hash (hex), and the ids of texts on which encoders are known to differ."""
+
+    sha256: str
+    canaries: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Template:
+    """The chat template: its name in the recipe, and the hash (hex) of its text."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """The tokenizer and the template of a dataset.
+
+    `vocab_size` is the number of ids. `terminator_ids` are the tokens that end an assistant turn in the template.
+    `boundaries` is "eos" when EOS ends every document and occurs nowhere else, and "index" when only documents.npy says
+    where documents end. `eos_appended`: prepare writes EOS after the text of the template.
+    """
+
+    vocab_size: int
+    eos_id: int
+    pad_id: int
+    terminator_ids: tuple[int, ...]
+    boundaries: Literal["eos", "index"]
+    eos_appended: bool
+    tokenizer: TokenizerFile
+    template: Template
+
+    @property
+    def ids(self) -> TokenIds:
+        return TokenIds(self.vocab_size, self.eos_id, self.pad_id)
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """An input file. Remote files also have the commit (hub), or checksum and generation (bucket), that was read."""
+
+    name: str
+    sha256: str
+    commit: str | None = None
+    crc32c: str | None = None
+    generation: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """One source of the mix. All numbers count documents, except `rows` (input rows), `rejected` (input rows),
+    `tokens`, and `labels` (trained tokens)."""
+
+    path: str
+    weight: int | float
+    found: int
+    duplicates: int
+    contaminated: int
+    validation: int
+    available: int
+    taken: int
+    rows: int
+    rejected: int
+    documents: int
+    tokens: int
+    labels: int
+    files: tuple[SourceFile, ...]
+
+
+@dataclass(frozen=True)
+class SplitSize:
+    """The size of a split. `labels` counts trained tokens."""
+
+    documents: int
+    tokens: int
+    labels: int
+
+
+@dataclass(frozen=True)
+class LengthHistogram:
+    """Lengths of training documents in tokens. `up_to` has (limit, documents, tokens) for each power of two."""
+
+    mean: float
+    p50: int
+    p90: int
+    p99: int
+    max: int
+    up_to: tuple[tuple[int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class NotCovered:
+    """Evaluation texts that decontamination does not look for."""
+
+    too_short: int
+    shared_by_many_rows: int
+
+
+@dataclass(frozen=True)
+class Decontamination:
+    """The evaluation files, how copies of their texts were found, and how many documents were dropped."""
+
+    files: tuple[str, ...]
+    ngram: int
+    overlap: float
+    texts: int
+    not_covered: NotCovered
+    dropped: int
+
+
+@dataclass(frozen=True)
+class DatasetInfo(Record):
+    """dataset.json. `dtype` is the NumPy name of the token files' integers."""
+
+    NEXT: ClassVar[str] = "make prepare again"
+    dtype: str
+    facts: TokenizerFacts
+    sources: tuple[SourceSummary, ...]
+    splits: dict[str, SplitSize]
+    lengths: LengthHistogram
+    decontamination: Decontamination | None = None
+
+    @classmethod
+    def of(cls, folder: Path) -> DatasetInfo:
+        """dataset.json of prepare's folder or of a synced dataset. Raises FileNotFoundError or SftError."""
+        return cls.read(folder / NAME)
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        if not isinstance(value, dict):
+            raise FormatError("an object is expected")
+        names = {field.name for field in dataclasses.fields(TokenizerFacts)}
+        facts = build(TokenizerFacts, {k: v for k, v in value.items() if k in names}, "")
+        rest = {k: v for k, v in value.items() if k not in names}
+        return super().parse({**rest, "facts": to_json(facts)})
+
+    def to_value(self) -> dict[str, Any]:
+        value = to_json(self)
+        head = {"format": self.VERSION, "dtype": value.pop("dtype"), **value.pop("facts")}
+        return {**head, **value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareMetrics(Record):
+    """The metrics in prepare's manifest.
+
+    `documents`, `tokens` and `labels` (trained tokens) are of the training split, `rejected` counts input rows.
+    `encoded_tokens` were encoded by this attempt; the others came from the cache. `encoded_by` counts documents by
+    encoder. `tokenizer_commit` is the commit of a tokenizer from the hub. `seconds` and `cpu_seconds` are by step.
+    """
+
+    NEXT: ClassVar[str] = "make prepare again"
+    documents: int
+    tokens: int
+    labels: int
+    rejected: int
+    encoded_tokens: int
+    tokenizer: TokenizerFile
+    encoded_by: dict[str, int]
+    chunks_redone: int
+    tokenizer_commit: str | None = None
+    seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
+
+    def to_metrics(self) -> dict[str, Any]:
+        """The metrics as JSON values, for the manifest."""
+        return dict(to_json(self))

@@ -1,0 +1,46 @@
+"""rejects.jsonl and contaminated.jsonl: the input rows that prepare left out, one record a line. Standard library only.
+
+{"source": "zoo.jsonl", "file": "zoo.jsonl", "row": 17, "reason": "not_json", "detail": "…", "example": "…"}
+{"source": "zoo.jsonl", "file": "zoo.jsonl", "row": 21, "repeats": "test.jsonl:1"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sft.formats.record import Record
+
+REJECTS = "rejects.jsonl"
+CONTAMINATED = "contaminated.jsonl"
+
+
+@dataclass(frozen=True)
+class RejectedRow(Record):
+    """A row that makes no document. `row` counts from 1 in `file`; `example` is the start of the row."""
+
+    NEXT: ClassVar[str] = "make prepare again"
+    source: str
+    file: str
+    row: int
+    reason: str
+    detail: str
+    example: str
+
+
+@dataclass(frozen=True)
+class ContaminatedRow(Record):
+    """A row that repeats an evaluation text. `repeats` is <file>:<row> of that text; rows count from 1."""
+
+    NEXT: ClassVar[str] = "make prepare again"
+    source: str
+    file: str
+    row: int
+    repeats: str
+
+
+def to_lines(records: Iterable[Record]) -> bytes:
+    """The records as JSONL."""
+    return b"".join(json.dumps(record.to_value()).encode() + b"\n" for record in records)
