@@ -2,4 +2,4 @@
 # Runs a stage on this machine, alone on its GPUs; see sft.launch.local.
 # Usage: env/local.sh runs/<run> <stage> COMMAND…
 set -euo pipefail
-exec .venv/bin/python -m sft.launch.local "$@"
+exec .venv/bin/python -m sft.launch local "$@"

@@ -11,15 +11,15 @@ Exit status 0: everything is there and identical.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import signal
 import sys
 from pathlib import Path
 
+import click
+
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
-from sft.common.process import report_errors
+from sft.runner.cli import program
 from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
@@ -81,19 +81,17 @@ def log(text: str) -> None:
     print(f"[cp] {text}", flush=True)
 
 
+@program("cp", "stages/cp.py")
+@click.argument("src")
+@click.argument("dst")
+@click.option("--check", is_flag=True, help="Copy nothing; report what is missing or different.")
+@click.option("--no-clobber", is_flag=True, help="Keep files in DST that have other bytes, and report them.")
+@click.option("--delete", is_flag=True, help="Delete from DST what SRC does not have.")
+@click.option("--cache", type=click.Path(path_type=Path), default="runs/.cache", help="State of unfinished uploads.")
+def main(src: str, dst: str, check: bool, no_clobber: bool, delete: bool, cache: Path) -> None:
+    """Copies files between folders and gs://, every file verified."""
+    copy(src, dst, cache, check, not no_clobber, delete)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="stages/cp.py", description="Copies files between folders and gs://, every byte proven."
-    )
-    parser.add_argument("src")
-    parser.add_argument("dst")
-    parser.add_argument("--check", action="store_true", help="copy nothing; say what is missing or different")
-    parser.add_argument("--no-clobber", action="store_true", help="leave files with other bytes alone and report them")
-    parser.add_argument("--delete", action="store_true", help="remove from DST what SRC does not hold")
-    parser.add_argument(
-        "--cache", type=Path, default=Path("runs/.cache"), help="where unfinished uploads are remembered"
-    )
-    args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with report_errors("cp"):
-        copy(args.src, args.dst, args.cache, args.check, not args.no_clobber, args.delete)
+    sys.exit(main())

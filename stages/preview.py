@@ -1,34 +1,38 @@
-#!/usr/bin/env python3
-"""Prints conversations of a run's sources as they will be tokenised, trained tokens coloured; see sft.data.preview.
+"""Prints conversations of a run's sources as they will be tokenized, trained tokens colored; see sft.data.preview.
 
-    python stages/preview.py runs/<run> [--source 2] [--row 17] [--cluster C] [--data ROOTS] [field=value …]
+    python stages/preview.py runs/<run> [--source 2] [--row 17] [--cluster NAME] [--data FOLDERS] [field=value …]
 
-Sources and rows count from 1. Writes nothing but what a remote source's cache needs. Exit status 0, or 1 with a message.
+Sources and rows count from 1. It writes only the cache of remote sources. Exit status 0, or 1 with a message.
 """
 
-import argparse
 import os
 import sys
 
-from sft.common.process import report_errors
+import click
+
+from sft.common.process import until_reader_stops
 from sft.data import sources
 from sft.data.preparation import resolve_tokenizer
 from sft.data.preview import preview
 from sft.data.tokenize import Encoder
+from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.stage import open_stage
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--source", default="")
-    parser.add_argument("--row", default="")
-    chosen, rest = parser.parse_known_args()
-    colour = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
-    with report_errors("preview"), open_stage("prepare", rest, follower=True) as stage:
+
+@program("preview", "stages/preview.py")
+@run_options
+@click.option("--source", default="", metavar="N", help="Show only the N-th source, counted from 1.")
+@click.option("--row", default="", metavar="N", help="Show only the N-th row, counted from 1.")
+def main(options: RunOptions, source: str, row: str) -> None:
+    """Prints conversations as they will be tokenized, trained tokens colored."""
+    color = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
+    with open_stage("prepare", options, follower=True) as stage, until_reader_stops():
         table = stage.recipe.prepare
         encoder = Encoder(resolve_tokenizer(table.tokenizer, stage), table, stage.find)
-        files = [sources.resolve(source, stage.find, stage.cache, log=stage.log) for source in table.sources]
-        try:
-            for line in preview(encoder, files, chosen.source, chosen.row, colour):
-                print(line)
-        except BrokenPipeError:  # | head
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        files = [sources.resolve(s, stage.find, stage.cache, log=stage.log) for s in table.sources]
+        for line in preview(encoder, files, source, row, color):
+            print(line)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,7 +3,9 @@
 python stages/push_hub.py runs/<run> --repo org/name [--push 1|public] | --card
 """
 
+import sys
+
 from sft.export.push import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,9 @@
 python stages/soup.py DST STEP… [--run RUN] [--weights "1 2"]
 """
 
+import sys
+
 from sft.export.soup import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,7 +3,9 @@
 python stages/to_core.py SRC DST
 """
 
-from sft.export.core import main
+import sys
+
+from sft.export.core import to_core_program as main
 
 if __name__ == "__main__":
-    main("to-core")
+    sys.exit(main())

@@ -3,7 +3,9 @@
 python stages/to_hf.py SRC DST [--tokenizer FOLDER] [--template NAME] [field=value ...]
 """
 
-from sft.export.core import main
+import sys
+
+from sft.export.core import to_hf_program as main
 
 if __name__ == "__main__":
-    main("to-hf")
+    sys.exit(main())

@@ -174,7 +174,7 @@ def test_outputs_that_stay_there_are_told_and_not_missing(place):
     where = json.loads(file.read_text())["where"]
     file.write_text(json.dumps({"where": where, "outputs": ["out"]}))
     assert f"0 files verified; 1 are elsewhere: {where} (out)" in place.workspace.make("verify", "RUN=x").stdout
-    code = "from sft.runner.stage import open_stage\nwith open_stage('sync', ['runs/x']) as s: s.folder('prepare')"
+    code = "from sft.runner.cli import parse_run\nfrom sft.runner.stage import open_stage\nwith open_stage('sync', parse_run('sync', ['runs/x'])) as s: s.folder('prepare')"
     with pytest.raises(subprocess.CalledProcessError) as failed:
         place.workspace.python(code)
     assert f"1 outputs are elsewhere, in {where}" in failed.value.stderr

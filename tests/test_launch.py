@@ -26,7 +26,7 @@ from sft.launch.slurm import client, scheduler
 from sft.launch.slurm.script import comment
 from sft.recipe import recipe, schema
 
-LAUNCH = [sys.executable, "-m", "sft.launch.local"]
+LAUNCH = [sys.executable, "-m", "sft.launch", "local"]
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import pytest
 
 from conftest import REPO
 
-STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.runner.stage import Result, main, open_stage\n"
+STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.runner.cli import parse_run\n"
+STAGE += "from sft.runner.stage import Result, main, open_stage\n"
 
 
 def program(workspace, name, body, **options):
@@ -80,7 +81,7 @@ def test_a_shared_result_that_was_damaged_is_made_again(workspace):
 
 def test_training_in_place_continues_its_folder_and_moves_a_foreign_one_aside(workspace):
     (workspace.root / "stages/train.py").write_text(
-        STAGE + "with open_stage('train', in_place=True) as stage:\n"
+        STAGE + "with open_stage('train', parse_run('train', sys.argv[1:]), in_place=True) as stage:\n"
         "    with (stage.out / 'steps').open('a') as f: f.write('s')\n"
         "    stage.finish(Result(['steps']))\n"
     )

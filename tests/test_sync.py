@@ -134,8 +134,9 @@ def test_storage_that_is_not_a_folder_is_told_before_copying(place: Workspace) -
 
 READ = """
 import sys
+from sft.runner.cli import parse_run
 from sft.runner.stage import open_stage
-with open_stage("train", ["runs/x", "--cluster", "cloud"], in_place=True) as stage:
+with open_stage("train", parse_run("train", ["runs/x", "--cluster", "cloud"]), in_place=True) as stage:
     print(stage.dataset, stage.base)
 """
 

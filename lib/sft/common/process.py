@@ -1,15 +1,31 @@
-"""TODO sft.common.process"""
+"""How a process ends: exit statuses, signals, and errors as one message. Standard library only.
+
+Used by every program in the environment through `sft.runner.cli`, and by the ranks of a training.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from sft.common.errors import SftError
+
+FAILED = 1
+"""An error that the user can fix. The message names it and the next command."""
+USAGE = 2
+"""The words on the command line are wrong."""
+AGAIN = 75
+"""EX_TEMPFAIL: the stage saved its work; run the same command again."""
+INTERRUPTED = 130
+"""Ctrl-C (128 + SIGINT)."""
+TERMINATED = 143
+"""128 + SIGTERM."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
@@ -17,7 +33,7 @@ PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EIS
 
 @contextlib.contextmanager
 def report_errors(name: str, folder: Path | None = None) -> Iterator[None]:
-    """Turns errors that a person can mend into one message and exit status 1. `folder` is where the stage writes."""
+    """Turns errors that the user can fix into `[name] error: …` and exit status 1. `folder` is where the stage writes."""
     try:
         yield
     except SftError as e:
@@ -32,5 +48,22 @@ def report_errors(name: str, folder: Path | None = None) -> Iterator[None]:
         where = Path(e.filename or folder or ".")
         free = shutil.disk_usage(folder or ".").free
         sys.exit(
-            f"[{name}] error: {where}: {e.strerror} ({free:,} bytes free); next: mend that disk and run it again, finished work is kept"
+            f"[{name}] error: {where}: {e.strerror} ({free:,} bytes free); next: fix that disk and run it again;"
+            " finished work is kept"
         )
+
+
+def exit_on_signals() -> None:
+    """SIGTERM and Ctrl-C end the process with their exit status. `finally` blocks run."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(INTERRUPTED))
+
+
+@contextlib.contextmanager
+def until_reader_stops() -> Iterator[None]:
+    """For programs that print a listing: `| head` ends them quietly."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

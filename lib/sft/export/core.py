@@ -9,7 +9,6 @@ stream (memory does not grow with the model) and prove what they wrote before it
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import metadata, planner
@@ -40,6 +40,7 @@ from sft.formats.record import to_json
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert, Prepare
+from sft.runner.cli import program
 from sft.storage.base_weights import find_base
 from sft.storage.contract import FileCopy
 from sft.storage.local import LocalStorage
@@ -289,38 +290,41 @@ def _scratch(cache: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def main(direction: str, argv: Sequence[str] | None = None) -> None:
-    """The program behind stages/to_hf.py and stages/to_core.py."""
-    from sft.common.process import report_errors
+_CACHE = click.option(
+    "--cache", type=click.Path(path_type=Path), default="runs/.cache", help="Where remote folders are copied to."
+)
 
-    parser = argparse.ArgumentParser(
-        prog=f"stages/{direction.replace('-', '_')}.py", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("source", help="a folder or gs://…; for to-core also hf://org/name[@revision]")
-    parser.add_argument("target", help="a new folder or gs://…")
-    parser.add_argument("--cache", type=Path, default=Path("runs/.cache"), help="where remote folders are brought to")
-    if direction == "to-hf":
-        parser.add_argument(
-            "--tokenizer", default="", help="folder with the step's tokenizer; default: in the step or beside it"
-        )
-        parser.add_argument(
-            "--template", default="tokenizer", help="chat template trained with: a name or a .jinja file"
-        )
-        parser.add_argument("options", nargs="*", metavar="field=value", help="fields of [convert]")
-    args = parser.parse_intermixed_args(argv)
 
-    def log(text: str) -> None:
-        print(f"[{direction}] {text}", flush=True)
+@program("to-hf", "stages/to_hf.py")
+@click.argument("source")
+@click.argument("target")
+@click.argument("options", nargs=-1, metavar="[FIELD=VALUE]...")
+@_CACHE
+@click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer of the step. Default: in it or beside it.")
+@click.option("--template", default="tokenizer", help="Chat template that was trained: a name or a .jinja file.")
+def to_hf_program(
+    source: str, target: str, options: tuple[str, ...], cache: Path, tokenizer: str, template: str
+) -> None:
+    """Converts the OLMo-core step SOURCE (folder or gs://…) to the new Hugging Face folder TARGET. FIELD=VALUE sets a
+    field of [convert]."""
+    log = _logger("to-hf")
+    report = to_hf(source, target, _options(options), tokenizer, template, cache, log)
+    log(f"{target}: {json.dumps(to_json(report.summary))}")
 
-    with report_errors(direction):
-        if direction == "to-hf":
-            report = to_hf(
-                args.source, args.target, _options(args.options), args.tokenizer, args.template, args.cache, log
-            )
-            log(f"{args.target}: {json.dumps(to_json(report.summary))}")
-        else:
-            to_core(args.source, args.target, args.cache, log)
-            log(f"{args.target}: a base for [model] base, here or in OLMo-core")
+
+@program("to-core", "stages/to_core.py")
+@click.argument("source")
+@click.argument("target")
+@_CACHE
+def to_core_program(source: str, target: str, cache: Path) -> None:
+    """Converts the Hugging Face folder SOURCE (also gs://… or hf://org/name[@revision]) to the new OLMo-core step TARGET."""
+    log = _logger("to-core")
+    to_core(source, target, cache, log)
+    log(f"{target}: a base for [model] base, here or in OLMo-core")
+
+
+def _logger(name: str) -> Callable[[str], None]:
+    return lambda text: print(f"[{name}] {text}", flush=True)
 
 
 def _options(fields: Sequence[str]) -> Convert:

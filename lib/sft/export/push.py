@@ -10,7 +10,6 @@ Out: a repository, private unless said otherwise, with one commit; README.md is 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import re
@@ -18,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
+
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.export import card
 from sft.formats import gate, manifest
 from sft.formats.gate import GateRecord
 from sft.runner import plan
+from sft.runner.cli import RunOptions, program, run_options
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -100,27 +102,19 @@ def _there(file: Path, stated: Any) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == stated.blob_id
 
 
-def main() -> None:
-    """The program behind stages/push_hub.py."""
-    from sft.common.process import report_errors
+@program("push-hub", "stages/push_hub.py")
+@run_options
+@click.option("--repo", default="", metavar="ORG/NAME", help="Repository on the hub.")
+@click.option("--push", "visibility", default="", help="1 sends to a private repository, 'public' to a public one.")
+@click.option("--card", is_flag=True, help="Print the model card and do nothing else.")
+def main(options: RunOptions, repo: str, visibility: str, card: bool) -> None:
+    """Sends a run's export to the Hugging Face hub. Without --push it only lists the files."""
+    if card:
+        print(export_of(options.place, options.run.name, options.overrides)[1], end="")
+        return
 
-    parser = argparse.ArgumentParser(prog="stages/push_hub.py", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--repo", default="", help="org/name on the hub")
-    parser.add_argument("--push", default="", help="1 = send, to a private repository; public = to a public one")
-    parser.add_argument("--card", action="store_true", help="print the model card and do nothing else")
-    parser.add_argument("--cluster", default="local", help="env/<cluster>.toml")
-    parser.add_argument("--data", default="", help="folders that recipes' paths are looked up in")
-    parser.add_argument("overrides", nargs="*", metavar="field=value")
-    args = parser.parse_intermixed_args()
-    with report_errors("push-hub"):
-        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        if args.card:
-            print(export_of(place, args.run.name, args.overrides)[1], end="")
-            return
+    def log(line: str) -> None:
+        print(f"[push-hub] {line}", flush=True)
 
-        def log(line: str) -> None:
-            print(f"[push-hub] {line}", flush=True)
-
-        if url := push(place, args.run.name, args.repo, args.push, log, args.overrides):
-            log(f"there, every file's hash compared: {url}")
+    if url := push(options.place, options.run.name, repo, visibility, log, options.overrides):
+        log(f"there, every file's hash compared: {url}")

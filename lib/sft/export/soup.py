@@ -10,12 +10,12 @@ Out: DST in the layout that [model] base, make to-hf and OLMo-core read: weights
 
 from __future__ import annotations
 
-import argparse
 import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from sft.formats import soup as soup_format
 from sft.formats.manifest import StepManifest
 from sft.formats.soup import Soup, Source
 from sft.model.hf import read_json
+from sft.runner.cli import program
 
 
 class Mean:
@@ -147,21 +148,17 @@ def source(step: Path, weight: float) -> Source:
     return Source(str(step), weight, StepManifest.read(file).outputs if file.is_file() else None)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """The program behind stages/soup.py."""
-    from sft.common.process import report_errors
-
-    parser = argparse.ArgumentParser(prog="stages/soup.py", description=__doc__.splitlines()[0])
-    parser.add_argument("target", help="a new folder or gs://…")
-    parser.add_argument("steps", nargs="+", help="<number> of --run, <run>/<number>, or a step folder")
-    parser.add_argument("--run", default="", help="run whose steps are meant by numbers alone")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs")
-    parser.add_argument("--weights", default="", help="numbers, one for each step; default: all the same")
-    args = parser.parse_args(argv)
-    with report_errors("soup"):
-        steps = [find_step(args.runs, args.run, word) for word in args.steps]
-        try:
-            weights = [float(w) for w in args.weights.split()] or [1.0] * len(steps)
-        except ValueError:
-            raise SftError(f"WEIGHTS={args.weights}: not numbers; next: write one for each step") from None
-        soup(steps, weights, args.target, args.runs / ".cache", lambda text: print(f"[soup] {text}", flush=True))
+@program("soup", "stages/soup.py")
+@click.argument("target")
+@click.argument("words", nargs=-1, required=True, metavar="STEP...")
+@click.option("--run", default="", help="The run of steps that are given as a number alone.")
+@click.option("--runs", type=click.Path(path_type=Path), default="runs", help="Folder of runs.")
+@click.option("--weights", default="", help="One number for each step, separated by spaces. Default: all the same.")
+def main(target: str, words: tuple[str, ...], run: str, runs: Path, weights: str) -> None:
+    """Writes the mean of checkpoints to TARGET, a new folder or gs://…. STEP is <number>, <run>/<number> or a folder."""
+    steps = [find_step(runs, run, word) for word in words]
+    try:
+        numbers = [float(w) for w in weights.split()] or [1.0] * len(steps)
+    except ValueError:
+        raise SftError(f"WEIGHTS={weights}: not numbers; next: write one for each step") from None
+    soup(steps, numbers, target, runs / ".cache", lambda text: print(f"[soup] {text}", flush=True))

@@ -7,17 +7,19 @@ python -m sft.launch.commands collect runs/<run>…   fetches what their ended j
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import click
+
 from sft.common.errors import SftError
-from sft.common.process import report_errors
+from sft.common.process import until_reader_stops
 from sft.formats.job import FOLDER
 from sft.launch.job import LostConnection, SubmittedJob, T, retried, submitted_jobs
 from sft.launch.run import follow, logger, scheduler_of
 from sft.runner import plan
+from sft.runner.cli import program
 
 PATIENCE_S = 60.0
 
@@ -101,14 +103,32 @@ def for_each(action: Callable[[T], None], items: Iterable[T]) -> None:
         raise SftError("\n".join(problems))
 
 
+@click.group(no_args_is_help=False)
+def group() -> None:
+    """The jobs of runs on a cluster with a scheduler."""
+
+
+@group.command("jobs")
+@click.argument("runs", type=click.Path(path_type=Path))
+def _jobs(runs: Path) -> None:
+    """Lists the jobs of all runs in the folder RUNS, with their attempts and states."""
+    with until_reader_stops():
+        list_jobs(runs)
+
+
+@group.command("cancel")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def _cancel(runs: tuple[Path, ...]) -> None:
+    """Ends the active jobs of these runs."""
+    for_each(cancel, runs)
+
+
+@group.command("collect")
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+def _collect(runs: tuple[Path, ...]) -> None:
+    """Fetches what the ended jobs of these runs made on other disks."""
+    for_each(collect, runs)
+
+
 if __name__ == "__main__":
-    with report_errors("jobs"), contextlib.suppress(BrokenPipeError):
-        match sys.argv[1:]:
-            case ["jobs", runs]:
-                list_jobs(Path(runs))
-            case ["cancel", *folders] if folders:
-                for_each(cancel, map(Path, folders))
-            case ["collect", *folders] if folders:
-                for_each(collect, map(Path, folders))
-            case _:
-                sys.exit("usage: python -m sft.launch.commands jobs RUNS | cancel runs/<run>… | collect runs/<run>…")
+    sys.exit(program("jobs", "python -m sft.launch.commands")(group)())

@@ -21,7 +21,6 @@ from sft.common.errors import SftError
 from sft.formats.job import FOLDER, JobRecord
 from sft.recipe import recipe, schema
 from sft.runner import plan
-from sft.runner.stage import parse
 
 AGAIN = 75
 """Exit status of a stage that saved and asks to be run again (EX_TEMPFAIL)."""
@@ -120,9 +119,10 @@ class Job:
         run, stage, command = argv[0], argv[1], list(argv[2:])
         if stage not in (*schema.STAGES, WATCH):
             raise SftError(f"{stage!r} is not a stage that runs as a job; those are: {', '.join(schema.STAGES)}")
-        args = parse(stage, command[command.index(run) :])
-        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        found = plan.load_run(place, args.run.name, args.overrides)
+        from sft.runner.cli import parse_run  # start-up: click is not there yet when the doctor loads a launcher
+
+        options = parse_run(stage, command[command.index(run) :])
+        place, found = options.place, options.load_recipe()
         shards = _shards(os.environ.get("SHARDS", ""), stage)
         made = "train" if stage == WATCH else stage
         try:
@@ -132,7 +132,7 @@ class Job:
                 raise
             state, inputs = plan.states(place, found)[made], []
         identity = plan.identity(state.key, inputs)
-        return Job(args.run, stage, command, place, place.load_cluster(), found, identity, shards, state.key)
+        return Job(options.run, stage, command, place, place.load_cluster(), found, identity, shards, state.key)
 
 
 def _shards(text: str, stage: str) -> int:

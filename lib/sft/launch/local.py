@@ -16,7 +16,6 @@ import pwd
 import re
 import shlex
 import stat
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,8 +26,6 @@ from sft.launch.doctor import doctor
 from sft.launch.doctor.context import Context, Row
 from sft.launch.launcher import Answer, Scheduler
 from sft.recipe.schema import Cluster
-from sft.runner import plan
-from sft.runner.stage import parse
 
 USES_GPUS = ("train", "evaluate")
 SHARED = (Path("/run/lock"), Path("/tmp"))
@@ -147,28 +144,25 @@ def user_name() -> str:
         return f"user {os.getuid()}"
 
 
-def main(argv: Sequence[str]) -> None:
-    """Checks the stage, locks its GPUs and becomes its command."""
+def main(argv: Sequence[str]) -> int:
+    """Checks the stage, locks its GPUs and becomes its command. Returns 0 for a dry run; raises SftError."""
     if len(argv) < 3:
-        sys.exit("usage: env/local.sh runs/<run> <stage> COMMAND…")
+        raise SftError("usage: env/local.sh runs/<run> <stage> COMMAND…")
     run, stage, *command = argv
     if os.environ.get("DRY_RUN"):
         print(shlex.join(command))
-        return
+        return 0
     if os.environ.get("DETACH"):
         print(f"[{stage}] warning: DETACH is ignored on this machine, which has no scheduler", flush=True)
     with report_errors(stage):
         if run in command:
-            args = parse(stage, command[command.index(run) :])
-            place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-            cluster = place.load_cluster()
+            from sft.runner.cli import parse_run  # start-up: click is not there yet when the doctor loads a launcher
+
+            options = parse_run(stage, command[command.index(run) :])
+            cluster = options.place.load_cluster()
             if cluster.launcher == "local":  # otherwise this stage is one that the cluster leaves to this machine
                 os.environ.update(cluster.env)
-            doctor.require(place, plan.load_run(place, args.run.name, args.overrides), stage)
+            doctor.require(options.place, options.load_recipe(), stage)
         if stage in USES_GPUS:
             lock_gpus(visible_gpus(), f"{stage} of {Path(run).absolute()}", os.environ.get("GPU_WAIT") != "0")
         os.execvp(command[0], command)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

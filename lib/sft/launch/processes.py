@@ -1,33 +1,32 @@
 """How many processes a stage runs on a machine: python -m sft.launch.processes train runs/<run> [--cluster C] [field=value …]
 
-Prints `<processes> <threads per process>` for stages/train.sh, once the batch arithmetic is known to work out.
+Prints `<processes> <threads per process>` for stages/train.sh, after checking the batch arithmetic.
 """
 
 from __future__ import annotations
 
 import sys
 
-from sft.common.process import report_errors
-from sft.runner import plan
+import click
+
+from sft.recipe import schema
+from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.processes import processes
-from sft.runner.stage import parse
 
 
-def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m sft.launch.processes train runs/<run> [--cluster C] [field=value …]")
-    name = sys.argv[1]
-    with report_errors(name):
-        args = parse(name, sys.argv[2:])
-        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        recipe = plan.load_run(place, args.run.name, args.overrides)
-        hardware = recipe.hardware(place.cluster, name)
-        if (args.run / "prepare" / "data").is_dir():  # what the numbers make impossible is told before a process starts
-            from sft.packing.arithmetic import check
+@program("train", "python -m sft.launch.processes")
+@click.argument("stage", type=click.Choice(schema.STAGES), metavar="STAGE")
+@run_options
+def main(options: RunOptions, stage: str) -> None:
+    """Prints the number of processes of STAGE on each machine and the threads of each."""
+    recipe, cluster = options.load_recipe(), options.place.load_cluster()
+    hardware = recipe.hardware(options.cluster, stage)
+    if (options.run / "prepare" / "data").is_dir():  # numbers that cannot work are reported before a process starts
+        from sft.packing.arithmetic import check  # start-up: numpy and numba, not needed without data
 
-            check(args.run / "prepare", recipe, hardware, place.load_cluster())
-        print(*processes(hardware, place.load_cluster()))
+        check(options.run / "prepare", recipe, hardware, cluster)
+    print(*processes(hardware, cluster))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.common.process import report_errors
+from sft.common.process import until_reader_stops
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo
 from sft.model import memory
@@ -23,9 +23,8 @@ from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe import presets
 from sft.recipe.recipe import Recipe
 from sft.recipe.schema import Cluster, Hardware
-from sft.runner import plan
+from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.processes import processes
-from sft.runner.stage import parse
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,16 @@ def rows(found: Check) -> list[tuple[str, str]]:
     ]
 
 
-def main() -> None:
-    with report_errors("steps"):
-        args = parse("steps", sys.argv[1:])
-        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        recipe = plan.load_run(place, args.run.name, args.overrides)
-        hardware = recipe.hardware(place.cluster, "train")
-        for what, value in rows(check(args.run / "prepare", recipe, hardware, place.load_cluster())):
+@program("steps", "python -m sft.packing.arithmetic")
+@run_options
+def main(options: RunOptions) -> None:
+    """Prints packs, steps, padding, trained tokens of a step and the memory of one GPU, before anything is launched."""
+    recipe, cluster = options.load_recipe(), options.place.load_cluster()
+    found = check(options.run / "prepare", recipe, recipe.hardware(options.cluster, "train"), cluster)
+    with until_reader_stops():
+        for what, value in rows(found):
             print(f"{what:27} {value}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

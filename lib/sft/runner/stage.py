@@ -9,11 +9,9 @@ can continue; the finished folder is renamed into place. Training works in place
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
-from sft.common.process import report_errors
+from sft.common.process import exit_on_signals, report_errors
 from sft.formats import elsewhere, manifest, remote
 from sft.formats import run as run_format
 from sft.formats.elsewhere import Elsewhere
@@ -36,6 +34,7 @@ from sft.formats.remote import Remote, SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
+from sft.runner.cli import RunOptions, parse_run
 from sft.runner.publish import _flush, _keep_only, _link_tree, provenance
 
 
@@ -246,17 +245,13 @@ class Stage:
 
 
 @contextlib.contextmanager
-def open_stage(
-    name: str, argv: Sequence[str] | None = None, *, in_place: bool = False, follower: bool = False
-) -> Iterator[Stage]:
+def open_stage(name: str, options: RunOptions, *, in_place: bool = False, follower: bool = False) -> Iterator[Stage]:
     """Opens a stage for its code to work in and publishes it when `stage.finish(Result(…))` was called.
 
     in_place: work in runs/<run>/<stage> itself. follower: another rank of the same stage, which neither locks nor writes.
     Raises SftError for bad input, a stale upstream, or a lock that somebody else holds.
     """
-    args = parse(name, sys.argv[1:] if argv is None else argv)
-    place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-    recipe = plan.load_run(place, args.run.name, args.overrides)
+    place, recipe = options.place, options.load_recipe()
     if follower:
         yield Stage(name, place, recipe, sys.argv, follower=True)
         return
@@ -272,27 +267,19 @@ def open_stage(
 
 
 def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) -> None:
-    """The whole program of a stage. Exit status: 0 done, 1 an error a person can mend, 130 Ctrl-C, 143 SIGTERM."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    """The program of a stage that has no options of its own. Exit statuses: see `sft.runner.cli`."""
+    exit_on_signals()
+    run_stage(name, parse_run(name, sys.argv[1:]), body, shared=shared)
+
+
+def run_stage(name: str, options: RunOptions, body: Callable[[Stage], Result], *, shared: bool = False) -> None:
+    """Opens the stage, calls `body` and publishes its result. shared: runs of the same identity share one result."""
     began = time.monotonic()
-    run = parse(name, sys.argv[1:]).run
-    with report_errors(name, run.parent if run.parent.is_dir() else None):
-        with open_stage(name) as stage:
+    runs = options.run.parent
+    with report_errors(name, runs if runs.is_dir() else None):
+        with open_stage(name, options) as stage:
             if shared:
                 stage.run_shared(body)
             else:
                 stage.finish(body(stage))
         stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
-
-
-def parse(name: str, argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog=f"stages/{name}", description=f"The {name} stage of one run.")
-    parser.add_argument("run", type=Path, help="folder of the run: runs/<recipe>[_<field>-<value>…]")
-    parser.add_argument("--cluster", default="local", help="env/<cluster>.toml")
-    parser.add_argument("--data", default="", help="folders that recipes' paths are looked up in, separated by ':'")
-    parser.add_argument("overrides", nargs="*", metavar="field=value", help="override a field of the recipe")
-    args = parser.parse_intermixed_args(argv)
-    if args.run.parent == Path(".") and not args.run.is_absolute():
-        parser.error(f"{args.run}: the folder of a run is <runs>/<run>, e.g. runs/{args.run}")
-    return args

@@ -10,23 +10,23 @@ Out: runs/<run>/<stage>/… with every file that the stage's manifest and its ke
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import re
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import click
+
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
-from sft.common.process import report_errors
 from sft.formats import elsewhere, manifest
 from sft.recipe.schema import STAGES
 from sft.runner import plan
+from sft.runner.cli import RunOptions, program, run_options
 from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
@@ -161,25 +161,19 @@ def log(text: str) -> None:
     print(f"[fetch] {text}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sft.sync.fetch", description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--cluster", default="local")
-    parser.add_argument("--data", default="")
-    parser.add_argument("--stage", default="", help="stages, separated by spaces; empty = all that are there")
-    parser.add_argument("--from", dest="given", default="", help="the folder of runs there")
-    parser.add_argument("--push", action="store_true", help="the other way: from here to the cluster")
-    parser.add_argument("--check", action="store_true", help="copy nothing; say what is missing or different")
-    parser.add_argument("overrides", nargs="*", help="fields of the recipe, which are in the run's name already")
-    args = parser.parse_intermixed_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with report_errors("fetch"):
-        stages = args.stage.split()
-        if unknown := [s for s in stages if s not in (*STAGES, "report")]:
-            raise SftError(f"STAGE={args.stage}: {unknown[0]} is none of {', '.join(STAGES)}")
-        place = plan.Place.parse(str(args.run.parent), args.data, args.cluster)
-        fetch(place, args.run, stages, args.given, args.push, args.check)
+@program("fetch", "python -m sft.sync.fetch")
+@run_options
+@click.option("--stage", default="", metavar="STAGES", help="Stages, separated by spaces. Default: all that are there.")
+@click.option("--from", "given", default="", metavar="FOLDER", help="The folder of runs on the cluster.")
+@click.option("--push", is_flag=True, help="Copy from here to the cluster instead.")
+@click.option("--check", is_flag=True, help="Copy nothing; report what is missing or different.")
+def main(options: RunOptions, stage: str, given: str, push: bool, check: bool) -> None:
+    """Copies stages of a run from the place where a cluster made them, every file verified."""
+    stages = stage.split()
+    if unknown := [s for s in stages if s not in (*STAGES, "report")]:
+        raise SftError(f"STAGE={stage}: {unknown[0]} is none of {', '.join(STAGES)}")
+    fetch(options.place, options.run, stages, given, push, check)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

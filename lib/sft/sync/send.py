@@ -15,8 +15,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.runner.cli import program
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 from sft.sync.fetch import listed
@@ -41,14 +44,19 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def main() -> None:
+@program("send", "python -m sft.sync.send", signals=False)
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("where")
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("beside", nargs=-1, metavar="[NAME]...")
+def main(folder: Path, where: str, cache: Path, beside: tuple[str, ...]) -> None:
+    """Copies FOLDER, which has a manifest, to WHERE, and the files NAME that are beside FOLDER."""
     threading.Thread(target=end_with_parent, daemon=True).start()
-    folder, where, cache, *beside = sys.argv[1:]
     try:
-        send(Path(folder), where, Path(cache), beside)
+        send(folder, where, cache, beside)
     except (SftError, OSError) as error:
-        sys.exit(str(error))
+        sys.exit(str(error))  # training puts this text into a message of its own
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -44,6 +44,7 @@ from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe import presets
 from sft.recipe.schema import Hardware
+from sft.runner.cli import parse_run
 from sft.runner.stage import Result, Stage, open_stage
 from sft.training import evaluations, initial_weights, logs
 from sft.training.loop import Requeue, Run, loop
@@ -288,6 +289,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, ask)
     signal.signal(signal.SIGUSR1, ask)
+    words = list(sys.argv[1:] if argv is None else argv)
+    options = parse_run("train", words)
     world = join()
     began = time.monotonic()
     stage: Stage | None = None
@@ -296,10 +299,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with report_errors("train") if world.is_rank0 else quiet(), contextlib.ExitStack() as stack:
             # Rank 0 first: it takes the lock and moves a folder of other inputs aside before anyone looks at it.
             opened = world.on_rank0(
-                lambda: [stack.enter_context(open_stage("train", argv, in_place=True))], share=False
+                lambda: [stack.enter_context(open_stage("train", options, in_place=True))], share=False
             )
             stage = (
-                opened[0] if opened else stack.enter_context(open_stage("train", argv, in_place=True, follower=True))
+                opened[0] if opened else stack.enter_context(open_stage("train", options, in_place=True, follower=True))
             )
             if stage.hardware.threads and world.device.type == "cpu":
                 torch.set_num_threads(stage.hardware.threads)
@@ -308,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             attempt = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
             logs.record(stage.out, attempt, world.rank)
             if world.is_rank0:
-                watcher = start_watcher(stage, list(sys.argv[1:] if argv is None else argv))
+                watcher = start_watcher(stage, words)
             result = train_stage(stage, world, lambda: asked, attempt)
             if world.is_rank0:
                 stage.finish(result)

@@ -12,17 +12,18 @@ is verified; manifests come last.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
+
 from sft.common.errors import SftError
-from sft.common.process import report_errors
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
 from sft.launch.job import AGAIN, Job
 from sft.recipe import schema
+from sft.runner.cli import COMMAND, program
 from sft.storage.contract import Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
@@ -106,15 +107,28 @@ def _send_folder(folder: Path, target: Storage) -> None:
     log(f"{folder} is stored in {target.where}")
 
 
+@click.group(no_args_is_help=False)
+def group() -> None:
+    """Copies a run's stages between a bucket and a disk that ends with the job."""
+
+
+@group.command("fetch", context_settings=COMMAND)
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("stage", type=click.Choice(schema.STAGES))
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED, metavar="COMMAND...")
+def _fetch(run: Path, stage: str, command: tuple[str, ...]) -> None:
+    """Copies the earlier stages that STAGE reads to RUN. COMMAND is the command of the stage."""
+    fetch(run, stage, command)
+
+
+@group.command("send")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("stage", type=click.Choice(schema.STAGES))
+@click.argument("status", type=click.IntRange(min=0))
+def _send(run: Path, stage: str, status: int) -> None:
+    """Copies the finished STAGE to the bucket; with STATUS 75, the step that training saved."""
+    send(run, stage, status)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with report_errors("bucket"):
-        match sys.argv[1:]:
-            case ["fetch", run, stage, *command] if stage in schema.STAGES and command:
-                fetch(Path(run), stage, command)
-            case ["send", run, stage, status] if stage in schema.STAGES and status.isdigit():
-                send(Path(run), stage, int(status))
-            case _:
-                sys.exit(
-                    "usage: python -m sft.launch.beaker.bucket_runs fetch runs/<run> <stage> COMMAND… | send runs/<run> <stage> STATUS"
-                )
+    sys.exit(program("bucket", "python -m sft.launch.beaker.bucket_runs")(group)())

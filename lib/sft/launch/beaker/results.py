@@ -1,4 +1,4 @@
-"""The files that a job on other disks returns, and the note of those that stay there. Standard library only.
+"""The files that a job on other disks returns, and the note of those that stay there.
 
 In the job:  python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [WHERE]  copies the stage's small files to RESULTS
 Here:        accept(folder, runs/<run>/<stage>, key)                    checks them and renames them into place
@@ -16,12 +16,15 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
+
 from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.common.paths import inside
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
 from sft.formats.manifest import Manifest, Output
+from sft.runner.cli import program
 
 FILE_BYTES = 64 << 20
 TOTAL_BYTES = 512 << 20
@@ -100,12 +103,14 @@ def accept(arrived: Path, final: Path, key: str) -> Manifest:
     return made
 
 
+@program("results", "python -m sft.launch.beaker.results")
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("results", type=click.Path(path_type=Path))
+@click.argument("where", default="")
+def main(folder: Path, results: Path, where: str) -> None:
+    """Copies the small files of the stage in FOLDER to RESULTS. WHERE: its address in a bucket that outlives the job."""
+    copy_results(folder, results, where)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (3, 4):
-        sys.exit(
-            "usage: python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [gs://address of the stored stage]"
-        )
-    try:
-        copy_results(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])
-    except SftError as e:
-        sys.exit(f"[results] error: {e}")
+    sys.exit(main())
