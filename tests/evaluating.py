@@ -10,6 +10,7 @@ from typing import Any
 import tiny_export
 from sft.evaluation import evaluate
 from sft.export import write
+from sft.formats.results import TaskResult
 from sft.recipe.schema import Convert, Evaluate
 from tiny_export import OLMO3
 
@@ -57,16 +58,16 @@ def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNam
     write.export(
         weights, OLMO3, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
     )
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
-    model = Model(root / "model", batch_size=4, max_length=0, think_end=None)
+    model = HfModel(root / "model", batch_size=4, max_length=0, think_end=None)
     return SimpleNamespace(
         root=root, tasks=tasks, data={"colours": root / "colours.jsonl"}, model=model, weights=weights
     )
 
 
-def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHING) -> dict[str, Any]:
-    return evaluate.one_task(place.model, name, options, place.tasks, place.data, out)
+def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHING) -> TaskResult:
+    return evaluate.run_task(place.model, name, options, place.tasks, place.data, out)
 
 
 def load(name: str, tasks: Path, data: dict[str, Any], seed: int = 1) -> Any:

@@ -22,6 +22,7 @@ from sft.evaluation import collected, compare
 from sft.formats import manifest
 from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
 from sft.formats.job import FOLDER
+from sft.formats.results import EvaluateMetrics, Results
 from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
 from test_beaker import Place, place  # noqa: F401 - a fixture
@@ -218,9 +219,9 @@ def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatc
     submit_and_wait(place)
     place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test")
     made = manifest.load(place.run / "evaluate" / "manifest.json")
-    score = made.metrics["gsm8k"]["accuracy:exact"]
-    assert score["value"] == 0.75 and score["n"] == 4 and score["interval"] == "wilson"
-    assert score["stderr"] == pytest.approx(statistics.stdev([1, 0, 1, 1]) / math.sqrt(4))
+    score = EvaluateMetrics.of(made, "evaluate").tasks["gsm8k"]["accuracy:exact"]
+    assert score.value == 0.75 and score.n == 4 and score.interval == "wilson"
+    assert score.stderr == pytest.approx(statistics.stdev([1, 0, 1, 1]) / math.sqrt(4))
     assert manifest.is_whole(place.run / "evaluate") and (place.run / "evaluate" / "samples" / "gsm8k.jsonl").is_file()
     exported = [d.message.name for d in place.server.datasets.values() if "export" in d.message.name]
     assert len(exported) == 1  # the export of this machine travelled
@@ -241,13 +242,13 @@ def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluatio
     done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
     told = done.stdout + done.stderr
     assert f"the results of the job {lost.message.id} were deleted" in told
-    assert "\n  popqa::tulu: was asked for and did not return\n" in told and "gsm8k::tulu: exact_match 0.750" in told
+    assert "\n  popqa::tulu: was requested and did not return\n" in told and "gsm8k::tulu: exact_match 0.750" in told
     assert not (place.run / "evaluate").exists()
     place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test")
     assert len(place.server.experiments) == 2
-    metrics = manifest.load(place.run / "evaluate" / "manifest.json").metrics
-    assert [metrics[name]["exact_match"]["value"] for name in ("gsm8k::tulu", "popqa::tulu")] == [0.75, 0.5]
-    assert [metrics[name]["exact_match"]["n"] for name in ("gsm8k::tulu", "popqa::tulu")] == [4, 2]
+    tasks = EvaluateMetrics.of(manifest.load(place.run / "evaluate" / "manifest.json"), "evaluate").tasks
+    assert [tasks[name]["exact_match"].value for name in ("gsm8k::tulu", "popqa::tulu")] == [0.75, 0.5]
+    assert [tasks[name]["exact_match"].n for name in ("gsm8k::tulu", "popqa::tulu")] == [4, 2]
 
 
 # --- broken ones ------------------------------------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluatio
 def stage(tmp_path):
     """collect(files, asked) on what a harness would have returned: {path: a table, or a list of rows}."""
 
-    def run(files: dict, asked: dict[str, str], harness: str = "olmo-eval", where=tmp_path) -> dict:
+    def run(files: dict, asked: dict[str, str], harness: str = "olmo-eval", where=tmp_path) -> EvaluateMetrics:
         returned = where / FOLDER / RETURNED
         files = {IDENTITY: "same", **files}
         for name, content in files.items():
@@ -274,7 +275,7 @@ def stage(tmp_path):
         )
         result = collected.collect(it)
         publish(it.out, result.outputs, metrics=result.metrics)
-        return dict(result.metrics)
+        return EvaluateMetrics.from_value(result.metrics, "metrics")
 
     return run
 
@@ -304,8 +305,8 @@ def scores(metrics: dict, primary: str | None = "acc:s", twice: bool = False) ->
 
 
 def test_a_mean_of_the_predictions_has_their_error(stage):
-    score = stage(returned(task(0.3, 3), [row(0.1), row(0.3), row(0.5)]), T)["t"]["acc:s"]
-    assert score["stderr"] == pytest.approx(0.2 / math.sqrt(3)) and score["n"] == 3 and score["interval"] == "normal"
+    score = stage(returned(task(0.3, 3), [row(0.1), row(0.3), row(0.5)]), T).tasks["t"]["acc:s"]
+    assert score.stderr == pytest.approx(0.2 / math.sqrt(3)) and score.n == 3 and score.interval == "normal"
 
 
 @pytest.mark.parametrize(
@@ -323,7 +324,7 @@ def test_a_mean_of_the_predictions_has_their_error(stage):
         (scores({"acc": {"s": 0.0}, "f1": {"s": 0.0}}, primary=None), [row(0)], "the harness names none"),
         (scores({"acc": {"s": 0.0}}, twice=True), [row(0)], "t: returned twice"),
         (task(float("inf"), 1), [row(0)], "is inf"),
-        ({"tasks": [], "errors": []}, [], "t: was asked for and did not return"),
+        ({"tasks": [], "errors": []}, [], "t: was requested and did not return"),
         ({**task(0.5, 2), "errors": [{"task": "u", "error": "boom"}]}, [row(1), row(0)], "boom"),
     ],
 )
@@ -337,8 +338,8 @@ def test_how_replies_ended_is_told_where_the_harness_says_it(stage, tmp_path):
         return {**row(1), "model_output": [{"text": "x", "finish_reason": reason, "completion_tokens": tokens}]}
 
     stage(returned(task(1, 2), [ended("stop", 5), ended("length", 30)]), T)
-    facts = json.loads((tmp_path / "evaluate/results.json").read_text())["tasks"]["t"]["generation"]
-    assert facts["n"] == 2 and facts["stop_rate"] == 0.5 and facts["tokens"]["max"] == 30
+    facts = Results.read(tmp_path / "evaluate/results.json").tasks["t"].generation
+    assert facts.n == 2 and facts.stop_rate == 0.5 and facts.tokens.max == 30
     with pytest.raises(SftError, match=r"t: 33% of 3 replies stop by themselves, min_stop_rate is 0\.5"):
         stage(returned(task(1, 3), [ended("stop", 5), ended("length", 30), ended("length", 30)]), T)
 
@@ -359,7 +360,7 @@ def test_suites_are_written_out_for_oe_eval_only():
 
 def test_a_suite_of_olmo_eval_is_named_by_its_summary(stage):
     asked = {"s": "evaluate", "u": "evaluate"}
-    with pytest.raises(SftError, match="\\n  u: was asked for and did not return\\n") as told:
+    with pytest.raises(SftError, match="\\n  u: was requested and did not return\\n") as told:
         stage(returned({**task(1, 1), "summary": {"t": {}, "s": {"score": 1}}}, [row(1)]), asked)
     assert "  s:" not in str(told.value)
 
@@ -399,14 +400,14 @@ def test_every_task_of_oe_eval_has_its_score_though_their_files_have_the_same_na
         **olmes("002", "agi_eval_sat-math", "agi_eval_sat-math:1shot::olmes", both(0.0), [choice(0, 0)], number=1),
     }
     found = stage(files, asked, "oe-eval")
-    hashes = found.pop("asked")["tasks"]
-    assert {name: score["exact_match"]["value"] for name, score in found.items()} == {
+    hashes = found.hashes.tasks
+    assert {name: score["exact_match"].value for name, score in found.tasks.items()} == {
         "gsm8k::tulu": 0.5, "gsm8k::zs": 0.0, "agi_eval_lsat-ar:1shot::olmes": 1.0, "agi_eval_sat-math:1shot::olmes": 0.0,
     }  # fmt: skip
-    assert all(list(score) == ["exact_match"] for score in found.values())
-    assert found["gsm8k::tulu"]["exact_match"]["stderr"] == pytest.approx(0.5) and list(hashes) == list(found)
-    assert hashes["gsm8k::tulu"]["task_sha256"] == "a" * 32
-    assert hashes["gsm8k::tulu"]["samples_sha256"] != hashes["gsm8k::zs"]["samples_sha256"]
+    assert all(list(score) == ["exact_match"] for score in found.tasks.values())
+    assert found.tasks["gsm8k::tulu"]["exact_match"].stderr == pytest.approx(0.5) and list(hashes) == list(found.tasks)
+    assert hashes["gsm8k::tulu"].task_sha256 == "a" * 32
+    assert hashes["gsm8k::tulu"].samples_sha256 != hashes["gsm8k::zs"].samples_sha256
     assert len((tmp_path / "evaluate" / "samples" / "gsm8k_tulu.jsonl").read_text().splitlines()) == 2
 
 
@@ -416,7 +417,7 @@ OLMES_FINE = olmes("000", "gsm8k", "gsm8k::tulu", both(0.0), [reply(0, 0)])
 @pytest.mark.parametrize(
     ("files", "told"),
     [
-        (OLMES_FINE, "b: was asked for and did not return"),
+        (OLMES_FINE, "b: was requested and did not return"),
         (OLMES_FINE | olmes("001", "b", "b", both(None), [reply(0, 0)]), "b: exact_match is nan"),
         (OLMES_FINE | olmes("001", "b", "b", {"exact_match": None, "f1": 0.0}, [reply(0, 0)]), "b: exact_match is nan"),
         (OLMES_FINE | olmes("001", "b", "b", {"f1": 0.0}, [reply(0, 0)]), "b: the primary metric primary_score is missing"),
@@ -457,7 +458,7 @@ def test_a_whole_suite_has_the_scores_of_all_its_tasks(stage):
     for n in range(7):
         files |= olmes("000", f"minerva_math_{n}", f"minerva_math_{n}::tulu", both(1.0), [reply(0, 1)], n)
     found = stage(files, {"minerva_math::tulu": "000"}, "oe-eval")
-    assert len(found) == 7 + len(("asked",))
+    assert len(found.tasks) == 7
 
 
 def test_scores_of_oe_eval_are_compared_item_by_item(stage, tmp_path):
@@ -465,9 +466,9 @@ def test_scores_of_oe_eval_are_compared_item_by_item(stage, tmp_path):
     for run, values in right.items():
         files = olmes("000", "gsm8k", "g", both(sum(values) / 8), [reply(i, v) for i, v in enumerate(values)])
         stage(files, {"gsm8k::tulu": "000"}, "oe-eval", tmp_path / run)
-    only = compare.compare([tmp_path / "a", tmp_path / "b"])["rows"]
-    assert [(r["metric"], r["n"], r["value"]) for r in only] == [("exact_match", 8, -0.75)]
-    assert only[0]["p"] == pytest.approx(2 * 0.5**6)  # six discordant pairs, all one way
+    only = compare.compare([tmp_path / "a", tmp_path / "b"]).rows
+    assert [(r.metric, r.n, r.value) for r in only] == [("exact_match", 8, -0.75)]
+    assert only[0].p == pytest.approx(2 * 0.5**6)  # six discordant pairs, all one way
     stage(
         olmes("000", "gsm8k", "g", both(1.0), [reply(i, 1) for i in range(4)]),
         {"gsm8k::tulu": "000"},
@@ -475,4 +476,4 @@ def test_scores_of_oe_eval_are_compared_item_by_item(stage, tmp_path):
         tmp_path / "c",
     )
     limited = compare.compare([tmp_path / "b", tmp_path / "c"])
-    assert limited["rows"][0]["n"] == 4 and "only the 4 common items of 8" in " ".join(limited["notes"])
+    assert limited.rows[0].n == 4 and "only the 4 common items of 8" in " ".join(limited.notes)

@@ -19,6 +19,10 @@ from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import compare
 from sft.formats import manifest
+from sft.formats.comparison import OptionDifference
+from sft.formats.lines import to_lines
+from sft.formats.results import Results, Score, TaskResult
+from sft.formats.samples import ConversationLoss, Sample
 from sft.reporting import comparison, report
 from test_report import Strict
 
@@ -37,23 +41,24 @@ def evaluated(run: Path, seed: int, *, lr: float = 1e-3, items: range = range(N)
             "grade": round(rng.random(), 3),
             "ppl": [rng.random(), 3],
         }
-        rows.append({"doc_id": i, "filter": "none", "prompt": f"<{i}>{changes.get('system', '')}", "target": "t", "doc": {"q": i // 2},
-                     "replies": ["r"], "scores": scores})  # fmt: skip
+        rows.append(Sample(doc_id=i, filter="none", prompt=f"<{i}>{changes.get('system', '')}", target="t", doc={"q": i // 2},
+                           replies=("r",), filtered=["r"], scores=scores))  # fmt: skip
 
     def mean(name: str) -> float:
-        return sum(r["scores"][name] for r in rows) / len(rows)
+        return sum(r.scores[name] for r in rows) / len(rows)
 
+    n = len(rows)
     metrics = {
-        "acc": {"value": mean("acc"), "stderr": 0.05, "n": len(rows), "higher_is_better": True},
-        "grade": {"value": mean("grade"), "stderr": 0.04, "n": len(rows), "higher_is_better": False},
-        "ppl": {"value": 3.0 + seed, "stderr": 0.5, "n": len(rows), "higher_is_better": False},
+        "acc": Score(value=mean("acc"), stderr=0.05, n=n, higher_is_better=True),
+        "grade": Score(value=mean("grade"), stderr=0.04, n=n, higher_is_better=False),
+        "ppl": Score(value=3.0 + seed, stderr=0.5, n=n, higher_is_better=False),
     }
-    task = {"metrics": metrics, "task_sha256": changes.get("task", "t" * 64), "samples_sha256": f"{len(rows):064}"}
-    results = {"template_sha256": changes.get("template", "f" * 64), "tasks": {changes.get("name", "zoo"): task}}
-    losses = [{"item": f"c{i}", "loss": rng.uniform(5, 9), "labels": 3 + i % 5} for i in range(40)]
-    (folder / "results.json").write_text(json.dumps(results))
-    (folder / "samples" / "zoo.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in losses))
+    task = TaskResult(metrics=metrics, task_sha256=changes.get("task", "t" * 64), samples_sha256=f"{n:064}")
+    name = changes.get("name", "zoo")
+    Results(template_sha256=changes.get("template", "f" * 64), tasks={name: task}).write(folder / "results.json")
+    losses = [ConversationLoss(f"c{i}", rng.uniform(5, 9), 3 + i % 5) for i in range(40)]
+    (folder / "samples" / "zoo.jsonl").write_bytes(to_lines(rows))
+    (folder / "validation.jsonl").write_bytes(to_lines(losses))
     for stage, config in (("train", {"lr": lr, "model": {"preset": "x"}}), ("evaluate", {"tasks": ["zoo"]})):
         (run / stage).mkdir(exist_ok=True)
         outputs = ["results.json", "samples", "validation.jsonl"] if stage == "evaluate" else []
@@ -68,40 +73,38 @@ def scores_of(run: Path, name: str) -> np.ndarray:
 
 def test_differences_are_scipys_over_the_same_items(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3)
-    found = {r["metric"]: r for r in compare.compare([a, b])["rows"]}
+    found = {r.metric: r for r in compare.compare([a, b]).rows}
     assert list(found) == ["acc", "grade", "ppl", "loss"]
     acc, grade = (np.subtract(scores_of(b, m), scores_of(a, m)) for m in ("acc", "grade"))
     wins, losses = int((acc > 0).sum()), int((acc < 0).sum())
-    assert found["acc"]["p"] == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
-    assert found["acc"]["stderr"] == pytest.approx(stats.sem(acc)) and found["acc"]["n"] == N
+    assert found["acc"].p == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
+    assert found["acc"].stderr == pytest.approx(stats.sem(acc)) and found["acc"].n == N
     wanted = stats.ttest_rel(scores_of(b, "grade"), scores_of(a, "grade"))
-    assert found["grade"]["p"] == pytest.approx(wanted.pvalue) and found["grade"]["value"] == pytest.approx(
-        grade.mean()
-    )
-    assert found["ppl"]["test"] == "unpaired" and found["ppl"]["value"] == pytest.approx(2)
-    assert found["ppl"]["p"] == pytest.approx(2 * stats.norm.sf(2 / 0.5**0.5), rel=1e-6)
-    assert found["loss"]["n"] == 40 and found["loss"]["higher_is_better"] is False
+    assert found["grade"].p == pytest.approx(wanted.pvalue) and found["grade"].value == pytest.approx(grade.mean())
+    assert found["ppl"].test == "unpaired" and found["ppl"].value == pytest.approx(2)
+    assert found["ppl"].p == pytest.approx(2 * stats.norm.sf(2 / 0.5**0.5), rel=1e-6)
+    assert found["loss"].n == 40 and found["loss"].higher_is_better is False
 
 
 def test_three_runs_are_compared_with_the_first_and_marks_are_corrected_for_all(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / n, seed) for n, seed in (("a", 0), ("b", 5), ("c", 7))]
-    rows = compare.compare(runs)["rows"]
-    assert [(r["metric"], r["run"]) for r in rows[:4]] == [("acc", 1), ("acc", 2), ("grade", 1), ("grade", 2)]
-    p = [r["p"] for r in rows]
-    assert min(r["corrected"] for r in rows) == pytest.approx(min(p) * len(p))
-    assert rows[1]["mark"] == "***" and compare.verdict(rows[1]) == "better"
-    assert all(bool(r["mark"]) == (r["corrected"] < 0.05) for r in rows)
-    assert compare.verdict({**rows[1], "higher_is_better": False}) == "worse"
+    rows = compare.compare(runs).rows
+    assert [(r.metric, r.run) for r in rows[:4]] == [("acc", 1), ("acc", 2), ("grade", 1), ("grade", 2)]
+    p = [r.p for r in rows]
+    assert min(r.corrected for r in rows) == pytest.approx(min(p) * len(p))
+    assert rows[1].mark == "***" and rows[1].verdict == "better"
+    assert all(bool(r.mark) == (r.corrected < 0.05) for r in rows)
+    assert replace(rows[1], higher_is_better=False).verdict == "worse"
 
 
 def test_only_common_items_count_and_that_is_said(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3, items=range(20))
     found = compare.compare([a, b])
-    assert found["rows"][0]["n"] == 20
-    whole = next(r for r in found["rows"] if r["metric"] == "ppl")  # of other items in each run: no test can be made
-    assert (whole["value"], whole["stderr"], whole["p"], whole["mark"]) == (2, None, None, "")
-    assert found["rows"][0]["a"] == pytest.approx(scores_of(a, "acc")[:20].mean())
-    assert found["notes"] == ["zoo: only the 20 common items of 60 in a and 20 in b"]
+    assert found.rows[0].n == 20
+    whole = next(r for r in found.rows if r.metric == "ppl")  # of other items in each run: no test can be made
+    assert (whole.value, whole.stderr, whole.p, whole.mark) == (2, None, None, "")
+    assert found.rows[0].a == pytest.approx(scores_of(a, "acc")[:20].mean())
+    assert found.notes == ("zoo: only the 20 common items of 60 in a and 20 in b",)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +126,8 @@ def test_runs_that_were_asked_something_else_are_refused(tmp_path: Path, change:
     with pytest.raises(SftError, match=message):
         compare.compare([a, b])
     if "task" in change or "system" in change:
-        notes = compare.compare([a, b], anyway=True)["notes"]
-        assert notes and all(n.startswith("b was asked something else: ") for n in notes)
+        notes = compare.compare([a, b], anyway=True).notes
+        assert notes and all(n.startswith("b did not answer the questions of a: ") for n in notes)
 
 
 def test_records_of_another_harness_are_compared_as_whole_scores(tmp_path: Path) -> None:
@@ -134,9 +137,9 @@ def test_records_of_another_harness_are_compared_as_whole_scores(tmp_path: Path)
         file = run / "evaluate/manifest.json"
         outputs = manifest.describe(run / "evaluate", ["results.json", "samples", "validation.jsonl"])
         replace(manifest.load(file), outputs=outputs).write(file)
-    acc = compare.compare([a, b])["rows"][0]
-    assert (acc["test"], acc["n"], acc["stderr"]) == ("unpaired", 60, pytest.approx(0.05 * 2**0.5))
-    assert acc["p"] == pytest.approx(2 * stats.norm.sf(abs(acc["value"]) / acc["stderr"]))
+    acc = compare.compare([a, b]).rows[0]
+    assert (acc.test, acc.n, acc.stderr) == ("unpaired", 60, pytest.approx(0.05 * 2**0.5))
+    assert acc.p == pytest.approx(2 * stats.norm.sf(abs(acc.value) / acc.stderr))
 
 
 def test_make_compare_needs_no_environment_and_writes_the_page(tmp_path: Path) -> None:
@@ -180,7 +183,7 @@ def test_scores_that_were_altered_or_are_not_there_are_refused(tmp_path: Path) -
 def test_options_that_differ_are_named_and_those_that_do_not_are_not(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / n, 1, lr=lr) for n, lr in (("a", 1e-3), ("b", 1e-4))]
     found = compare.compare(runs)
-    assert found["fields"] == [{"field": "train.lr", "values": [0.001, 0.0001]}]
+    assert found.fields == (OptionDifference("train.lr", (0.001, 0.0001)),)
     text = compare.text(found)
     lines = text.splitlines()
     assert lines[0] == "A  a  the baseline" and "train.lr" in text and "0.0001" in text

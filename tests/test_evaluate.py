@@ -18,6 +18,7 @@ import torch
 from evaluating import ANYTHING, CHOICE, REPLY, lines, load, make_place, run
 from sft.common.errors import SftError
 from sft.evaluation import evaluate
+from sft.evaluation.validation import validation_loss
 from sft.model import hf
 from sft.recipe.schema import Evaluate
 from tiny_export import OLMO3
@@ -33,7 +34,7 @@ def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespac
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    ours = run(place, "colours", tmp_path)["metrics"]
+    ours = run(place, "colours", tmp_path).metrics
     task = load("colours", place.tasks, place.data)
     lm = HFLM(pretrained=str(place.root / "model"), device="cpu", dtype="float32", batch_size=4)
     theirs = simple_evaluate(
@@ -44,12 +45,13 @@ def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespac
         bootstrap_iters=100,
         task_manager=TaskManager(include_defaults=False),
     )["results"]
-    assert list(ours) == ["acc_norm", "acc"]  # the task's own order: the first is the headline
+    assert list(ours) == ["acc_norm", "acc"]  # the task's own order: the first is the primary metric
     for metric in ours:
-        assert ours[metric]["value"] == theirs["colours"][f"{metric},none"]
-        assert ours[metric]["stderr"] == pytest.approx(theirs["colours"][f"{metric}_stderr,none"])
-        assert ours[metric]["n"] == 12
-        assert ours[metric]["low"] < ours[metric]["value"] < ours[metric]["high"]
+        assert ours[metric].value == theirs["colours"][f"{metric},none"]
+        assert ours[metric].stderr == pytest.approx(theirs["colours"][f"{metric}_stderr,none"])
+        assert ours[metric].n == 12
+        low, high = ours[metric].bounds or (1, 0)
+        assert low < ours[metric].value < high
 
 
 def test_a_model_that_computes_nonsense_is_broken_not_zero(
@@ -106,7 +108,7 @@ def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: 
         mask[start] = False
     with DatasetWriter(tmp_path / "validation", 300) as writer:
         writer.add(ids, mask, lengths)
-    found = evaluate.validation_loss(place.model, tmp_path / "validation", limit=3, seq_len=64)
+    found = validation_loss(place.model, tmp_path / "validation", limit=3, seq_len=64)
     native = Transformer(OLMO3)
     native.load_state_dict(place.weights)
     total, count, start = 0.0, 0, 0
@@ -119,12 +121,12 @@ def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: 
         logits = logits[:-1, : place.model.model.config.vocab_size][m]
         total += torch.nn.functional.cross_entropy(logits, x[1:][m], reduction="sum").item()
         count, start = count + int(m.sum()), start + length
-    assert found["labels"] == count and found["documents"] == 3
-    assert found["loss"] == pytest.approx(total / count, rel=1e-4)
-    assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-3)
-    assert found["high"] - found["loss"] == pytest.approx(1.96 * found["stderr"], rel=1e-3)
-    for end in ("low", "high"):
-        assert found[f"perplexity_{end}"] == pytest.approx(math.exp(found[end]))
+    assert found.labels == count and found.documents == 3
+    assert found.loss == pytest.approx(total / count, rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
+    assert found.bounds and found.stderr
+    assert found.bounds[1] - found.loss == pytest.approx(1.96 * found.stderr, rel=1e-3)
+    assert found.perplexity_bounds == pytest.approx(tuple(map(math.exp, found.bounds)))
 
 
 def test_the_shipped_gsm8k_tasks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,12 +181,12 @@ def test_the_format_task_scores_a_reply_by_its_instructions(place: SimpleNamespa
     )  # random weights never stop: cut their replies short
     place.model.model.generation_config.eos_token_id = place.model.stop_ids
     try:
-        result = evaluate.one_task(place.model, "format_following", options, tasks, {}, tmp_path)
+        result = evaluate.run_task(place.model, "format_following", options, tasks, {}, tmp_path)
     finally:
         place.model._max_length, place.model.stop_ids = None, saved
         place.model.model.generation_config.eos_token_id = saved
-    assert list(result["metrics"]) == ["strict", "loose", "strict_share", "loose_share"]
-    assert all(score["n"] == 3 for score in result["metrics"].values())
+    assert list(result.metrics) == ["strict", "loose", "strict_share", "loose_share"]
+    assert all(score.n == 3 for score in result.metrics.values())
 
 
 def test_local_tasks_never_ask_the_hub_and_others_may(
@@ -209,11 +211,11 @@ def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> Non
 
 @pytest.mark.parametrize("batch_size", [1, 5, 0])
 def test_scores_do_not_depend_on_the_batch_size(place: SimpleNamespace, tmp_path: Path, batch_size: int) -> None:
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
-    other = Model(place.root / "model", batch_size=batch_size, max_length=0, think_end=None)
+    other = HfModel(place.root / "model", batch_size=batch_size, max_length=0, think_end=None)
     for name in ("colours", "capitals"):
-        evaluate.one_task(other, name, ANYTHING, place.tasks, place.data, tmp_path / "other")
+        evaluate.run_task(other, name, ANYTHING, place.tasks, place.data, tmp_path / "other")
         run(place, name, tmp_path / "usual")
         for ours, theirs in zip(
             lines(tmp_path / "usual/samples" / f"{name}.jsonl"), lines(tmp_path / "other/samples" / f"{name}.jsonl"),
@@ -232,13 +234,13 @@ def test_scores_do_not_depend_on_the_batch_size(place: SimpleNamespace, tmp_path
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_gives_the_cpus_scores(place: SimpleNamespace, tmp_path: Path) -> None:
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
-    gpu = Model(place.root / "model", batch_size=0, max_length=0, think_end=None, device="cuda")
+    gpu = HfModel(place.root / "model", batch_size=0, max_length=0, think_end=None, device="cuda")
     for name in ("colours", "capitals"):
-        found = evaluate.one_task(gpu, name, ANYTHING, place.tasks, place.data, tmp_path / "gpu")
-        assert found["metrics"] == run(place, name, tmp_path / "cpu")["metrics"]
-    assert gpu.batches["likelihoods"].largest == 36 and gpu.about["device"].startswith("cuda")
+        found = evaluate.run_task(gpu, name, ANYTHING, place.tasks, place.data, tmp_path / "gpu")
+        assert found.metrics == run(place, name, tmp_path / "cpu").metrics
+    assert gpu.batches["likelihoods"].largest == 36 and gpu.about.device.startswith("cuda")
 
 
 def test_automatic_batches_keep_to_the_budget_of_tokens_and_of_memory() -> None:
@@ -264,11 +266,11 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
     whole = run(place, "capitals", tmp_path / "a")
     model, sizes, generate = (
-        Model(place.root / "model", batch_size=5, max_length=0, think_end=None),
+        HfModel(place.root / "model", batch_size=5, max_length=0, think_end=None),
         [],
         HFLM._model_generate,
     )
@@ -282,9 +284,9 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
     monkeypatch.setattr(HFLM, "_model_generate", small_memory)
     said: list[str] = []
     model.log = said.append
-    again = evaluate.one_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path / "b")
+    again = evaluate.run_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path / "b")
     assert sizes == [5, 2, 2, 1] and said == ["out of memory with 5 at once: trying fewer"]
-    assert again["metrics"] == whole["metrics"] and again["generation"] == whole["generation"]
+    assert again.metrics == whole.metrics and again.generation == whole.generation
 
 
 def test_items_that_fail_break_the_task(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -303,10 +305,10 @@ def test_items_that_fail_break_the_task(place: SimpleNamespace, tmp_path: Path) 
         )
 
     def one(name: str) -> Any:
-        return evaluate.one_task(place.model, name, ANYTHING, tasks, {}, tmp_path)
+        return evaluate.run_task(place.model, name, ANYTHING, tasks, {}, tmp_path)
 
     with pytest.raises(
-        evaluate.BrokenTask, match=r"raises: AssertionError: no marks; the whole trace is in .*raises.error.txt"
+        evaluate.BrokenTask, match=r"raises: AssertionError: no marks; the complete trace is in .*raises.error.txt"
     ):
         one("raises")
     assert "no marks" in (tmp_path / "work/raises.error.txt").read_text()
@@ -318,14 +320,14 @@ def test_items_that_fail_break_the_task(place: SimpleNamespace, tmp_path: Path) 
 def test_a_task_without_documents_is_broken(place: SimpleNamespace, tmp_path: Path) -> None:
     (tmp_path / "none.jsonl").write_text("\n")
     with pytest.raises(evaluate.BrokenTask, match='colours: ValueError: Instruction "test" corresponds to no data'):
-        evaluate.one_task(place.model, "colours", ANYTHING, place.tasks, {"colours": tmp_path / "none.jsonl"}, tmp_path)
+        evaluate.run_task(place.model, "colours", ANYTHING, place.tasks, {"colours": tmp_path / "none.jsonl"}, tmp_path)
 
 
 def test_the_system_prompt_stands_before_every_conversation(place: SimpleNamespace, tmp_path: Path) -> None:
     result = run(place, "capitals", tmp_path, replace(ANYTHING, system_prompt="You know maps."))
     prompts = [s["prompt"] for s in lines(tmp_path / "samples/capitals.jsonl")]
     assert all(p.startswith("<|im_start|>system\nYou know maps.<|im_end|>\n<|im_start|>user\nWhat") for p in prompts)
-    assert result["samples_sha256"] != run(place, "capitals", tmp_path / "without")["samples_sha256"]
+    assert result.samples_sha256 != run(place, "capitals", tmp_path / "without").samples_sha256
 
 
 def test_as_many_held_out_conversations_as_asked_are_measured_and_kept(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -334,10 +336,10 @@ def test_as_many_held_out_conversations_as_asked_are_measured_and_kept(place: Si
     with DatasetWriter(tmp_path / "validation", 300) as writer:
         writer.add([5, 6, 7] * 4, [False, True, True] * 4, [3, 3, 3, 3])
     file = tmp_path / "losses.jsonl"
-    found = evaluate.validation_loss(place.model, tmp_path / "validation", 2, 64, file)
+    found = validation_loss(place.model, tmp_path / "validation", 2, 64, file)
     kept = lines(file)
-    assert found["documents"] == len(kept) == 2 and [k["labels"] for k in kept] == [2, 2]
-    assert found["loss"] == pytest.approx(sum(k["loss"] for k in kept) / 4)
+    assert found.documents == len(kept) == 2 and [k["labels"] for k in kept] == [2, 2]
+    assert found.loss == pytest.approx(sum(k["loss"] for k in kept) / 4)
     assert kept[0]["item"] == kept[1]["item"]  # equal conversations have one name
 
 
@@ -384,11 +386,11 @@ def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
 def test_progress_tells_how_far_it_is_and_when_it_ends(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.evaluation import harness, hf_model
+    from sft.evaluation import batches, hf_model
 
-    monkeypatch.setattr(harness, "SAY_EVERY", 0.0)
+    monkeypatch.setattr(batches, "LOG_EVERY_S", 0.0)
     said: list[str] = []
-    model = hf_model.Model(place.root / "model", batch_size=2, max_length=0, think_end=None)
+    model = hf_model.HfModel(place.root / "model", batch_size=2, max_length=0, think_end=None)
     evaluate.run_tasks(model, replace(ANYTHING, tasks=("capitals",)), place.tasks, {}, tmp_path, said.append)
     assert [line.split(", ETA")[0] for line in said[:2]] == [
         "capitals: 2/5 replies, 2 at once", "capitals: 4/5 replies, 2 at once",

@@ -152,7 +152,7 @@ def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -
     )
     assert (given["max_model_len"], given["tensor_parallel_size"], given["seed"]) == (300, 4, 7)
     assert model.think_end_token == "</think>" and model.max_length == 300 and model.stop_ids == [2, 0]
-    assert model.about == {"backend": "vllm", "device": "4 x cuda", "dtype": "float32"}
+    assert model.about == ("vllm", "4 x cuda", "float32")
     evaluate.open_model(place.root / "model", Evaluate(tasks=("x",), backend="vllm"), Hardware())
     assert fake_vllm.CALLS[-1]["max_model_len"] is None and fake_vllm.CALLS[-1]["tensor_parallel_size"] == 1
 
@@ -169,8 +169,8 @@ def test_both_backends_give_the_same_scores_samples_and_facts(
         found[backend]["losses"] = list(model.losses(documents))
     for task in OPTIONS.tasks:
         ours, theirs = found["vllm"][task], found["hf"][task]
-        assert ours["metrics"] == theirs["metrics"] and ours["samples_sha256"] == theirs["samples_sha256"]
-    assert found["vllm"]["capitals"]["generation"]["n"] == 5
+        assert ours.metrics == theirs.metrics and ours.samples_sha256 == theirs.samples_sha256
+    assert found["vllm"]["capitals"].generation.n == 5
     rows = [
         [json.loads(line) for line in (tmp_path / b / "samples/capitals.jsonl").read_text().splitlines()]
         for b in ("hf", "vllm")
@@ -193,4 +193,4 @@ def test_a_reply_that_vllm_gave_up_breaks_the_task(
     monkeypatch.setattr(fake_vllm.LLM, "generate", lambda self, prompts, **_: [gone] * len(prompts))
     model = evaluate.open_model(place.root / "model", Evaluate(**{**vars(OPTIONS), "backend": "vllm"}), Hardware())
     with pytest.raises(evaluate.BrokenTask, match=f"capitals: RuntimeError: vLLM ended a reply with '{reason}'"):
-        evaluate.one_task(model, "capitals", OPTIONS, place.tasks, place.data, tmp_path)
+        evaluate.run_task(model, "capitals", OPTIONS, place.tasks, place.data, tmp_path)

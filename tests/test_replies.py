@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from evaluating import ANYTHING, REPLY, lines, load, make_place, run
 from sft.evaluation import evaluate
+from sft.formats.samples import Reply, Sample
 from sft.recipe.schema import Evaluate
 
 
@@ -27,8 +29,8 @@ def test_replies_are_kept_with_how_they_ended(place: SimpleNamespace, tmp_path: 
     assert all(s["prompt"].startswith("<|im_start|>user\nWhat is the capital") for s in samples)
     assert all(s["prompt"].endswith("<|im_start|>assistant\n") for s in samples)
     assert all((s["ended_by"] == "length") == (s["tokens"] == 6) for s in samples)
-    facts = result["generation"]
-    assert facts["n"] == 5 and facts["stop_rate"] == sum(s["ended_by"] != "length" for s in samples) / 5
+    facts = result.generation
+    assert facts and facts.n == 5 and facts.stop_rate == sum(s["ended_by"] != "length" for s in samples) / 5
     # lm-eval's text of a reply and the recorded length belong together, whatever order lm-eval worked in
     from transformers import AutoModelForCausalLM
 
@@ -61,11 +63,9 @@ def test_a_finished_task_is_reused_and_a_killed_one_continues(
     (tmp_path / "b" / "work").mkdir(parents=True)
     (tmp_path / "b" / "work" / "capitals.replies.jsonl").write_text("".join(kept[:2]) + kept[2][:30] + "\n")
     again = run(place, "capitals", tmp_path / "b")
-    assert sum(rows) == 5 + 3 and again["reused_replies"] == 2
+    assert sum(rows) == 5 + 3 and again.reused_replies == 2
     assert (tmp_path / "a/samples/capitals.jsonl").read_bytes() == (tmp_path / "b/samples/capitals.jsonl").read_bytes()
-    assert {k: v for k, v in again.items() if k not in ("seconds", "reused_replies")} == {
-        k: v for k, v in whole.items() if k not in ("seconds", "reused_replies")
-    }
+    assert replace(again, seconds=whole.seconds, reused_replies=0) == whole
 
 
 def test_replies_that_never_stop_break_the_task_and_keep_their_samples(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_empty_replies_break_the_task(place: SimpleNamespace, tmp_path: Path, mo
 
 
 def test_a_reply_that_goes_round_in_circles_is_seen() -> None:
-    from sft.evaluation.recorder import repeats
+    from sft.evaluation.stops import repeats
 
     assert repeats([1, 2, 3] * 10)
     assert not repeats(list(range(30)))
@@ -114,34 +114,34 @@ def test_likelihoods_survive_a_kill_too(
 
     monkeypatch.setattr(type(place.model), "_model_call", counting)
     again = run(place, "colours", tmp_path / "b")
-    assert sum(asked) == 6 and again["reused_replies"] == 30 and again["metrics"] == whole["metrics"]
+    assert sum(asked) == 6 and again.reused_replies == 30 and again.metrics == whole.metrics
     assert (tmp_path / "a/samples/colours.jsonl").read_bytes() == (tmp_path / "b/samples/colours.jsonl").read_bytes()
 
 
 def test_a_signal_leaves_what_was_answered_marked_incomplete(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
-    model, said = Model(place.root / "model", batch_size=2, max_length=0, think_end=None), []
+    model, said = HfModel(place.root / "model", batch_size=2, max_length=0, think_end=None), []
     model.log = said.append
-    generate = Model._model_generate
+    generate = HfModel._model_generate
 
     def interrupted(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
-        if len(self.replies) == 4:
+        if len(self.answers.replies) == 4:
             raise SystemExit(143)  # what stage.main makes of SIGTERM
         return generate(self, context, *args, **kwargs)
 
-    monkeypatch.setattr(Model, "_model_generate", interrupted)
+    monkeypatch.setattr(HfModel, "_model_generate", interrupted)
     with pytest.raises(SystemExit):
-        evaluate.one_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path)
+        evaluate.run_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path)
     file = tmp_path / "samples/capitals.incomplete.jsonl"
     assert said == [f"interrupted: 4 answers of 5 documents are kept in {file}"]
     rows = lines(file)
     assert len(rows) == 4 and all(r["incomplete"] and "capital" in r["prompt"] and "ended_by" in r for r in rows)
     assert not (tmp_path / "samples/capitals.jsonl").exists() and not (tmp_path / "work/capitals.json").exists()
     monkeypatch.undo()
-    assert run(place, "capitals", tmp_path)["reused_replies"] == 4 and not file.exists()
+    assert run(place, "capitals", tmp_path).reused_replies == 4 and not file.exists()
 
 
 def test_thinking_is_removed_before_scoring(
@@ -149,7 +149,7 @@ def test_thinking_is_removed_before_scoring(
 ) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
     encode = place.model.tokenizer.encode
 
@@ -161,17 +161,17 @@ def test_thinking_is_removed_before_scoring(
     assert set(evaluate._THINK_END) == set(Evaluate.__dataclass_fields__["process_output"].metadata["choices"])
     found = {}
     for kind, end in evaluate._THINK_END.items():
-        model = Model(place.root / "model", batch_size=0, max_length=0, think_end=end)
-        found[kind] = evaluate.one_task(model, "capitals", ANYTHING, place.tasks, {}, tmp_path / kind)
-        assert found[kind]["metrics"]["exact_match"]["value"] == (kind == "r1_style")
-    assert found["r1_style"]["generation"]["tokens"]["median"] > 10  # what was generated, thinking included
+        model = HfModel(place.root / "model", batch_size=0, max_length=0, think_end=end)
+        found[kind] = evaluate.run_task(model, "capitals", ANYTHING, place.tasks, {}, tmp_path / kind)
+        assert found[kind].metrics["exact_match"].value == (kind == "r1_style")
+    assert found["r1_style"].generation.tokens.median > 10  # what was generated, thinking included
 
 
 def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end: str | None, says: list[str]) -> Any:
     """A model whose next token is the one its script for that row names, so that everything else is the real thing."""
-    from sft.evaluation.hf_model import Model
+    from sft.evaluation.hf_model import HfModel
 
-    model = Model(place.root / "model", batch_size=len(says), max_length=0, think_end=think_end)
+    model = HfModel(place.root / "model", batch_size=len(says), max_length=0, think_end=think_end)
     scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in says]
     forward, at = model.model.forward, [0]
 
@@ -187,12 +187,12 @@ def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end:
     return model
 
 
-def ask(model: Any, prompts: list[str], **kwargs: Any) -> tuple[list[str], list[dict[str, Any]]]:
+def ask(model: Any, prompts: list[str], **kwargs: Any) -> tuple[list[str], list[Reply]]:
     from lm_eval.api.instance import Instance
 
     arguments = {"max_gen_toks": 80, "do_sample": False, **kwargs}
     texts = model.generate_until([Instance("generate_until", {}, (p, dict(arguments)), 0) for p in prompts])
-    return texts, [entry for entries in model.replies.values() for entry in entries]
+    return texts, [entry for entries in model.answers.replies.values() for entry in entries]
 
 
 def test_a_thought_is_not_stopped_by_a_stop_string_and_an_unclosed_one_has_no_answer(
@@ -202,21 +202,22 @@ def test_a_thought_is_not_stopped_by_a_stop_string_and_an_unclosed_one_has_no_an
     model = scripted(place, monkeypatch, "</think>", says)
     texts, entries = ask(model, ["bbb", "ccc", "ddd"], until=["ZZZ"])
     assert [t.strip() for t in texts] == ["Paris", "", "Paris"]
-    ends = [e["ended_by"] for e in entries]
+    ends = [e.ended_by for e in entries]
     assert ends == ["stop string", "unclosed thought", "stop string"]
     model = scripted(place, monkeypatch, "</think>", ["it is Paris"])
-    assert ask(model, ["who?<think>\n"])[1][0]["ended_by"] == "unclosed thought"
+    assert ask(model, ["who?<think>\n"])[1][0].ended_by == "unclosed thought"
     model = scripted(place, monkeypatch, None, ["<think>it is Paris"])
     texts, entries = ask(model, ["who?"], until=["is"])
-    assert texts == ["<think>it "] and entries[0]["ended_by"] == "stop string"
+    assert texts == ["<think>it "] and entries[0].ended_by == "stop string"
 
 
 def test_unclosed_thoughts_lower_the_stop_rate() -> None:
-    from sft.evaluation.scores import generation_facts
+    from sft.evaluation.scores import generation
 
-    row = {"filter": "none", "replies": [""], "ended_by": "unclosed thought", "tokens": 9, "repeats": False}
-    facts = generation_facts([row, {**row, "replies": ["x"], "ended_by": "terminator"}])["generation"]
-    assert facts["stop_rate"] == facts["terminator_rate"] == 0.5 and facts["empty"] == 0
+    sample = Sample(doc_id=0, filter="none", prompt="", target="", replies=("",), filtered=[""], scores={}, doc={},
+                    ended_by="unclosed thought", tokens=9, repeats=False)  # fmt: skip
+    facts = generation([sample, replace(sample, replies=("x",), ended_by="terminator")])
+    assert facts and facts.stop_rate == facts.terminator_rate == 0.5 and facts.empty == 0
 
 
 def test_how_a_reply_ended_does_not_depend_on_its_neighbours(
@@ -228,7 +229,7 @@ def test_how_a_reply_ended_does_not_depend_on_its_neighbours(
         alone = ask(scripted(place, monkeypatch, None, says[i : i + 1]), [["bbb", "ccc"][i]], until=["ZZZ"])
         assert alone == ([together[0][i]], [together[1][i]])
     encode = place.model.tokenizer.encode
-    assert together[1][0]["tokens"] <= len(encode("Rome ZZZ ", add_special_tokens=False))
+    assert together[1][0].tokens <= len(encode("Rome ZZZ ", add_special_tokens=False))
 
 
 def test_several_replies_to_a_document_are_all_counted(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -241,21 +242,21 @@ def test_several_replies_to_a_document_are_all_counted(place: SimpleNamespace, t
     (tasks / "capitals.yaml").write_text(text.replace('"ZZZ"', '"a", "e", "i", "o"'))
 
     def once(out: str) -> Any:
-        return evaluate.one_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / out)
+        return evaluate.run_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / out)
 
     result = once("a")
     samples = lines(tmp_path / "a/samples/capitals.jsonl")
     ends = [end for s in samples for end in s["ended_by"]]
     assert all(len(s["replies"]) == len(s["ended_by"]) == len(s["tokens"]) == 3 for s in samples)
     assert len({tuple(s["replies"]) for s in samples}) > 1 and len(set(ends)) > 1
-    facts = result["generation"]
-    assert facts["n"] == 15 and facts["stop_rate"] == sum(e != "length" for e in ends) / 15
-    assert facts["empty"] == sum(not r.strip() for s in samples for r in s["replies"]) / 15
+    facts = result.generation
+    assert facts.n == 15 and facts.stop_rate == sum(e != "length" for e in ends) / 15
+    assert facts.empty == sum(not r.strip() for s in samples for r in s["replies"]) / 15
     # a killed attempt keeps its replies, in their places
     kept = (tmp_path / "a" / "work" / "capitals.replies.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b" / "work").mkdir(parents=True)
     (tmp_path / "b" / "work" / "capitals.replies.jsonl").write_text("".join(kept[:7]))
-    assert once("b")["reused_replies"] == 7
+    assert once("b").reused_replies == 7
     again = [r for s in lines(tmp_path / "b/samples/capitals.jsonl") for r in s["replies"]]
     assert len(again) == 15 and {json.loads(k)["text"] for k in kept[:7]} <= set(again)
 
@@ -263,8 +264,8 @@ def test_several_replies_to_a_document_are_all_counted(place: SimpleNamespace, t
 def test_reply_lengths_are_counted_in_bins() -> None:
     from sft.evaluation.scores import length_bins
 
-    assert length_bins([0, 3, 8, 9, 40]) == [[8, 3], [16, 1], [32, 0], [64, 1]]
-    assert length_bins([20]) == [[32, 1]] and length_bins([70_000]) == [[70_000, 1]]
+    assert length_bins([0, 3, 8, 9, 40]) == ((8, 3), (16, 1), (32, 0), (64, 1))
+    assert length_bins([20]) == ((32, 1),) and length_bins([70_000]) == ((70_000, 1),)
 
 
 def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleN
     pattern = "filter_list:\n  - {name: whole, filter: [{function: take_first}]}\n  - name: letter\n    filter:\n"
     pattern += '      - {function: regex, regex_pattern: "([A-Za-z])"}\n      - {function: take_first}\n'
     (tasks / "capitals.yaml").write_text(REPLY + pattern)
-    ours = evaluate.one_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / "ours")["metrics"]
+    ours = evaluate.run_task(place.model, "capitals", ANYTHING, tasks, {}, tmp_path / "ours").metrics
     lm = HFLM(pretrained=str(place.root / "model"), device="cpu", dtype="float32", batch_size=3)
     task = load("capitals", tasks, {})
     theirs = simple_evaluate(
@@ -298,8 +299,8 @@ def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleN
         bootstrap_iters=100,
         task_manager=TaskManager(include_defaults=False),
     )["results"]["capitals"]
-    assert len(ours) == 2 and {m["value"] for m in ours.values()} & {0.4, 0.6}
+    assert len(ours) == 2 and {m.value for m in ours.values()} & {0.4, 0.6}
     for name, metric in ours.items():
         key = next(k for k in theirs if "stderr" not in k and k.split(",")[-1] in name)
-        assert metric["value"] == theirs[key]
-        assert metric["stderr"] == pytest.approx(theirs[key.replace(",", "_stderr,")])
+        assert metric.value == theirs[key]
+        assert metric.stderr == pytest.approx(theirs[key.replace(",", "_stderr,")])

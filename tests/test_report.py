@@ -15,8 +15,9 @@ import pytest
 import made_data
 import published
 from sft.common.errors import SftError
-from sft.formats import manifest
+from sft.formats import evaluations, manifest
 from sft.formats.dataset import LengthHistogram
+from sft.formats.evaluations import Evaluation
 from sft.formats.gate import (
     CarriedTemplate,
     ConvertMetrics,
@@ -26,7 +27,10 @@ from sft.formats.gate import (
     TensorCheck,
     TokenizerCheck,
 )
+from sft.formats.lines import to_lines
 from sft.formats.preview import Preview, Segment
+from sft.formats.results import Generation, Results, Score, TaskResult, TokenCounts, ValidationLoss
+from sft.formats.samples import Sample
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
@@ -118,35 +122,36 @@ def whole_run(run: Path, steps: int = 240) -> Path:
         step=steps, parameters=912384, bytes=1800000, template=CarriedTemplate("as trained", "ab"), gate=gate.summary
     )
     made(run, "convert", converted.to_metrics(), {"gate.json": gate.to_bytes().decode()}, "train")
-    acc = {
-        "value": 0.8125,
-        "stderr": 0.07,
-        "n": 32,
-        "low": 0.647,
-        "high": 0.911,
-        "interval": "wilson",
-        "higher_is_better": True,
+    scored = results()
+    reply = "The otter lives in the river house."
+    sample = Sample(
+        doc_id=0, filter="none", prompt="<|im_start|>user\nWhere is the otter?<|im_end|>\n<|im_start|>assistant\n", target=reply,
+        replies=(reply,), filtered=[reply], scores={"exact_match": 1.0}, doc={}, ended_by="terminator", tokens=9, repeats=False,
+    )  # fmt: skip
+    files = {
+        "results.json": scored.to_bytes().decode(),
+        "samples/smoke_generate.jsonl": to_lines([sample] * 3).decode(),
     }
-    match = {**acc, "value": 0.0, "stderr": 0.0, "low": 0.0, "high": 0.107}
-    ended = {
-        "n": 32,
-        "stop_rate": 0.97,
-        "terminator_rate": 0.97,
-        "empty": 0.0,
-        "repeating": 0.03,
-        "tokens": {"median": 8},
-    }
-    validation = {"loss": 0.61, "stderr": 0.03, "perplexity": 1.84, "documents": 14, "labels": 250}
-    tasks = {
-        "smoke_choice": {"metrics": {"acc": acc}},
-        "smoke_generate": {"metrics": {"exact_match": match}, "generation": ended},
-    }
-    sample = {"prompt": "<|im_start|>user\nWhere is the otter?<|im_end|>\n<|im_start|>assistant\n", "replies": ["The otter lives in the river house."],
-              "target": "The otter lives in the river house.", "scores": {"exact_match": 1.0}, "ended_by": "terminator", "tokens": 9}  # fmt: skip
-    results = {"tasks": tasks, "validation": validation, "template_sha256": "ab"}
-    made(run, "evaluate", {**{t: r["metrics"] for t, r in tasks.items()}, "validation": validation},
-         {"results.json": json.dumps(results), "samples/smoke_generate.jsonl": (json.dumps(sample) + "\n") * 3}, "convert")  # fmt: skip
+    made(run, "evaluate", scored.metrics.to_value(), files, "convert")
     return run
+
+
+ACC = Score(value=0.8125, stderr=0.07, n=32, low=0.647, high=0.911, interval="wilson", higher_is_better=True)
+
+
+def results(up_to: tuple[tuple[int, int], ...] | None = None) -> Results:
+    """Scores of two tasks; `up_to` are the lengths of the replies to the second."""
+    match = replace(ACC, value=0.0, stderr=0.0, low=0.0, high=0.107)
+    tokens = TokenCounts(median=8, p90=12, max=16, up_to=up_to)
+    facts = Generation(n=32, stop_rate=0.97, terminator_rate=0.97, empty=0.0, repeating=0.03, tokens=tokens)
+    tasks = {
+        "smoke_choice": TaskResult(metrics={"acc": ACC}, samples_sha256="a", task_sha256="b"),
+        "smoke_generate": TaskResult(
+            metrics={"exact_match": match}, generation=facts, samples_sha256="c", task_sha256="d"
+        ),
+    }
+    loss = ValidationLoss(loss=0.61, stderr=0.03, perplexity=1.84, documents=14, labels=250)
+    return Results(template_sha256="ab", tasks=tasks, validation=loss)
 
 
 def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
@@ -176,13 +181,17 @@ def test_the_report_shows_every_greedy_reply_of_the_gate(tmp_path: Path) -> None
 def test_scores_over_steps_name_best_and_what_was_broken(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "smoke")
     assert "<h2>Scores over steps</h2>" not in report.page(run)
-    score = {"value": 0.5, "stderr": 0.1, "n": 25, "low": 0.3, "high": 0.7, "higher_is_better": True}
-    steps = [
-        {"step": 100, "tasks": {}, "broken": {"zoo": "zoo: 0% of 25 replies <stop>"}},
-        {"step": 200, "tasks": {"zoo": {"acc": score}}, "broken": {}, "validation": {"loss": 0.75, "stderr": 0.01}},
-        {"step": 300, "tasks": {"zoo": {"acc": {**score, "value": 0.625}}}, "broken": {}, "validation": {"loss": 0.5, "stderr": None}},
-    ]  # fmt: skip
-    (run / "train" / "evaluations.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
+    score = Score(value=0.5, stderr=0.1, n=25, low=0.3, high=0.7, higher_is_better=True)
+    loss = ValidationLoss(loss=0.75, stderr=0.01, perplexity=2.1, documents=9, labels=90)
+
+    def evaluation(step: int, tasks: dict[str, dict[str, Score]], **found: Any) -> Evaluation:
+        return Evaluation(step=step, checkpoint="c", settings="s", tasks=tasks, **found)
+
+    evaluations.write(run / "train", [
+        evaluation(100, {}, broken={"zoo": "zoo: 0% of 25 replies <stop>"}),
+        evaluation(200, {"zoo": {"acc": score}}, validation=loss),
+        evaluation(300, {"zoo": {"acc": replace(score, value=0.625)}}, validation=replace(loss, loss=0.5, stderr=None)),
+    ])  # fmt: skip
     (run / "train" / "BEST").write_text("step300\nzoo/acc 0.625\n")
     text = report.page(run)
     parsed = Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
@@ -200,9 +209,7 @@ def test_what_only_some_machines_measure_is_drawn_where_it_is_there(tmp_path: Pa
     records = [json.loads(line) | {"mfu": 0.4, "memory_gb": 61.5} for line in file.read_text().splitlines()]
     headers = [{"attempt": 1, "from_step": 0, "mfu": "6 N"}, {"attempt": 2, "from_step": 120, "mfu": "6 N"}]
     file.write_text("".join(json.dumps(r) + "\n" for r in [headers[0], *records[:9], headers[1], *records[9:]]))
-    results = json.loads((run / "evaluate" / "results.json").read_text())
-    results["tasks"]["smoke_generate"]["generation"]["tokens"]["up_to"] = [[8, 30], [16, 2]]
-    (run / "evaluate" / "results.json").write_text(json.dumps(results))
+    results(up_to=((8, 30), (16, 2))).write(run / "evaluate" / "results.json")
     text = report.page(run)
     assert "model FLOPs utilisation" in text and "peak memory of a GPU, GB" in text
     assert "Attempts: 2, continued from step 120." in text

@@ -46,7 +46,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def hashes(folder: Path) -> dict[str, Any]:
+def hashes(folder: Path) -> Any:
     from sft.evaluation.tasks import find
 
     return find("capitals", folder, {}).hashes()
@@ -74,7 +74,7 @@ def test_hashes_change_with_what_can_change_a_score_and_with_nothing_else(
     before = hashes(folder)
     change(folder)
     after = hashes(folder)
-    assert [name for name in before if before[name] != after[name]] == changed
+    assert [name for name in before._fields if getattr(before, name) != getattr(after, name)] == changed
 
 
 def test_hashes_do_not_depend_on_where_the_folder_is(folder: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_hashes_do_not_depend_on_where_the_folder_is(folder: Path, tmp_path: Pat
 def test_a_part_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "base.yaml").rename(tmp_path / "base.yaml")
     (folder / "capitals.yaml").write_text("include: ../base.yaml\ntask: capitals\n")
-    with pytest.raises(SftError, match=r"base\.yaml lies outside of \[evaluate\] task_dir .*; next: copy it there"):
+    with pytest.raises(SftError, match=r"base\.yaml is outside of \[evaluate\] task_dir .*; next: copy it there"):
         hashes(folder)
 
 
@@ -98,7 +98,7 @@ def test_a_task_that_lm_eval_ships_is_named_with_its_version(monkeypatch: pytest
     )
     now = tasks.find("arc_easy", tmp_path, {}).hashes()
     monkeypatch.setattr(tasks, "LM_EVAL", "99.0")
-    assert now["task_sha256"] != tasks.find("arc_easy", tmp_path, {}).hashes()["task_sha256"]
+    assert now.task_sha256 != tasks.find("arc_easy", tmp_path, {}).hashes().task_sha256
 
 
 def test_a_task_file_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -120,11 +120,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 def test_a_finished_task_is_reused_until_its_code_changes(place: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
     def once() -> Any:
-        return evaluate.one_task(place.model, "capitals", ANYTHING, folder, {}, tmp_path / "out")
+        return evaluate.run_task(place.model, "capitals", ANYTHING, folder, {}, tmp_path / "out")
 
     first = once()
-    assert first["metrics"]["points"]["value"] == 1.0 and once() == first
+    assert first.metrics["points"].value == 1.0 and once() == first
     edit("marks.py", "rules.POINTS", "0.25")(folder)
     again = once()
-    assert again["metrics"]["points"]["value"] == 0.25 and again["task_sha256"] != first["task_sha256"]
-    assert again["reused_replies"] == 3  # the model is not asked again for what it has answered
+    assert again.metrics["points"].value == 0.25 and again.task_sha256 != first.task_sha256
+    assert again.reused_replies == 3  # the model is not asked again for what it has answered

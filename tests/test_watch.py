@@ -20,11 +20,13 @@ from sft.checkpoint import step_folder
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.evaluation import watch
-from sft.formats import manifest
+from sft.formats import evaluations, manifest
+from sft.formats.evaluations import Evaluation
+from sft.formats.results import Score, ValidationLoss
 from sft.recipe import recipe
 from sft.recipe.schema import Evaluate
 from sft.runner import plan
-from sft.training import evaluations
+from sft.training.evaluations import DueStep, held
 
 SMOKE = REPO / "recipes" / "smoke.toml"
 FIELDS = [
@@ -41,8 +43,13 @@ def step(train: Path, number: int, ephemeral: bool = False, text: str = "") -> P
     return folder
 
 
-def numbers(found: list[tuple[Path, str]]) -> list[int]:
-    return [int(f.name.removeprefix("step")) for f, _ in found]
+def numbers(found: list[DueStep]) -> list[int]:
+    return [due.step for due in found]
+
+
+def evaluation(train: Path, number: int, settings: str = "", **found: Any) -> Evaluation:
+    digest = hash_file(train / f"step{number}" / "manifest.json")
+    return Evaluation(step=number, checkpoint=digest, settings=settings, **{"tasks": {}, **found})
 
 
 def test_the_first_kept_step_at_or_after_each_multiple_is_due_and_the_last(tmp_path: Path) -> None:
@@ -57,13 +64,10 @@ def test_the_first_kept_step_at_or_after_each_multiple_is_due_and_the_last(tmp_p
 
 def test_a_step_is_due_again_when_it_was_made_again_or_is_asked_something_else(tmp_path: Path) -> None:
     smoke = recipe.load(SMOKE, ["every=100"])
-    lines = []
     for n in (100, 200):
-        digest = hash_file(step(tmp_path, n) / "manifest.json")
-        lines.append(
-            json.dumps({"step": n, "checkpoint": digest, "asked": watch.asked(plan.Place(tmp_path), smoke)}) + "\n"
-        )
-    (tmp_path / evaluations.NAME).write_text("".join(lines))
+        step(tmp_path, n)
+    settings = watch.settings(plan.Place(tmp_path), smoke)
+    evaluations.write(tmp_path, [evaluation(tmp_path, n, settings) for n in (100, 200)])
     assert watch.due(tmp_path, plan.Place(tmp_path), smoke) == []
     assert watch.due(tmp_path, plan.Place(tmp_path), recipe.load(SMOKE, ["every=100", "batch_size=3"])) == []
     assert numbers(watch.due(tmp_path, plan.Place(tmp_path), recipe.load(SMOKE, ["every=100", "every_limit=3"]))) == [
@@ -79,11 +83,15 @@ def test_a_step_is_due_again_when_it_was_made_again_or_is_asked_something_else(t
 
 
 def test_the_score_that_best_follows_is_the_recipes() -> None:
-    up, down, none = ({"value": v, "higher_is_better": h} for v, h in ((0.5, True), (2.0, False), (1.0, None)))
-    record = {"tasks": {"a": {"acc": up, "ppl": down, "x": none}}, "validation": {"loss": 1.5}}
+    up, down, none = (
+        Score(value=v, stderr=None, n=9, higher_is_better=h) for v, h in ((0.5, True), (2.0, False), (1.0, None))
+    )
+    loss = ValidationLoss(loss=1.5, stderr=None, perplexity=4.5, documents=1, labels=9)
+    tasks = {"a": {"acc": up, "ppl": down, "x": none}}
+    record = Evaluation(step=1, checkpoint="", settings="", tasks=tasks, validation=loss)
 
     def best(name: str) -> Any:
-        return watch.score(record, Evaluate(tasks=("a", "b"), best=name))
+        return watch.best_score(record, Evaluate(tasks=("a", "b"), best=name))
 
     assert best("a/acc") == best("") == ("a/acc", 0.5, True)
     assert best("a/ppl") == ("a/ppl", 2.0, False) and best("validation/loss") == ("validation/loss", 1.5, False)
@@ -115,22 +123,20 @@ def test_what_cannot_be_watched_is_told_before_training(field: str, message: str
 
 def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) -> None:
     def retire() -> list[int]:
-        for doomed in step_folder.prune(tmp_path, keep=1, spare=evaluations.held(tmp_path, 100)):
+        for doomed in step_folder.prune(tmp_path, keep=1, spare=held(tmp_path, 100)):
             shutil.rmtree(doomed)
         return [number for number, _ in step_folder.steps(tmp_path)]
 
-    def settle(number: int, **found: Any) -> None:
-        digest = hash_file(tmp_path / f"step{number}" / "manifest.json")
-        with (tmp_path / evaluations.NAME).open("a") as f:
-            f.write(json.dumps({"step": number, "checkpoint": digest, "asked": "", **found}) + "\n")
+    def record(number: int, **found: Any) -> None:
+        evaluations.write(tmp_path, [*evaluations.read(tmp_path), evaluation(tmp_path, number, **found)])
 
     for n in (50, 100, 150, 200, 250):
         step(tmp_path, n)
     step_folder.mark_latest(tmp_path / "step250")
     assert retire() == [100, 200, 250]
-    settle(100)
+    record(100)
     assert retire() == [200, 250]
-    settle(200, failed="no scores")  # nothing more is to be had of it
+    record(200, failed="no scores")
     step(tmp_path, 260)
     step_folder.mark_latest(tmp_path / "step260")
     assert retire() == [260]  # the steps that were removed have had their turn: 260 is not the first one after 200
@@ -141,11 +147,11 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
 ) -> None:
     seen: list[int] = []
 
-    def evaluate_step(stage: Any, folder: Path, digest: str) -> None:
-        seen.append(int(folder.name.removeprefix("step")))
+    def evaluate_step(stage: Any, due: DueStep) -> None:
+        seen.append(due.step)
         if seen[-1] == 100:
             raise RuntimeError("torn")
-        watch.record(stage, folder, digest, {"tasks": {}, "broken": {}})
+        watch.record(stage, evaluation(tmp_path, due.step, watch.settings(stage.place, smoke)))
 
     monkeypatch.setattr(watch, "evaluate_step", evaluate_step)
     said: list[str] = []
@@ -162,7 +168,7 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
         watch.watch(stage, lambda: True, pause=0)  # type: ignore[arg-type]
     assert seen == [100, 200, 300] and not left.exists()
     assert said == ["step100 has no scores: RuntimeError('torn')"]
-    assert [r.get("failed") for r in evaluations.records(tmp_path)] == ["RuntimeError('torn')", None, None]
+    assert [e.failed for e in evaluations.read(tmp_path)] == ["RuntimeError('torn')", None, None]
     assert numbers(watch.due(tmp_path, stage.place, smoke)) == [100]  # the next watcher tries it again
 
 
@@ -172,10 +178,10 @@ def test_a_changed_task_file_is_asked_again(tmp_path: Path) -> None:
     (tasks / "checks.py").write_text("limit = 1\n")
     place = plan.Place(tmp_path, (tmp_path / "data",))
     mine = recipe.load(SMOKE, ["task_dir=mine"])
-    before = watch.asked(place, mine)
-    assert watch.asked(place, mine) == before
+    before = watch.settings(place, mine)
+    assert watch.settings(place, mine) == before
     (tasks / "checks.py").write_text("limit = 20\n")
-    assert watch.asked(place, mine) != before
+    assert watch.settings(place, mine) != before
 
 
 def test_a_watcher_waits_for_the_run_of_its_own_recipe(tmp_path: Path) -> None:
@@ -209,12 +215,13 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     said = process.communicate()[0]
     assert process.returncode == 0, said
     train = Path(run) / "train"
-    records = evaluations.records(train)
-    assert [r["step"] for r in records] == [2, 4, 5], said
+    records = evaluations.read(train)
+    assert [e.step for e in records] == [2, 4, 5], said
     assert all(
-        r["tasks"]["smoke_generate"]["exact_match"]["n"] == 2 and r["validation"]["documents"] == 2 for r in records
+        e.tasks["smoke_generate"]["exact_match"].n == 2 and e.validation and e.validation.documents == 2
+        for e in records
     )
-    assert records[0]["checkpoint"] == hash_file(train / "step2" / "manifest.json")
+    assert records[0].checkpoint == hash_file(train / "step2" / "manifest.json")
     assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
     assert step_folder.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
     assert [number for number, _ in step_folder.steps(train)] == [2, 5]  # keep=1, once every step had its scores
@@ -239,5 +246,5 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     said = process.communicate()[0]  # closes standard input, as the death of training would
     assert process.returncode == 0, said
-    assert [r["step"] for r in evaluations.records(Path(run) / "train")] == [2, 5]
+    assert [e.step for e in evaluations.read(Path(run) / "train")] == [2, 5]
     assert not list((Path(run) / ".work").glob("watch-*/model"))

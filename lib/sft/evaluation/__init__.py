@@ -1,7 +1,6 @@
-"""Scores of an export with their errors."""
+"""Scores of models, with their standard errors, and comparisons of runs."""
 
 import os
 
-os.environ.setdefault(
-    "TQDM_DISABLE", "1"
-)  # tqdm reads it once, when it is imported; progress is told by lines of our own
+# tqdm reads it once, when it is imported. Our own log lines report progress.
+os.environ.setdefault("TQDM_DISABLE", "1")

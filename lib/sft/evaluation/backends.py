@@ -1,23 +1,34 @@
-"""TODO sft.evaluation.backends"""
+"""Opens a model for evaluation with the backend that the recipe names. Importing it takes seconds: lm-eval does."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from sft.common.errors import SftError
-from sft.evaluation.hf_model import Model
+from sft.evaluation.hf_model import HfModel
 from sft.evaluation.recorder import Recorder
 
 
-def open_model(folder: Path, backend: str, **options: Any) -> Recorder:
-    """The export behind a backend: 'hf' or 'vllm'. Raises SftError when vllm is not installed."""
+def open_model(
+    folder: Path,
+    backend: str,
+    *,
+    batch_size: int,
+    max_length: int,
+    think_end: str | None,
+    device: str,
+    seed: int,
+    gpus: int,
+) -> Recorder:
+    """The model in a Hugging Face folder. Raises SftError when the backend is 'vllm' and vllm is not installed.
+
+    `batch_size` and `max_length` = 0 are automatic; `think_end` is the text that ends a thought, None without thoughts. Only
+    'hf' uses `device`, where '' takes a GPU if there is one; only 'vllm' uses `seed` and `gpus`.
+    """
     if backend == "hf":
-        options.pop("gpus", None)
-        options.pop("seed", None)
-        return Model(folder, **options)
+        return HfModel(folder, batch_size=batch_size, max_length=max_length, think_end=think_end, device=device)
     try:
-        from sft.evaluation.vllm_model import VllmModel
+        from sft.evaluation.vllm_model import VllmModel  # start-up: vllm takes a minute and is not always installed
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "vllm":
             raise
@@ -25,4 +36,4 @@ def open_model(folder: Path, backend: str, **options: Any) -> Recorder:
             "[evaluate] backend = 'vllm': the package vllm is not installed; next, on a machine with a GPU:"
             " .venv/bin/python -m pip install -e '.[vllm]', or backend = \"hf\""
         ) from None
-    return VllmModel(folder, **options)
+    return VllmModel(folder, batch_size=batch_size, max_length=max_length, think_end=think_end, seed=seed, gpus=gpus)

@@ -1,10 +1,10 @@
-"""How many requests go through the model at once: fixed, or as many as memory and time allow.
+"""The number of requests that go through the model at once: fixed, or as many as memory and time allow.
 
-In: the padded length of the longest request of the next batch, and how long the last batch took. Out: a number of rows.
+In: the padded length of the longest request of the next batch, and the time that the last batch took. Out: a number of rows.
 
-On a CPU the automatic size is a budget of padded tokens, lowered where memory is short: the same batches, and so the same
-rounding, every time. On a GPU it starts from the same budget and doubles while that makes it at least a tenth faster and
-the memory that a token took so far says that it fits; running out of memory halves it for good.
+On a CPU the automatic size is a budget of padded tokens, lowered where memory is short. It gives the same batches, and so
+the same rounding, every time. A GPU starts from a budget, too, and doubles it as long as that makes it at least a tenth faster
+and free memory allows it. Running out of memory halves the budget for good.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-CPU_TOKENS = 4096  # beyond this a CPU gains nothing: the matrix products are large enough
+CPU_TOKENS = 4096
+"""Beyond this budget a CPU gains nothing: the matrix products are large enough."""
 CPU_BYTES = 1 << 30
 GPU_TOKENS = 16384
 GAIN = 1.1
+LOG_EVERY_S = 15.0
+"""Seconds between lines of progress."""
 
 
 class Batches:
+    """The size of batches of one kind of request."""
+
     def __init__(self, fixed: int, *, gpu: bool, bytes_per_token: int, free: Callable[[], int]) -> None:
-        """`fixed` = rows of every batch, 0 = automatic. `free` = bytes that are free now."""
+        """`fixed` = rows of every batch, 0 = automatic. `free` returns the bytes that are free now."""
         self.fixed, self.gpu, self.free = fixed, gpu, free
         self.bytes_per_token = bytes_per_token
         self.tokens = GPU_TOKENS if gpu else CPU_TOKENS
@@ -37,17 +42,17 @@ class Batches:
         return max(1, min(self.tokens, usable // max(1, self.bytes_per_token)) // max(1, length))
 
     def done(self, rows: int, tokens: int, seconds: float) -> None:
-        """A batch of `tokens` padded tokens went through. Grows the budget while growing pays."""
+        """Reports a finished batch of `tokens` padded tokens. Doubles the budget as long as that pays."""
         self.largest = max(self.largest, rows)
         if self.fixed or not self._growing or tokens < self.tokens // 2:
-            return  # a batch that was not full says nothing about the budget
+            return  # a batch that was not full gives no measure of the budget
         speed = tokens / max(seconds, 1e-9)
         self._growing = speed > self._speed * GAIN
         if self._growing:
             self._speed, self.tokens = speed, self.tokens * 2
 
     def too_large(self, rows: int) -> bool:
-        """A batch did not fit into memory. True when a smaller one can be tried."""
+        """Reports a batch that did not fit into memory. Returns whether a smaller one can be tried."""
         self._growing = False
         if rows <= 1:
             return False

@@ -1,10 +1,11 @@
 """Compares the scores of runs item by item: differences with their errors, and the options that differ.
 
 In:  evaluate's results.json, samples/ and validation.jsonl of each run; all their manifests.
-Out: a JSON-ready dict (see `compare`), and the same as lines for a terminal. The first run is the one compared with.
+Out: a Comparison (sft.formats.comparison), and the same as lines for a terminal. The first run is the baseline.
 
-Only the same questions are compared: a task whose hash differs, or a prompt that does (another template, system prompt or
-few-shot choice), is refused with both hashes; of item sets that differ the common items are compared, and that is said.
+Only answers to the same questions are compared. A task whose hash differs, or a prompt that does (another template, system
+prompt or choice of few-shot examples), is refused with both hashes. Of different sets of items the common ones are compared,
+and a note says so.
 Standard library only. Run: make compare A=run1 B=run2 [C="run3 run4"] [ANYWAY=1 compares different prompts too]
 """
 
@@ -13,45 +14,70 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft.common.errors import SftError
 from sft.evaluation.scores import is_number, json_hash
 from sft.evaluation.statistics import Z95, Difference, holm, paired, paired_ratio
 from sft.formats import manifest
+from sft.formats import results as results_format
+from sft.formats.comparison import Comparison, OptionDifference, ScoreDifference
+from sft.formats.lines import read_lines
+from sft.formats.results import Results, Score
+from sft.formats.samples import ConversationLoss, SampleItem
 from sft.recipe import schema
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
-def compare(runs: Sequence[Path], anyway: bool = False) -> dict[str, Any]:
-    """{"runs": [name…], "notes": […], "rows": […], "fields": [{"field", "values": [one per run]}]}
-
-    A row: task, metric, higher_is_better, run (index), n, a, b (scores on the common items), value (b - a), stderr, low,
-    high, p, test, corrected (p after Holm over all rows), mark. Raises SftError when the runs answer other questions.
-    """
-    made = [_Evaluated(run) for run in runs]
+def compare(runs: Sequence[Path], anyway: bool = False) -> Comparison:
+    """Compares all runs with the first. Raises SftError when they answered different questions, unless `anyway`."""
+    baseline, *others = [Evaluated(run) for run in runs]
+    rows: list[ScoreDifference] = []
     notes: list[str] = []
-    rows = [row for i, b in enumerate(made[1:], 1) for row in _rows(made[0], b, i, notes, anyway)]
+    for index, other in enumerate(others, 1):
+        found = _compare_runs(baseline, other, index, anyway)
+        rows += found.rows
+        notes += found.notes
     if not rows:
-        names = "; ".join(f"{e.name}: {', '.join(e.results['tasks'])}" for e in made)
+        names = "; ".join(f"{e.name}: {', '.join(e.results.tasks)}" for e in (baseline, *others))
         raise SftError(f"no task in common ({names}); next: evaluate them with the same [evaluate] tasks")
-    tested = [row for row in rows if row["p"] is not None]
-    for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
-        row["corrected"] = corrected
-        row["mark"] = next((mark for limit, mark in MARKS if corrected < limit), "")
-    order = {(row["task"], row["metric"]): i for i, row in reversed(list(enumerate(rows)))}
-    rows.sort(key=lambda row: (order[row["task"], row["metric"]], row["run"]))
-    return {"runs": [e.name for e in made], "notes": notes, "rows": rows, "fields": differing_fields(runs)}
+    return Comparison(
+        runs=tuple(run.name for run in runs),
+        notes=tuple(notes),
+        rows=tuple(_ordered(_corrected(rows))),
+        fields=tuple(differing_fields(runs)),
+    )
 
 
-class _Evaluated:
-    """A run's finished evaluation, its bytes as the manifest has them."""
+def _corrected(rows: Sequence[ScoreDifference]) -> list[ScoreDifference]:
+    """The rows with Holm's correction over all that have a p value, and their stars."""
+    corrected = iter(holm([row.p for row in rows if row.p is not None]))
+    result = []
+    for row in rows:
+        if row.p is not None:
+            p = next(corrected)
+            row = replace(row, corrected=p, mark=next((mark for limit, mark in MARKS if p < limit), ""))
+        result.append(row)
+    return result
+
+
+def _ordered(rows: Sequence[ScoreDifference]) -> list[ScoreDifference]:
+    """The rows of one metric under one another, metrics in the order of their first row."""
+    first: dict[tuple[str, str], int] = {}
+    for row in rows:
+        first.setdefault((row.task, row.metric), len(first))
+    return sorted(rows, key=lambda row: (first[row.task, row.metric], row.run))
+
+
+class Evaluated:
+    """A run's finished evaluation. Its files are verified against the manifest."""
 
     def __init__(self, run: Path) -> None:
+        """Raises SftError when the run has no scores or a file was altered."""
         self.name, self.folder = run.name, run / "evaluate"
         file = self.folder / manifest.NAME
         try:
@@ -60,134 +86,199 @@ class _Evaluated:
             raise SftError(f"{file}: not there: {run.name} has no scores; next: make {file}") from None
         if broken:
             raise SftError("\n".join(broken) + f"\nnext: remove {file} and make it again")
-        self.results = json.loads((self.folder / "results.json").read_bytes())
+        self.results = Results.read(self.folder / results_format.NAME)
 
-    def items(self, task: str) -> dict[str, dict[str, dict[str, Any]]]:
-        """{filter: {item: row}}. An item is named by its document and target; repeated ones are numbered."""
-        found: dict[str, dict[str, dict[str, Any]]] = {}
-        for row in _lines(self.folder / self.results["tasks"][task].get("samples", f"samples/{task}.jsonl")):
-            if "scores" not in row:
-                return {}  # another harness's own records, of an earlier version
-            of_filter = found.setdefault(row["filter"], {})
-            of_filter[_fresh(json_hash([row["doc"], row["target"]])[:16], of_filter)] = row
+    def items(self, task: str) -> dict[str, dict[str, SampleItem]]:
+        """{filter: {item: sample}}. Document and target name an item; repeated items are numbered."""
+        found: dict[str, dict[str, SampleItem]] = {}
+        file = self.results.tasks[task].samples or f"{results_format.SAMPLES}/{task}.jsonl"
+        for sample in read_lines(SampleItem, self.folder / file):
+            if sample.scores is None:
+                return {}
+            of_filter = found.setdefault(sample.filter, {})
+            of_filter[_numbered(json_hash([sample.doc, sample.target])[:16], of_filter)] = sample
         return found
 
-    def conversations(self) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
-        for row in _lines(self.folder / "validation.jsonl"):
-            found[_fresh(row["item"], found)] = row
+    def conversations(self) -> dict[str, ConversationLoss]:
+        """{item: loss} of the held-out conversations; repeated ones are numbered."""
+        found: dict[str, ConversationLoss] = {}
+        for loss in read_lines(ConversationLoss, self.folder / results_format.VALIDATION):
+            found[_numbered(loss.item, found)] = loss
         return found
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def _fresh(name: str, taken: Mapping[str, Any]) -> str:
+def _numbered(name: str, taken: Mapping[str, Any]) -> str:
     number = 1
     while (full := f"{name}-{number}") in taken:
         number += 1
     return full
 
 
-def _rows(a: _Evaluated, b: _Evaluated, run: int, notes: list[str], anyway: bool) -> Iterator[dict[str, Any]]:
-    """The comparisons of one run with the first. Raises SftError naming the hashes that differ."""
-    problems: list[str] = []
-    for one, other in ((a, b), (b, a)):
-        if alone := [t for t in one.results["tasks"] if t not in other.results["tasks"]]:
-            notes.append(f"only in {one.name}, not compared: {', '.join(alone)}")
-    rows: list[dict[str, Any]] = []
-    for task in (t for t in a.results["tasks"] if t in b.results["tasks"]):
-        ours, theirs = a.results["tasks"][task], b.results["tasks"][task]
-        if ours["task_sha256"] != theirs["task_sha256"]:
-            problems.append(f"{task}: {_hashes('task_sha256', ours, theirs)}")
-        items, others = a.items(task), b.items(task)
-        for metric, score in ours["metrics"].items():
-            if metric not in theirs["metrics"]:
-                continue
-            name, _, kind = metric.partition(",")
-            mine, yours = items.get(kind or "none", {}), others.get(kind or "none", {})
-            if not (mine and yours):  # no items: whole scores, unpaired
-                n = (score["n"], theirs["metrics"][metric]["n"])
-                found = _unpaired(score, theirs["metrics"][metric], min(n), same=n[0] == n[1])
-                if n[0] != n[1]:
-                    notes.append(f"{task} {metric}: of {n[0]} items in {a.name} and {n[1]} in {b.name}: not tested")
-                at = [score["value"], theirs["metrics"][metric]["value"]]
-                rows.append(_row(task, metric, run, at, found, score.get("higher_is_better")))
-                continue
-            common = [item for item in mine if item in yours]
-            if not common:
-                problems.append(f"{task}: no item in common: {_hashes('samples_sha256', ours, theirs)}")
-                break
-            changed = sum(mine[i]["prompt"] != yours[i]["prompt"] for i in common)
-            if metric == next(iter(ours["metrics"])):
-                if changed:
-                    problems.append(f"{task}: {changed} of {len(common)} prompts differ")
-                if len(common) < max(len(mine), len(yours)):
-                    notes.append(
-                        f"{task}: only the {len(common)} common items of {len(mine)} in {a.name} and {len(yours)} in {b.name}"
-                    )
-            values = [[rows[i]["scores"].get(name) for i in common] for rows in (mine, yours)]
-            whole = [[row["scores"].get(name) for row in rows.values()] for rows in (mine, yours)]
-            means = (_is_mean(whole[0], score["value"]), _is_mean(whole[1], theirs["metrics"][metric]["value"]))
-            if all(means):
-                found = paired(values[0], values[1])
-                at = [math.fsum(v) / len(v) for v in values]
-            else:  # a metric of the whole set, like a corpus perplexity
-                same = len(common) == len(mine) == len(yours)
-                found = _unpaired(score, theirs["metrics"][metric], len(common), same)
-                at = [score["value"], theirs["metrics"][metric]["value"]]
-            rows.append(_row(task, metric, run, at, found, score.get("higher_is_better")))
-    if problems and a.results.get("template_sha256") != b.results.get("template_sha256"):
+# --- two runs -----------------------------------------------------------------------------------------------------------
+
+
+class _Findings(NamedTuple):
+    """What a comparison found. `problems` are the signs that the two runs answered different questions."""
+
+    rows: list[ScoreDifference]
+    notes: list[str]
+    problems: list[str]
+
+
+def _compare_runs(a: Evaluated, b: Evaluated, run: int, anyway: bool) -> _Findings:
+    """Run number `run`, b, against the baseline a. Raises SftError with the hashes that differ."""
+    found = [_compare_task(task, a, b, run) for task in a.results.tasks if task in b.results.tasks]
+    problems = [problem for f in found for problem in f.problems]
+    if problems and a.results.template_sha256 != b.results.template_sha256:
         problems.append(_hashes("template_sha256", a.results, b.results))
     if problems and not anyway:
         raise SftError(
-            f"{a.name} and {b.name} were not asked the same:\n  "
-            + "\n  ".join(problems)
-            + "\nnext: make the same tasks of"
-            " both, with one template and system prompt, or compare nevertheless with ANYWAY=1"
+            f"{a.name} and {b.name} did not answer the same questions:\n  " + "\n  ".join(problems) + "\nnext: evaluate"
+            " both on the same tasks, with one template and system prompt, or compare them nevertheless with ANYWAY=1"
         )
-    notes += [f"{b.name} was asked something else: {p}" for p in problems]
-    yield from rows
-    mine, yours = a.conversations(), b.conversations()
-    if common := [item for item in mine if item in yours]:
-        if len(common) < max(len(mine), len(yours)):
-            notes.append(f"validation: only the {len(common)} common conversations of {len(mine)} and {len(yours)}")
-        labels = [mine[i]["labels"] for i in common]
-        losses = [[rows[i]["loss"] for i in common] for rows in (mine, yours)]
-        found = paired_ratio(losses[0], losses[1], labels)
-        yield _row("validation", "loss", run, [math.fsum(x) / sum(labels) for x in losses], found, False)
-    elif mine and yours:
+    loss = _compare_losses(a, b, run)
+    notes = [
+        *_unshared(a, b),
+        *(note for f in found for note in f.notes),
+        *(f"{b.name} did not answer the questions of {a.name}: {problem}" for problem in problems),
+        *loss.notes,
+    ]
+    return _Findings([row for f in (*found, loss) for row in f.rows], notes, problems)
+
+
+def _unshared(a: Evaluated, b: Evaluated) -> list[str]:
+    """Notes about tasks that only one of the runs has."""
+    notes = []
+    for one, other in ((a, b), (b, a)):
+        if alone := [task for task in one.results.tasks if task not in other.results.tasks]:
+            notes.append(f"only in {one.name}, not compared: {', '.join(alone)}")
+    return notes
+
+
+def _compare_task(task: str, a: Evaluated, b: Evaluated, run: int) -> _Findings:
+    """Every metric of a task that both runs have."""
+    rows, notes, problems = [], [], []
+    result_a, result_b = a.results.tasks[task], b.results.tasks[task]
+    if result_a.task_sha256 != result_b.task_sha256:
+        problems.append(f"{task}: {_hashes('task_sha256', result_a, result_b)}")
+    items_a, items_b = a.items(task), b.items(task)
+    for metric in (name for name in result_a.metrics if name in result_b.metrics):
+        name, _, filter_name = metric.partition(",")
+        one, other = (
+            _MetricItems(name, result.metrics[metric], items.get(filter_name or "none", {}))
+            for result, items in ((result_a, items_a), (result_b, items_b))
+        )
+        common = [item for item in one.items if item in other.items]
+        if one.items and other.items and not common:
+            problems.append(f"{task}: no item in common: {_hashes('samples_sha256', result_a, result_b)}")
+            break
+        if not common:
+            tested = _without_items(one.score, other.score)
+            if one.score.n != other.score.n:
+                notes.append(
+                    f"{task} {metric}: {one.score.n} items in {a.name} and {other.score.n} in {b.name}: not tested"
+                )
+        else:
+            tested = _with_items(one, other, common)
+        if common and metric == next(iter(result_a.metrics)):
+            if changed := sum(one.items[i].prompt != other.items[i].prompt for i in common):
+                problems.append(f"{task}: {changed} of {len(common)} prompts differ")
+            if len(common) < max(len(one.items), len(other.items)):
+                notes.append(
+                    f"{task}: only the {len(common)} common items of {len(one.items)} in {a.name} and {len(other.items)} in {b.name}"
+                )
+        rows.append(_row(task, metric, run, tested, one.score.higher_is_better))
+    return _Findings(rows, notes, problems)
+
+
+def _compare_losses(a: Evaluated, b: Evaluated, run: int) -> _Findings:
+    """The loss on the held-out conversations that both runs have."""
+    losses_a, losses_b = a.conversations(), b.conversations()
+    common = [item for item in losses_a if item in losses_b]
+    notes = []
+    if losses_a and losses_b and not common:
         notes.append(f"validation: no conversation in common with {b.name} (another split or tokenizer): not compared")
+    if not common:
+        return _Findings([], notes, [])
+    if len(common) < max(len(losses_a), len(losses_b)):
+        notes.append(f"validation: only the {len(common)} common conversations of {len(losses_a)} and {len(losses_b)}")
+    num_targets = [losses_a[item].labels for item in common]
+    sums_a, sums_b = ([losses[item].loss for item in common] for losses in (losses_a, losses_b))
+    difference = paired_ratio(sums_a, sums_b, num_targets)
+    tested = _Tested(difference, math.fsum(sums_a) / sum(num_targets), math.fsum(sums_b) / sum(num_targets))
+    return _Findings([_row("validation", "loss", run, tested, False)], notes, [])
 
 
-def _hashes(name: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> str:
-    return f"{name} {str(a.get(name))[:12]} and {str(b.get(name))[:12]}"
+# --- one metric ---------------------------------------------------------------------------------------------------------
 
 
-def _row(
-    task: str, metric: str, run: int, at: Sequence[float], found: Difference, higher_is_better: bool | None
-) -> dict[str, Any]:
-    row = {"task": task, "metric": metric, "run": run, "higher_is_better": higher_is_better, "a": at[0], "b": at[1]}
-    return {**row, **asdict(found), "corrected": None, "mark": ""}
+class _MetricItems(NamedTuple):
+    """A metric of one run: its score and the samples that it was computed from, by item."""
+
+    name: str
+    score: Score
+    items: dict[str, SampleItem]
+
+    def values(self, items: Sequence[str]) -> list[Any]:
+        return [(self.items[item].scores or {}).get(self.name) for item in items]
+
+    def is_mean(self) -> bool:
+        """Whether the score is the mean of the items' values, and not a metric of the set, like a corpus perplexity."""
+        values = self.values(list(self.items))
+        return all(map(is_number, values)) and math.isclose(
+            math.fsum(values) / len(values), self.score.value, rel_tol=1e-9, abs_tol=1e-9
+        )
 
 
-def _is_mean(items: Sequence[Any], value: float) -> bool:
-    return all(map(is_number, items)) and math.isclose(math.fsum(items) / len(items), value, rel_tol=1e-9, abs_tol=1e-9)
+class _Tested(NamedTuple):
+    """A difference, and the two scores that it is between."""
+
+    difference: Difference
+    a: float
+    b: float
 
 
-def _unpaired(a: Mapping[str, Any], b: Mapping[str, Any], n: int, same: bool) -> Difference:
-    """Whole scores: only of the same items is a difference the models', and tested."""
-    value = b["value"] - a["value"]
-    if not same or a["stderr"] is None or b["stderr"] is None or not (a["stderr"] or b["stderr"]):
+def _with_items(a: _MetricItems, b: _MetricItems, common: Sequence[str]) -> _Tested:
+    """A paired test on the common items. A metric of the set is tested without its items."""
+    if not (a.is_mean() and b.is_mean()):
+        same = len(common) == len(a.items) == len(b.items)
+        return _Tested(_unpaired(a.score, b.score, len(common), same), a.score.value, b.score.value)
+    values_a, values_b = a.values(common), b.values(common)
+    n = len(common)
+    return _Tested(paired(values_a, values_b), math.fsum(values_a) / n, math.fsum(values_b) / n)
+
+
+def _without_items(a: Score, b: Score) -> _Tested:
+    """A test of the scores alone, for a harness that left no items."""
+    return _Tested(_unpaired(a, b, min(a.n, b.n), same=a.n == b.n), a.value, b.value)
+
+
+def _unpaired(a: Score, b: Score, n: int, same: bool) -> Difference:
+    """A z test of two scores. Scores of different items are not tested: their difference is not only the models'."""
+    value = b.value - a.value
+    if not same or a.stderr is None or b.stderr is None or not (a.stderr or b.stderr):
         return Difference(value, None, None, None, None, n, "none")
-    error = math.hypot(a["stderr"], b["stderr"])
+    error = math.hypot(a.stderr, b.stderr)
     p = math.erfc(abs(value) / error / math.sqrt(2))
     return Difference(value, error, value - Z95 * error, value + Z95 * error, p, n, "unpaired")
 
 
-def differing_fields(runs: Sequence[Path]) -> list[dict[str, Any]]:
-    """Options and input files, in the order of the stages, whose values are not the same in all runs."""
+def _row(task: str, metric: str, run: int, tested: _Tested, higher_is_better: bool | None) -> ScoreDifference:
+    return ScoreDifference(
+        task=task, metric=metric, run=run, higher_is_better=higher_is_better, a=tested.a, b=tested.b,
+        **asdict(tested.difference), corrected=None, mark="",
+    )  # fmt: skip
+
+
+def _hashes(name: str, a: Any, b: Any) -> str:
+    return f"{name} {str(getattr(a, name))[:12]} and {str(getattr(b, name))[:12]}"
+
+
+# --- options and text ---------------------------------------------------------------------------------------------------
+
+
+def differing_fields(runs: Sequence[Path]) -> list[OptionDifference]:
+    """Options and input files that are not the same in all runs, in the order of the stages."""
     found: dict[str, list[Any]] = {}
     for i, run in enumerate(runs):
         for stage in schema.STAGES:
@@ -202,10 +293,11 @@ def differing_fields(runs: Sequence[Path]) -> list[dict[str, Any]]:
     differ = [(name, values) for name, values in found.items() if any(v != values[0] for v in values)]
     order = {stage: i for i, stage in enumerate(schema.STAGES)}
     differ.sort(key=lambda item: order[item[0].replace(":", ".").split(".")[0]])
-    return [{"field": name, "values": values} for name, values in differ]
+    return [OptionDifference(name, tuple(values)) for name, values in differ]
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(name with dots, value) of every option in a configuration."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}.{key}")
@@ -216,48 +308,43 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def verdict(row: Mapping[str, Any]) -> str:
-    """'better', 'worse', or '' where the difference is not significant or the metric has no direction."""
-    if not row["mark"] or row["higher_is_better"] is None:
-        return ""
-    return "better" if (row["value"] > 0) == row["higher_is_better"] else "worse"
-
-
 def p_text(p: float | None) -> str:
     return "–" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
-def footnote(comparison: Mapping[str, Any]) -> str:
-    tested = sum(row["p"] is not None for row in comparison["rows"])
+def footnote(comparison: Comparison) -> str:
+    """Which tests were made, and what the stars mean."""
+    n = sum(row.p is not None for row in comparison.rows)
     return (
-        f"Item by item. Where answers are right or wrong: McNemar's exact test and Newcombe's interval; elsewhere the paired t test's; a z test for scores of a whole set or without items. * corrected p < 0.05,"
-        f" ** < 0.01, *** < 0.001 (Holm's correction for {tested} comparison{'s' if tested != 1 else ''})."
+        "Runs are compared item by item. Right or wrong answers: McNemar's exact test and Newcombe's interval. Other scores of"
+        " items: the paired t test and its interval. Scores of a complete set, and scores without items: a z test."
+        f" * corrected p < 0.05, ** < 0.01, *** < 0.001 (Holm's correction for {n} comparison{'s' if n != 1 else ''})."
     )
 
 
-def text(comparison: Mapping[str, Any], colour: bool = False) -> str:
+def text(comparison: Comparison, colour: bool = False) -> str:
     """The comparison as lines for a terminal."""
-    names = comparison["runs"]
+    names = comparison.runs
     width = max(len(n) for n in names)
     lines = [f"{LETTERS[i]}  {name:{width}}" + ("  the baseline" if i == 0 else "") for i, name in enumerate(names)]
-    lines += ["", *(f"note: {note}" for note in comparison["notes"]), *([""] if comparison["notes"] else [])]
+    lines += ["", *(f"note: {note}" for note in comparison.notes), *([""] if comparison.notes else [])]
     head = ["task", "metric", "", "n", "A", "other", "difference", "std. error", "95 % interval", "p", "", ""]
     table = []
-    for row in comparison["rows"]:
-        digits = 4 if max(abs(row["a"]), abs(row["b"])) < 100 else 2
-        interval = "–" if row["low"] is None else f"{row['low']:+.{digits}f} to {row['high']:+.{digits}f}"
-        error = "–" if row["stderr"] is None else f"{row['stderr']:.{digits}f}"
+    for row in comparison.rows:
+        digits = 4 if max(abs(row.a), abs(row.b)) < 100 else 2
+        interval = "–" if row.low is None else f"{row.low:+.{digits}f} to {row.high:+.{digits}f}"
+        error = "–" if row.stderr is None else f"{row.stderr:.{digits}f}"
         table.append(
-            [row["task"], row["metric"], LETTERS[row["run"]], f"{row['n']:,}", f"{row['a']:.{digits}f}", f"{row['b']:.{digits}f}",
-             f"{row['value']:+.{digits}f}", error, interval, p_text(row["p"]), row["mark"], verdict(row)]
+            [row.task, row.metric, LETTERS[row.run], f"{row.n:,}", f"{row.a:.{digits}f}", f"{row.b:.{digits}f}",
+             f"{row.value:+.{digits}f}", error, interval, p_text(row.p), row.mark, row.verdict]
         )  # fmt: skip
     lines += aligned(head, table, left=(0, 1, 2, 10, 11))
     if colour:
         for word, code in (("better", 32), ("worse", 31)):
             lines = [f"\x1b[{code}m{line}\x1b[0m" if line.endswith(word) else line for line in lines]
     lines += ["", footnote(comparison), ""]
-    if comparison["fields"]:
-        fields = [[f["field"], *(show(v) for v in f["values"])] for f in comparison["fields"]]
+    if comparison.fields:
+        fields = [[f.field, *(show(v) for v in f.values)] for f in comparison.fields]
         lines += aligned(["options that differ", *LETTERS[: len(names)]], fields, left=range(len(names) + 1))
     else:
         lines.append("no option differs")
@@ -265,14 +352,15 @@ def text(comparison: Mapping[str, Any], colour: bool = False) -> str:
 
 
 def show(value: Any) -> str:
-    """An option's value; long ones are cut."""
-    shown = (
-        "–" if value is None else value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
-    )
+    """An option's value, cut to 48 characters."""
+    if value is None:
+        return "–"
+    shown = value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
     return shown if len(shown) <= 48 else shown[:45] + "…"
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] | range) -> list[str]:
+    """Lines of a table; the columns in `left` are aligned to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     return [
         "  ".join(

@@ -1,7 +1,7 @@
-"""lm-eval in-process, with what it leaves out: how each reply ended, answers that survive a kill, batches by memory, progress.
+"""Runs one lm-eval task in this process.
 
-In:  a Hugging Face folder, a task (see tasks.py). Out: `run_task` gives lm-eval's own metrics and
-samples; the model's `replies` hold the facts about every reply. Imported late: lm-eval takes seconds to import.
+In:  a model (sft.evaluation.backends) and a task (sft.evaluation.tasks). Out: lm-eval's own metrics and samples; the model's
+`answers` hold the facts about every reply. Importing it takes seconds: lm-eval does.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers.utils.logging import disable_progress_bar
 
-from sft.evaluation.hf_model import Model
+from sft.evaluation.recorder import Recorder
+from sft.evaluation.scores import LmEvalOutput
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-disable_progress_bar()
+disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def run_task(
-    model: Model, task: Task, *, limit: int, seed: int, system_prompt: str, bootstrap: int = 1000
-) -> dict[str, Any]:
-    """lm-eval's results of one task: {"results", "samples", "config", "higher_is_better"}."""
+    model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str, bootstrap: int = 1000
+) -> LmEvalOutput:
+    """Answers and scores the first `limit` documents of a task, 0 = all. `bootstrap` = resamplings for a standard error."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -40,9 +41,9 @@ def run_task(
         apply_chat_template=True,
         fewshot_as_multiturn=True,
     )
-    return {
-        "results": found["results"][name],
-        "samples": found["samples"][name],
-        "config": task.dump_config(),
-        "higher_is_better": found["higher_is_better"].get(name, {}),
-    }
+    return LmEvalOutput(
+        results=found["results"][name],
+        samples=found["samples"][name],
+        config=task.dump_config(),
+        higher_is_better=found["higher_is_better"].get(name, {}),
+    )

@@ -1,199 +1,250 @@
-"""TODO sft.evaluation.recorder"""
+"""The part of a model that does not depend on the backend: it records how replies ended, keeps answers and reports progress.
+
+lm-eval calls `generate_until` and `loglikelihood`, once for a task. A request that a journal answers is not computed again.
+The others are computed in batches, longest first, and every batch is written to the journal.
+"""
 
 from __future__ import annotations
 
-import json
 import time
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
 from sft.common.errors import SftError
+from sft.evaluation import batches as batch_sizes
+from sft.evaluation import stops
+from sft.evaluation.answers import Answers
 from sft.evaluation.batches import Batches
-from sft.evaluation.files import SAY_EVERY
-from sft.evaluation.scores import UNCLOSED, reply_key
+from sft.evaluation.scores import UNCLOSED, request_key
+from sft.formats.samples import Likelihood, Reply
 from sft.training.metrics import clock
 
+NEXT = "next: raise [evaluate] max_length or [convert] max_position_embeddings"
 
-class Recorder(TemplateLM):
-    """What both backends share. A subclass calls `start_recording`, and `ended` for every reply in the order it returns them."""
 
-    about: dict[str, str]  # backend, device, dtype
+class Backend(NamedTuple):
+    """What runs the model, as results.json names it."""
+
+    backend: str
+    device: str
+    dtype: str
+
+
+class Ending(NamedTuple):
+    """How a reply ended, its tokens without the terminator, and whether it goes round in circles."""
+
+    ended_by: str
+    tokens: int
+    repeats: bool
+
+
+class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
+    """Base of the backends. A subclass calls `start_recording`, and `end_reply` for every reply, in the order of its rows."""
+
+    about: Backend
     stop_ids: list[int]
 
     def start_recording(self, replies: Batches, likelihoods: Batches) -> None:
+        """Sets up the state. `replies` and `likelihoods` decide the size of the batches of each kind."""
         self.batches = {"replies": replies, "likelihoods": likelihoods}
-        self.journal: Path | None = None
+        self.answers = Answers()
         self.log: Callable[[str], None] = lambda _: None
-        self.replies: dict[str, list[dict[str, Any]]] = {}  # a key's replies in the order in which they were asked
-        self.asked: list[tuple[str, str]] = []
-        self.cache_hook = _Hook(self)
-        self._ended: list[dict[str, Any]] = []
-        self._made: dict[str, list[dict[str, Any]]] = {}
+        self.requested: list[tuple[str, str]] = []  # (key, prompt) of the current task's requests
+        self.until: list[str] = []  # stop strings of the current batch
+        self.cache_hook = _ReplyHook(self)
+        self._endings: list[Ending] = []  # of the rows of the current batch, in the order of the backend
+        self._ending_of: dict[str, list[Ending]] = {}  # the same by prompt
 
     def open_journal(self, file: Path) -> int:
-        """Answers of an earlier attempt at the same task, which need not be made again; returns their number."""
-        self.journal, self.replies, self.asked = file, {}, []
-        if file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self.replies.setdefault(entry["key"], []).append(entry)
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    continue  # the last line of a killed attempt may be torn
-        return sum(map(len, self.replies.values()))
-
-    def keep(self, entries: Sequence[dict[str, Any]]) -> None:
-        for entry in entries:
-            self.replies.setdefault(entry["key"], []).append(entry)
-        if self.journal:
-            with self.journal.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+        """Starts a task. Returns the number of answers that an earlier attempt left in the journal."""
+        self.answers, self.requested = Answers(file), []
+        return self.answers.reused
 
     def set_rows(self, rows: int) -> None:
-        """Rows that lm-eval's code puts into one batch."""
+        """Sets the number of rows that lm-eval's code puts into one batch."""
         raise NotImplementedError
 
-    def ended(self, prompt: Sequence[int], tokens: Sequence[int], by: str, stop: Sequence[str]) -> list[int]:
-        """Records a reply, given without its terminator; returns what is left of it up to and with the token that
-        completes a stop string. Inside a thought nothing stops it, and one that is never closed has no answer."""
-        kept, think_end = list(tokens), self.think_end_token
+    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
+        """(loss, number of targets) of each (ids, loss mask), the loss summed in fp32. (0.0, 0) without a target."""
+        raise NotImplementedError
 
-        def text(end: int) -> str:
-            return str(self.tokenizer.decode(kept[:end], skip_special_tokens=False))
+    # --- replies ------------------------------------------------------------------------------------------------------
 
-        whole, closed = text(len(kept)), bool(think_end)
-        if think_end and think_end not in whole:
-            closed, think = False, think_end.replace("/", "")
-            asked = self.tokenizer.decode(prompt[-32:], skip_special_tokens=False)
-            if whole.lstrip().startswith(think) or asked.rstrip().endswith(think):
-                by, stop = UNCLOSED, ()
+    def end_reply(
+        self, prompt: Sequence[int], tokens: Sequence[int], ended_by: str, until: Sequence[str]
+    ) -> Sequence[int]:
+        """Records how a reply ended and returns its tokens, cut behind the one that completes a stop string.
 
-        def stopped(end: int) -> bool:
-            answer = text(end).partition(think_end)[2] if closed else text(end)
-            return any(s in answer for s in stop)
+        `tokens` come without the terminator; `ended_by` says how the backend ended them. Stop strings inside a thought do not
+        count, and a thought that is never closed has no answer.
+        """
+        think_end = self.think_end_token
+        if think_end and think_end not in (text := self._decode(tokens)):
+            if stops.thinks(self._decode(prompt[-32:]), text, think_end):
+                ended_by, until = UNCLOSED, ()
+            think_end = None
+        cut = stops.cut_at_stop(tokens, self._decode, until, think_end)
+        if cut is not None:
+            tokens, ended_by = cut, "stop string"
+        self._endings.append(Ending(ended_by, len(tokens), stops.repeats(tokens)))
+        return tokens
 
-        if stopped(len(kept)):
-            kept, by = kept[: bisect_left(range(len(kept)), True, key=stopped)], "stop string"
-        self._ended.append({"ended_by": by, "tokens": len(kept), "repeats": repeats(kept)})
-        return kept
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        keys = [reply_key(r.args) for r in requests]
-        self.asked = list(zip(keys, (r.args[0] for r in requests), strict=True))
-        # The same prompt several times is sampling: a key's n-th request has its n-th reply.
-        seen: Counter[str] = Counter()
-        number = []
-        for key in keys:
-            number.append(seen[key])
-            seen[key] += 1
-        missing = [i for i, key in enumerate(keys) if number[i] >= len(self.replies.get(key, ()))]
-        lengths = []
-        for i in missing:
-            prompt, kwargs = requests[i].args
-            reply = int(kwargs.get("max_gen_toks", self.max_gen_toks))
-            length = len(self.tok_encode(prompt))
-            if length > self.max_length - reply:
-                raise SftError(
-                    f"a prompt of {length} tokens leaves no room for its reply within max_length {self.max_length};"
-                    " next: raise [evaluate] max_length or [convert] max_position_embeddings"
-                )
-            lengths.append(length + reply)
+        """lm-eval's call for all generated replies of a task: their texts, in the order of the requests.
 
-        def run(chosen: list[int]) -> None:
-            self._ended, self._made = [], {}
-            batch = [requests[missing[j]] for j in chosen]
-            until = batch[0].args[1].get("until") or []
-            self.until = [until] if isinstance(until, str) else list(until)
-            made = super(Recorder, self).generate_until(batch, disable_tqdm=True)
-            entries = []
-            for j, request, text in zip(chosen, batch, made, strict=True):
-                facts = self._made[request.args[0]].pop(0)
-                text = "" if facts["ended_by"] == UNCLOSED else text
-                entries.append({"key": keys[missing[j]], "text": text, **facts})
-            self.keep(entries)
+        A prompt that is requested several times is sampled: the n-th request of a key has the key's n-th reply.
+        """
+        keys = [request_key(r.args) for r in requests]
+        self.requested = [(key, r.args[0]) for key, r in zip(keys, requests, strict=True)]
+        numbers = _numbered(keys)
+        missing = [
+            i
+            for i, (key, n) in enumerate(zip(keys, numbers, strict=True))
+            if n >= len(self.answers.replies.get(key, ()))
+        ]
+        self._in_batches(
+            [self._length(requests[i]) for i in missing],
+            lambda chosen: self._generate([(keys[missing[j]], requests[missing[j]]) for j in chosen]),
+            "replies",
+            len(requests),
+        )
+        return [self.answers.replies[key][n].text for key, n in zip(keys, numbers, strict=True)]
 
-        self._in_batches(lengths, run, "replies", len(requests))
-        return [self.replies[key][n]["text"] for key, n in zip(keys, number, strict=True)]
+    def _length(self, request: Instance) -> int:
+        """Tokens of a prompt and its longest reply. Raises SftError for a prompt that leaves no room for the reply."""
+        prompt, arguments = request.args
+        reply = int(arguments.get("max_gen_toks", self.max_gen_toks))
+        length = len(self.tok_encode(prompt))
+        if length > self.max_length - reply:
+            raise SftError(
+                f"a prompt of {length} tokens leaves no room for its reply within max_length {self.max_length}; {NEXT}"
+            )
+        return length + reply
+
+    def _generate(self, batch: Sequence[tuple[str, Instance]]) -> None:
+        """Computes and stores the replies to one batch of (key, request)."""
+        self._endings, self._ending_of = [], {}
+        requests = [request for _, request in batch]
+        until = requests[0].args[1].get("until") or []
+        self.until = [until] if isinstance(until, str) else list(until)
+        texts = super().generate_until(requests, disable_tqdm=True)
+        replies = []
+        for (key, request), text in zip(batch, texts, strict=True):
+            ending = self._ending_of[request.args[0]].pop(0)
+            replies.append(Reply(key, "" if ending.ended_by == UNCLOSED else text, *ending))
+        self.answers.add(replies)
+
+    def reply_returned(self, prompt: str) -> None:
+        """lm-eval has assigned the next row of the current batch to a prompt."""
+        self._ending_of.setdefault(prompt, []).append(self._endings.pop(0))
+
+    # --- likelihoods --------------------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Any]:
+        """lm-eval's call for the likelihoods of all continuations of a task."""
         return list(super().loglikelihood(requests, disable_tqdm=True))
 
     def _loglikelihood_tokens(self, requests: list[Any], disable_tqdm: bool = False, **_: Any) -> list[Any]:
-        """lm-eval's step under all likelihood requests: ((context, continuation) or None, context ids, continuation ids)."""
-        keys = [reply_key(words) if words else "" for words, _, _ in requests]
-        if words := [(key, r[0][0]) for key, r in zip(keys, requests, strict=True) if key]:
-            self.asked = words
-        found: dict[int, Any] = {
-            i: tuple(self.replies[key][0]["likelihood"]) for i, key in enumerate(keys) if key in self.replies
-        }
+        """lm-eval's step below all requests for likelihoods.
+
+        A request is ((context, continuation) or None, context ids, continuation ids); its answer is (log-likelihood, whether
+        the continuation is the greedy one). A request without texts has no key and is not stored.
+        """
+        keys = [request_key(texts) if texts else "" for texts, _, _ in requests]
+        if named := [(key, r[0][0]) for key, r in zip(keys, requests, strict=True) if key]:
+            self.requested = named
+        stored = self.answers.likelihoods
+        found: dict[int, tuple[float, bool]] = {i: stored[k][0].likelihood for i, k in enumerate(keys) if k in stored}
         missing = [i for i in range(len(requests)) if i not in found]
         lengths = [len(requests[i][1]) + len(requests[i][2]) for i in missing]
         if lengths and max(lengths) > self.max_length + 1:
             raise SftError(
-                f"a prompt with its continuation of {max(lengths)} tokens does not fit max_length {self.max_length};"
-                " next: raise [evaluate] max_length or [convert] max_position_embeddings"
+                f"a prompt with its continuation of {max(lengths)} tokens does not fit max_length {self.max_length}; {NEXT}"
             )
 
-        def run(chosen: list[int]) -> None:
-            batch = [requests[missing[j]] for j in chosen]
-            made = super(Recorder, self)._loglikelihood_tokens(batch, disable_tqdm=True)
-            found.update((missing[j], answer) for j, answer in zip(chosen, made, strict=True))
-            self.keep(
-                [{"key": keys[missing[j]], "likelihood": list(found[missing[j]])} for j in chosen if keys[missing[j]]]
-            )
+        def score(chosen: list[int]) -> None:
+            batch = [missing[j] for j in chosen]
+            answers = super(Recorder, self)._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
+            found.update(zip(batch, map(tuple, answers), strict=True))
+            self.answers.add([Likelihood(keys[i], found[i]) for i in batch if keys[i]])
 
-        self._in_batches(lengths, run, "likelihoods", len(requests))
+        self._in_batches(lengths, score, "likelihoods", len(requests))
         return [found[i] for i in range(len(requests))]
 
-    def _in_batches(self, lengths: Sequence[int], run: Callable[[list[int]], None], what: str, total: int) -> None:
-        """Calls `run` with the indices of each batch, longest first; says how far it is and when it will end."""
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _in_batches(self, lengths: Sequence[int], compute: Callable[[list[int]], None], kind: str, total: int) -> None:
+        """Calls `compute` with the indices into `lengths` of each batch, longest first, and logs progress.
+
+        A batch that does not fit into memory is tried again in smaller ones. `total` counts the answers of earlier attempts, too.
+        """
         order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        batches = self.batches[what]
-        began = said = time.monotonic()
-        work, done, at = sum(lengths), 0, 0
+        sizes = self.batches[kind]
+        progress = _Progress(self.log, kind, total, sum(lengths))
+        at = 0
         while at < len(order):
-            chosen = order[at : at + batches.rows(lengths[order[at]])]
+            chosen = order[at : at + sizes.rows(lengths[order[at]])]
             self.set_rows(len(chosen))
             started = time.monotonic()
             try:
-                run(chosen)
+                compute(chosen)
             except RuntimeError as error:
-                if not is_out_of_memory(error) or not batches.too_large(len(chosen)):
+                if not is_out_of_memory(error) or not sizes.too_large(len(chosen)):
                     raise
                 self.log(f"out of memory with {len(chosen)} at once: trying fewer")
                 free_cache()
                 continue
-            now = time.monotonic()
-            batches.done(len(chosen), len(chosen) * lengths[chosen[0]], now - started)
+            sizes.done(len(chosen), len(chosen) * lengths[chosen[0]], time.monotonic() - started)
             at += len(chosen)
-            done += sum(lengths[i] for i in chosen)
-            if now - said >= SAY_EVERY and at < len(order):
-                said = now
-                left = (now - began) / done * (work - done)
-                answered = total - len(order) + at
-                self.log(f"{answered:,}/{total:,} {what}, {len(chosen)} at once, ETA {clock(left)}")
-
-    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
-        """(summed loss, labels) of each (ids, mask) document, in fp32; documents without a label give (0.0, 0)."""
-        raise NotImplementedError
+            progress.add(sum(lengths[i] for i in chosen), len(order) - at, len(chosen))
 
 
-class _Hook:
-    """Called by lm-eval once per reply, in the order in which `_model_generate` returned the rows."""
+class _Progress:
+    """Logs from time to time how many requests are answered and when the rest will be."""
+
+    def __init__(self, log: Callable[[str], None], kind: str, total: int, tokens: int) -> None:
+        self.log, self.kind, self.total, self.tokens = log, kind, total, tokens
+        self.began = self.logged = time.monotonic()
+        self.done = 0
+
+    def add(self, tokens: int, left: int, rows: int) -> None:
+        """Reports a batch of `rows` requests and `tokens` tokens. `left` = requests that are not answered yet."""
+        now = time.monotonic()
+        self.done += tokens
+        if now - self.logged >= batch_sizes.LOG_EVERY_S and left:
+            self.logged = now
+            seconds = (now - self.began) / self.done * (self.tokens - self.done)
+            self.log(f"{self.total - left:,}/{self.total:,} {self.kind}, {rows} at once, ETA {clock(seconds)}")
+
+
+class _ReplyHook:
+    """lm-eval calls it once per reply, in the order in which `_model_generate` returned the rows."""
 
     def __init__(self, model: Recorder) -> None:
         self.model = model
 
     def add_partial(self, kind: str, request: Any, reply: Any) -> None:
         if kind == "generate_until":
-            self.model._made.setdefault(request[0], []).append(self.model._ended.pop(0))
+            self.model.reply_returned(request[0])
+
+
+def _numbered(keys: Sequence[str]) -> list[int]:
+    """How many times each key occurred before: ["a", "b", "a"] gives [0, 0, 1]."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for key in keys:
+        numbers.append(seen[key])
+        seen[key] += 1
+    return numbers
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -202,11 +253,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def free_cache() -> None:
+    """Returns cached GPU memory to the device."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def repeats(tokens: Sequence[int]) -> bool:
-    """A reply that goes round in circles: fewer than half of its 4-grams are different ones."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return len(grams) >= 16 and len(set(grams)) < len(grams) / 2

@@ -1,6 +1,6 @@
-"""What is made of a task's samples: scores with their errors, how replies ended, and why a task would mislead.
+"""Scores of a task with their errors, facts about its replies, and the reasons to refuse the scores. Standard library only.
 
-In: lm-eval's results and samples of one task. Out: JSON-ready dicts for results.json and the samples file.
+In: lm-eval's output for one task (LmEvalOutput). Out: the records of sft.formats.results and sft.formats.samples.
 """
 
 from __future__ import annotations
@@ -10,184 +10,221 @@ import json
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeGuard
 
+from sft.common.errors import SftError
 from sft.evaluation.statistics import Z95, wilson
+from sft.formats.record import Record
+from sft.formats.results import Generation, Score, TaskResult, TokenCounts
+from sft.formats.samples import Reply, Sample
+from sft.recipe.schema import Evaluate
 
-if TYPE_CHECKING:
-    from sft.recipe.schema import Evaluate
+UNCLOSED = "unclosed thought"
+"""How a reply ended that stopped inside its thought and has no answer."""
+LENGTH_LIMITS = tuple(2**k for k in range(3, 17))
+"""Upper ends of the bins of reply lengths, in tokens."""
 
-UNCLOSED = "unclosed thought"  # how a reply ended that never came to its answer
-LENGTH_LIMITS = tuple(2**k for k in range(3, 17))  # upper ends of the bins of reply lengths, in tokens
+
+@dataclass(frozen=True)
+class LmEvalOutput:
+    """What lm-eval returns for one task.
+
+    `results` is {"metric,filter": value, "metric_stderr,filter": error}; `samples` has one dictionary for each document and
+    filter; `config` is the task's configuration; `higher_is_better` is {metric: direction}.
+    """
+
+    results: Mapping[str, Any]
+    samples: Sequence[Mapping[str, Any]]
+    config: Mapping[str, Any]
+    higher_is_better: Mapping[str, bool]
 
 
-def sample_rows(
-    samples: Sequence[Mapping[str, Any]], replies: Mapping[str, Sequence[Mapping[str, Any]]]
-) -> list[dict[str, Any]]:
-    """What is kept of lm-eval's samples. Generated ones say how they ended, as a list where a document has several replies."""
+def sample_records(samples: Sequence[Mapping[str, Any]], replies: Mapping[str, Sequence[Reply]]) -> list[Sample]:
+    """lm-eval's samples as records. `replies` are the generated ones by key; a sample of theirs records how they ended.
+
+    A document with several replies has a list of each fact, and a single reply has the fact itself.
+    """
     taken: Counter[tuple[str, str]] = Counter()
-    rows = []
+    records = []
     for sample in samples:
         arguments = [list(a) for a in sample["arguments"]]
-        row = _row(sample, arguments)
-        key = reply_key(arguments[0])
-        if len(arguments) == 1 and "ended_by" in (replies.get(key) or [{}])[0]:
-            first = taken[sample["filter"], key]
-            taken[sample["filter"], key] += len(row["replies"])
-            facts = replies[key][first : first + len(row["replies"])]
-            for name in ("ended_by", "tokens", "repeats"):
-                row[name] = facts[0][name] if len(facts) == 1 else [f[name] for f in facts]
-        rows.append(row)
-    return rows
+        record = _sample(sample, arguments)
+        key = request_key(arguments[0])
+        if len(arguments) == 1 and key in replies:
+            first, count = taken[sample["filter"], key], len(record.replies)
+            taken[sample["filter"], key] += count
+            record = _with_endings(record, replies[key][first : first + count])
+        records.append(record)
+    return records
 
 
-def _row(sample: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    return {
-        "doc_id": sample["doc_id"],
-        "filter": sample["filter"],
-        "prompt": arguments[0][0],
-        "target": sample["target"],
-        "replies": [reply for r in sample["resps"] for reply in (r if isinstance(r, list) else [r])],
-        "filtered": sample["filtered_resps"],
-        "scores": {metric: sample[metric] for metric in sample["metrics"]},
-        "doc": sample["doc"],
-    }
+def _sample(sample: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> Sample:
+    return Sample(
+        doc_id=sample["doc_id"],
+        filter=sample["filter"],
+        prompt=arguments[0][0],
+        target=sample["target"],
+        replies=tuple(reply for r in sample["resps"] for reply in (r if isinstance(r, list) else [r])),
+        filtered=sample["filtered_resps"],
+        scores={metric: sample[metric] for metric in sample["metrics"]},
+        doc=sample["doc"],
+    )
 
 
-def reply_key(request: Sequence[Any]) -> str:
-    """Names a prompt with its generation arguments, or with the continuation whose likelihood is asked."""
+def _with_endings(sample: Sample, replies: Sequence[Reply]) -> Sample:
+    if len(replies) == 1:
+        (reply,) = replies
+        return replace(sample, ended_by=reply.ended_by, tokens=reply.tokens, repeats=reply.repeats)
+    return replace(
+        sample,
+        ended_by=tuple(r.ended_by for r in replies),
+        tokens=tuple(r.tokens for r in replies),
+        repeats=tuple(r.repeats for r in replies),
+    )
+
+
+def request_key(request: Sequence[Any]) -> str:
+    """sha256 (hex) of a request: a prompt with its generation arguments, or with the continuation to be scored."""
     return hashlib.sha256(
         json.dumps(list(request), sort_keys=True, ensure_ascii=False, default=str).encode()
     ).hexdigest()
 
 
-def generation_facts(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stop rate, empty and repeating replies, lengths, of a task that generates; nothing for the others."""
-    first = rows[0]["filter"] if rows else ""
-    made = [
-        (str(text), *facts)
-        for r in rows
-        if "ended_by" in r and r["filter"] == first
-        for text, *facts in zip(
-            r["replies"], *(_listed(r[name]) for name in ("ended_by", "tokens", "repeats")), strict=True
+def generation(samples: Sequence[Sample]) -> Generation | None:
+    """How the replies of a task ended, counted once although several filters score them. None for a task that generates nothing."""
+    first = samples[0].filter if samples else ""
+    replies = [
+        (str(text), ended_by, tokens, repeats)
+        for s in samples
+        if s.ended_by is not None and s.filter == first
+        for text, ended_by, tokens, repeats in zip(
+            s.replies, as_tuple(s.ended_by), as_tuple(s.tokens), as_tuple(s.repeats), strict=True
         )
     ]
-    if not made:
-        return {}
-    texts, ends, tokens, circles = zip(*made, strict=True)
-    count = len(made)
-    return {
-        "generation": {
-            "n": count,
-            "stop_rate": sum(by not in ("length", UNCLOSED) for by in ends) / count,
-            "terminator_rate": ends.count("terminator") / count,
-            "empty": sum(not text.strip() and by != UNCLOSED for text, by in zip(texts, ends, strict=True)) / count,
-            "repeating": sum(circles) / count,
-            "tokens": token_facts(tokens),
-        }
-    }
+    if not replies:
+        return None
+    texts, endings, tokens, repeats = zip(*replies, strict=True)
+    n = len(replies)
+    return Generation(
+        n=n,
+        stop_rate=sum(ended_by not in ("length", UNCLOSED) for ended_by in endings) / n,
+        terminator_rate=endings.count("terminator") / n,
+        empty=sum(not text.strip() and end != UNCLOSED for text, end in zip(texts, endings, strict=True)) / n,
+        repeating=sum(repeats) / n,
+        tokens=token_counts(tokens),
+    )
 
 
-def token_facts(tokens: Sequence[int]) -> dict[str, Any]:
-    """How replies' lengths in tokens are spread."""
-    lengths = sorted(tokens)
-    return {
-        "median": statistics.median(lengths),
-        "p90": lengths[math.ceil(0.9 * len(lengths)) - 1],
-        "max": lengths[-1],
-        "up_to": length_bins(lengths),
-    }
+def token_counts(lengths: Sequence[int]) -> TokenCounts:
+    """The distribution of the lengths of replies, in tokens."""
+    lengths = sorted(lengths)
+    return TokenCounts(
+        median=statistics.median(lengths),
+        p90=lengths[math.ceil(0.9 * len(lengths)) - 1],
+        max=lengths[-1],
+        up_to=length_bins(lengths),
+    )
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A fact about one reply, or a tuple of facts about several, as a tuple."""
+    return value if isinstance(value, tuple) else (value,)
 
 
-def length_bins(lengths: Sequence[int]) -> list[list[int]]:
-    """[upper end, replies of at most that many tokens and more than the last end's] from the first used bin to the last."""
-    bins = [[top, sum(low < n <= top for n in lengths)] for low, top in zip((-1, *LENGTH_LIMITS), LENGTH_LIMITS)]  # noqa: B905
-    if beyond := sum(n > LENGTH_LIMITS[-1] for n in lengths):
-        bins.append([max(lengths), beyond])
-    used = [i for i, (_, n) in enumerate(bins) if n]
-    return bins[used[0] : used[-1] + 1]
+def length_bins(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """(upper end, replies) of each bin, from the first to the last one that is not empty.
 
-
-def scores(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """{metric or "metric,filter": {"value", "stderr", "low", "high", "n", "interval", "higher_is_better"}}, primary first.
-
-    The interval of a share of right answers is Wilson's, which keeps its width at 0 and 1 where a standard error is 0;
-    the others are value ± 1.96 standard errors.
+    A bin counts the replies that are longer than the upper end before it: [0, 3, 8, 9, 40] gives
+    (8, 3), (16, 1), (32, 0), (64, 1).
     """
-    found: dict[str, Any] = {}
-    for key, value in raw["results"].items():
-        metric, comma, kind = key.partition(",")
+    bins = [(top, sum(low < n <= top for n in lengths)) for low, top in zip((-1, *LENGTH_LIMITS), LENGTH_LIMITS)]  # noqa: B905
+    if beyond := sum(n > LENGTH_LIMITS[-1] for n in lengths):
+        bins.append((max(lengths), beyond))
+    used = [i for i, (_, n) in enumerate(bins) if n]
+    return tuple(bins[used[0] : used[-1] + 1])
+
+
+def scores(output: LmEvalOutput) -> dict[str, Score]:
+    """{metric or "metric,filter": score} in the order of the task's metric list: the first is the primary one."""
+    found: dict[str, Score] = {}
+    for key, value in output.results.items():
+        metric, comma, filter_name = key.partition(",")
         if not comma or metric.endswith("_stderr"):
             continue
-        items = [s[metric] for s in raw["samples"] if s["filter"] == kind and metric in s]
-        n = len(items)
-        stderr = raw["results"].get(f"{metric}_stderr,{kind}")
-        score: dict[str, Any] = {"value": float(value), "stderr": float(stderr) if is_number(stderr) else None, "n": n}
-        if n and all(is_number(i) and i in (0, 1) for i in items) and abs(sum(items) / n - score["value"]) < 1e-9:
-            score["low"], score["high"] = wilson(score["value"], n)
-            score["interval"] = "wilson"
-        elif score["stderr"] is not None:
-            score["low"], score["high"] = value - Z95 * score["stderr"], value + Z95 * score["stderr"]
-            score["interval"] = "normal"
-        score["higher_is_better"] = raw["higher_is_better"].get(metric)
-        found[metric if kind == "none" else f"{metric},{kind}"] = score
-    order = [m["metric"] for m in raw["config"].get("metric_list") or []]
+        items = [s[metric] for s in output.samples if s["filter"] == filter_name and metric in s]
+        error = output.results.get(f"{metric}_stderr,{filter_name}")
+        score = Score(value=float(value), stderr=float(error) if is_number(error) else None, n=len(items),
+                      higher_is_better=output.higher_is_better.get(metric))  # fmt: skip
+        is_share = bool(items) and all(is_number(i) and i in (0, 1) for i in items)
+        mean_matches = is_share and abs(sum(items) / len(items) - score.value) < 1e-9
+        found[metric if filter_name == "none" else f"{metric},{filter_name}"] = with_interval(score, mean_matches)
+    order = [m["metric"] for m in output.config.get("metric_list") or []]
     rank = {metric: i for i, metric in enumerate(order)}
     return dict(sorted(found.items(), key=lambda item: rank.get(item[0].partition(",")[0], len(order))))
 
 
-def problems_of(
-    result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], options: Evaluate, documents: int
-) -> list[str]:
-    """Why a task's numbers would mislead; empty when they do not. `documents` = how many were asked."""
-    problems = []
-    if not rows:
+def with_interval(score: Score, is_share: bool) -> Score:
+    """The score with its 95 % interval, if it can have one.
+
+    A share of right answers has Wilson's interval, which keeps its width at 0 and 1 where the standard error is 0. Any other
+    score has value ± 1.96 standard errors.
+    """
+    if is_share:
+        low, high = wilson(score.value, score.n)
+        return replace(score, low=low, high=high, interval="wilson")
+    if score.stderr is None:
+        return score
+    half = Z95 * score.stderr
+    return replace(score, low=score.value - half, high=score.value + half, interval="normal")
+
+
+def problems_of(result: TaskResult, samples: Sequence[Sample], options: Evaluate, documents: int) -> list[str]:
+    """The reasons why a task's scores would mislead. `documents` is how many were requested."""
+    if not samples:
         return ["no samples"]
-    if not result["metrics"]:
-        problems.append("no metric")
-    for name, score in result["metrics"].items():
-        if not math.isfinite(score["value"]):
-            problems.append(f"{name} is {score['value']}")
-        if score["n"] != documents:
-            problems.append(f"{documents - score['n']} of {documents} documents failed: they have no {name}")
-    if bad := [r["doc_id"] for r in rows if not finite(r["replies"])]:
+    problems = [] if result.metrics else ["no metric"]
+    for name, score in result.metrics.items():
+        if not math.isfinite(score.value):
+            problems.append(f"{name} is {score.value}")
+        if score.n != documents:
+            problems.append(f"{documents - score.n} of {documents} documents failed: they have no {name}")
+    if bad := [s.doc_id for s in samples if not_finite(s.replies)]:
         problems.append(
-            f"{len(bad)} of {len(rows)} documents have a likelihood that is not finite, the first is {bad[0]}"
+            f"{len(bad)} of {len(samples)} documents have a likelihood that is not finite, the first is {bad[0]}"
         )
-    facts = result.get("generation")
-    if facts:
-        if facts["empty"] > options.max_empty_fraction:
-            problems.append(
-                f"{facts['empty']:.0%} of {facts['n']} replies are empty, max_empty_fraction is {options.max_empty_fraction:g}"
-            )
-        if facts["stop_rate"] < options.min_stop_rate:
-            problems.append(
-                f"{facts['stop_rate']:.0%} of {facts['n']} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}"
-            )
+    if (facts := result.generation) and facts.empty is not None and facts.empty > options.max_empty_fraction:
+        problems.append(too_many_empty(facts.empty, facts.n, options))
+    if facts and facts.stop_rate < options.min_stop_rate:
+        problems.append(too_few_stop(facts, options))
     return problems
 
 
-def headline(result: Mapping[str, Any]) -> str:
-    """One line for people: the task's first metric with its interval, and the stop rate."""
-    name, score = next(iter(result["metrics"].items()))
-    text = f"{name} {score['value']:.3f}"
-    if "low" in score:
-        text += f" [{score['low']:.3f}, {score['high']:.3f}]"
-    if score["stderr"] is not None:
-        text += f" ± {score['stderr']:.3f}"
-    text += f", n {score['n']}"
-    if facts := result.get("generation"):
-        text += f", {facts['stop_rate']:.0%} stop, {facts['tokens']['median']:g} tokens at the median"
+def too_many_empty(share: float, n: int, options: Evaluate) -> str:
+    return f"{share:.0%} of {n} replies are empty, max_empty_fraction is {options.max_empty_fraction:g}"
+
+
+def too_few_stop(facts: Generation, options: Evaluate) -> str:
+    return f"{facts.stop_rate:.0%} of {facts.n} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}"
+
+
+def summary(result: TaskResult) -> str:
+    """One line for people: the primary metric with its interval, and the stop rate."""
+    name, score = result.primary
+    text = f"{name} {score.value:.3f}"
+    if score.low is not None:
+        text += f" [{score.low:.3f}, {score.high:.3f}]"
+    if score.stderr is not None:
+        text += f" ± {score.stderr:.3f}"
+    text += f", n {score.n}"
+    if (facts := result.generation) and facts.tokens:
+        text += f", {facts.stop_rate:.0%} stop, {facts.tokens.median:g} tokens at the median"
     return text
 
 
-def samples_hash(samples: Sequence[Mapping[str, Any]]) -> str:
-    """Names what was asked: documents, prompts and targets in order."""
+def samples_hash(samples: Iterable[Mapping[str, Any]]) -> str:
+    """sha256 (hex) of what lm-eval asked: documents, prompts and targets in order."""
     return json_hash([[s["doc_hash"], s["prompt_hash"], s["target_hash"]] for s in samples])
 
 
@@ -199,12 +236,27 @@ def json_hash(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value))
 
 
-def finite(value: Any) -> bool:
-    """No NaN and no infinity anywhere in nested lists; minus infinity is a likelihood of zero, which no softmax gives."""
-    if isinstance(value, (list, tuple)):
-        return all(finite(v) for v in value)
-    return not isinstance(value, float) or math.isfinite(value)
+def not_finite(value: Any, where: str = "") -> str | None:
+    """The place and value of the first NaN or infinity in nested lists and mappings; None without one.
+
+    Minus infinity counts: it is a likelihood of zero, which no softmax gives.
+    """
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"{where}: {value}"
+    if isinstance(value, Mapping):
+        parts: Iterable[tuple[Any, Any]] = value.items()
+    elif isinstance(value, (list, tuple)):
+        parts = enumerate(value)
+    else:
+        return None
+    return next((found for name, part in parts if (found := not_finite(part, f"{where}.{name}"))), None)
+
+
+def check_finite(results: Record) -> None:
+    """Raises SftError that names a score that is not finite, in results or in an evaluation."""
+    if found := not_finite(results.to_value(), "results"):
+        raise SftError(f"{found} is not a score")

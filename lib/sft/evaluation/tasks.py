@@ -1,8 +1,8 @@
-"""lm-eval's tasks: finding one, its data, and hashes of all that decides how it is asked and scored.
+"""lm-eval's tasks: finds one with its data, and hashes everything that decides how it is asked and scored.
 
 In:  a task's name, a folder of task files, the recipe's data paths.
-Out: lm-eval's Task; `hashes` names its YAML with what that includes, the modules of its functions with those that they import
-     from beside them (lm-eval's version for tasks that it ships), and its local data files.
+Out: lm-eval's Task, and hashes of its YAML with the files that it includes, of the modules of its functions with the modules
+     that they import from beside them (or lm-eval's version, for a task that lm-eval ships), and of its local data files.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from modulefinder import ModuleFinder
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import huggingface_hub
 import lm_eval.tasks
 import yaml
 from lm_eval.api.task import ConfigurableTask, Task
@@ -27,49 +28,55 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.evaluation.scores import json_hash
+from sft.storage.hub import reaching
 
 SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent
 LM_EVAL = importlib.metadata.version("lm_eval")
 
 
+class DefinitionHashes(NamedTuple):
+    """sha256 (hex) of how a task is asked and scored, of its data files by split, and lm-eval's version."""
+
+    task_sha256: str
+    data_sha256: dict[str, str]
+    lm_eval: str
+
+
 @dataclass(frozen=True)
-class Found:
-    """A task's definition before its data are read."""
+class TaskDefinition:
+    """A task before its data are read. `data` is {split: data file} of a task in the folder."""
 
     name: str
     folder: Path
     manager: TaskManager
-    data: dict[str, Path]  # {split: data file} of a task in the folder
+    data: dict[str, Path]
 
     @property
     def file(self) -> Path | None:
-        """Its YAML; None for one that another YAML holds inline."""
+        """Its YAML; None for a task that another YAML defines inline."""
         path = self.manager.task_index[self.name].yaml_path
         return Path(path).resolve() if path else None
 
-    def hashes(self) -> dict[str, Any]:
-        """{"task_sha256": how it is asked and scored, "data_sha256": {split: sha256}, "lm_eval": version}.
-
-        Raises SftError for a part outside of the folder: nobody would see that it changed.
-        """
-        told: dict[str, Any] = {"config": self.manager.task_index[self.name].cfg}
+    def hashes(self) -> DefinitionHashes:
+        """Raises SftError for a part outside of the folder: a change of it would go unnoticed."""
+        definition: dict[str, Any] = {"config": self.manager.task_index[self.name].cfg}
         if self.file is not None:
             files, hooks = _parts(self.file)
             names = {f"{folder}/{hook}": hook for folder, hook in hooks}
-            told["config"] = _portable(load_yaml(self.file, resolve_func=False), names)
+            definition["config"] = _portable(load_yaml(self.file, resolve_func=False), names)
         if self.file is None or self.file.is_relative_to(SHIPPED):
-            told["lm_eval"] = LM_EVAL
+            definition["lm_eval"] = LM_EVAL
         else:
             beside = {module for folder, hook in hooks for module in _beside(folder, hook)}
             for part in (*files, *beside):
                 if not part.is_relative_to(self.folder):
                     raise SftError(
-                        f"{self.file}: {part} lies outside of [evaluate] task_dir {self.folder}; next: copy it there"
+                        f"{self.file}: {part} is outside of [evaluate] task_dir {self.folder}; next: copy it there"
                     )
             modules = beside | {module for folder, hook in hooks for module in _installed(folder, hook)}
-            told["modules"] = sorted((m.name, hash_file(m)) for m in modules)
+            definition["modules"] = sorted((m.name, hash_file(m)) for m in modules)
         data = {split: hash_file(file) for split, file in self.data.items()}
-        return {"task_sha256": json_hash(told), "data_sha256": data, "lm_eval": LM_EVAL}
+        return DefinitionHashes(json_hash(definition), data, LM_EVAL)
 
     def load(self, seed: int) -> Task:
         """lm-eval's task with its data. Raises SftError for the name of a group."""
@@ -91,8 +98,8 @@ class Found:
         return task
 
 
-def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> Found:
-    """A task by name, from the folder or else from lm-eval; its data_files are looked up in `data`, then beside it.
+def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinition:
+    """A task by name, from the folder or else from lm-eval. Its data_files are looked up in `data`, then in the folder.
 
     Raises SftError for an unknown task and for data that the recipe does not name.
     """
@@ -106,7 +113,7 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> Found:
         with contextlib.suppress(FileNotFoundError):
             try:
                 why = f"; {own} names {load_yaml(own, resolve_func=False).get('task')!r}"
-            except (ValueError, yaml.YAMLError) as error:  # lm-eval passes over such a file
+            except (ValueError, yaml.YAMLError) as error:  # lm-eval skips such a file
                 why = f"; {own}: {error}"
         known = ", ".join([t for t in manager.all_tasks if t[:4] == name[:4]][:8])
         raise SftError(
@@ -115,17 +122,19 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> Found:
     files: dict[str, str] = {}
     if entry.yaml_path and not Path(entry.yaml_path).resolve().is_relative_to(SHIPPED):
         files = (load_yaml(entry.yaml_path, resolve_func=False).get("dataset_kwargs") or {}).get("data_files") or {}
-    return Found(name, folder, manager, {split: _data_file(name, f, folder, data) for split, f in files.items()})
+    return TaskDefinition(
+        name, folder, manager, {split: _data_file(name, f, folder, data) for split, f in files.items()}
+    )
 
 
 @functools.cache
 def _all_tasks(folder: Path) -> TaskManager:
-    """With lm-eval's own tasks, whose thousands of files take it half a minute to read."""
+    """With lm-eval's own tasks: it takes half a minute to read their thousands of files."""
     return TaskManager(include_path=str(folder))
 
 
 def _parts(file: Path, seen: frozenset[Path] = frozenset()) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """(the YAML and those it includes, the folder and name of each of their functions), without running anything."""
+    """(the YAML and those that it includes, (folder, name) of each of their functions), without running anything."""
     files, hooks = [file], []
 
     def walk(node: Any) -> Iterator[Any]:
@@ -152,7 +161,7 @@ def _parts(file: Path, seen: frozenset[Path] = frozenset()) -> tuple[list[Path],
 
 
 def _beside(folder: Path, hook: str) -> set[Path]:
-    """The module of a function that lies beside its YAML, and what that imports from there, also inside of functions."""
+    """The module of a function that is beside its YAML, and the modules that it imports from there, also inside functions."""
     file = _module(folder, hook)
     if not file.is_file():
         return set()
@@ -173,7 +182,7 @@ def _module(folder: Path, hook: str) -> Path:
 
 
 def _portable(value: Any, names: Mapping[str, str]) -> Any:
-    """A configuration with its functions as the YAML names them, not by this machine's folders."""
+    """A configuration with its functions named as in the YAML, without this machine's folders."""
     if isinstance(value, dict):
         return {str(k): _portable(v, names) for k, v in value.items()}
     if isinstance(value, list):
@@ -183,8 +192,8 @@ def _portable(value: Any, names: Mapping[str, str]) -> Any:
 
 def _data_file(task: str, name: str, folder: Path, data: Mapping[str, Path | str]) -> Path:
     if name in data:
-        given = data[name]
-        return given if isinstance(given, Path) else hub_file(given, f"[evaluate] data.{name}")
+        path = data[name]
+        return path if isinstance(path, Path) else hub_file(path, f"[evaluate] data.{name}")
     beside = folder / name
     if beside.is_file() and beside.resolve().is_relative_to(folder):
         return beside
@@ -199,10 +208,6 @@ def hub_file(path: str, what: str) -> Path:
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w.-]+))?/(.+)", path)
     if not match:
         raise SftError(f"{what}: {path!r} is not hf://org/name[@revision]/file; next: correct it")
-    from sft.storage.hub import reaching
-
     name, revision, file = match.groups()
     with reaching(what):
-        import huggingface_hub
-
         return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset", revision=revision))

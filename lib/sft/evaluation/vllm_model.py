@@ -1,6 +1,6 @@
-"""lm-eval's vLLM backend with the same records as the other one. Importing this needs the package vllm (`.[vllm]`), a GPU.
+"""lm-eval's vLLM backend with records of its replies. Importing it needs the package vllm (`.[vllm]`) and a GPU.
 
-vLLM batches by itself: it gets many requests at once, and the journal is written after each such group.
+vLLM forms batches by itself: it gets a group of many requests, and the journal is written after each group.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval.models.vllm_causallms import VLLM
+from transformers import GenerationConfig
 
 from sft.evaluation.batches import Batches
-from sft.evaluation.recorder import Recorder
+from sft.evaluation.recorder import Backend, Recorder
 
-GROUP = 1024  # requests handed over at once: enough to keep a GPU full, few enough to lose little in a kill
+GROUP = 1024
+"""Requests of a group: enough to keep a GPU full, few enough to lose little in a kill."""
 
 
-class VllmModel(Recorder, VLLM):
+class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
+    """A model that vLLM runs, on the GPUs that CUDA_VISIBLE_DEVICES names."""
+
     def __init__(
         self,
         folder: Path,
@@ -27,8 +31,8 @@ class VllmModel(Recorder, VLLM):
         think_end: str | None,
         seed: int = 1234,
         gpus: int = 1,
-        device: str = "",  # vLLM takes the GPUs that CUDA_VISIBLE_DEVICES shows
     ) -> None:
+        """See sft.evaluation.backends.open_model."""
         super().__init__(
             pretrained=str(folder),
             dtype="auto",
@@ -41,36 +45,39 @@ class VllmModel(Recorder, VLLM):
         )
         groups = Batches(batch_size or GROUP, gpu=True, bytes_per_token=0, free=lambda: 0)
         self.start_recording(groups, groups)
-        from transformers import GenerationConfig
-
         ids = GenerationConfig.from_pretrained(folder).eos_token_id
         self.stop_ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
         self._stop_texts = {self.tokenizer.decode([i]) for i in self.stop_ids}
         config = self.model.llm_engine.model_config
-        self.about = {"backend": "vllm", "device": f"{gpus} x cuda", "dtype": str(config.dtype).removeprefix("torch.")}
+        self.about = Backend("vllm", f"{gpus} x cuda", str(config.dtype).removeprefix("torch."))
 
     def set_rows(self, rows: int) -> None:
         pass
 
     def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
+        """vLLM's outputs for prompts of token ids. Raises RuntimeError when vLLM gives up on a reply."""
         outputs = super()._model_generate(requests, generate=generate, sampling_params=sampling_params)
-        for prompt, made in zip(requests, (o.outputs[0] for o in outputs), strict=True) if generate else ():
-            by = "length"
-            if made.finish_reason not in ("stop", "length"):  # "abort", "error": no reply of the model's
-                raise RuntimeError(f"vLLM ended a reply with {made.finish_reason!r} ({made.stop_reason})")
-            if made.finish_reason == "stop":  # stop_reason: None or the id of a terminator, or the stop string
-                by = "stop string" if isinstance(made.stop_reason, str) else "terminator"
-                by = "terminator" if made.stop_reason in self._stop_texts else by
-            tokens = [i for i in made.token_ids if i not in self.stop_ids]
-            # lm-eval gives vLLM no stop strings where there are thoughts: the answer is cut here, as with the other backend
-            kept = self.ended(prompt, tokens, by, self.until if self.think_end_token else ())
+        for prompt, reply in zip(requests, (o.outputs[0] for o in outputs), strict=True) if generate else ():
+            tokens = [i for i in reply.token_ids if i not in self.stop_ids]
+            # Where there are thoughts, lm-eval gives vLLM no stop strings: the answer is cut here, as with the other backend.
+            kept = self.end_reply(prompt, tokens, self._ended_by(reply), self.until if self.think_end_token else ())
             if len(kept) < len(tokens):
-                made.text = self.tokenizer.decode(kept, skip_special_tokens=True)
+                reply.text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return outputs
 
+    def _ended_by(self, reply: Any) -> str:
+        """vLLM's stop_reason is None or the id of a terminator, or the stop string, which may be a terminator's text."""
+        if reply.finish_reason == "length":
+            return "length"
+        if reply.finish_reason != "stop":  # "abort" or "error": not the model's reply
+            raise RuntimeError(f"vLLM ended a reply with {reply.finish_reason!r} ({reply.stop_reason})")
+        is_string = isinstance(reply.stop_reason, str) and reply.stop_reason not in self._stop_texts
+        return "stop string" if is_string else "terminator"
+
     def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
-        made = self._model_generate([list(ids) for ids, _ in documents])
-        for (ids, mask), output in zip(documents, made, strict=True):
-            scored = [getattr(at[token], "logprob", at[token]) for token, at, on in
-                      list(zip(ids, output.prompt_logprobs, mask))[1:] if on]  # noqa: B905  # fmt: skip
+        outputs = self._model_generate([list(ids) for ids, _ in documents])
+        for (ids, loss_mask), output in zip(documents, outputs, strict=True):
+            log_probabilities = output.prompt_logprobs  # {token: log-probability} at every position but the first
+            scored = [getattr(at[token], "logprob", at[token]) for token, at, is_target in
+                      list(zip(ids, log_probabilities, loss_mask))[1:] if is_target]  # noqa: B905  # fmt: skip
             yield -float(sum(scored)), len(scored)

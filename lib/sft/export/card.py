@@ -14,6 +14,7 @@ from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.formats.gate import GateRecord
+from sft.formats.results import EvaluateMetrics
 from sft.recipe import schema
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
@@ -60,13 +61,13 @@ def _scores(run: Path) -> list[str]:
     if manifest.Input(manifest=f"../convert/{manifest.NAME}", sha256=convert) not in made.inputs:
         return []
     lines = ["## Scores", "", "| task | metric | value | 95 % interval | n |", "| --- | --- | ---: | --- | ---: |"]
-    for task, metrics in made.metrics.items():
-        if task == "validation" and metrics:
-            lines.append(f"| held-out conversations | loss | {metrics['loss']:.4f} | | {metrics['documents']} |")
-        for name, found in metrics.items() if isinstance(metrics, dict) else ():
-            if isinstance(found, dict) and "value" in found:
-                span = f"{found['low']:.4f} to {found['high']:.4f}" if "low" in found else ""
-                lines.append(f"| {task} | {name} | {found['value']:.4f} | {span} | {found.get('n', '')} |")
+    scores = EvaluateMetrics.of(made, str(run / "evaluate" / manifest.NAME))
+    for task, metrics in scores.tasks.items():
+        for name, score in metrics.items():
+            interval = f"{score.low:.4f} to {score.high:.4f}" if score.bounds else ""
+            lines.append(f"| {task} | {name} | {score.value:.4f} | {interval} | {score.n} |")
+    if loss := scores.validation:
+        lines.append(f"| held-out conversations | loss | {loss.loss:.4f} | | {loss.documents} |")
     return [*lines, ""]
 
 

@@ -22,11 +22,13 @@ from sft.common.files import write_atomic
 from sft.common.jsonl import json_lines
 from sft.formats import dataset, manifest, preview
 from sft.formats import gate as gate_format
+from sft.formats import results as results_format
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import ConvertMetrics, GateRecord
 from sft.formats.manifest import Manifest
 from sft.formats.preview import Preview
 from sft.formats.record import Record
+from sft.formats.results import SAMPLES, EvaluateMetrics, Results
 from sft.recipe import schema
 from sft.reporting import charts, comparison
 from sft.reporting.charts import Line, number
@@ -67,10 +69,10 @@ def page(run: Path) -> str:
     sections: list[tuple[str, str]] = [("Summary", tiles(done, run))]
     makers: list[tuple[str, Callable[[], str]]] = [
         ("Training", lambda: curves(records) if records else ""),
-        ("Scores", lambda: scores(read(run / "evaluate" / "results.json")) if "evaluate" in done else ""),
+        ("Scores", lambda: scores(results(run)) if "evaluate" in done else ""),
         ("Scores over steps", lambda: over_steps(run / "train")),
         ("Compared", lambda: comparison.in_report(run) if "evaluate" in done else ""),
-        ("Replies", lambda: replies(run / "evaluate" / "samples") if "evaluate" in done else ""),
+        ("Replies", lambda: replies(run / "evaluate" / SAMPLES, results(run)) if "evaluate" in done else ""),
         ("Export", lambda: export(run) if "convert" in done else ""),
         ("Data", lambda: data(run, train) if "prepare" in done else ""),
         ("Trained tokens", lambda: previews(run) if "prepare" in done else ""),
@@ -94,6 +96,15 @@ def manifests(run: Path) -> dict[str, Manifest]:
     return found
 
 
+def results(run: Path) -> Results:
+    """The scores of evaluate, which is done. Raises SftError naming the file."""
+    file = run / "evaluate" / results_format.NAME
+    try:
+        return Results.read(file)
+    except FileNotFoundError as error:
+        raise SftError(f"{file}: {error.strerror}; next: make verify") from None
+
+
 def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     """The figures that a reader looks for first."""
     made: list[tuple[str, str, str]] = []
@@ -105,12 +116,10 @@ def tiles(done: Mapping[str, Manifest], run: Path) -> str:
         made.append(
             ("validation loss", f"{train['validation_loss']:.3f}", f"from {train['first_validation_loss']:.3f}")
         )
-    scored = [
-        item for item in metrics.get("evaluate", {}).items() if item[0] not in ("validation", "asked") and item[1]
-    ]
-    for task, found in scored[:3]:
+    evaluated = EvaluateMetrics.of(done["evaluate"], f"{run}/evaluate").tasks if "evaluate" in done else {}
+    for task, found in [item for item in evaluated.items() if item[1]][:3]:
         name, score = next(iter(found.items()))
-        made.append((task, f"{score['value']:.3f}", f"{name}, {interval(score)}, n {score['n']:,}"))
+        made.append((task, f"{score.value:.3f}", f"{name}, {interval(score.bounds)}, n {score.n:,}"))
     converted = ConvertMetrics.of(done["convert"], run / "convert" / manifest.NAME) if "convert" in done else None
     if converted:
         made.append(("parameters", number(converted.parameters), "in the checkpoint"))

@@ -1,127 +1,174 @@
 """The report's sections about scores: final ones, replies, and those of checkpoints during training.
 
-In: results.json as a dict, the samples folder, the training folder. Out: HTML of one section each, '' where there is nothing.
+In: evaluate's results.json and samples, training's evaluations.jsonl and BEST. Out: the HTML of a section, '' if there is nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from sft.common.jsonl import json_lines
+from sft.evaluation.statistics import Z95
+from sft.formats import evaluations
+from sft.formats.evaluations import Evaluation
+from sft.formats.lines import read_lines
+from sft.formats.results import Generation, Results, Score, ValidationLoss
+from sft.formats.samples import Sample
 from sft.reporting import charts
 from sft.reporting.charts import Line
 from sft.reporting.page import clip, table
 
-SAMPLES = 4  # sample replies shown per task
+SAMPLES = 4
+"""Sample replies shown of a task."""
+Bounds = tuple[float, float]
 
 
-def scores(results: Mapping[str, Any]) -> str:
-    """Every score with its interval; how replies ended, and how long they were."""
+def scores(results: Results) -> str:
+    """Every score with its interval; how replies ended, and their lengths."""
     rows = []
-    for task, result in results.get("tasks", {}).items():
-        facts = result.get("generation", {})
-        told = (("stop_rate", "stop"), ("empty", "empty"), ("repeating", "repeat"))  # another harness may know less
-        ended = ", ".join(f"{facts[key]:.0%} {word}" for key, word in told if key in facts) or "–"
-        for i, (name, score) in enumerate(result["metrics"].items()):
-            drawn = (
-                charts.whisker(score["value"], score.get("low"), score.get("high")) if 0 <= score["value"] <= 1 else ""
-            )
-            error = "–" if score["stderr"] is None else f"{score['stderr']:.4f}"
+    for task, result in results.tasks.items():
+        for i, (name, score) in enumerate(result.metrics.items()):
             rows.append(
                 [
                     escape(task) if i == 0 else "",
                     escape(name),
-                    f"<b>{score['value']:.4f}</b>",
-                    error,
-                    interval(score),
-                    drawn,
-                    f"{score['n']:,}",
-                    ended if i == 0 else "",
+                    f"<b>{score.value:.4f}</b>",
+                    "–" if score.stderr is None else f"{score.stderr:.4f}",
+                    interval(score.bounds),
+                    charts.whisker(score.value, score.low, score.high) if 0 <= score.value <= 1 else "",
+                    f"{score.n:,}",
+                    endings(result.generation) if i == 0 else "",
                 ]
             )
-    body = table(
-        ["task", "metric", "score", "standard error", "95 % interval", "0 to 1", "n", "replies"],
-        rows,
-        numbers=(2, 3, 4, 6),
-    )
+    head = ["task", "metric", "score", "standard error", "95 % interval", "0 to 1", "n", "replies"]
+    body = table(head, rows, numbers=(2, 3, 4, 6))
     lengths = [
-        (task, bins)
-        for task, result in results.get("tasks", {}).items()
-        if (bins := result.get("generation", {}).get("tokens", {}).get("up_to"))
+        f"<div><h3>{escape(task)}: replies by length</h3>{length_bars(tokens.up_to)}</div>"
+        for task, result in results.tasks.items()
+        if result.generation and (tokens := result.generation.tokens) and tokens.up_to
     ]
     if lengths:
-        cells = "".join(
-            f"<div><h3>{escape(task)}: replies by length</h3>{length_bars(bins)}</div>" for task, bins in lengths
-        )
-        body += f'<div class="row">{cells}</div>'
-    if found := results.get("validation"):
-        loss, perplexity = interval(found), interval(found, "perplexity_")
-        body += (
-            f"<p>Validation split: loss <b>{found['loss']:.4f}</b> ± {found['stderr'] or 0:.4f} ({loss}), perplexity"
-            f" <b>{found['perplexity']:.2f}</b> ({perplexity}), over {found['labels']:,} trained tokens of {found['documents']:,} conversations.</p>"
-        )
-    return body
+        body += f'<div class="row">{"".join(lengths)}</div>'
+    return body + (held_out(results.validation) if results.validation else "")
 
 
-def length_bars(bins: Sequence[Sequence[int]]) -> str:
+def endings(facts: Generation | None) -> str:
+    """Shares of the replies that stopped, were empty and repeat themselves, as far as the harness reports them."""
+    if facts is None:
+        return "–"
+    shares = ((facts.stop_rate, "stop"), (facts.empty, "empty"), (facts.repeating, "repeat"))
+    return ", ".join(f"{share:.0%} {word}" for share, word in shares if share is not None)
+
+
+def held_out(loss: ValidationLoss) -> str:
+    return (
+        f"<p>Validation split: loss <b>{loss.loss:.4f}</b> ± {loss.stderr or 0:.4f} ({interval(loss.bounds)}), perplexity"
+        f" <b>{loss.perplexity:.2f}</b> ({interval(loss.perplexity_bounds)}), over {loss.labels:,} trained tokens of"
+        f" {loss.documents:,} conversations.</p>"
+    )
+
+
+def length_bars(bins: Iterable[tuple[int, int]]) -> str:
     bars = [(f"≤{top:,}", n, f"{n:,} replies of at most {top:,} tokens") for top, n in bins]
     return charts.bars(bars, width=max(320, 56 * len(bars)), height=190, x_name="tokens")
 
 
-def replies(folder: Path) -> str:
-    """A few samples of every task that generates, right and wrong ones alike: the first of the file."""
+def replies(folder: Path, results: Results) -> str:
+    """The first few samples of every task that generates, right and wrong ones alike.
+
+    AI2's harnesses have records of their own, which are not shown.
+    """
     parts = []
-    for file in sorted(folder.glob("*.jsonl")):
-        samples = [s for s in json_lines(file) if "ended_by" in s][:SAMPLES]
-        for sample in samples:
-            marks = ", ".join(f"{k} {v:g}" for k, v in sample["scores"].items() if isinstance(v, (int, float)))
-            parts.append(
-                f'<article class="chat"><header>{escape(file.stem)} · {escape(marks)} · {escape(_all(sample["ended_by"]))},'
-                f" {_all(sample['tokens'])} tokens</header><pre>{clip(sample['prompt'])}<mark>{clip(str(sample['replies'][0]))}</mark></pre>"
-                f"<footer>wanted: {clip(str(sample['target']))}</footer></article>"
-            )
+    for file in sorted(folder.glob("*.jsonl")) if results.harness is None else ():
+        samples = [s for s in read_lines(Sample, file) if s.ended_by is not None][:SAMPLES]
+        parts += [_reply(file.stem, sample) for sample in samples]
     return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
 
 
-def _all(value: Any) -> str:
-    return " / ".join(map(str, value)) if isinstance(value, list) else str(value)
+def _reply(task: str, sample: Sample) -> str:
+    marks = ", ".join(f"{k} {v:g}" for k, v in sample.scores.items() if isinstance(v, (int, float)))
+    return (
+        f'<article class="chat"><header>{escape(task)} · {escape(marks)} · {escape(_joined(sample.ended_by))},'
+        f" {_joined(sample.tokens)} tokens</header><pre>{clip(sample.prompt)}<mark>{clip(str(sample.replies[0]))}</mark></pre>"
+        f"<footer>target: {clip(str(sample.target))}</footer></article>"
+    )
+
+
+def _joined(value: Any) -> str:
+    """A fact about one reply, or those about several."""
+    return " / ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# --- during training ----------------------------------------------------------------------------------------------------
 
 
 def over_steps(train: Path) -> str:
-    """How every task's first score, and the held-out loss, moved over the checkpoints that were evaluated."""
-    records = [r for r in json_lines(train / "evaluations.jsonl") if "step" in r]
-    if not records:
+    """Every task's primary score, and the held-out loss, at the checkpoints that were evaluated."""
+    found = evaluations.read(train)
+    if not found:
         return ""
+    columns = [*_task_columns(found), *_loss_column(found)]
     best = (train / "BEST").read_text().splitlines() if (train / "BEST").is_file() else []
-    drawn, shown = [], {}
-    for task in dict.fromkeys(t for r in records for t in r["tasks"]):
-        found = [(r["step"], *next(iter(r["tasks"][task].items()))) for r in records if r["tasks"].get(task)]
-        name = f"{task} {found[0][1]}"
-        shown[name] = {step: score for step, _, score in found}
-        spread = [(step, s["low"], s["high"]) for step, _, s in found if "low" in s]
-        points = [(step, s["value"]) for step, _, s in found]
-        drawn.append(charts.lines([Line(name, "one", points, True, spread)], width=360, height=190, x_name="step"))
-    if losses := [(r["step"], r["validation"]) for r in records if r.get("validation")]:
-        shown["validation loss"] = {step: {"value": v["loss"], "stderr": v["stderr"]} for step, v in losses}
-        spread = [(n, v["loss"] - 1.96 * v["stderr"], v["loss"] + 1.96 * v["stderr"]) for n, v in losses if v["stderr"]]
-        line = Line("validation loss", "two", [(n, v["loss"]) for n, v in losses], True, spread)
-        drawn.append(charts.lines([line], width=360, height=190, x_name="step"))
     rows = []
-    for r in records:
-        cells = [f"{r['step']:,}" + (" <b>BEST</b>" if best[:1] == [f"step{r['step']}"] else "")]
-        for name, by_step in shown.items():
-            score, broken = by_step.get(r["step"]), r.get("broken", {}).get(name.split(" ")[0], r.get("failed"))
-            error = f" ± {score['stderr']:.4f}" if score and score.get("stderr") is not None else ""
-            why = f'<b class="bad" title="{escape(broken)}">broken</b>' if broken else "–"
-            cells.append(f"{score['value']:.4f}{error}" if score else why)
-        rows.append(cells)
+    for evaluation in found:
+        is_best = best[:1] == [f"step{evaluation.step}"]
+        rows.append(
+            [
+                f"{evaluation.step:,}" + (" <b>BEST</b>" if is_best else ""),
+                *(column.cell(evaluation) for column in columns),
+            ]
+        )
     note = f'<p class="note">BEST: {escape(", ".join(best))}</p>' if best else ""
-    body = "".join(f"<div>{chart}</div>" for chart in drawn)
-    return f'<div class="row">{body}</div>{table(["step", *shown], rows, numbers=range(len(shown) + 1))}{note}'
+    charts_ = "".join(f"<div>{column.chart()}</div>" for column in columns)
+    body = table(["step", *(column.name for column in columns)], rows, numbers=range(len(columns) + 1))
+    return f'<div class="row">{charts_}</div>{body}{note}'
 
 
-def interval(score: Mapping[str, Any], of: str = "") -> str:
-    return f"{score[f'{of}low']:.3f} to {score[f'{of}high']:.3f}" if f"{of}low" in score else "no interval"
+class _Column:
+    """A score over the steps. `points` is {step: (value, standard error, interval)}."""
+
+    def __init__(
+        self, task: str, name: str, kind: str, points: Mapping[int, tuple[float, float | None, Bounds | None]]
+    ) -> None:
+        self.task, self.name, self.kind, self.points = task, name, kind, points
+
+    def chart(self) -> str:
+        spread = [(step, *bounds) for step, (_, _, bounds) in self.points.items() if bounds]
+        points = [(step, value) for step, (value, _, _) in self.points.items()]
+        line = Line(self.name, self.kind, points, True, spread)
+        return charts.lines([line], width=360, height=190, x_name="step")
+
+    def cell(self, evaluation: Evaluation) -> str:
+        if point := self.points.get(evaluation.step):
+            value, stderr, _ = point
+            return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
+        reason = evaluation.broken.get(self.task, evaluation.failed)
+        return f'<b class="bad" title="{escape(reason)}">broken</b>' if reason else "–"
+
+
+def _task_columns(found: Sequence[Evaluation]) -> list[_Column]:
+    columns = []
+    for task in dict.fromkeys(task for e in found for task in e.tasks):
+        primary: list[tuple[int, str, Score]] = [
+            (e.step, *next(iter(e.tasks[task].items()))) for e in found if e.tasks.get(task)
+        ]
+        points = {step: (score.value, score.stderr, score.bounds) for step, _, score in primary}
+        columns.append(_Column(task, f"{task} {primary[0][1]}", "one", points))
+    return columns
+
+
+def _loss_column(found: Sequence[Evaluation]) -> list[_Column]:
+    """The held-out loss with value ± 1.96 standard errors."""
+    points = {}
+    for e in found:
+        if loss := e.validation:
+            half = Z95 * loss.stderr if loss.stderr else None
+            bounds = (loss.loss - half, loss.loss + half) if half else None
+            points[e.step] = (loss.loss, loss.stderr, bounds)
+    return [_Column("validation", "validation loss", "two", points)] if points else []
+
+
+def interval(bounds: Bounds | None) -> str:
+    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "no interval"

@@ -1,44 +1,48 @@
-"""TODO sft.training.evaluations"""
+"""Which checkpoints are due for evaluation during training, so that retention keeps them until they have scores.
+
+In:  train/stepN and train/evaluations.jsonl (sft.formats.evaluations). Out: folders of steps.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from sft.checkpoint import step_folder
 from sft.common.files import hash_file
-from sft.formats import manifest
+from sft.formats import evaluations, manifest
 
-NAME = "evaluations.jsonl"
+
+class DueStep(NamedTuple):
+    """A checkpoint to be evaluated: its step, its folder and the sha256 of its manifest."""
+
+    step: int
+    folder: Path
+    digest: str
 
 
 def held(train: Path, every: int) -> list[Path]:
-    """Steps that retention leaves until they have been evaluated, or found to have no scores."""
-    done = {(r["step"], r["checkpoint"]) for r in records(train)}
-    return [folder for number, folder, digest in chosen(train, every) if (number, digest) not in done]
+    """Steps that retention keeps until they have been scored or marked as unscorable."""
+    done = {(e.step, e.checkpoint) for e in evaluations.read(train)}
+    return [due.folder for due in chosen(train, every) if (due.step, due.digest) not in done]
 
 
-def chosen(train: Path, every: int, last: bool = False) -> Iterator[tuple[int, Path, str]]:
-    """(number, folder, digest of its manifest) of the kept steps that `every` means; one that was removed has had its turn."""
-    from sft.checkpoint import step_folder
+def chosen(train: Path, every: int, last: bool = False) -> Iterator[DueStep]:
+    """The first kept step at or after each multiple of `every`; with `last`, also the newest one.
 
+    A step that was evaluated and then removed counts as the first one after its multiple.
+    """
     kept = {}
-    for number, folder in step_folder.steps(train):
+    for step, folder in step_folder.steps(train):
         try:
             if not step_folder.is_ephemeral(folder):
-                kept[number] = (folder, hash_file(folder / manifest.NAME))
-        except FileNotFoundError:  # not whole yet, or retention has just removed it
+                kept[step] = DueStep(step, folder, hash_file(folder / manifest.NAME))
+        except FileNotFoundError:  # not complete yet, or retention has just removed it
             continue
     before = 0
-    for number in sorted({*kept, *(r["step"] for r in records(train))}):
-        if number // every > before // every or (last and number == max(kept, default=None)):
-            before = number
-            if number in kept:
-                yield (number, *kept[number])
-
-
-def records(train: Path) -> list[dict[str, Any]]:
-    """The evaluations so far, in the order of their steps."""
-    file = train / NAME
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    for step in sorted({*kept, *(e.step for e in evaluations.read(train))}):
+        if step // every > before // every or (last and step == max(kept, default=None)):
+            before = step
+            if step in kept:
+                yield kept[step]

@@ -1,0 +1,69 @@
+"""compare/<other runs>.json: the scores of runs against those of the first, item by item. Standard library only."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sft.formats.record import Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreDifference:
+    """One metric of one run against the first run.
+
+    `run` is an index into Comparison.runs. `a` and `b` are the scores of the first run and of this one on the n common items, `value` is
+    b - a with its standard error, 95 % interval (low, high) and p value; `test` names the test that gave p. `corrected` is
+    p after Holm's correction over all differences; `mark` has a star for each level of significance that it reaches.
+    """
+
+    task: str
+    metric: str
+    run: int
+    higher_is_better: bool | None
+    a: float
+    b: float
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+    test: str
+    corrected: float | None
+    mark: str
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 95 % interval of the difference, if there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+    @property
+    def verdict(self) -> str:
+        """'better', 'worse', or '' for a difference that is not significant and for a metric without a direction."""
+        if not self.mark or self.higher_is_better is None:
+            return ""
+        return "better" if (self.value > 0) == self.higher_is_better else "worse"
+
+
+@dataclass(frozen=True)
+class OptionDifference:
+    """An option or input file that is not the same in all runs: its value in each run."""
+
+    field: str
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Comparison(Record):
+    """The first of `runs` is the baseline. `notes` say what could not be compared."""
+
+    NEXT: ClassVar[str] = "make compare again"
+    runs: tuple[str, ...]
+    notes: tuple[str, ...]
+    rows: tuple[ScoreDifference, ...]
+    fields: tuple[OptionDifference, ...]
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_value(), indent=1, ensure_ascii=False).encode() + b"\n"
