@@ -51,6 +51,8 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = [
+        "--cores",
+        "1",
         "--tokens",
         "2e5",
         "--rounds",
