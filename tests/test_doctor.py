@@ -76,7 +76,7 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
     ("cluster", "old", "new", "what", "told", "then"),
     [
         ('storage = "{runs}/s"', '"rows.jsonl"', '"gone.jsonl"', "data", "gone.jsonl", "DATA="),
-        ('storage = "/dev/null/none"', "", "", "storage", "cannot be written", "storage in env/here.toml"),
+        ('storage = "/dev/null/none"', "", "", "storage", "cannot write to", "storage in env/here.toml"),
         ('storage = "{runs}/s"', TRAIN, TRAIN + "\nwarmup_fraction = 1.0", "warm-up", "never reached", "warmup_fraction="),
         (CLUSTER.replace("/weka/b/sft", "/other"), "", "", "storage", "none of the mounts", "env/here.toml"),
         (CLUSTER.replace('budget = "ai2/money"', ""), "", "", "scheduler", "'budget' is missing", "env/here.toml"),
@@ -154,7 +154,7 @@ def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     (folder / "metrics.jsonl").write_text(
         '{"device": "NVIDIA H100 80GB HBM3", "mfu": "how"}\n{"step": 1, "mfu": 0.2}\n{"step": 2, "mfu": 0.5}\n{"step": 3, "mfu": 0.5}\n'
     )
-    assert "MFU of 50% measured" in next(training.hours(context)).found
+    assert "MFU of 50% measured in an earlier run" in next(training.hours(context)).found
 
 
 def test_checkpoints_that_do_not_fit_are_red(examine, monkeypatch):
@@ -180,7 +180,7 @@ def test_a_run_that_stopped_halfway_on_a_disk_that_just_fits_goes_on(examine, mo
         (context.run / "train" / f"step{step}").mkdir(parents=True)
         (context.run / "train" / f"step{step}" / "model.safetensors").write_bytes(bytes(1200))
     row = next(training.disk(context))
-    assert row.state == doctor.OK and "6.0 kB of them there" in row.found
+    assert row.state == doctor.OK and "6.0 kB of them saved already" in row.found
 
 
 def test_a_launch_is_refused_for_what_the_doctor_says(workspace):

@@ -297,7 +297,8 @@ class Evaluate:
 
 
 LAUNCHERS = ("local", "slurm", "beaker")
-JOBS, SLURM, BEAKER = LAUNCHERS[1:], LAUNCHERS[1:2], LAUNCHERS[2:]
+"""Each is a module sft.launch.<name> and a script env/<name>.sh; see sft.launch.launcher."""
+JOBS, SLURM, BEAKER = LAUNCHERS[1:], ("slurm",), ("beaker",)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ def _look_elsewhere(sync: State, place: Place) -> None:
     was = made.storage
     if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):
         sync.elsewhere = f"storage {was} -> {storage}"
-    elif cluster.launcher == "beaker" and "SFT_JOB" not in os.environ and not Path(storage).is_dir():
+    elif not cluster.shared_disk and "SFT_JOB" not in os.environ and not Path(storage).is_dir():
         return  # a disk that is not here: the job that reads it looks
     elif "://" not in storage and not (Path(made.dataset) / manifest.NAME).is_file():
         sync.elsewhere = f"the dataset is gone from {storage}"

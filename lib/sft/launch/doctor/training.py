@@ -1,6 +1,6 @@
-"""The arithmetic of training before it starts: batch, intervals, memory of a GPU, hours, checkpoints on disk.
+"""The doctor's checks of training: batch, intervals, memory of a GPU, hours, checkpoints on disk.
 
-Memory and hours need NumPy; without it the table leaves them out.
+Memory and hours need NumPy; the table skips them without it.
 """
 
 from __future__ import annotations
@@ -20,30 +20,28 @@ from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
 
-ASSUMED_MFU = (
-    0.25,
-    0.40,
-    0.55,
-)  # low, middle, high, where no earlier run on this kind of GPU has measured one  # low, middle, high, where no earlier run on this kind of GPU has measured one
-MEASURED_BAND = 0.15  # of a measured one: another sequence length or cluster load moves it about that much  # of a measured one: another sequence length or cluster load moves it about that much
+ASSUMED_MFU = (0.25, 0.40, 0.55)
+"""Low, middle, high, where no earlier run on this type of GPU has measured one."""
+MEASURED_BAND = 0.15
+"""Relative uncertainty of a measured MFU: another sequence length or cluster load changes it by about that much."""
 
 
 def batch(context: Context) -> Iterator[Row]:
-    """Packs, ranks and microbatches work out."""
+    """The global batch divides into packs, ranks and microbatches."""
     train, hardware, ranks = context.recipe.train, context.training, context.ranks
     micro = hardware.microbatch_tokens or train.seq_len
     groups = max(1, ranks // hardware.context_degree)
     packs = train.global_batch_tokens // train.seq_len
-    who = f"{hardware.nodes} node{'s' * (hardware.nodes > 1)} x {ranks // hardware.nodes} processes"
-    whole = f"{packs} packs of {train.seq_len:,} tokens in a step, {who}"
+    machines = f"{hardware.nodes} node{'s' * (hardware.nodes > 1)} x {ranks // hardware.nodes} processes"
+    text = f"{packs} packs of {train.seq_len:,} tokens in a step, {machines}"
     if train.global_batch_tokens % (micro * groups):
-        yield Row(RED, "batch", f"{whole}: {train.global_batch_tokens:,} tokens are not a multiple of {groups} x {micro:,}",
+        yield Row(RED, "batch", f"{text}: {train.global_batch_tokens:,} tokens are not a multiple of {groups} x {micro:,}",
                   f"global_batch_tokens={max(1, round(train.global_batch_tokens / (micro * groups))) * micro * groups}, or other nodes, processes or microbatch_tokens")  # fmt: skip
     else:
-        yield Row(OK, "batch", f"{whole}, {train.global_batch_tokens // (micro * groups)} microbatches each")
+        yield Row(OK, "batch", f"{text}, {train.global_batch_tokens // (micro * groups)} microbatches each")
     if (context.run / "prepare" / "data").is_dir() and not Elsewhere.of(context.run / "prepare").outputs:
         try:
-            from sft.packing.arithmetic import check
+            from sft.packing.arithmetic import check  # start-up: NumPy, which may be absent
 
             found = check(context.run / "prepare", context.recipe, hardware, context.cluster)
             yield Row(OK, "steps", f"{found.steps.steps:,}, {found.steps.warmup_steps:,} of them warm-up")
@@ -52,66 +50,71 @@ def batch(context: Context) -> Iterator[Row]:
         except ImportError:
             pass
     elif context.steps:
-        yield Row(OK, "steps", f"{context.steps:,}" + ("" if train.steps else " or so, packing aside"))
+        yield Row(OK, "steps", f"{context.steps:,}" + ("" if train.steps else ", roughly, before packing"))
     else:
-        yield Row(SKIPPED, "steps", "not known before prepare", f"make prepare RECIPE={context.recipe.name}")
+        yield Row(SKIPPED, "steps", "unknown before prepare", f"make prepare RECIPE={context.recipe.name}")
 
 
 def intervals(context: Context) -> Iterator[Row]:
-    """Saving, validating and evaluating happen when they are meant to; the warm-up ends."""
+    """Saves, validations and evaluations happen as often as the recipe says; the warm-up ends before training does."""
     train, steps = context.recipe.train, context.steps
     if train.ephemeral_every and train.ephemeral_every >= train.save_every:
-        yield Row(NOTE, "intervals", f"ephemeral_every = {train.ephemeral_every} is not below save_every = {train.save_every}: it adds nothing",
+        yield Row(NOTE, "intervals", f"ephemeral_every = {train.ephemeral_every} is not below save_every = {train.save_every}: it has no effect",
                   "ephemeral_every=0, or a smaller one")  # fmt: skip
     elif train.ephemeral_every and train.save_every % train.ephemeral_every:
         yield Row(NOTE, "intervals", f"save_every = {train.save_every} is not a multiple of ephemeral_every = {train.ephemeral_every}:"
-                  " saves follow each other closely", f"ephemeral_every={train.save_every // 2 or 1}")  # fmt: skip
+                  " some saves follow each other closely", f"ephemeral_every={train.save_every // 2 or 1}")  # fmt: skip
     if train.validate_every and not context.recipe.prepare.validation_fraction:
-        yield Row(NOTE, "validation", "no validation split: no validation loss", "[prepare] validation_fraction = 0.01")
-    every = getattr(context.recipe.evaluate, "every", 0)
+        yield Row(
+            NOTE,
+            "validation",
+            "there is no validation split, so no validation loss",
+            "[prepare] validation_fraction = 0.01",
+        )
+    every = context.recipe.evaluate.every
     if every and every < train.save_every:
         yield Row(NOTE, "intervals", f"[evaluate] every = {every} is below save_every = {train.save_every}: only kept steps are evaluated",
                   f"save_every={every}")  # fmt: skip
     for name in ("save_every", "validate_every") if steps else ():
         value = getattr(train, name)
         if steps and value > steps:
-            yield Row(NOTE, "intervals", f"{name} = {value} is beyond the last step ({steps}): at the end only")
-    if train.warmup_fraction >= 1:
-        yield Row(
-            RED,
-            "warm-up",
-            "warmup_fraction = 1: the learning rate is never reached before the end",
-            "warmup_fraction=0.03",
-        )
-    elif train.warmup_fraction > 0.5:
-        yield Row(NOTE, "warm-up", f"{train.warmup_fraction:.0%} of the steps are warm-up", "warmup_fraction=0.03")
-    elif steps and train.warmup_fraction and not round(train.warmup_fraction * steps):
-        yield Row(NOTE, "warm-up", f"{train.warmup_fraction:.0%} of {steps} steps is none", "warmup_fraction=0")
-    else:
-        yield Row(
-            OK,
-            "warm-up",
-            f"{round(train.warmup_fraction * steps)} of {steps:,} steps"
-            if steps
-            else f"{train.warmup_fraction:.0%} of the steps",
-        )
+            yield Row(
+                NOTE,
+                "intervals",
+                f"{name} = {value} is greater than the number of steps, {steps}: it happens at the end only",
+            )
+    yield _warmup(context)
+
+
+def _warmup(context: Context) -> Row:
+    fraction, steps = context.recipe.train.warmup_fraction, context.steps
+    if fraction >= 1:
+        found = "warmup_fraction = 1: the peak learning rate is never reached"
+        return Row(RED, "warm-up", found, "warmup_fraction=0.03")
+    if fraction > 0.5:
+        return Row(NOTE, "warm-up", f"{fraction:.0%} of the steps are warm-up", "warmup_fraction=0.03")
+    if not steps:
+        return Row(OK, "warm-up", f"{fraction:.0%} of the steps")
+    if fraction and not round(fraction * steps):
+        return Row(NOTE, "warm-up", f"{fraction:.0%} of {steps} steps is no step", "warmup_fraction=0")
+    return Row(OK, "warm-up", f"{round(fraction * steps)} of {steps:,} steps")
 
 
 def memory(context: Context) -> Iterator[Row]:
-    """One GPU holds what training puts on it."""
+    """The memory of one GPU is enough for training."""
     model, limit = context.model, context.cluster.gpu_memory_gb
     if model is None:
-        yield Row(SKIPPED, "memory", "the vocabulary is not known before prepare")
+        yield Row(SKIPPED, "memory", "unknown before prepare, which reads the vocabulary")
         return
-    from sft.model import memory
+    from sft.model import memory  # start-up: NumPy, which may be absent
 
     found = memory.plan(model, context.recipe.train, context.training, context.ranks, limit)
     most = sorted(found.parts.items(), key=lambda p: -p[1])[:3]
     text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}"
     if not limit:
         asked = context.cluster.launcher != "local" and (context.cluster.gpus_per_node or context.training.gpus > 0)
-        then = f'[on.{context.place.cluster}.train] gpu = "A100 80GB" or whatever it is, or gpu_memory_gb in {context.file}'
-        text += "; what a GPU holds is not stated" if asked else ""
+        then = f'its type, [on.{context.place.cluster}.train] gpu = "A100 80GB", or gpu_memory_gb in {context.file}'
+        text += "; the memory of the GPUs is unknown" if asked else ""
         yield Row(NOTE if asked else SKIPPED, "memory", text, then if asked else "")
         return
     try:
@@ -126,12 +129,12 @@ def memory(context: Context) -> Iterator[Row]:
 
 
 def hours(context: Context) -> Iterator[Row]:
-    """How long training takes, from its FLOPs and a share of the GPUs' peak."""
+    """How long training takes, from its FLOPs and a share (MFU) of the GPUs' peak."""
     model, steps = context.model, context.steps
     if model is None or not steps:
-        yield Row(SKIPPED, "hours", "not known before prepare")
+        yield Row(SKIPPED, "hours", "unknown before prepare")
         return
-    from sft.model import utilisation
+    from sft.model import utilisation  # start-up: NumPy, which may be absent
 
     peak = context.cluster.gpu_tflops or utilisation.peak_tflops(context.cluster.gpu)
     train = context.recipe.train
@@ -140,7 +143,7 @@ def hours(context: Context) -> Iterator[Row]:
     total = per_token * steps * train.global_batch_tokens
     if not peak:
         yield Row(
-            SKIPPED, "hours", f"{total:.2g} FLOPs; the GPU's peak is not known", f"gpu and gpu_tflops in {context.file}"
+            SKIPPED, "hours", f"{total:.2g} FLOPs; the GPU's peak is unknown", f"gpu and gpu_tflops in {context.file}"
         )
         return
     measured = measured_mfu(context.place.runs, context.recipe.model.preset, context.cluster.gpu)
@@ -149,7 +152,9 @@ def hours(context: Context) -> Iterator[Row]:
     )
     one = total / (context.ranks * peak * 1e12) / 3600
     text = f"{hours_text(one / middle)} ({hours_text(one / high)} to {hours_text(one / low)}), {one / middle * context.ranks:,.1f} GPU hours"
-    yield Row(OK, "hours", f"{text}, at an MFU of {middle:.0%} {'measured before' if measured else 'assumed'}")
+    yield Row(
+        OK, "hours", f"{text}, at an MFU of {middle:.0%} {'measured in an earlier run' if measured else 'assumed'}"
+    )
 
 
 def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
@@ -162,7 +167,7 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
             if config["model"]["preset"] != preset:
                 continue
             lines = file.read_text().splitlines()
-            device = [json.loads(line)["device"] for line in lines if '"device"' in line][-1:]  # of the last attempt
+            device = [json.loads(line)["device"] for line in lines if '"device"' in line][-1:]  # the last attempt's
             if not device or not wanted or not wanted <= set(re.findall(r"\w+", device[0].upper())):
                 continue
             records = [json.loads(line) for line in lines[-200:] if '"mfu"' in line]
@@ -175,22 +180,21 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
 
 
 def disk(context: Context) -> Iterator[Row]:
-    """Checkpoints fit where they are written."""
+    """The disk has room for the checkpoints."""
     model, train, steps = context.model, context.recipe.train, context.steps
     if model is None:
-        yield Row(SKIPPED, "checkpoints", "the vocabulary is not known before prepare")
+        yield Row(SKIPPED, "checkpoints", "unknown before prepare, which reads the vocabulary")
         return
-    moments = 2 if getattr(train, "optimizer", "adamw") == "adamw8bit" else 8
+    moments = 2 if train.optimizer == "adamw8bit" else 8  # bytes per parameter
     one = model.parameters * (4 + moments)
     if steps is None:
-        yield Row(SKIPPED, "checkpoints", f"{amount(one)} each; how many is not known before prepare")
+        yield Row(SKIPPED, "checkpoints", f"{amount(one)} each; how many is unknown before prepare")
         return
-    keep = getattr(train, "keep", 0)
     permanent = math.ceil(steps / train.save_every)
-    count = (min(permanent, keep) if keep else permanent) + (1 if train.ephemeral_every else 0)
+    count = (min(permanent, train.keep) if train.keep else permanent) + (1 if train.ephemeral_every else 0)
     text = f"{count} of {amount(one)}, {amount(count * one)} in all"
-    if keep and context.recipe.evaluate.every:
-        text += ", and those that wait for their evaluation"
+    if train.keep and context.recipe.evaluate.every:
+        text += ", and those that wait for evaluation"
     if context.far and "train" in context.cluster.stages:
         yield Row(
             SKIPPED, "checkpoints", f"{text}, in {paths.for_user(context.cluster.runs) or 'storage'}: not measured"
@@ -198,10 +202,9 @@ def disk(context: Context) -> Iterator[Row]:
         return
     folder = next(p for p in (context.run, *context.run.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
-    there = sum(
-        f.stat().st_size for f in (context.run / "train").glob("step*/**/*") if f.is_file()
-    )  # of a run to go on with
+    # The checkpoints of a run that resumes are part of those that it will keep.
+    there = sum(f.stat().st_size for f in (context.run / "train").glob("step*/**/*") if f.is_file())
     fits = free + there > 1.05 * count * one
-    kept = f", {amount(there)} of them there" if there else ""
-    yield Row(OK if fits else RED, "checkpoints", f"{text}{kept}; {amount(free)} free in {folder}",
+    saved = f", {amount(there)} of them saved already" if there else ""
+    yield Row(OK if fits else RED, "checkpoints", f"{text}{saved}; {amount(free)} free in {folder}",
               "" if fits else "keep=2, a larger save_every, or RUNS= on another disk")  # fmt: skip
