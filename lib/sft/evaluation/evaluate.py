@@ -195,14 +195,13 @@ def run_task(
     model: Recorder, name: str, options: Evaluate, tasks: Path, data: Mapping[str, Path | str], out: Path
 ) -> TaskResult:
     """The result of one task, or that of an earlier attempt. Raises BrokenTask, and SftError for what is not the task's fault."""
-    # start-up: lm-eval takes seconds, and go_offline must run before it
-    from sft.evaluation import harness
-    from sft.evaluation.tasks import find
+    from sft.evaluation import harness  # start-up: lm-eval takes seconds, and go_offline must run before it
+    from sft.evaluation import tasks as lm_eval_tasks  # start-up: the same
 
     began = time.monotonic()
     files = TaskFiles(out, name)
     with _broken_by_error(name, files.trace):
-        definition = find(name, tasks, data)
+        definition = lm_eval_tasks.find(name, tasks, data)
         hashes = definition.hashes()
         if finished := files.finished(hashes):
             model.log("finished by an earlier attempt")

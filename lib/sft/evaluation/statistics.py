@@ -1,7 +1,7 @@
 """Intervals and paired tests of scores. Standard library only, so that `make compare` needs no environment.
 
 In: shares, or two lists of scores of the same items in the same order. Out: intervals, differences with standard errors, p values.
-The tests compare every function with scipy, but Newcombe's interval with what it promises.
+The unit tests compare the functions with scipy; for Newcombe's interval they check its coverage.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Z95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+Z95 = 1.959963984540054
+"""Two-sided 95 % quantile of the normal distribution."""
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -23,7 +24,8 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """b minus a over n items: `test` names what gave p; low and high are the 95 % interval, None for a single item."""
+    """b minus a over n items. `test` is the name of the test that gave p. low and high are the 95 % interval, None for a single
+    item."""
 
     value: float
     stderr: float | None
@@ -35,8 +37,10 @@ class Difference:
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
-    """b - a item by item: mean and its standard error. Where every score is 0 or 1, Newcombe's interval and McNemar's exact p
-    (binomial over the items on which the two disagree), else Student's interval and the paired t test's.
+    """The mean of b - a over the items, and its standard error.
+
+    If every score is 0 or 1, the interval is Newcombe's and p is McNemar's exact one (binomial over the items on which a and
+    b disagree). Otherwise both are those of the paired t test.
     """
     n = len(a)
     d = [y - x for x, y in zip(a, b, strict=True)]
@@ -54,9 +58,12 @@ def paired(a: Sequence[float], b: Sequence[float]) -> Difference:
 
 
 def newcombe(both: int, better: int, worse: int, neither: int) -> tuple[float, float]:
-    """95 % interval of the difference of two shares of the same items: right in both, only in the second, only in the first,
-    in neither (Newcombe 1998, Statistics in Medicine 17:2635, method 10). From Wilson's intervals of the two, so that it keeps
-    its width where two systems agree on every item and their standard error is 0."""
+    """95 % interval of the difference of two shares of the same items (Newcombe 1998, Statistics in Medicine 17:2635, method 10).
+
+    The counts are of items that are right in both, only in the second (better), only in the first (worse), and in neither. The
+    interval is built from Wilson's intervals of the two shares: it keeps its width where two systems agree on every item and
+    the standard error is 0.
+    """
     n = both + better + worse + neither
     first, second = (both + worse) / n, (both + better) / n
     (low_1, high_1), (low_2, high_2) = wilson(first, n), wilson(second, n)
@@ -74,10 +81,10 @@ def newcombe(both: int, better: int, worse: int, neither: int) -> tuple[float, f
 
 
 def paired_ratio(a: Sequence[float], b: Sequence[float], weights: Sequence[float]) -> Difference:
-    """Difference of two means over all weights, sum(b) / sum(w) - sum(a) / sum(w), with items as clusters.
+    """sum(b) / sum(weights) - sum(a) / sum(weights), with items as clusters.
 
-    Loss per token over conversations: a and b are summed losses, weights the numbers of tokens (linearised standard
-    error of a ratio, Cochran 1977, 6.3).
+    For a loss per token over conversations: a and b are summed losses, the weights are numbers of tokens. The standard error
+    is the linearised one of a ratio (Cochran 1977, 6.3).
     """
     n, total = len(a), math.fsum(weights)
     value = (math.fsum(b) - math.fsum(a)) / total
@@ -94,7 +101,7 @@ def _with_interval(value: float, stderr: float, n: int) -> Difference:
 
 
 def mcnemar(better: int, worse: int) -> float:
-    """Two-sided exact p that of the items on which two systems disagree either is as likely to be right."""
+    """Two-sided exact p of McNemar's test: on items where two systems disagree, each is equally likely to be right."""
     n, k = better + worse, min(better, worse)
     return min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n) if n else 1.0
 
@@ -105,7 +112,7 @@ def t_test(t: float, df: int) -> float:
 
 
 def t_quantile(q: float, df: int) -> float:
-    """The value that Student's t stays below with probability q > 1/2, by bisection."""
+    """Quantile q > 1/2 of Student's t, by bisection."""
     low, high = 0.0, 1.0
     while 1 - t_test(high, df) / 2 < q:
         high *= 2
@@ -116,7 +123,7 @@ def t_quantile(q: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values corrected for how many there are (Holm 1979), in the order given."""
+    """p values corrected for multiple comparisons (Holm 1979), in the same order."""
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

@@ -193,7 +193,7 @@ class EvaluateMetrics(Record):
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> EvaluateMetrics:
-        """From evaluate's manifest; `name` stands in the error message. Raises SftError."""
+        """From evaluate's manifest; `name` appears in the error message. Raises SftError."""
         return cls.from_value(made.metrics, f"{name}: metrics")
 
     @classmethod

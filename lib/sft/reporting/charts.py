@@ -1,6 +1,6 @@
-"""Charts as inline SVG text, coloured by the page's CSS variables so that they follow its light and dark theme.
+"""Charts as inline SVG. The page's CSS variables colour them, so they follow its light and dark theme.
 
-In: numbers. Out: SVG strings without scripts or references; `data-points` carries the values for the page's tooltip.
+In: numbers. Out: SVG strings without scripts or references; `data-points` has the values for the page's tooltip.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MAX_POINTS = 600
 
 @dataclass(frozen=True)
 class Line:
-    """One series: `kind` is a CSS class, drawn as a line; `dots` also marks every point; `spread` = (x, low, high) bars."""
+    """One series. `kind` is the CSS class of its line, `dots` marks every point, `spread` has (x, low, high) error bars."""
 
     name: str
     kind: str
@@ -26,7 +26,7 @@ class Line:
 
 
 def lines(series: Sequence[Line], *, width: int, height: int, x_name: str, digits: int = 3) -> str:
-    """A line chart of series over a common x axis, with a grid, tick labels and the names at the right ends."""
+    """A line chart of series over a common x axis, with a grid, tick labels and a legend."""
     series = [Line(s.name, s.kind, thin(s.points), s.dots, s.spread) for s in series if s.points]
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points if math.isfinite(y)]
@@ -70,13 +70,13 @@ def lines(series: Sequence[Line], *, width: int, height: int, x_name: str, digit
     legend = "".join(f'<span class="key {s.kind}">{escape(s.name)}</span>' for s in series)
     name = escape(" and ".join(s.name for s in series))
     return (
-        f'<figure class="chart"><figcaption>{legend}</figcaption><svg viewBox="0 0 {width} {height}" {least(width)} role="img"'
+        f'<figure class="chart"><figcaption>{legend}</figcaption><svg viewBox="0 0 {width} {height}" {width_limits(width)} role="img"'
         f' aria-label="{name} over {escape(x_name)}" data-points="{escape(json.dumps(data))}">{"".join(parts)}</svg></figure>'
     )
 
 
 def bars(values: Sequence[tuple[str, float, str]], *, width: int, height: int, x_name: str) -> str:
-    """Vertical bars of (label, value, text for the tooltip), the value written above each."""
+    """Vertical bars of (label, value, text of the tooltip), with the value above each bar."""
     if not values:
         return '<p class="none">no values</p>'
     top, bottom = 20, 36
@@ -93,11 +93,11 @@ def bars(values: Sequence[tuple[str, float, str]], *, width: int, height: int, x
             f' text-anchor="middle">{escape(label)}</text></g>'
         )
     parts.append(f'<text class="axis" x="{width - 2}" y="{height - 4}" text-anchor="end">{escape(x_name)}</text>')
-    return f'<figure class="chart"><svg viewBox="0 0 {width} {height}" {least(width)} role="img">{"".join(parts)}</svg></figure>'
+    return f'<figure class="chart"><svg viewBox="0 0 {width} {height}" {width_limits(width)} role="img">{"".join(parts)}</svg></figure>'
 
 
 def share(parts: Sequence[tuple[str, str, float]]) -> str:
-    """One horizontal bar cut into (name, CSS class, share) parts that sum to 1, with a legend."""
+    """One horizontal bar of (name, CSS class, share) parts, with a legend. The shares sum to 1."""
     cells = "".join(
         f'<span class="{kind}" style="width:{100 * value:.2f}%" title="{escape(name)}: {value:.2%}"></span>'
         for name, kind, value in parts
@@ -136,7 +136,7 @@ class Interval:
 
 
 def intervals(points: Sequence[Interval], *, width: int) -> str:
-    """Values with their intervals under one another on one scale that shows zero."""
+    """Values with their intervals, one below the other, on one scale that includes zero."""
     row, top, bottom, pad = 28, 8, 26, 12
     left = min(width // 2, 24 + 7 * max(len(p.name) for p in points))
     height = top + row * len(points) + bottom
@@ -159,16 +159,16 @@ def intervals(points: Sequence[Interval], *, width: int) -> str:
             f'<line class="whisker {p.kind}" x1="{px(p.low):.1f}" x2="{px(p.high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<circle class="point {p.kind}" cx="{px(p.value):.1f}" cy="{y:.1f}" r="5"/></g>'
         )
-    return f'<figure class="chart"><svg viewBox="0 0 {width} {height}" {least(width)} role="img">{"".join(parts)}</svg></figure>'
+    return f'<figure class="chart"><svg viewBox="0 0 {width} {height}" {width_limits(width)} role="img">{"".join(parts)}</svg></figure>'
 
 
-def least(width: int) -> str:
-    """A chart that is narrower than this scrolls, and it grows no wider than that: its text stays readable."""
+def width_limits(width: int) -> str:
+    """CSS limits of a chart's width, between which its text is readable. On a narrower page the chart scrolls."""
     return f'style="min-width:{min(0.8 * width, 620):.0f}px;max-width:{1.4 * width:.0f}px"'
 
 
 def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS points: each the mean of its neighbours, the last one as it is."""
+    """At most MAX_POINTS points, each the mean of a group of neighbours, and the last point unchanged."""
     if len(points) <= MAX_POINTS:
         return list(points)
     size = math.ceil(len(points) / MAX_POINTS)
@@ -177,7 +177,10 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[tuple[float, float]]:
-    """Mean over `share` of the points around each, narrower towards both ends, so that it does not lag behind a fall."""
+    """The mean over a window of `share` of all points around each point.
+
+    The window narrows towards both ends, so that the curve does not lag behind a falling one.
+    """
     half = max(1, round(share * len(points) / 2))
     total, count = [0.0], [0]
     for _, y in points:
@@ -193,7 +196,7 @@ def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[t
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """Round numbers that cover low to high in about `count` steps of 1, 2 or 5 times a power of ten."""
+    """Round numbers from low to high, in about `count` steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         return [low]
     rough = (high - low) / count
@@ -205,7 +208,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def number(value: float) -> str:
-    """Short: 1,319; 1.3M; 0.25; 3e-05."""
+    """A short form: 1,319; 1.3M; 0.25; 3e-05."""
     size = abs(value)
     if size >= 1e6:
         for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):

@@ -74,7 +74,7 @@ def is_share(row: ScoreDifference) -> bool:
 
 
 def score_table(comparison: Comparison) -> str:
-    """One row for each metric and run; a task's name stands only in its first row."""
+    """One row for each metric and run; a task's name is only in its first row."""
     rows = []
     before = ""
     for r in comparison.rows:

@@ -1,11 +1,12 @@
-"""The frame of a page, its style and script: text only, nothing fetched."""
+"""The frame of a page, its style and script. A page is one text that loads nothing else."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 
-TEXT = 1500  # characters of one shown text
+TEXT = 1500
+"""Characters shown of one text."""
 STYLE = """
 :root{--bg:#fbfbfa;--card:#fff;--ink:#1c1f24;--soft:#626a75;--line:#e3e5e8;--one:#2563c9;--two:#d0661a;--raw:#a9c2ea;
 --mark:#fdf0c4;--special:#8a5bc7;--bad:#b3261e;--good:#1a7f37}
@@ -82,7 +83,7 @@ for(const svg of document.querySelectorAll('svg[data-points]')){
 
 
 def document(title: str, sections: Sequence[tuple[str, str]], note: str = "") -> str:
-    """A whole page of (heading, HTML) sections. Its content security policy forbids every request."""
+    """A complete page of (heading, HTML) sections. Its content security policy forbids every request."""
     links = "".join(f'<a href="#{anchor(t)}">{t}</a>' for t, _ in sections)
     body = "".join(f'<section id="{anchor(t)}"><h2>{t}</h2>{b}</section>' for t, b in sections)
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -102,7 +103,7 @@ def anchor(title: str) -> str:
 def table(
     head_row: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] | range = (), head: bool = True
 ) -> str:
-    """Rows of HTML cells; the columns in `numbers` are set right."""
+    """Rows of HTML cells. The columns in `numbers` are aligned to the right; without `head` there is no heading row."""
 
     def cells(row: Sequence[str], tag: str) -> str:
         return "".join(f"<{tag}{' class=num' if i in numbers else ''}>{c}</{tag}>" for i, c in enumerate(row))
@@ -113,7 +114,7 @@ def table(
 
 
 def clip(text: str) -> str:
-    """Escaped text, shortened in the middle."""
+    """Escaped text; a long one is cut in the middle."""
     if len(text) > TEXT:
         text = text[: TEXT // 2] + " … " + text[-TEXT // 2 :]
     return escape(text)
