@@ -14,6 +14,8 @@ ifneq ($(filter smoke,$(GOALS)),)
 endif
 
 unexport DETACH # only the last of the stages asked for is left to itself; those before it are waited for
+# This checkout's code runs, also where .venv is linked or was made in another clone.
+export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: FORCE smoke all $(STAGES) preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor

@@ -61,7 +61,7 @@ fi
 if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # stages/train.sh passes them to torchrun
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
-export PYTHONPATH=lib
+export PYTHONPATH="$PWD/lib"
 [ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?

@@ -2,4 +2,5 @@
 # Runs a stage as a Beaker experiment: submits it or finds it again, follows its log, returns its status; see sft.launch.beaker.scheduler.
 # Usage: [DETACH=1] env/beaker.sh runs/<run> <stage> COMMAND…
 set -euo pipefail
+export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whichever clone .venv was made in
 exec .venv/bin/python -m sft.launch beaker "$@"

@@ -5,6 +5,7 @@
 # PYTHON=python3.12 chooses the interpreter, TORCH=2.13.0+cu126 another build of torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+unset PYTHONPATH # pip must not take the checkout for an installed package
 
 python="${PYTHON:-python3}"
 torch=2.13.0

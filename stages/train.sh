@@ -5,6 +5,7 @@
 # SIGTERM or SIGUSR1: saves, then exits with 75, which asks the scheduler to run the same command again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whichever clone .venv was made in
 case "${1:--}" in -*) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;; esac
 
 rm -f -- "$1/train/.requeue"

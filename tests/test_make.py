@@ -3,7 +3,12 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import time
+
+from conftest import REPO, Workspace
 
 STAGES = ["prepare", "sync", "train", "convert", "evaluate"]
 
@@ -333,3 +338,26 @@ def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace):
     assert "FROM= and RECIPE= are needed" in workspace.make("new", "RECIPE=z", ok=False).stderr
     assert "SHARD is for prepare" in workspace.make("train", "RECIPE=x", "SHARD=0/2", ok=False).stderr
     workspace.make("-n", "./runs/x/prepare/manifest.json")
+
+
+def test_a_clone_runs_its_own_code_in_the_environment_of_another(workspace, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = Workspace(tmp_path / "other")
+    shutil.rmtree(other.root / ".venv")
+    (other.root / ".venv").symlink_to(workspace.root / ".venv")
+    python = workspace.root / ".venv/bin/python"  # as installed from the first clone: PYTHONPATH comes before it
+    python.write_text(
+        f'#!/bin/sh\nPYTHONPATH="${{PYTHONPATH:+$PYTHONPATH:}}{workspace.root}/lib" exec {sys.executable} "$@"\n'
+    )
+    for name in ("prepare", "train"):
+        program = other.root / f"stages/{name}.py"
+        program.write_text("import sft\nopen('code', 'a').write(sft.__file__ + chr(10))\n" + program.read_text())
+    shutil.copy(REPO / "env/local.sh", other.root / "env/local.sh")
+    other.make("train", "RECIPE=x")
+    code = (other.root / "code").read_text().split()
+    assert code == [str(other.root / "lib/sft/__init__.py")] * 2
+    by_hand = subprocess.run(
+        [".venv/bin/python", "stages/convert.py", "runs/x"], cwd=other.root, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+    )  # fmt: skip
+    assert by_hand.returncode == 1 and f"next: export PYTHONPATH={other.root}/lib" in by_hand.stderr

@@ -81,6 +81,13 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return decorated
 
 
+def _check_checkout(script: Path) -> None:
+    """Exits when a script of this repository would run another clone's code: .venv is linked, or was made there."""
+    root = script.resolve().parent.parent
+    if script.parent.name == "stages" and root != plan.REPO and (root / "lib" / "sft").is_dir():
+        sys.exit(f"error: {script} would run the code of {plan.REPO}; next: export PYTHONPATH={root / 'lib'}")
+
+
 @dataclass(frozen=True)
 class Program:
     """A click command that ends as the module's docstring says. `name` is the prefix of its messages."""
@@ -95,8 +102,10 @@ class Program:
 
         Signal handlers are set only for sys.argv: a caller with words of its own keeps its handlers.
         """
-        if argv is None and self.signals:
-            exit_on_signals()
+        if argv is None:
+            _check_checkout(Path(sys.argv[0]))
+            if self.signals:
+                exit_on_signals()
         words = list(sys.argv[1:] if argv is None else argv)
         with (
             report_errors(self.name),

@@ -25,7 +25,7 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
-from sft.common.process import exit_on_signals, report_errors
+from sft.common.process import report_errors
 from sft.formats import elsewhere, manifest, remote
 from sft.formats import run as run_format
 from sft.formats.elsewhere import Elsewhere
@@ -34,7 +34,7 @@ from sft.formats.remote import Remote, SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
-from sft.runner.cli import RunOptions, parse_run
+from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.publish import _flush, _keep_only, _link_tree, provenance
 
 
@@ -268,8 +268,13 @@ def open_stage(name: str, options: RunOptions, *, in_place: bool = False, follow
 
 def main(name: str, body: Callable[[Stage], Result], *, shared: bool = False) -> None:
     """The program of a stage that has no options of its own. Exit statuses: see `sft.runner.cli`."""
-    exit_on_signals()
-    run_stage(name, parse_run(name, sys.argv[1:]), body, shared=shared)
+
+    @program(name, f"stages/{name}.py")
+    @run_options
+    def stage_program(options: RunOptions) -> None:
+        run_stage(name, options, body, shared=shared)
+
+    sys.exit(stage_program())
 
 
 def run_stage(name: str, options: RunOptions, body: Callable[[Stage], Result], *, shared: bool = False) -> None:

@@ -17,6 +17,7 @@ from sft.common.errors import SftError
 from sft.launch.job import WATCH, Job
 
 SCRIPT = r"""
+export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}"
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1)) ended="$job.exit"
 exec >>"$job.attempt-$(printf %02d "$attempt").log" 2>&1
 rm -f "$ended" # of an attempt that Slurm itself put back into the queue
