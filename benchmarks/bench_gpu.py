@@ -170,8 +170,8 @@ def measure(
             total = torch.zeros((), device=world.device)
             for batch in batches:
                 b = batch.to(world.device)
-                ids = (b.input_ids, b.positions, b.cu_seqlens, b.max_len, b.label_rows, b.label_ids)
-                loss, _ = model(*ids, float(plan.labels(step)))
+                ids = (b.input_ids, b.positions, b.cu_seqlens, b.max_len, b.target_rows, b.target_ids)
+                loss, _ = model(*ids, float(plan.num_targets(step)))
                 loss.backward()
                 total += loss.detach()
             guard.step(optimizer, total, clip(model.parameters(), 1.0))

@@ -47,7 +47,7 @@ def measure(dataset: Dataset, plan: StepPlan, threads: int) -> float:
     for _ in range(6):
         began, tokens = time.perf_counter(), 0
         for _, microbatches in loader:
-            tokens += sum(m.n_tokens for m in microbatches)
+            tokens += sum(m.num_tokens for m in microbatches)
         speeds.append(tokens / (time.perf_counter() - began))
     return statistics.median(speeds[1:])
 

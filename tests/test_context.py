@@ -112,13 +112,13 @@ def test_the_parts_of_a_microbatch_are_the_microbatch(dataset: Path) -> None:
         for batch, *pieces in zip(batches, *(b for _, b in shares), strict=True):
             assert torch.equal(torch.cat([p.input_ids for p in pieces]), batch.input_ids)
             assert torch.equal(torch.cat([p.positions for p in pieces]), batch.positions)
-            rows = torch.cat([p.label_rows[: p.n_labels] + 32 * i for i, p in enumerate(pieces)])
-            assert torch.equal(rows, batch.label_rows[: batch.n_labels])
-            for name in ("label_ids", "label_sources"):
-                found = torch.cat([getattr(p, name)[: p.n_labels] for p in pieces])
-                assert torch.equal(found, getattr(batch, name)[: batch.n_labels])
+            rows = torch.cat([p.target_rows[: p.num_targets] + 32 * i for i, p in enumerate(pieces)])
+            assert torch.equal(rows, batch.target_rows[: batch.num_targets])
+            for name in ("target_ids", "target_sources"):
+                found = torch.cat([getattr(p, name)[: p.num_targets] for p in pieces])
+                assert torch.equal(found, getattr(batch, name)[: batch.num_targets])
             assert all(torch.equal(p.cu_seqlens, batch.cu_seqlens) and p.max_len == batch.max_len for p in pieces)
-            edge += sum(int((p.label_rows[: p.n_labels] == 31).sum()) for p in pieces[:-1])
+            edge += sum(int((p.target_rows[: p.num_targets] == 31).sum()) for p in pieces[:-1])
     assert edge  # a part's last token predicted the next part's first
 
 

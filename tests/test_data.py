@@ -55,24 +55,26 @@ def taken_apart(microbatches: list[Microbatch]) -> Counter:
         edges = mb.cu_seqlens.tolist()
         assert mb.cu_seqlens.dtype == torch.int32 and edges[0] == 0 and len(edges) == bucket(len(edges))
         assert edges[-1] == len(mb.input_ids) == len(mb.positions) and edges == sorted(edges)
-        assert mb.label_rows.shape == mb.label_ids.shape == mb.label_sources.shape and mb.n_labels <= len(mb.label_rows)
-        rows, targets = mb.label_rows[: mb.n_labels].tolist(), mb.label_ids[: mb.n_labels].tolist()
-        assert rows == sorted(set(rows)) and set(mb.label_ids[mb.n_labels :].tolist()) <= {-100}
-        assert set(mb.label_rows[mb.n_labels :].tolist()) <= {0}
+        assert mb.target_rows.shape == mb.target_ids.shape == mb.target_sources.shape and mb.num_targets <= len(
+            mb.target_rows
+        )
+        rows, targets = mb.target_rows[: mb.num_targets].tolist(), mb.target_ids[: mb.num_targets].tolist()
+        assert rows == sorted(set(rows)) and set(mb.target_ids[mb.num_targets :].tolist()) <= {-100}
+        assert set(mb.target_rows[mb.num_targets :].tolist()) <= {0}
         spans = [(a, b) for a, b in itertools.pairwise(edges) if b > a]
         assert max(b - a for a, b in spans) <= mb.max_len <= SEQ
-        documents = [(a, b) for a, b in spans if b <= mb.n_tokens]
-        assert documents == [] or documents[-1][1] == mb.n_tokens, "padding comes last"
-        assert mb.input_ids[mb.n_tokens :].tolist() == [PAD] * (len(mb.input_ids) - mb.n_tokens)
+        documents = [(a, b) for a, b in spans if b <= mb.num_tokens]
+        assert documents == [] or documents[-1][1] == mb.num_tokens, "padding comes last"
+        assert mb.input_ids[mb.num_tokens :].tolist() == [PAD] * (len(mb.input_ids) - mb.num_tokens)
         for a, b in spans:
             assert mb.positions[a:b].tolist() == list(range(b - a))
         for a, b in documents:
             inside = [k for k, row in enumerate(rows) if a <= row < b]
-            sources = {int(mb.label_sources[k]) for k in inside}
+            sources = {int(mb.target_sources[k]) for k in inside}
             assert len(sources) == 1 and all(row + 1 < b for row in (rows[k] for k in inside))
             labels = tuple((rows[k] - a, targets[k]) for k in inside)
             found.append((tuple(mb.input_ids[a:b].tolist()), labels, sources.pop()))
-        assert sum(len(labels) for _, labels, _ in found[len(found) - len(documents) :]) == mb.n_labels
+        assert sum(len(labels) for _, labels, _ in found[len(found) - len(documents) :]) == mb.num_targets
     return Counter(found)
 
 
@@ -84,8 +86,8 @@ def test_microbatches_are_what_the_files_say(data: Dataset, policy: str, packs_e
     for step, microbatches in loader(data, plan, microbatch_tokens=packs_each * SEQ):
         pieces = np.concatenate([plan.index.pack(p) for p in plan.packs(step)])
         assert taken_apart(microbatches) == by_hand(data, plan, pieces)
-        assert sum(mb.n_labels for mb in microbatches) == plan.labels(step)
-        assert sum(mb.n_tokens for mb in microbatches) == plan.tokens(step)
+        assert sum(mb.num_targets for mb in microbatches) == plan.num_targets(step)
+        assert sum(mb.num_tokens for mb in microbatches) == plan.tokens(step)
         assert {len(mb.input_ids) for mb in microbatches} == {packs_each * SEQ}
         seen += 1
     assert seen == plan.steps > 5
@@ -108,10 +110,10 @@ def test_a_step_has_the_same_content_for_any_ranks_accumulation_and_threads(data
 
 
 def same(a: list[Microbatch], b: list[Microbatch]) -> bool:
-    tensors = ("input_ids", "positions", "cu_seqlens", "label_rows", "label_ids", "label_sources")
+    tensors = ("input_ids", "positions", "cu_seqlens", "target_rows", "target_ids", "target_sources")
     return len(a) == len(b) and all(
         all(torch.equal(getattr(x, n), getattr(y, n)) for n in tensors)
-        and (x.max_len, x.n_labels, x.n_tokens) == (y.max_len, y.n_labels, y.n_tokens)
+        and (x.max_len, x.num_targets, x.num_tokens) == (y.max_len, y.num_targets, y.num_tokens)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -147,10 +149,10 @@ def test_a_last_small_batch_has_no_needless_microbatches_and_padding_where_packs
     assert plan.steps == 2 and len(plan.packs(1)) == 3
     last = [list(loader(data, plan, rank, 4))[1][1] for rank in range(4)]
     assert [len(m) for m in last] == [1] * 4
-    counts = [m[0].n_labels for m in last]
-    assert counts.count(0) == 1 and sum(counts) == plan.labels(1)
+    counts = [m[0].num_targets for m in last]
+    assert counts.count(0) == 1 and sum(counts) == plan.num_targets(1)
     empty = last[counts.index(0)][0]
-    assert empty.n_tokens == 0 and set(empty.input_ids.tolist()) == {PAD} and set(empty.label_ids.tolist()) == {-100}
+    assert empty.num_tokens == 0 and set(empty.input_ids.tolist()) == {PAD} and set(empty.target_ids.tolist()) == {-100}
 
 
 def test_a_validation_pass_reads_everything_once(data: Dataset):
@@ -160,7 +162,7 @@ def test_a_validation_pass_reads_everything_once(data: Dataset):
     for rank in range(2):
         for _, microbatches in loader(data, plan, rank, 2):
             got += taken_apart(microbatches)
-    assert got == by_hand(data, plan, index.pieces)
+    assert got == by_hand(data, plan, index.segments)
 
 
 def test_a_loader_can_be_left_in_the_middle_and_iterated_again(data: Dataset):
@@ -173,7 +175,7 @@ def test_a_loader_can_be_left_in_the_middle_and_iterated_again(data: Dataset):
 def test_shapes_come_in_few_sizes(data: Dataset):
     plan = StepPlan.build(pack_dataset(data, SEQ), TRAIN)
     every = [mb for _, microbatches in loader(data, plan, microbatch_tokens=4 * SEQ) for mb in microbatches]
-    assert len({len(mb.label_rows) for mb in every}) <= 8 and len({len(mb.cu_seqlens) for mb in every}) <= 2
+    assert len({len(mb.target_rows) for mb in every}) <= 8 and len({len(mb.cu_seqlens) for mb in every}) <= 2
     assert {mb.max_len for mb in every} == {SEQ}
     assert [bucket(n) for n in (1, 64, 65, 1000)] == [64, 64, 128, 1024]
 
@@ -287,5 +289,5 @@ def test_the_olmo_core_order_is_its_loaders_on_every_rank_and_epoch(olmo_core, t
             for epoch in range(3):
                 loader_.reshuffle(epoch + 1, in_memory=True)
                 wanted = list(loader_._get_local_instance_indices(loader_.get_global_indices()))
-                mine = [ours.dealt(epoch * per_epoch + s)[:, rank].ravel() for s in range(per_epoch)]
+                mine = [ours.assignment(epoch * per_epoch + s)[:, rank].ravel() for s in range(per_epoch)]
                 assert np.concatenate(mine).tolist() == wanted

@@ -77,7 +77,7 @@ def test_a_step_of_the_loader_costs_the_sum_of_its_documents(tmp_path: Path) -> 
             TINY,
             utilisation.mean_attended(lengths),
             utilisation.mean_attended(lengths, 16),
-            trained_fraction=plan.labels(step) / plan.tokens(step),
+            trained_fraction=plan.num_targets(step) / plan.tokens(step),
         )
         assert loader.expected(step)[1] == pytest.approx(each * plan.tokens(step))
 

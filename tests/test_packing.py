@@ -1,4 +1,4 @@
-"""sft.packing.packs: every piece in one pack, no pack over capacity, as few packs as OLMo-core; cutting counts labels exactly."""
+"""sft.packing.packs: every segment in one pack, no pack over capacity, as few packs as OLMo-core; cutting counts labels exactly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench_pack import first_fit_decreasing
 from made_data import write_dataset
 from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT, Dataset, DatasetWriter
-from sft.packing.packs import PackIndex, cut, label_counter, pack, pack_dataset, pack_documents
+from sft.packing.packs import PackIndex, _best_fit, cut_documents, pack, pack_dataset, pack_documents, target_counter
 
 
 def one_at_a_time(lengths: list[int], capacity: int) -> list[int]:
@@ -32,12 +32,12 @@ def one_at_a_time(lengths: list[int], capacity: int) -> list[int]:
 
 def fills(lengths: np.ndarray, capacity: int) -> list[int]:
     offsets, order = pack(lengths, capacity)
-    assert sorted(order.tolist()) == list(range(len(lengths))), "every piece exactly once"
+    assert sorted(order.tolist()) == list(range(len(lengths))), "every segment exactly once"
     assert offsets[0] == 0 and offsets[-1] == len(lengths) and (np.diff(offsets) > 0).all(), "no empty pack"
     sums = [int(lengths[order[a:b]].sum()) for a, b in itertools.pairwise(offsets)]
     assert max(sums, default=0) <= capacity, "capacity"
     for a, b in itertools.pairwise(offsets):
-        assert (np.diff(lengths[order[a:b]]) <= 0).all(), "a pack lists its pieces from long to short"
+        assert (np.diff(lengths[order[a:b]]) <= 0).all(), "a pack lists its segments from long to short"
     return sums
 
 
@@ -74,6 +74,13 @@ def test_as_many_packs_and_the_same_fills_as_olmo_core(name: str, capacity: int)
     instances, documents, _ = utils.InstancePacker(capacity).pack_documents(np.stack([ends - lengths, ends], axis=1))
     theirs = [sum(int(documents[d][1] - documents[d][0]) for d in instance) for instance in instances]
     assert Counter(fills(lengths, capacity)) == Counter(theirs)
+
+
+def test_the_example_of_the_docstrings():
+    offsets, order = pack([3, 5, 2, 5, 3], 8)
+    assert offsets.tolist() == [0, 2, 4, 5] and order.tolist() == [1, 0, 3, 4, 2]
+    placed, packs = _best_fit(np.bincount([5, 3, 3, 2, 2, 2]), 8)
+    assert [column.tolist() for column in placed] == [[0, 0, 1, 1, 2], [1] * 5, [1, 1, 1, 2, 1]] and packs == 3
 
 
 def test_any_sequence_length_works_around_the_words_of_the_bitmap():
@@ -133,14 +140,14 @@ def test_labels_of_cut_documents_are_counted_in_the_masks(tmp_path: Path, policy
                 piece[-1] = False  # becomes EOS
             if piece.any():
                 expected.append((number, a, b - a, int(piece.sum())))
-    assert sorted(tuple(p) for p in index.pieces.tolist()) == expected
+    assert sorted(tuple(p) for p in index.segments.tolist()) == expected
     assert index.losses.exact and index.losses.long_documents == sum(n > seq_len for n in LENGTHS)
     assert index.losses.tokens_lost == data.tokens - sum(e[2] for e in expected)
     assert index.losses.labels_lost == data.labels - sum(e[3] for e in expected)
     assert index.sums("length").max() <= seq_len and index.sums("labels").sum() == sum(e[3] for e in expected)
 
 
-def test_a_piece_without_a_trained_token_is_left_out_and_counted(tmp_path: Path):
+def test_a_segment_without_a_trained_token_is_left_out_and_counted(tmp_path: Path):
     mask = np.zeros(100, dtype=bool)
     mask[70:] = True  # the first 64 tokens are a prompt
     with DatasetWriter(tmp_path, vocab_size=10) as writer:
@@ -148,21 +155,21 @@ def test_a_piece_without_a_trained_token_is_left_out_and_counted(tmp_path: Path)
     truncated, split = (pack_dataset(Dataset.open(tmp_path), 64, policy) for policy in ("truncate", "split"))
     assert (len(truncated), truncated.losses.unlabelled_pieces, truncated.losses.labels_lost) == (0, 1, 30)
     assert (len(split), split.losses.unlabelled_pieces, split.losses.tokens_lost) == (1, 1, 64)
-    assert split.pieces.tolist() == [(0, 64, 36, 30)]
+    assert split.segments.tolist() == [(0, 64, 36, 30)]
 
 
 def test_without_masks_only_the_labels_of_cut_documents_are_estimates(tmp_path: Path):
     data = write_dataset(tmp_path, LENGTHS)
     exact, estimate = pack_dataset(data, 64), pack_documents(data.documents, 64)
     assert not estimate.losses.exact and exact.losses.exact
-    whole = data.documents["length"][exact.pieces["document"]] <= 64
-    assert (exact.pieces[whole] == estimate.pieces[whole]).all()
+    whole = data.documents["length"][exact.segments["document"]] <= 64
+    assert (exact.segments[whole] == estimate.segments[whole]).all()
     assert pack_documents(data.documents, 300).losses.exact, "nothing is cut at 300"
 
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(SftError, match="not one of truncate, drop, split"):
-        cut(np.zeros(0, dtype=DOCUMENT), 64, "wrap")
+        cut_documents(np.zeros(0, dtype=DOCUMENT), 64, "wrap")
 
 
 def test_a_saved_index_is_read_back_and_a_damaged_one_refused(tmp_path: Path):
@@ -171,12 +178,12 @@ def test_a_saved_index_is_read_back_and_a_damaged_one_refused(tmp_path: Path):
     index.save(tmp_path / "index")
     index.save(tmp_path / "index")  # a second process that had the same idea
     again = PackIndex.load(tmp_path / "index")
-    assert again.digest == index.digest and again.losses == index.losses and (again.pieces == index.pieces).all()
+    assert again.digest == index.digest and again.losses == index.losses and (again.segments == index.segments).all()
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
     raw = bytearray((tmp_path / "index" / "pieces.npy").read_bytes())
     raw[-3] ^= 1
     (tmp_path / "index" / "pieces.npy").write_bytes(raw)
-    with pytest.raises(SftError, match="is not the recorded"):
+    with pytest.raises(SftError, match="the content has digest"):
         PackIndex.load(tmp_path / "index")
     (tmp_path / "index" / "offsets.npy").unlink()
     with pytest.raises(SftError, match="not a pack index"):
@@ -201,5 +208,5 @@ def test_the_cache_is_keyed_by_documents_length_policy_and_content(tmp_path: Pat
 def test_the_digest_tells_different_packs_apart(tmp_path: Path):
     data = write_dataset(tmp_path, LENGTHS)
     assert len({pack_dataset(data, n, p).digest for n in (64, 65) for p in ("truncate", "drop", "split")}) == 6
-    count = label_counter(data)
+    count = target_counter(data)
     assert pack_documents(data.documents, 64, "drop", count).digest == pack_dataset(data, 64, "drop").digest

@@ -78,7 +78,7 @@ def test_sums_of_steps_are_sums_of_their_packs(index: PackIndex):
     plan = StepPlan.build(index, TRAIN)
     for step in range(plan.steps):
         pieces = np.concatenate([index.pack(p) for p in plan.packs(step)])
-        assert plan.labels(step) == pieces["labels"].sum() and plan.tokens(step) == pieces["length"].sum()
+        assert plan.num_targets(step) == pieces["labels"].sum() and plan.tokens(step) == pieces["length"].sum()
         assert plan.padding(step) == len(plan.packs(step)) * SEQ - pieces["length"].sum()
 
 
@@ -87,7 +87,7 @@ def test_the_description_adds_up(index: PackIndex):
     facts, steps = plan.describe(), range(plan.steps)
     assert facts.steps == plan.steps and facts.warmup_steps == round(0.1 * plan.steps)
     assert facts.tokens == sum(map(plan.tokens, steps)) and facts.padding == sum(map(plan.padding, steps))
-    labels = [plan.labels(s) for s in steps]
+    labels = [plan.num_targets(s) for s in steps]
     assert facts.trained_tokens == sum(labels) and facts.epochs == 3.0
     per_step = facts.trained_tokens_per_step
     assert (per_step.min, per_step.max) == (min(labels), max(labels))
@@ -123,10 +123,10 @@ def test_what_cannot_be_trained_is_refused_with_numbers(index: PackIndex, change
 
 
 def test_a_batch_without_a_trained_token_is_refused(index: PackIndex):
-    silent = index.pieces.copy()
+    silent = index.segments.copy()
     silent["labels"] = 0
     with pytest.raises(SftError, match=r"step 1 of \d+ has no trained token in 5 packs"):
-        StepPlan.build(replace(index, pieces=silent), TRAIN)
+        StepPlan.build(replace(index, segments=silent), TRAIN)
 
 
 def test_an_empty_dataset_is_refused(index: PackIndex):

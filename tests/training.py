@@ -197,7 +197,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
             if step not in (0, run.plan.steps - 1):
                 continue
             loss = accumulate(run, step, batches)[0]
-            labels += [batch.n_labels for batch in batches]
+            labels += [batch.num_targets for batch in batches]
             grads = {n: whole(p.grad).clone() for n, p in run.model.named_parameters() if p.grad is not None}
             found[step] = {**grads, "loss": world.sum(loss)}
             run.model.zero_grad(set_to_none=True)

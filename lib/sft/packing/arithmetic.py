@@ -1,11 +1,11 @@
 """Epoch and batch arithmetic of a run before anything is launched: python -m sft.packing.arithmetic runs/<run> [field=value …]
 
 In:  runs/<run>/prepare and the recipe's [train] and [on.<cluster>.train] numbers.
-Out: a table: packs, steps, warm-up, padding, trained tokens of a step, what long documents lose, the share of each rank, and
-     the memory of one GPU by part.
+Out: a table: packs, steps, warm-up, padding, trained tokens of a step, the tokens lost to long documents, the share of each
+     rank, and the memory of one GPU by part.
 
-A dataset smaller than one batch, a batch without a trained token, a remainder, or a model that the cluster's GPUs cannot
-hold is refused with the numbers.
+It refuses, with the numbers, a dataset smaller than one batch, a batch without a trained token, a remainder, and a model
+that does not fit the cluster's GPUs.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ from sft.runner.processes import processes
 
 @dataclass(frozen=True)
 class Check:
-    """The arithmetic of a run as training will have it."""
+    """The arithmetic of a run, as training will use it."""
 
     steps: StepPlan
     ranks: int
     groups: int  # ranks, or groups of ranks that share the tokens of a microbatch
-    microbatches: int
-    packs_each: int
+    microbatches: int  # per step and group
+    packs_each: int  # packs of a microbatch
     memory: memory.Plan
 
 
 def check(prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster | None = None) -> Check:
-    """Raises SftError as training would: for batches, for context groups, and for a GPU that is known to be too small."""
+    """The arithmetic of a prepared run.
+
+    Raises SftError where training would: for batches, for context groups, and for a GPU that is known to be too small.
+    """
     train = recipe.train
     steps = StepPlan.build(pack_dataset(Dataset.open(prepared / "data"), train.seq_len, train.long_documents), train)
     ranks = hardware.nodes * processes(hardware, cluster)[0]
     model = presets.resolve(recipe.model, DatasetInfo.of(prepared).facts.vocab_size)
     groups = context_groups(model, train, hardware, ranks)
     found = memory.plan(model, train, hardware, ranks, cluster.gpu_memory_gb if cluster else 0.0)
-    if (
-        hardware.recompute == "auto"
-    ):  # a mode that was chosen is only told that it does not fit: the estimate has a band
+    if hardware.recompute == "auto":  # for a chosen mode training only warns: the estimate has an error margin
         memory.require(found, model, train, hardware, ranks)
     return Check(
         steps, ranks, groups, *accumulation(steps.batch_packs, train.seq_len, groups, hardware.microbatch_tokens), found
@@ -58,27 +59,27 @@ def check(prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster |
 
 def rows(found: Check) -> list[tuple[str, str]]:
     """The table as (what, value)."""
-    d = found.steps.describe()
+    summary = found.steps.describe()
     who = (
         f"{found.ranks} ranks"
         if found.groups == found.ranks
         else f"{found.groups} groups of {found.ranks // found.groups} ranks"
     )
-    step = d.trained_tokens_per_step
+    step = summary.trained_tokens_per_step
     return [
-        ("documents", f"{d.documents:,}, {d.documents_per_pack:.1f} in a pack"),
-        ("longer than seq_len", f"{d.long_documents:,}, policy {d.long_documents_policy}"),
+        ("documents", f"{summary.documents:,}, {summary.documents_per_pack:.1f} in a pack"),
+        ("longer than seq_len", f"{summary.long_documents:,}, policy {summary.long_documents_policy}"),
         (
             "lost to seq_len",
-            f"{d.tokens_lost_fraction:.2%} of tokens, {d.trained_tokens_lost_fraction:.2%} of trained",
+            f"{summary.tokens_lost_fraction:.2%} of tokens, {summary.trained_tokens_lost_fraction:.2%} of trained",
         ),
-        ("packs", f"{d.packs:,} of {d.seq_len:,} tokens, {d.fill:.1%} full"),
-        ("steps", f"{d.steps:,} of {d.packs_per_batch:,} packs, {d.epochs:.2f} epochs"),
-        ("warm-up", f"{d.warmup_steps:,} steps"),
-        ("tokens", f"{d.tokens:,}, and {d.padding_fraction:.1%} padding"),
+        ("packs", f"{summary.packs:,} of {summary.seq_len:,} tokens, {summary.fill:.1%} full"),
+        ("steps", f"{summary.steps:,} of {summary.packs_per_batch:,} packs, {summary.epochs:.2f} epochs"),
+        ("warm-up", f"{summary.warmup_steps:,} steps"),
+        ("tokens", f"{summary.tokens:,}, and {summary.padding_fraction:.1%} padding"),
         (
             "trained tokens",
-            f"{d.trained_tokens:,}; in a step {step.min:,} to {step.max:,}, mean {step.mean:,.0f}",
+            f"{summary.trained_tokens:,}; in a step {step.min:,} to {step.max:,}, mean {step.mean:,.0f}",
         ),
         ("on each of", f"{who}: {found.microbatches} microbatches of {found.packs_each} packs in a step"),
         ("memory", "per GPU, estimated, at the moment that needs most"),

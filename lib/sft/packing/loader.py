@@ -1,23 +1,24 @@
 """Loading: the microbatches of one rank, step by step, from memory-mapped token files.
 
 In:  a `StepPlan`, the `Dataset` it was made from, the rank and the number of ranks. Ranks that share their rows of tokens
-     (context parallelism) are one rank here, each of which takes its part of the microbatch.
-Out: for every step a list of `Microbatch`: CPU tensors, pinned where CUDA is there, with everything that the model
-     needs already in the right form (positions, document edges, the rows with a target), so that the device computes
-     no index and meets few shapes.
+     (context parallelism) count as one rank here. Each of them takes its part of the microbatch.
+Out: for every step a list of `Microbatch`: CPU tensors, pinned where CUDA is available. They hold everything that the
+     model needs (positions, document boundaries, the rows with a target), so that the device computes no index and
+     meets few shapes.
 
     loader = Loader(plan, dataset, eos_id, pad_id, model, rank, ranks, microbatch_tokens, start_step)
     for step, microbatches in loader:
-        ...                                    # divide the summed loss by plan.labels(step)
+        ...                                    # divide the summed loss by plan.num_targets(step)
 
-Which packs a step has depends on (data_seed, epoch) alone; ranks, microbatch size, threads and the reading ahead decide
-only who computes what and when. The position of a run is the number of steps it was given, not what was read ahead.
+The packs of a step depend on (data_seed, epoch) alone. Ranks, microbatch size, threads and prefetching only decide which
+rank computes them, and when. The position of a run is the number of steps that the loader has returned, not of those
+that it has read ahead.
 
-A microbatch of T tokens with documents a (3 tokens), b (2) and 3 tokens of padding, targets marked *:
+A microbatch of T tokens with documents a (3 tokens), b (2) and 3 tokens of padding; targets are marked *:
 
     input_ids    a0 a1 a2* b0 b1* p  p  p      positions    0 1 2 0 1 0 1 2
-    cu_seqlens   0 3 5 8 8 8 …                 label_rows   1 3 0 0 …   (row i predicts token i + 1)
-                                               label_ids    a2 b1 -100 -100 …
+    cu_seqlens   0 3 5 8 8 8 …                 target_rows  1 3 0 0 …   (row i predicts token i + 1)
+                                               target_ids   a2 b1 -100 -100 …
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,29 +40,38 @@ from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.steps import StepPlan, accumulation
 from sft.recipe.presets import ModelConfig
 
-PADDING_DOCUMENT = (
-    1024  # tokens; padding is cut into documents of this length, so that its attention costs next to nothing
-)
+PADDING_DOCUMENT = 1024
+"""Padding is cut into documents of this many tokens, so that its attention costs next to nothing."""
+IGNORED = -100
+"""The target id of rows without a target."""
 
 
 @dataclass
 class Microbatch:
     """One forward pass of one rank. T tokens, D documents (padding included), L rows with a target.
 
-    Of ranks that share a row, each has its part of everything but cu_seqlens and max_len, which are of the whole row.
+    Ranks that share a row of tokens each have their part of every tensor except cu_seqlens. cu_seqlens, max_len and
+    num_tokens describe the complete row.
     """
 
-    input_ids: torch.Tensor  # int64 [T]
-    positions: torch.Tensor  # int64 [T], from 0 in every document
-    cu_seqlens: torch.Tensor  # int32 [bucket >= D + 1], the last value repeated: zero-length documents
-    max_len: int  # no document is longer; a bucket, not the exact length
-    label_rows: (
-        torch.Tensor
-    )  # int64 [bucket >= L]: row i, whose next token is a target in the same document; 0 in the padding
-    label_ids: torch.Tensor  # int64 [bucket]: that next token; -100 in the padding
-    label_sources: torch.Tensor  # int64 [bucket]: the source of its document; 0 in the padding
-    n_labels: int  # L of this part; 0 where a last, smaller batch leaves a rank without packs
-    n_tokens: int  # tokens of documents in the whole row, padding excluded
+    input_ids: torch.Tensor
+    """int64 [T]."""
+    positions: torch.Tensor
+    """int64 [T], from 0 in every document."""
+    cu_seqlens: torch.Tensor
+    """int32 [bucket >= D + 1]. The last value is repeated, which adds documents of length zero."""
+    max_len: int
+    """No document is longer. Rounded up, so that there are few values."""
+    target_rows: torch.Tensor
+    """int64 [bucket >= L]: rows whose next token is a target in the same document; 0 in the padding."""
+    target_ids: torch.Tensor
+    """int64 [bucket]: that next token; IGNORED in the padding."""
+    target_sources: torch.Tensor
+    """int64 [bucket]: the source of the target's document; 0 in the padding."""
+    num_targets: int
+    """L of this part; 0 for a rank that gets no packs of a smaller last batch."""
+    num_tokens: int
+    """Tokens of documents, padding excluded."""
 
     def to(self, device: torch.device | str) -> Microbatch:
         """A copy on a device; does not wait for pinned memory."""
@@ -73,13 +83,24 @@ class Microbatch:
         return replace(self, **moved)
 
 
+class Row(NamedTuple):
+    """The tokens of a microbatch and of its D documents, the padding's included."""
+
+    input_ids: torch.Tensor  # int64 [T]
+    positions: torch.Tensor  # int64 [T]
+    loss_mask: NDArray[np.bool_]  # [T]: is the token a target
+    ends: NDArray[np.int64]  # [D]
+    longest: int
+    num_tokens: int  # padding excluded
+
+
 def bucket(value: int, least: int = 64) -> int:
-    """The next power of two: document counts and lengths come in few sizes, so compiled code meets few shapes."""
+    """The next power of two, at least `least`. Compiled code then meets few shapes."""
     return max(least, 1 << max(value - 1, 0).bit_length())
 
 
 class Loader:
-    """Iterates (step, microbatches of this rank) from `start_step` to the end of the plan; can be iterated again."""
+    """Iterates (step, microbatches of this rank) from `start_step` to the end of the plan. Can be iterated again."""
 
     def __init__(
         self,
@@ -96,14 +117,19 @@ class Loader:
         pin: bool | None = None,
         part: tuple[int, int] = (0, 1),
     ) -> None:
-        """`part` = (which, of how many) equal parts of every microbatch's tokens this process computes."""
+        """`part` = (i, n): this process computes the i-th of n equal parts of every microbatch's tokens.
+
+        Raises SftError for a rank or step out of range, a plan without exact counts of targets, and a batch that the
+        ranks or parts do not divide.
+        """
         if not 0 <= rank < ranks:
             raise SftError(f"rank {rank} of {ranks} ranks")
         if not 0 <= start_step <= plan.steps:
             raise SftError(f"start_step {start_step} is past the plan's {plan.steps} steps")
         if not plan.index.losses.exact:
             raise SftError(
-                "the plan's labels of cut documents are an estimate, made without the masks; pack the dataset itself"
+                "the plan estimates the trained tokens of cut documents, because it was made without the loss masks;"
+                " pack the dataset itself"
             )
         self.plan, self.dataset, self.eos_id, self.pad_id = plan, dataset, eos_id, pad_id
         self.rank, self.ranks, self.start_step, self.threads = rank, ranks, start_step, max(threads, 1)
@@ -118,20 +144,23 @@ class Loader:
     def microbatch_tokens(self) -> int:
         return self.packs_each * self.plan.seq_len
 
-    def dealt(self, step: int) -> NDArray[np.int64]:
-        """Packs of a step as [microbatch, rank, slot], -1 where there is none."""
-        packs, _, slots = self._deal(step)
+    def assignment(self, step: int) -> NDArray[np.int64]:
+        """The packs of a step as [microbatch, rank, slot], -1 in empty slots."""
+        packs, _, slots = self._assign(step)
         return np.append(packs, -1)[slots]
 
     def expected(self, step: int) -> tuple[float, float]:
-        """(the share of the ranks' time that this step is expected to wait, ranks meeting in every microbatch; its training
-        FLOPs on all ranks as sft.model.utilisation counts them, padding excluded)."""
-        _, costs, slots = self._deal(step)
+        """What the step is expected to cost: (idle, flops).
+
+        `idle` is the share of the ranks' time that is spent waiting, when ranks meet in every microbatch. `flops` are
+        the training FLOPs of all ranks as sft.model.utilisation counts them, padding excluded.
+        """
+        _, costs, slots = self._assign(step)
         forward = float(costs.sum()) - token_flops(self.model) * self.plan.padding(step)
         return idle(costs, slots)[0], 3 * forward
 
-    def _deal(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-        """The packs of a step, their costs, and who gets which of them."""
+    def _assign(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+        """The packs of a step, their costs, and which rank gets which of them."""
         packs = self.plan.packs(step)
         costs = pack_costs(self.plan.index, self.model, packs)
         if self.plan.order == "olmo-core":
@@ -139,10 +168,10 @@ class Loader:
         return packs, costs, deal(costs, self.ranks, self.packs_each)
 
     def __iter__(self) -> Iterator[tuple[int, list[Microbatch]]]:
-        """Reads a step and a half ahead, in threads: NumPy lets go of the interpreter while it gathers."""
+        """Prefetches a step and a half in threads: NumPy releases the interpreter lock while it copies."""
         ahead = max(self.microbatches + self.microbatches // 2, self.threads) + 1
-        jobs = (
-            (step, [slots[slots >= 0] for slots in self.dealt(step)[:, self.rank]])
+        todo = (
+            (step, [slots[slots >= 0] for slots in self.assignment(step)[:, self.rank]])
             for step in range(self.start_step, self.plan.steps)
         )
         waiting: deque[tuple[int, list[Future[Microbatch]]]] = deque()
@@ -151,11 +180,12 @@ class Loader:
                 more = True
                 while more or waiting:
                     while more and (sum(len(futures) for _, futures in waiting) < ahead or len(waiting) < 2):
-                        job = next(jobs, None)
-                        if job is None:
+                        following = next(todo, None)
+                        if following is None:
                             more = False
                         else:
-                            waiting.append((job[0], [pool.submit(self.microbatch, packs) for packs in job[1]]))
+                            step, packs_of = following
+                            waiting.append((step, [pool.submit(self.microbatch, packs) for packs in packs_of]))
                     if waiting:
                         step, futures = waiting.popleft()
                         yield step, [future.result() for future in futures]
@@ -165,82 +195,100 @@ class Loader:
                         future.cancel()
 
     def microbatch(self, packs: NDArray[np.int64]) -> Microbatch:
-        """Builds the microbatch of some packs; no packs make one of padding alone."""
-        size = self.microbatch_tokens
-        pieces = (
-            np.concatenate([self.plan.index.pack(int(p)) for p in packs]) if len(packs) else self.plan.index.pieces[:0]
+        """Builds the microbatch of some packs. Without packs it is padding only.
+
+        Raises SftError when the loss masks hold another number of targets than the packs' index.
+        """
+        index, size = self.plan.index, self.microbatch_tokens
+        segments = np.concatenate([index.pack(int(p)) for p in packs]) if len(packs) else index.segments[:0]
+        rows = self.dataset.documents[segments["document"]]
+        row = self._gather(segments, rows)
+        targets = np.flatnonzero(row.loss_mask)
+        if len(targets) != int(segments["labels"].sum(dtype=np.int64)):
+            raise SftError(
+                f"{self.dataset.folder}: packs {packs.tolist()[:4]} have {len(targets)} trained tokens, their index says "
+                f"{segments['labels'].sum(dtype=np.int64)}; the masks changed or the index was made without them: pack again"
+            )
+        sources = np.repeat(rows["source"], segments["labels"])
+        tokens = slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
+        # Targets are assigned by the row that predicts them: the last row of a part predicts the next part's first token.
+        mine = slice(*np.searchsorted(targets, [tokens.start + 1, tokens.stop + 1]))
+        target_rows, target_ids, target_sources = self._targets(row, targets[mine], sources[mine], tokens.start)
+        return Microbatch(
+            input_ids=row.input_ids[tokens],
+            positions=row.positions[tokens],
+            cu_seqlens=self._cu_seqlens(row.ends),
+            max_len=min(bucket(row.longest), self.plan.seq_len),
+            target_rows=target_rows,
+            target_ids=target_ids,
+            target_sources=target_sources,
+            num_targets=len(targets[mine]),
+            num_tokens=row.num_tokens,
         )
-        rows = self.dataset.documents[pieces["document"]]
-        lengths = pieces["length"].astype(np.int64)
+
+    def _gather(self, segments: NDArray[Any], rows: NDArray[Any]) -> Row:
+        """Copies the segments one after another and adds padding. `rows` are their documents' DOCUMENT records."""
+        size = self.microbatch_tokens
+        lengths = segments["length"].astype(np.int64)
         used = int(lengths.sum())
-        longest = min(PADDING_DOCUMENT, self.plan.seq_len)
-        padding = np.full(-(-(size - used) // longest), longest, dtype=np.int64)
-        if len(padding):
-            padding[-1] -= padding.sum() - (size - used)
-        all_lengths = np.concatenate([lengths, padding])
+        all_lengths = np.concatenate([lengths, self._padding(size - used)])
         ends = np.cumsum(all_lengths)
         starts = ends - all_lengths
 
-        ids, ids_array = self._empty(size)
+        input_ids, ids = self._empty(size)
         positions, positions_array = self._empty(size)
         np.subtract(np.arange(size), np.repeat(starts, all_lengths), out=positions_array)
-        mask = np.zeros(size, dtype=np.bool_)
-        first = rows["start"].astype(np.int64) + pieces["start"]
+        loss_mask = np.zeros(size, dtype=np.bool_)
+        first = rows["start"].astype(np.int64) + segments["start"]
         spans = zip(rows["part"].tolist(), first.tolist(), (first + lengths).tolist(), starts.tolist(), strict=False)
         for part, begin, end, at in spans:
-            ids_array[at : at + end - begin] = self.dataset.ids(part)[begin:end]
-            mask[at : at + end - begin] = self.dataset.mask(part)[begin:end]
-        ids_array[used:] = self.pad_id
+            ids[at : at + end - begin] = self.dataset.ids(part)[begin:end]
+            loss_mask[at : at + end - begin] = self.dataset.mask(part)[begin:end]
+        ids[used:] = self.pad_id
 
-        mask[starts[: len(lengths)]] = False  # nothing precedes a document's first token
+        loss_mask[starts[: len(lengths)]] = False  # no token of its document precedes the first one
         if self.plan.index.policy == "truncate":
-            # The last token of a document that was cut becomes EOS, and it is not trained: the document did not end there.
-            last = ends[: len(lengths)][rows["length"] > pieces["length"]] - 1
-            ids_array[last] = self.eos_id
-            mask[last] = False
+            # The last token of a cut document becomes EOS. It is not trained, because the document did not end there.
+            last = ends[: len(lengths)][rows["length"] > segments["length"]] - 1
+            ids[last] = self.eos_id
+            loss_mask[last] = False
+        return Row(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used)
 
-        targets = np.flatnonzero(mask)
-        if len(targets) != int(pieces["labels"].sum(dtype=np.int64)):
-            raise SftError(
-                f"{self.dataset.folder}: packs {packs.tolist()[:4]} have {len(targets)} trained tokens, their index says "
-                f"{pieces['labels'].sum(dtype=np.int64)}; the masks changed or the index was made without them: pack again"
-            )
-        sources = np.repeat(rows["source"], pieces["labels"])
-        # Targets become rows before the row of tokens is divided: the last row of a part predicts the next part's first token.
-        tokens = slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
-        mine = slice(*np.searchsorted(targets, [tokens.start + 1, tokens.stop + 1]))
-        targets, sources = targets[mine], sources[mine]
+    def _padding(self, tokens: int) -> NDArray[np.int64]:
+        """Lengths of the documents that fill this many tokens."""
+        longest = min(PADDING_DOCUMENT, self.plan.seq_len)
+        lengths = np.full(-(-tokens // longest), longest, dtype=np.int64)
+        if len(lengths):
+            lengths[-1] -= lengths.sum() - tokens
+        return lengths
+
+    def _targets(
+        self, row: Row, targets: NDArray[np.int64], sources: NDArray[Any], first: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """target_rows, target_ids and target_sources of the targets at these positions of the complete row.
+
+        `first` is the position of this part's first token.
+        """
         count = len(targets)
-        room = -(-max(count, 1) // self._label_unit) * self._label_unit
-        label_rows, rows_array = self._empty(room)
-        label_ids, label_ids_array = self._empty(room)
-        label_sources, sources_array = self._empty(room)
-        np.subtract(targets, 1 + tokens.start, out=rows_array[:count])
-        np.take(ids_array, targets, out=label_ids_array[:count], mode="clip")
+        unit = max(self.microbatch_tokens // self.parts // 8, 1)  # sizes are multiples of an eighth of a microbatch
+        size = -(-max(count, 1) // unit) * unit
+        target_rows, rows_array = self._empty(size)
+        target_ids, ids_array = self._empty(size)
+        target_sources, sources_array = self._empty(size)
+        np.subtract(targets, 1 + first, out=rows_array[:count])
+        np.take(row.input_ids.numpy(), targets, out=ids_array[:count], mode="clip")
         sources_array[:count] = sources
-        rows_array[count:], label_ids_array[count:], sources_array[count:] = 0, -100, 0
+        rows_array[count:], ids_array[count:], sources_array[count:] = 0, IGNORED, 0
+        return target_rows, target_ids, target_sources
 
-        edges = np.full(bucket(len(all_lengths) + 1), size, dtype=np.int32)
+    def _cu_seqlens(self, ends: NDArray[np.int64]) -> torch.Tensor:
+        """int32 [bucket >= D + 1]: where every document starts and ends, the last value repeated."""
+        edges = np.full(bucket(len(ends) + 1), self.microbatch_tokens, dtype=np.int32)
         edges[0], edges[1 : len(ends) + 1] = 0, ends
-        cu_seqlens = torch.from_numpy(edges)
-        return Microbatch(
-            input_ids=ids[tokens],
-            positions=positions[tokens],
-            cu_seqlens=cu_seqlens.pin_memory() if self.pin else cu_seqlens,
-            max_len=min(bucket(int(all_lengths.max())), self.plan.seq_len),
-            label_rows=label_rows,
-            label_ids=label_ids,
-            label_sources=label_sources,
-            n_labels=count,
-            n_tokens=used,
-        )
-
-    @property
-    def _label_unit(self) -> int:
-        """Rows with a target come in eighths of a microbatch."""
-        return max(self.microbatch_tokens // self.parts // 8, 1)
+        tensor = torch.from_numpy(edges)
+        return tensor.pin_memory() if self.pin else tensor
 
     def _empty(self, size: int) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        """A tensor and the NumPy view of its memory that it is filled through: no copy in between."""
+        """A tensor, and the NumPy view of its memory through which it is filled without a copy."""
         tensor = torch.empty(size, dtype=torch.int64, pin_memory=self.pin)
         return tensor, tensor.numpy()

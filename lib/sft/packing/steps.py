@@ -1,12 +1,11 @@
-"""Epoch and batch arithmetic: which packs, tokens and labels every optimizer step has, known before anything starts.
+"""Epoch and batch arithmetic: the packs, tokens and targets of every optimizer step, known before training starts.
 
-In:  a `PackIndex` and the recipe's [train] table. Out: a `StepPlan`; nothing in it depends on ranks, workers or
-     accumulation, so every rank computes the same plan alone, and the loss denominator of a step needs no collective.
+In:  a `PackIndex` and the recipe's [train] table. Out: a `StepPlan`. It does not depend on ranks, workers or accumulation,
+     so every rank computes the same plan on its own, and the loss denominator of a step needs no collective.
 
-Packs are shuffled anew every epoch by (data_seed, epoch). The epochs follow each other without a gap: the last batch of
-an epoch takes the packs it lacks from the next one, and what is left after the last epoch makes a last, smaller batch
-(`epoch_tail = "drop"` leaves the remainder of every epoch out instead). Steps count from 0 here: after step s is done,
-s + 1 steps are consumed.
+Packs are shuffled in every epoch by (data_seed, epoch). Epochs follow each other without a gap: the last batch of an epoch
+is filled with packs of the next one. The rest after the last epoch is a smaller last batch. With `epoch_tail = "drop"`
+the rest of every epoch is left out instead. Steps count from 0 here: when step s is done, s + 1 steps are consumed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from sft.recipe.schema import Hardware, Train
 
 
 def warmup_steps(train: Train, steps: int) -> int:
-    """The steps in which the learning rate rises to its peak."""
+    """The number of steps in which the learning rate rises to its peak."""
     return round(train.warmup_fraction * steps)
 
 
@@ -38,29 +37,33 @@ def epoch_order(packs: int, seed: int, epoch: int, order: str = "shuffled") -> N
         indices = np.arange(packs, dtype=np.uint32)
         np.random.Generator(np.random.PCG64(seed + epoch + 1)).shuffle(indices)
         return indices.astype(np.int64)
-    # Sorted raw output of the bit generator: NumPy promises that stream, not what `shuffle` makes of it.
+    # Sorts the raw output of the bit generator: NumPy guarantees that stream, but not the result of `shuffle`.
     raw = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(packs)
     return np.argsort(raw, kind="stable")
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What every step consumes. Make one with `StepPlan.build` (training) or `StepPlan.once` (a pass for validation)."""
+    """The packs that every step consumes. Made by `StepPlan.build` (training) or `StepPlan.once` (validation)."""
 
     index: PackIndex
     batch_packs: int  # packs of a global batch
-    epoch_packs: int  # packs consumed in an epoch: all, or as many as fill whole batches
-    total_packs: int  # packs consumed in the whole run
+    epoch_packs: int  # packs consumed in an epoch: all, or as many as fill complete batches
+    total_packs: int  # packs consumed in the run
     seed: int
     order: str
     warmup_steps: int
-    _labels: NDArray[np.int64]  # of every pack
-    _tokens: NDArray[np.int64]
+    _num_targets: NDArray[np.int64]  # [packs]
+    _num_tokens: NDArray[np.int64]  # [packs]
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict)  # the last two epochs used
 
     @classmethod
     def build(cls, index: PackIndex, train: Train) -> StepPlan:
-        """The plan of a training run. Refuses what cannot be trained, with the numbers."""
+        """The plan of a training run.
+
+        Raises SftError, with the numbers, for packs of another length, a batch that is not a multiple of it, a dataset
+        smaller than a batch, zero steps, and a step without a target.
+        """
         if index.seq_len != train.seq_len:
             raise SftError(f"[train] seq_len {train.seq_len}: the packs are of {index.seq_len} tokens; pack again")
         batch_packs, rest = divmod(train.global_batch_tokens, train.seq_len)
@@ -73,9 +76,9 @@ class StepPlan:
         drop = train.epoch_tail == "drop" or train.order == "olmo-core"
         epoch_packs = len(index) // batch_packs * batch_packs if drop else len(index)
         if len(index) < batch_packs:
-            kept = index.losses.tokens - index.losses.tokens_lost
+            packed = index.losses.tokens - index.losses.tokens_lost
             raise SftError(
-                f"[train] the dataset is smaller than one batch: {kept} tokens of {index.losses.documents} documents fill "
+                f"[train] the dataset is smaller than one batch: {packed} tokens of {index.losses.documents} documents fill "
                 f"{len(index)} packs of {train.seq_len}, a batch of global_batch_tokens {train.global_batch_tokens} needs "
                 f"{batch_packs}; lower global_batch_tokens to {len(index) * train.seq_len} or less, or add data"
             )
@@ -97,10 +100,10 @@ class StepPlan:
             seed=train.data_seed,
             order=train.order,
             warmup_steps=warmup_steps(train, -(-total // batch_packs)),
-            _labels=index.sums("labels"),
-            _tokens=index.sums("length"),
+            _num_targets=index.sums("labels"),
+            _num_tokens=index.sums("length"),
         )
-        untrained = next((s for s, (labels, _) in enumerate(plan._sums()) if not labels), None)
+        untrained = next((step for step, (targets, _) in enumerate(plan._sums()) if not targets), None)
         if untrained is not None:
             raise SftError(
                 f"[train] step {untrained + 1} of {plan.steps} has no trained token in {batch_packs} packs; check the masks"
@@ -118,8 +121,8 @@ class StepPlan:
             seed=0,
             order="sequential",
             warmup_steps=0,
-            _labels=index.sums("labels"),
-            _tokens=index.sums("length"),
+            _num_targets=index.sums("labels"),
+            _num_tokens=index.sums("length"),
         )
 
     @property
@@ -135,25 +138,26 @@ class StepPlan:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a plan of {self.steps} steps")
         at, end = step * self.batch_packs, min((step + 1) * self.batch_packs, self.total_packs)
-        found = []
+        parts = []
         while at < end:
             epoch, offset = divmod(at, self.epoch_packs)
-            took = min(end - at, self.epoch_packs - offset)
-            found.append(self._epoch(epoch)[offset : offset + took])
-            at += took
-        return np.concatenate(found)
+            count = min(end - at, self.epoch_packs - offset)
+            parts.append(self._epoch(epoch)[offset : offset + count])
+            at += count
+        return np.concatenate(parts)
 
-    def labels(self, step: int) -> int:
-        """Trained tokens of the global batch: what the summed loss is divided by."""
-        return int(self._labels[self.packs(step)].sum())
+    def num_targets(self, step: int) -> int:
+        """Trained tokens of the global batch: the loss denominator."""
+        return int(self._num_targets[self.packs(step)].sum())
 
     def tokens(self, step: int) -> int:
         """Tokens of documents in the global batch, padding excluded."""
-        return int(self._tokens[self.packs(step)].sum())
+        return int(self._num_tokens[self.packs(step)].sum())
 
     def padding(self, step: int) -> int:
+        """Tokens of padding in the global batch."""
         packs = self.packs(step)
-        return len(packs) * self.seq_len - int(self._tokens[packs].sum())
+        return len(packs) * self.seq_len - int(self._num_tokens[packs].sum())
 
     def consumed(self, steps: int) -> DataPosition:
         """The position in the data after `steps` steps. A checkpoint records it, and a resumed run compares it."""
@@ -174,14 +178,14 @@ class StepPlan:
 
     @property
     def digest(self) -> str:
-        """Equal digests: the same tokens in the same steps, as far as both plans go."""
-        facts = f"{self.index.digest} {self.batch_packs} {self.epoch_packs} {self.seed} {self.order}"
-        return hashlib.sha256(facts.encode()).hexdigest()[:32]
+        """Plans with equal digests have the same tokens in every step that both have."""
+        text = f"{self.index.digest} {self.batch_packs} {self.epoch_packs} {self.seed} {self.order}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def describe(self) -> StepSummary:
         """The plan in numbers, for `make show`, doctor, manifests and reports."""
         sums = np.array(list(self._sums()), dtype=np.int64).reshape(-1, 2)
-        labels, losses = sums[:, 0], self.index.losses
+        targets, losses = sums[:, 0], self.index.losses
         positions = self.total_packs * self.seq_len
         tokens = int(sums[:, 1].sum())
         return StepSummary(
@@ -197,15 +201,15 @@ class StepPlan:
             tokens=tokens,
             padding=positions - tokens,
             padding_fraction=1 - tokens / positions if positions else 0.0,
-            fill=float(self._tokens.sum() / (len(self.index) * self.seq_len)) if len(self.index) else 0.0,
-            trained_tokens=int(labels.sum()),
+            fill=float(self._num_tokens.sum() / (len(self.index) * self.seq_len)) if len(self.index) else 0.0,
+            trained_tokens=int(targets.sum()),
             trained_tokens_per_step=TokensPerStep(
-                min=int(labels.min()) if len(labels) else 0,
-                mean=float(labels.mean()) if len(labels) else 0.0,
-                max=int(labels.max()) if len(labels) else 0,
+                min=int(targets.min()) if len(targets) else 0,
+                mean=float(targets.mean()) if len(targets) else 0.0,
+                max=int(targets.max()) if len(targets) else 0,
             ),
             documents=losses.documents,
-            documents_per_pack=len(self.index.pieces) / len(self.index) if len(self.index) else 0.0,
+            documents_per_pack=len(self.index.segments) / len(self.index) if len(self.index) else 0.0,
             long_documents=losses.long_documents,
             long_documents_policy=self.index.policy,
             unlabelled_pieces=losses.unlabelled_pieces,
@@ -225,14 +229,17 @@ class StepPlan:
         return self._orders[epoch]
 
     def _sums(self) -> Iterator[tuple[int, int]]:
-        """(labels, tokens) of every step."""
+        """(targets, tokens) of every step."""
         for step in range(self.steps):
             packs = self.packs(step)
-            yield int(self._labels[packs].sum()), int(self._tokens[packs].sum())
+            yield int(self._num_targets[packs].sum()), int(self._num_tokens[packs].sum())
 
 
 def accumulation(batch_packs: int, seq_len: int, ranks: int, microbatch_tokens: int = 0) -> tuple[int, int]:
-    """(microbatches a step, packs a microbatch) of every rank; a remainder is refused with the numbers."""
+    """(microbatches per step, packs per microbatch) of every rank. Raises SftError, with the numbers, for a remainder.
+
+    `microbatch_tokens` 0 is one pack.
+    """
     microbatch_tokens = microbatch_tokens or seq_len
     packs, rest = divmod(microbatch_tokens, seq_len)
     if rest or not packs:
@@ -250,8 +257,10 @@ def accumulation(batch_packs: int, seq_len: int, ranks: int, microbatch_tokens: 
 
 
 def context_groups(model: ModelConfig, train: Train, hardware: Hardware, ranks: int) -> int:
-    """How many groups of `context_degree` ranks there are; each computes its microbatches together. Refuses, with the numbers,
-    a degree that does not divide the ranks, the attention heads or the tokens."""
+    """The number of groups of `context_degree` ranks. The ranks of a group compute their microbatches together.
+
+    Raises SftError, with the numbers, for a degree that does not divide the ranks, the attention heads or the tokens.
+    """
     degree = hardware.context_degree
     tokens = hardware.microbatch_tokens or train.seq_len
     for what, count in (

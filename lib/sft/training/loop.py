@@ -65,22 +65,22 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tenso
         b.positions,
         b.cu_seqlens,
         b.max_len,
-        b.label_rows,
-        b.label_ids,
+        b.target_rows,
+        b.target_ids,
         loss_denominator,
         run.stage.recipe.train.z_loss,
     )
     count = len(run.sources)
     sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=rows.device)
     sums[0] = loss.detach()
-    sums[1 : 1 + count].index_add_(0, b.label_sources, rows.double())
-    sums[1 + count :].index_add_(0, b.label_sources, (b.label_ids >= 0).double())
+    sums[1 : 1 + count].index_add_(0, b.target_sources, rows.double())
+    sums[1 + count :].index_add_(0, b.target_sources, (b.target_ids >= 0).double())
     return loss, sums
 
 
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     """Adds up the gradients of this rank's microbatches of a step; returns the sum of their statistics."""
-    loss_denominator, total = float(run.plan.labels(step)), None
+    loss_denominator, total = float(run.plan.num_targets(step)), None
     for number, batch in enumerate(batches, 1):
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
             run.model.set_requires_all_reduce(number == len(batches))
