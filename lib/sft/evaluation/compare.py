@@ -220,6 +220,7 @@ class _MetricItems(NamedTuple):
     items: dict[str, SampleItem]
 
     def values(self, items: Sequence[str]) -> list[Any]:
+        """The metric's value of each item; None for an item without one."""
         return [(self.items[item].scores or {}).get(self.name) for item in items]
 
     def is_mean(self) -> bool:
@@ -309,6 +310,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def p_text(p: float | None) -> str:
+    """A p value with four digits."""
     return "–" if p is None else "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 

@@ -248,6 +248,7 @@ def _numbered(keys: Sequence[str]) -> list[int]:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error of torch says that memory is short, on a GPU or on a CPU."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "not enough memory" in text
 

@@ -202,10 +202,12 @@ def problems_of(result: TaskResult, samples: Sequence[Sample], options: Evaluate
 
 
 def too_many_empty(share: float, n: int, options: Evaluate) -> str:
+    """The reason for a task with too many empty replies."""
     return f"{share:.0%} of {n} replies are empty, max_empty_fraction is {options.max_empty_fraction:g}"
 
 
 def too_few_stop(facts: Generation, options: Evaluate) -> str:
+    """The reason for a task with too few replies that stop."""
     return f"{facts.stop_rate:.0%} of {facts.n} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}"
 
 
@@ -237,6 +239,7 @@ def json_hash(value: Any) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number other than NaN; True and False are numbers."""
     return isinstance(value, (int, float)) and not (isinstance(value, float) and math.isnan(value))
 
 

@@ -97,6 +97,7 @@ def document(title: str, sections: Sequence[tuple[str, str]], note: str = "") ->
 
 
 def anchor(title: str) -> str:
+    """The id of a section."""
     return title.lower().replace(" ", "-")
 
 

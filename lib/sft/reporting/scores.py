@@ -63,6 +63,7 @@ def endings(facts: Generation | None) -> str:
 
 
 def held_out(loss: ValidationLoss) -> str:
+    """One sentence on the loss of the validation split."""
     return (
         f"<p>Validation split: loss <b>{loss.loss:.4f}</b> ± {loss.stderr or 0:.4f} ({interval(loss.bounds)}), perplexity"
         f" <b>{loss.perplexity:.2f}</b> ({interval(loss.perplexity_bounds)}), over {loss.labels:,} trained tokens of"
@@ -71,6 +72,7 @@ def held_out(loss: ValidationLoss) -> str:
 
 
 def length_bars(bins: Iterable[tuple[int, int]]) -> str:
+    """A bar chart of (upper end in tokens, replies)."""
     bars = [(f"≤{top:,}", n, f"{n:,} replies of at most {top:,} tokens") for top, n in bins]
     return charts.bars(bars, width=max(320, 56 * len(bars)), height=190, x_name="tokens")
 
@@ -135,12 +137,14 @@ class _Column:
         self.task, self.name, self.kind, self.points = task, name, kind, points
 
     def chart(self) -> str:
+        """The score over the steps with its intervals."""
         spread = [(step, *bounds) for step, (_, _, bounds) in self.points.items() if bounds]
         points = [(step, value) for step, (value, _, _) in self.points.items()]
         line = Line(self.name, self.kind, points, True, spread)
         return charts.lines([line], width=360, height=190, x_name="step")
 
     def cell(self, evaluation: Evaluation) -> str:
+        """The cell of one step: the score with its error, or "broken" with the reason as its tooltip."""
         if point := self.points.get(evaluation.step):
             value, stderr, _ = point
             return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
@@ -171,4 +175,5 @@ def _loss_column(found: Sequence[Evaluation]) -> list[_Column]:
 
 
 def interval(bounds: Bounds | None) -> str:
+    """A 95 % interval with three digits."""
     return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "no interval"
