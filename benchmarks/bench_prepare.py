@@ -284,7 +284,7 @@ def compare(
     found["light_ancestor"] = in_processes(LightAncestor, (templated,), few, cores)
     check = encoder.encode(few, encoder.prepare.sources[0])
     print(
-        f"  ancestor, tokens and labels: {found['ancestor'][:2]}; ours on its rows: {(len(check.ids), int(check.labels.sum()))}"
+        f"  ancestor, tokens and labels: {found['ancestor'][:2]}; ours on its rows: {(len(check.ids), int(check.num_targets.sum()))}"
     )
     tokens_, labels, clock, cpu = hugging_face(encoder, sample)
     found["hugging_face_batch"] = (tokens_, labels, clock, cpu / cores)

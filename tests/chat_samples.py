@@ -56,7 +56,7 @@ def text_of(made: Encoder, encoded: Encoded, document: int = 0, trained: bool = 
     """What a document's ids decode to; with `trained`, only those under the mask."""
     start = int(encoded.lengths[:document].sum())
     part = slice(start, start + int(encoded.lengths[document]))
-    ids = encoded.ids[part][encoded.mask[part]] if trained else encoded.ids[part]
+    ids = encoded.ids[part][encoded.loss_mask[part]] if trained else encoded.ids[part]
     return made.vocabulary.decode(ids).decode(errors="replace")
 
 

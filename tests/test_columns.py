@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
-from sft.data import sources, vocabulary
+from sft.data import align, sources
 from sft.data.blocks import Columns, pieces
 from sft.data.fast import lines as compiled_lines
 from sft.data.fast.columns import messages
@@ -142,7 +142,7 @@ def test_bytes_that_are_no_unicode_are_left_to_python(encoders: Any, where: str)
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile(["parquet"])
-    known = len(compiled_lines.read_columns.signatures), len(vocabulary.walk.signatures)
+    known = len(compiled_lines.read_columns.signatures), len(align.align_tokens.signatures)
     rows = rows_of(60)
     for row in rows[:20]:
         row["messages"][0]["functions"] = "[]"
@@ -152,7 +152,7 @@ def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None
         struct = pa.struct([("content", text), ("role", text)])
         array = pa.array([row["messages"] for row in rows], type=pa.large_list(struct))
         both_ways(made, Columns(pa.RecordBatch.from_pydict({"messages": array}), 0))
-    assert (len(compiled_lines.read_columns.signatures), len(vocabulary.walk.signatures)) == known
+    assert (len(compiled_lines.read_columns.signatures), len(align.align_tokens.signatures)) == known
 
 
 def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:

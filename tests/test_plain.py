@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
-from sft.data import vocabulary
+from sft.data import align
 from sft.data.blocks import Block
 from sft.data.compiled import compiled
 from sft.data.fast import lines as compiled_lines
@@ -202,11 +202,11 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile()
-    known = len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)
+    known = len(compiled_lines.read_lines.signatures), len(align.align_tokens.signatures)
     rng = random.Random(0)
     rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
     lines_both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
-    assert (len(compiled_lines.read_lines.signatures), len(vocabulary.walk.signatures)) == known
+    assert (len(compiled_lines.read_lines.signatures), len(align.align_tokens.signatures)) == known
 
 
 def test_code_is_compiled_where_nothing_can_be_kept() -> None:
@@ -225,6 +225,6 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
         block = Block.of(lines * 3)
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
         text, _ = room.read(block)
-        assert len(text.data) + plain.WORD <= len(room.out) and len(text.edges) <= len(room.edges)
+        assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.edges)
         compiled_way, python, _ = lines_both_ways(made, lines)
         assert compiled_way == python

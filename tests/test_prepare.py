@@ -249,13 +249,13 @@ def test_a_tokenizer_whose_tokens_have_no_fixed_bytes_is_prepared_to_the_end(tmp
 
 
 def test_chunks_that_the_fast_encoder_got_wrong_are_counted(tmp_path, monkeypatch):
-    from sft.data.tokenize import Encoder
+    from sft.data.byte_encoder import ByteLevelEncoder
 
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(10)])
     s = stage(tmp_path)
     if preparation.Preparation(s, prepare.Shard()).encoder.engine.fast is None:
         pytest.skip("there is no fast encoder here")
-    monkeypatch.setattr(Encoder, "_parity", lambda *_: -1)
+    monkeypatch.setattr(ByteLevelEncoder, "parity", lambda *_: None)
     result = prepare.prepare(s)
     assert result.metrics["encoded_by"] == {"tokenizers": 10} and result.metrics["chunks_redone"] == 1
     assert [line for line in s.said if "1 of 1 chunks were encoded again" in line]

@@ -31,7 +31,7 @@ def files(tmp_path: Path) -> list[list[sources.InputFile]]:
 
 def test_segments_are_the_document_with_special_tokens_alone(made: Encoder) -> None:
     got = made.encode([chat("é", f"b{EOS}c")], SOURCE)
-    parts = preview.segments(made.vocabulary, got.ids, got.mask)
+    parts = preview.segments(made.vocabulary, got.ids, got.loss_mask)
     assert (
         "".join(part.text for part in parts)
         == f"<|im_start|>user\né{IM_END}\n<|im_start|>assistant\nb{EOS}c{IM_END}\n{EOS}"

@@ -96,8 +96,8 @@ def test_turn_terminator_is_trained_after_every_turn_that_has_one(name: str, enc
     got = made.encode([MULTI], SOURCE)
     terminators = set(made.identity.terminator_ids)
     answers = 1 if name.startswith("simple") else 3  # the simple layouts end only the conversation
-    assert terminators and sum(number in terminators for number in got.ids[got.mask].tolist()) == answers
-    assert int(got.ids[got.mask][-1]) in terminators
+    assert terminators and sum(number in terminators for number in got.ids[got.loss_mask].tolist()) == answers
+    assert int(got.ids[got.loss_mask][-1]) in terminators
 
 
 @pytest.mark.parametrize("name", STOCK)
@@ -146,7 +146,7 @@ def test_mask_is_never_all_ones(name: str, encoders: Any) -> None:
     """Megatron-Bridge #3359: without generation markers in the template everything was trained."""
     made = encoders[name]
     got = made.encode([MULTI, chat("only a question", "x")], SOURCE)
-    assert (got.labels < got.lengths // 2).all() and (got.labels > 0).all()
+    assert (got.num_targets < got.lengths // 2).all() and (got.num_targets > 0).all()
     spoken = text_of(made, got, 0, trained=True) + text_of(made, got, 1, trained=True)
     assert not any(text in spoken for text in ("What", "Thanks", "question", "OLMo"))
 
@@ -157,7 +157,7 @@ def test_mask_is_never_all_ones_with_stock_templates(name: str, stock: Any) -> N
     made = stock[name]
     assert "generation %}" not in made.template.text
     got = made.encode([MULTI, chat("only a question", "x")], SOURCE)
-    assert (got.labels < got.lengths // 2).all() and got.rejects == []
+    assert (got.num_targets < got.lengths // 2).all() and got.rejects == []
     spoken = text_of(made, got, 0, trained=True) + text_of(made, got, 1, trained=True)
     scaffold = ("What", "Thanks", "question", "user", "model", "assistant", "start", "\n")
     assert not any(text in spoken for text in scaffold)
@@ -171,7 +171,7 @@ def test_mask_is_never_all_zeros_with_stock_templates(name: str, stock: Any) -> 
     got = made.encode([{"messages": silent}, MULTI, chat("a", "b")], SOURCE)
     assert [(bad.row, bad.reason) for bad in got.rejects] == [(0, "nothing_to_train")]
     assert got.rows.tolist() == [1, 2]
-    assert got.labels.tolist() == [int(part.sum()) for part in np.split(got.mask, [got.lengths[0]])]
+    assert got.num_targets.tolist() == [int(part.sum()) for part in np.split(got.loss_mask, [got.lengths[0]])]
     assert text_of(made, got, 0, trained=True).startswith("4") and text_of(made, got, 1, trained=True).startswith("b")
 
 
@@ -182,10 +182,10 @@ def test_mask_is_never_all_zeros(encoders: Any) -> None:
     for made in encoders.values():
         got = made.encode(rows, SOURCE)
         assert [(bad.row, bad.reason) for bad in got.rejects] == [(0, "nothing_to_train"), (2, "nothing_to_train")]
-        assert got.labels.tolist() == [
-            int(mask.sum()) for mask in (got.mask[: got.lengths[0]], got.mask[got.lengths[0] :])
+        assert got.num_targets.tolist() == [
+            int(mask.sum()) for mask in (got.loss_mask[: got.lengths[0]], got.loss_mask[got.lengths[0] :])
         ]
-        assert (got.labels > 0).all()
+        assert (got.num_targets > 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name.startswith("olmo")])
@@ -271,7 +271,7 @@ def test_masks_equal_the_oracle_on_random_conversations(encoders: Any, row: dict
         assert [bad.reason for bad in got.rejects] == ["nothing_to_train"]
         return
     assert got.ids.tolist() == ids
-    assert got.mask.tolist() == mask
+    assert got.loss_mask.tolist() == mask
 
 
 @settings(max_examples=60, deadline=None)
@@ -285,9 +285,9 @@ def test_every_document_keeps_the_promises_whatever_the_content(
     made = encoders[name]
     got = made.encode(rows, SOURCE)
     assert sorted([*got.rows.tolist(), *(bad.row for bad in got.rejects)]) == list(range(len(rows)))
-    assert len(got.ids) == len(got.mask) == got.lengths.sum() and got.mask.sum() == got.labels.sum()
+    assert len(got.ids) == len(got.loss_mask) == got.lengths.sum() and got.loss_mask.sum() == got.num_targets.sum()
     starts = got.lengths.cumsum() - got.lengths
-    assert not got.mask[starts].any() and (got.labels > 0).all()
+    assert not got.loss_mask[starts].any() and (got.num_targets > 0).all()
     if made.identity.boundaries == "eos":
         assert ((got.ids == made.identity.eos_id).nonzero()[0] == starts + got.lengths - 1).all()
     for document, row in enumerate(got.rows.tolist()):

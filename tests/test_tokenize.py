@@ -71,9 +71,9 @@ def test_a_batch_gives_what_its_rows_give_one_by_one(olmo: Encoder, rows: list[d
     together = olmo.encode(rows, SOURCE)
     alone = [olmo.encode([row], SOURCE) for row in rows]
     assert together.ids.tolist() == [i for one in alone for i in one.ids.tolist()]
-    assert together.mask.tolist() == [i for one in alone for i in one.mask.tolist()]
+    assert together.loss_mask.tolist() == [i for one in alone for i in one.loss_mask.tolist()]
     assert together.lengths.tolist() == [i for one in alone for i in one.lengths.tolist()]
-    assert together.labels.sum() == together.mask.sum()
+    assert together.num_targets.sum() == together.loss_mask.sum()
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -86,7 +86,7 @@ def test_jinja_file_gives_the_same_tokens_and_masks_as_the_named_template(both: 
         assert (one.rejects and two.rejects) or name.startswith("simple_concat")
         return
     assert one.ids.tolist() == two.ids.tolist()
-    assert one.mask.tolist() == two.mask.tolist()
+    assert one.loss_mask.tolist() == two.loss_mask.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -161,8 +161,8 @@ def test_gap_that_merges_with_the_end_of_an_answer_is_not_trained(folder: Path) 
 def test_first_token_of_a_document_is_never_a_target(folder: Path) -> None:
     made = encoder(folder, "simple_concat_with_new_line")
     got = made.encode([{"messages": turns(("assistant", "Once upon a time"))}] * 2, SOURCE)
-    assert got.mask[0] == False and got.mask[got.lengths[0]] == False  # noqa: E712
-    assert got.labels.tolist() == (got.lengths - 1).tolist()
+    assert got.loss_mask[0] == False and got.loss_mask[got.lengths[0]] == False  # noqa: E712
+    assert got.num_targets.tolist() == (got.lengths - 1).tolist()
 
 
 def test_conversation_that_ends_with_the_user_still_ends_with_one_untrained_eos(olmo: Encoder) -> None:
@@ -186,7 +186,9 @@ def test_fast_encoder_and_tokenizers_give_the_same_bytes(folder: Path) -> None:
     one, two = fast.encode(rows, SOURCE), slow.encode(rows, SOURCE)
     assert two.engine == "tokenizers"
     assert (
-        np.array_equal(one.ids, two.ids) and np.array_equal(one.mask, two.mask) and np.array_equal(one.rows, two.rows)
+        np.array_equal(one.ids, two.ids)
+        and np.array_equal(one.loss_mask, two.loss_mask)
+        and np.array_equal(one.rows, two.rows)
     )
 
 
@@ -259,8 +261,8 @@ def test_document_whose_ids_cannot_be_proven_is_not_published(folder: Path, monk
 def test_without_gigatoken_tokenizers_does_the_work(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "gigatoken", None)
     made = encoder(folder)
-    assert made.engine.name == "tokenizers" and "not importable" in made.engine.why
-    assert made.encode([chat("a", "b")], SOURCE).labels.tolist() == [2]
+    assert made.engine.name == "tokenizers" and "not importable" in made.engine.fallback_reason
+    assert made.encode([chat("a", "b")], SOURCE).num_targets.tolist() == [2]
     with pytest.raises(SftError, match="gigatoken is not importable"):
         encoder(folder, encoder="gigatoken")
 
@@ -316,7 +318,7 @@ def test_transformers_loads_the_saved_folder_with_the_same_ids_and_rendering(
     assert made.encode([row], SOURCE).ids.tolist() == ids + [made.vocabulary.eos_id] * made.template.eos_appended
     # The saved folder is a tokenizer folder like any other: its own template is the one trained with.
     own = encoder(tmp_path / "tokenizer", "tokenizer")
-    assert own.encode([row], SOURCE).mask.tolist() == made.encode([row], SOURCE).mask.tolist()
+    assert own.encode([row], SOURCE).loss_mask.tolist() == made.encode([row], SOURCE).loss_mask.tolist()
 
 
 def test_tokenizer_that_transformers_rebuilds_differently_is_refused_and_saved_soundly(
@@ -385,7 +387,7 @@ def test_tokenizer_without_fixed_bytes_goes_by_offsets(tmp_path: Path) -> None:
     got = made.encode([chat("hi there", "hi you?", "a", "b"), chat("a </s>", "b"), chat("a", "b")], SOURCE)
     assert [(bad.row, bad.reason) for bad in got.rejects] == [(1, "special_text")]
     tokens = [tokenizer.id_to_token(number) for number in got.ids[: got.lengths[0]].tolist()]
-    trained = [token for token, flag in zip(tokens, got.mask.tolist(), strict=False) if flag]
+    trained = [token for token, flag in zip(tokens, got.loss_mask.tolist(), strict=False) if flag]
     assert trained == ["▁hi", "▁you", "?", "▁b", "</s>"]
 
 
@@ -456,7 +458,7 @@ def test_gigatoken_that_fails_at_its_first_text_gives_way_to_tokenizers(
 
     monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=lambda path: Broken()))
     made = encoder(folder)
-    assert made.engine.name == "tokenizers" and "layout" in made.engine.why
+    assert made.engine.name == "tokenizers" and "layout" in made.engine.fallback_reason
     assert made.encode([chat("a", "b")], SOURCE).engine == "tokenizers"
     with pytest.raises(SftError, match=r'prepare.encoder = "gigatoken": gigatoken cannot read this tokenizer: layout'):
         encoder(folder, encoder="gigatoken")

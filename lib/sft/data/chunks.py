@@ -115,7 +115,7 @@ def without_gc() -> Iterator[None]:
 
 def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArray[Any], ...]:
     """Tokens, lengths, labels, rows and conversations of the documents of one part or several by the numbers of their rows."""
-    columns = [(made.tokens, made.lengths, made.labels, rows, made.conversations) for made, rows in parts]
+    columns = [(made.tokens, made.lengths, made.num_targets, rows, made.conversations) for made, rows in parts]
     if len(columns) == 1:
         return columns[0]
     tokens, lengths, labels, rows, conversations = map(np.concatenate, zip(*columns, strict=True))

@@ -150,7 +150,7 @@ class Preparation:
             return
         engine = self.encoder.engine
         if engine.fast is None and self.table.encoder != "tokenizers":
-            self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.why}")
+            self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.fallback_reason}")
         self.log(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         began = time.monotonic()
         kinds = {job.chunk.file.kind for job in missing}

@@ -117,9 +117,9 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
         yield f"{bold}{title} · {red}rejected, {bad.reason}: {visible(bad.detail)}{reset}"
         yield visible(bad.example)
         return
-    share = encoded.labels[0] / encoded.lengths[0]
-    yield f"{bold}{title} · {encoded.lengths[0]:,} tokens, {encoded.labels[0]:,} trained ({share:.0%}){reset}"
-    yield paint(segments(encoder.vocabulary, encoded.ids, encoded.mask), colour)
+    share = encoded.num_targets[0] / encoded.lengths[0]
+    yield f"{bold}{title} · {encoded.lengths[0]:,} tokens, {encoded.num_targets[0]:,} trained ({share:.0%}){reset}"
+    yield paint(segments(encoder.vocabulary, encoded.ids, encoded.loss_mask), colour)
     try:
         flagged = encoder.read(value, source).flagged
     except BadRow:

@@ -46,11 +46,11 @@ class Written:
     data: bytes
     padded: NDArray[np.uint8]  # the same, with WORD bytes behind it
     rows: NDArray[np.int64]  # the line of each document
-    first: NDArray[np.int64]  # the first run of each, and the number of all
-    edges: NDArray[np.int64]  # where each run ends in `data`
-    specials: NDArray[np.int64]  # special tokens that the template wrote in each
-    conversations: NDArray[np.uint64]
-    lacking: NDArray[np.int64]  # trained answers of each that lack what the generation prompt gives
+    first_run: NDArray[np.int64]  # the first run of each, and the number of all
+    run_ends: NDArray[np.int64]  # where each run ends in `data`
+    num_specials: NDArray[np.int64]  # special tokens that the template wrote in each
+    hashes: NDArray[np.uint64]
+    answers_without_prefix: NDArray[np.int64]  # trained answers of each that do not begin with the generation prefix
 
 
 class PlainRows:

@@ -1,0 +1,194 @@
+"""Aligns token ids with the text that they must spell: the loss mask, and the proof that the ids decode to the text.
+
+In: ids, the bytes of every id (`VocabularyTable`), and the text of documents with the ends of their runs (`DocumentText`). Out: an
+`Alignment`, or None when the ids do not spell the text or a document does not end where a token does. A token is a target when all its
+bytes are in one trained run. A token that straddles the edge of a run is not a target, because a part of it is scaffold; nor is
+the first token of a document, because in a pack it would be predicted from the document before it.
+
+    text   …assistant\n  Hello.<|endoftext|>      runs     untrained │ trained
+    ids    … 78191 198   9906 13 100257           targets  0 0         1 1 1
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from sft.data.compiled import TRAINED, WORD, compiled, words_of
+
+Ids = npt.NDArray[np.uint32]
+Offsets = npt.NDArray[np.int64]
+NO_TARGET = np.uint32(0xFFFFFFFF)
+"""`last_target` of a document without targets."""
+
+
+class VocabularyTable(NamedTuple):
+    """The bytes of every id, for ids below len(words)."""
+
+    words: npt.NDArray[np.uint64]
+    """The first eight bytes of each id, filled up with zeros."""
+    lengths: npt.NDArray[np.uint16]
+    """The number of bytes of each id."""
+    starts: npt.NDArray[np.uint32]
+    """Where the bytes of each id start in `bytes_words`."""
+    bytes_words: npt.NDArray[np.uint64]
+    """The bytes of all ids, one after another, as `words_of` returns them."""
+    first_special: np.uint32
+    """The lowest id of a special token."""
+    is_special: npt.NDArray[np.bool_]
+    eos_id: np.uint32
+
+
+class DocumentText(NamedTuple):
+    """The text of documents, one after another. The runs of a document are untrained and trained in turn, the first untrained."""
+
+    words: npt.NDArray[np.uint64]
+    """The text as `words_of` returns it, so with WORD bytes after its end."""
+    first_run: Offsets
+    """[documents + 1] The first run of each document, then the number of all runs."""
+    run_ends: Offsets
+    """[runs] Where each run ends in the text."""
+
+
+class Alignment(NamedTuple):
+    """What the alignment finds. One entry for each document, unless the shape says otherwise."""
+
+    ids: Ids
+    """[tokens] The ids that were aligned."""
+    tokens: Ids
+    """[tokens] The ids, each with the bit TRAINED when it is a target."""
+    offsets: Offsets
+    """[documents + 1] The first token of each document, then the number of all tokens."""
+    num_targets: Offsets
+    num_specials: Offsets
+    """Special tokens."""
+    num_straddling: Offsets
+    """Edges of runs inside a token."""
+    last_target: Ids
+    """The id of the last target, or NO_TARGET."""
+    eos_counts: Ids
+    """How often EOS occurs, plus TRAINED when it is the last token."""
+
+    @property
+    def ends_in_only_eos(self) -> npt.NDArray[np.bool_]:
+        """The documents that end in the only EOS that they contain."""
+        found: npt.NDArray[np.bool_] = self.eos_counts == (TRAINED | 1)
+        return found
+
+    @property
+    def lengths(self) -> Offsets:
+        """The number of tokens of each document."""
+        return np.diff(self.offsets)
+
+    def only(self, keep: npt.NDArray[np.bool_]) -> Alignment:
+        """The documents that are kept."""
+        lengths = self.lengths
+        tokens = np.repeat(keep, lengths)
+        return Alignment(
+            self.ids[tokens],
+            self.tokens[tokens],
+            np.cumsum([0, *lengths[keep]]),
+            self.num_targets[keep],
+            self.num_specials[keep],
+            self.num_straddling[keep],
+            self.last_target[keep],
+            self.eos_counts[keep],
+        )
+
+
+def align(
+    vocab: VocabularyTable, ids: Ids, text: npt.NDArray[np.uint8], first_run: Offsets, run_ends: Offsets
+) -> Alignment | None:
+    """Aligns ids with documents. `text` has WORD bytes after its end; see `DocumentText` for the runs.
+
+    Returns None when the ids do not spell the text, or when a document does not end where a token does.
+    """
+    documents = len(first_run) - 1
+    out = Alignment(
+        ids,
+        np.empty(len(ids), dtype=np.uint32),
+        np.empty(documents + 1, dtype=np.int64),
+        *np.empty((3, documents), dtype=np.int64),
+        *np.empty((2, documents), dtype=np.uint32),
+    )
+    known = not len(ids) or int(ids.max()) < len(vocab.words)
+    return out if known and align_tokens(vocab, DocumentText(words_of(text), first_run, run_ends), out) else None
+
+
+@compiled
+def align_tokens(vocab: Any, text: Any, out: Any) -> bool:
+    """Follows `out.ids` through the text and fills the other arrays of `out`. Returns False when the ids do not spell the text, or
+    when a document does not end where a token does. All ids must be in `vocab`.
+
+    In: VocabularyTable, DocumentText, Alignment. Positions are unsigned, because a signed index could count from the end, which
+    costs every access a comparison.
+    """
+    one, word = np.uint64(1), np.uint64(WORD)
+    ids, words, run_ends = out.ids, text.words, text.run_ends
+    position, token, count = np.uint64(0), np.uint64(0), np.uint64(len(ids))
+    for document in range(len(text.first_run) - 1):
+        run = text.first_run[document]
+        end = np.uint64(run_ends[text.first_run[document + 1] - 1])
+        first_token = token
+        num_targets, num_specials, num_straddling, num_eos = np.uint64(0), 0, 0, 0
+        last_target, token_id = NO_TARGET, np.uint32(0)
+        flag = np.uint32(0)  # TRAINED in every other run
+        out.offsets[document] = token
+        while position < end:
+            run_end, first_in_run = np.uint64(run_ends[run]), token
+            while position < run_end:
+                if token >= count:
+                    return False
+                token_id = ids[token]
+                length = np.uint64(vocab.lengths[token_id])
+                difference = vocab.words[token_id] ^ words[position]
+                if length < word:
+                    difference &= (one << (word * length)) - one
+                elif length > word:
+                    if position + length > end:
+                        return False
+                    # Eight bytes at a time from the end; the first of them overlap those that were compared before.
+                    start, rest = np.uint64(vocab.starts[token_id]), length - word
+                    difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
+                    while rest > word:  # few tokens have so many bytes
+                        rest -= word
+                        difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
+                if difference:
+                    return False
+                if token_id >= vocab.first_special:
+                    num_specials += vocab.is_special[token_id]
+                    num_eos += token_id == vocab.eos_id
+                out.tokens[token] = token_id | flag
+                position += length
+                token += one
+            if position > end:
+                return False
+            if flag and token > first_in_run:
+                end_of_targets = token
+                if position > run_end:  # a part of the last token is scaffold
+                    end_of_targets -= one
+                    out.tokens[end_of_targets] = ids[end_of_targets]
+                if first_in_run == first_token:  # the first token of a document is no target
+                    out.tokens[first_in_run] = ids[first_in_run]
+                    first_in_run += one
+                if end_of_targets > first_in_run:
+                    num_targets += end_of_targets - first_in_run
+                    last_target = ids[end_of_targets - one]
+            while position > np.uint64(run_ends[run]):
+                num_straddling += 1
+                run += 1
+                flag ^= TRAINED
+            if position == np.uint64(run_ends[run]):
+                run += 1
+                flag ^= TRAINED
+        out.num_targets[document] = num_targets
+        out.num_specials[document] = num_specials
+        out.num_straddling[document] = num_straddling
+        out.last_target[document] = last_target
+        out.eos_counts[document] = num_eos
+        if token > first_token and token_id == vocab.eos_id:
+            out.eos_counts[document] |= TRAINED
+    out.offsets[len(text.first_run) - 1] = token
+    return bool(token == count)

@@ -1,0 +1,188 @@
+"""Encodes rendered documents with a byte-level tokenizer and proves the ids against the text: `ByteLevelEncoder`.
+
+In: a `RenderedBatch` with its byte layout. Out: `EncodedBatch`: the `Alignment` of the documents whose ids decode to their text. Steps:
+
+    1. The fast engine encodes all documents in one call, and `sft.data.align` follows the ids through the text.
+    2. Special tokens are counted. A document with more of them than its template wrote has special-token text in its content. It is
+       rendered with that text escaped and encoded in segments, so that the text stays text.
+    3. A sample of the documents is encoded with `tokenizers` too. If the ids differ, or step 1 fails, `tokenizers` encodes the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from sft.chat.rows import BadRow
+from sft.data.align import Alignment, Ids, Offsets, align
+from sft.data.batch import Fault, RenderedBatch, evenly_spaced, non_ascii, split_documents
+from sft.data.compiled import WORD
+from sft.data.engine import Engine
+from sft.data.render import TOO_DEEP, Read, Renderer
+from sft.data.vocabulary import Vocabulary
+from sft.recipe.schema import Prepare
+
+PARITY_CHARACTERS = 1000
+NOT_PROVEN = Fault("proof", "the ids do not decode to the rendered text")
+
+
+class EncodedBatch(NamedTuple):
+    """The tokens of a batch's documents, and how they were made."""
+
+    alignment: Alignment
+    engine: str
+    parity_documents: int
+    """How many documents `tokenizers` encoded too, with the same ids."""
+    proven: set[int]
+    """The rows whose ids were found to decode to their text."""
+    redone: bool | None = None
+    """The parity sample differed, so `tokenizers` encoded the batch. None where there is only `tokenizers`."""
+
+
+class ByteLevelEncoder:
+    """One tokenizer with one engine. `joined`: a special token ends every document, so documents can be encoded as one text."""
+
+    def __init__(
+        self, prepare: Prepare, vocabulary: Vocabulary, engine: Engine, renderer: Renderer, joined: bool
+    ) -> None:
+        self.vocabulary, self.engine, self.renderer, self.joined = vocabulary, engine, renderer, joined
+        self.parity_sample, self.special_text = prepare.parity_sample, prepare.special_text
+        self.specials = renderer.specials
+        self.text_tokenizer: Tokenizer | None = None  # the tokenizer without special tokens
+
+    def encode(self, batch: RenderedBatch, read: Read) -> EncodedBatch:
+        """Drops documents from the batch that cannot be encoded. `read` reads the row of a document that must be rendered again."""
+        redone = False
+        if self.engine.fast is not None:
+            alignment = self._align(batch, self.encode_text(batch.data, batch.ends))
+            if alignment is not None:
+                alignment = self._keep_special_text(batch, read, alignment)
+                checked = self.parity(batch.data, batch.ends, alignment, batch.escaped)
+                if checked is not None:
+                    return EncodedBatch(alignment, self.engine.name, checked, set(batch.rows), False)
+                redone = True
+        alignment = self._encode_slowly(batch, read)
+        return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), redone)
+
+    def encode_text(self, data: bytes, ends: Offsets) -> Ids:
+        """The ids of all documents by the fast engine. A special token before a document's text does not change its tokens."""
+        return self.engine.encode_joined(data) if self.joined else self.engine.encode(split_documents(data, ends))[0]
+
+    def align(self, ids: Ids, text: npt.NDArray[np.uint8], first_run: Offsets, run_ends: Offsets) -> Alignment | None:
+        """See `sft.data.align.align`."""
+        return align(self.vocabulary.table, ids, text, first_run, run_ends)
+
+    def _align(self, batch: RenderedBatch, ids: Ids) -> Alignment | None:
+        # A writable copy: compiled code has one signature for this text and for the text of plain rows, which is writable.
+        text = np.frombuffer(bytearray(batch.data) + bytes(WORD), dtype=np.uint8)
+        return self.align(ids, text, batch.first_run, batch.run_ends)
+
+    def _encode_slowly(self, batch: RenderedBatch, read: Read) -> Alignment:
+        """Encodes with `tokenizers`. Documents whose ids do not decode to their text are dropped."""
+        ids, offsets = self.engine.encode_slowly([data.decode() for data in batch.documents()])
+        alignment = self._align(batch, ids)
+        if alignment is None or not np.array_equal(alignment.offsets, offsets):
+            alignment = self._drop(batch, self._not_proven(batch, range(len(batch.rows)), ids, offsets), ids, offsets)
+        return self._keep_special_text(batch, read, alignment)
+
+    def _not_proven(
+        self, batch: RenderedBatch, documents: range | list[int], ids: Ids, offsets: Offsets
+    ) -> dict[int, Fault]:
+        """Those of the documents whose ids do not decode to their text."""
+        texts = batch.documents()
+        return {
+            d: NOT_PROVEN for d in documents if self.vocabulary.decode(ids[offsets[d] : offsets[d + 1]]) != texts[d]
+        }
+
+    def _drop(self, batch: RenderedBatch, faults: Mapping[int, Fault], ids: Ids, offsets: Offsets) -> Alignment:
+        """Removes documents from the batch and from its ids. The ids must spell the text of the others."""
+        keep = batch.drop(faults)
+        batch.lay_out()
+        alignment = self._align(batch, ids[np.repeat(keep, np.diff(offsets))])
+        assert alignment is not None, "documents that were proven are proven without their neighbours"
+        return alignment
+
+    def _keep_special_text(self, batch: RenderedBatch, read: Read, alignment: Alignment) -> Alignment:
+        """Encodes documents with special-token text in their content again, so that it stays text."""
+        if self.special_text == "token":
+            return alignment
+        faults = self._escape_special_text(batch, read, alignment)
+        if faults:
+            alignment = self._drop(batch, faults, alignment.ids, alignment.offsets)
+        return self._encode_escaped(batch, alignment) if batch.escaped else alignment
+
+    def _escape_special_text(self, batch: RenderedBatch, read: Read, alignment: Alignment) -> dict[int, Fault]:
+        """Renders documents with more special tokens than their template wrote again, escaped. Returns those that cannot be."""
+        faults: dict[int, Fault] = {}
+        written = np.array(batch.num_specials, dtype=np.int64)
+        for document in np.flatnonzero(alignment.num_specials != written).tolist():
+            if document in batch.escaped:
+                continue
+            try:
+                self.renderer.render_escaped(batch, read(batch.source_rows[batch.rows[document]]), document)
+            except BadRow as error:
+                faults[document] = Fault(error.reason, error.detail)
+            except RecursionError:
+                faults[document] = TOO_DEEP
+        return faults
+
+    def _encode_escaped(self, batch: RenderedBatch, alignment: Alignment) -> Alignment:
+        """Encodes the documents in `batch.escaped` segment by segment: everything between the template's special tokens is text."""
+        documents = sorted(batch.escaped)
+        parts: list[Ids] = []
+        lengths = alignment.lengths
+        position = 0
+        for document, document_ids in zip(documents, self._ids_of_escaped(batch, documents), strict=True):
+            parts += (alignment.ids[position : alignment.offsets[document]], document_ids)
+            position, lengths[document] = int(alignment.offsets[document + 1]), len(document_ids)
+        ids = np.concatenate([*parts, alignment.ids[position:]])
+        proven = self._align(batch, ids)
+        if proven is not None:
+            return proven
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return self._drop(batch, self._not_proven(batch, documents, ids, offsets), ids, offsets)
+
+    def _ids_of_escaped(self, batch: RenderedBatch, documents: list[int]) -> list[Ids]:
+        """The ids of each of the documents. Segments at odd places are the template's special tokens."""
+        if self.text_tokenizer is None:
+            self.text_tokenizer = Tokenizer.from_file(str(self.vocabulary.folder / "tokenizer.json"))
+            self.text_tokenizer.encode_special_tokens = True
+        segments: list[list[str]] = []
+        for document in documents:
+            runs, restore = batch.escaped[document]
+            split = self.specials.split.split("".join(runs))
+            segments.append([part if index % 2 else restore(part) for index, part in enumerate(split)])
+        texts = [text for split in segments for text in split[::2]]
+        encoded = iter(self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        made: list[Ids] = []
+        for split in segments:
+            ids: list[int] = []
+            for index, part in enumerate(split):
+                ids.extend([self.vocabulary.specials[part]] if index % 2 else next(encoded).ids)
+            made.append(np.array(ids, dtype=np.uint32))
+        return made
+
+    def parity(self, data: bytes, ends: Offsets, alignment: Alignment, without: Container[int] = ()) -> int | None:
+        """Encodes a sample of the documents with `tokenizers` too. Returns how many; None when the ids of one differ."""
+        documents = len(ends)
+        if self.parity_sample <= 0 or not documents:
+            return 0
+        wanted = max(1, round(self.parity_sample * documents))
+        # Encoders differ in other scripts: half of the sample comes from the documents that contain them.
+        others = evenly_spaced(non_ascii(data, ends), (wanted + 1) // 2)
+        chosen = {*others, *evenly_spaced(range(documents), wanted - len(others) if wanted < documents else wanted)}
+        chosen = {document for document in chosen if document not in without}
+        texts = {d: data[ends[d - 1] if d else 0 : ends[d]].decode() for d in chosen}
+        # Special tokens split the text, so the part before one can be compared alone: long documents stay cheap.
+        cuts = {document: self.specials.pattern.search(text, PARITY_CHARACTERS) for document, text in texts.items()}
+        parts = [text if (cut := cuts[d]) is None else text[: cut.start()] for d, text in texts.items()]
+        encodings = self.vocabulary.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        for (document, cut), expected in zip(cuts.items(), encodings, strict=True):
+            start, end = alignment.offsets[document : document + 2].tolist()
+            if alignment.ids[start : end if cut is None else start + len(expected.ids)].tolist() != expected.ids:
+                return None
+        return len(chosen)

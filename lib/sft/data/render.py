@@ -1,0 +1,77 @@
+"""Rows to rendered documents: `Renderer.render` turns each row into a conversation and renders it once.
+
+In: rows of a source. Out: a `RenderedBatch`: runs of text, untrained and trained in turn. A row that cannot be used becomes a reject.
+Special-token text in a message is kept as text, is turned into the token, or rejects the row, as `prepare.special_text` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sft.chat.rows import BadRow, Conversation
+from sft.chat.special_tokens import SpecialTokens
+from sft.chat.template import JinjaTemplate, Template
+from sft.data.batch import Fault, RenderedBatch, conversation_hash
+from sft.recipe.schema import Prepare
+
+TOO_DEEP = Fault("bad_value", "nested too deeply")
+Read = Callable[[Any], Conversation]
+"""Reads a row. Raises BadRow."""
+
+
+class Renderer:
+    """One template and the recipe's rule for special-token text. `byte_level` says whether the tokenizer can keep such text."""
+
+    def __init__(self, prepare: Prepare, template: Template, specials: SpecialTokens, byte_level: bool) -> None:
+        self.template, self.specials, self.byte_level = template, specials, byte_level
+        self.special_text, self.system = prepare.special_text, prepare.system
+        # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
+        self.countable = not specials.can_overlap
+        # Named templates write the same scaffold whatever the content is. Jinja text may look at the content, so it must not see
+        # special-token text that it could take for its own.
+        self.escapes_first = self.special_text != "token" and (
+            isinstance(template, JinjaTemplate) or not self.countable
+        )
+
+    def render(self, rows: Sequence[Any], read: Read) -> RenderedBatch:
+        """The rows' documents, without the byte layout (`RenderedBatch.lay_out`)."""
+        batch = RenderedBatch(rows, hashes=[0] * len(rows))
+        before = self.template.answers_without_prefix
+        render, system, escapes_first = self.template.render, self.system, self.escapes_first
+        for index, row in enumerate(rows):
+            try:
+                conversation = read(row)
+                batch.hashes[index] = conversation_hash(conversation.messages, system)
+                if escapes_first and self.specials.are_in(conversation):
+                    runs, num_specials = self.render_escaped(batch, conversation, len(batch.runs))
+                else:
+                    runs, num_specials = render(conversation)
+            except BadRow as error:
+                batch.reject(index, error.reason, error.detail)
+                continue
+            except RecursionError:
+                batch.reject(index, *TOO_DEEP)
+                continue
+            batch.runs.append(runs)
+            batch.num_specials.append(num_specials)
+            batch.rows.append(index)
+        batch.answers_without_prefix = self.template.answers_without_prefix - before
+        return batch
+
+    def render_escaped(self, batch: RenderedBatch, conversation: Conversation, document: int) -> tuple[list[str], int]:
+        """Renders with special-token text escaped, and stores in the batch how to restore it. Returns the restored runs, and the
+        number of special tokens in the scaffold. Raises BadRow where such text is refused."""
+        if self.special_text == "reject":
+            raise BadRow("special_text", "special-token text in the content")
+        if not self.byte_level:
+            raise BadRow(*SPECIAL_TEXT_LOST)
+        escaped, restore = self.specials.escape(conversation)
+        runs, num_specials = self.template.render(escaped)
+        batch.escaped[document] = (runs, restore)
+        return list(map(restore, runs)), num_specials
+
+
+SPECIAL_TEXT_LOST = Fault(
+    "special_text", "special-token text in the content, which this kind of tokenizer cannot keep as text"
+)
