@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from beaker_place import Place, place  # noqa: F401 - a fixture
 from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import collected, compare
@@ -25,7 +26,6 @@ from sft.formats.job import FOLDER
 from sft.formats.results import EvaluateMetrics, Results
 from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
-from test_beaker import Place, place  # noqa: F401 - a fixture
 
 pytestmark = pytest.mark.server
 

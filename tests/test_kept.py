@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from beaker_place import Place, place
 from conftest import REPO
 from gcs_server import Server as Bucket
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.launch.beaker import bucket_runs
 from sft.storage.transfer import open_storage
-from test_beaker import Place, place
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 

@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from conftest import REPO, Workspace
 from sft.formats import manifest
+from sft.formats.job import JobRecord
 from slurm import NoSlurm, Slurm
 
 pytestmark = pytest.mark.slurm
@@ -80,8 +82,8 @@ def until(condition, what, seconds=30.0):
     return found
 
 
-def record(workspace, stage, run="x"):
-    return json.loads((workspace.root / f"runs/{run}/.jobs/{stage}.json").read_text())
+def record(workspace, stage, run="x") -> JobRecord:
+    return JobRecord.read(workspace.root / f"runs/{run}/.jobs/{stage}.json")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +112,7 @@ def test_every_stage_runs_as_a_job_and_the_second_make_submits_nothing(workspace
     out = workspace.make("all", "RECIPE=x", "CLUSTER=slurm").stdout
     assert workspace.ran() == [f"{s} x" for s in (*stages, "report")]
     for stage in stages:
-        assert f"[{stage}] job {record(workspace, stage)['job']} is done" in out
+        assert f"[{stage}] job {record(workspace, stage).job} is done" in out
     log = next((workspace.root / "runs/x/.jobs").glob("train-*.attempt-01.log")).read_text()
     assert re.match(r"--- attempt 1 of job \d+ on n\d, ", log) and "[train] done in" in out
     workspace.make("-q", "all", "RECIPE=x", "CLUSTER=slurm")
@@ -171,7 +173,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(workspace):
 def test_a_failed_task_is_told_with_its_status_and_the_end_of_its_log(workspace):
     program(workspace, "prepare", "print('what went wrong')\nsys.exit(7)")
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
-    job = record(workspace, "prepare")["job"]
+    job = record(workspace, "prepare").job
     assert f"error: job {job} on slurm: failed, exit status 7" in done.stdout
     tail = done.stdout[done.stdout.index("last lines of") :]
     assert f"runs/x/.jobs/prepare-{job}.attempt-01.log" in tail and "what went wrong" in tail
@@ -186,7 +188,7 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
     workspace.ran()
     began = time.monotonic()
     out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
-    job = record(workspace, "train")["job"]
+    job = record(workspace, "train").job
     assert time.monotonic() - began < 5 and f"job {job} on slurm is detached" in out and "make cancel RECIPE=x" in out
     again = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     assert f"job {job} on slurm, submitted " in again and "submitted to slurm" not in again
@@ -205,14 +207,14 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
 def test_how_a_detached_job_failed_is_told_once_even_when_slurm_has_forgotten_it(workspace, slurm):
     program(workspace, "prepare", "print('so be it')\nsys.exit(3)")
     workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
-    first = record(workspace, "prepare")["job"]
+    first = record(workspace, "prepare").job
     left = workspace.root / f"runs/x/.jobs/prepare-{first}.exit"
     until(left.exists, "the job's end")
     file = workspace.root / "runs/x/.jobs/prepare.json"
-    forgotten = record(workspace, "prepare") | {"job": "99999"}
+    forgotten = replace(record(workspace, "prepare"), job="99999")
     for old in left.parent.glob(f"prepare-{first}.*"):
         old.rename(old.with_name(old.name.replace(first, "99999")))
-    file.write_text(json.dumps(forgotten))
+    forgotten.write(file)
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
     assert "job 99999 on slurm: failed, exit status 3" in done.stdout and "so be it" in done.stdout
     workspace._stage("prepare")
@@ -222,7 +224,7 @@ def test_how_a_detached_job_failed_is_told_once_even_when_slurm_has_forgotten_it
 def test_another_job_for_the_same_stage_is_refused_and_one_for_the_same_result_is_taken_over(workspace, slurm):
     program(workspace, "prepare", "while not Path('go').exists(): time.sleep(0.05)")
     workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
-    first = record(workspace, "prepare")["job"]
+    first = record(workspace, "prepare").job
     rows = workspace.root / "recipes/rows.jsonl"
     before = rows.read_text()
     rows.write_text('{"messages": [1]}\n')
@@ -236,14 +238,14 @@ def test_another_job_for_the_same_stage_is_refused_and_one_for_the_same_result_i
     assert f"job {first} named x-prepare is in the queue already" in done.stderr
     rows.write_text(before)
     workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
-    assert record(workspace, "prepare")["job"] == first
+    assert record(workspace, "prepare").job == first
     slurm.run("scancel", first)
     until(lambda: first not in slurm.run("squeue", "-h", "-o", "%i"), "the job to leave")
     (workspace.root / "runs/x/.jobs/prepare.json").unlink()
     by_hand = slurm.run("sbatch", "--parsable", str(workspace.root / "runs/x/.jobs/prepare.sbatch"))
     process = start(workspace, "prepare", "RECIPE=x", "CLUSTER=slurm")
     until(lambda: f"job {by_hand}: running" in process.stdout.readline(), "make to follow the job")
-    assert record(workspace, "prepare")["job"] == by_hand
+    assert record(workspace, "prepare").job == by_hand
     (workspace.root / "go").touch()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and f"job {by_hand} is done" in out, out
@@ -272,7 +274,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     until((workspace.root / "at").exists, "the stage to start")
     os.killpg(process.pid, 2)
     out, _ = process.communicate(timeout=30)
-    job = record(workspace, "prepare")["job"]
+    job = record(workspace, "prepare").job
     assert (
         process.returncode != 0
         and f"job {job} continues; next: the same make follows it again" in out
@@ -292,7 +294,7 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     logs = workspace.root / "runs/x/.jobs"
     log = until(lambda: next(logs.glob("train-*.attempt-01.log"), None), "the log")
     until(lambda: "resuming from nothing" in log.read_text(), "training")
-    job = record(workspace, "train")["job"]
+    job = record(workspace, "train").job
     slurm.run("scancel", "--batch", "--signal=USR1", job)
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0, out
@@ -309,7 +311,9 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     watch = "from sft.evaluation import watch\nwatch.PAUSE = 0.2\n"  # the real one, only less patient
     file = workspace.root / "stages/watch.py"
     file.write_text(
-        file.read_text().replace("from sft.evaluation import watch\n", watch).replace("how.beside)", "how.beside, 0.5)")
+        file.read_text()
+        .replace("from sft.evaluation import watch\n", watch)
+        .replace('".jobs", beside)', '".jobs", beside, 0.5)')
     )
     workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
     workspace.make("sync", "RECIPE=x")
@@ -317,7 +321,7 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     shown = workspace.make("dry-run", "RECIPE=x", "CLUSTER=slurm").stdout
     assert "command=(.venv/bin/python stages/watch.py --beside ID-OF-THE-TRAINING runs/x" in shown
     out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
-    training, beside = (record(workspace, name)["job"] for name in ("train", "watch"))
+    training, beside = (record(workspace, name).job for name in ("train", "watch"))
     assert f"job {beside} submitted to slurm, to evaluate checkpoints" in out
     log = workspace.root / f"runs/x/.jobs/watch-{beside}.attempt-01.log"
     until(log.exists, "the watcher")
@@ -332,7 +336,7 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     (workspace.root / "go").unlink()
     assert "exit status 4" in workspace.make("train", "RECIPE=x", "CLUSTER=slurm", ok=False).stdout
     workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
-    assert record(workspace, "train")["job"] != training and record(workspace, "watch")["job"] != beside
+    assert record(workspace, "train").job != training and record(workspace, "watch").job != beside
     assert workspace.make("cancel", "RECIPE=x").stdout.count("is cancelled") == 2
 
 
@@ -476,7 +480,7 @@ def real(slurm, tmp_path_factory):
 
 
 def test_an_array_of_parts_and_their_merge_make_the_bytes_of_one_job(real):
-    array, merge = record(real, "prepare")["job"].split("+")
+    array, merge = record(real, "prepare").job.split("+")
     assert f"job {array}+{merge} submitted" in real.out and "2 parts and their merge" in real.out
     assert {int(p) for p in re.findall(r"^part (\d): \[prepare\] part \d of 2: ", real.out, re.M)} == {0, 1}
     assert f"[prepare] job {array}+{merge} is done" in real.out
@@ -528,7 +532,7 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     )
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    job = record(real, "train")["job"]
+    job = record(real, "train").job
     assert int(urgent) > int(job) and f"--- attempt 2 of job {job}" in out
     resumed = int(re.search(r"continuing from \S*step(\d+)", out)[1])
     assert 0 < resumed < 40
