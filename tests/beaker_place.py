@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,13 @@ class Place:
         """A stage whose command is a shell script: what a job does when it ends so."""
         command = ["bash", "-c", script, "runs/x", "--cluster", "beaker-test", *words]
         return run.main("beaker", ["runs/x", stage, *command])
+
+    def wait_for_jobs(self, seconds: float = 60) -> None:
+        """Waits until every job on the server has ended."""
+        until = time.monotonic() + seconds
+        while not all(run.message.status.HasField("finalized") for run in list(self.server.runs.values())):
+            assert time.monotonic() < until, f"a job is still active after {seconds} s"
+            time.sleep(0.05)
 
     @property
     def experiment(self):

@@ -116,6 +116,7 @@ if __name__""", 1)  # fmt: skip
     words = beside.spec.tasks[0].arguments
     assert words[words.index("--beside") + 1] == training.message.id and words[1] == "watch"
     assert not any("olmo-sft-prepare" in str(d.source) for d in beside.spec.tasks[0].datasets)
+    place.wait_for_jobs()
     out = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test").stdout
     assert "evaluations.jsonl fetched to runs/x/train" in out
     assert (place.run / "train/evaluations.jsonl").read_text() == '{"step": 2}'
@@ -298,8 +299,7 @@ def test_files_over_32_mib_travel_in_pieces_both_ways(place):
 def test_results_that_arrive_damaged_are_refused_and_what_was_here_stays(place):
     place.workspace.make("prepare", "RECIPE=x", "CLUSTER=beaker-test", "DETACH=1")
     assert not (place.run / "prepare").exists()
-    while not all(r.message.status.HasField("finalized") for r in place.server.runs.values()):
-        time.sleep(0.05)
+    place.wait_for_jobs()
     place.server.fault("download", "corrupt", times=1)
     done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
     assert "Checksum" in done.stderr and not (place.run / "prepare").exists()

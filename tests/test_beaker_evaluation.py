@@ -10,7 +10,6 @@ import json
 import math
 import os
 import statistics
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -208,10 +207,7 @@ def arrange(place, monkeypatch, name: str, program: str, evaluate: str) -> None:
 def submit_and_wait(place) -> None:  # noqa: F811
     done = place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test", "DETACH=1")
     assert "is detached" in done.stdout and not (place.run / "evaluate").exists()
-    until = time.monotonic() + 60
-    while not all(r.message.status.HasField("finalized") for r in place.server.runs.values()):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    place.wait_for_jobs()
 
 
 def test_scores_come_back_through_beaker_and_the_stage_is_done(place, monkeypatch):  # noqa: F811

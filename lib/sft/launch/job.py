@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from sft.common.errors import SftError
+from sft.common.process import INTERRUPTED
 from sft.formats.job import FOLDER, JobRecord
 from sft.recipe import recipe, schema
 from sft.runner import plan
 
-AGAIN = 75
-"""Exit status of a stage that saved and asks to be run again (EX_TEMPFAIL)."""
-CANCELLED = 130
+CANCELLED = INTERRUPTED
+"""The launcher's exit status for a cancelled job."""
 ACTIVE = ("pending", "running")
 STATES = (*ACTIVE, "done", "failed", "cancelled", "timeout", "gone")
 WATCH = "watch"

@@ -21,11 +21,11 @@ from datetime import UTC, datetime
 
 from sft.common.errors import SftError
 from sft.common.locks import lock
-from sft.common.process import report_errors
+from sft.common.process import AGAIN, report_errors
 from sft.formats import manifest
 from sft.formats.job import JobRecord
 from sft.launch.doctor import doctor
-from sft.launch.job import AGAIN, CANCELLED, WATCH, Job, LostConnection, SubmittedJob, retried
+from sft.launch.job import CANCELLED, WATCH, Job, LostConnection, SubmittedJob, retried
 from sft.launch.launcher import Scheduler, load_launcher, open_scheduler
 from sft.runner import plan
 

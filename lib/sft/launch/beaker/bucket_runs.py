@@ -19,9 +19,10 @@ from pathlib import Path
 import click
 
 from sft.common.errors import SftError
+from sft.common.process import AGAIN
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
-from sft.launch.job import AGAIN, Job
+from sft.launch.job import Job
 from sft.recipe import schema
 from sft.runner.cli import COMMAND, program
 from sft.storage.contract import Storage

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from beaker import beaker_pb2 as pb2
 
-from sft.launch.job import AGAIN, CANCELLED, Status
+from sft.common.process import AGAIN
+from sft.launch.job import CANCELLED, Status
 from sft.recipe.schema import Cluster
 
 STATES = {

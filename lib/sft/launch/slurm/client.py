@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from sft.common.errors import SftError
-from sft.launch.job import AGAIN, LostConnection, Status
+from sft.common.process import AGAIN
+from sft.launch.job import LostConnection, Status
 
 ANSWER_S = 60
 # Slurm's states of a job that has not ended. In the first ones it waits.
