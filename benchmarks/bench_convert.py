@@ -71,15 +71,15 @@ class Noise:
         return self.sample.repeat(repeats)[first : first + shape.numel()].view(shape)
 
 
-def write_checkpoint(step: Path, config: ModelConfig) -> None:
+def write_checkpoint(step: Path, config: ModelConfig, vocab: int) -> None:
     write_step(Noise(config), hf.shapes(config), step, "random weights")
     made = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {**made["model"]["vocab"], **{token["content"]: token["id"] for token in made["added_tokens"]}}
     # As many ids as the real one has: OLMo-core's converter refuses another number.
-    made["model"]["vocab"] = ids | {f"unused {i}": i for i in range(len(ids), VOCAB)}
+    made["model"]["vocab"] = ids | {f"unused {i}": i for i in range(len(ids), vocab)}
     shutil.copytree(TOKENIZER, step.parent / "tokenizer", dirs_exist_ok=True)
     (step.parent / "tokenizer" / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
-    tokens = TokenIds(VOCAB, ids["<|endoftext|>"], ids["<|pad|>"])
+    tokens = TokenIds(vocab, ids["<|endoftext|>"], ids["<|pad|>"])
     (step / "config.json").write_text(json.dumps(step_config(config, tokens)))
 
 
@@ -88,11 +88,12 @@ def export(step: Path) -> dict[str, Any]:
     from sft.export.write import write_weights
 
     config, target = model_config(step / "config.json"), step / "model"
+    vocab = json.loads((step / "config.json").read_bytes())["dataset"]["tokenizer"]["vocab_size"]
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
-    made = hf.hf_config(config, vocab_size=VOCAB, max_position_embeddings=65536, dtype="bfloat16")
+    made = hf.hf_config(config, vocab_size=vocab, max_position_embeddings=65536, dtype="bfloat16")
     began = time.monotonic()
-    write_weights(DcpReader(step), config, VOCAB, target, "bfloat16", 5_000_000_000, lambda _: None)
+    write_weights(DcpReader(step), config, vocab, target, "bfloat16", 5_000_000_000, lambda _: None)
     write_json(target / "config.json", hf.config_json(made))
     return {"seconds": time.monotonic() - began, "peak": peak_gb()}
 
@@ -195,10 +196,10 @@ def tell(what: str, seconds: float, peak: float | None = None) -> None:
     print(f"{what:<58} {seconds:8.1f} s" + (f"   peak {peak:5.2f} GB" if peak is not None else ""), flush=True)
 
 
-def compare(folder: Path, preset: str, minutes: float) -> dict[str, Any]:
+def compare(folder: Path, preset: str, minutes: float, vocab: int) -> dict[str, Any]:
     """Our export and OLMo-core's in turn."""
-    config = replace(PRESETS[preset], n_layers=2, vocab_size=-(-VOCAB // 128) * 128)
-    write_checkpoint(folder / "step0", config)
+    config = replace(PRESETS[preset], n_layers=2, vocab_size=-(-vocab // 128) * 128)
+    write_checkpoint(folder / "step0", config, vocab)
     print(f"{preset}, 2 layers, {config.parameters:,} parameters:")
     best: dict[str, dict[str, Any]] = {}
     there = importlib.util.find_spec("olmo_core") is not None
@@ -229,15 +230,15 @@ def fitting_layers(config: ModelConfig, free: int) -> int:
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
-    result = compare(folder / "small", args.other, args.minutes)
-    full = replace(PRESETS[args.preset], vocab_size=-(-VOCAB // 128) * 128)
+    result = compare(folder / "small", args.other, args.minutes, args.vocab)
+    full = replace(PRESETS[args.preset], vocab_size=-(-args.vocab // 128) * 128)
     layers = args.layers or fitting_layers(full, shutil.disk_usage(folder).free)
     if not layers:
         sys.exit(f"{folder}: too little free space for four layers of {args.preset}; next: --folder=/a/larger/disk")
     config, step = replace(full, n_layers=layers), folder / "step0"
     print(f"{args.preset}, {layers} of {full.n_layers} layers, {config.parameters:,} parameters:")
     at = time.monotonic()
-    write_checkpoint(step, config)
+    write_checkpoint(step, config, args.vocab)
     tell("  checkpoint written", time.monotonic() - at)
     copies: list[float] = []
     exports: list[dict[str, Any]] = []
@@ -279,6 +280,7 @@ def main() -> None:
     parser.add_argument(
         "--other", choices=tuple(PRESETS), default="olmo2-1b", help="compared with OLMo-core, two layers"
     )
+    parser.add_argument("--vocab", type=int, default=VOCAB, help="tokens of the vocabulary")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
