@@ -8,7 +8,7 @@ override RUNS := $(patsubst %/,%,$(or $(RUNS),runs))
 GOALS   := $(or $(MAKECMDGOALS),help)
 STAGES  := prepare sync train convert evaluate report
 # Goals that name no run, so that a broken recipe cannot stop them.
-PLAIN   := help setup check test test-quick new fields verify diff compare soup lock nightly cp clean-cache jobs slurm-% bench-%
+PLAIN   := help setup check test test-quick record-versions new fields verify diff compare soup lock nightly cp clean-cache jobs slurm-% bench-%
 ifneq ($(filter smoke,$(GOALS)),)
   override RECIPE += smoke
 endif
@@ -18,7 +18,7 @@ unexport DETACH # only the last of the stages asked for is left to itself; those
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell inside single quotes, whatever they hold.
 quote = '$(subst ','\'',$(1))'
@@ -115,6 +115,8 @@ test: check ## the tests; TESTS="tests/test_packing.py -k name" for some
 	.venv/bin/python -m pytest $(TESTS)
 test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one process: two minutes
 	.venv/bin/python -m pytest -m "not (slurm or server or compile or processes or slow)" $(TESTS)
+record-versions: | $(TOOLS) ## tests/versions.json: the code that the version numbers of stages stand for, after a change that keeps the bytes or raised a number
+	@$(PY) tests/versions.py
 bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-convert bench-sync bench-save bench-gpu bench-peers; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py
 nightly: ; env/nightly.sh ## what cron calls: a clean clone, its own runs, make smoke

@@ -1,0 +1,59 @@
+"""Version numbers rise with the code that they stand for: tests/versions.py says how."""
+
+from __future__ import annotations
+
+import json
+
+import versions
+from versions import FILE, ROOTS, behind, complaints, current, digest
+
+
+def test_no_code_changed_without_its_version_number_or_a_record_that_the_bytes_stay() -> None:
+    assert complaints(json.loads(FILE.read_text()), current()) == []
+
+
+def test_a_version_stands_for_the_modules_that_its_stage_imports_and_not_for_plumbing() -> None:
+    assert {"sft.training.loop", "sft.model.loss", "sft.packing.packs", "sft.recipe.presets"} <= behind(ROOTS["train"])
+    assert {"sft.chat.rows", "sft.recipe.chat_templates"} <= behind(ROOTS["prepare"])
+    assert not [n for n in behind(ROOTS["train"]) if n.startswith(("sft.storage", "sft.runner", "sft.common"))]
+    assert not [n for n in behind(ROOTS["prepare"]) if n.startswith("sft.model")]
+
+
+def test_both_ways_out_are_named_and_a_raised_number_must_be_recorded() -> None:
+    now = current()
+    changed = {"versions": now["versions"], "modules": {**now["modules"], "sft.data.decontaminate": "0" * 12}}
+    lines = complaints(changed, now)
+    assert any(line.startswith("SCREENING in lib/sft/data/preparation.py = ") for line in lines)
+    assert all("raise it" in line and "make record-versions" in line for line in lines)
+    older = {"versions": {**now["versions"], "sync": 0}, "modules": now["modules"]}
+    assert complaints(older, now) == [
+        f"VERSIONS['sync'] in lib/sft/runner/plan.py: 0 -> {now['versions']['sync']}; next: make record-versions"
+    ]
+
+
+CODE = '''
+"""Doc."""
+import os
+def f(x: int, log) -> int:
+    """Doc."""
+    log(f"{x} rows")  # comment
+    if x < 0:
+        raise ValueError("negative")
+    return x + 1
+'''
+
+
+def test_the_digest_is_of_what_code_does_and_not_of_its_prose() -> None:
+    reworded = (
+        CODE.replace("Doc.", "Other words.")
+        .replace("rows", "lines")
+        .replace("# comment", "# why")
+        .replace("int", "float")
+    )
+    assert digest(reworded.replace("import os", "import sys").replace("negative", "below zero")) == digest(CODE)
+    for old, new in (("x + 1", "x + 2"), ("x < 0", "x <= 0"), ("ValueError", "TypeError")):
+        assert digest(CODE.replace(old, new)) != digest(CODE)
+
+
+def test_the_record_lists_every_version() -> None:
+    assert set(versions.numbers()) == set(ROOTS)
