@@ -116,7 +116,9 @@ def test_only_common_items_count_and_that_is_said(tmp_path: Path) -> None:
         ({"name": "other"}, "no task in common .a: zoo; b: other."),
     ],
 )  # fmt: skip
-def test_runs_that_were_asked_something_else_are_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_runs_that_answered_different_questions_are_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3, **change)
     if change.get("name"):
         (b / "evaluate/validation.jsonl").unlink()

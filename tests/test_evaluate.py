@@ -78,7 +78,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_and_not_cut(place: SimpleNamespa
         place.model._max_length = None
 
 
-def test_unknown_tasks_and_missing_data_are_told_with_the_next_step(
+def test_unknown_tasks_and_missing_data_are_reported_with_the_next_step(
     place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sft.evaluation import tasks
@@ -282,10 +282,10 @@ def test_a_batch_that_does_not_fit_into_memory_is_tried_again_in_parts(
         return generate(self, context, *args, **kwargs)
 
     monkeypatch.setattr(HFLM, "_model_generate", small_memory)
-    said: list[str] = []
-    model.log = said.append
+    logged: list[str] = []
+    model.log = logged.append
     again = evaluate.run_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path / "b")
-    assert sizes == [5, 2, 2, 1] and said == ["out of memory with 5 at once: trying fewer"]
+    assert sizes == [5, 2, 2, 1] and logged == ["out of memory with 5 at once: trying fewer"]
     assert again.metrics == whole.metrics and again.generation == whole.generation
 
 
@@ -337,10 +337,10 @@ def test_as_many_held_out_conversations_as_asked_are_measured_and_kept(place: Si
         writer.add([5, 6, 7] * 4, [False, True, True] * 4, [3, 3, 3, 3])
     file = tmp_path / "losses.jsonl"
     found = validation_loss(place.model, tmp_path / "validation", 2, 64, file)
-    kept = lines(file)
-    assert found.documents == len(kept) == 2 and [k["labels"] for k in kept] == [2, 2]
-    assert found.loss == pytest.approx(sum(k["loss"] for k in kept) / 4)
-    assert kept[0]["item"] == kept[1]["item"]  # equal conversations have one name
+    losses = lines(file)
+    assert found.documents == len(losses) == 2 and [c["labels"] for c in losses] == [2, 2]
+    assert found.loss == pytest.approx(sum(c["loss"] for c in losses) / 4)
+    assert losses[0]["item"] == losses[1]["item"]  # equal conversations have one name
 
 
 def test_a_folder_of_ones_own_holds_tasks_and_hub_files_hold_their_data(
@@ -389,12 +389,12 @@ def test_progress_tells_how_far_it_is_and_when_it_ends(
     from sft.evaluation import batches, hf_model
 
     monkeypatch.setattr(batches, "LOG_EVERY_S", 0.0)
-    said: list[str] = []
+    logged: list[str] = []
     model = hf_model.HfModel(place.root / "model", batch_size=2, max_length=0, think_end=None)
-    evaluate.run_tasks(model, replace(ANYTHING, tasks=("capitals",)), place.tasks, {}, tmp_path, said.append)
-    assert [line.split(", ETA")[0] for line in said[:2]] == [
+    evaluate.run_tasks(model, replace(ANYTHING, tasks=("capitals",)), place.tasks, {}, tmp_path, logged.append)
+    assert [line.split(", ETA")[0] for line in logged[:2]] == [
         "capitals: 2/5 replies, 2 at once", "capitals: 4/5 replies, 2 at once",
     ]  # fmt: skip
-    assert all("ETA 0:00:0" in line for line in said[:2]) and said[2].startswith(
+    assert all("ETA 0:00:0" in line for line in logged[:2]) and logged[2].startswith(
         "1/1 capitals: exact_match 0.000 [0.000"
     )

@@ -123,8 +123,8 @@ def test_a_signal_leaves_what_was_answered_marked_incomplete(
 ) -> None:
     from sft.evaluation.hf_model import HfModel
 
-    model, said = HfModel(place.root / "model", batch_size=2, max_length=0, think_end=None), []
-    model.log = said.append
+    model, logged = HfModel(place.root / "model", batch_size=2, max_length=0, think_end=None), []
+    model.log = logged.append
     generate = HfModel._model_generate
 
     def interrupted(self: Any, context: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ def test_a_signal_leaves_what_was_answered_marked_incomplete(
     with pytest.raises(SystemExit):
         evaluate.run_task(model, "capitals", ANYTHING, place.tasks, place.data, tmp_path)
     file = tmp_path / "samples/capitals.incomplete.jsonl"
-    assert said == [f"interrupted: 4 answers of 5 documents are kept in {file}"]
+    assert logged == [f"interrupted: 4 answers of 5 documents are kept in {file}"]
     rows = lines(file)
     assert len(rows) == 4 and all(r["incomplete"] and "capital" in r["prompt"] and "ended_by" in r for r in rows)
     assert not (tmp_path / "samples/capitals.jsonl").exists() and not (tmp_path / "work/capitals.json").exists()

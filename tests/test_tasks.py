@@ -101,7 +101,7 @@ def test_a_task_that_lm_eval_ships_is_named_with_its_version(monkeypatch: pytest
     assert now.task_sha256 != tasks.find("arc_easy", tmp_path, {}).hashes().task_sha256
 
 
-def test_a_task_file_that_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_task_file_that_cannot_be_read_is_reported(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     from sft.evaluation import tasks
 
     monkeypatch.setattr(tasks, "_all_tasks", lambda f: tasks.TaskManager(include_path=str(f), include_defaults=False))
