@@ -49,27 +49,27 @@ def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[FileCo
     listed = source.list()
     if not listed:
         raise SftError(f"{src}: no such file, and no files under it")
-    jobs = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in listed.items()]
-    return source, open_storage(dst, cache), jobs
+    copies = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in listed.items()]
+    return source, open_storage(dst, cache), copies
 
 
 def copy(src: str, dst: str, cache: Path, check: bool, clobber: bool, delete: bool) -> None:
-    source, target, jobs = plan(src, dst, cache)
+    source, target, copies = plan(src, dst, cache)
     if delete and source.where.rstrip("/") != str(Path(src) if "://" not in src else src.rstrip("/")):
         raise SftError(f"DELETE=1: {src} is a single file; next: name a folder or prefix, whose like DST becomes")
-    lists = [j for j in jobs if j.source.rpartition("/")[2] == "manifest.json"]
+    lists = [c for c in copies if c.source.rpartition("/")[2] == "manifest.json"]
     hashes = HashCache(cache)
-    for group in ([j for j in jobs if j not in lists], lists):
+    for group in ([c for c in copies if c not in lists], lists):
         if group:
             for done in transfer(group, source, target, log, check_only=check, clobber=clobber):
                 if done.sums.sha256 and isinstance(target, LocalStorage):
-                    hashes.note(target.path(done.job.target), done.sums.sha256)
+                    hashes.note(target.path(done.copy.target), done.sums.sha256)
     if hashes.known and not check:
         with contextlib.suppress(OSError):  # it only saves reading the files again
             hashes.save()
-    log(f"{len(jobs)} files are identical in {src} and {dst}")
+    log(f"{len(copies)} files are identical in {src} and {dst}")
     if delete:
-        extra = sorted(set(target.list()) - {j.target for j in jobs})
+        extra = sorted(set(target.list()) - {c.target for c in copies})
         for name in extra:
             log(f"{'would remove' if check else 'removing'} {target.where}/{name}")
             if not check:

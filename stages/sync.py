@@ -10,7 +10,7 @@ import click
 
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.stage import open_stage, run_stage
-from sft.sync.sync import bring, sync
+from sft.sync.sync import copy_inputs, sync
 
 
 @program("sync", "stages/sync.py")
@@ -22,7 +22,7 @@ def main(options: RunOptions, check: bool) -> None:
         run_stage("sync", options, sync)
         return
     with open_stage("sync", options) as stage:
-        remote, _ = bring(stage, check_only=True)
+        remote, _ = copy_inputs(stage, check_only=True)
         stage.log(f"complete and identical: {len(remote.files)} files under {stage.storage}")
 
 

@@ -93,7 +93,7 @@ def test_check_says_what_differs_and_copies_nothing(server: Server, folder: Path
 
 def test_no_clobber_leaves_other_bytes_alone_and_says_so(server: Server, folder: Path) -> None:
     server.store("there/z", b"theirs", "", None)
-    assert "there/z is there with other bytes and was left alone" in cp(
+    assert "there/z exists with other bytes and was left alone" in cp(
         server, folder, "gs://bucket/there", "--no-clobber", ok=False
     )
     assert server.objects["there/z"].data == b"theirs"
@@ -156,20 +156,20 @@ def test_a_dataset_reaches_a_bucket_with_its_manifest_last_and_a_killed_one_has_
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
     source = LocalStorage(folder)
     listed = manifest.describe(folder, ["data", "z"])
-    copier = sync.Copier("gs://bucket/root", tmp_path / "cache", lambda _: None)
+    copier = sync.FolderCopier("gs://bucket/root", tmp_path / "cache", lambda _: None)
     (folder / "data/x.npy").write_bytes(b"changed")
     with pytest.raises(SftError, match=r"data/x\.npy"):
-        copier.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+        copier.copy(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
     assert "root/datasets/d/manifest.json" not in server.objects and "root/datasets/d/z" in server.objects
     (folder / "data/x.npy").write_bytes(FILES["data/x.npy"])
-    entries = copier.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+    entries = copier.copy(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
     assert [o.path for o in entries] == ["datasets/d/data/x.npy", "datasets/d/data/y.npy", "datasets/d/z"]
     assert max(server.objects, key=lambda n: server.objects[n].generation) == "root/datasets/d/manifest.json"
-    checking = sync.Copier("gs://bucket/root", tmp_path / "cache", lambda _: None, check_only=True)
-    checking.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+    checking = sync.FolderCopier("gs://bucket/root", tmp_path / "cache", lambda _: None, check_only=True)
+    checking.copy(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
     del server.objects["root/datasets/d/z"]
     with pytest.raises(SftError, match="1 of 3 files differ"):
-        checking.folder(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
+        checking.copy(source, "datasets/d", listed, b"{}", "datasets/d/manifest.json")
 
 
 def test_base_weights_in_a_bucket_are_fetched_and_what_was_removed_there_goes(

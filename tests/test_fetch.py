@@ -88,7 +88,7 @@ def test_what_a_training_that_goes_on_replaces_meanwhile_comes_as_it_is_then(
     make_train(there)
     (there / "manifest.json").unlink()
     where = open_storage("gs://test/train")
-    fetch.bring(LocalStorage(there), where, print)
+    fetch.copy_stage(LocalStorage(there), where, print)
     copy = fetch.transfer
 
     def slow(*args: Any, **options: Any) -> Any:
@@ -96,7 +96,7 @@ def test_what_a_training_that_goes_on_replaces_meanwhile_comes_as_it_is_then(
         return copy(*args, **options)
 
     monkeypatch.setattr(fetch, "transfer", slow)
-    fetch.bring(open_storage("gs://test/train"), LocalStorage(tmp_path / "here"), print)
+    fetch.copy_stage(open_storage("gs://test/train"), LocalStorage(tmp_path / "here"), print)
     assert (tmp_path / "here" / "LATEST").read_bytes() == b"step3\n"
     assert (tmp_path / "here" / "step2" / "manifest.json").is_file()
 
@@ -115,7 +115,7 @@ def test_a_corrupt_source_fails_with_a_list_and_leaves_no_manifest(tmp_path: Pat
     make_train(tmp_path / "there")
     (tmp_path / "there/step2/model/0.distcp").write_bytes(os.urandom(50_000))
     with pytest.raises(SftError, match=r"step2/model/0\.distcp has sha256"):
-        fetch.bring(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
+        fetch.copy_stage(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
     assert not list((tmp_path / "here").rglob("manifest.json")) and (tmp_path / "here/step1/model/0.distcp").exists()
 
 
@@ -124,7 +124,7 @@ def test_a_local_result_of_other_content_is_not_overwritten(tmp_path: Path) -> N
     make_train(tmp_path / "here")
     before = files(tmp_path / "here")
     with pytest.raises(SftError, match="is of another result"):
-        fetch.bring(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
+        fetch.copy_stage(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
     assert files(tmp_path / "here") == before
 
 
@@ -134,13 +134,13 @@ def test_names_in_a_remote_manifest_do_not_leave_the_folder(tmp_path: Path) -> N
     record["outputs"][0]["path"] = "../../outside"
     (tmp_path / "there/manifest.json").write_text(json.dumps(record))
     with pytest.raises(SftError, match="relative path"):
-        fetch.bring(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
+        fetch.copy_stage(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
     assert not (tmp_path / "outside").exists()
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
     (tmp_path / "there/x/train").mkdir(parents=True)
-    assert "nothing there is finished" in run(
+    assert "no finished stage is there" in run(
         tmp_path / "runs/x", "--stage", "train", "--from", tmp_path / "there", ok=False
     )
     assert "no such folder" in run(tmp_path / "runs/x", "--stage", "convert", "--from", tmp_path / "there", ok=False)

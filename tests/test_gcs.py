@@ -24,12 +24,12 @@ import google_crc32c
 from google.cloud import storage
 
 from sft.common.errors import SftError
-from sft.storage import attempts, download, gcs, transport, upload
+from sft.storage import download, gcs, retries, transport, upload
 from sft.storage.contract import FileCopy, FileInfo, Meter
-from sft.storage.crc import Object
 from sft.storage.gcs import GcsStorage
-from sft.storage.local import LocalStorage, is_part
+from sft.storage.local import LocalStorage, is_partial
 from sft.storage.transfer import transfer
+from sft.storage.transport import ObjectInfo
 
 pytestmark = pytest.mark.server
 
@@ -53,15 +53,15 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def server(wire: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Nothing beyond 127.0.0.1: no credentials are looked for. Sizes and times are scaled down."""
     with Server() as server:
-        monkeypatch.setattr(transport, "PIECE", 1 << 14)
+        monkeypatch.setattr(transport, "CHUNK", 1 << 14)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         monkeypatch.setattr(gcs, "LARGE", 1 << 20)
-        monkeypatch.setattr("sft.storage.transfer.CONTINUED", 1 << 20)
+        monkeypatch.setattr("sft.storage.transfer.RESUMABLE", 1 << 20)
         monkeypatch.setattr(download, "SLICE", 1 << 20)
-        monkeypatch.setattr(upload, "PIECE", 1 << 18)
-        monkeypatch.setattr(attempts, "TIMEOUT_S", (2.0, 0.4))
-        monkeypatch.setattr(attempts, "DEADLINE_S", 5.0)
-        monkeypatch.setattr(attempts, "PAUSES_S", (0.01, 0.05))
+        monkeypatch.setattr(upload, "CHUNK", 1 << 18)
+        monkeypatch.setattr(retries, "TIMEOUT_S", (2.0, 0.4))
+        monkeypatch.setattr(retries, "DEADLINE_S", 5.0)
+        monkeypatch.setattr(retries, "BACKOFF_S", (0.01, 0.05))
         yield server
 
 
@@ -144,12 +144,12 @@ def words(kind: str | int, twice: str) -> str:
 def test_a_download_that_cannot_succeed_fails_and_leaves_nothing_under_the_final_name(
     kind: str | int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "DEADLINE_S", 30 if kind == "corrupt" else 0.2)
-    monkeypatch.setattr(attempts, "SLOWEST", 1e9)
+    monkeypatch.setattr(retries, "DEADLINE_S", 30 if kind == "corrupt" else 0.2)
+    monkeypatch.setattr(retries, "MIN_BYTES_PER_S", 1e9)
     server.objects["pre/fix/d/x.npy"] = Stored(data, 5)
     server.fault("download", kind, 10_000)
     began = time.monotonic()
-    with pytest.raises(SftError, match=words(kind, "fetched twice with crc32c")):
+    with pytest.raises(SftError, match=words(kind, "downloaded twice with crc32c")):
         transfer([FileCopy("d/x.npy", "y", len(data))], bucket, LocalStorage(tmp_path / "to"), quiet)
     assert time.monotonic() - began < 20
     assert not (tmp_path / "to" / "y").exists()
@@ -160,8 +160,8 @@ def test_a_download_that_cannot_succeed_fails_and_leaves_nothing_under_the_final
 def test_an_upload_that_cannot_succeed_fails_and_leaves_the_earlier_object(
     kind: str | int, data: bytes, server: Server, bucket: GcsStorage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attempts, "DEADLINE_S", 30 if kind == "corrupt" else 0.2)
-    monkeypatch.setattr(attempts, "SLOWEST", 1e9)
+    monkeypatch.setattr(retries, "DEADLINE_S", 30 if kind == "corrupt" else 0.2)
+    monkeypatch.setattr(retries, "MIN_BYTES_PER_S", 1e9)
     server.objects["pre/fix/d/x.npy"] = Stored(b"good", 5)
     server.fault("upload", kind, 10_000)
     server.fault("chunk", kind, 10_000)
@@ -256,7 +256,7 @@ def test_a_broken_download_continues_at_the_byte_where_it_broke(
 
 def test_sessions_and_signatures_are_in_no_message() -> None:
     url = "PUT https://storage.googleapis.com/b?upload_id=AB-c_1&X-Goog-Signature=12ef&x=1 failed"
-    assert attempts.redact(url) == "PUT https://storage.googleapis.com/b?upload_id=…&X-Goog-Signature=…&x=1 failed"
+    assert retries.redact(url) == "PUT https://storage.googleapis.com/b?upload_id=…&X-Goog-Signature=…&x=1 failed"
 
 
 class Credentials(google.auth.credentials.Credentials):
@@ -271,8 +271,8 @@ def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(wire: s
     with Server() as server:
         credentials = Credentials()  # type: ignore[no-untyped-call]
         client = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
-        carrier = transport.fastest(client, client.bucket("test"))
-        assert type(carrier).__name__.lower() == wire
+        carrier = transport.fastest_transport(client, client.bucket("test"))
+        assert type(carrier).__name__.lower() == f"{wire}transport"
         for name in ("a", "b"):
             carrier.send(name, SMALL, google_crc32c.value(SMALL), 0)
         assert all((a or "").startswith("Bearer t") for a in server.authorizations)
@@ -285,8 +285,8 @@ from pathlib import Path
 from sft.storage import download, gcs, transfer as storage
 from sft.storage.contract import FileCopy
 from sft.storage.transfer import open_storage, transfer
-gcs.LARGE = storage.CONTINUED = download.SLICE = 1 << 20
-download.SLICES = 2
+gcs.LARGE = storage.RESUMABLE = download.SLICE = 1 << 20
+download.THREADS = 2
 for line in sys.stdin:  # a process for each line, so that the libraries are imported once
     if not (child := os.fork()):
         os.environ["SFT_OBSTORE"] = line.strip()
@@ -348,7 +348,7 @@ def test_kill_at_ten_points_and_a_rerun_continues_without_sending_everything_aga
         moved = server.moved
     assert {n.removeprefix("p/"): o.data for n, o in server.objects.items()} == wanted
     left = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and ".more" not in p.name}
-    assert {n for n in left if not is_part(Path(n).name)} == set(wanted)
+    assert {n for n in left if not is_partial(Path(n).name)} == set(wanted)
     assert all((folder / n).read_bytes() == d for n, d in wanted.items()) and not list(
         (tmp_path / "cache").rglob("uploads/*")
     )
@@ -370,7 +370,7 @@ def test_a_small_object_that_is_replaced_meanwhile_is_read_as_it_is_then(
     assert mine.read("metrics") == b"two"  # whatever the listing was
     asked, replaced = mine.stat, iter([b"three", b"four"])
 
-    def stat(name: str) -> Object | None:
+    def stat(name: str) -> ObjectInfo | None:
         found = asked(name)
         if (data := next(replaced, None)) is not None:
             other.write(name, data)
@@ -388,7 +388,7 @@ def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.Monk
     try:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{peer._api._httpd.server_port}")
         monkeypatch.setenv("SFT_OBSTORE", "0")  # it leaves out a header (Last-Modified) that obstore insists on
-        monkeypatch.setattr(attempts, "DEADLINE_S", 10.0)
+        monkeypatch.setattr(retries, "DEADLINE_S", 10.0)
         bucket = GcsStorage("gs://test/p")
         bucket.write("small", SMALL)
         (tmp_path / "big").write_bytes(bytes(9 << 20))

@@ -15,8 +15,9 @@ import pytest
 from conftest import REPO
 from sft.common.errors import SftError
 from sft.storage import local
-from sft.storage.contract import FileCopy, Meter, hash_file
-from sft.storage.local import LocalStorage, is_part
+from sft.storage.checksums import hash_file
+from sft.storage.contract import FileCopy, Meter
+from sft.storage.local import LocalStorage, is_partial
 from sft.storage.transfer import open_storage, transfer
 
 
@@ -55,7 +56,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def test_a_copy_has_the_same_bytes_and_leaves_nothing_else(source: LocalStorage, target: LocalStorage) -> None:
     done = transfer(jobs(source), source, target, quiet)
-    assert all(d.copied for d in done) and [d.job.target for d in done] == list(source.list())
+    assert all(d.copied for d in done) and [d.copy.target for d in done] == list(source.list())
     assert files(target.root) == FILES
 
 
@@ -76,7 +77,7 @@ def test_a_bit_flip_at_the_target_is_found_and_repaired(source: LocalStorage, ta
     (target.root / "b/c.npy").write_bytes(flipped)
     with pytest.raises(SftError, match="1 of 3 files differ"):
         transfer(jobs(source), source, target, quiet, check_only=True)
-    assert [d.job.target for d in transfer(jobs(source), source, target, quiet) if d.copied] == ["b/c.npy"]
+    assert [d.copy.target for d in transfer(jobs(source), source, target, quiet) if d.copied] == ["b/c.npy"]
     assert files(target.root) == FILES
 
 
@@ -216,8 +217,8 @@ def test_kill_at_any_moment_leaves_no_partial_file_and_a_rerun_completes(
         running.send_signal(signal.SIGKILL)
         running.wait()
         present = files(target.root)
-        partial |= any(is_part(Path(n).name) for n in present)
-        assert all(FILES[n] == data for n, data in present.items() if not is_part(Path(n).name))
+        partial |= any(is_partial(Path(n).name) for n in present)
+        assert all(FILES[n] == data for n, data in present.items() if not is_partial(Path(n).name))
     assert partial, "no kill came while a file was being written"
     subprocess.run(command, env=env, check=True, stdout=subprocess.DEVNULL)
     assert files(target.root) == FILES

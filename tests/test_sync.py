@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -17,6 +15,8 @@ from conftest import REPO, Workspace
 from gcs_server import Server
 from sft.common.errors import SftError
 from sft.formats import manifest
+from sft.formats.manifest import FileList
+from sft.formats.remote import Remote, SyncMetrics
 from sft.storage import base_weights, hub, localise
 from sft.sync import sync
 
@@ -35,8 +35,8 @@ def place(workspace: Workspace) -> Workspace:
     return workspace
 
 
-def remote(place: Workspace, run: str = "x") -> dict[str, Any]:
-    return json.loads((place.root / "runs" / run / "sync" / "remote.json").read_text())
+def remote(place: Workspace, run: str = "x") -> Remote:
+    return Remote.read(place.root / "runs" / run / "sync" / "remote.json")
 
 
 def check(place: Workspace) -> subprocess.CompletedProcess[str]:
@@ -48,17 +48,17 @@ def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_
     found = remote(place)
     root = place.root / "runs" / ".storage"
     made = manifest.load(place.root / "runs/x/prepare/manifest.json")
-    assert found["dataset"] == f"datasets/{made.digest[:16]}"
-    assert found["base"].startswith("base/tiny-")
-    for entry in found["files"]:
-        data = (root / entry["path"]).read_bytes()
-        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry["bytes"], entry["sha256"])
-    assert sorted(e["path"].rsplit("/", 1)[1] for e in found["files"]) == ["config.json", "model.safetensors", "out"]
-    copied = root / found["dataset"]
+    assert found.dataset == f"datasets/{made.digest[:16]}"
+    assert found.base.startswith("base/tiny-")
+    for entry in found.files:
+        data = (root / entry.path).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
+    assert sorted(e.path.rsplit("/", 1)[1] for e in found.files) == ["config.json", "model.safetensors", "out"]
+    copied = root / found.dataset
     assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json").outputs) == []
-    assert json.loads((root / f"{found['base']}.json").read_text())["files"]
-    metrics = manifest.load(place.root / "runs/x/sync/manifest.json")["metrics"]
-    assert (metrics["storage"], metrics["dataset"]) == ("runs/.storage", f"runs/.storage/{found['dataset']}")
+    assert FileList.read(root / f"{found.base}.json").files
+    metrics = SyncMetrics.of(manifest.load(place.root / "runs/x/sync/manifest.json"), "sync")
+    assert (metrics.storage, metrics.dataset) == ("runs/.storage", f"runs/.storage/{found.dataset}")
 
 
 def test_a_second_run_with_the_same_content_copies_nothing(place: Workspace) -> None:
@@ -73,7 +73,7 @@ def test_check_tells_a_whole_copy_from_a_damaged_or_unfinished_one_and_sync_repa
     assert (done := check(place)).returncode != 0 and "not complete; next: make sync" in done.stderr
     place.make("sync", "RECIPE=x")
     assert (done := check(place)).returncode == 0 and "complete and identical: 3 files" in done.stdout
-    file = place.root / "runs/.storage" / remote(place)["base"] / "model.safetensors"
+    file = place.root / "runs/.storage" / remote(place).base / "model.safetensors"
     whole = file.read_bytes()
     file.write_bytes(b"\1" + whole[1:])
     assert (done := check(place)).returncode != 0 and "model.safetensors is missing or has other bytes" in done.stderr
@@ -86,7 +86,7 @@ def test_check_tells_a_whole_copy_from_a_damaged_or_unfinished_one_and_sync_repa
 
 def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    file = place.root / "runs/.storage" / remote(place)["dataset"] / "manifest.json"
+    file = place.root / "runs/.storage" / remote(place).dataset / "manifest.json"
     file.write_bytes(file.read_bytes()[:100])
     assert check(place).returncode != 0
     (place.root / "runs/x/sync/manifest.json").unlink()
@@ -96,11 +96,11 @@ def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Works
 
 def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    before = place.root / "runs/.storage" / remote(place)["base"]
+    before = place.root / "runs/.storage" / remote(place).base
     (place.root / "recipes/weights/tiny/config.json").write_text('{"a": 1}')
     (place.root / "runs/x/sync/manifest.json").unlink()
     place.make("sync", "RECIPE=x")
-    after = place.root / "runs/.storage" / remote(place)["base"]
+    after = place.root / "runs/.storage" / remote(place).base
     assert (
         after != before
         and (before / "config.json").read_text() == "{}"
@@ -110,7 +110,7 @@ def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: W
 
 def test_what_a_killed_run_left_unfinished_is_removed(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
-    left = place.root / "runs/.storage" / remote(place)["base"] / ".model.safetensors.0123.part"
+    left = place.root / "runs/.storage" / remote(place).base / ".model.safetensors.0123.part"
     left.write_bytes(b"half")
     (place.root / "runs/x/sync/manifest.json").unlink()
     place.make("sync", "RECIPE=x")
@@ -151,7 +151,7 @@ def test_training_reads_a_bucket_through_a_local_copy_that_is_verified_at_every_
         place.make("sync", "RECIPE=x", "CLUSTER=cloud")
         dataset, base = place.python(READ).split()[-2:]
         root = place.root / "runs/.cache/local"
-        assert dataset == f"runs/.cache/local/{remote(place)['dataset']}" and base.startswith(
+        assert dataset == f"runs/.cache/local/{remote(place).dataset}" and base.startswith(
             "runs/.cache/local/base/tiny-"
         )
         assert manifest.is_whole(place.root / dataset)
@@ -163,12 +163,11 @@ def test_training_reads_a_bucket_through_a_local_copy_that_is_verified_at_every_
         assert weights.read_bytes() == whole
         assert [name for what, name, _ in server.requests if what == "download" and "model" in name]
         server.objects = {n: o for n, o in server.objects.items() if not n.endswith(".json")}
-        with pytest.raises(SftError, match="no list of its files there"):
-            localise.localise("gs://bucket/root", remote(place)["dataset"], root.parent, print)
+        with pytest.raises(SftError, match="no list of its files: the copy is not complete"):
+            localise.localise("gs://bucket/root", remote(place).dataset, root.parent, print)
         server.requests.clear()
         assert (
-            localise.localise("gs://bucket/root", remote(place)["base"], root.parent, print, again=False)
-            == weights.parent
+            localise.localise("gs://bucket/root", remote(place).base, root.parent, print, again=False) == weights.parent
         )
         assert server.requests == []
 
@@ -229,7 +228,7 @@ def test_a_hub_base_is_one_commit_compared_with_the_hubs_hashes(
 def test_the_commit_of_a_base_is_in_the_manifest_and_not_in_the_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sync, "bring", lambda *_, **__: ([], {"dataset": "d", "base": "b"}, "f" * 40))
+    monkeypatch.setattr(sync, "copy_inputs", lambda *_, **__: (Remote("d", "b", ()), "f" * 40))
     result = sync.sync(SimpleNamespace(out=tmp_path, storage="s"))  # type: ignore[arg-type]
     assert result.metrics["base_commit"] == "f" * 40
     assert "ffff" not in (tmp_path / "remote.json").read_text()
@@ -255,7 +254,7 @@ def test_a_hub_file_with_other_bytes_fails_and_is_removed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub({**HUB_FILES, name: b"corrupt"}, {n: d for n, d in HUB_FILES.items() if n[0] != "."})
-    with pytest.raises(SftError, match=f"{name} is not what the hub says"):
+    with pytest.raises(SftError, match=f"{name} differs from what the hub reports"):
         fetch("hf://org/model", hub, tmp_path, monkeypatch)
     assert not list(tmp_path.rglob(name))
 

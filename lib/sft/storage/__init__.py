@@ -1,1 +1,1 @@
-"""Verified copies between folders and buckets."""
+"""Verified copies between folders, buckets (gs://) and the Hugging Face hub (hf://)."""

@@ -1,4 +1,8 @@
-"""TODO sft.storage.base_weights"""
+"""Base weights as a local folder.
+
+In:  [model] base of a recipe: a folder under DATA, gs://… or hf://org/name[@revision].
+Out: `Base`. Remote weights are downloaded to the cache and verified.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from sft.storage.transfer import open_storage, transfer
 
 @dataclass(frozen=True)
 class Base:
-    """Base weights as a local folder, a name for them, and the commit on the hub that they are of ("" elsewhere)."""
+    """Base weights in a local folder. `label` is a short name for paths; `commit` is the hub's, "" for other sources."""
 
     folder: LocalStorage
     label: str
@@ -24,7 +28,7 @@ class Base:
 
 
 def find_base(base: str, find: Callable[[str, str], Path], cache: Path, log: Callable[[str], None]) -> Base:
-    """Fetches base weights that are remote into the cache."""
+    """The base weights of a recipe; `find` looks up a path under DATA. Raises SftError."""
     if base.startswith("hf://"):
         repo = hub.resolve(base, f"[model] base {base}", log)
         folder = cache / "hub" / f"{repo.name.replace('/', '--')}-{repo.commit[:16]}"
@@ -34,14 +38,14 @@ def find_base(base: str, find: Callable[[str, str], Path], cache: Path, log: Cal
     if base.startswith("gs://"):
         bucket = open_storage(base, cache)
         storage = LocalStorage(cache / "base" / hashlib.sha256(base.encode()).hexdigest()[:16])
-        jobs = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in bucket.list().items()]
-        log(f"{base}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {storage.where}")
+        copies = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in bucket.list().items()]
+        log(f"{base}: {len(copies)} files, {size(sum(c.bytes for c in copies))}, to {storage.where}")
         make_folders(storage.root)
-        wanted = {j.target for j in jobs}
+        wanted = {c.target for c in copies}
         for name in storage.list():
             if name not in wanted:
                 storage.remove(name)
-        transfer(jobs, bucket, storage, log)
+        transfer(copies, bucket, storage, log)
         return Base(storage, _label(base))
     return Base(LocalStorage(find(base, "[model] base")), _label(base))
 

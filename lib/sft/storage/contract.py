@@ -1,12 +1,13 @@
-"""What a copy is made of: jobs, what is known of a file's bytes, the contract of a storage, and a meter of progress.
+"""The interface of a storage, the files that are copied between storages, and a progress meter.
 
-A folder here (`sft.storage.local`) and `sft.storage.gcs` for gs:// keep to one contract: `put` and `get` return only when the
-finished bytes are proven, under a temporary name until then; the same content is recognised and not copied again; no time stamps.
+A storage is a local folder (`sft.storage.local`) or a prefix in a bucket (`sft.storage.gcs`). For both:
+
+* `put` and `get` return only after the finished bytes are verified. Until then the file has a temporary name.
+* A file with the same content is recognised and not copied again. Modification times are never compared.
 """
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
 from collections.abc import Callable
@@ -15,166 +16,141 @@ from pathlib import Path
 from typing import Protocol
 
 from sft.common.errors import SftError
+from sft.storage.checksums import Checksums
 
-CHUNK = 4 << 20
-CONTINUED = 8 << 20  # bytes from which an interrupted download is continued
-
-
-@dataclass(frozen=True)
-class Checksums:
-    """What a file's bytes are. sha256 is "" and crc32c 0 where nobody asked for it."""
-
-    bytes: int
-    sha256: str
-    crc32c: int = 0
+RESUMABLE = 8 << 20
+"""Interrupted downloads of at least this many bytes are resumed."""
 
 
 @dataclass(frozen=True)
 class FileCopy:
-    """One file to bring from `source` to `target` (names in their storages), and what is known of its content."""
+    """One file to copy from `source` to `target` (names in their storages), and what is known about its content.
+
+    `sha256` comes from a manifest, `crc32c` from the listing of a bucket. "" and None mean unknown.
+    """
 
     source: str
     target: str
     bytes: int
-    sha256: str = ""  # of a manifest; "" = not known
-    crc32c: int | None = None  # of a bucket's listing; None = not known
+    sha256: str = ""
+    crc32c: int | None = None
 
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file in a listing."""
+    """A file in a listing. Only buckets report a CRC32C and a generation (the number of this write of the object)."""
 
     bytes: int
-    crc32c: int | None = None  # where the storage says so without reading
-    generation: int | None = field(default=None, compare=False)  # a bucket's number of this writing of the object
+    crc32c: int | None = None
+    generation: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
 class CopyResult:
-    job: FileCopy
+    """A finished copy. `copied` is False if the target already had the same content."""
+
+    copy: FileCopy
     sums: Checksums
     copied: bool
 
 
 class Meter:
-    """Counts bytes from many threads; one line says bytes, files, rate and the time that is left."""
+    """Counts the bytes of many threads, and logs one line with bytes, files, rate and remaining time every `every_s` seconds.
+
+    Setting `stop` cancels the threads: their next `add` raises SftError.
+    """
 
     def __init__(self, files: int, total: int, log: Callable[[str], None], every_s: float = 2.0):
         self.files, self.total, self.log, self.every_s = files, total, log, every_s
-        self.done_files = self.seen = 0
+        self.done_files = self.done_bytes = 0
         self.stop = threading.Event()
         self._lock = threading.Lock()
-        self._began = self._shown = time.monotonic()
+        self._start = self._shown = time.monotonic()
 
     @classmethod
     def silent(cls) -> Meter:
         return cls(1, 0, lambda _: None)
 
     def add(self, count: int) -> None:
-        """Called after every chunk; ends a thread whose run was cancelled."""
+        """Threads call this after every chunk. Raises SftError after a cancellation."""
         if self.stop.is_set():
             raise SftError("cancelled")
         with self._lock:
-            self.seen += count
+            self.done_bytes += count
 
     def line(self) -> str:
-        seconds = max(time.monotonic() - self._began, 1e-6)
-        rate = self.seen / seconds
-        left = max(self.total - self.seen, 0) / rate if rate else 0
+        seconds = max(time.monotonic() - self._start, 1e-6)
+        rate = self.done_bytes / seconds
+        left = max(self.total - self.done_bytes, 0) / rate if rate else 0
         return (
-            f"{self.done_files}/{self.files} files, {size(self.seen)} of {size(max(self.total, self.seen))},"
+            f"{self.done_files}/{self.files} files, {size(self.done_bytes)} of {size(max(self.total, self.done_bytes))},"
             f" {size(rate)}/s, {left:.0f} s left"
         )
 
     def show(self) -> None:
+        """Logs the line, if the last one is `every_s` seconds old."""
         if time.monotonic() - self._shown >= self.every_s:
             self._shown = time.monotonic()
             self.log(self.line())
 
 
 class Storage(Protocol):
-    """A root and names under it. Every failure is an SftError or an OSError that names the file."""
+    """A root and the files under it. Every failure is an SftError or an OSError that names the file."""
 
     where: str
     threads: int
 
     def list(self) -> dict[str, FileInfo]:
-        """All files under the root by name, unfinished ones left out; refuses unsafe names and links."""
+        """All finished files under the root, by name. Raises SftError for links and for names that could leave the root."""
         ...
 
     def check_access(self, write: bool, needed: int = 0) -> None:
-        """Says that the root cannot be used before a byte is copied."""
+        """Raises SftError if the root cannot be read or written, or has fewer than `needed` free bytes."""
         ...
 
     def same(self, name: str, sums: Callable[[], Checksums], expected: FileCopy) -> bool:
-        """Whether `name` holds just these bytes. `sums` reads the source and is called only where it must be."""
+        """Whether `name` has exactly this content. `sums` reads the source; it is called only if it is needed."""
         ...
 
-    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
-        """Writes the local `file` under `name`, whole and verified, or not at all. soon: `settle` may verify it."""
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, deferred: bool = False) -> Checksums:
+        """Writes the local `file` as `name`: complete and verified, or not at all.
+
+        deferred=True lets `finish_deferred` do the last step for many files at once.
+        """
         ...
 
-    def settle(self) -> dict[str, str]:
-        """Verifies what `put` left for later. Returns the names that are wrong, with why; "" = removed, put it again."""
+    def finish_deferred(self) -> dict[str, str]:
+        """Finishes deferred writes: a bucket verifies them, a folder makes its renames durable.
+
+        Returns the names that failed, each with the reason. "" means: the wrong object was deleted, so put it again.
+        """
         ...
 
     def get(self, name: str, file: Path, expected: FileCopy, meter: Meter) -> Checksums:
-        """Writes `name` into the local `file` (the caller's temporary name) and verifies it."""
+        """Writes `name` to the local `file` (a temporary name of the caller) and verifies it."""
         ...
 
     def find(self, name: str) -> FileInfo | None: ...
 
     def read(self, name: str) -> bytes | None:
-        """A small file, or None."""
+        """The content of a small file, or None if it does not exist."""
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """A small file, whole or not at all."""
+        """Writes a small file, completely or not at all."""
         ...
 
     def remove(self, name: str) -> None: ...
 
 
-class Hasher:
-    """Takes a file's bytes in order."""
-
-    def __init__(self, crc: bool = False, sha: bool = True):
-        self.count = self.crc = 0
-        self._sha = hashlib.sha256() if sha else None
-        self._extend = None
-        if crc:
-            import google_crc32c
-
-            self._extend = google_crc32c.extend
-
-    def update(self, data: bytes) -> None:
-        self.count += len(data)
-        if self._sha:
-            self._sha.update(data)
-        if self._extend:
-            self.crc = self._extend(self.crc, data)
-
-    def sums(self) -> Checksums:
-        return Checksums(self.count, self._sha.hexdigest() if self._sha else "", self.crc)
-
-
 def check(found: Checksums, expected: FileCopy, what: str) -> None:
-    """Raises SftError with both values where a file is not what its manifest says."""
+    """Raises SftError with both values if a file differs from what its manifest or the bucket's listing says."""
     if found.bytes != expected.bytes:
         raise SftError(f"{what} has {found.bytes:,} bytes, its manifest says {expected.bytes:,}")
     if expected.sha256 and found.sha256 != expected.sha256:
         raise SftError(f"{what} has sha256 {found.sha256[:16]}…, its manifest says {expected.sha256[:16]}…")
     if expected.crc32c is not None and found.crc32c and found.crc32c != expected.crc32c:
         raise SftError(f"{what} has crc32c {found.crc32c:08x}, the bucket says {expected.crc32c:08x}")
-
-
-def hash_file(file: Path, crc: bool = False, sha: bool = True) -> Checksums:
-    """Reads a file once. crc=True also gives the CRC32C that gs:// speaks."""
-    hasher = Hasher(crc, sha)
-    with file.open("rb") as f:
-        while chunk := f.read(CHUNK):
-            hasher.update(chunk)
-    return hasher.sums()
 
 
 def size(count: float) -> str:

@@ -1,10 +1,10 @@
-"""One object of a bucket into one file, proven by reading the file back.
+"""Downloads one object of a bucket to one file, and verifies the file by reading it back.
 
-In:  a Wire, the object's name and what the bucket says of it (bytes, CRC32C, generation), the caller's temporary file.
-Out: the sums of the finished file, which are the bucket's; SftError when two fetches brought other bytes.
+In:  a Transport, the object's name, what the bucket reports about it (bytes, CRC32C, generation), the caller's temporary file.
+Out: the checksums of the finished file, which agree with the bucket's. SftError if two downloads gave other bytes.
 
-A large object comes in slices, over a pool that all files share. What an earlier process brought is kept: a line beside the
-file names each slice that is there, and the CRC32C of the whole decides.
+A large object is downloaded in slices, by a thread pool that all files share. An interrupted download is resumed, also by
+another process: a record beside the file lists the slices that are complete. The CRC32C of the complete file decides.
 """
 
 from __future__ import annotations
@@ -17,122 +17,138 @@ from pathlib import Path
 from typing import IO
 
 from sft.common.errors import SftError
-from sft.storage.attempts import Deadline, PermanentError, attempt
-from sft.storage.contract import CHUNK, Checksums, Hasher, Meter
-from sft.storage.crc import Object
-from sft.storage.local import MORE, PART
-from sft.storage.transport import Sink, Wire
+from sft.storage.checksums import CHUNK, Checksums, Hasher
+from sft.storage.contract import Meter
+from sft.storage.local import PARTIAL, RESUMABLE_PARTIAL
+from sft.storage.retries import Deadline, PermanentError, retry
+from sft.storage.transport import ObjectInfo, RangeSink, Transport
 
-SLICE = 8 << 20  # so much in each of SLICES parallel requests
-SLICES = 16
+SLICE = 8 << 20
+"""Bytes of one of the parallel requests for a large object."""
+THREADS = 16
 
 
 class Download:
+    """The download of one object."""
+
     def __init__(
-        self, wire: Wire, pool: ThreadPoolExecutor, name: str, what: str, found: Object, file: Path, meter: Meter
+        self,
+        transport: Transport,
+        pool: ThreadPoolExecutor,
+        name: str,
+        what: str,
+        found: ObjectInfo,
+        file: Path,
+        meter: Meter,
     ):
-        self.wire, self.pool, self.name, self.what = wire, pool, name, what
+        self.transport, self.pool, self.name, self.what = transport, pool, name, what
         self.found, self.file, self.meter = found, file, meter
         self.deadline = Deadline(found.bytes, meter.stop)
 
     def run(self, large: bool, sha256: bool) -> Checksums:
-        """Fetches until the file's CRC32C is the bucket's, at most twice."""
+        """Downloads until the CRC32C of the file is the bucket's, at most twice. large: in slices, and resumable."""
         with self.file.open("a+b", buffering=0) as f:
             if large:
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
-                    raise SftError(f"{self.file}: another process is fetching this file; next: wait for it") from None
+                    raise SftError(f"{self.file}: another process downloads this file; next: wait for it") from None
             for _ in range(2):
                 hasher = Hasher(crc=True, sha=sha256)
                 try:
-                    (self._slices if large else self._whole)(f, hasher)
+                    (self._in_slices if large else self._in_one_request)(f, hasher)
                 except PermanentError as e:
                     raise e.error(self.what) from None
                 sums = hasher.sums()
                 if (sums.bytes, sums.crc32c) == (self.found.bytes, self.found.crc32c):
                     os.fsync(f.fileno())
                     if large:
-                        record(self.file).unlink(missing_ok=True)
+                        record_file(self.file).unlink(missing_ok=True)
                     return sums
                 f.truncate(0)
-                record(self.file).unlink(missing_ok=True)
+                record_file(self.file).unlink(missing_ok=True)
             self.file.unlink()
         raise SftError(
-            f"{self.what}: fetched twice with crc32c {sums.crc32c:08x}, the bucket says {self.found.crc32c or 0:08x};"
+            f"{self.what}: downloaded twice with crc32c {sums.crc32c:08x}, the bucket says {self.found.crc32c or 0:08x};"
             " next: check the network, run it again"
         )
 
-    def _whole(self, f: IO[bytes], hasher: Hasher) -> None:
+    def _in_one_request(self, f: IO[bytes], hasher: Hasher) -> None:
         f.truncate(0)
-        self._range(f, 0, self.found.bytes)
+        self._fetch_range(f, 0, self.found.bytes)
         read_back(f, hasher, self.found.bytes)
 
-    def _slices(self, f: IO[bytes], hasher: Hasher) -> None:
-        """Reads back in order while later slices are on their way."""
+    def _in_slices(self, f: IO[bytes], hasher: Hasher) -> None:
+        """Reads finished slices back, in order, while later ones are still being downloaded."""
         f.truncate(self.found.bytes)
-        done = Slices(self.file, self.found)
+        record = SliceRecord(self.file, self.found)
         lock = threading.Lock()
 
-        def one(index: int, start: int, end: int) -> None:
-            if index in done.finished:
+        def fetch_slice(index: int, start: int, end: int) -> None:
+            if index in record.finished:
                 self.meter.add(end - start)
                 return
             with self.file.open("r+b", buffering=0) as own:
-                self._range(own, start, end)
+                self._fetch_range(own, start, end)
             with lock:
-                done.add(index)
+                record.add(index)
 
         starts = range(0, self.found.bytes, SLICE)
         ends = [min(start + SLICE, self.found.bytes) for start in starts]
         futures: list[Future[None]] = [
-            self.pool.submit(one, i, s, e) for i, (s, e) in enumerate(zip(starts, ends, strict=True))
+            self.pool.submit(fetch_slice, i, s, e) for i, (s, e) in enumerate(zip(starts, ends, strict=True))
         ]
         try:
             for future, end in zip(futures, ends, strict=True):
                 future.result()
                 read_back(f, hasher, end)
-                if hasattr(os, "posix_fadvise"):  # begins to write it to the disk, so that fsync has less to wait for
+                if hasattr(os, "posix_fadvise"):  # starts the write to the disk, so that fsync takes less time
                     os.posix_fadvise(f.fileno(), end - SLICE, SLICE, os.POSIX_FADV_DONTNEED)
         finally:
             for future in futures:
                 future.cancel()
             wait(futures)
 
-    def _range(self, f: IO[bytes], start: int, end: int) -> None:
-        sink = Sink(f, start, end, self.deadline, self.meter)
+    def _fetch_range(self, f: IO[bytes], start: int, end: int) -> None:
+        sink = RangeSink(f, start, end, self.deadline, self.meter)
 
-        def once() -> None:
-            sink.begin()
-            self.wire.fetch(self.name, self.found.generation, sink)
-            if sink.at != end:
-                raise ConnectionError(f"the answer ended {end - sink.at} bytes early")
+        def fetch() -> None:
+            sink.seek()
+            self.transport.fetch(self.name, self.found.generation, sink)
+            if sink.position != end:
+                raise ConnectionError(f"the response ended {end - sink.position} bytes early")
 
         if start < end:
-            attempt(self.what, once, self.deadline, lambda: sink.at)
+            retry(self.what, fetch, self.deadline, lambda: sink.position)
 
 
 def read_back(f: IO[bytes], hasher: Hasher, end: int) -> None:
+    """Hashes the file up to `end`, from where the hasher is."""
     while hasher.count < end and (data := os.pread(f.fileno(), min(end - hasher.count, CHUNK), hasher.count)):
         hasher.update(data)
 
 
-class Slices:
-    """Beside a large download: a line for each slice that is there. It saves fetching them again; the CRC32C decides."""
+class SliceRecord:
+    """A text file beside a large download: a header line, then the index of every finished slice, one per line.
 
-    def __init__(self, file: Path, found: Object):
-        self.record = record(file)
-        head = f"{found.generation} {SLICE}"
-        first, *rest = self.record.read_text().split("\n") if self.record.is_file() else [""]
-        # The last piece is empty, or a line that a kill cut off.
-        self.finished = {int(line) for line in rest[:-1]} if first == head else set()
+    It saves downloading these slices again. Whether the file is right is decided by its CRC32C.
+    """
+
+    def __init__(self, file: Path, found: ObjectInfo):
+        self.file = record_file(file)
+        header = f"{found.generation} {SLICE}"
+        first, *rest = self.file.read_text().split("\n") if self.file.is_file() else [""]
+        # The last element is empty, or a line that a kill cut short.
+        self.finished = {int(line) for line in rest[:-1]} if first == header else set()
         if not self.finished:
-            self.record.write_text(head + "\n")
+            self.file.write_text(header + "\n")
 
     def add(self, index: int) -> None:
-        with self.record.open("a") as f:
+        with self.file.open("a") as f:
             f.write(f"{index}\n")
 
 
-def record(file: Path) -> Path:
-    return file.with_name(file.name.removesuffix(PART).removesuffix(".more") + ".slices" + MORE)
+def record_file(file: Path) -> Path:
+    """The record of a temporary file's slices."""
+    name = file.name.removesuffix(RESUMABLE_PARTIAL).removesuffix(PARTIAL)
+    return file.with_name(name + ".slices" + RESUMABLE_PARTIAL)

@@ -1,14 +1,17 @@
-"""gs://bucket/prefix as a storage of sft.storage.contract: two clients for requests, our own checks around them.
+"""gs://bucket/prefix as a storage (sft.storage.contract): requests through two clients, with our own checks around them.
 
-In:  gs://bucket/prefix; Google's standard credentials (or none at STORAGE_EMULATOR_HOST); a folder for unfinished uploads.
+In:  gs://bucket/prefix; Google's standard credentials (none with STORAGE_EMULATOR_HOST); a folder for upload sessions.
 Out: objects and files whose CRC32C was compared after the last byte, or an SftError that says what happened.
 
-What the client does not do, or does wrong, and is done here: every attempt belongs to one deadline scaled to the size;
-downloads pin a generation, continue where they broke off, and are checked as a whole; uploads state their CRC32C, so that
-the server refuses other bytes, and the generation they replace, so that a repeated write cannot overwrite a newer one (a
-412 whose object has our CRC32C is our own write whose answer was lost). Large uploads continue across processes.
-Where obstore carries the bytes of many small files (see sft.storage.transport), it states the generation but no CRC32C: `settle`
-compares all of them with one listing, and what is wrong is removed and written again by Google's client.
+These checks are ours because the clients lack them or get them wrong:
+
+* All attempts for a file share one deadline, scaled to its size.
+* Downloads pin a generation, resume where they broke off, and are verified as complete files.
+* Uploads state the generation that they replace, so a repeated write cannot overwrite a newer object. A 412 response for an
+  object with our CRC32C means that our own write succeeded and its response was lost.
+* Uploads with Google's client state their CRC32C, so the server refuses other bytes. Large uploads resume in another process.
+* Uploads of many small files with obstore cannot state a CRC32C. `finish_deferred` compares them with one listing, deletes
+  wrong objects and has them written again with Google's client.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import requests
@@ -27,16 +31,47 @@ from google.cloud import storage as google
 
 from sft.common.errors import SftError
 from sft.common.paths import check_relative
-from sft.storage import attempts, download, transport
-from sft.storage.attempts import Deadline, PermanentError, attempt
-from sft.storage.contract import CONTINUED, Checksums, FileCopy, FileInfo, Hasher, Meter, check, hash_file
-from sft.storage.crc import Object
-from sft.storage.transport import Wire
+from sft.storage import download, retries, transport
+from sft.storage.checksums import Checksums, Hasher, hash_file
+from sft.storage.contract import RESUMABLE, FileCopy, FileInfo, Meter, check
+from sft.storage.retries import Deadline, PermanentError, retry
+from sft.storage.transport import ObjectInfo, Transport
 from sft.storage.upload import Upload
 
-LARGE = CONTINUED  # uploads and downloads from here on can be continued
-NEEDED = ["storage.objects.get", "storage.objects.create", "storage.objects.delete"]  # the first one to read
-ASKED_SINGLY = 16  # so many objects are compared by a request for each, more of them by a listing
+LARGE = RESUMABLE
+"""Uploads and downloads of at least this many bytes can be resumed."""
+PERMISSIONS = ["storage.objects.get", "storage.objects.create", "storage.objects.delete"]  # the first one to read
+MAX_SINGLE_REQUESTS = 16
+"""More deferred objects than this are verified with a listing instead of a request for each."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A local file to upload, whose size and CRC32C are known. `data` is the content of a small file, None for a large one."""
+
+    file: Path
+    data: bytes | None
+    sums: Checksums
+
+    @classmethod
+    def read(cls, file: Path, expected: FileCopy) -> _Source:
+        """Reads the file and compares it with what is expected. Raises SftError.
+
+        The SHA-256 of a large file is computed during the upload, which holds back the last bytes until it is known.
+        """
+        if file.stat().st_size >= LARGE:
+            sums = hash_file(file, crc=True, sha=False)
+            known_later = FileCopy(expected.source, expected.target, expected.bytes, "", expected.crc32c)
+            check(sums, known_later, str(file))
+            return cls(file, None, sums)
+        data = file.read_bytes()
+        hasher = Hasher(crc=True, sha=bool(expected.sha256))
+        hasher.update(data)
+        check(hasher.sums(), expected, str(file))
+        return cls(file, data, hasher.sums())
+
+    def equals(self, made: ObjectInfo) -> bool:
+        return (made.bytes, made.crc32c) == (self.sums.bytes, self.sums.crc32c)
 
 
 class GcsStorage:
@@ -53,12 +88,12 @@ class GcsStorage:
         if self.prefix:
             check_relative(self.prefix, where)
         self.cache = cache
-        self._known: dict[str, Object] | None = None
-        self._unproven: dict[str, Object] = {}  # written, not yet compared with what the bucket holds
-        self._careful: set[str] = set()  # found wrong once: to be written with its CRC32C stated
+        self._listing: dict[str, ObjectInfo] | None = None
+        self._unverified: dict[str, ObjectInfo] = {}  # written, not yet compared with what the bucket has
+        self._failed_once: set[str] = set()  # had wrong bytes once: the next write states its CRC32C
         self._lock = threading.Lock()
 
-    # --- what a bucket holds --------------------------------------------------------------------------------------
+    # --- requests about objects -----------------------------------------------------------------------------------
 
     @functools.cached_property
     def client(self) -> google.Client:
@@ -73,48 +108,51 @@ class GcsStorage:
         return self.client.bucket(self.bucket_name)
 
     @functools.cached_property
-    def stating(self) -> Wire:
-        """Writes so that the bucket refuses bytes of another CRC32C."""
-        return transport.Google(self.bucket)
+    def checked_transport(self) -> Transport:
+        """Writes with it state a CRC32C, so the bucket refuses other bytes."""
+        return transport.GoogleTransport(self.bucket)
 
     @functools.cached_property
-    def fast(self) -> Wire:
-        return transport.fastest(self.client, self.bucket)
+    def fast_transport(self) -> Transport:
+        """Writes with it may be unchecked."""
+        return transport.fastest_transport(self.client, self.bucket)
 
     @functools.cached_property
-    def slices(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(download.SLICES, thread_name_prefix="slices")
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads for the slices of all downloads, and for requests about objects."""
+        return ThreadPoolExecutor(download.THREADS, thread_name_prefix="gcs")
 
-    def full(self, name: str) -> str:
+    def full_name(self, name: str) -> str:
+        """The object's name in the bucket. Raises SftError for an unsafe name."""
         check_relative(name, self.where)
         return f"{self.prefix}/{name}" if self.prefix else name
 
-    def objects(self) -> dict[str, Object]:
-        """The listing, fetched once and kept up to date with our own writes. Refuses unsafe names before any other request."""
+    def objects(self) -> dict[str, ObjectInfo]:
+        """The listing: fetched once, then kept up to date with our own writes. Raises SftError for unsafe names."""
         with self._lock:
-            if self._known is None:
-                self._permissions = self.slices.submit(self._held)  # while the listing is on its way
-                self._known = self._list()
-            return self._known
+            if self._listing is None:
+                self._permissions = self.pool.submit(self._ask_permissions)  # while the listing is being fetched
+                self._listing = self._fetch_listing()
+            return self._listing
 
-    def _list(self) -> dict[str, Object]:
+    def _fetch_listing(self) -> dict[str, ObjectInfo]:
         start = f"{self.prefix}/" if self.prefix else None
 
         def fetch() -> list[google.Blob]:
             fields = "items(name,size,crc32c,generation),nextPageToken"
-            return list(self.bucket.list_blobs(prefix=start, fields=fields, timeout=attempts.TIMEOUT_S, retry=None))
+            return list(self.bucket.list_blobs(prefix=start, fields=fields, timeout=retries.TIMEOUT_S, retry=None))
 
         try:
-            listed = attempt(f"gs://{self.bucket_name}", fetch, Deadline(0))
+            blobs = retry(f"gs://{self.bucket_name}", fetch, Deadline(0))
         except PermanentError as e:
             raise e.error(f"gs://{self.bucket_name}") from None
         found, refused = {}, []
-        for blob in listed:
+        for blob in blobs:
             name = blob.name[len(start or "") :]
             if not name or (name.endswith("/") and not blob.size):
-                continue  # a "folder" made in the console
+                continue  # a "folder" that was made in the console
             try:
-                found[check_relative(name, self.where)] = transport.described(blob)
+                found[check_relative(name, self.where)] = ObjectInfo.of(blob)
             except SftError as e:
                 refused.append(str(e))
         if refused:
@@ -126,39 +164,39 @@ class GcsStorage:
 
     def check_access(self, write: bool, needed: int = 0) -> None:
         self.objects()
-        missing = set(NEEDED if write else NEEDED[:1]) - self._permissions.result()
+        missing = set(PERMISSIONS if write else PERMISSIONS[:1]) - self._permissions.result()
         if missing:
             raise SftError(
                 f"{self.where}: no permission for {', '.join(sorted(missing))}; next: ask for it, or use other credentials"
             )
 
-    def _held(self) -> set[str]:
-        """Which of NEEDED the credentials have; all of them where the bucket does not know the question."""
-        ask = functools.partial(self.bucket.test_iam_permissions, NEEDED, timeout=attempts.TIMEOUT_S, retry=None)
+    def _ask_permissions(self) -> set[str]:
+        """Which of PERMISSIONS the credentials have. All of them if the bucket does not support the request."""
+        ask = functools.partial(self.bucket.test_iam_permissions, PERMISSIONS, timeout=retries.TIMEOUT_S, retry=None)
         try:
-            return set(attempt(f"gs://{self.bucket_name}", ask, Deadline(0)))
+            return set(retry(f"gs://{self.bucket_name}", ask, Deadline(0)))
         except PermanentError:  # emulators
-            return set(NEEDED)
+            return set(PERMISSIONS)
 
-    def stat(self, name: str) -> Object | None:
-        """Asks the bucket, whatever is known."""
-        blob = self.bucket.blob(self.full(name))
+    def stat(self, name: str) -> ObjectInfo | None:
+        """The object as the bucket reports it now; None if there is none."""
+        blob = self.bucket.blob(self.full_name(name))
         try:
-            attempt(f"{self.where}/{name}", lambda: blob.reload(timeout=attempts.TIMEOUT_S, retry=None), Deadline(0))
+            retry(f"{self.where}/{name}", lambda: blob.reload(timeout=retries.TIMEOUT_S, retry=None), Deadline(0))
         except PermanentError as e:
             if e.status == 404:
                 return None
             raise e.error(f"{self.where}/{name}") from None
-        return transport.described(blob)
+        return ObjectInfo.of(blob)
 
     def find(self, name: str) -> FileInfo | None:
         found = self._find(name)
         return FileInfo(found.bytes, found.crc32c, found.generation) if found else None
 
-    def _find(self, name: str) -> Object | None:
-        """From the listing where there is one."""
-        self.full(name)
-        return self._known.get(name) if self._known is not None else self.stat(name)
+    def _find(self, name: str) -> ObjectInfo | None:
+        """The object from the listing if it was fetched, otherwise from the bucket."""
+        check_relative(name, self.where)
+        return self._listing.get(name) if self._listing is not None else self.stat(name)
 
     def same(self, name: str, sums: Callable[[], Checksums], expected: FileCopy) -> bool:
         found = self.objects().get(name)
@@ -168,103 +206,109 @@ class GcsStorage:
 
     # --- upload ---------------------------------------------------------------------------------------------------
 
-    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
-        large = file.stat().st_size >= LARGE
-        data = b"" if large else file.read_bytes()
-        # Of a large file the sha256 is taken while it travels, and its last bytes are kept back until it is known.
-        hasher = Hasher(crc=True, sha=bool(expected.sha256))
-        hasher.update(data)
-        sums = hash_file(file, crc=True, sha=False) if large else hasher.sums()
-        check(sums, FileCopy(name, name, expected.bytes, "" if large else expected.sha256, expected.crc32c), str(file))
-        deadline = Deadline(sums.bytes, meter.stop)
-        soon = soon and name not in self._careful
-        full, what = self.full(name), f"{self.where}/{name}"
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, deferred: bool = False) -> Checksums:
+        source = _Source.read(file, expected)
+        deadline = Deadline(source.sums.bytes, meter.stop)
 
-        def write(generation: int) -> Object:
-            if large:
-                upload = Upload(self.bucket, file, full, sums, expected.sha256, generation, self.cache, meter)
+        def send(generation: int) -> ObjectInfo:
+            """One write that replaces this generation (0: creates the object)."""
+            full_name = self.full_name(name)
+            if source.data is None:
+                upload = Upload(
+                    self.bucket, file, full_name, source.sums, expected.sha256, generation, self.cache, meter
+                )
                 return upload.run(deadline)
-            wire = (
-                self.stating if generation or not soon else self.fast
-            )  # what is there is replaced by proven bytes only
-            made = attempt(what, lambda: wire.send(full, data, sums.crc32c, generation), deadline)
-            meter.add(sums.bytes)
+            data, crc32c = source.data, source.sums.crc32c
+            chosen = self._transport_for(name, generation, deferred)
+            made = retry(f"{self.where}/{name}", lambda: chosen.send(full_name, data, crc32c, generation), deadline)
+            meter.add(len(data))
             return made
 
         for _ in range(2):
-            made = self._write(name, sums, write)
-            if made and made.crc32c is None:  # the bucket has said nothing of its bytes yet
+            made = self._replace(name, source, send)
+            if made is None:
+                continue
+            if made.crc32c is None:
                 with self._lock:
-                    self._unproven[name] = Object(sums.bytes, sums.crc32c, made.generation)
-                return sums
-            if made and (made.bytes, made.crc32c) == (sums.bytes, sums.crc32c):
-                self._remember(name, made)
-                return sums
-            if made:
-                self._drop(name, made.generation)
+                    self._unverified[name] = ObjectInfo(source.sums.bytes, source.sums.crc32c, made.generation)
+                return source.sums
+            if source.equals(made):
+                self._update_listing(name, made)
+                return source.sums
+            self._delete(name, made.generation)
         raise SftError(
             f"{self.where}/{name}: its bytes changed on the way, twice; next: check the network, run it again"
         )
 
-    def _write(self, name: str, sums: Checksums, write: Callable[[int], Object]) -> Object | None:
-        """The object as the bucket holds it now; None when the bucket refused bytes that have another CRC32C."""
+    def _transport_for(self, name: str, generation: int, deferred: bool) -> Transport:
+        """The fast transport may leave a write unverified, so it must not replace an object, and the caller must allow it."""
+        unverified_is_allowed = deferred and generation == 0 and name not in self._failed_once
+        return self.fast_transport if unverified_is_allowed else self.checked_transport
+
+    def _replace(self, name: str, source: _Source, send: Callable[[int], ObjectInfo]) -> ObjectInfo | None:
+        """Writes the object once, in place of the generation that we know.
+
+        Returns None if the bucket refused the bytes because of their CRC32C. Raises SftError for another process's object.
+        """
         before = self._find(name)
         try:
-            return write(before.generation if before else 0)
+            return send(before.generation if before else 0)
         except PermanentError as e:
             if e.status == 400 and "crc32c" in str(e).lower():
                 return None
             if e.status != 412:
                 raise e.error(f"{self.where}/{name}") from None
         now = self.stat(name)
-        if now is None or (now.bytes, now.crc32c) != (sums.bytes, sums.crc32c):
-            raise SftError(f"{self.where}/{name}: another process wrote other bytes meanwhile; they were left alone")
-        return now  # our own write, whose answer was lost, or the same bytes from somebody else
+        if now is None or not source.equals(now):
+            raise SftError(f"{self.where}/{name}: another process wrote other bytes in between; they were left alone")
+        return now  # our own write, whose response was lost, or the same bytes from another process
 
-    def settle(self) -> dict[str, str]:
-        """Compares what was written without a stated CRC32C with what the bucket says it holds."""
+    def finish_deferred(self) -> dict[str, str]:
+        """Compares deferred writes with what the bucket reports, and deletes wrong objects."""
         with self._lock:
-            written, self._unproven = self._unproven, {}
+            written, self._unverified = self._unverified, {}
         if not written:
             return {}
-        if len(written) <= ASKED_SINGLY:
-            found = dict(zip(written, self.slices.map(self.stat, written), strict=True))
+        found: dict[str, ObjectInfo | None]
+        if len(written) <= MAX_SINGLE_REQUESTS:
+            found = dict(zip(written, self.pool.map(self.stat, written), strict=True))
         else:
-            found = dict(self._list())
+            found = dict(self._fetch_listing())
         wrong = {}
         for name, ours in written.items():
             now = found.get(name)
             if now is not None and (now.bytes, now.crc32c) == (ours.bytes, ours.crc32c):
-                self._remember(name, now)
+                self._update_listing(name, now)
             elif now is None or (ours.generation and now.generation != ours.generation):
-                wrong[name] = f"{self.where}/{name}: another process changed it meanwhile; it was left alone"
+                wrong[name] = f"{self.where}/{name}: another process changed it in between; it was left alone"
             else:
-                self._drop(name, now.generation)
-                self._careful.add(name)
+                self._delete(name, now.generation)
+                self._failed_once.add(name)
                 wrong[name] = ""
         return wrong
 
-    def _remember(self, name: str, made: Object | None) -> None:
+    def _update_listing(self, name: str, made: ObjectInfo | None) -> None:
+        """None: the object was deleted."""
         with self._lock:
-            if self._known is not None:
+            if self._listing is not None:
                 if made is None:
-                    self._known.pop(name, None)
+                    self._listing.pop(name, None)
                 else:
-                    self._known[name] = made
+                    self._listing[name] = made
 
-    def _drop(self, name: str, generation: int) -> None:
-        """Removes just the object that was seen to be wrong."""
-        blob = self.bucket.blob(self.full(name))
+    def _delete(self, name: str, generation: int) -> None:
+        """Deletes exactly this generation; a newer object stays."""
+        blob = self.bucket.blob(self.full_name(name))
         try:
-            attempt(
+            retry(
                 f"{self.where}/{name}",
-                lambda: blob.delete(if_generation_match=generation, timeout=attempts.TIMEOUT_S, retry=None),
+                lambda: blob.delete(if_generation_match=generation, timeout=retries.TIMEOUT_S, retry=None),
                 Deadline(0),
             )
         except PermanentError as e:
-            if e.status not in (404, 412):  # gone, or no longer that object
+            if e.status not in (404, 412):  # already deleted or replaced
                 raise e.error(f"{self.where}/{name}") from None
-        self._remember(name, None)
+        self._update_listing(name, None)
 
     def write(self, name: str, data: bytes) -> None:
         with tempfile.TemporaryDirectory(prefix="sft-") as folder:
@@ -274,12 +318,12 @@ class GcsStorage:
 
     def remove(self, name: str) -> None:
         if found := self.stat(name):
-            self._drop(name, found.generation)
+            self._delete(name, found.generation)
 
     # --- download -------------------------------------------------------------------------------------------------
 
     def read(self, name: str) -> bytes | None:
-        """A small object as it is now: one that is replaced while it is read is read again."""
+        """A small object as it is now. If it is replaced during the read, it is read again."""
         found = self.stat(name)
         while found is not None:
             with tempfile.TemporaryDirectory(prefix="sft-") as folder:
@@ -301,12 +345,12 @@ class GcsStorage:
         check(sums, expected, f"{self.where}/{name}")
         return sums
 
-    def _download(self, name: str, file: Path, found: Object, meter: Meter, *, sha256: bool) -> Checksums:
+    def _download(self, name: str, file: Path, found: ObjectInfo, meter: Meter, *, sha256: bool) -> Checksums:
         what = f"{self.where}/{name}"
         if found.crc32c is None:
-            raise SftError(f"{what}: the bucket states no CRC32C for it, so a copy could not be proven")
-        fetching = download.Download(self.fast, self.slices, self.full(name), what, found, file, meter)
-        return fetching.run(found.bytes >= LARGE, sha256=sha256)
+            raise SftError(f"{what}: the bucket reports no CRC32C for it, so a copy cannot be verified")
+        one = download.Download(self.fast_transport, self.pool, self.full_name(name), what, found, file, meter)
+        return one.run(found.bytes >= LARGE, sha256=sha256)
 
 
 def _client() -> google.Client:

@@ -1,9 +1,10 @@
-"""Hugging Face repositories at one commit: bases, tokenizers and datasets.
+"""Hugging Face repositories at one commit: base weights, tokenizers and datasets.
 
-In:  hf://org/name[@revision], and what the recipe calls it (`what`, for messages).
-Out: `resolve`: the commit that the revision means now, with a warning where it is not a commit itself
-     `snapshot`: the repository's files in a folder, each compared with the hash that the hub states for it
-     `cached`: a few of its files in the hub client's own cache, in a folder that is named by the commit
+In:  hf://org/name[@revision], and the recipe's name for it (`what`, for messages).
+Out: `resolve`: the commit that the revision means now, with a warning if the revision is not a commit
+     `snapshot`: the repository's files in a folder, each compared with the hash that the hub reports
+     `cached`: some of its files in the hub client's own cache, in a folder named by the commit
+     `same_as_hub`: whether a local file has the hash that the hub reports
 """
 
 from __future__ import annotations
@@ -17,22 +18,24 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
-from sft.storage.contract import hash_file
+from sft.storage.checksums import hash_file
 from sft.storage.local import LocalStorage
 
-# Weights as pickles could run code when they are read, and the same weights are there as safetensors.
+# Pickles can run code when they are loaded. Repositories have the same weights as safetensors.
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Repo:
+    """A repository at one commit."""
+
     name: str
     commit: str
 
 
 def parse(url: str, what: str) -> tuple[str, str]:
-    """(org/name, revision or ""). Raises SftError before any request for a name that is none."""
+    """(org/name, revision or ""). Raises SftError for an invalid name, before any request."""
     name, _, revision = url.removeprefix("hf://").partition("@")
     names = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and re.fullmatch(r"[\w./-]*", revision)
     if not url.startswith("hf://") or not names or ".." in url:
@@ -41,7 +44,7 @@ def parse(url: str, what: str) -> tuple[str, str]:
 
 
 def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model") -> Repo:
-    """Asks the hub, unless the revision is a commit. kind: "model" or "dataset"."""
+    """The repository at the commit of the revision. Asks the hub unless the revision is a commit. kind: "model" or "dataset"."""
     name, revision = parse(url, what)
     if COMMIT.fullmatch(revision):
         return Repo(name, revision)
@@ -56,7 +59,7 @@ def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model"
 
 
 def snapshot(repo: Repo, folder: Path, what: str) -> None:
-    """Brings a model's files to `folder`. A file that is not what the hub says is removed and reported."""
+    """Downloads a model's files to `folder`. Deletes and reports files that differ from what the hub reports. Raises SftError."""
     with reaching(what):
         import huggingface_hub
 
@@ -67,15 +70,15 @@ def snapshot(repo: Repo, folder: Path, what: str) -> None:
     wrong = []
     for stated in info.siblings or []:
         file = LocalStorage(folder).path(stated.rfilename)
-        if file.is_file() and not _is(file, stated):  # those of NOT_FETCHED are not there
+        if file.is_file() and same_as_hub(file, stated) is False:  # files of NOT_FETCHED were not downloaded
             file.unlink()
-            wrong.append(f"{file} is not what the hub says; it was removed")
+            wrong.append(f"{file} differs from what the hub reports; it was deleted")
     if wrong:
         raise SftError("\n".join(wrong) + "\nnext: run it again")
 
 
 def cached(url: str, what: str, log: Callable[[str], None], names: Sequence[str]) -> Path:
-    """The files `names` as the hub client keeps them, offline too; the folder's name is the commit."""
+    """The files `names` in the hub client's cache; works offline too. The folder's name is the commit."""
     name, revision = parse(url, what)
     with reaching(what):
         import huggingface_hub
@@ -88,7 +91,7 @@ def cached(url: str, what: str, log: Callable[[str], None], names: Sequence[str]
 
 @contextlib.contextmanager
 def reaching(what: str) -> Iterator[None]:
-    """One clear error for whatever the hub's libraries raise: network, a missing name or split, no permission, bad files."""
+    """Turns any error of the hub's libraries (network, unknown name or split, permission, bad files) into one SftError."""
     try:
         yield
     except SftError:
@@ -103,15 +106,19 @@ def reaching(what: str) -> Iterator[None]:
 
 def _warn(url: str, revision: str, commit: str, log: Callable[[str], None]) -> None:
     log(
-        f"warning: {url}: not pinned to a commit; {revision or 'main'!r} means {commit} now and may change, which no"
-        f" run would notice: write @{commit} after the name"
+        f"warning: {url}: not pinned to a commit; {revision or 'main'!r} means {commit} now, and runs do not notice when it"
+        f" changes; next: write @{commit} after the name"
     )
 
 
-def _is(file: Path, stated: Any) -> bool:
+def same_as_hub(file: Path, stated: Any) -> bool | None:
+    """Whether a local file has the hash in the hub's `RepoSibling`; None if the hub reports no hash.
+
+    The hub reports the SHA-256 of large files (LFS), and git's blob id of small ones.
+    """
     if stated.lfs is not None:
         return hash_file(file).sha256 == str(stated.lfs.sha256)
     if not stated.blob_id:
-        return True
+        return None
     data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == stated.blob_id
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == str(stated.blob_id)

@@ -1,4 +1,4 @@
-"""A folder as a storage of `sft.storage.contract`: whole files or none, no link followed, durable renames."""
+"""A folder as a storage (sft.storage.contract): complete files or none, durable renames, no links followed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.common.paths import check_relative
-from sft.storage.contract import CHUNK, Checksums, FileCopy, FileInfo, Meter, check, hash_file
+from sft.storage.checksums import CHUNK, Checksums, hash_file
+from sft.storage.contract import FileCopy, FileInfo, Meter, check
 
-PART = ".part"  # ends the name of a file that is still being written
-MORE = ".more.part"  # and of one that another process continues
+PARTIAL = ".part"
+"""Suffix of a file that is being written."""
+RESUMABLE_PARTIAL = ".more.part"
+"""Suffix of a file that another attempt will resume."""
 
 
 class LocalStorage:
@@ -29,11 +32,11 @@ class LocalStorage:
     def __init__(self, root: Path):
         self.root = root
         self.where = str(root)
-        self._made: set[Path] = set()
-        self._renamed: set[Path] = set()
+        self._made_folders: set[Path] = set()
+        self._renamed_in: set[Path] = set()
 
     def path(self, name: str) -> Path:
-        """The file of a name. Raises SftError for a name or a link that could leave the root."""
+        """The path of a file. Raises SftError for a name or a link that could leave the root."""
         path = self.root
         for part in check_relative(name, self.where).split("/"):
             path = path / part
@@ -54,10 +57,10 @@ class LocalStorage:
             for name in (*folders, *files):
                 path = Path(folder, name)
                 info = path.lstat()
-                if stat.S_ISREG(info.st_mode) and not is_part(name):
+                if stat.S_ISREG(info.st_mode) and not is_partial(name):
                     relative = path.relative_to(self.root).as_posix()
                     found[check_relative(relative, self.where)] = FileInfo(info.st_size)
-                elif not stat.S_ISDIR(info.st_mode) and not is_part(name):
+                elif not stat.S_ISDIR(info.st_mode) and not is_partial(name):
                     refused.append(f"{path}: {'a link' if path.is_symlink() else 'not a regular file'}")
         if refused:
             raise SftError(
@@ -90,16 +93,16 @@ class LocalStorage:
             return hash_file(self.path(name)).sha256 == (expected.sha256 or sums().sha256)
         return hash_file(self.path(name), crc=True).crc32c == expected.crc32c
 
-    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, soon: bool = False) -> Checksums:
-        with self.receive(name, soon=soon) as part:
-            written = copy_file(file, part, meter)
+    def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, deferred: bool = False) -> Checksums:
+        with self.receive(name, deferred=deferred) as partial:
+            written = copy_file(file, partial, meter)
             check(written, expected, str(file))
         return written
 
-    def settle(self) -> dict[str, str]:
-        """Makes the renames durable, each folder's at once."""
-        renamed, self._renamed = self._renamed, set()
-        for folder in renamed:
+    def finish_deferred(self) -> dict[str, str]:
+        """Makes the deferred renames durable, with one sync for each folder."""
+        renamed_in, self._renamed_in = self._renamed_in, set()
+        for folder in renamed_in:
             sync_folder(folder)
         return {}
 
@@ -118,7 +121,7 @@ class LocalStorage:
         return None
 
     def write(self, name: str, data: bytes) -> None:
-        with self.receive(name) as part, part.open("wb") as f:
+        with self.receive(name) as partial, partial.open("wb") as f:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
@@ -130,39 +133,40 @@ class LocalStorage:
             sync_folder(path.parent)
 
     @contextlib.contextmanager
-    def receive(self, name: str, content: str = "", soon: bool = False) -> Iterator[Path]:
-        """A temporary name beside the final one; renamed when the body ends well, removed when it does not.
+    def receive(self, name: str, resume_key: str = "", deferred: bool = False) -> Iterator[Path]:
+        """A temporary file beside the final one. It is renamed if the body succeeds and deleted if it fails.
 
-        With `content` (a checksum) the temporary file is that content's own and stays, so that another attempt continues it.
-        soon: `settle` makes the rename durable.
+        With `resume_key` (a checksum of the content) the temporary name depends on the content, and the file stays after a
+        failure, so that another attempt can resume it. deferred: `finish_deferred` makes the rename durable.
         """
         final = self.path(name)
         folder = final.parent
-        if folder not in self._made:
+        if folder not in self._made_folders:
             make_folders(folder)
-            self._made.add(folder)
-        part = folder / f".{final.name[:100]}.{content + MORE if content else uuid.uuid4().hex + PART}"
+            self._made_folders.add(folder)
+        suffix = resume_key + RESUMABLE_PARTIAL if resume_key else uuid.uuid4().hex + PARTIAL
+        partial = folder / f".{final.name[:100]}.{suffix}"
         try:
-            yield part
-            os.replace(part, final)
+            yield partial
+            os.replace(partial, final)
         except BaseException:
-            if not content:
-                part.unlink(missing_ok=True)
+            if not resume_key:
+                partial.unlink(missing_ok=True)
             raise
-        self._renamed.add(folder) if soon else sync_folder(folder)
+        self._renamed_in.add(folder) if deferred else sync_folder(folder)
 
     def sweep(self) -> None:
-        """Removes what killed runs left unfinished and nobody continues. The caller holds this root's lock."""
-        for path in self.root.rglob(f".*{PART}"):
-            if is_part(path.name) and not path.name.endswith(MORE) and not path.is_symlink():
+        """Deletes temporary files of killed processes, except those that can be resumed. The caller holds the root's lock."""
+        for path in self.root.rglob(f".*{PARTIAL}"):
+            if is_partial(path.name) and not path.name.endswith(RESUMABLE_PARTIAL) and not path.is_symlink():
                 path.unlink(missing_ok=True)
 
 
 def copy_file(source: Path, target: Path, meter: Meter) -> Checksums:
-    """Copies to the new file `target`, flushes it to the disk and reads it back. Returns what the source's bytes were."""
+    """Copies to the new file `target`, flushes it to the disk and reads it back. Returns the checksums of the source."""
     h = hashlib.sha256()
     count = 0
-    # A link put in the place of the source after it was listed is not followed either.
+    # O_NOFOLLOW: the source may have been replaced by a link since it was listed.
     with os.fdopen(os.open(source, os.O_RDONLY | os.O_NOFOLLOW), "rb") as f, target.open("xb") as out:
         while chunk := f.read(CHUNK):
             meter.add(len(chunk))
@@ -171,21 +175,21 @@ def copy_file(source: Path, target: Path, meter: Meter) -> Checksums:
             count += len(chunk)
         out.flush()
         os.fsync(out.fileno())
-        if hasattr(os, "posix_fadvise"):  # read back from the disk rather than from memory
+        if hasattr(os, "posix_fadvise"):  # so that the file is read back from the disk and not from memory
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     written = Checksums(count, h.hexdigest())
-    found = hash_file(target)
-    if found != written:
-        raise SftError(f"{target} was read back with other bytes than were written; next: check that disk")
+    if hash_file(target) != written:
+        raise SftError(f"{target}: reading it back gave other bytes than were written; next: check that disk")
     return written
 
 
-def is_part(name: str) -> bool:
-    return name.startswith(".") and name.endswith(PART)
+def is_partial(name: str) -> bool:
+    """Whether this is the name of a temporary file of this storage."""
+    return name.startswith(".") and name.endswith(PARTIAL)
 
 
 def make_folders(folder: Path) -> None:
-    """mkdir -p whose new entries survive a power cut."""
+    """Like mkdir -p; the new folders survive a power failure."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:

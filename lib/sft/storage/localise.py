@@ -1,4 +1,9 @@
-"""TODO sft.storage.localise"""
+"""Folders that sync made (a dataset or base weights) as local, verified folders.
+
+In:  the storage root, the folder's name under it, the cache.
+Out: the folder itself if the storage is a folder. A folder in a bucket is copied to <cache>/local/<name>; the list of its files
+     is written last, so a list that is present means that all its files were verified.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +22,37 @@ from sft.storage.transfer import open_storage, transfer
 
 
 def localise(root: str, name: str, cache: Path, log: Callable[[str], None], again: bool = True) -> Path:
-    """The folder <root>/<name> that `sync` made, as a local one with every byte verified.
+    """The folder <root>/<name> as a local folder with every byte verified. Raises SftError.
 
-    A folder is where it lies. What lies in a bucket is brought to <cache>/local/<name>, its list last; what is there
-    and identical stays, and several processes of a machine bring it once. again=False trusts a local copy whose list is
-    in place (another rank has just verified it).
+    Identical files are not copied again, and processes of one machine copy one after the other. again=False trusts a local copy
+    whose list is present (another rank has just verified it).
     """
     top = open_storage(root, cache)
     if isinstance(top, LocalStorage):
         return top.root / name
-    here = LocalStorage(cache / "local")
+    local = LocalStorage(cache / "local")
     lists = (f"{name}/{manifest.NAME}", f"{name}.json")
-    if not again and any(here.find(n) for n in lists):
-        return here.root / name
-    found = {n: text for n in lists if (text := top.read(n)) is not None}
+    if not again and any(local.find(n) for n in lists):
+        return local.root / name
+    found = {n: data for n in lists if (data := top.read(n)) is not None}
     if not found:
-        raise SftError(f"{root}/{name}: no list of its files there: the copy is not complete; next: make sync")
-    list_name, text = next(iter(found.items()))
-    listed = FileList.from_bytes(text, list_name).files if list_name == lists[1] else listed_outputs(text, list_name)
-    jobs = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in listed]
-    with _locked(here, name, log):
-        target = LocalStorage(here.root / name)
-        log(f"{root}/{name}: {len(jobs)} files, {size(sum(j.bytes for j in jobs))}, to {target.where}")
-        transfer(jobs, open_storage(f"{root}/{name}", cache), target, log)
-        here.write(list_name, text)
+        raise SftError(f"{root}/{name}: no list of its files: the copy is not complete; next: make sync")
+    list_name, data = next(iter(found.items()))
+    listed = FileList.from_bytes(data, list_name).files if list_name == lists[1] else listed_outputs(data, list_name)
+    copies = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in listed]
+    with writer_lock(local, name):
+        target = LocalStorage(local.root / name)
+        log(f"{root}/{name}: {len(copies)} files, {size(sum(c.bytes for c in copies))}, to {target.where}")
+        transfer(copies, open_storage(f"{root}/{name}", cache), target, log)
+        local.write(list_name, data)
     return target.root
 
 
-def _agrees(found: bytes | None, wanted: bytes) -> bool:
-    """Whether a list in place lists just this content; when and by which run it was made does not matter."""
+def same_files(found: bytes | None, wanted: bytes) -> bool:
+    """Whether two lists (bytes of a stage's manifest, or of a FileList) have the same content.
+
+    A manifest's run, time and host are not compared.
+    """
     if found is None or found == wanted:
         return found is not None
     try:
@@ -58,10 +65,10 @@ def _agrees(found: bytes | None, wanted: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(top: Storage, name: str, log: Callable[[str], None]) -> Iterator[None]:
-    """One writer at a time in a folder of this storage; a second one waits and then finds everything there."""
+def writer_lock(top: Storage, name: str) -> Iterator[None]:
+    """Allows one writer at a time in a folder of the storage. A second one waits, then finds the files there."""
     if not isinstance(top, LocalStorage):
-        yield  # a bucket's objects appear whole, and a write states the generation it replaces
+        yield  # a bucket needs no lock: objects appear complete, and a write states the generation that it replaces
         return
     top.check_access(write=True)
     locks = top.root / ".locks"

@@ -1,10 +1,12 @@
-"""How the bytes of an object travel: one attempt at one request. Whoever calls it repeats it and proves the bytes.
+"""Single requests for the bytes of an object. The caller retries them and verifies the bytes.
 
-In:  the full name of an object, its bytes, and the generation that a write replaces (0 = none may be there) or a read wants.
-Out: what the bucket said of a written object; the bytes of a read one, in a Sink that knows how far they came.
+In:  the full name of an object, its bytes, and a generation: the one that a write replaces (0 = the object must not exist),
+     or the one to read.
+Out: what the bucket reports about a written object; the bytes of a read one, in a `RangeSink`.
 
-`Obstore` (Rust) is several times faster for many files, but it cannot state a CRC32C with a write: such an object is compared
-with the bucket's listing before anybody is told that it is there. `Google` states it, so that the bucket refuses other bytes.
+There are two clients. `ObstoreTransport` (Rust) is several times faster for many small files, but a write with it cannot state
+a CRC32C: the caller has to compare the object with the bucket's listing. `GoogleTransport` states the CRC32C, so the bucket
+refuses other bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import datetime
 import os
 import re
 import threading
+from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 from google.auth.credentials import AnonymousCredentials
@@ -20,10 +23,10 @@ from google.auth.transport.requests import Request
 from google.cloud import storage as google
 
 from sft.common.errors import SftError
-from sft.storage import attempts
-from sft.storage.attempts import Answer, Deadline
+from sft.storage import retries
+from sft.storage.checksums import decode_crc32c, encode_crc32c
 from sft.storage.contract import Meter
-from sft.storage.crc import Object, number, text
+from sft.storage.retries import Deadline, StatusError
 
 try:
     import obstore
@@ -31,78 +34,90 @@ try:
 except ImportError:
     obstore = None  # type: ignore[assignment]
 
-PIECE = 1 << 20  # bytes handed over at a time while a download arrives
+CHUNK = 1 << 20
+"""Bytes that are passed on at a time while a download arrives."""
 
 
-class Sink:
-    """Receives one range of a download; its position is where the next attempt starts."""
+@dataclass(frozen=True)
+class ObjectInfo:
+    """What a bucket reports about an object. `generation` is the number of this write. crc32c=None: not reported."""
+
+    bytes: int
+    crc32c: int | None
+    generation: int
+
+    @classmethod
+    def of(cls, blob: google.Blob) -> ObjectInfo:
+        return cls(int(blob.size or 0), decode_crc32c(blob.crc32c), int(blob.generation or 0))
+
+
+class RangeSink:
+    """Writes the byte range [start, end) of a download to a file. The next attempt starts at `position`."""
 
     def __init__(self, file: IO[bytes], start: int, end: int, deadline: Deadline, meter: Meter):
-        self.file, self.at, self.end, self.deadline, self.meter = file, start, end, deadline, meter
+        self.file, self.position, self.end, self.deadline, self.meter = file, start, end, deadline, meter
 
-    def begin(self) -> None:
-        self.file.seek(self.at)
+    def seek(self) -> None:
+        """Moves the file to `position`, before an attempt."""
+        self.file.seek(self.position)
 
     def write(self, data: Any) -> int:
-        """data: bytes, or a buffer of obstore's."""
+        """data: bytes, or a buffer of obstore. Raises SftError after the deadline and for more bytes than requested."""
         self.deadline.check()
-        if self.at + len(data) > self.end:
-            raise SftError(f"the bucket sent more than the {self.end - self.at} bytes that were asked for")
+        if self.position + len(data) > self.end:
+            raise SftError(f"the bucket sent more than the {self.end - self.position} bytes that were requested")
         self.file.write(data)
-        self.at += len(data)
+        self.position += len(data)
         self.meter.add(len(data))
         return len(data)
 
 
-class Wire(Protocol):
-    states_crc32c: bool
+class Transport(Protocol):
+    """Sends and fetches the bytes of one object with one request."""
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> Object:
-        """Writes a whole object; its crc32c is None where the bucket did not say it."""
+    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+        """Writes a complete object. The result has no crc32c if the bucket did not report it."""
         ...
 
-    def fetch(self, name: str, generation: int, sink: Sink) -> None:
-        """Reads from where the sink is to its end."""
+    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+        """Reads from the sink's position to its end."""
         ...
 
 
-class Google:
-    """Google's client, without its own retries and checks."""
-
-    states_crc32c = True
+class GoogleTransport:
+    """Google's client without its own retries and checks."""
 
     def __init__(self, bucket: google.Bucket):
         self.bucket = bucket
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> Object:
+    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
         blob = self.bucket.blob(name)
-        blob.crc32c = text(crc32c)
+        blob.crc32c = encode_crc32c(crc32c)
         blob.upload_from_string(
             data, content_type="application/octet-stream", if_generation_match=generation,
-            timeout=attempts.TIMEOUT_S, checksum=None, retry=None,
+            timeout=retries.TIMEOUT_S, checksum=None, retry=None,
         )  # fmt: skip
-        return described(blob)
+        return ObjectInfo.of(blob)
 
-    def fetch(self, name: str, generation: int, sink: Sink) -> None:
+    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
         blob = self.bucket.blob(name, generation=generation)
         blob.download_to_file(
-            sink, start=sink.at, end=sink.end - 1, raw_download=True, checksum=None, timeout=attempts.TIMEOUT_S, retry=None
+            sink, start=sink.position, end=sink.end - 1, raw_download=True, checksum=None, timeout=retries.TIMEOUT_S,
+            retry=None,
         )  # fmt: skip
 
 
-class Obstore:
-    """obstore, with the credentials of Google's client and without retries of its own."""
-
-    states_crc32c = False
+class ObstoreTransport:
+    """obstore with the credentials of Google's client and without its own retries."""
 
     def __init__(self, client: google.Client, bucket: str):
-        connect_s, silent_s = attempts.TIMEOUT_S
+        connect_s, silent_s = retries.TIMEOUT_S
         base = client._connection.API_BASE_URL
         self.store = GCSStore(
             bucket,
             base_url=base,
-            # Without a provider of its own it would ask the instance-metadata address for credentials.
-            credential_provider=Token(client._credentials),
+            # Without a provider obstore would ask the instance-metadata server for credentials.
+            credential_provider=TokenProvider(client._credentials),
             skip_signature=isinstance(client._credentials, AnonymousCredentials),
             client_options={
                 "allow_http": base.startswith("http://"),
@@ -112,26 +127,28 @@ class Obstore:
             retry_config={"max_retries": 0},
         )
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> Object:
+    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
         mode: Any = {"version": str(generation)} if generation else "create"
         try:
             made = obstore.put(self.store, name, data, mode=mode, use_multipart=False)
         except (obstore.exceptions.BaseError, FileNotFoundError) as e:
-            raise _answer(e) from None
-        return Object(len(data), None, int(made["version"] or 0))
+            raise _as_status(e) from None
+        return ObjectInfo(len(data), None, int(made["version"] or 0))
 
-    def fetch(self, name: str, generation: int, sink: Sink) -> None:
-        options: Any = {"range": (sink.at, sink.end), "version": str(generation)}
+    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+        options: Any = {"range": (sink.position, sink.end), "version": str(generation)}
         try:
             got = obstore.get(self.store, name, options=options)
-            for piece in [got.bytes()] if sink.end - sink.at <= PIECE else got.stream(min_chunk_size=PIECE):
-                sink.write(piece)
+            small = sink.end - sink.position <= CHUNK
+            for chunk in [got.bytes()] if small else got.stream(min_chunk_size=CHUNK):
+                sink.write(chunk)
         except (obstore.exceptions.BaseError, FileNotFoundError) as e:
-            raise _answer(e) from None
+            raise _as_status(e) from None
 
 
-class Token:
-    """The access token of Google's credentials, renewed when it has expired. obstore asks from threads of its own."""
+class TokenProvider:
+    """Gives obstore the access token of Google's credentials, and refreshes it after it expires. obstore calls it from its own
+    threads."""
 
     def __init__(self, credentials: Any):
         self.credentials, self.lock = credentials, threading.Lock()
@@ -146,20 +163,19 @@ class Token:
         return {"token": self.credentials.token, "expires_at": expiry and expiry.replace(tzinfo=datetime.UTC)}
 
 
-def fastest(client: google.Client, bucket: google.Bucket) -> Wire:
-    """obstore where it is installed; SFT_OBSTORE=0 does without."""
+def fastest_transport(client: google.Client, bucket: google.Bucket) -> Transport:
+    """obstore if it is installed and SFT_OBSTORE is not 0, otherwise Google's client."""
     if obstore is None or os.environ.get("SFT_OBSTORE") == "0":
-        return Google(bucket)
-    return Obstore(client, bucket.name)
+        return GoogleTransport(bucket)
+    return ObstoreTransport(client, bucket.name)
 
 
-def described(blob: google.Blob) -> Object:
-    return Object(int(blob.size or 0), number(blob.crc32c), int(blob.generation or 0))
+def _as_status(error: Exception) -> Exception:
+    """An error of obstore as a StatusError, or as a ConnectionError if no complete response came.
 
-
-def _answer(error: Exception) -> Exception:
-    """What obstore's words say: a status, or that no whole answer came. Anything else does not change with another attempt."""
-    words = str(error).partition("\n")[0]
-    if status := re.search(r"status code: (\d{3})", words):
-        return Answer(int(status[1]), words)
-    return ConnectionError(words) if "HTTP error" in words else Answer(0, words)
+    obstore reports the status only in its message. Any other message is permanent (status 0).
+    """
+    text = str(error).partition("\n")[0]
+    if status := re.search(r"status code: (\d{3})", text):
+        return StatusError(int(status[1]), text)
+    return ConnectionError(text) if "HTTP error" in text else StatusError(0, text)

@@ -1,10 +1,10 @@
-"""A large upload to gs:// that continues where it broke off, also in another process.
+"""Uploads a large file to gs:// and resumes an interrupted upload, also in another process.
 
-In:  a local file whose bytes were hashed, an object's full name, the generation it replaces, a folder for sessions.
-Out: what the bucket says it now holds; the caller compares it with the file.
+In:  a local file with its checksums, an object's full name, the generation that it replaces, a folder for sessions.
+Out: what the bucket reports about the object; the caller compares it with the file.
 
-The session of an upload is a URL that Google keeps for a week and that tells how far it came. Whoever has it may write the
-object, so it is kept in a file that only its owner reads, and is in no message.
+An upload session is a URL that Google keeps for a week and that reports how many bytes have arrived. Anyone with the URL may
+write the object: it is stored in a file that only its owner can read, and it never appears in a message.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from google.cloud import storage as google
 from google.cloud.storage.exceptions import InvalidResponse
 
 from sft.common.errors import SftError
-from sft.storage import attempts
-from sft.storage.attempts import Deadline, PermanentError, attempt
-from sft.storage.contract import Checksums, FileCopy, Meter, check, hash_file
-from sft.storage.crc import Object, number, text
+from sft.storage import retries
+from sft.storage.checksums import Checksums, decode_crc32c, encode_crc32c, hash_file
+from sft.storage.contract import FileCopy, Meter, check
+from sft.storage.retries import Deadline, PermanentError, retry
+from sft.storage.transport import ObjectInfo
 
-PIECE = 1 << 20  # bytes handed to the connection at a time
+CHUNK = 1 << 20
+"""Bytes that are passed to the connection at a time."""
+SESSIONS = 3
+"""An upload that needs more sessions than this fails."""
 
 
 class Upload:
-    """One object on its way."""
+    """The upload of one object.
+
+    `position` is how many bytes the bucket has, as far as we know. `counted` is how many the meter has counted.
+    """
 
     def __init__(
         self,
@@ -46,102 +53,107 @@ class Upload:
     ):
         self.bucket, self.file, self.name, self.sums = bucket, file, name, sums
         self.sha256, self.generation, self.meter = sha256, generation, meter
-        self.at = self.counted = 0
-        self.made: Object | None = None
-        what = json.dumps([bucket.name, name, sums.crc32c, sums.bytes, generation])
-        self.record = cache / "uploads" / hashlib.sha256(what.encode()).hexdigest()[:32] if cache else None
-        self.session = self._recorded()
-        self.doubtful = bool(self.session)  # the server knows better than we do how far it came
+        self.position = self.counted = 0
+        self.made: ObjectInfo | None = None
+        key = json.dumps([bucket.name, name, sums.crc32c, sums.bytes, generation])
+        self.session_file = cache / "uploads" / hashlib.sha256(key.encode()).hexdigest()[:32] if cache else None
+        self.session = self._stored_session()
+        self.ask_position = bool(self.session)  # only the server knows how many bytes have arrived
 
-    def run(self, deadline: Deadline) -> Object:
-        """Sends what is missing. Raises Refused: 412 when the object is no longer the one to replace."""
+    def run(self, deadline: Deadline) -> ObjectInfo:
+        """Sends what is missing. Raises PermanentError: 412 if the object no longer has the generation to replace."""
         what = f"gs://{self.bucket.name}/{self.name}"
-        restarts = 0
-        with Body(self, deadline) as body:
+        sessions = 1
+        with UploadBody(self, deadline) as body:
             while self.made is None:
                 try:
-                    attempt(what, lambda: self._step(body), deadline, lambda: self.at)
+                    retry(what, lambda: self._attempt(body), deadline, lambda: self.position)
                 except PermanentError as e:
-                    self._forget()
-                    restarts += 1
-                    if e.status not in (404, 410) or restarts == 3:
+                    self._discard_session()
+                    expired = e.status in (404, 410)
+                    if not expired or sessions == SESSIONS:
                         raise
-                    self._reached(0)  # the session has ended: begin again
-        self._forget()
+                    sessions += 1
+                    self._set_position(0)
+        self._discard_session()
         return self.made
 
-    def _step(self, body: Body) -> None:
-        """All that is missing, after asking how far it came where an answer was lost."""
+    def _attempt(self, body: UploadBody) -> None:
+        """Sends everything that is missing. After a lost response it first asks how many bytes have arrived."""
         if not self.session:
-            self._begin()
-        if self.doubtful:
+            self._open_session()
+        if self.ask_position:
             self._send(b"", f"bytes */{self.sums.bytes}")
-            self.doubtful = False
+            self.ask_position = False
             if self.made:
                 return
-        self.doubtful = True
-        self._send(body, f"bytes {self.at}-{self.sums.bytes - 1}/{self.sums.bytes}")
-        self.doubtful = False
+        self.ask_position = True
+        self._send(body, f"bytes {self.position}-{self.sums.bytes - 1}/{self.sums.bytes}")
+        self.ask_position = False
 
-    def _begin(self) -> None:
+    def _open_session(self) -> None:
         blob = self.bucket.blob(self.name)
-        blob.crc32c = text(self.sums.crc32c)  # the server refuses other bytes
+        blob.crc32c = encode_crc32c(self.sums.crc32c)  # the server refuses other bytes
         session = blob.create_resumable_upload_session(
-            content_type="application/octet-stream", size=self.sums.bytes, timeout=attempts.TIMEOUT_S, checksum=None,
+            content_type="application/octet-stream", size=self.sums.bytes, timeout=retries.TIMEOUT_S, checksum=None,
             if_generation_match=self.generation, retry=None,
         )  # fmt: skip
         self.session = str(session)
-        if self.record:
-            self.record.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            fresh = self.record.with_suffix(".new")
-            fresh.unlink(missing_ok=True)
-            with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+        if self.session_file:
+            self.session_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            new = self.session_file.with_suffix(".new")
+            new.unlink(missing_ok=True)
+            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
                 f.write(self.session)
-            os.replace(fresh, self.record)
+            os.replace(new, self.session_file)
 
-    def _send(self, data: bytes | Body, content_range: str) -> None:
-        answer = self.bucket.client._http.request(
-            "PUT", self.session, data=data, timeout=attempts.TIMEOUT_S, allow_redirects=False,
+    def _send(self, data: bytes | UploadBody, content_range: str) -> None:
+        response = self.bucket.client._http.request(
+            "PUT", self.session, data=data, timeout=retries.TIMEOUT_S, allow_redirects=False,
             headers={"Content-Range": content_range, "Content-Length": str(len(data))},
         )  # fmt: skip
-        if answer.status_code in (200, 201):
-            said = answer.json()
-            self._reached(self.sums.bytes)
-            self.made = Object(int(said["size"]), number(said.get("crc32c")), int(said["generation"]))
-        elif answer.status_code == 308:
-            reached = fullmatch(r"bytes=0-(\d+)", answer.headers.get("Range", ""))
-            self._reached(int(reached[1]) + 1 if reached else 0)
+        if response.status_code in (200, 201):
+            made = response.json()
+            self._set_position(self.sums.bytes)
+            self.made = ObjectInfo(int(made["size"]), decode_crc32c(made.get("crc32c")), int(made["generation"]))
+        elif response.status_code == 308:
+            arrived = fullmatch(r"bytes=0-(\d+)", response.headers.get("Range", ""))
+            self._set_position(int(arrived[1]) + 1 if arrived else 0)
         else:
-            raise InvalidResponse(answer, f"PUT {self.name}: {answer.status_code} {answer.text[:200]}")
+            raise InvalidResponse(response, f"PUT {self.name}: {response.status_code} {response.text[:200]}")
 
-    def _reached(self, at: int) -> None:
-        self.meter.add(at - self.counted)
-        self.at = self.counted = at
+    def _set_position(self, position: int) -> None:
+        self.meter.add(position - self.counted)
+        self.position = self.counted = position
 
-    def _recorded(self) -> str:
-        if self.record:
+    def _stored_session(self) -> str:
+        """The session of an interrupted upload, or ""."""
+        if self.session_file:
             with contextlib.suppress(OSError, ValueError):
-                session = self.record.read_text()
-                # Only to where the client itself would send it.
+                session = self.session_file.read_text()
+                # Never send the file to another host than the client's own.
                 if session.startswith(self.bucket.client._connection.API_BASE_URL):
                     return session
         return ""
 
-    def _forget(self) -> None:
-        self.session, self.doubtful = "", False
-        if self.record:
-            self.record.unlink(missing_ok=True)
+    def _discard_session(self) -> None:
+        self.session, self.ask_position = "", False
+        if self.session_file:
+            self.session_file.unlink(missing_ok=True)
 
 
-class Body:
-    """What is missing of the file, as the connection takes it. The last bytes wait until the sha256 of all is the stated one."""
+class UploadBody:
+    """The missing bytes of the file, as the connection takes them.
+
+    The last chunk is held back until the SHA-256 of the file is known to be the expected one.
+    """
 
     def __init__(self, upload: Upload, deadline: Deadline):
         self.upload, self.deadline = upload, deadline
         self._pool = ThreadPoolExecutor(1)
         self._sha = self._pool.submit(hash_file, upload.file) if upload.sha256 else None
 
-    def __enter__(self) -> Body:
+    def __enter__(self) -> UploadBody:
         self._file = self.upload.file.open("rb")
         return self
 
@@ -150,20 +162,20 @@ class Body:
         self._pool.shutdown()
 
     def __len__(self) -> int:
-        return self.upload.sums.bytes - self.upload.at
+        return self.upload.sums.bytes - self.upload.position
 
     def __iter__(self) -> Iterator[bytes]:
-        at, end = self.upload.at, self.upload.sums.bytes
-        while at < end:
+        position, end = self.upload.position, self.upload.sums.bytes
+        while position < end:
             self.deadline.check()
-            self._file.seek(at)
-            data = self._file.read(min(PIECE, end - at))
+            self._file.seek(position)
+            data = self._file.read(min(CHUNK, end - position))
             if not data:
                 raise SftError(f"{self.upload.file} became shorter while it was being sent")
-            at += len(data)
-            if at == end and self._sha:
-                stated = FileCopy("", "", end, self.upload.sha256)
-                check(self._sha.result(), stated, str(self.upload.file))
+            position += len(data)
+            if position == end and self._sha:
+                expected = FileCopy("", "", end, self.upload.sha256)
+                check(self._sha.result(), expected, str(self.upload.file))
             yield data
             self.upload.meter.add(len(data))
             self.upload.counted += len(data)

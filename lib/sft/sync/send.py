@@ -1,10 +1,11 @@
-"""A folder that has a manifest to a storage, as a process that may be ended at any moment: sft.training.uploads starts one per step.
+"""Uploads a folder with a manifest to a storage. The process may be killed at any moment: sft.training.uploads starts one per step.
 
     python -m sft.sync.send FOLDER WHERE CACHE [NAME …]
 
-Out: the files that manifest.json lists in WHERE/<folder's name>/, verified; then, in WHERE itself, the files NAME that lie beside the
-folder, and last manifest.json: what lies beside is never older than the folder. Nothing where the manifest is there already.
-The process ends with its standard input, so that it never outlives its parent, and leaves nothing half-written under a final name.
+Out: the files that FOLDER/manifest.json lists, verified, in WHERE/<name of FOLDER>/; then the files NAME beside FOLDER, in WHERE
+itself; then manifest.json. So the files beside are never older than the uploaded folder. Nothing is sent if the manifest is there.
+
+The process ends when its standard input closes, so it does not outlive its parent. It leaves no partial file under a final name.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from sft.formats import manifest
 from sft.runner.cli import program
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
-from sft.sync.fetch import listed
+from sft.sync.fetch import listed_copies
 
 
 def send(folder: Path, where: str, cache: Path, beside: Sequence[str]) -> None:
+    """Uploads the folder, unless its manifest is there already. `beside`: names of files in the parent folder."""
     record = (folder / manifest.NAME).read_bytes()
     storage = open_storage(f"{where}/{folder.name}", cache)
     if storage.read(manifest.NAME) == record:
         return
-    transfer(listed(record, str(folder)), LocalStorage(folder), storage, lambda _: None)
+    transfer(listed_copies(record, str(folder)), LocalStorage(folder), storage, lambda _: None)
     top = open_storage(where, cache)
     for file in (folder.parent / name for name in beside):
         if file.is_file():
@@ -40,6 +42,7 @@ def send(folder: Path, where: str, cache: Path, beside: Sequence[str]) -> None:
 
 
 def end_with_parent() -> None:
+    """Waits for the end of standard input, then ends the process."""
     os.read(0, 1)
     os._exit(1)
 

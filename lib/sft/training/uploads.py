@@ -163,14 +163,14 @@ def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Call
 
 def _whole_steps(where: str, cache: Path) -> list[int]:
     """Newest first."""
-    found = (fetch.STEP_LIST.fullmatch(name) for name in open_storage(where, cache).list())
+    found = (fetch.STEP_MANIFEST.fullmatch(name) for name in open_storage(where, cache).list())
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
 def _bring_step(number: int, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> str:
     """What is wrong with the step there, or "" once it is here."""
     try:
-        step = fetch.bring(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), log)
+        step = fetch.copy_stage(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), log)
     except SftError as error:
         return str(error)
     return "" if step else "its manifest is gone"

@@ -28,7 +28,7 @@ from sft.runner.cli import COMMAND, program
 from sft.storage.contract import Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
-from sft.sync.fetch import listed
+from sft.sync.fetch import listed_copies
 
 READS = {"sync": {"prepare"}, "train": {"sync"}, "convert": {"prepare", "train"}, "evaluate": {"prepare", "convert"}}
 """The earlier stages whose files a stage reads. Of the others it needs the manifests only."""
@@ -70,7 +70,7 @@ def fetch_stage(address: str, folder: Path, cache: Path, manifest_only: bool = F
         raise SftError(
             f"{address}/{manifest.NAME}: not found; next: on your machine remove {folder}/{manifest.NAME} and make {folder.name} again"
         )
-    files = listed(text, address)
+    files = listed_copies(text, address)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / NAME).unlink(missing_ok=True)
     if manifest_only:
@@ -103,7 +103,7 @@ def _send_folder(folder: Path, target: Storage) -> None:
     text = (folder / manifest.NAME).read_bytes()
     if target.read(manifest.NAME) == text:
         return
-    transfer(listed(text, str(folder)), LocalStorage(folder), target, log)
+    transfer(listed_copies(text, str(folder)), LocalStorage(folder), target, log)
     target.write(manifest.NAME, text)
     log(f"{folder} is stored in {target.where}")
 
