@@ -71,13 +71,16 @@ def main() -> None:
             copied.append(time.thread_time() - cpu)
             while beside._pending is not None and not beside._pending.done():
                 during.append(step())
-            report = beside.report()
-            blocked.append(report["blocked_s"])
-            seconds.append(report["seconds"])
+            saved = beside.finished()
+            assert saved is not None
+            blocked.append(saved.blocked_s)
+            seconds.append(saved.seconds)
             cpu = time.process_time()
             waiting.begin(2 * number + 1, model, optimizer, {}, ephemeral=True)
             written.append(time.process_time() - cpu)
-            waited.append(waiting.report()["blocked_s"])
+            saved = waiting.finished()
+            assert saved is not None
+            waited.append(saved.blocked_s)
         beside.close()
         waiting.close()
     first, *later = blocked

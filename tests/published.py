@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sft.formats import manifest
 from sft.formats.manifest import Input, Manifest, StepManifest
+from sft.formats.metrics import StepRecord, TrainMetrics
+from sft.formats.packs import StepSummary, TokensPerStep
 
 
 def publish(
@@ -40,3 +43,25 @@ def upstream(folder: Path) -> Input:
 def publish_step(folder: Path, number: int, outputs: Iterable[str]) -> None:
     """Writes the manifest of a checkpoint's folder."""
     StepManifest(manifest.SCHEMA, number, manifest.describe(folder, outputs)).write(folder / manifest.NAME)
+
+
+def step_record(step: int, **changes: Any) -> StepRecord:
+    """A record of train/metrics.jsonl."""
+    values = {"loss": 2.0, "lr": 1e-4, "grad_norm": 1.0, "labels": 100, "tokens": 200 * step, "tokens_per_s": 1000.0}
+    return StepRecord(**{"step": step, **values, "padding": 0.0, "imbalance_expected": 0.0, "seconds": 0.2, **changes})
+
+
+def step_summary(steps: int, **changes: Any) -> StepSummary:
+    """The plan of a run, as train's metrics have it."""
+    values = dict.fromkeys((f.name for f in dataclasses.fields(StepSummary) if f.type == "int"), 1)
+    values |= dict.fromkeys((f.name for f in dataclasses.fields(StepSummary) if f.type == "float"), 0.5)
+    words = {"order": "shuffle", "long_documents_policy": "truncate", "digest": "ab", "exact": True}
+    per_step = TokensPerStep(min=10, mean=20.0, max=30)
+    return StepSummary(**{**values, **words, "steps": steps, "trained_tokens_per_step": per_step, **changes})
+
+
+def train_metrics(final_step: int, **changes: Any) -> TrainMetrics:
+    """The metrics in train's manifest."""
+    values = {"checkpoint": f"step{final_step}", "loss": 1.0, "first_loss": 3.0, "tokens": 200 * final_step}
+    values |= {"tokens_per_s": 1000.0, "skipped_steps": 0, "attempts": 1, "data": step_summary(final_step)}
+    return TrainMetrics(**{"final_step": final_step, **values, **changes})

@@ -187,9 +187,9 @@ def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path:
     training.train(three, ranks=3, **SMALL, **batch)  # rows that three ranks do not share evenly
     training.train(exact, **(SMALL | {"optimizer": "adamw", "gradients": "fp32"}), **batch)
     for ours, theirs, fp32 in zip(*map(training.records, (three, one, exact)), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
-        assert ours["loss"] == pytest.approx(fp32["loss"], rel=2e-2)
-    assert training.records(one)[-1]["loss"] < 0.8 * training.records(one)[0]["loss"]
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-3)
+        assert ours.loss == pytest.approx(fp32.loss, rel=2e-2)
+    assert training.records(one)[-1].loss < 0.8 * training.records(one)[0].loss
 
 
 def test_the_plan_counts_the_bytes_of_8_bit_moments() -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import made_data
+import published
 import tiny_export
 from sft.common.errors import SftError
-from sft.export import convert, core, rows, write
+from sft.export import convert, core, write
 from sft.formats.gate import GateRecord
 from sft.model import hf
 from sft.recipe import recipe
@@ -38,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights, CONFIG, facts, run / "train" / "tokenizer", run / "hf", made, tiny_export.TEMPLATE, lambda _: None
     )
     core.to_core(str(run / "hf"), str(run / "train" / "step7"), run / "cache", lambda _: None)
-    rows.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 7}})
+    published.publish(run / "train", [], metrics=published.train_metrics(7).to_value())
     return run
 
 
@@ -98,6 +99,6 @@ def test_an_unknown_evaluation_template_is_refused_before_anything_is_written(tr
 def test_a_step_that_train_names_and_that_is_gone_is_refused(trained: Path, tmp_path: Path) -> None:
     run = tmp_path / "smoke"
     (run / "train").mkdir(parents=True)
-    rows.write_json(run / "train" / "manifest.json", {"metrics": {"final_step": 9}})
+    published.publish(run / "train", [], metrics=published.train_metrics(9).to_value())
     with pytest.raises(SftError, match=r"step9: no checkpoint"):
         convert.final_step(run / "train")

@@ -11,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from published import publish
+from published import publish, step_record
 from sft.common.errors import SftError
+from sft.formats.metrics import Attempt
 from sft.launch import beaker, slurm
 from sft.launch.doctor import context as contexts
 from sft.launch.doctor import doctor, training
@@ -147,13 +148,15 @@ def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     damaged.mkdir(parents=True)
     (damaged / "manifest.json").write_text("{}")
     (damaged / "metrics.jsonl").touch()
-    (folder / "metrics.jsonl").write_text(
-        '{"device": "NVIDIA A100-SXM4-80GB", "mfu": "how"}\n{"step": 1, "mfu": 0.5}\n'
-    )
+
+    def measured(device: str, *mfus: float) -> None:
+        records = [step_record(step, mfu=mfu) for step, mfu in enumerate(mfus, 1)]
+        header = Attempt(1, 0, 8, device, 989.4, "formula")
+        (folder / "metrics.jsonl").write_bytes(b"".join(r.to_bytes() for r in (header, *records)))
+
+    measured("NVIDIA A100-SXM4-80GB", 0.5)
     assert "assumed" in next(training.hours(context)).found
-    (folder / "metrics.jsonl").write_text(
-        '{"device": "NVIDIA H100 80GB HBM3", "mfu": "how"}\n{"step": 1, "mfu": 0.2}\n{"step": 2, "mfu": 0.5}\n{"step": 3, "mfu": 0.5}\n'
-    )
+    measured("NVIDIA H100 80GB HBM3", 0.2, 0.5, 0.5)
     assert "MFU of 50% measured in an earlier run" in next(training.hours(context)).found
 
 

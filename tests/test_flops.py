@@ -17,6 +17,7 @@ import training
 from sft.checkpoint import olmo_core
 from sft.data.dataset import Dataset
 from sft.formats.dataset import TokenIds
+from sft.formats.metrics import SaveTimes, read_steps
 from sft.model import utilisation
 from sft.model.flops import head_flops, token_flops
 from sft.model.model import Transformer
@@ -114,21 +115,21 @@ def test_mfu_is_the_share_of_all_gpus_peak() -> None:
 
 def test_a_record_tells_mfu_where_a_peak_is_known_and_the_checkpoint_that_ended(tmp_path: Path) -> None:
     stage = types.SimpleNamespace(recipe=types.SimpleNamespace(train=Train()), out=tmp_path)
-    saved = [{"step": 4, "seconds": 2.0, "blocked_s": 0.1}, {}]
+    saved = [SaveTimes(4, 2.0, 0.1), None]
     run: Any = types.SimpleNamespace(
         stage=stage, world=World(0, 2, 0, torch.device("cpu")), sources=["a"], stopwatch=None, skipped=0,
-        saver=types.SimpleNamespace(report=lambda: saved.pop(0)), plan=types.SimpleNamespace(steps=9), peak_tflops=50.0,
+        saver=types.SimpleNamespace(finished=lambda: saved.pop(0)), plan=types.SimpleNamespace(steps=9), peak_tflops=50.0,
     )  # fmt: skip
-    facts = {"step": 5, "lr": 1e-4, "tokens": 900, "step_tokens": 100, "padding": 0.0, "imbalance_expected": 0.0}
+    facts = loop.StepFacts(5, 1e-4, 900, 100, padding=0.0, imbalance_expected=0.0, flops=2e13, lap=None)
     values = torch.tensor([1.5, 0.0, 2.0, 200.0, 100.0], dtype=torch.float64)
     said: list[str] = []
-    writer = metrics.Metrics(tmp_path, 0, 9, said.append)
+    writer = metrics.MetricsWriter(tmp_path, 0, 9, said.append)
     for peak in (50.0, 0.0):
         run.peak_tflops = peak
-        loop.report(run, writer, loop.Readback(values, facts | {"flops": 2e13, "lap": None}), time.monotonic() - 4.0)
+        loop.report_step(run, writer, loop.Readback(values, facts), time.monotonic() - 4.0)
     writer.close()
-    first, second = metrics.read(tmp_path / "metrics.jsonl")
-    assert first["mfu"] == pytest.approx(2e13 / (4.0 * 2 * 50e12), rel=0.05)
-    assert first["checkpoint"] == {"step": 4, "seconds": 2.0, "blocked_s": 0.1}
+    first, second = read_steps(tmp_path / "metrics.jsonl")
+    assert first.mfu == pytest.approx(2e13 / (4.0 * 2 * 50e12), rel=0.05)
+    assert first.checkpoint == SaveTimes(4, 2.0, 0.1)
     assert "MFU 5.0%" in said[0] or "MFU 4.9%" in said[0]
-    assert "mfu" not in second and "checkpoint" not in second
+    assert second.mfu is None and second.checkpoint is None

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sft.checkpoint import step_folder
+from sft.formats.steps import named_step
 from training import assert_same_bits, curve, kill, records, run_folder, start, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
@@ -40,7 +41,7 @@ def assert_sound(out: Path) -> None:
     for _, step in step_folder.steps(out):
         assert not (step / "manifest.json").is_file() or step_folder.damage(step) == []
     for name in ("LATEST", "BEST"):
-        named = step_folder.named(out, name)
+        named = named_step(out, name)
         assert named is None or step_folder.damage(named) == []
 
 
@@ -63,11 +64,11 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
         process = start(folder, ranks=ranks, **FIELDS)
         # Start-up is hit now and then; else the run gets a few steps further, so that the kills spread over it.
         known = records(folder)
-        target = (known[-1]["step"] if known else 0) + chance.randint(0, 56 // kills)
+        target = (known[-1].step if known else 0) + chance.randint(0, 56 // kills)
         deadline = time.monotonic() + 120
         while process.is_alive() and time.monotonic() < deadline:
             now = records(folder)
-            if now and now[-1]["step"] >= target:
+            if now and now[-1].step >= target:
                 break
             time.sleep(0.001)
         time.sleep(chance.random() * 0.02)
@@ -75,7 +76,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
             break
         kill(process, signal.SIGKILL)
         done += 1
-        reached.add(max((r["step"] for r in records(folder)), default=0))
+        reached.add(max((r.step for r in records(folder)), default=0))
         assert_sound(folder / "train")
     assert done == kills, f"the run was over after {done} kills"
     assert len(reached) >= kills // 2
@@ -86,7 +87,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
 MOMENTS = {
     "between the weights and their hashes": {"at": "sft.formats.manifest.describe", "call": 2, "thread": "saving"},
     "in the middle of the hashes": {"at": "sft.formats.manifest.hash_file", "call": 13, "thread": "ThreadPool"},
-    "before the manifest": {"at": "sft.checkpoint.step_folder._write_json", "call": 6, "thread": "saving"},
+    "before the manifest": {"at": "sft.formats.record.write_atomic", "call": 6, "thread": "saving"},
     "between the rename and LATEST": {"at": "sft.checkpoint.step_folder.mark_latest", "call": 2, "thread": "saving"},
     "between LATEST and BEST": {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "thread": "saving"},
     "before what is superfluous is renamed": {"at": "sft.checkpoint.step_folder.prune", "call": 3, "thread": "saving"},

@@ -174,8 +174,6 @@ def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tm
     assert moved(run("clipped", max_grad_norm=1e-12, **fields)) < 1e-5
     assert moved(run("free", max_grad_norm=0.0, **fields)) > 1e-2
     # Once 64 steps are known, everything above the mean counts as a spike; 0 turns that off.
-    skipped = [
-        r["step"] for r in training.records(run("nervous", steps=72, lr=1e-6, skip_sigmas=1e-9)) if "skipped" in r
-    ]
+    skipped = [r.step for r in training.records(run("nervous", steps=72, lr=1e-6, skip_sigmas=1e-9)) if r.skipped]
     assert skipped and min(skipped) > 64
-    assert not any("skipped" in r for r in training.records(run("calm", steps=72, lr=1e-6, skip_sigmas=0.0)))
+    assert not any(r.skipped for r in training.records(run("calm", steps=72, lr=1e-6, skip_sigmas=0.0)))

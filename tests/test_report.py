@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -28,6 +27,7 @@ from sft.formats.gate import (
     TokenizerCheck,
 )
 from sft.formats.lines import to_lines
+from sft.formats.metrics import Attempt, read_steps
 from sft.formats.preview import Preview, Segment
 from sft.formats.results import Generation, Results, Score, TaskResult, TokenCounts, ValidationLoss
 from sft.formats.samples import Sample
@@ -99,16 +99,18 @@ def whole_run(run: Path, steps: int = 240) -> Path:
     records = []
     for step in range(1, steps + 1):
         loss = 0.4 + 4 * math.exp(-step / 45) + 0.12 * math.sin(step * 12.9898) * math.cos(step * 78.233)
-        records.append({"step": step, "loss": loss, "lr": 1e-3 * min(step / 12, (steps - step) / steps),
-                        "grad_norm": 0.5 + loss / 4, "tokens_per_s": 41000 + 900 * math.sin(step)})  # fmt: skip
-        if step % 40 == 0:
-            records[-1]["validation_loss"] = loss + 0.2
-    plan = {"fill": 0.981, "packs": 74, "seq_len": 256, "trained_tokens": 15000, "tokens": 55000, "padding": 1200,
-            "padding_fraction": 0.0214, "documents_per_pack": 3.8, "long_documents": 0, "long_documents_policy": "truncate",
-            "tokens_lost_fraction": 0.0123, "trained_tokens_lost_fraction": 0.0456}  # fmt: skip
-    train = {"final_step": steps, "loss": records[-1]["loss"], "first_loss": records[0]["loss"], "tokens": 55000, "tokens_per_s": 41234.5,
-             "validation_loss": 0.61, "first_validation_loss": 2.4, "data": plan}  # fmt: skip
-    made(run, "train", train, {"metrics.jsonl": "".join(json.dumps(r) + "\n" for r in records)}, "sync")
+        lr, speed = 1e-3 * min(step / 12, (steps - step) / steps), 41000 + 900 * math.sin(step)
+        validation = loss + 0.2 if step % 40 == 0 else None
+        records.append(published.step_record(step, loss=loss, lr=lr, grad_norm=0.5 + loss / 4, tokens_per_s=speed,
+                                             validation_loss=validation))  # fmt: skip
+    plan = published.step_summary(
+        steps, fill=0.981, packs=74, seq_len=256, trained_tokens=15000, tokens=55000, padding=1200, padding_fraction=0.0214,
+        documents_per_pack=3.8, tokens_lost_fraction=0.0123, trained_tokens_lost_fraction=0.0456,
+    )  # fmt: skip
+    train = published.train_metrics(steps, loss=records[-1].loss, first_loss=records[0].loss, tokens=55000, tokens_per_s=41234.5,
+                                    validation_loss=0.61, first_validation_loss=2.4, data=plan)  # fmt: skip
+    lines = b"".join(r.to_bytes() for r in records).decode()
+    made(run, "train", train.to_value(), {"metrics.jsonl": lines}, "sync")
     logits = LogitCheck(
         max_difference=1.9e-6, max_logit=6.3, rounding_kl=2.1e-5, argmax_agreement=1.0, documents=(134, 60, 21), tokens=215,
         rows=215, layers=4, which=(0, 1, 2, 3),
@@ -206,9 +208,9 @@ def test_what_only_some_machines_measure_is_drawn_where_it_is_there(tmp_path: Pa
     text = report.page(run)
     assert "model FLOPs utilisation" not in text and "Attempts:" not in text and "replies by length" not in text
     file = run / "train" / "metrics.jsonl"
-    records = [json.loads(line) | {"mfu": 0.4, "memory_gb": 61.5} for line in file.read_text().splitlines()]
-    headers = [{"attempt": 1, "from_step": 0, "mfu": "6 N"}, {"attempt": 2, "from_step": 120, "mfu": "6 N"}]
-    file.write_text("".join(json.dumps(r) + "\n" for r in [headers[0], *records[:9], headers[1], *records[9:]]))
+    records = [replace(r, mfu=0.4, memory_gb=61.5) for r in read_steps(file)]
+    headers = [Attempt(number, start, 8, "H100", 989.4, "6 N") for number, start in ((1, 0), (2, 120))]
+    file.write_bytes(b"".join(r.to_bytes() for r in (headers[0], *records[:9], headers[1], *records[9:])))
     results(up_to=((8, 30), (16, 2))).write(run / "evaluate" / "results.json")
     text = report.page(run)
     assert "model FLOPs utilisation" in text and "peak memory of a GPU, GB" in text

@@ -15,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 import training
 from sft.checkpoint import olmo_core, step_folder
 from sft.common.errors import SftError
+from sft.formats.steps import is_ephemeral, named_step
 from sft.recipe.schema import Train
 from sft.training.optim import Guard
 from sft.training.saving import Saver
@@ -90,12 +91,12 @@ def test_steps_saved_beside_training_are_bitwise_those_saved_while_it_waits(
     train(waiting, async_save=False, **fields)
     for step in ("step2", "step4", "step6", "step8"):
         assert files(folder / "train" / step) == files(waiting / "train" / step)
-    reported = [r["checkpoint"] for r in records(folder) if "checkpoint" in r]
+    reported = [r.checkpoint for r in records(folder) if r.checkpoint]
     assert reported
     for r in reported:
-        assert r["step"] % 2 == 0
-        assert r["blocked_s"] >= 0
-        assert r["seconds"] > 0
+        assert r.step % 2 == 0
+        assert r.blocked_s >= 0
+        assert r.seconds > 0
 
 
 @pytest.mark.slow
@@ -202,7 +203,7 @@ def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_pa
     for step, value in ((9, 1.0), (1, float("nan")), (1, float("inf"))):
         with pytest.raises(SftError, match="no such step" if step == 9 else "only finite"):
             step_folder.mark_best(tmp_path, step, "loss", value, higher_is_better=False)
-    assert step_folder.named(tmp_path, "BEST") == tmp_path / "step3"
+    assert named_step(tmp_path, "BEST") == tmp_path / "step3"
     for torn in ("", "../../etc\nloss 1\n", "step3", "step3\nloss\n", "step3\nloss x\n"):
         best.write_text(torn)
         assert step_folder.mark_best(tmp_path, 1, "loss", 9.0, higher_is_better=False)
@@ -212,7 +213,7 @@ def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_pa
 def test_a_run_names_its_latest_and_best_and_keeps_what_was_asked(folder: Path) -> None:
     out = train(folder, steps=24, save_every=3, ephemeral_every=2, validate_every=3, keep=2, lr=1e-2)
     kept = folder / "train"
-    losses = {r["step"]: r["validation_loss"] for r in records(folder) if "validation_loss" in r}
+    losses = {r.step: r.validation_loss for r in records(folder) if r.validation_loss is not None}
     best = min(losses, key=losses.__getitem__)
     assert (kept / "LATEST").read_text() == "step24\n"
     assert (kept / "BEST").read_text() == f"step{best}\nvalidation_loss {losses[best]!r}\n"
@@ -225,7 +226,7 @@ def test_a_run_names_its_latest_and_best_and_keeps_what_was_asked(folder: Path) 
 def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Path, ranks: int) -> None:
     process = start(folder, steps=600, save_every=10_000, ephemeral_every=0, validate_every=0, ranks=ranks)
     wait_for(folder, 3, process)
-    asked_at = records(folder)[-1]["step"]
+    asked_at = records(folder)[-1].step
     request = folder / "train" / "SAVE"
     request.touch()
     deadline = time.monotonic() + 60
@@ -239,4 +240,4 @@ def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Pa
     step, path = saved[0]
     assert asked_at < step < 600
     assert step_folder.damage(path) == []
-    assert not step_folder.is_ephemeral(path)
+    assert not is_ephemeral(path)

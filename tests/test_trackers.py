@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -10,14 +11,15 @@ from typing import Any
 
 import pytest
 
+from published import step_record
+from sft.formats.metrics import StepRecord, read_steps
 from sft.recipe.schema import Train
 from sft.training import metrics
 from sft.training.trackers import Trackers
 
 IDENTITY = "0123456789abcdef" * 4
 RECORDS = [
-    {"step": step, "loss": 4.0 / step, "lr": 1e-4, "grad_norm": "nan", "sources": {"a": 1.0, "b": 2.0 * step}}
-    for step in (1, 2, 3)
+    step_record(step, loss=4.0 / step, grad_norm=math.inf, sources={"a": 1.0, "b": 2.0 * step}) for step in (1, 2, 3)
 ]
 
 
@@ -27,11 +29,11 @@ def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def logged(out: Path, start: int = 0, records: list[dict[str, Any]] = RECORDS, **fields: Any) -> list[str]:
+def logged(out: Path, start: int = 0, records: list[StepRecord] = RECORDS, **fields: Any) -> list[str]:
     said: list[str] = []
     trackers = Trackers.start(Train(**fields), "run", IDENTITY, {"train": {"lr": 1e-4}}, out, start, said.append)
     for record in records:
-        trackers.record(record)
+        trackers.record(record.to_value())
     trackers.close()
     return said
 
@@ -49,7 +51,7 @@ def test_tensorboard_reads_back_what_was_logged_also_over_a_resume(tmp_path: Pat
     assert logged(tmp_path, tensorboard=True) == []
     assert dict(scalars(tmp_path / "tensorboard", "loss")) == pytest.approx({1: 4.0, 2: 2.0, 3: 4 / 3})
     assert scalars(tmp_path / "tensorboard", "sources/b") == [(1, 2.0), (2, 4.0), (3, 6.0)]
-    again = [{"step": 2, "loss": 7.0}, {"step": 3, "loss": 8.0}]  # from the checkpoint of step 1
+    again = [step_record(2, loss=7.0), step_record(3, loss=8.0)]  # from the checkpoint of step 1
     assert logged(tmp_path, start=1, records=again, tensorboard=True) == []
     assert scalars(tmp_path / "tensorboard", "loss") == [(1, 4.0), (2, 7.0), (3, 8.0)]
 
@@ -72,7 +74,7 @@ def test_comet_archives_what_was_logged_and_nothing_about_the_machine(tmp_path: 
     text = json.dumps(messages)
     assert sys.executable not in text
     assert "train|lr" in text or "train_lr" in text
-    logged(tmp_path, start=1, records=[{"step": 2, "loss": 7.0}], comet_project="tests")
+    logged(tmp_path, start=1, records=[step_record(2, loss=7.0)], comet_project="tests")
     [again] = (tmp_path / "comet").glob("2/*.zip")
     assert archive.is_file()
     with zipfile.ZipFile(again) as z:
@@ -110,7 +112,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path: Path) -> None:
     trackers.add("a", lambda: fails)
     trackers.add("b", lambda: fails_to_close)
     trackers.add("c", lambda: 1 / 0)  # type: ignore[arg-type, return-value]
-    writer = metrics.Metrics(tmp_path, 0, 3, said.append, trackers=trackers)
+    writer = metrics.MetricsWriter(tmp_path, 0, 3, said.append, trackers=trackers)
     for record in RECORDS:
         writer.write(record)
     writer.close()
@@ -120,7 +122,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path: Path) -> None:
         "warning: [train] a: ConnectionError: no route to host; training goes on without it",
         "warning: [train] b: ConnectionError: still none; training goes on without it",
     ]
-    assert metrics.read(tmp_path / "metrics.jsonl") == RECORDS
+    assert read_steps(tmp_path / "metrics.jsonl") == RECORDS
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,11 +17,14 @@ import pytest
 import torch
 
 import training
+from published import step_record
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo, TokenIds
+from sft.formats.metrics import Attempt, read_metrics
+from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
@@ -37,20 +41,20 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 def test_training_learns_and_reports(folder: Path) -> None:
     out = train(folder, steps=40, lr=1e-2)
     found = records(folder)
-    assert [r["step"] for r in found] == list(range(1, 41))
-    assert found[-1]["loss"] < 0.8 * found[0]["loss"]
-    assert [r["step"] for r in found if "validation_loss" in r] == [6, 12, 18, 24, 30, 36, 40]
-    assert set(found[0]["sources"]) == set(found[5]["validation_sources"]) == {"odd", "even"}
+    assert [r.step for r in found] == list(range(1, 41))
+    assert found[-1].loss < 0.8 * found[0].loss
+    assert [r.step for r in found if r.validation_loss is not None] == [6, 12, 18, 24, 30, 36, 40]
+    assert set(found[0].sources) == set(found[5].validation_sources) == {"odd", "even"}
     for r in found:
-        weights = r["sources"].values()
-        assert min(weights) <= r["loss"] <= max(weights)
-        assert 0 <= r["padding"] < 1
-        assert r["tokens_per_s"] > 0
+        weights = r.sources.values()
+        assert min(weights) <= r.loss <= max(weights)
+        assert 0 <= r.padding < 1
+        assert r.tokens_per_s > 0
     assert "step 40/40" in out
     assert "ETA 0:00:0" in out
     result = json.loads((folder / "result.json").read_text())
     assert result["final_step"] == 40
-    assert result["loss"] == found[-1]["loss"]
+    assert result["loss"] == found[-1].loss
     assert result["validation_loss"] < result["first_validation_loss"]
     names = {p.name for p in (folder / "train").iterdir()}
     assert names - {".steps.lock"} == {
@@ -87,9 +91,9 @@ def test_the_number_of_ranks_and_microbatches_changes_the_result_by_rounding_onl
     weights = [dict(DcpReader(r / "train" / f"step{steps}")) for r in results]
     for result, found in zip(results[1:], weights[1:], strict=True):
         for ours, theirs in zip(records(result), records(results[0]), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-            assert ours["labels"] == theirs["labels"]
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+            assert ours.labels == theirs.labels
         for name, value in found.items():
             torch.testing.assert_close(value, weights[0][name], atol=2e-5, rtol=1e-3)
 
@@ -99,8 +103,8 @@ def test_the_ranks_measure_how_unevenly_they_computed(folder: Path, dataset: Pat
     packs = len(pack_dataset(Dataset.open(dataset / "data"), 64))
     train(folder, ranks=2, steps=0, epochs=5 / packs, hardware={"microbatch_tokens": 64})
     *_, last = records(folder)
-    assert last["imbalance_expected"] == pytest.approx(0.5)  # the only pack of the last batch is one rank's
-    assert all(0 <= r["imbalance"] < 1 for r in records(folder))
+    assert last.imbalance_expected == pytest.approx(0.5)  # the only pack of the last batch is one rank's
+    assert all(r.imbalance is not None and 0 <= r.imbalance < 1 for r in records(folder))
 
 
 def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
@@ -147,15 +151,15 @@ def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, data
     assert (folder / "train" / ".requeue").exists()
     [(step, saved)] = step_folder.steps(folder / "train")
     assert 4 <= step < 30
-    assert step_folder.is_ephemeral(saved)
+    assert is_ephemeral(saved)
     assert f"continuing from {saved}" in train(folder, **fields)
     assert not (folder / "train" / ".requeue").exists()
     assert_same_bits(folder / "train" / "step30", whole / "train" / "step30")
 
 
 STOPPED = {
-    "SIGTERM before a permanent step": (75, 4, {"at": "sft.training.loop.report", "call": 3, "kind": "term"}),
-    "SIGTERM before a step that nothing else saves": (75, 4, {"at": "sft.training.loop.report", "call": 1, "kind": "term"}),
+    "SIGTERM before a permanent step": (75, 4, {"at": "sft.training.loop.report_step", "call": 3, "kind": "term"}),
+    "SIGTERM before a step that nothing else saves": (75, 4, {"at": "sft.training.loop.report_step", "call": 1, "kind": "term"}),
     "killed between LATEST and BEST": (-9, 4, {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "kind": "kill"}),
 }  # fmt: skip
 
@@ -173,7 +177,7 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     train(folder, status=status, fault=fault, **fields)
     assert "continuing from" in train(folder, **fields)
     assert curve(folder) == curve(whole)
-    assert step_folder.named(folder / "train", "BEST") == folder / "train" / f"step{best}"
+    assert named_step(folder / "train", "BEST") == folder / "train" / f"step{best}"
     assert (folder / "train" / "BEST").read_text() == (whole / "train" / "BEST").read_text()
 
 
@@ -185,9 +189,9 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last
     assert "SKIPPED" in out
     for _, step in step_folder.steps(folder / "train"):
         assert all(value.isfinite().all() for value in DcpReader(step).values())
-    bad = [r for r in records(folder) if r.get("skipped")]
+    bad = [r for r in records(folder) if r.skipped]
     assert len(bad) == 4
-    assert {"nan", "inf"} & set(bad[-1]["sources"].values())
+    assert not all(math.isfinite(loss) for loss in (bad[-1].sources or {}).values())
 
     def refuse(word: str) -> None:
         raise AssertionError(f"{word} is no JSON")
@@ -229,9 +233,9 @@ def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path,
     moments = DcpReader(folder / "train" / "step1", "optim.state.")
     assert moments["lm_head.norm.weight.step"].item() == 1
     group = records(folder)[0]
-    assert group["lr"] == 1e-9
+    assert group.lr == 1e-9
     last = records(first)[-1]
-    assert group["loss"] < last["loss"] + 0.5
+    assert group.loss < last.loss + 0.5
 
 
 def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Path, tmp_path: Path) -> None:
@@ -276,12 +280,14 @@ def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) 
     exact = run_folder(folder / "exact", dataset)
     train(exact, steps=8, lr=1e-2)
     for ours, theirs in zip(records(folder), records(exact), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+        assert ours.loss == pytest.approx(theirs.loss, rel=2e-2)
 
 
 def test_progress_and_clock_read_well() -> None:
-    record = {"step": 7, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "tokens_per_s": 12345.6, "padding": 0.02}
-    line = metrics.progress_line(record | {"skipped": True, "validation_loss": 1.25}, 300, 12.0)
+    record = step_record(
+        7, loss=1.5, lr=1e-4, grad_norm=0.5, tokens_per_s=12345.6, padding=0.02, skipped=True, validation_loss=1.25
+    )
+    line = metrics.progress_line(record, 300, 12.0)
     assert line.startswith("step   7/300  loss  1.5000  lr 1.00e-04  grad  0.500     12,346 tok/s  padding  2.0%")
     assert line.endswith("validation 1.2500  SKIPPED  ETA 0:58:36")
     assert metrics.clock(90061) == "25:01:01"
@@ -289,11 +295,12 @@ def test_progress_and_clock_read_well() -> None:
 
 def test_a_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": s}) + "\n" for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
-    writer = metrics.Metrics(tmp_path, 2, 10, print)
-    writer.write({"step": 3, "loss": 1.0})
+    header = Attempt(1, 0, 1, "cpu", None, "formula")
+    file.write_bytes(b"".join(r.to_bytes() for r in (header, *map(step_record, (1, 2, 3, 4)))) + b'{"step": 5, "lo')
+    writer = metrics.MetricsWriter(tmp_path, 2, 10, print)
+    writer.write(step_record(3, loss=1.0))
     writer.close()
-    assert metrics.read(file) == [{"step": 1}, {"step": 2}, {"step": 3, "loss": 1.0}]
+    assert read_metrics(file) == [header, step_record(1), step_record(2), step_record(3, loss=1.0)]
 
 
 def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
@@ -407,8 +414,8 @@ def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
     train(host, steps=12)
     train(folder, steps=12, device="cuda", precision="bf16", hardware=hardware)
     for ours, theirs in zip(records(folder), records(host), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
-    assert records(folder)[-1]["memory_gb"] > 0
+        assert ours.loss == pytest.approx(theirs.loss, rel=2e-2)
+    assert (records(folder)[-1].memory_gb or 0) > 0
     # The host is ahead of the device: where it waits, before a save, the device's time counts and not the host's.
-    seconds = [r["seconds"] for r in records(folder)[4:]]
+    seconds = [r.seconds for r in records(folder)[4:]]
     assert min(seconds) > 0.2 * statistics.median(seconds)

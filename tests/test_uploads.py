@@ -21,9 +21,10 @@ from test_checkpoint import save
 pytest.importorskip("google.cloud.storage")
 
 import training
-from published import publish_step
+from published import publish_step, step_record
 from sft.checkpoint import step_folder
 from sft.formats import manifest
+from sft.formats.metrics import Attempt, UploadSummary, read_steps
 from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
@@ -61,13 +62,13 @@ def test_a_step_arrives_whole_and_is_not_sent_twice(tmp_path: Path, server: Serv
     said: list[str] = []
     uploads = Uploads(out, where, tmp_path / "cache", said.append)
     uploads.add(save(out, 3))
-    assert uploads.finish() == {"where": where, "steps": ["step1", "step3"], "missing": []}
+    assert uploads.finish() == UploadSummary(where, ("step1", "step3"), ())
     assert stored(server, where) == local(out / "step1") | local(out / "step3")
     assert uploads.busy == set()
     uploads.close()
     received = server.received
     again = Uploads(out, where, tmp_path / "cache", said.append)
-    assert again.finish()["steps"] == ["step1", "step3"]
+    assert again.finish().steps == ("step1", "step3")
     again.close()
     assert server.received == received
     assert len([line for line in said if line.startswith("uploaded")]) == 2
@@ -84,13 +85,13 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: P
     uploads.add(save(out, 1))
     sent = uploads.finish()
     server.permissions = may
-    assert sent["missing"] == ["step1"]
+    assert sent.missing == ("step1",)
     assert f"next: make cp SRC={out / 'step1'} DST=gs://test/c/step1" in said[-1]
     assert uploads.busy == {out / "step1"}
     step_folder.mark_latest(save(out, 2))
     assert step_folder.prune(out, 1, uploads.busy) == []
     uploads.add(out / "step2")
-    assert uploads.finish() == {"where": "gs://test/c", "steps": ["step1", "step2"], "missing": []}
+    assert uploads.finish() == UploadSummary("gs://test/c", ("step1", "step2"), ())
     uploads.close()
     assert stored(server, "gs://test/c") == local(out / "step1") | local(out / "step2")
 
@@ -102,8 +103,8 @@ def test_a_machine_that_starts_no_process_is_told_and_training_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(sys, "executable", str(tmp_path / "nothing"))
         uploads = Uploads(tmp_path, "gs://test/c", tmp_path / "cache", print)
-        assert uploads.finish()["missing"] == ["step1"]
-    assert uploads.finish()["missing"] == []
+        assert uploads.finish().missing == ("step1",)
+    assert uploads.finish().missing == ()
     uploads.close()
 
 
@@ -164,7 +165,7 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
     assert half < local(tmp_path / "step1")
     server.faults.clear()
     uploads = Uploads(tmp_path, "gs://test/c", tmp_path / "cache", print)
-    assert uploads.finish()["steps"] == ["step1"]
+    assert uploads.finish().steps == ("step1",)
     uploads.close()
     assert stored(server, "gs://test/c") == local(tmp_path / "step1")
 
@@ -190,15 +191,8 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
     assert {name.split("/")[0] for name in stored(server, where)} == {"step2", "step4", "step6"}
     bucket, here = open_storage(f"{where}/step6"), LocalStorage(tmp_path / "train" / "step6")
     assert {n: f.bytes for n, f in bucket.list().items()} == {n: f.bytes for n, f in here.list().items()}
-    metrics = [json.loads(line) for line in (open_storage(where).read("metrics.jsonl") or b"").splitlines()]
-    assert [r["step"] for r in metrics if "step" in r] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]  # beside the steps, and never older than they are
+    (tmp_path / "sent.jsonl").write_bytes(open_storage(where).read("metrics.jsonl") or b"")
+    assert [r.step for r in read_steps(tmp_path / "sent.jsonl")] == [1, 2, 3, 4, 5, 6]  # never older than the steps are
 
 
 # --- back -------------------------------------------------------------------------------------------------------------
@@ -233,7 +227,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     put(server, "step8/config.json", b"weights of 9")
     put(server, "BEST", b"step4\nloss 0.5\n")
     put(server, "LATEST", b"step10\n")
-    put(server, "metrics.jsonl", b'{"attempt": 1}\n{"step": 1}\n')
+    put(server, "metrics.jsonl", Attempt(1, 0, 1, "cpu", None, "formula").to_bytes() + step_record(1).to_bytes())
     uploads.bring_checkpoint(out, KEPT, tmp_path / "cache", alone, said.append)
     assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
     for step in (out / "step4", out / "step6"):

@@ -23,6 +23,7 @@ from sft.evaluation import watch
 from sft.formats import evaluations, manifest
 from sft.formats.evaluations import Evaluation
 from sft.formats.results import Score, ValidationLoss
+from sft.formats.steps import named_step
 from sft.recipe import recipe
 from sft.recipe.schema import Evaluate
 from sft.runner import plan
@@ -223,7 +224,7 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     )
     assert records[0].checkpoint == hash_file(train / "step2" / "manifest.json")
     assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
-    assert step_folder.named(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
+    assert named_step(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
     assert [number for number, _ in step_folder.steps(train)] == [2, 5]  # keep=1, once every step had its scores
     assert not [o for o in manifest.load(train / "manifest.json").outputs if "evaluations" in o.path]
     assert {f.name for f in (Path(run) / ".work").glob("watch-*/*")} == {"samples"}

@@ -32,8 +32,8 @@ from sft.checkpoint.step_folder import DcpReader
 from sft.common.files import hash_file
 from sft.data.dataset import DatasetWriter
 from sft.formats.dataset import SplitSize
+from sft.formats.metrics import StepRecord, read_steps
 from sft.recipe import schema
-from sft.training import metrics
 
 VOCAB, EOS, PAD = 120, 1, 0
 MODEL: dict[str, Any] = {
@@ -289,14 +289,14 @@ def train(folder: Path, status: int = 0, **fields: Any) -> str:
     return finish(start(folder, **fields), folder, status)
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
-    return metrics.read(folder / "train" / "metrics.jsonl")
+def records(folder: Path) -> list[StepRecord]:
+    return read_steps(folder / "train" / "metrics.jsonl")
 
 
 def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
     """Until metrics.jsonl holds a step."""
     deadline = time.monotonic() + 120
-    while not any(r["step"] >= step for r in records(folder)):
+    while not any(r.step >= step for r in records(folder)):
         assert process.is_alive(), (folder / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -317,4 +317,4 @@ CURVE = ("step", "loss", "lr", "grad_norm", "labels", "tokens", "padding", "vali
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    return [{k: r.get(k) for k in CURVE} for r in records(folder)]
+    return [{k: getattr(r, k) for k in CURVE} for r in records(folder)]

@@ -25,7 +25,6 @@ import json
 import math
 import os
 import pickle
-import re
 import shutil
 import uuid
 import warnings
@@ -47,10 +46,8 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.formats import manifest
 from sft.formats.manifest import Output, StepManifest
+from sft.formats.steps import BEST, LATEST, METADATA, STEP, Best, StepMetadata, is_ephemeral, named_step
 from sft.model.parallel import SharedError, World
-
-LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout this is
-STEP = re.compile(r"step(\d+)")
 
 
 class _Shard(io.RawIOBase):
@@ -146,13 +143,13 @@ def save(
             os.fsync(f.fileno())
         if world.is_rank0:
             _write_json(work / "config.json", config)
-            _write_json(work / ".metadata.json", {"ephemeral": ephemeral, "version": LAYOUT_VERSION})
+            StepMetadata(ephemeral).write(work / METADATA)
         return []
 
     def describe() -> tuple[Output, ...]:
         mine = [f"train/rank{world.rank}.pt"]
         mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
-        mine += ["config.json", ".metadata.json", "model_and_optim/.metadata"] if world.is_rank0 else []
+        mine += ["config.json", METADATA, "model_and_optim/.metadata"] if world.is_rank0 else []
         return manifest.describe(
             work, sorted(mine), {f"model_and_optim/{n}": h for n, h in writer.files.hashes.items()}
         )
@@ -210,13 +207,6 @@ def steps(out: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def is_ephemeral(step: Path) -> bool:
-    try:
-        return bool(json.loads((step / ".metadata.json").read_bytes())["ephemeral"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
 def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """The newest step folder that is whole. Others are passed over with a warning that says why: one whose bytes are not
     what its manifest says is renamed to .damaged-stepN, so that it counts among no steps; nothing of it is removed."""
@@ -235,7 +225,7 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
             + (f"; it is {now} now" if now != step else "")
         )
     if world.is_rank0:
-        (out / "LATEST").unlink(missing_ok=True)
+        (out / LATEST).unlink(missing_ok=True)
     return None
 
 
@@ -257,7 +247,7 @@ def damage(step: Path, world: World | None = None) -> list[str]:
     try:
         entries = StepManifest.read(file).outputs
         listed = {o.path for o in entries}
-        needed = {"config.json", ".metadata.json", "train/rank0.pt", "model_and_optim/.metadata"}
+        needed = {"config.json", METADATA, "train/rank0.pt", "model_and_optim/.metadata"}
         if not needed <= listed:
             return [f"{file} does not list {', '.join(sorted(needed - listed))}"]
         if world is not None:
@@ -288,17 +278,8 @@ def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
 # --- which steps stay -------------------------------------------------------------------------------------------------
 
 
-def named(out: Path, name: str) -> Path | None:
-    """The step folder that `name` (LATEST or BEST) points to, or None."""
-    try:
-        step = (out / name).read_text().split("\n", 1)[0].strip()
-    except OSError:
-        return None
-    return out / step if STEP.fullmatch(step) else None
-
-
 def mark_latest(step: Path) -> None:
-    write_atomic(step.parent / "LATEST", f"{step.name}\n".encode())
+    write_atomic(step.parent / LATEST, f"{step.name}\n".encode())
 
 
 def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better: bool = True) -> bool:
@@ -310,23 +291,12 @@ def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better:
     with steps_lock(out):
         if not (folder / manifest.NAME).is_file():
             raise SftError(f"{folder}: no such step, so BEST cannot name it")
-        known = _best(out)
-        if known and known[0] == metric and (known[1] >= value if higher_is_better else known[1] <= value):
+        known = Best.read(out)
+        comparable = known is not None and known.metric == metric and (out / f"step{known.step}").is_dir()
+        if known and comparable and (known.value >= value if higher_is_better else known.value <= value):
             return False
-        write_atomic(out / "BEST", f"{folder.name}\n{metric} {value!r}\n".encode())
+        Best(step, metric, value).write(out)
     return True
-
-
-def _best(out: Path) -> tuple[str, float] | None:
-    """The metric and value that BEST records, where the step it names is still there."""
-    best = named(out, "BEST")
-    if best is None or not best.is_dir():
-        return None
-    try:
-        metric, value = (out / "BEST").read_text().splitlines()[1].rsplit(" ", 1)
-        return metric, float(value)
-    except (IndexError, ValueError):
-        return None
 
 
 @contextlib.contextmanager
@@ -348,12 +318,12 @@ def prune(out: Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
     """Moves to the trash what the newest whole step (LATEST) makes superfluous, and returns where it lies: older ephemeral
     steps, and permanent ones beyond the newest `keep` (0 = all stay). What LATEST or BEST names, or `spare` holds, stays in any case."""
     with steps_lock(out):
-        latest_step = named(out, "LATEST")
+        latest_step = named_step(out, LATEST)
         if latest_step is None:
             return []
         newest = int(latest_step.name.removeprefix("step"))
         # One without a manifest was not finished: it is no copy to rely on, and left for a person to look at.
         older = [step for number, step in steps(out) if number <= newest and (step / manifest.NAME).is_file()]
         permanent = [step for step in older if not is_ephemeral(step)]
-        kept = {latest_step, named(out, "BEST"), *spare, *(permanent[-keep:] if keep else permanent)}
+        kept = {latest_step, named_step(out, BEST), *spare, *(permanent[-keep:] if keep else permanent)}
         return [to_trash(step) for step in older if step not in kept]

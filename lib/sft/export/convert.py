@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
+from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
-from sft.model import hf
+from sft.formats.metrics import TrainMetrics
 from sft.recipe.presets import ModelConfig, resolve
 
 if TYPE_CHECKING:
@@ -78,10 +79,8 @@ def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
 
 def final_step(train: Path) -> Path:
     """The step folder that train's manifest names as the last; never guessed from what happens to lie there."""
-    file = train / "manifest.json"
-    step = hf.read_json(file).get("metrics", {}).get("final_step")
-    if not isinstance(step, int):
-        raise SftError(f"{file}: metrics.final_step: {step!r}, expected a number; next: make train again")
+    file = train / manifest.NAME
+    step = TrainMetrics.of(manifest.load(file), str(file)).final_step
     folder = train / f"step{step}"
     if not (folder / "model_and_optim" / ".metadata").is_file():
         raise SftError(f"{folder}: no checkpoint (model_and_optim/.metadata), though {file} names step {step}")

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint import metadata, planner
 from sft.checkpoint.dcp_reader import DcpReader, Weights
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import model_config, step_config
-from sft.checkpoint.step_folder import LAYOUT_VERSION
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.export import card, gate
@@ -37,6 +36,7 @@ from sft.formats.dataset import TokenIds, TokenizerFacts
 from sft.formats.gate import GateRecord, LogitCheck
 from sft.formats.manifest import StepManifest
 from sft.formats.record import to_json
+from sft.formats.steps import METADATA, StepMetadata
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert, Prepare
@@ -89,7 +89,7 @@ def to_core(source: str, target: str, cache: Path, log: Log) -> LogitCheck:
         (out / "train").mkdir(parents=True)
         write_step(folder, step_shapes(config), out, str(folder.path))
         write_json(out / "config.json", step_config(config, ids))
-        write_json(out / ".metadata.json", {"ephemeral": False, "version": LAYOUT_VERSION})
+        StepMetadata().write(out / METADATA)
         torch.save({}, out / "train" / "rank0.pt")
         if (folder.path / "tokenizer.json").is_file():
             (out / "tokenizer").mkdir()

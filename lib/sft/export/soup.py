@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sft.checkpoint.dcp_reader import DcpReader
-from sft.checkpoint.step_folder import LAYOUT_VERSION, damage
+from sft.checkpoint.step_folder import damage
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.paths import inside
@@ -30,6 +30,7 @@ from sft.formats import manifest
 from sft.formats import soup as soup_format
 from sft.formats.manifest import StepManifest
 from sft.formats.soup import Soup, Source
+from sft.formats.steps import METADATA, StepMetadata
 from sft.model.hf import read_json
 from sft.runner.cli import program
 
@@ -126,7 +127,7 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
         for tensors in (*parts, written):
             tensors.close()
         shutil.copyfile(steps[0] / "config.json", out / "config.json")
-        write_json(out / ".metadata.json", {"ephemeral": False, "version": LAYOUT_VERSION})
+        StepMetadata().write(out / METADATA)
         torch.save({}, out / "train" / "rank0.pt")
         if tokenizer := tokenizer_of(steps[0]):
             (out / "tokenizer").mkdir()

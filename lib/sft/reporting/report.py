@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -19,13 +20,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.jsonl import json_lines
 from sft.formats import dataset, manifest, preview
 from sft.formats import gate as gate_format
+from sft.formats import metrics as metrics_format
 from sft.formats import results as results_format
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import ConvertMetrics, GateRecord
 from sft.formats.manifest import Manifest
+from sft.formats.metrics import Attempt, MetricsRecord, StepRecord, TrainMetrics, read_metrics
 from sft.formats.preview import Preview
 from sft.formats.record import Record
 from sft.formats.results import SAMPLES, EvaluateMetrics, Results
@@ -64,8 +66,8 @@ def page(run: Path) -> str:
     done = manifests(run)
     if not done:
         raise SftError(f"{run}: no stage is done, so there is nothing to report; next: make prepare")
-    train = done["train"].metrics if "train" in done else {}
-    records = json_lines(run / "train" / "metrics.jsonl") if train else []  # steps, and headers of attempts
+    train = train_metrics(done, run)
+    records = read_metrics(run / "train" / metrics_format.NAME) if train else []
     sections: list[tuple[str, str]] = [("Summary", tiles(done, run))]
     makers: list[tuple[str, Callable[[], str]]] = [
         ("Training", lambda: curves(records) if records else ""),
@@ -105,17 +107,20 @@ def results(run: Path) -> Results:
         raise SftError(f"{file}: {error.strerror}; next: make verify") from None
 
 
+def train_metrics(done: Mapping[str, Manifest], run: Path) -> TrainMetrics | None:
+    """The metrics of train, which is done. Raises SftError for damaged ones."""
+    return TrainMetrics.of(done["train"], str(run / "train" / manifest.NAME)) if "train" in done else None
+
+
 def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     """The figures that a reader looks for first."""
     made: list[tuple[str, str, str]] = []
     metrics = {stage: m.metrics for stage, m in done.items()}
-    train = metrics.get("train", {})
-    if "loss" in train:
-        made.append(("training loss", f"{train['loss']:.3f}", f"from {train.get('first_loss', float('nan')):.3f}"))
-    if "validation_loss" in train:
-        made.append(
-            ("validation loss", f"{train['validation_loss']:.3f}", f"from {train['first_validation_loss']:.3f}")
-        )
+    train = train_metrics(done, run)
+    if train:
+        made.append(("training loss", f"{train.loss:.3f}", f"from {train.first_loss:.3f}"))
+    if train and train.validation_loss is not None:
+        made.append(("validation loss", f"{train.validation_loss:.3f}", f"from {train.first_validation_loss:.3f}"))
     evaluated = EvaluateMetrics.of(done["evaluate"], f"{run}/evaluate").tasks if "evaluate" in done else {}
     for task, found in [item for item in evaluated.items() if item[1]][:3]:
         name, score = next(iter(found.items()))
@@ -123,14 +128,12 @@ def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     converted = ConvertMetrics.of(done["convert"], run / "convert" / manifest.NAME) if "convert" in done else None
     if converted:
         made.append(("parameters", number(converted.parameters), "in the checkpoint"))
-    if "tokens" in train:
-        again = f", {train['attempts']} attempts" if train.get("attempts", 1) > 1 else ""
-        made.append(("tokens trained on", number(train["tokens"]), f"{train['final_step']:,} steps" + again))
-    if train.get("tokens_per_s"):
-        used = f", MFU {train['mfu']:.1%}" if "mfu" in train else ""
-        made.append(("speed", number(train["tokens_per_s"]), "tokens per second" + used))
-    if plan := train.get("data"):
-        made.append(("pack fill", f"{plan['fill']:.1%}", f"{plan['packs']:,} packs of {plan['seq_len']:,}"))
+    if train:
+        again = f", {train.attempts} attempts" if train.attempts > 1 else ""
+        made.append(("tokens trained on", number(train.tokens), f"{train.final_step:,} steps" + again))
+        used = f", MFU {train.mfu:.1%}" if train.mfu is not None else ""
+        made.append(("speed", number(train.tokens_per_s), "tokens per second" + used))
+        made.append(("pack fill", f"{train.data.fill:.1%}", f"{train.data.packs:,} packs of {train.data.seq_len:,}"))
     prepared = metrics.get("prepare", {})
     if "documents" in prepared:
         made.append(("conversations", number(prepared["documents"]), f"{number(prepared['tokens'])} tokens"))
@@ -143,11 +146,14 @@ def tiles(done: Mapping[str, Manifest], run: Path) -> str:
     return f'<div class="tiles">{cells}</div>' if cells else f"<p>{escape(str(run))}</p>"
 
 
-def curves(records: Sequence[Mapping[str, Any]]) -> str:
+def curves(records: Sequence[MetricsRecord]) -> str:
     """Training and validation loss, then learning rate, gradient norm and speed as small charts."""
 
+    steps = [r for r in records if isinstance(r, StepRecord)]
+
     def points(name: str) -> list[tuple[float, float]]:
-        return [(r["step"], r[name]) for r in records if "step" in r and isinstance(r.get(name), (int, float))]
+        found = ((r.step, getattr(r, name)) for r in steps)
+        return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
 
     loss, validation = points("loss"), points("validation_loss")
     series = [Line("training loss", "raw", loss), Line("smoothed", "one", charts.smooth(loss))]
@@ -158,9 +164,9 @@ def curves(records: Sequence[Mapping[str, Any]]) -> str:
         if found := points(name):
             small.append(charts.lines([Line(title, "one", found)], width=360, height=190, x_name="step", digits=6))
     notes = []
-    if skipped := sum(1 for r in records if r.get("skipped")):
+    if skipped := sum(1 for r in steps if r.skipped):
         notes.append(f"Steps skipped because their loss or gradient was a spike or not finite: {skipped}.")
-    if resumed := [r["from_step"] for r in records if r.get("attempt", 1) > 1 and "from_step" in r]:
+    if resumed := [r.from_step for r in records if isinstance(r, Attempt) and r.attempt > 1]:
         notes.append(f"Attempts: {len(resumed) + 1}, continued from step {', '.join(f'{n:,}' for n in resumed)}.")
     note = "".join(f'<p class="note">{text}</p>' for text in notes)
     large = charts.lines(series, width=1040, height=340, x_name="step", digits=4)
@@ -191,7 +197,7 @@ def export(run: Path) -> str:
     return body
 
 
-def data(run: Path, train: Mapping[str, Any]) -> str:
+def data(run: Path, train: TrainMetrics | None) -> str:
     """Sources, lengths, and what packing makes of them."""
     info = read_format(DatasetInfo, run / "prepare" / dataset.NAME)
     rows = [
@@ -211,19 +217,19 @@ def data(run: Path, train: Mapping[str, Any]) -> str:
     body += (
         f'<p class="note">median {lengths.p50:,}, 99th percentile {lengths.p99:,}, longest {lengths.max:,} tokens</p>'
     )
-    if plan := train.get("data"):
-        trained = plan["trained_tokens"] / max(1, plan["tokens"] + plan["padding"])
-        rest = 1 - plan["padding_fraction"] - trained
+    if plan := train.data if train else None:
+        trained = plan.trained_tokens / max(1, plan.tokens + plan.padding)
+        rest = 1 - plan.padding_fraction - trained
         parts = [
             ("trained tokens", "one", trained),
             ("context", "raw", rest),
-            ("padding", "two", plan["padding_fraction"]),
+            ("padding", "two", plan.padding_fraction),
         ]
         body += "<h3>What the positions of the run's packs hold</h3>" + charts.share(parts)
         body += (
-            f'<p class="note">{plan["documents_per_pack"]:.1f} conversations a pack; {plan["long_documents"]:,} longer than'
-            f" {plan['seq_len']:,} tokens ({escape(str(plan['long_documents_policy']))}), which loses"
-            f" {plan['tokens_lost_fraction']:.2%} of the tokens and {plan['trained_tokens_lost_fraction']:.2%} of the"
+            f'<p class="note">{plan.documents_per_pack:.1f} conversations a pack; {plan.long_documents:,} longer than'
+            f" {plan.seq_len:,} tokens ({escape(str(plan.long_documents_policy))}), which loses"
+            f" {plan.tokens_lost_fraction:.2%} of the tokens and {plan.trained_tokens_lost_fraction:.2%} of the"
             " trained ones</p>"
         )
     return body

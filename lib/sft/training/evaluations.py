@@ -12,6 +12,7 @@ from typing import NamedTuple
 from sft.checkpoint import step_folder
 from sft.common.files import hash_file
 from sft.formats import evaluations, manifest
+from sft.formats.steps import is_ephemeral
 
 
 class DueStep(NamedTuple):
@@ -36,7 +37,7 @@ def chosen(train: Path, every: int, last: bool = False) -> Iterator[DueStep]:
     kept = {}
     for step, folder in step_folder.steps(train):
         try:
-            if not step_folder.is_ephemeral(folder):
+            if not is_ephemeral(folder):
                 kept[step] = DueStep(step, folder, hash_file(folder / manifest.NAME))
         except FileNotFoundError:  # not complete yet, or retention has just removed it
             continue

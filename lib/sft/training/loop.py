@@ -1,18 +1,18 @@
-"""The training loop: steps, validation, reports and checkpoints of a run that sft.training.train has built.
+"""The training loop: steps, validation, metrics and checkpoints of a run that sft.training.train has built.
 
 In:  a `Run` and the number of finished steps.
-Out: step folders and metrics records; `Requeue` after saving when a signal asked for an end. Every rank runs the same lines;
-     only rank 0 holds a `Metrics`.
+Out: step folders and metrics records. `Requeue` is raised after saving when a signal asked for the end. Every rank runs the same
+     lines; only rank 0 has a `MetricsWriter`.
 
-Nothing here waits for a GPU inside a step: the loss, the norm and whether the step was skipped are read one step later.
+Nothing here waits for a GPU inside a step: the loss, the gradient norm and whether the step was skipped are read one step later.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,16 +20,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sft.checkpoint import step_folder
+from sft.formats.metrics import StepRecord, read_steps
+from sft.formats.steps import Best
 from sft.model.parallel import SharedError, World
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
 from sft.recipe.schema import Train
 from sft.runner.stage import Stage
-from sft.training.metrics import Metrics, read
+from sft.training.metrics import MetricsWriter
 from sft.training.optim import Guard, clip, learning_rate
-from sft.training.saving import Best, Saver
-from sft.training.stopwatch import Mark, Stopwatch, between, mark
+from sft.training.saving import Saver
+from sft.training.stopwatch import Lap, Mark, Stopwatch, between, mark
 
 
 class Requeue(Exception):
@@ -51,14 +53,113 @@ class Run:
     sources: list[str]
     saver: Saver
     stopwatch: Stopwatch | None = None  # with more than one rank
-    peak_tflops: float = 0.0  # of one GPU; 0 = not known, or none
+    peak_tflops: float = 0.0  # of one GPU; 0 = not known, or a CPU
     marks_best: bool = False  # the step with the lowest validation loss is named in BEST
     tokens: int = 0  # consumed so far, padding excluded
-    skipped: int = 0  # steps in a row
+    skipped: int = 0  # steps in a row that the guard skipped
+
+
+@dataclass(frozen=True)
+class Due:
+    """What follows a step.
+
+    With save_every = 4, ephemeral_every = 2 and validate_every = 3: step 2 is saved for a while, step 3 is validated, step 4 is saved
+    for good. A signal to stop, and a request for a checkpoint, make a step due at once.
+    """
+
+    permanent: bool  # a checkpoint that stays
+    ephemeral: bool  # a checkpoint that is deleted when a newer one is complete
+    validation: bool
+    stop: bool  # save and end, because a signal asked for it
+
+    @classmethod
+    def after(cls, done: int, run: Run, stop: bool, requested: bool) -> Due:
+        """After `done` steps. `stop`: a signal came. `requested`: someone asked for a checkpoint. The same on every rank."""
+        train, last = run.stage.recipe.train, done == run.plan.steps
+        validates = train.validate_every > 0 and done % train.validate_every == 0
+        return cls(
+            permanent=last or requested or done % train.save_every == 0,
+            ephemeral=is_ephemeral(train, done),
+            validation=run.validation is not None and (last or validates),
+            stop=stop and not last,
+        )
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether an uninterrupted run has a checkpoint here too."""
+        return self.permanent or self.ephemeral
+
+    @property
+    def any(self) -> bool:
+        return self.scheduled or self.validation or self.stop
+
+
+def is_ephemeral(train: Train, done: int) -> bool:
+    """Whether the step gets an ephemeral checkpoint, unless it gets a permanent one."""
+    return train.ephemeral_every > 0 and done % train.ephemeral_every == 0
+
+
+class Validation(NamedTuple):
+    """Mean loss per trained token of the held-out split, and by source where there are several."""
+
+    loss: float
+    sources: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What the host knows of a step without asking the device."""
+
+    step: int  # number of finished steps
+    lr: float
+    tokens: int  # consumed so far, padding excluded
+    step_tokens: int
+    padding: float  # share of the step's positions
+    imbalance_expected: float
+    flops: float  # of all ranks
+    lap: Lap | None  # of the stopwatch
+    validation: Validation | None = None
+
+
+class StepNumbers(NamedTuple):
+    """What the device computed in a step. The sums have one entry per source."""
+
+    grad_norm: float
+    skipped: bool
+    loss_sums: list[float]
+    label_counts: list[float]
+
+    @property
+    def labels(self) -> float:
+        return sum(self.label_counts)
+
+    @property
+    def loss(self) -> float:
+        """Mean loss per trained token of the global batch."""
+        return sum(self.loss_sums) / self.labels
+
+
+class Readback:
+    """A step's numbers on their way from the device, and the time at which the step ended. Reading them one step later keeps the
+    GPU busy."""
+
+    def __init__(self, values: Tensor, facts: StepFacts) -> None:
+        """`values` [3 + 2 S]: gradient norm, skipped, then the statistics of `forward`."""
+        self.facts = facts
+        self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        self.host.copy_(values, non_blocking=True)
+        self.ended = mark(values.device)
+
+    def read(self) -> StepNumbers:
+        if isinstance(self.ended, torch.cuda.Event):
+            self.ended.synchronize()
+        norm, skipped, _, *sums = [float(x) for x in self.host.tolist()]
+        count = len(sums) // 2
+        return StepNumbers(norm, bool(skipped), sums[:count], sums[count:])
 
 
 def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tensor, Tensor]:
-    """(loss, statistics [1 + 2S] float64: the loss, then the summed loss and the number of labels of every source)."""
+    """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of labels)."""
     b = batch.to(run.world.device)
     loss, rows = run.model(
         b.input_ids,
@@ -79,7 +180,7 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tenso
 
 
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
-    """Adds up the gradients of this rank's microbatches of a step; returns the sum of their statistics."""
+    """Adds up the gradients of this rank's microbatches of a step. Returns the sum of their statistics."""
     loss_denominator, total = float(run.plan.num_targets(step)), None
     for number, batch in enumerate(batches, 1):
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
@@ -92,7 +193,7 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
 
 
 def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, float]:
-    """One update. Returns (norm, skipped, then the statistics of `forward` over the global batch) on the device, and lr."""
+    """One update. Returns (gradient norm, skipped, then the statistics of `forward` over the global batch) on the device, and lr."""
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
     run.optimizer.param_groups[0]["lr"] = lr
@@ -105,179 +206,162 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     return torch.cat((norm.double().view(1), skipped.double().view(1), total)), lr
 
 
-class Readback:
-    """A step's numbers on their way from the device, and when it was done. Reading them one step later leaves the GPU busy meanwhile."""
-
-    def __init__(self, values: Tensor, facts: dict[str, Any]) -> None:
-        self.facts = facts
-        self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
-        self.host.copy_(values, non_blocking=True)
-        self.ended = mark(values.device)
-
-    def read(self) -> list[float]:
-        if isinstance(self.ended, torch.cuda.Event):
-            self.ended.synchronize()
-        return [float(x) for x in self.host.tolist()]
-
-
-def loop(run: Run, start: int, metrics: Metrics | None, stop: Callable[[], bool]) -> None:
-    """Steps start..plan.steps, with checkpoints, validation and reports. Raises Requeue after saving on a signal."""
-    train, world, plan, saver = run.stage.recipe.train, run.world, run.plan, run.saver
-    if metrics is not None and start and (start % train.save_every == 0 or is_ephemeral(train, start)):
-        again = [r for r in read(metrics.file) if r["step"] == start]
-        if (best := find_best(run, again[-1] if again else {})) is not None:  # a kill may have come before BEST
-            step_folder.mark_best(run.stage.out, start, best.metric, best.value, higher_is_better=False)
+def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[], bool]) -> None:
+    """Steps start..plan.steps, with checkpoints, validation and metrics. Raises Requeue after saving on a signal."""
+    world, saver = run.world, run.saver
+    if metrics is not None:
+        mark_restored(run, start, metrics)
     loader = run.loader(start)
     pending: Readback | None = None
     began = mark(world.device)
     for step, batches in loader:
-        asked = world.sum_async(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
+        flags = world.sum_async(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
         if run.stopwatch is not None:
             run.stopwatch.lap()  # a validation in between does not count
         values, lr = optimizer_step(run, step, batches)
-        run.tokens += plan.tokens(step)
-        done = step + 1
-        facts: dict[str, Any] = {"step": done, "lr": lr, "tokens": run.tokens, "step_tokens": plan.tokens(step)}
-        facts["padding"] = plan.padding(step) / (plan.padding(step) + plan.tokens(step))
-        facts["imbalance_expected"], facts["flops"] = loader.expected(step)
-        facts["lap"] = run.stopwatch.lap() if run.stopwatch is not None else None
+        facts = step_facts(run, loader, step, lr)
         if pending is not None:
-            report(run, metrics, pending, began)
+            report_step(run, metrics, pending, began)
             began = pending.ended
         pending = Readback(values, facts)
-        last = done == plan.steps
-        ended, requested, failed = (flag > 0 for flag in asked().tolist())
+        stopping, requested, failed = (flag > 0 for flag in flags().tolist())
         if failed:
             saver.wait()  # raises on every rank
-        ended = ended and not last
-        permanent = last or requested or done % train.save_every == 0
-        regular = permanent or is_ephemeral(train, done)
-        validate_now = run.validation is not None and (
-            last or (train.validate_every > 0 and done % train.validate_every == 0)
-        )
-        if not (regular or ended or validate_now or world.device.type == "cpu"):
+        due = Due.after(facts.step, run, stopping, requested)
+        if not (due.any or world.device.type == "cpu"):
             continue
         # The host must know this step's numbers before it saves: a step that stops the run is not worth keeping.
-        measured = validate(run) if validate_now else {}
-        pending.facts |= measured
-        report(run, metrics, pending, began)
+        validation = validate(run) if due.validation else None
+        pending.facts = replace(facts, validation=validation)
+        report_step(run, metrics, pending, began)
         pending = None
-        if regular or ended:
+        if due.scheduled or due.stop:
             # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
-            save(run, done, measured if regular else {}, ephemeral=not permanent)
+            best = find_best(run, facts.step, validation.loss) if validation and due.scheduled else None
+            save(run, facts.step, best, ephemeral=not due.permanent)
         began = mark(world.device)  # neither is the next step's time
-        if ended:
+        if due.stop:
             saver.wait()
             raise Requeue
     saver.wait()
 
 
-def is_ephemeral(train: Train, done: int) -> bool:
-    """Whether the step gets an ephemeral checkpoint, unless it gets a permanent one."""
-    return train.ephemeral_every > 0 and done % train.ephemeral_every == 0
+def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
+    """Names the restored step in BEST where it is the best: a kill may have come between the step and BEST. Rank 0 only."""
+    train = run.stage.recipe.train
+    if not start or not (start % train.save_every == 0 or is_ephemeral(train, start)):
+        return
+    losses = [r.validation_loss for r in read_steps(metrics.file) if r.step == start and r.validation_loss is not None]
+    if losses and (best := find_best(run, start, losses[-1])):
+        step_folder.mark_best(run.stage.out, start, best.metric, best.value, higher_is_better=False)
 
 
-def find_best(run: Run, measured: Mapping[str, Any]) -> Best | None:
-    """What BEST may learn of a validated step."""
-    value = measured.get("validation_loss")
-    return (
-        Best("validation_loss", value) if run.marks_best and isinstance(value, float) and math.isfinite(value) else None
+def find_best(run: Run, step: int, validation_loss: float) -> Best | None:
+    """The entry that BEST gets if this validated step is the best so far; None where BEST does not follow the validation loss."""
+    if not run.marks_best or not math.isfinite(validation_loss):
+        return None
+    return Best(step, "validation_loss", validation_loss)
+
+
+def step_facts(run: Run, loader: Loader, step: int, lr: float) -> StepFacts:
+    """What the host knows of the step after it was started. Counts its tokens as consumed."""
+    plan = run.plan
+    tokens, padding = plan.tokens(step), plan.padding(step)
+    run.tokens += tokens
+    imbalance, flops = loader.expected(step)
+    return StepFacts(
+        step=step + 1,
+        lr=lr,
+        tokens=run.tokens,
+        step_tokens=tokens,
+        padding=padding / (padding + tokens),
+        imbalance_expected=imbalance,
+        flops=flops,
+        lap=run.stopwatch.lap() if run.stopwatch is not None else None,
     )
 
 
-def report(run: Run, metrics: Metrics | None, pending: Readback, began: Mark) -> None:
-    """Writes a finished step's record; stops the run after too many skipped steps in a row."""
-    norm, skipped, _, *sums = pending.read()
-    facts = pending.facts
-    count = len(run.sources)
-    labels = sum(sums[count:])
-    run.skipped = run.skipped + 1 if skipped else 0
-    measured = run.stopwatch.imbalance(facts["lap"]) if run.stopwatch is not None else None
-    saved = run.saver.report()
+def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, began: Mark) -> None:
+    """Writes a finished step's record. Raises SharedError after too many skipped steps in a row."""
+    numbers, facts = pending.read(), pending.facts
+    run.skipped = run.skipped + 1 if numbers.skipped else 0
+    imbalance = run.stopwatch.imbalance(facts.lap) if run.stopwatch is not None and facts.lap is not None else None
+    saved = run.saver.finished()
     if metrics is not None:
         seconds = between(began, pending.ended)
-        record: dict[str, Any] = {
-            "step": facts["step"],
-            "loss": sum(sums[:count]) / labels,
-            "lr": facts["lr"],
-            "grad_norm": norm,
-            "labels": int(labels),
-            "tokens": facts["tokens"],
-            "tokens_per_s": facts["step_tokens"] / seconds,
-            "padding": facts["padding"],
-            "imbalance_expected": facts["imbalance_expected"],
-            "seconds": seconds,
-            **{k: v for k, v in facts.items() if k.startswith("validation")},
-        }
-        if measured is not None:
-            record["imbalance"] = measured
-        if skipped:
-            record["skipped"] = True
-        if count > 1:
-            record["sources"] = by_source(run.sources, sums)
-        if run.peak_tflops:
-            record["mfu"] = mfu(facts["flops"], seconds, run.world.size, run.peak_tflops)
-        if run.world.device.type == "cuda":
-            record["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-            record["memory_reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
-        if saved:
-            record["checkpoint"] = saved
+        cuda, validation = run.world.device.type == "cuda", facts.validation
+        record = StepRecord(
+            step=facts.step,
+            loss=numbers.loss,
+            lr=facts.lr,
+            grad_norm=numbers.grad_norm,
+            labels=int(numbers.labels),
+            tokens=facts.tokens,
+            tokens_per_s=facts.step_tokens / seconds,
+            padding=facts.padding,
+            imbalance_expected=facts.imbalance_expected,
+            seconds=seconds,
+            validation_loss=validation.loss if validation else None,
+            validation_sources=validation.sources if validation else None,
+            imbalance=imbalance,
+            skipped=numbers.skipped or None,
+            sources=by_source(run.sources, numbers.loss_sums, numbers.label_counts),
+            mfu=mfu(facts.flops, seconds, run.world.size, run.peak_tflops) if run.peak_tflops else None,
+            memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+            memory_reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
+            checkpoint=saved,
+        )
         metrics.count(seconds)
-        step, every = facts["step"], run.stage.recipe.train.log_every
-        if step % every == 0 or step == run.plan.steps or skipped or saved or "validation_loss" in record:
-            metrics.write(finite(record))
+        logged = facts.step % run.stage.recipe.train.log_every == 0 or facts.step == run.plan.steps
+        if logged or numbers.skipped or saved or validation:
+            metrics.write(record)
             metrics.show(record)
     if run.skipped >= run.stage.recipe.train.max_skipped:
         good = run.saver.settled() or "none: no step was saved"
         raise SharedError(
-            f"{run.stage.out}: step {facts['step']}: {run.skipped} steps in a row had a loss or gradient that was not finite or"
-            f" a spike (last: loss {sum(sums[:count]) / labels}, gradient norm {norm}); last good checkpoint: {good};"
+            f"{run.stage.out}: step {facts.step}: {run.skipped} steps in a row had a loss or gradient that was not finite or"
+            f" a spike (last: loss {numbers.loss}, gradient norm {numbers.grad_norm}); last good checkpoint: {good};"
             " next: look at metrics.jsonl, lower [train] lr or raise skip_sigmas, and run train again"
         )
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: they become words, at any depth."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return str(value) if isinstance(value, float) and value - value != 0 else value
-
-
-def by_source(names: Sequence[str], sums: Sequence[float]) -> dict[str, float]:
-    """Mean loss of every source that had labels; `sums` = losses, then label counts."""
-    count = len(names)
-    return {n: sums[i] / sums[count + i] for i, n in enumerate(names) if sums[count + i]}
+def by_source(
+    names: Sequence[str], loss_sums: Sequence[float], label_counts: Sequence[float]
+) -> dict[str, float] | None:
+    """Mean loss of every source that had labels; None for a single source."""
+    if len(names) < 2:
+        return None
+    return {n: loss / count for n, loss, count in zip(names, loss_sums, label_counts, strict=True) if count}
 
 
 @torch.no_grad()
-def validate(run: Run) -> dict[str, Any]:
-    """Mean loss per label over the held-out split, and per source where there are several."""
+def validate(run: Run) -> Validation:
+    """The loss of the held-out split."""
     assert run.validation is not None
     total = torch.zeros(1 + 2 * len(run.sources), dtype=torch.float64, device=run.world.device)
     for _, batches in run.validation:
         for batch in batches:
             total += forward(run, batch, 1.0)[1]
     if isinstance(run.model, FSDPModule):
-        run.model.reshard()  # the root keeps its weights whole for a backward pass, which does not come here
+        run.model.reshard()  # the root keeps its full weights for a backward pass, which does not come here
     if run.world.size > 1:
         dist.all_reduce(total)
-    sums = total[1:].tolist()
-    count = len(run.sources)
-    facts: dict[str, Any] = {"validation_loss": sum(sums[:count]) / max(1.0, sum(sums[count:]))}
-    if count > 1:
-        facts["validation_sources"] = by_source(run.sources, sums)
-    return facts
+    sums, count = total[1:].tolist(), len(run.sources)
+    return Validation(
+        sum(sums[:count]) / max(1.0, sum(sums[count:])), by_source(run.sources, sums[:count], sums[count:])
+    )
 
 
-def save(run: Run, done: int, measured: dict[str, Any], *, ephemeral: bool) -> None:
-    """Begins a checkpoint after `done` steps, unless a weight is not finite. `measured` = what validation found there."""
+def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
+    """Starts a checkpoint after `done` steps. `best`: what BEST gets if the step is the best. Raises SharedError, on every rank, when a
+    weight is not finite."""
     bad = torch.stack([p.detach().isfinite().all().logical_not() for p in local(run.model.parameters())]).any()
     if run.world.any(bool(bad)):
         good = run.saver.settled() or "none"
         raise SharedError(
             f"{run.stage.out}/step{done}: not saved, weights are not finite; last good checkpoint: {good}"
         )
-    state = {
+    state: dict[str, Any] = {
         "position": run.plan.consumed(done).to_value(),
         "tokens": run.tokens,
         "skipped": run.skipped,
@@ -287,7 +371,7 @@ def save(run: Run, done: int, measured: dict[str, Any], *, ephemeral: bool) -> N
     }
     if run.world.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state()
-    run.saver.begin(done, run.model, run.optimizer, state, ephemeral=ephemeral, best=find_best(run, measured))
+    run.saver.begin(done, run.model, run.optimizer, state, ephemeral=ephemeral, best=best)
 
 
 def local(tensors: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -17,7 +17,6 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,14 @@ import torch
 from torch import nn
 
 from sft.checkpoint import step_folder
+from sft.formats.metrics import SaveTimes, UploadSummary
+from sft.formats.steps import Best
 from sft.model.parallel import World
 from sft.recipe.schema import Train
 from sft.training.host_copy import HostCopy
 from sft.training.uploads import Uploads
 
 REQUEST = "SAVE"  # touch runs/<run>/train/SAVE: a permanent checkpoint after the step that is running
-
-
-@dataclass(frozen=True)
-class Best:
-    """What BEST may learn of a step: a metric that is better when it is lower."""
-
-    metric: str
-    value: float
 
 
 class Saver:
@@ -66,9 +59,9 @@ class Saver:
         mine: tuple[Any, ...] = (torch.cuda.set_device, (world.device,)) if cuda else (None, ())
         self._pool = ThreadPoolExecutor(1, "saving", *mine)
         self._bin = ThreadPoolExecutor(1, thread_name_prefix="removing")
-        self._pending: Future[dict[str, Any]] | None = None
+        self._pending: Future[tuple[int, float]] | None = None  # (step, seconds)
         self._blocked = 0.0
-        self._taken: dict[str, Any] = {}
+        self._ended: tuple[int, float] | None = None
 
     @property
     def failed(self) -> bool:
@@ -119,8 +112,8 @@ class Saver:
         ephemeral: bool,
         best: Best | None,
         answers: bool,
-    ) -> dict[str, Any]:
-        """In the thread: writes, names, retires. Returns how long it took."""
+    ) -> tuple[int, float]:
+        """In the thread: writes the step, names it and deletes superfluous ones. Returns the step and the seconds of writing."""
         began = time.monotonic()
         self.last = step_folder.save(
             self.out, step, state, train_state, self.config, self._save_world, ephemeral=ephemeral
@@ -129,7 +122,7 @@ class Saver:
         self._save_world.on_rank0(lambda: self._name(step, best, answers, ephemeral), share=False)
         if self.world.is_rank0:
             self.log(f"saved {self.last} in {seconds:.1f} s")
-        return {"step": step, "seconds": seconds}
+        return step, seconds
 
     def _name(self, step: int, best: Best | None, answers: bool, ephemeral: bool) -> None:
         step_folder.mark_latest(self.out / f"step{step}")
@@ -146,26 +139,26 @@ class Saver:
         for doomed in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
             self._bin.submit(shutil.rmtree, doomed, ignore_errors=True)
 
-    def send(self) -> dict[str, Any]:
-        """Waits for uploads (rank 0, after the last step) and tells what of them is there; nothing without uploads."""
+    def send(self) -> UploadSummary | None:
+        """Waits for uploads (rank 0, after the last step). None without uploads."""
         if self.uploads is None:
-            return {}
+            return None
         sent = self.uploads.finish()
         self._prune()  # steps that stayed only until they were sent
-        return {"remote": sent}
+        return sent
 
     def wait(self) -> None:
-        """Until the save under way is whole. Raises SharedError, the same on every rank, when it failed."""
+        """Waits until the save under way is complete. Raises SharedError, the same on every rank, when it failed."""
         if self._pending is not None:
             pending, self._pending = self._pending, None
-            self._taken = pending.result()
+            self._ended = pending.result()
 
-    def report(self) -> dict[str, Any]:
-        """{"step", "seconds", "blocked_s"} of the save that ended since the last call, or nothing."""
+    def finished(self) -> SaveTimes | None:
+        """The save that ended since the last call."""
         if self._pending is not None and self._pending.done() and not self.failed:
             self.wait()
-        taken, self._taken = self._taken, {}
-        return {**taken, "blocked_s": self._blocked} if taken else {}
+        ended, self._ended = self._ended, None
+        return SaveTimes(*ended, self._blocked) if ended else None
 
     def close(self) -> None:
         """Ends the threads; a save under way and removals are finished first. Raises nothing: a failure is only said."""

@@ -30,11 +30,12 @@ import torch
 from sft.checkpoint import olmo_core, step_folder
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.jsonl import json_lines
 from sft.common.process import report_errors
 from sft.data.dataset import Dataset
 from sft.formats import manifest
+from sft.formats import metrics as metrics_format
 from sft.formats.dataset import DatasetInfo
+from sft.formats.metrics import Attempt, TrainMetrics, UploadSummary, read_attempts, read_steps
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.model import Transformer, compile_blocks, missing_compiler
@@ -48,7 +49,7 @@ from sft.runner.cli import parse_run
 from sft.runner.stage import Result, Stage, open_stage
 from sft.training import evaluations, initial_weights, logs
 from sft.training.loop import Requeue, Run, loop
-from sft.training.metrics import Metrics, read
+from sft.training.metrics import MetricsWriter
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
 from sft.training.stopwatch import Stopwatch
@@ -219,18 +220,12 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         train = stage.recipe.train
         options = {"model": dataclasses.asdict(stage.recipe.model), "train": dataclasses.asdict(train)}
         trackers = Trackers.start(train, stage.recipe.run, stage.identity, options, stage.out, start, stage.log)
-        header = {
-            "attempt": attempt,
-            "from_step": start,
-            "ranks": world.size,
-            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
-            "peak_tflops": run.peak_tflops or None,
-            "mfu": utilisation.FORMULA,
-        }
-        metrics = Metrics(stage.out, start, run.plan.steps, stage.log, header, trackers)
+        device = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
+        header = Attempt(attempt, start, world.size, device, run.peak_tflops or None, utilisation.FORMULA)
+        metrics = MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers)
     try:
         loop(run, start, metrics, stop)
-        sent = run.saver.send()
+        uploaded = run.saver.send()
     except Requeue:
         if world.local_rank == 0:  # on every node: each may have a disk of its own
             write_atomic(stage.out / REQUEUE_MARK, b"")
@@ -240,9 +235,8 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         if metrics is not None:
             metrics.close()
     final = stage.out / f"step{run.plan.steps}"
-    return Result(
-        [final.name, "tokenizer", "metrics.jsonl"], summary(stage.out, run, final) | sent if world.is_rank0 else {}
-    )
+    found = summary(stage.out, run, final, uploaded).to_value() if world.is_rank0 else {}
+    return Result([final.name, "tokenizer", metrics_format.NAME], found)
 
 
 def copy_tokenizer(stage: Stage) -> None:
@@ -255,29 +249,28 @@ def copy_tokenizer(stage: Stage) -> None:
     work.rename(target)
 
 
-def summary(out: Path, run: Run, final: Path) -> dict[str, Any]:
-    """Figures for the manifest."""
-    records = read(out / "metrics.jsonl")
-    timed = records[1:] or records
-    seconds = sum(r["seconds"] for r in timed)
-    result = {
-        "final_step": run.plan.steps,
-        "checkpoint": final.name,
-        "loss": records[-1]["loss"],
-        "first_loss": records[0]["loss"],
-        "tokens": records[-1]["tokens"],
-        "tokens_per_s": sum(r["tokens_per_s"] * r["seconds"] for r in timed) / seconds if seconds else 0.0,
-        "skipped_steps": sum(1 for r in records if r.get("skipped")),
-        "attempts": sum(1 for r in json_lines(out / "metrics.jsonl") if "attempt" in r),
-        "data": run.plan.describe().to_value(),
-    }
-    if used := [r for r in timed if "mfu" in r]:
-        result["mfu"] = sum(r["mfu"] * r["seconds"] for r in used) / sum(r["seconds"] for r in used)
-    validated = [r for r in records if "validation_loss" in r]
-    if validated:
-        result["validation_loss"] = validated[-1]["validation_loss"]
-        result["first_validation_loss"] = validated[0]["validation_loss"]
-    return result
+def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) -> TrainMetrics:
+    """The metrics of the manifest. The first step includes start-up, so it counts for no speed."""
+    steps = read_steps(out / metrics_format.NAME)
+    timed = steps[1:] or steps
+    seconds = sum(r.seconds for r in timed)
+    used = [(r.mfu, r.seconds) for r in timed if r.mfu is not None]
+    validation = [r.validation_loss for r in steps if r.validation_loss is not None]
+    return TrainMetrics(
+        final_step=run.plan.steps,
+        checkpoint=final.name,
+        loss=steps[-1].loss,
+        first_loss=steps[0].loss,
+        tokens=steps[-1].tokens,
+        tokens_per_s=sum(r.tokens_per_s * r.seconds for r in timed) / seconds if seconds else 0.0,
+        skipped_steps=sum(1 for r in steps if r.skipped),
+        attempts=len(read_attempts(out / metrics_format.NAME)),
+        data=run.plan.describe(),
+        mfu=sum(mfu * s for mfu, s in used) / sum(s for _, s in used) if used else None,
+        validation_loss=validation[-1] if validation else None,
+        first_validation_loss=validation[0] if validation else None,
+        remote=uploaded,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

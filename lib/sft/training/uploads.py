@@ -14,20 +14,20 @@ from __future__ import annotations
 
 import os
 import queue
-import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
-from sft.common.jsonl import json_lines
 from sft.formats import manifest
+from sft.formats import metrics as metrics_format
 from sft.formats.elsewhere import UNLISTED
+from sft.formats.metrics import UploadSummary, read_attempts
+from sft.formats.steps import BEST, Best, is_ephemeral
 from sft.model.parallel import World
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
@@ -46,7 +46,7 @@ class Uploads:
         self._missing: dict[Path, str] = {}
         self._there: list[str] = []
         for _, step in step_folder.steps(out):
-            if (step / manifest.NAME).is_file() and not step_folder.is_ephemeral(step):
+            if (step / manifest.NAME).is_file() and not is_ephemeral(step):
                 self.add(step)
         threading.Thread(target=self._work, name="uploading", daemon=True).start()
 
@@ -102,8 +102,8 @@ class Uploads:
             said = process.stdout.read().strip()
         return process.returncode, said
 
-    def finish(self) -> dict[str, Any]:
-        """Waits for what is under way and tries once more what failed. Returns {"where", "steps", "missing"}."""
+    def finish(self) -> UploadSummary:
+        """Waits for uploads under way and retries failed ones once."""
         self._queue.join()
         for step in list(self._missing):
             del self._missing[step]
@@ -114,7 +114,7 @@ class Uploads:
                 f"warning: {step.name} could not be sent to {self.where}: {why};"
                 f" next: make cp SRC={step} DST={self.where}/{step.name}"
             )
-        return {"where": self.where, "steps": self._there, "missing": [s.name for s in self._missing]}
+        return UploadSummary(self.where, tuple(self._there), tuple(step.name for step in self._missing))
 
     def close(self) -> None:
         """Begins no further upload and ends the one under way."""
@@ -181,15 +181,14 @@ def _bring_records(
 ) -> None:
     """BEST with its step, the evaluations, the metrics, and a word for each attempt in logs/, so that this one gets the next number."""
     bucket, target = open_storage(where, cache), LocalStorage(out)
-    best = bucket.read("BEST") or b""
-    if match := re.match(rb"step(\d+)\n", best):
-        number = int(match[1])
-        if number == newest or (number in numbers and not _bring_step(number, out, where, cache, log)):
-            target.write("BEST", best)
-    for name in ("evaluations.jsonl", "metrics.jsonl"):
+    data = bucket.read(BEST) or b""
+    if best := Best.from_bytes(data):
+        here = best.step == newest or (best.step in numbers and not _bring_step(best.step, out, where, cache, log))
+        if here:
+            target.write(BEST, data)
+    for name in ("evaluations.jsonl", metrics_format.NAME):
         if (text := bucket.read(name)) is not None:
             target.write(name, text)
-    for attempt in (r["attempt"] for r in json_lines(out / "metrics.jsonl") if "attempt" in r):
-        target.write(
-            f"logs/attempt-{attempt:03}-rank0.log", b"This attempt ran as a job of its own, which has its log.\n"
-        )
+    for header in read_attempts(out / metrics_format.NAME):
+        name = f"logs/attempt-{header.attempt:03}-rank0.log"
+        target.write(name, b"This attempt ran as a job of its own, which has its log.\n")

@@ -6,7 +6,6 @@ Memory and hours need NumPy; the table skips them without it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
@@ -18,6 +17,7 @@ from sft.common import paths
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
+from sft.formats.metrics import Attempt, StepRecord, read_metrics
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
 
 ASSUMED_MFU = (0.25, 0.40, 0.55)
@@ -166,12 +166,11 @@ def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
             config = manifest.load(file.parent / manifest.NAME).config
             if config["model"]["preset"] != preset:
                 continue
-            lines = file.read_text().splitlines()
-            device = [json.loads(line)["device"] for line in lines if '"device"' in line][-1:]  # the last attempt's
+            records = read_metrics(file, last=200)
+            device = [r.device for r in records if isinstance(r, Attempt)][-1:]  # the last attempt's
             if not device or not wanted or not wanted <= set(re.findall(r"\w+", device[0].upper())):
                 continue
-            records = [json.loads(line) for line in lines[-200:] if '"mfu"' in line]
-            values = [r["mfu"] for r in records if isinstance(r.get("mfu"), float) and r["mfu"] > 0]
+            values = [r.mfu for r in records if isinstance(r, StepRecord) and r.mfu and r.mfu > 0]
         except (OSError, ValueError, KeyError, TypeError, SftError):
             continue
         if values:

@@ -1,0 +1,172 @@
+"""train/metrics.jsonl, one record per line, and the metrics in train's manifest. Standard library only.
+
+    {"attempt": 1, "from_step": 0, "ranks": 8, "device": "NVIDIA H100 80GB HBM3", "peak_tflops": 989.4, "mfu": "…formula…"}
+    {"step": 1, "loss": 2.1, "lr": 1e-06, …}
+    {"step": 2, …}
+
+Every attempt writes a header and then its steps. A resume removes the steps after the one that it continues from, so the steps
+read like those of an uninterrupted run. JSON has no NaN and no infinity: such numbers are written as "nan", "inf" and "-inf".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from sft.formats.manifest import Manifest
+from sft.formats.packs import StepSummary
+from sft.formats.record import Record
+
+NAME = "metrics.jsonl"
+_WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+_HEADER = b'{"attempt"'
+
+
+@dataclass(frozen=True)
+class _Numbers(Record):
+    """A record whose numbers may be NaN or infinite."""
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        return super().parse(_from_words(value))
+
+    def to_value(self) -> dict[str, Any]:
+        return dict(_to_words(super().to_value()))
+
+    def to_bytes(self) -> bytes:
+        """One line."""
+        return json.dumps(self.to_value()).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Attempt(_Numbers):
+    """The header of an attempt: the last finished step it started from, its ranks and the device of rank 0."""
+
+    NEXT: ClassVar[str] = "remove this line from the file"
+    attempt: int
+    from_step: int
+    ranks: int
+    device: str
+    peak_tflops: float | None  # of one GPU; None = not known, or a CPU
+    mfu: str  # the formula of the steps' `mfu`
+
+
+@dataclass(frozen=True)
+class SaveTimes:
+    """A checkpoint that was finished: its step, the seconds that saving took, and those that training waited for it."""
+
+    step: int
+    seconds: float
+    blocked_s: float
+
+
+@dataclass(frozen=True)
+class StepRecord(_Numbers):
+    """One training step. Optional fields are absent where they were not measured."""
+
+    NEXT: ClassVar[str] = "remove this line from the file"
+    step: int  # number of finished steps
+    loss: float  # mean over the trained tokens of the global batch
+    lr: float
+    grad_norm: float  # before clipping
+    labels: int  # trained tokens of the global batch
+    tokens: int  # consumed since step 0, padding excluded
+    tokens_per_s: float
+    padding: float  # share of the batch's positions
+    imbalance_expected: float  # share of the ranks' time spent waiting, computed from the documents' lengths
+    seconds: float
+    validation_loss: float | None = None
+    validation_sources: Mapping[str, float] | None = None
+    imbalance: float | None = None  # the same share, measured
+    skipped: bool | None = None  # True when the guard kept the weights unchanged
+    sources: Mapping[str, float] | None = None  # loss by source
+    mfu: float | None = None
+    memory_gb: float | None = None  # peak of allocated GPU memory of rank 0, 10^9 bytes
+    memory_reserved_gb: float | None = None
+    checkpoint: SaveTimes | None = None  # a save that ended since the last record
+
+
+@dataclass(frozen=True)
+class UploadSummary:
+    """The address that permanent checkpoints were uploaded to, the steps that are there, and the steps that are missing."""
+
+    where: str
+    steps: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainMetrics(_Numbers):
+    """The metrics in train's manifest. Losses are those of the first and the last step; speeds are means over time."""
+
+    NEXT: ClassVar[str] = "make train again"
+    final_step: int
+    checkpoint: str  # name of the final step's folder
+    loss: float
+    first_loss: float
+    tokens: int
+    tokens_per_s: float
+    skipped_steps: int
+    attempts: int
+    data: StepSummary
+    mfu: float | None = None
+    validation_loss: float | None = None
+    first_validation_loss: float | None = None
+    remote: UploadSummary | None = None
+
+    @classmethod
+    def of(cls, made: Manifest, name: str) -> TrainMetrics:
+        """From train's manifest. `name` is the file for the error message. Raises SftError."""
+        return cls.from_value(made.metrics, f"{name}: metrics")
+
+
+MetricsRecord = Attempt | StepRecord
+
+
+def read_metrics(file: Path, last: int | None = None) -> list[MetricsRecord]:
+    """The records of a metrics file in their order; none when the file is missing.
+
+    `last`: all headers, but only the steps among that many last lines. A line that a kill cut short is not JSON and is skipped.
+    Raises SftError, with the line's number, for a wrong record.
+    """
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
+    records: list[MetricsRecord] = []
+    for number, line in enumerate(lines, 1):
+        header = line.startswith(_HEADER)
+        if last is not None and not header and number < len(lines) - last:
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        kind: type[Attempt] | type[StepRecord] = Attempt if header else StepRecord
+        records.append(kind.from_value(value, f"{file}:{number}"))
+    return records
+
+
+def read_steps(file: Path) -> list[StepRecord]:
+    """The steps of a metrics file."""
+    return [r for r in read_metrics(file) if isinstance(r, StepRecord)]
+
+
+def read_attempts(file: Path) -> list[Attempt]:
+    """The headers of a metrics file."""
+    return [r for r in read_metrics(file) if isinstance(r, Attempt)]
+
+
+def _to_words(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _to_words(v) for k, v in value.items()}
+    return value
+
+
+def _from_words(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _from_words(v) for k, v in value.items()}
+    return _WORDS.get(value, value) if isinstance(value, str) else value

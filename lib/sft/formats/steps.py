@@ -1,0 +1,80 @@
+"""Small files of train's folder that name and describe step folders. Standard library only.
+
+LATEST                 step300                                    the newest complete step
+BEST                   step200\\nvalidation_loss 0.61               the best step, its metric and value
+stepN/.metadata.json   {"ephemeral": false, "version": "3.0.0"}
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft.common.errors import SftError
+from sft.common.files import write_atomic
+from sft.formats.record import Record
+
+LATEST, BEST, METADATA = "LATEST", "BEST", ".metadata.json"
+LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout a step folder has
+STEP = re.compile(r"step(\d+)")
+
+
+@dataclass(frozen=True)
+class StepMetadata(Record):
+    """.metadata.json of a step folder. An ephemeral step is deleted when a newer step is complete."""
+
+    ephemeral: bool = False
+    version: str = LAYOUT_VERSION
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
+
+
+@dataclass(frozen=True)
+class Best:
+    """The file BEST: a step, and the metric and value that make it the best one."""
+
+    step: int
+    metric: str
+    value: float
+
+    @classmethod
+    def read(cls, train: Path) -> Best | None:
+        """BEST of train's folder, or None where it is missing or damaged."""
+        try:
+            return cls.from_bytes((train / BEST).read_bytes())
+        except OSError:
+            return None
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Best | None:
+        """None for a damaged file."""
+        try:
+            step, rest = data.decode().splitlines()[:2]
+            metric, value = rest.rsplit(" ", 1)
+            match = STEP.fullmatch(step)
+            return cls(int(match[1]), metric, float(value)) if match else None
+        except ValueError:
+            return None
+
+    def write(self, train: Path) -> None:
+        write_atomic(train / BEST, f"step{self.step}\n{self.metric} {self.value!r}\n".encode())
+
+
+def named_step(train: Path, name: str) -> Path | None:
+    """The step folder that LATEST or BEST (`name`) points to, or None."""
+    try:
+        step = (train / name).read_text().split("\n", 1)[0].strip()
+    except OSError:
+        return None
+    return train / step if STEP.fullmatch(step) else None
+
+
+def is_ephemeral(step: Path) -> bool:
+    """Whether a step folder says that it is ephemeral; False where its .metadata.json is missing or damaged."""
+    try:
+        return StepMetadata.read(step / METADATA).ephemeral
+    except (OSError, SftError):
+        return False
