@@ -1,6 +1,7 @@
 """Recipes: every mistake is found at once and told; keys change with what changes a result and with nothing else."""
 
 import dataclasses
+import re
 import tomllib
 
 import pytest
@@ -209,3 +210,12 @@ def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> Non
             )
             seen += 1
     assert seen >= 10
+
+
+def test_every_option_is_named_in_a_document():
+    pages = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+    code = "\n".join(re.findall(r"```.*?```|`[^`]+`", "\n".join(p.read_text() for p in pages), flags=re.S))
+    words = set(re.findall(r"\w+", code))
+    for cls in (*schema.TABLES.values(), schema.Source, schema.Hardware, schema.Cluster):
+        missing = [f.name for f in dataclasses.fields(cls) if f.name not in words]
+        assert not missing, f"{cls.__name__}: next: describe {', '.join(missing)} in docs/, as `name`"
