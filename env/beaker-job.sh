@@ -42,7 +42,8 @@ for ((; count > 0; count--)); do
 done
 
 mkdir -p "$run"
-if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then # it holds a key, but Google's clients read a file
+# GOOGLE_CREDENTIALS holds a key, but Google's clients read a file.
+if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then
     export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
     (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
 fi
@@ -66,6 +67,8 @@ export PYTHONPATH="$PWD/lib"
 status=0
 forward_signals "$@" || status=$?
 [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
-case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75) forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;; esac
+case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
+    forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;;
+esac
 [ "$status" -eq 0 ] || exit "$status"
 .venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What cron calls: a clean clone, its own runs and environment, make smoke. Quiet when it passes.
-# Usage: env/nightly.sh [ROOT [REPOSITORY]]    ROOT: all it writes, default ~/olmo-sft-nightly
-#                                              REPOSITORY: URL or folder to clone, default this one
-# GOALS="smoke test" chooses the goals of make (smoke), TIMEOUT_S=7200 the longest it may take (3600).
-# Exit status: 0 passed, 75 another one is running, else failed: the reason and the log's last lines go to stderr.
+# For cron: make smoke in a clean clone with its own runs and environment. Prints nothing when it passes.
+# Usage: env/nightly.sh [ROOT [REPOSITORY]]    ROOT: folder for all it writes, default ~/olmo-sft-nightly
+#                                              REPOSITORY: URL or folder to clone, default this repository
+# GOALS="smoke test": the goals of make (default smoke). TIMEOUT_S=7200: the longest time it may take (default 3600).
+# Exit status: 0 passed, 75 another one is running, else failed, with the reason and the last lines of the log on stderr.
 set -euo pipefail
 
 fail() { # fail STATUS REASON
@@ -17,15 +17,15 @@ root="${1:-$HOME/olmo-sft-nightly}"
 read -ra goals <<<"${GOALS:-smoke}"
 mkdir -p "$root/logs"
 root="$(cd "$root" && pwd)"
-# Nothing of the caller's (cron, a git hook, another make) may reach the clone.
+# The clone must not inherit variables of the caller (cron, a git hook, another make).
 unset "${!MAKE@}" "${!GIT_@}" MFLAGS RECIPE RUNS DATA CLUSTER PYTHONPATH VIRTUAL_ENV
 
-exec 9<>"$root/lock" # kept open by children too: busy as long as anything of this run is alive
+exec 9<>"$root/lock" # children keep it open too: busy as long as any process of this run lives
 flock --nonblock 9 || fail 75 "busy: $(cat "$root/lock") is running in $root"
 printf 'pid %s on %s' "$$" "$(hostname)" >"$root/lock"
 
 log="$root/logs/$(date -u +%Y%m%dT%H%M%SZ).log"
-rm -rf "$root"/work.* # of an earlier failure, kept until now
+rm -rf "$root"/work.* # of an earlier failure
 work="$(mktemp -d "$root/work.XXXXXX")"
 find "$root/logs" -name '*.log' -mtime +30 -delete
 
@@ -45,7 +45,7 @@ step "git clone $repository" git clone --quiet -- "$repository" "$work/clone"
 step "git log" git -C "$work/clone" log -1 --format='commit %H %cI'
 step "make ${goals[*]}" timeout --kill-after=60 "${TIMEOUT_S:-3600}" make -C "$work/clone" RUNS="$work/runs" "${goals[@]}"
 
-# The last good night's runs stay, with their report; the clone and its environment do not.
+# Keep the runs of the last night that passed, with their report; delete the clone and its environment.
 rm -rf "$root/runs"
 if [ -d "$work/runs" ]; then mv "$work/runs" "$root/runs"; fi
 rm -rf "$work"

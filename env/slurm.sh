@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a stage as a Slurm job: submits it or finds it again, follows its log, returns its status; see sft.launch.slurm.scheduler.
+# Runs a stage as a Slurm job: submits it or finds it, follows its log, returns its exit status; see sft.launch.slurm.
 # Usage: [DETACH=1] env/slurm.sh runs/<run> <stage> COMMAND…
 set -euo pipefail
 export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whichever clone .venv was made in

@@ -1,7 +1,7 @@
 """torchrun, for stages/train.sh: python -m sft.launch.torchrun <torchrun's arguments>
 
-Schedulers and terminals signal every process of a job, and train.sh hands the signal on: torchrun's own handler gets it twice, and
-the second one breaks off its wait for ranks that are saving. Here the first signal counts.
+Schedulers and terminals signal every process of a job, and train.sh forwards the signal too. torchrun therefore gets it
+twice, and its second call of the handler stops waiting for ranks that are saving. This module ignores all but the first.
 """
 
 from __future__ import annotations
@@ -27,5 +27,5 @@ if __name__ == "__main__":
     api._terminate_process_handler = first_only
     try:
         main()
-    except api.SignalException as e:  # thirty lines of traceback say no more
+    except api.SignalException as e:  # instead of a traceback of thirty lines
         sys.exit(128 + e.sigval)

@@ -1,6 +1,6 @@
-"""The repository's code as a job on another machine gets it: a commit that its remote has, or an archive of HEAD.
+"""The repository's code as a job on another machine gets it: a commit that the remote has, or an archive of HEAD.
 
-A working tree with changes is refused either way: what a manifest names as its commit is what has run.
+A working tree with changes is refused either way, so that the commit in a manifest is the code that ran.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ ARCHIVE = "code.tar"
 
 @dataclass(frozen=True)
 class Code:
-    """`repository` is a URL to fetch `commit` from, or empty when the code travels as the dataset `dataset`."""
+    """`repository` is the URL to fetch `commit` from; empty when the code is uploaded as the dataset `dataset`."""
 
     commit: str
     repository: str = ""
@@ -41,11 +41,14 @@ def changed(root: Path) -> list[str]:
 
 
 def describe(root: Path, how: str, strict: bool = True) -> Code:
-    """How the code of `root` reaches a job. how: 'git' or 'dataset'. Raises SftError, unless not `strict`, for changed files."""
+    """How a job gets the code of `root`: `how` is 'git' or 'dataset'.
+
+    Raises SftError; for changed files and a commit that was not pushed only if `strict`.
+    """
     try:
         commit = git(root, "rev-parse", "HEAD")
     except (SftError, FileNotFoundError) as e:
-        raise SftError(f"{root}: jobs get the code from a git repository ({e}); next: git init, commit") from None
+        raise SftError(f"{root}: jobs need the code in a git repository ({e}); next: git init, commit") from None
     if strict and (files := changed(root)):
         shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
         raise SftError(
@@ -63,12 +66,12 @@ def describe(root: Path, how: str, strict: bool = True) -> Code:
 
 
 def public_url(url: str) -> str:
-    """A remote's URL as an anonymous machine fetches from it. Raises SftError for one that holds a password."""
+    """The URL of a remote for a machine without credentials. Raises SftError for a URL that contains some."""
     if match := re.fullmatch(r"(?:ssh://)?git@([A-Za-z0-9.-]+)[:/](.+)", url):
         url = f"https://{match[1]}/{match[2]}"
     if "@" in urlsplit(url).netloc:
         raise SftError(
-            "the git remote's URL holds a name or a password, which a job's specification would show; next: git remote"
+            "the git remote's URL contains a name or a password, which a job's specification would show; next: git remote"
             " set-url with a URL without it, and GITHUB_TOKEN among the cluster's secrets"
         )
     return url
