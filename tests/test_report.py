@@ -167,7 +167,7 @@ def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> No
     assert "changed since" not in text
 
 
-def test_what_packing_loses_is_told_of_tokens_and_of_trained_tokens(tmp_path: Path) -> None:
+def test_what_packing_loses_is_reported_of_tokens_and_of_trained_tokens(tmp_path: Path) -> None:
     page = report.page(whole_run(tmp_path / "smoke"))
     assert "loses 1.23% of the tokens and 4.56% of the trained ones" in " ".join(page.split())
 
@@ -232,7 +232,7 @@ def test_trained_tokens_are_marked_and_others_are_not(tmp_path: Path) -> None:
     ]
 
 
-def test_special_tokens_are_told_from_text_that_looks_like_them_and_documents_have_an_end(tmp_path: Path) -> None:
+def test_special_tokens_differ_from_text_that_looks_like_them_and_documents_have_an_end(tmp_path: Path) -> None:
     run = whole_run(tmp_path / "smoke")
     section = report.page(run).split('id="trained-tokens"')[1].split("</section>")[0]
     assert set(re.findall(r'class="special">(.*?)</span>', section)) == {

@@ -115,7 +115,7 @@ def test_the_score_that_best_follows_is_the_recipes() -> None:
         ("best=smoke_choice", "'best' in .evaluate. = 'smoke_choice'"),
     ],
 )
-def test_what_cannot_be_watched_is_told_before_training(field: str, message: str) -> None:
+def test_what_cannot_be_watched_is_reported_before_training(field: str, message: str) -> None:
     with pytest.raises(SftError, match=message):
         recipe.load(SMOKE, field.split(","))
     for name in ("smoke_choice/acc", "validation/loss"):
@@ -143,7 +143,7 @@ def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) ->
     assert retire() == [260]  # the steps that were removed have had their turn: 260 is not the first one after 200
 
 
-def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
+def test_a_bad_step_is_reported_and_does_not_keep_others_from_being_evaluated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -155,20 +155,20 @@ def test_a_bad_step_is_told_and_does_not_keep_others_from_being_evaluated(
         watch.record(stage, evaluation(tmp_path, due.step, watch.settings(stage.place, smoke)))
 
     monkeypatch.setattr(watch, "evaluate_step", evaluate_step)
-    said: list[str] = []
+    logged: list[str] = []
     (tmp_path / ".identity").write_text("me")
     smoke = recipe.load(SMOKE, ["every=100"])
     left = tmp_path / ".work/watch-step50-x/model"
     left.mkdir(parents=True)
     stage = SimpleNamespace(
-        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, log=said.append, key="k"
+        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, log=logged.append, key="k"
     )
     for n in (100, 200, 300):
         step(tmp_path, n)
     with pytest.raises(SftError, match=r"1 steps have no scores: step100; next: .* make watch RECIPE=smoke"):
         watch.watch(stage, lambda: True, pause=0)  # type: ignore[arg-type]
     assert seen == [100, 200, 300] and not left.exists()
-    assert said == ["step100 has no scores: RuntimeError('torn')"]
+    assert logged == ["step100 has no scores: RuntimeError('torn')"]
     assert [e.failed for e in evaluations.read(tmp_path)] == ["RuntimeError('torn')", None, None]
     assert numbers(watch.due(tmp_path, stage.place, smoke)) == [100]  # the next watcher tries it again
 
@@ -213,17 +213,19 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
         process = stage(runs, f"stages/{name}.py", run, *FIELDS)
         assert process.wait() == 0, process.communicate()[0]
     process = stage(runs, "-m", "sft.training.train", run, *FIELDS)
-    said = process.communicate()[0]
-    assert process.returncode == 0, said
+    logged = process.communicate()[0]
+    assert process.returncode == 0, logged
     train = Path(run) / "train"
     records = evaluations.read(train)
-    assert [e.step for e in records] == [2, 4, 5], said
+    assert [e.step for e in records] == [2, 4, 5], logged
     assert all(
         e.tasks["smoke_generate"]["exact_match"].n == 2 and e.validation and e.validation.documents == 2
         for e in records
     )
     assert records[0].checkpoint == hash_file(train / "step2" / "manifest.json")
-    assert said.index("[train] done in") < said.index("[watch] step5:")  # training is safe before the last evaluation
+    assert logged.index("[train] done in") < logged.index(
+        "[watch] step5:"
+    )  # training is safe before the last evaluation
     assert named_step(train, "BEST") == train / "step2"  # all score 0 after so few steps: the first stays
     assert [number for number, _ in step_folder.steps(train)] == [2, 5]  # keep=1, once every step had its scores
     assert not [o for o in manifest.load(train / "manifest.json").outputs if "evaluations" in o.path]
@@ -245,7 +247,7 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
     process.send_signal(signal.SIGTERM)
     assert process.wait(30) in (143, -signal.SIGTERM)
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
-    said = process.communicate()[0]  # closes standard input, as the death of training would
-    assert process.returncode == 0, said
+    logged = process.communicate()[0]  # closes standard input, as the death of training would
+    assert process.returncode == 0, logged
     assert [e.step for e in evaluations.read(Path(run) / "train")] == [2, 5]
     assert not list((Path(run) / ".work").glob("watch-*/model"))

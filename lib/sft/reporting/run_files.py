@@ -1,0 +1,78 @@
+"""The files of a run that the report shows, each read once.
+
+In: the folder of a run. Out: the manifests of the stages that are done, and the records of their other files.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+from sft.common.errors import SftError
+from sft.formats import dataset, gate, manifest, metrics, preview, results
+from sft.formats.dataset import DatasetInfo
+from sft.formats.gate import ConvertMetrics, GateRecord
+from sft.formats.manifest import Manifest
+from sft.formats.metrics import MetricsRecord, TrainMetrics
+from sft.formats.preview import Preview
+from sft.formats.record import Record
+from sft.formats.results import Results
+from sft.recipe import schema
+
+R = TypeVar("R", bound=Record)
+
+
+class RunFiles:
+    """A run. Every property is None when its stage is not done, and raises SftError for a damaged or missing file."""
+
+    def __init__(self, folder: Path) -> None:
+        """A stage with a damaged manifest counts as not done."""
+        self.folder = folder
+        self.done: dict[str, Manifest] = {}
+        for stage in schema.STAGES:
+            try:
+                self.done[stage] = manifest.load(folder / stage / manifest.NAME)
+            except (FileNotFoundError, SftError):
+                continue
+
+    @cached_property
+    def dataset(self) -> DatasetInfo | None:
+        return self._read(DatasetInfo, "prepare", dataset.NAME)
+
+    @cached_property
+    def preview(self) -> Preview | None:
+        return self._read(Preview, "prepare", preview.NAME)
+
+    @cached_property
+    def train(self) -> TrainMetrics | None:
+        return TrainMetrics.of(self.done["train"], self._manifest("train")) if "train" in self.done else None
+
+    @cached_property
+    def steps(self) -> list[MetricsRecord]:
+        """Steps and headers of attempts; empty when train is not done."""
+        return metrics.read_metrics(self.folder / "train" / metrics.NAME) if "train" in self.done else []
+
+    @cached_property
+    def convert(self) -> ConvertMetrics | None:
+        return ConvertMetrics.of(self.done["convert"], self._manifest("convert")) if "convert" in self.done else None
+
+    @cached_property
+    def gate(self) -> GateRecord | None:
+        return self._read(GateRecord, "convert", gate.NAME)
+
+    @cached_property
+    def results(self) -> Results | None:
+        return self._read(Results, "evaluate", results.NAME)
+
+    def _manifest(self, stage: str) -> str:
+        return str(self.folder / stage / manifest.NAME)
+
+    def _read(self, kind: type[R], stage: str, name: str) -> R | None:
+        if stage not in self.done:
+            return None
+        file = self.folder / stage / name
+        try:
+            return kind.read(file)
+        except OSError as error:
+            raise SftError(f"{file}: {error.strerror}; next: make verify") from None
