@@ -208,13 +208,13 @@ def edit(step: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda m, t: m.update(d_model=128), r"config\.json|shape"),
-        (lambda m, t: m.update(n_layers=8), r"layer 3: rope scaling factor is 8\.0, a model of this kind has 0\.0"),
-        (lambda m, t: m["block"].update(name="default"), "the block of no family here"),
+        (lambda m, t: m.update(n_layers=8), r"layer 3: rope_scaling_factor is 8\.0, a model of this kind has 0\.0"),
+        (lambda m, t: m["block"].update(name="default"), "no family here has this block"),
         (
             lambda m, t: m["block"]["sequence_mixer"]["sliding_window"].update(pattern=[48, -1, 48, -1]),
             "layer 1: window",
         ),
-        (lambda m, t: m["block_overrides"]["3"]["sequence_mixer"]["rope"].update(theta=10000), "layer 0: rope theta"),
+        (lambda m, t: m["block_overrides"]["3"]["sequence_mixer"]["rope"].update(theta=10000), "layer 0: rope_theta"),
         (lambda m, t: m.pop("block"), "not the description of an OLMo-core model"),
         (lambda m, t: t.update(eos_token_id=7), r"dataset\.tokenizer\.eos_token_id: 7, the tokenizer has 0"),
     ],

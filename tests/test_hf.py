@@ -146,6 +146,16 @@ def test_a_folder_with_another_geometry_names_field_and_both_values(
         weights.check(replace(TINY3, vocab_size=128))
 
 
+def test_a_llama_base_under_an_olmo_preset_is_refused(tmp_path: Path) -> None:
+    llama = replace(LLAMA3, llama3_rope=None)
+    build(llama).save_pretrained(tmp_path)
+    olmo = replace(llama, prenorm=False, qk_norm="full")
+    with pytest.raises(SftError, match=r"prenorm: True, the recipe's \[model\] says False; correct \[model\] preset"):
+        HfFolder(tmp_path).check(olmo)
+    with pytest.raises(SftError, match="qk_norm: , the recipe's"):
+        HfFolder(tmp_path).check(replace(olmo, prenorm=True))
+
+
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     build(TINY3).save_pretrained(tmp_path, max_shard_size="20KB")
     victim = sorted(tmp_path.glob("model-*.safetensors"))[2]

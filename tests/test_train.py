@@ -310,9 +310,9 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     described = olmo_core.step_config(replace(config, window=16), TokenIds())
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
-        initial_weights._check_core_config(tmp_path, config)
+        olmo_core.check_same_layers(tmp_path / "config.json", config)
     (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, TokenIds())))
-    initial_weights._check_core_config(tmp_path, config)
+    olmo_core.check_same_layers(tmp_path / "config.json", config)
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         initial_weights.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
 

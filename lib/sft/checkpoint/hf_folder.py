@@ -1,13 +1,13 @@
-"""The weights of a Hugging Face folder, read a few rows at a time.
+"""Reads the weights of a Hugging Face folder a few rows at a time.
 
-In: a folder with config.json and safetensors, in one file or in several with an index. Out: tensors under our names.
+In:  a folder with config.json and safetensors, in one file or in several with an index. Out: tensors under our names.
 
-    weights = HfFolder(path)                                     # checks that every shard the index names is there
-    weights.check(config)                                      # every tensor once, with its shape
+    weights = HfFolder(path)                                     # checks that every file of the index exists
+    weights.check(config)                                      # every tensor exactly once, with its shape
     weights["blocks.0.attention.w_q.weight"]                   # one tensor
-    weights.rows("embeddings.weight", 100, 200)                # a piece of one
+    weights.rows("embeddings.weight", 100, 200)                # some rows of one
 
-Files are read, never mapped: pages of a mapped file count as the process's memory for as long as they are there.
+Files are read and never mapped: pages of a mapped file count as memory of the process.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from sft.checkpoint.dcp_reader import read_values
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.recipe.presets import ModelConfig, recipe_field
+from sft.recipe.presets import ModelConfig, differing_fields, recipe_field
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -100,27 +101,14 @@ class HfFolder(Mapping[str, torch.Tensor]):
         return self._where[name].dtype
 
     def check(self, config: ModelConfig) -> None:
-        """Raises SftError unless the folder holds exactly this architecture; the vocabulary may be cut or padded."""
+        """Raises SftError unless the folder holds exactly this architecture. The vocabulary may be smaller than the model's."""
         found = hf.model_config(self.config, str(self.path / "config.json"))
-        names = (
-            "n_layers",
-            "d_model",
-            "n_heads",
-            "n_kv_heads",
-            "head_dim",
-            "intermediate_size",
-            "window",
-            "rope_theta",
-            "norm_eps",
-            "llama3_rope",
-            "tied",
-        )
-        for name in names:
-            if getattr(found, name) != getattr(config, name):
-                raise SftError(
-                    f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "
-                    f"{getattr(config, name)}; correct [model] {recipe_field(name)}"
-                )
+        # A finetuning may extend the context (yarn), and needs no weights at random (init_std). The vocabulary is checked below.
+        for name in differing_fields(found, config, ignore=("yarn", "init_std", "vocab_size")):
+            raise SftError(
+                f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "
+                f"{getattr(config, name)}; correct [model] {recipe_field(name)}"
+            )
         vocab = found.vocab_size
         if vocab > config.vocab_size:
             raise SftError(
@@ -136,15 +124,16 @@ class HfFolder(Mapping[str, torch.Tensor]):
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """{name: (dtype, shape, offset in the file)}, after the safetensors library has found the file to be whole."""
-    from safetensors import SafetensorError, safe_open
+    """{name: (dtype, shape, offset in the file)}. The safetensors library checks the file first."""
 
     try:
         with safe_open(file, framework="pt"), file.open("rb") as read:
             size = int.from_bytes(read.read(8), "little")
             header = json.loads(read.read(size))
     except (SafetensorError, OSError) as error:
-        raise SftError(f"{file}: not readable as safetensors: {error}; next: fetch or make it again") from error
+        raise SftError(
+            f"{file}: not readable as safetensors: {error}; next: fetch the file or make it again"
+        ) from error
     return {
         key: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
         for key, entry in header.items()

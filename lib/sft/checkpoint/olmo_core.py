@@ -1,8 +1,13 @@
-"""TODO sft.checkpoint.olmo_core"""
+"""OLMo-core's description of a model, config.json of a step folder, and the ModelConfig of the same model.
+
+In:  a ModelConfig and the tokenizer's ids, or the config.json of a step. Out: the other of the two. `check_same_layers` refuses a
+     description that tensor shapes alone would not tell apart from the recipe's model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +17,77 @@ from sft.model import hf
 from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
 
-def core_layers(model: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each layer of an OLMo-core model description does beyond its tensor shapes."""
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer does beyond its tensor shapes."""
+
+    n_heads: int
+    n_kv_heads: int
+    rope_theta: float
+    window: int  # -1 = full attention
+    rope_scaling_factor: float  # 0 = none
+    block: str  # OLMo-core's name of the kind of block
+
+
+def layer_facts(model: Mapping[str, Any]) -> list[LayerFacts]:
+    """The layers of an OLMo-core model description. Raises KeyError, TypeError or ValueError for a damaged one."""
     layers = []
     count = int(model["n_layers"])
     for i in range(count):
         block = (model.get("block_overrides") or {}).get(str(i)) or model["block"]
         mixer = block.get("sequence_mixer") or block["attention"]
-        rope, sliding = mixer.get("rope") or {}, mixer.get("sliding_window")
-        window = -1
-        if sliding:
-            first = bool(sliding.get("force_full_attention_on_first_layer", True))
-            last = bool(sliding.get("force_full_attention_on_last_layer", True))
-            pattern = sliding["pattern"]
-            forced = (first and i == 0) or (last and i == count - 1)
-            window = -1 if forced else pattern[(i - first) % len(pattern)]
+        rope = mixer.get("rope") or {}
         layers.append(
-            {
-                "n_heads": int(mixer["n_heads"]),
-                "n_kv_heads": int(mixer.get("n_kv_heads") or mixer["n_heads"]),
-                "rope theta": float(rope.get("theta", 500_000)),
-                "window": int(window),
-                "rope scaling factor": float((rope.get("scaling") or {}).get("factor", 0)),
-                "block": str(block.get("name", "default")),
-            }
+            LayerFacts(
+                n_heads=int(mixer["n_heads"]),
+                n_kv_heads=int(mixer.get("n_kv_heads") or mixer["n_heads"]),
+                rope_theta=float(rope.get("theta", 500_000)),
+                window=_layer_window(mixer.get("sliding_window"), i, count),
+                rope_scaling_factor=float((rope.get("scaling") or {}).get("factor", 0)),
+                block=str(block.get("name", "default")),
+            )
         )
     return layers
 
 
+def _layer_window(sliding: Mapping[str, Any] | None, layer: int, layers: int) -> int:
+    """The window of a layer by OLMo-core's rules, -1 = full attention. The pattern starts after a first layer that is forced to be full."""
+    if not sliding:
+        return -1
+    first = bool(sliding.get("force_full_attention_on_first_layer", True))
+    last = bool(sliding.get("force_full_attention_on_last_layer", True))
+    if (first and layer == 0) or (last and layer == layers - 1):
+        return -1
+    pattern = sliding["pattern"]
+    return int(pattern[(layer - first) % len(pattern)])
+
+
+def differing_layer(found: Sequence[LayerFacts], wanted: Sequence[LayerFacts]) -> tuple[int, str, Any, Any] | None:
+    """The first difference of two models with equally many layers: (layer, field, found, wanted)."""
+    for layer, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
+        for f in fields(LayerFacts):
+            if getattr(theirs, f.name) != getattr(ours, f.name):
+                return layer, f.name, getattr(theirs, f.name), getattr(ours, f.name)
+    return None
+
+
+def check_same_layers(file: Path, config: ModelConfig) -> None:
+    """Raises SftError unless the config.json of a step describes the layers of this architecture: heads, rotary base and scaling,
+    windows, kind of block."""
+    try:
+        found = layer_facts(hf.read_json(file)["model"])
+        wanted = layer_facts(step_config(config, TokenIds())["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise SftError(f"{file}: not the description of an OLMo-core model: {error!r}") from error
+    if len(found) != len(wanted):
+        raise SftError(f"{file}: {len(found)} layers, [model] has {len(wanted)}; correct [model] n_layers")
+    if difference := differing_layer(found, wanted):
+        layer, field, theirs, ours = difference
+        raise SftError(f"{file}: layer {layer}: {field} is {theirs}, [model] says {ours}; correct [model]")
+
+
 def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
-    """config.json of a step folder: what OLMo-core needs to build the model, and its converter to name the tokenizer."""
+    """config.json of a step folder: what OLMo-core needs to build the model, and what its converter needs to find the tokenizer."""
     norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
     windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
 
@@ -116,19 +162,20 @@ def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
 
 
 def _whole(value: float) -> float | int:
-    """OLMo-core declares these as integers."""
+    """OLMo-core declares these numbers as integers."""
     return int(value) if float(value).is_integer() else value
 
 
 def model_config(file: Path) -> ModelConfig:
-    """The architecture that a step's config.json describes. Raises SftError for what the model cannot express."""
+    """The architecture that a step's config.json describes. Raises SftError for one that ModelConfig cannot express."""
     data = hf.read_json(file)
     try:
         model = data["model"]
-        layers, block = core_layers(model), model["block"]
+        layers, block = layer_facts(model), model["block"]
         last = (model.get("block_overrides") or {}).get(str(int(model["n_layers"]) - 1)) or block
         mixer = last.get("sequence_mixer") or last["attention"]
         rope, heads = mixer.get("rope") or {}, int(mixer["n_heads"])
+        yarn, llama3_rope = _scaling(rope.get("scaling"))
         prenorm = str(block.get("name", "default")) == "default"
         qk_norm = ("head" if mixer.get("use_head_qk_norm") else "full") if mixer.get("qk_norm") else ""
         config = ModelConfig(
@@ -139,43 +186,43 @@ def model_config(file: Path) -> ModelConfig:
             head_dim=int(mixer.get("head_dim") or int(model["d_model"]) // heads),
             intermediate_size=int(block["feed_forward"]["hidden_size"]),
             vocab_size=int(model["vocab_size"]),
-            window=max(0, *(layer["window"] for layer in layers)),
+            window=max(0, *(layer.window for layer in layers)),
             rope_theta=float(rope.get("theta", 500_000)),
-            **_scaling(rope.get("scaling")),
+            yarn=yarn,
+            llama3_rope=llama3_rope,
             prenorm=prenorm,
             qk_norm=qk_norm,
             tied=bool(model.get("tie_word_embeddings", False)),
             init_std=float(model.get("init_std", 0.02)),
             norm_eps=float(block["layer_norm"].get("eps", 1e-5)),
         )
-        ours = core_layers(step_config(config, TokenIds())["model"])
+        ours = layer_facts(step_config(config, TokenIds())["model"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise SftError(
             f"{file}: not the description of an OLMo-core model: {error!r}; next: bring the step's own config.json"
         ) from error
     if (prenorm, qk_norm) not in ((False, "full"), (True, "head"), (True, "")):
         raise SftError(
-            f"{file}: model.block: {block.get('name', 'default')!r} with qk_norm {qk_norm or 'none'!r}: the block of no family here"
+            f"{file}: model.block: {block.get('name', 'default')!r} with qk_norm {qk_norm or 'none'!r}: no family here has this block"
             f" ({', '.join(hf.FAMILIES)}); next: convert it with OLMo-core"
         )
-    for layer, (theirs, wanted) in enumerate(zip(layers, ours, strict=True)):
-        for field, value in wanted.items():
-            if theirs[field] != value:
-                raise SftError(
-                    f"{file}: layer {layer}: {field} is {theirs[field]}, a model of this kind has {value} there; next: convert it"
-                    " with OLMo-core"
-                )
+    if difference := differing_layer(layers, ours):
+        layer, field, theirs, wanted = difference
+        raise SftError(
+            f"{file}: layer {layer}: {field} is {theirs}, a model of this kind has {wanted} there; next: convert it"
+            " with OLMo-core"
+        )
     return config
 
 
-def _scaling(said: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The ModelConfig's fields for a rotary scaling. Raises ValueError for a kind that is not known here."""
-    if not said:
-        return {}
-    factor, old = float(said["factor"]), int(said["old_context_len"])
-    if "beta_fast" in said:
-        return {"yarn": Yarn(factor, float(said["beta_fast"]), float(said["beta_slow"]), old)}
-    if "low_freq_proportion" in said:
-        low, high = 1 / (1 - float(said["low_freq_proportion"])), 1 / float(said["high_freq_proportion"])
-        return {"llama3_rope": Llama3Rope(factor, round(low, 9), round(high, 9), old)}
-    raise ValueError(f"rope scaling {said.get('_CLASS_')!r} is neither YaRN nor llama3_rope")
+def _scaling(scaling: Mapping[str, Any] | None) -> tuple[Yarn | None, Llama3Rope | None]:
+    """The rotary scaling of a description. Raises ValueError for an unknown kind."""
+    if not scaling:
+        return None, None
+    factor, old = float(scaling["factor"]), int(scaling["old_context_len"])
+    if "beta_fast" in scaling:
+        return Yarn(factor, float(scaling["beta_fast"]), float(scaling["beta_slow"]), old), None
+    if "low_freq_proportion" in scaling:
+        low, high = 1 / (1 - float(scaling["low_freq_proportion"])), 1 / float(scaling["high_freq_proportion"])
+        return None, Llama3Rope(factor, round(low, 9), round(high, 9), old)
+    raise ValueError(f"rope scaling {scaling.get('_CLASS_')!r} is neither YaRN nor Llama 3's")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
 from sft.formats.metrics import TrainMetrics
-from sft.recipe.presets import ModelConfig, resolve
+from sft.recipe.presets import ModelConfig, differing_fields, resolve
 
 if TYPE_CHECKING:
     from sft.recipe.schema import Model
@@ -93,10 +92,9 @@ def model_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
 
     config = resolve(model, vocab_size)
     saved = olmo_core.model_config(step / "config.json")
-    for name in (field.name for field in fields(config) if field.name != "init_std"):
-        if getattr(saved, name) != getattr(config, name):
-            raise SftError(
-                f"{step / 'config.json'}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
-                " next: make train again, or correct [model]"
-            )
+    for name in differing_fields(saved, config, ignore=("init_std",)):
+        raise SftError(
+            f"{step / 'config.json'}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
+            " next: make train again, or correct [model]"
+        )
     return config

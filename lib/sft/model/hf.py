@@ -8,7 +8,6 @@ ModelConfig, what their files hold is read by sft.checkpoint.hf_folder.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Names outside the blocks, ours first; the same in every family.
+# Parameter names outside the blocks, ours first. They are the same in every family.
 _OUTER = {
     "embeddings.weight": "model.embed_tokens.weight",
     "lm_head.norm.weight": "model.norm.weight",
@@ -44,23 +43,23 @@ _PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_at
 
 @dataclass(frozen=True)
 class Family:
-    """What transformers calls one kind of model. Sizes, windows and rotary scaling are the ModelConfig's."""
+    """The names that transformers uses for a kind of model. Sizes, windows and rotary scaling are in ModelConfig."""
 
-    model_type: str  # names transformers' classes
+    model_type: str
     architecture: str
-    block: Mapping[str, str]  # names inside a layer, ours first; what the family lacks is not listed
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that admit one value, the default
-    rope_theta: float = 500_000.0  # where config.json names none
-    does: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that all its members share
+    block: Mapping[str, str]  # parameter names inside a layer, ours first; only those that the family has
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json with their only supported value
+    rope_theta: float = 500_000.0  # the default where config.json has no value
+    does: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that all models of the family share
 
     def theirs(self, name: str) -> str:
-        """Our parameter name in transformers' vocabulary; KeyError for a name that is not ours."""
+        """transformers' name of our parameter. Raises KeyError for a name that is not ours."""
         if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name):
             return f"model.layers.{match[1]}.{self.block[match[2]]}.weight"
         return _OUTER[name]
 
     def ours(self, name: str) -> str:
-        """transformers' parameter name in ours; KeyError for a name that is not theirs."""
+        """Our name of transformers' parameter. Raises KeyError for a name that is not theirs."""
         if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
             inner = next((ours for ours, theirs in self.block.items() if theirs == match[2]), None)
             if inner is None:
@@ -79,33 +78,33 @@ FAMILIES = {
     "llama": Family("llama", "LlamaForCausalLM", {**_PROJECTIONS, **_PRE_NORMS},
                     {**_PLAIN, "mlp_bias": False}, 10_000.0, {"prenorm": True, "qk_norm": ""}),
 }  # fmt: skip
-# What transformers writes into every config.json beside the model's own fields.
+# Fields that transformers writes into every config.json and that do not describe the model.
 _NOT_ABOUT_THE_MODEL = {
     "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type", "return_dict",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
-VOCAB_ROWS = ("embeddings.weight", "lm_head.w_out.weight")  # the two tensors whose rows are token ids
+VOCAB_ROWS = ("embeddings.weight", "lm_head.w_out.weight")  # the two tensors with one row per token id
 
 
 def family(config: ModelConfig) -> Family:
-    """Whose block this is; of OLMo, the third where a layer has a window."""
+    """The family of an architecture. OLMo models with sliding windows are OLMo 3."""
     if config.prenorm:
         return FAMILIES["qwen3" if config.qk_norm else "llama"]
     return FAMILIES["olmo3" if config.window else "olmo2"]
 
 
 def head_name(config: ModelConfig) -> str:
-    """The tensor that hidden states become logits with: the embedding, where it is tied to the head."""
+    """The name of the output matrix, which turns hidden states into logits: the embedding where both are tied."""
     return "embeddings.weight" if config.tied else "lm_head.w_out.weight"
 
 
 def without_tied_head(names: Iterable[str], config: ModelConfig) -> list[str]:
-    """The names without a tied head, which OLMo-core's steps and some files hold a second time."""
+    """The names without the output matrix of a tied model, which OLMo-core's steps and some files store a second time."""
     return [name for name in names if not (config.tied and name == "lm_head.w_out.weight")]
 
 
 def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
-    """Every parameter by our name, in the order of the forward pass; `vocab_size` replaces the padded number of rows."""
+    """The shape of every parameter by our name, in the order of the forward pass. `vocab_size` replaces the padded number of rows."""
     d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     vocab = vocab_size or config.vocab_size
     block = {
@@ -143,8 +142,8 @@ def hf_config(
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
 ) -> PretrainedConfig:
-    """transformers' configuration of the same model. YaRN belongs to the full-attention layers alone."""
-    from transformers import AutoConfig
+    """transformers' configuration of the same model. YaRN applies to the full-attention layers only."""
+    from transformers import AutoConfig  # start-up: transformers takes a second
 
     kind = family(config)
     plain: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -156,7 +155,7 @@ def hf_config(
             "beta_fast": config.yarn.beta_fast,
             "beta_slow": config.yarn.beta_slow,
             "original_max_position_embeddings": config.yarn.old_context,
-            "attention_factor": _attention_factor(config.yarn),
+            "attention_factor": config.yarn.attention_factor,
         }
     elif config.llama3_rope:
         full |= {
@@ -183,7 +182,7 @@ def hf_config(
         "pad_token_id": pad_token_id,
         "dtype": dtype,
     }
-    if config.head_dim * config.n_heads != config.d_model or kind.model_type == "qwen3":  # whose default is 128
+    if config.head_dim * config.n_heads != config.d_model or kind.model_type == "qwen3":  # Qwen 3's default is 128
         common["head_dim"] = config.head_dim
     if config.window:
         common |= {
@@ -197,10 +196,10 @@ def hf_config(
 
 
 def config_json(config: PretrainedConfig) -> dict[str, Any]:
-    """What config.json holds: transformers 5's keys, and beside them the rope keys that transformers 4 and vLLM read.
+    """The content of config.json: the keys of transformers 5, and the rope keys that transformers 4 and vLLM read.
 
-    transformers 4 knows `rope_theta` and `rope_scaling` at the top only, and would otherwise fall back to defaults
-    without a word. Version 5 reads `rope_parameters` first, so that both load the same model.
+    transformers 4 reads `rope_theta` and `rope_scaling` at the top level only, and silently uses defaults without them. Version 5
+    reads `rope_parameters` first. With both, all versions load the same model.
     """
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     data = {name: value for name, value in data.items() if name not in _NOT_ABOUT_THE_MODEL}
@@ -212,7 +211,7 @@ def config_json(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def find_family(data: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family that a config.json names. Raises SftError for one that is not here."""
+    """The family that a config.json names. Raises SftError for an unsupported one."""
     kind = data.get("model_type")
     if kind not in FAMILIES:
         raise SftError(f"{where}: model_type: {kind!r}, expected one of {', '.join(FAMILIES)}")
@@ -220,7 +219,7 @@ def find_family(data: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The ModelConfig that a Hugging Face config.json describes. Raises SftError for what the model cannot express."""
+    """The ModelConfig that a Hugging Face config.json describes. Raises SftError for an architecture that it cannot express."""
     kind = find_family(data, where)
     for name, wanted in kind.fixed.items():
         if data.get(name, wanted) != wanted:
@@ -229,24 +228,7 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
         heads, d_model = int(data["num_attention_heads"]), int(data["hidden_size"])
         rope = data.get("rope_parameters") or {}
         rope = rope.get("full_attention") or rope
-        scaling = data.get("rope_scaling") or rope
-        yarn, llama3_rope = None, None
-        if scaling.get("rope_type", "default") == "yarn":
-            yarn = Yarn(
-                factor=float(scaling["factor"]),
-                beta_fast=float(scaling.get("beta_fast") or 32),
-                beta_slow=float(scaling.get("beta_slow") or 1),
-                old_context=int(scaling["original_max_position_embeddings"]),
-            )
-        elif scaling.get("rope_type", "default") == "llama3":
-            llama3_rope = Llama3Rope(
-                factor=float(scaling["factor"]),
-                low=float(scaling["low_freq_factor"]),
-                high=float(scaling["high_freq_factor"]),
-                old_context=int(scaling["original_max_position_embeddings"]),
-            )
-        elif scaling.get("rope_type", "default") != "default":
-            raise SftError(f"{where}: rope_type: {scaling['rope_type']!r}, expected 'default', 'yarn' or 'llama3'")
+        yarn, llama3_rope = _rotary_scaling(data.get("rope_scaling") or rope, where)
         config = ModelConfig(
             n_layers=int(data["num_hidden_layers"]),
             d_model=d_model,
@@ -272,13 +254,30 @@ def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelCo
     return config
 
 
-def _attention_factor(yarn: Yarn) -> float:
-    """YaRN's rescaling of sin and cos (section 3.4 of the paper); 1.2079 for a factor of 8."""
-    return 0.1 * math.log(yarn.factor) + 1.0
+def _rotary_scaling(scaling: Mapping[str, Any], where: str) -> tuple[Yarn | None, Llama3Rope | None]:
+    """The rotary scaling of a config.json. Raises KeyError for a missing field and SftError for an unsupported kind."""
+    kind = scaling.get("rope_type", "default")
+    if kind == "default":
+        return None, None
+    if kind == "yarn":
+        return Yarn(
+            factor=float(scaling["factor"]),
+            beta_fast=float(scaling.get("beta_fast") or 32),
+            beta_slow=float(scaling.get("beta_slow") or 1),
+            old_context=int(scaling["original_max_position_embeddings"]),
+        ), None
+    if kind == "llama3":
+        return None, Llama3Rope(
+            factor=float(scaling["factor"]),
+            low=float(scaling["low_freq_factor"]),
+            high=float(scaling["high_freq_factor"]),
+            old_context=int(scaling["original_max_position_embeddings"]),
+        )
+    raise SftError(f"{where}: rope_type: {kind!r}, expected 'default', 'yarn' or 'llama3'")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an SftError that names it."""
+    """A JSON object from a file. Raises SftError that names the file."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -296,7 +295,7 @@ def check_shapes(
     where: str,
 ) -> None:
     """Raises SftError unless both name the same tensors with the same shapes."""
-    after = "next: bring it whole, or correct the description of the model (config.json, the recipe's [model])"
+    after = "next: fetch all of it again, or correct the description of the model (config.json, the recipe's [model])"
     if missing := [name for name in wanted if name not in found]:
         raise SftError(f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}; {after}")
     if extra := [name for name in found if name not in wanted]:

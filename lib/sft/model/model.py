@@ -216,7 +216,7 @@ def inverse_frequencies(
         high = min(math.ceil(turning(scaling.beta_slow)), dim - 1)
         ramp = torch.arange(dim // 2, device=device, dtype=torch.float32)
         ramp = ((ramp - low) / max(high - low, 1e-3)).clamp(0, 1)
-        return base / scaling.factor * ramp + base * (1 - ramp), 0.1 * math.log(scaling.factor) + 1.0
+        return base / scaling.factor * ramp + base * (1 - ramp), scaling.attention_factor
 
 
 def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:

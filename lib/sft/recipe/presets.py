@@ -1,10 +1,13 @@
-"""Model geometries by name, and what follows from a geometry alone: parameters, FLOPs. Standard library only.
+"""Model architectures by name, and their number of parameters. Standard library only.
 
-Figures: the published configurations of OLMo 2, OLMo 3, Qwen 3 and Llama 3.
+In:  the recipe's [model]. Out: a `ModelConfig`. The figures are those of the published configurations of OLMo 2, OLMo 3, Qwen 3
+     and Llama 3.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 
 from sft.common.errors import SftError
@@ -13,27 +16,33 @@ from sft.recipe.schema import Model
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN rotary scaling (arXiv 2309.00071), applied to full-attention layers only."""
+    """YaRN rotary scaling (arXiv 2309.00071). It applies to full-attention layers only."""
 
     factor: float = 8.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     old_context: int = 8192
 
+    @property
+    def attention_factor(self) -> float:
+        """The factor on sin and cos (section 3.4 of the paper); 1.2079 for a factor of 8."""
+        return 0.1 * math.log(self.factor) + 1.0
+
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3.1's rotary scaling: long waves slowed by `factor`, short ones kept, a ramp in between. Applied to all layers."""
+    """Llama 3.1's rotary scaling, which applies to all layers: long wavelengths are stretched by `factor`, short ones are not, and a
+    ramp connects them."""
 
     factor: float = 8.0
-    low: float = 1.0  # waves longer than old_context / low are slowed
-    high: float = 4.0  # waves shorter than old_context / high are kept
+    low: float = 1.0  # wavelengths above old_context / low are stretched
+    high: float = 4.0  # wavelengths below old_context / high are not
     old_context: int = 8192
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A resolved architecture: a decoder with RMS norms, rotary embedding, SwiGLU and no biases. The defaults are OLMo's."""
+    """A resolved architecture: a decoder with RMS norms, rotary embedding, SwiGLU and no biases. The defaults are those of OLMo."""
 
     n_layers: int
     d_model: int
@@ -47,13 +56,16 @@ class ModelConfig:
     yarn: Yarn | None = None
     init_std: float = 0.02
     norm_eps: float = 1e-6
-    prenorm: bool = False  # the norms come before attention and SwiGLU, not after them
-    qk_norm: str = "full"  # queries and keys are normalised over the 'full' projection, each 'head', or ''
-    tied: bool = False  # the head's matrix is the embedding
+    prenorm: bool = False  # True: the norms come before attention and SwiGLU; False: after them
+    qk_norm: str = (
+        "full"  # queries and keys are normalised over the 'full' projection, over each 'head', or not at all ('')
+    )
+    tied: bool = False  # the output matrix is the embedding
     llama3_rope: Llama3Rope | None = None
 
     def layer_window(self, layer: int) -> int:
-        """Window of one layer in tokens, itself included; 0 = full. Every fourth layer of a windowed model is full."""
+        """Attention window of a layer in tokens, the token itself included; 0 = full. Every fourth layer of a windowed model has
+        full attention."""
         return 0 if layer % 4 == 3 else self.window
 
     @property
@@ -62,7 +74,7 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Trainable scalars: embedding and head, four projections, three SwiGLU matrices, norms."""
+        """Number of trainable values: embedding, output matrix, four projections, three SwiGLU matrices, norms."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         norms = 2 * self.d_model + {"full": q + kv, "head": 2 * self.head_dim, "": 0}[self.qk_norm]
         block = self.d_model * (2 * q + 2 * kv + 3 * self.intermediate_size) + norms
@@ -98,7 +110,7 @@ PRESETS = {
         tied=True,
         llama3_rope=Llama3Rope(factor=32.0),
     ),
-    # Tiny geometries for laptops: 0 in vocab_size means "the tokenizer's, padded to a multiple of 128".
+    # Tiny models for laptops. A vocab_size of 0 means the tokenizer's size, padded to a multiple of 128.
     "olmo2-tiny": ModelConfig(4, 128, 4, 4, 32, 384, 0),
     "olmo3-tiny": ModelConfig(4, 128, 4, 2, 32, 384, 0, window=64),
     "qwen3-tiny": replace(
@@ -118,20 +130,34 @@ PRESETS = {
 }
 
 
+_OTHER_NAMES = {"intermediate_size": "hidden"}
+_RECIPE_FIELDS = {
+    f.name: _OTHER_NAMES.get(f.name, f.name)
+    for f in fields(ModelConfig)
+    if _OTHER_NAMES.get(f.name, f.name) in {field.name for field in fields(Model)}
+}
+"""The recipe's field for every field of ModelConfig that has one."""
+
+
 def recipe_field(name: str) -> str:
-    """The field of the recipe's [model] that sets this field of ModelConfig."""
-    return "hidden" if name == "intermediate_size" else name
+    """The field of the recipe's [model] that sets this field of ModelConfig: "preset" where no other field does."""
+    return "yarn_factor" if name == "yarn" else _RECIPE_FIELDS.get(name, "preset")
+
+
+def differing_fields(a: ModelConfig, b: ModelConfig, ignore: Collection[str] = ()) -> list[str]:
+    """The names of the fields in which two architectures differ."""
+    return [f.name for f in fields(ModelConfig) if f.name not in ignore and getattr(a, f.name) != getattr(b, f.name)]
 
 
 def resolve(model: Model, tokenizer_size: int = 0) -> ModelConfig:
-    """The architecture a recipe asks for.
+    """The architecture that a recipe describes.
 
-    `tokenizer_size` is the number of ids of the tokenizer; it decides vocab_size where neither recipe nor preset does
-    and must fit it where they do. Raises SftError with both values.
+    `tokenizer_size` is the number of ids of the tokenizer. It sets vocab_size where neither the recipe nor the preset does, and must not
+    be larger where they do. Raises SftError with both values.
     """
     base = PRESETS[model.preset]
-    options = {f.name: getattr(model, recipe_field(f.name), None) for f in fields(ModelConfig)}
-    config = replace(base, **{name: value for name, value in options.items() if value is not None})
+    values = {name: getattr(model, field) for name, field in _RECIPE_FIELDS.items()}
+    config = replace(base, **{name: value for name, value in values.items() if value is not None})
     if model.yarn_factor is not None:
         config = replace(
             config, yarn=replace(config.yarn or Yarn(), factor=model.yarn_factor) if model.yarn_factor else None

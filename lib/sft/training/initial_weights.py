@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import core_layers, step_config
+from sft.checkpoint.olmo_core import check_same_layers
 from sft.common.errors import SftError
-from sft.formats.dataset import TokenIds, TokenizerFacts
+from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
@@ -37,7 +37,8 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
             set_parameter(parameters[name], value)
         return f"random weights, seed {seed}"
     if (weights_folder(base) / ".metadata").is_file():
-        _check_core_config(base, config)
+        if (base / "config.json").is_file():
+            check_same_layers(base / "config.json", config)
         tensors = DcpReader(base)
         _check_shapes({name: tensors.shape(name) for name in hf.without_tied_head(tensors, config)}, config, base)
         _fill(parameters, tensors.__getitem__, base)
@@ -70,26 +71,6 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, bas
     if vocab > config.vocab_size:
         raise SftError(f"{base}: {vocab} vocabulary rows, [model] has {config.vocab_size}; set vocab_size = {vocab}")
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
-
-
-def _check_core_config(base: Path, config: ModelConfig) -> None:
-    """Refuses a base whose config.json says what tensor shapes cannot: heads, rotary base, windows, YaRN."""
-    file = base / "config.json"
-    if not file.is_file():
-        return
-    try:
-        found = core_layers(hf.read_json(file)["model"])
-        wanted = core_layers(step_config(config, TokenIds())["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise SftError(f"{file}: not the description of an OLMo-core model: {error!r}") from error
-    if len(found) != len(wanted):
-        raise SftError(f"{file}: {len(found)} layers, [model] has {len(wanted)}; correct [model] n_layers")
-    for layer, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
-        for field, value in ours.items():
-            if theirs[field] != value:
-                raise SftError(
-                    f"{file}: layer {layer}: {field} is {theirs[field]}, [model] says {value}; correct [model]"
-                )
 
 
 def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unchecked: bool = False) -> str:
