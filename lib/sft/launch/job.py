@@ -102,8 +102,8 @@ class Job:
         return self.run / FOLDER
 
     @property
-    def record(self) -> Path:
-        """The file that records the submitted job."""
+    def record_file(self) -> Path:
+        """The file of the record of the submitted job, runs/<run>/.jobs/<stage>.json."""
         return self.folder / f"{self.stage}.json"
 
     @property

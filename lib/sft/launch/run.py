@@ -53,7 +53,7 @@ def main(launcher: str, argv: Sequence[str] | None = None) -> int:
         try:
             return run_job(job, scheduler, log)
         except KeyboardInterrupt:
-            known = SubmittedJob.load(job.record)
+            known = SubmittedJob.load(job.record_file)
             log(f"job {known.id if known else '?'} continues; next: the same make follows it again,"
                 f" make cancel RECIPE={job.recipe.name} ends it")  # fmt: skip
             return CANCELLED
@@ -106,8 +106,8 @@ def find_or_submit(job: Job, scheduler: Scheduler, log: Log) -> SubmittedJob | N
     None where another make or the job itself has finished the stage since this one was planned. Raises SftError where an
     active job makes the stage from other options or inputs.
     """
-    with lock(job.record.with_suffix(".lock"), wait=True):
-        known = SubmittedJob.load(job.record)
+    with lock(job.record_file.with_suffix(".lock"), wait=True):
+        known = SubmittedJob.load(job.record_file)
         if known and job.cluster.shared_disk and is_made(job):
             return None
         if known and not known.record.ended and is_current(known, job, scheduler, log):
@@ -142,7 +142,7 @@ def submit(job: Job, scheduler: Scheduler) -> SubmittedJob:
     scheduler.check(job)
     id = scheduler.submit(job)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    submitted = SubmittedJob(job.record, JobRecord(id, job.identity, job.place.cluster, tuple(job.command), now))
+    submitted = SubmittedJob(job.record_file, JobRecord(id, job.identity, job.place.cluster, tuple(job.command), now))
     submitted.save()
     return submitted
 
@@ -202,10 +202,10 @@ def evaluate_checkpoints(job: Job, training: SubmittedJob, scheduler: Scheduler,
     if watch is None:
         return
     try:
-        with lock(watch.record.with_suffix(".lock"), wait=True):
+        with lock(watch.record_file.with_suffix(".lock"), wait=True):
             if not is_active(training, scheduler, log):
                 return
-            known = SubmittedJob.load(watch.record)
+            known = SubmittedJob.load(watch.record_file)
             if known and known.cluster == training.cluster and is_active(known, scheduler, log):
                 if list(known.record.command) == watch.command:
                     log(f"job {known.id} evaluates the checkpoints")
