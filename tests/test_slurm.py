@@ -1,16 +1,14 @@
 """Stages as jobs of a real Slurm on this machine: a controller and three nodes from Debian's packages (tests/slurm.py).
 
-Most stages are a few lines on the real runner; the last tests prepare and train for real, on two nodes.
+The stages are a few lines on the real runner; tests/test_slurm_stages.py has the real ones.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -20,10 +18,9 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO, Workspace
-from sft.formats import manifest
-from sft.formats.job import JobRecord
-from slurm import NoSlurm, Slurm
+from slurm_place import program, record, slurm, start, until, workspace
 
+__all__ = ["slurm", "workspace"]  # the fixtures
 pytestmark = pytest.mark.slurm
 
 SAVES_WHEN_TOLD = """
@@ -36,54 +33,6 @@ print('resuming from', saved.read_text() if saved.exists() else 'nothing', flush
 while not saved.exists(): time.sleep(0.05)
 """
 HOSTILE = "a b'c\"d$HOME `e` %j #f;g ünï"
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory):
-    try:
-        made = Slurm(tmp_path_factory.mktemp("slurm"))
-    except NoSlurm as e:
-        pytest.skip(f"no Slurm to test with: {e}")
-    before = os.environ["PATH"]
-    with made:
-        os.environ["PATH"] = made.env["PATH"]
-        yield made
-        os.environ["PATH"] = before
-
-
-@pytest.fixture
-def workspace(slurm, tmp_path):
-    """A workspace whose stages leave a note of the job they ran in."""
-    return Workspace(tmp_path)
-
-
-def program(workspace, stage, body):
-    """A stage whose body is `body`, indented by four; `stage` and `run` (a Path) are what it has."""
-    lines = "\n".join("    " + line for line in body.strip().splitlines())
-    (workspace.root / f"stages/{stage}.py").write_text(
-        "import json, os, signal, sys, time\nfrom pathlib import Path\nfrom sft.runner.stage import Result, main\n"
-        f"def body(stage):\n    run = Path(sys.argv[1])\n{lines}\n    (stage.out / 'out').write_text('x')\n    return Result(['out'])\n"
-        f"main({stage!r}, body, shared=False)\n"
-    )
-
-
-def start(workspace, *args):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
-    return subprocess.Popen(
-        ["make", *args], cwd=workspace.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-def until(condition, what, seconds=30.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-    return found
-
-
-def record(workspace, stage, run="x") -> JobRecord:
-    return JobRecord.read(workspace.root / f"runs/{run}/.jobs/{stage}.json")
 
 
 @pytest.fixture(scope="module")
@@ -427,129 +376,3 @@ def test_a_lost_controller_is_asked_again_until_it_answers(workspace, slurm, sho
     (workspace.root / "go").touch()
     out, _ = process.communicate(timeout=90)
     assert process.returncode == 0 and "is done" in out, out
-
-
-# --- the real stages --------------------------------------------------------------------------------------------------
-
-RECIPE = """
-[model]
-preset = "olmo3-tiny"
-d_model = 32
-n_heads = 4
-n_kv_heads = 2
-head_dim = 8
-hidden = 64
-[prepare]
-tokenizer = "smoke/tokenizer"
-template = "olmo"
-[[prepare.sources]]
-path = "a.jsonl"
-[[prepare.sources]]
-path = "b.jsonl"
-[[prepare.sources]]
-path = "c.jsonl"
-[train]
-seq_len = 256
-global_batch_tokens = 512
-steps = 40
-lr = 3e-3
-precision = "fp32"
-save_every = 1000
-ephemeral_every = 0
-validate_every = 0
-[evaluate]
-tasks = ["one"]
-[on.slurm.train]
-threads = 1
-"""
-
-
-@pytest.fixture(scope="module")
-def real(slurm, tmp_path_factory):
-    """A workspace with the repository's own stages, a model of 100 thousand parameters and its data prepared by an array job."""
-    workspace = Workspace(tmp_path_factory.mktemp("real"))
-    shutil.rmtree(workspace.root / "stages")
-    shutil.copytree(REPO / "stages", workspace.root / "stages")
-    shutil.copytree(REPO / "recipes/smoke", workspace.root / "recipes/smoke")
-    rows = (REPO / "recipes/smoke/train.jsonl").read_text().splitlines(keepends=True)
-    for i, name in enumerate("abc"):
-        (workspace.root / f"recipes/{name}.jsonl").write_text("".join(rows[i * 100 : i * 100 + 100]))
-    (workspace.root / "recipes/x.toml").write_text(RECIPE)
-    workspace.out = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "SHARDS=2").stdout
-    return workspace
-
-
-def test_an_array_of_parts_and_their_merge_make_the_bytes_of_one_job(real):
-    array, merge = record(real, "prepare").job.split("+")
-    assert f"job {array}+{merge} submitted" in real.out and "2 parts and their merge" in real.out
-    assert {int(p) for p in re.findall(r"^part (\d): \[prepare\] part \d of 2: ", real.out, re.M)} == {0, 1}
-    assert f"[prepare] job {array}+{merge} is done" in real.out
-    made = manifest.load(real.root / "runs/x/prepare/manifest.json")
-    real.make("prepare", "RECIPE=x", "RUNS=whole")
-    whole = manifest.load(real.root / "whole/x/prepare/manifest.json")
-    arrays = [
-        {e.path: e.sha256 for e in m.outputs if e.path.startswith("data/") and not e.path.endswith(".json")}
-        for m in (made, whole)
-    ]
-    assert arrays[0] and arrays[0] == arrays[1] and made.key == whole.key
-
-
-def test_a_failed_part_fails_the_job_and_names_the_part(slurm, workspace):
-    (workspace.root / "stages/prepare.py").write_text(
-        "import os, sys\nprint('SHARD', os.environ['SHARD'], flush=True)\nsys.exit(5 if os.environ['SHARD'] == '1/3' else 0)\n"
-    )
-    done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "SHARDS=3", ok=False)
-    assert "Error 5" in done.stderr and "failed, exit status 5 (parts: 2 done, 1 failed)" in done.stdout
-    tail = done.stdout[done.stdout.index("last lines of") :]
-    assert "SHARD 1/3" in tail and "SHARD 0/3" not in tail and "part 2: SHARD 2/3" in done.stdout
-    assert "a number of parts" in workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "SHARDS=x", ok=False).stderr
-    merge = (workspace.root / "runs/x/.jobs/prepare.sbatch").read_text().splitlines()[1]
-    by_hand = slurm.run("bash", "-c", merge.partition("; by hand: ")[2]).split()[-1]
-    until(
-        lambda: "JobState=CANCELLED" in slurm.run("scontrol", "show", "job", by_hand), "the merge to end with its parts"
-    )
-
-
-def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run(real, slurm):
-    """A more urgent job takes the nodes: SIGTERM, both save, Slurm queues the job again, and it resumes."""
-    train = ("train", "RECIPE=x", "CLUSTER=slurm", "nodes=2")
-    out = real.make(*train).stdout
-    assert "2 x cpu, fp32; 40 steps" in out and re.search(r"attempt 1 of job \d+ on n\[0-1\]", out)
-    folder = real.root / "runs/x/train"
-    whole = final_weights(folder)
-    shutil.rmtree(folder)
-    process = start(real, *train)
-    metrics = folder / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4, "four steps", 180)
-    workers = ranks_in(real.root)
-    assert len(workers) == 2
-    for (
-        pid
-    ) in workers:  # or a fast machine is done before Slurm has looked; Slurm wakes them before it asks them to end
-        os.kill(pid, signal.SIGSTOP)
-    urgent = slurm.run(
-        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
-    )
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    job = record(real, "train").job
-    assert int(urgent) > int(job) and f"--- attempt 2 of job {job}" in out
-    resumed = int(re.search(r"continuing from \S*step(\d+)", out)[1])
-    assert 0 < resumed < 40
-    assert final_weights(folder) == whole
-
-
-def ranks_in(root):
-    """The process ids of the training ranks that work in `root`."""
-    found = []
-    for proc in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            ours = Path(os.readlink(proc / "cwd")) == root and b"sft.training.train" in (proc / "cmdline").read_bytes()
-            if ours and b"\0RANK=" in (proc / "environ").read_bytes():
-                found.append(int(proc.name))
-    return found
-
-
-def final_weights(train):
-    made = manifest.load(train / "manifest.json")
-    return {e.path: e.sha256 for e in made.outputs if e.path.endswith(".distcp")} or pytest.fail("no weights")

@@ -36,7 +36,8 @@ class Scheduler(Protocol):
     def follow(self, id: str, out: IO[str]) -> int:
         """Writes the log to `out` until the job ends and fetches its results. Returns the exit status."""
 
-    def cancel(self, id: str) -> None: ...
+    def cancel(self, id: str) -> None:
+        """Ends the job."""
 
     def render(self, job: Job) -> str:
         """What `submit` would submit, as text for `make dry-run`."""

@@ -93,6 +93,7 @@ def check_made(job: Job, patience_s: float = VISIBLE_S) -> None:
 
 
 def is_made(job: Job) -> bool:
+    """Whether the stage is finished and current, and its files are readable from this cluster."""
     state = plan.states(job.place, job.recipe)[job.stage]
     return not state.stale and not state.elsewhere
 
@@ -154,6 +155,7 @@ def scheduler_of(job: SubmittedJob, place: plan.Place) -> Scheduler:
 
 
 def describe(job: Job) -> str:
+    """The job's size for people: "2 nodes, 8 GPUs each"."""
     parts = [f"{job.nodes} node{'s' * (job.nodes > 1)}", f"{job.gpus or 'no'} GPU{'s' * (job.gpus != 1)} each"]
     parts += [f"{job.shards} parts and their merge"] * bool(job.shards)
     return ", ".join(parts)
@@ -218,6 +220,7 @@ def evaluate_checkpoints(job: Job, training: SubmittedJob, scheduler: Scheduler,
 
 
 def is_active(job: SubmittedJob, scheduler: Scheduler, log: Log) -> bool:
+    """Whether the job waits or runs. Raises SftError when the scheduler does not answer for an hour."""
     return retried(lambda: scheduler.status(job.id), log).active
 
 

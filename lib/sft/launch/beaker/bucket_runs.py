@@ -39,6 +39,7 @@ def log(text: str) -> None:
 
 
 def cache(run: Path) -> Path:
+    """The folder for what storages remember about their objects."""
     return run.parent / ".cache"
 
 

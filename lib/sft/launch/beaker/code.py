@@ -25,10 +25,12 @@ class Code:
 
     @property
     def dataset(self) -> str:
+        """The name of the Beaker dataset with the archive of the code; empty when a repository has it."""
         return "" if self.repository else f"olmo-sft-{self.commit[:16]}"
 
 
 def git(root: Path, *command: str) -> str:
+    """What a git command prints in `root`. Raises SftError when it fails."""
     done = subprocess.run(["git", "-C", str(root), *command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SftError(f"git {' '.join(command)} in {root}: {done.stderr.strip() or done.returncode}")

@@ -94,6 +94,7 @@ def node_gpus(client: Beaker) -> dict[str, NodeGpus]:
 
 
 def has_secret(client: Beaker, name: str, workspace: pb2.Workspace) -> bool:
+    """Whether the workspace has a secret of this name."""
     try:
         client.secret.get(name, workspace=workspace)
     except BeakerSecretNotFound:

@@ -52,6 +52,7 @@ class Context:
 
     @property
     def file(self) -> str:
+        """The name of the cluster's file, for messages."""
         return f"env/{self.place.cluster}.toml"
 
     def needs(self, *stages: str) -> bool:
@@ -74,6 +75,7 @@ class Context:
 
     @property
     def ranks(self) -> int:
+        """The number of training processes on all nodes."""
         return self.training.nodes * processes(self.training, self.cluster)[0]
 
     @property
@@ -135,4 +137,5 @@ def amount(size: float) -> str:
 
 
 def hours_text(hours: float) -> str:
+    """Hours for people: 1.5 -> "90 min", 2.25 -> "2.2 h"."""
     return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.1f} h"

@@ -65,6 +65,7 @@ def _not_installed(what: str, e: ModuleNotFoundError) -> Row:
 
 
 def table(rows: Sequence[Row]) -> str:
+    """The rows as aligned lines. A row that is not OK has its next command below it."""
     width = max((len(r.what) for r in rows), default=0)
     lines = []
     for r in rows:
