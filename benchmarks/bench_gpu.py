@@ -32,7 +32,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from sft.common.errors import SftError
-from sft.data.dataset import Dataset, DatasetWriter
+from sft.data.dataset import Dataset
+from sft.data.dataset_writer import DatasetWriter
 from sft.model import attention, memory, utilisation
 from sft.model.model import Transformer, compile_blocks, initial_values
 from sft.model.parallel import World, context_group, join, shard
@@ -103,7 +104,7 @@ def documents(folder: Path, tokens: int, seq_len: int) -> Dataset:
     """Chats mixed with reasoning, as bench_balance draws them, a third of their tokens trained."""
     rng = np.random.default_rng(0)
     with DatasetWriter(folder, 1000, part_tokens=1 << 24) as writer:
-        while writer.tokens < tokens:
+        while writer.num_tokens < tokens:
             mean, sigma = (6.5, 1.0) if rng.random() < 0.93 else (9.2, 0.8)
             length = int(np.clip(rng.lognormal(mean, sigma), 4, seq_len))
             ids = rng.integers(3, 1000, length)

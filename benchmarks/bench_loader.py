@@ -17,7 +17,8 @@ import time
 
 import numpy as np
 
-from sft.data.dataset import Dataset, DatasetWriter
+from sft.data.dataset import Dataset
+from sft.data.dataset_writer import DatasetWriter
 from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sft.data.dataset import Dataset, DatasetWriter
+from sft.data.dataset import Dataset
+from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import (
     DatasetInfo,
     LengthHistogram,

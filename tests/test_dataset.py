@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from sft.common.errors import SftError
-from sft.data.dataset import DOCUMENT, Dataset, DatasetWriter, token_dtype
+from sft.data.dataset import DOCUMENT, Dataset, token_dtype
+from sft.data.dataset_writer import DatasetWriter
 
 
 def documents(count: int, seed: int = 0, vocab: int = 1000, longest: int = 40):
@@ -31,8 +32,8 @@ def test_documents_come_back_as_they_were_added(tmp_path: Path):
         writer.add([], [], [], 0)
         writer.add(ids[half:], mask[half:], lengths[90:], np.arange(110) % 3)
     data = Dataset.open(tmp_path)
-    assert (len(data), data.tokens, data.labels, data.dtype) == (200, lengths.sum(), mask.sum(), np.dtype("<u2"))
-    assert (writer.documents, writer.tokens, writer.labels) == (200, lengths.sum(), mask.sum())
+    assert (len(data), data.tokens, data.num_targets, data.dtype) == (200, lengths.sum(), mask.sum(), np.dtype("<u2"))
+    assert (writer.num_documents, writer.num_tokens, writer.num_targets) == (200, lengths.sum(), mask.sum())
     assert data.parts > 5 and max(len(data.ids(p)) for p in range(data.parts)) <= 500
     assert np.concatenate([i for i, _ in data]).tolist() == ids.tolist()
     assert np.concatenate([m for _, m in data]).tolist() == mask.tolist()
@@ -50,7 +51,7 @@ def test_every_csv_tiles_its_part_and_no_document_is_cut(tmp_path: Path):
     for part in range(data.parts):
         lines = gzip.decompress((tmp_path / f"token_ids_part_{part:04d}.csv.gz").read_bytes()).decode().split()
         spans = [tuple(map(int, line.split(","))) for line in lines]
-        assert spans[0][0] == 0 and spans[-1][1] == len(data.ids(part)) == len(data.mask(part))
+        assert spans[0][0] == 0 and spans[-1][1] == len(data.ids(part)) == len(data.loss_mask(part))
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         total += len(spans)
     assert total == len(data) == 62 and data.parts > 2

@@ -97,7 +97,7 @@ def test_an_export_without_a_template_is_not_scored(tmp_path: Path) -> None:
 
 
 def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: Path) -> None:
-    from sft.data.dataset import DatasetWriter
+    from sft.data.dataset_writer import DatasetWriter
     from sft.model.model import Transformer
 
     rng = random.Random(0)
@@ -331,7 +331,7 @@ def test_the_system_prompt_stands_before_every_conversation(place: SimpleNamespa
 
 
 def test_as_many_held_out_conversations_as_asked_are_measured_and_kept(place: SimpleNamespace, tmp_path: Path) -> None:
-    from sft.data.dataset import DatasetWriter
+    from sft.data.dataset_writer import DatasetWriter
 
     with DatasetWriter(tmp_path / "validation", 300) as writer:
         writer.add([5, 6, 7] * 4, [False, True, True] * 4, [3, 3, 3, 3])

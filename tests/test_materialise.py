@@ -18,7 +18,7 @@ from sft.data.chunks import Progress
 from sft.data.compiled import TRAINED
 from sft.data.dataset import Dataset
 from sft.data.materialise import Documents, by_place, inverse, materialise, reads
-from sft.data.token_check import Check
+from sft.data.token_check import TokenCheck
 from sft.data.tokencache import ChunkWriter
 
 EOS = 9
@@ -55,7 +55,7 @@ def chosen(made: list[list[np.ndarray]], picks: list[tuple[int, int]]) -> Docume
 
 
 def run(folder: Path, paths: list[Path], documents: Documents, threads: int = 2) -> Dataset:
-    check = Check("x", made_data.facts(1000, EOS, pad_id=0))
+    check = TokenCheck("x", made_data.facts(1000, EOS, pad_id=0))
     progress = Progress(lambda _: None, "writing", 1)
     written, _ = materialise(folder, 1000, paths, documents, check, progress, threads)
     assert written.documents == len(documents.file)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from bench_pack import first_fit_decreasing
 from made_data import write_dataset
 from sft.common.errors import SftError
-from sft.data.dataset import DOCUMENT, Dataset, DatasetWriter
+from sft.data.dataset import DOCUMENT, Dataset
+from sft.data.dataset_writer import DatasetWriter
 from sft.packing.packs import PackIndex, _best_fit, cut_documents, pack, pack_dataset, pack_documents, target_counter
 
 
@@ -143,7 +144,7 @@ def test_labels_of_cut_documents_are_counted_in_the_masks(tmp_path: Path, policy
     assert sorted(tuple(p) for p in index.segments.tolist()) == expected
     assert index.losses.exact and index.losses.long_documents == sum(n > seq_len for n in LENGTHS)
     assert index.losses.tokens_lost == data.tokens - sum(e[2] for e in expected)
-    assert index.losses.labels_lost == data.labels - sum(e[3] for e in expected)
+    assert index.losses.labels_lost == data.num_targets - sum(e[3] for e in expected)
     assert index.sums("length").max() <= seq_len and index.sums("labels").sum() == sum(e[3] for e in expected)
 
 

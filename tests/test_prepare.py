@@ -50,7 +50,7 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
     made = json.loads((s.out / "dataset.json").read_bytes())
     data, held = Dataset.open(s.out / "data"), Dataset.open(s.out / "validation")
     assert len(data) + len(held) == 300 and 10 < len(held) < 60
-    assert made["splits"]["data"] == {"documents": len(data), "tokens": data.tokens, "labels": data.labels}
+    assert made["splits"]["data"] == {"documents": len(data), "tokens": data.tokens, "labels": data.num_targets}
     assert made["sources"][0]["rejected"] == 0 and made["sources"][0]["rows"] == 300
     assert (np.dtype(made["dtype"]), made["boundaries"]) == (data.dtype, "eos")
     assert sum(n for _, n, _ in made["lengths"]["up_to"]) == len(data)
@@ -85,7 +85,7 @@ def test_a_claim_about_all_documents_fails_the_stage_when_one_breaks_it(tmp_path
 
 
 def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
-    check = token_check.Check("x", made_data.facts(10, eos_id=9, pad_id=0))
+    check = token_check.TokenCheck("x", made_data.facts(10, eos_id=9, pad_id=0))
     tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
     ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
     found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)
@@ -93,7 +93,7 @@ def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
     gather(tokens, 100, 0, 2, starts, lengths, puts, np.uint32(9), ids, mask, *found)
     assert ids.tolist() == [1, 2, 9, 1, 2, 9] and mask.tolist() == [False, True, False, False, True, True]
     assert [f.tolist() for f in found] == [[2, 1], [False, False], [9, 2], [(1 << 31) + 1] * 2]
-    check.add(check.look(lengths, *found))
+    check.add(check.count(lengths, *found))
     with pytest.raises(SftError, match="in 1 of 2 documents, first in 1, the last trained token is no terminator"):
         check.finish()
 

@@ -30,7 +30,7 @@ import made_data
 from published import publish
 from sft.checkpoint.step_folder import DcpReader
 from sft.common.files import hash_file
-from sft.data.dataset import DatasetWriter
+from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import SplitSize
 from sft.formats.metrics import StepRecord, read_steps
 from sft.recipe import schema
@@ -60,7 +60,7 @@ def write_split(folder: Path, documents: int, seed: int) -> SplitSize:
             ids[-1] = EOS
             mask = np.arange(length) >= (length - 1 if number % 3 == 0 else rng.integers(1, length))
             writer.add(ids, mask, [length], source=number % 2)
-        return SplitSize(writer.documents, writer.tokens, writer.labels)
+        return SplitSize(writer.num_documents, writer.num_tokens, writer.num_targets)
 
 
 def write_dataset(folder: Path) -> Path:

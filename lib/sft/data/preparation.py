@@ -18,12 +18,13 @@ import numpy as np
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.machine import cores
-from sft.data import blocks, sources, token_check, workers
+from sft.data import blocks, sources, workers
 from sft.data.chunks import EncodeChunk, Job, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import Documents, materialise
 from sft.data.mix import Pool, Selection
 from sft.data.shard import Shard, digest
+from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.formats.chunks import ScreenHits
 from sft.formats.dataset import SplitSize
@@ -296,7 +297,7 @@ class Preparation:
             index = chosen.index[here]
             chunk[here] = source.chunk[index] + offsets[number]
             start[here], length[here] = source.start[index], source.pool.lengths[index]
-        check = token_check.Check(f"[prepare] {name}", self.encoder.identity)
+        check = TokenCheck(f"[prepare] {name}", self.encoder.identity)
         progress = Progress(self.log, f"writing {name}", int(length.sum()))
         files = [self.cache / job.name for job in jobs]
         documents = Documents(chunk, start, length, chosen.source)

@@ -1,4 +1,8 @@
-"""TODO sft.data.token_check"""
+"""Checks every token on its way to disk, whatever happened to the token cache since it was encoded.
+
+In:  what `sft.data.compiled.gather` found of each document of a block. Out: a `WrittenSplit` of proof.json, or SftError
+     for documents that break the mask proof.
+"""
 
 from __future__ import annotations
 
@@ -14,80 +18,92 @@ from sft.formats.proof import WrittenSplit
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found in a block of documents: how many each claim is true for; positions are -1 where there is none."""
+class BlockCounts:
+    """For how many documents of a block each claim is true. Positions in the block are -1 where there is no such document."""
 
     documents: int
     tokens: int
-    labels: int
-    trained: int
-    ended: int
-    terminated: int
-    wrong: int
-    first_wrong: int
-    unterminated: int
+    num_targets: int
+    trained: int  # have a target, and it is not the first token
+    ended: int  # end with their only EOS
+    terminated: int  # the last trained token is a terminator
+    broken: int  # break the mask proof
+    first_broken: int
+    first_unterminated: int
 
 
-class Check:
-    """Looks at every token on its way to disk, whatever the token cache may have become since it was encoded.
-
-    `look` may run in many threads; `add` takes what it saw in the order of the blocks.
-    """
+class TokenCheck:
+    """Sums up the counts of all blocks of a split. `count` is thread-safe; `add` takes its results in the order of the blocks."""
 
     def __init__(self, what: str, facts: TokenizerFacts):
+        """`what` stands in error messages."""
         self.what, self.facts = what, facts
         self.terminators = np.array(facts.terminator_ids, dtype=np.int64)
-        self.documents = self.tokens = self.labels = 0
-        self.trained = self.ended = self.terminated = 0  # documents for which each claim was found true
-        self.unterminated = -1  # the first document whose last trained token is no terminator
+        self.documents = self.tokens = self.num_targets = 0
+        self.trained = self.ended = self.terminated = 0
+        self.first_unterminated = -1
 
-    def look(
+    def count(
         self,
         lengths: NDArray[np.int64],
-        labels: NDArray[np.int64],
+        num_targets: NDArray[np.int64],
         first_trained: NDArray[np.bool_],
-        last: NDArray[np.uint32],
+        last_trained: NDArray[np.uint32],
         eoses: NDArray[np.uint32],
-    ) -> Seen:
-        """From what `sft.data.compiled.gather` found of each document."""
-        wrong = (labels == 0) | first_trained
-        trained = len(wrong) - int(wrong.sum())
-        once = np.ones(len(wrong), dtype=np.bool_)
-        if self.facts.boundaries == "eos":
-            once = eoses == (TRAINED | 1)
-            wrong |= ~once
-        stopped = np.isin(last, self.terminators)
-        return Seen(
-            len(lengths), int(lengths.sum()), int(labels.sum()), trained, int(once.sum()), int(stopped.sum()), int(wrong.sum()),
-            int(np.argmax(wrong)) if wrong.any() else -1, -1 if stopped.all() else int(np.argmin(stopped)),
-        )  # fmt: skip
+    ) -> BlockCounts:
+        """Counts the documents of a block, from what `gather` found of each.
 
-    def add(self, seen: Seen) -> None:
-        if seen.wrong:
+        `first_trained`: the first token is a target. `last_trained`: the id of the last target. `eoses`: the number of EOS
+        tokens, with the bit TRAINED when the last token is EOS.
+        """
+        broken = (num_targets == 0) | first_trained
+        trained = len(broken) - int(broken.sum())
+        ended = np.ones(len(broken), dtype=np.bool_)
+        if self.facts.boundaries == "eos":
+            ended = eoses == (TRAINED | 1)
+            broken |= ~ended
+        terminated = np.isin(last_trained, self.terminators)
+        return BlockCounts(
+            documents=len(lengths),
+            tokens=int(lengths.sum()),
+            num_targets=int(num_targets.sum()),
+            trained=trained,
+            ended=int(ended.sum()),
+            terminated=int(terminated.sum()),
+            broken=int(broken.sum()),
+            first_broken=int(np.argmax(broken)) if broken.any() else -1,
+            first_unterminated=-1 if terminated.all() else int(np.argmin(terminated)),
+        )
+
+    def add(self, block: BlockCounts) -> None:
+        """Adds the next block. Raises SftError when one of its documents breaks the mask proof."""
+        if block.broken:
             raise SftError(
-                f"{self.what}: document {self.documents + seen.first_wrong} breaks the mask proof ({seen.wrong} of"
-                f" {seen.documents} in its block); next: remove the cache/tokens folder and run it again"
+                f"{self.what}: document {self.documents + block.first_broken} breaks the mask proof ({block.broken} of"
+                f" {block.documents} in its block); next: remove the cache/tokens folder and run it again"
             )
-        if self.unterminated < 0 <= seen.unterminated:
-            self.unterminated = self.documents + seen.unterminated
-        self.trained += seen.trained
-        self.ended += seen.ended
-        self.terminated += seen.terminated
-        self.documents += seen.documents
-        self.tokens += seen.tokens
-        self.labels += seen.labels
+        if self.first_unterminated < 0 <= block.first_unterminated:
+            self.first_unterminated = self.documents + block.first_unterminated
+        self.trained += block.trained
+        self.ended += block.ended
+        self.terminated += block.terminated
+        self.documents += block.documents
+        self.tokens += block.tokens
+        self.num_targets += block.num_targets
 
     def finish(self) -> WrittenSplit:
+        """The counts of the split. Raises SftError when a document's last trained token is no terminator."""
         if self.terminated < self.documents:
             raise SftError(
-                f"{self.what}: in {self.documents - self.terminated} of {self.documents} documents, first in {self.unterminated}, the last"
-                f" trained token is no terminator {list(self.facts.terminator_ids)}: the model would not learn to stop; next: choose a"
-                " template that ends every turn, or correct the train flags of the rows"
+                f"{self.what}: in {self.documents - self.terminated} of {self.documents} documents, first in"
+                f" {self.first_unterminated}, the last trained token is no terminator {list(self.facts.terminator_ids)}: the"
+                " model would not learn to stop; next: choose a template that ends every turn, or correct the train flags of"
+                " the rows"
             )
         return WrittenSplit(
             documents=self.documents,
             tokens=self.tokens,
-            labels=self.labels,
+            labels=self.num_targets,
             documents_with_a_trained_token_that_is_not_the_first=self.trained,
             documents_ending_with_a_trained_terminator=self.terminated,
             documents_ending_with_their_only_eos=self.ended if self.facts.boundaries == "eos" else None,

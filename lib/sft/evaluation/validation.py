@@ -63,7 +63,7 @@ def held_out(folder: Path, limit: int, longest: int) -> list[Conversation]:
     for part, start, length in dataset.documents[["part", "start", "length"]][:limit].tolist():
         end = start + min(length, longest)
         conversations.append(
-            Conversation(dataset.ids(part)[start:end].tolist(), dataset.mask(part)[start:end].tolist())
+            Conversation(dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist())
         )
     return conversations
 

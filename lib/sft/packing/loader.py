@@ -243,7 +243,7 @@ class Loader:
         spans = zip(rows["part"].tolist(), first.tolist(), (first + lengths).tolist(), starts.tolist(), strict=False)
         for part, begin, end, at in spans:
             ids[at : at + end - begin] = self.dataset.ids(part)[begin:end]
-            loss_mask[at : at + end - begin] = self.dataset.mask(part)[begin:end]
+            loss_mask[at : at + end - begin] = self.dataset.loss_mask(part)[begin:end]
         ids[used:] = self.pad_id
 
         loss_mask[starts[: len(lengths)]] = False  # no token of its document precedes the first one

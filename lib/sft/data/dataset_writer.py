@@ -1,0 +1,240 @@
+"""Writes a tokenised dataset in parts. sft.data.dataset describes the files and reads them.
+
+In:  token ids, loss mask and lengths of complete documents (`DatasetWriter.add`, many documents a call).
+Out: the folder of the dataset.
+
+A part ends on a document boundary. Every file is written under a temporary name, synced and renamed
+(sft.common.direct_io). documents.npy comes last, so a folder without it is not a dataset. The bytes depend on the
+documents alone.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sft.common.direct_io import BulkFile
+from sft.common.errors import SftError
+from sft.common.files import sync_folder
+from sft.data.compiled import DIGITS, write_bounds
+from sft.data.dataset import DOCUMENT, bounds_name, ids_name, mask_name, token_dtype, trained_counts
+
+PART_TOKENS = 1 << 28  # 1 GiB of uint32 ids: few files, and small enough to copy again after an error
+MAX_PARTS = 10_000  # readers sort names as text, so the part number must keep its four digits
+
+
+@dataclass(frozen=True)
+class Block:
+    """Valid documents, one after another, and their DOCUMENT records without `part` and `start`."""
+
+    ids: NDArray[Any]
+    loss_mask: NDArray[np.bool_]
+    rows: NDArray[Any]
+
+
+@dataclass
+class _Part:
+    """The part that is being written: its files, its DOCUMENT records, and how many tokens it has."""
+
+    number: int
+    ids: BulkFile
+    loss_mask: BulkFile
+    rows: list[NDArray[Any]] = field(default_factory=list)
+    tokens: int = 0
+
+
+class DatasetWriter:
+    """Writes documents into a folder. Use it as a context manager: an exception leaves no documents.npy behind.
+
+    `num_documents`, `num_tokens` and `num_targets` count what was written. `hashes` has the sha256 (hex) of each finished
+    file by its name.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        vocab_size: int,
+        part_tokens: int = PART_TOKENS,
+        boundaries: str = "eos",
+        order: NDArray[np.int64] | None = None,
+    ) -> None:
+        """documents.npy lists the documents as they are added; with `order`, entry i is the added document order[i]."""
+        if vocab_size < 1 or part_tokens < 1:
+            raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.vocab_size, self.part_tokens, self.dtype = vocab_size, part_tokens, token_dtype(vocab_size)
+        self.boundaries, self.order = boundaries, order
+        self.num_documents = self.num_tokens = self.num_targets = 0
+        self.hashes: dict[str, str] = {}
+        self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array per write
+        self._part: _Part | None = None
+        self._next_number = 0
+        self._pool = ThreadPoolExecutor(3, thread_name_prefix="close")
+        self._closing: list[Future[None]] = []  # the files of the previous part
+
+    def add(self, ids: ArrayLike, loss_mask: ArrayLike, lengths: ArrayLike, source: int | ArrayLike = 0) -> None:
+        """Appends documents: `ids` and `loss_mask` hold them one after another, `lengths` has their lengths.
+
+        `source` is the number of the mix's source, one for all or one per document. Raises SftError for invalid documents.
+        """
+        ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
+        loss_mask = np.asarray(loss_mask, dtype=np.bool_)
+        num_targets = trained_counts(loss_mask, np.cumsum(lengths))
+        self.append(self.validate(ids, loss_mask, lengths, source, num_targets, self.num_documents))
+
+    def validate(
+        self,
+        ids: NDArray[Any],
+        loss_mask: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        source: int | ArrayLike,
+        num_targets: NDArray[np.int64],
+        first: int,
+    ) -> Block:
+        """Validates a block of documents, the first of which has number `first`. Thread-safe. Raises SftError."""
+        self._check_ids(ids, loss_mask, lengths, first)
+        starts = np.cumsum(lengths) - lengths
+        if loss_mask[starts].any():
+            bad = int(np.flatnonzero(loss_mask[starts])[0])
+            raise SftError(
+                f"{self.folder}: document {first + bad}: its first token is a target, but no token precedes it to predict it"
+            )
+        rows = np.empty(len(lengths), dtype=DOCUMENT)
+        rows["length"], rows["source"], rows["labels"] = lengths, source, num_targets
+        return Block(np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(loss_mask), rows)
+
+    def _check_ids(
+        self, ids: NDArray[Any], loss_mask: NDArray[np.bool_], lengths: NDArray[np.int64], first: int
+    ) -> None:
+        total = int(lengths.sum())
+        if len(ids) != total or len(loss_mask) != total:
+            raise SftError(
+                f"{self.folder}: {len(ids)} ids and {len(loss_mask)} mask entries for lengths that add up to {total}"
+            )
+        if len(lengths) and (lengths < 1).any():
+            raise SftError(f"{self.folder}: document {first + int(np.argmin(lengths))} is empty")
+        if len(lengths) and int(lengths.max()) >= 1 << 31:
+            raise SftError(
+                f"{self.folder}: document {first + int(np.argmax(lengths))} has {lengths.max()} tokens, more than 2^31"
+            )
+        if total and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
+            raise SftError(f"{self.folder}: ids from {ids.min()} to {ids.max()} for a vocabulary of {self.vocab_size}")
+
+    def append(self, block: Block) -> None:
+        """Writes valid documents. The order of these calls is the order of the documents in the parts."""
+        lengths = block.rows["length"].astype(np.int64)
+        ends = np.cumsum(lengths)
+        starts = ends - lengths
+        first = 0
+        while first < len(lengths):
+            part = self._part or self._open_part()
+            room = self.part_tokens - part.tokens
+            last = int(np.searchsorted(ends, starts[first] + room, side="right"))
+            if last <= first and part.tokens:
+                self._close_part()
+                continue
+            last = max(last, first + 1)  # a document longer than a part has a part of its own
+            tokens = slice(int(starts[first]), int(ends[last - 1]))
+            part.ids.write(block.ids[tokens])
+            part.loss_mask.write(block.loss_mask[tokens])
+            self._record(part, block.rows[first:last])
+            first = last
+
+    def _record(self, part: _Part, rows: NDArray[Any]) -> None:
+        """Notes where documents were written that were appended to the part."""
+        ends = part.tokens + np.cumsum(rows["length"].astype(np.int64))
+        rows["part"], rows["start"] = part.number, ends - rows["length"]
+        self._rows.append(rows)
+        part.rows.append(rows)
+        self.num_documents += len(rows)
+        self.num_tokens += int(ends[-1]) - part.tokens
+        self.num_targets += int(rows["labels"].sum(dtype=np.int64))
+        part.tokens = int(ends[-1])
+
+    def _open_part(self) -> _Part:
+        number = self._next_number
+        if number >= MAX_PARTS:
+            raise SftError(f"{self.folder}: more than {MAX_PARTS} parts of {self.part_tokens} tokens; use larger parts")
+        self._next_number += 1
+        self._part = _Part(
+            number,
+            BulkFile(self.folder / ids_name(number, self.boundaries)),
+            BulkFile(self.folder / mask_name(number, self.boundaries)),
+        )
+        return self._part
+
+    def _close_part(self) -> None:
+        """Closes the part's files in threads, after those of the previous part are closed."""
+        part, self._part = self._part, None
+        if part is None:
+            return
+        self._wait()
+        self._closing = [self._pool.submit(self._close_file, file) for file in (part.ids, part.loss_mask)]
+        if self.boundaries == "eos":
+            path = self.folder / bounds_name(part.number)
+            self._closing.append(self._pool.submit(self._write_bounds, path, part.rows))
+
+    def _wait(self) -> None:
+        for future in self._closing:
+            future.result()
+        self._closing = []
+
+    def _close_file(self, file: BulkFile) -> None:
+        self.hashes[file.path.name] = file.close()
+
+    def _write_bounds(self, path: Path, parts: list[NDArray[Any]]) -> None:
+        """Writes the csv.gz of a part: the start and end of every document."""
+        packed = io.BytesIO()
+        # No name and no time in the gzip header: the same documents give the same bytes.
+        with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as csv:
+            for rows in parts:
+                text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
+                csv.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
+        file = BulkFile(path)
+        file.write(packed.getvalue())
+        self._close_file(file)
+
+    def close(self) -> None:
+        """Finishes the last part and writes documents.npy, which makes the folder a dataset."""
+        self._close_part()
+        self._wait()
+        self._pool.shutdown()
+        header = io.BytesIO()
+        described = {
+            "descr": np.lib.format.dtype_to_descr(DOCUMENT),
+            "fortran_order": False,
+            "shape": (self.num_documents,),
+        }
+        np.lib.format.write_array_header_1_0(header, described)
+        file = BulkFile(self.folder / "documents.npy")
+        file.write(header.getvalue())
+        rows = np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows])
+        file.write(rows if self.order is None else np.take(rows, self.order))
+        self._close_file(file)
+        sync_folder(self.folder)
+        self._rows = []
+
+    def abort(self) -> None:
+        """Removes the temporary files of the unfinished part. Finished parts stay; the caller decides about them."""
+        self._pool.shutdown()
+        if self._part is not None:
+            self._part.ids.abort()
+            self._part.loss_mask.abort()
+        self._part = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
