@@ -29,8 +29,7 @@ from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
 from sft.recipe.schema import Hardware, Train
-from sft.training import initial_weights, metrics
-from sft.training import train as train_module
+from sft.training import build, initial_weights, metrics
 from sft.training.stopwatch import Stopwatch
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
@@ -371,10 +370,10 @@ def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
 def test_a_gpu_in_bf16_compiles_where_it_can(
     monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, precision: str, lacking: str, settled: str
 ) -> None:
-    monkeypatch.setattr(train_module, "missing_compiler", lambda: lacking)
+    monkeypatch.setattr(build, "missing_compiler", lambda: lacking)
     recipe = types.SimpleNamespace(train=Train(precision=precision))
     stage: Any = types.SimpleNamespace(hardware=Hardware(compile=wanted), recipe=recipe)
-    hardware, why = train_module.resolve_compile(stage, World(0, 1, 0, torch.device(device)))
+    hardware, why = build.resolve_compile(stage, World(0, 1, 0, torch.device(device)))
     assert hardware == Hardware(compile=settled)
     assert why == (lacking if (wanted, device) == ("auto", "cuda") else "")
 

@@ -171,9 +171,9 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     import torch
 
     from sft.model.parallel import join
+    from sft.training.build import build_run
     from sft.training.loop import accumulate
     from sft.training.optim import whole
-    from sft.training.train import prepare
 
     world = join(threads=1)
     reductions = 0
@@ -190,7 +190,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     torch.nn.Module.compile = lambda module, **options: plain(module, backend="aot_eager", **options)  # type: ignore[method-assign,assignment]
     try:
         stage = FakeStage(folder, None, fields.pop("hardware", None), **fields)
-        run, _ = prepare(stage, world)  # type: ignore[arg-type]
+        run, _ = build_run(stage, world)  # type: ignore[arg-type]
         found: dict[int, dict[str, Any]] = {}
         labels = []
         for step, batches in run.loader(0):

@@ -1,0 +1,229 @@
+"""Builds what the training loop works on, and restores the newest step. Every rank runs the same lines.
+
+In:  the stage and the process group. Out: a `Run` (sft.training.loop) and the number of finished steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sft.checkpoint import olmo_core, step_folder
+from sft.data.dataset import Dataset
+from sft.formats import manifest
+from sft.formats.dataset import DatasetInfo
+from sft.formats.packs import DataPosition
+from sft.model import memory, utilisation
+from sft.model.model import Transformer, compile_blocks, missing_compiler
+from sft.model.parallel import World, context_group, make_deterministic, shard
+from sft.packing.loader import Loader
+from sft.packing.packs import PackIndex, pack_dataset
+from sft.packing.steps import StepPlan, accumulation, context_groups
+from sft.recipe import presets
+from sft.recipe.presets import ModelConfig
+from sft.recipe.schema import Hardware
+from sft.runner.stage import Stage
+from sft.training import evaluations, initial_weights
+from sft.training.loop import Run
+from sft.training.optim import Guard, build_adamw
+from sft.training.saving import Saver
+from sft.training.stopwatch import Stopwatch
+from sft.training.uploads import Uploads, destination
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before anything is built."""
+
+    stage: Stage
+    world: World
+    hardware: Hardware  # `compile` is "always" or "never"
+    dataset: Path  # on this machine
+    base: Path | None
+    info: DatasetInfo
+    config: ModelConfig
+
+    def log(self, text: str) -> None:
+        """Prints a line, on rank 0 only."""
+        if self.world.is_rank0:
+            self.stage.log(text)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The steps of the run, and what loads their microbatches."""
+
+    plan: StepPlan
+    loader: Callable[[int], Loader]  # from the number of finished steps
+    validation: Loader | None
+
+
+def build_run(stage: Stage, world: World) -> tuple[Run, int]:
+    """Builds everything and restores the newest complete step. Returns the run and the number of finished steps."""
+    train = stage.recipe.train
+    if train.deterministic:
+        make_deterministic()
+    hardware, missing = resolve_compile(stage, world)
+    # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches its own copy.
+    world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
+    dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
+    info = DatasetInfo.of(dataset)
+    config = presets.resolve(stage.recipe.model, info.facts.vocab_size)
+    setup = Setup(stage, world, hardware, dataset, base, info, config)
+    unchecked = stage.recipe.model.base_tokenizer == "unchecked"
+    tokenizer_warning = initial_weights.check_tokenizer(dataset, info.facts, base, unchecked)
+    data = build_data(setup)
+    room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))
+    if hardware.recompute == "auto":
+        memory.require(room, config, train, hardware, world.size)
+    model = build_model(setup, room)
+    compiled = hardware.compile == "always"
+    run = Run(
+        stage=stage,
+        world=world,
+        model=model,
+        optimizer=build_adamw(model, train, compiled),
+        guard=Guard(train.skip_sigmas, world.device),
+        plan=data.plan,
+        loader=data.loader,
+        validation=data.validation,
+        sources=[source.path for source in info.sources] or ["data"],
+        saver=Saver(stage.out, train, olmo_core.step_config(config, info.facts.ids), world, setup.log),
+        # A compiled block would take the hooks into its graph.
+        stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
+        if world.size > 1 and not compiled
+        else None,
+        peak_tflops=peak(stage, world),
+        marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
+    )
+    for line in notes(setup, room, tokenizer_warning, missing):
+        setup.log(line)
+    step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
+    connect_saver(setup, run.saver)
+    start, origin = resume(setup, run, step)
+    plan, summary = data.plan, data.plan.describe()
+    setup.log(
+        f"{config.parameters:,} parameters, {origin}; {world.size} x {world.device.type}, {train.precision};"
+        f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {summary.epochs:.2f} epochs,"
+        f" padding {summary.padding_fraction:.1%}, tokens lost to seq_len {summary.tokens_lost_fraction:.1%}"
+    )
+    return run, start
+
+
+def resolve_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
+    """The hardware numbers with compile = "auto" decided, and what 'auto' did not find on one of the machines."""
+    hardware, missing = stage.hardware, ""
+    if hardware.compile == "auto":
+        fused = world.device.type == "cuda" and stage.recipe.train.precision == "bf16"
+        missing = next(filter(None, world.gather(missing_compiler() if fused else "")), "")
+        hardware = replace(hardware, compile="always" if fused and not missing else "never")
+    return hardware, missing
+
+
+def build_data(setup: Setup) -> Data:
+    """Packs the dataset (rank 0 does, the others read its packs) and plans the steps."""
+    stage, world, hardware, train = setup.stage, setup.world, setup.hardware, setup.stage.recipe.train
+    identity = manifest.load(setup.dataset / manifest.NAME).digest
+
+    def packed(name: str) -> tuple[Dataset, PackIndex]:
+        dataset = Dataset.open(setup.dataset / name)
+
+        def pack() -> PackIndex:
+            return pack_dataset(dataset, train.seq_len, train.long_documents, stage.cache / "packs", identity)
+
+        mine = world.on_rank0(pack, share=False)  # the others read what rank 0 has written
+        return dataset, pack() if mine is None else mine
+
+    dataset, index = packed("data")
+    plan = StepPlan.build(index, train)
+    groups = context_groups(setup.config, train, hardware, world.size)
+    _, packs_each = accumulation(plan.batch_packs, train.seq_len, groups, hardware.microbatch_tokens)
+    workers = hardware.threads or (1 if world.device.type == "cpu" else 2)
+    ids, degree = setup.info.facts, hardware.context_degree
+
+    def loader(plan: StepPlan, dataset: Dataset, start: int) -> Loader:
+        return Loader(
+            plan, dataset, ids.eos_id, ids.pad_id, setup.config, world.rank // degree, groups, packs_each * train.seq_len, start,
+            workers, part=(world.rank % degree, degree),
+        )  # fmt: skip
+
+    validation = None
+    if (setup.dataset / "validation" / "documents.npy").is_file():
+        held_out, held_out_index = packed("validation")
+        if len(held_out_index):
+            validation = loader(StepPlan.once(held_out_index, groups * packs_each), held_out, 0)
+    return Data(plan, lambda start: loader(plan, dataset, start), validation)
+
+
+def build_model(setup: Setup, room: memory.Plan) -> nn.Module:
+    """The sharded model on its device, with memory that is not initialised. `room` says what is recomputed."""
+    hardware, world, train = setup.hardware, setup.world, setup.stage.recipe.train
+    with torch.device("meta"):
+        model: nn.Module = Transformer(setup.config)
+    modes = memory.layer_modes(setup.config.n_layers, room.recompute, room.recompute_budget)
+    group = context_group(world, hardware.context_degree)
+    for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):
+        block.recompute = mode  # type: ignore[assignment]
+        block.attention.context = group  # type: ignore[union-attr]
+    if hardware.compile == "always":
+        compile_blocks(model, world.device, train.precision)
+    return shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
+
+
+def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str) -> Iterator[str]:
+    """The lines that are logged before training starts."""
+    if tokenizer_warning:
+        yield f"warning: {tokenizer_warning}"
+    if missing:
+        yield (
+            f"warning: not compiled, which costs a quarter of the speed: {missing} is missing; next: install it (Debian: gcc"
+            " python3-dev), or compile=never"
+        )
+    if setup.stage.recipe.train.deterministic and setup.world.device.type == "cuda":
+        yield "deterministic: every sum has one order, which costs time (attention's backward pass most)"
+    if not room.fits:
+        yield (
+            f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB; recompute=auto may fit"
+        )
+    if setup.hardware.recompute == "auto" and room.limit:
+        budget = (
+            f", {room.recompute_budget:.0%} of the layers keep all activations" if room.recompute == "budget" else ""
+        )
+        yield f"recomputation: {room.recompute}{budget}"
+
+
+def connect_saver(setup: Setup, saver: Saver) -> None:
+    """Starts uploads and makes retention wait for evaluations. Call it after `step_folder.latest`, which sets damaged steps aside."""
+    stage = setup.stage
+    where = destination(stage.storage, stage.recipe.run, stage.identity)
+    if setup.world.is_rank0 and where:
+        saver.uploads = Uploads(stage.out, where, stage.cache, stage.log)
+    if every := stage.recipe.evaluate.every:
+        saver.waiting = functools.partial(evaluations.held, stage.out, every)
+
+
+def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
+    """Fills model, optimizer, guard, counters and random generators from a step, or the model from its first weights.
+    Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
+    if step is None:
+        return 0, initial_weights.initialise(run.model, setup.config, setup.base, setup.stage.recipe.train.seed)
+    state = step_folder.restore(step, run.model, run.optimizer, run.world)
+    start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
+    run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
+    run.guard.load(state["guard"])
+    torch.set_rng_state(state["rng"])
+    if "rng_cuda" in state and run.world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng_cuda"])
+    return start, f"continuing from {step}"
+
+
+def peak(stage: Stage, world: World) -> float:
+    """Dense bf16 TFLOP/s of one GPU: from the cluster's file, or from the GPU's name; 0 on the CPU."""
+    if world.device.type != "cuda":
+        return 0.0
+    return stage.cluster.gpu_tflops or utilisation.peak_tflops(torch.cuda.get_device_name())
