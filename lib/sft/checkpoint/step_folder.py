@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from sft.checkpoint import gather
 from sft.checkpoint.dcp_reader import DcpReader
-from sft.common.direct_io import BulkFile
+from sft.common.direct_io import DirectFile
 from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.formats import manifest
@@ -51,9 +51,9 @@ from sft.model.parallel import SharedError, World
 
 
 class _Shard(io.RawIOBase):
-    """A BulkFile as a stream."""
+    """A DirectFile as a stream."""
 
-    def __init__(self, file: BulkFile) -> None:
+    def __init__(self, file: DirectFile) -> None:
         self.file, self.at = file, 0
 
     def writable(self) -> bool:
@@ -83,7 +83,7 @@ class _Files(FileSystem):
                 stream.flush()
                 os.fsync(stream.fileno())
             return
-        file = BulkFile(Path(path))
+        file = DirectFile(Path(path))
         try:
             yield _Shard(file)
         except BaseException:

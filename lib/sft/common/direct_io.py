@@ -1,11 +1,11 @@
-"""Large files that are written once, from front to back: past the system's page cache, and hashed on their way.
+"""Writes large files with direct I/O, past the system's page cache, and hashes them while they are written.
 
-In: bytes, in any pieces. Out: the file under its name when all of it is on the disk, and its sha256.
+In: bytes, in blocks of any size. Out: the file under its final name once all of it is on disk, and its sha256.
 
-What a stage publishes is synced first, so the disk is waited for in any case; a copy in the page cache would take memory from what
-is read again, and the processor's time (most in virtual machines, which get each new page from their host). Threads write and
-hash while the caller makes the next bytes, so that nobody has to read a file again for its hash. Where a file system refuses
-O_DIRECT, or the system has none, the same bytes go through the page cache.
+A stage flushes its files before it publishes them, so it waits for the disk in any case. A copy in the page cache would
+evict data that is read again, and costs processor time, most of all in virtual machines, which get each new page from their
+host. Threads write and hash while the caller makes the next bytes, so no file is read again for its hash. If the file
+system or the operating system has no O_DIRECT, the same bytes go through the page cache.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 BUFFER = 4 << 20
-BUFFERS = 3  # one is filled, one is written, one waits
-BLOCK = 4096  # O_DIRECT wants places, lengths and addresses that are multiples of this
+BUFFERS = 3  # one being filled, one being written, one queued
+BLOCK = 4096  # O_DIRECT needs offsets, lengths and addresses that are multiples of this
 DIRECT = getattr(os, "O_DIRECT", 0)
 
 _free: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-"""Buffers of finished files: new memory would have to be found and cleared."""
+"""Buffers of finished files, for the next one: allocating and clearing new memory takes time."""
 
 
-class BulkFile:
-    """Writes `path` under a temporary name until `close`. Errors of a thread (a full disk) are raised by the next call."""
+class DirectFile:
+    """Writes `path` under a temporary name until `close`. The next call raises the errors of its threads (a full disk)."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.temporary = path, path.with_name(path.name + ".partial")
@@ -41,18 +41,18 @@ class BulkFile:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         try:
             self._file = os.open(self.temporary, flags | DIRECT, 0o644)
-        except OSError:  # not every file system has it; any other reason is met again
+        except OSError:  # the file system has no O_DIRECT; any other error occurs again here
             self.temporary.unlink(missing_ok=True)
             self._file = os.open(self.temporary, flags, 0o644)
         self._direct = bool(fcntl.fcntl(self._file, fcntl.F_GETFL) & DIRECT)
         self._sha256 = hashlib.sha256()
         self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("write", "hash")]
         self._buffers = [_buffer() for _ in range(BUFFERS)]
-        self._busy: list[list[Future[None]]] = [[] for _ in range(BUFFERS)]  # what still reads each of them
+        self._busy: list[list[Future[None]]] = [[] for _ in range(BUFFERS)]  # the tasks that still read each buffer
         self._now = self._used = 0
 
     def write(self, data: bytes | NDArray[Any]) -> None:
-        """Appends bytes, or those of an array without gaps."""
+        """Appends bytes, or the bytes of a contiguous array."""
         raw, at = np.frombuffer(data, dtype=np.uint8), 0
         while at < len(raw):
             take = min(BUFFER - self._used, len(raw) - at)
@@ -74,13 +74,13 @@ class BulkFile:
 
     def _put(self, data: NDArray[np.uint8]) -> None:
         while len(data):
-            whole = len(data) - len(data) % BLOCK if self._direct else len(data)
-            if not whole:  # the last bytes
+            aligned = len(data) - len(data) % BLOCK if self._direct else len(data)
+            if not aligned:  # the last bytes
                 self._stop_direct()
                 continue
             try:
-                data = data[os.write(self._file, data[:whole].data) :]
-            except OSError as error:  # some file systems refuse it only here
+                data = data[os.write(self._file, data[:aligned].data) :]
+            except OSError as error:  # some file systems refuse direct I/O only on the first write
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
                 self._stop_direct()
@@ -90,7 +90,7 @@ class BulkFile:
         self._direct = False
 
     def close(self) -> str:
-        """Makes the file durable, gives it its name and returns its sha256 (hex)."""
+        """Flushes the file to disk, renames it to its final name and returns its sha256 (hex)."""
         try:
             self._hand_over()
             for buffer in range(BUFFERS):
@@ -104,7 +104,7 @@ class BulkFile:
         return self._sha256.hexdigest()
 
     def abort(self) -> None:
-        """Leaves nothing behind. May be called again."""
+        """Deletes the temporary file. May be called more than once."""
         self._end()
         self.temporary.unlink(missing_ok=True)
 

@@ -1,5 +1,5 @@
-"""The one exception that a person, not a programmer, is meant to read."""
+"""The exception whose message is for the user."""
 
 
 class SftError(Exception):
-    """Bad input or a broken artefact. The message names the file, the field, the values and the next command."""
+    """Bad input or a damaged file. The message names the file, the field, the values and the next command."""

@@ -1,4 +1,4 @@
-"""Small files that are written whole or not at all, and hashes of files. Standard library only."""
+"""Atomic writes of small files, canonical JSON and hashes of files. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 
 def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: the bytes that digests cover. Raises ValueError for NaN and infinity."""
+    """JSON with sorted keys and no spaces, for digests. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def write_atomic(file: Path, data: bytes) -> None:
-    """Temporary name, fsync, rename, fsync of the folder: after a crash the file is the old one or the new one, whole."""
+    """Writes a temporary file, flushes it and renames it. After a crash the file has the old bytes or the new ones."""
     fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(fd, "wb") as f:
@@ -32,7 +32,7 @@ def write_atomic(file: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable."""
+    """Flushes the folder, so that renames in it survive a crash."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)

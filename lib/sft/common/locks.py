@@ -1,4 +1,4 @@
-"""TODO sft.common.locks"""
+"""Advisory locks on files: one process at a time writes a stage, a cache or an upload. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sft.common.errors import SftError
 
 @contextlib.contextmanager
 def lock(file: Path, wait: bool = False) -> Iterator[None]:
-    """Holds an advisory lock that ends with the process. Raises SftError naming the holder's pid and host, unless it may wait."""
+    """Holds an advisory lock, which ends with the process. The file names the holder.
+
+    wait: wait for another holder, after printing its pid and host. Otherwise another holder raises SftError.
+    """
     with file.open("a+") as f:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What this process may use of the machine: CPU cores and GPUs. Standard library only."""
+"""What this machine offers: its CPU cores and GPUs, and whether a job started this process. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """How many CPU cores this process may use; all cores where the system has no affinity mask (macOS)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The number of CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def gpus() -> int:
-    """How many GPUs this process may use."""
+    """The number of GPUs this process may use."""
     return len(visible_gpus())
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use: those of CUDA_VISIBLE_DEVICES, else all NVIDIA devices. UUIDs where the driver lists them."""
+    """The GPUs this process may use: those of CUDA_VISIBLE_DEVICES, otherwise all NVIDIA devices.
+
+    A GPU is named by its UUID where the driver lists it, otherwise by its number.
+    """
     uuids = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         uuids += [
@@ -32,5 +37,5 @@ def visible_gpus() -> list[str]:
 
 
 def in_job() -> bool:
-    """Whether this process runs inside a job of a launcher."""
+    """Whether a launcher's job started this process."""
     return "SFT_JOB" in os.environ

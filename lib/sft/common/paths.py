@@ -1,4 +1,4 @@
-"""Names of files that come from recipes and manifests: they stay under their root. Standard library only."""
+"""Resolves file names from recipes and manifests, and keeps them under their root. Standard library only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REMOTE = re.compile(r"(gs|hf|s3)://")
 
 
 def check_relative(path: str, what: str) -> str:
-    """Returns `path` if it is a clean relative POSIX path; raises SftError naming `what` otherwise."""
+    """Returns `path` if it is a plain relative POSIX path. Otherwise raises SftError, which names `what`."""
     parts = path.split("/")
     if (
         not path
@@ -33,7 +33,7 @@ def check_relative(path: str, what: str) -> str:
 
 
 def find(roots: Sequence[Path], path: str, what: str) -> Path:
-    """The file or folder `path` under the first root that has it. Raises SftError when none has, or when it leaves its root."""
+    """The file or folder `path` under the first root that has it. Raises SftError if none has it or if a link leaves the root."""
     check_relative(path.rstrip("/"), what)
     for root in roots:
         candidate = root / path
@@ -45,7 +45,7 @@ def find(roots: Sequence[Path], path: str, what: str) -> Path:
             return candidate
     tried = ", ".join(str(r) for r in roots)
     raise SftError(
-        f"{what}: no file or folder {path!r} under {tried}; next: say where it is with DATA=/its/folder (several: DATA=a:b)"
+        f"{what}: no file or folder {path!r} under {tried}; next: name its folder with DATA=/its/folder (several: DATA=a:b)"
     )
 
 
@@ -55,7 +55,7 @@ def for_user(text: str) -> str:
 
 
 def inside(root: Path, path: str, what: str) -> Path:
-    """`root/path`, refused when the name or a link on the way leaves the root. It need not exist."""
+    """`root/path`, which need not exist. Raises SftError if the name or a link on the way leaves the root."""
     joined = root / check_relative(path, what)
     if not joined.resolve().is_relative_to(root.resolve()):
         raise SftError(f"{what}: {path!r} leaves {root} through a link")

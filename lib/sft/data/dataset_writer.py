@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.common.direct_io import BulkFile
+from sft.common.direct_io import DirectFile
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.data.compiled import DIGITS, write_bounds
@@ -44,8 +44,8 @@ class _Part:
     """The part that is being written: its files, its DOCUMENT records, and how many tokens it has."""
 
     number: int
-    ids: BulkFile
-    loss_mask: BulkFile
+    ids: DirectFile
+    loss_mask: DirectFile
     rows: list[NDArray[Any]] = field(default_factory=list)
     tokens: int = 0
 
@@ -166,8 +166,8 @@ class DatasetWriter:
         self._next_number += 1
         self._part = _Part(
             number,
-            BulkFile(self.folder / ids_name(number, self.boundaries)),
-            BulkFile(self.folder / mask_name(number, self.boundaries)),
+            DirectFile(self.folder / ids_name(number, self.boundaries)),
+            DirectFile(self.folder / mask_name(number, self.boundaries)),
         )
         return self._part
 
@@ -187,7 +187,7 @@ class DatasetWriter:
             future.result()
         self._closing = []
 
-    def _close_file(self, file: BulkFile) -> None:
+    def _close_file(self, file: DirectFile) -> None:
         self.hashes[file.path.name] = file.close()
 
     def _write_bounds(self, path: Path, parts: list[NDArray[Any]]) -> None:
@@ -198,7 +198,7 @@ class DatasetWriter:
             for rows in parts:
                 text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
                 csv.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
-        file = BulkFile(path)
+        file = DirectFile(path)
         file.write(packed.getvalue())
         self._close_file(file)
 
@@ -214,7 +214,7 @@ class DatasetWriter:
             "shape": (self.num_documents,),
         }
         np.lib.format.write_array_header_1_0(header, described)
-        file = BulkFile(self.folder / "documents.npy")
+        file = DirectFile(self.folder / "documents.npy")
         file.write(header.getvalue())
         rows = np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows])
         file.write(rows if self.order is None else np.take(rows, self.order))

@@ -1,1 +1,1 @@
-"""The files that stages hand to each other: one module per format, a frozen dataclass with `read` and `write`."""
+"""The files that stages exchange: one module for each format, a frozen dataclass with `read` and `write`."""

@@ -1,1 +1,1 @@
-"""Where a stage runs: this machine or a cluster."""
+"""Where a stage runs: on this machine, or as a job on a cluster."""

@@ -1,4 +1,4 @@
-"""How many processes and threads a stage runs on one machine. Standard library only."""
+"""How many processes a stage runs on one machine, and how many threads each of them has. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from sft.recipe.schema import Cluster, Hardware
 
 
 def processes(hardware: Hardware, cluster: Cluster | None = None) -> tuple[int, int]:
-    """(processes, threads of each) on one machine: one process per GPU, or one for all cores.
+    """(processes, threads of each) on one machine: one process for each GPU, or one process without a GPU.
 
-    The GPUs are those of this machine; where training runs as a job on `cluster`, they are those that the job would request.
+    The GPUs are those of this machine. With a `cluster` that trains in jobs, and outside of a job, they are those that its
+    job would request.
     """
-    asked = hardware.gpus if hardware.gpus >= 0 else None
+    requested = hardware.gpus if hardware.gpus >= 0 else None
     if cluster is not None and cluster.launcher != "local" and "train" in cluster.stages and not in_job():
-        found = cluster.gpus_per_node if asked is None else asked
+        found = cluster.gpus_per_node if requested is None else requested
     else:
         found = gpus()
     count = hardware.processes or max(1, found)

@@ -1,4 +1,4 @@
-"""TODO sft.runner.publish"""
+"""What publishing a stage's folder needs: flushing files, hard links, and the provenance that a manifest records."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ PACKAGES = (
     "gigatoken",
     "google-cloud-storage",
 )
+"""The packages whose versions a manifest records: those whose code computes or stores a result."""
 
 
 def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
-    """Who made it: for people, never part of a key or digest."""
+    """The commit, command, host, times and versions behind a result. It is for people: no key or digest covers it."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", "-C", str(plan.REPO), *command], capture_output=True, text=True, check=False)
@@ -42,8 +43,7 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "git": git("rev-parse", "HEAD")
-        or os.environ.get("SFT_COMMIT", ""),  # a job may have an archive, not a repository
+        "git": git("rev-parse", "HEAD") or os.environ.get("SFT_COMMIT", ""),  # a job's code may be an archive
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "argv": list(argv),
         "host": socket.gethostname(),
@@ -53,16 +53,18 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
     }
 
 
-def _keep_only(folder: Path, kept: set[str]) -> None:
+def keep_only(folder: Path, names: set[str]) -> None:
+    """Deletes all files but `names` (relative to the folder), and folders that are then empty."""
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not path.is_symlink():
             with contextlib.suppress(OSError):
                 path.rmdir()
-        elif path.relative_to(folder).as_posix() not in kept:
+        elif path.relative_to(folder).as_posix() not in names:
             path.unlink()
 
 
-def _flush(folder: Path, files: Sequence[str]) -> None:
+def flush(folder: Path, files: Sequence[str]) -> None:
+    """Flushes files and their folders to disk."""
     for name in files:
         fd = os.open(folder / name, os.O_RDONLY)
         try:
@@ -73,8 +75,8 @@ def _flush(folder: Path, files: Sequence[str]) -> None:
         sync_folder(parent)
 
 
-def _link_tree(source: Path, target: Path, files: Sequence[str]) -> list[str]:
-    """Hard links, or copies on another file system or one without links. Returns the names of those that are links."""
+def link_files(source: Path, target: Path, files: Sequence[str]) -> list[str]:
+    """Hard links files of `source` into `target`; copies those that cannot be linked. Returns the names of the links."""
     linked = []
     for name in files:
         to = target / name
@@ -83,6 +85,6 @@ def _link_tree(source: Path, target: Path, files: Sequence[str]) -> list[str]:
         try:
             os.link(source / name, to)
             linked.append(name)
-        except OSError:
+        except OSError:  # another file system, or one without hard links
             shutil.copyfile(source / name, to)
     return linked

@@ -1,1 +1,1 @@
-"""The model, the loss, the optimizer, the loop and its checkpoints."""
+"""The training loop, its optimizer, checkpoints, metrics and uploads."""

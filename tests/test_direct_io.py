@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sft.common import direct_io
-from sft.common.direct_io import BLOCK, BulkFile
+from sft.common.direct_io import BLOCK, DirectFile
 
 
 @pytest.fixture(params=["direct", "refused", "refused late", "unknown"])
@@ -47,7 +47,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 9 * BLOCK + 5])
 def test_bytes_of_any_number_in_any_pieces_are_written_and_hashed(tmp_path: Path, way: str, size: int) -> None:
     data = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
-    file = BulkFile(tmp_path / "x")
+    file = DirectFile(tmp_path / "x")
     cuts = sorted(np.random.default_rng(1).integers(0, size + 1, 6).tolist())
     for a, b in zip([0, *cuts], [*cuts, size], strict=True):
         file.write(data[a:b])
@@ -60,7 +60,7 @@ def test_bytes_of_any_number_in_any_pieces_are_written_and_hashed(tmp_path: Path
 def test_arrays_of_wider_types_and_records_are_their_bytes(tmp_path: Path, way: str) -> None:
     numbers = np.arange(3000, dtype="<u4")
     records = np.zeros(5, dtype=[("a", "<u2"), ("b", "<u8")])
-    file = BulkFile(tmp_path / "x")
+    file = DirectFile(tmp_path / "x")
     file.write(numbers)
     file.write(b"between")
     file.write(records)
@@ -70,7 +70,7 @@ def test_arrays_of_wider_types_and_records_are_their_bytes(tmp_path: Path, way: 
 
 def test_what_a_killed_run_left_is_written_over(tmp_path: Path, way: str) -> None:
     (tmp_path / "x.partial").write_bytes(b"old" * BLOCK)
-    file = BulkFile(tmp_path / "x")
+    file = DirectFile(tmp_path / "x")
     file.write(b"new")
     file.close()
     assert (tmp_path / "x").read_bytes() == b"new"
@@ -83,7 +83,7 @@ def test_a_disk_that_fails_leaves_nothing_and_is_told_by_the_next_call(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "x").write_bytes(b"the old one")
-    file = BulkFile(tmp_path / "x")
+    file = DirectFile(tmp_path / "x")
     monkeypatch.setattr(os, "write", full)
     with pytest.raises(OSError, match="No space left"):
         for _ in range(8):
@@ -102,17 +102,17 @@ def test_writes_that_take_less_than_they_are_given_are_continued(
         os, "write", lambda file, data: plain(file, data[: max(BLOCK, len(data) // 2 // BLOCK * BLOCK)])
     )
     data = np.random.default_rng(0).bytes(7 * BLOCK + 11)
-    file = BulkFile(tmp_path / "x")
+    file = DirectFile(tmp_path / "x")
     file.write(data)
     assert file.close() == hashlib.sha256(data).hexdigest()
     assert (tmp_path / "x").read_bytes() == data
 
 
 def test_memory_of_finished_files_is_used_again(tmp_path: Path, way: str) -> None:
-    first = BulkFile(tmp_path / "a")
+    first = DirectFile(tmp_path / "a")
     memory = {buffer.ctypes.data for buffer in first._buffers}
     first.close()
-    second = BulkFile(tmp_path / "b")
+    second = DirectFile(tmp_path / "b")
     assert {buffer.ctypes.data for buffer in second._buffers} == memory
     second.abort()
     assert os.listdir(tmp_path) == ["a"]
