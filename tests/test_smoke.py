@@ -135,11 +135,11 @@ def test_a_sibling_run_shares_the_prepared_data_and_a_short_training_resumes(run
     run = runs / "smoke_steps-6_train.seed-1"
     a, b = (r / "prepare/data/token_ids_part_0000.npy" for r in (runs / "smoke", run))
     assert a.samefile(b)
-    final = json.loads((run / "train/manifest.json").read_text())
+    final = manifest.load(run / "train/manifest.json")
     shutil.rmtree(run / "train/step6")
     (run / "train/manifest.json").unlink()
     out = make(runs, "train", *overrides, "processes=2", "save_every=3", "microbatch_tokens=512").stdout
     assert "step3" in out
-    again = json.loads((run / "train/manifest.json").read_text())
+    again = manifest.load(run / "train/manifest.json")
     shards = [{e.path: e.sha256 for e in m.outputs if e.path.endswith(".distcp")} for m in (final, again)]
     assert shards[0] == shards[1] and shards[0], "a resumed run ends in the same bytes"
