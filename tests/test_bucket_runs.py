@@ -126,5 +126,7 @@ def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(august
     ):
         bucket_runs.fetch(Path("runs/smoke"), "prepare", command)
     monkeypatch.setenv("SFT_INPUT_prepare", "gs://test/nothing/there")
-    with pytest.raises(SftError, match=r"gs://test/nothing/there/manifest\.json: not found; next: on your machine remove"):
+    with pytest.raises(
+        SftError, match=r"gs://test/nothing/there/manifest\.json: not found; next: on your machine remove"
+    ):
         bucket_runs.fetch(Path("runs/smoke"), "sync", command)
