@@ -36,7 +36,7 @@ import torch
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import model_config, step_config
-from sft.export.core import write_step
+from sft.export.step_writer import write_step_weights
 from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.recipe.presets import PRESETS, ModelConfig
@@ -72,7 +72,7 @@ class Noise:
 
 
 def write_checkpoint(step: Path, config: ModelConfig, vocab: int) -> None:
-    write_step(Noise(config), hf.shapes(config), step, "random weights")
+    write_step_weights(Noise(config), hf.shapes(config), step, "random weights")
     made = json.loads((TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {**made["model"]["vocab"], **{token["content"]: token["id"] for token in made["added_tokens"]}}
     # As many ids as the real one has: OLMo-core's converter refuses another number.
@@ -84,7 +84,7 @@ def write_checkpoint(step: Path, config: ModelConfig, vocab: int) -> None:
 
 
 def export(step: Path) -> dict[str, Any]:
-    from sft.export.rows import write_json
+    from sft.common.files import write_json
     from sft.export.write import write_weights
 
     config, target = model_config(step / "config.json"), step / "model"
@@ -100,7 +100,9 @@ def export(step: Path) -> dict[str, Any]:
 
 def gate(step: Path, every: bool) -> dict[str, Any]:
     """The gate's parts that grow with the model, one after the other in this process, as the stage runs them."""
-    from sft.export.gate import check_logits, check_tensors, greedy_chats, sample_layers, trained_chats
+    from sft.export.chats import greedy_replies, trained_chats
+    from sft.export.gate import check_tensors
+    from sft.export.logits import compare_logits, sample_layers
 
     config, weights, exported = model_config(step / "config.json"), DcpReader(step), HfFolder(step / "model")
     layers = list(range(config.n_layers)) if every else sample_layers(config.n_layers)
@@ -108,10 +110,10 @@ def gate(step: Path, every: bool) -> dict[str, Any]:
     chats = trained_chats(loaded, TEMPLATE, config)
     parts: dict[str, Callable[[], Any]] = {
         "every tensor": lambda: check_tensors(exported, weights, config, torch.bfloat16),
-        f"logits of {sum(map(len, chats)):,} packed tokens, {len(layers)} layers": lambda: check_logits(
+        f"logits of {sum(map(len, chats)):,} packed tokens, {len(layers)} layers": lambda: compare_logits(
             exported, weights, config, chats, layers
         ),
-        f"{REPLY} tokens of three replies": lambda: greedy_chats(exported, loaded, config, [0], REPLY),
+        f"{REPLY} tokens of three replies": lambda: greedy_replies(exported, loaded, config, [0], REPLY),
     }
     found = {}
     for name, part in parts.items():

@@ -13,7 +13,8 @@ import torch
 import tiny_export
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
-from sft.export import convert, gate, write
+from sft.common.files import read_json
+from sft.export import chats, convert, gate, write
 from sft.formats.dataset import TokenIds
 from sft.formats.gate import GateRecord
 from sft.model import hf
@@ -63,7 +64,7 @@ def test_an_export_passes_its_gate_and_loads(tmp_path: Path, config: ModelConfig
     assert report.chats
     for chat in report.chats:
         prompt = tokenizer(chat.prompt, add_special_tokens=False, return_tensors="pt")
-        reply = model.generate(**prompt, max_new_tokens=gate.CHAT_TOKENS)[0, prompt["input_ids"].shape[1] :]
+        reply = model.generate(**prompt, max_new_tokens=chats.REPLY_TOKENS)[0, prompt["input_ids"].shape[1] :]
         if dtype == "float32":  # in bfloat16 a batch rounds otherwise than a row alone
             assert tokenizer.decode(reply, skip_special_tokens=True) == chat.reply
             assert (reply[-1].item() in (2, 0)) == chat.stopped
@@ -79,7 +80,7 @@ def fitted(config: ModelConfig, folder: Path, terminator: bool) -> tiny_export.H
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids, positions, labels, edges = [], [], [], [0]
-    for question, answer in gate._CHAT:
+    for question, answer in chats.CHATS:
         messages = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         head, reply = (tokenizer.encode(text) for text in (prompt, answer + "<|im_end|>" if terminator else answer * 4))
@@ -117,12 +118,12 @@ def test_a_model_that_was_trained_to_stop_stops_in_the_gate_and_another_is_repor
     replies = [chat.reply for chat in report.chats]
     assert [chat.stopped for chat in report.chats] == [terminator] * 3
     assert report.summary.greedy_stopped == terminator
-    assert (replies == [answer for _, answer in gate._CHAT]) == terminator
+    assert (replies == [answer for _, answer in chats.CHATS]) == terminator
     assert any(f"{3 * terminator} of 3 greedy replies stop" in line for line in said)
     if terminator:  # the same model, whose generate() would run past its terminator
         data = json.loads((folder / "generation_config.json").read_text())
         (folder / "generation_config.json").write_text(json.dumps({**data, "eos_token_id": 0}))
-        with pytest.raises(SftError, match=r"eos_token_id: \[0\] lacks the trained terminator \[2\]"):
+        with pytest.raises(SftError, match=r"eos_token_id: \[0\] does not include the trained terminator \[2\]"):
             gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, quiet)
 
 
@@ -145,7 +146,7 @@ def test_transformers_writes_the_same_names_bits_and_configuration(tmp_path: Pat
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype and torch.equal(ours[name].view(torch.int16), value.view(torch.int16))
-    ours, theirs = (hf.read_json(at / "config.json") for at in (folder, tmp_path / "theirs"))
+    ours, theirs = (read_json(at / "config.json") for at in (folder, tmp_path / "theirs"))
     assert {k: v for k, v in ours.items() if k in theirs} == theirs
     # What else is there says the same again for readers of the older form, or nothing about the model.
     assert ours.keys() - theirs.keys() <= {"rope_theta", "rope_scaling"}
@@ -246,7 +247,7 @@ def test_another_tokenizer_than_the_trained_one_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("file", "edit", "message"),
     [
-        ("generation_config.json", {"eos_token_id": 0}, r"lacks the trained terminator \[2\]"),
+        ("generation_config.json", {"eos_token_id": 0}, r"does not include the trained terminator \[2\]"),
         ("config.json", {"pad_token_id": 1}, "pad_id: 1, dataset.json has 3"),
         ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, "eos_token has id 2, dataset.json has 0"),
     ],
@@ -280,9 +281,9 @@ def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: P
     for config in (trained, replace(trained, **{field: value})):
         (tmp_path / "config.json").write_text(json.dumps(step_config(config, TokenIds())))
         if config == trained:
-            assert convert.model_config(Model(preset="olmo3-tiny"), 300, tmp_path) == trained
+            assert convert.trained_config(Model(preset="olmo3-tiny"), 300, tmp_path) == trained
     with pytest.raises(SftError, match=rf"config.json: {field}: .*, the recipe's \[model\] says .*; next: make train"):
-        convert.model_config(Model(preset="olmo3-tiny"), 300, tmp_path)
+        convert.trained_config(Model(preset="olmo3-tiny"), 300, tmp_path)
 
 
 def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:

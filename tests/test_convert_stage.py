@@ -13,9 +13,9 @@ import made_data
 import published
 import tiny_export
 from sft.common.errors import SftError
-from sft.export import convert, core, write
+from sft.common.files import read_json
+from sft.export import convert, olmo_core_steps, write
 from sft.formats.gate import GateRecord
-from sft.model import hf
 from sft.recipe import recipe
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.presets import PRESETS
@@ -38,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write.export(
         weights, CONFIG, facts, run / "train" / "tokenizer", run / "hf", made, tiny_export.TEMPLATE, lambda _: None
     )
-    core.to_core(str(run / "hf"), str(run / "train" / "step7"), run / "cache", lambda _: None)
+    olmo_core_steps.to_core(str(run / "hf"), str(run / "train" / "step7"), run / "cache", lambda _: None)
     published.publish(run / "train", [], metrics=published.train_metrics(7).to_value())
     return run
 
@@ -62,7 +62,7 @@ def test_a_trained_step_becomes_a_folder_with_its_proof_and_card(trained: Path, 
     assert set(result.outputs) == {"model", "gate.json"} and result.metrics["step"] == 7
     folder = tmp_path / "model"
     assert (folder / "chat_template.jinja").read_text() == tiny_export.TEMPLATE
-    assert hf.read_json(folder / "config.json")["max_position_embeddings"] == 4096
+    assert read_json(folder / "config.json")["max_position_embeddings"] == 4096
     assert result.metrics["template"]["name"] == "as trained"
     card = (folder / "README.md").read_text()
     assert (

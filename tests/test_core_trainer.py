@@ -18,8 +18,8 @@ from sft.checkpoint import olmo_core
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
-from sft.export import core
-from sft.model import hf
+from sft.common.files import read_json
+from sft.export import olmo_core_steps
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert
 
@@ -57,7 +57,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(step: Path, out: Path, dtype: str = "bfloat16") -> dict[str, Any]:
     options = Convert(dtype=dtype, max_position_embeddings=9000)
-    return core.to_hf(str(step), str(out), options, "", "tokenizer", out.parent / "cache", lambda _: None)
+    return olmo_core_steps.to_hf(str(step), str(out), options, "", "tokenizer", out.parent / "cache", lambda _: None)
 
 
 def values(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,7 +96,7 @@ def test_our_bf16_export_of_a_sharded_step_is_theirs_bit_for_bit(
         validate=False,
     )
     same(values(tmp_path / "ours"), values(tmp_path / "theirs"))
-    made, known = (hf.read_json(tmp_path / who / "config.json") for who in ("ours", "theirs"))
+    made, known = (read_json(tmp_path / who / "config.json") for who in ("ours", "theirs"))
     for field in known.keys() - {"transformers_version", "rope_parameters", "rope_scaling", "eos_token_id"}:
         assert made.get(field) == known[field], field
 
@@ -124,7 +124,7 @@ def test_the_number_of_ranks_leaves_no_trace_in_an_export(trained: Path, tmp_pat
     """The same weights, saved by one rank and by four."""
     four = trained / "olmo3" / "4" / "step2"
     export(four, tmp_path / "four", "float32")
-    core.to_core(str(tmp_path / "four"), str(tmp_path / "step0"), tmp_path / "cache", lambda _: None)
+    olmo_core_steps.to_core(str(tmp_path / "four"), str(tmp_path / "step0"), tmp_path / "cache", lambda _: None)
     export(tmp_path / "step0", tmp_path / "one", "float32")
     for file in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "four" / file).read_bytes()

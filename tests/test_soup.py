@@ -48,8 +48,8 @@ def parts(runs: Path) -> list[dict[str, np.ndarray]]:
 
 
 def test_the_soup_is_numpys_mean_of_every_tensor(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soup, "pieces", lambda shape: [(0, shape[0])])
-    monkeypatch.setattr("sft.export.core._CHUNK", 1000)  # a few rows at a time
+    monkeypatch.setattr("sft.export.step_writer.row_blocks", lambda shape: [(0, shape[0])])
+    monkeypatch.setattr("sft.export.step_writer.CHUNK_BYTES", 1000)  # a few rows at a time
     found = made(runs, tmp_path / "soup", ["100", "200", "b/300"])
     theirs = parts(runs)
     assert found.keys() == theirs[0].keys()
@@ -98,8 +98,8 @@ def test_memory_stays_that_of_a_few_rows(runs: Path, tmp_path: Path, monkeypatch
         return value
 
     monkeypatch.setattr(DcpReader, "rows", counted)
-    monkeypatch.setattr("sft.export.core._CHUNK", 2000)
-    monkeypatch.setattr("sft.export.rows._PIECE_ELEMENTS", 500)
+    monkeypatch.setattr("sft.export.step_writer.CHUNK_BYTES", 2000)
+    monkeypatch.setattr("sft.export.blocks.BLOCK_ELEMENTS", 500)
     made(runs, tmp_path / "soup", ["100", "200"])
     assert max(asked) <= 2000
 
@@ -136,5 +136,5 @@ def test_what_cannot_be_averaged_is_refused(runs: Path, tmp_path: Path) -> None:
     shard.write_bytes(data)
     refused("sha256", runs, target, "100", str(copied))
     target.mkdir()
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         soup.main([str(target), "100", "200", "--run", "a", "--runs", str(runs)])

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from sft.checkpoint.dcp_reader import read_values
 from sft.common.errors import SftError
+from sft.common.files import read_json
 from sft.model import hf
 from sft.recipe.presets import ModelConfig, differing_fields, recipe_field
 
@@ -44,11 +45,11 @@ class HfFolder(Mapping[str, torch.Tensor]):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.config = hf.read_json(path / "config.json")
+        self.config = read_json(path / "config.json")
         self.family = hf.find_family(self.config, str(path / "config.json"))
         index = path / "model.safetensors.index.json"
         if index.is_file():
-            listed: dict[str, str] = hf.read_json(index).get("weight_map", {})
+            listed: dict[str, str] = read_json(index).get("weight_map", {})
             files = sorted(set(listed.values()))
         else:
             listed, files = {}, ["model.safetensors"]

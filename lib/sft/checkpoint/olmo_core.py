@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
+from sft.common.files import read_json
 from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
@@ -75,7 +76,7 @@ def check_same_layers(file: Path, config: ModelConfig) -> None:
     """Raises SftError unless the config.json of a step describes the layers of this architecture: heads, rotary base and scaling,
     windows, kind of block."""
     try:
-        found = layer_facts(hf.read_json(file)["model"])
+        found = layer_facts(read_json(file)["model"])
         wanted = layer_facts(step_config(config, TokenIds())["model"])
     except (KeyError, TypeError, ValueError) as error:
         raise SftError(f"{file}: not the description of an OLMo-core model: {error!r}") from error
@@ -168,7 +169,7 @@ def _whole(value: float) -> float | int:
 
 def model_config(file: Path) -> ModelConfig:
     """The architecture that a step's config.json describes. Raises SftError for one that ModelConfig cannot express."""
-    data = hf.read_json(file)
+    data = read_json(file)
     try:
         model = data["model"]
         layers, block = layer_facts(model), model["block"]

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from sft.common.errors import SftError
+
 
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces, for digests. Raises ValueError for NaN and infinity."""
@@ -29,6 +31,27 @@ def write_atomic(file: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object that another program defines (config.json, tokenizer.json). Raises SftError that names the file.
+
+    Files of our own are read through `sft.formats`.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SftError(f"{file}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SftError(f"{file}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise SftError(f"{file}: expected an object, found {type(data).__name__}")
+    return data
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Writes JSON with an indentation of 2, atomically. Raises ValueError for NaN and infinity."""
+    write_atomic(file, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n")
 
 
 def sync_folder(folder: Path) -> None:

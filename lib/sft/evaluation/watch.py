@@ -174,7 +174,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     """Writes the step as a Hugging Face folder and checks it with the fast gate."""
     facts = DatasetInfo.of(stage.dataset).facts
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
-    config = convert.model_config(stage.recipe.model, facts.vocab_size, step)
+    config = convert.trained_config(stage.recipe.model, facts.vocab_size, step)
     tokenizer = stage.out / "tokenizer"
     trained_template = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     template = convert.evaluation_template(options.eval_template, stage.find) or trained_template

@@ -1,1 +1,1 @@
-"""Checkpoints to Hugging Face folders and back, the proof that both are equal, model cards and pushes to the hub."""
+"""Exports: checkpoints to Hugging Face folders and back, their proof, their publication; the mean of checkpoints."""

@@ -1,7 +1,7 @@
-"""The model card: where a model came from, in the form that the Hugging Face hub reads.
+"""The model card: where a model came from, in the format of the Hugging Face hub.
 
-In:  a run's manifests, prepare's dataset.json, the recipe, the gate's report, scores where there are any.
-Out: the text of README.md. It says nothing of when or where, so the same content gives the same card.
+In:  a run's manifests, prepare's dataset.json, the recipe, the gate's record, scores if there are any.
+Out: the text of README.md. It has no dates and no hosts, so the same content gives the same card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
 def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
-    """README.md of a run's export. Stages that are not done are left out, so that scores appear once they are measured."""
+    """README.md of a run's export. It has scores if evaluate has run on this export."""
     info = DatasetInfo.of(run / "prepare")
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", recipe.model.preset]}
     base = _HUB.match(recipe.model.base)
@@ -44,7 +44,7 @@ def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
 
 
 def of_checkpoint(source: str, facts: TokenizerFacts, gate: GateRecord) -> str:
-    """README.md of an export that belongs to no run."""
+    """README.md of an export outside of a run."""
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
     ends = ", ".join(map(str, facts.terminator_ids))
     about = [f"Exported from the OLMo-core checkpoint `{source}`; a reply ends with token {ends}.", ""]
@@ -52,7 +52,7 @@ def of_checkpoint(source: str, facts: TokenizerFacts, gate: GateRecord) -> str:
 
 
 def _scores(run: Path) -> list[str]:
-    """The table of results, or nothing before evaluate has run on this very export."""
+    """The table of results; nothing if evaluate has not run on this export."""
     try:
         made = manifest.load(run / "evaluate" / manifest.NAME)
         convert = manifest.load(run / "convert" / manifest.NAME).digest
@@ -98,7 +98,7 @@ def _gate(gate: GateRecord) -> list[str]:
 
 
 def _chain(run: Path) -> list[str]:
-    """The digest of every stage's manifest; each names its inputs' by hash, so that the last one proves them all."""
+    """The digests of the stages' manifests. Each manifest names its inputs by hash, so the last one covers them all."""
     lines = ["## Provenance", "", "| stage | sha256 of what was made, and from what |", "| --- | --- |"]
     for stage in schema.STAGES:
         try:

@@ -1,11 +1,11 @@
-"""The convert stage: a training checkpoint to a Hugging Face folder that is proven equal before it is published.
+"""The convert stage: a training checkpoint to a Hugging Face folder that is checked before it is published.
 
 In:  the final step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json.
 Out: model/     sharded safetensors (vocabulary cut to the tokenizer), config.json, generation_config.json, the tokenizer
                 with its chat template, README.md; AutoModelForCausalLM and AutoTokenizer load it
      gate.json  what was compared before publishing (sft.export.gate)
 
-Weights are read, cast and written a piece at a time: memory does not grow with the model.
+Weights are read, cast and written in blocks of rows, so memory does not grow with the model.
 Run: make convert RECIPE=…, or python stages/convert.py runs/<run>.
 """
 
@@ -15,31 +15,29 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from sft.checkpoint import olmo_core
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
+from sft.export import card
+from sft.export.gate import check
+from sft.export.write import export
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
 from sft.formats.metrics import TrainMetrics
+from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.inputs import is_template_file
 from sft.recipe.presets import ModelConfig, differing_fields, resolve
-
-if TYPE_CHECKING:
-    from sft.recipe.schema import Model
-    from sft.runner.stage import Result, Stage
-from sft.export.write import export
+from sft.recipe.schema import Model
+from sft.runner.stage import Result, Stage
 
 
 def convert(stage: Stage) -> Result:
-    """The stage: export, prove, publish."""
-    from sft.export import card
-    from sft.export.gate import check
-    from sft.runner.stage import Result
-
+    """The stage: writes the folder, runs the gate, writes gate.json and the model card."""
     facts = DatasetInfo.of(stage.folder("prepare")).facts
     step = final_step(stage.folder("train"))
-    config = model_config(stage.recipe.model, facts.vocab_size, step)
+    config = trained_config(stage.recipe.model, facts.vocab_size, step)
     options, weights = stage.recipe.convert, DcpReader(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
@@ -63,38 +61,35 @@ def convert(stage: Stage) -> Result:
 
 
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
-    """The text of [convert] eval_template: a name of sft.chat.named or a .jinja file; "" where there is none."""
-    from sft.recipe.chat_templates import TEMPLATES
-    from sft.recipe.inputs import is_template_file
-
+    """The text of [convert] eval_template, a name or a template file; "" for "". Raises SftError for an unknown name."""
     if is_template_file(name):
         return find(name, "convert.eval_template").read_text(encoding="utf-8")
     if name and name not in TEMPLATES:
         raise SftError(
-            f"[convert] eval_template = {name!r}: none of {', '.join(TEMPLATES)}, nor a .jinja, .jinja2 or .j2 file; next: correct it"
+            f"[convert] eval_template = {name!r}: none of {', '.join(TEMPLATES)}, nor a .jinja, .jinja2 or .j2 file;"
+            " next: correct it"
         )
     return TEMPLATES[name].jinja if name else ""
 
 
 def final_step(train: Path) -> Path:
-    """The step folder that train's manifest names as the last; never guessed from what happens to lie there."""
+    """The step folder that train's manifest names as the final one. Raises SftError if it has no checkpoint."""
     file = train / manifest.NAME
     step = TrainMetrics.of(manifest.load(file), str(file)).final_step
     folder = train / f"step{step}"
     if not (folder / "model_and_optim" / ".metadata").is_file():
-        raise SftError(f"{folder}: no checkpoint (model_and_optim/.metadata), though {file} names step {step}")
+        raise SftError(f"{folder}: no checkpoint (model_and_optim/.metadata), although {file} names step {step}")
     return folder
 
 
-def model_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
-    """The architecture that was trained: the recipe's, and the checkpoint's own config.json must agree with it."""
-    from sft.checkpoint import olmo_core
-
+def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
+    """The architecture of the recipe's [model]. Raises SftError if the step's config.json describes another one."""
     config = resolve(model, vocab_size)
-    saved = olmo_core.model_config(step / "config.json")
+    file = step / "config.json"
+    saved = olmo_core.model_config(file)
     for name in differing_fields(saved, config, ignore=("init_std",)):
         raise SftError(
-            f"{step / 'config.json'}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
+            f"{file}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
             " next: make train again, or correct [model]"
         )
     return config

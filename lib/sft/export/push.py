@@ -1,31 +1,30 @@
-"""A run's export to the Hugging Face hub: what would go there, or (push) that it is there, byte for byte.
+"""Uploads a run's export to the Hugging Face hub, or lists what it would upload.
 
 In:  runs/<run>/convert, whose every byte is verified first; HF_TOKEN from the environment.
-Out: a repository, private unless said otherwise, with one commit; README.md is made anew, with the scores that there are by now.
+Out: one commit in a repository, which is private unless PUSH=public. README.md is written again, with the scores measured so far.
+     Every file's hash on the hub is compared.
 
-    make push-hub RECIPE=x REPO=org/name            # lists files and sizes, touches nothing
-    make push-hub RECIPE=x REPO=org/name PUSH=1     # does it; PUSH=public makes the repository public
+    make push-hub RECIPE=x REPO=org/name            # lists files and sizes, uploads nothing
+    make push-hub RECIPE=x REPO=org/name PUSH=1     # uploads; PUSH=public makes the repository public
     make card RECIPE=x                              # only prints the model card
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import click
 
 from sft.common.errors import SftError
-from sft.common.files import hash_file
 from sft.export import card
 from sft.formats import gate, manifest
 from sft.formats.gate import GateRecord
 from sft.runner import plan
 from sft.runner.cli import RunOptions, program, run_options
+from sft.storage.hub import same_as_hub
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -33,7 +32,10 @@ REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 def push(
     place: plan.Place, run: str, repo: str, mode: str, log: Callable[[str], None], overrides: Sequence[str] = ()
 ) -> str:
-    """Publishes the run's export as `repo` and returns its address; mode "" only lists. Raises SftError."""
+    """Uploads the run's export to `repo` and returns the commit's address. Raises SftError.
+
+    mode: "1" for a private repository, "public" for a public one, "" to list only (returns "").
+    """
     if not REPO.fullmatch(repo):
         raise SftError(f"REPO={repo}: expected org/name; next: make push-hub RECIPE=… REPO=org/name")
     if mode not in ("", "1", "public"):
@@ -55,7 +57,7 @@ def push(
         return _send(repo, files, text.encode(), token, private=mode != "public")
     except SftError:
         raise
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises many types
         lines = str(error).replace(token, "<HF_TOKEN>").strip().splitlines() or [type(error).__name__]
         raise SftError(
             f"{repo}: {type(error).__name__}: {' '.join(lines)[:500]}; next: check REPO=, what HF_TOKEN may do and the network"
@@ -63,7 +65,7 @@ def push(
 
 
 def export_of(place: plan.Place, run: str, overrides: Sequence[str] = ()) -> tuple[Path, str]:
-    """The convert folder of a run, every byte verified, and its model card as of now."""
+    """The convert folder of a run, every byte verified, and its current model card. Raises SftError for a stale export."""
     recipe = plan.load_run(place, run, overrides)
     folder = place.runs / run / "convert"
     state = plan.states(place, recipe)["convert"]
@@ -80,26 +82,15 @@ def _send(repo: str, files: dict[str, Path], text: bytes, token: str, private: b
 
     api = HfApi(token=token)
     url = str(api.create_repo(repo, private=private, exist_ok=True))
-    if private and not api.model_info(repo).private:  # it was there before, and what is sent would be seen by all
+    if private and not api.model_info(repo).private:  # it existed before, and everyone would see the files
         raise SftError(f"{repo}: is public; next: PUSH=public if that is meant, or another REPO=")
     adds = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
     adds.append(CommitOperationAdd("README.md", text))
     done = api.create_commit(repo, adds, commit_message="Export with its proof")
-    stated = {s.rfilename: s for s in api.model_info(repo, revision=done.oid, files_metadata=True).siblings or []}
-    wrong = [name for name, file in files.items() if not _there(file, stated.get(name))]
-    if wrong:
+    reported = {s.rfilename: s for s in api.model_info(repo, revision=done.oid, files_metadata=True).siblings or []}
+    if wrong := [name for name, f in files.items() if name not in reported or not same_as_hub(f, reported[name])]:
         raise SftError(f"{repo}: the hub has other bytes for {', '.join(wrong)}; next: push again")
     return f"{url}/commit/{done.oid}"
-
-
-def _there(file: Path, stated: Any) -> bool:
-    """Whether the hub states this file's hash: sha256 of a large one, git's of a small one."""
-    if stated is None:
-        return False
-    if stated.lfs is not None:
-        return hash_file(file) == str(stated.lfs.sha256)
-    data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == stated.blob_id
 
 
 @program("push-hub", "stages/push_hub.py")
@@ -117,4 +108,4 @@ def main(options: RunOptions, repo: str, visibility: str, card: bool) -> None:
         print(f"[push-hub] {line}", flush=True)
 
     if url := push(options.place, options.run.name, repo, visibility, log, options.overrides):
-        log(f"there, every file's hash compared: {url}")
+        log(f"uploaded, every file's hash compared: {url}")

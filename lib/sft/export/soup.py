@@ -1,11 +1,12 @@
-"""Model souping (arXiv 2203.05482): the mean of several checkpoints' weights as a step folder of its own.
+"""Model soups (arXiv 2203.05482): the mean of the weights of several checkpoints, as a step folder.
 
     make soup RUN=x STEPS="100 200 300" DST=folder                    kept steps of a run
-    make soup STEPS="seed-1/300 seed-2/300" WEIGHTS="1 2" DST=folder  steps of several runs; a path to any step folder does too
+    make soup STEPS="seed-1/300 seed-2/300" WEIGHTS="1 2" DST=folder  steps of several runs; also paths of step folders
 
-In:  two or more step folders (ours or OLMo-core's) of one geometry and one tokenizer.
-Out: DST in the layout that [model] base, make to-hf and OLMo-core read: weights only, tokenizer/, soup.json (sources, weights,
-     hashes) and a manifest. Averaged in fp32 a few rows at a time, so that memory does not grow with the model, then read back.
+In:  two or more step folders (ours or OLMo-core's) with one architecture and one tokenizer.
+Out: DST in the layout that [model] base, make to-hf and OLMo-core read: weights without optimizer state, tokenizer/, soup.json
+     (sources, weights, hashes) and a manifest. It is averaged in fp32 in blocks of rows, so memory does not grow with the model,
+     and then read back.
 """
 
 from __future__ import annotations
@@ -16,22 +17,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
-import torch
 from torch import Tensor
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.step_folder import damage
 from sft.common.errors import SftError
-from sft.common.files import hash_file
+from sft.common.files import hash_file, read_json
 from sft.common.paths import inside
-from sft.export.core import Log, arriving, write_step
-from sft.export.rows import TOKENIZER_FILES, pieces, write_json
+from sft.export.places import Log, new_folder
+from sft.export.step_writer import check_step_weights, write_step_files, write_step_manifest, write_step_weights
+from sft.export.tokenizer_files import tokenizer_beside
 from sft.formats import manifest
 from sft.formats import soup as soup_format
 from sft.formats.manifest import StepManifest
 from sft.formats.soup import Soup, Source
-from sft.formats.steps import METADATA, StepMetadata
-from sft.model.hf import read_json
 from sft.runner.cli import program
 
 
@@ -57,7 +56,7 @@ class Mean:
 
 
 def find_step(runs: Path, run: str, word: str) -> Path:
-    """The step folder that one word of STEPS means: a number (of `run`), <run>/<number>, or a path."""
+    """The step folder for one word of STEPS: a number (of `run`), <run>/<number>, or a path. Raises SftError."""
     owner, _, number = word.rpartition("/")
     if number.isdecimal() and "/" not in owner and (owner or run):
         folder = inside(runs, f"{owner or run}/train/step{number}", "STEPS")
@@ -72,28 +71,22 @@ def find_step(runs: Path, run: str, word: str) -> Path:
     return Path(word)
 
 
-def tokenizer_of(step: Path) -> Path | None:
-    """The folder with the tokenizer.json that belongs to a step."""
-    places = (step / "tokenizer", step.parent / "tokenizer")
-    return next((p for p in places if (p / "tokenizer.json").is_file()), None)
-
-
 def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
-    """Refuses steps that are damaged, or of different models or tokenizers, naming both."""
-    first, whole = steps[0], parts[0]
+    """Raises SftError for damaged steps and for steps with different architectures or tokenizers."""
+    first, reference = steps[0], parts[0]
     if len({step.resolve() for step in steps}) < len(steps):
         raise SftError(f"STEPS: {' '.join(map(str, steps))}: a step twice; next: give it more weight with WEIGHTS=")
     for step in steps:
         if (step / manifest.NAME).is_file() and (problems := damage(step)):
             raise SftError(f"{problems[0]}; next: choose another step")
     models = [read_json(step / "config.json") for step in steps]
-    tokenizers = [tokenizer_of(step) for step in steps]
+    tokenizers = [tokenizer_beside(step) for step in steps]
     hashes = [hash_file(t / "tokenizer.json") if t else None for t in tokenizers]
     for step, part, model, digest in zip(steps[1:], parts[1:], models[1:], hashes[1:], strict=True):
-        names = set(whole) ^ set(part) or {n for n in whole if whole.shape(n) != part.shape(n)}
+        names = set(reference) ^ set(part) or {n for n in reference if reference.shape(n) != part.shape(n)}
         if names:
             name = sorted(names)[0]
-            ours, theirs = (t.shape(name) if name in t else "none" for t in (whole, part))
+            ours, theirs = (t.shape(name) if name in t else "none" for t in (reference, part))
             raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}")
         if model.get("model") != models[0].get("model"):
             raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models")
@@ -105,7 +98,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
 
 
 def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Path, log: Log) -> None:
-    """Writes the weighted mean of `steps` at `target` (a new folder or gs://…). Raises SftError."""
+    """Writes the weighted mean of `steps` to `target` (a new folder or gs://…). Raises SftError."""
     if len(steps) < 2:
         raise SftError(f"STEPS={' '.join(map(str, steps))}: a mean needs two steps or more")
     if len(weights) != len(steps) or not all(math.isfinite(w) and w > 0 for w in weights):
@@ -115,29 +108,17 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
     parts = [DcpReader(step) for step in steps]
     check_alike(steps, parts)
     mean = Mean(parts, weights)
-    with arriving(target, cache, log) as out:
-        (out / "train").mkdir(parents=True)
-        shapes = {name: mean.shape(name) for name in mean}
-        write_step(mean, shapes, out, " + ".join(map(str, steps)))
-        written = DcpReader(out)
-        for name, shape in shapes.items():
-            for start, stop in pieces(shape):
-                if not torch.equal(written.rows(name, start, stop), mean.rows(name, start, stop)):
-                    raise SftError(f"{out}: {name}: not the mean of the steps; next: check that disk and run it again")
-        for tensors in (*parts, written):
-            tensors.close()
+    shapes = {name: mean.shape(name) for name in mean}
+    with new_folder(target, cache, log) as out:
+        out.mkdir(parents=True)
+        write_step_weights(mean, shapes, out, " + ".join(map(str, steps)))
+        check_step_weights(mean, shapes, out, "the mean of the steps")
+        for part in parts:
+            part.close()
         shutil.copyfile(steps[0] / "config.json", out / "config.json")
-        StepMetadata().write(out / METADATA)
-        torch.save({}, out / "train" / "rank0.pt")
-        if tokenizer := tokenizer_of(steps[0]):
-            (out / "tokenizer").mkdir()
-            for name in TOKENIZER_FILES:
-                if (tokenizer / name).is_file():
-                    shutil.copyfile(tokenizer / name, out / "tokenizer" / name)
+        write_step_files(out, tokenizer_beside(steps[0]))
         Soup(tuple(source(s, w) for s, w in zip(steps, weights, strict=True))).write(out / soup_format.NAME)
-        names = sorted(p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file())
-        record = StepManifest(manifest.SCHEMA, 0, manifest.describe(out, names))
-        write_json(out / manifest.NAME, record.to_value())
+        write_step_manifest(out)
     log(
         f"{target}: the mean of {len(steps)} steps, {sum(math.prod(s) for s in shapes.values()):,} parameters, read back"
     )

@@ -1,7 +1,7 @@
-"""Runs a model whose weights are not in memory: one matrix at a time, the vocabulary's tables a piece at a time.
+"""Runs a model whose weights are not in memory: one matrix at a time, the vocabulary's tables in blocks of rows.
 
-In:  a model built on the meta device, and a way to read a tensor or some of its rows by our name.
-Out: the same model, whose forward reads what it needs; `prefetched` reads ahead in one thread while the caller works.
+In:  a model on the meta device, and functions that read a tensor, or some of its rows, by our name.
+Out: the same model, whose forward pass reads what it needs. `prefetched` reads ahead in a thread.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ import torch
 from torch import Tensor, nn
 
 HEAD_ROWS = 8192
-TRIM = 64
+TRIM_EVERY = 64
 
 T = TypeVar("T")
-Rows = Callable[[int, int], Tensor]  # rows [start, stop) of one tensor
+Rows = Callable[[int, int], Tensor]
+"""Reads rows [start, stop) of one tensor."""
 
 
 class Table(nn.Module):
-    """An embedding that reads the rows it is asked for."""
+    """An embedding that reads only the rows that it needs."""
 
     def __init__(self, rows: Rows) -> None:
         super().__init__()
         self.rows = rows
 
     def forward(self, ids: Tensor) -> Tensor:
-        words, places = ids.unique(return_inverse=True)
-        return torch.cat([self.rows(word, word + 1) for word in words.tolist()])[places]
+        unique, index = torch.unique(ids, return_inverse=True)
+        return torch.cat([self.rows(i, i + 1) for i in unique.tolist()])[index]
 
 
 class Head(nn.Module):
-    """A projection onto the vocabulary that reads HEAD_ROWS of its rows at a time."""
+    """A projection onto the vocabulary, [..., d] to [..., V], that reads HEAD_ROWS of its rows at a time."""
 
     def __init__(self, rows: Rows, vocab: int) -> None:
         super().__init__()
@@ -50,12 +51,12 @@ class Head(nn.Module):
         return out
 
 
-def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep: int = 0) -> None:
-    """Loads every module's own weights before it runs and drops them after; the first `keep` bytes stay.
+def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep_bytes: int = 0) -> None:
+    """Makes every module load its own weights before it runs and drop them afterwards. The first `keep_bytes` stay in memory.
 
-    `read(i, name)` gives the parameter `name` of blocks[i]. No more than one matrix of the others is in memory at a time.
+    `read(i, name)` returns the parameter `name` of blocks[i]. Of the others, at most one matrix at a time is in memory.
     """
-    left = keep
+    left = keep_bytes
 
     def load(i: int, prefix: str, module: nn.Module, _: Any) -> None:
         if any(p.is_meta for p in module.parameters()):
@@ -64,16 +65,16 @@ def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep
 
     def drop(module: nn.Module, *_: Any) -> None:
         nonlocal left
-        if module in held:
+        if module in kept:
             return
         size = sum(p.numel() * p.element_size() for p in module.parameters())
         if size <= left:
-            held.add(module)
+            kept.add(module)
             left -= size
         else:
             module.to("meta")
 
-    held: set[nn.Module] = set()
+    kept: set[nn.Module] = set()
     for i, block in enumerate(blocks):
         for name, module in block.named_modules():
             if next(module.parameters(recurse=False), None) is not None:
@@ -82,17 +83,17 @@ def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep
 
 
 def prefetched(tasks: Iterable[Callable[[], T]], ahead: int = 2) -> Iterator[T]:
-    """The tasks' results in order; one thread works on the next `ahead` of them.
+    """The results of the tasks in order. A thread works on the next `ahead` tasks.
 
-    What one thread allocates and another frees leaves holes that glibc keeps: without giving them back every TRIM results,
-    an export of 29 GB grew to 1.8 GB.
+    Memory that one thread allocates and another frees stays with glibc: an export of 29 GB
+    grew to 1.8 GB before it returned them every TRIM_EVERY results.
     """
     trim: Callable[[int], int] = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)  # other C libraries have none
     with ThreadPoolExecutor(1) as pool:
         running: deque[Future[T]] = deque()
         try:
             for number, task in enumerate(tasks):
-                if number % TRIM == 0:
+                if number % TRIM_EVERY == 0:
                     trim(0)
                 running.append(pool.submit(task))
                 if len(running) > ahead:

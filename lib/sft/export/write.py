@@ -1,4 +1,8 @@
-"""TODO sft.export.write"""
+"""Writes a Hugging Face folder: weights as safetensors, configurations, tokenizer and chat template.
+
+In:  weights by our names, the architecture, the facts of the tokenizer, its folder, the recipe's [convert].
+Out: a folder that transformers and vLLM load. Memory does not grow with the model.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,34 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, BinaryIO
 
 import torch
 
 from sft.checkpoint.dcp_reader import Weights
 from sft.common.errors import SftError
+from sft.common.files import read_json, write_json
+from sft.export.blocks import DTYPES, all_finite, row_blocks
 from sft.export.stream import prefetched
+from sft.export.tokenizer_files import copy_tokenizer_files
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
-
-if TYPE_CHECKING:
-    from sft.recipe.schema import Convert
-from sft.export.rows import DTYPES, TOKENIZER_FILES, finite, pieces, write_json
+from sft.recipe.schema import Convert
 
 _SAFETENSORS_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-# A chat model also ends its turn on these where the tokenizer has them as special tokens.
+# A chat model also ends its turn with these, if they are special tokens of the tokenizer.
 _CHAT_ENDS = ("<|im_end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
 class _Entry:
+    """A tensor of a shard: our name, its exported shape and size."""
+
     name: str
     shape: tuple[int, ...]
     bytes: int
@@ -47,9 +53,10 @@ def export(
     template: str,
     log: Callable[[str], None] = print,
 ) -> int:
-    """Writes the whole folder `target`; returns the bytes of the weights. Raises SftError for an unusable checkpoint.
+    """Writes the new folder `target` and returns the size of the weights in bytes. Raises SftError for an unusable checkpoint.
 
-    `template` is the chat template that the folder carries; the tokenizer's own must be the one trained with.
+    `template` is the chat template of the exported folder. `tokenizer` is the folder that the model was trained with; its own
+    template must be the trained one.
     """
     vocab = facts.vocab_size
     target.mkdir(parents=True)
@@ -76,9 +83,9 @@ def export(
 
 
 def stop_ids(facts: TokenizerFacts, tokenizer: Path) -> list[int]:
-    """Ids that end a reply: the trained terminators first, then end-of-text and the ends of turns that are special tokens."""
+    """Ids that end a reply: the trained terminators, then end-of-text, then special tokens that end a turn. Raises SftError."""
     file = tokenizer / "tokenizer.json"
-    special = {t.get("content"): t.get("id") for t in hf.read_json(file).get("added_tokens", []) if t.get("special")}
+    special = {t.get("content"): t.get("id") for t in read_json(file).get("added_tokens", []) if t.get("special")}
     ids = list(facts.terminator_ids)
     if not ids:
         raise SftError(
@@ -89,10 +96,8 @@ def stop_ids(facts: TokenizerFacts, tokenizer: Path) -> list[int]:
 
 
 def copy_tokenizer(source: Path, target: Path, facts: TokenizerFacts) -> None:
-    """Copies the tokenizer as it was trained with, byte for byte, after checking that it is that one."""
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    """Copies the tokenizer byte for byte. Raises SftError if it is not the one that the model was trained with."""
+    copy_tokenizer_files(source, target)
     for name, wanted in (
         ("tokenizer.json", facts.tokenizer.sha256),
         ("chat_template.jinja", facts.template.sha256),
@@ -116,23 +121,17 @@ def write_weights(
     shard_bytes: int,
     log: Callable[[str], None] = print,
 ) -> int:
-    """Writes model*.safetensors and the index, a piece of a tensor at a time; returns the bytes of the tensors.
+    """Writes model*.safetensors and the index. Returns the size of the tensors in bytes.
 
-    Checks on the way that every tensor is there once, with its shape, and finite before and after the cast; rows beyond
-    the tokenizer's are read and checked, and left out.
+    Checks that every tensor is there once, with its shape, and finite before and after the cast. Rows beyond the tokenizer's
+    `vocab` ids are read and checked, but not written. Raises SftError.
     """
-    kind = hf.family(config)
-    padded, cut = hf.shapes(config), hf.shapes(config, vocab)
+    family = hf.family(config)
+    padded = hf.shapes(config)
     hf.check_shapes(
         {name: weights.shape(name) for name in hf.without_tied_head(weights, config)}, padded, "the checkpoint"
     )
-    width = DTYPES[dtype].itemsize
-    shards: list[list[_Entry]] = [[]]
-    for name, shape in cut.items():
-        size = torch.Size(shape).numel() * width
-        if shards[-1] and sum(e.bytes for e in shards[-1]) + size > shard_bytes:
-            shards.append([])
-        shards[-1].append(_Entry(name, shape, size))
+    shards = _plan_shards(hf.shapes(config, vocab), DTYPES[dtype].itemsize, shard_bytes)
     total = sum(e.bytes for shard in shards for e in shard)
     free = shutil.disk_usage(target).free
     if free < total * 1.02:
@@ -144,14 +143,11 @@ def write_weights(
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with (target / name).open("wb") as file:
-            file.write(_header(shard, kind, dtype))
-            places = [(entry, *piece) for entry in shard for piece in pieces(padded[entry.name])]
-            read = (partial(weights.rows, entry.name, start, stop) for entry, start, stop in places)
-            for (entry, start, _), exact in zip(places, prefetched(read), strict=True):
-                file.write(_cast(exact, entry, start, dtype).view(torch.uint8).numpy().data)
+            file.write(_header(shard, family, dtype))
+            _write_tensors(file, shard, weights, padded, dtype)
             file.flush()
             os.fsync(file.fileno())
-        weight_map |= {kind.theirs(entry.name): name for entry in shard}
+        weight_map |= {family.theirs(entry.name): name for entry in shard}
         done += sum(entry.bytes for entry in shard)
         log(f"{name}: {done / 1e9:.2f} of {total / 1e9:.2f} GB")
     if len(shards) > 1:
@@ -160,30 +156,54 @@ def write_weights(
     return total
 
 
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]], width: int, shard_bytes: int) -> list[list[_Entry]]:
+    """Tensors in their order, in shards of at most `shard_bytes`. A larger tensor has a shard of its own. width: bytes per value."""
+    shards: list[list[_Entry]] = [[]]
+    for name, shape in shapes.items():
+        size = torch.Size(shape).numel() * width
+        if shards[-1] and sum(e.bytes for e in shards[-1]) + size > shard_bytes:
+            shards.append([])
+        shards[-1].append(_Entry(name, shape, size))
+    return shards
+
+
+def _write_tensors(
+    file: BinaryIO, shard: Sequence[_Entry], weights: Weights, padded: Mapping[str, tuple[int, ...]], dtype: str
+) -> None:
+    """Writes the tensors of a shard block by block; a thread reads the next blocks. `padded` are the checkpoint's shapes."""
+    blocks = [(entry, *block) for entry in shard for block in row_blocks(padded[entry.name])]
+    read = (partial(weights.rows, entry.name, start, stop) for entry, start, stop in blocks)
+    for (entry, start, _), exact in zip(blocks, prefetched(read), strict=True):
+        file.write(_cast(exact, entry, start, dtype).view(torch.uint8).numpy().data)
+
+
 def _cast(exact: torch.Tensor, entry: _Entry, start: int, dtype: str) -> torch.Tensor:
-    """Rows of a tensor, from `start` on, in the export's dtype, those beyond the entry's left out. Refuses NaN and infinity."""
+    """A block of rows, which starts at row `start`, in the export's dtype, without rows beyond the entry's.
+
+    Raises SftError for NaN and infinity, also in rows that are left out.
+    """
     made = exact[: max(0, entry.shape[0] - start)].to(DTYPES[dtype])
-    if not finite(exact) or (dtype != "float32" and not finite(made)):
+    if not all_finite(exact) or (dtype != "float32" and not all_finite(made)):
         why = (
             f"too large for {dtype}; next: export as bfloat16"
-            if finite(exact)
-            else "the checkpoint is damaged or diverged; next: see metrics.jsonl, and convert an earlier step"
+            if all_finite(exact)
+            else "the checkpoint is damaged or training diverged; next: see metrics.jsonl, and convert an earlier step"
         )
         raise SftError(f"the checkpoint: {entry.name}: NaN or infinity from row {start} on: {why}")
     return made
 
 
-def _header(entries: list[_Entry], kind: hf.Family, dtype: str) -> bytes:
-    """The head of a safetensors file: length, then JSON with dtype, shape and byte range of every tensor."""
+def _header(entries: Sequence[_Entry], family: hf.Family, dtype: str) -> bytes:
+    """The header of a safetensors file: its length (8 bytes), then JSON with dtype, shape and byte range of every tensor."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
     for entry in entries:
-        header[kind.theirs(entry.name)] = {
+        header[family.theirs(entry.name)] = {
             "dtype": _SAFETENSORS_NAMES[dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, start + entry.bytes],
         }
         start += entry.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors start on a multiple of 8
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text

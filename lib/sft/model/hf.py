@@ -11,7 +11,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
@@ -274,19 +273,6 @@ def _rotary_scaling(scaling: Mapping[str, Any], where: str) -> tuple[Yarn | None
             old_context=int(scaling["original_max_position_embeddings"]),
         )
     raise SftError(f"{where}: rope_type: {kind!r}, expected 'default', 'yarn' or 'llama3'")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises SftError that names the file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise SftError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SftError(f"{path}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise SftError(f"{path}: expected an object, found {type(data).__name__}")
-    return data
 
 
 def check_shapes(

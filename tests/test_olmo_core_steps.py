@@ -1,4 +1,4 @@
-"""sft.export.core: OLMo-core's own checkpoints become folders that transformers loads, folders become its checkpoints."""
+"""sft.export.olmo_core_steps: OLMo-core's own checkpoints become folders that transformers loads, folders become its checkpoints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
 from sft.common.errors import SftError
-from sft.export import core
+from sft.common.files import read_json
+from sft.export import olmo_core_steps, step_writer
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.recipe.presets import ModelConfig
@@ -66,7 +67,7 @@ def test_a_step_of_their_trainer_converts_to_what_their_converter_makes_bit_for_
     step, _ = their_step(tmp_path, config)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     options = Convert(dtype="float32", max_position_embeddings=512)
-    report = core.to_hf(str(step), str(ours), options, "", "tokenizer", tmp_path / "cache", quiet)
+    report = olmo_core_steps.to_hf(str(step), str(ours), options, "", "tokenizer", tmp_path / "cache", quiet)
     assert report.tensors.count == len(hf.shapes(config))
     described = load_config(str(step))
     assert described is not None
@@ -83,7 +84,7 @@ def test_a_step_of_their_trainer_converts_to_what_their_converter_makes_bit_for_
     assert a.keys() == b.keys()
     for name, value in a.items():
         assert value.shape == b[name].shape and torch.equal(value, b[name].float()), name
-    made, known = hf.read_json(ours / "config.json"), hf.read_json(theirs / "config.json")
+    made, known = read_json(ours / "config.json"), read_json(theirs / "config.json")
     for field in ("model_type", "vocab_size", "sliding_window", "layer_types", "num_key_value_heads", "rms_norm_eps"):
         assert made.get(field) == known.get(field), field
     assert not list(ours.parent.glob(".ours*"))
@@ -101,24 +102,24 @@ def test_a_folder_becomes_a_step_that_olmo_core_loads_and_that_converts_back(
     folder, base, again = tmp_path / "hf", tmp_path / "step0", tmp_path / "again"
     options = Convert(dtype="float32", max_position_embeddings=512)
     cache = tmp_path / "cache"
-    core.to_hf(str(step), str(folder), options, "", "tokenizer", cache, quiet)
-    core.to_core(str(folder), str(base), cache, quiet)
-    model = TransformerConfig.from_dict(hf.read_json(base / "config.json")["model"]).build(init_device="cpu")
+    olmo_core_steps.to_hf(str(step), str(folder), options, "", "tokenizer", cache, quiet)
+    olmo_core_steps.to_core(str(folder), str(base), cache, quiet)
+    model = TransformerConfig.from_dict(read_json(base / "config.json")["model"]).build(init_device="cpu")
     load_model_and_optim_state(base / "model_and_optim", model)
-    rows = hf.read_json(folder / "config.json")["vocab_size"]
+    rows = read_json(folder / "config.json")["vocab_size"]
     for name, value in DcpReader(step).items():
         found = model.state_dict()[name]
         kept = rows if name in hf.VOCAB_ROWS else len(value)
         assert torch.equal(found[:kept], value[:kept]) and not found[kept:].any(), name
-    core.to_hf(str(base), str(again), options, "", "tokenizer", cache, quiet)
+    olmo_core_steps.to_hf(str(base), str(again), options, "", "tokenizer", cache, quiet)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert (again / "config.json").read_bytes() == (folder / "config.json").read_bytes()
 
 
 def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = export(tmp_path, OLMO2)
-    monkeypatch.setattr(core, "_CHUNK", 4096)
-    core.to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", quiet)
+    monkeypatch.setattr(step_writer, "CHUNK_BYTES", 4096)
+    olmo_core_steps.to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", quiet)
     state = {"model": {name: torch.zeros(shape) for name, shape in hf.shapes(OLMO2).items()}}
     dcp.load(state, checkpoint_id=tmp_path / "step0" / "model_and_optim", no_dist=True)
     weights = HfFolder(folder)
@@ -129,10 +130,10 @@ def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypa
 @pytest.mark.parametrize("config", [QWEN3, LLAMA3], ids=["qwen3", "llama3"])
 def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfig) -> None:
     folder, step, again = export(tmp_path, config), tmp_path / "step0", tmp_path / "again"
-    core.to_core(str(folder), str(step), tmp_path / "cache", quiet)
+    olmo_core_steps.to_core(str(folder), str(step), tmp_path / "cache", quiet)
     assert replace(olmo_core.model_config(step / "config.json"), init_std=config.init_std) == config
     options = Convert(dtype="float32", max_position_embeddings=512)
-    core.to_hf(str(step), str(again), options, "", "tokenizer", tmp_path / "cache", quiet)
+    olmo_core_steps.to_hf(str(step), str(again), options, "", "tokenizer", tmp_path / "cache", quiet)
     for name in ("model.safetensors", "config.json"):
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
@@ -143,12 +144,12 @@ def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
     from olmo_core.nn.transformer import TransformerConfig
 
     step = tmp_path / "step0"
-    core.to_core(str(export(tmp_path, QWEN3)), str(step), tmp_path / "cache", quiet)
-    model = TransformerConfig.from_dict(hf.read_json(step / "config.json")["model"]).build(init_device="cpu")
+    olmo_core_steps.to_core(str(export(tmp_path, QWEN3)), str(step), tmp_path / "cache", quiet)
+    model = TransformerConfig.from_dict(read_json(step / "config.json")["model"]).build(init_device="cpu")
     load_model_and_optim_state(step / "model_and_optim", model)
     found = model.state_dict()
     assert found["lm_head.w_out.weight"].data_ptr() == found["embeddings.weight"].data_ptr()
-    rows = hf.read_json(tmp_path / "hf" / "config.json")["vocab_size"]
+    rows = read_json(tmp_path / "hf" / "config.json")["vocab_size"]
     assert torch.equal(found["embeddings.weight"][:rows], HfFolder(tmp_path / "hf")["embeddings.weight"])
 
 
@@ -164,14 +165,14 @@ def export(root: Path, config: ModelConfig) -> Path:
 @pytest.fixture
 def step(tmp_path: Path) -> Path:
     """A step of ours, with its tokenizer in it."""
-    core.to_core(str(export(tmp_path, OLMO3)), str(tmp_path / "step0"), tmp_path / "cache", quiet)
+    olmo_core_steps.to_core(str(export(tmp_path, OLMO3)), str(tmp_path / "step0"), tmp_path / "cache", quiet)
     return tmp_path / "step0"
 
 
 def refuses(step: Path, match: str) -> None:
     out = step.parent / "out"
     with pytest.raises(SftError, match=match) as error:
-        core.to_hf(str(step), str(out), Convert(), "", "tokenizer", step.parent / "cache", quiet)
+        olmo_core_steps.to_hf(str(step), str(out), Convert(), "", "tokenizer", step.parent / "cache", quiet)
     assert "next: " in str(error.value)
     assert not out.exists() and not list(step.parent.glob(".out*"))
 
@@ -241,8 +242,8 @@ def test_a_step_without_a_tokenizer_says_how_to_name_one(step: Path) -> None:
 
 
 def test_a_folder_that_is_there_is_left_alone(step: Path) -> None:
-    with pytest.raises(SftError, match="is there already; next: name a new folder"):
-        core.to_hf(str(step), str(step), Convert(), "", "tokenizer", step.parent / "cache", quiet)
+    with pytest.raises(SftError, match="exists already; next: name a new folder"):
+        olmo_core_steps.to_hf(str(step), str(step), Convert(), "", "tokenizer", step.parent / "cache", quiet)
 
 
 def test_infinity_in_a_folder_is_refused_by_name(tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_infinity_in_a_folder_is_refused_by_name(tmp_path: Path) -> None:
     values["model.norm.weight"][2] = torch.inf
     save_file(values, folder / "model.safetensors")
     with pytest.raises(SftError, match=r"hf: lm_head\.norm\.weight: NaN or infinity from row 0"):
-        core.to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", quiet)
+        olmo_core_steps.to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", quiet)
     assert not (tmp_path / "step0").exists()
 
 
@@ -262,9 +263,9 @@ def test_steps_and_folders_may_lie_in_a_bucket(tmp_path: Path, monkeypatch: pyte
     cache = tmp_path / "cache"
     with Server() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        core.to_core(str(export(tmp_path, OLMO2)), "gs://test/base/step0", cache, quiet)
+        olmo_core_steps.to_core(str(export(tmp_path, OLMO2)), "gs://test/base/step0", cache, quiet)
         assert server.objects["base/step0/model_and_optim/.metadata"].data
-        core.to_hf("gs://test/base/step0", "gs://test/out/hf", Convert(dtype="float32", max_position_embeddings=512), "",
+        olmo_core_steps.to_hf("gs://test/base/step0", "gs://test/out/hf", Convert(dtype="float32", max_position_embeddings=512), "",
                    "tokenizer", cache, quiet)  # fmt: skip
         made = {
             name.removeprefix("out/hf/"): stored.data for name, stored in server.objects.items() if "out/hf/" in name
