@@ -53,7 +53,7 @@ import orjson
 
 from sft.common import machine
 from sft.data import workers
-from sft.data.blocks import Block
+from sft.data.blocks import LineBlock
 from sft.data.chunks import without_gc
 from sft.data.fast.plain import PlainRows
 from sft.data.prepare import prepare
@@ -201,7 +201,7 @@ class CompiledFloor:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
         lines, tokens = [json.dumps(row).encode() + b"\n" for row in rows], 0
         each = max(1, BLOCK_BYTES * len(lines) // sum(map(len, lines)))
-        blocks = [Block.of(b"".join(lines[start : start + each])) for start in range(0, len(lines), each)]
+        blocks = [LineBlock.of(b"".join(lines[start : start + each])) for start in range(0, len(lines), each)]
         clock = Clock()
         for block in blocks:
             assert self.plain is not None

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sft.data.blocks import Piece
+from sft.data.blocks import Block
 from sft.data.chunks import in_order
 from sft.data.tokenize import Encoded, Encoder
 from sft.recipe.schema import Prepare, Source
@@ -123,7 +123,7 @@ def conversations(draw: Any, text: Any = plain_text, roles: bool = False, tools:
     return row
 
 
-def both_ways(made: Encoder, piece: Piece, source: Source = SOURCE) -> tuple[Any, Any, int]:
+def both_ways(made: Encoder, piece: Block, source: Source = SOURCE) -> tuple[Any, Any, int]:
     """What the rows of a piece make with compiled code and without, and how many of them were plain."""
     some, odd = made.encode_plain(piece, source)
     parts = [(some, some.rows + piece.first)] if some is not None else []
@@ -131,7 +131,7 @@ def both_ways(made: Encoder, piece: Piece, source: Source = SOURCE) -> tuple[Any
     for batch, before in ((piece.batch(odd), parts), (piece.batch(), [])):
         encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
         rejects.append(
-            sorted([*batch.bad, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
+            sorted([*batch.rejects, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
         )
         ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
     assert rejects[0] == rejects[1]

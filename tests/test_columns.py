@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
 from sft.data import align, sources
-from sft.data.blocks import Columns, pieces
+from sft.data.blocks import ColumnBlock, read_blocks
 from sft.data.fast import lines as compiled_lines
 from sft.data.fast.columns import messages
 from sft.data.tokenize import Encoder
@@ -40,7 +40,7 @@ def encoders(folder: Path) -> Any:
 
 
 @st.composite
-def batches(draw: Any) -> Columns:
+def batches(draw: Any) -> ColumnBlock:
     """A record batch of conversations, with nulls in any place, and perhaps a slice of a larger one."""
     text = draw(st.sampled_from(TYPES))
     maybe = st.one_of(st.none(), any_text)
@@ -70,12 +70,12 @@ def batches(draw: Any) -> Columns:
         columns["id"] = pa.array(list(range(len(rows))))
     batch = pa.RecordBatch.from_pydict(columns)
     start = draw(st.integers(0, len(rows) - 1))
-    return Columns(batch.slice(start, draw(st.integers(1, len(rows)))), 5)
+    return ColumnBlock(batch.slice(start, draw(st.integers(1, len(rows)))), 5)
 
 
 @settings(max_examples=400, deadline=None)
 @given(piece=batches())
-def test_both_ways_make_the_same(encoders: Any, piece: Columns) -> None:
+def test_both_ways_make_the_same(encoders: Any, piece: ColumnBlock) -> None:
     compiled, python, _ = both_ways(encoders("olmo"), piece)
     assert compiled == python
 
@@ -83,7 +83,7 @@ def test_both_ways_make_the_same(encoders: Any, piece: Columns) -> None:
 @pytest.mark.parametrize("name", PLAIN)
 @settings(max_examples=25, deadline=None)
 @given(piece=batches())
-def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, piece: Columns) -> None:
+def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, piece: ColumnBlock) -> None:
     compiled, python, _ = both_ways(encoders(name), piece)
     assert compiled == python
 
@@ -110,7 +110,7 @@ def test_the_rows_of_files_are_plain_and_keep_their_numbers(encoders: Any, tmp_p
     (file,) = sources.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache")
     numbers, odd = [], []
     for chunk in sources.cut(file):
-        for piece in pieces(chunk):
+        for piece in read_blocks(chunk):
             made, others = encoders("olmo").encode_plain(piece, SOURCE)
             assert made is not None
             numbers += (made.rows + piece.first).tolist()
@@ -134,7 +134,7 @@ def test_bytes_that_are_no_unicode_are_left_to_python(encoders: Any, where: str)
     roles = pa.array(["user", "assistant"] * 2)
     struct = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
     batch = pa.RecordBatch.from_pydict({"messages": pa.ListArray.from_arrays([0, 2, 4], struct)})
-    piece = Columns(batch, 0)
+    piece = ColumnBlock(batch, 0)
     compiled, python, plain = both_ways(encoders("olmo"), piece)
     assert compiled == python and plain == 0
 
@@ -147,18 +147,18 @@ def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None
     for row in rows[:20]:
         row["messages"][0]["functions"] = "[]"
     for some in (rows, rows[20:], [{"messages": turns(("user", ""), ("assistant", ""))}] * 3):
-        both_ways(made, Columns.of(some))
+        both_ways(made, ColumnBlock.of(some))
     for text in TYPES:
         struct = pa.struct([("content", text), ("role", text)])
         array = pa.array([row["messages"] for row in rows], type=pa.large_list(struct))
-        both_ways(made, Columns(pa.RecordBatch.from_pydict({"messages": array}), 0))
+        both_ways(made, ColumnBlock(pa.RecordBatch.from_pydict({"messages": array}), 0))
     assert (len(compiled_lines.read_columns.signatures), len(align.align_tokens.signatures)) == known
 
 
 def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
     rows = [{"turns": row["messages"], "tools": None if i % 2 else "[]"} for i, row in enumerate(rows_of(6))]
     renamed = Source(path="x", columns={"messages": "turns"})
-    piece = Columns(pa.RecordBatch.from_pylist(rows), 0)
+    piece = ColumnBlock(pa.RecordBatch.from_pylist(rows), 0)
     assert encoders("olmo").encode_plain(piece, renamed)[1] == [0, 2, 4]
     assert (
         encoders("olmo").encode_plain(piece, SOURCE) == (None, list(range(6)))
@@ -181,7 +181,7 @@ def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) 
     batch = pa.RecordBatch.from_arrays([array], ["messages"])
     found = messages(batch, "messages", [])
     assert found is None or found.skipped.all()
-    compiled, python, plain = both_ways(encoders("olmo"), Columns(batch, 0))
+    compiled, python, plain = both_ways(encoders("olmo"), ColumnBlock(batch, 0))
     assert compiled == python and plain == 0
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
 from sft.data import align
-from sft.data.blocks import Block
+from sft.data.blocks import LineBlock
 from sft.data.compiled import compiled
 from sft.data.fast import lines as compiled_lines
 from sft.data.fast import plain
@@ -37,7 +37,7 @@ def olmo(folder: Path) -> Encoder:
 
 
 def lines_both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
-    return both_ways(made, Block.of(lines, 7), source)
+    return both_ways(made, LineBlock.of(lines, 7), source)
 
 
 extra = st.dictionaries(
@@ -194,9 +194,9 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
     compiled, python, count = lines_both_ways(olmo, line, renamed)
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
-        assert encoder(folder, **options).encode_plain(Block.of(line), renamed) == (None, [0])
+        assert encoder(folder, **options).encode_plain(LineBlock.of(line), renamed) == (None, [0])
     for name in set(TEMPLATES) - set(PLAIN):
-        assert encoder(folder, name).encode_plain(Block.of(line), renamed) == (None, [0])
+        assert encoder(folder, name).encode_plain(LineBlock.of(line), renamed) == (None, [0])
 
 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
     for pair in (fields, [{"role": m["role"]} for m in fields], [{"role": "system"}, {"role": "assistant"}]):
         row = {"messages": [{**message, "content": ""} for message in pair] * 500}
         lines = json.dumps(row, separators=(",", ":")).encode() + b"\n"
-        block = Block.of(lines * 3)
+        block = LineBlock.of(lines * 3)
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
         text, _ = room.read(block)
         assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.edges)

@@ -202,7 +202,8 @@ def test_the_token_cache_keeps_to_its_bound_and_to_what_runs_need(tmp_path, smal
     assert contents(first.out) == contents(again.out)
     assert sorted(p.name for p in other.iterdir()) == ["old.tok", "young.tok"]
     assert any(
-        "token cache: 2 chunks (2.0 GB) not needed for longest are gone: cache_gb = 3" in line for line in again.said
+        "token cache: 2 chunks (2.0 GB) that were unused for longest are deleted: cache_gb = 3" in line
+        for line in again.said
     )
     again.hardware = dataclasses.replace(again.hardware, cache_gb=1)
     prepare.prepare(again)

@@ -34,7 +34,7 @@ def everything(folder: Path, name: str) -> tuple[list[dict], list[blocks.Reject]
             count = 0
             for batch in blocks.read(chunk):
                 rows += batch.rows
-                bad += [b._replace(row=b.row + base + 1) for b in batch.bad]
+                bad += [b._replace(row=b.row + base + 1) for b in batch.rejects]
                 count = batch.count
             base += count
     return rows, bad
@@ -75,7 +75,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):
     monkeypatch.setattr(blocks, "TAIL_BYTES", tail)
-    monkeypatch.setattr(blocks, "LOOK_BYTES", tail // 2 + 1)
+    monkeypatch.setattr(blocks, "SEARCH_BYTES", tail // 2 + 1)
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", size)
     monkeypatch.setattr(sources, "CHUNK_BYTES", size)
     text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'

@@ -23,7 +23,7 @@ def test_both_ways_out_are_named_and_a_raised_number_must_be_recorded() -> None:
     now = current()
     changed = {"versions": now["versions"], "modules": {**now["modules"], "sft.data.decontaminate": "0" * 12}}
     lines = complaints(changed, now)
-    assert any(line.startswith("SCREENING in lib/sft/data/preparation.py = ") for line in lines)
+    assert any(line.startswith("SCREENING_VERSION in lib/sft/data/preparation.py = ") for line in lines)
     assert all("raise it" in line and "make record-versions" in line for line in lines)
     older = {"versions": {**now["versions"], "sync": 0}, "modules": now["modules"]}
     assert complaints(older, now) == [

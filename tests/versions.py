@@ -29,11 +29,11 @@ ROOTS = {
     "convert": "sft.export.convert",
     "evaluate": "sft.evaluation.evaluate",
     "report": "sft.reporting.report",
-    "ENCODING": "sft.data.tokenize",
-    "SCREENING": "sft.data.decontaminate",
+    "ENCODING_VERSION": "sft.data.tokenize",
+    "SCREENING_VERSION": "sft.data.decontaminate",
 }
 """The module where each version's code starts. The version stands for it and for all that it imports, but for PLUMBING."""
-WHERE = {"ENCODING": "sft/data/preparation.py", "SCREENING": "sft/data/preparation.py"}
+WHERE = {"ENCODING_VERSION": "sft/data/preparation.py", "SCREENING_VERSION": "sft/data/preparation.py"}
 PLUMBING = ("common", "runner", "storage", "launch")
 """Layers that move bytes and do not decide what they are."""
 KEYED = ("sft.recipe.recipe", "sft.recipe.schema", "sft.formats.record", "sft.formats.manifest", "sft.formats.run")
@@ -43,7 +43,11 @@ LOGGING = ("log", "print", "warn", "warning")
 
 def numbers() -> dict[str, int]:
     """The version numbers as the code has them."""
-    return {**plan.VERSIONS, "ENCODING": preparation.ENCODING, "SCREENING": preparation.SCREENING}
+    return {
+        **plan.VERSIONS,
+        "ENCODING_VERSION": preparation.ENCODING_VERSION,
+        "SCREENING_VERSION": preparation.SCREENING_VERSION,
+    }
 
 
 @functools.cache

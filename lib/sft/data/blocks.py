@@ -1,7 +1,9 @@
-"""The rows of a chunk, a piece at a time: lines of JSON or columns of Arrow, which compiled code takes as they are, or Python objects.
+"""Reads the rows of a chunk in blocks of bounded size.
 
-In: a chunk of a source's file (sft.data.sources). Out: `pieces`, of bounded size, and their rows as `Batch`es: what is a row, and with its reason what
-is none. Numbers of rows count from 0 inside the chunk.
+In:  a chunk of a source's file (sft.data.sources).
+Out: `read_blocks` yields lines of JSON or columns of Arrow, which compiled code takes as they are. `Block.batch` makes
+     Python objects of them: a `RowBatch` with the rows, and a reject with its reason for everything that is no row.
+     Row numbers count from 0 inside the chunk.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,47 +27,49 @@ from sft.data.batch import Reject
 from sft.data.compiled import WORD
 from sft.data.sources import Chunk, InputFile, arrow_batches, cut, reading
 
-try:  # three times faster than json, and optional: what it refuses, json decides
+try:  # optional, and three times faster than json; json decides about everything that it refuses
     import orjson
 except ImportError:
     orjson = None  # type: ignore[assignment]
 
 BATCH_BYTES = 4 << 20
-"""Input bytes that a worker has as Python objects at a time. What a batch costs however small it is weighs more than caches:
-4 MiB take a tenth less time than 1 MiB."""
+"""Input bytes that a worker holds as Python objects at a time. The fixed cost of a batch matters more than CPU caches: with
+4 MiB encoding takes a tenth less time than with 1 MiB."""
 BATCH_ROWS = 4096
 TAIL_BYTES = 256 << 10
-"""Read behind a chunk, for the end of its last line: a piece costs a millisecond however small it is."""
-LOOK_BYTES = 64 << 10
+"""Bytes read after the end of a chunk, for the rest of its last line. A second read would cost a millisecond."""
+SEARCH_BYTES = 64 << 10
+"""A newline is searched for in steps of this size."""
 EXAMPLE_CHARS = 200
 NEWLINE = 10
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 
 
 @dataclass
-class Batch:
+class RowBatch:
+    """Rows as Python objects, their numbers, and the rejects among them."""
+
     rows: list[dict[str, Any]] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
-    bad: list[Reject] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
     count: int = 0
-    """Rows read so far in the chunk, blank lines of a JSONL file included: the number of the next one."""
+    """The number of the next row: rows read so far in the chunk, blank lines of a JSONL file included."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """Lines of a chunk, each with its newline; `first` is the number of the first one."""
+class LineBlock:
+    """Lines of a chunk, each with its newline. `first` is the number of the first one."""
 
     padded: NDArray[np.uint8]
-    """The lines, and WORD bytes behind them that may be read and mean nothing."""
+    """The lines, followed by WORD bytes without a meaning, so that compiled code can read words."""
     first: int
     too_long: bool = False
-    """It stands for one line of more than MAX_ROW_BYTES, which is not read."""
+    """The block stands for one line of more than MAX_ROW_BYTES, which is not read."""
 
     @classmethod
-    def of(cls, lines: bytes, first: int = 0, too_long: bool = False) -> Block:
-        return cls(
-            np.frombuffer(bytearray(lines) + bytes(WORD), dtype=np.uint8), first, too_long
-        )  # writable, as a chunk is
+    def of(cls, lines: bytes, first: int = 0, too_long: bool = False) -> LineBlock:
+        # A bytearray, so that the array is writable like that of a chunk.
+        return cls(np.frombuffer(bytearray(lines) + bytes(WORD), dtype=np.uint8), first, too_long)
 
     @property
     def lines(self) -> bytes:
@@ -73,20 +77,20 @@ class Block:
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
-        """Where the newline of each line is."""
+        """The position of each line's newline."""
         return np.flatnonzero(self.padded[:-WORD] == NEWLINE)
 
     @property
     def count(self) -> int:
         return 1 if self.too_long else len(self.ends)
 
-    def batch(self, wanted: Sequence[int] | None = None) -> Batch:
-        """The rows of all lines, or of those that are wanted, by their numbers in the block."""
-        made = Batch(count=self.first + self.count)
+    def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
+        """The rows of all lines, or of the wanted ones. `wanted` counts from 0 inside the block."""
+        batch = RowBatch(count=self.first + self.count)
         if self.too_long:
-            made.bad.append(Reject(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
+            batch.rejects.append(Reject(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
         if self.too_long or (wanted is not None and not wanted):
-            return made
+            return batch
         data = self.lines
         lines = data.split(b"\n")[:-1]
         numbers = list(range(len(lines))) if wanted is None else list(wanted)
@@ -95,23 +99,23 @@ class Block:
         long_numbers = _has_long_number(data)
         rows = None if long_numbers else _parse_plain(lines)
         if rows is not None:
-            made.rows, made.numbers = rows, [self.first + n for n in numbers]
-            return made
+            batch.rows, batch.numbers = rows, [self.first + n for n in numbers]
+            return batch
         for number, line in zip(numbers, lines, strict=True):
-            _read_line(line, self.first + number, made, long_numbers)
-        return made
+            _read_line(line, self.first + number, batch, long_numbers)
+        return batch
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Rows of a record batch; `first` is the number of the first one."""
+class ColumnBlock:
+    """Rows of a record batch. `first` is the number of the first one."""
 
     arrow: Any
     """A pyarrow.RecordBatch."""
     first: int
 
     @classmethod
-    def of(cls, rows: Sequence[dict[str, Any]], first: int = 0) -> Columns:
+    def of(cls, rows: Sequence[dict[str, Any]], first: int = 0) -> ColumnBlock:
         import pyarrow as pa
 
         return cls(pa.RecordBatch.from_pylist(list(rows)), first)
@@ -120,52 +124,52 @@ class Columns:
     def count(self) -> int:
         return int(self.arrow.num_rows)
 
-    def batch(self, wanted: Sequence[int] | None = None) -> Batch:
-        """All rows, or those that are wanted, by their numbers in the piece."""
+    def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
+        """All rows, or the wanted ones. `wanted` counts from 0 inside the block."""
         import pyarrow as pa
 
-        made = Batch(count=self.first + self.count)
+        batch = RowBatch(count=self.first + self.count)
         if wanted is not None and not wanted:
-            return made
+            return batch
         arrow = self.arrow if wanted is None else self.arrow.take(pa.array(wanted, type=pa.int64()))
         numbers = [self.first + n for n in (range(self.count) if wanted is None else wanted)]
         nested = [field.name for field in arrow.schema if pa.types.is_nested(field.type)]
         try:
-            made.rows, made.numbers = arrow.to_pylist(), numbers
-        except (UnicodeDecodeError, ValueError):  # one bad string must not take its neighbours with it
+            batch.rows, batch.numbers = arrow.to_pylist(), numbers
+        except (UnicodeDecodeError, ValueError):  # reject the rows with a bad string only
             for i, number in enumerate(numbers):
                 try:
-                    made.rows.append(arrow.slice(i, 1).to_pylist()[0])
-                    made.numbers.append(number)
+                    batch.rows.append(arrow.slice(i, 1).to_pylist()[0])
+                    batch.numbers.append(number)
                 except (UnicodeDecodeError, ValueError) as e:
-                    made.bad.append(Reject(number, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
-        for row in made.rows:
+                    batch.rejects.append(Reject(number, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
+        for row in batch.rows:
             for name in nested:
                 row[name] = without_nulls(row[name])
-        return made
+        return batch
 
 
 def without_nulls(value: Any) -> Any:
-    """A columnar file gives every object every field of any object, filled with nulls: here a null is an absent field."""
+    """The value without null fields. A columnar file fills every object with nulls for the fields of all other objects."""
     if type(value) is dict:
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if type(value) is list else value
 
 
-Piece = Block | Columns
+Block = LineBlock | ColumnBlock
 
 
-def read(chunk: Chunk) -> Iterator[Batch]:
-    """The rows of a chunk in batches of bounded size; the last batch may be empty."""
-    return (piece.batch() for piece in pieces(chunk))
+def read(chunk: Chunk) -> Iterator[RowBatch]:
+    """The rows of a chunk in batches of bounded size. The last batch may be empty."""
+    return (block.batch() for block in read_blocks(chunk))
 
 
-def pieces(chunk: Chunk) -> Iterator[Piece]:
-    """The same, before any row is a Python object."""
-    return _blocks(chunk) if chunk.file.kind == "jsonl" else _columns(chunk)
+def read_blocks(chunk: Chunk) -> Iterator[Block]:
+    """The rows of a chunk in blocks of bounded size, before they become Python objects."""
+    return _line_blocks(chunk) if chunk.file.kind == "jsonl" else _column_blocks(chunk)
 
 
-def _columns(chunk: Chunk) -> Iterator[Columns]:
+def _column_blocks(chunk: Chunk) -> Iterator[ColumnBlock]:
     with reading(chunk.file):
         if chunk.file.kind == "parquet":
             batches = _parquet_batches(chunk)
@@ -175,9 +179,9 @@ def _columns(chunk: Chunk) -> Iterator[Columns]:
         for arrow in batches:
             step = max(1, min(BATCH_ROWS, BATCH_BYTES * arrow.num_rows // max(1, arrow.nbytes)))
             for start in range(0, arrow.num_rows, step):
-                piece = Columns(arrow.slice(start, step), first)
-                yield piece
-                first += piece.count
+                block = ColumnBlock(arrow.slice(start, step), first)
+                yield block
+                first += block.count
 
 
 def _parquet_batches(chunk: Chunk) -> Iterator[Any]:
@@ -191,7 +195,7 @@ def _parquet_batches(chunk: Chunk) -> Iterator[Any]:
 
 
 def _parse_plain(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
-    """Rows when every line is one, and no number needs more than 64 bits, which orjson would round; else None."""
+    """The rows, or None unless every line is one. No number may need more than 64 bits, because orjson would round it."""
     if orjson is None:
         return None
     try:
@@ -201,13 +205,13 @@ def _parse_plain(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     return rows if set(map(type, rows)) <= {dict} else None
 
 
-def _read_line(line: bytes, number: int, batch: Batch, long_numbers: bool) -> None:
+def _read_line(line: bytes, number: int, batch: RowBatch, long_numbers: bool) -> None:
     try:
         row = parse(line, long_numbers)
     except ValueError as e:
         reason, _, detail = str(e).partition(": ")
         example = line[:EXAMPLE_CHARS].decode("utf-8", "replace")
-        batch.bad.append(Reject(number, reason, detail[:EXAMPLE_CHARS], example))
+        batch.rejects.append(Reject(number, reason, detail[:EXAMPLE_CHARS], example))
         return
     if row is not None:
         batch.rows.append(row)
@@ -215,9 +219,9 @@ def _read_line(line: bytes, number: int, batch: Batch, long_numbers: bool) -> No
 
 
 def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
-    """One row; None for a blank line; ValueError("reason: detail") for anything else.
+    """One row, or None for a blank line. Raises ValueError("reason: detail") for everything else.
 
-    `long_numbers`: the line may hold integers that need more than 64 bits. orjson would round them, json does not.
+    `long_numbers`: the line may hold integers that need more than 64 bits. orjson would round them; json does not.
     """
     if orjson is not None and not (long_numbers and _LONG_NUMBER.search(line)):
         try:
@@ -244,9 +248,9 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
 
 
 def _has_long_number(data: bytes) -> bool:
-    """Whether 19 digits stand in a row somewhere, at a fraction of a nanosecond a byte.
+    """Whether 19 consecutive digits occur in the data. Takes a fraction of a nanosecond per byte.
 
-    Such a number covers 8 bytes at a multiple of 8, all of them digits; only where that is so does a search look closer.
+    Such a number covers an aligned word of 8 bytes that are all digits. Only around such words is a regular expression used.
     """
     words = np.frombuffer(data, dtype="<u8", count=len(data) // 8)
     high, digits = np.uint64(0xF0F0F0F0F0F0F0F0), np.uint64(0x3030303030303030)
@@ -254,58 +258,70 @@ def _has_long_number(data: bytes) -> bool:
     return any(_LONG_NUMBER.search(data, max(0, 8 * i - 18), 8 * i + 26) for i in np.flatnonzero(found).tolist())
 
 
-def _blocks(chunk: Chunk) -> Iterator[Block]:
-    """Lines that begin inside the chunk, about BATCH_BYTES at a time; the last may end beyond it."""
+def _line_blocks(chunk: Chunk) -> Iterator[LineBlock]:
+    """The lines that begin inside the chunk, about BATCH_BYTES at a time. The last one may end after the chunk."""
     number = 0
     for block in _unnumbered(chunk):
         numbered = dataclasses.replace(block, first=number)
         number += numbered.count
         yield numbered
     if not number:
-        yield Block.of(b"")
+        yield LineBlock.of(b"")
 
 
-def _unnumbered(chunk: Chunk) -> Iterator[Block]:
-    """Blocks that lie in one copy of the chunk, with the line that it begins and does not end. A long one is a block of its own."""
+def _unnumbered(chunk: Chunk) -> Iterator[LineBlock]:
+    """Blocks that share one copy of the chunk. A last line that ends far after the chunk is a block of its own.
+
+    A line belongs to the chunk in which it begins. The read starts one byte before the chunk, to see whether the chunk
+    begins with a line.
+    """
     with open(chunk.file.path, "rb") as f:
         at = f.seek(max(0, chunk.start - 1))
         padded = np.empty(chunk.stop - at + TAIL_BYTES + WORD, dtype=np.uint8)
         size = f.readinto(padded[:-WORD].data)
-        own = min(size, chunk.stop - at)  # the rest is other chunks', but for what ends the last line
-        if chunk.start == 0:
-            bom = np.frombuffer(codecs.BOM_UTF8, dtype=np.uint8)
-            first = len(bom) if np.array_equal(padded[: min(size, len(bom))], bom) else 0
-        else:
-            first = _after_newline(padded, 0, own)
-            if first in (0, own):
-                return  # one long line of an earlier chunk fills this one
-        whole = max(first, _after_last_newline(padded, own))
-        if whole < own:
-            whole = _after_newline(padded, own, size) or whole
-        count = max(1, round((whole - first) / BATCH_BYTES))
-        cuts = [_after_newline(padded, first + i * (whole - first) // count, whole) for i in range(1, count)]
-        for begin, end in itertools.pairwise([first, *cuts, whole]):
-            if begin < end:
-                yield Block(padded[begin : end + WORD], 0)
-        if whole >= own:
+        own = min(size, chunk.stop - at)  # the bytes after this only matter for the end of the last line
+        first = _first_line(padded, size, own, at_start=chunk.start == 0)
+        if first is None:
             return
-        last = padded[whole:size].tobytes()
-        while b"\n" not in (more := f.read(1 << 20)):
-            if not more:
-                break
-            last += more
-            if len(last) > unpack.MAX_ROW_BYTES:
-                yield Block.of(b"", too_long=True)
-                return
-        last += more[: more.find(b"\n")] if more else b""
-        too_long = len(last) > unpack.MAX_ROW_BYTES
-        yield Block.of(b"" if too_long else last + b"\n", too_long=too_long)
+        end = max(first, _after_last_newline(padded, own))
+        if end < own:
+            end = _after_newline(padded, own, size) or end
+        count = max(1, round((end - first) / BATCH_BYTES))
+        cuts = [_after_newline(padded, first + i * (end - first) // count, end) for i in range(1, count)]
+        for begin, stop in itertools.pairwise([first, *cuts, end]):
+            if begin < stop:
+                yield LineBlock(padded[begin : stop + WORD], 0)
+        if end < own:
+            yield _last_line(f, padded[end:size].tobytes())
+
+
+def _first_line(padded: NDArray[np.uint8], size: int, own: int, at_start: bool) -> int | None:
+    """The position of the first line that begins in the chunk; None when a line of an earlier chunk fills it."""
+    if at_start:
+        bom = np.frombuffer(codecs.BOM_UTF8, dtype=np.uint8)
+        return len(bom) if np.array_equal(padded[: min(size, len(bom))], bom) else 0
+    first = _after_newline(padded, 0, own)
+    return None if first in (0, own) else first
+
+
+def _last_line(file: BinaryIO, begin: bytes) -> LineBlock:
+    """The line that begins with these bytes and goes on in the file. The end of the file ends it too."""
+    line = begin
+    while b"\n" not in (more := file.read(1 << 20)):
+        if not more:
+            break
+        line += more
+        if len(line) > unpack.MAX_ROW_BYTES:
+            return LineBlock.of(b"", too_long=True)
+    line += more[: more.find(b"\n")] if more else b""
+    too_long = len(line) > unpack.MAX_ROW_BYTES
+    return LineBlock.of(b"" if too_long else line + b"\n", too_long=too_long)
 
 
 def _after_newline(data: NDArray[np.uint8], begin: int, end: int) -> int:
-    """Where the line behind the first newline in data[begin:end] begins; 0 when there is none."""
+    """The position after the first newline in data[begin:end]; 0 when there is none."""
     while begin < end:
-        stop = min(begin + LOOK_BYTES, end)
+        stop = min(begin + SEARCH_BYTES, end)
         found = data[begin:stop].tobytes().find(b"\n")
         if found >= 0:
             return begin + found + 1
@@ -314,8 +330,9 @@ def _after_newline(data: NDArray[np.uint8], begin: int, end: int) -> int:
 
 
 def _after_last_newline(data: NDArray[np.uint8], end: int) -> int:
+    """The position after the last newline in data[:end]; 0 when there is none."""
     while end > 0:
-        begin = max(0, end - LOOK_BYTES)
+        begin = max(0, end - SEARCH_BYTES)
         found = data[begin:end].tobytes().rfind(b"\n")
         if found >= 0:
             return begin + found + 1
@@ -324,7 +341,10 @@ def _after_last_newline(data: NDArray[np.uint8], end: int) -> int:
 
 
 def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:
-    """Row number `row` (from 1), counted on through the files: (file name, row in that file, row). Used by previews."""
+    """Row `row`, counted from 1 through all files: (file name, row number in that file, row). Used by previews.
+
+    Raises SftError for a row that is rejected or does not exist.
+    """
     passed = 0
     for file in files:
         before = 0
@@ -335,9 +355,9 @@ def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, 
                 for number, value in zip(batch.numbers, batch.rows, strict=True):
                     if passed + before + number + 1 == row:
                         return file.name, row - passed, value
-                for bad in batch.bad:
-                    if passed + before + bad.row + 1 == row:
-                        raise SftError(f"{file.name}: row {row - passed}: {bad.reason}: {bad.detail}")
+                for reject in batch.rejects:
+                    if passed + before + reject.row + 1 == row:
+                        raise SftError(f"{file.name}: row {row - passed}: {reject.reason}: {reject.detail}")
             before += count
         passed += before
     raise SftError(f"{', '.join(f.name for f in files[:8])}: no row {row}; there are {passed}")

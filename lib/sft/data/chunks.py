@@ -1,7 +1,8 @@
-"""What the worker processes of prepare do with one chunk of a source: encode it, or look for evaluation texts in it.
+"""The work of prepare's worker processes on one chunk of a source: encode it, or search it for evaluation texts.
 
-In: a `Job`. Out: a file in the token cache (`EncodeChunk`) or in the cache of screens (`ScreenChunk`), under its final name
-only when whole, and a short summary for the parent.
+In:  a `ChunkJob`.
+Out: a file in the token cache (`EncodeChunk`) or in the cache of screens (`ScreenChunk`), and a short summary for the parent
+     process. A file gets its final name when it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,15 +25,13 @@ from sft.common.errors import SftError
 from sft.data import blocks, sources
 from sft.data.decontaminate import Screen
 from sft.data.tokencache import ChunkWriter, Summary
+from sft.data.tokenize import Encoded, Encoder
 from sft.formats.chunks import ScreenHits
-
-if TYPE_CHECKING:
-    from sft.data.tokenize import Encoded, Encoder
 
 
 @dataclass(frozen=True)
-class Job:
-    """One chunk to encode: `number` counts over the whole mix, `name` is its file in the caches."""
+class ChunkJob:
+    """One chunk to encode. `number` counts over the mix, `source` is the source's number, `name` its file in the caches."""
 
     number: int
     source: int
@@ -40,8 +39,8 @@ class Job:
     name: str
 
 
-class Work(NamedTuple):
-    """Who did a job, when it was begun (monotonic, of the machine), and the CPU seconds it took."""
+class WorkDone(NamedTuple):
+    """The process that did a job, its start (monotonic clock of the machine), and the CPU seconds that it took."""
 
     worker: int
     began: float
@@ -49,28 +48,28 @@ class Work(NamedTuple):
 
 
 class EncodeChunk:
-    """What a worker does: reads a chunk, encodes it, writes its file into the token cache."""
+    """Reads a chunk, encodes it and writes its file into the token cache. Returns the summary with at most one reject."""
 
     def __init__(self, encoder: Encoder, cache: Path, kinds: Container[str]):
         self.encoder, self.cache = encoder, cache
         self.sources = encoder.prepare.sources
-        encoder.compile(kinds)  # here it is only loaded, before the first job asks for it
+        encoder.compile(kinds)  # the parent has compiled it; this loads it before the first job
 
-    def __call__(self, job: Job) -> tuple[Summary, Work]:
+    def __call__(self, job: ChunkJob) -> tuple[Summary, WorkDone]:
         began, cpu = time.monotonic(), time.process_time()
         source = self.sources[job.source]
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
-            for piece in blocks.pieces(job.chunk):
+            for block in blocks.read_blocks(job.chunk):
                 parts = []
-                plain, odd = self.encoder.encode_plain(piece, source)
+                plain, others = self.encoder.encode_plain(block, source)
                 if plain is not None:
-                    parts.append((plain, plain.rows + piece.first))
+                    parts.append((plain, plain.rows + block.first))
                     summary.rows += len(plain.rows)
-                batch = piece.batch(odd)
-                summary.rejects += batch.bad
-                summary.rows += len(batch.rows) + len(batch.bad)
+                batch = block.batch(others)
+                summary.rejects += batch.rejects
+                summary.rows += len(batch.rows) + len(batch.rejects)
                 summary.lines = batch.count
                 if batch.rows:
                     encoded = self.encoder.encode(batch.rows, source)
@@ -78,32 +77,32 @@ class EncodeChunk:
                     parts.append((encoded, numbers[encoded.rows]))
                     summary.rejects += [r._replace(row=int(numbers[r.row])) for r in encoded.rejects]
                 for made, _ in parts:
-                    note(summary.notes, made.engine, made.proof)
+                    add_counts(summary.notes, made.engine, made.proof)
                 if parts:
                     writer.add(*in_order(parts))
             summary.rejects.sort()
-        told = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
-        return told, Work(os.getpid(), began, time.process_time() - cpu)
+        short = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+        return short, WorkDone(os.getpid(), began, time.process_time() - cpu)
 
 
 @contextlib.contextmanager
 def naming(path: Path, needed: int) -> Iterator[None]:
-    """A full or failing disk becomes an error that names the file and about how many bytes it needs."""
+    """Turns the error of a full or failing disk into one that names the file and about how many bytes it needs."""
     try:
         yield
     except OSError as e:
         if e.filename is not None:
             raise
-        reason = e.strerror or f"the disk took less than it was given ({e})"
+        reason = e.strerror or f"a short write ({e})"
         raise SftError(
             f"{path}: {reason}; it needs about {needed:,} bytes, {shutil.disk_usage(path.parent).free:,} are free;"
-            " next: free space and run it again, what is done is kept"
+            " next: free space and run it again; finished chunks are reused"
         ) from None
 
 
 @contextlib.contextmanager
 def without_gc() -> Iterator[None]:
-    """Rows are trees: looking for cycles in millions of their objects takes a tenth of the time and finds none."""
+    """Switches the garbage collector off. Rows have no reference cycles, and searching their objects takes a tenth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -114,25 +113,25 @@ def without_gc() -> Iterator[None]:
 
 
 def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArray[Any], ...]:
-    """Tokens, lengths, labels, rows and conversations of the documents of one part or several by the numbers of their rows."""
+    """Tokens, lengths, target counts, rows and conversations of the documents of all parts, in the order of their rows."""
     columns = [(made.tokens, made.lengths, made.num_targets, rows, made.conversations) for made, rows in parts]
     if len(columns) == 1:
         return columns[0]
-    tokens, lengths, labels, rows, conversations = map(np.concatenate, zip(*columns, strict=True))
+    tokens, lengths, num_targets, rows, conversations = map(np.concatenate, zip(*columns, strict=True))
     order, ends = np.argsort(rows), np.cumsum(lengths)
     spans = zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
     tokens = np.concatenate([tokens[:0], *(tokens[a:b] for a, b in spans)])
-    return tokens, lengths[order], labels[order], rows[order], conversations[order]
+    return tokens, lengths[order], num_targets[order], rows[order], conversations[order]
 
 
-def note(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
-    """Adds what the encoder says of one batch: its proof's counts, and the documents that each engine encoded."""
+def add_counts(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
+    """Adds the encoder's counts of one batch: those of its proof, and the documents by engine."""
     for name, count in [*proof.items(), (f"documents_by_{engine}", proof["documents"])]:
         notes[name] = notes.get(name, 0) + count
 
 
-def said(read: Callable[[Any], Conversation], row: Any) -> list[Any]:
-    """What stands in the messages of a row, whatever other columns it has; nothing where it makes no document."""
+def message_values(read: Callable[[Any], Conversation], row: Any) -> list[Any]:
+    """The values in the messages of a row, without roles and other columns. Empty for a row that makes no document."""
     try:
         messages = read(row).messages
     except (BadRow, RecursionError):
@@ -141,23 +140,23 @@ def said(read: Callable[[Any], Conversation], row: Any) -> list[Any]:
 
 
 class ScreenChunk:
-    """What a worker does to find evaluation texts: writes {"hits": [[row, text], …]} of a chunk."""
+    """Searches a chunk for evaluation texts and writes its `ScreenHits`. Returns their number."""
 
     def __init__(self, screen: Screen, cache: Path, readers: Sequence[RowReader]):
         self.screen, self.cache, self.readers = screen, cache, readers
 
-    def __call__(self, job: Job) -> int:
+    def __call__(self, job: ChunkJob) -> int:
         hits: list[tuple[int, int]] = []
         read = self.readers[job.source].read
         for batch in blocks.read(job.chunk):
-            found = self.screen.hits([said(read, row) for row in batch.rows])
+            found = self.screen.hits([message_values(read, row) for row in batch.rows])
             hits += [(batch.numbers[i], int(found[i])) for i in np.flatnonzero(found >= 0)]
         ScreenHits(tuple(hits)).write(self.cache / f"{job.name}.json")
         return len(hits)
 
 
 class Progress:
-    """A line every few seconds: share done, tokens, tokens/s, time left."""
+    """Logs a line every few seconds: share done, tokens, tokens/s, time left."""
 
     def __init__(self, log: Callable[[str], None], what: str, total_bytes: int, every_s: float = 5.0):
         self.log, self.what, self.total, self.every = log, what, max(1, total_bytes), every_s

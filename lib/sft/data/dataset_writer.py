@@ -31,7 +31,7 @@ MAX_PARTS = 10_000  # readers sort names as text, so the part number must keep i
 
 
 @dataclass(frozen=True)
-class Block:
+class DocumentBlock:
     """Valid documents, one after another, and their DOCUMENT records without `part` and `start`."""
 
     ids: NDArray[Any]
@@ -98,7 +98,7 @@ class DatasetWriter:
         source: int | ArrayLike,
         num_targets: NDArray[np.int64],
         first: int,
-    ) -> Block:
+    ) -> DocumentBlock:
         """Validates a block of documents, the first of which has number `first`. Thread-safe. Raises SftError."""
         self._check_ids(ids, loss_mask, lengths, first)
         starts = np.cumsum(lengths) - lengths
@@ -109,7 +109,7 @@ class DatasetWriter:
             )
         rows = np.empty(len(lengths), dtype=DOCUMENT)
         rows["length"], rows["source"], rows["labels"] = lengths, source, num_targets
-        return Block(np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(loss_mask), rows)
+        return DocumentBlock(np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(loss_mask), rows)
 
     def _check_ids(
         self, ids: NDArray[Any], loss_mask: NDArray[np.bool_], lengths: NDArray[np.int64], first: int
@@ -128,7 +128,7 @@ class DatasetWriter:
         if total and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             raise SftError(f"{self.folder}: ids from {ids.min()} to {ids.max()} for a vocabulary of {self.vocab_size}")
 
-    def append(self, block: Block) -> None:
+    def append(self, block: DocumentBlock) -> None:
         """Writes valid documents. The order of these calls is the order of the documents in the parts."""
         lengths = block.rows["length"].astype(np.int64)
         ends = np.cumsum(lengths)

@@ -1,6 +1,7 @@
-"""What prepare says about its result: dataset.json, proof.json, preview.json, and the check of every token it writes.
+"""Builds dataset.json, proof.json, preview.json and contaminated.jsonl from the finished steps of prepare.
 
-In: the finished steps of sft.data.prepare. Out: JSON values that depend on the data alone, never on time, machine or workers.
+In:  a `Preparation` and the indexes of its sources. Out: the formats' dataclasses. They depend on the data alone, not on time,
+     machine or workers.
 """
 
 from __future__ import annotations
@@ -44,23 +45,23 @@ EXAMPLES_PER_REASON = 3
 def dataset(
     work: Preparation,
     mixed: Mixed,
-    found: Sequence[SourceIndex],
+    indexes: Sequence[SourceIndex],
     splits: dict[str, SplitSize],
     screen: Screen | None,
 ) -> DatasetInfo:
-    """dataset.json: what the data is, where it came from, and what was left out."""
+    """dataset.json: the tokenizer, the sources with their files, and the sizes of the splits."""
     described, lengths = [], []
-    for number, (source, index, files) in enumerate(zip(mixed.report, found, work.inputs, strict=True)):
+    for number, (source, index, files) in enumerate(zip(mixed.report, indexes, work.inputs, strict=True)):
         chosen = mixed.data.index[mixed.data.source == number]
         lengths.append(index.pool.lengths[chosen])
         described.append(
             SourceSummary(
                 **dataclasses.asdict(source),
-                rows=index.read,
+                rows=index.rows_read,
                 rejected=len(index.rejects),
                 documents=len(chosen),
                 tokens=int(lengths[-1].sum()),
-                labels=int(index.labels[chosen].sum()),
+                labels=int(index.num_targets[chosen].sum()),
                 files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in files),
             )
         )
@@ -71,11 +72,11 @@ def dataset(
         sources=tuple(described),
         splits=splits,
         lengths=histogram(np.concatenate(lengths)),
-        decontamination=None if screen is None else decontamination(work, found, screen),
+        decontamination=None if screen is None else decontamination(work, indexes, screen),
     )
 
 
-def decontamination(work: Preparation, found: Sequence[SourceIndex], screen: Screen) -> Decontamination:
+def decontamination(work: Preparation, indexes: Sequence[SourceIndex], screen: Screen) -> Decontamination:
     """The evaluation files, and how many documents repeat their texts."""
     return Decontamination(
         files=tuple(work.table.decontaminate),
@@ -83,7 +84,7 @@ def decontamination(work: Preparation, found: Sequence[SourceIndex], screen: Scr
         overlap=screen.overlap,
         texts=len(screen.texts),
         not_covered=NotCovered(screen.too_short, screen.shared),
-        dropped=int(sum((f.repeats >= 0).sum() for f in found)),
+        dropped=int(sum((f.repeats >= 0).sum() for f in indexes)),
     )
 
 
@@ -97,11 +98,14 @@ def histogram(lengths: NDArray[np.int64]) -> LengthHistogram:
     return LengthHistogram(round(float(lengths.mean()), 3), p50, p90, p99, int(lengths.max()), up_to)
 
 
-def proof(work: Preparation, found: Sequence[SourceIndex]) -> Proof:
-    """proof.json: what was checked on how much, and every source's rejects with examples."""
+def proof(work: Preparation, indexes: Sequence[SourceIndex]) -> Proof:
+    """proof.json: the claims, the counts behind them, and every source's rejects with examples.
+
+    Raises SftError when a claim is not true for all documents.
+    """
     sources = []
     total: Counter[str] = Counter()
-    for source, jobs, index in zip(work.table.sources, work.jobs_of, found, strict=True):
+    for source, jobs, index in zip(work.table.sources, work.jobs_of, indexes, strict=True):
         counts: Counter[str] = Counter()
         for job in jobs:
             counts.update(work.summaries[job.name].notes)
@@ -115,25 +119,25 @@ def proof(work: Preparation, found: Sequence[SourceIndex]) -> Proof:
         sources.append(
             SourceProof(
                 path=source.path,
-                rows=index.read,
+                rows=index.rows_read,
                 rejected=len(index.rejects),
                 encoded=dict(sorted(counts.items())),
                 reasons=dict(sorted(reasons.items())),
                 examples=tuple(examples),
             )
         )
-    made = claims(work, total)
-    if broken := [claim for claim in made if claim.true != claim.of]:
+    proven = claims(work, total)
+    if broken := [claim for claim in proven if claim.true != claim.of]:
         first = broken[0]
         raise SftError(
             f"[prepare] proof: {first.claim!r} is true for {first.true} of {first.of}; next: remove the cache/tokens folder and"
             " run it again"
         )
-    return Proof(tuple(made), work.checks, tuple(sources))
+    return Proof(tuple(proven), work.checks, tuple(sources))
 
 
 def claims(work: Preparation, encoded: Counter[str]) -> list[Claim]:
-    """What is said of all documents, each with the number for which it was found true and the number of all."""
+    """The claims about all documents. `encoded` sums the encoder's counts over all sources."""
     splits = list(work.checks.values())
     documents = sum(split.documents for split in splits)
     exact = work.encoder.vocabulary.byte_level
@@ -167,8 +171,8 @@ def preview(folder: Path, vocabulary: Vocabulary) -> Preview:
     return Preview(tuple(found))
 
 
-def contaminated(work: Preparation, found: Sequence[SourceIndex], screen: Screen) -> list[ContaminatedRow]:
-    """Every conversation that was dropped, with the evaluation text it repeats."""
+def contaminated(work: Preparation, indexes: Sequence[SourceIndex], screen: Screen) -> list[ContaminatedRow]:
+    """Every conversation that was dropped, with the evaluation text that it repeats."""
     return [
         ContaminatedRow(
             source=source.path,
@@ -176,6 +180,6 @@ def contaminated(work: Preparation, found: Sequence[SourceIndex], screen: Screen
             row=int(index.rows[i]),
             repeats=screen.texts[int(index.repeats[i])],
         )
-        for source, jobs, index in zip(work.table.sources, work.jobs_of, found, strict=True)
+        for source, jobs, index in zip(work.table.sources, work.jobs_of, indexes, strict=True)
         for i in np.flatnonzero(index.repeats >= 0)
     ]

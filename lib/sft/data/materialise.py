@@ -28,7 +28,7 @@ from sft.common.errors import SftError
 from sft.data.chunks import Progress, naming
 from sft.data.compiled import gather
 from sft.data.dataset import token_dtype
-from sft.data.dataset_writer import Block, DatasetWriter
+from sft.data.dataset_writer import DatasetWriter, DocumentBlock
 from sft.data.token_check import BlockCounts, TokenCheck
 from sft.data.tokencache import TokenFile
 from sft.formats.dataset import SplitSize
@@ -122,7 +122,7 @@ class _BlockMaker:
         self.documents, self.writer, self.check, self.unused = documents, writer, check, unused
         self.opened = functools.lru_cache(OPEN_FILES)(lambda number: TokenFile(files[number]))
 
-    def __call__(self, first: int, stop: int) -> tuple[BlockCounts, Block, Buffers]:
+    def __call__(self, first: int, stop: int) -> tuple[BlockCounts, DocumentBlock, Buffers]:
         here, count = slice(first, stop), stop - first
         file, start, lengths = self.documents.file[here], self.documents.start[here], self.documents.length[here]
         buffers, total = self.unused.get(), int(lengths.sum())

@@ -1,4 +1,10 @@
-"""TODO sft.data.preparation"""
+"""The steps of the prepare stage: encode chunks into the token cache, screen them, index them, and write splits.
+
+In:  the stage and its [prepare] table. Out: a `Preparation`, whose methods sft.data.prepare calls in order.
+
+The token cache has a folder for each combination of tokenizer, template and options that decide the tokens. Its files are
+named by the content of their chunk, so other weights, seeds and splits reuse them.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +17,24 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
+from sft.common.locks import lock
 from sft.common.machine import cores
 from sft.data import blocks, sources, workers
-from sft.data.chunks import EncodeChunk, Job, Progress, ScreenChunk
+from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import Documents, materialise
 from sft.data.mix import Pool, Selection
 from sft.data.shard import Shard, digest
 from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
+from sft.data.tokenize import Encoder
 from sft.formats.chunks import ScreenHits
 from sft.formats.dataset import SplitSize
 from sft.formats.proof import WrittenSplit
@@ -33,45 +42,57 @@ from sft.formats.record import to_json
 from sft.formats.rejects import RejectedRow
 from sft.recipe import inputs
 from sft.recipe.schema import Source
+from sft.runner.stage import Stage
 from sft.storage import hub
 
-if TYPE_CHECKING:
-    from sft.runner.stage import Stage
-
-ENCODING = 5
-"""Raised when code changes make other tokens or masks of the same input: the cache is then made again."""
-SCREENING = 2
-"""Raised when code changes find other copies of evaluation texts in the same input."""
-MIX_FIELDS = {"sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate"}
-MIX_FIELDS |= {"decontaminate", "decontaminate_ngram", "decontaminate_overlap"}
+ENCODING_VERSION = 5
+"""Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
+SCREENING_VERSION = 2
+"""Raise it when a change of code finds other copies of evaluation texts in the same input."""
+MIX_FIELDS = {
+    "sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate",
+    "decontaminate", "decontaminate_ngram", "decontaminate_overlap",
+}  # fmt: skip
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
-"""What decides which documents are taken, not what their tokens are. Every other option is part of the cache's key."""
-BYTES_PER_WORKER = 2 << 20  # starting a worker costs about what encoding this much costs
-COMPILING_S = 2.0  # loading what was compiled takes less
+"""Options that select documents and do not change their tokens. Every other option is part of the cache's key."""
+BYTES_PER_WORKER = 2 << 20  # starting a worker costs about as much as encoding this many bytes
+COMPILING_S = 2.0  # loading compiled code takes less
 REJECT_EXAMPLES = 5
 GIVE_UP_ROWS = 1000
 
 
 @dataclass(frozen=True)
 class SourceIndex:
-    """The encoded documents of one source: where each lies, and what was read and rejected."""
+    """The encoded documents of one source: their places in the token cache, and the rows that were read and rejected."""
 
-    chunk: np.ndarray  # [documents] position in Preparation.jobs_of[source]
-    start: np.ndarray
-    labels: np.ndarray
-    rows: np.ndarray  # number of the row in its file, from 1
-    repeats: np.ndarray  # number of the evaluation text a document repeats, or -1
+    chunk: NDArray[np.uint32]  # [documents] position in Preparation.jobs_of[source]
+    start: NDArray[np.int64]  # [documents] in the chunk's tokens
+    num_targets: NDArray[np.int64]  # [documents]
+    rows: NDArray[np.int64]  # [documents] number of the row in its file, from 1
+    repeats: NDArray[np.int32]  # [documents] number of the evaluation text that the document repeats, or -1
     pool: Pool
-    read: int
+    rows_read: int
     rejects: list[RejectedRow]
 
 
+@dataclass
+class SourceTotals:
+    """The rows of a source that were encoded so far."""
+
+    rows: int = 0
+    rejected: int = 0
+    bytes: int = 0
+
+    def add(self, job: ChunkJob, summary: Summary) -> None:
+        self.rows += summary.rows
+        self.rejected += summary.rows - summary.documents
+        self.bytes += job.chunk.bytes
+
+
 class Preparation:
-    """One run of the stage. Building it resolves the sources; each method is one step."""
+    """One run of the stage. The constructor resolves the sources; each method is one step."""
 
     def __init__(self, stage: Stage, shard: Shard):
-        from sft.data.tokenize import Encoder
-
         self.stage, self.shard = stage, shard
         self.table = stage.recipe.prepare
         self.log = stage.log
@@ -98,15 +119,15 @@ class Preparation:
         self.hashes: dict[str, str] = {}  # sha256 of the files of the splits
 
     def _encoding(self) -> dict[str, Any]:
-        """Everything but the rows that decides tokens and masks. New options count unless named as the mix's own."""
+        """Everything but the rows that decides tokens and loss masks. New options count unless MIX_FIELDS names them."""
         table = {
             f.name: getattr(self.table, f.name)
             for f in dataclasses.fields(self.table)
             if f.name not in MIX_FIELDS | {"tokenizer"} and f.metadata.get("key", True)
         }
-        return {"encoding": ENCODING, "identity": to_json(self.encoder.identity), "options": table}
+        return {"encoding": ENCODING_VERSION, "identity": to_json(self.encoder.identity), "options": table}
 
-    def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[Job]:
+    def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[ChunkJob]:
         source = self.table.sources[number]
         options = {
             f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS
@@ -115,15 +136,16 @@ class Preparation:
         for file in files:
             chunks = sources.cut(file)
             key = digest([file.sha256, file.kind, options, [(c.start, c.stop) for c in chunks]])
-            jobs += [Job(0, number, chunk, f"{key}-{chunk.index:06d}.tok") for chunk in chunks]
+            jobs += [ChunkJob(0, number, chunk, f"{key}-{chunk.index:06d}.tok") for chunk in chunks]
         return jobs
 
     @property
-    def mine(self) -> list[Job]:
-        """The jobs of this process: all, or every n-th."""
+    def mine(self) -> list[ChunkJob]:
+        """The jobs of this process: all of them, or every n-th with SHARD=i/n."""
         return self.jobs if self.shard.part is None else self.jobs[self.shard.part :: self.shard.parts]
 
-    def workers(self, jobs: Sequence[Job]) -> int:
+    def workers(self, jobs: Sequence[ChunkJob]) -> int:
+        """The number of worker processes for these jobs."""
         work = sum(job.chunk.bytes for job in jobs)
         return max(1, min(self.threads, len(jobs), work // BYTES_PER_WORKER))
 
@@ -134,65 +156,67 @@ class Preparation:
     # --- encoding -------------------------------------------------------------------------------------------------
 
     def encode(self) -> None:
-        """Makes every missing or damaged file of the token cache. Raises SftError when a source is plainly unusable."""
-        mine = self.mine
-        found = {job.name: read_summary(self.cache / job.name) for job in mine}
-        damaged = [n for n, s in found.items() if s is not None and not is_intact(self.cache / n, s)]
-        for name in damaged:
-            self.log(f"{self.cache / name}: damaged in the token cache; made again")
-        missing = [job for job in mine if found[job.name] is None or job.name in damaged]
-        total, todo = sum(j.chunk.bytes for j in mine), sum(j.chunk.bytes for j in missing)
-        count = self.workers(missing)
-        if len(missing) < len(mine):
-            self.log(
-                f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({(total - todo) / 1e6:,.1f} MB)"
-            )
+        """Writes every missing or damaged file of the token cache. Raises SftError for a source with too many rejects."""
+        missing = self._missing()
         if not missing:
             return
+        todo, count = sum(j.chunk.bytes for j in missing), self.workers(missing)
         engine = self.encoder.engine
         if engine.fast is None and self.table.encoder != "tokenizers":
             self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.fallback_reason}")
         self.log(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
-        began = time.monotonic()
         kinds = {job.chunk.file.kind for job in missing}
+        compiling = time.monotonic()
         self.encoder.compile(kinds)
-        if (took := time.monotonic() - began) > COMPILING_S:
+        if (took := time.monotonic() - compiling) > COMPILING_S:
             self.log(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
         progress = Progress(self.log, "encoding", todo)
-        arguments = (self.encoder, self.cache, kinds)
-        seen = [[0, 0, 0] for _ in self.table.sources]  # rows, rejected rows, bytes
-        asked = time.monotonic()
-        begun: dict[int, float] = {}  # when each worker began
-        for job, (summary, done) in workers.work(EncodeChunk, arguments, missing, count):
-            begun[done.worker] = min(done.began, begun.get(done.worker, done.began))
-            progress.began = sum(begun.values()) / len(begun)  # starting workers is not encoding
+        totals = [SourceTotals() for _ in self.table.sources]
+        starting = time.monotonic()
+        began: dict[int, float] = {}  # by worker
+        for job, (summary, done) in workers.work(EncodeChunk, (self.encoder, self.cache, kinds), missing, count):
+            began[done.worker] = min(done.began, began.get(done.worker, done.began))
+            progress.began = sum(began.values()) / len(began)  # the time until workers run is not encoding
             progress.add(job.chunk.bytes, summary.tokens)
             self.cpu_seconds["encode"] += done.cpu
-            counts = seen[job.source]
-            counts[0] += summary.rows
-            counts[1] += summary.rows - summary.documents
-            counts[2] += job.chunk.bytes
-            self._give_up(job, summary, *counts)
-        self.seconds["start"], self.seconds["encode"] = progress.began - asked, time.monotonic() - progress.began
+            totals[job.source].add(job, summary)
+            self._check_hopeless(job, summary, totals[job.source])
+        self.seconds["start"] = progress.began - starting
+        self.seconds["encode"] = time.monotonic() - progress.began
         self.encoded_tokens = progress.tokens
         self.log(f"encoded {progress.rate()}, after {self.seconds['start']:.1f} s of starting workers")
 
-    def _give_up(self, job: Job, summary: Summary, rows: int, rejected: int, seen_bytes: int) -> None:
-        """Stops early when a source cannot end below its share of rejects: a wrong column must not cost hours."""
-        whole = sum(j.chunk.bytes for j in self.jobs_of[job.source])
-        limit = self.table.max_reject_fraction * rows * whole / max(1, seen_bytes)
-        if rejected >= GIVE_UP_ROWS and rejected > 2 * limit and summary.rejects:
+    def _missing(self) -> list[ChunkJob]:
+        """This process's jobs without an intact file in the token cache."""
+        mine = self.mine
+        summaries = {job.name: read_summary(self.cache / job.name) for job in mine}
+        damaged = {n for n, s in summaries.items() if s is not None and not is_intact(self.cache / n, s)}
+        for name in damaged:
+            self.log(f"{self.cache / name}: damaged in the token cache; encoding it again")
+        missing = [job for job in mine if summaries[job.name] is None or job.name in damaged]
+        if len(missing) < len(mine):
+            present = sum(j.chunk.bytes for j in mine) - sum(j.chunk.bytes for j in missing)
+            self.log(
+                f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({present / 1e6:,.1f} MB)"
+            )
+        return missing
+
+    def _check_hopeless(self, job: ChunkJob, summary: Summary, totals: SourceTotals) -> None:
+        """Stops early when a source must exceed its share of rejects: a wrong column name must not cost hours."""
+        all_bytes = sum(j.chunk.bytes for j in self.jobs_of[job.source])
+        limit = self.table.max_reject_fraction * totals.rows * all_bytes / max(1, totals.bytes)
+        if totals.rejected >= GIVE_UP_ROWS and totals.rejected > 2 * limit and summary.rejects:
             first = summary.rejects[0]
             raise SftError(
-                f"{job.chunk.file.name}: {rejected} of the first {rows} rows are unusable, more than max_reject_fraction = "
-                f"{self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n    {first.example[:200]}\n"
-                f"next: correct the source or its columns"
+                f"{job.chunk.file.name}: {totals.rejected} of the first {totals.rows} rows are unusable, more than"
+                f" max_reject_fraction = {self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n"
+                f"    {first.example[:200]}\nnext: correct the source or its columns"
             )
 
-    # --- what was encoded -----------------------------------------------------------------------------------------
+    # --- reading the cache -----------------------------------------------------------------------------------------
 
     def screen(self) -> tuple[dict[str, tuple[tuple[int, int], ...]], Screen | None]:
-        """Rows that repeat evaluation texts: {chunk file: [[row, text]]}."""
+        """The rows that repeat evaluation texts, {chunk file: ((row, text), …)}, and the screen that found them."""
         if not self.table.decontaminate:
             return {}, None
         rows = []
@@ -204,7 +228,7 @@ class Preparation:
         screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
         if not screen.texts:
             raise SftError(
-                f"[prepare] decontaminate: no text of {', '.join(self.table.decontaminate)} can be looked for: {screen.too_short}"
+                f"[prepare] decontaminate: no text of {', '.join(self.table.decontaminate)} can be searched for: {screen.too_short}"
                 f" have fewer than {min(SHORTEST, screen.n)} words, {screen.shared} are shared by many rows; next: name files with"
                 " evaluation texts"
             )
@@ -212,7 +236,11 @@ class Preparation:
             f"decontaminating against {len(screen.texts):,} evaluation texts; not covered: {screen.too_short:,} of fewer than"
             f" {min(SHORTEST, screen.n)} words and {screen.shared:,} that many rows share"
         )
-        cache = self.stage.cache / "screens" / digest([SCREENING, digests, screen.n, screen.overlap, self.encode_key])
+        cache = (
+            self.stage.cache
+            / "screens"
+            / digest([SCREENING_VERSION, digests, screen.n, screen.overlap, self.encode_key])
+        )
         cache.mkdir(parents=True, exist_ok=True)
         missing = [job for job in self.mine if not (cache / f"{job.name}.json").is_file()]
         readers = [self.encoder.reader(source) for source in self.table.sources]
@@ -222,19 +250,20 @@ class Preparation:
         return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
 
     def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> list[SourceIndex]:
-        """Reads the cache's index of every source. Raises SftError for missing files and too many rejects."""
+        """Reads the index of every source from the token cache. Raises SftError for missing files and too many rejects."""
         return [self._collect(i, hits) for i in range(len(self.inputs))]
 
     def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> SourceIndex:
         jobs = self.jobs_of[number]
         parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
-        read = base = 0
+        rows_read = 0
+        base = 0  # lines of the file before this chunk
         for position, job in enumerate(jobs):
             if job.chunk.index == 0:
                 base = 0
             summary = read_summary(self.cache / job.name)
             if summary is None:
-                raise SftError(f"{self.cache / job.name}: the token cache lost this file; next: run it again")
+                raise SftError(f"{self.cache / job.name}: missing in the token cache; next: run it again")
             self.summaries[job.name] = summary
             index = read_index(self.cache / job.name, summary)
             lengths = index["length"].astype(np.int64)
@@ -251,28 +280,28 @@ class Preparation:
                 RejectedRow(self.table.sources[number].path, name, r.row + base + 1, r.reason, r.detail, r.example)
                 for r in summary.rejects
             ]
-            read += summary.rows
+            rows_read += summary.rows
             base += summary.lines
-        self._check_rejects(number, read, rejects)
+        self._check_rejects(number, rows_read, rejects)
         index = np.concatenate(parts)
         texts = np.concatenate(repeats)
         return SourceIndex(
-            chunk=np.concatenate(chunk), start=np.concatenate(starts), labels=index["labels"].astype(np.int64),
-            rows=np.concatenate(rows), repeats=texts, read=read, rejects=rejects,
+            chunk=np.concatenate(chunk), start=np.concatenate(starts), num_targets=index["labels"].astype(np.int64),
+            rows=np.concatenate(rows), repeats=texts, rows_read=rows_read, rejects=rejects,
             pool=Pool(
                 index["length"].astype(np.int64), np.ascontiguousarray(index["digest"]),
                 np.ascontiguousarray(index["conversation"]), texts >= 0,
             ),
         )  # fmt: skip
 
-    def _check_rejects(self, number: int, read: int, rejects: Sequence[RejectedRow]) -> None:
+    def _check_rejects(self, number: int, rows_read: int, rejects: Sequence[RejectedRow]) -> None:
         path = self.table.sources[number].path
-        if not read:
+        if not rows_read:
             raise SftError(f"{path}: holds no row; next: correct the path")
-        if len(rejects) <= self.table.max_reject_fraction * read and len(rejects) < read:
+        if len(rejects) <= self.table.max_reject_fraction * rows_read and len(rejects) < rows_read:
             return
         lines = [
-            f"{path}: {len(rejects)} of {read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
+            f"{path}: {len(rejects)} of {rows_read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
         ]
         for reason, count in Counter(r.reason for r in rejects).most_common(REJECT_EXAMPLES):
             first = next(r for r in rejects if r.reason == reason)
@@ -288,7 +317,7 @@ class Preparation:
     def write(self, name: str, chosen: Selection, found: Sequence[SourceIndex]) -> SplitSize:
         """Writes the chosen documents into stage.out/name, numbered in their order."""
         folder = self.stage.out / name
-        shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
+        shutil.rmtree(folder, ignore_errors=True)  # an interrupted run may have left one
         offsets = np.cumsum([0, *(len(jobs) for jobs in self.jobs_of)])
         jobs = [job for jobs in self.jobs_of for job in jobs]
         chunk, start, length = (np.empty(len(chosen), dtype=np.int64) for _ in range(3))
@@ -320,7 +349,10 @@ class Preparation:
         return {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)}, redone
 
     def check_tokenizer(self, folder: Path) -> None:
-        """Demands that transformers reads the saved folder as we do; it takes seconds, so each folder's content once."""
+        """Raises SftError unless transformers reads the saved folder as this code does.
+
+        As that takes seconds, the cache remembers the contents that passed.
+        """
         version = importlib.metadata.version("transformers")
         files = {p.name: hash_file(p) for p in folder.iterdir()}
         passed = self.stage.cache / "tokenizers" / digest([version, files, to_json(self.encoder.identity)])
@@ -331,17 +363,18 @@ class Preparation:
         self.canaries_agreed = len(self.encoder.identity.tokenizer.canaries)
 
     def trim_cache(self) -> None:
-        """Keeps the token caches of all runs within cache_gb; what this run uses stays whatever it weighs."""
+        """Deletes old files from the token caches of all runs beyond cache_gb. Files that this run uses are kept."""
         use(self.cache / job.name for job in self.jobs)
         if most := self.stage.hardware.cache_gb:
             removed, freed = trim(self.cache.parent, most * 10**9, time.time())
             if removed:
                 self.log(
-                    f"token cache: {removed} chunks ({freed / 1e9:,.1f} GB) not needed for longest are gone: cache_gb = {most}"
+                    f"token cache: {removed} chunks ({freed / 1e9:,.1f} GB) that were unused for longest are deleted: cache_gb = {most}"
                 )
 
     @contextlib.contextmanager
     def timed(self, step: str) -> Iterator[None]:
+        """Adds the time of the block to a step."""
         began, cpu = time.monotonic(), time.process_time()
         yield
         self.seconds[step] += time.monotonic() - began
@@ -349,12 +382,10 @@ class Preparation:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time fills this cache; parts of an array job write different files of it."""
-        from sft.common.locks import lock
-
+        """One process at a time fills this cache. The parts of an array job write different files of it."""
         name = "lock" if self.shard.part is None else f"lock-{self.shard.part}-of-{self.shard.parts}"
         with lock(self.cache / name, wait=True):
-            an_hour_ago = time.time() - 3600  # of a killed run; a living one's file is younger
+            an_hour_ago = time.time() - 3600  # older files are of a killed run
             for file in self.cache.glob(f"{TEMPORARY}*"):
                 with contextlib.suppress(FileNotFoundError):
                     if file.stat().st_mtime < an_hour_ago:
@@ -363,22 +394,23 @@ class Preparation:
 
 
 def resolve_tokenizer(path: str, stage: Stage) -> Path:
-    """The tokenizer's folder; one that is named hf://… lies in a folder that is named by its commit."""
+    """The tokenizer's folder. One from the hub (hf://…) is in a folder of the cache that is named by its commit."""
     if not inputs.is_remote(path):
         return stage.find(path)
     return hub.cached(path, f"[prepare] tokenizer {path}", stage.log, inputs.TOKENIZER_FILES)
 
 
 def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of an evaluation file with their numbers, from 1. Raises SftError for a reject."""
     base = 0
     for chunk in sources.cut(file):
         count = 0
         for batch in blocks.read(chunk):
             count = batch.count
-            if batch.bad:
-                bad = batch.bad[0]
+            if batch.rejects:
+                first = batch.rejects[0]
                 raise SftError(
-                    f"{file.name}: row {base + bad.row + 1}: {bad.reason}: {bad.detail}; next: repair the evaluation file"
+                    f"{file.name}: row {base + first.row + 1}: {first.reason}: {first.detail}; next: fix the evaluation file"
                 )
             yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
         base += count

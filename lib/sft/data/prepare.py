@@ -1,14 +1,17 @@
-"""The prepare stage: chat data to token ids, label mask and document boundaries, with the proof that the masks are right.
+"""The prepare stage: chat data to token ids, loss mask and document boundaries, with the proof that the masks are right.
 
-In: the [prepare] table of a recipe. Out, in `stage.out`: data/ (and validation/), dataset.json, proof.json, preview.json,
-rejects.jsonl. Three steps, each of which a kill -9 can interrupt and the next run continues:
+In:  the [prepare] table of a recipe.
+Out: in `stage.out`: data/ (and validation/), dataset.json, proof.json, preview.json, rejects.jsonl (and contaminated.jsonl).
+
+There are three steps. A kill -9 can interrupt each of them, and the next run continues:
 
 1. Sources are resolved to files with a sha256 and cut into chunks (sft.data.sources).
-2. Every chunk that the token cache lacks is encoded at full length by worker processes (sft.data.tokencache). The cache is keyed
-   by content, tokenizer, template and what else decides the tokens, so weights, seed and splits never tokenise again.
-3. The mix picks documents (sft.data.mix) and writes them in their order (sft.data.dataset): the same bytes for any number of workers.
+2. Worker processes encode every chunk that is missing in the token cache, at full length (sft.data.tokencache). The cache is
+   keyed by everything that decides the tokens (content, tokenizer, template, …), so weights, seed and splits reuse it.
+3. The mix selects documents (sft.data.mix). They are written in their order (sft.data.materialise): the same bytes for any
+   number of workers.
 
-SHARD=i/n does step 2 for every n-th chunk and publishes nothing; SHARD=merge/n checks all n parts and does step 3.
+SHARD=i/n does step 2 for every n-th chunk and publishes nothing. SHARD=merge/n checks all n parts and does step 3.
 """
 
 from __future__ import annotations
@@ -17,24 +20,19 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sft.common.files import write_atomic
 from sft.data import describe, shards
+from sft.data.decontaminate import Screen
 from sft.data.interop import olmo_core_obstacle
-from sft.data.mix import mix
+from sft.data.mix import Mixed, mix
+from sft.data.preparation import Preparation, SourceIndex
 from sft.data.shard import Shard
-from sft.formats import dataset as dataset_format
-from sft.formats import preview as preview_format
-from sft.formats import proof as proof_format
-from sft.formats import rejects
-from sft.formats.dataset import PrepareMetrics
+from sft.formats import dataset, preview, proof, rejects
+from sft.formats.dataset import PrepareMetrics, SplitSize
 from sft.formats.record import Record
 from sft.recipe import inputs
-
-if TYPE_CHECKING:
-    from sft.runner.stage import Result, Stage
-from sft.data.preparation import Preparation
+from sft.runner.stage import Result, Stage
 
 
 def prepare_part(stage: Stage, shard: Shard) -> Path:
@@ -51,9 +49,10 @@ def prepare_part(stage: Stage, shard: Shard) -> Path:
 
 
 def prepare(stage: Stage, shard: Shard | None = None) -> Result:
-    """The whole stage; with SHARD=merge/n the encoding must be there already. Raises SftError; then nothing is published."""
-    from sft.runner.stage import Result
+    """The stage from its sources to its files. With SHARD=merge/n all parts must have been encoded.
 
+    Raises SftError. Then nothing is published.
+    """
     work = Preparation(stage, shard or Shard())
     table, out = work.table, stage.out
     with work.locked():
@@ -63,62 +62,81 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             work.encode()
         hits, screen = work.screen()
         with work.timed("mix"):
-            found = work.collect(hits)
+            indexes = work.collect(hits)
         work.trim_cache()
     with work.timed("mix"):
-        pools = [f.pool for f in found]
         mixed = mix(
-            pools,
+            [index.pool for index in indexes],
             table.sources,
             table.seed,
             deduplicate=table.deduplicate,
             validation_fraction=table.validation_fraction,
         )
-    for entry in mixed.report:
-        stage.log("  ".join(f"{name} {value}" for name, value in dataclasses.asdict(entry).items()))
-        if not entry.taken and entry.weight and entry.found:
-            stage.log(
-                f"warning: {entry.path}: weight {entry.weight} and its caps leave none of {entry.found} documents"
-            )
-    if table.validation_fraction and not len(mixed.validation):
-        stage.log(
-            f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
-        )
-    if reason := olmo_core_obstacle(work.encoder.identity):
-        stage.log(f"data/ is for training here, not for OLMo-core: {reason}")
+    _log_mix(work, mixed)
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):
-        splits = {"data": work.write("data", mixed.data, found)}
+        splits = {"data": work.write("data", mixed.data, indexes)}
         if len(mixed.validation):
-            splits["validation"] = work.write("validation", mixed.validation, found)
+            splits["validation"] = work.write("validation", mixed.validation, indexes)
     with work.timed("check"):
         work.encoder.save_tokenizer(out / "data" / "tokenizer")
         work.check_tokenizer(out / "data" / "tokenizer")
+    files = _write_records(work, mixed, indexes, splits, screen)
+    metrics = _metrics(work, splits["data"], sum(len(index.rejects) for index in indexes))
+    return Result([*splits, *files], metrics.to_metrics(), work.hashes)
+
+
+def _log_mix(work: Preparation, mixed: Mixed) -> None:
+    """Logs the documents of every source, and warnings about sources and splits that are empty."""
+    log, table = work.log, work.table
+    for entry in mixed.report:
+        log("  ".join(f"{name} {value}" for name, value in dataclasses.asdict(entry).items()))
+        if not entry.taken and entry.weight and entry.found:
+            log(f"warning: {entry.path}: weight {entry.weight} and its caps leave none of {entry.found} documents")
+    if table.validation_fraction and not len(mixed.validation):
+        log(
+            f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
+        )
+    if reason := olmo_core_obstacle(work.encoder.identity):
+        log(f"data/ is for training here, not for OLMo-core: {reason}")
+
+
+def _write_records(
+    work: Preparation,
+    mixed: Mixed,
+    indexes: Sequence[SourceIndex],
+    splits: dict[str, SplitSize],
+    screen: Screen | None,
+) -> list[str]:
+    """Writes the JSON and JSONL files and returns their names."""
+    out = work.stage.out
     records: dict[str, Record] = {
-        dataset_format.NAME: describe.dataset(work, mixed, found, splits, screen),
-        proof_format.NAME: describe.proof(work, found),
-        preview_format.NAME: describe.preview(out / "data", work.encoder.vocabulary),
+        dataset.NAME: describe.dataset(work, mixed, indexes, splits, screen),
+        proof.NAME: describe.proof(work, indexes),
+        preview.NAME: describe.preview(out / "data", work.encoder.vocabulary),
     }
-    rejected = [reject for source in found for reject in source.rejects]
-    lists: dict[str, Sequence[Record]] = {rejects.REJECTS: rejected}
+    lists: dict[str, Sequence[Record]] = {rejects.REJECTS: [row for index in indexes for row in index.rejects]}
     if screen is not None:
-        lists[rejects.CONTAMINATED] = describe.contaminated(work, found, screen)
+        lists[rejects.CONTAMINATED] = describe.contaminated(work, indexes, screen)
     for name, record in records.items():
         record.write(out / name)
     for name, rows in lists.items():
         write_atomic(out / name, rejects.to_lines(rows))
+    return [*records, *lists]
+
+
+def _metrics(work: Preparation, data: SplitSize, rejected: int) -> PrepareMetrics:
     encoded_by, chunks_redone = work.encoders()
-    metrics = PrepareMetrics(
-        documents=splits["data"].documents,
-        tokens=splits["data"].tokens,
-        labels=splits["data"].labels,
-        rejected=len(rejected),
+    return PrepareMetrics(
+        documents=data.documents,
+        tokens=data.tokens,
+        labels=data.labels,
+        rejected=rejected,
         encoded_tokens=work.encoded_tokens,
         tokenizer=work.encoder.identity.tokenizer,
         encoded_by=encoded_by,
         chunks_redone=chunks_redone,
-        tokenizer_commit=work.tokenizer.name if inputs.is_remote(table.tokenizer) else None,
+        tokenizer_commit=work.tokenizer.name if inputs.is_remote(work.table.tokenizer) else None,
         seconds={step: round(seconds, 3) for step, seconds in work.seconds.items()},
         cpu_seconds={step: round(work.cpu_seconds[step], 3) for step in ("resolve", "encode", "mix", "write")},
     )
-    return Result([*splits, *records, *lists], metrics.to_metrics(), work.hashes)

@@ -35,7 +35,7 @@ from sft.chat.template import known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
 from sft.data.batch import Fault, Reject, RenderedBatch
-from sft.data.blocks import Block, Columns, Piece
+from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.byte_encoder import ByteLevelEncoder
 from sft.data.compiled import TRAINED
 from sft.data.engine import Engine
@@ -185,9 +185,9 @@ class Encoder:
         row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
         for source in self.prepare.sources if self.vocabulary.byte_level else ():
             if "jsonl" in kinds:
-                self.encode_plain(Block.of(json.dumps(row).encode() + b"\n"), source)
+                self.encode_plain(LineBlock.of(json.dumps(row).encode() + b"\n"), source)
             if "parquet" in kinds or "arrow" in kinds:
-                self.encode_plain(Columns.of([row]), source)
+                self.encode_plain(ColumnBlock.of([row]), source)
             self.encode([], source)
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
@@ -231,7 +231,7 @@ class Encoder:
         bad |= dict.fromkeys(np.flatnonzero(alignment.num_targets <= 0).tolist(), NO_TARGETS)
         return alignment.only(batch.drop(bad)) if bad else alignment
 
-    def encode_plain(self, piece: Piece, source: Source) -> tuple[Encoded | None, list[int]]:
+    def encode_plain(self, piece: Block, source: Source) -> tuple[Encoded | None, list[int]]:
         """The documents of the plain rows of a piece, and the numbers of the other rows, which are for `encode`."""
         plain = self._plain_rows(source)
         if plain is None:

@@ -18,7 +18,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sft.chat.named import NamedTemplate
-from sft.data.blocks import Block, Columns, Piece
+from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.columns import messages as messages_of
 from sft.data.fast.lines import (
@@ -114,9 +114,9 @@ class PlainRows:
         )
         return PlainRows(template, reader) if plain else None
 
-    def read(self, piece: Piece) -> tuple[Written, list[int]]:
+    def read(self, piece: Block) -> tuple[Written, list[int]]:
         """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the piece."""
-        found = self._lines(piece) if isinstance(piece, Block) else self._columns(piece)
+        found = self._lines(piece) if isinstance(piece, LineBlock) else self._columns(piece)
         if found is None:
             return NOTHING, list(range(piece.count))
         documents, odds, runs, size = found
@@ -134,7 +134,7 @@ class PlainRows:
         )
         return written, self.odd[:odds].tolist()
 
-    def _lines(self, block: Block) -> tuple[int, int, int, int] | None:
+    def _lines(self, block: LineBlock) -> tuple[int, int, int, int] | None:
         data, ends = block.padded, block.ends
         size = len(data) - WORD
         if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
@@ -145,7 +145,7 @@ class PlainRows:
             data, words_of(data), ends, self.names, self.layout, self.text, words_of(self.text), self.roles, self.spans, *self._made()
         )  # fmt: skip
 
-    def _columns(self, columns: Columns) -> tuple[int, int, int, int] | None:
+    def _columns(self, columns: ColumnBlock) -> tuple[int, int, int, int] | None:
         found = messages_of(columns.arrow, self.columns[0], self.columns[1:])
         if found is None:
             return None
