@@ -3,37 +3,35 @@
     make show RECIPE=smoke          ->  python -m sft show --recipe smoke
     make why RECIPE=smoke lr=1e-3   ->  python -m sft why --recipe smoke --overrides 'lr=1e-3'
 
-Standard library only. Exit status 0, or 1 with a message a person can act on.
+Standard library only, because the environment does not exist yet when Make first calls it. Exit status 0, 1 with a message
+that names the next command, or 2 for wrong arguments (argparse). Programs of the environment use sft.runner.cli.
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an old interpreter meets first
+if sys.version_info < (3, 11):  # noqa: UP036 - an old interpreter reads this file first
     sys.exit(
-        f"error: Python {sys.version.split()[0]} is too old; next: install Python >= 3.11 and say make PYTHON=python3.11 …"
+        f"error: Python {sys.version.split()[0]} is too old; next: install Python >= 3.11 and run make PYTHON=python3.11 …"
     )
 
 import argparse
 import dataclasses
 import difflib
-import fcntl
 import importlib.util
 import os
 import re
-import shutil
 import signal
 import tomllib
-import typing
 from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import manifest
-from sft.formats.elsewhere import Elsewhere
 from sft.recipe import presets, recipe, schema
-from sft.runner import plan
+from sft.recipe.edit import set_field, to_toml
+from sft.runner import plan, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -41,20 +39,21 @@ MAKE_VARIABLES = (
     "WEIGHTS", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
 )  # fmt: skip
-# Goals of Make that are about a run, and so need RECIPE=.
+"""The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
 OF_A_RUN = (
     *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
     "dry-run", "cancel", "collect", "fetch",
 )  # fmt: skip
+"""Goals of Make that need RECIPE=."""
 FIELDS = {f.name for cls in (*schema.TABLES.values(), schema.Hardware) for f in dataclasses.fields(cls)}
 
 
 def split_overrides(text: str) -> list[str]:
-    """The command-line variables as Make lists them ($(MAKEOVERRIDES)): lower case is a recipe field.
+    """The recipe's fields among Make's command-line variables ($(MAKEOVERRIDES)): the lower-case ones, as `field=value`.
 
-    Raises SftError for an upper-case name that is nearly one of ours.
+    Raises SftError for an unknown upper-case name that resembles a variable or a field.
     """
-    fields = []
+    fields: list[str] = []
     for word in re.findall(r"(?:\\.|[^\s\\])+", text):
         word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
         name, _, value = word.partition("=")
@@ -73,7 +72,7 @@ def split_overrides(text: str) -> list[str]:
 
 
 def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
-    """The runs a command is about: each recipe of RECIPE= with the overrides, and each run of a manifest named as a goal."""
+    """The runs of a command: each recipe in RECIPE= with the overrides, and each run whose manifest is a goal."""
     place = args.place
     found = {}
     for name in args.recipe.split():
@@ -89,11 +88,12 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
 
 
 def command_plan(args: argparse.Namespace) -> None:
-    """One line of words for Make: plan-ok, environment:<digest>, set:<override>, run:<run>, stale:<run>/<stage>."""
+    """One line of words for Make: plan-ok, environment:<digest>, set:<override>, launcher-<stage>:<launcher>,
+    detach:<stage>, run:<run>, stale:<run>/<stage>."""
     words = ["plan-ok", f"environment:{plan.environment_digest()}", *(f"set:{f}" for f in args.fields)]
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
         raise SftError(
-            f"override {odd[0]!r}: only letters, digits and _.,+/:@- can be typed here; next: make new FROM=… RECIPE=…, and edit"
+            f"override {odd[0]!r}: only letters, digits and _.,+/:@- are possible on the command line; next: make new FROM=… RECIPE=…, and edit"
         )
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     needs_run = [g for g in goals if g in OF_A_RUN]
@@ -101,36 +101,36 @@ def command_plan(args: argparse.Namespace) -> None:
         raise SftError(
             f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"
         )
-    runs = runs_of(args)
-    if runs:
+    wanted_runs = runs_of(args)
+    if wanted_runs:
         cluster = args.place.load_cluster()
         words += [f"launcher-{s}:{cluster.launcher if s in cluster.stages else 'local'}" for s in schema.STAGES]
         wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
-        if wanted and _given(args, "DETACH") not in ("", "0"):
+        if wanted and _variable(args, "DETACH") not in ("", "0"):
             words.append(f"detach:{wanted[-1]}")
-    shard = _given(args, "SHARD")
+    shard = _variable(args, "SHARD")
     if shard and (beyond := [g for g in needs_run if g != "prepare"]):
         raise SftError(
             f"make {beyond[0]} SHARD={shard}: SHARD is for prepare; next: make prepare … SHARD={shard}, then SHARD=merge/n"
         )
-    if needs_run and not runs:
+    if needs_run and not wanted_runs:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
-    for r in runs:
+    for r in wanted_runs:
         stale = plan.stale_stages(args.place, r, goals)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in stale)]
     print(" ".join(words))
 
 
-def _given(args: argparse.Namespace, name: str) -> str:
-    """A variable of Make's command line, or of the environment."""
+def _variable(args: argparse.Namespace, name: str) -> str:
+    """The value of a variable on Make's command line, or in the environment."""
     return next(iter(re.findall(rf"(?:^|\s){name}=(\S*)", args.overrides)), os.environ.get(name, ""))
 
 
 def command_show(args: argparse.Namespace) -> None:
-    """The resolved recipe with where each value comes from, the model it makes, and the state of each stage."""
+    """The resolved recipe with the origin of each value, its model, and the state of each stage."""
     for r in _one_or_more(args):
         print(f"# run {args.place.runs / r.run}  (recipe {r.file}, cluster {args.place.cluster})")
-        raw = recipe.tomllib.loads(Path(r.file).read_text())
+        raw = tomllib.loads(Path(r.file).read_text())
         overridden = dict(r.overrides)
         for table in schema.TABLES:
             print(f"\n[{table}]")
@@ -149,9 +149,9 @@ def command_show(args: argparse.Namespace) -> None:
                 if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
                     for item in v:
                         given = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
-                        print(f"  {f.name}: " + ", ".join(f"{k} = {_toml(x)}" for k, x in given.items()))
+                        print(f"  {f.name}: " + ", ".join(f"{k} = {to_toml(x)}" for k, x in given.items()))
                     continue
-                line = f"{f.name} = {_toml(v)}"
+                line = f"{f.name} = {to_toml(v)}"
                 print(f"{line:47} # {origin}" if origin else line)
         for stage in schema.STAGES:
             print(f"\n[on.{args.place.cluster}.{stage}]  " + ", ".join(
@@ -176,7 +176,7 @@ def command_why(args: argparse.Namespace) -> None:
 
 
 def command_new(args: argparse.Namespace) -> None:
-    """Copies a recipe to a new name, with fields changed; comments and layout stay."""
+    """Copies a recipe to a new name with changed fields. Comments and layout stay."""
     if not args.copy_from or not args.recipe:
         raise SftError("make new: FROM= and RECIPE= are needed; next: make new FROM=smoke RECIPE=my-exp lr=1e-4")
     source = recipe.find(RECIPES, args.copy_from, "recipe")
@@ -191,7 +191,7 @@ def command_new(args: argparse.Namespace) -> None:
         name, _, value = override.partition("=")
         path = recipe.locate(name, args.place.cluster, [])
         assert path is not None  # load() above has checked it
-        text = _set_field(text, ".".join(path[:-1]), path[-1], value)
+        text = set_field(text, ".".join(path[:-1]), path[-1], value)
     write_atomic(target, text.encode())
     try:
         recipe.load(target, (), args.place.cluster)
@@ -202,13 +202,13 @@ def command_new(args: argparse.Namespace) -> None:
 
 
 def command_fields(args: argparse.Namespace) -> None:
-    """Every option: table, name, type, default, meaning. A '*' marks those that change a result."""
+    """Every option with its default, meaning, choices and launchers. A '*' marks those that change a result."""
     for title, cls in [*((f"[{t}]", c) for t, c in schema.TABLES.items()), ("[[prepare.sources]]", schema.Source),
                        ("[on.<cluster>.<stage>]", schema.Hardware), ("env/<cluster>.toml", schema.Cluster)]:  # fmt: skip
         print(f"\n{title}")
         for f in dataclasses.fields(cls):
             default = (
-                "{}" if f.default is dataclasses.MISSING else "preset's" if f.default is None else _toml(f.default)
+                "{}" if f.default is dataclasses.MISSING else "preset's" if f.default is None else to_toml(f.default)
             )
             default = "required" if f.metadata.get("required") else default
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
@@ -218,88 +218,35 @@ def command_fields(args: argparse.Namespace) -> None:
 
 
 def command_verify(args: argparse.Namespace) -> None:
-    """Hashes every output of a run again and follows its chain of manifests."""
-    bad = []
-    run = run_folder(args.place, args.run, "RUN")
-    for stage in (*schema.STAGES, "report"):
-        file = run / stage / manifest.NAME
-        if not file.exists():
-            print(f"{stage:9}not made")
-            continue
-        made = manifest.load(file)
-        away = Elsewhere.of(file.parent)
-        problems = manifest.broken_outputs(file.parent, away.here(made.outputs))
-        for entry in made.inputs:
-            if entry.manifest:
-                upstream = file.parent / ".." / paths_name(entry.manifest)
-                if not upstream.is_file():
-                    problems.append(f"{upstream} is missing")
-                elif manifest.load(upstream).digest != entry.sha256:
-                    problems.append(f"{upstream} is not the one that {stage} consumed")
-        absent = sorted(away.outputs)
-        rest = f"; {len(absent)} are elsewhere: {away.where} ({_some(absent)})" if absent else ""
-        found = f"{len(made.outputs) - len(absent)} files verified" if not problems else "; ".join(problems)
-        print(f"{stage:9}{found}{rest}")
-        bad += problems
-    if bad:
-        raise SftError(f"{run}: {len(bad)} problem(s); next: remove the manifest of the broken stage and run it again")
+    """Hashes every output of a run and follows its manifests."""
+    runs.verify(runs.run_folder(args.place, args.run, "RUN"))
 
 
 def command_clean_cache(args: argparse.Namespace) -> None:
-    """Removes what prepare keeps between runs and can make again. Datasets, runs and downloads stay."""
-    for file in (args.place.cache / "tokens").glob("*/lock*"):
-        with file.open("a+") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                f.seek(0)
-                raise SftError(f"{file}: busy, held by {f.read().strip()}; next: wait for it or stop it") from None
-    for folder in (args.place.cache / kind for kind in ("tokens", "screens", "unpacked")):
-        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-        if folder.exists():
-            shutil.rmtree(folder)
-        print(f"{folder}: {size / 1e6:,.1f} MB removed")
+    """Deletes what prepare keeps between runs and can make again. Datasets, runs and downloads stay."""
+    runs.clean_cache(args.place.cache)
 
 
-def _some(names: typing.Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
-
-
-def paths_name(entry: str) -> str:
-    """`prepare/manifest.json` out of `../prepare/manifest.json`; anything else is refused."""
-    if not re.fullmatch(r"\.\./[a-z]+/manifest\.json", entry):
-        raise SftError(f"manifest input {entry!r} is not ../<stage>/manifest.json")
-    return entry.removeprefix("../")
-
-
-def run_folder(place: plan.Place, run: str, variable: str) -> Path:
-    """The folder of an existing run. Raises SftError naming the Make variable and near names."""
-    if not run:
-        raise SftError(f"which run? next: say {variable}=<name of a folder in {place.runs}>")
-    recipe.from_run(run)
-    folder = place.runs / run
-    if not folder.is_dir():
-        known = sorted(p.name for p in place.runs.glob("[a-z0-9]*") if p.is_dir()) if place.runs.is_dir() else []
-        near = difflib.get_close_matches(run, known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
-        raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}")
-    return folder
+def command_diff(args: argparse.Namespace) -> None:
+    """The first stage and the fields in which two runs differ."""
+    runs.diff(runs.run_folder(args.place, args.a, "A"), runs.run_folder(args.place, args.b, "B"))
 
 
 def command_doctor(args: argparse.Namespace) -> None:
-    """What would stop each run on the cluster, in one table. Exit status 1 when a line is red."""
+    """Everything that would stop each run on the cluster, in one table. Exit status 1 if a line is red."""
     environment = plan.REPO / ".venv" / "bin" / "python"
     if environment.is_file() and not _has("numpy"):
         os.environ["PYTHONPATH"] = str(plan.REPO / "lib")
         os.execv(environment, [str(environment), "-m", "sft", *sys.argv[1:]])
-    from sft.launch.doctor import doctor
+    from sft.launch.doctor import doctor  # start-up: the planner launches nothing
+    from sft.launch.doctor.context import OK, RED, Context, Row  # start-up: the same
 
     red = 0
     for r in _one_or_more(args):
-        rows = doctor.examine(doctor.Context(args.place, r, args.place.load_cluster()), ask=True)
+        rows = doctor.examine(Context(args.place, r, args.place.load_cluster()), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
-        print(doctor.table([doctor.Row(doctor.OK, "recipe", r.file), *rows]))
-        red += sum(row.state == doctor.RED for row in rows)
+        print(doctor.table([Row(OK, "recipe", r.file), *rows]))
+        red += sum(row.state == RED for row in rows)
     if red:
         raise SftError(f"{red} red line{'s' * (red > 1)}: nothing should be launched")
 
@@ -308,35 +255,13 @@ def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def command_diff(args: argparse.Namespace) -> None:
-    """The first stage and the fields in which two runs differ."""
-    folders = [run_folder(args.place, args.a, "A"), run_folder(args.place, args.b, "B")]
-    for stage in schema.STAGES:
-        files = [folder / stage / manifest.NAME for folder in folders]
-        a, b = (manifest.load(f) if f.is_file() else None for f in files)
-        if a is None or b is None:
-            print(f"{stage}: not made in {args.a if a is None else args.b}")
-            return
-        lines = plan.differences(a.config, b.config)
-        names = {e.file: e.sha256 for e in a.inputs if e.file}
-        others = {e.file: e.sha256 for e in b.inputs if e.file}
-        lines += [f"{n} differs" for n in {**names, **others} if names.get(n) != others.get(n)]
-        if lines:
-            print(f"{stage}:\n" + "\n".join(f"  {line}" for line in lines))
-            return
-        if a.outputs != b.outputs:
-            print(f"{stage}: same options and inputs, different outputs")
-            return
-    print("no difference")
-
-
 def command_compare(args: argparse.Namespace) -> None:
-    """Scores of A against those of B (and C), item by item; writes a page beside A's stages."""
-    from sft.evaluation import compare
-    from sft.reporting import comparison
+    """The scores of A against those of B (and C), item by item. Writes a page into A's folder."""
+    from sft.evaluation import compare  # start-up: the planner compares nothing
+    from sft.reporting import comparison  # start-up: the same
 
     names = [("A", args.a), ("B", args.b), *(("C", name) for name in args.c.split())]
-    folders = [run_folder(args.place, name, variable) for variable, name in names]
+    folders = [runs.run_folder(args.place, name, variable) for variable, name in names]
     if len(set(folders)) < len(folders):
         raise SftError(f"{', '.join(f'{v}={n}' for v, n in names)}: a run cannot be compared with itself")
     found = compare.compare(folders, anyway=args.anyway)
@@ -345,55 +270,14 @@ def command_compare(args: argparse.Namespace) -> None:
 
 
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:
-    runs = runs_of(args)
-    if not runs:
+    found = runs_of(args)
+    if not found:
         raise SftError(f"which recipe? next: say RECIPE=… (one of {_recipes()})")
-    return runs
+    return found
 
 
 def _recipes() -> str:
     return ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
-
-
-def _toml(value: typing.Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
-    return repr(value)
-
-
-def _set_field(text: str, table: str, name: str, value: str) -> str:
-    """Replaces `name = …` in [table], with the comment behind it (it spoke of the old value), or adds it below the header."""
-    cls = schema.Hardware if table.startswith("on.") else schema.TABLES[table]
-    literal = _toml(recipe.parse_value(value, typing.get_type_hints(cls)[name]))
-    lines, inside, header = text.splitlines(), False, -1
-    for i, line in enumerate(lines):
-        if match := re.match(r"\s*\[+([^\]]+)\]+", line):
-            inside = match[1].strip() == table
-            header = i if inside and header < 0 else header
-        elif inside and re.match(rf"\s*{re.escape(name)}\s*=", line):
-            last = next(
-                j for j in range(i, len(lines)) if _is_toml("\n".join(lines[i : j + 1]))
-            )  # a list of several lines
-            lines[i : last + 1] = [f"{name} = {literal}"]
-            return "\n".join(lines) + "\n"
-    if header < 0:
-        return text.rstrip("\n") + f"\n\n[{table}]\n{name} = {literal}\n"
-    lines.insert(header + 1, f"{name} = {literal}")
-    return "\n".join(lines) + "\n"
-
-
-def _is_toml(text: str) -> bool:
-    try:
-        tomllib.loads(text)
-    except tomllib.TOMLDecodeError:
-        return False
-    return True
 
 
 def main() -> None:
@@ -412,8 +296,8 @@ def main() -> None:
     parser.add_argument("--run", default="", help="run that `verify` checks")
     parser.add_argument("--a", default="")
     parser.add_argument("--b", default="")
-    parser.add_argument("--c", default="", help="further runs that `compare` compares with --a")
-    parser.add_argument("--anyway", action="store_true", help="`compare` although the prompts differ")
+    parser.add_argument("--c", default="", help="more runs that `compare` compares with --a")
+    parser.add_argument("--anyway", action="store_true", help="compare even if the prompts differ")
     args = parser.parse_args()
     signal.signal(signal.SIGPIPE, lambda *_: os._exit(0))  # `make fields | head` ends quietly
     try:
@@ -426,4 +310,5 @@ def main() -> None:
         sys.exit(f"error: {e.filename}: {e.strerror}; next: correct that path or its permissions")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,17 @@
-"""The planner: which stages of which runs are stale, and why. Reads files, writes nothing. Standard library only.
+"""The planner: which stages of which runs are stale, and why. It reads files and writes none. Standard library only.
 
-A stage is stale when it has no whole manifest, when its key is not the one the recipe asks for, when an input (a file of
-the recipe, or the upstream manifest) is not the one it consumed, or when its upstream is stale. File times play no part.
-`python -m sft plan` calls this while Make parses; every stage calls it again before it starts.
+A stage is stale if its manifest is missing or damaged, if its key is not the one that the recipe gives, if an input (a file
+of the recipe, or the upstream manifest) is not the one it consumed, or if its upstream is stale. File times do not matter.
+`python -m sft plan` calls this while Make parses. Every stage calls it again before it starts.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,13 @@ from sft.formats.run import RunFile
 from sft.recipe import chat_templates, inputs, recipe, schema
 
 REPO = paths.REPO
-# Raise a stage's number when its code makes different bytes from the same options.
 VERSIONS = {"prepare": 4, "sync": 1, "train": 1, "convert": 2, "evaluate": 4, "report": 2}
+"""Raise a stage's number when its code makes other bytes from the same options. tests/test_versions.py watches this."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run lives and where its inputs are looked for."""
+    """The folder of runs, the folders that hold their inputs (DATA), and the cluster."""
 
     runs: Path
     data: tuple[Path, ...] = ()
@@ -49,13 +50,16 @@ class Place:
         return self.runs / ".cache"
 
     def storage(self, cluster: schema.Cluster) -> str:
+        """The root of the cluster's storage, with its placeholders replaced."""
         return paths.for_user(cluster.storage.replace("{runs}", str(self.runs)))
 
     def load_cluster(self) -> schema.Cluster:
+        """env/<cluster>.toml. Raises SftError."""
         return recipe.load_cluster(recipe.find(REPO / "env", self.cluster, "cluster"))
 
     @staticmethod
     def parse(runs: str, data: str, cluster: str) -> Place:
+        """From command-line text; `data` is separated by ':'. Raises SftError for a folder that does not exist."""
         for root in filter(None, data.split(":")):
             if not Path(root).is_dir():
                 raise SftError(f"DATA={data}: {root} is not a folder; next: name existing folders, separated by ':'")
@@ -64,7 +68,7 @@ class Place:
 
 @dataclass
 class State:
-    """One stage of one run, wanted against recorded."""
+    """One stage of one run: the key and config that the recipe gives, its manifest, and the reasons why it is stale."""
 
     stage: str
     key: str
@@ -72,7 +76,7 @@ class State:
     manifest: Manifest | None = None
     inputs: list[Input] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
-    elsewhere: str = ""  # sync only: current by content, but on another cluster's storage
+    elsewhere: str = ""  # sync only: up to date, but on another cluster's storage
 
     @property
     def stale(self) -> bool:
@@ -80,9 +84,9 @@ class State:
 
 
 def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Recipe:
-    """The recipe of a run by its folder's name: the recipe's file, the overrides recorded in run.json, and those given.
+    """The recipe of a run, by the name of its folder: the recipe's file with the overrides of run.json and `overrides`.
 
-    Raises SftError when they do not make this run.
+    Raises SftError if they do not make this run.
     """
     file = recipe.find(REPO / "recipes", recipe.from_run(run), "recipe")
     loaded = recipe.load(file, overrides, place.cluster)
@@ -108,7 +112,7 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> di
         upstream = [found[u] for u in schema.UPSTREAM[stage]]
         config = r.config(stage)
         state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
-        _compare(state, place.runs / r.run, upstream, lambda stage=stage: input_files(place, r, stage, cache))
+        _compare(state, place.runs / r.run, upstream, functools.partial(input_files, place, r, stage, cache))
         found[stage] = state
     _look_elsewhere(found["sync"], place)
     return found
@@ -131,18 +135,18 @@ def consumed(place: Place, r: recipe.Recipe, stage: str, cache: HashCache | None
 
 
 def identity(key: str, entries: Sequence[Input]) -> str:
-    """Hex name of what a stage will make: its key and the content of its inputs."""
+    """64 hex digits that name a stage's result: a digest of its key and of the inputs' content."""
     return hashlib.sha256(canonical([key, to_json(entries)])).hexdigest()
 
 
 def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[Input]:
-    """Manifest entries of the local files a stage's recipe tables name. Raises SftError for a missing one."""
+    """Manifest entries of the local files that a stage's recipe tables name. Raises SftError for a missing file."""
     named = named_files(place, r, stage)
     return [Input(file=name, bytes=file.stat().st_size, sha256=cache.sha256(file)) for name, file in named]
 
 
 def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, Path]]:
-    """The local files a stage's recipe tables name, by their name there. Raises SftError for a missing one."""
+    """(name in the recipe, file) of the local files that a stage reads. Raises SftError for a missing file."""
 
     def find(path: str, what: str = "") -> Path:
         return paths.find(place.roots, path, f"{r.file}: {what or stage}")
@@ -158,14 +162,15 @@ def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, P
     return []
 
 
-def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None:
+def _compare(state: State, run: Path, upstream: list[State], files: Callable[[], list[Input]]) -> None:
+    """Sets the manifest, inputs and reasons of a state. `files` hashes the stage's files, which is done only if needed."""
     file = run / state.stage / manifest.NAME
     try:
         state.manifest = manifest.load(file)
     except FileNotFoundError:
         state.reasons.append("not made yet")
     except SftError:
-        state.reasons.append(f"{file} is torn")
+        state.reasons.append(f"{file} is damaged")
     if (made := state.manifest) and made.key != state.key:
         state.reasons += differences(made.config, state.config)
         if made.version != VERSIONS[state.stage]:
@@ -186,12 +191,13 @@ def _compare(state: State, run: Path, upstream: list[State], files: Any) -> None
 
 
 def upstream_entry(state: State) -> Input:
+    """The manifest entry of an upstream stage."""
     assert state.manifest is not None
     return Input(manifest=f"../{state.stage}/{manifest.NAME}", sha256=state.manifest.digest)
 
 
 def _look_elsewhere(sync: State, place: Place) -> None:
-    """Synced data may lie on another cluster's storage, or have been removed there: then training needs a new sync first."""
+    """Sets `elsewhere` if the synced data is on another cluster's storage or was deleted: training then needs a new sync."""
     if sync.manifest is None or sync.stale:
         return
     cluster = place.load_cluster()
@@ -201,16 +207,16 @@ def _look_elsewhere(sync: State, place: Place) -> None:
     if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):
         sync.elsewhere = f"storage {was} -> {storage}"
     elif not cluster.shared_disk and "SFT_JOB" not in os.environ and not Path(storage).is_dir():
-        return  # a disk that is not here: the job that reads it looks
+        return  # jobs check this themselves: their disk is not here
     elif "://" not in storage and not (Path(made.dataset) / manifest.NAME).is_file():
         sync.elsewhere = f"the dataset is gone from {storage}"
 
 
 def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
-    """{stage: reasons} of what must run for the goals (stages, or 'all').
+    """{stage: reasons} of the stages that must run for the goals (stages, or 'all').
 
-    A sync that is only elsewhere counts if training follows or it is asked for; a report beside other goals comes after
-    them. Raises SftError for an input that a stage to run needs and that is not there: told now, not when its turn comes.
+    A sync that is up to date but elsewhere must run if it is a goal or if training must run. The report must run if any
+    stage must. Raises SftError for a missing input of any stage that must run, before the first one starts.
     """
     found = states(place, r)
     last = max((schema.STAGES.index(g) for g in goals if g in schema.STAGES), default=-1)
@@ -244,7 +250,7 @@ def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default
 
 
 def report_inputs(run: Path) -> list[Input]:
-    """Manifest entries of what the report shows: the stages that are done, evaluations during training, comparisons."""
+    """Manifest entries of what the report shows: finished stages, evaluations during training, comparisons."""
     entries: list[Input] = []
     for stage in schema.STAGES:
         try:
@@ -262,6 +268,7 @@ def report_inputs(run: Path) -> list[Input]:
 
 
 def report_reasons(run: Path, stages_will_run: bool) -> list[str]:
+    """Why the report is stale; an empty list if it is up to date."""
     if stages_will_run:
         return ["a stage is stale"]
     try:
@@ -289,7 +296,7 @@ def _show(value: Any) -> str:
 
 
 def environment_digest() -> str:
-    """Names the state of the pinned environment, so that editing a pin makes it again."""
+    """12 hex digits that name the pinned environment, so that it is installed again after an edited pin."""
     h = hashlib.sha256()
     for name in ("pyproject.toml", "env/lock.txt", "env/setup.sh"):
         h.update((REPO / name).read_bytes())

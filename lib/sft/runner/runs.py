@@ -1,0 +1,111 @@
+"""Commands about finished runs: make verify, make diff, make clean-cache. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.formats.elsewhere import Elsewhere
+from sft.recipe import recipe, schema
+from sft.runner import plan
+
+
+def run_folder(place: plan.Place, run: str, variable: str) -> Path:
+    """The folder of an existing run. Raises SftError naming the Make variable and similar names."""
+    if not run:
+        raise SftError(f"which run? next: say {variable}=<name of a folder in {place.runs}>")
+    recipe.from_run(run)
+    folder = place.runs / run
+    if not folder.is_dir():
+        known = sorted(p.name for p in place.runs.glob("[a-z0-9]*") if p.is_dir()) if place.runs.is_dir() else []
+        near = difflib.get_close_matches(run, known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
+        raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}")
+    return folder
+
+
+def verify(run: Path) -> None:
+    """Hashes every output of a run, follows its manifests and prints a line for each stage. Raises SftError for damage."""
+    found = []
+    for stage in (*schema.STAGES, "report"):
+        if not (run / stage / manifest.NAME).exists():
+            print(f"{stage:9}not made")
+            continue
+        problems = _verify_stage(run / stage)
+        found += problems
+    if found:
+        raise SftError(
+            f"{run}: {len(found)} problem(s); next: remove the manifest of the broken stage and run it again"
+        )
+
+
+def _verify_stage(folder: Path) -> list[str]:
+    """Prints the line of one stage. Returns its problems."""
+    made, away = manifest.load(folder / manifest.NAME), Elsewhere.of(folder)
+    problems = manifest.broken_outputs(folder, away.here(made.outputs))
+    for entry in made.inputs:
+        if entry.manifest:
+            upstream = folder / ".." / _upstream_manifest(entry.manifest)
+            if not upstream.is_file():
+                problems.append(f"{upstream} is missing")
+            elif manifest.load(upstream).digest != entry.sha256:
+                problems.append(f"{upstream} is not the one that {folder.name} consumed")
+    absent = sorted(away.outputs)
+    rest = f"; {len(absent)} are elsewhere: {away.where} ({_some(absent)})" if absent else ""
+    result = f"{len(made.outputs) - len(absent)} files verified" if not problems else "; ".join(problems)
+    print(f"{folder.name:9}{result}{rest}")
+    return problems
+
+
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
+def _upstream_manifest(entry: str) -> str:
+    """`prepare/manifest.json` from `../prepare/manifest.json`. Raises SftError for any other form."""
+    if not re.fullmatch(r"\.\./[a-z]+/manifest\.json", entry):
+        raise SftError(f"manifest input {entry!r} is not ../<stage>/manifest.json")
+    return entry.removeprefix("../")
+
+
+def diff(first: Path, second: Path) -> None:
+    """Prints the first stage in which two runs differ, and its fields and files that differ."""
+    for stage in schema.STAGES:
+        files = [folder / stage / manifest.NAME for folder in (first, second)]
+        a, b = (manifest.load(f) if f.is_file() else None for f in files)
+        if a is None or b is None:
+            print(f"{stage}: not made in {(first if a is None else second).name}")
+            return
+        lines = plan.differences(a.config, b.config)
+        names = {e.file: e.sha256 for e in a.inputs if e.file}
+        others = {e.file: e.sha256 for e in b.inputs if e.file}
+        lines += [f"{n} differs" for n in {**names, **others} if names.get(n) != others.get(n)]
+        if lines:
+            print(f"{stage}:\n" + "\n".join(f"  {line}" for line in lines))
+            return
+        if a.outputs != b.outputs:
+            print(f"{stage}: same options and inputs, different outputs")
+            return
+    print("no difference")
+
+
+def clean_cache(cache: Path) -> None:
+    """Deletes what prepare keeps to be faster and can make again. Datasets, runs and downloads stay. Raises SftError if busy."""
+    for file in (cache / "tokens").glob("*/lock*"):
+        with file.open("a+") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                f.seek(0)
+                raise SftError(f"{file}: busy, held by {f.read().strip()}; next: wait for it or stop it") from None
+    for folder in (cache / kind for kind in ("tokens", "screens", "unpacked")):
+        size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        if folder.exists():
+            shutil.rmtree(folder)
+        print(f"{folder}: {size / 1e6:,.1f} MB removed")
