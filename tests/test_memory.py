@@ -205,4 +205,4 @@ def test_the_table_adds_up() -> None:
         assert sum(found.parts.values()) == found.total
         assert all(size >= 0 for size in found.parts.values())
         words = dict(found.table())
-        assert ("DOES NOT FIT" in words["in all"]) == (not found.fits)
+        assert ("DOES NOT FIT" in words["total"]) == (not found.fits)

@@ -1,11 +1,11 @@
-"""How much GPU memory a training run needs, estimated before any GPU is asked for, and the cheapest recomputation that fits.
+"""Estimates the GPU memory of a training run before a GPU is asked for, and the cheapest recomputation that fits.
 
-In:  the architecture, [train], the hardware numbers, how many GPUs there are and what one of them holds. No torch.
+In:  the architecture, [train], the hardware numbers, the number of GPUs and the memory of one. No torch.
 Out: a `Plan`: bytes per GPU by part at the moment that needs most, and what every layer keeps for the backward pass.
 
-Parameters, gradients and optimizer state are exact, as FSDP2 shards them (rows of the first dimension). Activations are
-what autograd keeps of this model's operations, counted tensor by tensor (see `activation_bytes`); `tests/test_memory.py` compares them
-with what torch keeps. Buffers of FSDP2 are those of its all-gather and reduce-scatter of one layer, with the next one ahead.
+Parameters, gradients and optimizer state are exact, as FSDP2 shards them (by rows of the first dimension). Activations are the
+tensors that autograd keeps of this model's operations (`activation_bytes`); `tests/test_memory.py` compares them with what
+torch keeps. FSDP2's buffers are those of its all-gather and reduce-scatter of one layer, with the next layer prefetched.
 GB = 10^9 bytes.
 """
 
@@ -19,9 +19,9 @@ from sft.model.hf import shapes
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Hardware, Train
 
-LOSS_CHUNK = 1024  # rows with a target whose logits exist at once
+LOSS_CHUNK = 1024  # rows with a target whose logits are in memory at once
 QUANTISED_BLOCK = 256  # values of 8-bit optimizer state that share one fp32 scale
-# Not computed from anything: the CUDA context, NCCL's and the libraries' workspaces, and what the allocator cannot use.
+# Assumed, not computed: the CUDA context, the workspaces of NCCL and other libraries, and what the allocator cannot use.
 RESERVED = 2.0e9
 FRAGMENTATION = 0.06
 
@@ -31,25 +31,27 @@ class Plan:
     parts: dict[str, int]  # bytes per GPU at the peak
     total: int
     fits: bool
-    recompute: str  # 'none', 'selected', 'budget' or 'full': what 'auto' became
+    recompute: str  # 'none', 'selected', 'budget' or 'full'; 'auto' is resolved
     recompute_budget: float
     limit: int  # bytes of a GPU; 0 = not known
 
     def table(self) -> list[tuple[str, str]]:
-        """(part, GB) rows for people, the total and the limit last."""
+        """(part, GB) rows to print, the total and the limit last."""
         rows = [(name, f"{size / 1e9:9.2f} GB") for name, size in self.parts.items()]
         limit = f" of {self.limit / 1e9:.0f} GB" if self.limit else ""
         verdict = "" if self.fits else ": DOES NOT FIT"
-        rows.append(("in all", f"{self.total / 1e9:9.2f} GB{limit} per GPU{verdict}"))
-        kept = f", {self.recompute_budget:.0%} of the layers keep everything" if self.recompute == "budget" else ""
-        return [*rows, ("recomputation", f"{self.recompute}{kept}")]
+        rows.append(("total", f"{self.total / 1e9:9.2f} GB{limit} per GPU{verdict}"))
+        budget = (
+            f", {self.recompute_budget:.0%} of the layers keep all activations" if self.recompute == "budget" else ""
+        )
+        return [*rows, ("recomputation", f"{self.recompute}{budget}")]
 
 
 def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
-    """What each layer makes anew: 'none', 'selected' (attention's output is kept) or 'full'.
+    """What each layer recomputes: 'none', 'selected' (attention's output is kept) or 'full'.
 
-    A budget is the share of layers that keep everything. They are the last ones: their memory is free again by the time
-    the first recomputed layer needs room for its own.
+    A budget is the share of layers that keep all activations. They are the last ones: their memory is free again when the backward
+    pass reaches the first recomputed layer.
     """
     if recompute != "budget":
         return (recompute,) * layers
@@ -60,8 +62,8 @@ def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
 def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, gpu_memory_gb: float) -> Plan:
     """The estimate for one GPU. `gpu_memory_gb` 0 = not known: everything fits.
 
-    `recompute = "auto"` becomes the mode with the least work that fits: none, then as many whole layers as fit beside
-    ones that keep attention's output, then full. Where nothing fits, it is full and `fits` is False.
+    `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all activations while
+    the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
     """
     limit = int(gpu_memory_gb * 1e9)
     if hardware.recompute != "auto":
@@ -77,7 +79,7 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
 
 
 def require(found: Plan, model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int) -> Plan:
-    """The plan, or SftError with its numbers and the first change of hardware numbers that would fit."""
+    """The plan if it fits. Raises SftError with its numbers and the first change of hardware numbers that would fit."""
     if found.fits:
         return found
     sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
@@ -113,105 +115,107 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
 
 
 def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, limit: int) -> Plan:
-    compute = 2 if train.precision == "bf16" else 4
-    shard = hardware.shard_degree or gpus
-    tokens = (hardware.microbatch_tokens or train.seq_len) // hardware.context_degree
-    modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
-    owned = sum(_shard_size(shape, shard) for shape in shapes(model).values())
-    quantised = sum(_shard_size(s, shard) for s in shapes(model).values() if is_quantised(s))
+    peak = max(_moments(model, train, hardware, gpus), key=lambda moment: sum(moment.values()))
+    parts = _resident(model, train, hardware.shard_degree or gpus) | peak
+    parts["context and fragmentation"] = int(RESERVED + FRAGMENTATION * sum(parts.values()))
+    total = sum(parts.values())
+    return Plan(parts, total, not limit or total <= limit, hardware.recompute, hardware.recompute_budget, limit)
+
+
+def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
+    """Bytes of what stays in memory, of a model that `ranks` share."""
+    owned = sum(_shard_size(shape, ranks) for shape in shapes(model).values())
     moments = 8 * owned
     if train.optimizer == "adamw8bit":
+        quantised = sum(_shard_size(shape, ranks) for shape in shapes(model).values() if is_quantised(shape))
         moments = 8 * (owned - quantised) + 2 * quantised + 8 * quantised // QUANTISED_BLOCK
-    resident = {
+    return {
         "parameters": 4 * owned,
         "gradients": (2 if train.gradients == "bf16" else 4) * owned,
         "optimizer state": moments,
     }
+
+
+def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) -> list[dict[str, int]]:
+    """Bytes at the moments of a step that may need most: the end of the forward pass in the loss, the backward pass of the last
+    layer and of the last recomputed one, and the reduction of the gradients of embedding and head at the end."""
+    compute = 2 if train.precision == "bf16" else 4
+    tokens = (hardware.microbatch_tokens or train.seq_len) // hardware.context_degree
+    modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
     # One CPU process in fp32 is not wrapped by FSDP; one GPU in bf16 is.
     wrapped = gpus > 1 or compute == 2
     block = sum(math.prod(s) for n, s in shapes(model).items() if n.startswith("blocks.0.")) * wrapped
     root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
     head = model.vocab_size * model.d_model
-    keeps = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
-    tables = 8 * tokens * model.head_dim * (2 if model.yarn else 1)
-    held = sum(keeps) + tables + compute * tokens * model.d_model
-    scratch = _scratch(model, tokens, compute)
+    kept = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
+    rotary_tables = 8 * tokens * model.head_dim * (2 if model.yarn else 1)
+    outside = rotary_tables + compute * tokens * model.d_model  # activations that no layer keeps
     gathered = compute * (root + 2 * block)
-    # The moments that need most: the end of the forward pass in the loss, the backward pass of the last layer and of the last
-    # recomputed one, and the reduction of the embedding's and the head's gradients at the end.
-    moments_of_peak = [
+    loss = {
+        "activations": sum(kept) + outside,
+        "logits and loss": _loss(model, tokens, compute) + 4 * head + (compute * head if compute == 2 else 0),
+        "gathered weights": gathered,
+        "reduced gradients": 0,
+    }
+    all_of_layer = activation_bytes(model, tokens, "none", compute, hardware)
+    last_recomputed = max((i for i, mode in enumerate(modes) if mode != "none"), default=0)
+    backward = [
         {
-            "activations": held,
-            "logits and loss": _loss(model, tokens, compute) + 4 * head + (compute * head if compute == 2 else 0),
-            "gathered weights": gathered,
-            "reduced gradients": 0,
+            "activations": sum(kept[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute),
+            "logits and loss": compute * head,
+            "gathered weights": gathered + compute * block,
+            "reduced gradients": (compute + 8) * block,
         }
+        for layer in {model.n_layers - 1, last_recomputed}
     ]
-    whole = activation_bytes(model, tokens, "none", compute, hardware)
-    for layer in {model.n_layers - 1, max((i for i, mode in enumerate(modes) if mode != "none"), default=0)}:
-        below = sum(keeps[: layer + 1]) + tables + compute * tokens * model.d_model
-        moments_of_peak.append(
-            {
-                "activations": below + (whole - keeps[layer]) + scratch,
-                "logits and loss": compute * head,
-                "gathered weights": gathered + compute * block,
-                "reduced gradients": (compute + 8) * block,
-            }
-        )
-    moments_of_peak.append(
-        {
-            "activations": 0,
-            "logits and loss": 0,
-            "gathered weights": compute * root,
-            "reduced gradients": (compute + 4) * root,
-        }
-    )
-    parts = resident | max(moments_of_peak, key=lambda parts: sum(parts.values()))
-    reserved = RESERVED + FRAGMENTATION * sum(parts.values())
-    parts["context and fragmentation"] = int(reserved)
-    total = sum(parts.values())
-    return Plan(parts, total, not limit or total <= limit, hardware.recompute, hardware.recompute_budget, limit)
+    reduction = {
+        "activations": 0,
+        "logits and loss": 0,
+        "gathered weights": compute * root,
+        "reduced gradients": (compute + 4) * root,
+    }
+    return [loss, *backward, reduction]
 
 
 def _shard_size(shape: tuple[int, ...], ranks: int) -> int:
-    """Values that the first rank holds: FSDP2 cuts the first dimension into equal chunks, rounded up."""
+    """Values of a parameter on the first rank: FSDP2 cuts the first dimension into equal chunks, rounded up."""
     return -(-shape[0] // ranks) * math.prod(shape[1:])
 
 
 def is_quantised(shape: tuple[int, ...]) -> bool:
-    """Whether 8-bit AdamW keeps a parameter's moments in 8 bits: blocks lie within a row, whole on any number of ranks."""
+    """Whether 8-bit AdamW stores a parameter's moments in 8 bits. Blocks are within a row, so no rank gets a part of one."""
     return len(shape) > 1 and shape[-1] % QUANTISED_BLOCK == 0
 
 
 def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware) -> int:
-    """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank; `compute` = bytes of a value."""
+    """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank. `compute` = bytes of a value."""
     d, width = model.d_model, compute
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    # Fewer key/value heads than ranks of a context group are repeated before they are exchanged.
+    # If a context group has more ranks than there are key/value heads, heads are repeated before the exchange.
     exchanged = kv * max(1, hardware.context_degree // model.n_kv_heads)
     statistics = 4 * model.n_heads
     if mode == "full":
         return tokens * width * d
     if mode == "selected":
         return tokens * (width * (d + q) + statistics)
-    attention = width * (q + 2 * exchanged + q) + statistics  # its inputs and output
+    attention = width * (q + 2 * exchanged + q) + statistics  # the kernel's inputs and output
     normed = 2 * d + (q + kv if model.qk_norm else 0)
     rows = 2 + {"full": 2, "head": model.n_heads + model.n_kv_heads, "": 0}[model.qk_norm]
     if hardware.compile == "always" or (hardware.compile == "auto" and width == 2):
-        # Fused: a norm keeps its input and one number a row, SwiGLU its factors and product.
+        # Fused: a norm keeps its input and one number per row, SwiGLU keeps its factors and product.
         norms = width * normed + 4 * rows
         return tokens * (width * 2 * d + norms + attention + width * 3 * model.intermediate_size)
-    # One at a time: a norm keeps its input in fp32 and its quotient in fp32; SwiGLU both factors, SiLU's output, the product.
+    # Not fused: a norm keeps its input and quotient in fp32; SwiGLU keeps both factors, SiLU's output and the product.
     norms = 8 * normed + 4 * rows
     return tokens * (width * 2 * d + norms + attention + width * 4 * model.intermediate_size)
 
 
 def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:
-    """The largest set of temporary gradients inside one layer's backward pass: SwiGLU's three and the residual's two."""
+    """Bytes of the largest set of temporary gradients in a layer's backward pass: three of SwiGLU and two of the residual stream."""
     return tokens * compute * (3 * model.intermediate_size + 2 * model.d_model)
 
 
 def _loss(model: ModelConfig, tokens: int, compute: int) -> int:
-    """One chunk of logits with its gradient, and the head's input with its own, were every token trained."""
+    """Bytes of a chunk of logits with its gradient, and of the head's input with its gradient, if every token is trained."""
     logits = min(LOSS_CHUNK, tokens) * model.vocab_size * (4 if compute == 4 else 8)
     return logits + tokens * model.d_model * (8 + 3 * compute)

@@ -1,21 +1,22 @@
-"""AdamW with less memory: moments in 8 bits, gradients that wait in bfloat16.
+"""AdamW with less memory: moments in 8 bits, gradients stored in bfloat16.
 
-In:  fp32 parameters, plain or sharded by rows. Out: `LowMemoryAdamW`, stepped like the fused AdamW and skipping on the device
-     like it (`found_inf`); `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
+In:  fp32 parameters, plain or sharded by rows.
+Out: `LowMemoryAdamW`, which is used like the fused AdamW and skips steps on the device like it (`found_inf`);
+     `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
 
-8-bit moments (arXiv 2110.02861, the scale is torchao's): 256 values of a row share one fp32 scale, and each is one of 256
-steps of a dynamic scale. A block never crosses a row and rows are what ranks divide, so the state, its checkpoint and what
-follows are the same on any number of ranks. Vectors, and rows that 256 does not divide, keep fp32 moments.
+8-bit moments (arXiv 2110.02861, with torchao's scale): 256 values of a row share one fp32 scale, and each is a code for one of 256
+values of a dynamic scale. A block never crosses a row, and ranks divide matrices by rows, so the state, its checkpoint and the
+training are the same on any number of ranks. Vectors, and matrices whose rows 256 does not divide, keep fp32 moments.
 
-Compiled, a step is one pass over a matrix. Otherwise it takes a part at a time, so that its fp32 temporaries stay small.
+Compiled, a step is one pass over a matrix. Otherwise it updates a part at a time, so that its fp32 temporaries stay small.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,26 +27,69 @@ from sft.model.memory import QUANTISED_BLOCK, is_quantised
 
 CHUNK = 1 << 24  # values of a parameter that are updated at once, unless compiled
 MOMENTS = ("exp_avg", "exp_avg_sq")
-Scale = tuple[Tensor, Tensor]  # the values of the codes [256], the borders between them [255]
 
 
-def _scales(device: torch.device) -> list[Scale]:
-    """What the codes of each moment mean."""
+class Scale(NamedTuple):
+    """The meaning of the 256 codes of a moment, as a share of its block's largest value."""
+
+    values: Tensor  # [256], ascending
+    borders: Tensor  # [255], halfway between neighbours
+
+
+class Moment(NamedTuple):
+    """A moment of some values of a parameter, in fp32 or as codes."""
+
+    values: Tensor  # fp32 [N], or uint8 codes [blocks, 256]
+    largest: Tensor | None  # of codes: the largest absolute value of every block [blocks, 1]
+
+    def part(self, rows: slice) -> Moment:
+        return Moment(self.values[rows], None if self.largest is None else self.largest[rows])
+
+
+class Operands(NamedTuple):
+    """What a step reads and writes of some values of a parameter: views of one shape, [N] or [blocks, 256]."""
+
+    parameter: Tensor
+    gradient: Tensor
+    first: Moment
+    second: Moment
+
+    def chunks(self) -> Iterator[Operands]:
+        """Parts of at most CHUNK values, in their order."""
+        step = max(1, CHUNK // self.parameter[0].numel())
+        for start in range(0, len(self.parameter), step):
+            rows = slice(start, start + step)
+            yield Operands(self.parameter[rows], self.gradient[rows], self.first.part(rows), self.second.part(rows))
+
+
+class Options(NamedTuple):
+    """AdamW's constants."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
+def _scales(device: torch.device) -> tuple[Scale, Scale]:
+    """The scales of both moments. The second moment has no negative values. Raises SftError without torchao."""
     logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every kernel that this machine cannot load
     try:
-        from torchao.optim import quant_utils
+        from torchao.optim import quant_utils  # start-up: torchao takes a second, and is needed for 8-bit moments only
     except ImportError as error:
         raise SftError(
             f"[train] optimizer 'adamw8bit' needs the package torchao ({error}); next: pip install torchao, or optimizer=adamw"
         ) from error
-    values = [
-        torch.tensor(quant_utils.create_dynamic_map(signed=name == MOMENTS[0]), device=device) for name in MOMENTS
-    ]
-    return [(v, (v[1:] + v[:-1]) / 2) for v in values]
+
+    def scale(signed: bool) -> Scale:
+        values = torch.tensor(quant_utils.create_dynamic_map(signed=signed), device=device)
+        return Scale(values, (values[1:] + values[:-1]) / 2)
+
+    return scale(signed=True), scale(signed=False)
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
-    """AdamW over fp32 parameters whose gradients may be of any dtype. `found_inf` = 1 makes a step change nothing."""
+    """AdamW over fp32 parameters whose gradients may have any dtype. A step with `found_inf` = 1 changes nothing."""
 
     found_inf: Tensor | None = None
 
@@ -59,15 +103,16 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         eight_bit: bool,
         compiled: bool = False,
     ) -> None:
+        """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. Raises SftError without torchao."""
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else []
+        self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else None
         self.compiled = compiled
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **self._moments(p)}
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:
-        if not self.scales or not is_quantised(tuple(p.shape)):
+        if self.scales is None or not is_quantised(tuple(p.shape)):
             return {name: torch.zeros_like(p) for name in MOMENTS}
         blocks = torch.zeros_like(p[..., ::QUANTISED_BLOCK]) if not isinstance(p, DTensor) else _scales_like(p)
         return {name: torch.zeros_like(p, dtype=torch.uint8) for name in MOMENTS} | {
@@ -80,59 +125,65 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             device = group["params"][0].device
             lr = torch.full((), group["lr"], device=device)
             skip = torch.full((), False, device=device) if self.found_inf is None else self.found_inf.to(device) > 0
-            constants = (*group["betas"], group["eps"], group["weight_decay"])
+            beta1, beta2 = group["betas"]
+            options = Options(beta1, beta2, group["eps"], group["weight_decay"])
             for p in group["params"]:
-                if p.grad is None or not _local(p).numel():
-                    continue
-                state = {name: _local(value) for name, value in self.state[p].items()}
-                step = state["step"]
-                step += ~skip
-                eight_bit = f"{MOMENTS[0]}_scale" in state
-                scales = self.scales if eight_bit else []
-                # As blocks of values, or as one row of them; scales are one for each block.
-                shape = (-1, QUANTISED_BLOCK) if eight_bit else (-1,)
-                tensors = [_local(p).detach().view(shape), _local(p.grad).reshape(shape)]
-                tensors += [state[name].view(shape) for name in MOMENTS]
-                tensors += [state[f"{name}_scale"].view(-1, 1) for name in MOMENTS if eight_bit]
-                if self.compiled:
-                    for tensor in tensors:
-                        torch._dynamo.maybe_mark_dynamic(tensor, 0)
-                    _compiled_update()(tensors, scales, step, skip, lr, constants)
-                    continue
-                rows = max(1, CHUNK // tensors[0][0].numel())
-                for parts in zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-                    update(parts, scales, step, skip, lr, constants)
+                if p.grad is not None and _local(p).numel():
+                    self._update(p, lr, skip, options)
+
+    def _update(self, p: Tensor, lr: Tensor, skip: Tensor, options: Options) -> None:
+        """Updates this rank's part of a parameter."""
+        operands, step = self._operands(p), _local(self.state[p]["step"])
+        step += ~skip
+        scales = self.scales if operands.first.largest is not None else None
+        if not self.compiled:
+            for chunk in operands.chunks():
+                update(chunk, scales, step, skip, lr, options)
+            return
+        for tensor in (*operands[:2], *operands.first, *operands.second):
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        _compiled_update()(operands, scales, step, skip, lr, options)
+
+    def _operands(self, p: Tensor) -> Operands:
+        """This rank's part of a parameter: as blocks of values where its moments are codes, else as one row of values."""
+        assert p.grad is not None
+        state = {name: _local(value) for name, value in self.state[p].items()}
+        eight_bit = f"{MOMENTS[0]}_scale" in state
+        shape = (-1, QUANTISED_BLOCK) if eight_bit else (-1,)
+        first, second = (
+            Moment(state[name].view(shape), state[f"{name}_scale"].view(-1, 1) if eight_bit else None)
+            for name in MOMENTS
+        )
+        return Operands(_local(p).detach().view(shape), _local(p.grad).reshape(shape), first, second)
 
 
 def update(
-    tensors: Sequence[Tensor],
-    scales: Sequence[Scale],
-    step: Tensor,
-    skip: Tensor,
-    lr: Tensor,
-    constants: tuple[float, float, float, float],
+    operands: Operands, scales: tuple[Scale, Scale] | None, step: Tensor, skip: Tensor, lr: Tensor, options: Options
 ) -> None:
-    """One step of some parameters. `tensors`: they, their gradients and two moments, all of one shape, [N] or [blocks, 256]; with
-    `scales` the moments are codes, and the largest value [blocks, 1] of each block of both follows. `constants`: both betas,
-    eps, weight decay."""
-    p, grad, *moments = tensors
-    grad = grad.float()
-    *betas, eps, weight_decay = constants
-    values = []
-    for i, (beta, new) in enumerate(zip(betas, (grad, grad.square()), strict=True)):
-        old = scales[i][0][moments[i].int()] * moments[2 + i] if scales else moments[i]
-        values.append(torch.lerp(old, new, 1 - beta))
-        if scales:
-            largest = values[i].abs().amax(-1, keepdim=True).clamp(min=1e-12)
-            codes = torch.bucketize(values[i] / largest, scales[i][1], right=True, out_int32=True)
-            _put(moments[i], codes.to(torch.uint8), skip)
-            _put(moments[2 + i], largest, skip)
-        else:
-            _put(moments[i], values[i], skip)
+    """One step of AdamW, in place. `scales`: of both moments where they are codes. `step`: the number of steps taken, with this one.
+    `skip` (a bool on the device): nothing changes. The scalars are tensors so that a new value compiles nothing again."""
+    p, gradient = operands.parameter, operands.gradient.float()
+    first = _update_moment(operands.first, gradient, options.beta1, scales[0] if scales else None, skip)
+    second = _update_moment(operands.second, gradient.square(), options.beta2, scales[1] if scales else None, skip)
     count = step.clamp(min=1)
-    denominator = values[1].sqrt() / (1 - betas[1] ** count).sqrt() + eps
-    change = (values[0] / denominator) * (lr / (1 - betas[0] ** count))
-    _put(p, p * (1 - lr * weight_decay) - change, skip)
+    denominator = second.sqrt() / (1 - options.beta2**count).sqrt() + options.eps
+    change = (first / denominator) * (lr / (1 - options.beta1**count))
+    _put(p, p * (1 - lr * options.weight_decay) - change, skip)
+
+
+def _update_moment(moment: Moment, new: Tensor, beta: float, scale: Scale | None, skip: Tensor) -> Tensor:
+    """Stores the moving average of a moment and `new`, and returns it in fp32, before it is rounded to codes."""
+    if scale is None or moment.largest is None:
+        value = torch.lerp(moment.values, new, 1 - beta)
+        _put(moment.values, value, skip)
+        return value
+    value = torch.lerp(scale.values[moment.values.int()] * moment.largest, new, 1 - beta)
+    largest = value.abs().amax(-1, keepdim=True).clamp(min=1e-12)
+    codes = torch.bucketize(value / largest, scale.borders, right=True, out_int32=True)
+    _put(moment.values, codes.to(torch.uint8), skip)
+    _put(moment.largest, largest, skip)
+    return value
 
 
 @lru_cache(maxsize=1)
@@ -149,7 +200,7 @@ def _local(x: Tensor) -> Tensor:
 
 
 def _scales_like(p: DTensor) -> DTensor:
-    """A zero for every block of a sharded matrix, on the rank that holds the block's row."""
+    """A zero for every block of a sharded matrix, on the rank that has the block's row."""
     local = p.to_local()
     shape = torch.Size((*p.shape[:-1], p.shape[-1] // QUANTISED_BLOCK))
     values = local.new_zeros((*local.shape[:-1], shape[-1]))
@@ -158,12 +209,12 @@ def _scales_like(p: DTensor) -> DTensor:
 
 
 def keep_gradients_in_bf16(parameters: Iterable[Tensor]) -> None:
-    """From now on a gradient is stored in bfloat16 as soon as it is reduced; sums over microbatches are rounded to it."""
+    """From now on a gradient is stored in bfloat16 as soon as it is reduced. Sums over microbatches are rounded too."""
 
     def round_off(p: Tensor) -> None:
         assert p.grad is not None
         p.grad = p.grad.to(torch.bfloat16)
 
     for p in parameters:
-        p.grad_dtype = None  # any: FSDP hands over fp32, then this rounds
+        p.grad_dtype = None  # any: FSDP sets an fp32 gradient, and the hook rounds it
         p.register_post_accumulate_grad_hook(round_off)
