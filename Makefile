@@ -1,5 +1,5 @@
-# Five stages that talk through files: prepare -> sync -> train -> convert -> evaluate, and a report over them.
-# The target of a stage is runs/<run>/<stage>/manifest.json; lib/sft/runner/plan.py decides by content what is stale.
+# Five stages that exchange files: prepare -> sync -> train -> convert -> evaluate, and a report over them.
+# The target of a stage is runs/<run>/<stage>/manifest.json; lib/sft/runner/plan.py decides by content which are stale.
 # UPPER case variables are Make's own; lower case ones override a field of the recipe: make train RECIPE=x lr=1e-4
 
 CLUSTER ?= local
@@ -7,20 +7,20 @@ PYTHON  ?= python3
 override RUNS := $(patsubst %/,%,$(or $(RUNS),runs))
 GOALS   := $(or $(MAKECMDGOALS),help)
 STAGES  := prepare sync train convert evaluate report
-# Goals that name no run, so that a broken recipe cannot stop them.
+# Goals without a run. A broken recipe does not stop them.
 PLAIN   := help setup check test test-quick record-versions new fields verify diff compare soup lock nightly cp clean-cache jobs slurm-% bench-%
 ifneq ($(filter smoke,$(GOALS)),)
   override RECIPE += smoke
 endif
 
-unexport DETACH # only the last of the stages asked for is left to itself; those before it are waited for
-# This checkout's code runs, also where .venv is linked or was made in another clone.
+unexport DETACH # only the last requested stage is detached; Make waits for those before it
+# Run this checkout's code, also if .venv is a link or was made in another clone.
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
-# Values reach the shell inside single quotes, whatever they hold.
+# Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
 SFT   = PYTHONPATH=lib $(PYTHON) -S -m sft $(1) --runs $(call quote,$(RUNS)) --data $(call quote,$(DATA)) \
         --cluster $(call quote,$(CLUSTER)) --recipe $(call quote,$(RECIPE)) --overrides $(call quote,$(MAKEOVERRIDES))
@@ -35,7 +35,7 @@ READY := .venv/ready-$(call planned,environment)
 TOOLS := .venv/tools-$(call planned,environment)
 PY    := .venv/bin/python
 
-# A stage is started by env/<launcher>.sh, here or as a job that is waited for, as the cluster's file says.
+# env/<launcher>.sh starts a stage here or as a job, as the cluster's file says, and waits for it.
 launch = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
@@ -43,83 +43,83 @@ $(DIRS:%=%/sync/manifest.json):     %/sync/manifest.json:     | %/prepare/manife
 $(DIRS:%=%/train/manifest.json):    %/train/manifest.json:    | %/sync/manifest.json ; $(call launch,train,stages/train.sh)
 $(DIRS:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/train/manifest.json ; $(call launch,convert,$(PY) stages/convert.py)
 $(DIRS:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/convert/manifest.json ; $(call launch,evaluate,$(PY) stages/evaluate.py)
-# `make report` shows what there is, after the other stages it is made together with.
+# `make report` shows the finished stages. With other goals it runs after them.
 BEFORE := $(if $(filter all smoke,$(GOALS)),evaluate,$(filter $(filter-out report,$(STAGES)),$(GOALS)))
 $(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(foreach s,$(BEFORE),%/$(s)/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
 $(patsubst %,$(RUNS)/%/manifest.json,$(call planned,stale)): FORCE
 
-## The pipeline, for RECIPE=name (several: RECIPE="a b"), on CLUSTER=local, data looked up under DATA=folder[:folder]
-prepare:  $(DIRS:%=%/prepare/manifest.json)  ## chat data -> token ids, label mask, document boundaries, mask proof
+## The pipeline, for RECIPE=name (several: RECIPE="a b"), on CLUSTER=local, with data under DATA=folder[:folder]
+prepare:  $(DIRS:%=%/prepare/manifest.json)  ## chat data -> token ids, loss mask, document boundaries, mask proof
 sync:     $(if $(CHECK),| $(READY),$(DIRS:%=%/sync/manifest.json)) ## dataset and base weights -> the cluster's storage, verified [CHECK=1 only compares]
 	$(if $(CHECK),@$(foreach d,$(DIRS),$(PY) stages/sync.py $d --check $(ARGS) &&) true)
 train:    $(DIRS:%=%/train/manifest.json)    ## packed, distributed, resumable training -> checkpoints
 convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folder, proven equal
-evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with their errors
-report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page over whatever stages are done
-all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; smoke = all RECIPE=smoke
+evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with standard errors
+report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page about the finished stages
+all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; make smoke = make all RECIPE=smoke
 export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-core's own scripts: make export RECIPE=x DST=folder
 	@$(foreach d,$(DIRS),$(PY) stages/export.py $d $(call quote,$(DST)) &&) true
-steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic before training: packs, steps, padding, trained tokens of a step
+steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic of training, before it: packs, steps, padding, trained tokens of a step, GPU memory
 	@$(foreach d,$(DIRS),$(PY) -m sft.packing.arithmetic $d $(ARGS) &&) true
 .PHONY: watch compare
-watch: | $(READY) ## evaluates checkpoints as training keeps them, while it runs ([evaluate] every > 0; make train starts or submits it itself)
+watch: | $(READY) ## evaluate checkpoints while training runs ([evaluate] every > 0; make train starts it by itself)
 	@$(foreach d,$(DIRS),$(PY) stages/watch.py $d $(ARGS) &&) true
-preview: | $(READY) ## conversations as they are tokenised, trained tokens coloured; [SOURCE=n] [ROW=n]
+preview: | $(READY) ## print conversations as they are tokenized, trained tokens colored: [SOURCE=n] [ROW=n]
 	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true
 
-## Jobs, on a CLUSTER with a scheduler. DETACH=1 leaves the last stage's job to itself; the same make follows it again
+## Jobs, on a CLUSTER with a scheduler. DETACH=1 does not wait for the last stage's job; the same make follows it again
 dry-run: export DRY_RUN := 1
-dry-run: $(DIRS:%=%/$(or $(STAGE),train)/manifest.json) ## what would be submitted, up to STAGE=train
-jobs: | $(READY) ## the jobs of all runs, with their attempts and states
+dry-run: $(DIRS:%=%/$(or $(STAGE),train)/manifest.json) ## print what would be submitted, up to STAGE=train
+jobs: | $(READY) ## list the jobs of all runs, with their attempts and states
 	@$(PY) -m sft.launch.commands jobs $(call quote,$(RUNS))
-cancel: | $(READY) ## end the jobs of RECIPE=
+cancel: | $(READY) ## cancel the jobs of RECIPE=
 	@$(PY) -m sft.launch.commands cancel $(DIRS)
-collect: | $(READY) ## fetch what detached jobs of RECIPE= have made on other disks
+collect: | $(READY) ## fetch the results of detached jobs of RECIPE= from other disks
 	@$(PY) -m sft.launch.commands collect $(DIRS)
-doctor: ## what would stop RECIPE= on CLUSTER=, in one table: data, batch, memory, hours, disk, secrets
+doctor: ## check all that RECIPE= needs on CLUSTER=, in one table: data, batch, memory, hours, disk, secrets
 	@$(call SFT,doctor)
 
 ## Recipes and runs (these need no environment)
 new:    ; @$(call SFT,new) --from $(call quote,$(FROM)) ## copy a recipe: make new FROM=olmo3-7b RECIPE=my-exp lr=1e-4
 show:   ; @$(call SFT,show) ## the resolved recipe, its model and the state of its stages
-why:    ; @$(call SFT,why) ## the reason for each stage that would run
+why:    ; @$(call SFT,why) ## the reasons why each stage would run
 fields: ; @$(call SFT,fields) ## every option of a recipe with its default
-verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= again and follow its manifests
-diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## first stage and fields in which runs A= and B= differ
+verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= and check its chain of manifests
+diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## the first stage in which runs A= and B= differ, and its fields that differ
 
-compare: ; @$(call SFT,compare) --a $(call quote,$(A)) --b $(call quote,$(B)) --c $(call quote,$(C)) $(if $(ANYWAY),--anyway) ## scores of runs A= and B= [C="more runs"] item by item, with errors; the options that differ
+compare: ; @$(call SFT,compare) --a $(call quote,$(A)) --b $(call quote,$(B)) --c $(call quote,$(C)) $(if $(ANYWAY),--anyway) ## compare the scores of runs A= and B= [C="more runs"] item by item, with errors, and list options that differ
 
-clean-cache: ; @$(call SFT,clean_cache) ## remove what prepare keeps to be faster: encoded chunks, screens, unpacked copies; datasets stay
-cp: | $(READY) ## copy by hand: make cp SRC=gs://b/x DST=folder [NO_CLOBBER=1] [DELETE=1] [CHECK=1 only compares]
+clean-cache: ; @$(call SFT,clean_cache) ## delete the caches of prepare: encoded chunks, screens, unpacked copies; datasets stay
+cp: | $(READY) ## copy files: make cp SRC=gs://b/x DST=folder [NO_CLOBBER=1] [DELETE=1] [CHECK=1 only compares]
 	@$(PY) stages/cp.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(CHECK),--check) $(if $(NO_CLOBBER),--no-clobber) $(if $(DELETE),--delete)
-fetch: | $(READY) ## stages of a run back from CLUSTER=c, proven: [STAGE=train] [FROM=gs://b/runs] [CHECK=1 only compares] [PUSH=1 sends them there]
+fetch: | $(READY) ## copy stages of a run from CLUSTER=c, verified: [STAGE=train] [FROM=gs://b/runs] [CHECK=1 only compares] [PUSH=1 sends them there]
 	@$(foreach d,$(DIRS),$(PY) -m sft.sync.fetch $d $(ARGS) --stage $(call quote,$(STAGE)) --from $(call quote,$(FROM)) $(if $(PUSH),--push) $(if $(CHECK),--check) &&) true
-to-hf: | $(READY) ## any OLMo-core step to a Hugging Face folder, proven: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…]
+to-hf: | $(READY) ## convert any OLMo-core step to a Hugging Face folder, proven equal: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…]
 	@$(PY) stages/to_hf.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(TOKENIZER),--tokenizer $(call quote,$(TOKENIZER))) $(if $(TEMPLATE),--template $(call quote,$(TEMPLATE))) $(call planned,set)
-to-core: | $(READY) ## Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0
+to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0
 	@$(PY) stages/to_core.py $(call quote,$(SRC)) $(call quote,$(DST))
-soup: | $(READY) ## the mean of checkpoints as a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
+soup: | $(READY) ## average checkpoints into a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
 	@$(PY) stages/soup.py $(call quote,$(DST)) $(foreach s,$(STEPS),$(call quote,$s)) --run $(call quote,$(RUN)) --runs $(call quote,$(RUNS)) --weights $(call quote,$(WEIGHTS))
-push-hub: | $(READY) ## the export to the Hugging Face hub: make push-hub RECIPE=x REPO=org/name lists, PUSH=1 sends (HF_TOKEN; private)
+push-hub: | $(READY) ## send the export to the Hugging Face hub: make push-hub RECIPE=x REPO=org/name [PUSH=1; without it, list the files] (HF_TOKEN; private)
 	@$(foreach d,$(DIRS),$(PY) stages/push_hub.py $d --repo $(call quote,$(REPO)) --push $(call quote,$(PUSH)) $(ARGS) &&) true
-card: | $(READY) ## the model card as of now, with the scores that there are
+card: | $(READY) ## print the model card with the scores so far
 	@$(foreach d,$(DIRS),$(PY) stages/push_hub.py $d --card $(ARGS) &&) true
 
 ## The project
-setup: | $(READY) $(TOOLS) ## make .venv: pinned packages (CUDA build of torch only where there is a GPU)
-check: | $(TOOLS) ## lint, format, types, shell
+setup: | $(READY) $(TOOLS) ## make .venv with the pinned packages (torch for CUDA only if there is a GPU)
+check: | $(TOOLS) ## lint, format, types, shell scripts
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
-test: check ## the tests; TESTS="tests/test_packing.py -k name" for some
+test: check ## all tests; TESTS="tests/test_packing.py -k name" for some of them
 	.venv/bin/python -m pytest $(TESTS)
 test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one process: two minutes
 	.venv/bin/python -m pytest -m "not (slurm or server or compile or processes or slow)" $(TESTS)
-record-versions: | $(TOOLS) ## tests/versions.json: the code that the version numbers of stages stand for, after a change that keeps the bytes or raised a number
+record-versions: | $(TOOLS) ## tests/versions.json, after a change of code that keeps a stage's bytes or raised its version number
 	@$(PY) tests/versions.py
 bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-convert bench-sync bench-save bench-gpu bench-peers; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py
-nightly: ; env/nightly.sh ## what cron calls: a clean clone, its own runs, make smoke
+nightly: ; env/nightly.sh ## what cron runs: make smoke in a clean clone, with runs of its own
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with
 	@$(PY) tests/slurm.py $*
 lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt

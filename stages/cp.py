@@ -1,12 +1,12 @@
-"""Copies files between folders and gs://, every byte proven (make cp SRC=… DST=…).
+"""Copies files between folders and gs://, every file verified (make cp SRC=… DST=…).
 
     python stages/cp.py SRC DST [--check] [--no-clobber] [--delete]
 
 SRC is a file, a folder or a gs:// prefix. A folder's content goes to DST/…, whether DST exists or not. A single file goes to
-the name DST, or into DST when that ends in "/". Lists named manifest.json travel last. --check copies nothing and says what
-is missing or different; --no-clobber leaves files with other bytes alone and reports them. --delete then removes from the folder
-DST what SRC does not hold, naming each file (with --check it only names them); without it nothing is ever deleted.
-Exit status 0: everything is there and identical.
+the name DST, or into DST when that ends in "/". Files named manifest.json are copied last. --check copies nothing and
+reports what is missing or different. --no-clobber keeps files with other bytes and reports them. --delete then deletes from the
+folder DST what SRC does not have, and prints each name (with --check it only prints them); without it nothing is ever deleted.
+Exit status 0: every file is there and identical.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from sft.storage.transfer import open_storage, transfer
 
 
 def split(where: str) -> tuple[str, str]:
-    """The folder or prefix of a single file, and its name."""
+    """(folder or prefix, name) of a single file. Raises SftError."""
     folder, _, name = where.rpartition("/")
     if not name or folder == "gs:/":
-        raise SftError(f"{where}: names no file")
+        raise SftError(f"{where}: this is not the name of a file")
     return folder or ("/" if where.startswith("/") else "."), name
 
 
 def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[FileCopy]]:
-    """What to copy from where to where. Raises SftError when SRC is neither a file nor holds any."""
+    """(source, target, copies). Raises SftError if SRC is not a file and has none."""
     if not src or not dst:
         raise SftError(f"SRC={src} DST={dst}: both are needed; next: make cp SRC=gs://bucket/prefix DST=folder")
-    one = not src.endswith("/") and "/" in src[5:] if src.startswith("gs://") else Path(src).is_file()
-    if one:
+    is_file = not src.endswith("/") and "/" in src[5:] if src.startswith("gs://") else Path(src).is_file()
+    if is_file:
         folder, name = split(src)
         source = open_storage(folder, cache)
         found = source.find(name)
@@ -54,9 +54,10 @@ def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[FileCo
 
 
 def copy(src: str, dst: str, cache: Path, check: bool, clobber: bool, delete: bool) -> None:
+    """Copies SRC to DST. Raises SftError for what could not be copied or, with `check`, differs."""
     source, target, copies = plan(src, dst, cache)
     if delete and source.where.rstrip("/") != str(Path(src) if "://" not in src else src.rstrip("/")):
-        raise SftError(f"DELETE=1: {src} is a single file; next: name a folder or prefix, whose like DST becomes")
+        raise SftError(f"DELETE=1: {src} is a single file; next: name a folder or prefix")
     lists = [c for c in copies if c.source.rpartition("/")[2] == "manifest.json"]
     hashes = HashCache(cache)
     for group in ([c for c in copies if c not in lists], lists):
@@ -65,16 +66,21 @@ def copy(src: str, dst: str, cache: Path, check: bool, clobber: bool, delete: bo
                 if done.sums.sha256 and isinstance(target, LocalStorage):
                     hashes.note(target.path(done.copy.target), done.sums.sha256)
     if hashes.known and not check:
-        with contextlib.suppress(OSError):  # it only saves reading the files again
+        with contextlib.suppress(OSError):  # the cache only saves reading the files again
             hashes.save()
     log(f"{len(copies)} files are identical in {src} and {dst}")
     if delete:
-        extra = sorted(set(target.list()) - {c.target for c in copies})
-        for name in extra:
-            log(f"{'would remove' if check else 'removing'} {target.where}/{name}")
-            if not check:
-                target.remove(name)
-        log(f"{len(extra)} files {'would be' if check else 'were'} removed from {dst}")
+        delete_others(target, {c.target for c in copies}, dst, check)
+
+
+def delete_others(target: Storage, names: set[str], dst: str, check: bool) -> None:
+    """Deletes all files of the target but `names`, and prints each. check: only prints them."""
+    others = sorted(set(target.list()) - names)
+    for name in others:
+        log(f"{'would remove' if check else 'removing'} {target.where}/{name}")
+        if not check:
+            target.remove(name)
+    log(f"{len(others)} files {'would be' if check else 'were'} removed from {dst}")
 
 
 def log(text: str) -> None:

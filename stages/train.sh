@@ -33,5 +33,5 @@ status=0
 while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the training
 wait "$child" || status=$? # bash has kept it, however long ago the training ended
 [ -e "$1/train/.requeue" ] || exit "$status"
-[ -n "${SFT_JOB:-}" ] || echo "[train] next: the same command continues from there; on this machine nobody else starts it again"
+[ -n "${SFT_JOB:-}" ] || echo "[train] next: run the same command to resume; on this machine nothing restarts it"
 exit 75 # torchrun itself says 1

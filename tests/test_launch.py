@@ -217,7 +217,7 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
         ('launcher = "beaker"\npartition = "gpu"', "'partition': for launcher = 'slurm' only, and this is 'beaker'"),
         ('time = "1:00:00"', "'time': for launcher = 'slurm' or 'beaker' only, and this is 'local'"),
         ('[env]\n"A B" = "b"', "'env': 'A B' is not a variable's name"),
-        ('[env]\nA = "\\u0000"', "'env': A = '\\x00' holds a NUL"),
+        ('[env]\nA = "\\u0000"', "'env': A = '\\x00' contains a NUL"),
     ],
 )
 def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path, toml, told):

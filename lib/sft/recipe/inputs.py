@@ -1,8 +1,8 @@
-"""Which local files a recipe's tables name. Standard library only: the planner hashes them by content at parse time.
+"""The local files that a recipe's tables name, which the planner hashes. Standard library only.
 
-In: a table and `find`, which turns a recipe's relative path into a file or folder. Out: (relative path, file), in a
-fixed order. `gs://` and `hf://` sources are not listed: a commit in the name says what the content is, and without one the
-planner cannot see a change; prepare warns of that and records in dataset.json what it read.
+In:  a table, and `find`, which turns a relative path of the recipe into a file or folder.
+Out: (relative path, file), in a fixed order. `gs://` and `hf://` sources are not listed: a commit in the name determines
+     the content. Without a commit the planner cannot see a change; prepare warns and records in dataset.json what it read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sft.common.paths import REMOTE
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare
 
 ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
-"""Kinds of files that hold rows; other files of a source folder are ignored."""
+"""The kinds of files that contain rows. Other files of a source folder are ignored."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -45,13 +45,16 @@ def kind(name: str) -> str | None:
 
 
 def is_ignored(name: str) -> bool:
-    """Hidden files, and the descriptions that `datasets` puts beside its rows."""
+    """Whether a file has no rows: hidden files, and the descriptions that `datasets` writes beside its rows."""
     parts = name.split("/")
     return parts[-1] in _NOT_ROWS or any(part.startswith((".", "_")) for part in parts)
 
 
 def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str, Path]:
-    """The row files of a source: itself, or the files of a folder in the order of their names. {relative path: file}"""
+    """{relative path: file} of a source's row files: the file itself, or those of a folder in the order of their names.
+
+    Raises SftError for a file of another kind, an empty folder, and a link that leaves the folder.
+    """
     if not root.is_dir():
         if kind(root.name) is None:
             raise SftError(f"{what}: {path!r} is none of {', '.join(ROWS)}; next: convert it or name another file")
@@ -66,12 +69,12 @@ def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str,
             raise SftError(f"{what}: {file} is a link that leaves {root}; next: copy the file there")
         found[f"{path.rstrip('/')}/{name}"] = file
     if not found:
-        raise SftError(f"{what}: the folder {root} holds no {', '.join(ROWS)} file; next: correct the path")
+        raise SftError(f"{what}: the folder {root} has no {', '.join(ROWS)} file; next: correct the path")
     return found
 
 
 def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    """Every local file that decides what prepare makes, with its path as the recipe says it; each once."""
+    """Every local file that prepare's result depends on, once: sources, evaluation files, tokenizer, template."""
     return list(dict(_prepare_files(prepare, find)).items())
 
 
@@ -92,7 +95,7 @@ def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tu
 
 
 def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    """The files of a base that lies under DATA; a base on the hub or in a bucket is known by its name alone."""
+    """The files of a base under DATA. A base on the hub or in a bucket is identified by its name."""
     if not model.base or is_remote(model.base):
         return []
     folder = find(model.base)
@@ -100,12 +103,12 @@ def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Pat
 
 
 def convert_files(convert: Convert, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    """The evaluation template, where it is a file."""
+    """The evaluation template, if it is a file."""
     return [(convert.eval_template, find(convert.eval_template))] if is_template_file(convert.eval_template) else []
 
 
 def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> None:
-    """Refuses a task that is nearly one of task_dir's: other unknown names may be lm-eval's own."""
+    """Raises SftError for an unknown task that resembles one of task_dir. Other unknown names may be lm-eval's own tasks."""
     if evaluate.harness != "lm-eval":
         return
     local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
@@ -115,7 +118,7 @@ def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> N
 
 
 def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    """The task files and their data, with their paths as the recipe says them; other harnesses bring their own."""
+    """The task files and their data files. Harnesses other than lm-eval have their own."""
     if evaluate.harness != "lm-eval":
         return []
     folder = find(evaluate.task_dir)

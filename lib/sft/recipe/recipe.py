@@ -1,9 +1,9 @@
-"""Recipes: TOML in, frozen dataclasses out, every mistake told with file, field, value and the next command.
+"""Recipes: TOML in, frozen dataclasses out. Every mistake is reported with file, field, value and the next command.
 
     recipe = load(Path("recipes/smoke.toml"), ["lr=1e-4"])
     recipe.train.lr, recipe.run, recipe.config("train")
 
-Standard library only: the planner uses it while Make parses. The options themselves live in `sft.recipe.schema`.
+The options are declared in `sft.recipe.schema`. Standard library only: the planner uses this while Make parses.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from sft.recipe import chat_templates, presets, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
-FEW_ROWS = 32  # a weight below this was meant as a multiple
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # of the environment
+FEW_ROWS = 32  # an integer weight below this is taken for a multiple written without its ".0"
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment. `overrides` holds (dotted field, value as typed by the user) of those that change a result."""
+    """One experiment. `overrides`: (dotted field, canonical value) of the overrides that change a result."""
 
     name: str
     file: str
@@ -55,6 +55,7 @@ class Recipe:
         return name if len(name) <= 120 else f"{self.name}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
     def hardware(self, cluster: str, stage: str) -> schema.Hardware:
+        """[on.<cluster>.<stage>], or the defaults."""
         return self.on.get(cluster, {}).get(stage, schema.Hardware())
 
     def config(self, stage: str) -> dict[str, Any]:
@@ -75,7 +76,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     """Reads and checks a recipe.
 
     overrides: `field=value` or `table.field=value`, as typed on the command line.
-    Raises SftError listing every mistake found.
+    Raises SftError with a line for every mistake.
     """
     name = file.stem
     with contextlib.suppress(ValueError):
@@ -114,15 +115,15 @@ def load_cluster(file: Path) -> schema.Cluster:
 
 def _check_cluster(cluster: schema.Cluster) -> list[str]:
     problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not VARIABLE.fullmatch(name)]
-    problems += [f"'env': {name} = {value!r} holds a NUL" for name, value in cluster.env.items() if "\0" in value]
+    problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
     return problems
 
 
-def _unread(cls: type, given: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
-    """One line for the fields that are given and that no job of this launcher would follow."""
+def _unread(cls: type, names_given: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
+    """One line for each launcher of fields that this launcher does not read."""
     names: dict[tuple[str, ...], list[str]] = {}
     for f in dataclasses.fields(cls):
-        if f.name in given and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
+        if f.name in names_given and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
             names.setdefault(f.metadata["launchers"], []).append(f"'{f.name}'")
     return [
         f"{', '.join(fields)}{where}: for launcher = {' or '.join(map(repr, readers))} only, and this is {launcher!r}; remove it"
@@ -131,10 +132,10 @@ def _unread(cls: type, given: typing.Iterable[str], launcher: str, where: str = 
 
 
 def find(folder: Path, name: str, what: str) -> Path:
-    """The TOML file of a recipe or cluster by name. Raises SftError with the nearest names."""
+    """The TOML file of a recipe or cluster, by its name. Raises SftError with similar names."""
     file = folder / f"{name}.toml"
     if name.endswith(".toml"):
-        raise SftError(f"{what} {name!r}: say its name alone; did you mean '{Path(name).stem}'?")
+        raise SftError(f"{what} {name!r}: give its name without .toml; did you mean '{Path(name).stem}'?")
     if not NAME.fullmatch(name):
         raise SftError(f"{what} {name!r}: names are lower-case letters, digits, '.' and '-'")
     if not file.is_file():
@@ -145,7 +146,7 @@ def find(folder: Path, name: str, what: str) -> Path:
 
 
 def from_run(run: str) -> str:
-    """The recipe's name inside a run's name. Raises SftError for a name that no run can have."""
+    """The recipe's name in a run's name. Raises SftError for a name that no run can have."""
     if not RUN.fullmatch(run) or ".." in run:
         raise SftError(f"{run!r} is not a run's name: <recipe>[_<field>-<value>…]")
     return run.split("_")[0]
@@ -196,7 +197,7 @@ def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
 
 
 def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
-    """A TOML value as the type the schema declares. Raises TypeError saying what was expected."""
+    """A TOML value as the type that the schema declares. Raises TypeError naming the expected type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         options = [a for a in args if a is not type(None)]
@@ -268,7 +269,7 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
 
 
 def _launcher(cluster: str) -> str:
-    """The launcher of env/<cluster>.toml, or "" where that file cannot be read: whoever uses the cluster is told."""
+    """The launcher of env/<cluster>.toml, or "" if the file is not valid: `load_cluster` reports that."""
     try:
         return str(_read_toml(CLUSTERS / f"{cluster}.toml", "cluster").get("launcher", "local"))
     except SftError:
@@ -276,7 +277,7 @@ def _launcher(cluster: str) -> str:
 
 
 def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> list[str]:
-    """Rules that need more than one field."""
+    """Checks that need more than one field."""
     problems = []
     model, train = values["model"], values["train"]
     for source in values["prepare"].sources:
@@ -341,7 +342,7 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
 def _apply(
     data: dict[str, Any], overrides: typing.Sequence[str], cluster: str, problems: list[str]
 ) -> dict[str, tuple[str, Any]]:
-    """Writes the overrides into the parsed TOML. Returns {dotted field: (text, value the file had, as parsed)}."""
+    """Writes the overrides into the parsed TOML. Returns {dotted field: (text, the parsed value before)}."""
     taken: dict[str, tuple[str, Any]] = {}
     for override in overrides:
         name, sign, text = override.partition("=")
@@ -367,7 +368,7 @@ def _apply(
 
 
 def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | None:
-    """Where an override goes: ('train', 'lr'), or ('on', 'local', 'train', 'processes')."""
+    """The place of an override: ('train', 'lr'), or ('on', 'local', 'train', 'processes'). None if there is a problem."""
     parts = tuple(name.split("."))
     fields = {t: [f.name for f in dataclasses.fields(c)] for t, c in schema.TABLES.items()}
     hardware = [f.name for f in dataclasses.fields(schema.Hardware)]
@@ -396,7 +397,7 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
 
 
 def parse_value(text: str, hint: Any) -> Any:
-    """A command-line value as TOML would hold it: strings need no quotes, lists may be comma-separated."""
+    """A command-line value as a TOML value. Strings need no quotes, and lists may be separated by commas."""
     if typing.get_origin(hint) is tuple and not text.startswith("["):
         kind = typing.get_args(hint)[0]
         return [parse_value(t, kind) for t in text.split(",")]
@@ -409,7 +410,7 @@ def parse_value(text: str, hint: Any) -> Any:
 
 
 def _changing(taken: dict[str, tuple[str, Any]], file: Path) -> tuple[tuple[str, str], ...]:
-    """The overrides that change a result: those of keyed fields whose value is not what the recipe already says."""
+    """The overrides that change a result: those of keyed fields with another value than the recipe's own."""
     order = [f"{t}.{f.name}" for t, c in schema.TABLES.items() for f in dataclasses.fields(c) if f.metadata["key"]]
     kept = []
     for path in order:
@@ -423,14 +424,14 @@ def _changing(taken: dict[str, tuple[str, Any]], file: Path) -> tuple[tuple[str,
             try:
                 was = default if before is None else _convert(before, hint, path, [])
             except TypeError:
-                was = None  # the recipe's own value is broken, and replaced
+                was = None  # the recipe's own value has the wrong type, and is replaced
             if value != was:
                 kept.append((path, _canonical(value)))
     return tuple(kept)
 
 
 def _canonical(value: Any) -> str:
-    """One text for one value, so that 1e-4 and 0.0001 name the same run."""
+    """The same text for equal values, so that 1e-4 and 0.0001 name the same run."""
     if isinstance(value, tuple):
         return ",".join(_canonical(v) for v in value)
     if isinstance(value, bool):
@@ -441,7 +442,7 @@ def _canonical(value: Any) -> str:
 
 
 def _short(path: str) -> str:
-    """`lr` where one table has it, `train.seed` where several do."""
+    """`lr` if one table has the field, `train.seed` if several have it."""
     name = path.split(".")[-1]
     owners = sum(name in {f.name for f in dataclasses.fields(c)} for c in schema.TABLES.values())
     return (name if owners == 1 else path).replace("_", "-")
