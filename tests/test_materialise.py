@@ -124,10 +124,10 @@ def test_a_file_that_lost_its_end_is_an_error_and_not_a_hang(tmp_path: Path) -> 
     paths, made = cached(tmp_path, files=2, documents=10)
     documents = chosen(made, [(f, d) for f in range(2) for d in range(10)])
     paths[1].write_bytes(paths[1].read_bytes()[:40])
-    with pytest.raises(SftError, match=r"1\.tok: the token cache's file ends too soon"):
+    with pytest.raises(SftError, match=r"1\.tok: this file of the token cache ends too soon"):
         run(tmp_path / "out", paths, documents)
     paths[1].unlink()
-    with pytest.raises(SftError, match="the token cache lost this file"):
+    with pytest.raises(SftError, match="missing in the token cache"):
         run(tmp_path / "other", paths, documents)
 
 

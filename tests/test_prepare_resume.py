@@ -144,7 +144,7 @@ def test_parts_of_an_array_job_merge_into_the_same_bytes(tmp_path, small_chunks)
     victim = sorted(merged.cache.glob("tokens/*/*.tok"))[4]
     good = victim.read_bytes()
     victim.write_bytes(good[:-1] + b"x")
-    with pytest.raises(SftError, match=r"not what part 1 wrote; next: SHARD=1/3"):
+    with pytest.raises(SftError, match=r"changed since part 1 wrote it; next: SHARD=1/3"):
         prepare.prepare(merged, prepare.Shard.parse("merge/3"))
     victim.write_bytes(good)
     prepare.prepare(merged, prepare.Shard.parse("merge/3"))

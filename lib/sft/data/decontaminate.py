@@ -1,9 +1,11 @@
 """Finds conversations that repeat the texts of evaluation files, by n-grams of words.
 
-In: evaluation rows (every string in them is a text) and conversations as values with strings. Out: for each conversation the
-evaluation text it repeats, or none: at least the given share of that text's n-grams stands in it. A text of fewer than n words
-is one n-gram of its own length; below SHORTEST words it is not covered, which is counted: "yes" stands everywhere. Neither is
-a text that many rows share: that is an instruction. Words are compared without case, punctuation and Unicode variants.
+In:  evaluation rows, in which every string is a text, and conversations as values with strings.
+Out: for each conversation the evaluation text that it repeats, if any. It repeats a text if it has at least the given share of
+     the text's n-grams. A text of fewer than n words is one n-gram of its own length.
+
+Texts below SHORTEST words are not covered, because "yes" occurs everywhere, and neither are texts that many rows share, because
+they are instructions. Both are counted. Words are compared without case, punctuation and Unicode variants.
 """
 
 from __future__ import annotations
@@ -21,34 +23,35 @@ from sft.common.strings import strings
 from sft.data.mix import U64, scramble
 
 SHORTEST = 5
-"""Words of the shortest evaluation text that is looked for (fewer where n is less)."""
+"""Words of the shortest evaluation text that is searched for (fewer if n is smaller)."""
 SHARED_ROWS, SHARED_FRACTION = 10, 0.01
-"""A text in more rows than both is an instruction that the rows share, or an answer that says little."""
+"""A text in more rows than both is a shared instruction or a trivial answer."""
 _WORD = re.compile(r"\w+")
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 
 def words(text: str) -> list[str]:
+    """The words of a text in a form that is equal for variants of case, punctuation and Unicode."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return _WORD.findall(text.casefold())
 
 
 class Screen:
-    """The n-grams of evaluation texts, as sorted hashes. Small enough to hand to worker processes."""
+    """The n-grams of evaluation texts as sorted hashes, small enough to send to worker processes."""
 
     def __init__(self, rows: Iterable[tuple[str, Any]], n: int, overlap: float):
-        """`rows`: (where it is from, row)."""
+        """`rows` are (origin, row). `overlap` is the share of a text's n-grams that makes a copy."""
         self.n, self.overlap = n, overlap
         self.texts: list[str] = []
         self.too_short = self.shared = 0
         self.vocabulary: dict[str, int] = {}
         hashes: list[U64] = []
-        said = [(origin, list(map(tuple, map(words, strings(row))))) for origin, row in rows]
-        times = Counter(text for _, texts in said for text in set(texts))
-        many = max(SHARED_ROWS, SHARED_FRACTION * len(said))
+        texts_of = [(origin, list(map(tuple, map(words, strings(row))))) for origin, row in rows]
+        times = Counter(text for _, texts in texts_of for text in set(texts))
+        many = max(SHARED_ROWS, SHARED_FRACTION * len(texts_of))
         sizes: set[int] = set()
-        for origin, texts in said:
+        for origin, texts in texts_of:
             for text in texts:
                 if len(text) < min(n, SHORTEST):
                     self.too_short += 1
@@ -69,7 +72,7 @@ class Screen:
         self.grams, self.owner = joined[order], owner[order]
 
     def _grams(self, ids: U64, n: int) -> U64:
-        """A hash of every n consecutive words; the word id 0 is a word that no evaluation text has."""
+        """The hashes of all n-grams of these word ids. Id 0 is a word that no evaluation text has."""
         if len(ids) < n:
             return np.empty(0, dtype=np.uint64)
         mixed = scramble(ids)
@@ -83,7 +86,7 @@ class Screen:
         return total[~unknown]
 
     def hits(self, rows: Sequence[Any]) -> NDArray[np.int32]:
-        """For each row the number of the evaluation text it repeats most, or -1."""
+        """[rows]: the number of the evaluation text that each row repeats most, or -1."""
         found = np.full(len(rows), -1, dtype=np.int32)
         if not len(self.grams):
             return found

@@ -1,8 +1,9 @@
 """The dataset of a run as a folder for OLMo-core's own training scripts: `olmo_core_export(runs/<run>/prepare, folder)`.
 
-In: what prepare published. Out: a new folder with token_ids_part_*.npy, labels_mask_part_*.npy, token_ids_part_*.csv.gz and
-tokenizer/, linked where the file system can, else copied. OLMo-core finds documents by looking for EOS, so a dataset with EOS
-inside its documents is refused with the reason.
+In:  prepare's folder.
+Out: a new folder with token_ids_part_*.npy, labels_mask_part_*.npy, token_ids_part_*.csv.gz and tokenizer/. The files are linked
+     if the file system allows it, and copied otherwise. OLMo-core ends a document at every EOS, so a dataset with EOS inside
+     its documents is refused with the reason.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv
 
 
 def olmo_core_obstacle(facts: TokenizerFacts) -> str:
-    """Why OLMo-core would read other documents than were written; '' when it reads the same."""
+    """The reason why OLMo-core would read other documents than were written; '' if it reads the same."""
     if facts.boundaries == "eos":
         return ""
     return (
         f"template {facts.template.name!r} writes EOS (id {facts.eos_id}) inside conversations, and OLMo-core "
-        "ends a document at every EOS: it would take each conversation apart"
+        "ends a document at every EOS: it would split each conversation"
     )
 
 
 def olmo_core_export(prepared: Path, target: Path) -> int:
-    """Makes `target` a dataset folder of OLMo-core and returns its bytes. Raises SftError, and leaves no folder, when it cannot be one."""
+    """Makes `target` a dataset folder of OLMo-core and returns its bytes. Raises SftError, and leaves no folder, if it cannot."""
     try:
         info = DatasetInfo.of(prepared)
     except OSError as error:

@@ -1,11 +1,12 @@
-"""Which documents of each source make the dataset, how often, and in which order. Pure functions over arrays.
+"""Selects the documents of each source, and their number and order. Pure functions over arrays.
 
-In: for every source the length and digests of each of its documents, and its recipe table. Out: `Mixed`: the documents of
-the training and the validation split as (source, index) pairs in their order, and a report of what was left out.
+In:  for every source the length and hashes of each of its documents, and its recipe table.
+Out: `Mixed`: the documents of the training and the validation split as (source, index) pairs in their order, and a report of
+     the documents that were left out.
 
-Every choice follows from the seed and the digest of what a conversation says, not from its place in a file nor from its
-tokens: the documents that weight 0.5 takes are among those that weight 0.7 takes, and a conversation held out for validation
-stays held out when rows are added, and under another seed, template or tokenizer.
+Every choice depends on the seed and on the hash of the conversation, not on its place in a file or its tokens. The documents
+that weight 0.5 takes are therefore among those that weight 0.7 takes. A conversation that is held out for validation stays
+held out when rows are added, and with another seed, template or tokenizer.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ class Pool:
     """The documents of one source, in the order of its files."""
 
     lengths: I64
-    digests: U64  # [documents, 2]: 128 bits of the hash of a document's tokens and mask
-    conversations: U64  # [documents]: 64 bits of the hash of what the conversation says
-    excluded: NDArray[np.bool_]  # found in an evaluation file
+    digests: U64  # [documents, 2]: 128-bit hash of tokens and loss mask
+    conversations: U64  # [documents]: 64-bit hash of roles and contents, independent of template and tokenizer
+    excluded: NDArray[np.bool_]  # [documents]: repeats an evaluation text
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Mixed:
 
 
 def scramble(values: U64) -> U64:
-    """A bijection of 64 bits without visible structure (the finaliser of splitmix64)."""
+    """A 64-bit hash that is a bijection (the finaliser of splitmix64)."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -75,7 +76,7 @@ def scramble(values: U64) -> U64:
 
 
 def held_out(conversations: U64, fraction: float) -> NDArray[np.bool_]:
-    """True for a share of all possible conversations: independent of the seed and of the other documents."""
+    """True for this fraction of all possible conversations. Independent of the seed and of other documents."""
     return _share(conversations, 0x76616C6964617465, fraction)
 
 
@@ -97,14 +98,14 @@ def first_copies(digests: U64) -> NDArray[np.bool_]:
 
 
 def wanted(weight: float | int, available: int) -> int:
-    """Documents that a weight asks for: an integer is their number, a float a multiple of what there is."""
+    """The number of documents for a weight: an integer is the number, a float a multiple of the available ones."""
     if isinstance(weight, int):
         return weight
     return int(weight * available + 1e-9)  # 0.29 * 100 is 28.999999999999996
 
 
 def choose(ranks: U64, count: int) -> I64:
-    """`count` positions: every one equally often, the rest of them those of lowest rank. In order of position."""
+    """`count` sorted positions: each equally often, and the rest once more for those of lowest rank."""
     if not len(ranks) or count <= 0:
         return np.empty(0, dtype=np.int64)
     copies, rest = divmod(count, len(ranks))
@@ -114,25 +115,25 @@ def choose(ranks: U64, count: int) -> I64:
 
 
 def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: int) -> I64:
-    """The part of `chosen` that fits the caps: those of lowest rank, first copies before second ones.
+    """The part of `chosen` within the caps: those of lowest rank, first copies before second ones.
 
-    A document that no longer fits is passed over for shorter ones behind it.
+    A document that no longer fits is skipped, and shorter ones after it may still be taken.
     """
     if not len(chosen) or not (max_documents or max_tokens):
         return chosen
     copy = np.arange(len(chosen)) - np.searchsorted(chosen, chosen)  # `chosen` is sorted: 0 for a first copy, 1, …
     order = np.lexsort((ranks[chosen], copy))
-    kept = order[:max_documents] if max_documents else order
+    selected = order[:max_documents] if max_documents else order
     if max_tokens:
-        kept = kept[_fitting(lengths[chosen[kept]], max_tokens)]
-    return np.sort(chosen[kept], kind="stable")
+        selected = selected[_fitting(lengths[chosen[selected]], max_tokens)]
+    return np.sort(chosen[selected], kind="stable")
 
 
-def _fitting(lengths: I64, room: int) -> I64:
-    """Positions taken one after the other as long as each still fits."""
+def _fitting(lengths: I64, max_tokens: int) -> I64:
+    """The positions that are taken when documents are tried in order and each is taken that still fits."""
     taken: list[I64] = []
-    at, left = 0, room
-    shortest = np.minimum.accumulate(lengths[::-1])[::-1]  # of what is still to come
+    at, left = 0, max_tokens
+    shortest = np.minimum.accumulate(lengths[::-1])[::-1]  # of this document and all later ones
     while at < len(lengths) and shortest[at] <= left:
         sums = np.cumsum(lengths[at:])
         fit = int(np.searchsorted(sums, left, side="right"))
@@ -153,9 +154,9 @@ def mix(
 ) -> Mixed:
     """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
 
-    A conversation is in validation once, whatever its source's weight and however often it stands in the sources. A weight
-    below 1 keeps that share of what is held out, by a threshold too: whether one is in does not depend on the others.
-    Raises SftError when nothing is left.
+    A conversation is in validation at most once, whatever its source's weight and number of copies. A weight below 1 takes
+    that share of the held-out conversations. A threshold on the hash decides it, independently of other conversations.
+    Raises SftError when no document is left.
     """
     if len(pools) > 1 << 16:
         raise SftError(f"[prepare] sources: {len(pools)} sources, at most {1 << 16} are numbered in documents.npy")
@@ -173,14 +174,15 @@ def mix(
         held = held_out(pool.conversations, validation_fraction)
         ranks = scramble(pool.conversations ^ scramble(np.array([seed], dtype=np.uint64)))
         train = np.flatnonzero(usable & ~held)
-        kept = held & _share(pool.conversations, 0x7765696768746564, source.weight)
-        keep = np.flatnonzero(usable & kept & ~np.isin(pool.conversations, validated))
-        keep = keep[np.sort(np.unique(pool.conversations[keep], return_index=True)[1])]
-        validated = np.concatenate([validated, pool.conversations[keep]])
+        weighted = held & _share(pool.conversations, 0x7765696768746564, source.weight)
+        chosen_held = np.flatnonzero(usable & weighted & ~np.isin(pool.conversations, validated))
+        first_of_each = np.unique(pool.conversations[chosen_held], return_index=True)[1]
+        chosen_held = chosen_held[np.sort(first_of_each)]
+        validated = np.concatenate([validated, pool.conversations[chosen_held]])
         chosen = train[choose(ranks[train], wanted(source.weight, len(train)))]
         chosen = cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
         data.append(chosen)
-        validation.append(keep)
+        validation.append(chosen_held)
         report.append(
             SourceMix(
                 path=source.path,
@@ -188,7 +190,7 @@ def mix(
                 found=len(pool.lengths),
                 duplicates=int(duplicate.sum()),
                 contaminated=int((pool.excluded & ~duplicate).sum()),
-                validation=len(keep),
+                validation=len(chosen_held),
                 available=len(train),
                 taken=len(chosen),
             )

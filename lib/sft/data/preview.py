@@ -1,8 +1,9 @@
-"""Conversations as the model will be trained on them: which text is trained, where special tokens and boundaries are.
+"""Shows conversations as the model is trained on them: trained text, special tokens and document boundaries.
 
-In: encoded documents. Out: `segments`, the same facts as JSON for the report, and `paint`, the same for a terminal:
-trained text green, scaffold and prompts grey, special tokens inverted, white space that matters visible. Without colours
-(NO_COLOR, or not a terminal) trained text stands between ⟦ and ⟧. `make preview RECIPE=x [SOURCE=n] [ROW=n]` prints it.
+In:  encoded documents.
+Out: `segments` for preview.json, and `paint` for a terminal: trained text is green, prompts and scaffold are grey, special
+     tokens are inverted, and white space is visible. Without colours (NO_COLOR, or no terminal) trained text is between
+     ⟦ and ⟧. `make preview RECIPE=x [SOURCE=n] [ROW=n]` prints it.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from sft.data.tokenize import Encoder
     from sft.data.vocabulary import Vocabulary
 
-SHOWN = 2  # rows of each source, when none is asked for
+SHOWN = 2  # rows of each source, when no row is given
 GREEN, GREY, INVERTED, BOLD, RED, RESET = "\033[32m", "\033[90m", "\033[7m", "\033[1m", "\033[31m", "\033[0m"
-# Shown instead of themselves, so that a trained newline can be told from one that is not; the newline itself follows.
+# How white space is shown, so that a trained newline differs from an untrained one. The newline itself follows.
 VISIBLE = {"\n": "↵\n", "\t": "→\t", "\r": "␍"}
 
 
@@ -40,7 +41,7 @@ def segments(vocabulary: Vocabulary, ids: npt.NDArray[Any], mask: npt.NDArray[np
 
 
 def visible(text: str) -> str:
-    """White space made visible; control characters spelled out, so that data cannot command the terminal."""
+    """Makes white space visible and escapes control characters, so that data cannot control the terminal."""
     shown = []
     for char in text:
         if char in VISIBLE:
@@ -53,6 +54,7 @@ def visible(text: str) -> str:
 
 
 def paint(parts: Sequence[Segment], colour: bool) -> str:
+    """The segments of a document as text for a terminal."""
     shown: list[str] = []
     inside = False
     for part in parts:
@@ -70,8 +72,11 @@ def paint(parts: Sequence[Segment], colour: bool) -> str:
 def preview(
     encoder: Encoder, files_of: Sequence[Sequence[sources.InputFile]], source: str, row: str, colour: bool
 ) -> Iterator[str]:
-    """Lines for the terminal: row number `row` of source `source` (both from 1; a source also by its path, or one of its
-    files by name, as rejects.jsonl has it), or the first rows of every source."""
+    """Lines for the terminal: row `row` of source `source`, or the first rows of every source.
+
+    Both count from 1. A source can also be given by its path, or by the name of one of its files, as in rejects.jsonl.
+    Raises SftError for a source, file or row that does not exist.
+    """
     table = encoder.prepare.sources
     chosen = {number: list(files) for number, files in enumerate(files_of)}
     if source:
@@ -92,6 +97,7 @@ def preview(
 
 
 def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, Any]]:
+    """(file name, row number from 1, row) of the first rows of a source."""
     left = SHOWN
     for file in files:
         before = 0
@@ -108,6 +114,7 @@ def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, A
 
 
 def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour: bool) -> Iterator[str]:
+    """Lines for one row: a title, the painted document or the reason of its rejection, and how the document ends."""
     source = encoder.prepare.sources[number]
     bold, red, reset = (BOLD, RED, RESET) if colour else ("", "", "")
     encoded = encoder.encode([value], source)
@@ -125,4 +132,4 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
     except BadRow:
         flagged = False
     end = "── end of document, " + ("EOS" if encoded.ids[-1] == encoder.vocabulary.eos_id else "no EOS")
-    yield f"{bold}{end}{'; the row says itself what is trained' if flagged else ''}{reset}\n"
+    yield f"{bold}{end}{'; the flags of the row decide what is trained' if flagged else ''}{reset}\n"

@@ -1,4 +1,7 @@
-"""TODO sft.data.shard"""
+"""SHARD=: which part of the encoding this process does.
+
+In: the text of the option. Out: a `Shard`. `digest` names caches by their content.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from sft.common.files import canonical
 
 @dataclass(frozen=True)
 class Shard:
-    """What SHARD= asks for: '' everything, 'i/n' one part of the encoding, 'merge/n' the rest once all n parts are there."""
+    """SHARD='' is everything, 'i/n' encodes one of n parts, and 'merge/n' does the rest when all n parts are encoded."""
 
     parts: int = 0
     part: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Shard:
+        """Raises SftError for a text of another form."""
         if not text:
             return cls()
         match = re.fullmatch(r"(\d+|merge)/(\d+)", text)
@@ -31,4 +35,5 @@ class Shard:
 
 
 def digest(value: Any) -> str:
+    """32 hex digits of the sha256 of a JSON value."""
     return hashlib.sha256(canonical(value)).hexdigest()[:32]

@@ -1,21 +1,19 @@
-"""Preparing on several machines: SHARD=i/n encodes every n-th chunk into the shared cache, SHARD=merge/n checks all n parts.
+"""Preparing on several machines: SHARD=i/n encodes every n-th chunk into the shared cache, and SHARD=merge/n checks all n parts.
 
-In: a `Preparation`, which knows its jobs and its cache. Out: plan-<digest>-<i>-of-<n>.json beside the encoded chunks, the
-manifest of part i: its files with their sha256. Nothing is published before all parts are what their manifests say.
+In:  a `Preparation` with its jobs and its cache.
+Out: plan-<digest>-<i>-of-<n>.json beside the encoded chunks: the manifest of part i, with the sha256 of its files. Nothing is
+     published before the files of all parts agree with their manifests.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
-from sft.formats.chunks import ChunkFile, PartManifest
-
-if TYPE_CHECKING:
-    from sft.data.preparation import Preparation
+from sft.data.preparation import Preparation
 from sft.data.shard import digest
+from sft.formats.chunks import ChunkFile, PartManifest
 
 
 def record(work: Preparation) -> Path:
@@ -26,12 +24,12 @@ def record(work: Preparation) -> Path:
 
 
 def check(work: Preparation) -> None:
-    """Raises SftError unless all parts are done and every byte is what their manifests say."""
+    """Raises SftError unless all parts are encoded and every file has the size and sha256 of its manifest."""
     n = work.shard.parts
-    absent = [str(i) for i in range(n) if not _file(work, i).is_file()]
-    if absent:
+    missing = [str(i) for i in range(n) if not _file(work, i).is_file()]
+    if missing:
         raise SftError(
-            f"{work.cache}: parts {', '.join(absent)} of {n} are not done; next: SHARD={absent[0]}/{n} with the same recipe"
+            f"{work.cache}: parts {', '.join(missing)} of {n} are not done; next: SHARD={missing[0]}/{n} with the same recipe"
         )
     broken: list[str] = []
     for part in range(n):
@@ -42,7 +40,7 @@ def check(work: Preparation) -> None:
         for entry in chunks:
             chunk = work.cache / entry.file
             if not chunk.is_file() or _entry(chunk) != entry:
-                broken.append(f"{chunk}: not what part {part} wrote; next: SHARD={part}/{n} again")
+                broken.append(f"{chunk}: missing, or changed since part {part} wrote it; next: SHARD={part}/{n} again")
     if broken:
         raise SftError("\n".join(broken))
 

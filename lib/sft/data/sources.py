@@ -1,11 +1,12 @@
 """Reads the rows of a source: JSONL, JSON, Parquet, Arrow, Hugging Face datasets, local or on gs://.
 
-In: one [[prepare.sources]] table. Out: files with their sha256, each cut into chunks that depend on the content alone
-(never on the number of workers). What stands in a chunk: sft.data.blocks.
+In:  one [[prepare.sources]] table.
+Out: files with their sha256, each cut into chunks that depend on the content alone, not on the number of workers.
+     sft.data.blocks reads the rows of a chunk.
 
     files = resolve(source, stage.find, stage.cache, sha256)
     for chunk in cut(files[0]):
-        for batch in pieces.read(chunk): ...      # batch.rows, batch.numbers (0-based inside the chunk), batch.bad
+        for batch in blocks.read(chunk): ...      # batch.rows, batch.numbers (from 0 inside the chunk), batch.rejects
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from sft.data.unpack import gunzip, is_array, json_array, new_file
 from sft.recipe import inputs
 from sft.recipe.schema import Source
 from sft.storage import hub
+from sft.storage import transfer as storage
+from sft.storage.contract import FileCopy
 
 CHUNK_BYTES = 8 << 20
-"""Input bytes in a chunk of a large file: the unit of work of a worker and of what a kill -9 can lose."""
+"""Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
 MIN_CHUNK_BYTES = 1 << 20
 CHUNKS = 64
-"""Chunks of a smaller file, at most: enough for many workers, and few of them idle while the last ones are encoded."""
+"""Largest number of chunks of a smaller file: enough for many workers, so that few are idle at the end."""
 
 Origin = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of rows on this machine. `name` is what the recipe and messages call it."""
+    """A file of rows on this machine. `name` is its name in the recipe and in messages."""
 
     name: str
     path: str
@@ -44,7 +47,7 @@ class InputFile:
     sha256: str
     bytes: int
     origin: Origin = ()
-    """What named the content where it came from: the commit on the hub, the crc32c in a bucket."""
+    """The version of the content at its origin: the commit on the hub, or crc32c and generation in a bucket."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,10 @@ def resolve(
     sha256: Callable[[Path], str] = hash_file,
     log: Callable[[str], None] = print,
 ) -> list[InputFile]:
-    """The files of a source on this machine, fetched or unpacked into `cache` where they are not plain local files."""
+    """The files of a source on this machine. Remote and compressed files are copied or unpacked into `cache`.
+
+    Raises SftError for a path that does not exist or cannot be read.
+    """
     origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
         found, origins = _hub(source, cache / "hub", log)
@@ -81,7 +87,7 @@ def resolve(
 
 
 def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], origin: Origin) -> InputFile:
-    """The file itself, or its JSONL copy in the cache when it is compressed or one JSON array (neither can be cut)."""
+    """The file, or its JSONL copy in the cache if it is compressed or one JSON array, which cannot be cut."""
     kind = inputs.kind(file.name)
     digest = sha256(file)
     if kind == "json" and not is_array(name, file):
@@ -101,18 +107,18 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], or
 
 
 def _hub(source: Source, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
-    """A Hugging Face dataset as one Parquet file in the cache, and the commit it is of."""
+    """A Hugging Face dataset as one Parquet file in the cache, and its commit."""
     repo = hub.resolve(source.path, _named(source), log, "dataset")
     name, commit = repo.name, repo.commit
     wanted = [name, commit, source.subset, source.split]
     origins: dict[str, Origin] = {source.path: (("commit", commit),)}
     label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
-    # The label is for people: train[:50%] and train[:50], or a-b/c and a/b-c, have the same one.
+    # The label is for people. It is not unique: train[:50%] and train[:50], or a-b/c and a/b-c, share one.
     copy = cache / f"{label}-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]}.parquet"
     if copy.exists():
         return {source.path: copy}, origins
     with hub.reaching(_named(source)):
-        import datasets
+        import datasets  # start-up: takes seconds, and only sources on the hub need it
 
         rows = datasets.load_dataset(name, source.subset or None, split=source.split, revision=commit)
     cache.mkdir(parents=True, exist_ok=True)
@@ -126,10 +132,7 @@ def _named(source: Source) -> str:
 
 
 def _gs(path: str, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
-    """An object, or the row files under a prefix, as verified copies in the cache that are named by their content."""
-    from sft.storage import transfer as storage
-    from sft.storage.contract import FileCopy
-
+    """An object, or the row files under a prefix, as verified copies in the cache. Content names the copies."""
     folder, _, last = path.rstrip("/").rpartition("/")
     single = inputs.kind(last) is not None
     where = folder if single else path.rstrip("/")
@@ -145,22 +148,22 @@ def _gs(path: str, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, P
             f"[prepare] sources: {path}: no object, or no {', '.join(inputs.ROWS)} under it; next: correct the path"
         )
     log(
-        f"warning: {path}: what a bucket holds may change, which no run would notice; dataset.json records checksum and generation of what"
-        " was read"
+        f"warning: {path}: a change in the bucket will not make the stage stale; dataset.json records the checksum and generation of"
+        " each object that was read"
     )
-    jobs, found = [], {}
+    copies, found = [], {}
     origins: dict[str, Origin] = {}
     for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
         content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
-        jobs.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
+        copies.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
         found[f"{where}/{name}"] = cache / content
         origins[f"{where}/{name}"] = (("crc32c", f"{entry.crc32c or 0:08x}"), ("generation", str(entry.generation)))
-    storage.transfer(jobs, remote, storage.open_storage(str(cache)), log)
+    storage.transfer(copies, remote, storage.open_storage(str(cache)), log)
     return found, origins
 
 
 def cut(file: InputFile) -> list[Chunk]:
-    """The chunks of a file, decided by its content alone."""
+    """The chunks of a file. They depend on its content alone. Raises SftError for a broken file."""
     if file.kind == "jsonl":
         size = _chunk_bytes(file.bytes)
         starts = range(0, file.bytes, size)
@@ -191,7 +194,7 @@ def _parquet_sizes(file: InputFile) -> list[int]:
 
 
 def arrow_batches(file: InputFile) -> Iterator[Any]:
-    """Record batches of an Arrow stream (what `datasets` writes) or Arrow file, mapped, so that skipping one costs nothing."""
+    """Record batches of an Arrow stream, as `datasets` writes it, or of an Arrow file. They are mapped: skipping is free."""
     import pyarrow as pa
 
     with pa.memory_map(file.path) as mapped:
@@ -205,7 +208,7 @@ def arrow_batches(file: InputFile) -> Iterator[Any]:
 
 
 class reading:
-    """Turns what pyarrow raises into an error that names the file."""
+    """A context that turns pyarrow's errors into an SftError that names the file."""
 
     def __init__(self, file: InputFile):
         self.file = file

@@ -2,8 +2,11 @@
 
     tokens <u4[tokens] | INDEX[documents] | JSON footer | footer's length <u8 | MAGIC
 
-A token is its id, and its highest bit (`sft.data.compiled.TRAINED`) says whether it is trained. In: encoded documents of a chunk,
-batch by batch. Out: a file under its final name only when whole; its footer says what stands in it, what was rejected, and checksums, so that a damaged file is found and made again.
+A token is its id; the highest bit (`sft.data.compiled.TRAINED`) is set when it is trained.
+
+In:  encoded documents of a chunk, batch by batch.
+Out: a file that gets its final name when it is complete. Its footer has the counts, the rejects and checksums, so that a
+     damaged file is detected and encoded again.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ INDEX = np.dtype(
     [("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,)), ("conversation", "<u8")]
 )
 TEMPORARY = ".tmp-"
-NEEDED_S = 6 * 3600.0  # a run may be at work with files that it needed so long ago
+NEEDED_S = 6 * 3600.0  # a running stage may still need files that it used this long ago
 
 
 @dataclass
@@ -42,17 +45,17 @@ class Summary:
     labels: int = 0
     rows: int = 0
     lines: int = 0
-    """Rows and blank lines: how far the chunk moves the numbers of the rows after it."""
+    """Rows and blank lines of the chunk: the numbers of later rows count them all."""
     rejects: list[Reject] = field(default_factory=list)
-    """`row` is counted from 0 inside the chunk."""
+    """`row` counts from 0 inside the chunk."""
     notes: dict[str, int] = field(default_factory=dict)
-    """What the encoder counted, e.g. the documents compared with another tokenizer."""
+    """The encoder's counts, e.g. of documents compared with another tokenizer."""
     crc: int = 0
-    """crc32c of the index, whose digests speak for the tokens."""
+    """crc32c of the index. The digests in the index protect the tokens."""
 
 
 class ChunkWriter:
-    """Writes one file. Use as a context manager; set `summary` fields before it ends."""
+    """Writes one file. Use it as a context manager, and set the fields of `summary` before it ends."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -73,7 +76,8 @@ class ChunkWriter:
         rows: NDArray[np.int64],
         conversations: NDArray[np.uint64],
     ) -> None:
-        """Appends whole documents; `rows` are their row numbers inside the chunk, `conversations` digests of what they say."""
+        """Appends documents. `tokens` holds one after another; `labels` counts their trained tokens; `rows` are their row
+        numbers inside the chunk; `conversations` are hashes of roles and contents."""
         if not len(lengths):
             return
         ends = np.cumsum(lengths)
@@ -97,7 +101,7 @@ class ChunkWriter:
                 self.summary.crc = google_crc32c.value(index.tobytes())
                 footer = json.dumps(vars(self.summary)).encode()
                 self._file.write(footer + len(footer).to_bytes(8, "little") + MAGIC)
-                self._file.close()  # no fsync: whoever finds the file later compares its checksums
+                self._file.close()  # no fsync: every later reader verifies the checksums
                 os.replace(self._temporary, self.path)
         finally:
             self._file.close()
@@ -105,7 +109,7 @@ class ChunkWriter:
 
 
 def read_summary(path: Path) -> Summary | None:
-    """The footer of a whole file; None where there is no file or not a whole one."""
+    """The footer of a complete file; None for a missing or incomplete one."""
     try:
         with path.open("rb") as f:
             size = f.seek(0, os.SEEK_END)
@@ -119,31 +123,32 @@ def read_summary(path: Path) -> Summary | None:
     except (OSError, ValueError, TypeError):
         return None
     summary.rejects = [Reject(*r) for r in summary.rejects]
-    whole = summary.tokens * 4 + summary.documents * INDEX.itemsize + length + 16
-    return summary if whole == size else None
+    complete = summary.tokens * 4 + summary.documents * INDEX.itemsize + length + 16
+    return summary if complete == size else None
 
 
 class TokenFile:
-    """Reads ranges of a chunk's file. Raises SftError for a file that is gone or too short."""
+    """Reads ranges of a chunk's file. Raises SftError for a file that is missing or too short."""
 
     def __init__(self, path: Path) -> None:
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as e:
-            raise SftError(f"{path}: the token cache lost this file ({e}); next: run it again") from None
+            raise SftError(f"{path}: missing in the token cache ({e}); next: run it again") from None
 
-    def tokens(self, first: int, stop: int, room: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Tokens [first, stop): ids with the bit TRAINED, in `room` until it is used again."""
-        found = room[: stop - first]
-        self.read(4 * first, found)
-        return found
+    def tokens(self, first: int, stop: int, buffer: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Tokens [first, stop), which are ids with the bit TRAINED, as a view of `buffer`."""
+        tokens = buffer[: stop - first]
+        self.read(4 * first, tokens)
+        return tokens
 
     def read(self, start: int, into: NDArray[Any]) -> None:
+        """Fills an array from byte `start` of the file on."""
         raw, have = into.view(np.uint8), 0
         while more := os.preadv(self._file.fileno(), [raw[have:].data], start + have) if have < len(raw) else 0:
             have += more
         if have < len(raw):
-            raise SftError(f"{self._file.name}: the token cache's file ends too soon; next: run it again")
+            raise SftError(f"{self._file.name}: this file of the token cache ends too soon; next: run it again")
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +166,7 @@ def read_index(path: Path, summary: Summary) -> NDArray[Any]:
 
 
 def is_intact(path: Path, summary: Summary) -> bool:
-    """Reads the whole file: crc32c speaks for the index, its digests for the tokens."""
+    """Reads the file and checks the index by its crc32c, and the tokens by the digests in the index."""
     index = read_index(path, summary)
     if google_crc32c.value(index.tobytes()) != summary.crc:
         return False
@@ -172,23 +177,25 @@ def is_intact(path: Path, summary: Summary) -> bool:
 
 
 def use(files: Iterable[Path]) -> None:
-    """Says that these files were needed now: `trim` goes by it."""
+    """Marks the files as used now, for `trim`."""
     for file in files:
-        with contextlib.suppress(OSError):  # another user's file: it stays as old as it is
+        with contextlib.suppress(OSError):  # another user's file keeps its time
             os.utime(file)
 
 
 def trim(root: Path, most: int, now: float) -> tuple[int, int]:
-    """Removes the files of all token caches under `root` that were not needed for longest, until the others hold at most `most`
-    bytes; none that was needed in the last hours. Returns how many were removed, and their bytes."""
+    """Deletes the files under `root` that were unused for longest, until at most `most` bytes are left.
+
+    Files that were used in the last NEEDED_S seconds stay. Returns the number of deleted files, and their bytes.
+    """
     found = []
     for file in root.glob("*/*.tok"):
         with contextlib.suppress(FileNotFoundError):
             found.append((file.stat().st_mtime, file.stat().st_size, file))
     beyond = sum(size for _, size, _ in found) - most
     removed = freed = 0
-    for needed, size, file in sorted(found):
-        if freed >= beyond or now - needed < NEEDED_S:
+    for used, size, file in sorted(found):
+        if freed >= beyond or now - used < NEEDED_S:
             break
         file.unlink(missing_ok=True)
         removed, freed = removed + 1, freed + size
@@ -196,9 +203,9 @@ def trim(root: Path, most: int, now: float) -> tuple[int, int]:
 
 
 def _digests(tokens: memoryview, ends: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """128 bits that name each document, ids and mask: what is a duplicate, what is damaged.
+    """128-bit hashes of ids and loss masks, [documents, 2]. They find duplicates and damage.
 
-    XXH3 is no defence against documents made to collide, which could only remove one another from the mix.
+    XXH3 is no defence against documents made to collide, but such documents could only remove each other from the mix.
     """
     stops = (4 * ends).tolist()
     documents = map(tokens.__getitem__, map(slice, [0, *stops[:-1]], stops))

@@ -1,7 +1,8 @@
-"""Files that cannot be cut into chunks as they stand, gzip and JSON arrays, to lines of JSON.
+"""Unpacks files that cannot be cut into chunks, gzip and JSON arrays, to lines of JSON.
 
-In: a file. Out: its rows (`json_array`) or its text (`gunzip`), in a file that has its final name only when whole (`new_file`).
-Memory: the largest row. A broken file raises SftError with its name.
+In:  a file.
+Out: its rows (`json_array`) or its text (`gunzip`). `new_file` writes a file that gets its final name when it is complete.
+     Memory: the largest row. A broken file raises SftError with its name.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from typing import IO, Any
 from sft.common.errors import SftError
 
 MAX_ROW_BYTES = 64 << 20
-"""A longer line is a reject: one row must not be able to exhaust the memory."""
+"""A longer line is rejected, so that one row cannot exhaust the memory."""
 
 
 class new_file:
-    """A file written under a temporary name and renamed when the block ends well."""
+    """A context that writes a file under a temporary name and renames it when the block ends without an error."""
 
     def __init__(self, final: Path):
         self.final = final
@@ -46,6 +47,7 @@ class new_file:
 
 
 def gunzip(name: str, file: Path, out: IO[bytes]) -> None:
+    """Decompresses a file into `out`. `name` stands in the error message."""
     try:
         with gzip.open(file, "rb") as f:
             shutil.copyfileobj(f, out, 1 << 20)
@@ -56,7 +58,7 @@ def gunzip(name: str, file: Path, out: IO[bytes]) -> None:
 
 
 def is_array(name: str, file: Path) -> bool:
-    """True for one JSON array, False for rows on lines that are called .json. Raises for one lonely object."""
+    """True for one JSON array, False for one row per line in a .json file. Raises SftError for everything else."""
     with file.open("rb") as f:
         head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
         if head[:1] == b"[":
@@ -73,21 +75,21 @@ def is_array(name: str, file: Path) -> bool:
 
 
 def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
-    """The elements of a JSON array one after the other, with memory for the largest element only."""
+    """Yields the elements of a JSON array. Needs memory for the largest element only. Raises SftError for a broken array."""
     decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
     skip = re.compile(r"[ \t\r\n]*")
     buffer, at, row, state, end_of_file = "", 0, 0, "start", False
 
     def broken(why: str) -> SftError:
         return SftError(
-            f"{name}: broken JSON array after row {row} ({why}); next: repair it or write one JSON object per line"
+            f"{name}: broken JSON array after row {row} ({why}); next: fix it or write one JSON object per line"
         )
 
     with file.open("rb") as f:
 
         def more() -> None:
             nonlocal buffer, at, end_of_file
-            data = f.read(max(block, len(buffer) - at))  # doubles, so that a long element is not parsed over and over
+            data = f.read(max(block, len(buffer) - at))  # doubles, so that a long element is parsed few times
             end_of_file = not data
             try:
                 buffer = buffer[at:] + text.decode(data, end_of_file)
@@ -124,7 +126,7 @@ def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
                     more()
                     continue
                 if end == len(buffer) and not end_of_file:
-                    more()  # a number may go on in the next block
+                    more()  # a number may continue in the next block
                     continue
                 at, state, row = end, "comma", row + 1
                 yield value
