@@ -111,8 +111,9 @@ check: | $(TOOLS) ## lint, format, types, shell scripts
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
-test: check ## all tests; TESTS="tests/test_packing.py -k name" for some of them
-	.venv/bin/python -m pytest $(TESTS)
+test: check ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
+	.venv/bin/python -m pytest --cov --cov-report= $(TESTS)
+	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"
 test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one process: two minutes
 	.venv/bin/python -m pytest -m "not (slurm or server or compile or processes or slow)" $(TESTS)
 record-versions: | $(TOOLS) ## tests/versions.json, after a change of code that keeps a stage's bytes or raised its version number

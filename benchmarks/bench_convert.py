@@ -287,7 +287,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        parts = {
+        parts: dict[str, Callable[[Path], dict[str, Any]]] = {
             "export": export,
             "theirs": theirs,
             "gate-fast": lambda step: gate(step, every=False),

@@ -191,7 +191,7 @@ def main() -> None:
 
 def show(found: dict[str, Any]) -> str:
     if "failed" in found:
-        return found["failed"]
+        return str(found["failed"])
     mfu = f"  MFU {found['mfu']:.1%}" if found.get("mfu") else ""
     return (
         f"{found['tokens_per_s']:10,.0f} tokens/s  memory {found['memory_gb']:6.1f} GB  loss {found['loss']:.4f}{mfu}"

@@ -52,13 +52,13 @@ from typing import Any
 import orjson
 
 from sft.common import machine
+from sft.common.files import hash_file
 from sft.data import workers
 from sft.data.blocks import LineBlock
 from sft.data.chunks import without_gc
 from sft.data.fast.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
-from sft.formats.manifest import hash_file
 from sft.recipe import schema
 from sft.recipe.schema import Prepare, Source
 
@@ -152,7 +152,7 @@ class Ancestor:
         return self.tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs=offsets, **options)
 
     def end_of(self, messages: list[dict[str, Any]], **options: Any) -> int:
-        return self.tokenise(messages, **options)["offset_mapping"][-1][1]
+        return int(self.tokenise(messages, **options)["offset_mapping"][-1][1])
 
 
 class LightAncestor(Ancestor):
