@@ -89,8 +89,8 @@ def loss_error(world: World) -> float:
             "input_ids": ids,
             "positions": torch.cat([torch.arange(300), torch.arange(212)]),
             "cu_seqlens": torch.tensor([0, 300, 512], dtype=torch.int32),
-            "label_rows": torch.arange(511),
-            "label_ids": ids[1:],
+            "target_rows": torch.arange(511),
+            "target_ids": ids[1:],
         }
         with torch.no_grad():
             wanted, _ = host(**batch, max_len=300, loss_denominator=511.0)

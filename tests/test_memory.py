@@ -43,8 +43,8 @@ def inputs(tokens: int) -> dict[str, Any]:
         "positions": torch.arange(tokens),
         "cu_seqlens": torch.tensor([0, tokens], dtype=torch.int32),
         "max_len": tokens,
-        "label_rows": torch.arange(tokens - 1),
-        "label_ids": ids[1:],
+        "target_rows": torch.arange(tokens - 1),
+        "target_ids": ids[1:],
         "loss_denominator": 1.0,
     }
 

@@ -80,7 +80,7 @@ def compare(model: Transformer, logits: Tensor, document: Tensor, theirs: dict[s
     wanted = F.cross_entropy(logits[:-1], labels)
     wanted.backward()
     rows = torch.arange(len(labels))
-    loss, _ = model(**packed(document), label_rows=rows, label_ids=labels, loss_denominator=float(len(labels)))
+    loss, _ = model(**packed(document), target_rows=rows, target_ids=labels, loss_denominator=float(len(labels)))
     torch.testing.assert_close(loss, wanted, atol=1e-6, rtol=1e-6)
     loss.backward()
     for name, parameter in model.named_parameters():
@@ -131,7 +131,7 @@ def test_a_packed_document_gives_bitwise_what_it_gives_alone_in_a_row_of_the_sam
         for row in (documents, [*nothing[:i], document, *nothing[i + 1 :]]):
             with torch.no_grad():
                 logits, _ = model(**packed(*row))
-            labels = {"label_rows": rows, "label_ids": document[1:], "loss_denominator": float(len(rows))}
+            labels = {"target_rows": rows, "target_ids": document[1:], "loss_denominator": float(len(rows))}
             loss, losses = model(**packed(*row), **labels)
             gradients = torch.autograd.grad(loss, list(model.parameters()))
             found.append((logits[start : start + len(document)], loss, losses, *gradients, logits))
@@ -183,7 +183,7 @@ def gradients(model: Transformer) -> list[Tensor]:
     documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
     rows = torch.arange(0, 100, 3)
     labels = torch.cat(documents)[rows + 1]
-    loss, _ = model(**packed(*documents), label_rows=rows, label_ids=labels, loss_denominator=float(len(rows)))
+    loss, _ = model(**packed(*documents), target_rows=rows, target_ids=labels, loss_denominator=float(len(rows)))
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
@@ -357,7 +357,7 @@ def test_sharded_bf16_follows_fp32_on_the_host(name: str, device: str, compiled:
     documents = [ids(33, 1), ids(7, 2), ids(64, 3)]
     rows = torch.arange(0, 100, 3)
     labels = torch.cat(documents)[rows + 1]
-    batch = packed(*documents) | {"label_rows": rows, "label_ids": labels, "loss_denominator": float(len(rows))}
+    batch = packed(*documents) | {"target_rows": rows, "target_ids": labels, "loss_denominator": float(len(rows))}
     loss, _ = model(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     loss.backward()
     for parameter, b in zip(model.parameters(), wanted, strict=True):

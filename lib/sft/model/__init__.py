@@ -1,1 +1,1 @@
-"""The transformer, its attention and loss, how ranks share it, and estimates of its memory and FLOPs."""
+"""The model, its loss and attention, its names in Hugging Face's files, and what it costs in memory and FLOPs."""

@@ -1,16 +1,17 @@
-"""Causal attention over packed documents: one function, a fused kernel on CUDA, a loop over documents elsewhere.
+"""Causal attention over packed documents: a fused kernel on CUDA, a loop over documents elsewhere.
 
 In:  q [T, Hq, D], k and v [T, Hkv, D] (Hq a multiple of Hkv), cu_seqlens int32 [N + 1] with the document edges (repeats of
-     the last edge are empty documents: padding to a bucket size), max_len >= the longest document, window in tokens
+     the last edge are empty documents, which pad it to a bucket size), max_len >= the longest document, window in tokens
      with the token itself included (0 = unlimited).
-Out: [T, Hq, D]. A token sees the tokens of its own document from window - 1 back up to itself, and nothing else.
+Out: [T, Hq, D]. A token attends to itself and to the window - 1 tokens before it, of its own document only.
 
-Without a fused kernel every document is a call of its own, so a packed document gives bitwise what it gives alone.
+Without a fused kernel every document is one call, so a packed document gives bitwise the same result as the document alone.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -19,21 +20,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-# Rows of a windowed document handled by one masked call. Longer documents go block by block, so that the mask and the
-# scores stay O(block * (block + window)) and not O(length^2).
+# Rows of a windowed document in one masked call. Longer documents are computed block by block, so that the mask and the
+# scores are O(block * (block + window)) and not O(length^2).
 BLOCK = 512
 _HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int = 0) -> Tensor:
+    """Attention over packed documents; shapes as in the module's docstring."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _fused(q, k, v, cu_seqlens, max_len, window)
     return _documents(q, k, v, cu_seqlens, window)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int) -> Tensor:
-    # The kernel counts the tokens left of the token itself. (-1, 0) is how torch 2.13 spells "causal"; 2.11 takes
-    # grouped key/value heads without being told and has no enable_gqa.
+    # The kernel counts the tokens to the left of the token itself; (-1, 0) means causal. torch 2.11 accepts grouped key/value
+    # heads without enable_gqa, which it does not have.
     options: dict[str, Any] = {"window_size": (window - 1, 0) if window else (-1, 0)}
     if q.shape[1] != k.shape[1] and _HAS_ENABLE_GQA:
         options["enable_gqa"] = True
@@ -42,12 +44,14 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, wi
     return out
 
 
-@torch.compiler.disable
-def _documents(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
-    """One SDPA call per document. `split` and not slices: its backward is a single concatenation."""
+def _by_document(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, window: int) -> Tensor:
+    """One SDPA call per document. The backward pass of `split` is a single concatenation, unlike that of slices."""
     lengths = [n for n in cu_seqlens.diff().tolist() if n]
     parts = zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True)
     return torch.cat([_document(*part, window) for part in parts])
+
+
+_documents: Callable[[Tensor, Tensor, Tensor, Tensor, int], Tensor] = torch.compiler.disable(_by_document)
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
@@ -71,8 +75,8 @@ def _document(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _window_mask(rows: int, keys: int, offset: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive mask [rows, keys]: row i stands at key `offset + i` and sees `window` keys up to itself."""
+    """Additive mask [rows, keys]. Row i is key `offset + i`, and attends to `window` keys up to itself."""
     with torch.inference_mode(False), torch.no_grad():
         distance = torch.arange(offset, offset + rows, device=device)[:, None] - torch.arange(keys, device=device)
-        hidden = (distance < 0) | (distance >= window)
-        return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+        masked = (distance < 0) | (distance >= window)
+        return torch.zeros(rows, keys, dtype=dtype, device=device).masked_fill_(masked, float("-inf"))

@@ -1,4 +1,7 @@
-"""TODO sft.model.flops"""
+"""FLOPs of the forward pass, for balancing ranks and for MFU. No torch.
+
+In:  an architecture and lengths of documents. Out: FLOPs; a multiply-add is two.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sft.recipe.presets import ModelConfig
 
 
 def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:
-    """(query, key) pairs of a causal document: token i sees min(i + 1, window) tokens; window 0 sees all."""
+    """(query, key) pairs of causal documents of these lengths: token i attends to min(i + 1, window) tokens, or to i + 1 with window 0."""
     n = np.asarray(lengths, dtype=np.float64)
     full = n * (n + 1) / 2
     if not window:
@@ -20,7 +23,7 @@ def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:
 
 
 def attention_flops(lengths: ArrayLike, model: ModelConfig) -> NDArray[np.float64]:
-    """Forward FLOPs of attention over one document, all layers: QK^T and PV, 2 FLOPs a multiply-add each."""
+    """Forward FLOPs of attention (QK^T and PV) over documents of these lengths, in all layers."""
     total = np.zeros(np.shape(lengths))
     for window, layers in Counter(model.windows).items():
         total += layers * attention_pairs(lengths, window)
@@ -28,11 +31,11 @@ def attention_flops(lengths: ArrayLike, model: ModelConfig) -> NDArray[np.float6
 
 
 def token_flops(model: ModelConfig) -> float:
-    """Forward FLOPs of one token in all matrices but the head."""
+    """Forward FLOPs of one token in all matrices except the output matrix."""
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     return 2.0 * model.n_layers * model.d_model * (2 * q + 2 * kv + 3 * model.intermediate_size)
 
 
 def head_flops(model: ModelConfig) -> float:
-    """Forward FLOPs of the head for one trained token; the others never reach it."""
+    """Forward FLOPs of the output matrix for one trained token. Other tokens do not reach it."""
     return 2.0 * model.d_model * model.vocab_size

@@ -1,15 +1,16 @@
 """OLMo 2 and 3, Qwen 3 and Llama 3 on packed tokens, with OLMo-core's parameter names.
 
-In:  token ids [T] of documents laid end to end, positions [T] that restart at 0 in each, and the document edges.
-Out: hidden states [T, d], or the loss of the labelled rows.
+In:  token ids [T] of documents one after the other, positions [T] that restart at 0 in each document, and the document edges.
+Out: hidden states [T, d], or the loss of the rows with a target.
 
-There is no batch dimension: a pack is one long row and attention alone knows where documents end. OLMo's block is the
-reordered-norm one, h = x + norm(attn(x)), out = h + norm(ff(h)), with an RMS norm over the whole query and key projections
-before they are cut into heads; the others norm before, x + attn(norm(x)). `state_dict()` keys are those of an OLMo-core
-checkpoint, so saving is a plain write and Hugging Face is a rename (sft.model.hf).
+There is no batch dimension: a pack is one long row, and only attention needs to know where documents end. OLMo's block has the
+norms after attention and SwiGLU, h = x + norm(attn(x)), out = h + norm(ff(h)), and an RMS norm over the full query and key
+projections before they are split into heads. The other families have the norms before: x + attn(norm(x)). The keys of
+`state_dict()` are those of an OLMo-core checkpoint, so saving needs no conversion and Hugging Face only other names
+(sft.model.hf).
 
-The ranks of a context group hold consecutive parts of the row: only attention, which exchanges heads for tokens
-(sft.model.context), and the document edges know of the whole.
+The ranks of a context group have consecutive parts of the row. Attention exchanges heads for tokens between them
+(sft.model.context), and the document edges are those of the complete row.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sft.model.attention import attention
 from sft.model.context import gather_heads, gather_tokens
-from sft.model.loss import labelled_loss
+from sft.model.loss import cross_entropy
 from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
 
-Rotary = tuple[Tensor, Tensor]  # cos, sin: fp32 [T, 1, head_dim]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, 1, head_dim]
 
 
 class RMSNorm(nn.Module):
-    """RMS norm in fp32, the weight applied before casting back."""
+    """RMS norm in fp32. The weight is applied before the result is cast back."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -52,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """`context` names the ranks that hold the other parts of this row of tokens: (process group, how many)."""
+    """`context`: (name of the process group, number of ranks) that share this row of tokens."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -66,9 +67,9 @@ class Attention(nn.Module):
         self.w_out = nn.Linear(q, config.d_model, bias=False)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm:
-            whole = config.qk_norm == "full"
-            self.q_norm = RMSNorm(q if whole else config.head_dim, config.norm_eps)
-            self.k_norm = RMSNorm(kv if whole else config.head_dim, config.norm_eps)
+            full = config.qk_norm == "full"
+            self.q_norm = RMSNorm(q if full else config.head_dim, config.norm_eps)
+            self.k_norm = RMSNorm(kv if full else config.head_dim, config.norm_eps)
 
     def forward(self, x_TD: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
         q = rotate(self.heads(self.w_q(x_TD), self.q_norm), rotary)
@@ -79,10 +80,11 @@ class Attention(nn.Module):
         out = attention(q, k, v, cu_seqlens, max_len, self.window)
         if self.context:
             out = gather_heads(out, *self.context)
-        return self.w_out(out.reshape(len(x_TD), -1))
+        projected: Tensor = self.w_out(out.reshape(len(x_TD), -1))
+        return projected
 
     def heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
-        """[T, heads * head_dim] to [T, heads, head_dim], normalised over as many values as the norm has weights."""
+        """[T, heads * head_dim] to [T, heads, head_dim]. The norm is over as many values as it has weights."""
         if norm is not None:
             x = norm(x.view(len(x), -1, norm.size))
         return x.view(len(x), -1, self.head_dim)
@@ -96,11 +98,12 @@ class FeedForward(nn.Module):
         self.w3 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return out
 
 
 class Block(nn.Module):
-    """One layer. `recompute` says what the backward pass makes anew instead of keeping: see `recompute_options`."""
+    """One layer. `recompute` is what the backward pass computes again instead of keeping: see `recompute_options`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -114,17 +117,20 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, rotary, cu_seqlens, max_len)
-        return checkpoint(
+        out: Tensor = checkpoint(
             self.layer, x, rotary, cu_seqlens, max_len, use_reentrant=False, **recompute_options(self.recompute)
         )
+        return out
 
-    # The checkpoint wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks outside.
+    # `checkpoint` wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks run outside.
     def layer(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.prenorm:
-            h = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, max_len)
-            return h + self.feed_forward(self.feed_forward_norm(h))
+            h: Tensor = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, max_len)
+            out: Tensor = h + self.feed_forward(self.feed_forward_norm(h))
+            return out
         h = x + self.attention_norm(self.attention(x, rotary, cu_seqlens, max_len))
-        return h + self.feed_forward_norm(self.feed_forward(h))
+        out = h + self.feed_forward_norm(self.feed_forward(h))
+        return out
 
 
 class LMHead(nn.Module):
@@ -144,14 +150,14 @@ class Transformer(nn.Module):
         self.lm_head = LMHead(config)
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """[T] ids to [T, d], before the head's norm."""
-        x = self.embeddings(input_ids)
-        # YaRN stretches the full-attention layers only; windowed ones never look further than they were trained to.
-        plain = rotary_table(self.config, self.config.llama3_rope, positions)
+        """[T] ids to [T, d], before the final norm."""
+        x: Tensor = self.embeddings(input_ids)
+        # YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not trained on.
+        base = rotary_table(self.config, self.config.llama3_rope, positions)
         yarn = self.config.yarn
-        stretched = rotary_table(self.config, yarn, positions) if yarn else plain
+        extended = rotary_table(self.config, yarn, positions) if yarn else base
         for block, window in zip(self.blocks, self.config.windows, strict=True):
-            x = block(x, plain if window else stretched, cu_seqlens, max_len)
+            x = block(x, base if window else extended, cu_seqlens, max_len)
         return x
 
     def forward(
@@ -160,26 +166,26 @@ class Transformer(nn.Module):
         positions: Tensor,
         cu_seqlens: Tensor,
         max_len: int,
-        label_rows: Tensor | None = None,
-        label_ids: Tensor | None = None,
+        target_rows: Tensor | None = None,
+        target_ids: Tensor | None = None,
         loss_denominator: float = 1.0,
         z_loss: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, losses by label row), or (logits [T, V], hidden [T, d]) without labels.
+        """(loss, losses by target row), or (logits [T, V], hidden [T, d]) without targets.
 
-        The head's weight is read here, inside the root's forward, because FSDP has it whole only while this runs.
+        The output matrix is read here, in the root's forward, because FSDP gathers it only while this runs.
         """
         x = self.hidden_states(input_ids, positions, cu_seqlens, max_len)
         head = (self.lm_head.w_out or self.embeddings).weight
-        if label_rows is None or label_ids is None:
+        if target_rows is None or target_ids is None:
             h = self.lm_head.norm(x)
             return F.linear(h, head), h
-        h = self.lm_head.norm(x.index_select(0, label_rows))
-        return labelled_loss(h, head, label_ids, loss_denominator, z_loss, compiled=self.compiled_loss)
+        h = self.lm_head.norm(x.index_select(0, target_rows))
+        return cross_entropy(h, head, target_ids, loss_denominator, z_loss, compiled=self.compiled_loss)
 
 
 def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding, halves convention, in fp32."""
+    """Rotary embedding in fp32, in the convention that rotates the first half of a head against the second."""
     cos, sin = rotary
     x = x_THD.float()
     low, high = x.chunk(2, dim=-1)
@@ -187,6 +193,7 @@ def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
 
 
 def rotary_table(config: ModelConfig, scaling: Yarn | Llama3Rope | None, positions: Tensor) -> Rotary:
+    """cos and sin for positions [T]."""
     frequencies, scale = inverse_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
@@ -197,34 +204,38 @@ def rotary_table(config: ModelConfig, scaling: Yarn | Llama3Rope | None, positio
 def inverse_frequencies(
     dim: int, theta: float, scaling: Yarn | Llama3Rope | None, device: torch.device
 ) -> tuple[Tensor, float]:
-    """Angle per position [dim / 2] and the factor on sin and cos. YaRN (arXiv 2309.00071) slows the dimensions that turn
-    less than `beta_slow` times within the old context by `factor`, keeps those above `beta_fast`, and ramps in between over
-    dimensions; Llama 3.1 ramps over the number of turns."""
+    """Angle per position [dim / 2], and the factor on sin and cos.
+
+    YaRN (arXiv 2309.00071) divides the frequency of dimensions that turn less than `beta_slow` times within the old context by
+    `factor`, keeps those that turn more than `beta_fast` times, and interpolates over the dimensions between them. Llama 3.1
+    interpolates over the number of turns.
+    """
     with torch.inference_mode(False):
         base = 1.0 / (theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim))
         if scaling is None:
             return base, 1.0
         if isinstance(scaling, Llama3Rope):
             turns = scaling.old_context * base / (2 * math.pi)
-            kept = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
-            return (1 - kept) * base / scaling.factor + kept * base, 1.0
+            keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+            return (1 - keep) * base / scaling.factor + keep * base, 1.0
 
-        def turning(times: float) -> float:
+        def dimension(times: float) -> float:
+            """The dimension that turns this many times within the old context."""
             return dim * math.log(scaling.old_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(turning(scaling.beta_fast)), 0)
-        high = min(math.ceil(turning(scaling.beta_slow)), dim - 1)
+        low = max(math.floor(dimension(scaling.beta_fast)), 0)
+        high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
         ramp = torch.arange(dim // 2, device=device, dtype=torch.float32)
         ramp = ((ramp - low) / max(high - low, 1e-3)).clamp(0, 1)
         return base / scaling.factor * ramp + base * (1 - ramp), scaling.attention_factor
 
 
 def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
-    """torch.compile for every block, before `shard`: one graph a block where the fused kernel runs (CUDA in bf16); elsewhere
-    attention's loop over documents stays outside the graphs. On CUDA the loss is compiled, too.
+    """torch.compile for every block; call it before `shard`. With the fused kernel (CUDA in bf16) a block is one graph. Elsewhere
+    attention's loop over documents is not part of the graphs. On CUDA the loss is compiled too.
 
-    All blocks share the code of `Block.forward`, so its variants (windowed or not, what is recomputed, with gradients or
-    without, document edges of one size or of any) count together against dynamo's limit, which is 8.
+    All blocks share the code of `Block.forward`. Its variants (windowed or not, what is recomputed, with or without gradients,
+    document edges of one size or of any) therefore count together against dynamo's limit, which is 8 by default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
@@ -233,7 +244,7 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
 
 
 def missing_compiler() -> str:
-    """What torch.compile needs for a GPU and does not find on this machine; empty where it finds all."""
+    """What torch.compile needs for a GPU and this machine does not have; empty if nothing is missing."""
     if importlib.util.find_spec("triton") is None:
         return "the package triton"
     if not os.environ.get("CC") and not any(map(shutil.which, ("gcc", "clang"))):
@@ -243,7 +254,7 @@ def missing_compiler() -> str:
 
 
 def recompute_options(mode: str) -> dict[str, Any]:
-    """'full' recomputes the whole layer; 'selected' keeps the attention kernel's output, the costliest thing to redo."""
+    """'full' recomputes the layer. 'selected' keeps the attention kernel's output, which costs most to recompute."""
     if mode == "full":
         return {}
     keep = {torch.ops.torch_attn._varlen_attn.default} if hasattr(torch.ops.torch_attn, "_varlen_attn") else set()
@@ -260,10 +271,10 @@ def recompute_options(mode: str) -> dict[str, Any]:
 
 
 def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole fp32 tensor) for every parameter, one at a time: ones for norms, else a truncated normal.
+    """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, else a truncated normal.
 
-    Every tensor has its own generator, seeded by (seed, name): the weights depend on neither the number of ranks nor on
-    the order in which they are made.
+    Every tensor has its own generator, seeded by (seed, name). The weights depend neither on the number of ranks nor on the order in
+    which they are made.
     """
     for name, parameter in model.named_parameters():
         value = torch.ones(parameter.shape)

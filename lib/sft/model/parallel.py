@@ -1,8 +1,7 @@
-"""Processes and devices: joining the group that torchrun describes, sharding a model, small agreements between ranks.
+"""Processes and devices: joins torchrun's process group, shards a model, exchanges small values between ranks.
 
-In:  torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or none of it for one process.
-Out: a `World`. Its host-side agreements go over gloo even where the model's traffic is NCCL, so that asking "did anyone
-     get a signal?" never waits for the GPU.
+In:  torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or nothing for one process.
+Out: a `World`. Its exchanges of host values use gloo, also where the model uses NCCL, so that they never wait for the GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,20 +26,21 @@ from sft.common.machine import cores
 
 
 class SharedError(SftError):
-    """An error that every rank raises alike, so that one of them is enough to say it."""
+    """An error that every rank raises, so that only one of them needs to print it."""
 
 
 @dataclass
 class World:
+    """The ranks of a training and this rank's device. Unless stated otherwise, every rank calls a method at the same point."""
+
     rank: int
     size: int
     local_rank: int
     device: torch.device
-    group: Any = None  # of the host-side agreements; None = the default group
+    group: Any = None  # for host values; None = the default group
 
     def with_own_group(self, timeout_s: int = 1800) -> World:
-        """The same ranks on a gloo group of their own, for a thread beside the training loop or for a wait longer than that of
-        `join`. Every rank calls this."""
+        """The same ranks with a separate gloo group: for a thread beside the training loop, or for a longer timeout than that of `join`."""
         if not dist.is_initialized():
             return replace(self, group=None)
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
@@ -50,7 +51,7 @@ class World:
 
     @property
     def memory_gb(self) -> float:
-        """What the GPU of this process holds, in 10^9 bytes; 0 for a CPU, which nothing limits here."""
+        """Memory of this process's GPU in 10^9 bytes; 0 for a CPU, whose memory is not limited here."""
         if self.device.type != "cuda":
             return 0.0
         return float(torch.cuda.get_device_properties(self.device).total_memory) / 1e9
@@ -62,10 +63,11 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
+        """Whether the flag is True on any rank."""
         return bool(self.sum(torch.tensor([float(flag)])).item())
 
     def sum_async(self, value: Tensor) -> Callable[[], Tensor]:
-        """Starts summing a host tensor over ranks; the returned function waits for the result."""
+        """Starts summing a host tensor over ranks. The returned function waits for the result."""
         if self.size == 1:
             return lambda: value
         work = dist.all_reduce(value, group=self.group, async_op=True)
@@ -85,8 +87,8 @@ class World:
         return values
 
     def on_rank0(self, action: Callable[[], Any], share: bool = True) -> Any:
-        """Runs `action` on rank 0 before any rank goes on and gives its result to all (None to the others unless
-        `share`, for what cannot be sent). An exception there is raised on every rank."""
+        """Runs `action` on rank 0 while the others wait, and returns its result on all ranks (None on the others unless `share`, for
+        results that cannot be sent). Raises SharedError on every rank when it fails."""
         value, failure = None, ""
         if self.is_rank0:
             try:
@@ -101,7 +103,7 @@ class World:
         return value if self.is_rank0 else sent
 
     def on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
-        """Runs `action` on every rank and returns all results; an exception on one rank is raised on all."""
+        """Runs `action` on every rank and returns all results. Raises SharedError on every rank when it fails on one."""
         value, failure = None, ""
         try:
             value = action()
@@ -120,7 +122,7 @@ class World:
 
 
 def join(threads: int = 0, timeout_s: int = 1800) -> World:
-    """Joins the process group. `threads` = CPU threads of this process; 0 shares the cores among the local processes."""
+    """Joins the process group. `threads` = CPU threads of this process; 0 divides the cores among the local processes."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -133,7 +135,7 @@ def join(threads: int = 0, timeout_s: int = 1800) -> World:
     if size > 1:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     elif device.type == "cuda":
-        # One GPU takes the same code as many: FSDP keeps fp32 weights and computes in bf16.
+        # One GPU uses the same code as many: FSDP keeps fp32 weights and computes in bf16.
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -142,9 +144,9 @@ def join(threads: int = 0, timeout_s: int = 1800) -> World:
 
 
 def make_deterministic() -> None:
-    """From now on every sum of this process is added up in one order, so that the same GPUs give the same bytes again: attention's
-    backward pass, index sums, cuBLAS, NCCL (whose sums inside a switch have no fixed order). Where torch has no such
-    kernel, a step raises RuntimeError. Call it before the first product and the first exchange on a GPU; a CPU changes nothing."""
+    """Makes every sum of this process have a fixed order, so that the same GPUs compute the same bytes again: attention's backward pass,
+    index sums, cuBLAS, and NCCL (whose sums inside a switch have no fixed order). A step raises RuntimeError where torch has no
+    deterministic kernel. Call it before the first product and the first exchange on a GPU. On a CPU nothing changes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.use_deterministic_algorithms(True)
@@ -152,17 +154,17 @@ def make_deterministic() -> None:
 
 
 def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0) -> nn.Module:
-    """Shards parameters, gradients and optimizer state over the ranks, one group per block and one for the rest.
+    """Shards parameters, gradients and optimizer state over the ranks, in one group per block and one for the rest.
 
-    fp32 parameters, `precision` compute, fp32 reduction. Gradients are SUMMED: the loss is already divided by the label
-    count of the global batch. Inputs keep their types: hidden states are `precision` from the embedding on, rotary tables fp32.
-    `shard_degree` ranks share one copy (0 = all of them); copies are kept equal across the rest.
-    One CPU process in fp32 needs none of this and stays plain.
+    Parameters are fp32, compute is `precision`, reduction is fp32. Gradients are SUMMED: the loss is already divided by the number
+    of targets in the global batch. Inputs keep their types: hidden states are `precision` from the embedding on, rotary tables are fp32.
+    `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies are kept equal.
+    A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not divide the number of ranks.
     """
     if world.size == 1 and precision == "fp32":
         return model
     if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     mesh = _mesh(world, shard_degree)
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -177,7 +179,7 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
 
 
 def context_group(world: World, degree: int) -> tuple[str, int] | None:
-    """(name, size) of the group of `degree` consecutive ranks that this rank shares its rows of tokens with; None alone."""
+    """(name, size) of the group of `degree` consecutive ranks that share rows of tokens with this rank; None with degree 1."""
     if degree == 1:
         return None
     mesh = init_device_mesh(world.device.type, (world.size // degree, degree), mesh_dim_names=("data", "context"))
@@ -188,7 +190,7 @@ def _mesh(world: World, shard_degree: int) -> DeviceMesh:
     degree = shard_degree or world.size
     if world.size % degree:
         raise SftError(
-            f"shard_degree {degree} does not divide the {world.size} processes; choose a divisor, or 0 for all"
+            f"shard_degree {degree} does not divide the {world.size} processes; next: choose a divisor, or 0 for all"
         )
     if degree == world.size:
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
@@ -197,7 +199,7 @@ def _mesh(world: World, shard_degree: int) -> DeviceMesh:
 
 
 def set_parameter(parameter: Tensor, value: Tensor) -> None:
-    """Copies a whole tensor, the same on every rank, into a plain or sharded parameter: no rank sends anything."""
+    """Copies a complete tensor, which every rank has, into a plain or sharded parameter. Nothing is sent."""
     with torch.no_grad():
         value = value.to(parameter.device, parameter.dtype)
         if isinstance(parameter, DTensor):

@@ -1,15 +1,15 @@
-"""What training must compute, and which share of a GPU's peak that is (MFU). No torch here.
+"""The FLOPs that training needs, and their share of a GPU's peak (MFU). No torch.
 
     training FLOPs of a token = 6 M + 6 d V f + 12 h k sum over layers of a
 
-M = weights of all matrices in the blocks; d V = the head's, for the share f of tokens that are trained (no other token reaches
-it); h k = heads x head width; a = keys a token attends to in that layer, on average: causal, inside its document, at most the
-layer's window. 6 = a multiply and an add, in the forward and twice in the backward pass. Padding, recomputation, norms and the
-embedding's lookup count as nothing, so that MFU falls when they cost time.
+M = weights of all matrices in the blocks; d V = weights of the output matrix, for the share f of tokens that are trained (no
+other token reaches it); h k = heads x head width; a = mean number of keys that a token attends to in that layer: causal, inside
+its document, at most the layer's window. 6 = a multiply and an add, in the forward pass and twice in the backward pass. Padding,
+recomputation, norms and the embedding count as zero, so MFU falls when they cost time.
 
     MFU = FLOPs of a step / (seconds x GPUs x dense bf16 peak of one GPU)
 
-Peaks are the makers' data sheets, without sparsity; `gpu_tflops` in env/<cluster>.toml overrides them.
+Peaks are from the vendors' data sheets, without sparsity. `gpu_tflops` in env/<cluster>.toml overrides them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sft.recipe.presets import ModelConfig
 
 FORMULA = "(6 M + 6 d V f + 12 h k sum a) tokens / (seconds x GPUs x peak), see docs/train.md"
 
-# Dense bf16 TFLOP/s by a pattern of the name that CUDA or a cluster file gives; the first that matches counts.
+# Dense bf16 TFLOP/s by a pattern of the GPU's name, from CUDA or a cluster file. The first match counts.
 PEAK_TFLOPS = (
     (r"GB[23]00", 2500.0),
     (r"B[23]00", 2250.0),
@@ -40,13 +40,13 @@ PEAK_TFLOPS = (
 
 
 def peak_tflops(gpu: str) -> float:
-    """Dense bf16 TFLOP/s of a GPU by name, e.g. "NVIDIA H100 80GB HBM3" or "h100"; 0 where it is not known."""
+    """Dense bf16 TFLOP/s of a GPU by its name, e.g. "NVIDIA H100 80GB HBM3" or "h100"; 0 for an unknown one."""
     found = (peak for name, peak in PEAK_TFLOPS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", gpu, re.IGNORECASE))
     return next(found, 0.0)
 
 
 def mean_attended(lengths: ArrayLike, window: int = 0) -> float:
-    """Keys that a token attends to, on average over documents of these lengths."""
+    """Mean number of keys that a token attends to, over documents of these lengths."""
     tokens = attention_pairs(lengths, 1).sum()
     return float(attention_pairs(lengths, window).sum() / tokens) if tokens else 0.0
 
@@ -54,8 +54,8 @@ def mean_attended(lengths: ArrayLike, window: int = 0) -> float:
 def flops_per_token(
     model: ModelConfig, attended: float, windowed: float | None = None, trained_fraction: float = 1.0
 ) -> float:
-    """Training FLOPs of a token. `attended`: `mean_attended` of the full layers, `windowed`: of those with a window (where it
-    is not known, the smaller of the window and `attended`, which is never less)."""
+    """Training FLOPs of a token. `attended`: `mean_attended` of the layers with full attention. `windowed`: of the layers with a window;
+    None takes the smaller of the window and `attended`, an upper bound."""
     if windowed is None:
         windowed = min(attended, model.window)
     keys = sum(windowed if window else attended for window in model.windows)
@@ -64,5 +64,5 @@ def flops_per_token(
 
 
 def mfu(step_flops: float, seconds: float, gpus: int, peak: float) -> float:
-    """Model FLOPs utilisation, a share of 1; `peak` in TFLOP/s of one GPU."""
+    """Model FLOPs utilisation, from 0 to 1. `peak` in TFLOP/s of one GPU."""
     return step_flops / (seconds * gpus * peak * 1e12)

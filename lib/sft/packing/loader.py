@@ -36,14 +36,13 @@ from numpy.typing import NDArray
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.model.flops import token_flops
+from sft.model.loss import IGNORED
 from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.steps import StepPlan, accumulation
 from sft.recipe.presets import ModelConfig
 
 PADDING_DOCUMENT = 1024
 """Padding is cut into documents of this many tokens, so that its attention costs next to nothing."""
-IGNORED = -100
-"""The target id of rows without a target."""
 
 
 @dataclass
