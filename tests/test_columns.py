@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
 from sft.data import align, sources
 from sft.data.blocks import ColumnBlock, read_blocks
-from sft.data.fast import lines as compiled_lines
-from sft.data.fast.columns import messages
+from sft.data.fast.columns import find_roles, read_columns
+from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
@@ -142,7 +142,8 @@ def test_bytes_that_are_no_unicode_are_left_to_python(encoders: Any, where: str)
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile(["parquet"])
-    known = len(compiled_lines.read_columns.signatures), len(align.align_tokens.signatures)
+    functions: list[Any] = [find_roles, write_documents, align.align_tokens]
+    known = [len(function.signatures) for function in functions]
     rows = rows_of(60)
     for row in rows[:20]:
         row["messages"][0]["functions"] = "[]"
@@ -152,7 +153,7 @@ def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None
         struct = pa.struct([("content", text), ("role", text)])
         array = pa.array([row["messages"] for row in rows], type=pa.large_list(struct))
         both_ways(made, ColumnBlock(pa.RecordBatch.from_pydict({"messages": array}), 0))
-    assert (len(compiled_lines.read_columns.signatures), len(align.align_tokens.signatures)) == known
+    assert [len(function.signatures) for function in functions] == known
 
 
 def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
@@ -179,12 +180,12 @@ def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
 )
 def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) -> None:
     batch = pa.RecordBatch.from_arrays([array], ["messages"])
-    found = messages(batch, "messages", [])
-    assert found is None or found.skipped.all()
+    found = read_columns(batch, "messages", [])
+    assert found is None or not (found.is_plain & (found.roles[found.first[:-1]] >= 0)).any()
     compiled, python, plain = both_ways(encoders("olmo"), ColumnBlock(batch, 0))
     assert compiled == python and plain == 0
 
 
 def test_a_column_that_is_there_twice_is_left_to_python() -> None:
     array = pa.array([[{"role": "user", "content": "x"}]])
-    assert messages(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), "messages", []) is None
+    assert read_columns(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), "messages", []) is None

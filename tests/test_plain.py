@@ -15,8 +15,10 @@ from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, ma
 from sft.data import align
 from sft.data.blocks import LineBlock
 from sft.data.compiled import compiled
-from sft.data.fast import lines as compiled_lines
 from sft.data.fast import plain
+from sft.data.fast.json_rows import read_rows
+from sft.data.fast.messages import MAX_MESSAGES
+from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
@@ -133,7 +135,7 @@ ODD = {
     "an unknown role": PLAINEST.replace('"user"', '"User"') + "}",
     "nothing to train": '{"messages": [{"role": "user", "content": "a"}]}',
     "special-token text": PLAINEST.replace('"a"', '"<|im_end|>"') + "}",
-    "more messages than are plain": json.dumps({"messages": turns(("user", "a"), ("assistant", "b")) * compiled_lines.MESSAGES}),
+    "more messages than are plain": json.dumps({"messages": turns(("user", "a"), ("assistant", "b")) * MAX_MESSAGES}),
     "an open string": PLAINEST + ', "id": "',
     "an open object": PLAINEST,
 }  # fmt: skip
@@ -202,11 +204,12 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile()
-    known = len(compiled_lines.read_lines.signatures), len(align.align_tokens.signatures)
+    functions: list[Any] = [read_rows, write_documents, align.align_tokens]
+    known = [len(function.signatures) for function in functions]
     rng = random.Random(0)
     rows = [turns(("user", "é" * rng.randint(0, 99)), ("assistant", "b" * rng.randint(0, 99))) for _ in range(50)]
     lines_both_ways(made, b"".join(json.dumps({"messages": row}).encode() + b"\n" for row in rows))
-    assert (len(compiled_lines.read_lines.signatures), len(align.align_tokens.signatures)) == known
+    assert [len(function.signatures) for function in functions] == known
 
 
 def test_code_is_compiled_where_nothing_can_be_kept() -> None:
@@ -225,6 +228,6 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
         block = LineBlock.of(lines * 3)
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
         text, _ = room.read(block)
-        assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.edges)
+        assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.run_ends)
         compiled_way, python, _ = lines_both_ways(made, lines)
         assert compiled_way == python

@@ -231,12 +231,12 @@ class Encoder:
         bad |= dict.fromkeys(np.flatnonzero(alignment.num_targets <= 0).tolist(), NO_TARGETS)
         return alignment.only(batch.drop(bad)) if bad else alignment
 
-    def encode_plain(self, piece: Block, source: Source) -> tuple[Encoded | None, list[int]]:
-        """The documents of the plain rows of a piece, and the numbers of the other rows, which are for `encode`."""
+    def encode_plain(self, block: Block, source: Source) -> tuple[Encoded | None, list[int]]:
+        """The documents of the plain rows of a block, and the numbers of the other rows, which are for `encode`."""
         plain = self._plain_rows(source)
         if plain is None:
-            return None, list(range(piece.count))
-        text, odd = plain.read(piece)
+            return None, list(range(block.count))
+        text, odd = plain.read(block)
         encoder = self.byte_level_encoder
         ends = text.run_ends[text.first_run[1:] - 1]
         alignment = encoder.align(encoder.encode_text(text.data, ends), text.padded, text.first_run, text.run_ends)

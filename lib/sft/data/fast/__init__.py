@@ -1,1 +1,1 @@
-"""Readers and encoders of common row layouts, compiled by numba. They give the same tokens as the Python code beside them."""
+"""Plain rows from JSON lines or Arrow columns to rendered text in compiled code, without a Python object for each row."""

@@ -1,108 +1,68 @@
-"""Rows that are as most rows are, from lines of JSON or columns of Arrow to rendered text without a Python object for each: `PlainRows.read`.
+"""Plain rows, from lines of JSON or columns of Arrow to rendered text, without a Python object for each row: `PlainRows.read`.
 
-In: a piece of a file. Out: the text of its conversations as the named template writes it, with the ends of its runs, and the
-rows that are not plain, which sft.chat.rows and sft.chat.named read instead. A row is plain when it is an object whose
-messages have a known role, a text as content and perhaps texts as functions and function_calls, when all else that could
-count (tools, train, tool_calls, …) is absent or null, and when no oddity of JSON is in it: a field twice, an escaped name, half of a
-surrogate pair. tests/test_plain.py and test_columns.py prove that both ways write the same. What is compiled: sft.data.fast.lines.
+In: a block of a file. Out: `PlainDocuments`, the text of the conversations as the named template writes it with the ends of its runs,
+and the numbers of the rows that are not plain (see `sft.data.fast.messages`), which sft.chat.rows and sft.chat.named read instead.
+tests/test_plain.py and test_columns.py prove that both ways write the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from sft.chat.named import NamedTemplate
+from sft.chat.rows import RowReader
 from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
-from sft.data.fast.columns import messages as messages_of
-from sft.data.fast.lines import (
-    BARRED,
-    FIELDS,
-    MESSAGES,
-    PARTS,
-    ROLE,
-    SHORTEST,
-    SPEAKERS,
-    Layout,
-    Names,
-    read_columns,
-    read_lines,
-)
-
-if TYPE_CHECKING:
-    from sft.chat.rows import RowReader
+from sft.data.fast.columns import read_columns
+from sft.data.fast.json_rows import SHORTEST_MESSAGE, field_names, read_rows
+from sft.data.fast.json_text import Buffer
+from sft.data.fast.messages import ROLE_NAMES, TEXT_FIELDS, Messages
+from sft.data.fast.turns import Documents, TurnLayout, Written, write_documents
 
 
 @dataclass(frozen=True)
-class Written:
-    """Documents as text: what `sft.data.batch.Batch` holds after `lay_out`, and the digest of what each conversation says."""
+class PlainDocuments:
+    """Documents as text: what `sft.data.batch.RenderedBatch` holds after `lay_out`, and the hash of each conversation."""
 
     data: bytes
-    padded: NDArray[np.uint8]  # the same, with WORD bytes behind it
-    rows: NDArray[np.int64]  # the line of each document
-    first_run: NDArray[np.int64]  # the first run of each, and the number of all
-    run_ends: NDArray[np.int64]  # where each run ends in `data`
-    num_specials: NDArray[np.int64]  # special tokens that the template wrote in each
+    padded: NDArray[np.uint8]
+    """`data`, with WORD bytes after its end."""
+    rows: NDArray[np.int64]
+    """[documents] The row of each."""
+    first_run: NDArray[np.int64]
+    """[documents + 1] The first run of each, then the number of all runs."""
+    run_ends: NDArray[np.int64]
+    """[runs] Where each run ends in `data`."""
+    num_specials: NDArray[np.int64]
+    """[documents] Special tokens that the template wrote."""
     hashes: NDArray[np.uint64]
-    answers_without_prefix: NDArray[np.int64]  # trained answers of each that do not begin with the generation prefix
+    """[documents] `conversation_hash` of each."""
+    answers_without_prefix: NDArray[np.int64]
+    """[documents] Trained answers that do not begin with the generation prefix."""
 
 
 class PlainRows:
     """Reads the plain rows of a source by the rules of its `RowReader`, as its template writes them."""
 
     def __init__(self, template: NamedTemplate, reader: RowReader) -> None:
-        self.columns = columns = [reader.columns[name] for name in ("messages", "tools", "system")]
-        self.names = Names(
-            *packed(columns), *packed([*FIELDS, *BARRED]), *packed(SPEAKERS), words_of(packed(SPEAKERS)[0])
-        )
-        turns = [template.turns.get(role) for role in SPEAKERS]
-        texts = [
-            part
-            for turn in turns
-            for part in ((turn.head, turn.stop, turn.gap, turn.last_stop, turn.last_gap) if turn else [""] * PARTS)
-        ]
-        system = template.turns.get("system")
-        texts += [
-            template.default_without_tools,
-            template.generation_prefix,
-            " <functions>",
-            "\n<functions>",
-            "</functions>",
-        ]
-        texts += ["<function_calls>", "</function_calls>", "<|im_end|>" if system else ""]
-        joined, where = packed(texts)
-        self.layout = Layout(
-            words_of(joined),
-            where,
-            np.array([turn is not None for turn in turns], dtype=np.uint8),
-            np.array([role in reader.train_roles for role in SPEAKERS], dtype=np.uint8),
-            np.array(
-                [
-                    [turn.specials if turn else 0 for turn in turns],
-                    [turn.last_specials if turn else 0 for turn in turns],
-                    [template.default_specials] * len(turns),
-                ]
-            ),
-            template.has_calls,
-            reader.last_only,
-        )
-        sizes = [len(text.encode()) for text in texts]
-        # The most that a line, and a message in it, is given by the template: head, stop and gap, and all that belongs to no role.
-        self.default, self.turn = sizes[-8], 3 * max(sizes[:-8]) + sum(sizes[-7:])
-        self.roles = np.empty(MESSAGES, dtype=np.int64)
-        self.spans = np.empty((MESSAGES, 2 * ROLE), dtype=np.int64)
-        self.text = self.out = self.said = np.empty(0, dtype=np.uint8)
-        self.edges = self.odd = np.empty(0, dtype=np.int64)
+        self.columns = [reader.columns[name] for name in ("messages", "tools", "system")]
+        self.names = field_names(self.columns)
+        self.layout = TurnLayout.of(template, reader)
+        # Memory that is used again for every block.
+        self.text = self.out = self.hashed = np.empty(0, dtype=np.uint8)
+        self.roles = self.run_ends = np.empty(0, dtype=np.int64)
+        self.spans = np.empty((0, len(TEXT_FIELDS), 2), dtype=np.int64)
+        self.first_run = np.empty(1, dtype=np.int64)
+        self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers = np.empty((5, 0), dtype=np.int64)
 
     @staticmethod
     def of(template: Any, reader: RowReader) -> PlainRows | None:
-        """None where rows or template ask for more than plain rows can be."""
+        """None where the rows or the template need more than plain rows can have."""
         plain = (
             isinstance(template, NamedTemplate)
             and not template.joins
@@ -114,72 +74,80 @@ class PlainRows:
         )
         return PlainRows(template, reader) if plain else None
 
-    def read(self, piece: Block) -> tuple[Written, list[int]]:
-        """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the piece."""
-        found = self._lines(piece) if isinstance(piece, LineBlock) else self._columns(piece)
-        if found is None:
-            return NOTHING, list(range(piece.count))
-        documents, odds, runs, size = found
-        stops = self.said_ends[:documents].tolist()
-        spoken = map(self.said.data.__getitem__, map(slice, [0, *stops[:-1]], stops))
-        written = Written(
+    def read(self, block: Block) -> tuple[PlainDocuments, list[int]]:
+        """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the block."""
+        if isinstance(block, LineBlock):
+            messages, size = self._read_lines(block), len(block.padded)
+        else:
+            messages, size = self._read_columns(block)
+        if messages is None:
+            return NO_DOCUMENTS, list(range(block.count))
+        out = self._reserve(size, int(messages.first[-1]), len(messages.is_plain))
+        written: Written = write_documents(self.layout, self.names.roles, messages, out)
+        documents, odd, runs, size = written
+        ends = out.hashed_ends[:documents].tolist()
+        hashed = map(self.hashed.data.__getitem__, map(slice, [0, *ends[:-1]], ends))
+        made = PlainDocuments(
             self.out[:size].tobytes(),
             self.out[: size + WORD],
-            self.rows[:documents],
-            self.first[: documents + 1],
-            self.edges[:runs],
-            self.specials[:documents],
-            np.fromiter(map(xxhash.xxh3_64_intdigest, spoken), dtype=np.uint64, count=documents),
-            self.lacking[:documents],
+            out.rows[:documents],
+            out.first_run[: documents + 1],
+            out.run_ends[:runs],
+            out.num_specials[:documents],
+            np.fromiter(map(xxhash.xxh3_64_intdigest, hashed), dtype=np.uint64, count=documents),
+            out.answers_without_prefix[:documents],
         )
-        return written, self.odd[:odds].tolist()
+        odd_rows: list[int] = out.odd[:odd].tolist()
+        return made, odd_rows
 
-    def _lines(self, block: LineBlock) -> tuple[int, int, int, int] | None:
-        data, ends = block.padded, block.ends
-        size = len(data) - WORD
+    def _read_lines(self, block: LineBlock) -> Messages | None:
+        """The messages of a block of lines; None when it is empty or not UTF-8."""
+        data, size = block.padded, len(block.padded) - WORD
         if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
             return None
-        self._reserve(size, size // SHORTEST + 1, len(ends))
-        self.text = room(self.text, len(data))
-        return read_lines(
-            data, words_of(data), ends, self.names, self.layout, self.text, words_of(self.text), self.roles, self.spans, *self._made()
-        )  # fmt: skip
+        most = size // SHORTEST_MESSAGE + 2
+        self.text, self.roles, self.spans = room(self.text, len(data)), room(self.roles, most), room(self.spans, most)
+        texts, rows = words_of(self.text), len(block.ends)
+        first, is_plain = np.empty(rows + 1, dtype=np.int64), np.empty(rows, dtype=np.bool_)
+        messages = Messages(first, is_plain, self.roles, self.spans, (texts, texts, texts))
+        read_rows(Buffer.of(data), block.ends, self.names, Buffer(self.text, texts), messages)
+        return messages
 
-    def _columns(self, columns: ColumnBlock) -> tuple[int, int, int, int] | None:
-        found = messages_of(columns.arrow, self.columns[0], self.columns[1:])
-        if found is None:
-            return None
-        self._reserve(sum(map(len, found.texts)), len(found.absent[0]), columns.count)
-        texts = tuple(words_of(text) for text in found.texts[:ROLE])
-        return read_columns(
-            found.begins, found.skipped, found.texts[ROLE], texts, found.where, found.absent, self.names, self.layout, self.roles, self.spans,
-            *self._made(),
-        )  # fmt: skip
+    def _read_columns(self, columns: ColumnBlock) -> tuple[Messages | None, int]:
+        """The messages of a record batch, and the bytes of their texts; None when no row is plain."""
+        messages = read_columns(columns.arrow, self.columns[0], self.columns[1:])
+        return messages, 0 if messages is None else sum(map(len, messages.texts))
 
-    def _made(self) -> tuple[NDArray[Any], ...]:
-        """Where compiled code puts what it makes."""
-        return (
-            words_of(self.out), words_of(self.said), self.odd, self.rows, self.first, self.edges, self.specials, self.lacking, self.said_ends
-        )  # fmt: skip
-
-    def _reserve(self, size: int, messages: int, rows: int) -> None:
-        """Room for what so many bytes of texts in so many messages and rows can become. Pages that are not written to cost nothing."""
-        self.out = room(self.out, size + messages * self.turn + rows * self.default + WORD)
-        self.said = room(self.said, size + messages * (max(map(len, SPEAKERS)) + 2) + 2 * WORD)
-        self.edges = room(self.edges, 2 * messages + rows + 1)
+    def _reserve(self, size: int, messages: int, rows: int) -> Documents:
+        """Room for the documents of so many bytes of texts, messages and rows. Pages that are never written cost nothing."""
+        layout = self.layout
+        self.out = room(self.out, size + messages * layout.most_in_message + rows * layout.most_in_row + WORD)
+        self.hashed = room(self.hashed, size + messages * (max(map(len, ROLE_NAMES)) + 2) + 2 * WORD)
+        self.run_ends = room(self.run_ends, 2 * messages + rows + 1)
         if len(self.odd) < rows:
-            self.odd, self.rows, self.specials, self.lacking, self.said_ends = np.empty((5, rows), dtype=np.int64)
-            self.first = np.empty(rows + 1, dtype=np.int64)
+            self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers = np.empty((5, rows), dtype=np.int64)
+            self.first_run = np.empty(rows + 1, dtype=np.int64)
+        return Documents(
+            words_of(self.out), words_of(self.hashed), self.hashed_ends, self.rows, self.odd, self.first_run, self.run_ends,
+            self.num_specials, self.answers,
+        )  # fmt: skip
 
 
 def room(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """The array, or a larger one of its kind: what stood in it is needed no more."""
-    return array if len(array) >= size else np.empty(size, dtype=array.dtype)
+    """The array, or a longer one of its kind without its content."""
+    return array if len(array) >= size else np.empty((size, *array.shape[1:]), dtype=array.dtype)
 
 
-NONE = np.zeros(0, dtype=np.int64)
-NOTHING = Written(
-    b"", np.zeros(WORD, dtype=np.uint8), NONE, np.zeros(1, dtype=np.int64), NONE, NONE, NONE.astype(np.uint64), NONE
+NOTHING = np.zeros(0, dtype=np.int64)
+NO_DOCUMENTS = PlainDocuments(
+    b"",
+    np.zeros(WORD, dtype=np.uint8),
+    NOTHING,
+    np.zeros(1, dtype=np.int64),
+    NOTHING,
+    NOTHING,
+    NOTHING.astype(np.uint64),
+    NOTHING,
 )
 
 
@@ -189,9 +157,3 @@ def is_utf8(data: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def packed(texts: Sequence[str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Texts one after another, room behind them, and where each begins and the last ends."""
-    pieces = [text.encode() for text in texts]
-    return np.frombuffer(b"".join(pieces) + bytes(WORD), dtype=np.uint8), np.cumsum([0, *map(len, pieces)])

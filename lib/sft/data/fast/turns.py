@@ -1,0 +1,277 @@
+"""Writes messages as a named template does, in compiled code: `write_documents`.
+
+In: `Messages`, and the template's texts (`TurnLayout`). Out: the text of the documents with the ends of their runs, and the bytes that
+`conversation_hash` covers (`Documents`). Texts are copied eight bytes at a time; what is copied beyond the end of one is overwritten
+by the next.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.chat.named import NamedTemplate
+from sft.chat.rows import RowReader
+from sft.data.compiled import WORD, compiled, inlined
+from sft.data.fast.messages import (
+    ASSISTANT,
+    CALLS,
+    CONTENT,
+    END,
+    FUNCTIONS,
+    NONE,
+    ROLE_NAMES,
+    START,
+    SYSTEM,
+    USER,
+    Names,
+    U,
+)
+
+# The texts of a layout: PARTS for each role, then OTHERS.
+HEAD, STOP, GAP, LAST_STOP, LAST_GAP = range(5)
+PARTS = 5
+OTHERS = PARTS * len(ROLE_NAMES)
+DEFAULT_SYSTEM, PREFIX, BEFORE_FUNCTIONS, BEFORE_USER_FUNCTIONS, AFTER_FUNCTIONS, BEFORE_CALLS, AFTER_CALLS, END_OF_TURN = (
+    range(OTHERS, OTHERS + 8)
+)  # fmt: skip
+NOT_LAST, LAST = range(2)
+
+
+class TurnLayout(NamedTuple):
+    """What a template writes, and the recipe's rules of what is trained."""
+
+    texts: Names
+    """The texts: PARTS for each role, then the others."""
+    has_turn: NDArray[np.uint8]
+    """[roles] Whether the template has a turn for the role."""
+    is_trained: NDArray[np.uint8]
+    """[roles]"""
+    num_specials: NDArray[np.int64]
+    """[2, roles] Special tokens of a turn, and of a last turn."""
+    default_specials: int
+    """Special tokens of the default system message."""
+    has_calls: bool
+    """Whether functions and function_calls have a place."""
+    last_only: bool
+    """Whether only the last message that could be trained is trained."""
+
+    @classmethod
+    def of(cls, template: NamedTemplate, reader: RowReader) -> TurnLayout:
+        turns = [template.turns.get(role) for role in ROLE_NAMES]
+        texts: list[str] = []
+        for turn in turns:
+            texts += (turn.head, turn.stop, turn.gap, turn.last_stop, turn.last_gap) if turn else [""] * PARTS
+        texts += [template.default_without_tools, template.generation_prefix]
+        texts += [" <functions>", "\n<functions>", "</functions>", "<function_calls>", "</function_calls>"]
+        texts += ["<|im_end|>" if "system" in template.turns else ""]
+        specials = [
+            [turn.specials if turn else 0 for turn in turns],
+            [turn.last_specials if turn else 0 for turn in turns],
+        ]
+        return cls(
+            Names.of(texts),
+            np.array([turn is not None for turn in turns], dtype=np.uint8),
+            np.array([role in reader.train_roles for role in ROLE_NAMES], dtype=np.uint8),
+            np.array(specials),
+            template.default_specials,
+            template.has_calls,
+            reader.last_only,
+        )
+
+    @property
+    def most_in_row(self) -> int:
+        """The most bytes that the template adds to a row, except for its messages."""
+        return int(np.diff(self.texts.starts)[DEFAULT_SYSTEM])
+
+    @property
+    def most_in_message(self) -> int:
+        """The most bytes that the template adds to a message: head, stop and gap, and every text that belongs to no role."""
+        sizes = np.diff(self.texts.starts)
+        return int(3 * sizes[:OTHERS].max() + sizes[DEFAULT_SYSTEM + 1 :].sum())
+
+
+class Documents(NamedTuple):
+    """What `write_documents` fills. [rows] means that the array has room for one entry for each row."""
+
+    text: NDArray[np.uint64]
+    """The text of all documents, as `words_of` returns it."""
+    hashed: NDArray[np.uint64]
+    """What `conversation_hash` covers: roles and contents, with a zero byte between them, as `words_of` returns it."""
+    hashed_ends: NDArray[np.int64]
+    """[rows] Where each document ends in `hashed`."""
+    rows: NDArray[np.int64]
+    """[rows] The row of each document."""
+    odd: NDArray[np.int64]
+    """[rows] The rows that make no document here."""
+    first_run: NDArray[np.int64]
+    """[rows + 1] The first run of each document, then the number of all runs."""
+    run_ends: NDArray[np.int64]
+    """Where each run ends in `text`."""
+    num_specials: NDArray[np.int64]
+    """[rows] Special tokens that the template wrote."""
+    answers_without_prefix: NDArray[np.int64]
+    """[rows] Trained answers that do not begin with the generation prefix."""
+
+
+class Written(NamedTuple):
+    """How far the writing has come."""
+
+    documents: int
+    odd: int
+    runs: int
+    size: int
+    """Bytes of text."""
+
+
+@inlined
+def copy(target: Any, to: int, source: Any, start: int, end: int) -> int:
+    """Copies the bytes source[start:end] to target[to]. Both are words. Returns where the copy ends."""
+    for i in range(0, end - start, WORD):
+        target[U(to + i)] = source[U(start + i)]
+    return to + end - start
+
+
+@inlined
+def copy_part(target: Any, to: int, layout: Any, part: int) -> int:
+    return copy(target, to, layout.texts.words, layout.texts.starts[part], layout.texts.starts[part + 1])
+
+
+@inlined
+def starts_with_prefix(source: Any, start: int, end: int, layout: Any) -> bool:
+    """Whether the bytes source[start:end] start with the generation prefix."""
+    first = layout.texts.starts[PREFIX]
+    length = layout.texts.starts[PREFIX + 1] - first
+    same = end - start >= length
+    for k in range(length if same else 0):
+        same &= (source[start + k] ^ layout.texts.words[first + k]) & np.uint64(0xFF) == 0
+    return bool(same)
+
+
+@inlined
+def find_last_trained(layout: Any, messages: Any, first: int, end: int) -> int:
+    """The last message of a row that may be trained; NONE when there is none, or the template has no place for something."""
+    last_trained = NONE
+    for message in range(first, end):
+        role = messages.roles[message]
+        if role == NONE or not layout.has_turn[role]:
+            return NONE
+        if messages.spans[message, FUNCTIONS, START] != NONE and not (layout.has_calls and role in (SYSTEM, USER)):
+            return NONE
+        if messages.spans[message, CALLS, START] != NONE and not (layout.has_calls and role == ASSISTANT):
+            return NONE
+        if layout.is_trained[role]:
+            last_trained = message
+    return last_trained
+
+
+@inlined
+def has_system(messages: Any, first: int, end: int) -> bool:
+    """Whether one of the messages is the system's."""
+    found = False
+    for message in range(first, end):
+        found |= messages.roles[message] == SYSTEM
+    return found
+
+
+@inlined
+def write_body(layout: Any, messages: Any, message: int, start: int, last: bool, target: Any, to: int) -> int:
+    """Writes a message from `start` in its content to the stop of its turn."""
+    role, spans = messages.roles[message], messages.spans
+    stop = PARTS * role + (LAST_STOP if last else STOP)
+    to = copy(target, to, messages.texts[CONTENT], start, spans[message, CONTENT, END])
+    if spans[message, FUNCTIONS, START] != NONE:
+        to = copy_part(target, to, layout, BEFORE_FUNCTIONS if role == SYSTEM else BEFORE_USER_FUNCTIONS)
+        to = copy(
+            target, to, messages.texts[FUNCTIONS], spans[message, FUNCTIONS, START], spans[message, FUNCTIONS, END]
+        )
+        to = copy_part(target, to, layout, AFTER_FUNCTIONS)
+        if role == SYSTEM:
+            stop = END_OF_TURN  # without the sentence that there are no functions
+    if spans[message, CALLS, START] != NONE:
+        to = copy_part(target, to, layout, BEFORE_CALLS)
+        to = copy(target, to, messages.texts[CALLS], spans[message, CALLS, START], spans[message, CALLS, END])
+        to = copy_part(target, to, layout, AFTER_CALLS)
+    return copy_part(target, to, layout, stop)
+
+
+@inlined
+def write_document(
+    layout: Any, messages: Any, first: int, end: int, last_trained: int, out: Any, to: int, run: int
+) -> Any:
+    """Writes messages first … end - 1 to out.text[to]; the ends of runs go to out.run_ends[run]. Returns the ends of both, the special
+    tokens that it wrote, and the trained answers without the generation prefix."""
+    text, document_start = out.text, run
+    num_specials, answers_without_prefix = 0, 0
+    if not has_system(messages, first, end):
+        to = copy_part(text, to, layout, DEFAULT_SYSTEM)
+        num_specials = layout.default_specials
+    has_prefix = layout.texts.starts[PREFIX] < layout.texts.starts[PREFIX + 1]
+    for message in range(first, end):
+        role, last = messages.roles[message], message == end - 1
+        train = layout.is_trained[role] and (message == last_trained or not layout.last_only)
+        start = messages.spans[message, CONTENT, START]
+        to = copy_part(text, to, layout, PARTS * role + HEAD)
+        if train:
+            if role == ASSISTANT and has_prefix:
+                if starts_with_prefix(messages.texts[CONTENT], start, messages.spans[message, CONTENT, END], layout):
+                    to = copy_part(text, to, layout, PREFIX)
+                    start += layout.texts.starts[PREFIX + 1] - layout.texts.starts[PREFIX]
+                else:
+                    answers_without_prefix += 1
+            out.run_ends[run] = to
+            run += 1
+        to = write_body(layout, messages, message, start, last, text, to)
+        if train:
+            out.run_ends[run] = to
+            run += 1
+        to = copy_part(text, to, layout, PARTS * role + (LAST_GAP if last else GAP))
+        num_specials += layout.num_specials[LAST if last else NOT_LAST, role]
+    if run == document_start or out.run_ends[run - 1] < to:
+        out.run_ends[run] = to
+        run += 1
+    return to, run, num_specials, answers_without_prefix
+
+
+@inlined
+def write_hashed(messages: Any, first: int, end: int, roles: Any, hashed: Any, to: int) -> int:
+    """Writes what `conversation_hash` covers. `roles` are the names of the roles. Returns where it ends."""
+    zero = np.uint64(0)
+    for message in range(first, end):
+        if message > first:
+            hashed[U(to)] = zero
+            to += 1
+        role = messages.roles[message]
+        to = copy(hashed, to, roles.words, roles.starts[role], roles.starts[role + 1])
+        hashed[U(to)] = zero
+        to = copy(
+            hashed,
+            to + 1,
+            messages.texts[CONTENT],
+            messages.spans[message, CONTENT, START],
+            messages.spans[message, CONTENT, END],
+        )
+    return to
+
+
+@compiled
+def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
+    """Writes the documents of all plain rows. In: TurnLayout, the roles' Names, Messages, Documents. Returns `Written`."""
+    documents, odd, runs, size, hashed_size = 0, 0, 0, 0, 0
+    for row in range(len(messages.is_plain)):
+        first, end = messages.first[row], messages.first[row + 1]
+        last_trained = find_last_trained(layout, messages, first, end) if messages.is_plain[row] else NONE
+        if last_trained == NONE:
+            out.odd[odd] = row
+            odd += 1
+            continue
+        out.rows[documents], out.first_run[documents] = row, runs
+        size, runs, num_specials, answers = write_document(layout, messages, first, end, last_trained, out, size, runs)
+        out.num_specials[documents], out.answers_without_prefix[documents] = num_specials, answers
+        hashed_size = write_hashed(messages, first, end, roles, out.hashed, hashed_size)
+        out.hashed_ends[documents] = hashed_size
+        documents += 1
+    out.first_run[documents] = runs
+    return Written(documents, odd, runs, size)

@@ -1,0 +1,130 @@
+"""Strings, values and lines of JSON read in compiled code: what Python's json reads, or nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from sft.data.compiled import WORD, compiled
+from sft.data.fast import json_text
+from sft.data.fast.json_rows import field_names, read_rows
+from sft.data.fast.json_text import MAX_DIGITS, Buffer
+from sft.data.fast.messages import CALLS, CONTENT, FUNCTIONS, MAX_MESSAGES, NONE, ROLE_NAMES, Messages, Names
+
+READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
+
+
+def buffer(data: bytes) -> Buffer:
+    return Buffer.of(np.frombuffer(bytearray(data + b"\n") + bytes(2 * WORD), dtype=np.uint8))
+
+
+@compiled
+def read_string(source: Any, target: Any) -> Any:
+    return READ_STRING(source, 1, target, 0)
+
+
+@compiled
+def skip_value(source: Any, target: Any) -> int:
+    return SKIP_VALUE(source, 0, target, 0)
+
+
+@compiled
+def find_name(data: Any, end: int, names: Any) -> int:
+    return FIND_NAME(data, 0, end, names)
+
+
+def string(written: bytes) -> bytes | None:
+    """What is read of a JSON string with its quotes."""
+    source, target = buffer(written), buffer(bytes(len(written)))
+    end, size = read_string(source, target)
+    assert end in (NONE, len(written))
+    return None if end == NONE else target.bytes[:size].tobytes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=40), ascii_only=st.booleans())
+@example(text='\x00\x1f\x7f"\\/\b\f\n\r\t\u07ff\u0800\uffff\U00010000\U0010ffff', ascii_only=True)
+def test_a_string_is_read_as_python_reads_it(text: str, ascii_only: bool) -> None:
+    assert string(json.dumps(text, ensure_ascii=ascii_only).encode()) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        rb'"\ud83e"',  # half of a surrogate pair, and the other half
+        rb'"\udd8a"',
+        rb'"\ud83e\u0041"',
+        rb'"\ud83ex"',
+        rb'"\x41"',
+        rb'"\u12g4"',
+        b'"\x01"',
+        b'"open',
+    ],
+)
+def test_a_string_that_is_no_json_or_no_unicode_is_not_read(written: bytes) -> None:
+    assert string(written) is None
+
+
+@pytest.mark.parametrize("written", ["null", "true", "false", "0", "-12", "9" * MAX_DIGITS, '""', '"a\\"b"'])
+def test_a_simple_value_is_skipped(written: str) -> None:
+    json.loads(written)
+    for after in (",", "}", " "):
+        assert skip_value(buffer((written + after).encode()), buffer(bytes(64))) == len(written)
+
+
+@pytest.mark.parametrize("written", ["01", "-", "1.5", "1e3", "9" * (MAX_DIGITS + 1), "[", "{", "nul", "True", "x", ""])
+def test_a_value_that_is_not_simple_is_not_skipped(written: str) -> None:
+    assert skip_value(buffer((written + ",").encode()), buffer(bytes(64))) == NONE
+
+
+def test_a_name_is_found_when_all_of_it_agrees() -> None:
+    names = Names.of(["role", "content", "", "rol"])
+    for index, name in enumerate(("role", "content", "", "rol")):
+        assert find_name(buffer(name.encode()).bytes, len(name), names) == index
+    for name in ("roles", "ro", "Role", "contenT"):
+        assert find_name(buffer(name.encode()).bytes, len(name), names) == NONE
+
+
+def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None]] | None]:
+    """The role and the texts of each message of each line; None for a row that is not plain."""
+    data = "".join(line + "\n" for line in lines).encode()
+    source, target = buffer(data), buffer(bytes(len(data)))
+    ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10)
+    room = MAX_MESSAGES + 2
+    messages = Messages(
+        np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), np.empty(room, dtype=np.int64),
+        np.empty((room, 3, 2), dtype=np.int64), (target.words,) * 3,
+    )  # fmt: skip
+    read_rows(source, ends, field_names(["messages", "tools"]), target, messages)
+
+    def text(message: int, field: int) -> str | None:
+        start, end = messages.spans[message, field]
+        return None if start == NONE else target.bytes[start:end].tobytes().decode()
+
+    found: list[Any] = []
+    for row, is_plain in enumerate(messages.is_plain.tolist()):
+        mine = range(messages.first[row], messages.first[row + 1])
+        assert is_plain or not mine
+        fields = (CONTENT, FUNCTIONS, CALLS)
+        read = [(ROLE_NAMES[messages.roles[m]], *(text(m, field) for field in fields)) for m in mine]
+        found.append(read if is_plain else None)
+    return found
+
+
+def test_rows_keep_their_own_messages_whatever_is_between_them() -> None:
+    plain = '{"messages": [{"role": "user", "content": "a\\n"}, {"content": "b", "role": "assistant", "function_calls": "f()"}]}'
+    last = '{"id": 7, "messages": [{"role": "system", "functions": "[]", "content": "é"}], "tools": null}'
+    broken = (
+        plain.replace("}]}", "}]"),
+        plain.replace("user", "wizard"),
+        "",
+        "[]",
+        plain.replace("]}", '], "tools": []}'),
+    )
+    users = [("user", "a\n", None, None), ("assistant", "b", None, "f()")]
+    assert rows(plain, *broken, last, plain) == [users, *[None] * len(broken), [("system", "é", "[]", None)], users]
