@@ -19,7 +19,7 @@ from sft.formats import manifest
 from sft.checkpoint import gather
 from sft.model.parallel import SharedError, join
 
-gather.PIECE = 1000
+gather.BLOCK = 1000
 world, root, shared = join(1), Path(sys.argv[1]), sys.argv[2] == "shared"
 for case in ("whole", "altered", "short"):
     work = root / case / ("one" if shared else f"disk{world.rank}")
@@ -36,7 +36,7 @@ for case in ("whole", "altered", "short"):
         print(case, world.rank, str(e).replace(str(root), ""), flush=True)
         continue
     if sent:
-        gather.forget(work)
+        gather.remove_copies(work)
     print(case, world.rank, sent, flush=True)
 world.close()
 """

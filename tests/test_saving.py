@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 
 import training
 from sft.checkpoint import olmo_core, step_folder
@@ -52,14 +52,14 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
         ephemeral=False,
     )
     trained_on, inside = threading.Event(), threading.Event()
-    original = dcp.save
+    original = state_dict_saver.save
 
     def held(*args: Any, **kwargs: Any) -> Any:
         inside.set()
         assert trained_on.wait(60)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(dcp, "save", held)
+    monkeypatch.setattr(state_dict_saver, "save", held)
     beside = saver(tmp_path)
     beside.begin(3, model, optimizer, {"guard": guard.state()}, ephemeral=False)
     assert inside.wait(60)
@@ -120,7 +120,7 @@ def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, mo
     model, optimizer = trained()
     beside = saver(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(dcp, "save", full)
+        patch.setattr(state_dict_saver, "save", full)
         beside.begin(3, model, optimizer, {}, ephemeral=False)
         deadline = time.monotonic() + 60
         while not beside.failed:

@@ -209,8 +209,8 @@ def test_a_corrupt_step_is_passed_over_with_a_warning(folder: Path) -> None:
     shard.write_bytes(data)
     (out / "step8" / "manifest.json").write_text('{"schema": 1, "outp')
     said = train(folder, steps=12, save_every=4)
-    assert f"warning: {out / 'step12'}: passed over: {shard} has sha256" in said
-    assert f"warning: {out / 'step8'}: passed over: " in said
+    assert f"warning: {out / 'step12'}: skipped: {shard} has sha256" in said
+    assert f"warning: {out / 'step8'}: skipped: " in said
     assert f"continuing from {out / 'step4'}" in said
     assert all(torch.equal(good[k], v) for k, v in tensors(out / "step12").items())
 

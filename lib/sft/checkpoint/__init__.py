@@ -1,1 +1,1 @@
-"""Checkpoints on disk: step folders in OLMo-core's layout, Hugging Face folders, and tensors read from either."""
+"""Step folders in OLMo-core's layout: writing, reading, and their model descriptions; Hugging Face folders of weights."""

@@ -1,10 +1,12 @@
-"""Tensors of a torch DCP folder (ours or OLMo-core's), read in pieces, without a process group and without running anything.
+"""Reads tensors of a torch DCP folder (ours or OLMo-core's), without a process group and without running foreign code.
 
-In:  stepN/ or stepN/model_and_optim/, written by any number of ranks. Out: `DcpReader`, name -> tensor, or a few rows of one, or the
-     part of one that a rank holds. Memory is that of what is asked for and a piece of 32 MB.
+In:  stepN/ or stepN/model_and_optim/, written by any number of ranks.
+Out: `DcpReader`, a mapping from name to tensor, which also reads some rows of a tensor, or the part that a rank holds. Memory is
+     that of the result and a block of 32 MB.
 
-DCP's `.metadata` is a pickle. It is read by an unpickler that knows a dozen plain classes and nothing else. Every stored
-piece is a zip of torch.save's, whose pickle is read with weights_only; values read from first to last are held against its CRC-32.
+DCP's `.metadata` is a pickle. It is read by an unpickler that accepts a dozen plain classes and nothing else. Every stored chunk is
+a zip written by torch.save, whose pickle is read with weights_only. Values that are read from first to last are compared with
+its CRC-32.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from sft.common.errors import SftError
 
-PIECE = 32 << 20  # bytes read at once
+BLOCK = 32 << 20  # bytes read at once
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     (kind.__module__, kind.__name__): kind
@@ -59,36 +61,37 @@ class _Restricted(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in checkpoint metadata") from None
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in checkpoint metadata") from None
 
 
 def read_metadata(step: Path) -> metadata.Metadata:
-    """The DCP metadata of a step folder, or of a folder that is itself DCP's. Raises SftError; runs no foreign code."""
+    """The DCP metadata of a step folder or of a DCP folder. Raises SftError. Runs no foreign code."""
     file = weights_folder(step) / ".metadata"
     try:
         with file.open("rb") as f:
             found = _Restricted(f).load()
     except FileNotFoundError:
         raise SftError(f"{file}: no such file; {step} is not a checkpoint; next: name a step folder") from None
-    except Exception as error:  # a torn pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise nearly anything
         raise SftError(
-            f"{file}: not readable as checkpoint metadata: {type(error).__name__}: {error}; next: bring that file again from where"
-            " you trust it"
+            f"{file}: not readable as checkpoint metadata: {type(error).__name__}: {error}; next: fetch that file again from a"
+            " trusted source"
         ) from error
     if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
         raise SftError(
-            f"{file}: holds {type(found).__name__}, expected a DCP Metadata with storage data; next: bring it again"
+            f"{file}: holds {type(found).__name__}, expected a DCP Metadata with storage data; next: fetch it again"
         )
     return found
 
 
 def weights_folder(step: Path) -> Path:
+    """The DCP folder of a step folder, or the folder itself where it is DCP's."""
     nested = step / "model_and_optim"
     return nested if nested.is_dir() or not (step / ".metadata").is_file() else step
 
 
 class Weights(Protocol):
-    """What an export is made from and compared with: tensors by our name, wherever they lie."""
+    """Tensors by our names, from any kind of file: the source of an export, and what it is compared with."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -146,12 +149,12 @@ class DcpReader(Mapping[str, Tensor]):
         self._files.clear()
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copies a stored tensor into a plain or sharded one of the same shape: every rank reads only what it holds."""
+        """Copies a stored tensor into a plain or sharded one of the same shape. A rank reads only its part. Raises SftError."""
         if name not in self._entries:
             raise SftError(f"{self.folder}: no tensor {self.prefix}{name}")
         if tuple(target.shape) != self.shape(name):
             raise SftError(
-                f"{self.folder}: {self.prefix}{name}: shape {self.shape(name)}, the model wants {tuple(target.shape)}"
+                f"{self.folder}: {self.prefix}{name}: shape {self.shape(name)}, the model has {tuple(target.shape)}"
             )
         with torch.no_grad():
             if not isinstance(target, DTensor):
@@ -161,7 +164,7 @@ class DcpReader(Mapping[str, Tensor]):
             self._fill(name, target.to_local(), tuple(offset))
 
     def _fill(self, name: str, target: Tensor, offset: tuple[int, ...]) -> None:
-        """Fills `target`, which stands at `offset` of the whole tensor, from every stored chunk that overlaps it."""
+        """Fills `target`, a part of the tensor that starts at `offset`, from all stored chunks that overlap it."""
         if self._opened[0] != name:
             self._opened = (name, {})
         filled = 0
@@ -177,7 +180,7 @@ class DcpReader(Mapping[str, Tensor]):
                 filled += overlap
         if filled != target.numel():
             raise SftError(
-                f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values; next: bring the whole checkpoint again"
+                f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values; next: fetch the complete checkpoint again"
             )
 
     def _chunk(self, name: str, stored: metadata.ChunkStorageMetadata) -> _Chunk:
@@ -186,7 +189,9 @@ class DcpReader(Mapping[str, Tensor]):
         key = self.prefix + name
         info = self._storage.get(metadata.MetadataIndex(key, stored.offsets))
         if info is None:
-            raise SftError(f"{self.folder}/.metadata: says nothing about where {key} at {stored.offsets} lies")
+            raise SftError(
+                f"{self.folder}/.metadata: has no location of {key} at {stored.offsets}; next: fetch it again"
+            )
         if getattr(info, "transform_descriptors", None) or not re.fullmatch(r"[\w.-]+", info.relative_path):
             raise SftError(f"{self.folder}/.metadata: {key}: unusable location {info.relative_path!r}")
         file = self.folder / info.relative_path
@@ -195,11 +200,11 @@ class DcpReader(Mapping[str, Tensor]):
                 self._files[info.relative_path] = file.open("rb")
             chunk = _Chunk(self._files[info.relative_path], info.offset, info.length, f"{file}: {key}")
         except FileNotFoundError:
-            raise SftError(f"{file}: missing; next: bring the whole checkpoint again") from None
+            raise SftError(f"{file}: missing; next: fetch the complete checkpoint again") from None
         except SftError:
             raise
         except Exception as error:  # a damaged zip can raise nearly anything
-            raise SftError(f"{file}: {key}: not readable: {error}; next: bring that file again") from error
+            raise SftError(f"{file}: {key}: not readable: {error}; next: fetch that file again") from error
         if chunk.shape != stored.sizes:
             raise SftError(f"{file}: {key}: a chunk of {tuple(chunk.shape)}, listed as {tuple(stored.sizes)}")
         self._opened[1][stored.offsets] = chunk
@@ -207,7 +212,7 @@ class DcpReader(Mapping[str, Tensor]):
 
 
 class _Chunk:
-    """One stored piece of a tensor. Its values lie uncompressed in one record of a zip, row after row."""
+    """A stored part of a tensor. Its values are one uncompressed record of a zip, row after row."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int, where: str) -> None:
         self.file, self.where = file, where
@@ -215,29 +220,29 @@ class _Chunk:
         with zipfile.ZipFile(view) as archive:
             record = next((i for i in archive.infolist() if i.filename.endswith("/data/0")), None)
         view.seek(0)
-        with FakeTensorMode():  # reads shape and place, not the values
+        with FakeTensorMode():  # reads shape and offset, not the values
             value = torch.load(view, map_location="cpu", weights_only=True)
         if not isinstance(value, Tensor):
             raise SftError(f"{where}: holds {type(value).__name__}, expected a tensor")
         self.shape, self.dtype = value.shape, value.dtype
-        self.whole: Tensor | None = None
+        self.loaded: Tensor | None = None  # the values, where they are not contiguous in the file
         self.crc = self.seen = 0
         if record is None or not value.is_contiguous() or value.storage_offset():
             view.seek(0)
-            self.whole = torch.load(view, map_location="cpu", weights_only=True)
+            self.loaded = torch.load(view, map_location="cpu", weights_only=True)
             return
         self.record, self.size = record, value.numel() * value.dtype.itemsize
         self.offset = offset + getattr(value.untyped_storage(), "_checkpoint_offset")  # noqa: B009 (torch's, undeclared)
 
     def copy(self, target: Tensor, part: tuple[slice, ...]) -> None:
-        """target = self[part], at most PIECE bytes of whole rows at a time."""
-        if self.whole is not None or not part:
-            value = self._values(0, self.size).view(self.shape) if self.whole is None else self.whole
+        """target = self[part], in rows of at most BLOCK bytes at a time."""
+        if self.loaded is not None or not part:
+            value = self._values(0, self.size).view(self.shape) if self.loaded is None else self.loaded
             target.copy_(value[part])
             return
         first, last = part[0].start, part[0].stop
         row = self.size // self.shape[0]
-        step = max(1, PIECE // max(1, row))
+        step = max(1, BLOCK // max(1, row))
         for start in range(first, last, step):
             stop = min(start + step, last)
             values = self._values(start * row, (stop - start) * row).view(stop - start, *self.shape[1:])
@@ -245,17 +250,17 @@ class _Chunk:
 
     def _values(self, start: int, count: int) -> Tensor:
         raw = read_values(self.file, self.offset + start, count, torch.uint8)
-        if start == self.seen:  # one reader that goes from the first byte to the last has them all checked
+        if start == self.seen:  # a reader that goes from the first byte to the last gets all of them checked
             self.crc, self.seen = zlib.crc32(raw.numpy().data, self.crc), start + count
             if self.seen == self.record.file_size and self.crc != self.record.CRC:
                 raise SftError(
-                    f"{self.where}: the values are not those that were written (CRC-32 differs); next: bring that file again"
+                    f"{self.where}: the values are not those that were written (CRC-32 differs); next: fetch that file again"
                 )
         return raw.view(self.dtype)
 
 
 class _View(io.RawIOBase):
-    """A stretch of a file as a file of its own."""
+    """A range of a file as a stream."""
 
     def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self.file, self.offset, self.length, self.at = file, offset, length, 0
@@ -281,12 +286,12 @@ class _View(io.RawIOBase):
 
 
 def read_values(file: BinaryIO, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` values at a place in a file. Raises SftError where the file ends early."""
+    """`count` values at an offset of a file. Raises SftError if the file ends early."""
     raw = torch.empty(count * dtype.itemsize, dtype=torch.uint8)
     left = raw.numpy().data
     while left:
         got = os.preadv(file.fileno(), [left[: 1 << 30]], offset)
         if not got:
-            raise SftError(f"{file.name}: ends {len(left):,} bytes early; next: bring that file again")
+            raise SftError(f"{file.name}: ends {len(left):,} bytes early; next: fetch that file again")
         left, offset = left[got:], offset + got
     return raw.view(dtype)

@@ -1,9 +1,9 @@
-"""A step's files on one disk, where the nodes of a training share none.
+"""Gathers a step's files on rank 0's disk, where the nodes of a training have no common disk.
 
-In:  a work folder of the same name on every node, each with the files that its ranks wrote, and what every rank says of its own.
-Out: all files on rank 0's disk, every byte compared with what its writer said. Where the disk is shared nothing is sent.
+In:  a work folder of the same name on every node with the files that its ranks wrote, and the manifest entries of every rank's files.
+Out: all files on rank 0's disk, compared with their entries. On a common disk nothing is sent.
 
-They travel over the host-side group in pieces, rank by rank, beside training (sft.training.saving calls it in its thread).
+Files are sent over the host-side group in blocks, rank after rank, beside training (sft.training.saving runs this in its thread).
 """
 
 from __future__ import annotations
@@ -22,52 +22,55 @@ from sft.common.errors import SftError
 from sft.formats.manifest import Output
 from sft.model.parallel import World
 
-PIECE = 64 << 20  # bytes sent at once
+BLOCK = 64 << 20  # bytes sent at once
 
 
 def gather_files(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:
-    """`described`: per rank the manifest entries of its files under `work`. Returns whether this rank's were sent away.
-    Raises SharedError on every rank when a file did not arrive as it was written."""
+    """Sends files that rank 0 does not have. `described`: for every rank the manifest entries of its files under `work`.
+
+    Returns whether files of this rank were sent. Raises SharedError on every rank when a file did not arrive as it was written.
+    """
     if world.size == 1:
         return False
-    lacking = world.on_rank0(lambda: [[e for e in mine if not (work / e.path).is_file()] for mine in described])
+    missing = world.on_rank0(lambda: [[e for e in mine if not (work / e.path).is_file()] for mine in described])
     failures: list[str] = []
-    for rank, entries in enumerate(lacking):
+    for rank, entries in enumerate(missing):
         for entry in entries:
             if world.rank == rank:
                 _send(work / entry.path, entry.bytes, world)
             elif world.is_rank0 and (problem := _receive(work / entry.path, entry, rank, world)):
                 failures.append(problem)
 
-    def told() -> None:
+    def check() -> None:
         if failures:
             raise SftError("; ".join(failures[:3]))
 
-    world.on_rank0(told)
-    return bool(lacking[world.rank])
+    world.on_rank0(check)
+    return bool(missing[world.rank])
 
 
-def forget(work: Path) -> None:
-    """Removes a node's copy of what rank 0 has now; ranks of a node do so at once."""
+def remove_copies(work: Path) -> None:
+    """Removes a node's copies of files that rank 0 has now. Ranks of a node may do so at the same time."""
     shutil.rmtree(work, ignore_errors=True)
 
 
 def _send(file: Path, size: int, world: World) -> None:
-    """Sends as many bytes as were announced, whatever the disk says: the receiver compares."""
+    """Sends the announced number of bytes, also after a read error: the receiver expects them and compares their hash."""
     with contextlib.ExitStack() as stack:
         try:
             f = stack.enter_context(file.open("rb"))
         except OSError:
             f = stack.enter_context(open(os.devnull, "rb"))
-        for begin in range(0, size, PIECE):
-            piece = torch.zeros(min(PIECE, size - begin), dtype=torch.uint8)
+        for begin in range(0, size, BLOCK):
+            block = torch.zeros(min(BLOCK, size - begin), dtype=torch.uint8)
             with contextlib.suppress(OSError):
-                f.readinto(memoryview(piece.numpy()))  # type: ignore[arg-type]
-            dist.send(piece, 0, group=world.group)
+                f.readinto(memoryview(block.numpy()))  # type: ignore[arg-type]
+            dist.send(block, 0, group=world.group)
 
 
 def _receive(file: Path, entry: Output, rank: int, world: World) -> str:
-    """Writes a file that `rank` sends. Returns what went wrong, once every piece has come: the sender waits for none of it."""
+    """Writes a file that `rank` sends. Returns the problem, or "". Receives all blocks also after a problem, so that the sender does not
+    block."""
     problem, size, sha256 = "", entry.bytes, hashlib.sha256()
     with contextlib.ExitStack() as stack:
         try:
@@ -75,10 +78,10 @@ def _receive(file: Path, entry: Output, rank: int, world: World) -> str:
             f = stack.enter_context(file.open("wb"))
         except OSError as e:
             f, problem = stack.enter_context(open(os.devnull, "wb")), f"{file}: {e.strerror}"
-        for begin in range(0, size, PIECE):
-            piece = torch.empty(min(PIECE, size - begin), dtype=torch.uint8)
-            dist.recv(piece, rank, group=world.group)
-            data = memoryview(piece.numpy())  # type: ignore[arg-type]
+        for begin in range(0, size, BLOCK):
+            block = torch.empty(min(BLOCK, size - begin), dtype=torch.uint8)
+            dist.recv(block, rank, group=world.group)
+            data = memoryview(block.numpy())  # type: ignore[arg-type]
             sha256.update(data)
             try:
                 f.write(data)

@@ -1,17 +1,17 @@
-"""Step folders in OLMo-core's layout: written whole or not at all, hashed, read back without running anything.
+"""Step folders in OLMo-core's layout: written completely or not at all, hashed, and read without running foreign code.
 
     stepN/config.json           model and tokenizer facts, in the form that OLMo-core's converter reads
     stepN/.metadata.json        {"ephemeral": …, "version": …}
-    stepN/train/rank{r}.pt      what only a resume needs: counters, guard history, RNG
+    stepN/train/rank{r}.pt      what only a resume needs: counters, the guard's history, random generators
     stepN/model_and_optim/      torch DCP shards: model.<name>, optim.state.<name>.*, optim.param_groups.<name>.*
     stepN/manifest.json         size and sha256 of every file above; written last
 
-    LATEST, BEST                text files beside the steps; the first line names one of them
+    LATEST, BEST                text files beside the steps, which name one of them (sft.formats.steps)
 
 In:  a model and optimizer (plain or sharded), the training folder.
-Out: `save` writes into `.saving-stepN` and renames (beside training: sft.training.saving); `latest` finds the newest step
-     whose bytes are what its manifest says; `restore` loads it for any number of ranks (sft.checkpoint.dcp_reader reads the
-     shards); `mark_best` names the best step in BEST.
+Out: `save` writes into `.saving-stepN` and renames it (sft.training.saving does this beside training); `latest` finds the newest
+     step whose bytes agree with its manifest; `restore` loads it on any number of ranks (sft.checkpoint.dcp_reader); `mark_best`
+     names the best step in BEST; `prune` removes superfluous steps.
 
 Pickled scalars (`optim.param_groups`) are written for OLMo-core and never read.
 """
@@ -35,9 +35,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
 from sft.checkpoint import gather
 from sft.checkpoint.dcp_reader import DcpReader
@@ -70,7 +71,7 @@ class _Shard(io.RawIOBase):
 
 
 class _Files(FileSystem):
-    """Files that are on the disk when they are closed, shards past the page cache and hashed on their way."""
+    """Files that are flushed to the disk when they are closed. Shards bypass the page cache and are hashed while they are written."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
@@ -92,8 +93,8 @@ class _Files(FileSystem):
         self.hashes[Path(path).name] = file.close()
 
 
-class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, which would otherwise note a random id and the temporary path: equal states give equal bytes."""
+class _Writer(FileSystemWriter):
+    """DCP's writer without a random id and the temporary path in its metadata, so that equal states give equal bytes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=False)
@@ -104,15 +105,15 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """ "<name>.<moment>" for every parameter."""
+    """{"<name>.<moment>": tensor} for every parameter."""
     return {f"{n}.{s}": value for n, p in model.named_parameters() for s, value in optimizer.state[p].items()}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a step folder holds of a model and optimizer, by OLMo-core's names: the live tensors, not copies."""
+    """The state of a model and optimizer by OLMo-core's names, as a step folder stores it. The tensors are not copied."""
     names = {name: parameter.detach() for name, parameter in model.named_parameters()}
     group = optimizer.param_groups[0]
-    # Every option, and initial_lr, which OLMo-core's schedulers start from: a reader asks for all that its optimizer has.
+    # All options, because a reader asks for all that its optimizer has, and initial_lr, which OLMo-core's schedulers start from.
     options = {"initial_lr": group["lr"]} | {k: v for k, v in group.items() if k != "params"}
     return {
         "model": names,
@@ -131,8 +132,11 @@ def save(
     *,
     ephemeral: bool,
 ) -> Path:
-    """Writes a `snapshot` as out/stepN and returns it; every rank calls this. Raises SftError, leaving every older step
-    untouched. Its agreements go over `world`'s group alone, so that a thread with a group of its own may call it."""
+    """Writes a `snapshot` as out/stepN and returns the folder. Every rank calls this.
+
+    `train_state`: of this rank. `config`: the content of config.json. Uses the group of `world` only, so a thread with a separate
+    group may call it. Raises SharedError on every rank; older steps are unchanged then.
+    """
     final, work = out / f"step{step}", out / f".saving-step{step}"
 
     def write() -> list[dict[str, Any]]:
@@ -159,7 +163,7 @@ def save(
         StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)
         for folder in (work / "model_and_optim", work / "train", work):
             sync_folder(folder)
-        if final.exists():  # a torn or foreign folder of this name: the resume passed it over
+        if final.exists():  # an incomplete or foreign folder, which the resume skipped
             shutil.rmtree(to_trash(final))
         work.rename(final)
         sync_folder(out)
@@ -168,30 +172,34 @@ def save(
         world.on_rank0(lambda: shutil.rmtree(work, ignore_errors=True))
         world.on_all_ranks(write)
         writer = _Writer(work / "model_and_optim")
-        with warnings.catch_warnings():  # one process without a group is what was meant
+        with warnings.catch_warnings():  # one process without a group is intended
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
-            dcp.save(dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized())
+            state_dict_saver.save(
+                dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized()
+            )
         described = world.on_all_ranks(describe)
         sent = gather.gather_files(work, described, world)
         world.on_rank0(publish)
         if sent:
-            gather.forget(work)
-    except (OSError, RuntimeError, SftError, dcp.api.CheckpointException) as error:
-        entries = [value for part in state.values() for value in part.values()]
-        tensors = [value for value in entries if isinstance(value, Tensor)]
-        # And about 2 kB around every stored entry.
-        need = sum(t.numel() * t.element_size() for t in tensors) + 2000 * len(entries)
+            gather.remove_copies(work)
+    except (OSError, RuntimeError, SftError, CheckpointException) as error:
         if world.is_rank0:
             shutil.rmtree(work, ignore_errors=True)
         raise SharedError(
-            f"{final}: could not be saved ({_reason(error)}); a step needs about {need:,} bytes there; earlier steps are"
-            " untouched; next: make room and run train again, which continues from the last one"
+            f"{final}: could not be saved ({_reason(error)}); a step needs about {_stored_bytes(state):,} bytes there; earlier steps are"
+            " unchanged; next: make room and run train again, which continues from the last one"
         ) from error
     return final
 
 
+def _stored_bytes(state: Mapping[str, Any]) -> int:
+    """The size of a snapshot's files, with about 2 kB around every entry."""
+    entries = [value for part in state.values() for value in part.values()]
+    return sum(t.numel() * t.element_size() for t in entries if isinstance(t, Tensor)) + 2000 * len(entries)
+
+
 def _reason(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)  # DCP wraps what happened on each rank
+    failures = getattr(error, "failures", None)  # DCP's errors of each rank
     if failures:
         return "; ".join(f"rank {r}: {next(iter(f), f) if isinstance(f, tuple) else f}" for r, f in failures.items())
     return str(error)
@@ -202,27 +210,30 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def steps(out: Path) -> list[tuple[int, Path]]:
-    """Step folders by number, whole or not."""
+    """(number, folder) of all step folders in the order of their numbers, also incomplete ones."""
     found = [(int(m[1]), p) for p in out.iterdir() if (m := STEP.fullmatch(p.name)) and p.is_dir()]
     return sorted(found)
 
 
 def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
-    """The newest step folder that is whole. Others are passed over with a warning that says why: one whose bytes are not
-    what its manifest says is renamed to .damaged-stepN, so that it counts among no steps; nothing of it is removed."""
+    """The newest complete step folder. Others are skipped with a warning.
+
+    A step whose bytes differ from its manifest is renamed to .damaged-stepN, so that it is no step any more; no file is removed.
+    Removes the leftovers of saves and removals that were killed. Every rank calls this.
+    """
     for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.is_rank0 else ():
         shutil.rmtree(leftover, ignore_errors=True)
     for _, step in reversed(world.on_rank0(lambda: steps(out))):
         problems = [line for part in world.on_all_ranks(partial(damage, step, world)) for line in part]
         if not problems:
             if world.is_rank0:
-                mark_latest(step)  # a kill may have come between a step's rename and its name
+                mark_latest(step)  # a kill may have come between the step's rename and LATEST
             return Path(step)
         now = world.on_rank0(partial(set_aside, step))
         warn(
-            f"{step}: passed over: {problems[0]}"
+            f"{step}: skipped: {problems[0]}"
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
-            + (f"; it is {now} now" if now != step else "")
+            + (f"; renamed to {now}" if now != step else "")
         )
     if world.is_rank0:
         (out / LATEST).unlink(missing_ok=True)
@@ -230,7 +241,7 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
 
 
 def set_aside(step: Path) -> Path:
-    """Renames a damaged step, and returns where it is. One without a manifest was never finished, and stays."""
+    """Renames a damaged step and returns its new folder. A step without a manifest was not finished and is not renamed."""
     if not (step / manifest.NAME).is_file():
         return step
     aside = step.parent / f".damaged-{step.name}"
@@ -242,7 +253,7 @@ def set_aside(step: Path) -> Path:
 
 
 def damage(step: Path, world: World | None = None) -> list[str]:
-    """What differs from the step's manifest. Ranks share out the files; without a world all are read."""
+    """The differences between a step and its manifest. With a world, each rank reads a part of the files; without, all are read."""
     file = step / manifest.NAME
     try:
         entries = StepManifest.read(file).outputs
@@ -260,7 +271,7 @@ def damage(step: Path, world: World | None = None) -> list[str]:
 
 
 def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Loads weights and moments from a whole step folder, for any number of ranks; returns this rank's train state."""
+    """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state. Raises SftError."""
     weights, moments = DcpReader(step), DcpReader(step, "optim.state.")
     for name, parameter in model.named_parameters():
         weights.read_into(name, parameter)
@@ -271,11 +282,11 @@ def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-        raise SftError(f"{file}: not readable: {error}") from error
+        raise SftError(f"{file}: not readable: {error}; next: remove {step}, and run train again") from error
     return state
 
 
-# --- which steps stay -------------------------------------------------------------------------------------------------
+# --- which steps are kept ---------------------------------------------------------------------------------------------
 
 
 def mark_latest(step: Path) -> None:
@@ -283,14 +294,14 @@ def mark_latest(step: Path) -> None:
 
 
 def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better: bool = True) -> bool:
-    """Names out/stepN in BEST when its value is better than the one there, or when BEST follows another metric or names
-    a step that is gone; says whether it did. Raises SftError for a value that is not finite or a step that is not there."""
+    """Names out/stepN in BEST if its value is better than the recorded one, or if BEST has another metric or a step that does not exist.
+    Returns whether it did. Raises SftError for a value that is not finite, and for a step that does not exist."""
     folder = out / f"step{step}"
     if not math.isfinite(value):
         raise SftError(f"{folder}: {metric} is {value}; only finite values can be compared")
     with steps_lock(out):
         if not (folder / manifest.NAME).is_file():
-            raise SftError(f"{folder}: no such step, so BEST cannot name it")
+            raise SftError(f"{folder}: no such step; BEST cannot name it")
         known = Best.read(out)
         comparable = known is not None and known.metric == metric and (out / f"step{known.step}").is_dir()
         if known and comparable and (known.value >= value if higher_is_better else known.value <= value):
@@ -301,29 +312,29 @@ def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better:
 
 @contextlib.contextmanager
 def steps_lock(out: Path) -> Iterator[None]:
-    """Held while BEST changes or steps are chosen for removal, by the trainer or by an evaluation beside it."""
+    """A lock for changes of BEST and for choosing steps to remove; the trainer and an evaluation beside it take it."""
     with (out / ".steps.lock").open("a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield
 
 
 def to_trash(folder: Path) -> Path:
-    """Renames a folder so that a removal that is cut short never leaves something that looks like a step."""
-    doomed = folder.parent / f".trash-{folder.name.lstrip('.')}-{uuid.uuid4().hex[:8]}"
-    folder.rename(doomed)
-    return doomed
+    """Renames a folder before it is removed, so that an interrupted removal leaves nothing that looks like a step. Returns the new name."""
+    trash = folder.parent / f".trash-{folder.name.lstrip('.')}-{uuid.uuid4().hex[:8]}"
+    folder.rename(trash)
+    return trash
 
 
-def prune(out: Path, keep: int, spare: Collection[Path] = ()) -> list[Path]:
-    """Moves to the trash what the newest whole step (LATEST) makes superfluous, and returns where it lies: older ephemeral
-    steps, and permanent ones beyond the newest `keep` (0 = all stay). What LATEST or BEST names, or `spare` holds, stays in any case."""
+def prune(out: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
+    """Moves superfluous steps to the trash and returns their new folders: older ephemeral steps, and permanent ones beyond the newest `keep`
+    (0 = all stay). The steps of LATEST and BEST and the `protected` ones always stay."""
     with steps_lock(out):
         latest_step = named_step(out, LATEST)
         if latest_step is None:
             return []
         newest = int(latest_step.name.removeprefix("step"))
-        # One without a manifest was not finished: it is no copy to rely on, and left for a person to look at.
+        # A step without a manifest was not finished. It is left for a person to look at.
         older = [step for number, step in steps(out) if number <= newest and (step / manifest.NAME).is_file()]
         permanent = [step for step in older if not is_ephemeral(step)]
-        kept = {latest_step, named_step(out, BEST), *spare, *(permanent[-keep:] if keep else permanent)}
-        return [to_trash(step) for step in older if step not in kept]
+        stay = {latest_step, named_step(out, BEST), *protected, *(permanent[-keep:] if keep else permanent)}
+        return [to_trash(step) for step in older if step not in stay]
