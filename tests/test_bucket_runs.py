@@ -82,7 +82,7 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
     assert begins[0] == 0 and 4 <= begins[1] < 16
     assert [r["step"] for r in records if "attempt" not in r] == list(range(1, 17))
     # What the SIGTERM saved was sent too, although its step may be no multiple of save_every.
-    assert f" {begins[1]}/16 " in done.stdout and f"going on from step {begins[1]} of {where}" in done.stdout
+    assert f" {begins[1]}/16 " in done.stdout and f"continuing from step {begins[1]} of {where}" in done.stdout
     there = open_storage(where)
     made = manifest.load(folder / manifest.NAME)
     assert there.read(manifest.NAME) == (folder / manifest.NAME).read_bytes()

@@ -91,7 +91,7 @@ def test_a_part_on_a_gpu_becomes_a_part_in_host_memory(four_gpus: None) -> None:
     nowhere = torch.empty(2, 4, device="meta")
     layout = [Replicate(), Shard(0)]
     value = DTensor.from_local(nowhere, mesh, layout, run_check=False, shape=torch.Size((5, 4)), stride=(4, 1))
-    host = HostCopy()._whole(torch.ones(2, 4), value)
+    host = HostCopy()._distributed(torch.ones(2, 4), value)
     assert (host.shape, host.placements, host.device_mesh.device_type) == (value.shape, value.placements, "cpu")
     assert torch.equal(host.device_mesh.mesh, mesh.mesh)
     assert torch.equal(host.to_local(), torch.ones(2, 4))

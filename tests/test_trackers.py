@@ -118,9 +118,9 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path: Path) -> None:
     writer.close()
     assert (fails.logged, fails_to_close.logged) == (1, 3)
     assert said == [
-        "warning: [train] c: ZeroDivisionError: division by zero; training goes on without it",
-        "warning: [train] a: ConnectionError: no route to host; training goes on without it",
-        "warning: [train] b: ConnectionError: still none; training goes on without it",
+        "warning: [train] c: ZeroDivisionError: division by zero; training continues without it",
+        "warning: [train] a: ConnectionError: no route to host; training continues without it",
+        "warning: [train] b: ConnectionError: still none; training continues without it",
     ]
     assert read_steps(tmp_path / "metrics.jsonl") == RECORDS
 
@@ -135,5 +135,5 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
     *_, said = logged(tmp_path, **fields)
-    assert "is not installed; training goes on without it" in said
+    assert "is not installed; training continues without it" in said
     assert "pip install" in said

@@ -234,8 +234,8 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
         assert not manifest.broken_outputs(step, manifest.StepManifest.read(step / manifest.NAME).outputs)
     assert (out / "BEST").read_bytes() == b"step4\nloss 0.5\n" and not (out / "LATEST").exists()
     assert logs.next_attempt(out) == 2
-    assert any(line.startswith(f"warning: {KEPT}/step8 is passed over: ") for line in said)
-    assert said[-1] == f"going on from step 6 of {KEPT}"
+    assert any(line.startswith(f"warning: {KEPT}/step8 is skipped: ") for line in said)
+    assert said[-1] == f"continuing from step 6 of {KEPT}"
 
 
 NODE = """
@@ -271,6 +271,6 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
             nodes.append(subprocess.Popen(command, env=env | here, text=True, stdout=subprocess.PIPE))
         said = [node.communicate(timeout=120)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
-    assert said[0].endswith(f"going on from step 6 of {KEPT}\n") and not said[1]
-    assert ("step8 is passed over" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
+    assert said[0].endswith(f"continuing from step 6 of {KEPT}\n") and not said[1]
+    assert ("step8 is skipped" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
     assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))

@@ -124,7 +124,7 @@ def test_what_cannot_be_watched_is_reported_before_training(field: str, message:
 
 def test_retention_leaves_what_is_due_until_it_has_its_record(tmp_path: Path) -> None:
     def retire() -> list[int]:
-        for doomed in step_folder.prune(tmp_path, keep=1, spare=held(tmp_path, 100)):
+        for doomed in step_folder.prune(tmp_path, keep=1, protected=held(tmp_path, 100)):
             shutil.rmtree(doomed)
         return [number for number, _ in step_folder.steps(tmp_path)]
 

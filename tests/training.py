@@ -173,7 +173,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     from sft.model.parallel import join
     from sft.training.build import build_run
     from sft.training.loop import accumulate
-    from sft.training.optim import whole
+    from sft.training.optim import full_tensor
 
     world = join(threads=1)
     reductions = 0
@@ -198,7 +198,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
                 continue
             loss = accumulate(run, step, batches)[0]
             labels += [batch.num_targets for batch in batches]
-            grads = {n: whole(p.grad).clone() for n, p in run.model.named_parameters() if p.grad is not None}
+            grads = {n: full_tensor(p.grad).clone() for n, p in run.model.named_parameters() if p.grad is not None}
             found[step] = {**grads, "loss": world.sum(loss)}
             run.model.zero_grad(set_to_none=True)
         every = world.gather(labels)

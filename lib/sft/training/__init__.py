@@ -1,1 +1,1 @@
-"""The training loop, its optimizer, checkpoints, metrics and uploads."""
+"""The train stage: first weights, optimizer, loop, checkpoints, metrics and uploads."""

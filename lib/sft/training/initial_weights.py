@@ -1,11 +1,10 @@
-"""Where training's first weights come from, and whether the data were made for them.
+"""Training's first weights, and the check that the data were made for them.
 
 In:  the architecture, the synced base folder (or None = random weights), dataset.json of the synced dataset.
-Out: `initialise` fills the model; `check_tokenizer` refuses data tokenised for another model; `step_config` describes the
-     model in the form of OLMo-core's config.json, which every step folder holds.
+Out: `initialise` fills the model; `check_tokenizer` refuses data that another model's tokenizer made.
 
-A base is an OLMo-core step folder (weights only: its optimizer state and hyper-parameters are never read) or a Hugging Face
-folder with safetensors. Rows of the vocabulary that the base lacks start as zeros.
+A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a Hugging Face
+folder with safetensors. Vocabulary rows that the base does not have start as zeros.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from sft.recipe.presets import ModelConfig
 
 
 def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: int) -> str:
-    """Fills every parameter, whole tensors one at a time; returns what was done in words. Raises SftError."""
+    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words. Raises SftError."""
     parameters = dict(model.named_parameters())
     if base is None:
         for name, value in initial_values(model, config.init_std, seed):
@@ -51,15 +50,16 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
         return f"weights of the Hugging Face folder {base}"
     raise SftError(
         f"{base}: neither an OLMo-core checkpoint (model_and_optim/.metadata) nor a Hugging Face folder (config.json);"
-        " correct [model] base"
+        " next: correct [model] base"
     )
 
 
 def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base: Path) -> None:
+    """Copies every tensor, with rows of zeros for the rest of the vocabulary. Raises SftError for values that are not finite."""
     for name, parameter in parameters.items():
         value = read(name)
         if not value.isfinite().all():
-            raise SftError(f"{base}: {name} holds values that are not finite; fetch the weights again")
+            raise SftError(f"{base}: {name} has values that are not finite; next: fetch the weights again")
         missing = parameter.shape[0] - value.shape[0]
         if missing:
             value = torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
@@ -69,51 +69,52 @@ def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base:
 def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, base: Path) -> None:
     vocab = found.get("embeddings.weight", (config.vocab_size,))[0]
     if vocab > config.vocab_size:
-        raise SftError(f"{base}: {vocab} vocabulary rows, [model] has {config.vocab_size}; set vocab_size = {vocab}")
+        raise SftError(
+            f"{base}: {vocab} vocabulary rows, [model] has {config.vocab_size}; next: set vocab_size = {vocab}"
+        )
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
 
 
 def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unchecked: bool = False) -> str:
-    """Refuses a base whose tokenizer is not the one the data were made with, as far as the base says: by the hash of its
-    tokenizer.json and, without one, by the vocabulary size and end token of its config.json. One without a tokenizer.json is
-    refused unless `unchecked`. Returns a warning or "". Raises SftError."""
+    """Raises SftError if the base's tokenizer is not the one that the data were made with.
+
+    Compares the hash of tokenizer.json. A base without one is refused, or, with `unchecked`, compared by the vocabulary size and end
+    token of its config.json. Returns a warning, or "".
+    """
     if base is None:
         return ""
     ours = facts.tokenizer.sha256.removeprefix("sha256:")
-    places = (
-        base / "tokenizer.json",
-        base / "tokenizer" / "tokenizer.json",
-        base.parent / "tokenizer" / "tokenizer.json",
-    )
-    found = next((p for p in places if p.is_file()), None)
+    folders = (base, base / "tokenizer", base.parent / "tokenizer")
+    found = next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
     if found is not None:
         theirs = hashlib.sha256(found.read_bytes()).hexdigest()
         if theirs != ours:
             raise SftError(
                 f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is {theirs}"
-                f" ({found}); set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
+                f" ({found}); next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
             )
         return ""
     _check_named_tokens(base / "config.json", facts)
-    told = f"{base} has no tokenizer.json: that its tokenizer is the data's (sha256 {ours}) could not be proven"
+    problem = f"{base} has no tokenizer.json: that its tokenizer is the data's (sha256 {ours}) could not be proven"
     if not unchecked:
         raise SftError(
-            f"{told}; next: put the base's tokenizer.json into it, or, if you know it to be the same, set"
+            f"{problem}; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set"
             ' [model] base_tokenizer = "unchecked"'
         )
-    return told
+    return problem
 
 
 def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
-    """Compares what config.json says: OLMo-core names the tokenizer's size, Hugging Face the padded rows of the embedding."""
+    """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the padded number of
+    rows of the embedding. Raises SftError."""
     try:
-        said = json.loads(file.read_bytes())
+        config = json.loads(file.read_bytes())
     except (OSError, ValueError):
         return
-    if not isinstance(said, dict):
+    if not isinstance(config, dict):
         return
-    core = said.get("dataset", {}).get("tokenizer") if isinstance(said.get("dataset"), dict) else None
-    prefix, named = ("dataset.tokenizer.", core) if isinstance(core, dict) else ("", said)
+    core = config.get("dataset", {}).get("tokenizer") if isinstance(config.get("dataset"), dict) else None
+    prefix, named = ("dataset.tokenizer.", core) if isinstance(core, dict) else ("", config)
     size, end = named.get("vocab_size"), named.get("eos_token_id")
     if isinstance(size, int) and (size < facts.vocab_size or (prefix and size != facts.vocab_size)):
         field, theirs, wanted = "vocab_size", size, facts.vocab_size
@@ -122,5 +123,5 @@ def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
     else:
         return
     raise SftError(
-        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted}; set [prepare] tokenizer to the base's tokenizer"
+        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted}; next: set [prepare] tokenizer to the base's tokenizer"
     )

@@ -1,8 +1,8 @@
-"""What the processes of training said, kept over resumes: train/logs/attempt-NNN-rankR.log.
+"""Logs of training's processes, one per attempt and rank: train/logs/attempt-NNN-rankR.log.
 
-In:  the training folder. Out: everything written to this process's standard output and error goes to its file too.
+In:  the training folder. Out: everything that a process writes to its standard output and error is also in its file.
 
-`tee` does the copying, so that the last words before a kill -9, and those of C++ libraries, are kept as well.
+`tee` copies the output, so that the last lines before a kill -9, and those of C++ libraries, are kept too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 
 
 def next_attempt(out: Path) -> int:
-    """1 for a first attempt, else one more than the highest that left a log."""
+    """1 for a first attempt, else one more than the highest number of a log."""
     found = (re.match(r"attempt-(\d+)-rank\d+\.log$", p.name) for p in (out / "logs").glob("attempt-*.log"))
     return 1 + max((int(m[1]) for m in found if m), default=0)
 
 
 def record(out: Path, attempt: int, rank: int) -> Path:
-    """Copies standard output and error into this rank's log until the process ends; both still go where they went."""
+    """Copies standard output and error into this rank's log until the process ends. Returns the log. Both are still printed."""
     file = out / "logs" / f"attempt-{attempt:03}-rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
@@ -31,9 +31,9 @@ def record(out: Path, attempt: int, rank: int) -> Path:
         stream.flush()
         number = stream.fileno()
         before = os.dup(number)
-        # A signal to the terminal's group, or as Slurm does to every process, must not end the copying before the last words.
-        deaf = ["sh", "-c", "trap '' TERM INT HUP QUIT USR1; exec tee -a \"$1\"", "tee", str(file)]
-        tee = subprocess.Popen(deaf, stdin=subprocess.PIPE, stdout=before, start_new_session=True)
+        # A signal to the terminal's group, or by Slurm to every process, must not end tee before the last lines.
+        command = ["sh", "-c", "trap '' TERM INT HUP QUIT USR1; exec tee -a \"$1\"", "tee", str(file)]
+        tee = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=before, start_new_session=True)
         assert tee.stdin is not None
         os.dup2(tee.stdin.fileno(), number)
         tee.stdin.close()
@@ -44,6 +44,6 @@ def record(out: Path, attempt: int, rank: int) -> Path:
 def _end(number: int, before: int, tee: subprocess.Popen[bytes]) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(before, number)  # the pipe ends here, and tee with it
-    with contextlib.suppress(subprocess.TimeoutExpired):  # a tracker's process may still hold the pipe
+    os.dup2(before, number)  # closes the pipe, and tee ends
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a tracker's process may still have the pipe open
         tee.wait(timeout=5)

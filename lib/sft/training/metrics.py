@@ -61,6 +61,7 @@ class MetricsWriter:
 
 
 def progress_line(record: StepRecord, steps: int, seconds_per_step: float) -> str:
+    """The line of a step on the terminal. `steps`: of the complete run."""
     width = len(str(steps))
     parts = [
         f"step {record.step:>{width}}/{steps}",
@@ -82,6 +83,7 @@ def progress_line(record: StepRecord, steps: int, seconds_per_step: float) -> st
 
 
 def clock(seconds: float) -> str:
+    """H:MM:SS."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}"

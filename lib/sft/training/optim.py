@@ -1,8 +1,8 @@
-"""Learning rate as a pure function of the step, fused AdamW, gradient clipping and the guard against bad steps.
+"""The learning rate as a function of the step, AdamW, gradient clipping, and the guard against bad steps.
 
 In:  schema.Train and the model's parameters (plain or sharded).
-Out: an AdamW whose state exists from the start (so that a checkpoint can be loaded into it), and a `Guard` that
-     decides on the device, without waiting for the host, whether a step may change the weights.
+Out: an AdamW whose state exists from the start, so that a checkpoint can be loaded into it; a `Guard` that decides on the device,
+     without waiting for the host, whether a step may change the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
-    """The rate of step 1..steps: up in a line over the warm-up, then down to `final_lr_fraction` of the peak, which step
-    `steps + 1` would reach. "wsd" stays at the peak until the last `decay_fraction` of the steps (arXiv 2404.06395;
-    shape "sqrt": 1 - sqrt, arXiv 2405.18392).
+    """The learning rate of step 1..steps: a linear warm-up, then a decay to `final_lr_fraction` of the peak, which step `steps + 1` would
+    reach. "wsd" stays at the peak until the last `decay_fraction` of the steps (arXiv 2404.06395; shape "sqrt": 1 - sqrt, arXiv
+    2405.18392).
 
-    OLMo-core's schedulers reach the end with the last step itself, which then learns nothing at a rate of 0: a step of the
-    decay has here the rate that the step before it has there.
+    OLMo-core's schedulers reach the end at the last step, which then learns nothing at a rate of 0. In the decay a step here has the
+    rate that the step before it has there.
     """
     warmup = warmup_steps(train, steps)
     if step <= warmup:
@@ -41,7 +41,7 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
 
 
 def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:
-    """The fused AdamW, or the lean one where the recipe wants 8-bit moments or bf16 gradients: `compiled`, on CUDA."""
+    """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if `compiled`."""
     parameters = list(model.parameters())
     if train.gradients == "bf16":
         keep_gradients_in_bf16(parameters)
@@ -58,31 +58,31 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     return optimizer
 
 
-def whole(x: Tensor) -> Tensor:
-    """A sharded tensor's full value; a plain tensor as it is."""
+def full_tensor(x: Tensor) -> Tensor:
+    """The full value of a sharded tensor; a plain tensor unchanged."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradients so that their global norm is at most `max_norm` (0 = leave them); returns the norm before."""
+    """Scales the gradients so that their global norm is at most `max_norm` (0 = no limit). Returns the norm before scaling."""
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
     if all(g.dtype == torch.float32 for g in grads):
-        norm = whole(nn.utils.get_total_norm(grads, foreach=True))
-    else:  # which would give the norm of bfloat16 gradients in bfloat16
+        norm = full_tensor(nn.utils.get_total_norm(grads, foreach=True))
+    else:  # get_total_norm would compute the norm of bfloat16 gradients in bfloat16
         norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-        norm = whole(torch.linalg.vector_norm(torch.stack(norms)))
+        norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms)))
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
     return norm.detach()
 
 
 class Guard:
-    """Takes or skips a step. A non-finite loss or gradient norm never reaches the weights; with `sigmas`, neither does a
-    spike: a loss or norm more than that many standard deviations above the mean of the last `HISTORY` steps taken, once
-    `WARM` of them are known.
+    """Takes or skips a step. A step with a loss or gradient norm that is not finite is skipped. With `sigmas`, a spike is skipped too: a
+    loss or norm more than that many standard deviations above the mean of the last `HISTORY` steps taken, once `WARM` of
+    them are known.
 
-    The fused optimizer reads `found_inf` on the device and leaves weights, moments and step count alone where it is 1.
+    The optimizer reads `found_inf` on the device, and changes neither weights, moments nor step count where it is 1.
     """
 
     HISTORY = 128
@@ -94,7 +94,7 @@ class Guard:
         self.taken = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tensor:
-        """Steps the optimizer unless the step is bad; returns 1.0 where it was skipped, else 0.0, on the device."""
+        """Steps the optimizer unless the step is bad. Returns 1.0 on the device if it was skipped, else 0.0."""
         now = torch.stack((loss.double(), norm.double()))
         bad = ~now.isfinite().all()
         if self.sigmas:
@@ -109,15 +109,16 @@ class Guard:
         fused.found_inf = skipped
         optimizer.step()
         slot = (self.taken % self.HISTORY).view(1, 1).expand(2, 1)
-        kept = torch.where(bad, self.history.gather(1, slot), now[:, None])
-        self.history.scatter_(1, slot, kept)
+        entry = torch.where(bad, self.history.gather(1, slot), now[:, None])
+        self.history.scatter_(1, slot, entry)
         self.taken += ~bad
         return skipped
 
     def state(self) -> dict[str, Tensor]:
-        """A copy on the host, which later steps do not change."""
+        """A copy of the history on the host."""
         return {"history": self.history.to("cpu", copy=True), "taken": self.taken.to("cpu", copy=True)}
 
     def load(self, state: dict[str, Tensor]) -> None:
+        """Restores a history that `state` returned."""
         self.history.copy_(state["history"])
         self.taken.copy_(state["taken"])

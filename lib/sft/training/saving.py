@@ -1,12 +1,12 @@
-"""Checkpoints beside the training loop: a copy of the state is taken at once, the rest happens in a thread.
+"""Saves checkpoints beside the training loop: the loop waits for a copy of the state, and a thread does the rest.
 
 In:  the state after a step, on every rank.
-Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then retention: what became superfluous is renamed at
-     once and removed in a thread of its own, so that a kill never leaves half a step under a step's name.
+Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then retention. Superfluous steps are renamed at once and
+     removed in another thread, so that a kill never leaves an incomplete step under a step's name.
 
-What the loop pays is `blocked_s`: waiting for the save before (there is one at a time), and the copy to host memory
-(sft.training.host_copy). What goes on beside it (`seconds`): torch's dcp.save, hashes and publication, with a gloo group of
-its own, so that its agreements never meet the loop's.
+The loop waits `blocked_s`: for the previous save, as there is one at a time, and for the copy to host memory
+(sft.training.host_copy). The thread takes `seconds`: DCP's save, hashes and publication. It has a separate gloo group, so that its
+exchanges never mix with those of the loop.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,20 @@ from sft.training.uploads import Uploads
 REQUEST = "SAVE"  # touch runs/<run>/train/SAVE: a permanent checkpoint after the step that is running
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A save that the thread does."""
+
+    step: int
+    state: Mapping[str, Any]  # step_folder.snapshot
+    train_state: Mapping[str, Any]  # of this rank
+    ephemeral: bool
+    best: Best | None  # the entry of BEST if this step is the best
+    answers: bool  # removes the request file when the step is complete
+
+
 class Saver:
-    """One save at a time. Every rank makes one and calls `begin`, `wait` and `close` alike."""
+    """Saves one step at a time. Every rank has one and calls `begin`, `wait` and `close` at the same points."""
 
     def __init__(
         self,
@@ -45,35 +58,33 @@ class Saver:
         world: World,
         log: Callable[[str], None],
     ) -> None:
-        """`config` = what config.json of a step says; `say` prints (rank 0 only)."""
+        """`config`: the content of config.json of a step. `log` prints on rank 0 only."""
         self.out, self.train, self.config, self.world, self.log = out, train, config, world, log
-        self.uploads: Uploads | None = None  # sends kept steps away (rank 0 only)
-        self.last: Path | None = None  # the newest whole step of this run
-        self.waiting: Callable[[], Collection[Path]] = (
-            tuple  # steps that wait for their evaluation, and stay until then
-        )
+        self.uploads: Uploads | None = None  # of permanent steps (rank 0 only)
+        self.last: Path | None = None  # the newest complete step of this run
+        self.waiting: Callable[[], Collection[Path]] = tuple  # steps that must stay until they are evaluated
         self._save_world = world.with_own_group()
         cuda = world.device.type == "cuda"
         self._copy = HostCopy()
-        # A new thread would be on GPU 0, whichever this rank's is.
-        mine: tuple[Any, ...] = (torch.cuda.set_device, (world.device,)) if cuda else (None, ())
-        self._pool = ThreadPoolExecutor(1, "saving", *mine)
-        self._bin = ThreadPoolExecutor(1, thread_name_prefix="removing")
+        # A new thread would use GPU 0 and not this rank's GPU.
+        initializer: tuple[Any, ...] = (torch.cuda.set_device, (world.device,)) if cuda else (None, ())
+        self._pool = ThreadPoolExecutor(1, "saving", *initializer)
+        self._remover = ThreadPoolExecutor(1, thread_name_prefix="removing")
         self._pending: Future[tuple[int, float]] | None = None  # (step, seconds)
         self._blocked = 0.0
         self._ended: tuple[int, float] | None = None
 
     @property
     def failed(self) -> bool:
-        """Whether this rank knows that the save under way has failed; `wait` raises what happened, on every rank."""
+        """Whether the save under way has failed on this rank. `wait` raises the error, on every rank."""
         return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def requested(self) -> bool:
-        """Whether somebody asks for a checkpoint now. Rank 0 looks; the file goes once the checkpoint is whole."""
+        """Whether the request file is there (True on rank 0 only). It is removed when the checkpoint is complete."""
         return self.world.is_rank0 and self._pending is None and (self.out / REQUEST).exists()
 
     def settled(self) -> Path | None:
-        """The newest whole step, once a save under way has ended, well or not."""
+        """The newest complete step, after the save under way has ended, with or without success."""
         with contextlib.suppress(Exception):
             self.wait()
         return self.last
@@ -88,56 +99,50 @@ class Saver:
         ephemeral: bool,
         best: Best | None = None,
     ) -> None:
-        """Takes a copy of the state after `step` steps and returns; without `async_save` returns when the step is whole.
-        Raises SharedError when the save before this one failed."""
+        """Copies the state after `step` steps and starts the save. Without `async_save` it returns when the step is complete.
+        Raises SharedError when the previous save failed."""
         began = time.monotonic()
         self.wait()
         state = step_folder.snapshot(model, optimizer)
         if self.train.async_save:
             state = self._copy.take(state)
-        # One that will be removed again does not answer: the file stays, and the next step, or attempt, does.
+        # An ephemeral step does not answer a request: the file stays for the next step, or the next attempt.
         answers = self.world.is_rank0 and not ephemeral and (self.out / REQUEST).exists()
-        job = (step, state, copy.deepcopy(dict(train_state)), ephemeral, best, answers)
+        save = _Save(step, state, copy.deepcopy(dict(train_state)), ephemeral, best, answers)
         self._blocked = time.monotonic() - began
-        self._pending = self._pool.submit(self._finish, *job)
+        self._pending = self._pool.submit(self._run, save)
         if not self.train.async_save:
             self.wait()
             self._blocked = time.monotonic() - began
 
-    def _finish(
-        self,
-        step: int,
-        state: dict[str, Any],
-        train_state: dict[str, Any],
-        ephemeral: bool,
-        best: Best | None,
-        answers: bool,
-    ) -> tuple[int, float]:
-        """In the thread: writes the step, names it and deletes superfluous ones. Returns the step and the seconds of writing."""
+    def _run(self, save: _Save) -> tuple[int, float]:
+        """In the thread: writes the step, names it and removes superfluous ones. Returns the step and the seconds of writing."""
         began = time.monotonic()
         self.last = step_folder.save(
-            self.out, step, state, train_state, self.config, self._save_world, ephemeral=ephemeral
+            self.out, save.step, save.state, save.train_state, self.config, self._save_world, ephemeral=save.ephemeral
         )
         seconds = time.monotonic() - began
-        self._save_world.on_rank0(lambda: self._name(step, best, answers, ephemeral), share=False)
+        self._save_world.on_rank0(lambda: self._name(save), share=False)
         if self.world.is_rank0:
             self.log(f"saved {self.last} in {seconds:.1f} s")
-        return step, seconds
+        return save.step, seconds
 
-    def _name(self, step: int, best: Best | None, answers: bool, ephemeral: bool) -> None:
-        step_folder.mark_latest(self.out / f"step{step}")
-        if best is not None and step_folder.mark_best(self.out, step, best.metric, best.value, higher_is_better=False):
-            self.log(f"best so far: step {step}, {best.metric} {best.value:.4f}")
-        if answers:
+    def _name(self, save: _Save) -> None:
+        """On rank 0: LATEST, BEST, the request file, the upload and retention."""
+        folder, best = self.out / f"step{save.step}", save.best
+        step_folder.mark_latest(folder)
+        if best and step_folder.mark_best(self.out, best.step, best.metric, best.value, higher_is_better=False):
+            self.log(f"best so far: step {best.step}, {best.metric} {best.value:.4f}")
+        if save.answers:
             (self.out / REQUEST).unlink(missing_ok=True)
-        if self.uploads is not None and not ephemeral:
-            self.uploads.add(self.out / f"step{step}")
+        if self.uploads is not None and not save.ephemeral:
+            self.uploads.add(folder)
         self._prune()
 
     def _prune(self) -> None:
         busy = self.uploads.busy if self.uploads is not None else ()
-        for doomed in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
-            self._bin.submit(shutil.rmtree, doomed, ignore_errors=True)
+        for trash in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
+            self._remover.submit(shutil.rmtree, trash, ignore_errors=True)
 
     def send(self) -> UploadSummary | None:
         """Waits for uploads (rank 0, after the last step). None without uploads."""
@@ -161,7 +166,7 @@ class Saver:
         return SaveTimes(*ended, self._blocked) if ended else None
 
     def close(self) -> None:
-        """Ends the threads; a save under way and removals are finished first. Raises nothing: a failure is only said."""
+        """Ends the threads after the save under way and removals. Raises nothing: a failure is only logged."""
         try:
             self.wait()
         except Exception as error:
@@ -169,5 +174,5 @@ class Saver:
         self._pool.shutdown()
         if self.uploads is not None:
             self.uploads.close()
-        self._bin.shutdown()
+        self._remover.shutdown()
         self._copy.close()

@@ -1,12 +1,12 @@
-"""Times of what a device does, which nobody waits for, and how unevenly the ranks of a step computed: the measured side of what
-sft.packing.balance promises.
+"""Times on a device without waiting for it, and how unevenly the ranks of a step computed.
 
-In:  the model's blocks, after fully_shard, so that a block's own hooks run inside FSDP's: waiting for weights is not counted.
-Out: `lap()` for each step, and `imbalance(laps)`: the share of time that ranks wait for the slowest, 1 - mean / max over ranks
-     of the seconds spent in the blocks' forward passes. Hooks do not run again where a block is recomputed: that and the
-     backward pass are taken to cost in proportion. Compiled blocks are not measured: hooks would be part of their graphs.
+In:  the model's blocks, after fully_shard, so that the hooks of a block run inside FSDP's and waiting for weights is not counted.
+Out: `lap()` for each step, and `imbalance(lap)`: the share of time that ranks wait for the slowest one, 1 - mean / max over ranks of
+     the seconds in the blocks' forward passes. Hooks do not run again where a block is recomputed; recomputation and the
+     backward pass are assumed to cost in proportion. Compiled blocks are not measured: hooks would be part of their graphs.
+     sft.packing.balance computes the expected value.
 
-On CUDA events are recorded and read a step later; on the CPU the thread's own time is taken.
+On CUDA events are recorded and read a step later. On the CPU the thread's own time is used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Lap = list[tuple[Mark, Mark]]
 
 
 def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> Mark:
-    """This point in the work of a device: on CUDA the end of what it was told to do so far, else the clock's time now."""
+    """A point in the work of a device: on CUDA the end of all work queued so far, else the clock's time."""
     if device.type != "cuda":
         return clock()
     event = torch.cuda.Event(enable_timing=True)
@@ -33,7 +33,7 @@ def mark(device: torch.device, clock: Callable[[], float] = time.monotonic) -> M
 
 
 def between(a: Mark, b: Mark) -> float:
-    """Seconds from one mark to a later one, which the device must have reached."""
+    """Seconds from one mark to a later one. The device must have reached both."""
     if isinstance(a, float) and isinstance(b, float):
         return b - a
     assert not isinstance(a, float) and not isinstance(b, float)
@@ -41,6 +41,8 @@ def between(a: Mark, b: Mark) -> float:
 
 
 class Stopwatch:
+    """Measures the forward passes of blocks."""
+
     def __init__(self, blocks: Iterable[torch.nn.Module], world: World):
         self.world = world
         self._open: Any = None
@@ -59,12 +61,12 @@ class Stopwatch:
         self._lap.append((self._open, self._now()))
 
     def lap(self) -> Lap:
-        """What was computed since the last call."""
+        """The forward passes since the last call."""
         lap, self._lap = self._lap, []
         return lap
 
     def imbalance(self, lap: Lap) -> float:
-        """Over all ranks, each of which must call it; the lap's step must have ended on this rank's device."""
+        """The imbalance of a step over all ranks. Every rank calls this, after the step has ended on its device."""
         times = torch.zeros(self.world.size)
         times[self.world.rank] = sum(between(start, end) for start, end in lap)
         self.world.sum(times)

@@ -1,9 +1,9 @@
-"""Where metrics go besides metrics.jsonl: Weights & Biases, TensorBoard, Comet, as the recipe asks.
+"""Sends metrics to Weights & Biases, TensorBoard and Comet, as the recipe asks.
 
 In:  the recipe's [train] table, then one flat dict of numbers per step, on rank 0.
-Out: a W&B or Comet run (offline, under the train folder, where the environment holds no key), event files in train/tensorboard/.
+Out: a W&B or Comet run (offline, in the train folder, if the environment has no key), event files in train/tensorboard/.
 
-A tracker is a convenience: one that cannot start or fails later is told once and left out, and training goes on.
+A tracker that cannot start, or fails later, is logged once and dropped. Training continues.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from sft.recipe.schema import Train
 
 
 class Tracker(Protocol):
+    """A destination of metrics."""
+
     def log(self, values: Mapping[str, Any], step: int) -> None: ...
 
     def close(self) -> None: ...
@@ -24,7 +26,7 @@ class Tracker(Protocol):
 
 class Wandb:
     def __init__(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
-        import wandb
+        import wandb  # start-up: optional, and takes a second
 
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self._run = wandb.init(
@@ -40,8 +42,8 @@ class Wandb:
 
 class TensorBoard:
     def __init__(self, folder: Path, start: int) -> None:
-        """`start` = the last finished step: TensorBoard drops what an earlier attempt logged after it."""
-        from torch.utils.tensorboard import SummaryWriter
+        """`start`: the last finished step. TensorBoard drops what an earlier attempt logged after it."""
+        from torch.utils.tensorboard import SummaryWriter  # start-up: optional, and takes a second
 
         self._writer = SummaryWriter(str(folder), purge_step=start + 1)
 
@@ -56,14 +58,16 @@ class TensorBoard:
 
 class Comet:
     def __init__(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
-        """Continues the run of this identity. Offline every attempt is an archive; `comet upload` in their order joins them."""
-        import comet_ml
+        """Continues the run of this identity. Offline, every attempt is an archive, and `comet upload` in their order joins them."""
+        import comet_ml  # start-up: optional, and takes a second
 
         online = bool(os.environ.get("COMET_API_KEY"))
         attempt = 1 + len(list((out / "comet").glob("*")))
-        folder = out / "comet" / str(attempt)  # an archive is named by the run: a second one would replace the first
+        folder = (
+            out / "comet" / str(attempt)
+        )  # an archive has the name of the run: a second one would replace the first
         folder.mkdir(parents=True)
-        # Nothing but what is logged here: no code, arguments, environment or terminal output.
+        # Only what is logged here: no code, arguments, environment or terminal output.
         quiet: dict[str, Any] = dict.fromkeys(("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_details", "auto_param_logging", "auto_metric_logging", "auto_log_co2"), False)  # fmt: skip
         options = comet_ml.ExperimentConfig(
             name=name, offline_directory=str(folder), auto_output_logging="", display_summary_level=0, **quiet
@@ -85,7 +89,7 @@ class Comet:
 
 
 class Trackers:
-    """Those that the recipe names and that could start."""
+    """The trackers that the recipe names and that could start."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self.log = log
@@ -105,32 +109,32 @@ class Trackers:
         """`identity`: hex, the same for every attempt of a run. `start`: the last finished step."""
         self = cls(log)
         if train.wandb_project:
-            self._key("wandb_project", "WANDB_API_KEY", "wandb sync")
+            self._check_key("wandb_project", "WANDB_API_KEY", "wandb sync")
             self.add("wandb_project", lambda: Wandb(train.wandb_project, name, identity, config, out))
         if train.tensorboard:
             self.add("tensorboard", lambda: TensorBoard(out / "tensorboard", start))
         if train.comet_project:
-            self._key("comet_project", "COMET_API_KEY", "comet upload")
+            self._check_key("comet_project", "COMET_API_KEY", "comet upload")
             self.add("comet_project", lambda: Comet(train.comet_project, name, identity, config, out))
         return self
 
-    def _key(self, field: str, variable: str, upload: str) -> None:
+    def _check_key(self, field: str, variable: str, upload: str) -> None:
         if not os.environ.get(variable):
-            self.log(f"{field}: {variable} is not set, so it is recorded offline; later: {upload}")
+            self.log(f"{field}: {variable} is not set, so metrics are recorded offline; next: {upload}")
 
     def add(self, field: str, make: Callable[[], Tracker]) -> None:
         try:
             self._open[field] = make()
         except ImportError as error:
             self.log(
-                f"warning: [train] {field}: the package {error.name} is not installed; training goes on without it;"
+                f"warning: [train] {field}: the package {error.name} is not installed; training continues without it;"
                 f" next: .venv/bin/pip install {(error.name or '').replace('_', '-')}"
             )
         except Exception as error:
-            self._tell(field, error)
+            self._report(field, error)
 
     def record(self, record: Mapping[str, Any]) -> None:
-        """A record of metrics.jsonl; groups in it become group/name."""
+        """Sends a record of metrics.jsonl. Groups in it become group/name."""
         flat = {k: v for k, v in record.items() if not isinstance(v, Mapping)}
         for group, values in record.items():
             if isinstance(values, Mapping):
@@ -140,15 +144,15 @@ class Trackers:
                 tracker.log(flat, flat["step"])
             except Exception as error:
                 del self._open[field]
-                self._tell(field, error)
+                self._report(field, error)
 
     def close(self) -> None:
         for field, tracker in self._open.items():
             try:
                 tracker.close()
             except Exception as error:
-                self._tell(field, error)
+                self._report(field, error)
         self._open.clear()
 
-    def _tell(self, field: str, error: Exception) -> None:
-        self.log(f"warning: [train] {field}: {type(error).__name__}: {error}; training goes on without it")
+    def _report(self, field: str, error: Exception) -> None:
+        self.log(f"warning: [train] {field}: {type(error).__name__}: {error}; training continues without it")

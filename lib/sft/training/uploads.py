@@ -1,13 +1,13 @@
-"""Kept checkpoints to the cluster's bucket, beside training, and back where no disk outlives a job.
+"""Uploads permanent checkpoints to the cluster's bucket beside training, and fetches them where disks end with the job.
 
-In:  whole step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file verified.
-`bring` is the way back: a step that rank 0 chooses, on the disk of every machine.
+In:  complete step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file verified.
+`bring_checkpoint` is the way back: it copies a step that rank 0 chooses to the disk of every machine.
 
-A bucket that fails stops nothing: sft.storage retries by itself, the step is tried again after every later one and at the end, and
-what is still missing then is told with the command that copies it. Steps that an earlier attempt left behind are sent first.
+Upload failures never stop training. sft.storage retries, and the step is retried after every later step and at the end. Whatever is
+still missing at the end is logged with the command that copies it. Steps that an earlier attempt did not upload are sent first.
 
-Each step is sent by a process of its own (sft.sync.send): hashing and sending take no time of this one's interpreter, and a
-training that a signal ends kills it, whatever it waits for. What it had not finished the next attempt continues.
+Each step is sent by a separate process (sft.sync.send), so hashing and sending take no time of this interpreter. On a signal,
+training exits without waiting for it. The next attempt resumes the upload.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
-from sft.formats import manifest
+from sft.formats import evaluations, manifest
 from sft.formats import metrics as metrics_format
 from sft.formats.elsewhere import UNLISTED
 from sft.formats.metrics import UploadSummary, read_attempts
@@ -35,8 +35,10 @@ from sft.sync import fetch
 
 
 class Uploads:
+    """A queue of steps, and the thread that uploads them one after the other. Rank 0 only."""
+
     def __init__(self, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> None:
-        """`where`: the folder of this run's steps, gs://bucket/…"""
+        """`out`: train's folder. `where`: the address of this run's steps, gs://bucket/…"""
         self.out, self.where, self.cache, self.log = out, where, cache, log
         self._queue: queue.Queue[Path] = queue.Queue()
         self._lock = threading.Lock()
@@ -44,7 +46,7 @@ class Uploads:
         self._sending: subprocess.Popen[str] | None = None
         self._waiting: set[Path] = set()
         self._missing: dict[Path, str] = {}
-        self._there: list[str] = []
+        self._uploaded: list[str] = []
         for _, step in step_folder.steps(out):
             if (step / manifest.NAME).is_file() and not is_ephemeral(step):
                 self.add(step)
@@ -56,7 +58,7 @@ class Uploads:
             self._queue.task_done()
 
     def add(self, step: Path) -> None:
-        """Sends a whole step, and first those that failed before it."""
+        """Queues a complete step, and before it the steps that failed."""
         for again in [*self._missing, step]:
             self._missing.pop(again, None)
             self._waiting.add(again)
@@ -64,27 +66,27 @@ class Uploads:
 
     @property
     def busy(self) -> set[Path]:
-        """Steps that must stay until they are sent."""
+        """Steps that must not be removed yet."""
         return {*self._waiting, *self._missing}
 
     def _send(self, step: Path) -> None:
         try:
-            status, said = self._run(step)
+            status, output = self._run(step)
         except OSError as error:  # no process could be started
-            status, said = 1, str(error)
+            status, output = 1, str(error)
         if self._closed:
             return
         if status:
-            self._missing[step] = said or f"exit status {status}"
-            self.log(f"warning: {step.name} is not in {self.where} yet, training goes on: {self._missing[step]}")
+            self._missing[step] = output or f"exit status {status}"
+            self.log(f"warning: {step.name} is not in {self.where} yet, training continues: {self._missing[step]}")
         else:
-            self._there.append(step.name)
-            if said:
-                self.log(said)
+            self._uploaded.append(step.name)
+            if output:
+                self.log(output)
         self._waiting.discard(step)
 
     def _run(self, step: Path) -> tuple[int, str]:
-        """(exit status, what was said) of the process that sends a step."""
+        """(exit status, output) of the process that sends a step."""
         command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *UNLISTED]
         with self._lock:
             if self._closed:
@@ -97,10 +99,10 @@ class Uploads:
                 text=True,
                 errors="replace",
             )
-        with self._sending as process:  # its standard input stays open until it is done: it ends with this process
+        with self._sending as process:  # the open pipe to its standard input makes it end with this process
             assert process.stdout is not None
-            said = process.stdout.read().strip()
-        return process.returncode, said
+            output = process.stdout.read().strip()
+        return process.returncode, output
 
     def finish(self) -> UploadSummary:
         """Waits for uploads under way and retries failed ones once."""
@@ -114,10 +116,10 @@ class Uploads:
                 f"warning: {step.name} could not be sent to {self.where}: {why};"
                 f" next: make cp SRC={step} DST={self.where}/{step.name}"
             )
-        return UploadSummary(self.where, tuple(self._there), tuple(step.name for step in self._missing))
+        return UploadSummary(self.where, tuple(self._uploaded), tuple(step.name for step in self._missing))
 
     def close(self) -> None:
-        """Begins no further upload and ends the one under way."""
+        """Starts no further upload and kills the one under way."""
         with self._lock:
             self._closed = True
             if self._sending is not None:
@@ -125,68 +127,70 @@ class Uploads:
 
 
 def destination(storage: str, run: str, identity: str) -> str:
-    """Where the steps of a run go, or "" where training writes to the storage itself (a folder). A job whose disk ends with it
-    says so itself (SFT_STAGE_ADDRESS)."""
-    if kept := os.environ.get("SFT_STAGE_ADDRESS"):
-        return kept
+    """The address of a run's steps: SFT_STAGE_ADDRESS in a job whose disk ends with it, a folder of a bucket, or "" where the storage is a
+    disk that training writes to itself."""
+    if address := os.environ.get("SFT_STAGE_ADDRESS"):
+        return address
     if not storage.startswith("gs://"):
         return ""
     return f"{storage.rstrip('/')}/checkpoints/{run}-{identity[:16]}"
 
 
-# --- back -------------------------------------------------------------------------------------------------------------
+# --- the way back -----------------------------------------------------------------------------------------------------
 
-PATIENCE_S = 4 * 3600  # 400 GB of a 32B step over a slow network
+TIMEOUT_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
 def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
-    """Puts the newest step that is whole in the bucket on every machine's disk, and on rank 0's the step that BEST names and the
-    records of earlier attempts. Nothing where none is. Every rank calls this; `say` is asked on each. Raises SharedError.
+    """Copies the newest complete step of the bucket to every machine's disk, and to rank 0's disk also the step of BEST and the records of
+    earlier attempts. Does nothing if the bucket has no step. Every rank calls this. Raises SharedError.
 
-    Rank 0 chooses, as the bucket may change while machines look: an attempt that was told to end may still send its last step."""
-    world = world.with_own_group(PATIENCE_S)
+    Rank 0 chooses the step, because the bucket may change meanwhile: an earlier attempt may still upload its last step.
+    """
+    world = world.with_own_group(TIMEOUT_S)
 
-    def here(number: int) -> str:
+    def bring(number: int) -> str:
         return "" if world.local_rank else _bring_step(number, out, where, cache, log)
 
-    numbers = world.on_rank0(lambda: _whole_steps(where, cache))
+    numbers = world.on_rank0(lambda: _complete_steps(where, cache))
     for number in numbers:
-        wrong = next(filter(None, world.on_all_ranks(partial(here, number))), "")
-        if not wrong:
+        problem = next(filter(None, world.on_all_ranks(partial(bring, number))), "")
+        if not problem:
             break
-        log(f"warning: {where}/step{number} is passed over: {wrong}")
+        log(f"warning: {where}/step{number} is skipped: {problem}")
     else:
         return
     world.on_rank0(lambda: _bring_records(numbers, number, out, where, cache, log))
-    log(f"going on from step {number} of {where}")
+    log(f"continuing from step {number} of {where}")
 
 
-def _whole_steps(where: str, cache: Path) -> list[int]:
-    """Newest first."""
+def _complete_steps(where: str, cache: Path) -> list[int]:
+    """The numbers of the steps with a manifest, newest first."""
     found = (fetch.STEP_MANIFEST.fullmatch(name) for name in open_storage(where, cache).list())
     return sorted((int(m[1]) for m in found if m), reverse=True)
 
 
 def _bring_step(number: int, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> str:
-    """What is wrong with the step there, or "" once it is here."""
+    """Copies a step to this disk. Returns the problem, or ""."""
     try:
         step = fetch.copy_stage(open_storage(f"{where}/step{number}", cache), LocalStorage(out / f"step{number}"), log)
     except SftError as error:
         return str(error)
-    return "" if step else "its manifest is gone"
+    return "" if step else "its manifest was removed"
 
 
 def _bring_records(
     numbers: Sequence[int], newest: int, out: Path, where: str, cache: Path, log: Callable[[str], None]
 ) -> None:
-    """BEST with its step, the evaluations, the metrics, and a word for each attempt in logs/, so that this one gets the next number."""
+    """Copies BEST with its step, the evaluations and the metrics, and writes a log for each earlier attempt, so that this attempt gets the
+    next number."""
     bucket, target = open_storage(where, cache), LocalStorage(out)
     data = bucket.read(BEST) or b""
     if best := Best.from_bytes(data):
-        here = best.step == newest or (best.step in numbers and not _bring_step(best.step, out, where, cache, log))
-        if here:
+        present = best.step == newest or (best.step in numbers and not _bring_step(best.step, out, where, cache, log))
+        if present:
             target.write(BEST, data)
-    for name in ("evaluations.jsonl", metrics_format.NAME):
+    for name in (evaluations.NAME, metrics_format.NAME):
         if (text := bucket.read(name)) is not None:
             target.write(name, text)
     for header in read_attempts(out / metrics_format.NAME):
