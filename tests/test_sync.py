@@ -129,7 +129,7 @@ def test_storage_that_is_not_a_folder_is_told_before_copying(place: Workspace) -
     (place.root / "runs").mkdir()
     (place.root / "runs" / ".storage").write_text("")
     done = place.make("sync", "RECIPE=x", ok=False)
-    assert "runs/.storage" in done.stderr and "cannot be written" in done.stderr
+    assert "runs/.storage" in done.stderr and "cannot write to" in done.stderr
 
 
 READ = """
