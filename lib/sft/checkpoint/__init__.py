@@ -1,1 +1,1 @@
-"""Step folders in OLMo-core's layout: writing, reading, and their model descriptions; Hugging Face folders of weights."""
+"""Step folders in OLMo-core's layout and Hugging Face folders of weights: writing, reading, model descriptions."""

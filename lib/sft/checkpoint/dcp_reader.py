@@ -1,12 +1,12 @@
 """Reads tensors of a torch DCP folder (ours or OLMo-core's), without a process group and without running foreign code.
 
 In:  stepN/ or stepN/model_and_optim/, written by any number of ranks.
-Out: `DcpReader`, a mapping from name to tensor, which also reads some rows of a tensor, or the part that a rank holds. Memory is
-     that of the result and a block of 32 MB.
+Out: `DcpReader`, a mapping from name to tensor, which also reads some rows of a tensor, or the part that a rank holds.
+     Memory is that of the result and a block of 32 MB.
 
-DCP's `.metadata` is a pickle. It is read by an unpickler that accepts a dozen plain classes and nothing else. Every stored chunk is
-a zip written by torch.save, whose pickle is read with weights_only. Values that are read from first to last are compared with
-its CRC-32.
+DCP's `.metadata` is a pickle. It is read by an unpickler that accepts a dozen plain classes and nothing else. Every
+stored chunk is a zip written by torch.save, whose pickle is read with weights_only. Values that are read from first to
+last are compared with its CRC-32.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def read_metadata(step: Path) -> metadata.Metadata:
         raise SftError(f"{file}: no such file; {step} is not a checkpoint; next: name a step folder") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise SftError(
-            f"{file}: not readable as checkpoint metadata: {type(error).__name__}: {error}; next: fetch that file again from a"
-            " trusted source"
+            f"{file}: not readable as checkpoint metadata: {type(error).__name__}: {error};"
+            " next: fetch that file again from a trusted source"
         ) from error
     if not isinstance(found, metadata.Metadata) or not isinstance(found.storage_data, dict):
         raise SftError(
@@ -149,7 +149,8 @@ class DcpReader(Mapping[str, Tensor]):
         self._files.clear()
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copies a stored tensor into a plain or sharded one of the same shape. A rank reads only its part. Raises SftError."""
+        """Copies a stored tensor into a plain or sharded one of the same shape. A rank reads only its part. Raises
+        SftError."""
         if name not in self._entries:
             raise SftError(f"{self.folder}: no tensor {self.prefix}{name}")
         if tuple(target.shape) != self.shape(name):
@@ -180,7 +181,8 @@ class DcpReader(Mapping[str, Tensor]):
                 filled += overlap
         if filled != target.numel():
             raise SftError(
-                f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values; next: fetch the complete checkpoint again"
+                f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values;"
+                " next: fetch the complete checkpoint again"
             )
 
     def _chunk(self, name: str, stored: metadata.ChunkStorageMetadata) -> _Chunk:
@@ -254,7 +256,8 @@ class _Chunk:
             self.crc, self.seen = zlib.crc32(raw.numpy().data, self.crc), start + count
             if self.seen == self.record.file_size and self.crc != self.record.CRC:
                 raise SftError(
-                    f"{self.where}: the values are not those that were written (CRC-32 differs); next: fetch that file again"
+                    f"{self.where}: the values are not those that were written (CRC-32 differs);"
+                    " next: fetch that file again"
                 )
         return raw.view(self.dtype)
 

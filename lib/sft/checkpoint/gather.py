@@ -1,9 +1,11 @@
 """Gathers a step's files on rank 0's disk, where the nodes of a training have no common disk.
 
-In:  a work folder of the same name on every node with the files that its ranks wrote, and the manifest entries of every rank's files.
+In:  a work folder of the same name on every node with the files that its ranks wrote, and the manifest entries of every
+     rank's files.
 Out: all files on rank 0's disk, compared with their entries. On a common disk nothing is sent.
 
-Files are sent over the host-side group in blocks, rank after rank, beside training (sft.training.saving runs this in its thread).
+Files are sent over the host-side group in blocks, rank after rank, beside training (sft.training.saving runs this in
+its thread).
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ BLOCK = 64 << 20  # bytes sent at once
 
 
 def gather_files(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:
-    """Sends files that rank 0 does not have. `described`: for every rank the manifest entries of its files under `work`.
+    """Sends files that rank 0 does not have. `described`: for every rank the manifest entries of its files under
+    `work`.
 
-    Returns whether files of this rank were sent. Raises SharedError on every rank when a file did not arrive as it was written.
+    Returns whether files of this rank were sent. Raises SharedError on every rank when a file did not arrive as it was
+    written.
     """
     if world.size == 1:
         return False
@@ -55,7 +59,8 @@ def remove_copies(work: Path) -> None:
 
 
 def _send(file: Path, size: int, world: World) -> None:
-    """Sends the announced number of bytes, also after a read error: the receiver expects them and compares their hash."""
+    """Sends the announced number of bytes, also after a read error: the receiver expects them and compares their
+    hash."""
     with contextlib.ExitStack() as stack:
         try:
             f = stack.enter_context(file.open("rb"))
@@ -69,8 +74,8 @@ def _send(file: Path, size: int, world: World) -> None:
 
 
 def _receive(file: Path, entry: Output, rank: int, world: World) -> str:
-    """Writes a file that `rank` sends. Returns the problem, or "". Receives all blocks also after a problem, so that the sender does not
-    block."""
+    """Writes a file that `rank` sends. Returns the problem, or "". Receives all blocks also after a problem, so that
+    the sender does not block."""
     problem, size, sha256 = "", entry.bytes, hashlib.sha256()
     with contextlib.ExitStack() as stack:
         try:

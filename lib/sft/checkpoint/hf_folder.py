@@ -102,9 +102,11 @@ class HfFolder(Mapping[str, torch.Tensor]):
         return self._where[name].dtype
 
     def check(self, config: ModelConfig) -> None:
-        """Raises SftError unless the folder holds exactly this architecture. The vocabulary may be smaller than the model's."""
+        """Raises SftError unless the folder holds exactly this architecture. The vocabulary may be smaller than the
+        model's."""
         found = hf.model_config(self.config, str(self.path / "config.json"))
-        # A finetuning may extend the context (yarn), and needs no weights at random (init_std). The vocabulary is checked below.
+        # A finetuning may extend the context (yarn), and needs no weights at random (init_std). The vocabulary is
+        # checked below.
         for name in differing_fields(found, config, ignore=("yarn", "init_std", "vocab_size")):
             raise SftError(
                 f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "

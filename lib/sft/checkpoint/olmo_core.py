@@ -1,7 +1,7 @@
 """OLMo-core's description of a model, config.json of a step folder, and the ModelConfig of the same model.
 
-In:  a ModelConfig and the tokenizer's ids, or the config.json of a step. Out: the other of the two. `check_same_layers` refuses a
-     description that tensor shapes alone would not tell apart from the recipe's model.
+In:  a ModelConfig and the tokenizer's ids, or the config.json of a step. Out: the other of the two. `check_same_layers`
+     refuses a description that tensor shapes alone would not tell apart from the recipe's model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def layer_facts(model: Mapping[str, Any]) -> list[LayerFacts]:
 
 
 def _layer_window(sliding: Mapping[str, Any] | None, layer: int, layers: int) -> int:
-    """The window of a layer by OLMo-core's rules, -1 = full attention. The pattern starts after a first layer that is forced to be full."""
+    """The window of a layer by OLMo-core's rules, -1 = full attention. The pattern starts after a first layer that is
+    forced to be full."""
     if not sliding:
         return -1
     first = bool(sliding.get("force_full_attention_on_first_layer", True))
@@ -73,8 +74,8 @@ def differing_layer(found: Sequence[LayerFacts], wanted: Sequence[LayerFacts]) -
 
 
 def check_same_layers(file: Path, config: ModelConfig) -> None:
-    """Raises SftError unless the config.json of a step describes the layers of this architecture: heads, rotary base and scaling,
-    windows, kind of block."""
+    """Raises SftError unless the config.json of a step describes the layers of this architecture: heads, rotary base
+    and scaling, windows, kind of block."""
     try:
         found = layer_facts(read_json(file)["model"])
         wanted = layer_facts(step_config(config, TokenIds())["model"])
@@ -88,7 +89,8 @@ def check_same_layers(file: Path, config: ModelConfig) -> None:
 
 
 def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
-    """config.json of a step folder: what OLMo-core needs to build the model, and what its converter needs to find the tokenizer."""
+    """config.json of a step folder: what OLMo-core needs to build the model, and what its converter needs to find the
+    tokenizer."""
     norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
     windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
 
@@ -204,8 +206,8 @@ def model_config(file: Path) -> ModelConfig:
         ) from error
     if (prenorm, qk_norm) not in ((False, "full"), (True, "head"), (True, "")):
         raise SftError(
-            f"{file}: model.block: {block.get('name', 'default')!r} with qk_norm {qk_norm or 'none'!r}: no family here has this block"
-            f" ({', '.join(hf.FAMILIES)}); next: convert it with OLMo-core"
+            f"{file}: model.block: {block.get('name', 'default')!r} with qk_norm {qk_norm or 'none'!r}:"
+            f" no family here has this block ({', '.join(hf.FAMILIES)}); next: convert it with OLMo-core"
         )
     if difference := differing_layer(layers, ours):
         layer, field, theirs, wanted = difference

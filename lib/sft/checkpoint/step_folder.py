@@ -9,9 +9,9 @@
     LATEST, BEST                text files beside the steps, which name one of them (sft.formats.steps)
 
 In:  a model and optimizer (plain or sharded), the training folder.
-Out: `save` writes into `.saving-stepN` and renames it (sft.training.saving does this beside training); `latest` finds the newest
-     step whose bytes agree with its manifest; `restore` loads it on any number of ranks (sft.checkpoint.dcp_reader); `mark_best`
-     names the best step in BEST; `prune` removes superfluous steps.
+Out: `save` writes into `.saving-stepN` and renames it (sft.training.saving does this beside training); `latest` finds
+     the newest step whose bytes agree with its manifest; `restore` loads it on any number of ranks
+     (sft.checkpoint.dcp_reader); `mark_best` names the best step in BEST; `prune` removes superfluous steps.
 
 Pickled scalars (`optim.param_groups`) are written for OLMo-core and never read.
 """
@@ -71,7 +71,8 @@ class _Shard(io.RawIOBase):
 
 
 class _Files(FileSystem):
-    """Files that are flushed to the disk when they are closed. Shards bypass the page cache and are hashed while they are written."""
+    """Files that are flushed to the disk when they are closed. Shards bypass the page cache and are hashed while they
+    are written."""
 
     def __init__(self) -> None:
         self.hashes: dict[str, str] = {}
@@ -94,7 +95,8 @@ class _Files(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """DCP's writer without a random id and the temporary path in its metadata, so that equal states give equal bytes."""
+    """DCP's writer without a random id and the temporary path in its metadata, so that equal states give equal
+    bytes."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, single_file_per_rank=True, sync_files=False)
@@ -110,10 +112,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of a model and optimizer by OLMo-core's names, as a step folder stores it. The tensors are not copied."""
+    """The state of a model and optimizer by OLMo-core's names, as a step folder stores it. The tensors are not
+    copied."""
     names = {name: parameter.detach() for name, parameter in model.named_parameters()}
     group = optimizer.param_groups[0]
-    # All options, because a reader asks for all that its optimizer has, and initial_lr, which OLMo-core's schedulers start from.
+    # All options, because a reader asks for all that its optimizer has, and initial_lr, which OLMo-core's schedulers
+    # start from.
     options = {"initial_lr": group["lr"]} | {k: v for k, v in group.items() if k != "params"}
     return {
         "model": names,
@@ -134,8 +138,8 @@ def save(
 ) -> Path:
     """Writes a `snapshot` as out/stepN and returns the folder. Every rank calls this.
 
-    `train_state`: of this rank. `config`: the content of config.json. Uses the group of `world` only, so a thread with a separate
-    group may call it. Raises SharedError on every rank; older steps are unchanged then.
+    `train_state`: of this rank. `config`: the content of config.json. Uses the group of `world` only, so a thread with
+    a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
     """
     final, work = out / f"step{step}", out / f".saving-step{step}"
 
@@ -186,8 +190,8 @@ def save(
         if world.is_rank0:
             shutil.rmtree(work, ignore_errors=True)
         raise SharedError(
-            f"{final}: could not be saved ({_reason(error)}); a step needs about {_stored_bytes(state):,} bytes there; earlier steps are"
-            " unchanged; next: make room and run train again, which continues from the last one"
+            f"{final}: could not be saved ({_reason(error)}); a step needs about {_stored_bytes(state):,} bytes there;"
+            " earlier steps are unchanged; next: make room and run train again, which continues from the last one"
         ) from error
     return final
 
@@ -218,8 +222,8 @@ def steps(out: Path) -> list[tuple[int, Path]]:
 def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """The newest complete step folder. Others are skipped with a warning.
 
-    A step whose bytes differ from its manifest is renamed to .damaged-stepN, so that it is no step any more; no file is removed.
-    Removes the leftovers of saves and removals that were killed. Every rank calls this.
+    A step whose bytes differ from its manifest is renamed to .damaged-stepN, so that it is no step any more; no file is
+    removed. Removes the leftovers of saves and removals that were killed. Every rank calls this.
     """
     for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.is_rank0 else ():
         shutil.rmtree(leftover, ignore_errors=True)
@@ -241,7 +245,8 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
 
 
 def set_aside(step: Path) -> Path:
-    """Renames a damaged step and returns its new folder. A step without a manifest was not finished and is not renamed."""
+    """Renames a damaged step and returns its new folder. A step without a manifest was not finished and is not
+    renamed."""
     if not (step / manifest.NAME).is_file():
         return step
     aside = step.parent / f".damaged-{step.name}"
@@ -253,7 +258,8 @@ def set_aside(step: Path) -> Path:
 
 
 def damage(step: Path, world: World | None = None) -> list[str]:
-    """The differences between a step and its manifest. With a world, each rank reads a part of the files; without, all are read."""
+    """The differences between a step and its manifest. With a world, each rank reads a part of the files; without, all
+    are read."""
     file = step / manifest.NAME
     try:
         entries = StepManifest.read(file).outputs
@@ -271,7 +277,8 @@ def damage(step: Path, world: World | None = None) -> list[str]:
 
 
 def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state. Raises SftError."""
+    """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state.
+    Raises SftError."""
     weights, moments = DcpReader(step), DcpReader(step, "optim.state.")
     for name, parameter in model.named_parameters():
         weights.read_into(name, parameter)
@@ -294,8 +301,9 @@ def mark_latest(step: Path) -> None:
 
 
 def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better: bool = True) -> bool:
-    """Names out/stepN in BEST if its value is better than the recorded one, or if BEST has another metric or a step that does not exist.
-    Returns whether it did. Raises SftError for a value that is not finite, and for a step that does not exist."""
+    """Names out/stepN in BEST if its value is better than the recorded one, or if BEST has another metric or a step
+    that does not exist. Returns whether it did. Raises SftError for a value that is not finite, and for a step that
+    does not exist."""
     folder = out / f"step{step}"
     if not math.isfinite(value):
         raise SftError(f"{folder}: {metric} is {value}; only finite values can be compared")
@@ -319,15 +327,16 @@ def steps_lock(out: Path) -> Iterator[None]:
 
 
 def to_trash(folder: Path) -> Path:
-    """Renames a folder before it is removed, so that an interrupted removal leaves nothing that looks like a step. Returns the new name."""
+    """Renames a folder before it is removed, so that an interrupted removal leaves nothing that looks like a step.
+    Returns the new name."""
     trash = folder.parent / f".trash-{folder.name.lstrip('.')}-{uuid.uuid4().hex[:8]}"
     folder.rename(trash)
     return trash
 
 
 def prune(out: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
-    """Moves superfluous steps to the trash and returns their new folders: older ephemeral steps, and permanent ones beyond the newest `keep`
-    (0 = all stay). The steps of LATEST and BEST and the `protected` ones always stay."""
+    """Moves superfluous steps to the trash and returns their new folders: older ephemeral steps, and permanent ones
+    beyond the newest `keep` (0 = all stay). The steps of LATEST and BEST and the `protected` ones always stay."""
     with steps_lock(out):
         latest_step = named_step(out, LATEST)
         if latest_step is None:

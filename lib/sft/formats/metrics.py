@@ -1,11 +1,12 @@
 """train/metrics.jsonl, one record per line, and the metrics in train's manifest. Standard library only.
 
-    {"attempt": 1, "from_step": 0, "ranks": 8, "device": "NVIDIA H100 80GB HBM3", "peak_tflops": 989.4, "mfu": "…formula…"}
+    {"attempt": 1, "from_step": 0, "ranks": 8, "device": "NVIDIA H100", "peak_tflops": 989.4, "mfu": "…formula…"}
     {"step": 1, "loss": 2.1, "lr": 1e-06, …}
     {"step": 2, …}
 
-Every attempt writes a header and then its steps. A resume removes the steps after the one that it continues from, so the steps
-read like those of an uninterrupted run. JSON has no NaN and no infinity: such numbers are written as "nan", "inf" and "-inf".
+Every attempt writes a header and then its steps. A resume removes the steps after the one that it continues from, so
+the steps read like those of an uninterrupted run. JSON has no NaN and no infinity: such numbers are written as "nan",
+"inf" and "-inf".
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ class StepRecord(_Numbers):
 
 @dataclass(frozen=True)
 class UploadSummary:
-    """The address that permanent checkpoints were uploaded to, the steps that are there, and the steps that are missing."""
+    """The address that permanent checkpoints were uploaded to, the steps that are there, and the steps that are
+    missing."""
 
     where: str
     steps: tuple[str, ...]
@@ -130,8 +132,8 @@ MetricsRecord = Attempt | StepRecord
 def read_metrics(file: Path, last: int | None = None) -> list[MetricsRecord]:
     """The records of a metrics file in their order; none when the file is missing.
 
-    `last`: all headers, but only the steps among that many last lines. A line that a kill cut short is not JSON and is skipped.
-    Raises SftError, with the line's number, for a wrong record.
+    `last`: all headers, but only the steps among that many last lines. A line that a kill cut short is not JSON and is
+    skipped. Raises SftError, with the line's number, for a wrong record.
     """
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     records: list[MetricsRecord] = []

@@ -1,11 +1,12 @@
 """Causal attention over packed documents: a fused kernel on CUDA, a loop over documents elsewhere.
 
-In:  q [T, Hq, D], k and v [T, Hkv, D] (Hq a multiple of Hkv), cu_seqlens int32 [N + 1] with the document edges (repeats of
-     the last edge are empty documents, which pad it to a bucket size), max_len >= the longest document, window in tokens
-     with the token itself included (0 = unlimited).
+In:  q [T, Hq, D], k and v [T, Hkv, D] (Hq a multiple of Hkv), cu_seqlens int32 [N + 1] with the document edges (repeats
+     of the last edge are empty documents, which pad it to a bucket size), max_len >= the longest document, window in
+     tokens with the token itself included (0 = unlimited).
 Out: [T, Hq, D]. A token attends to itself and to the window - 1 tokens before it, of its own document only.
 
-Without a fused kernel every document is one call, so a packed document gives bitwise the same result as the document alone.
+Without a fused kernel every document is one call, so a packed document gives bitwise the same result as the document
+alone.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int) -> Tensor:
-    # The kernel counts the tokens to the left of the token itself; (-1, 0) means causal. torch 2.11 accepts grouped key/value
-    # heads without enable_gqa, which it does not have.
+    # The kernel counts the tokens to the left of the token itself; (-1, 0) means causal. torch 2.11 accepts grouped
+    # key/value heads without enable_gqa, which it does not have.
     options: dict[str, Any] = {"window_size": (window - 1, 0) if window else (-1, 0)}
     if q.shape[1] != k.shape[1] and _HAS_ENABLE_GQA:
         options["enable_gqa"] = True

@@ -3,10 +3,11 @@
 In:  queries, keys and values of this rank's tokens [T / n, H, D]; rank i of the group has the i-th part of the row.
 Out: those of the complete row for this rank's heads [T, H / n, D], and back.
 
-Only attention needs an exchange: everything else works on each token alone. Document edges are those of the complete row. Queries,
-keys and values are exchanged together. If there are fewer key/value heads than ranks, each head is repeated for the ranks
-whose query heads use it. A group is passed by name, so that torch.compile treats it as a constant. Gradients flow back
-through the same exchanges. An exchange moves values and computes none, so hidden states are bitwise those of one rank.
+Only attention needs an exchange: everything else works on each token alone. Document edges are those of the complete
+row. Queries, keys and values are exchanged together. If there are fewer key/value heads than ranks, each head is
+repeated for the ranks whose query heads use it. A group is passed by name, so that torch.compile treats it as a
+constant. Gradients flow back through the same exchanges. An exchange moves values and computes none, so hidden states
+are bitwise those of one rank.
 """
 
 from __future__ import annotations
@@ -37,5 +38,6 @@ def gather_heads(out: Tensor, group: Any, ranks: int) -> Tensor:
 
 
 def exchange(x: Tensor, group: Any) -> Tensor:
-    """Sends part i of the first dimension to rank i of the group, and puts that rank's part for this rank in its place."""
+    """Sends part i of the first dimension to rank i of the group, and puts that rank's part for this rank in its
+    place."""
     return collectives.all_to_all_single_autograd(x.contiguous(), None, None, group)

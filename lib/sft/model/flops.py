@@ -14,7 +14,8 @@ from sft.recipe.presets import ModelConfig
 
 
 def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:
-    """(query, key) pairs of causal documents of these lengths: token i attends to min(i + 1, window) tokens, or to i + 1 with window 0."""
+    """(query, key) pairs of causal documents of these lengths: token i attends to min(i + 1, window) tokens, or to i +
+    1 with window 0."""
     n = np.asarray(lengths, dtype=np.float64)
     full = n * (n + 1) / 2
     if not window:

@@ -1,8 +1,10 @@
-"""Hugging Face names and configurations, family by family.
+"""Hugging Face names and configurations by model family.
 
-In: a ModelConfig (sft.recipe.presets), or the config.json of a Hugging Face folder. Out: the same facts in the other vocabulary.
-DcpReader only change their names, never their layout. A family of models is a row of FAMILIES; what its members do is in
-ModelConfig, what their files hold is read by sft.checkpoint.hf_folder.
+In:  a ModelConfig (sft.recipe.presets), or the config.json of a Hugging Face folder. Out: the same facts in the other
+     form.
+
+Tensors only change their names, never their layout. A family is a row of FAMILIES. sft.checkpoint.hf_folder reads the
+tensors.
 """
 
 from __future__ import annotations
@@ -98,12 +100,14 @@ def head_name(config: ModelConfig) -> str:
 
 
 def without_tied_head(names: Iterable[str], config: ModelConfig) -> list[str]:
-    """The names without the output matrix of a tied model, which OLMo-core's steps and some files store a second time."""
+    """The names without the output matrix of a tied model, which OLMo-core's steps and some files store a second
+    time."""
     return [name for name in names if not (config.tied and name == "lm_head.w_out.weight")]
 
 
 def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by our name, in the order of the forward pass. `vocab_size` replaces the padded number of rows."""
+    """The shape of every parameter by our name, in the order of the forward pass. `vocab_size` replaces the padded
+    number of rows."""
     d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     vocab = vocab_size or config.vocab_size
     block = {
@@ -197,8 +201,8 @@ def hf_config(
 def config_json(config: PretrainedConfig) -> dict[str, Any]:
     """The content of config.json: the keys of transformers 5, and the rope keys that transformers 4 and vLLM read.
 
-    transformers 4 reads `rope_theta` and `rope_scaling` at the top level only, and silently uses defaults without them. Version 5
-    reads `rope_parameters` first. With both, all versions load the same model.
+    transformers 4 reads `rope_theta` and `rope_scaling` at the top level only, and silently uses defaults without them.
+    Version 5 reads `rope_parameters` first. With both, all versions load the same model.
     """
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     data = {name: value for name, value in data.items() if name not in _NOT_ABOUT_THE_MODEL}
@@ -218,7 +222,8 @@ def find_family(data: Mapping[str, Any], where: str = "config.json") -> Family:
 
 
 def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The ModelConfig that a Hugging Face config.json describes. Raises SftError for an architecture that it cannot express."""
+    """The ModelConfig that a Hugging Face config.json describes. Raises SftError for an architecture that it cannot
+    express."""
     kind = find_family(data, where)
     for name, wanted in kind.fixed.items():
         if data.get(name, wanted) != wanted:

@@ -1,11 +1,14 @@
 """Cross-entropy of the rows that have a target, in chunks. The gradient is computed in the forward pass.
 
-In:  hidden [L, d] (rows whose next token is trained, already normalised), the output matrix [V, d], target ids [L] (-100 =
-     padding), and the loss denominator: the number of targets in the GLOBAL batch, over all ranks and microbatches.
-Out: the sum of the rows' losses / loss denominator (fp32, differentiable), and the rows' own losses (fp32, for reports).
+In:  hidden [L, d] (rows whose next token is trained, already normalised), the output matrix [V, d], target ids [L]
+     (-100 = padding), and the loss denominator: the number of targets in the GLOBAL batch, over all ranks and
+     microbatches.
+Out: the sum of the rows' losses / loss denominator (fp32, differentiable), and the rows' own losses (fp32, for
+     reports).
 
-The logits of a chunk are turned into their gradient and dropped, so memory holds [chunk, V] and never [T, V]. The loss is fp32
-with any compute dtype. Gradients of the output matrix are summed over chunks in fp32. See docs/loss.md for the denominator.
+The logits of a chunk are turned into their gradient and dropped, so memory holds [chunk, V] and never [T, V]. The loss
+is fp32 with any compute dtype. Gradients of the output matrix are summed over chunks in fp32. See docs/loss.md for the
+denominator.
 """
 
 from __future__ import annotations
@@ -24,8 +27,8 @@ CHUNK = 1024
 def chunk_losses(
     logits: Tensor, target_ids: Tensor, loss_denominator: Tensor, z_loss: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The losses of a chunk's rows [rows], the sum of their z-losses, and, if `train`, the gradient of both sums / loss denominator with
-    respect to the logits, in their dtype.
+    """The losses of a chunk's rows [rows], the sum of their z-losses, and, if `train`, the gradient of both sums / loss
+    denominator with respect to the logits, in their dtype.
 
     `logits` [rows, V] may be overwritten. Compiled, this is two passes over the logits without an fp32 copy of them.
     """

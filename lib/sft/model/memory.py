@@ -3,10 +3,10 @@
 In:  the architecture, [train], the hardware numbers, the number of GPUs and the memory of one. No torch.
 Out: a `Plan`: bytes per GPU by part at the moment that needs most, and what every layer keeps for the backward pass.
 
-Parameters, gradients and optimizer state are exact, as FSDP2 shards them (by rows of the first dimension). Activations are the
-tensors that autograd keeps of this model's operations (`activation_bytes`); `tests/test_memory.py` compares them with what
-torch keeps. FSDP2's buffers are those of its all-gather and reduce-scatter of one layer, with the next layer prefetched.
-GB = 10^9 bytes.
+Parameters, gradients and optimizer state are exact, as FSDP2 shards them (by rows of the first dimension). Activations
+are the tensors that autograd keeps of this model's operations (`activation_bytes`); `tests/test_memory.py` compares
+them with what torch keeps. FSDP2's buffers are those of its all-gather and reduce-scatter of one layer, with the next
+layer prefetched. GB = 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from sft.recipe.schema import Hardware, Train
 
 LOSS_CHUNK = 1024  # rows with a target whose logits are in memory at once
 QUANTISED_BLOCK = 256  # values of 8-bit optimizer state that share one fp32 scale
-# Assumed, not computed: the CUDA context, the workspaces of NCCL and other libraries, and what the allocator cannot use.
+# Assumed, not computed: the CUDA context, the workspaces of NCCL and other libraries, and what the allocator cannot
+# use.
 RESERVED = 2.0e9
 FRAGMENTATION = 0.06
 
@@ -50,8 +51,8 @@ class Plan:
 def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
     """What each layer recomputes: 'none', 'selected' (attention's output is kept) or 'full'.
 
-    A budget is the share of layers that keep all activations. They are the last ones: their memory is free again when the backward
-    pass reaches the first recomputed layer.
+    A budget is the share of layers that keep all activations. They are the last ones: their memory is free again when
+    the backward pass reaches the first recomputed layer.
     """
     if recompute != "budget":
         return (recompute,) * layers
@@ -62,8 +63,8 @@ def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
 def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, gpu_memory_gb: float) -> Plan:
     """The estimate for one GPU. `gpu_memory_gb` 0 = not known: everything fits.
 
-    `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all activations while
-    the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
+    `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all
+    activations while the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
     """
     limit = int(gpu_memory_gb * 1e9)
     if hardware.recompute != "auto":
@@ -84,8 +85,9 @@ def require(found: Plan, model: ModelConfig, train: Train, hardware: Hardware, g
         return found
     sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
     raise SftError(
-        f"[on.<cluster>.train] recompute {hardware.recompute!r}: {found.total / 1e9:.1f} GB per GPU are needed on {gpus_total}"
-        f" GPUs of {found.limit / 1e9:.1f} GB ({sizes}); next: {_remedy(model, train, hardware, gpus_total, found.limit)}"
+        f"[on.<cluster>.train] recompute {hardware.recompute!r}: {found.total / 1e9:.1f} GB per GPU are needed"
+        f" on {gpus_total} GPUs of {found.limit / 1e9:.1f} GB ({sizes});"
+        f" next: {_remedy(model, train, hardware, gpus_total, found.limit)}"
     )
 
 
@@ -137,8 +139,9 @@ def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
 
 
 def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) -> list[dict[str, int]]:
-    """Bytes at the moments of a step that may need most: the end of the forward pass in the loss, the backward pass of the last
-    layer and of the last recomputed one, and the reduction of the gradients of embedding and head at the end."""
+    """Bytes at the moments of a step that may need most: the end of the forward pass in the loss, the backward pass of
+    the last layer and of the last recomputed one, and the reduction of the gradients of embedding and head at the
+    end."""
     compute = 2 if train.precision == "bf16" else 4
     tokens = (hardware.microbatch_tokens or train.seq_len) // hardware.context_degree
     modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
@@ -183,12 +186,14 @@ def _shard_size(shape: tuple[int, ...], ranks: int) -> int:
 
 
 def is_quantised(shape: tuple[int, ...]) -> bool:
-    """Whether 8-bit AdamW stores a parameter's moments in 8 bits. Blocks are within a row, so no rank gets a part of one."""
+    """Whether 8-bit AdamW stores a parameter's moments in 8 bits. Blocks are within a row, so no rank gets a part of
+    one."""
     return len(shape) > 1 and shape[-1] % QUANTISED_BLOCK == 0
 
 
 def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware) -> int:
-    """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank. `compute` = bytes of a value."""
+    """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank. `compute` = bytes of a
+    value."""
     d, width = model.d_model, compute
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     # If a context group has more ranks than there are key/value heads, heads are repeated before the exchange.
@@ -211,11 +216,13 @@ def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, h
 
 
 def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:
-    """Bytes of the largest set of temporary gradients in a layer's backward pass: three of SwiGLU and two of the residual stream."""
+    """Bytes of the largest set of temporary gradients in a layer's backward pass: three of SwiGLU and two of the
+    residual stream."""
     return tokens * compute * (3 * model.intermediate_size + 2 * model.d_model)
 
 
 def _loss(model: ModelConfig, tokens: int, compute: int) -> int:
-    """Bytes of a chunk of logits with its gradient, and of the head's input with its gradient, if every token is trained."""
+    """Bytes of a chunk of logits with its gradient, and of the head's input with its gradient, if every token is
+    trained."""
     logits = min(LOSS_CHUNK, tokens) * model.vocab_size * (4 if compute == 4 else 8)
     return logits + tokens * model.d_model * (8 + 3 * compute)

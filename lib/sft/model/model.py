@@ -1,13 +1,14 @@
 """OLMo 2 and 3, Qwen 3 and Llama 3 on packed tokens, with OLMo-core's parameter names.
 
-In:  token ids [T] of documents one after the other, positions [T] that restart at 0 in each document, and the document edges.
+In:  token ids [T] of documents one after the other, positions [T] that restart at 0 in each document, and the document
+     edges.
 Out: hidden states [T, d], or the loss of the rows with a target.
 
-There is no batch dimension: a pack is one long row, and only attention needs to know where documents end. OLMo's block has the
-norms after attention and SwiGLU, h = x + norm(attn(x)), out = h + norm(ff(h)), and an RMS norm over the full query and key
-projections before they are split into heads. The other families have the norms before: x + attn(norm(x)). The keys of
-`state_dict()` are those of an OLMo-core checkpoint, so saving needs no conversion and Hugging Face only other names
-(sft.model.hf).
+There is no batch dimension: a pack is one long row, and only attention needs to know where documents end. OLMo's block
+has the norms after attention and SwiGLU, h = x + norm(attn(x)), out = h + norm(ff(h)), and an RMS norm over the full
+query and key projections before they are split into heads. The other families have the norms before: x + attn(norm(x)).
+The keys of `state_dict()` are those of an OLMo-core checkpoint, so saving needs no conversion and Hugging Face only
+other names (sft.model.hf).
 
 The ranks of a context group have consecutive parts of the row. Attention exchanges heads for tokens between them
 (sft.model.context), and the document edges are those of the complete row.
@@ -122,7 +123,8 @@ class Block(nn.Module):
         )
         return out
 
-    # `checkpoint` wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks run outside.
+    # `checkpoint` wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks run
+    # outside.
     def layer(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.prenorm:
             h: Tensor = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, max_len)
@@ -152,7 +154,8 @@ class Transformer(nn.Module):
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         """[T] ids to [T, d], before the final norm."""
         x: Tensor = self.embeddings(input_ids)
-        # YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not trained on.
+        # YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not trained
+        # on.
         base = rotary_table(self.config, self.config.llama3_rope, positions)
         yarn = self.config.yarn
         extended = rotary_table(self.config, yarn, positions) if yarn else base
@@ -206,9 +209,9 @@ def inverse_frequencies(
 ) -> tuple[Tensor, float]:
     """Angle per position [dim / 2], and the factor on sin and cos.
 
-    YaRN (arXiv 2309.00071) divides the frequency of dimensions that turn less than `beta_slow` times within the old context by
-    `factor`, keeps those that turn more than `beta_fast` times, and interpolates over the dimensions between them. Llama 3.1
-    interpolates over the number of turns.
+    YaRN (arXiv 2309.00071) divides the frequency of dimensions that turn less than `beta_slow` times within the old
+    context by `factor`, keeps those that turn more than `beta_fast` times, and interpolates over the dimensions between
+    them. Llama 3.1 interpolates over the number of turns.
     """
     with torch.inference_mode(False):
         base = 1.0 / (theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim))
@@ -231,11 +234,12 @@ def inverse_frequencies(
 
 
 def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
-    """torch.compile for every block; call it before `shard`. With the fused kernel (CUDA in bf16) a block is one graph. Elsewhere
-    attention's loop over documents is not part of the graphs. On CUDA the loss is compiled too.
+    """torch.compile for every block; call it before `shard`. With the fused kernel (CUDA in bf16) a block is one graph.
+    Elsewhere attention's loop over documents is not part of the graphs. On CUDA the loss is compiled too.
 
-    All blocks share the code of `Block.forward`. Its variants (windowed or not, what is recomputed, with or without gradients,
-    document edges of one size or of any) therefore count together against dynamo's limit, which is 8 by default.
+    All blocks share the code of `Block.forward`. Its variants (windowed or not, what is recomputed, with or without
+    gradients, document edges of one size or of any) therefore count together against dynamo's limit, which is 8 by
+    default.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
@@ -273,8 +277,8 @@ def recompute_options(mode: str) -> dict[str, Any]:
 def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, else a truncated normal.
 
-    Every tensor has its own generator, seeded by (seed, name). The weights depend neither on the number of ranks nor on the order in
-    which they are made.
+    Every tensor has its own generator, seeded by (seed, name). The weights depend neither on the number of ranks nor on
+    the order in which they are made.
     """
     for name, parameter in model.named_parameters():
         value = torch.ones(parameter.shape)

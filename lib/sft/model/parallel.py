@@ -1,7 +1,8 @@
 """Processes and devices: joins torchrun's process group, shards a model, exchanges small values between ranks.
 
 In:  torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or nothing for one process.
-Out: a `World`. Its exchanges of host values use gloo, also where the model uses NCCL, so that they never wait for the GPU.
+Out: a `World`. Its exchanges of host values use gloo, also where the model uses NCCL, so that they never wait for the
+     GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ class SharedError(SftError):
 
 @dataclass
 class World:
-    """The ranks of a training and this rank's device. Unless stated otherwise, every rank calls a method at the same point."""
+    """The ranks of a training and this rank's device. Unless stated otherwise, every rank calls a method at the same
+    point."""
 
     rank: int
     size: int
@@ -40,7 +42,8 @@ class World:
     group: Any = None  # for host values; None = the default group
 
     def with_own_group(self, timeout_s: int = 1800) -> World:
-        """The same ranks with a separate gloo group: for a thread beside the training loop, or for a longer timeout than that of `join`."""
+        """The same ranks with a separate gloo group: for a thread beside the training loop, or for a longer timeout
+        than that of `join`."""
         if not dist.is_initialized():
             return replace(self, group=None)
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)))
@@ -87,8 +90,8 @@ class World:
         return values
 
     def on_rank0(self, action: Callable[[], Any], share: bool = True) -> Any:
-        """Runs `action` on rank 0 while the others wait, and returns its result on all ranks (None on the others unless `share`, for
-        results that cannot be sent). Raises SharedError on every rank when it fails."""
+        """Runs `action` on rank 0 while the others wait, and returns its result on all ranks (None on the others unless
+        `share`, for results that cannot be sent). Raises SharedError on every rank when it fails."""
         value, failure = None, ""
         if self.is_rank0:
             try:
@@ -103,7 +106,8 @@ class World:
         return value if self.is_rank0 else sent
 
     def on_all_ranks(self, action: Callable[[], Any]) -> list[Any]:
-        """Runs `action` on every rank and returns all results. Raises SharedError on every rank when it fails on one."""
+        """Runs `action` on every rank and returns all results. Raises SharedError on every rank when it fails on
+        one."""
         value, failure = None, ""
         try:
             value = action()
@@ -122,7 +126,8 @@ class World:
 
 
 def join(threads: int = 0, timeout_s: int = 1800) -> World:
-    """Joins the process group. `threads` = CPU threads of this process; 0 divides the cores among the local processes."""
+    """Joins the process group. `threads` = CPU threads of this process; 0 divides the cores among the local
+    processes."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
@@ -144,9 +149,10 @@ def join(threads: int = 0, timeout_s: int = 1800) -> World:
 
 
 def make_deterministic() -> None:
-    """Makes every sum of this process have a fixed order, so that the same GPUs compute the same bytes again: attention's backward pass,
-    index sums, cuBLAS, and NCCL (whose sums inside a switch have no fixed order). A step raises RuntimeError where torch has no
-    deterministic kernel. Call it before the first product and the first exchange on a GPU. On a CPU nothing changes."""
+    """Makes every sum of this process have a fixed order, so that the same GPUs compute the same bytes again:
+    attention's backward pass, index sums, cuBLAS, and NCCL (whose sums inside a switch have no fixed order). A step
+    raises RuntimeError where torch has no deterministic kernel. Call it before the first product and the first exchange
+    on a GPU. On a CPU nothing changes."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     torch.use_deterministic_algorithms(True)
@@ -156,10 +162,11 @@ def make_deterministic() -> None:
 def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0) -> nn.Module:
     """Shards parameters, gradients and optimizer state over the ranks, in one group per block and one for the rest.
 
-    Parameters are fp32, compute is `precision`, reduction is fp32. Gradients are SUMMED: the loss is already divided by the number
-    of targets in the global batch. Inputs keep their types: hidden states are `precision` from the embedding on, rotary tables are fp32.
-    `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies are kept equal.
-    A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not divide the number of ranks.
+    Parameters are fp32, compute is `precision`, reduction is fp32. Gradients are SUMMED: the loss is already divided by
+    the number of targets in the global batch. Inputs keep their types: hidden states are `precision` from the embedding
+    on, rotary tables are fp32. `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies
+    are kept equal. A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not divide the
+    number of ranks.
     """
     if world.size == 1 and precision == "fp32":
         return model
@@ -179,7 +186,8 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
 
 
 def context_group(world: World, degree: int) -> tuple[str, int] | None:
-    """(name, size) of the group of `degree` consecutive ranks that share rows of tokens with this rank; None with degree 1."""
+    """(name, size) of the group of `degree` consecutive ranks that share rows of tokens with this rank; None with
+    degree 1."""
     if degree == 1:
         return None
     mesh = init_device_mesh(world.device.type, (world.size // degree, degree), mesh_dim_names=("data", "context"))

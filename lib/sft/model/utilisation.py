@@ -2,10 +2,10 @@
 
     training FLOPs of a token = 6 M + 6 d V f + 12 h k sum over layers of a
 
-M = weights of all matrices in the blocks; d V = weights of the output matrix, for the share f of tokens that are trained (no
-other token reaches it); h k = heads x head width; a = mean number of keys that a token attends to in that layer: causal, inside
-its document, at most the layer's window. 6 = a multiply and an add, in the forward pass and twice in the backward pass. Padding,
-recomputation, norms and the embedding count as zero, so MFU falls when they cost time.
+M = weights of all matrices in the blocks; d V = weights of the output matrix, for the share f of tokens that are
+trained (no other token reaches it); h k = heads x head width; a = mean number of keys that a token attends to in that
+layer: causal, inside its document, at most the layer's window. 6 = a multiply and an add, in the forward pass and twice
+in the backward pass. Padding, recomputation, norms and the embedding count as zero, so MFU falls when they cost time.
 
     MFU = FLOPs of a step / (seconds x GPUs x dense bf16 peak of one GPU)
 
@@ -54,8 +54,8 @@ def mean_attended(lengths: ArrayLike, window: int = 0) -> float:
 def flops_per_token(
     model: ModelConfig, attended: float, windowed: float | None = None, trained_fraction: float = 1.0
 ) -> float:
-    """Training FLOPs of a token. `attended`: `mean_attended` of the layers with full attention. `windowed`: of the layers with a window;
-    None takes the smaller of the window and `attended`, an upper bound."""
+    """Training FLOPs of a token. `attended`: `mean_attended` of the layers with full attention. `windowed`: of the
+    layers with a window; None takes the smaller of the window and `attended`, an upper bound."""
     if windowed is None:
         windowed = min(attended, model.window)
     keys = sum(windowed if window else attended for window in model.windows)

@@ -1,7 +1,7 @@
 """Model architectures by name, and their number of parameters. Standard library only.
 
-In:  the recipe's [model]. Out: a `ModelConfig`. The figures are those of the published configurations of OLMo 2, OLMo 3, Qwen 3
-     and Llama 3.
+In:  the recipe's [model]. Out: a `ModelConfig`. The figures are those of the published configurations of OLMo 2, OLMo
+     3, Qwen 3 and Llama 3.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Yarn:
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Llama 3.1's rotary scaling, which applies to all layers: long wavelengths are stretched by `factor`, short ones are not, and a
-    ramp connects them."""
+    """Llama 3.1's rotary scaling, which applies to all layers: long wavelengths are stretched by `factor`, short ones
+    are not, and a ramp connects them."""
 
     factor: float = 8.0
     low: float = 1.0  # wavelengths above old_context / low are stretched
@@ -42,7 +42,8 @@ class Llama3Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A resolved architecture: a decoder with RMS norms, rotary embedding, SwiGLU and no biases. The defaults are those of OLMo."""
+    """A resolved architecture: a decoder with RMS norms, rotary embedding, SwiGLU and no biases. The defaults are those
+    of OLMo."""
 
     n_layers: int
     d_model: int
@@ -64,8 +65,8 @@ class ModelConfig:
     llama3_rope: Llama3Rope | None = None
 
     def layer_window(self, layer: int) -> int:
-        """Attention window of a layer in tokens, the token itself included; 0 = full. Every fourth layer of a windowed model has
-        full attention."""
+        """Attention window of a layer in tokens, the token itself included; 0 = full. Every fourth layer of a windowed
+        model has full attention."""
         return 0 if layer % 4 == 3 else self.window
 
     @property
@@ -152,8 +153,8 @@ def differing_fields(a: ModelConfig, b: ModelConfig, ignore: Collection[str] = (
 def resolve(model: Model, tokenizer_size: int = 0) -> ModelConfig:
     """The architecture that a recipe describes.
 
-    `tokenizer_size` is the number of ids of the tokenizer. It sets vocab_size where neither the recipe nor the preset does, and must not
-    be larger where they do. Raises SftError with both values.
+    `tokenizer_size` is the number of ids of the tokenizer. It sets vocab_size where neither the recipe nor the preset
+    does, and must not be larger where they do. Raises SftError with both values.
     """
     base = PRESETS[model.preset]
     values = {name: getattr(model, field) for name, field in _RECIPE_FIELDS.items()}

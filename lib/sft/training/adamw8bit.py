@@ -4,11 +4,13 @@ In:  fp32 parameters, plain or sharded by rows.
 Out: `LowMemoryAdamW`, which is used like the fused AdamW and skips steps on the device like it (`found_inf`);
      `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
 
-8-bit moments (arXiv 2110.02861, with torchao's scale): 256 values of a row share one fp32 scale, and each is a code for one of 256
-values of a dynamic scale. A block never crosses a row, and ranks divide matrices by rows, so the state, its checkpoint and the
-training are the same on any number of ranks. Vectors, and matrices whose rows 256 does not divide, keep fp32 moments.
+8-bit moments (arXiv 2110.02861, with torchao's scale): 256 values of a row share one fp32 scale, and each is a code for
+one of 256 values of a dynamic scale. A block never crosses a row, and ranks divide matrices by rows, so the state, its
+checkpoint and the training are the same on any number of ranks. Vectors, and matrices whose rows 256 does not divide,
+keep fp32 moments.
 
-Compiled, a step is one pass over a matrix. Otherwise it updates a part at a time, so that its fp32 temporaries stay small.
+Compiled, a step is one pass over a matrix. Otherwise it updates a part at a time, so that its fp32 temporaries stay
+small.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def _scales(device: torch.device) -> tuple[Scale, Scale]:
         from torchao.optim import quant_utils  # start-up: torchao takes a second, and is needed for 8-bit moments only
     except ImportError as error:
         raise SftError(
-            f"[train] optimizer 'adamw8bit' needs the package torchao ({error}); next: pip install torchao, or optimizer=adamw"
+            f"[train] optimizer 'adamw8bit' needs the package torchao ({error});"
+            " next: pip install torchao, or optimizer=adamw"
         ) from error
 
     def scale(signed: bool) -> Scale:
@@ -103,7 +106,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         eight_bit: bool,
         compiled: bool = False,
     ) -> None:
-        """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. Raises SftError without torchao."""
+        """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. Raises SftError
+        without torchao."""
         super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else None
         self.compiled = compiled
@@ -146,7 +150,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         _compiled_update()(operands, scales, step, skip, lr, options)
 
     def _operands(self, p: Tensor) -> Operands:
-        """This rank's part of a parameter: as blocks of values where its moments are codes, else as one row of values."""
+        """This rank's part of a parameter: as blocks of values where its moments are codes, else as one row of
+        values."""
         assert p.grad is not None
         state = {name: _local(value) for name, value in self.state[p].items()}
         eight_bit = f"{MOMENTS[0]}_scale" in state
@@ -161,8 +166,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 def update(
     operands: Operands, scales: tuple[Scale, Scale] | None, step: Tensor, skip: Tensor, lr: Tensor, options: Options
 ) -> None:
-    """One step of AdamW, in place. `scales`: of both moments where they are codes. `step`: the number of steps taken, with this one.
-    `skip` (a bool on the device): nothing changes. The scalars are tensors so that a new value compiles nothing again."""
+    """One step of AdamW, in place. `scales`: of both moments where they are codes. `step`: the number of steps taken,
+    with this one. `skip` (a bool on the device): nothing changes. The scalars are tensors so that a new value compiles
+    nothing again."""
     p, gradient = operands.parameter, operands.gradient.float()
     first = _update_moment(operands.first, gradient, options.beta1, scales[0] if scales else None, skip)
     second = _update_moment(operands.second, gradient.square(), options.beta2, scales[1] if scales else None, skip)

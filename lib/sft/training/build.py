@@ -69,7 +69,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     if train.deterministic:
         make_deterministic()
     hardware, missing = resolve_compile(stage, world)
-    # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches its own copy.
+    # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches
+    # its own copy.
     world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
     dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     info = DatasetInfo.of(dataset)
@@ -148,8 +149,8 @@ def build_data(setup: Setup) -> Data:
 
     def loader(plan: StepPlan, dataset: Dataset, start: int) -> Loader:
         return Loader(
-            plan, dataset, ids.eos_id, ids.pad_id, setup.config, world.rank // degree, groups, packs_each * train.seq_len, start,
-            workers, part=(world.rank % degree, degree),
+            plan, dataset, ids.eos_id, ids.pad_id, setup.config, world.rank // degree, groups, packs_each * train.seq_len,
+            start, workers, part=(world.rank % degree, degree),
         )  # fmt: skip
 
     validation = None
@@ -181,14 +182,15 @@ def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str)
         yield f"warning: {tokenizer_warning}"
     if missing:
         yield (
-            f"warning: not compiled, which costs a quarter of the speed: {missing} is missing; next: install it (Debian: gcc"
-            " python3-dev), or compile=never"
+            f"warning: not compiled, which costs a quarter of the speed: {missing} is missing;"
+            " next: install it (Debian: gcc python3-dev), or compile=never"
         )
     if setup.stage.recipe.train.deterministic and setup.world.device.type == "cuda":
         yield "deterministic: every sum has one order, which costs time (attention's backward pass most)"
     if not room.fits:
         yield (
-            f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB; recompute=auto may fit"
+            f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB;"
+            " recompute=auto may fit"
         )
     if setup.hardware.recompute == "auto" and room.limit:
         budget = (
@@ -198,7 +200,8 @@ def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str)
 
 
 def connect_saver(setup: Setup, saver: Saver) -> None:
-    """Starts uploads and makes retention wait for evaluations. Call it after `step_folder.latest`, which sets damaged steps aside."""
+    """Starts uploads and makes retention wait for evaluations. Call it after `step_folder.latest`, which sets damaged
+    steps aside."""
     stage = setup.stage
     where = destination(stage.storage, stage.recipe.run, stage.identity)
     if setup.world.is_rank0 and where:

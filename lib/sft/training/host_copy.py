@@ -1,8 +1,8 @@
 """A copy of training's state in host memory, which is saved while training continues.
 
 In:  the tensors of sft.checkpoint.step_folder.snapshot, plain or sharded, on any device.
-Out: the same entries in one block of host memory, which the next copy reuses. It has this rank's parts only, 12 bytes for each of its
-     parameters. On CUDA the memory is pinned, so that it is filled at the speed of the bus.
+Out: the same entries in one block of host memory, which the next copy reuses. It has this rank's parts only, 12 bytes
+     for each of its parameters. On CUDA the memory is pinned, so that it is filled at the speed of the bus.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 In:  the architecture, the synced base folder (or None = random weights), dataset.json of the synced dataset.
 Out: `initialise` fills the model; `check_tokenizer` refuses data that another model's tokenizer made.
 
-A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a Hugging Face
-folder with safetensors. Vocabulary rows that the base does not have start as zeros.
+A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a
+Hugging Face folder with safetensors. Vocabulary rows that the base does not have start as zeros.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sft.recipe.presets import ModelConfig
 
 
 def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: int) -> str:
-    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words. Raises SftError."""
+    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words. Raises
+    SftError."""
     parameters = dict(model.named_parameters())
     if base is None:
         for name, value in initial_values(model, config.init_std, seed):
@@ -55,7 +56,8 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
 
 
 def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base: Path) -> None:
-    """Copies every tensor, with rows of zeros for the rest of the vocabulary. Raises SftError for values that are not finite."""
+    """Copies every tensor, with rows of zeros for the rest of the vocabulary. Raises SftError for values that are not
+    finite."""
     for name, parameter in parameters.items():
         value = read(name)
         if not value.isfinite().all():
@@ -78,8 +80,8 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, bas
 def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unchecked: bool = False) -> str:
     """Raises SftError if the base's tokenizer is not the one that the data were made with.
 
-    Compares the hash of tokenizer.json. A base without one is refused, or, with `unchecked`, compared by the vocabulary size and end
-    token of its config.json. Returns a warning, or "".
+    Compares the hash of tokenizer.json. A base without one is refused, or, with `unchecked`, compared by the vocabulary
+    size and end token of its config.json. Returns a warning, or "".
     """
     if base is None:
         return ""
@@ -90,8 +92,8 @@ def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unc
         theirs = hashlib.sha256(found.read_bytes()).hexdigest()
         if theirs != ours:
             raise SftError(
-                f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is {theirs}"
-                f" ({found}); next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
+                f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is"
+                f" {theirs} ({found}); next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
             )
         return ""
     _check_named_tokens(base / "config.json", facts)
@@ -105,8 +107,8 @@ def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unc
 
 
 def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
-    """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the padded number of
-    rows of the embedding. Raises SftError."""
+    """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the
+    padded number of rows of the embedding. Raises SftError."""
     try:
         config = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -123,5 +125,6 @@ def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
     else:
         return
     raise SftError(
-        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted}; next: set [prepare] tokenizer to the base's tokenizer"
+        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted};"
+        " next: set [prepare] tokenizer to the base's tokenizer"
     )

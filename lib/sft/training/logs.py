@@ -23,7 +23,8 @@ def next_attempt(out: Path) -> int:
 
 
 def record(out: Path, attempt: int, rank: int) -> Path:
-    """Copies standard output and error into this rank's log until the process ends. Returns the log. Both are still printed."""
+    """Copies standard output and error into this rank's log until the process ends. Returns the log. Both are still
+    printed."""
     file = out / "logs" / f"attempt-{attempt:03}-rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()

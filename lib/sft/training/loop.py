@@ -1,10 +1,11 @@
 """The training loop: steps, validation, metrics and checkpoints of a run that sft.training.train has built.
 
 In:  a `Run` and the number of finished steps.
-Out: step folders and metrics records. `Requeue` is raised after saving when a signal asked for the end. Every rank runs the same
-     lines; only rank 0 has a `MetricsWriter`.
+Out: step folders and metrics records. `Requeue` is raised after saving when a signal asked for the end. Every rank runs
+     the same lines; only rank 0 has a `MetricsWriter`.
 
-Nothing here waits for a GPU inside a step: the loss, the gradient norm and whether the step was skipped are read one step later.
+Nothing here waits for a GPU inside a step: the loss, the gradient norm and whether the step was skipped are read one
+step later.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class Run:
 class Due:
     """What follows a step.
 
-    With save_every = 4, ephemeral_every = 2 and validate_every = 3: step 2 is saved for a while, step 3 is validated, step 4 is saved
-    for good. A signal to stop, and a request for a checkpoint, make a step due at once.
+    With save_every = 4, ephemeral_every = 2 and validate_every = 3: step 2 is saved for a while, step 3 is validated,
+    step 4 is saved for good. A signal to stop, and a request for a checkpoint, make a step due at once.
     """
 
     permanent: bool  # a checkpoint that stays
@@ -74,7 +75,8 @@ class Due:
 
     @classmethod
     def after(cls, done: int, run: Run, stop: bool, requested: bool) -> Due:
-        """After `done` steps. `stop`: a signal came. `requested`: someone asked for a checkpoint. The same on every rank."""
+        """After `done` steps. `stop`: a signal came. `requested`: someone asked for a checkpoint. The same on every
+        rank."""
         train, last = run.stage.recipe.train, done == run.plan.steps
         validates = train.validate_every > 0 and done % train.validate_every == 0
         return cls(
@@ -127,21 +129,21 @@ class StepNumbers(NamedTuple):
     grad_norm: float
     skipped: bool
     loss_sums: list[float]
-    label_counts: list[float]
+    target_counts: list[float]
 
     @property
-    def labels(self) -> float:
-        return sum(self.label_counts)
+    def num_targets(self) -> float:
+        return sum(self.target_counts)
 
     @property
     def loss(self) -> float:
         """Mean loss per trained token of the global batch."""
-        return sum(self.loss_sums) / self.labels
+        return sum(self.loss_sums) / self.num_targets
 
 
 class Readback:
-    """A step's numbers on their way from the device, and the time at which the step ended. Reading them one step later keeps the
-    GPU busy."""
+    """A step's numbers on their way from the device, and the time at which the step ended. Reading them one step later
+    keeps the GPU busy."""
 
     def __init__(self, values: Tensor, facts: StepFacts) -> None:
         """`values` [3 + 2 S]: gradient norm, skipped, then the statistics of `forward`."""
@@ -159,7 +161,8 @@ class Readback:
 
 
 def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tensor, Tensor]:
-    """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of labels)."""
+    """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of
+    targets)."""
     b = batch.to(run.world.device)
     loss, rows = run.model(
         b.input_ids,
@@ -193,7 +196,8 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
 
 
 def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, float]:
-    """One update. Returns (gradient norm, skipped, then the statistics of `forward` over the global batch) on the device, and lr."""
+    """One update. Returns (gradient norm, skipped, then the statistics of `forward` over the global batch) on the
+    device, and lr."""
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
     run.optimizer.param_groups[0]["lr"] = lr
@@ -247,7 +251,8 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
 
 
 def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
-    """Names the restored step in BEST where it is the best: a kill may have come between the step and BEST. Rank 0 only."""
+    """Names the restored step in BEST where it is the best: a kill may have come between the step and BEST. Rank 0
+    only."""
     train = run.stage.recipe.train
     if not start or not (start % train.save_every == 0 or is_ephemeral(train, start)):
         return
@@ -257,7 +262,8 @@ def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
 
 
 def find_best(run: Run, step: int, validation_loss: float) -> Best | None:
-    """The entry that BEST gets if this validated step is the best so far; None where BEST does not follow the validation loss."""
+    """The entry that BEST gets if this validated step is the best so far; None where BEST does not follow the
+    validation loss."""
     if not run.marks_best or not math.isfinite(validation_loss):
         return None
     return Best(step, "validation_loss", validation_loss)
@@ -295,7 +301,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             loss=numbers.loss,
             lr=facts.lr,
             grad_norm=numbers.grad_norm,
-            labels=int(numbers.labels),
+            labels=int(numbers.num_targets),
             tokens=facts.tokens,
             tokens_per_s=facts.step_tokens / seconds,
             padding=facts.padding,
@@ -305,7 +311,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             validation_sources=validation.sources if validation else None,
             imbalance=imbalance,
             skipped=numbers.skipped or None,
-            sources=by_source(run.sources, numbers.loss_sums, numbers.label_counts),
+            sources=by_source(run.sources, numbers.loss_sums, numbers.target_counts),
             mfu=mfu(facts.flops, seconds, run.world.size, run.peak_tflops) if run.peak_tflops else None,
             memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
             memory_reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
@@ -319,19 +325,19 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
     if run.skipped >= run.stage.recipe.train.max_skipped:
         good = run.saver.settled() or "none: no step was saved"
         raise SharedError(
-            f"{run.stage.out}: step {facts.step}: {run.skipped} steps in a row had a loss or gradient that was not finite or"
-            f" a spike (last: loss {numbers.loss}, gradient norm {numbers.grad_norm}); last good checkpoint: {good};"
+            f"{run.stage.out}: step {facts.step}: {run.skipped} steps in a row had a loss or gradient that was not finite"
+            f" or a spike (last: loss {numbers.loss}, gradient norm {numbers.grad_norm}); last good checkpoint: {good};"
             " next: look at metrics.jsonl, lower [train] lr or raise skip_sigmas, and run train again"
         )
 
 
 def by_source(
-    names: Sequence[str], loss_sums: Sequence[float], label_counts: Sequence[float]
+    names: Sequence[str], loss_sums: Sequence[float], target_counts: Sequence[float]
 ) -> dict[str, float] | None:
-    """Mean loss of every source that had labels; None for a single source."""
+    """Mean loss of every source that had targets; None for a single source."""
     if len(names) < 2:
         return None
-    return {n: loss / count for n, loss, count in zip(names, loss_sums, label_counts, strict=True) if count}
+    return {n: loss / count for n, loss, count in zip(names, loss_sums, target_counts, strict=True) if count}
 
 
 @torch.no_grad()
@@ -353,8 +359,8 @@ def validate(run: Run) -> Validation:
 
 
 def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
-    """Starts a checkpoint after `done` steps. `best`: what BEST gets if the step is the best. Raises SharedError, on every rank, when a
-    weight is not finite."""
+    """Starts a checkpoint after `done` steps. `best`: what BEST gets if the step is the best. Raises SharedError, on
+    every rank, when a weight is not finite."""
     bad = torch.stack([p.detach().isfinite().all().logical_not() for p in local(run.model.parameters())]).any()
     if run.world.any(bool(bad)):
         good = run.saver.settled() or "none"

@@ -45,7 +45,8 @@ class MetricsWriter:
         self._trackers.record(record.to_value())
 
     def count(self, seconds: float) -> None:
-        """Adds a step's time to the estimate of the remaining time. The first step includes start-up and is left out."""
+        """Adds a step's time to the estimate of the remaining time. The first step includes start-up and is left
+        out."""
         self._timed += 1
         if self._timed > 1:
             self._seconds += seconds

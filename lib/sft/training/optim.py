@@ -1,8 +1,8 @@
 """The learning rate as a function of the step, AdamW, gradient clipping, and the guard against bad steps.
 
 In:  schema.Train and the model's parameters (plain or sharded).
-Out: an AdamW whose state exists from the start, so that a checkpoint can be loaded into it; a `Guard` that decides on the device,
-     without waiting for the host, whether a step may change the weights.
+Out: an AdamW whose state exists from the start, so that a checkpoint can be loaded into it; a `Guard` that decides on
+     the device, without waiting for the host, whether a step may change the weights.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
-    """The learning rate of step 1..steps: a linear warm-up, then a decay to `final_lr_fraction` of the peak, which step `steps + 1` would
-    reach. "wsd" stays at the peak until the last `decay_fraction` of the steps (arXiv 2404.06395; shape "sqrt": 1 - sqrt, arXiv
-    2405.18392).
+    """The learning rate of step 1..steps: a linear warm-up, then a decay to `final_lr_fraction` of the peak, which step
+    `steps + 1` would reach. "wsd" stays at the peak until the last `decay_fraction` of the steps (arXiv 2404.06395;
+    shape "sqrt": 1 - sqrt, arXiv 2405.18392).
 
-    OLMo-core's schedulers reach the end at the last step, which then learns nothing at a rate of 0. In the decay a step here has the
-    rate that the step before it has there.
+    OLMo-core's schedulers reach the end at the last step, which then learns nothing at a rate of 0. In the decay a step
+    here has the rate that the step before it has there.
     """
     warmup = warmup_steps(train, steps)
     if step <= warmup:
@@ -41,7 +41,8 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
 
 
 def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:
-    """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if `compiled`."""
+    """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if
+    `compiled`."""
     parameters = list(model.parameters())
     if train.gradients == "bf16":
         keep_gradients_in_bf16(parameters)
@@ -64,7 +65,8 @@ def full_tensor(x: Tensor) -> Tensor:
 
 
 def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scales the gradients so that their global norm is at most `max_norm` (0 = no limit). Returns the norm before scaling."""
+    """Scales the gradients so that their global norm is at most `max_norm` (0 = no limit). Returns the norm before
+    scaling."""
     parameters = [p for p in parameters if p.grad is not None]
     grads = [p.grad for p in parameters if p.grad is not None]
     if all(g.dtype == torch.float32 for g in grads):
@@ -78,9 +80,9 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 class Guard:
-    """Takes or skips a step. A step with a loss or gradient norm that is not finite is skipped. With `sigmas`, a spike is skipped too: a
-    loss or norm more than that many standard deviations above the mean of the last `HISTORY` steps taken, once `WARM` of
-    them are known.
+    """Takes or skips a step. A step with a loss or gradient norm that is not finite is skipped. With `sigmas`, a spike
+    is skipped too: a loss or norm more than that many standard deviations above the mean of the last `HISTORY` steps
+    taken, once `WARM` of them are known.
 
     The optimizer reads `found_inf` on the device, and changes neither weights, moments nor step count where it is 1.
     """

@@ -1,12 +1,12 @@
 """Saves checkpoints beside the training loop: the loop waits for a copy of the state, and a thread does the rest.
 
 In:  the state after a step, on every rank.
-Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then retention. Superfluous steps are renamed at once and
-     removed in another thread, so that a kill never leaves an incomplete step under a step's name.
+Out: step folders (sft.checkpoint.step_folder.save), then LATEST and BEST, then retention. Superfluous steps are renamed
+     at once and removed in another thread, so that a kill never leaves an incomplete step under a step's name.
 
 The loop waits `blocked_s`: for the previous save, as there is one at a time, and for the copy to host memory
-(sft.training.host_copy). The thread takes `seconds`: DCP's save, hashes and publication. It has a separate gloo group, so that its
-exchanges never mix with those of the loop.
+(sft.training.host_copy). The thread takes `seconds`: DCP's save, hashes and publication. It has a separate gloo group,
+so that its exchanges never mix with those of the loop.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Saver:
         ephemeral: bool,
         best: Best | None = None,
     ) -> None:
-        """Copies the state after `step` steps and starts the save. Without `async_save` it returns when the step is complete.
-        Raises SharedError when the previous save failed."""
+        """Copies the state after `step` steps and starts the save. Without `async_save` it returns when the step is
+        complete. Raises SharedError when the previous save failed."""
         began = time.monotonic()
         self.wait()
         state = step_folder.snapshot(model, optimizer)
@@ -116,7 +116,8 @@ class Saver:
             self._blocked = time.monotonic() - began
 
     def _run(self, save: _Save) -> tuple[int, float]:
-        """In the thread: writes the step, names it and removes superfluous ones. Returns the step and the seconds of writing."""
+        """In the thread: writes the step, names it and removes superfluous ones. Returns the step and the seconds of
+        writing."""
         began = time.monotonic()
         self.last = step_folder.save(
             self.out, save.step, save.state, save.train_state, self.config, self._save_world, ephemeral=save.ephemeral

@@ -1,10 +1,11 @@
 """Times on a device without waiting for it, and how unevenly the ranks of a step computed.
 
-In:  the model's blocks, after fully_shard, so that the hooks of a block run inside FSDP's and waiting for weights is not counted.
-Out: `lap()` for each step, and `imbalance(lap)`: the share of time that ranks wait for the slowest one, 1 - mean / max over ranks of
-     the seconds in the blocks' forward passes. Hooks do not run again where a block is recomputed; recomputation and the
-     backward pass are assumed to cost in proportion. Compiled blocks are not measured: hooks would be part of their graphs.
-     sft.packing.balance computes the expected value.
+In:  the model's blocks, after fully_shard, so that the hooks of a block run inside FSDP's and waiting for weights is
+     not counted.
+Out: `lap()` for each step, and `imbalance(lap)`: the share of time that ranks wait for the slowest one, 1 - mean / max
+     over ranks of the seconds in the blocks' forward passes. Hooks do not run again where a block is recomputed;
+     recomputation and the backward pass are assumed to cost in proportion. Compiled blocks are not measured: hooks
+     would be part of their graphs. sft.packing.balance computes the expected value.
 
 On CUDA events are recorded and read a step later. On the CPU the thread's own time is used.
 """

@@ -1,7 +1,8 @@
 """Sends metrics to Weights & Biases, TensorBoard and Comet, as the recipe asks.
 
 In:  the recipe's [train] table, then one flat dict of numbers per step, on rank 0.
-Out: a W&B or Comet run (offline, in the train folder, if the environment has no key), event files in train/tensorboard/.
+Out: a W&B or Comet run (offline, in the train folder, if the environment has no key), event files in
+     train/tensorboard/.
 
 A tracker that cannot start, or fails later, is logged once and dropped. Training continues.
 """
@@ -58,7 +59,8 @@ class TensorBoard:
 
 class Comet:
     def __init__(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
-        """Continues the run of this identity. Offline, every attempt is an archive, and `comet upload` in their order joins them."""
+        """Continues the run of this identity. Offline, every attempt is an archive, and `comet upload` in their order
+        joins them."""
         import comet_ml  # start-up: optional, and takes a second
 
         online = bool(os.environ.get("COMET_API_KEY"))
@@ -68,9 +70,13 @@ class Comet:
         )  # an archive has the name of the run: a second one would replace the first
         folder.mkdir(parents=True)
         # Only what is logged here: no code, arguments, environment or terminal output.
-        quiet: dict[str, Any] = dict.fromkeys(("log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_details", "auto_param_logging", "auto_metric_logging", "auto_log_co2"), False)  # fmt: skip
+        names = (
+            "log_code", "log_graph", "parse_args", "log_git_metadata", "log_git_patch", "log_env_details",
+            "auto_param_logging", "auto_metric_logging", "auto_log_co2",
+        )  # fmt: skip
+        off: dict[str, Any] = dict.fromkeys(names, False)
         options = comet_ml.ExperimentConfig(
-            name=name, offline_directory=str(folder), auto_output_logging="", display_summary_level=0, **quiet
+            name=name, offline_directory=str(folder), auto_output_logging="", display_summary_level=0, **off
         )
         self._run = comet_ml.start(
             project_name=project,

@@ -1,13 +1,14 @@
 """The train stage: the synced dataset and first weights to step folders.
 
 In:  runs/<run> with a finished sync stage; torchrun's environment, or none for one process.
-Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.checkpoint.step_folder), tokenizer/, metrics.jsonl, manifest.json last.
+Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.checkpoint.step_folder), tokenizer/, metrics.jsonl,
+     manifest.json last.
 
     python -m sft.training.train runs/<run> [--cluster C] [field=value …]
     torchrun --nproc-per-node 8 -m sft.training.train runs/<run> [--cluster C] [field=value …]
 
-After a kill at any moment, the same command continues from the newest complete step. SIGTERM or SIGUSR1 saves and exits with
-status 75 (EX_TEMPFAIL), which asks a scheduler to run it again. Status 1 is an error with a message.
+After a kill at any moment, the same command continues from the newest complete step. SIGTERM or SIGUSR1 saves and exits
+with status 75 (EX_TEMPFAIL), which asks a scheduler to run it again. Status 1 is an error with a message.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_on_all_ranks(options: RunOptions, world: World, stack: ExitStack) -> Stage:
-    """The stage on every rank. Rank 0 opens it first: it takes the lock, and sets a folder of other inputs aside, before another rank
-    looks at it."""
+    """The stage on every rank. Rank 0 opens it first: it takes the lock, and sets a folder of other inputs aside,
+    before another rank looks at it."""
 
     def lead() -> Stage:
         return stack.enter_context(open_stage("train", options, in_place=True))
@@ -169,7 +170,8 @@ def open_on_all_ranks(options: RunOptions, world: World, stack: ExitStack) -> St
 
 
 def prepare_attempt(stage: Stage, world: World) -> int:
-    """Sets the CPU threads, fetches the checkpoint where this disk ends with the job, and starts the logs. Returns the attempt's number."""
+    """Sets the CPU threads, fetches the checkpoint where this disk ends with the job, and starts the logs. Returns the
+    attempt's number."""
     if stage.hardware.threads and world.device.type == "cpu":
         torch.set_num_threads(stage.hardware.threads)
     if address := os.environ.get("SFT_STAGE_ADDRESS"):  # this disk ends with the job
@@ -187,7 +189,8 @@ def other_rank() -> Iterator[None]:
     except SharedError:
         sys.exit(1)
     except SftError as error:
-        # Most errors occur on all ranks. Rank 0 prints them, and torchrun then ends this rank before it prints them again.
+        # Most errors occur on all ranks. Rank 0 prints them, and torchrun then ends this rank before it prints them
+        # again.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
         sys.exit(f"[train] error on rank {os.environ.get('RANK')}: {error}")

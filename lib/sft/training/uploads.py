@@ -1,13 +1,14 @@
 """Uploads permanent checkpoints to the cluster's bucket beside training, and fetches them where disks end with the job.
 
-In:  complete step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file verified.
-`bring_checkpoint` is the way back: it copies a step that rank 0 chooses to the disk of every machine.
+In:  complete step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file
+verified. `bring_checkpoint` is the way back: it copies a step that rank 0 chooses to the disk of every machine.
 
-Upload failures never stop training. sft.storage retries, and the step is retried after every later step and at the end. Whatever is
-still missing at the end is logged with the command that copies it. Steps that an earlier attempt did not upload are sent first.
+Upload failures never stop training. sft.storage retries, and the step is retried after every later step and at the end.
+Whatever is still missing at the end is logged with the command that copies it. Steps that an earlier attempt did not
+upload are sent first.
 
-Each step is sent by a separate process (sft.sync.send), so hashing and sending take no time of this interpreter. On a signal,
-training exits without waiting for it. The next attempt resumes the upload.
+Each step is sent by a separate process (sft.sync.send), so hashing and sending take no time of this interpreter. On a
+signal, training exits without waiting for it. The next attempt resumes the upload.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ class Uploads:
 
 
 def destination(storage: str, run: str, identity: str) -> str:
-    """The address of a run's steps: SFT_STAGE_ADDRESS in a job whose disk ends with it, a folder of a bucket, or "" where the storage is a
-    disk that training writes to itself."""
+    """The address of a run's steps: SFT_STAGE_ADDRESS in a job whose disk ends with it, a folder of a bucket, or ""
+    where the storage is a disk that training writes to itself."""
     if address := os.environ.get("SFT_STAGE_ADDRESS"):
         return address
     if not storage.startswith("gs://"):
@@ -142,8 +143,9 @@ TIMEOUT_S = 4 * 3600  # 400 GB of a 32B step over a slow network
 
 
 def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
-    """Copies the newest complete step of the bucket to every machine's disk, and to rank 0's disk also the step of BEST and the records of
-    earlier attempts. Does nothing if the bucket has no step. Every rank calls this. Raises SharedError.
+    """Copies the newest complete step of the bucket to every machine's disk, and to rank 0's disk also the step of BEST
+    and the records of earlier attempts. Does nothing if the bucket has no step. Every rank calls this. Raises
+    SharedError.
 
     Rank 0 chooses the step, because the bucket may change meanwhile: an earlier attempt may still upload its last step.
     """
@@ -182,8 +184,8 @@ def _bring_step(number: int, out: Path, where: str, cache: Path, log: Callable[[
 def _bring_records(
     numbers: Sequence[int], newest: int, out: Path, where: str, cache: Path, log: Callable[[str], None]
 ) -> None:
-    """Copies BEST with its step, the evaluations and the metrics, and writes a log for each earlier attempt, so that this attempt gets the
-    next number."""
+    """Copies BEST with its step, the evaluations and the metrics, and writes a log for each earlier attempt, so that
+    this attempt gets the next number."""
     bucket, target = open_storage(where, cache), LocalStorage(out)
     data = bucket.read(BEST) or b""
     if best := Best.from_bytes(data):

@@ -30,7 +30,8 @@ class Watcher:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, start_new_session=True)
 
     def finish(self, stop: Callable[[], bool]) -> None:
-        """Reports that no more steps come, and waits for the evaluation of the last ones, or until `stop` returns True."""
+        """Reports that no more steps come, and waits for the evaluation of the last ones, or until `stop` returns
+        True."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         logged = False
