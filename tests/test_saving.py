@@ -66,7 +66,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     before = model.lm_head.w_out.weight.clone()
     for p in model.parameters():
         p.grad = torch.ones(p.shape)
-    optimizer.step()  # as the loop does meanwhile
+    optimizer.step()  # as the loop does during a save
     guard.history.fill_(9.0)
     assert not torch.equal(before, model.lm_head.w_out.weight)
     assert not (tmp_path / "step3").exists()
@@ -125,7 +125,7 @@ def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, mo
         deadline = time.monotonic() + 60
         while not beside.failed:
             assert time.monotonic() < deadline
-        assert beside.report() == {}
+        assert beside.finished() is None
         with pytest.raises(SftError, match="step3: could not be saved"):
             beside.begin(4, model, optimizer, {}, ephemeral=False)
     assert beside.settled() is None
@@ -197,7 +197,7 @@ def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_pa
     assert not step_folder.mark_best(tmp_path, 2, "gsm8k", 0.25)
     assert step_folder.mark_best(tmp_path, 3, "gsm8k", 0.75)
     assert best.read_text() == "step3\ngsm8k 0.75\n"
-    assert step_folder.mark_best(tmp_path, 2, "loss", 3.0, higher_is_better=False)  # another metric starts anew
+    assert step_folder.mark_best(tmp_path, 2, "loss", 3.0, higher_is_better=False)  # another metric replaces it
     assert not step_folder.mark_best(tmp_path, 3, "loss", 4.0, higher_is_better=False)
     assert step_folder.mark_best(tmp_path, 3, "loss", 2.0, higher_is_better=False)
     for step, value in ((9, 1.0), (1, float("nan")), (1, float("inf"))):
