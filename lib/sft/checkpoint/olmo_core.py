@@ -1,7 +1,7 @@
 """OLMo-core's description of a model, config.json of a step folder, and the ModelConfig of the same model.
 
 In:  a ModelConfig and the tokenizer's ids, or the config.json of a step. Out: the other of the two. `check_same_layers`
-     refuses a description that tensor shapes alone would not tell apart from the recipe's model.
+     refuses a description that tensor shapes alone would not distinguish from the recipe's model.
 """
 
 from __future__ import annotations
@@ -91,60 +91,12 @@ def check_same_layers(file: Path, config: ModelConfig) -> None:
 def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     """config.json of a step folder: what OLMo-core needs to build the model, and what its converter needs to find the
     tokenizer."""
-    norm = {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
-    windows = [w or -1 for w in (config.windows[:4] if config.window else (0,))]
-
-    def block(layer: int | None) -> dict[str, Any]:
-        rope: dict[str, Any] = {"name": "default", "theta": _whole(config.rope_theta), "full_precision": True}
-        if config.llama3_rope:
-            rope["scaling"] = {
-                "_CLASS_": "olmo_core.nn.rope.StepwiseRoPEScalingConfig",
-                "factor": config.llama3_rope.factor,
-                "low_freq_proportion": 1 - 1 / config.llama3_rope.low,
-                "high_freq_proportion": 1 / config.llama3_rope.high,
-                "old_context_len": config.llama3_rope.old_context,
-            }
-        if config.yarn and layer is not None:
-            rope["scaling"] = {
-                "_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig",
-                "factor": config.yarn.factor,
-                "beta_fast": _whole(config.yarn.beta_fast),
-                "beta_slow": _whole(config.yarn.beta_slow),
-                "old_context_len": config.yarn.old_context,
-            }
-        mixer: dict[str, Any] = {
-            "type": "attention",
-            "name": "default",
-            "n_heads": config.n_heads,
-            "n_kv_heads": config.n_kv_heads,
-            "bias": False,
-            "rope": rope,
-            "dtype": "float32",
-        }
-        if config.qk_norm:
-            mixer |= {"qk_norm": norm, "use_head_qk_norm": True} if config.qk_norm == "head" else {"qk_norm": norm}
-        if config.head_dim * config.n_heads != config.d_model:
-            mixer["head_dim"] = config.head_dim
-        if config.window:
-            mixer["sliding_window"] = {
-                "pattern": windows,
-                "force_full_attention_on_first_layer": False,
-                "force_full_attention_on_last_layer": False,
-            }
-        feed_forward = {"name": "default", "hidden_size": config.intermediate_size, "bias": False, "dtype": "float32"}
-        return {
-            "name": "default" if config.prenorm else "reordered_norm",
-            "sequence_mixer": mixer,
-            "layer_norm": norm,
-            "feed_forward": feed_forward,
-        }
-
     model: dict[str, Any] = {
         "d_model": config.d_model,
         "vocab_size": config.vocab_size,
         "n_layers": config.n_layers,
-        "block": block(None),
-        "lm_head": {"name": "default", "layer_norm": norm, "bias": False, "dtype": "float32"},
+        "block": _block(config, yarn=False),
+        "lm_head": {"name": "default", "layer_norm": _norm(config), "bias": False, "dtype": "float32"},
         "name": "default",
         "dtype": "float32",
         "init_method": "normal",
@@ -154,7 +106,7 @@ def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
         model["tie_word_embeddings"] = True
     if config.yarn:
         full = [i for i, window in enumerate(config.windows) if not window]
-        model["block_overrides"] = {str(i): block(i) for i in full}
+        model["block_overrides"] = {str(i): _block(config, yarn=True) for i in full}
     tokenizer = {
         "vocab_size": tokens.vocab_size,
         "eos_token_id": tokens.eos_id,
@@ -164,7 +116,68 @@ def step_config(config: ModelConfig, tokens: TokenIds) -> dict[str, Any]:
     return {"model": model, "dataset": {"tokenizer": tokenizer}}
 
 
-def _whole(value: float) -> float | int:
+def _norm(config: ModelConfig) -> dict[str, Any]:
+    return {"name": "rms", "eps": config.norm_eps, "bias": False, "dtype": "float32"}
+
+
+def _block(config: ModelConfig, yarn: bool) -> dict[str, Any]:
+    """The description of a layer. `yarn`: of a full-attention layer of a model with YaRN."""
+    mixer: dict[str, Any] = {
+        "type": "attention",
+        "name": "default",
+        "n_heads": config.n_heads,
+        "n_kv_heads": config.n_kv_heads,
+        "bias": False,
+        "rope": _rope(config, yarn),
+        "dtype": "float32",
+    }
+    if config.qk_norm:
+        mixer["qk_norm"] = _norm(config)
+    if config.qk_norm == "head":
+        mixer["use_head_qk_norm"] = True
+    if config.head_dim * config.n_heads != config.d_model:
+        mixer["head_dim"] = config.head_dim
+    if config.window:
+        mixer["sliding_window"] = {
+            "pattern": [window or -1 for window in config.windows[:4]],
+            "force_full_attention_on_first_layer": False,
+            "force_full_attention_on_last_layer": False,
+        }
+    return {
+        "name": "default" if config.prenorm else "reordered_norm",
+        "sequence_mixer": mixer,
+        "layer_norm": _norm(config),
+        "feed_forward": {
+            "name": "default",
+            "hidden_size": config.intermediate_size,
+            "bias": False,
+            "dtype": "float32",
+        },
+    }
+
+
+def _rope(config: ModelConfig, yarn: bool) -> dict[str, Any]:
+    rope: dict[str, Any] = {"name": "default", "theta": _integer(config.rope_theta), "full_precision": True}
+    if config.llama3_rope:
+        rope["scaling"] = {
+            "_CLASS_": "olmo_core.nn.rope.StepwiseRoPEScalingConfig",
+            "factor": config.llama3_rope.factor,
+            "low_freq_proportion": 1 - 1 / config.llama3_rope.low,
+            "high_freq_proportion": 1 / config.llama3_rope.high,
+            "old_context_len": config.llama3_rope.old_context,
+        }
+    if config.yarn and yarn:
+        rope["scaling"] = {
+            "_CLASS_": "olmo_core.nn.rope.YaRNRoPEScalingConfig",
+            "factor": config.yarn.factor,
+            "beta_fast": _integer(config.yarn.beta_fast),
+            "beta_slow": _integer(config.yarn.beta_slow),
+            "old_context_len": config.yarn.old_context,
+        }
+    return rope
+
+
+def _integer(value: float) -> float | int:
     """OLMo-core declares these numbers as integers."""
     return int(value) if float(value).is_integer() else value
 

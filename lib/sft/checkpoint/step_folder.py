@@ -28,7 +28,7 @@ import pickle
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -142,48 +142,18 @@ def save(
     a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
     """
     final, work = out / f"step{step}", out / f".saving-step{step}"
-
-    def write() -> list[dict[str, Any]]:
-        (work / "train").mkdir(parents=True, exist_ok=True)
-        with (work / "train" / f"rank{world.rank}.pt").open("wb") as f:
-            torch.save(dict(train_state), f)
-            f.flush()
-            os.fsync(f.fileno())
-        if world.is_rank0:
-            _write_json(work / "config.json", config)
-            StepMetadata(ephemeral).write(work / METADATA)
-        return []
-
-    def describe() -> tuple[Output, ...]:
-        mine = [f"train/rank{world.rank}.pt"]
-        mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
-        mine += ["config.json", METADATA, "model_and_optim/.metadata"] if world.is_rank0 else []
-        return manifest.describe(
-            work, sorted(mine), {f"model_and_optim/{n}": h for n, h in writer.files.hashes.items()}
-        )
-
-    def publish() -> None:
-        outputs = sorted((output for part in described for output in part), key=lambda o: o.path)
-        StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)
-        for folder in (work / "model_and_optim", work / "train", work):
-            sync_folder(folder)
-        if final.exists():  # an incomplete or foreign folder, which the resume skipped
-            shutil.rmtree(to_trash(final))
-        work.rename(final)
-        sync_folder(out)
-
     try:
         world.on_rank0(lambda: shutil.rmtree(work, ignore_errors=True))
-        world.on_all_ranks(write)
+        world.on_all_ranks(lambda: _write_small_files(work, train_state, config, ephemeral, world))
         writer = _Writer(work / "model_and_optim")
         with warnings.catch_warnings():  # one process without a group is intended
             warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
             state_dict_saver.save(
                 dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized()
             )
-        described = world.on_all_ranks(describe)
+        described = world.on_all_ranks(lambda: _describe(work, writer.files.hashes, world))
         sent = gather.gather_files(work, described, world)
-        world.on_rank0(publish)
+        world.on_rank0(lambda: _publish(work, final, step, described))
         if sent:
             gather.remove_copies(work)
     except (OSError, RuntimeError, SftError, CheckpointException) as error:
@@ -194,6 +164,40 @@ def save(
             " earlier steps are unchanged; next: make room and run train again, which continues from the last one"
         ) from error
     return final
+
+
+def _write_small_files(
+    work: Path, train_state: Mapping[str, Any], config: Mapping[str, Any], ephemeral: bool, world: World
+) -> None:
+    """This rank's train state; on rank 0 also config.json and .metadata.json."""
+    (work / "train").mkdir(parents=True, exist_ok=True)
+    with (work / "train" / f"rank{world.rank}.pt").open("wb") as f:
+        torch.save(dict(train_state), f)
+        f.flush()
+        os.fsync(f.fileno())
+    if world.is_rank0:
+        _write_json(work / "config.json", config)
+        StepMetadata(ephemeral).write(work / METADATA)
+
+
+def _describe(work: Path, shard_hashes: Mapping[str, str], world: World) -> tuple[Output, ...]:
+    """The manifest entries of the files that this rank wrote. `shard_hashes`: sha256 of its shards by file name."""
+    mine = [f"train/rank{world.rank}.pt"]
+    mine += [f"model_and_optim/{p.name}" for p in (work / "model_and_optim").glob(f"__{world.rank}_*.distcp")]
+    mine += ["config.json", METADATA, "model_and_optim/.metadata"] if world.is_rank0 else []
+    return manifest.describe(work, sorted(mine), {f"model_and_optim/{n}": h for n, h in shard_hashes.items()})
+
+
+def _publish(work: Path, final: Path, step: int, described: Sequence[Sequence[Output]]) -> None:
+    """Writes the manifest and renames the folder. `described`: the manifest entries of every rank."""
+    outputs = sorted((output for part in described for output in part), key=lambda o: o.path)
+    StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)
+    for folder in (work / "model_and_optim", work / "train", work):
+        sync_folder(folder)
+    if final.exists():  # an incomplete or foreign folder, which the resume skipped
+        shutil.rmtree(to_trash(final))
+    work.rename(final)
+    sync_folder(final.parent)
 
 
 def _stored_bytes(state: Mapping[str, Any]) -> int:

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,7 +30,7 @@ from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
 from sft.training import evaluations, initial_weights
-from sft.training.loop import Run
+from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
 from sft.training.stopwatch import Stopwatch
@@ -215,7 +216,7 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
     if step is None:
         return 0, initial_weights.initialise(run.model, setup.config, setup.base, setup.stage.recipe.train.seed)
-    state = step_folder.restore(step, run.model, run.optimizer, run.world)
+    state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
     run.guard.load(state["guard"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -99,6 +99,18 @@ class Due:
 def is_ephemeral(train: Train, done: int) -> bool:
     """Whether the step gets an ephemeral checkpoint, unless it gets a permanent one."""
     return train.ephemeral_every > 0 and done % train.ephemeral_every == 0
+
+
+class TrainState(TypedDict):
+    """What a step folder stores for a resume besides model and optimizer, for each rank."""
+
+    position: dict[str, Any]  # DataPosition
+    tokens: int
+    skipped: int
+    guard: dict[str, Tensor]
+    rng: Tensor
+    ranks: int
+    rng_cuda: NotRequired[Tensor]
 
 
 class Validation(NamedTuple):
@@ -367,7 +379,7 @@ def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
         raise SharedError(
             f"{run.stage.out}/step{done}: not saved, weights are not finite; last good checkpoint: {good}"
         )
-    state: dict[str, Any] = {
+    state: TrainState = {
         "position": run.plan.consumed(done).to_value(),
         "tokens": run.tokens,
         "skipped": run.skipped,

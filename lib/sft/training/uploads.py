@@ -147,7 +147,7 @@ def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Call
     and the records of earlier attempts. Does nothing if the bucket has no step. Every rank calls this. Raises
     SharedError.
 
-    Rank 0 chooses the step, because the bucket may change meanwhile: an earlier attempt may still upload its last step.
+    Rank 0 chooses the step, because the bucket may still change: an earlier attempt may still upload its last step.
     """
     world = world.with_own_group(TIMEOUT_S)
 
