@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_saver
 
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader, read_metadata
@@ -102,7 +102,7 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> N
     assert len(said) == 1
     assert str(path) in said[0]
     aside = tmp_path / ".damaged-step7"
-    assert f"it is {aside} now" in said[0]
+    assert f"renamed to {aside}" in said[0]
     assert (aside / file).is_file() == (how != "remove")
     assert [n for n, _ in step_folder.steps(tmp_path)] == [3]
     step_folder.mark_latest(save(tmp_path, 7))  # trained again: with two to keep, the damaged one takes no place
@@ -132,7 +132,7 @@ def test_a_disk_that_is_full_leaves_the_earlier_step_and_says_what_is_needed(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for target, name in ((dcp, "save"), (manifest, "describe"), (torch, "save")):
+    for target, name in ((state_dict_saver, "save"), (manifest, "describe"), (torch, "save")):
         with monkeypatch.context() as patch:
             patch.setattr(target, name, full)
             with pytest.raises(
@@ -168,7 +168,7 @@ def test_a_location_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_of_another_shape_is_refused_with_both_shapes(tmp_path: Path) -> None:
     tensors = DcpReader(save(tmp_path))
-    with pytest.raises(SftError, match=r"shape \(128, 32\), the model wants \(64, 32\)"):
+    with pytest.raises(SftError, match=r"shape \(128, 32\), the model has \(64, 32\)"):
         tensors.read_into("embeddings.weight", torch.zeros(64, 32))
     with pytest.raises(SftError, match=r"no tensor model\.nothing"):
         tensors.read_into("nothing", torch.zeros(1))
@@ -304,5 +304,5 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ALONE,
         ephemeral=False,
     )
-    with pytest.raises(SftError, match=r"lm_head.norm.weight holds values that are not finite"):
+    with pytest.raises(SftError, match=r"lm_head.norm.weight has values that are not finite"):
         initial_weights.initialise(Transformer(CONFIG), CONFIG, step, 0)
