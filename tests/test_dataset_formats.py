@@ -63,6 +63,7 @@ def test_the_metrics_of_prepare_agree_with_its_dataset(prepared: Any) -> None:
         ({"boundaries": "space"}, "boundaries: one of 'eos', 'index' is expected"),
         ({"extra": 1}, "unknown field extra"),
         ({"format": 2}, "format 2 is newer; this code reads format 1; next: update this checkout"),
+        ({"format": 2, "eos_id": None}, "format 2 is newer"),
         ({"eos_id": None}, "eos_id: a whole number is expected"),
     ],
 )

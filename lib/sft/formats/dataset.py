@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from sft.formats.record import FormatError, Record, build, to_json
+from sft.formats.record import Record, build, to_json
 
 NAME = "dataset.json"
 
@@ -163,8 +163,7 @@ class DatasetInfo(Record):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        if not isinstance(value, dict):
-            raise FormatError("an object is expected")
+        cls.check_version(value)
         names = {field.name for field in dataclasses.fields(TokenizerFacts)}
         facts = build(TokenizerFacts, {k: v for k, v in value.items() if k in names}, "")
         rest = {k: v for k, v in value.items() if k not in names}

@@ -70,12 +70,17 @@ class Record:
     @classmethod
     def parse(cls, value: Any) -> Self:
         """Raises FormatError for a wrong value and VersionError for a file of another version."""
+        cls.check_version(value)
+        return build(cls, {k: v for k, v in value.items() if k != VERSION_KEY}, "")
+
+    @classmethod
+    def check_version(cls, value: Any) -> None:
+        """Raises FormatError for a value that is no object and VersionError for a file of another version."""
         if not isinstance(value, dict):
             raise FormatError(f"an object is expected, not {_kind(value)}")
         version = value.get(VERSION_KEY, 1)
         if type(version) is not int or version != cls.VERSION:
             raise VersionError(cls, version)
-        return build(cls, {k: v for k, v in value.items() if k != VERSION_KEY}, "")
 
     def write(self, file: Path) -> None:
         """Writes the file under a temporary name, flushes it and renames it."""

@@ -202,7 +202,12 @@ def _look_elsewhere(sync: State, place: Place) -> None:
         return
     cluster = place.load_cluster()
     storage = place.storage(cluster)
-    made = SyncMetrics.of(sync.manifest, str(place.runs / sync.manifest.run / "sync" / manifest.NAME))
+    file = place.runs / sync.manifest.run / "sync" / manifest.NAME
+    try:
+        made = SyncMetrics.of(sync.manifest, str(file))
+    except SftError:
+        sync.elsewhere = f"{file} is damaged"
+        return
     was = made.storage
     if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):
         sync.elsewhere = f"storage {was} -> {storage}"
