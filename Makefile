@@ -125,7 +125,7 @@ slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to tr
 	@$(PY) tests/slurm.py $*
 lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt
 help: ## this page
-	@sed -nE -e 's/^## (.*)/\n\1/p' -e 's/^([a-z][a-z %-]*):.*## (.*)/  \1~\2/p' Makefile | awk -F'~' '{ if ($$2) printf "  make %-11s %s\n", substr($$1, 3), $$2; else print }'
+	@sed -nE -e 's/^## (.*)/\n\1/p' -e 's/^([a-z][a-z %-]*):.*## (.*)/  \1~\2/p' Makefile | awk -F'~' '{ if ($$2) printf "  make %-15s %s\n", substr($$1, 3), $$2; else print }'
 
 $(READY): ; @env/setup.sh packages $@
 $(TOOLS): | $(READY) ; @env/setup.sh tools $@

@@ -5,7 +5,7 @@ Run: make bench-gpu, or on all GPUs of a machine: .venv/bin/torchrun --nproc-per
      --presets olmo2-1b olmo3-7b --seq-len 16384 --steps 4 --context-degree 2 --no-tests
      --device cpu --presets olmo3-tiny --seq-len 512 checks the script itself, without a GPU
 
-A preset that the planner says does not fit is passed over with its numbers; one that fails otherwise (a loss that is not a
+A preset that the planner says does not fit is skipped with its numbers; one that fails otherwise (a loss that is not a
 number, an error of the compiler) is reported as FAILED and the next one begins. Memory is the allocator's peak against the
 plan's total without its allowance for the context; MFU is sft.model.utilisation'; imbalance is the share of time that ranks wait
 for the slowest, expected by sft.packing.balance and measured by sft.training.stopwatch. Exit status 1 where a check fails.
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
                 try:
                     yield name, measure(name, config, world, dataset, args, compiled)
                 except DoesNotFit as error:
-                    yield name, f"passed over: {error}"
+                    yield name, f"skipped: {error}"
                 except Exception as error:
                     # A bad loss and what the compiler refuses meet every rank; after anything else the others would wait.
                     if world.size > 1 and not isinstance(error, NotANumber | TorchDynamoException):

@@ -461,7 +461,10 @@ def test_an_edit_of_a_named_template_makes_prepare_stale_and_says_so(workspace: 
 def test_the_key_of_a_recipe_without_a_named_template_has_no_digest_of_one() -> None:
     smoke = load(REPO / "recipes/smoke.toml", ["template=tokenizer"])
     assert "template_text" not in smoke.config("prepare")
-    assert "template_text" not in load(REPO / "recipes/smoke.toml", ["template=olmo"]).config("train")
+    named = load(REPO / "recipes/smoke.toml", ["template=olmo", "eval_template=olmo_thinker"])
+    assert "template_text" not in named.config("train")
+    assert named.config("prepare")["template_text"].startswith("olmo ")
+    assert named.config("convert")["template_text"].startswith("olmo_thinker ")
 
 
 def test_spans_become_runs_only_in_ascending_order() -> None:

@@ -322,16 +322,43 @@ def test_broken_records_are_as_good_as_none(workspace):
     for inputs in (["x"], [{"file": "a"}], [{"sha256": "0"}]):
         (run / "prepare/manifest.json").write_text(json.dumps(record | {"inputs": inputs}))
         assert "damaged" in workspace.make("why", "RECIPE=x").stdout
+    newer = record | {"schema": 2}
+    (run / "prepare/manifest.json").write_text(json.dumps(newer))
+    assert "schema 2 is newer; this code reads schema 1" in workspace.make("why", "RECIPE=x").stdout
     for shared in (workspace.root / "runs/.cache/prepare").glob("*/manifest.json"):
         shared.write_text("{")
     workspace.make("prepare", "RECIPE=x")
     workspace.make("-q", "prepare", "RECIPE=x")
 
 
+def test_a_damaged_run_json_is_named_where_its_overrides_are_needed(workspace):
+    workspace.make("prepare", "RECIPE=x", "prepare.seed=7")
+    run = workspace.root / "runs/x_prepare.seed-7"
+    for text in ("{", '{"recipe": "x", "overrides": [1]}', '{"format": 2, "recipe": "x", "overrides": []}'):
+        (run / "run.json").write_text(text)
+        assert (
+            "runs/x_prepare.seed-7/run.json: "
+            in workspace.make(f"runs/{run.name}/prepare/manifest.json", ok=False).stderr
+        )
+    workspace.make("sync", "RECIPE=x", "prepare.seed=7")
+    workspace.make(f"runs/{run.name}/prepare/manifest.json")
+
+
+def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace):
+    workspace.make("train", "RECIPE=x")
+    file = workspace.root / "runs/x/sync/manifest.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"metrics": {"storage": "s"}}))
+    workspace.ran()
+    assert planned(workspace, "train", "RECIPE=x") == []
+    workspace.make("sync", "RECIPE=x")
+    assert workspace.ran() == ["sync x"] and json.loads(file.read_text())["metrics"] == record["metrics"]
+
+
 def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace):
     workspace.make("prepare", "RECIPE=x")
     assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
-    assert "say RUN=" in workspace.make("verify", ok=False).stderr
+    assert "next: make … RUN=" in workspace.make("verify", ok=False).stderr
     assert "B=nothing" in workspace.make("diff", "A=x", "B=nothing", ok=False).stderr
     assert "did you mean lr=3?" in workspace.make("train", "RECIPE=x", "LR=3", ok=False).stderr
     assert "did you mean 'x'?" in workspace.make("train", "RECIPE=x.toml", ok=False).stderr

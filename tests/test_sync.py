@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,8 @@ from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.manifest import FileList
 from sft.formats.remote import Remote, SyncMetrics
-from sft.storage import base_weights, hub, localise
+from sft.storage import base_weights, localise
+from sft.storage import hub as hub_storage
 from sft.sync import sync
 
 pytestmark = pytest.mark.server
@@ -204,7 +204,7 @@ class Hub:
 def fetch(
     base: str, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, said: list[str] | None = None
 ) -> base_weights.Base:
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setattr(hub_storage, "huggingface_hub", hub)
     return base_weights.find_base(base, lambda *_: cache, cache, (said if said is not None else []).append)
 
 
@@ -243,9 +243,9 @@ def test_a_tokenizer_from_the_hub_lies_in_a_folder_named_by_its_commit(
         assert (name, revision, allow_patterns) == ("org/model", None, ["tokenizer.json"])
         return str(place)
 
-    monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=download))
+    monkeypatch.setattr(hub_storage, "huggingface_hub", SimpleNamespace(snapshot_download=download))
     said: list[str] = []
-    assert hub.cached("hf://org/model", "[prepare] tokenizer", said.append, ["tokenizer.json"]) == place
+    assert hub_storage.cached("hf://org/model", "[prepare] tokenizer", said.append, ["tokenizer.json"]) == place
     assert "'main' means " + "e" * 40 in said[0]
 
 

@@ -272,7 +272,7 @@ def command_compare(args: argparse.Namespace) -> None:
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:
     found = runs_of(args)
     if not found:
-        raise SftError(f"which recipe? next: say RECIPE=… (one of {_recipes()})")
+        raise SftError(f"which recipe? next: make … RECIPE=NAME (one of {_recipes()})")
     return found
 
 

@@ -139,7 +139,7 @@ class TemplateProbe:
         return all(text in written for text in texts)
 
     def header(self, conversation: Conversation, index: int) -> str:
-        """What stands before the content of a message, found by replacing the content with an unused private-use character."""
+        """The text before the content of a message, found by replacing the content with an unused private-use character."""
         present = "".join(strings([conversation.messages, conversation.tools], keys=True))
         content = next(
             chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK_SIZE, 0x110000) if chr(code) not in present

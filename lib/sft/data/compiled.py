@@ -76,7 +76,7 @@ def gather(
     """Copies documents begin … end - 1, at `starts` in a file, whose tokens from `base` on these are, to `puts` in ids and mask, and looks
     at each.
 
-    Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often `eos` stands in it, plus TRAINED
+    Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often it has `eos`, plus TRAINED
     when it is the last token.
     """
     for document in range(begin, end):

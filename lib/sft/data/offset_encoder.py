@@ -1,7 +1,7 @@
 """Encodes rendered documents with a tokenizer whose tokens have no fixed bytes: `OffsetEncoder`.
 
 In: a `RenderedBatch`. Out: `EncodedBatch`. Each document is encoded as one text, and the character offsets that `tokenizers` reports
-say in which run a token lies. Special-token text in content, unknown tokens, and text that no token covers reject the row.
+say to which run a token belongs. Special-token text in content, unknown tokens, and text that no token covers reject the row.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class TokenCheck:
     """Sums up the counts of all blocks of a split. `count` is thread-safe; `add` takes its results in the order of the blocks."""
 
     def __init__(self, what: str, facts: TokenizerFacts):
-        """`what` stands in error messages."""
+        """`what` opens every error message."""
         self.what, self.facts = what, facts
         self.terminators = np.array(facts.terminator_ids, dtype=np.int64)
         self.documents = self.tokens = self.num_targets = 0

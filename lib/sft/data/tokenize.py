@@ -155,7 +155,7 @@ class Encoder:
     def check_saved(self, folder: Path) -> None:
         """Demands that transformers gives the same ids and renders the same text from the saved folder. Raises SftError."""
         check_rebuilt(Path(folder))
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # start-up: transformers takes a second
 
         rebuilt = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         turns = (("user", "1 + 1?"), ("assistant", "2"), ("user", "Sure?\n"), ("assistant", " Yes."))

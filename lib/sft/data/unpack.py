@@ -47,7 +47,7 @@ class new_file:
 
 
 def gunzip(name: str, file: Path, out: IO[bytes]) -> None:
-    """Decompresses a file into `out`. `name` stands in the error message."""
+    """Decompresses a file into `out`. `name` opens the error message."""
     try:
         with gzip.open(file, "rb") as f:
             shutil.copyfileobj(f, out, 1 << 20)

@@ -224,7 +224,7 @@ def check_rebuilt(folder: Path, texts: Sequence[str] = ()) -> dict[str, list[int
 
     Raises SftError when transformers builds another tokenizer.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # start-up: transformers takes a second
 
     vocabulary = Vocabulary(folder)
     rebuilt = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)

@@ -123,7 +123,7 @@ def open_model(folder: Path, options: Evaluate, hardware: Hardware, device: str 
     from sft.evaluation import backends  # start-up: lm-eval takes seconds, and go_offline must run before it
 
     if hardware.threads:
-        import torch
+        import torch  # start-up: torch takes two seconds
 
         torch.set_num_threads(hardware.threads)
     return backends.open_model(

@@ -65,7 +65,7 @@ def greedy_replies(
 
 def _generate(model: Any, prompts: Sequence[list[int]], stops: Sequence[int], tokens: int) -> list[list[int]]:
     """Greedy decoding of a batch of prompts, padded on the left. A reply ends with its first stop id or after `tokens` tokens."""
-    from transformers import DynamicCache
+    from transformers import DynamicCache  # start-up: transformers takes a second
 
     longest = max(map(len, prompts))
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])

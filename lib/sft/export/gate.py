@@ -106,7 +106,7 @@ def check_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
 
     Returns the tokenizer. Raises SftError.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer  # start-up: transformers takes a second
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     for text, wanted in facts.tokenizer.canaries.items():
@@ -135,7 +135,7 @@ def check_generation(folder: Path, facts: TokenizerFacts) -> list[int]:
 
     Returns the ids on which generate() stops.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig  # start-up: transformers takes a second
 
     generation = GenerationConfig.from_pretrained(folder)
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]

@@ -201,7 +201,7 @@ def meta_hf_model(config: Mapping[str, Any]) -> nn.Module:
         "torch.utils._pytree",
     ):  # transformers imports torchao, which warns about missing GPU kernels
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM  # start-up: transformers takes a second
 
     made = AutoConfig.for_model(**config)
     with torch.device("meta"):

@@ -51,7 +51,7 @@ def to_hf(
     """Exports an OLMo-core step, checks the export and publishes it at `target`. Returns the gate's record.
 
     `tokenizer` is a folder, or "" for the one in the step or beside it. `template` is the chat template that the model was trained
-    with: a name, a .jinja file, or "tokenizer". Raises SftError.
+    with: a name, a template file, or "tokenizer". Raises SftError.
     """
     from sft.data.tokenize import Encoder  # start-up: a second, which to-core does without
 
@@ -180,7 +180,9 @@ _CACHE = click.option(
 @click.argument("options", nargs=-1, metavar="[FIELD=VALUE]...")
 @_CACHE
 @click.option("--tokenizer", default="", metavar="FOLDER", help="Tokenizer of the step. Default: in it or beside it.")
-@click.option("--template", default="tokenizer", help="Chat template that was trained: a name or a .jinja file.")
+@click.option(
+    "--template", default="tokenizer", help="Chat template that was trained: a name or a .jinja, .jinja2 or .j2 file."
+)
 def to_hf_program(
     source: str, target: str, options: tuple[str, ...], cache: Path, tokenizer: str, template: str
 ) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
+import huggingface_hub
 
 from sft.common.errors import SftError
 from sft.export import card
@@ -78,14 +79,12 @@ def export_of(place: plan.Place, run: str, overrides: Sequence[str] = ()) -> tup
 
 
 def _send(repo: str, files: dict[str, Path], text: bytes, token: str, private: bool) -> str:
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api = HfApi(token=token)
+    api = huggingface_hub.HfApi(token=token)
     url = str(api.create_repo(repo, private=private, exist_ok=True))
     if private and not api.model_info(repo).private:  # it existed before, and everyone would see the files
         raise SftError(f"{repo}: is public; next: PUSH=public if that is meant, or another REPO=")
-    adds = [CommitOperationAdd(name, str(file)) for name, file in files.items()]
-    adds.append(CommitOperationAdd("README.md", text))
+    adds = [huggingface_hub.CommitOperationAdd(name, str(file)) for name, file in files.items()]
+    adds.append(huggingface_hub.CommitOperationAdd("README.md", text))
     done = api.create_commit(repo, adds, commit_message="Export with its proof")
     reported = {s.rfilename: s for s in api.model_info(repo, revision=done.oid, files_metadata=True).siblings or []}
     if wrong := [name for name, f in files.items() if name not in reported or not same_as_hub(f, reported[name])]:

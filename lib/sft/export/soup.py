@@ -75,7 +75,9 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
     """Raises SftError for damaged steps and for steps with different architectures or tokenizers."""
     first, reference = steps[0], parts[0]
     if len({step.resolve() for step in steps}) < len(steps):
-        raise SftError(f"STEPS: {' '.join(map(str, steps))}: a step twice; next: give it more weight with WEIGHTS=")
+        raise SftError(
+            f"STEPS: {' '.join(map(str, steps))}: a step is listed twice; next: list it once and raise its weight with WEIGHTS="
+        )
     for step in steps:
         if (step / manifest.NAME).is_file() and (problems := damage(step)):
             raise SftError(f"{problems[0]}; next: choose another step")

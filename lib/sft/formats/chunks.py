@@ -7,7 +7,6 @@ plan-<digest>-<part>-of-<parts>.json   the chunks that SHARD=<part>/<parts> enco
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,13 +27,12 @@ class PartManifest(Record):
     """The chunks that one part of the encoding wrote."""
 
     NEXT: ClassVar[str] = "encode this part again"
+    ASCII: ClassVar[bool] = True
+    END: ClassVar[str] = ""
     chunks: tuple[ChunkFile, ...]
 
     def to_value(self) -> dict[str, Any]:
         return {"format": self.VERSION, **to_json(self)}
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode()
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class ScreenHits(Record):
     """(row, text): the row counts from 0 inside the chunk, the text is its number in the screen."""
 
     NEXT: ClassVar[str] = "remove the file and make prepare again"
+    INDENT: ClassVar[int | None] = None
+    ASCII: ClassVar[bool] = True
+    END: ClassVar[str] = ""
     hits: tuple[tuple[int, int], ...]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value()).encode()

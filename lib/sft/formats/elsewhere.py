@@ -2,12 +2,11 @@
 
     {"where": "/weka/…/runs/<run>/train", "outputs": ["step300/…", …]}
 
-It stands beside the manifest. `outputs` are the files that are only there. Standard library only.
+It is stored beside the manifest. `outputs` are the files that are only there. Standard library only.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ class Elsewhere(Record):
     """Where a stage's folder is, and which of its outputs are only there. Empty for a stage that was made here."""
 
     NEXT: ClassVar[str] = "remove the folder and make the stage again"
+    ASCII: ClassVar[bool] = True
     where: str = ""
     outputs: tuple[str, ...] = ()
 
@@ -41,6 +41,3 @@ class Elsewhere(Record):
         """The outputs that are on this machine, which can be verified here."""
         absent = set(self.outputs)
         return [o for o in outputs if o.path not in absent]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"

@@ -8,7 +8,6 @@ The fast gate compares the logits of a few layers, and writes no "chats". Standa
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -85,6 +84,7 @@ class GateRecord(Record):
     """The complete record. `gate` is "full" or "fast"; `chats` is None for the fast gate."""
 
     NEXT: ClassVar[str] = "make convert again"
+    INDENT: ClassVar[int | None] = 2
     gate: str
     tensors: TensorCheck
     tokenizer: TokenizerCheck
@@ -112,9 +112,6 @@ class GateRecord(Record):
             greedy_stopped=None if chats is None else all(chat.stopped for chat in chats),
         )
         return cls(gate=gate, tensors=tensors, tokenizer=tokenizer, logits=logits, chats=chats, summary=summary)
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ The launcher writes it when the experiment has ended. The evaluate stage reads i
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,6 +24,9 @@ class AskedTasks(Record):
     """asked.json: the folder of the results by the name of the task that was asked for."""
 
     NEXT: ClassVar[str] = "make evaluate again"
+    INDENT: ClassVar[int | None] = None
+    ASCII: ClassVar[bool] = True
+    END: ClassVar[str] = ""
     folders: dict[str, str]
 
     @classmethod
@@ -33,6 +35,3 @@ class AskedTasks(Record):
 
     def to_value(self) -> dict[str, Any]:
         return dict(self.folders)
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value()).encode()

@@ -9,7 +9,6 @@ A launcher writes it on submission and again when the job has ended. Every later
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -28,6 +27,7 @@ class JobRecord(Record):
     """
 
     NEXT: ClassVar[str] = "remove it and run the same make again"
+    ASCII: ClassVar[bool] = True
     job: str
     identity: str
     cluster: str
@@ -42,6 +42,3 @@ class JobRecord(Record):
         if not made.job:
             raise FormatError("job: the id of a job is expected, not ''")
         return made
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"

@@ -75,7 +75,7 @@ class Manifest(Record):
         made = super().parse(value)
         for entry in made.inputs:
             if not entry.name or not entry.sha256:
-                raise FormatError(f"input {to_json(entry)} lacks a name or sha256")
+                raise FormatError(f"input {to_json(entry)} has no name or no sha256")
         return made
 
     @property
@@ -98,6 +98,7 @@ class StepManifest(Record):
     """manifest.json of a checkpoint's folder stepN: its files."""
 
     NEXT: ClassVar[str] = "bring the step again, or use another one"
+    ASCII: ClassVar[bool] = True
     schema: int
     step: int
     outputs: tuple[Output, ...]
@@ -106,9 +107,6 @@ class StepManifest(Record):
     def parse(cls, value: Any) -> Self:
         check_schema(cls, value)
         return super().parse(value)
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
 
 
 def check_schema(cls: type[Record], value: Any) -> None:
@@ -124,10 +122,8 @@ class FileList(Record):
     """<name>.json beside a folder of base weights in a storage: the files of the folder."""
 
     NEXT: ClassVar[str] = "make sync again"
+    ASCII: ClassVar[bool] = True
     files: tuple[Output, ...] = field(default=())
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
 
 
 def listed_outputs(data: bytes, name: str) -> tuple[Output, ...]:

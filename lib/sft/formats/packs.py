@@ -8,7 +8,6 @@ Rank 0 of a training writes the folder, and the other ranks read it. `StepSummar
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -43,13 +42,12 @@ class PackHeader(Record):
     """The header of a saved `PackIndex`. `digest` covers the arrays too."""
 
     NEXT: ClassVar[str] = "delete the folder; the packs are then made again"
+    ASCII: ClassVar[bool] = True
+    END: ClassVar[str] = ""
     seq_len: int
     policy: str
     digest: str
     losses: PackingLosses
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode()
 
 
 @dataclass(frozen=True)

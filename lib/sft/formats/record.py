@@ -42,6 +42,11 @@ class Record:
 
     VERSION: ClassVar[int] = 1
     NEXT: ClassVar[str] = "remove the file and run the stage that wrote it again"
+    """The command that an error message ends with."""
+    INDENT: ClassVar[int | None] = 1
+    ASCII: ClassVar[bool] = False
+    """Whether the file escapes other characters."""
+    END: ClassVar[str] = "\n"
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -50,7 +55,7 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> Self:
-        """Parses the bytes of a file. `name` stands in the error message. Raises SftError."""
+        """Parses the bytes of a file. `name` opens the error message. Raises SftError."""
         try:
             value = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -59,7 +64,7 @@ class Record:
 
     @classmethod
     def from_value(cls, value: Any, name: str) -> Self:
-        """Parses a decoded JSON value. `name` stands in the error message. Raises SftError."""
+        """Parses a decoded JSON value. `name` opens the error message. Raises SftError."""
         try:
             return cls.parse(value)
         except FormatError as error:
@@ -87,8 +92,9 @@ class Record:
         write_atomic(file, self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """The file's content: indented JSON and a final newline. Raises ValueError for a number that is not finite."""
-        return json.dumps(self.to_value(), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        """The file's content, laid out as the format says. Raises ValueError for a number that is not finite."""
+        text = json.dumps(self.to_value(), indent=self.INDENT, ensure_ascii=self.ASCII, allow_nan=False)
+        return (text + self.END).encode()
 
     def to_value(self) -> dict[str, Any]:
         """The JSON object. A field that is None and has None as its default is left out."""

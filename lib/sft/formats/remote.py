@@ -9,7 +9,6 @@ content on another cluster is the same result.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +23,7 @@ class Remote(Record):
     """The dataset, the base weights (None when training starts from random weights), and all files of both."""
 
     NEXT: ClassVar[str] = "make sync again"
+    ASCII: ClassVar[bool] = True
     dataset: str
     base: str | None
     files: tuple[Output, ...]
@@ -32,9 +32,6 @@ class Remote(Record):
         """The files of one folder, with paths relative to it."""
         top = f"{folder}/"
         return [dataclasses.replace(f, path=f.path.removeprefix(top)) for f in self.files if f.path.startswith(top)]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,7 @@ class SyncMetrics(Record):
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> SyncMetrics:
-        """From sync's manifest; `name` stands in the error message. Raises SftError."""
+        """From sync's manifest; `name` opens the error message. Raises SftError."""
         return cls.from_value(made.metrics, f"{name}: metrics")
 
     def to_metrics(self) -> dict[str, Any]:

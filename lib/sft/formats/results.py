@@ -12,7 +12,6 @@ scores: {task: {metric: score}, "validation": {…}, "asked": {"template_sha256"
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -78,6 +77,7 @@ class TaskResult(Record):
     """
 
     NEXT: ClassVar[str] = "remove the file and make evaluate again"
+    INDENT: ClassVar[int | None] = 2
     metrics: dict[str, Score]
     generation: Generation | None = None
     num_fewshot: int | None = field(default_factory=_null)
@@ -93,9 +93,6 @@ class TaskResult(Record):
     def primary(self) -> tuple[str, Score]:
         """The name and score of the primary metric."""
         return next(iter(self.metrics.items()))
-
-    def to_bytes(self) -> bytes:
-        return _indented(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +138,7 @@ class Results(Record):
     """All scores of a model. `harness` is None for lm-eval, which runs in this environment."""
 
     NEXT: ClassVar[str] = "make evaluate again"
+    INDENT: ClassVar[int | None] = 2
     HARNESS_FIELDS: ClassVar[tuple[str, ...]] = ("metrics", "generation", "task_sha256", "samples", "samples_sha256")
     harness: str | None = None
     template_sha256: str | None = None
@@ -157,9 +155,6 @@ class Results(Record):
                 value["tasks"][name] = {k: task[k] for k in self.HARNESS_FIELDS if k in task}
                 _drop_direction(task["metrics"])
         return value
-
-    def to_bytes(self) -> bytes:
-        return _indented(self)
 
     @property
     def metrics(self) -> EvaluateMetrics:
@@ -219,7 +214,3 @@ def _drop_direction(metrics: dict[str, dict[str, Any]]) -> None:
     """A harness does not say in which direction a metric is better."""
     for score in metrics.values():
         del score["higher_is_better"]
-
-
-def _indented(record: Record) -> bytes:
-    return json.dumps(record.to_value(), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"

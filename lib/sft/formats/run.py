@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,9 +17,8 @@ NAME = "run.json"
 class RunFile(Record):
     """The recipe's name and the overrides of its fields, as typed on the command line."""
 
-    NEXT: ClassVar[str] = "remove it; the next make with the same words writes it again"
+    NEXT: ClassVar[str] = "make STAGE RECIPE=… with the run's overrides; the next stage that runs writes the file again"
+    INDENT: ClassVar[int | None] = None
+    ASCII: ClassVar[bool] = True
     recipe: str
     overrides: tuple[str, ...]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value()).encode() + b"\n"

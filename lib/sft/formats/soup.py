@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -29,7 +28,5 @@ class Soup(Record):
     """The averaged steps, in the order of the command line. The mean divides by the sum of the weights."""
 
     NEXT: ClassVar[str] = "make soup again"
+    INDENT: ClassVar[int | None] = 2
     sources: tuple[Source, ...]
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -7,10 +7,10 @@ stepN/.metadata.json   {"ephemeral": false, "version": "3.0.0"}
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
@@ -25,11 +25,9 @@ STEP = re.compile(r"step(\d+)")
 class StepMetadata(Record):
     """.metadata.json of a step folder. An ephemeral step is deleted when a newer step is complete."""
 
+    ASCII: ClassVar[bool] = True
     ephemeral: bool = False
     version: str = LAYOUT_VERSION
-
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1).encode() + b"\n"
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,14 @@ class Recipe:
         return self.on.get(cluster, {}).get(stage, schema.Hardware())
 
     def config(self, stage: str) -> dict[str, Any]:
-        """What the stage's key hashes: its own table, and [model] where it reads it, without `key=False` options. In prepare's also
-        the digest of a named chat template's text, so that an edit of the text restages it."""
+        """What the stage's key hashes: its own table, and [model] where it reads it, without `key=False` options.
+
+        A stage that uses a named chat template has the digest of its text, too, so that an edit of the text restages it.
+        """
         config: dict[str, Any] = _keyed(getattr(self, stage))
-        named = chat_templates.TEMPLATES.get(self.prepare.template)
-        if stage == "prepare" and named:
-            config["template_text"] = f"{self.prepare.template} {named.digest[:12]}"
+        template = {"prepare": self.prepare.template, "convert": self.convert.eval_template}.get(stage, "")
+        if named := chat_templates.TEMPLATES.get(template):
+            config["template_text"] = f"{template} {named.digest[:12]}"
         if stage == "sync":
             config["base"] = self.model.base
         if stage == "train":
@@ -378,7 +380,7 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
             return (homes[0], name)
         if len(homes) > 1:
             problems.append(
-                f"override '{name}': several tables have it; say {' or '.join(f'{h}.{name}' for h in homes)}"
+                f"override '{name}': several tables have it; next: write {' or '.join(f'{h}.{name}' for h in homes)}"
             )
         elif name in hardware:
             return ("on", cluster, "train", name)

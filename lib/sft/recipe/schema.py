@@ -103,7 +103,7 @@ class Prepare:
     sources: tuple[Source, ...] = opt(REQUIRED, "the datasets of the mix, one [[prepare.sources]] table each")
     template: str = opt(
         "tokenizer",
-        "chat template: 'tokenizer' (the folder's own), a name (olmo, tulu, … in sft.recipe.chat_templates), or a .jinja file under DATA",
+        "chat template: 'tokenizer' (the folder's own), a name (olmo, tulu, … in sft.recipe.chat_templates), or a .jinja, .jinja2 or .j2 file under DATA",
     )
     system: str = opt("", "system prompt for conversations that have none; empty = the template's own default")
     train_roles: tuple[str, ...] = opt(
@@ -252,7 +252,7 @@ class Convert:
     shard_gb: float = opt(5.0, "largest safetensors file, in GB", above=0)
     eval_template: str = opt(
         "",
-        "chat template of the export: a name (olmo_thinker starts replies with <think>) or a .jinja file under DATA; empty = the trained one",
+        "chat template of the export: a name (olmo_thinker starts replies with <think>) or a .jinja, .jinja2 or .j2 file under DATA; empty = the trained one",
     )
     gate: str = opt(
         "full",

@@ -86,14 +86,14 @@ class State:
 def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Recipe:
     """The recipe of a run, by the name of its folder: the recipe's file with the overrides of run.json and `overrides`.
 
-    Raises SftError if they do not make this run.
+    Raises SftError if they do not make this run, or if run.json is needed and damaged.
     """
     file = recipe.find(REPO / "recipes", recipe.from_run(run), "recipe")
     loaded = recipe.load(file, overrides, place.cluster)
     if loaded.run != run:
         try:
             recorded = RunFile.read(place.runs / run / run_format.NAME).overrides
-        except (OSError, SftError):
+        except FileNotFoundError:
             recorded = ()
         loaded = recipe.load(file, [*recorded, *overrides], place.cluster)
     if loaded.run != run:
@@ -114,7 +114,7 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> di
         state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
         _compare(state, place.runs / r.run, upstream, functools.partial(input_files, place, r, stage, cache))
         found[stage] = state
-    _look_elsewhere(found["sync"], place)
+    _look_elsewhere(found["sync"], place, place.runs / r.run / "sync" / manifest.NAME)
     return found
 
 
@@ -169,8 +169,8 @@ def _compare(state: State, run: Path, upstream: list[State], files: Callable[[],
         state.manifest = manifest.load(file)
     except FileNotFoundError:
         state.reasons.append("not made yet")
-    except SftError:
-        state.reasons.append(f"{file} is damaged")
+    except SftError as error:
+        state.reasons.append(str(error).partition("; next:")[0])
     if (made := state.manifest) and made.key != state.key:
         state.reasons += differences(made.config, state.config)
         if made.version != VERSIONS[state.stage]:
@@ -196,17 +196,16 @@ def upstream_entry(state: State) -> Input:
     return Input(manifest=f"../{state.stage}/{manifest.NAME}", sha256=state.manifest.digest)
 
 
-def _look_elsewhere(sync: State, place: Place) -> None:
+def _look_elsewhere(sync: State, place: Place, file: Path) -> None:
     """Sets `elsewhere` if the synced data is on another cluster's storage or was deleted: training then needs a new sync."""
     if sync.manifest is None or sync.stale:
         return
     cluster = place.load_cluster()
     storage = place.storage(cluster)
-    file = place.runs / sync.manifest.run / "sync" / manifest.NAME
     try:
         made = SyncMetrics.of(sync.manifest, str(file))
-    except SftError:
-        sync.elsewhere = f"{file} is damaged"
+    except SftError as error:
+        sync.elsewhere = str(error).partition("; next:")[0]
         return
     was = made.storage
     if was != storage and ("://" in was + storage or Path(was).resolve() != Path(storage).resolve()):

@@ -19,7 +19,7 @@ from sft.runner import plan
 def run_folder(place: plan.Place, run: str, variable: str) -> Path:
     """The folder of an existing run. Raises SftError naming the Make variable and similar names."""
     if not run:
-        raise SftError(f"which run? next: say {variable}=<name of a folder in {place.runs}>")
+        raise SftError(f"which run? next: make … {variable}=<name of a folder in {place.runs}>")
     recipe.from_run(run)
     folder = place.runs / run
     if not folder.is_dir():

@@ -7,6 +7,8 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
+
 CHUNK = 4 << 20
 """Bytes that are read at a time."""
 
@@ -26,11 +28,7 @@ class Hasher:
     def __init__(self, crc: bool = False, sha: bool = True):
         self.count = self.crc = 0
         self._sha = hashlib.sha256() if sha else None
-        self._extend = None
-        if crc:
-            import google_crc32c
-
-            self._extend = google_crc32c.extend
+        self._extend = google_crc32c.extend if crc else None
 
     def update(self, data: bytes) -> None:
         self.count += len(data)

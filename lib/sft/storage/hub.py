@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from sft.common.errors import SftError
 from sft.storage.checksums import hash_file
 from sft.storage.local import LocalStorage
@@ -49,8 +51,6 @@ def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model"
     if COMMIT.fullmatch(revision):
         return Repo(name, revision)
     with reaching(what):
-        import huggingface_hub
-
         api = huggingface_hub.HfApi()
         info = api.model_info if kind == "model" else api.dataset_info
         commit = str(info(name, revision=revision or None).sha)
@@ -61,8 +61,6 @@ def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model"
 def snapshot(repo: Repo, folder: Path, what: str) -> None:
     """Downloads a model's files to `folder`. Deletes and reports files that differ from what the hub reports. Raises SftError."""
     with reaching(what):
-        import huggingface_hub
-
         info = huggingface_hub.HfApi().model_info(repo.name, revision=repo.commit, files_metadata=True)
         huggingface_hub.snapshot_download(
             repo.name, revision=repo.commit, local_dir=folder, ignore_patterns=NOT_FETCHED
@@ -81,8 +79,6 @@ def cached(url: str, what: str, log: Callable[[str], None], names: Sequence[str]
     """The files `names` in the hub client's cache; works offline too. The folder's name is the commit."""
     name, revision = parse(url, what)
     with reaching(what):
-        import huggingface_hub
-
         found = Path(huggingface_hub.snapshot_download(name, revision=revision or None, allow_patterns=list(names)))
     if not COMMIT.fullmatch(revision):
         _warn(url, revision, found.name, log)
