@@ -122,7 +122,7 @@ def test_what_cannot_be_averaged_is_refused(runs: Path, tmp_path: Path) -> None:
     refused("describe different models", runs, target, "100", f"{other}/step2")
     refused("different tokenizers: tokenizer.json sha256 44136fa3", runs, target, "100", str(twin))
     refused("a mean needs two steps", runs, target, "100")
-    refused("a step twice", runs, target, "100", "a/100")
+    refused("a step is listed twice", runs, target, "100", "a/100")
     refused("no such step; there are 100 200", runs, target, "100", "250")
     refused("neither a step number", runs, target, "100", str(tmp_path / "nowhere"))
     refused("need as many numbers above zero", runs, target, "100", "200", "--weights", "1")
