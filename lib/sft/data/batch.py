@@ -17,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from sft.data.align import Offsets
+from sft.data.normalization import Normalizer
 
 EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
@@ -59,13 +60,19 @@ class RenderedBatch:
     rejects: list[Reject] = field(default_factory=list)
     answers_without_prefix: int = 0
     """Trained answers that do not begin with the generation prefix."""
+    normalizer: Normalizer = Normalizer()
+    """How the tokenizer spells texts."""
     # `lay_out` sets these:
     data: bytes = b""
     """The text of all documents in UTF-8."""
+    spelled: bytes = b""
+    """The text as the tokenizer spells it. It is `data` itself unless a text changes."""
+    num_normalized: int = 0
+    """Documents that the tokenizer spells differently."""
     first_run: Offsets = field(default_factory=no_offsets(1))
     """[documents + 1] The first run of each document, then the number of all runs."""
     run_ends: Offsets = field(default_factory=no_offsets(0))
-    """[runs] Where each run ends in `data`."""
+    """[runs] Where each run ends in `spelled`."""
     ends: Offsets = field(default_factory=no_offsets(0))
     """[documents] Where each document ends in `data`."""
 
@@ -108,6 +115,21 @@ class RenderedBatch:
         self.run_ends = np.cumsum(np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)))
         last_run = np.cumsum(np.fromiter(map(len, self.runs), dtype=np.int64, count=len(self.runs)))
         self.first_run, self.ends = np.concatenate([[0], last_run]), self.run_ends[last_run - 1]
+        self.spelled, self.num_normalized = self.data, 0
+        if changed := changed_documents(self.normalizer, self.data, self.ends):
+            self._spell(changed, parts)
+
+    def _spell(self, changed: Sequence[int], parts: list[bytes]) -> None:
+        """Sets the text as the tokenizer spells it. `changed`: documents; `parts`: the bytes of every run."""
+        for document in changed:
+            first, last = self.first_run[document : document + 2].tolist()
+            parts[first:last] = [self.normalizer.spell(part.decode()).encode() for part in parts[first:last]]
+        self.spelled, self.num_normalized = b"".join(parts), len(changed)
+        self.run_ends = np.cumsum(np.fromiter(map(len, parts), dtype=np.int64, count=len(parts)))
+
+    def spelled_documents(self) -> list[bytes]:
+        """The bytes that the ids of each document must spell."""
+        return split_documents(self.spelled, self.run_ends[self.first_run[1:] - 1])
 
     def documents(self) -> list[bytes]:
         """The bytes of each document."""
@@ -118,6 +140,14 @@ def split_documents(data: bytes, ends: Offsets) -> list[bytes]:
     """The bytes of each document, from the bytes of all and where each ends."""
     stops = ends.tolist()
     return list(map(data.__getitem__, map(slice, [0, *stops[:-1]], stops)))
+
+
+def changed_documents(normalizer: Normalizer, data: bytes, ends: Offsets) -> list[int]:
+    """The documents that a tokenizer spells differently."""
+    if normalizer.changes_nothing:
+        return []
+    starts = [0, *ends[:-1].tolist()]
+    return [d for d in non_ascii(data, ends) if normalizer.changes(data[starts[d] : ends[d]].decode())]
 
 
 def non_ascii(data: bytes, ends: Offsets) -> list[int]:

@@ -78,7 +78,7 @@ class ByteLevelEncoder:
 
     def _align(self, batch: RenderedBatch, ids: Ids) -> Alignment | None:
         # A writable copy: compiled code has one signature for this text and for the text of plain rows, which is writable.
-        text = np.frombuffer(bytearray(batch.data) + bytes(WORD), dtype=np.uint8)
+        text = np.frombuffer(bytearray(batch.spelled) + bytes(WORD), dtype=np.uint8)
         return self.align(ids, text, batch.first_run, batch.run_ends)
 
     def _encode_slowly(self, batch: RenderedBatch, read: Read) -> Alignment:
@@ -93,7 +93,7 @@ class ByteLevelEncoder:
         self, batch: RenderedBatch, documents: range | list[int], ids: Ids, offsets: Offsets
     ) -> dict[int, Fault]:
         """Those of the documents whose ids do not decode to their text."""
-        texts = batch.documents()
+        texts = batch.spelled_documents()
         return {
             d: NOT_PROVEN for d in documents if self.vocabulary.decode(ids[offsets[d] : offsets[d + 1]]) != texts[d]
         }

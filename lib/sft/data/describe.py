@@ -140,8 +140,10 @@ def claims(work: Preparation, encoded: Counter[str]) -> list[Claim]:
     """The claims about all documents. `encoded` sums the encoder's counts over all sources."""
     splits = list(work.checks.values())
     documents = sum(split.documents for split in splits)
-    exact = work.encoder.vocabulary.byte_level
-    text = "decode to its rendered text" if exact else "cover its rendered text"
+    vocabulary = work.encoder.vocabulary
+    text = "decode to its rendered text" if vocabulary.byte_level else "cover its rendered text"
+    if vocabulary.byte_level and not vocabulary.normalizer.changes_nothing:
+        text += " as the tokenizer normalizes it"
     found = [
         (f"the ids of a document {text}", encoded["documents_proven"], encoded["documents"]),
         ("a token of it is trained, and its first token is not",

@@ -45,7 +45,7 @@ from sft.recipe.schema import Source
 from sft.runner.stage import Stage
 from sft.storage import hub
 
-ENCODING_VERSION = 5
+ENCODING_VERSION = 6
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
 SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""

@@ -13,6 +13,7 @@ from sft.chat.rows import BadRow, Conversation
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import JinjaTemplate, Template
 from sft.data.batch import Fault, RenderedBatch, conversation_hash
+from sft.data.normalization import Normalizer
 from sft.recipe.schema import Prepare
 
 TOO_DEEP = Fault("bad_value", "nested too deeply")
@@ -21,10 +22,13 @@ Read = Callable[[Any], Conversation]
 
 
 class Renderer:
-    """One template and the recipe's rule for special-token text. `byte_level` says whether the tokenizer can keep such text."""
+    """One template and the recipe's rule for special-token text. `byte_level` says whether the tokenizer can keep such text;
+    `normalizer` says how the tokenizer spells texts."""
 
-    def __init__(self, prepare: Prepare, template: Template, specials: SpecialTokens, byte_level: bool) -> None:
-        self.template, self.specials, self.byte_level = template, specials, byte_level
+    def __init__(
+        self, prepare: Prepare, template: Template, specials: SpecialTokens, byte_level: bool, normalizer: Normalizer
+    ) -> None:
+        self.template, self.specials, self.byte_level, self.normalizer = template, specials, byte_level, normalizer
         self.special_text, self.system = prepare.special_text, prepare.system
         # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
         self.countable = not specials.can_overlap
@@ -36,7 +40,7 @@ class Renderer:
 
     def render(self, rows: Sequence[Any], read: Read) -> RenderedBatch:
         """The rows' documents, without the byte layout (`RenderedBatch.lay_out`)."""
-        batch = RenderedBatch(rows, hashes=[0] * len(rows))
+        batch = RenderedBatch(rows, hashes=[0] * len(rows), normalizer=self.normalizer)
         before = self.template.answers_without_prefix
         render, system, escapes_first = self.template.render, self.system, self.escapes_first
         for index, row in enumerate(rows):

@@ -34,7 +34,7 @@ from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
-from sft.data.batch import Fault, Reject, RenderedBatch
+from sft.data.batch import Fault, Reject, RenderedBatch, changed_documents
 from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.byte_encoder import ByteLevelEncoder
 from sft.data.compiled import TRAINED
@@ -105,7 +105,7 @@ class Encoder:
         self.terminator_ids = sorted(
             {vocabulary.specials[text] for text in self.template.terminators if text in vocabulary.specials}
         )
-        self.renderer = Renderer(prepare, self.template, self.specials, vocabulary.byte_level)
+        self.renderer = Renderer(prepare, self.template, self.specials, vocabulary.byte_level, vocabulary.normalizer)
         self.byte_level_encoder = ByteLevelEncoder(
             prepare, vocabulary, self.engine, self.renderer, joined=self.template.boundaries == "eos"
         )
@@ -202,6 +202,7 @@ class Encoder:
         alignment = self._drop_untrainable(batch, alignment)
         proven = len(encoded.proven.intersection(batch.rows))
         proof = self._proof(alignment, proven, num_escaped, encoded.parity_documents, batch.answers_without_prefix)
+        proof["normalized_documents"] = batch.num_normalized
         if encoded.redone is not None:
             proof["redone_batches"] = int(encoded.redone)
         documents = np.array(batch.rows, dtype=np.int64)
@@ -238,7 +239,10 @@ class Encoder:
             return None, list(range(block.count))
         text, odd = plain.read(block)
         encoder = self.byte_level_encoder
-        ends = text.run_ends[text.first_run[1:] - 1]
+        if changed := changed_documents(self.vocabulary.normalizer, text.data, text.ends):
+            odd = sorted([*odd, *text.rows[changed].tolist()])
+            text = text.without(changed)
+        ends = text.ends
         alignment = encoder.align(encoder.encode_text(text.data, ends), text.padded, text.first_run, text.run_ends)
         checked = None if alignment is None else encoder.parity(text.data, ends, alignment)
         if alignment is None or checked is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 from sft.common.errors import SftError
 from sft.data.align import Ids, VocabularyTable
 from sft.data.compiled import WORD, words_of
+from sft.data.normalization import Normalizer
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
 # joined emoji, code, and a number next to letters.
@@ -62,12 +63,15 @@ class Vocabulary:
         added = self.json.get("added_tokens") or []
         self.added = {token["content"]: int(token["id"]) for token in added}
         self.specials = {token["content"]: int(token["id"]) for token in added if token["special"]}
-        self.size = max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        vocab = self.json["model"]["vocab"]  # an object of ids, or a list of (token, score) in the order of ids
+        largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+        self.size = max(largest, *self.added.values(), -1) + 1
         self.eos, self.eos_id = self._named_token("eos_token")
         if self.eos not in self.specials:
             self.specials[self.eos] = self.eos_id
         self.pad_id = self._named_token("pad_token")[1] if "pad_token" in self.template_variables else self.eos_id
-        self.byte_level = is_byte_level(self.json)
+        self.normalizer = Normalizer.of(self.json) or Normalizer()
+        self.byte_level = has_token_bytes(self.json)
         self.token_bytes = self._token_bytes() if self.byte_level else []
         unknown = self.json["model"].get("unk_token")
         self.unk_id = self.json["model"].get("unk_id") if unknown is None else self.tokenizer.token_to_id(unknown)
@@ -120,21 +124,35 @@ class Vocabulary:
         return text, token_id
 
     def _token_bytes(self) -> list[bytes]:
-        """The bytes of every id. Byte-level vocabularies write each byte as one printable character."""
+        """The bytes of every id in the text as the tokenizer spells it (`Normalizer`)."""
+        table = [b""] * self.size
+        spell = self._spell_bytes() if self.normalizer.marks_spaces else self._spell_byte_level()
+        for text, token_id in self.json["model"]["vocab"].items():
+            table[token_id] = spell(text)
+        for text, token_id in self.added.items():
+            table[token_id] = self.normalizer.spell(text).encode()
+        return table
+
+    def _spell_bytes(self) -> Callable[[str], bytes]:
+        """How a vocabulary of characters spells its tokens: a byte that has no character is a token such as <0x0A>."""
+        bytes_of = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+        return lambda text: bytes_of.get(text) or self.normalizer.spell(text).encode()
+
+    def _spell_byte_level(self) -> Callable[[str], bytes]:
+        """How a byte-level vocabulary spells its tokens: it writes each byte as one printable character (GPT-2)."""
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(256) if byte not in set(printable)]
         byte_of = {chr(byte): byte for byte in printable} | {
             chr(256 + index): byte for index, byte in enumerate(others)
         }
-        table = [b""] * self.size
-        for text, token_id in self.json["model"]["vocab"].items():
+
+        def spell(text: str) -> bytes:
             try:
-                table[token_id] = bytes([byte_of[char] for char in text])
+                return bytes([byte_of[char] for char in text])
             except KeyError:
-                table[token_id] = text.encode()  # a special token that is also in the model's vocabulary
-        for text, token_id in self.added.items():
-            table[token_id] = text.encode()
-        return table
+                return text.encode()  # a special token that is also in the model's vocabulary
+
+        return spell
 
     @functools.cached_property
     def table(self) -> VocabularyTable:
@@ -195,27 +213,40 @@ class Vocabulary:
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def is_byte_level(tokenizer: dict[str, Any]) -> bool:
-    """Whether each token stands for fixed bytes wherever it occurs, and special tokens do not change the text around them.
+def has_token_bytes(tokenizer: dict[str, Any]) -> bool:
+    """Whether each token spells fixed bytes wherever it occurs, and special tokens do not change the text around them.
 
-    `tokenizer`: the content of tokenizer.json.
+    `tokenizer`: the content of tokenizer.json. True for byte-level vocabularies (GPT-2, Llama 3, Qwen) and for vocabularies of
+    characters that fall back to bytes and put no space before a text (Gemma).
     """
-    model, pre, normalizer = tokenizer["model"], tokenizer.get("pre_tokenizer"), tokenizer.get("normalizer")
+    model, pre, normalizer = tokenizer["model"], tokenizer.get("pre_tokenizer"), Normalizer.of(tokenizer)
+    if normalizer is None or model["type"] != "BPE":
+        return False
     parts = [] if pre is None else pre.get("pretokenizers", [pre])
-    levels = [part for part in parts if part["type"] == "ByteLevel"]
+    kinds = [part["type"] for part in parts]
     decoder = tokenizer.get("decoder") or {}
-    return (
-        normalizer is None
-        and model["type"] == "BPE"
-        and not model.get("byte_fallback")
-        and decoder.get("type") == "ByteLevel"
-        and len(levels) == 1
-        and not levels[0].get("add_prefix_space", True)
-        and all(part["type"] in ("ByteLevel", "Split", "Digits", "Punctuation") for part in parts)
-        and not any(
-            token["lstrip"] or token["rstrip"] or token["single_word"] or token["normalized"]
-            for token in tokenizer.get("added_tokens") or []
+    if normalizer.marks_spaces:
+        steps = [step["type"] for step in decoder.get("decoders", ())]
+        fixed = (
+            bool(model.get("byte_fallback"))
+            and steps == ["Replace", "ByteFallback", "Fuse"]
+            and set(kinds) <= {"Split"}
         )
+    else:
+        levels = [part for part in parts if part["type"] == "ByteLevel"]
+        fixed = (
+            not model.get("byte_fallback")
+            and decoder.get("type") == "ByteLevel"
+            and len(levels) == 1
+            and not levels[0].get("add_prefix_space", True)
+            and set(kinds) <= {"ByteLevel", "Split", "Digits", "Punctuation"}
+        )
+    return fixed and not any(
+        token["lstrip"]
+        or token["rstrip"]
+        or token["single_word"]
+        or ((token["normalized"] or token["special"]) and normalizer.spell(token["content"]) != token["content"])
+        for token in tokenizer.get("added_tokens") or []
     )
 
 

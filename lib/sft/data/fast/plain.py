@@ -7,6 +7,7 @@ tests/test_plain.py and test_columns.py prove that both ways write the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import RowReader
+from sft.data.batch import split_documents
 from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.columns import read_columns
@@ -44,6 +46,32 @@ class PlainDocuments:
     """[documents] `conversation_hash` of each."""
     answers_without_prefix: NDArray[np.int64]
     """[documents] Trained answers that do not begin with the generation prefix."""
+
+    @property
+    def ends(self) -> NDArray[np.int64]:
+        """[documents] Where each document ends in `data`."""
+        ends: NDArray[np.int64] = self.run_ends[self.first_run[1:] - 1]
+        return ends
+
+    def without(self, documents: Sequence[int]) -> PlainDocuments:
+        """The other documents."""
+        keep = np.ones(len(self.rows), dtype=np.bool_)
+        keep[list(documents)] = False
+        runs = np.diff(self.first_run)
+        lengths = np.diff(self.run_ends, prepend=0)[np.repeat(keep, runs)]
+        data = b"".join(
+            [text for text, kept in zip(split_documents(self.data, self.ends), keep.tolist(), strict=True) if kept]
+        )
+        return PlainDocuments(
+            data,
+            np.frombuffer(bytearray(data) + bytes(WORD), dtype=np.uint8),
+            self.rows[keep],
+            np.concatenate([[0], np.cumsum(runs[keep])]),
+            np.cumsum(lengths),
+            self.num_specials[keep],
+            self.hashes[keep],
+            self.answers_without_prefix[keep],
+        )
 
 
 class PlainRows:
