@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from sft.data.blocks import Block
 from sft.data.chunks import in_order
 from sft.data.tokenize import Encoded, Encoder
+from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Prepare, Source
 
 EOS, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -24,6 +25,10 @@ LESSONS = [
     "<|im_start|>assistant\n\n\nHello there, how are you?\n\n", "User: hi\n\nAssistant: hello", "It's 12345 apples!!\n\n\n", "  spaces   and\ttabs ",
 ]  # fmt: skip
 SOURCE = Source(path="rows.jsonl")
+COMPILED = [name for name, text in TEMPLATES.items() if not (text.between or text.lead or text.strips_history)]
+"""The named templates that compiled code renders: each message on its own."""
+ENDS_TURNS_IN_EOS = [name for name, text in TEMPLATES.items() if text.turns(EOS)["assistant"].stop == EOS]
+"""The named templates in which EOS also ends turns inside a conversation."""
 
 
 def make_tokenizer(folder: Path, template: str | None = None) -> Path:

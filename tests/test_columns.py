@@ -12,18 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_samples import SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
+from chat_samples import COMPILED, SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
 from sft.data import align, sources
 from sft.data.blocks import ColumnBlock, read_blocks
 from sft.data.fast.columns import find_roles, read_columns
 from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
-from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
 
 pytestmark = pytest.mark.compile
 
-PLAIN = [name for name in TEMPLATES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 ROLES = ["user", "assistant", "system", "environment", "tool", "nobody", ""]
 TYPES = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
 
@@ -80,7 +78,7 @@ def test_both_ways_make_the_same(encoders: Any, piece: ColumnBlock) -> None:
     assert compiled == python
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", COMPILED)
 @settings(max_examples=25, deadline=None)
 @given(piece=batches())
 def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, piece: ColumnBlock) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_samples import SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
+from chat_samples import COMPILED, SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
 from sft.data import align
 from sft.data.blocks import LineBlock
 from sft.data.compiled import compiled
@@ -24,8 +24,6 @@ from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
 
 pytestmark = pytest.mark.compile
-
-PLAIN = [name for name in TEMPLATES if not name.startswith("simple") and not name.endswith("intermediate_thinking")]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def test_both_ways_make_the_same(olmo: Encoder, rows: list[bytes]) -> None:
     assert compiled == python
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", COMPILED)
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(lines(), min_size=1, max_size=3))
 def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, rows: list[bytes]) -> None:
@@ -197,7 +195,7 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
     assert compiled == python and count == 1
     for options in ({"system": "Be kind."}, {"thinking": "strip"}, {"encoder": "tokenizers"}):
         assert encoder(folder, **options).encode_plain(LineBlock.of(line), renamed) == (None, [0])
-    for name in set(TEMPLATES) - set(PLAIN):
+    for name in set(TEMPLATES) - set(COMPILED):
         assert encoder(folder, name).encode_plain(LineBlock.of(line), renamed) == (None, [0])
 
 
@@ -218,7 +216,12 @@ def test_code_is_compiled_where_nothing_can_be_kept() -> None:
     assert compiled(made["twice"])(21) == 42
 
 
-@pytest.mark.parametrize("name", PLAIN)
+def test_these_templates_are_rendered_by_compiled_code() -> None:
+    olmo = {name for name in TEMPLATES if name.startswith("olmo") and not name.endswith("intermediate_thinking")}
+    assert len(olmo) == 4 and olmo | {"chatml", "tulu", "tulu_thinker", "zephyr"} <= set(COMPILED)
+
+
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, name: str) -> None:
     made = encoders(name)
     fields = [{"role": "user", "functions": ""}, {"role": "assistant", "function_calls": ""}]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from chat_samples import (
+    ENDS_TURNS_IN_EOS,
     EOS,
     IM_END,
     IM_START,
@@ -297,7 +298,7 @@ def test_identity_says_what_readers_of_the_data_need(folder: Path) -> None:
     assert identity.vocab_size == vocabulary.size
     assert build(TokenizerFacts, json.loads(json.dumps(to_json(identity))), "") == identity
     assert {name: encoder(folder, name).identity.boundaries for name in TEMPLATES} == {
-        name: "index" if name in ("tulu", "tulu_thinker", "zephyr") else "eos" for name in TEMPLATES
+        name: "index" if name in ENDS_TURNS_IN_EOS else "eos" for name in TEMPLATES
     }
 
 

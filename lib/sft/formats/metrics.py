@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -65,28 +65,36 @@ class SaveTimes:
     blocked_s: float
 
 
+def charted(title: str, default: Any = MISSING) -> Any:
+    """A number of a step with a small chart of this title in the report."""
+    return field(default=default, metadata={"chart": title})
+
+
 @dataclass(frozen=True)
 class StepRecord(_Numbers):
-    """One training step. Optional fields are absent where they were not measured."""
+    """One training step. Optional fields are absent where they were not measured.
+
+    The trackers get every field. The report draws those that are `charted`.
+    """
 
     NEXT: ClassVar[str] = "remove this line from the file"
     step: int  # number of finished steps
     loss: float  # mean over the trained tokens of the global batch
-    lr: float
-    grad_norm: float  # before clipping
+    lr: float = charted("learning rate")
+    grad_norm: float = charted("gradient norm")  # before clipping
     labels: int  # trained tokens of the global batch
     tokens: int  # consumed since step 0, padding excluded
-    tokens_per_s: float
+    tokens_per_s: float = charted("tokens per second")
     padding: float  # share of the batch's positions
     imbalance_expected: float  # share of the ranks' time spent waiting, computed from the documents' lengths
     seconds: float
     validation_loss: float | None = None
     validation_sources: Mapping[str, float] | None = None
-    imbalance: float | None = None  # the same share, measured
+    imbalance: float | None = charted("idle share of ranks", None)  # the same share, measured
     skipped: bool | None = None  # True when the guard kept the weights unchanged
     sources: Mapping[str, float] | None = None  # loss by source
-    mfu: float | None = None
-    memory_gb: float | None = None  # peak of allocated GPU memory of rank 0, 10^9 bytes
+    mfu: float | None = charted("model FLOPs utilisation", None)
+    memory_gb: float | None = charted("peak memory of a GPU, GB", None)  # allocated on rank 0, 10^9 bytes
     memory_reserved_gb: float | None = None
     checkpoint: SaveTimes | None = None  # a save that ended since the last record
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from html import escape
 
 from sft.formats.dataset import DatasetInfo
@@ -21,19 +22,10 @@ from sft.reporting.page import TEXT, clip, table
 
 PREVIEWS = 6
 """Conversations shown with their trained tokens."""
-SMALL = (
-    ("lr", "learning rate"),
-    ("grad_norm", "gradient norm"),
-    ("tokens_per_s", "tokens per second"),
-    ("mfu", "model FLOPs utilisation"),
-    ("memory_gb", "peak memory of a GPU, GB"),
-    ("imbalance", "idle share of ranks"),
-)
-"""(field of a step's record, title) of the small charts. A field that was not measured has no chart."""
 
 
 def curves(records: Sequence[MetricsRecord]) -> str:
-    """Training and validation loss, then learning rate, gradient norm and speed as small charts."""
+    """Training and validation loss, then small charts of the other numbers. A number that was not measured has none."""
     steps = [r for r in records if isinstance(r, StepRecord)]
 
     def points(name: str) -> list[tuple[float, float]]:
@@ -45,8 +37,9 @@ def curves(records: Sequence[MetricsRecord]) -> str:
     if validation:
         series.append(Line("validation loss", "two", validation, dots=True))
     small = []
-    for name, title in SMALL:
-        if found := points(name):
+    for field in fields(type(steps[0])) if steps else ():
+        if "chart" in field.metadata and (found := points(field.name)):
+            title = field.metadata["chart"]
             small.append(charts.lines([Line(title, "one", found)], width=360, height=190, x_name="step", digits=6))
     notes = []
     if skipped := sum(1 for r in steps if r.skipped):
