@@ -50,7 +50,7 @@ def test_a_row_of_the_table_is_all_that_a_chat_template_needs(tmp_path: Path, mo
 
 
 LAST = "    checkpoint: SaveTimes | None = None"
-FIELD = '    weight_norm: float | None = charted("weight norm, L2", None)\n'
+FIELD = '    weight_norm: Annotated[float | None, Chart("weight norm, L2")] = None\n'
 WRITE = """
 import sys
 from pathlib import Path

@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, get_type_hints
 
 from sft.formats.manifest import Manifest
 from sft.formats.packs import StepSummary
@@ -65,38 +65,48 @@ class SaveTimes:
     blocked_s: float
 
 
-def charted(title: str, default: Any = MISSING) -> Any:
-    """A number of a step with a small chart of this title in the report."""
-    return field(default=default, metadata={"chart": title})
+@dataclass(frozen=True)
+class Chart:
+    """Marks a number of a step that the report draws under this title."""
+
+    title: str
 
 
 @dataclass(frozen=True)
 class StepRecord(_Numbers):
     """One training step. Optional fields are absent where they were not measured.
 
-    The trackers get every field. The report draws those that are `charted`.
+    The trackers get every field. The report draws those with a `Chart`.
     """
 
     NEXT: ClassVar[str] = "remove this line from the file"
     step: int  # number of finished steps
     loss: float  # mean over the trained tokens of the global batch
-    lr: float = charted("learning rate")
-    grad_norm: float = charted("gradient norm")  # before clipping
+    lr: Annotated[float, Chart("learning rate")]
+    grad_norm: Annotated[float, Chart("gradient norm")]  # before clipping
     labels: int  # trained tokens of the global batch
     tokens: int  # consumed since step 0, padding excluded
-    tokens_per_s: float = charted("tokens per second")
+    tokens_per_s: Annotated[float, Chart("tokens per second")]
     padding: float  # share of the batch's positions
     imbalance_expected: float  # share of the ranks' time spent waiting, computed from the documents' lengths
     seconds: float
     validation_loss: float | None = None
     validation_sources: Mapping[str, float] | None = None
-    imbalance: float | None = charted("idle share of ranks", None)  # the same share, measured
+    imbalance: Annotated[float | None, Chart("idle share of ranks")] = None  # the same share, measured
     skipped: bool | None = None  # True when the guard kept the weights unchanged
     sources: Mapping[str, float] | None = None  # loss by source
-    mfu: float | None = charted("model FLOPs utilisation", None)
-    memory_gb: float | None = charted("peak memory of a GPU, GB", None)  # allocated on rank 0, 10^9 bytes
+    mfu: Annotated[float | None, Chart("model FLOPs utilisation")] = None
+    memory_gb: Annotated[float | None, Chart("peak memory of a GPU, GB")] = None  # allocated on rank 0, 10^9 bytes
     memory_reserved_gb: float | None = None
     checkpoint: SaveTimes | None = None  # a save that ended since the last record
+
+    @classmethod
+    def charts(cls) -> dict[str, str]:
+        """{field: title} of the numbers with a `Chart`."""
+        marks = {
+            name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(cls, include_extras=True).items()
+        }
+        return {name: mark.title for name, found in marks.items() for mark in found if isinstance(mark, Chart)}
 
 
 @dataclass(frozen=True)

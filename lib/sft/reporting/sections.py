@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import fields
 from html import escape
 
 from sft.formats.dataset import DatasetInfo
@@ -37,9 +36,8 @@ def curves(records: Sequence[MetricsRecord]) -> str:
     if validation:
         series.append(Line("validation loss", "two", validation, dots=True))
     small = []
-    for field in fields(type(steps[0])) if steps else ():
-        if "chart" in field.metadata and (found := points(field.name)):
-            title = field.metadata["chart"]
+    for name, title in StepRecord.charts().items():
+        if found := points(name):
             small.append(charts.lines([Line(title, "one", found)], width=360, height=190, x_name="step", digits=6))
     notes = []
     if skipped := sum(1 for r in steps if r.skipped):
