@@ -29,7 +29,7 @@ def main(options: RunOptions, source: str, row: str) -> None:
     with open_stage("prepare", options, follower=True) as stage, until_reader_stops():
         table = stage.recipe.prepare
         encoder = Encoder(resolve_tokenizer(table.tokenizer, stage), table, stage.find)
-        files = [sources.resolve(s, stage.find, stage.cache, log=stage.log) for s in table.sources]
+        files = [sources.resolve(s, stage.find, stage.cache, log=stage.log).files for s in table.sources]
         for line in preview(encoder, files, source, row, color):
             print(line)
 

@@ -105,7 +105,7 @@ def test_the_rows_of_files_are_plain_and_keep_their_numbers(encoders: Any, tmp_p
     else:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=70)
-    (file,) = sources.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache")
+    (file,) = sources.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache").files
     numbers, odd = [], []
     for chunk in sources.cut(file):
         for piece in read_blocks(chunk):

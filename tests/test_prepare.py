@@ -374,7 +374,7 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none(tmp_path):
 
 def test_the_planner_is_told_every_local_file(tmp_path):
     (tmp_path / "mix").mkdir()
-    for name in ("mix/a.jsonl", "mix/notes.txt", "test.jsonl", "my.jinja"):
+    for name in ("mix/a.jsonl", "mix/NOTES.md", "test.jsonl", "my.jinja"):
         (tmp_path / name).write_text("x")
     table = Prepare(
         tokenizer=TOKENIZER, template="my.jinja", decontaminate=("test.jsonl",),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.data import blocks, sources, unpack
 from sft.recipe import inputs
 from sft.recipe.schema import Source
@@ -23,7 +29,7 @@ def write_jsonl(file: Path, rows: list) -> Path:
 
 
 def resolved(folder: Path, name: str) -> list[sources.InputFile]:
-    return sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache")
+    return list(sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache").files)
 
 
 def everything(folder: Path, name: str) -> tuple[list[dict], list[blocks.Reject]]:
@@ -55,9 +61,37 @@ def write_arrow(file: Path, rows: list) -> None:
     saved.rename(file)
 
 
+def compressed(compress):
+    """A writer of lines of JSON that `compress` packs."""
+    return lambda f, rows: f.write_bytes(compress(write_jsonl(f.parent / "plain", rows).read_bytes()))
+
+
+def write_csv(file: Path, rows: list, delimiter: str = ",") -> None:
+    with file.open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]), delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def zstd(data: bytes) -> bytes:
+    """Two frames, as tools write that compress in parallel."""
+    half = len(data) // 2
+    return b"".join(pa.compress(part, "zstd", asbytes=True) for part in (data[:half], data[half:]))
+
+
+ZST = zstd(b'{"a": 1}\n' * 999)
+
+
 WRITERS = {
     "x.jsonl": write_jsonl,
-    "x.jsonl.gz": lambda f, rows: f.write_bytes(gzip.compress(write_jsonl(f.parent / "plain", rows).read_bytes())),
+    "x.jsonl.gz": compressed(gzip.compress),
+    "X.JSONL.GZ": compressed(gzip.compress),
+    "x.ndjson": write_jsonl,
+    "x.ndjson.zst": compressed(zstd),
+    "x.jsonl.xz": compressed(lzma.compress),
+    "x.jsonl.bz2": compressed(bz2.compress),
+    "x.json.gz": lambda f, rows: f.write_bytes(gzip.compress(json.dumps(rows).encode())),
+    "lines.json.zst": compressed(zstd),
     "x.json": lambda f, rows: f.write_text(json.dumps(rows, indent=2)),
     "lines.json": write_jsonl,
     "x.parquet": write_parquet,
@@ -69,6 +103,20 @@ WRITERS = {
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
     WRITERS[name](tmp_path / name, ROWS)
     assert everything(tmp_path, name) == (ROWS, [])
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.CSV.gz", "x.tsv.zst"])
+def test_csv_gives_texts_and_nulls(tmp_path, name):
+    rows = [
+        {"prompt": 'a "b"\n\nc,\td', "completion": "é", "n": "007"},
+        {"prompt": " x ", "completion": "1.0", "n": "true"},
+    ]
+    write_csv(tmp_path / "plain", [*rows, {"prompt": "", "completion": "NA", "n": "null"}], ",\t"["tsv" in name])
+    data = (tmp_path / "plain").read_bytes()
+    (tmp_path / name).write_bytes(
+        gzip.compress(data) if name.endswith("gz") else zstd(data) if name.endswith("zst") else data
+    )
+    assert everything(tmp_path, name) == ([*rows, {"prompt": None, "completion": "NA", "n": "null"}], [])
 
 
 @pytest.mark.parametrize("tail", [0, 5, 64, 1000])
@@ -149,8 +197,15 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         ("x.json", b'[{"a": 1}] trailing', "after the closing bracket"),
         ("x.json", b'[{"a": "\xff"}]', "not UTF-8"),
         ("x.json", b'{\n  "a": 1\n}', "neither a JSON array"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "gzip"),
-        ("x.jsonl.gz", b"not gzip", "gzip"),
+        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:-20], "broken gz file"),
+        ("x.jsonl.gz", b"not gzip", "broken gz file"),
+        ("x.jsonl.zst", b"notreal\n", "broken zst file"),
+        ("x.jsonl.zst", ZST[:-9], "broken zst file"),
+        ("x.jsonl.xz", lzma.compress(b"{}\n" * 99)[:-9], "broken xz file"),
+        ("x.csv.bz2", bz2.compress(b"a,b\n" * 99)[:-9], "broken bz2 file"),
+        ("x.csv", b"prompt,completion\na,b,c\n", "broken CSV"),
+        ("x.csv", b"prompt,prompt\na,b\n", "name each column once"),
+        ("x.tsv", b"", "name each column once"),
         ("x.parquet", b"PAR1 and nothing else", "broken parquet"),
         ("x.arrow", b"nothing at all", "broken arrow"),
     ],
@@ -174,6 +229,36 @@ def test_only_a_columnar_file_adds_nulls_that_are_taken_away(tmp_path, name):
     else:
         {"x.parquet": write_parquet, "x.arrow": write_arrow}[name](tmp_path / name, rows)
     assert everything(tmp_path, name)[0] == rows
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_json_values_of_arrow_are_parsed_wherever_they_are(tmp_path, name):
+    def field(name: str) -> pa.Field:
+        marks = {"ARROW:extension:name": "arrow.json", "ARROW:extension:metadata": ""}
+        return pa.field(name, pa.string(), metadata=marks)
+
+    text = json.dumps({"a": [1, None]})
+    inside = pa.struct([("x", pa.list_(pa.struct([field("y")])))])
+    schema = pa.schema([
+        field("plain"), ("listed", pa.list_(field("item"))), ("text", pa.string()), ("inside", inside),
+        ("mapped", pa.map_(pa.string(), field("value"))),
+    ])  # fmt: skip
+    rows = [
+        {"plain": text, "listed": [text, None, '"s"'], "text": text, "inside": {"x": [{"y": "[]"}, {"y": "1"}]}, "mapped": [("k", text)]},
+        {"plain": "{torn"}, {"text": "{torn"},
+    ]  # fmt: skip
+    table = pa.Table.from_pylist(rows, schema=schema)
+    if name == "x.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.OSFile(str(tmp_path / name), "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            writer.write_table(table)
+    (first, last), bad = everything(tmp_path, name)
+    value = {"a": [1, None]}
+    assert first == {
+        "plain": value, "listed": [value, None, "s"], "text": text, "inside": {"x": [{"y": []}, {"y": 1}]}, "mapped": [("k", value)],
+    }  # fmt: skip
+    assert last["text"] == "{torn" and [(b.row, b.reason) for b in bad] == [(2, "not_json")]
 
 
 def test_a_flipped_byte_in_a_parquet_page_is_an_error_or_a_reject_never_a_crash(tmp_path):
@@ -208,7 +293,7 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
     (tmp_path / "mix").mkdir()
     (tmp_path / "mix" / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(SftError, match="leaves"):
-        inputs.members(tmp_path / "mix", "mix")
+        inputs.dataset_files(tmp_path / "mix", "mix", inputs.Choice())
 
 
 @pytest.mark.parametrize("path", ["hf://../x", "hf://a/b/c", "hf://a/b@$(x)", "s3://bucket/x"])
@@ -217,7 +302,17 @@ def test_odd_remote_names_are_refused_before_any_request(tmp_path, path):
         sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
 
 
-def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, monkeypatch):
+@pytest.fixture
+def no_rows_on_the_hub(monkeypatch):
+    """Every dataset of the hub has one file, which only the `datasets` library can read."""
+    import huggingface_hub
+
+    info = SimpleNamespace(siblings=[SimpleNamespace(rfilename="images.zip")])
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
+
+
+@pytest.mark.usefixtures("no_rows_on_the_hub")
+def test_a_hub_dataset_without_row_files_is_built_once_when_its_revision_is_pinned(tmp_path, monkeypatch):
     import datasets
 
     asked = []
@@ -229,7 +324,7 @@ def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, mon
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(path="hf://org/name@" + "a" * 40, split="train[:50%]", subset="main")
     for _ in range(2):
-        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
+        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path).files
     assert asked == [("org/name", "main", "train[:50%]", "a" * 40)]
     assert [row for chunk in sources.cut(file) for batch in blocks.read(chunk) for row in batch.rows] == ROWS
 
@@ -242,6 +337,7 @@ def test_a_hub_dataset_is_fetched_once_when_its_revision_is_pinned(tmp_path, mon
         (("a/b", "train", "x"), ("a/b", "x-train", "")),
     ],
 )
+@pytest.mark.usefixtures("no_rows_on_the_hub")
 def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, other):
     import datasets
 
@@ -251,7 +347,7 @@ def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, split, subset in (one, other, one):
         source = Source(path=f"hf://{name}@{'a' * 40}", split=split, subset=subset)
-        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path)
+        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path).files
         (batch,) = blocks.read(sources.cut(file)[0])
         assert batch.rows == [{"is": f"{name} {subset or None} {split}"}]
 
@@ -282,9 +378,9 @@ def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorde
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for commit in ("b" * 40, "b" * 40, "c" * 40):
-        info = SimpleNamespace(sha=commit)
+        info = SimpleNamespace(sha=commit, siblings=[])
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, info=info, **__: info)
-        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, log=said.append)
+        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, log=said.append).files
         assert dict(file.origin) == {"commit": commit}
     assert asked == ["b" * 40, "c" * 40]
     assert all("not pinned" in line and "write @" in line for line in said) and len(said) == 3
@@ -313,10 +409,18 @@ def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path,
     write_jsonl(bucket / "mix" / "sub" / "c.jsonl", ROWS[5:9])
     (bucket / "mix" / "_notes.jsonl").write_text("{}")
     (bucket / "mix" / "README").write_text("no rows")
+    (bucket / "saved").mkdir()
+    (bucket / "saved" / "state.json").write_text('{"_data_files": [{"filename": "data.arrow"}], "_split": null}')
+    write_arrow(bucket / "saved" / "data.arrow", ROWS[:3])
+    write_jsonl(bucket / "saved" / "other.jsonl", ROWS[3:])
+    (bucket / "saved" / "saved").rename(bucket / "other")
+    assert everything(tmp_path, "gs://bucket/saved")[0] == ROWS[:3]
     assert everything(tmp_path, "gs://bucket/mix")[0] == ROWS[:9]
     assert everything(tmp_path, "gs://bucket/mix/b.jsonl")[0] == ROWS[:5]
     said: list[str] = []
-    found = sources.resolve(Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", log=said.append)
+    found = sources.resolve(
+        Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", log=said.append
+    ).files
     assert all(set(dict(f.origin)) == {"crc32c", "generation"} for f in found)
     assert any("gs://bucket/mix: a change in the bucket" in line for line in said)
     assert [f.name for f in resolved(tmp_path, "gs://bucket/mix/")] == [
@@ -330,3 +434,81 @@ def test_a_bucket_without_rows_is_told_by_name(tmp_path, bucket):
     for path in ("gs://bucket/empty", "gs://bucket/empty/x.jsonl"):
         with pytest.raises(SftError, match=path):
             resolved(tmp_path, path)
+
+
+class Hub:
+    """The hub's client, answered by a folder: what it lists, and what was fetched."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        self.folder, self.fetched = folder, []
+        monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", self.info)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.download)
+
+    def info(self, *_: object, **__: object) -> SimpleNamespace:
+        names = [p.relative_to(self.folder).as_posix() for p in sorted(self.folder.rglob("*")) if p.is_file()]
+        large = {n: SimpleNamespace(sha256=hash_file(self.folder / n)) for n in names}
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, lfs=large[n], blob_id=None) for n in names])
+
+    def download(self, _: str, allow_patterns: list[str], **__: object) -> str:
+        self.fetched += allow_patterns
+        return str(self.folder)
+
+
+PINNED = "hf://org/name@" + "a" * 40
+
+
+def test_a_hub_datasets_own_files_are_read_as_local_ones(tmp_path, monkeypatch):
+    rows = [
+        {"messages": "a"},
+        {"messages": [{"role": 1}], "x": {"y": None}},
+        {"messages": None},
+    ]  # `datasets` would unify the types
+    repo = tmp_path / "repo"
+    (repo / "data").mkdir(parents=True)
+    (repo / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: data/[tv]*.jsonl\n---\n")
+    write_jsonl(repo / "data" / "train.jsonl", rows)
+    write_jsonl(repo / "data" / "other.jsonl", ROWS)
+    hub = Hub(repo, monkeypatch)
+    found = sources.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache")
+    (file,) = found.files
+    assert everything(tmp_path, PINNED) == everything(tmp_path, "repo") == (rows, [])
+    assert hub.fetched[:2] == ["README.md", "data/train.jsonl"] and found.other_splits == ("data/other.jsonl",)
+    assert file.name == f"{PINNED}/data/train.jsonl" and dict(file.origin) == {"commit": "a" * 40}
+    with pytest.raises(SftError, match=r"split 'train\[:50%\]': the splits are train"):
+        sources.resolve(Source(path=PINNED, split="train[:50%]"), lambda p: tmp_path / p, tmp_path)
+
+
+def test_a_fetched_file_that_differs_from_the_hubs_hash_is_refused(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    hub = Hub(tmp_path, monkeypatch)
+    info = hub.info()
+    info.siblings[0].lfs.sha256 = "0" * 64
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: info)
+    with pytest.raises(SftError, match=r"a\.jsonl differs from what the hub reports"):
+        resolved(tmp_path, PINNED)
+
+
+def test_without_a_network_the_clients_own_snapshot_answers_with_a_warning(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    snapshot = tmp_path / "hub" / "datasets--org--name" / "snapshots" / ("a" * 40)
+    blobs = tmp_path / "hub" / "datasets--org--name" / "blobs"
+    snapshot.mkdir(parents=True), blobs.mkdir()
+    write_jsonl(blobs / "0123", ROWS)
+    (snapshot / "train.jsonl").symlink_to("../../blobs/0123")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def fail(*_, **__):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
+    said: list[str] = []
+    found = sources.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache", log=said.append)
+    assert [f.name for f in found.files] == [f"{PINNED}/train.jsonl"] and "the hub does not answer" in said[0]
+    assert (
+        everything(tmp_path, f"hub/datasets--org--name/snapshots/{'a' * 40}")
+        == everything(tmp_path, PINNED)
+        == (ROWS, [])
+    )

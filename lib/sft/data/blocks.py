@@ -14,7 +14,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from sft.common.errors import SftError
 from sft.data import unpack
 from sft.data.batch import Reject
 from sft.data.compiled import WORD
+from sft.data.json_columns import row_parser
 from sft.data.sources import Chunk, InputFile, arrow_batches, cut, reading
 
 try:  # optional, and three times faster than json; json decides about everything that it refuses
@@ -146,7 +147,21 @@ class ColumnBlock:
         for row in batch.rows:
             for name in nested:
                 row[name] = without_nulls(row[name])
+        if parse := row_parser(arrow.schema):
+            _parse_json_values(batch, parse)
         return batch
+
+
+def _parse_json_values(batch: RowBatch, parse: Callable[[Any], Any]) -> None:
+    """Parses the values of type `arrow.json`. A row with a text that is not JSON becomes a reject."""
+    rows, numbers = batch.rows, batch.numbers
+    batch.rows, batch.numbers = [], []
+    for number, row in zip(numbers, rows, strict=True):
+        try:
+            batch.rows.append(parse(row))
+            batch.numbers.append(number)
+        except ValueError as e:
+            batch.rejects.append(Reject(number, "not_json", str(e)[:EXAMPLE_CHARS], repr(row)[:EXAMPLE_CHARS]))
 
 
 def without_nulls(value: Any) -> Any:

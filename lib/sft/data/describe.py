@@ -51,7 +51,7 @@ def dataset(
 ) -> DatasetInfo:
     """dataset.json: the tokenizer, the sources with their files, and the sizes of the splits."""
     described, lengths = [], []
-    for number, (source, index, files) in enumerate(zip(mixed.report, indexes, work.inputs, strict=True)):
+    for number, (source, index, found) in enumerate(zip(mixed.report, indexes, work.inputs, strict=True)):
         chosen = mixed.data.index[mixed.data.source == number]
         lengths.append(index.pool.lengths[chosen])
         described.append(
@@ -62,7 +62,9 @@ def dataset(
                 documents=len(chosen),
                 tokens=int(lengths[-1].sum()),
                 labels=int(index.num_targets[chosen].sum()),
-                files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in files),
+                files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in found.files),
+                files_of_other_splits=found.other_splits,
+                files_ignored=found.ignored,
             )
         )
     facts = work.encoder.identity

@@ -14,7 +14,7 @@ import importlib.metadata
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ MIX_FIELDS = {
     "sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate",
     "decontaminate", "decontaminate_ngram", "decontaminate_overlap",
 }  # fmt: skip
-MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "max_documents", "max_tokens"}
+MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "ignore_files", "max_documents", "max_tokens"}
 """Options that select documents and do not change their tokens. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about as much as encoding this many bytes
 COMPILING_S = 2.0  # loading compiled code takes less
@@ -108,7 +108,7 @@ class Preparation:
         self.encode_key = digest(self._encoding())
         self.cache = stage.cache / "tokens" / self.encode_key
         self.cache.mkdir(parents=True, exist_ok=True)
-        self.jobs_of = [self._jobs(i, files) for i, files in enumerate(self.inputs)]
+        self.jobs_of = [self._jobs(i, found.files) for i, found in enumerate(self.inputs)]
         unique = {job.name: job for jobs in reversed(self.jobs_of) for job in jobs}
         self.jobs = [
             dataclasses.replace(job, number=n) for n, job in enumerate(unique[name] for name in sorted(unique))
@@ -222,7 +222,10 @@ class Preparation:
         rows = []
         digests = []
         for path in self.table.decontaminate:
-            for file in sources.resolve(Source(path=path), self.stage.find, self.stage.cache, log=self.log):
+            found = sources.resolve(
+                Source(path=path), self.stage.find, self.stage.cache, log=self.log, every_split=True
+            )
+            for file in found.files:
                 digests.append(file.sha256)
                 rows += [(f"{file.name}:{i}", row) for i, row in _numbered(file)]
         screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
@@ -256,6 +259,7 @@ class Preparation:
     def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> SourceIndex:
         jobs = self.jobs_of[number]
         parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
+        usable: dict[str, bool] = {}  # whether a file has a usable row
         rows_read = 0
         base = 0  # lines of the file before this chunk
         for position, job in enumerate(jobs):
@@ -282,7 +286,8 @@ class Preparation:
             ]
             rows_read += summary.rows
             base += summary.lines
-        self._check_rejects(number, rows_read, rejects)
+            usable[name] = usable.get(name, False) or summary.documents > 0
+        self._check_rejects(number, rows_read, rejects, usable)
         index = np.concatenate(parts)
         texts = np.concatenate(repeats)
         return SourceIndex(
@@ -294,10 +299,19 @@ class Preparation:
             ),
         )  # fmt: skip
 
-    def _check_rejects(self, number: int, rows_read: int, rejects: Sequence[RejectedRow]) -> None:
+    def _check_rejects(
+        self, number: int, rows_read: int, rejects: Sequence[RejectedRow], usable: Mapping[str, bool]
+    ) -> None:
         path = self.table.sources[number].path
         if not rows_read:
             raise SftError(f"{path}: holds no row; next: correct the path")
+        for file in self.inputs[number].files:
+            if not usable.get(file.name) and len(rejects) < rows_read:
+                why = next((f"; row {r.row}: {r.reason}: {r.detail}" for r in rejects if r.file == file.name), "")
+                raise SftError(
+                    f"{file.name}: holds no usable row{why}; next: correct or remove the file, or name it in the source's"
+                    " ignore_files"
+                )
         if len(rejects) <= self.table.max_reject_fraction * rows_read and len(rejects) < rows_read:
             return
         lines = [

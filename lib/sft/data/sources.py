@@ -1,40 +1,36 @@
-"""Reads the rows of a source: JSONL, JSON, Parquet, Arrow, Hugging Face datasets, local or on gs://.
+"""The files of a source on this machine, whatever stores them, and the chunks that they are cut into.
 
 In:  one [[prepare.sources]] table.
 Out: files with their sha256, each cut into chunks that depend on the content alone, not on the number of workers.
      sft.data.blocks reads the rows of a chunk.
 
-    files = resolve(source, stage.find, stage.cache, sha256)
+    files = resolve(source, stage.find, stage.cache, sha256).files
     for chunk in cut(files[0]):
         for batch in blocks.read(chunk): ...      # batch.rows, batch.numbers (from 0 inside the chunk), batch.rejects
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
-from sft.data.unpack import gunzip, is_array, json_array, new_file
+from sft.data import remote_sources
+from sft.data.remote_sources import Origin
+from sft.data.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
 from sft.recipe import inputs
+from sft.recipe.dataset_files import check_pointer, row_format
 from sft.recipe.schema import Source
-from sft.storage import hub
-from sft.storage import transfer as storage
-from sft.storage.contract import FileCopy
 
 CHUNK_BYTES = 8 << 20
 """Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
 MIN_CHUNK_BYTES = 1 << 20
 CHUNKS = 64
 """Largest number of chunks of a smaller file: enough for many workers, so that few are idle at the end."""
-
-Origin = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -61,105 +57,80 @@ class Chunk:
     bytes: int
 
 
+@dataclass(frozen=True)
+class SourceFiles:
+    """The files of a source: those to read, and the names of all others."""
+
+    files: tuple[InputFile, ...]
+    other_splits: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def found(self) -> int:
+        """The number of all files."""
+        return len(self.files) + len(self.other_splits) + len(self.ignored)
+
+
 def resolve(
     source: Source,
     find: Callable[[str], Path],
     cache: Path,
     sha256: Callable[[Path], str] = hash_file,
     log: Callable[[str], None] = print,
-) -> list[InputFile]:
+    every_split: bool = False,
+) -> SourceFiles:
     """The files of a source on this machine. Remote and compressed files are copied or unpacked into `cache`.
 
-    Raises SftError for a path that does not exist or cannot be read.
+    every_split: the rows of all splits. Raises SftError for a path that does not exist or is not read completely.
     """
+    wanted = inputs.EVERY_SPLIT if every_split else inputs.choice(source)
     origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
-        found, origins = _hub(source, cache / "hub", log)
+        found, chosen, origins = remote_sources.from_hub(source.path, wanted, cache / "hub", log)
     elif source.path.startswith("gs://"):
-        found, origins = _gs(source.path, cache / "gs", log)
+        found, chosen, origins = remote_sources.from_bucket(source.path, wanted, cache / "gs", log)
     elif inputs.is_remote(source.path):
         raise SftError(
             f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them"
         )
     else:
-        found = inputs.members(find(source.path), source.path)
-    return [_plain(name, file, cache / "unpacked", sha256, origins.get(name, ())) for name, file in found.items()]
+        found, chosen = inputs.dataset_files(find(source.path), source.path, wanted)
+    files = [_plain(name, file, cache / "unpacked", sha256, origins.get(name, ())) for name, file in found.items()]
+    return SourceFiles(tuple(files), chosen.other_splits, chosen.ignored)
 
 
 def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], origin: Origin) -> InputFile:
-    """The file, or its JSONL copy in the cache if it is compressed or one JSON array, which cannot be cut."""
-    kind = inputs.kind(file.name)
+    """The file, or its copy in the cache if it is compressed, one JSON array, or CSV, which cannot be cut."""
+    check_pointer(file, name)
     digest = sha256(file)
-    if kind == "json" and not is_array(name, file):
-        kind = "jsonl"
-    if kind in ("json", "jsonl.gz"):
-        copy = cache / f"{digest}-{kind.replace('.', '-')}.jsonl"
-        if not copy.exists():
-            cache.mkdir(parents=True, exist_ok=True)
-            with new_file(copy) as out:
-                if kind == "json":
-                    for value in json_array(name, file):
-                        out.write(json.dumps(value).encode() + b"\n")
-                else:
-                    gunzip(name, file, out)
-        file, kind = copy, "jsonl"
-    return InputFile(name, str(file), str(kind), digest, file.stat().st_size, origin)
+    kind, _, compression = str(row_format(name) or row_format(file.name)).partition(".")
+    if compression:
+        packed = file
+        file = _copy(cache, f"{digest}-{compression}.{kind}", lambda out: decompress(name, packed, compression, out))
+    if kind == "json" and is_array(name, file):
+        array = file
+        file = _copy(cache, f"{digest}-json.jsonl", lambda out: _write_lines(json_array(name, array), out))
+    elif kind in ("csv", "tsv"):
+        text, delimiter = file, "," if kind == "csv" else "\t"
+        file = _copy(cache, f"{digest}-{kind}.arrow", lambda out: csv_to_arrow(name, text, delimiter, out))
+        kind = "arrow"
+    kind = kind if kind in ("parquet", "arrow") else "jsonl"
+    return InputFile(name, str(file), kind, digest, file.stat().st_size, origin)
 
 
-def _hub(source: Source, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
-    """A Hugging Face dataset as one Parquet file in the cache, and its commit."""
-    repo = hub.resolve(source.path, _named(source), log, "dataset")
-    name, commit = repo.name, repo.commit
-    wanted = [name, commit, source.subset, source.split]
-    origins: dict[str, Origin] = {source.path: (("commit", commit),)}
-    label = re.sub(r"[^\w.-]+", "-", "-".join(w for w in wanted if w))
-    # The label is for people. It is not unique: train[:50%] and train[:50], or a-b/c and a/b-c, share one.
-    copy = cache / f"{label}-{hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:12]}.parquet"
-    if copy.exists():
-        return {source.path: copy}, origins
-    with hub.reaching(_named(source)):
-        import datasets  # start-up: takes seconds, and only sources on the hub need it
-
-        rows = datasets.load_dataset(name, source.subset or None, split=source.split, revision=commit)
-    cache.mkdir(parents=True, exist_ok=True)
-    with new_file(copy) as out:
-        rows.to_parquet(out, batch_size=1000)
-    return {source.path: copy}, origins
+def _copy(cache: Path, name: str, write: Callable[[IO[bytes]], None]) -> Path:
+    """The file of this name in the cache, which `write` fills unless it is there."""
+    copy = cache / name
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with new_file(copy) as out:
+            write(out)
+    return copy
 
 
-def _named(source: Source) -> str:
-    return f"[prepare] sources: {source.path} (split {source.split!r})"
-
-
-def _gs(path: str, cache: Path, log: Callable[[str], None]) -> tuple[dict[str, Path], dict[str, Origin]]:
-    """An object, or the row files under a prefix, as verified copies in the cache. Content names the copies."""
-    folder, _, last = path.rstrip("/").rpartition("/")
-    single = inputs.kind(last) is not None
-    where = folder if single else path.rstrip("/")
-    remote = storage.open_storage(where)
-    if single:
-        listed = {last: entry} if (entry := remote.find(last)) else {}
-    else:
-        listed = {
-            name: entry for name, entry in remote.list().items() if inputs.kind(name) and not inputs.is_ignored(name)
-        }
-    if not listed:
-        raise SftError(
-            f"[prepare] sources: {path}: no object, or no {', '.join(inputs.ROWS)} under it; next: correct the path"
-        )
-    log(
-        f"warning: {path}: a change in the bucket will not make the stage stale; dataset.json records the checksum and generation of"
-        " each object that was read"
-    )
-    copies, found = [], {}
-    origins: dict[str, Origin] = {}
-    for name, entry in sorted(listed.items(), key=lambda item: item[0].split("/")):
-        content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{where.removeprefix('gs://')}/{name}"
-        copies.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
-        found[f"{where}/{name}"] = cache / content
-        origins[f"{where}/{name}"] = (("crc32c", f"{entry.crc32c or 0:08x}"), ("generation", str(entry.generation)))
-    storage.transfer(copies, remote, storage.open_storage(str(cache)), log)
-    return found, origins
+def _write_lines(values: Iterator[Any], out: IO[bytes]) -> None:
+    for value in values:
+        out.write(json.dumps(value).encode() + b"\n")
 
 
 def cut(file: InputFile) -> list[Chunk]:

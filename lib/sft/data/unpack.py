@@ -1,26 +1,32 @@
-"""Unpacks files that cannot be cut into chunks, gzip and JSON arrays, to lines of JSON.
+"""Unpacks files that cannot be cut into chunks: compressed files, JSON arrays and CSV.
 
 In:  a file.
-Out: its rows (`json_array`) or its text (`gunzip`). `new_file` writes a file that gets its final name when it is complete.
+Out: its rows (`json_array`), its text (`decompress`), or an Arrow stream (`csv_to_arrow`). `new_file` writes a file that gets its final name when it is complete.
      Memory: the largest row. A broken file raises SftError with its name.
 """
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import csv
 import gzip
 import json
+import lzma
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from sft.common.errors import SftError
 
 MAX_ROW_BYTES = 64 << 20
 """A longer line is rejected, so that one row cannot exhaust the memory."""
+ARROW_ROWS = 4096
+"""Rows of a record batch of a converted file."""
 
 
 class new_file:
@@ -46,15 +52,68 @@ class new_file:
             self.temporary.unlink(missing_ok=True)
 
 
-def gunzip(name: str, file: Path, out: IO[bytes]) -> None:
-    """Decompresses a file into `out`. `name` opens the error message."""
+def decompress(name: str, file: Path, compression: str, out: IO[bytes]) -> None:
+    """Writes the content of a compressed file: gz, zst, xz or bz2. `name` opens the error message of a broken file."""
     try:
-        with gzip.open(file, "rb") as f:
+        with _opened(file, compression) as f:
             shutil.copyfileobj(f, out, 1 << 20)
-    except (gzip.BadGzipFile, EOFError, OSError) as e:
+    except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
-        raise SftError(f"{name}: broken gzip file ({e}); next: fetch it again") from None
+        raise SftError(f"{name}: broken {compression} file ({e}); next: fetch it again") from None
+
+
+def _opened(file: Path, compression: str) -> IO[bytes]:
+    if compression == "gz":
+        return cast(IO[bytes], gzip.open(file, "rb"))
+    if compression == "bz2":
+        return bz2.open(file, "rb")
+    if compression == "xz":
+        return lzma.open(file, "rb")
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and only .zst needs it here
+
+    return cast(IO[bytes], pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
+
+
+def csv_to_arrow(name: str, file: Path, delimiter: str, out: IO[bytes]) -> None:
+    """Writes the rows of a CSV or TSV file as an Arrow stream. Every value is a text; an empty one is null.
+
+    The first line has the names of the columns. A quoted value may hold newlines. Memory: blocks of MAX_ROW_BYTES.
+    Raises SftError for a broken file, which `name` names.
+    """
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+    import pyarrow.csv as pa_csv
+
+    read = pa_csv.ReadOptions(block_size=MAX_ROW_BYTES, use_threads=False)
+    parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    try:
+        names = _header(name, file, delimiter)
+        convert = pa_csv.ConvertOptions(
+            column_types={column: pa.large_string() for column in names},
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+            null_values=[""],
+        )
+        with pa_csv.open_csv(str(file), read, parse, convert) as rows, pa.ipc.new_stream(out, rows.schema) as stream:
+            for batch in rows:
+                for start in range(0, batch.num_rows, ARROW_ROWS):
+                    stream.write_batch(batch.slice(start, ARROW_ROWS))
+    except pa.ArrowException as e:
+        reason = str(e).strip().splitlines()[0][:300]
+        raise SftError(
+            f"{name}: broken CSV ({reason}); next: write a header, and as many values in each row, or convert it to .jsonl"
+        ) from None
+
+
+def _header(name: str, file: Path, delimiter: str) -> list[str]:
+    """The names of the columns. Raises SftError for two columns of one name, and for an empty file."""
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as f:
+        names = next(csv.reader(f, delimiter=delimiter), [])
+    if not names or len(set(names)) < len(names) or "" in names:
+        raise SftError(
+            f"{name}: its first line must name each column once, and holds {names[:8]}; next: write a header"
+        )
+    return names
 
 
 def is_array(name: str, file: Path) -> bool:

@@ -85,7 +85,7 @@ class SourceFile:
 @dataclass(frozen=True)
 class SourceSummary:
     """One source of the mix. All numbers count documents, except `rows` (input rows), `rejected` (input rows),
-    `tokens`, and `labels` (trained tokens)."""
+    `tokens`, and `labels` (trained tokens). `files` were read; the others of the dataset are named too."""
 
     path: str
     weight: int | float
@@ -101,6 +101,8 @@ class SourceSummary:
     tokens: int
     labels: int
     files: tuple[SourceFile, ...]
+    files_of_other_splits: tuple[str, ...] = ()
+    files_ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.paths import REMOTE
-from sft.recipe.schema import Convert, Evaluate, Model, Prepare
+from sft.recipe.dataset_files import Choice, Selection, candidates, check_pointer, check_single, local_tree, select
+from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
-ROWS = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".arrow")
-"""The kinds of files that contain rows. Other files of a source folder are ignored."""
+SOURCES = "[prepare] sources"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,7 +27,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
-_NOT_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json")
 
 
 def is_remote(path: str) -> bool:
@@ -39,38 +38,37 @@ def is_template_file(template: str) -> bool:
     return template.endswith(TEMPLATE_SUFFIXES)
 
 
-def kind(name: str) -> str | None:
-    """'jsonl', 'jsonl.gz', 'json', 'parquet' or 'arrow' by a file's name; None for other files."""
-    return next((suffix[1:] for suffix in ROWS if name.endswith(suffix)), None)
+def choice(source: Source) -> Choice:
+    """What a source says about its files."""
+    return Choice(source.split, source.subset, source.ignore_files)
 
 
-def is_ignored(name: str) -> bool:
-    """Whether a file has no rows: hidden files, and the descriptions that `datasets` writes beside its rows."""
-    parts = name.split("/")
-    return parts[-1] in _NOT_ROWS or any(part.startswith((".", "_")) for part in parts)
+EVERY_SPLIT = Choice(None)
+"""The files of [prepare] decontaminate: rows of all splits."""
 
 
-def members(root: Path, path: str, what: str = "[prepare] sources") -> dict[str, Path]:
-    """{relative path: file} of a source's row files: the file itself, or those of a folder in the order of their names.
+def dataset_files(root: Path, path: str, wanted: Choice, what: str = SOURCES) -> tuple[dict[str, Path], Selection]:
+    """({relative path: file}, the selection) of a local source: the file itself, or those of a folder in the order of their names.
 
-    Raises SftError for a file of another kind, an empty folder, and a link that leaves the folder.
+    `what` names the table in messages. Raises SftError for a dataset that is not read completely.
     """
     if not root.is_dir():
-        if kind(root.name) is None:
-            raise SftError(f"{what}: {path!r} is none of {', '.join(ROWS)}; next: convert it or name another file")
-        return {path: root}
-    found: dict[str, Path] = {}
-    base = root.resolve()
-    for file in sorted(root.rglob("*"), key=lambda p: p.relative_to(root).parts):
-        name = file.relative_to(root).as_posix()
-        if is_ignored(name) or kind(name) is None or file.is_dir():
-            continue
-        if not file.resolve().is_relative_to(base):
-            raise SftError(f"{what}: {file} is a link that leaves {root}; next: copy the file there")
-        found[f"{path.rstrip('/')}/{name}"] = file
-    if not found:
-        raise SftError(f"{what}: the folder {root} has no {', '.join(ROWS)} file; next: correct the path")
-    return found
+        check_single(path, wanted, f"{what}: {path!r}")
+        return {path: root}, Selection((path,))
+    chosen = select(local_tree(root, f"{what}: {path}"), wanted, f"{what}: {path}")
+    return {f"{path.rstrip('/')}/{name}": root / name for name in chosen.files}, chosen
+
+
+def _planned(root: Path, path: str, wanted: Choice, what: str = SOURCES) -> Iterator[tuple[str, Path]]:
+    """The files on which a local source depends, as far as the planner can know. Raises SftError."""
+    if not root.is_dir():
+        found, _ = dataset_files(root, path, wanted, what)
+    else:
+        names = candidates(local_tree(root, f"{what}: {path}"), wanted, f"{what}: {path}")
+        found = {f"{path.rstrip('/')}/{name}": root / name for name in names}
+    for name, file in found.items():
+        check_pointer(file, f"{what}: {name}")
+        yield name, file
 
 
 def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
@@ -81,10 +79,10 @@ def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[s
 def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
     for source in prepare.sources:
         if not is_remote(source.path):
-            yield from members(find(source.path), source.path).items()
+            yield from _planned(find(source.path), source.path, choice(source))
     for path in prepare.decontaminate:
         if not is_remote(path):
-            yield from members(find(path), path, "[prepare] decontaminate").items()
+            yield from _planned(find(path), path, EVERY_SPLIT, "[prepare] decontaminate")
     if not is_remote(prepare.tokenizer):
         folder = find(prepare.tokenizer)
         for name in TOKENIZER_FILES:

@@ -81,13 +81,18 @@ class Source:
     """[[prepare.sources]]: one dataset of the mix."""
 
     path: str = opt(
-        REQUIRED, "a .jsonl, .json or .parquet file or a folder of them under DATA, gs://…, or hf://org/name[@revision]"
+        REQUIRED,
+        "a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) or a folder of them under DATA, gs://…, or"
+        " hf://org/name[@revision]",
     )
     weight: float | int = opt(
         1.0, "1.0 = every row once, 0.5 = half of the rows, 2.0 = every row twice; an integer = that many rows", above=0
     )
-    split: str = opt("train", "split of a Hugging Face dataset")
-    subset: str = opt("", "configuration of a Hugging Face dataset that has several")
+    split: str = opt("train", "split of the dataset, wherever it is stored; see docs/prepare.md")
+    subset: str = opt("", "configuration of a dataset whose README.md lists several")
+    ignore_files: tuple[str, ...] = opt(
+        (), 'files of a folder that are left out, as patterns of their names: "notes.txt", "old/**"'
+    )
     max_documents: int = opt(0, "largest number of documents from this source, after its weight; 0 = no limit", min=0)
     max_tokens: int = opt(0, "largest number of tokens from this source, after its weight; 0 = no limit", min=0)
     columns: dict[str, str] = opt(

@@ -10,6 +10,7 @@ Out: `resolve`: the commit that the revision means now, with a warning if the re
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import huggingface_hub.errors
 
 from sft.common.errors import SftError
 from sft.storage.checksums import hash_file
@@ -73,6 +75,78 @@ def snapshot(repo: Repo, folder: Path, what: str) -> None:
             wrong.append(f"{file} differs from what the hub reports; it was deleted")
     if wrong:
         raise SftError("\n".join(wrong) + "\nnext: run it again")
+
+
+class DatasetFiles:
+    """The files of a dataset's repository at one commit. They are fetched into the hub client's cache.
+
+    Where the hub cannot be reached, the commit's snapshot in that cache answers.
+    """
+
+    def __init__(self, repo: Repo, what: str, stated: dict[str, Any], snapshot: Path | None) -> None:
+        """`stated`: the hub's `RepoSibling` of each file, or None for a file of a snapshot without one."""
+        self.repo, self.what, self.stated, self.snapshot = repo, what, stated, snapshot
+
+    @classmethod
+    def at(cls, repo: Repo, what: str, log: Callable[[str], None]) -> DatasetFiles:
+        """Asks the hub. Raises SftError for an unknown repository, and when neither the hub nor the cache answers."""
+        with reaching(what):
+            try:
+                info = huggingface_hub.HfApi().dataset_info(repo.name, revision=repo.commit, files_metadata=True)
+                return cls(repo, what, {s.rfilename: s for s in info.siblings or []}, None)
+            except huggingface_hub.errors.HfHubHTTPError:
+                raise  # the hub answers: the repository or the commit does not exist, or is private
+            except Exception as error:  # the client raises many kinds of errors without a network
+                found = _cached_snapshot(repo)
+                if found is None:
+                    raise
+                log(
+                    f"warning: {what}: the hub does not answer ({type(error).__name__}); read is the snapshot in {found}, which"
+                    " has only the files that were fetched before"
+                )
+                names = [p.relative_to(found).as_posix() for p in sorted(found.rglob("*")) if p.is_file()]
+                return cls(repo, what, dict.fromkeys(names), found)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.stated)
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file."""
+        return (self.fetch((name,)) / name).read_bytes()
+
+    def fetch(self, names: Sequence[str]) -> Path:
+        """The folder that has these files. Raises SftError for a file that differs from what the hub reports."""
+        if self.snapshot is not None:
+            return self.snapshot
+        with reaching(self.what):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    self.repo.name,
+                    repo_type="dataset",
+                    revision=self.repo.commit,
+                    allow_patterns=[glob.escape(name) for name in names],
+                )
+            )
+        for name in names:
+            if not (folder / name).is_file():
+                raise SftError(f"{self.what}: {name} was not fetched; next: run it again")
+            if same_as_hub(folder / name, self.stated[name]) is False:
+                raise SftError(
+                    f"{self.what}: {folder / name} differs from what the hub reports; next: delete it and run it again"
+                )
+        return folder
+
+
+def _cached_snapshot(repo: Repo) -> Path | None:
+    """The folder of a commit in the hub client's cache."""
+    try:
+        found = huggingface_hub.snapshot_download(
+            repo.name, repo_type="dataset", revision=repo.commit, local_files_only=True
+        )
+    except Exception:  # the client raises several kinds of errors for a missing snapshot
+        return None
+    return Path(found)
 
 
 def cached(url: str, what: str, log: Callable[[str], None], names: Sequence[str]) -> Path:

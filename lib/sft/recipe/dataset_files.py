@@ -1,0 +1,459 @@
+"""Which files of a folder, a hub repository or a prefix of a bucket hold the rows of a dataset.
+
+In:  the names of all files (`Tree`), and the `split`, `subset` and `ignore_files` of a [[prepare.sources]] table.
+Out: the names of the files to read (`Selection`), in the order of their names. Every other file is ignored by name, belongs to
+     another split, or the dataset is refused with the file's name.
+
+A dataset means the same wherever it is stored. The rules, first match wins:
+
+1. dataset_dict.json (`DatasetDict.save_to_disk`): `split` names one of its folders, which rule 2 reads.
+2. state.json (`Dataset.save_to_disk`): exactly the files that it lists.
+3. README.md with `configs` (a hub repository): the files of the configuration `subset` and of `split`.
+4. Other folders: where a folder or file has a split's name in it (train, validation, test …), the files of `split`; else all files.
+
+The planner calls `candidates` while Make parses, so this needs the standard library only. A README's `configs` are YAML, which the
+planner cannot read: its list then holds the files of all configurations and the README, and prepare selects from them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sft.common.errors import SftError
+
+TEXT_FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv")
+"""Formats of text. They may be compressed."""
+ROW_FORMATS = (*TEXT_FORMATS, "parquet", "arrow")
+COMPRESSIONS = ("gz", "zst", "xz", "bz2")
+DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
+DOCUMENTATION = (
+    "readme*", "license*", "licence*", "notice*", "citation*", "changelog*", "contributing*", "*.md", "*.rst", "*.py", "*.ipynb",
+    "*.yaml", "*.yml", "*.toml", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.pdf", "*.sha256", "*.md5", "*.crc", "_success",
+    "sha256sums", "md5sums", "*.lock",
+)  # fmt: skip
+"""Files that describe a dataset and hold no rows, as patterns of their lower-case names."""
+CACHES = ("cache-*.arrow", "tmp*.arrow")
+"""What `datasets` leaves beside its files: results of `map` and `filter`."""
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+"""Words in the name of a file or folder that name its split, as the `datasets` library has them."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+CORRECT = "next: correct the source in [[prepare.sources]]"
+_SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
+"""The name that `push_to_hub` gives a file of a split."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The files of a folder or repository by relative name, and how to read a small one of them.
+
+    `linked_folders` are symbolic links to folders. They are refused, because what they hold would be left out.
+    """
+
+    names: tuple[str, ...]
+    read: Callable[[str], bytes]
+    linked_folders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Files to read, files of other splits or subsets, and files that are ignored by name."""
+
+    files: tuple[str, ...]
+    other_splits: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def found(self) -> int:
+        """The number of all files."""
+        return len(self.files) + len(self.other_splits) + len(self.ignored)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a source says about its files. `split` None means the rows of all splits."""
+
+    split: str | None = "train"
+    subset: str = ""
+    ignore_files: tuple[str, ...] = ()
+
+
+def row_format(name: str) -> str | None:
+    """'jsonl', 'json.gz', 'csv.zst', 'parquet' … by a file's name, in any case of letters; None for a file without rows."""
+    parts = name.lower().rsplit("/", 1)[-1].split(".")
+    if len(parts) >= 3 and parts[-1] in COMPRESSIONS and parts[-2] in TEXT_FORMATS:
+        return f"{parts[-2]}.{parts[-1]}"
+    return parts[-1] if len(parts) >= 2 and parts[-1] in ROW_FORMATS else None
+
+
+def candidates(tree: Tree, choice: Choice, what: str) -> list[str]:
+    """The files that decide what `select` returns, and those that it may return. Needs no YAML. Raises SftError."""
+    names = _sorted(tree.names)
+    if _has_configs(tree, names):
+        return [name for name in names if name == "README.md" or (row_format(name) and not _is_hidden(name))]
+    selection = select(tree, choice, what)
+    return list(selection.files)
+
+
+def select(tree: Tree, choice: Choice, what: str) -> Selection:
+    """The files of a dataset. `what` opens every message. Raises SftError for a dataset that no rule reads completely."""
+    names = _sorted(tree.names)
+    if "dataset_dict.json" in names:
+        return _saved_dict(tree, names, choice, what)
+    if "state.json" in names:
+        return _saved(tree, names, "", choice, what)
+    if _has_configs(tree, names):
+        return _of_config(tree, names, _configs(_front_matter(tree), what), choice, what)
+    rows, ignored = _sort_out(tree, names, choice.ignore_files, what)
+    if choice.subset:
+        raise SftError(f"{what}: subset {choice.subset!r}: the dataset has no subsets; {CORRECT}")
+    return _of_split(rows, ignored, choice.split, what)
+
+
+def check_single(name: str, choice: Choice, what: str) -> None:
+    """Checks the options of a source whose path is one file. Raises SftError for an option that cannot apply."""
+    if row_format(name) is None:
+        raise SftError(f"{what}: {_kinds()}; next: convert it or name another file")
+    if choice.subset:
+        raise SftError(f"{what}: subset {choice.subset!r}: the path is one file; {CORRECT}")
+    if choice.split not in (None, "train") and _known_split(choice.split) != split_of(name):
+        raise SftError(f"{what}: split {choice.split!r}: the path is one file, which is read whole; {CORRECT}")
+    if choice.ignore_files:
+        raise SftError(f"{what}: ignore_files {list(choice.ignore_files)}: the path is one file; {CORRECT}")
+
+
+def _sorted(names: Iterable[str]) -> list[str]:
+    return sorted(names, key=lambda name: name.split("/"))
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _kinds() -> str:
+    texts, others = (", ".join(f".{f}" for f in group) for group in (TEXT_FORMATS, ROW_FORMATS[len(TEXT_FORMATS) :]))
+    return f"read are {texts}, also compressed as {', '.join('.' + c for c in COMPRESSIONS)}, and {others}"
+
+
+def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str) -> tuple[list[str], list[str]]:
+    """(files with rows, files that are ignored by name). Raises SftError that lists every other file."""
+    rows: list[str] = []
+    ignored: list[str] = []
+    unread: list[str] = []
+    passed = [_glob(pattern) for pattern in ignore]
+    listed = _listed(tree, names, what)
+    for name in names:
+        last = name.lower().rpartition("/")[2]
+        described = last in DESCRIPTIONS or any(fnmatch.fnmatchcase(last, pattern) for pattern in CACHES)
+        unlisted = row_format(name) is not None and name not in listed.get(name.rpartition("/")[0], (name,))
+        if _is_hidden(name) or described or unlisted or any(p.fullmatch(name) for p in passed):
+            ignored.append(name)
+        elif row_format(name):
+            rows.append(name)
+        elif any(fnmatch.fnmatchcase(last, pattern) for pattern in DOCUMENTATION):
+            ignored.append(name)
+        else:
+            unread.append(name)
+    links = [f"{n}/ (a link to a folder)" for n in tree.linked_folders if not any(p.fullmatch(n) for p in passed)]
+    _check_ignored(ignore, [*names, *tree.linked_folders], what)
+    if unread or links:
+        example = [*unread, *tree.linked_folders][0]
+        raise SftError(
+            f"{what}: {len(unread + links)} files are not read: {_some(unread + links)}; {_kinds()}; next: convert or remove them,"
+            f' or add ignore_files = ["{example}"] to the source'
+        )
+    if not rows:
+        raise SftError(f"{what}: no file with rows; {_kinds()}; {CORRECT}")
+    return rows, ignored
+
+
+def _listed(tree: Tree, names: Sequence[str], what: str) -> dict[str, tuple[str, ...]]:
+    """{folder: the files of the saved dataset in it}, for the saved datasets inside a folder."""
+    tops = [name.removesuffix("state.json") for name in names if name.endswith("/state.json") and not _is_hidden(name)]
+    return {top[:-1]: _saved(tree, names, top, Choice(None), what).files for top in tops}
+
+
+def _check_ignored(ignore: Sequence[str], names: Sequence[str], what: str) -> None:
+    """Raises SftError for a pattern that no file matches: a wrong name must not be taken for an answer."""
+    for pattern in ignore:
+        if not any(map(_glob(pattern).fullmatch, names)):
+            raise SftError(f"{what}: ignore_files: no file matches {pattern!r}{_near(pattern, names)}; {CORRECT}")
+
+
+def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str) -> Selection:
+    """Rule 4: by words in names."""
+    if split is None:
+        return Selection(tuple(rows), ignored=tuple(ignored))
+    shards = [_SHARD.fullmatch(name) for name in rows]
+    named = {n: m[1] for n, m in zip(rows, shards, strict=True) if m} if all(shards) else {n: split_of(n) for n in rows}
+    found = _sorted({s for s in named.values() if s})
+    if unclear := [name for name, s in named.items() if " or " in s]:
+        raise SftError(
+            f"{what}: {_some(unclear)}: the name says {named[unclear[0]]}; next: rename it, or name one file or folder as the path"
+        )
+    if not found:
+        if _known_split(split) != "train":
+            raise SftError(f"{what}: split {split!r}: no file or folder names a split, so all are 'train'; {CORRECT}")
+        return Selection(tuple(rows), ignored=tuple(ignored))
+    if unnamed := [name for name, s in named.items() if not s]:
+        raise SftError(
+            f"{what}: {_some(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
+            f' folder as the path, or add ignore_files = ["{unnamed[0]}"] to the source'
+        )
+    wanted = split if split in found else _known_split(split)
+    if wanted not in found:
+        raise SftError(f"{what}: split {split!r}: the splits are {', '.join(found)}{_near(split, found)}; {CORRECT}")
+    chosen = tuple(name for name, s in named.items() if s == wanted)
+    return Selection(chosen, tuple(n for n in rows if named[n] != wanted), tuple(ignored))
+
+
+def _known_split(split: str) -> str:
+    """'validation' for 'dev', and the like; other names stay as they are."""
+    return next((known for known, words in SPLITS.items() if split.lower() in words), split)
+
+
+def split_of(name: str) -> str:
+    """The split that a relative name says: 'train', 'validation', 'test', or ''. 'train or test' where it says both.
+
+    The file's own name counts before that of its folder, and an inner folder before an outer one.
+    """
+    for part in reversed(name.lower().split("/")):
+        words = set(re.split(r"[^a-z]+", part))
+        if said := [split for split, spellings in SPLITS.items() if words.intersection(spellings)]:
+            return " or ".join(said)
+    return ""
+
+
+def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> Selection:
+    """Rule 1."""
+    _refuse_saved_options(choice, what)
+    value = _json(tree, "dataset_dict.json", what)
+    splits = value.get("splits") if isinstance(value, dict) else None
+    if not isinstance(splits, list) or not splits or not all(isinstance(s, str) for s in splits):
+        raise SftError(f"{what}: dataset_dict.json is damaged: no list of splits; next: save the dataset again")
+    if choice.split is not None and choice.split not in splits:
+        raise SftError(
+            f"{what}: split {choice.split!r}: the splits are {', '.join(splits)}{_near(choice.split, splits)}; {CORRECT}"
+        )
+    read = splits if choice.split is None else [choice.split]
+    files = tuple(name for split in read for name in _saved(tree, names, f"{split}/", Choice(None), what).files)
+    others = tuple(n for n in names if n.split("/")[0] in splits and n.split("/")[0] not in read)
+    return Selection(files, others, tuple(n for n in names if n not in {*files, *others}))
+
+
+def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str) -> Selection:
+    """Rule 2. `top` is the folder of the saved dataset, with a slash, or ''."""
+    _refuse_saved_options(choice, what)
+    value = _json(tree, f"{top}state.json", what)
+    try:
+        listed = [f"{top}{entry['filename']}" for entry in value["_data_files"]]
+        saved_split = value.get("_split")
+    except (KeyError, TypeError, AttributeError):
+        raise SftError(f"{what}: {top}state.json is damaged: no _data_files; next: save the dataset again") from None
+    if choice.split not in (None, "train", saved_split):
+        raise SftError(
+            f"{what}: split {choice.split!r}: the folder holds one saved dataset ({saved_split or 'of no named split'}); {CORRECT}"
+        )
+    if absent := [name for name in listed if name not in names]:
+        raise SftError(f"{what}: {_some(absent)}: listed in {top}state.json and missing; next: copy the folder again")
+    return Selection(tuple(listed), ignored=tuple(n for n in names if n not in listed))
+
+
+def _refuse_saved_options(choice: Choice, what: str) -> None:
+    if choice.subset:
+        raise SftError(f"{what}: subset {choice.subset!r}: a saved dataset has no subsets; {CORRECT}")
+    if choice.ignore_files:
+        raise SftError(f"{what}: ignore_files: a saved dataset lists its files in state.json; {CORRECT}")
+
+
+def _has_configs(tree: Tree, names: Sequence[str]) -> bool:
+    return "README.md" in names and re.search(r"^configs\s*:", _front_matter(tree), re.MULTILINE) is not None
+
+
+def _front_matter(tree: Tree) -> str:
+    """The YAML at the top of README.md, or ''."""
+    text = tree.read("README.md").decode("utf-8-sig", "replace")
+    found = re.match(r"\s*---[ \t]*\r?\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
+    return found[1] if found else ""
+
+
+def _configs(front: str, what: str) -> dict[str, Mapping[str, Any]]:
+    """{name: configuration} of a front matter. Raises SftError."""
+    import yaml  # start-up: the planner runs without PyYAML and never comes here
+
+    try:
+        configs = yaml.safe_load(front)["configs"]
+        if configs and all(isinstance(c, dict) and c.get("config_name") for c in configs):
+            return {str(c["config_name"]): c for c in configs}
+    except (yaml.YAMLError, TypeError, KeyError):
+        pass
+    raise SftError(f"{what}: README.md: its 'configs' cannot be read; next: correct or remove that README.md")
+
+
+def _of_config(
+    tree: Tree, names: Sequence[str], configs: Mapping[str, Mapping[str, Any]], choice: Choice, what: str
+) -> Selection:
+    """Rule 3."""
+    default = [n for n, c in configs.items() if c.get("default") or n == "default"] or (
+        list(configs) if len(configs) == 1 else []
+    )
+    name = choice.subset or (default[0] if default else "")
+    if name not in configs:
+        problem = f"subset {choice.subset!r}" if choice.subset else "several subsets and none is the default"
+        raise SftError(f"{what}: {problem}: the subsets are {', '.join(configs)}{_near(name, configs)}; {CORRECT}")
+    _check_ignored(choice.ignore_files, names, what)
+    config = configs[name]
+    by_split = _patterns(config, what)
+    top = str(config.get("data_dir") or "").strip("./")
+    top = f"{top}/" if top else ""
+    if by_split is None:  # the folder alone, or nothing: names say the split
+        inside = Tree(tuple(n for n in names if n.startswith(top) and n != "README.md"), tree.read, tree.linked_folders)
+        rows, ignored = _sort_out(inside, inside.names, (), f"{what} (subset {name})")
+        rows = [n for n in rows if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)]
+        chosen = _of_split(rows, ignored, choice.split, f"{what} (subset {name})").files
+    else:
+        chosen = _matching(names, top, by_split, choice, f"{what}: subset {name!r}")
+    others = tuple(n for n in names if row_format(n) and not _is_hidden(n) and n not in chosen)
+    return Selection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
+
+
+def _matching(
+    names: Sequence[str], top: str, by_split: Mapping[str, list[str]], choice: Choice, what: str
+) -> tuple[str, ...]:
+    """The files that a configuration's patterns name. Raises SftError for an unknown split, an absent file, and other formats."""
+    if choice.split is not None and choice.split not in by_split:
+        raise SftError(
+            f"{what}, split {choice.split!r}: the splits are {', '.join(by_split)}{_near(choice.split, by_split)}; {CORRECT}"
+        )
+    chosen: set[str] = set()
+    for pattern in [p for s, paths in by_split.items() if choice.split in (None, s) for p in paths]:
+        matcher = _glob(top + pattern.removeprefix("./"))
+        found = [n for n in names if matcher.fullmatch(n) and not (_is_hidden(n) and "*" in pattern)]
+        if not found:
+            raise SftError(
+                f"{what}: no file matches {top + pattern!r} of README.md; next: fetch the missing files, or correct README.md"
+            )
+        chosen.update(found)
+    chosen = {n for n in chosen if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)}
+    if unread := _sorted(n for n in chosen if row_format(n) is None):
+        raise SftError(
+            f"{what}: {_some(unread)}: named by README.md and not read; {_kinds()}; next: convert them, or add"
+            f' ignore_files = ["{unread[0]}"] to the source'
+        )
+    return tuple(_sorted(chosen))
+
+
+def _patterns(config: Mapping[str, Any], what: str) -> dict[str, list[str]] | None:
+    """{split: patterns} of a configuration, in any of the forms that the hub documents; None where it names no files."""
+    files = config.get("data_files")
+    if files is None:
+        return None
+    try:
+        if isinstance(files, dict):
+            return {str(s): _texts(p) for s, p in files.items()}
+        if isinstance(files, list) and any(isinstance(f, dict) for f in files):
+            return {str(f["split"]): _texts(f["path"]) for f in files}
+    except (KeyError, TypeError):
+        raise SftError(f"{what}: README.md: 'data_files' {str(files)[:80]} cannot be read; next: correct it") from None
+    return {"train": _texts(files)}
+
+
+def _texts(value: Any) -> list[str]:
+    return [str(v) for v in (value if isinstance(value, list) else [value])]
+
+
+def _glob(pattern: str) -> re.Pattern[str]:
+    """A pattern of the hub: `*` stays inside a folder, `**` does not."""
+    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern.removeprefix("./"))
+    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(known.get(p) or _class(p) for p in parts))
+
+
+def _class(part: str) -> str:
+    """A part of a pattern that is no star: a class of characters, or plain text."""
+    if len(part) > 2 and part[0] == "[" and part[-1] == "]":
+        inner = re.sub(r"([\\\[\]&|~])", r"\\\1", part[1:-1])
+        return f"[^{inner[1:]}]" if inner[0] in "!^" else f"[{inner}]"
+    return re.escape(part)
+
+
+def _json(tree: Tree, name: str, what: str) -> Any:
+    try:
+        return json.loads(tree.read(name))
+    except (OSError, ValueError, KeyError) as error:
+        raise SftError(f"{what}: {name} is damaged or missing ({error}); next: save the dataset again") from None
+
+
+def local_tree(root: Path, what: str) -> Tree:
+    """The files of a folder. Links to files may lead into the folder, and in a hub cache to its own blobs. Raises SftError.
+
+    Hidden folders such as .git are one name each; nothing in them is read.
+    """
+    if (root / "snapshots").is_dir() and (root / "blobs").is_dir():
+        commits = sorted(p.name for p in (root / "snapshots").iterdir())
+        raise SftError(
+            f"{what}: {root} is the hub's cache of a repository; next: name {root.name}/snapshots/{commits[-1] if commits else '<commit>'}"
+        )
+    names: list[str] = []
+    linked: list[str] = []
+    base = root.resolve()
+    snapshots = next((p for p in (base, *base.parents) if p.parent.name == "snapshots"), None)
+    inside = (base, snapshots.parents[1] / "blobs") if snapshots else (base,)
+    for entry in _walk(root):
+        path = Path(entry.path)
+        name = path.relative_to(root).as_posix()
+        if _is_hidden(name):
+            names.append(name)
+            continue
+        if entry.is_symlink():
+            target = path.resolve()
+            if not any(target.is_relative_to(folder) for folder in inside):
+                raise SftError(f"{what}: {path} is a link that leaves {root}; next: copy the file there")
+            if not target.exists():
+                raise SftError(f"{what}: {path} is a link to nothing; next: fetch the file again")
+            if target.is_dir():
+                linked.append(name)
+                continue
+        if not entry.is_file():
+            raise SftError(f"{what}: {path} is neither a file nor a folder; next: remove it")
+        names.append(name)
+    return Tree(tuple(names), lambda name: (root / name).read_bytes(), tuple(linked))
+
+
+def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything in a folder but its folders, except for hidden ones and links."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                yield from _walk(Path(entry.path))
+            else:
+                yield entry
+
+
+def check_pointer(file: Path, what: str) -> None:
+    """Raises SftError for a git-lfs pointer in the place of the file. `what` names the file."""
+    if file.stat().st_size < 1024:
+        with file.open("rb") as f:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise SftError(f"{what}: a git-lfs pointer, not the file; next: git lfs pull")
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def _some(names: Sequence[str], shown: int = 6) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
