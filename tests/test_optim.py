@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 import training
 from sft.checkpoint.step_folder import DcpReader
+from sft.formats.metrics import TrainMetrics
 from sft.recipe.schema import Train
 from sft.training.optim import Guard, build_adamw, clip, learning_rate
 from training import run_folder
@@ -108,10 +110,31 @@ def test_a_spike_is_skipped_once_enough_steps_are_known() -> None:
     assert not any(spiky(Guard(0.0, torch.device("cpu")), [*quiet, 9.0]))
 
 
-def test_a_skipped_spike_does_not_widen_the_history_and_state_survives_a_reload() -> None:
+def test_harder_data_is_trained_after_a_few_skipped_steps() -> None:
+    """A source whose loss is far above the others' comes once in eight steps: skipped values raise the bound."""
+    mixed = [9.0 if i % 8 == 7 else 1.0 + 0.01 * (i % 5) for i in range(320)]
+    easy = [1.0 + 0.01 * (i % 5) for i in range(64)]
+    skipped = spiky(Guard(6.0, torch.device("cpu")), [*easy, *mixed])
+    assert skipped[64 + 7] == 1  # a first one is a spike
+    assert 1 <= sum(skipped) <= 8
+    assert not any(skipped[192:])
+
+
+def test_a_loss_that_hardly_varies_makes_no_spike_of_a_small_change() -> None:
+    assert not any(spiky(Guard(6.0, torch.device("cpu")), [*([1.0] * 80), 1.5, 1.0]))
+    assert spiky(Guard(6.0, torch.device("cpu")), [*([1.0] * 80), 1.7])[-1] == 1
+
+
+def test_values_that_are_not_finite_do_not_enter_the_history() -> None:
+    guard = Guard(6.0, torch.device("cpu"))
+    assert spiky(guard, [*([1.0] * 70), math.inf, math.nan, 1.0])[-3:] == [1, 1, 0]
+    assert bool(guard.history.isfinite().all())
+
+
+def test_the_history_survives_a_reload() -> None:
     quiet = [1.0 + 0.01 * (i % 7) for i in range(150)]
     guard = Guard(6.0, torch.device("cpu"))
-    assert spiky(guard, [*quiet, *([9.0] * 5)])[-5:] == [1] * 5
+    assert spiky(guard, [*quiet, 9.0])[-1] == 1
     again = Guard(6.0, torch.device("cpu"))
     again.load(guard.state())
     assert torch.equal(again.history, guard.history)
@@ -174,6 +197,9 @@ def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tm
     assert moved(run("clipped", max_grad_norm=1e-12, **fields)) < 1e-5
     assert moved(run("free", max_grad_norm=0.0, **fields)) > 1e-2
     # Once 64 steps are known, everything above the mean counts as a spike; 0 turns that off.
-    skipped = [r.step for r in training.records(run("nervous", steps=72, lr=1e-6, skip_sigmas=1e-9)) if r.skipped]
-    assert skipped and min(skipped) > 64
+    nervous = run("nervous", steps=72, lr=1e-6, skip_sigmas=1e-9)
+    skipped = [r for r in training.records(nervous) if r.skipped]
+    assert skipped and min(r.step for r in skipped) > 64
+    uses = TrainMetrics.from_value(json.loads((nervous / "result.json").read_text()), "result.json").sources or ()
+    assert sum(use.skipped for use in uses) == sum(r.labels for r in skipped) < sum(use.seen for use in uses)
     assert not any(r.skipped for r in training.records(run("calm", steps=72, lr=1e-6, skip_sigmas=0.0)))

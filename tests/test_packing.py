@@ -17,6 +17,8 @@ from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT, Dataset
 from sft.data.dataset_writer import DatasetWriter
 from sft.packing.packs import PackIndex, _best_fit, cut_documents, pack, pack_dataset, pack_documents, target_counter
+from sft.packing.steps import StepPlan
+from sft.recipe.schema import Train
 
 
 def one_at_a_time(lengths: list[int], capacity: int) -> list[int]:
@@ -148,6 +150,11 @@ def test_labels_of_cut_documents_are_counted_in_the_masks(tmp_path: Path, policy
     assert index.sums("length").max() <= seq_len and index.sums("labels").sum() == sum(e[3] for e in expected)
 
 
+def saved(index: PackIndex, folder: Path) -> Path:
+    index.save(folder)
+    return folder
+
+
 def test_a_segment_without_a_trained_token_is_left_out_and_counted(tmp_path: Path):
     mask = np.zeros(100, dtype=bool)
     mask[70:] = True  # the first 64 tokens are a prompt
@@ -157,6 +164,11 @@ def test_a_segment_without_a_trained_token_is_left_out_and_counted(tmp_path: Pat
     assert (len(truncated), truncated.losses.unlabelled_pieces, truncated.losses.labels_lost) == (0, 1, 30)
     assert (len(split), split.losses.unlabelled_pieces, split.losses.tokens_lost) == (1, 1, 64)
     assert split.segments.tolist() == [(0, 64, 36, 30)]
+    with pytest.raises(
+        SftError, match=r"all 1 documents lose every trained token to seq_len 64 .*100 tokens.*raise \[train\] seq_len"
+    ):
+        StepPlan.build(truncated, Train(seq_len=64, global_batch_tokens=128))
+    assert PackIndex.load(saved(truncated, tmp_path / "packs")).losses == truncated.losses
 
 
 def test_without_masks_only_the_labels_of_cut_documents_are_estimates(tmp_path: Path):

@@ -82,6 +82,23 @@ def test_hashes_do_not_depend_on_where_the_folder_is(folder: Path, tmp_path: Pat
     assert hashes(folder) == hashes(tmp_path / "elsewhere" / "tasks")
 
 
+@pytest.mark.parametrize(
+    ("written", "until"),
+    [
+        ('{until: ["ZZZ"], max_gen_toks: 6, do_sample: false}', ["ZZZ"]),
+        ("{until: [], max_gen_toks: 6}", []),
+        ("{max_gen_toks: 6}", []),
+        ("null", []),
+    ],
+)
+def test_only_the_task_itself_names_strings_that_end_a_reply(folder: Path, written: str, until: list[str]) -> None:
+    """lm-eval's default is the few-shot delimiter: a blank line, which would cut the reply of a chat model."""
+    from sft.evaluation.tasks import find
+
+    edit("base.yaml", '{until: ["ZZZ"], max_gen_toks: 6, do_sample: false}', written)(folder)
+    assert find("capitals", folder, {}).load(seed=1).config.generation_kwargs["until"] == until
+
+
 def test_a_part_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "base.yaml").rename(tmp_path / "base.yaml")
     (folder / "capitals.yaml").write_text("include: ../base.yaml\ntask: capitals\n")

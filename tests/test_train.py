@@ -23,7 +23,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo, TokenIds
-from sft.formats.metrics import Attempt, read_metrics
+from sft.formats.metrics import Attempt, SourceUse, read_metrics
 from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
@@ -31,6 +31,7 @@ from sft.packing.packs import pack_dataset
 from sft.recipe.schema import Hardware, Train
 from sft.training import build, initial_weights, metrics
 from sft.training.stopwatch import Stopwatch
+from sft.training.train import lost_sources
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
@@ -418,3 +419,11 @@ def test_one_gpu_trains_in_bf16_along_the_cpus_fp32_curve(
     # The host is ahead of the device: where it waits, before a save, the device's time counts and not the host's.
     seconds = [r.seconds for r in records(folder)[4:]]
     assert min(seconds) > 0.2 * statistics.median(seconds)
+
+
+def test_what_each_source_lost_is_reported() -> None:
+    uses = [SourceUse("easy", 1000, 40, 960, 0), SourceUse("rare", 24, 0, 48, 40), SourceUse("long", 100, 30, 70, 0)]
+    assert [warning.partition(" of its")[0] for warning in lost_sources(uses)] == [
+        "warning: rare lost 83%",
+        "warning: long lost 30%",
+    ]

@@ -95,7 +95,17 @@ class TaskDefinition:
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
+        if task.OUTPUT_TYPE == "generate_until" and not self._names_stop_strings():
+            # lm-eval would add its few-shot delimiter, a blank line, which ends a chat model's reply after one paragraph.
+            task.config.generation_kwargs["until"] = []
         return task
+
+    def _names_stop_strings(self) -> bool:
+        """Whether the task's own files say which strings end a reply."""
+        config = (
+            self.manager.task_index[self.name].cfg if self.file is None else load_yaml(self.file, resolve_func=False)
+        )
+        return "until" in ((config or {}).get("generation_kwargs") or {})
 
 
 def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinition:

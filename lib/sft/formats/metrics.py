@@ -119,6 +119,29 @@ class UploadSummary:
     missing: tuple[str, ...]
 
 
+LOST = 0.1
+"""A source that lost this share of its trained tokens is reported."""
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What training made of one source's trained tokens, which are called labels here."""
+
+    source: str
+    labels: int  # in the dataset
+    truncated: int  # of these, how many packing left out
+    seen: int  # in the steps of the run, over all epochs
+    skipped: int  # of these, how many were in steps that the guard skipped
+
+    @property
+    def lost(self) -> float:
+        """The share of the labels that never changed a weight."""
+        kept = (1 - self.truncated / self.labels if self.labels else 1.0) * (
+            1 - self.skipped / self.seen if self.seen else 1.0
+        )
+        return 1 - kept
+
+
 @dataclass(frozen=True)
 class TrainMetrics(_Numbers):
     """The metrics in train's manifest. Losses are those of the first and the last step; speeds are means over time."""
@@ -137,6 +160,7 @@ class TrainMetrics(_Numbers):
     validation_loss: float | None = None
     first_validation_loss: float | None = None
     remote: UploadSummary | None = None
+    sources: tuple[SourceUse, ...] | None = None
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> TrainMetrics:

@@ -35,6 +35,8 @@ class PackingLosses:
     labels_lost: int
     exact: bool
     """False: trained tokens of cut documents are estimated, because the loss masks were not available."""
+    shortest: int | None = None
+    """Where no segment was packed: the tokens of the shortest document."""
 
 
 @dataclass(frozen=True)

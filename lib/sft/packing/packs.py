@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.data.dataset import Dataset
 from sft.formats.packs import PackHeader, PackingLosses
+from sft.formats.record import to_json
 
 SEGMENT = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
 """A stretch of a document in a pack. `labels` is the number of its trained tokens."""
@@ -204,6 +205,7 @@ def cut_documents(
         tokens_lost=all_tokens - int(segments.length.sum(dtype=np.int64)),
         labels_lost=all_targets - int(segments.num_targets.sum(dtype=np.int64)),
         exact=count_targets is not None or policy == "drop" or not len(long),
+        shortest=int(documents["length"].min()) if len(documents) and not len(segments.length) else None,
     )
 
 
@@ -372,7 +374,7 @@ def _best_fit(histogram: NDArray[np.int64], capacity: int) -> tuple[Placements, 
 
 def _digest(seq_len: int, policy: str, offsets: NDArray[Any], segments: NDArray[Any], losses: PackingLosses) -> str:
     # A fast hash: it guards against damage, not against an attacker.
-    digest = xxhash.xxh3_128(json.dumps([seq_len, policy, asdict(losses)]).encode())
+    digest = xxhash.xxh3_128(json.dumps([seq_len, policy, to_json(losses)]).encode())
     for array in (offsets, segments):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

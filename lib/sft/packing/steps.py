@@ -75,6 +75,8 @@ class StepPlan:
             )
         drop = train.epoch_tail == "drop" or train.order == "olmo-core"
         epoch_packs = len(index) // batch_packs * batch_packs if drop else len(index)
+        if not len(index):
+            raise SftError(nothing_left(index))
         if len(index) < batch_packs:
             packed = index.losses.tokens - index.losses.tokens_lost
             raise SftError(
@@ -278,3 +280,15 @@ def context_groups(model: ModelConfig, train: Train, hardware: Hardware, ranks: 
             f"context_degree {degree} and the {model.n_kv_heads} key/value heads of the model: one must divide the other"
         )
     return ranks // degree
+
+
+def nothing_left(index: PackIndex) -> str:
+    """Why there is no pack: no document has a trained token within seq_len."""
+    losses = index.losses
+    if losses.long_documents < losses.documents:
+        return f"[train] none of the {losses.documents} documents has a trained token; next: check the masks with make preview"
+    shortest = "" if losses.shortest is None else f" (the shortest document has {losses.shortest} tokens)"
+    return (
+        f"[train] all {losses.documents} documents lose every trained token to seq_len {index.seq_len}{shortest}; next: raise"
+        " [train] seq_len, or shorten the prompts"
+    )

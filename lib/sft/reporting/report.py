@@ -19,6 +19,7 @@ from typing import Any
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats.manifest import Manifest
+from sft.formats.metrics import LOST
 from sft.formats.results import SAMPLES
 from sft.recipe import schema
 from sft.reporting import comparison, scores, sections
@@ -76,6 +77,9 @@ def tiles(run: RunFiles) -> str:
 def _loss_tiles(run: RunFiles) -> Iterator[Tile]:
     if train := run.train:
         yield "training loss", f"{train.loss:.3f}", f"from {train.first_loss:.3f}"
+        for use in train.sources or ():
+            if use.lost >= LOST:
+                yield f"{use.lost:.0%} lost", use.source, "of its trained tokens, to seq_len or to skipped steps"
         if train.validation_loss is not None:
             yield "validation loss", f"{train.validation_loss:.3f}", f"from {train.first_validation_loss:.3f}"
 

@@ -6,18 +6,21 @@ In:  the stage and the process group. Out: a `Run` (sft.training.loop) and the n
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from sft.checkpoint import olmo_core, step_folder
 from sft.data.dataset import Dataset
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
+from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.model import Transformer, compile_blocks, missing_compiler
@@ -59,6 +62,7 @@ class Setup:
 class Data:
     """The steps of the run, and what loads their microbatches."""
 
+    documents: NDArray[Any]  # DOCUMENT
     plan: StepPlan
     loader: Callable[[int], Loader]  # from the number of finished steps
     validation: Loader | None
@@ -84,6 +88,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     if hardware.recompute == "auto":
         memory.require(room, config, train, hardware, world.size)
     model = build_model(setup, room)
+    sources = [source.path for source in info.sources] or ["data"]
     compiled = hardware.compile == "always"
     run = Run(
         stage=stage,
@@ -94,7 +99,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         plan=data.plan,
         loader=data.loader,
         validation=data.validation,
-        sources=[source.path for source in info.sources] or ["data"],
+        sources=sources,
+        labels=labels_by_source(sources, data.documents, data.plan.index.segments),
         saver=Saver(stage.out, train, olmo_core.step_config(config, info.facts.ids), world, setup.log),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
@@ -105,6 +111,11 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     )
     for line in notes(setup, room, tokenizer_warning, missing):
         setup.log(line)
+    if untrained := data.plan.index.losses.unlabelled_pieces:
+        long = data.plan.index.losses.long_documents
+        setup.log(
+            f"warning: {untrained:,} documents lose every trained token to seq_len ({long:,} are longer); they are left out"
+        )
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
     connect_saver(setup, run.saver)
     start, origin = resume(setup, run, step)
@@ -159,7 +170,19 @@ def build_data(setup: Setup) -> Data:
         held_out, held_out_index = packed("validation")
         if len(held_out_index):
             validation = loader(StepPlan.once(held_out_index, groups * packs_each), held_out, 0)
-    return Data(plan, lambda start: loader(plan, dataset, start), validation)
+    return Data(dataset.documents, plan, lambda start: loader(plan, dataset, start), validation)
+
+
+def labels_by_source(sources: Sequence[str], documents: NDArray[Any], segments: NDArray[Any]) -> list[SourceUse]:
+    """The trained tokens of each source before the first step. `documents` is of DOCUMENT, `segments` of SEGMENT."""
+
+    def count(numbers: NDArray[Any], labels: NDArray[Any]) -> list[int]:
+        sums: list[int] = np.bincount(numbers, weights=labels, minlength=len(sources)).astype(np.int64).tolist()
+        return sums
+
+    all_labels = count(documents["source"], documents["labels"])
+    packed = count(documents["source"][segments["document"]], segments["labels"])
+    return [SourceUse(name, a, a - b, 0, 0) for name, a, b in zip(sources, all_labels, packed, strict=True)]
 
 
 def build_model(setup: Setup, room: memory.Plan) -> nn.Module:
@@ -219,6 +242,8 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
+    if len(counts := state.get("labels", [])) == len(run.labels):
+        run.labels = [replace(use, seen=a, skipped=b) for use, (a, b) in zip(run.labels, counts, strict=True)]
     run.guard.load(state["guard"])
     torch.set_rng_state(state["rng"])
     if "rng_cuda" in state and run.world.device.type == "cuda":

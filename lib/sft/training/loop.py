@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sft.checkpoint import step_folder
-from sft.formats.metrics import StepRecord, read_steps
+from sft.formats.metrics import SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
 from sft.model.parallel import SharedError, World
 from sft.model.utilisation import mfu
@@ -58,6 +58,14 @@ class Run:
     marks_best: bool = False  # the step with the lowest validation loss is named in BEST
     tokens: int = 0  # consumed so far, padding excluded
     skipped: int = 0  # steps in a row that the guard skipped
+    labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
+
+    def count(self, counts: Sequence[float], skipped: bool) -> None:
+        """Counts the trained tokens of a step, by source."""
+        self.labels = [
+            replace(use, seen=use.seen + int(n), skipped=use.skipped + int(n) * skipped)
+            for use, n in zip(self.labels, counts, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,7 @@ class TrainState(TypedDict):
     rng: Tensor
     ranks: int
     rng_cuda: NotRequired[Tensor]
+    labels: NotRequired[list[tuple[int, int]]]  # seen and skipped of each source; early versions did not record it
 
 
 class Validation(NamedTuple):
@@ -303,6 +312,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
     """Writes a finished step's record. Raises SharedError after too many skipped steps in a row."""
     numbers, facts = pending.read(), pending.facts
     run.skipped = run.skipped + 1 if numbers.skipped else 0
+    run.count(numbers.target_counts, numbers.skipped)
     imbalance = run.stopwatch.imbalance(facts.lap) if run.stopwatch is not None and facts.lap is not None else None
     saved = run.saver.finished()
     if metrics is not None:
@@ -386,6 +396,7 @@ def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
         "guard": run.guard.state(),
         "rng": torch.get_rng_state(),
         "ranks": run.world.size,
+        "labels": [(use.seen, use.skipped) for use in run.labels],
     }
     if run.world.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state()

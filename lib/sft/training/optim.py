@@ -81,46 +81,51 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 class Guard:
     """Takes or skips a step. A step with a loss or gradient norm that is not finite is skipped. With `sigmas`, a spike
-    is skipped too: a loss or norm more than that many standard deviations above the mean of the last `HISTORY` steps
-    taken, once `WARM` of them are known.
+    is skipped too: a loss or norm more than that many standard deviations above the mean of the last `HISTORY` finite
+    steps, once `WARM` of them are known. A skipped spike is part of that history, as in OLMo-core: data that is harder
+    than the rest raises the bound and is trained from then on. The deviation counts as at least `FLOOR` of the mean, so
+    a loss that hardly varies makes no spike of a small change.
 
     The optimizer reads `found_inf` on the device, and changes neither weights, moments nor step count where it is 1.
     """
 
     HISTORY = 128
     WARM = 64
+    FLOOR = 0.1
 
     def __init__(self, sigmas: float, device: torch.device) -> None:
         self.sigmas = sigmas
         self.history = torch.zeros(2, self.HISTORY, dtype=torch.float64, device=device)
-        self.taken = torch.zeros((), dtype=torch.int64, device=device)
+        self.seen = torch.zeros((), dtype=torch.int64, device=device)
 
     def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tensor:
         """Steps the optimizer unless the step is bad. Returns 1.0 on the device if it was skipped, else 0.0."""
         now = torch.stack((loss.double(), norm.double()))
-        bad = ~now.isfinite().all()
+        finite = now.isfinite().all()
+        bad = ~finite
         if self.sigmas:
-            count = self.taken.clamp(max=self.HISTORY)
+            count = self.seen.clamp(max=self.HISTORY)
             known = torch.arange(self.HISTORY, device=now.device) < count
             mean = (self.history * known).sum(1) / count.clamp(min=1)
             variance = ((self.history - mean[:, None]).square() * known).sum(1) / (count - 1).clamp(min=1)
-            spike = (now > mean + self.sigmas * variance.sqrt()).any()
+            deviation = torch.maximum(variance.sqrt(), self.FLOOR * mean)
+            spike = (now > mean + self.sigmas * deviation).any()
             bad |= spike & (count >= self.WARM)
         skipped = bad.float()
         fused: Any = optimizer
         fused.found_inf = skipped
         optimizer.step()
-        slot = (self.taken % self.HISTORY).view(1, 1).expand(2, 1)
-        entry = torch.where(bad, self.history.gather(1, slot), now[:, None])
+        slot = (self.seen % self.HISTORY).view(1, 1).expand(2, 1)
+        entry = torch.where(finite, now[:, None], self.history.gather(1, slot))
         self.history.scatter_(1, slot, entry)
-        self.taken += ~bad
+        self.seen += finite
         return skipped
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the history on the host."""
-        return {"history": self.history.to("cpu", copy=True), "taken": self.taken.to("cpu", copy=True)}
+        return {"history": self.history.to("cpu", copy=True), "taken": self.seen.to("cpu", copy=True)}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores a history that `state` returned."""
         self.history.copy_(state["history"])
-        self.taken.copy_(state["taken"])
+        self.seen.copy_(state["taken"])

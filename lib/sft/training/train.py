@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from sft.common.files import write_atomic
 from sft.common.process import report_errors
 from sft.formats import manifest
 from sft.formats import metrics as metrics_format
-from sft.formats.metrics import Attempt, StepRecord, TrainMetrics, UploadSummary, read_metrics
+from sft.formats.metrics import Attempt, SourceUse, StepRecord, TrainMetrics, UploadSummary, read_metrics
 from sft.model import utilisation
 from sft.model.parallel import SharedError, World, join
 from sft.runner.cli import RunOptions, parse_run
@@ -71,6 +71,9 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
             metrics.close()
     final = stage.out / f"step{run.plan.steps}"
     found = summary(stage.out, run, final, uploaded).to_value() if world.is_rank0 else {}
+    if world.is_rank0:
+        for warning in lost_sources(run.labels):
+            stage.log(warning)
     return Result([final.name, "tokenizer", metrics_format.NAME], found)
 
 
@@ -116,7 +119,18 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
         validation_loss=validation[-1] if validation else None,
         first_validation_loss=validation[0] if validation else None,
         remote=uploaded,
+        sources=tuple(run.labels),
     )
+
+
+def lost_sources(uses: Iterable[SourceUse]) -> list[str]:
+    """A warning for each source that lost a tenth of its trained tokens or more to seq_len or to skipped steps."""
+    return [
+        f"warning: {use.source} lost {use.lost:.0%} of its trained tokens: {use.truncated:,} of {use.labels:,} to seq_len,"
+        f" {use.skipped:,} of {use.seen:,} in steps that the guard skipped; next: raise [train] seq_len or skip_sigmas"
+        for use in uses
+        if use.lost >= metrics_format.LOST
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
