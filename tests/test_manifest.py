@@ -1,11 +1,13 @@
 """Manifests: what was made is named by content, verified by byte, and never half-written."""
 
+import importlib.metadata
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
@@ -16,6 +18,7 @@ from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
 from sft.formats import manifest
 from sft.formats.manifest import Manifest
+from sft.runner import publish
 
 
 def record(folder, outputs, **changed):
@@ -139,3 +142,10 @@ def test_what_was_hashed_on_its_way_to_the_disk_is_not_read_again(tmp_path, monk
     monkeypatch.setattr(manifest, "hash_file", lambda file: read.append(file.name) or plain(file))
     known = manifest.describe(tmp_path, ["data"], {"data/a": plain(tmp_path / "data" / "a")})
     assert known == manifest.describe(tmp_path, ["data"]) and sorted(read) == ["a", "b", "b"]
+
+
+def test_a_manifest_records_the_version_of_every_package_that_the_project_names() -> None:
+    named = publish.packages()
+    assert {"torch", "lm-eval", "ai2-olmo-core", "google-cloud-storage"} <= set(named) and "pytest" not in named
+    versions = publish.provenance([], datetime.now(UTC))["versions"]
+    assert versions["torch"] == importlib.metadata.version("torch") and set(versions) <= {"python", *named}

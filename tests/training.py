@@ -120,8 +120,10 @@ class FakeStage:
 def train_here(folder: Path, fields: dict[str, Any]) -> int:
     """The stage on this rank; exit status as sft.training.train's."""
     from sft.common.errors import SftError
+    from sft.common.process import AGAIN
     from sft.model.parallel import SharedError, join
-    from sft.training.train import REQUEUE, Requeue, train_stage
+    from sft.training.loop import Requeue
+    from sft.training.train import train_stage
 
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
@@ -135,7 +137,7 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
         if world.is_rank0:
             (folder / "result.json").write_text(json.dumps(result.metrics))
     except Requeue:
-        return REQUEUE
+        return AGAIN
     except SftError as error:
         if world.is_rank0 or not isinstance(error, SharedError):
             print(f"[train] error: {error}", flush=True)

@@ -1,6 +1,7 @@
 """How a process ends: exit statuses, signals, and errors as one message. Standard library only.
 
-Used by every program in the environment through `sft.runner.cli`, and by the ranks of a training.
+Used by every program in the environment through `sft.runner.cli`, and by the ranks of a training. Status 1 is an error that the
+user can fix: `report_errors` prints it with the next command.
 """
 
 from __future__ import annotations
@@ -16,8 +17,6 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 
-FAILED = 1
-"""An error that the user can fix. The message names it and the next command."""
 USAGE = 2
 """The words on the command line are wrong."""
 AGAIN = 75

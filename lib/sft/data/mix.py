@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.common.errors import SftError
+from sft.formats.dataset import SourceMix
 from sft.recipe.schema import Source
 
 U64 = NDArray[np.uint64]
@@ -43,20 +44,6 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.index)
-
-
-@dataclass(frozen=True)
-class SourceMix:
-    """What the mix took from one source. All but `weight` count documents."""
-
-    path: str
-    weight: int | float
-    found: int
-    duplicates: int
-    contaminated: int
-    validation: int
-    available: int
-    taken: int
 
 
 @dataclass(frozen=True)

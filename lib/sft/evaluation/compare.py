@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from sft.common.errors import SftError
 from sft.evaluation.scores import is_number, json_hash
-from sft.evaluation.statistics import Z95, Difference, holm, paired, paired_ratio
+from sft.evaluation.statistics import Z95, holm, paired, paired_ratio
 from sft.formats import manifest
 from sft.formats import results as results_format
-from sft.formats.comparison import Comparison, OptionDifference, ScoreDifference
+from sft.formats.comparison import Comparison, Difference, OptionDifference, ScoreDifference
 from sft.formats.lines import read_lines
 from sft.formats.results import Results, Score
 from sft.formats.samples import ConversationLoss, SampleItem

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from sft.formats.comparison import Difference
 
 Z95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -20,20 +21,6 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + z / 2) / (1 + z)
     half = Z95 / (1 + z) * math.sqrt(share * (1 - share) / n + z / (4 * n))
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """b minus a over n items. `test` is the name of the test that gave p. low and high are the 95 % interval, None for a single
-    item."""
-
-    value: float
-    stderr: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-    test: str
 
 
 def paired(a: Sequence[float], b: Sequence[float]) -> Difference:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 PUBLISHED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""No other file of the folder is copied. What prepare reads is in `sft.recipe.inputs.TOKENIZER_FILES`."""
+"""The files of a tokenizer folder that prepare writes and that an export has. What prepare reads is in `sft.recipe.inputs.TOKENIZER_FILES`."""
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:

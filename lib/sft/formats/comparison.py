@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sft.formats.record import Record
 
+_FIRST = ("task", "metric", "run", "higher_is_better", "a", "b")
+"""The fields that a row of the file begins with."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """b - a over n items, with its standard error, its 95 % interval (low, high) and the p value of `test`.
+
+    A number is None where it cannot be computed, such as the interval of a single item.
+    """
+
+    value: float
+    stderr: float | None
+    low: float | None
+    high: float | None
+    p: float | None
+    n: int
+    test: str
+
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreDifference:
+class ScoreDifference(Difference):
     """One metric of one run against the first run.
 
-    `run` is an index into Comparison.runs. `a` and `b` are the scores of the first run and of this one on the n common items, `value` is
-    b - a with its standard error, 95 % interval (low, high) and p value; `test` names the test that gave p. `corrected` is
-    p after Holm's correction over all differences; `mark` has a star for each level of significance that it reaches.
+    `run` is an index into Comparison.runs. `a` and `b` are the scores of the first run and of this one on the n common
+    items. `corrected` is p after Holm's correction over all differences. `mark` has a star for each level of
+    significance that it reaches.
     """
 
     task: str
@@ -24,13 +42,6 @@ class ScoreDifference:
     higher_is_better: bool | None
     a: float
     b: float
-    value: float
-    stderr: float | None
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-    test: str
     corrected: float | None
     mark: str
 
@@ -65,5 +76,7 @@ class Comparison(Record):
     rows: tuple[ScoreDifference, ...]
     fields: tuple[OptionDifference, ...]
 
-    def to_bytes(self) -> bytes:
-        return json.dumps(self.to_value(), indent=1, ensure_ascii=False).encode() + b"\n"
+    def to_value(self) -> dict[str, Any]:
+        value = super().to_value()
+        value["rows"] = [{**{name: row[name] for name in _FIRST}, **row} for row in value["rows"]]
+        return value

@@ -83,9 +83,8 @@ class SourceFile:
 
 
 @dataclass(frozen=True)
-class SourceSummary:
-    """One source of the mix. All numbers count documents, except `rows` (input rows), `rejected` (input rows),
-    `tokens`, and `labels` (trained tokens). `files` were read; the others of the dataset are named too."""
+class SourceMix:
+    """What the mix took from one source. All but `weight` count documents."""
 
     path: str
     weight: int | float
@@ -95,6 +94,13 @@ class SourceSummary:
     validation: int
     available: int
     taken: int
+
+
+@dataclass(frozen=True)
+class SourceSummary(SourceMix):
+    """One source of a dataset. `rows` and `rejected` count input rows, `documents` and `tokens` what was taken, and `labels`
+    its trained tokens. `files` were read; the others of the dataset are named too."""
+
     rows: int
     rejected: int
     documents: int

@@ -103,10 +103,9 @@ class StepRecord(_Numbers):
     @classmethod
     def charts(cls) -> dict[str, str]:
         """{field: title} of the numbers with a `Chart`."""
-        marks = {
-            name: getattr(hint, "__metadata__", ()) for name, hint in get_type_hints(cls, include_extras=True).items()
-        }
-        return {name: mark.title for name, found in marks.items() for mark in found if isinstance(mark, Chart)}
+        hints = get_type_hints(cls, include_extras=True)
+        extras = [(name, extra) for name, hint in hints.items() for extra in getattr(hint, "__metadata__", ())]
+        return {name: extra.title for name, extra in extras if isinstance(extra, Chart)}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 
 from sft.formats.record import FormatError, Record, build, to_json
 
-AGAIN = "remove evaluate's folder and make evaluate again"
+_NEXT = "remove evaluate's folder and make evaluate again"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class Sample(Record):
     "stop string", "length" or "unclosed thought"), its tokens and whether it repeats itself: lists for several replies.
     """
 
-    NEXT: ClassVar[str] = AGAIN
+    NEXT: ClassVar[str] = _NEXT
     doc_id: int
     filter: str
     prompt: str
@@ -57,7 +57,7 @@ class HarnessSample(Record):
 class SampleItem(Record):
     """The part that Sample and HarnessSample have in common. `scores` is None in early records of a harness."""
 
-    NEXT: ClassVar[str] = AGAIN
+    NEXT: ClassVar[str] = _NEXT
     filter: str = "none"
     prompt: str | None = None
     target: Any = None
@@ -77,7 +77,7 @@ class SampleItem(Record):
 class ConversationLoss(Record):
     """Loss in nats, summed over the `labels` trained tokens of a held-out conversation. `item` hashes its ids and loss mask."""
 
-    NEXT: ClassVar[str] = AGAIN
+    NEXT: ClassVar[str] = _NEXT
     item: str
     loss: float
     labels: int

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+"""The files of a tokenizer folder that prepare reads. An export has fewer: `sft.export.tokenizer_files.PUBLISHED`."""
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 

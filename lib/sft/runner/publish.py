@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import itertools
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,19 +19,6 @@ from typing import Any
 
 from sft.common.files import sync_folder
 from sft.runner import plan
-
-PACKAGES = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "datasets",
-    "numpy",
-    "lm_eval",
-    "safetensors",
-    "gigatoken",
-    "google-cloud-storage",
-)
-"""The packages whose versions a manifest records: those whose code computes or stores a result."""
 
 
 def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
@@ -39,7 +29,7 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     versions = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
+    for package in packages():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
@@ -51,6 +41,13 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions,
     }
+
+
+def packages() -> list[str]:
+    """The packages that pyproject.toml names for running the stages: the dependencies, and the extras without `dev`."""
+    project = tomllib.loads((plan.REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+    return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in itertools.chain(project["dependencies"], *extras)]
 
 
 def keep_only(folder: Path, names: set[str]) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.process import report_errors
+from sft.common.process import AGAIN, report_errors
 from sft.formats import manifest
 from sft.formats import metrics as metrics_format
 from sft.formats.metrics import Attempt, SourceUse, StepRecord, TrainMetrics, UploadSummary, read_metrics
@@ -45,7 +45,6 @@ from sft.training.trackers import Trackers
 from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
 
-REQUEUE = 75
 REQUEUE_MARK = ".requeue"
 
 
@@ -163,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             watcher.finish(lambda: signalled)
     except Requeue:
         if world.is_rank0 and stage is not None:
-            stage.log(f"stopped by a signal and saved; exit status {REQUEUE} asks to be run again")
-        return REQUEUE
+            stage.log(f"stopped by a signal and saved; exit status {AGAIN} asks to be run again")
+        return AGAIN
     finally:
         if watcher is not None:
             watcher.stop()  # does nothing if it has finished
