@@ -9,6 +9,9 @@ export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, 
 case "${1:--}" in -*) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;; esac
 
 rm -f -- "$1/train/.requeue"
+notice="" child="" # a signal that comes before the training is remembered
+trap 'notice=TERM; [ -z "$child" ] || kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
+trap 'notice=USR1; [ -z "$child" ] || kill -USR1 "$child"' USR1
 numbers=$(.venv/bin/python -m sft.launch.processes train "$@")
 read -r processes threads <<<"$numbers"
 export OMP_NUM_THREADS="$threads"
@@ -25,12 +28,13 @@ else
     command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner
 fi
 
-"${command[@]}" -m sft.training.train "$@" &
+(trap '' USR1; exec "${command[@]}" -m sft.training "$@") & # ignored until Python handles it: by default it ends a process
 child=$!
-trap 'kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
-trap 'kill -USR1 "$child"' USR1
+[ "$notice" != TERM ] || kill -TERM "$child"
 status=0
-while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the training
+while kill -0 "$child" 2>/dev/null; do # a signal ends a wait, not the training
+    if [ "$notice" = USR1 ]; then sleep 1; kill -USR1 "$child" 2>/dev/null || true; else wait "$child" || true; fi # again, until it is handled
+done
 wait "$child" || status=$? # bash has kept it, however long ago the training ended
 [ -e "$1/train/.requeue" ] || exit "$status"
 [ -n "${SFT_JOB:-}" ] || echo "[train] next: run the same command to resume; on this machine nothing restarts it"

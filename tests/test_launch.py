@@ -21,7 +21,7 @@ from sft.launch import job as jobs
 from sft.launch.job import LostConnection, Status, SubmittedJob
 from sft.launch.slurm import client, scheduler
 from sft.launch.slurm.script import comment
-from sft.recipe import recipe, schema
+from sft.recipe import recipe, schema, time_limit
 
 # --- records and the scheduler's answers ------------------------------------------------------------------------------
 
@@ -309,9 +309,9 @@ def test_two_machines_of_two_processes_meet_as_one_world_with_ranks_in_the_nodes
         "names = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'GROUP_RANK', 'SFT_NODE_RANK')\n"
         "open('who-' + os.environ['RANK'], 'w').write(json.dumps({n: int(os.environ[n]) for n in names}))\n"
     )
-    (root / ".venv/bin/python").write_text(  # behind torchrun, sft.training.train becomes who.py
+    (root / ".venv/bin/python").write_text(  # behind torchrun, sft.training becomes who.py
         f'#!/bin/sh\ncase "$2" in sft.launch.processes) echo 2 1 ;; *)\n'
-        f'    for a do shift; [ "$a" = sft.training.train ] && a=who; set -- "$@" "$a"; done\n'
+        f'    for a do shift; [ "$a" = sft.training ] && a=who; set -- "$@" "$a"; done\n'
         f'    PYTHONPATH=lib:. exec {sys.executable} "$@" ;; esac\n'
     )
     with socket.socket() as free:
@@ -344,3 +344,20 @@ def test_a_command_that_ends_before_the_shell_looks_keeps_its_status(script: str
             + "forward_signals bash -c 'exit 7'\n"
         )
     assert subprocess.run(["bash", "-c", program], cwd=tmp_path).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        ("1", 60),
+        ("2:30", 150),
+        ("1:00:00", 3600),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("2-00:00:05", 172805),
+        ("infinite", None),
+        ("", None),
+    ],
+)
+def test_slurms_notation_of_time(limit: str, expected: int | None) -> None:
+    assert time_limit.seconds(limit) == expected

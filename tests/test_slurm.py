@@ -82,6 +82,16 @@ def test_a_cluster_may_leave_stages_to_this_machine(workspace):
     assert "env/local.sh runs/x sync" in out and "env/slurm.sh runs/x train" in out
 
 
+def test_a_time_limit_that_ends_before_the_notice_is_refused_before_submission(workspace):
+    cluster = 'launcher = "slurm"\nstorage = "{runs}/.s"\ntime = "2:00"\n'
+    (workspace.root / "env/mine.toml").write_text(cluster)
+    for goal in ("dry-run", "train"):
+        refused = workspace.make(goal, "RECIPE=x", "CLUSTER=mine", ok=False)
+        assert "time = '2:00' is 120 s, and notice_s = 120" in refused.stdout + refused.stderr
+    (workspace.root / "env/mine.toml").write_text(cluster + "notice_s = 60\n")
+    workspace.make("dry-run", "RECIPE=x", "CLUSTER=mine")
+
+
 def test_dry_run_prints_the_script_and_submits_nothing(workspace):
     (workspace.root / "env/mine.toml").write_text(
         'launcher = "slurm"\nstorage = "{runs}/.s"\npartition = "gpu"\naccount = "a1"\nqos = "long"\ntime = "24:00:00"\n'

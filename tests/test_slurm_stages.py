@@ -131,7 +131,7 @@ def ranks_in(root):
     found = []
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            ours = Path(os.readlink(proc / "cwd")) == root and b"sft.training.train" in (proc / "cmdline").read_bytes()
+            ours = Path(os.readlink(proc / "cwd")) == root and b"sft.training" in (proc / "cmdline").read_bytes()
             if ours and b"\0RANK=" in (proc / "environ").read_bytes():
                 found.append(int(proc.name))
     return found

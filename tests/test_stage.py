@@ -129,6 +129,31 @@ def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_th
     assert process.wait(timeout=20) == (75 if requeue else 1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("early", ["before the training exists", "before it handles signals"])
+def test_a_notice_that_comes_too_early_is_repeated_until_training_handles_it(workspace, early):
+    shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
+    (workspace.root / "train.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "pathlib.Path('begun').touch()\ntime.sleep(1)\n"
+        "def end(*_):\n"
+        "    pathlib.Path(sys.argv[1], 'train/.requeue').touch()\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGUSR1, end)\n"
+        "time.sleep(60)\n"
+    )
+    (workspace.root / ".venv/bin/python").write_text(
+        '#!/bin/sh\ncase "$2" in sft.launch.processes) touch asked; sleep 0.5; echo 1 1 ;; *) shift 2; exec '
+        + sys.executable
+        + ' train.py "$@" ;; esac\n'
+    )
+    (workspace.root / "runs/x/train").mkdir(parents=True)
+    process = subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
+    wait_for(workspace.root / ("asked" if early == "before the training exists" else "begun"), process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=20) == 75
+
+
 @pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])
 def test_a_stage_cannot_claim_outputs_outside_its_folder_or_that_are_not_there(workspace, output):
     program(workspace, "prepare", f"return Result([{output!r}])")

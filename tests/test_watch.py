@@ -212,7 +212,7 @@ def test_training_starts_evaluations_waits_for_the_last_and_keeps_their_records_
     for name in ("prepare", "sync"):
         process = stage(runs, f"stages/{name}.py", run, *FIELDS)
         assert process.wait() == 0, process.communicate()[0]
-    process = stage(runs, "-m", "sft.training.train", run, *FIELDS)
+    process = stage(runs, "-m", "sft.training", run, *FIELDS)
     logged = process.communicate()[0]
     assert process.returncode == 0, logged
     train = Path(run) / "train"

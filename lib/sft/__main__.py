@@ -29,7 +29,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import manifest
-from sft.recipe import presets, recipe, schema
+from sft.recipe import presets, recipe, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.runner import plan, runs
 
@@ -116,6 +116,8 @@ def command_plan(args: argparse.Namespace) -> None:
     if needs_run and not wanted_runs:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
     for r in wanted_runs:
+        if "train" in wanted and "train" in cluster.stages:
+            time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
         stale = plan.stale_stages(args.place, r, goals)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in stale)]
     print(" ".join(words))

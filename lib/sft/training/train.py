@@ -4,8 +4,8 @@ In:  runs/<run> with a finished sync stage; torchrun's environment, or none for 
 Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.checkpoint.step_folder), tokenizer/, metrics.jsonl,
      manifest.json last.
 
-    python -m sft.training.train runs/<run> [--cluster C] [field=value …]
-    torchrun --nproc-per-node 8 -m sft.training.train runs/<run> [--cluster C] [field=value …]
+    python -m sft.training runs/<run> [--cluster C] [field=value …]
+    torchrun --nproc-per-node 8 -m sft.training runs/<run> [--cluster C] [field=value …]
 
 After a kill at any moment, the same command continues from the newest complete step. SIGTERM or SIGUSR1 saves and exits
 with status 75 (EX_TEMPFAIL), which asks a scheduler to run it again. Status 1 is an error with a message.
@@ -132,15 +132,8 @@ def lost_sources(uses: Iterable[SourceUse]) -> list[str]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    signalled = False
-
-    def note_signal(*_: object) -> None:
-        nonlocal signalled
-        signalled = True
-
-    signal.signal(signal.SIGTERM, note_signal)
-    signal.signal(signal.SIGUSR1, note_signal)
+def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
+    """Runs the stage and returns its exit status. The caller's handlers append to `signals`: it then saves and asks to be run again."""
     words = list(sys.argv[1:] if argv is None else argv)
     options = parse_run("train", words)
     world = join()
@@ -153,13 +146,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             attempt = prepare_attempt(stage, world)
             if world.is_rank0:
                 watcher = start_watcher(stage, words)
-            result = train_stage(stage, world, lambda: signalled, attempt)
+            result = train_stage(stage, world, lambda: bool(signals), attempt)
             if world.is_rank0:
                 stage.finish(result)
         if world.is_rank0:
             stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
         if watcher is not None:
-            watcher.finish(lambda: signalled)
+            watcher.finish(lambda: bool(signals))
     except Requeue:
         if world.is_rank0 and stage is not None:
             stage.log(f"stopped by a signal and saved; exit status {AGAIN} asks to be run again")
@@ -207,7 +200,3 @@ def other_rank() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
         sys.exit(f"[train] error on rank {os.environ.get('RANK')}: {error}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.launch.job import WATCH, Job
+from sft.recipe import time_limit
 
 SCRIPT = r"""
 export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}"
@@ -23,12 +24,13 @@ exec >>"$job.attempt-$(printf %02d "$attempt").log" 2>&1
 rm -f "$ended" # of an attempt that Slurm itself put back into the queue
 SFT_HEAD="$(hostname):$((20000 + SLURM_JOB_ID % 10000))"
 export SFT_HEAD SFT_JOB="$SLURM_JOB_ID" SFT_NODES="$SLURM_JOB_NUM_NODES"
+task=""
+trap '[ -z "$task" ] || kill -USR1 "$task"' USR1 # time is nearly up: srun forwards the signal
 echo "--- attempt $attempt of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 # shellcheck disable=SC2016  # the inner shell is the one on each node; a node that ends first leaves the others time to save
 srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none${SLURM_CPUS_PER_TASK:+ --cpus-per-task=$SLURM_CPUS_PER_TASK} \
     bash -c 'SFT_NODE_RANK="$SLURM_NODEID" exec "$@"' - "${command[@]}" &
 task=$!
-trap 'kill -USR1 "$task"' USR1 # time is nearly up: srun forwards the signal
 trap : TERM                    # Slurm has signalled the tasks itself: wait until they have saved
 status=0
 while kill -0 "$task" 2>/dev/null; do wait "$task" && status=0 || status=$?; done
@@ -64,6 +66,8 @@ def job_script(job: Job, name: str, folder: Path) -> str:
 def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
     part = name != job.stage
     cluster, hardware = job.cluster, job.hardware
+    if signalled := job.stage in ("train", WATCH):
+        time_limit.check_notice(cluster, hardware)
     log = str(folder / f"{name}-").replace("%", "%%") + ("%A_%a.log" if part else "%j.log")
     return {
         "job-name": f"{job.run.name}-{name}",
@@ -81,7 +85,7 @@ def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
         "account": cluster.account,
         "qos": cluster.qos,
         "array": f"0-{job.shards - 1}" if part else "",
-        "signal": f"B:USR1@{cluster.notice_s}" if job.stage in ("train", WATCH) else "",
+        "signal": f"B:USR1@{cluster.notice_s}" if signalled else "",
     }
 
 
