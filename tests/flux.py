@@ -19,7 +19,7 @@ from typing import IO
 from sft.common.errors import SftError
 from sft.launch.doctor.context import OK, RED, Context, Row
 from sft.launch.job import Job, Status
-from sft.launch.launcher import Answer
+from sft.launch.launcher import TAIL_LINES, Answer
 from sft.recipe.schema import Cluster
 
 POLL_S = 0.2
@@ -71,9 +71,9 @@ class Flux:
         (self.folder / f"{id}.cancelled").touch()
         os.killpg(int(id.rpartition("-")[2]), signal.SIGTERM)
 
-    def tail(self, id: str, lines: int = 20) -> str:
+    def tail(self, id: str) -> str:
         file = self.folder / f"{id}.log"
-        return f"last lines of {file}:\n" + "\n".join(file.read_text().splitlines()[-lines:])
+        return f"last lines of {file}:\n" + "\n".join(file.read_text().splitlines()[-TAIL_LINES:])
 
     def attempts(self, id: str) -> int:
         return 1

@@ -1,8 +1,11 @@
-"""The strings inside JSON values: `strings` lists them, `map_strings` replaces them. Standard library only."""
+"""The strings inside JSON values (`strings` lists them, `map_strings` replaces them), and lists of names in messages.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -29,3 +32,9 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [map_strings(item, change) for item in value]
     return value
+
+
+def first_names(names: Sequence[str], most: int = 6) -> str:
+    """The first names for a message, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -21,12 +21,12 @@ from sft.evaluation.scores import LmEvalOutput
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
 disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+RESAMPLINGS = 1000
+"""Bootstrap samples behind the standard error of a metric without a formula for it."""
 
 
-def run_task(
-    model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str, bootstrap: int = 1000
-) -> LmEvalOutput:
-    """Answers and scores the first `limit` documents of a task, 0 = all. `bootstrap` = resamplings for a standard error."""
+def run_task(model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str) -> LmEvalOutput:
+    """Answers and scores the first `limit` documents of a task, 0 = all."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
@@ -35,7 +35,7 @@ def run_task(
         lm=model,
         task_dict={"tasks": {name: task}, "groups": {}, "group_map": {}},
         limit=limit or None,
-        bootstrap_iters=bootstrap,
+        bootstrap_iters=RESAMPLINGS,
         log_samples=True,
         system_instruction=system_prompt or None,
         apply_chat_template=True,

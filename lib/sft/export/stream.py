@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 HEAD_ROWS = 8192
 TRIM_EVERY = 64
+AHEAD = 2
+"""Tasks that a thread works on before their results are needed."""
 
 T = TypeVar("T")
 Rows = Callable[[int, int], Tensor]
@@ -82,8 +84,8 @@ def stream(blocks: Sequence[nn.Module], read: Callable[[int, str], Tensor], keep
                 module.register_forward_hook(drop)
 
 
-def prefetched(tasks: Iterable[Callable[[], T]], ahead: int = 2) -> Iterator[T]:
-    """The results of the tasks in order. A thread works on the next `ahead` tasks.
+def prefetched(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results of the tasks in order. A thread works on the next AHEAD tasks.
 
     Memory that one thread allocates and another frees stays with glibc: an export of 29 GB
     grew to 1.8 GB before it returned them every TRIM_EVERY results.
@@ -96,7 +98,7 @@ def prefetched(tasks: Iterable[Callable[[], T]], ahead: int = 2) -> Iterator[T]:
                 if number % TRIM_EVERY == 0:
                     trim(0)
                 running.append(pool.submit(task))
-                if len(running) > ahead:
+                if len(running) > AHEAD:
                     yield running.popleft().result()
             while running:
                 yield running.popleft().result()

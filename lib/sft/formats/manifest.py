@@ -176,7 +176,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def broken_outputs(folder: Path, outputs: Iterable[Output], hashes: bool = True) -> list[str]:
+def broken_outputs(folder: Path, outputs: Iterable[Output]) -> list[str]:
     """What is wrong with the files that a manifest lists: one line per missing, short or altered file."""
 
     def check(entry: Output) -> str | None:
@@ -185,7 +185,7 @@ def broken_outputs(folder: Path, outputs: Iterable[Output], hashes: bool = True)
             return f"{file} is missing"
         if (size := file.stat().st_size) != entry.bytes:
             return f"{file} has {size} bytes, the manifest says {entry.bytes}"
-        if hashes and (found := hash_file(file)) != entry.sha256:
+        if (found := hash_file(file)) != entry.sha256:
             return f"{file} has sha256 {found[:16]}…, the manifest says {entry.sha256[:16]}…"
         return None
 

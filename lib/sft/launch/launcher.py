@@ -20,6 +20,9 @@ from sft.launch.doctor.context import Context, Row
 from sft.launch.job import Job, Status
 from sft.recipe.schema import Cluster
 
+TAIL_LINES = 20
+"""Lines of a log that are printed when its job has failed."""
+
 
 class Scheduler(Protocol):
     """The jobs of one run. Every method raises SftError for what a person can fix and LostConnection for what may be retried."""
@@ -42,7 +45,7 @@ class Scheduler(Protocol):
     def render(self, job: Job) -> str:
         """What `submit` would submit, as text for `make dry-run`."""
 
-    def tail(self, id: str, lines: int = 20) -> str:
+    def tail(self, id: str) -> str:
         """The last lines of the log, and where all of it is."""
 
     def attempts(self, id: str) -> int:

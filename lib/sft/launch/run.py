@@ -76,15 +76,15 @@ def run_job(job: Job, scheduler: Scheduler, log: Log) -> int:
     return code
 
 
-def check_made(job: Job, patience_s: float = VISIBLE_S) -> None:
-    """Raises SftError unless the finished stage is visible here within `patience_s`; network disks show it late."""
+def check_made(job: Job) -> None:
+    """Raises SftError unless the finished stage is visible here within VISIBLE_S. Network disks show it late."""
     file, began = job.run / job.stage / manifest.NAME, time.monotonic()
     while True:
         with contextlib.suppress(OSError, SftError):
             os.listdir(job.run)  # makes the client of a network disk ask its server again
             if manifest.load(file).key == job.key:
                 return
-        if time.monotonic() - began > patience_s:
+        if time.monotonic() - began > VISIBLE_S:
             raise SftError(
                 f"{file}: the job succeeded, but this file is missing or of another recipe; next: read the job's log in"
                 f" {job.folder}, and check that its node sees this folder"

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
+from sft.common.strings import first_names
 
 TEXT_FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv")
 """Formats of text. They may be compressed."""
@@ -170,7 +171,7 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     if unread or links:
         example = [*unread, *tree.linked_folders][0]
         raise SftError(
-            f"{what}: {len(unread + links)} files are not read: {_some(unread + links)}; {_kinds()}; next: convert or remove them,"
+            f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {_kinds()}; next: convert or remove them,"
             f' or add ignore_files = ["{example}"] to the source'
         )
     if not rows:
@@ -200,7 +201,7 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
     found = _sorted({s for s in named.values() if s})
     if unclear := [name for name, s in named.items() if " or " in s]:
         raise SftError(
-            f"{what}: {_some(unclear)}: the name says {named[unclear[0]]}; next: rename it, or name one file or folder as the path"
+            f"{what}: {first_names(unclear)}: the name says {named[unclear[0]]}; next: rename it, or name one file or folder as the path"
         )
     if not found:
         if _known_split(split) != "train":
@@ -208,7 +209,7 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
         return Selection(tuple(rows), ignored=tuple(ignored))
     if unnamed := [name for name, s in named.items() if not s]:
         raise SftError(
-            f"{what}: {_some(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
+            f"{what}: {first_names(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
             f' folder as the path, or add ignore_files = ["{unnamed[0]}"] to the source'
         )
     wanted = split if split in found else _known_split(split)
@@ -266,7 +267,9 @@ def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str
             f"{what}: split {choice.split!r}: the folder holds one saved dataset ({saved_split or 'of no named split'}); {CORRECT}"
         )
     if absent := [name for name in listed if name not in names]:
-        raise SftError(f"{what}: {_some(absent)}: listed in {top}state.json and missing; next: copy the folder again")
+        raise SftError(
+            f"{what}: {first_names(absent)}: listed in {top}state.json and missing; next: copy the folder again"
+        )
     return Selection(tuple(listed), ignored=tuple(n for n in names if n not in listed))
 
 
@@ -348,7 +351,7 @@ def _matching(
     chosen = {n for n in chosen if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)}
     if unread := _sorted(n for n in chosen if row_format(n) is None):
         raise SftError(
-            f"{what}: {_some(unread)}: named by README.md and not read; {_kinds()}; next: convert them, or add"
+            f"{what}: {first_names(unread)}: named by README.md and not read; {_kinds()}; next: convert them, or add"
             f' ignore_files = ["{unread[0]}"] to the source'
         )
     return tuple(_sorted(chosen))
@@ -452,8 +455,3 @@ def check_pointer(file: Path, what: str) -> None:
 def _near(name: str, known: Iterable[str]) -> str:
     found = difflib.get_close_matches(name, list(known), 1)
     return f"; did you mean {found[0]!r}?" if found else ""
-
-
-def _some(names: Sequence[str], shown: int = 6) -> str:
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more

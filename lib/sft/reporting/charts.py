@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 
 MAX_POINTS = 600
+SMOOTHED = 0.03
+"""The window of a smoothed line, as a share of its points."""
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,12 @@ def thin(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(g[len(g) // 2][0], sum(y for _, y in g) / len(g)) for g in groups] + [points[-1]]
 
 
-def smooth(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[tuple[float, float]]:
-    """The mean over a window of `share` of all points around each point.
+def smooth(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The mean over a window of SMOOTHED of all points around each point.
 
     The window narrows towards both ends, so that the curve does not lag behind a falling one.
     """
-    half = max(1, round(share * len(points) / 2))
+    half = max(1, round(SMOOTHED * len(points) / 2))
     total, count = [0.0], [0]
     for _, y in points:
         good = math.isfinite(y)

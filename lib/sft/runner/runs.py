@@ -6,10 +6,10 @@ import difflib
 import fcntl
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.strings import first_names
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.recipe import recipe, schema
@@ -57,14 +57,10 @@ def _verify_stage(folder: Path) -> list[str]:
             elif manifest.load(upstream).digest != entry.sha256:
                 problems.append(f"{upstream} is not the one that {folder.name} consumed")
     absent = sorted(away.outputs)
-    rest = f"; {len(absent)} are elsewhere: {away.where} ({_some(absent)})" if absent else ""
+    rest = f"; {len(absent)} are elsewhere: {away.where} ({first_names(absent, 3)})" if absent else ""
     result = f"{len(made.outputs) - len(absent)} files verified" if not problems else "; ".join(problems)
     print(f"{folder.name:9}{result}{rest}")
     return problems
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
 
 
 def _upstream_manifest(entry: str) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from sft.common.errors import SftError
+from sft.common.strings import first_names
 
 ARCHIVE = "code.tar"
 
@@ -52,7 +53,7 @@ def describe(root: Path, how: str, strict: bool = True) -> Code:
     except (SftError, FileNotFoundError) as e:
         raise SftError(f"{root}: jobs need the code in a git repository ({e}); next: git init, commit") from None
     if strict and (files := changed(root)):
-        shown = ", ".join(files[:8]) + (f" and {len(files) - 8} more" if len(files) > 8 else "")
+        shown = first_names(files)
         raise SftError(
             f"{root}: jobs run the commit {commit[:12]}, without the changes in {shown}; next: commit or stash them"
         )

@@ -32,12 +32,12 @@ EVALUATIONS = ("evaluations.jsonl", "BEST")
 """The files that an evaluation of checkpoints writes into training's folder."""
 
 
-def small_outputs(outputs: Iterable[Output], file_bytes: int = FILE_BYTES, total_bytes: int = TOTAL_BYTES) -> set[str]:
-    """The paths of the outputs that are returned: the smallest ones, up to `total_bytes` together."""
+def small_outputs(outputs: Iterable[Output]) -> set[str]:
+    """The paths of the outputs that are returned: the smallest ones, up to TOTAL_BYTES together."""
     small, total = set(), 0
     for entry in sorted(outputs, key=lambda o: (o.bytes, o.path)):
         total += entry.bytes
-        if entry.bytes > file_bytes or total > total_bytes:
+        if entry.bytes > FILE_BYTES or total > TOTAL_BYTES:
             break
         small.add(entry.path)
     return small

@@ -24,6 +24,7 @@ from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import Uploads
 from sft.launch.beaker.requirements import NodeGpus
 from sft.launch.job import Job, Status
+from sft.launch.launcher import TAIL_LINES
 from sft.recipe.schema import Cluster
 from sft.runner import plan
 
@@ -122,13 +123,13 @@ class BeakerScheduler:
             leader = self._leader(id)
             return len(list(self.client.job.list(task=pb2.Task(id=leader.task_id)))) if leader else 0
 
-    def tail(self, id: str, lines: int = 20) -> str:
+    def tail(self, id: str) -> str:
         with client_errors():
             jobs = [job for job in self._latest_jobs(self.client.workload.get(id)) if job is not None]
             failed = [job for job in jobs if self._job_status(job).state == "failed"] or jobs
-            log = self.client.job.logs(failed[0], tail_lines=lines) if failed else ()
+            log = self.client.job.logs(failed[0], tail_lines=TAIL_LINES) if failed else ()
             text = [line.message.decode(errors="replace").rstrip() for line in log]
-            return "\n".join([*text[-lines:], f"the complete log: {self._address(id)}"])
+            return "\n".join([*text[-TAIL_LINES:], f"the complete log: {self._address(id)}"])
 
     def _address(self, id: str) -> str:
         return f"{self.client.config.agent_address}/ex/{id}"

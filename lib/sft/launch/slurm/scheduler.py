@@ -18,6 +18,7 @@ from typing import IO
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.launch.job import Job, LostConnection, Status, retried
+from sft.launch.launcher import TAIL_LINES
 from sft.launch.slurm import client, logs
 from sft.launch.slurm.logs import LogFollower
 from sft.launch.slurm.script import comment, job_script
@@ -148,8 +149,8 @@ class Slurm:
     def cancel(self, id: str) -> None:
         client.run("scancel", *id.split("+"))
 
-    def tail(self, id: str, lines: int = 20) -> str:
-        return logs.last_lines(id.split("+"), self.folder, lines)
+    def tail(self, id: str) -> str:
+        return logs.last_lines(id.split("+"), self.folder, TAIL_LINES)
 
     def attempts(self, id: str) -> int:
         return logs.attempts(id.split("+"), self.folder)
