@@ -130,14 +130,16 @@ def conversations(draw: Any, text: Any = plain_text, roles: bool = False, tools:
 
 def both_ways(made: Encoder, block: Block, source: Source = SOURCE) -> tuple[Any, Any, int]:
     """What the rows of a block make with compiled code and without, and how many of them were plain."""
+    made.take_counts(source)
     some, odd = made.encode_plain(block, source)
     parts = [(some, some.rows + block.first)] if some is not None else []
-    rejects, ways = [], []
+    rejects, ways, fields = [], [], []
     for batch, before in ((block.batch(odd), parts), (block.batch(), [])):
         encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
+        fields.append(made.take_counts(source))
         rejects.append(
             sorted([*batch.rejects, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
         )
         ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
-    assert rejects[0] == rejects[1]
+    assert rejects[0] == rejects[1] and fields[0] == fields[1]
     return *ways, block.count - len(odd)

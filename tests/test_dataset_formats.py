@@ -79,7 +79,7 @@ def test_an_older_proof_is_refused(prepared: Any, tmp_path: Path) -> None:
     value = json.loads((prepared[0] / proof.NAME).read_bytes())
     (tmp_path / proof.NAME).write_text(json.dumps({**value, "format": 1}))
     with pytest.raises(
-        SftError, match="format 1 is older or unknown; this code reads format 2; next: make prepare again"
+        SftError, match="format 1 is older or unknown; this code reads format 3; next: make prepare again"
     ):
         Proof.read(tmp_path / proof.NAME)
 

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sft.chat.values import is_empty
 from sft.data.compiled import WORD, compiled
 from sft.data.fast import json_text
-from sft.data.fast.json_rows import field_names, read_rows
-from sft.data.fast.json_text import MAX_DIGITS, Buffer
-from sft.data.fast.messages import CALLS, CONTENT, FUNCTIONS, MAX_MESSAGES, NONE, ROLE_NAMES, Messages, Names
+from sft.data.fast.json_rows import FieldNames, read_rows
+from sft.data.fast.json_text import Buffer
+from sft.data.fast.messages import CALLS, CONTENT, FUNCTIONS, MAX_MESSAGES, NONE, ROLE_NAMES, Messages, Names, RowNames
 
 READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
 
@@ -29,7 +30,7 @@ def read_string(source: Any, target: Any) -> Any:
 
 
 @compiled
-def skip_value(source: Any, target: Any) -> int:
+def skip_value(source: Any, target: Any) -> Any:
     return SKIP_VALUE(source, 0, target, 0)
 
 
@@ -70,16 +71,47 @@ def test_a_string_that_is_no_json_or_no_unicode_is_not_read(written: bytes) -> N
     assert string(written) is None
 
 
-@pytest.mark.parametrize("written", ["null", "true", "false", "0", "-12", "9" * MAX_DIGITS, '""', '"a\\"b"'])
-def test_a_simple_value_is_skipped(written: str) -> None:
-    json.loads(written)
-    for after in (",", "}", " "):
-        assert skip_value(buffer((written + after).encode()), buffer(bytes(64))) == len(written)
+values = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=8)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=4), inner, max_size=3)),
+    max_leaves=8,
+)  # fmt: skip
 
 
-@pytest.mark.parametrize("written", ["01", "-", "1.5", "1e3", "9" * (MAX_DIGITS + 1), "[", "{", "nul", "True", "x", ""])
-def test_a_value_that_is_not_simple_is_not_skipped(written: str) -> None:
-    assert skip_value(buffer((written + ",").encode()), buffer(bytes(64))) == NONE
+def skipped(written: str) -> tuple[int, bool]:
+    """Where a value ends in its text and " ,", and whether it holds something."""
+    end, held = skip_value(buffer((written + " ,").encode()), buffer(bytes(len(written) + 64)))
+    return int(end), bool(held)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=values, indent=st.sampled_from([None, 1]))
+@example(value={"": [], "a": {"b": {}, "c": [[]]}}, indent=None)
+def test_any_value_is_skipped_and_what_holds_something_is_told(value: Any, indent: int | None) -> None:
+    written = json.dumps(value, indent=indent).replace("\n", "\t")
+    assert skipped(written) == (len(written.encode()), not is_empty(value))
+
+
+@settings(max_examples=400, deadline=None)
+@given(value=values, data=st.data())
+def test_a_damaged_value_is_skipped_only_if_python_reads_it(value: Any, data: Any) -> None:
+    text = json.dumps(value)
+    at = data.draw(st.integers(0, len(text)))
+    text = (
+        text[:at]
+        + data.draw(st.sampled_from(["", "{", "}", "[", "]", ",", ":", '"', "0", "-", ".", "e", "x"]))
+        + text[at + data.draw(st.integers(0, 2)) :]
+    )
+    end, _ = skipped(text)
+    if end != NONE:
+        json.loads(text.encode()[:end])
+
+
+@pytest.mark.parametrize(
+    "written", ["01", "-", "1.", ".5", "1e", "1e+", "[", "{", "nul", "True", "x", "", "NaN", "[1,]", '{"a":1,}', '{,"a":1}', '{"a"}', "[,1]", "[}", '{"a":1]', "[" * 61 + "]" * 61]
+)  # fmt: skip
+def test_a_value_that_is_no_json_is_not_skipped(written: str) -> None:
+    assert skipped(written)[0] == NONE
 
 
 def test_a_name_is_found_when_all_of_it_agrees() -> None:
@@ -98,9 +130,9 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
     room = MAX_MESSAGES + 2
     messages = Messages(
         np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), np.empty(room, dtype=np.int64),
-        np.empty((room, 3, 2), dtype=np.int64), (target.words,) * 3,
+        np.empty((room, 3, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64), (target.words,) * 3,
     )  # fmt: skip
-    read_rows(source, ends, field_names(["messages", "tools"]), target, messages)
+    read_rows(source, ends, FieldNames.of(RowNames(["messages", "tools"], ["id"], ["score"])), target, messages)
 
     def text(message: int, field: int) -> str | None:
         start, end = messages.spans[message, field]
@@ -124,7 +156,7 @@ def test_rows_keep_their_own_messages_whatever_is_between_them() -> None:
         plain.replace("user", "wizard"),
         "",
         "[]",
-        plain.replace("]}", '], "tools": []}'),
+        plain.replace("]}", '], "tools": [1]}'),
     )
     users = [("user", "a\n", None, None), ("assistant", "b", None, "f()")]
     assert rows(plain, *broken, last, plain) == [users, *[None] * len(broken), [("system", "é", "[]", None)], users]

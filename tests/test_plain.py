@@ -41,13 +41,27 @@ def lines_both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tup
 
 
 extra = st.dictionaries(
-    st.sampled_from(["id", "source", "tools", "system", "prompt", "näme", "weight"]),
+    st.sampled_from(["id", "source", "tools", "system", "prompt", "näme", "weight", "loss", "chat_template_kwargs"]),
     st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text, st.just([1]), st.just({"a": "}"})),
     max_size=2,
 )  # fmt: skip
 fields = st.dictionaries(
     st.sampled_from(
-        ["functions", "function_calls", "tool_calls", "thinking", "train", "weight", "name", "value", "id"]
+        [
+            "functions",
+            "function_calls",
+            "tool_calls",
+            "thinking",
+            "reasoning",
+            "train",
+            "weight",
+            "masked",
+            "name",
+            "value",
+            "id",
+            "refusal",
+            "x",
+        ]
     ),
     st.one_of(st.none(), any_text, st.sampled_from([0, 1, 2.5, True, []])),
     max_size=2,
@@ -124,8 +138,10 @@ ODD = {
     "a control character": PLAINEST.replace('"a"', '"\x01"') + "}",
     "a leading zero": PLAINEST + ', "id": 01}',
     "a lonely minus": PLAINEST + ', "id": -}',
-    "a long number": PLAINEST + ', "id": 1234567890123456789}',
-    "tools": PLAINEST + ', "tools": []}',
+    "tools": PLAINEST + ', "tools": [{"name": "f"}]}',
+    "a field that nothing reads": PLAINEST + ', "rationale": "r"}',
+    "a field of a message that nothing reads": PLAINEST.replace('"content": "b"', '"content": "b", "audio": {"id": 1}') + "}",
+    "NaN": PLAINEST + ', "score": NaN}',
     "a system column": PLAINEST + ', "system": "s"}',
     "a flag": PLAINEST.replace('"content": "b"', '"content": "b", "train": true') + "}",
     "a content of null": PLAINEST.replace('"b"', "null") + "}",
@@ -153,7 +169,8 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
         " " + PLAINEST.replace(":", "\t:\t").replace(",", " , ") + " } \r",
         PLAINEST.replace('"a"', '"\\u00e9\\ud83e\\udd8a\\n\\t\\r\\b\\f\\/\\\\\\" \\u0000 \\uFFFF"') + "}",
         PLAINEST.replace('"a"', '"é🦊日本語 and more than eight bytes"') + "}",
-        PLAINEST + ', "id": -12, "n": 0, "ok": true, "no": false, "nothing": null, "t": "\\"}", "tools": null, "system": null}',
+        PLAINEST + ', "id": -12, "score": 0.5, "flagged": true, "nothing": null, "lang": "\\"}", "tools": [], "system": null, "meta": {"a": [1e3, -0.5]}, "x": {"y": [], "z": ""}}',
+        PLAINEST + ', "id": 12345678901234567890123}',
         PLAINEST.replace('"content": "b"', '"content": "b", "function_calls": "f()", "name": "n", "tool_calls": null') + "}",
         PLAINEST.replace('"content": "a"', '"functions": "[]", "content": "a"') + "}",
     ],

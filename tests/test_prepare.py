@@ -148,6 +148,30 @@ def test_every_kind_of_bad_row_is_one_counted_reject_with_its_file_and_row(tmp_p
     assert reasons == dict(Counter(r["reason"] for r in rejects))
 
 
+def test_fields_that_nothing_reads_refuse_the_source_until_the_recipe_ignores_them(tmp_path, small_chunks):
+    rows = [{**conversation(i), "id": i, "score": 0.5} for i in range(300)]
+    rows[250]["rationale"] = "because"
+    rows[251]["messages"][1]["audio"] = {"id": "a"}
+    rows[252]["rationale"] = ""
+    write_rows(tmp_path / "rows.jsonl", rows)
+    for _ in range(2):  # the second time from the token cache
+        with pytest.raises(SftError) as error:
+            prepare.prepare(stage(tmp_path))
+        text = str(error.value)
+        assert "rationale (1 of " in text and 'e.g. "because"' in text and "messages.audio (1 of" in text
+        assert 'ignore = ["messages.audio", "rationale"]' in text
+    s = stage(tmp_path, sources=(Source(path="rows.jsonl", ignore=("messages.audio", "rationale", "nothing")),))
+    prepare.prepare(s)
+    fields = json.loads((s.out / "proof.json").read_bytes())["sources"][0]["fields"]
+    assert fields["ignored"] == {"messages.audio": 1, "rationale": 1}
+    assert fields["harmless"] == {"id": 300, "score": 300}
+    assert fields["read"] == {"messages": 300, "messages.content": 300, "messages.role": 300}
+    said = "\n".join(s.said)
+    assert (
+        "ignored by name: messages.audio 1, rationale 1" in said and "ignore names nothing, which holds nothing" in said
+    )
+
+
 def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(98)] + [{"text": "raw"}, "torn"])
     s = stage(tmp_path, max_reject_fraction=0.01)
@@ -298,7 +322,7 @@ def test_only_what_the_conversation_says_is_compared_with_evaluation_texts(tmp_p
     question = "How many legs do seven tapirs and three ibises have when two of the tapirs lie down?"
     write_rows(tmp_path / "test.jsonl", [{"question": question, "answer": "34"}])
     rows = [
-        {**conversation(1), "source_question": question},
+        {**conversation(1), "origin": question},
         {"messages": json.dumps([{"role": "user", "content": question}, BOT])},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": t} for t in (question[:9], question[9:])]}, BOT]},
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.recipe.schema import Prepare, Source
 
 HELLO = turns(("user", "Hi"), ("assistant", "Hello"))
+CALLED = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def read(row: Any, columns: dict[str, str] | None = None, **options: Any) -> Conversation:
@@ -43,6 +44,10 @@ LAYOUTS = {
         "prompt": None,
     },
     "unknown fields": {"messages": [{**m, "score": 3, "id": "x"} for m in HELLO]},
+    "dolly": {"instruction": "Hi", "context": "", "response": "Hello", "category": "open_qa"},
+    "both names of a field": {"messages": [{**m, "from": m["role"], "value": m["content"]} for m in HELLO]},
+    "a refusal": {"messages": [HELLO[0], {"role": "assistant", "content": "", "refusal": "Hello"}]},
+    "an empty function_call": {"messages": [{**m, "function_call": {"name": None, "arguments": None}} for m in HELLO]},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},
     "sharegpt with roles": {"conversations": HELLO},
     "prompt and completion": {"prompt": "Hi", "completion": "Hello"},
@@ -160,12 +165,21 @@ def test_thinking_that_the_prompt_opens_is_stripped_where_the_template_has_such_
         assert text_of(made, made.encode([row], Source(path="x")), trained=True) == said
 
 
-def test_nulls_that_json_states_are_kept() -> None:
-    call = {"function": {"name": "f", "arguments": {"a": None, "b": [{"c": None}]}}}
-    row = {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [{"d": None}]}
-    got = read(row)
-    assert got.messages[1]["tool_calls"][0]["function"]["arguments"] == {"a": None, "b": [{"c": None}]}
-    assert got.tools == [{"d": None}]
+def called(arguments: Any, required: list[str] | None = None) -> Any:
+    """The arguments of a call as they are read, where the tool requires some."""
+    call = {"function": {"name": "f", "arguments": arguments}}
+    schema = {"type": "object", "properties": {"b": {"items": {"required": ["c"]}}}, "required": required}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    row = {"messages": [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": tools}
+    return read(row).messages[1]["tool_calls"][0]["function"]["arguments"]
+
+
+def test_null_properties_are_absent_unless_the_tool_requires_them() -> None:
+    filled = {"a": None, "b": [{"c": None, "d": None}, None], "e": {"x": None}}
+    assert called(filled) == {"b": [{"c": None}, None], "e": {}}
+    assert called(filled, required=["a"]) == {"a": None, "b": [{"c": None}, None], "e": {}}
+    assert called('{"a": null}') == {"a": None}
+    assert read({"messages": HELLO, "tools": [{"name": "f", "description": None}]}).tools == [{"name": "f"}]
 
 
 def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
@@ -180,6 +194,139 @@ def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
     assert got.tools == [{"name": "add"}]
     share = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": "add(1)"}]}
     assert read(share).messages[1] == {"role": "assistant", "content": "", "function_calls": "add(1)"}
+
+
+@pytest.mark.parametrize(
+    ("row", "want"),
+    [
+        ({"instruction": "Hi", "context": "C", "response": "Hello"}, turns(("user", "Hi\n\nC"), ("assistant", "Hello"))),
+        ({**chat("Hi", "Hello"), "system_prompt": "S"}, [{"role": "system", "content": "S"}, *HELLO]),
+        ({"prompt": "Hi", "completion": "Hello", "system": "S", "system_prompt": "S"}, [{"role": "system", "content": "S"}, *HELLO]),
+        ({"messages": [{"role": "developer", "content": "S"}, *HELLO]}, [{"role": "developer", "content": "S"}, *HELLO]),
+        (
+            {"instruction": "Hi", "output": "Hello", "history": [["a", "b"]]},
+            turns(("user", "a"), ("assistant", "b"), ("user", "Hi"), ("assistant", "Hello")),
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "Hi"}, {"from": "tool_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                               {"from": "tool_response", "value": "3"}, {"from": "gpt", "value": "Hello"}]},
+            [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "3"}, HELLO[1]],
+        ),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}]},
+            [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}],
+        ),
+        *(
+            ({"messages": [HELLO[0], {**HELLO[1], **thoughts}]}, [HELLO[0], {**HELLO[1], kept: "T"}])
+            for thoughts, kept in [
+                ({"reasoning": "T"}, "reasoning_content"),
+                ({"reasoning": "T", "reasoning_content": "T"}, "reasoning_content"),
+                ({"reasoning_details": [{"type": "reasoning.text", "text": "T", "format": "x"}], "reasoning": "T"}, "reasoning_content"),
+                ({"thinking": "T", "reasoning": None}, "thinking"),
+            ]
+        ),
+    ],
+)  # fmt: skip
+def test_names_of_other_tools_are_read(row: Any, want: Any) -> None:
+    assert read(row).messages == want
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "available_tools"])
+def test_tools_have_several_names(column: str) -> None:
+    want: Any = {"name": "f", "parameters": {}}
+    want = {"type": "function", "function": want} if column == "functions" else want
+    assert read({"messages": HELLO, column: [{"name": "f", "parameters": {}}]}).tools == [want]
+
+
+@pytest.mark.parametrize(
+    "name", ["loss", "loss_mask", "trainable", "training", "label", "train", "train_on_turn", "weight", "masked"]
+)
+def test_flags_have_several_names(name: str) -> None:
+    bad, good = (1, 0) if name == "masked" else (0, 1)
+    row = chat("a", "BAD", "b", "GOOD")
+    row["messages"][1][name], row["messages"][3][name] = bad, good
+    assert read(row).train == [False, False, False, True]
+    assert read({**chat("a", "BAD", "b", "GOOD"), name: [bad, bad, bad, good]}).train == [False, False, False, True]
+    with pytest.raises(BadRow, match=f"{name} has 3 flags for 4 messages"):
+        read({**chat("a", "BAD", "b", "GOOD"), name: [bad, bad, good]})
+
+
+def test_variables_of_a_row_are_kept_for_the_template() -> None:
+    row = {**chat("Hi", "Hello"), "chat_template_kwargs": {"enable_thinking": False, "other": None}}
+    assert read(row).variables == {"enable_thinking": False}
+    assert read({**row, "chat_template_kwargs": {"other": None}}).variables is None
+
+
+def test_trained_answers_without_text_and_call_are_counted_or_rejected(folder: Path) -> None:
+    call = {"role": "assistant", "content": "", "function_calls": "f()"}
+    rows = [
+        chat("q", ""),
+        chat("q", " \n"),
+        {"messages": [HELLO[0], call]},
+        chat("", "a"),
+        {"prompt": "x", "completion": ""},
+    ]
+    assert [read(row).empty_answers for row in rows] == [1, 1, 0, 0, 1]
+    assert encoder(folder).encode(rows, Source(path="x")).proof["empty_answers"] == 3
+    strict = encoder(folder, empty_answers="reject").encode(rows, Source(path="x"))
+    assert [(bad.row, bad.reason) for bad in strict.rejects] == [
+        (0, "empty_answer"),
+        (1, "empty_answer"),
+        (4, "empty_answer"),
+    ]
+
+
+def counted(
+    *rows: Any, columns: dict[str, str] | None = None, ignore: tuple[str, ...] = ()
+) -> tuple[dict[str, int], dict[str, str]]:
+    """In how many rows each field holds something, and the fields that nothing reads."""
+    source = Source(path="x", columns=columns or {}, ignore=ignore)
+    reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
+    for row in rows:
+        reader.read_counted(row)
+    return dict(reader.counter.counts.rows), reader.counter.counts.unread
+
+
+def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
+    first = {"messages": [HELLO[0], {**HELLO[1], "score": 0.5, "name": ""}], "id": 1, "tools": [], "meta": {"a": None}}
+    rows, unread = counted(first, {"messages": HELLO, "id": "", "source": "web"})
+    assert rows == {"messages": 2, "messages.role": 2, "messages.content": 2, "messages.score": 1, "id": 1, "source": 1}
+    assert not unread
+
+
+@pytest.mark.parametrize(
+    ("row", "unread"),
+    [
+        ({**chat("Hi", "Hello"), "images": ["a.png"]}, {"images": '["a.png"]'}),
+        ({**chat("Hi", "Hello"), "rationale": "R"}, {"rationale": '"R"'}),
+        ({**chat("Hi", "Hello"), "rationale": "Hello"}, {}),
+        ({**chat("Hi", "Hello"), "rationale": {"a": [], "b": {"c": None}}, "images": []}, {}),
+        ({**chat("Hi", "Hello"), "prompt": "another", "label": True}, {"prompt": '"another"', "label": "true"}),
+        ({"prompt": "Hi", "completion": "Hello", "context": "C"}, {"context": '"C"'}),
+        ({"messages": [{**HELLO[0], "audio": {"id": 1}}, HELLO[1]]}, {"messages.audio": '{"id": 1}'}),
+        ({"messages": [HELLO[0], {**HELLO[1], "train_detail": [{"begin_offset": 0}]}]}, {"messages.train_detail": '[{"begin_offset": 0}]'}),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "tool_calls": [{"index": 0, "x": 1, "function": {"name": "f", "y": 2}}]}]},
+            {"messages.tool_calls.x": "1", "messages.tool_calls.function.y": "2"},
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "citations": [1]}]}, HELLO[1]]},
+            {"messages.content.citations": "[1]"},
+        ),
+        ({"conversations": [{"from": "human", "value": "a", "html": "b"}, {"from": "gpt", "value": "c"}]}, {"conversations.html": '"b"'}),
+    ],
+)  # fmt: skip
+def test_fields_that_nothing_reads_are_told_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:
+    assert counted(row)[1] == unread
+    assert counted(row, ignore=tuple(unread))[1] == {}
+
+
+def test_what_the_recipe_ignores_is_not_read() -> None:
+    source = Source(path="x", ignore=("system", "messages.thinking"))
+    reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
+    row = {"messages": [HELLO[0], {**HELLO[1], "thinking": "T"}], "system": "S"}
+    assert reader.read(row).messages == HELLO
+    assert counted(row, ignore=source.ignore)[0]["messages.thinking"] == 1
 
 
 def deep(levels: int) -> Any:
@@ -219,7 +366,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "weight is a half": ({"messages": [A, {**B, "weight": 0.5}]}, "bad_weight"),
     "train and weight disagree": ({"messages": [A, {**B, "weight": 1, "train": False}]}, "bad_train_flag"),
     "call without a name": (
-        {"messages": [A, {"role": "assistant", "tool_calls": [{"function": {}}]}]},
+        {"messages": [A, {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
         "bad_tool_calls",
     ),
     "arguments are broken JSON": (
@@ -232,6 +379,37 @@ BAD: dict[str, tuple[Any, str]] = {
     "prompt is a number": ({"prompt": 3, "completion": "Hello"}, "bad_messages"),
     "alpaca without output": ({"instruction": "Hi"}, "missing_column"),
     "system is a list": ({**chat("Hi", "Hello"), "system": ["x"]}, "bad_system"),
+    "two systems": ({**chat("Hi", "Hello"), "system": "a", "system_prompt": "b"}, "disagree"),
+    "a system column beside a system message": (
+        {"messages": [{"role": "system", "content": "a"}, *HELLO], "system": "b"},
+        "disagree",
+    ),
+    "two kinds of thoughts": ({"messages": [A, {**B, "reasoning": "a", "thinking": "b"}]}, "disagree"),
+    "two kinds of calls": (
+        {"messages": [A, {**B, "function_calls": "f()", "function_call": {"name": "g", "arguments": "{}"}}]},
+        "disagree",
+    ),
+    "two kinds of tools": ({"messages": HELLO, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "disagree"),
+    "functions and tools": ({"messages": [{**A, "functions": "[]"}, B], "tools": [{"name": "f"}]}, "disagree"),
+    "two speakers": ({"messages": [{**A, "from": "gpt"}, B]}, "disagree"),
+    "two contents": ({"messages": [A, {**B, "value": "other"}]}, "disagree"),
+    "an answer and a refusal": ({"messages": [A, {**B, "refusal": "No."}]}, "disagree"),
+    "context and input": ({"instruction": "a", "input": "b", "context": "c", "output": "d"}, "disagree"),
+    "two completions": ({"prompt": "a", "completion": "b", "response": "c"}, "disagree"),
+    "two flags": ({"messages": [A, {**B, "loss": True, "masked": True}]}, "bad_train_flag"),
+    "a list of flags that is too short": ({"messages": HELLO, "loss_mask": [1]}, "bad_train_flag"),
+    "encrypted thoughts": (
+        {"messages": [A, {**B, "reasoning_details": [{"type": "reasoning.encrypted", "data": "x"}]}]},
+        "reasoning_details",
+    ),
+    "variables": ({"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+    "content is an object": ({"messages": [A, {"role": "assistant", "content": {"text": "Hello"}}]}, "bad_content"),
+    "thoughts are a list": ({"messages": [A, {**B, "thinking": ["x"]}]}, "bad_content"),
+    "calls are a number": ({"messages": [A, {**B, "function_calls": 3}]}, "bad_content"),
+    "a name is a number": ({"messages": [{**A, "name": 3}, B]}, "bad_value"),
+    "NaN in arguments": ({"messages": [A, call(float("nan"))]}, "bad_value"),
+    "infinity in tools": ({"messages": HELLO, "tools": [{"a": float("inf")}]}, "bad_value"),
+    "history is text": ({"instruction": "a", "output": "b", "history": ["q"]}, "bad_history"),
     "half a surrogate pair": (chat("Hi", "\ud83d"), "bad_unicode"),
     "a date in tools": ({"messages": HELLO, "tools": [{"a": datetime(2020, 1, 1)}]}, "bad_value"),
     "bytes in arguments": ({"messages": [A, call([b"x"])]}, "bad_value"),

@@ -29,7 +29,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import manifest
-from sft.recipe import presets, recipe, schema, time_limit
+from sft.recipe import presets, recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.runner import plan, runs
 
@@ -217,6 +217,8 @@ def command_fields(args: argparse.Namespace) -> None:
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             readers = "".join(f" [{launcher}]" for launcher in f.metadata["launchers"])
             print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}{readers}")
+    print("\ncolumns and message fields that prepare passes over, because they carry no training content")
+    print("\n".join(row_fields.describe()))
 
 
 def command_verify(args: argparse.Namespace) -> None:

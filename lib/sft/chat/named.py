@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sft.chat.calls import calls_text
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import TEMPLATES, TurnText
@@ -158,7 +159,7 @@ class NamedTemplate:
         if "function_calls" in message:
             body += f"<function_calls>{message['function_calls']}</function_calls>"
         elif "tool_calls" in message:
-            body += f"<function_calls>{calls(message['tool_calls'])}</function_calls>"
+            body += f"<function_calls>{calls_text(message['tool_calls'])}</function_calls>"
         return body, stop
 
 
@@ -175,14 +176,3 @@ def _ending_in(turn: TurnText, eos: str) -> TurnText:
 def functions(tools: list[dict[str, Any]]) -> str:
     """How a template writes the tools on offer."""
     return f" <functions>{json.dumps(tools, ensure_ascii=False)}</functions>"
-
-
-def calls(tool_calls: list[dict[str, Any]]) -> str:
-    """OpenAI tool calls as `name(argument=value, …)`, one a line."""
-    lines = []
-    for call in tool_calls:
-        arguments = ", ".join(
-            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["function"]["arguments"].items()
-        )
-        lines.append(f"{call['function']['name']}({arguments})")
-    return "\n".join(lines)

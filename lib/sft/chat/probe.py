@@ -131,6 +131,16 @@ class TemplateProbe:
             messages = [question, carrier, answer]
         return self._writes(messages, None, [CALLED, *([SAID] if with_content else [])])
 
+    def writes_role(self, role: str) -> bool:
+        """Whether the template writes a first message of this role."""
+        opening: list[Message] = [{"role": role, "content": SAID}]
+        try:
+            return SAID in self.text(
+                [*opening, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+            )
+        except BadRow:
+            return False
+
     def _writes(self, messages: Sequence[Message], tools: Tools | None, texts: Sequence[str]) -> bool:
         try:
             written = self.text(messages, tools)

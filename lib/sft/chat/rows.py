@@ -3,140 +3,226 @@
 In: one row of a dataset as a dict, in any of the usual layouts: OpenAI `messages`, ShareGPT `conversations`,
 `prompt`/`completion`, Alpaca `instruction`/`input`/`output`, with columns renamed by the recipe. Out: a `Conversation`: messages
 with `role` and `content`, which of them are trained, and the tools on offer. A row that cannot be read raises `BadRow` with a
-reason that is counted; it never ends the stage. `sft.data.tokenize.Encoder` is the caller.
+reason that is counted; it never ends the stage. `sft.chat.fields` counts which fields were read. `sft.data.tokenize.Encoder` is the caller.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from sft.chat.calls import parameters_of, read_tools
+from sft.chat.fields import FieldCounter
+from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
+from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
+from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
 from sft.recipe.schema import COLUMNS, ROLES, Prepare, Source
 
-# What ShareGPT files call the speakers. "function_call" is an assistant's turn that only calls a function.
-SHAREGPT = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
-}
-# Message fields that a template may read. Others (ids, scores, annotations) are dropped so that they cannot change a rendering.
-MESSAGE_FIELDS = frozenset(
-    (
-        "role",
-        "content",
-        "name",
-        "functions",
-        "function_calls",
-        "tool_calls",
-        "tool_call_id",
-        "reasoning_content",
-        "thinking",
-    )
-)
-TEXT_FIELDS = MESSAGE_FIELDS - {"tool_calls"}
+__all__ = ["BadRow", "Conversation", "Message", "RowReader"]
+
+TEXT_FIELDS = frozenset(("role", "content", "name", "functions", "function_calls", "tool_call_id"))
+"""Message fields that are taken as they are."""
 LAYOUTS = ("messages", "conversations", "prompt", "instruction")
-Message = dict[str, Any]
-"""A message: `role`, `content` and perhaps others of MESSAGE_FIELDS."""
-
-
-class BadRow(Exception):
-    """A row that cannot be used. `reason` is one of a few words that are counted; `detail` says what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+OTHER_NAMES = {
+    "tools": ("functions", "available_tools"),
+    "system": ("system_prompt",),
+    "completion": ("response",),
+    "output": ("response",),
+    "input": ("context",),
+}
+"""Other names of columns, which are read unless the recipe renames the column."""
+KWARGS, HISTORY = "chat_template_kwargs", "history"
 
 
 class Conversation:
-    """`train[i]` says whether the model learns to emit message i; `flagged` says whether the row itself set that for some message."""
+    """`train[i]` says whether the model learns to emit message i; `flagged` says whether the row itself set that for some message.
 
-    __slots__ = ("flagged", "messages", "tools", "train")
+    `variables` are the row's own template variables (TRL's chat_template_kwargs). `empty_answers` counts the trained answers of the assistant
+    that have neither text nor a call.
+    """
+
+    __slots__ = ("empty_answers", "flagged", "messages", "tools", "train", "variables")
 
     def __init__(
-        self, messages: list[Message], train: list[bool], tools: list[dict[str, Any]] | None, flagged: bool
+        self,
+        messages: list[Message],
+        train: list[bool],
+        tools: list[dict[str, Any]] | None,
+        flagged: bool,
+        variables: dict[str, Any] | None = None,
+        empty_answers: int = 0,
     ) -> None:
         self.messages, self.train, self.tools, self.flagged = messages, train, tools, flagged
+        self.variables, self.empty_answers = variables, empty_answers
+
+
+class Turns(NamedTuple):
+    """A row's messages as the row has them."""
+
+    items: list[Any]
+    columns: list[str]
+    """The column of each; "" for a message that is made of a column of text."""
+    prompt_length: int
+    """How many of them are the prompt of a prompt/completion pair."""
+    used: tuple[str, ...]
+    """The columns that were read."""
 
 
 class RowReader:
     """Reads the rows of one source by the recipe's rules.
 
-    `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it.
+    `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it. `developer`: the role that
+    the template knows for developer messages.
     """
 
-    def __init__(self, prepare: Prepare, source: Source, prompt_opens_thinking: bool = False) -> None:
-        self.prompt_opens_thinking = prompt_opens_thinking
-        columns = dict(source.columns)
-        self.columns = {name: columns.get(name, name) for name in COLUMNS}
+    def __init__(
+        self, prepare: Prepare, source: Source, prompt_opens_thinking: bool = False, developer: str = "developer"
+    ) -> None:
+        self.prompt_opens_thinking, self.developer = prompt_opens_thinking, developer
+        renamed = dict(source.columns)
+        self.columns = {name: renamed.get(name, name) for name in COLUMNS}
+        self.names = {
+            name: (self.columns[name], *(OTHER_NAMES.get(name, ()) if name not in renamed else ())) for name in COLUMNS
+        }
         self.train_roles = frozenset(prepare.train_roles)
         self.last_only = prepare.train_turns == "last"
         self.strip = prepare.thinking == "strip"
         self.system = prepare.system
+        self.rejects_empty = prepare.empty_answers == "reject"
         # Named columns decide the layout: {prompt = "question"} must not be overruled by a stray `messages` column.
-        self.layouts = [name for name in LAYOUTS if name in columns] or list(LAYOUTS)
-        # Looked up once, because most rows need it.
-        self.prompt, self.completion = self.columns["prompt"], self.columns["completion"]
-        self.messages = self.columns[self.layouts[0]] if self.layouts[0] in ("messages", "conversations") else None
-        self.tools, self.system_column = self.columns["tools"], self.columns["system"]
-        default_rules = self.train_roles == {"assistant"} and not self.system and not self.strip
-        self.may_be_pairs = default_rules and self.layouts in (["prompt"], list(LAYOUTS))
-        also_messages = ("messages", "conversations") if self.layouts != ["prompt"] else ()
-        self.not_in_pairs = [self.columns[name] for name in ("tools", "system", *also_messages)]
+        self.layouts = [name for name in LAYOUTS if name in renamed] or list(LAYOUTS)
+        self.ignore = frozenset(source.ignore)
+        self.ignored_fields = {  # by column of messages: the message fields that are ignored
+            column: set(fields)
+            for column in (self.columns[name] for name in ("messages", "conversations", "prompt", "completion"))
+            if (fields := {name[len(column) + 1 :] for name in source.ignore if name.startswith(f"{column}.")})
+        }
+        self.counter = FieldCounter(source.ignore)
 
-    def read(self, row: Any) -> Conversation:
+    @property
+    def plain_columns(self) -> list[str]:
+        """The column of messages, and the columns beside it that are read."""
+        return [self.columns["messages"], *self.names["system"], *self.names["tools"], KWARGS, *FLAGS]
+
+    def ignores_fields(self, names: Collection[str]) -> bool:
+        """Whether the recipe ignores one of these fields of messages."""
+        return not self.ignored_fields.get(self.columns["messages"], set()).isdisjoint(names)
+
+    def learn(self, row: Any) -> None:
+        """Finds out which of the columns and message fields of a row are passed over."""
+        if not isinstance(row, Mapping):
+            return
+        read, column = set(self.plain_columns), self.columns["messages"]
+        messages = row.get(column)
+        fields = (
+            {name for message in messages if isinstance(message, Mapping) for name in message}
+            if isinstance(messages, list)
+            else ()
+        )
+        for name in row.keys() - read:
+            self.counter.is_passed_over(name)
+        for name in set(fields) - MESSAGE_FIELDS:
+            self.counter.is_passed_over(f"{column}.{name}")
+
+    def read_counted(self, row: Any) -> Conversation:
+        """`read`, and counts the row's fields in `counter`."""
+        return self.read(row, self.counter)
+
+    def read(self, row: Any, counter: FieldCounter | None = None) -> Conversation:
         """The row as a conversation. Raises BadRow."""
         if type(row) is not dict and not isinstance(row, Mapping):
             raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
-        get = row.get
-        if self.may_be_pairs:
-            prompt, completion = get(self.prompt), get(self.completion)
-            if type(prompt) is str and type(completion) is str and not any(map(get, self.not_in_pairs)):
-                messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-                return Conversation(messages, [False, True], None, False)
-        items, prompt_length = get(self.messages), 0
-        if type(items) is not list or not items:
-            items, prompt_length = self._read_items(row)
-        tools = get(self.tools)
-        if tools is not None:
-            tools = read_tools(tools)
-        messages, flags = self._read_messages(items)
-        train = self._choose_trained(messages, flags, prompt_length)
-        system = get(self.system_column) or self.system
-        if system and messages[0]["role"] != "system":
-            if not isinstance(system, str):
-                raise BadRow("bad_system", f"the system column holds {kind(system)}, not text")
-            messages.insert(0, {"role": "system", "content": system})
-            train.insert(0, "system" in self.train_roles and not self.last_only and not prompt_length)
+        whole = row
+        if self.ignore:
+            row = {name: value for name, value in row.items() if name not in self.ignore}
+        turns = self._read_turns(row)
+        system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
+        messages, flags = self._read_messages(turns, parameters_of(tools) if tools else {})
+        used = (*turns.used, *self.names["system"], *self.names["tools"], KWARGS)
+        used += read_flag_lists(row, turns, flags)
+        train = self._choose_trained(messages, flags, turns.prompt_length)
+        self._add_system(messages, train, system, turns.prompt_length)
+        if tools and any("functions" in message for message in messages):
+            check_functions(messages, tools)
+            tools = None
         if True not in train:
             raise BadRow(
                 "nothing_to_train", "no message is trained: roles " + ", ".join(m["role"] for m in messages[:8])
             )
+        empty_answers = sum(map(is_empty_answer, messages, train))
+        if empty_answers and self.rejects_empty:
+            raise BadRow("empty_answer", "a trained answer has neither text nor a call")
+        if counter is not None:
+            counter.count(whole, used, zip(turns.columns, turns.items, strict=True), messages)
         if self.strip:
             messages = strip_thinking(messages, self.prompt_opens_thinking)
-        return Conversation(messages, train, tools, bool(flags))
+        return Conversation(messages, train, tools, bool(flags), variables, empty_answers)
 
-    def _read_messages(self, items: Sequence[Any]) -> tuple[list[Message], dict[int, bool]]:
-        """The messages, and for those with a train or weight flag what it says."""
+    def _pick(self, row: Mapping[str, Any], name: str) -> Any:
+        """The value of a column under any of its names. Raises BadRow when two of them hold different values."""
+        found: Any = None
+        of = ""
+        for column in self.names[name]:
+            value = row.get(column)
+            if value is None or (value == "" and found is not None):
+                continue
+            if found not in (None, "") and value != found:
+                raise BadRow("disagree", f"the columns {of} and {column} hold different values")
+            found, of = value, column
+        return found
+
+    def _read_tools(self, row: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        found: list[dict[str, Any]] | None = None
+        for column in self.names["tools"]:
+            value = row.get(column)
+            tools = None if is_empty(value) else read_tools(value, column)
+            if found and tools and [t.get("function", t) for t in tools] != [t.get("function", t) for t in found]:
+                raise BadRow("disagree", f"{column} and another column of tools hold different values")
+            found = found or tools
+        return found
+
+    def _read_variables(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The row's own template variables."""
+        value = row.get(KWARGS)
+        if is_empty(value):
+            return None
+        if isinstance(value, str):
+            value = parse(value, "bad_variables", f"{KWARGS} is text that is not JSON")
+        if not isinstance(value, Mapping):
+            raise BadRow("bad_variables", f"{KWARGS} is {kind(value)}, not an object")
+        to_json(value, KWARGS)
+        return drop_nulls(value) or None
+
+    def _add_system(self, messages: list[Message], train: list[bool], system: Any, prompt_length: int) -> None:
+        """Puts the system column, or else the recipe's system prompt, before a conversation that has no system message."""
+        if not is_empty(system) and not isinstance(system, str):
+            raise BadRow("bad_system", f"the system column holds {kind(system)}, not text")
+        if messages[0]["role"] == "system":
+            if system and system != messages[0]["content"]:
+                raise BadRow("disagree", "the system column and the system message hold different texts")
+        elif system := system or self.system:
+            messages.insert(0, {"role": "system", "content": system})
+            train.insert(0, "system" in self.train_roles and not self.last_only and not prompt_length)
+
+    def _read_messages(self, turns: Turns, schemas: Mapping[str, Any]) -> tuple[list[Message], dict[int, bool]]:
+        """The messages, and for those with a flag what it says."""
         messages: list[Message] = []
         flags: dict[int, bool] = {}
-        for index, item in enumerate(items):
+        for index, item in enumerate(turns.items):
             # The common shapes are taken unchanged: a known role, a content, and other text fields that templates read.
             if type(item) is dict:
                 role = item.get("role")
-                known = type(role) is str and role in ROLES and type(item.get("content")) is str
+                known = type(role) is str and role in ROLES and type(item.get("content")) is str and role != "developer"
                 if known and (
                     len(item) == 2 or (TEXT_FIELDS.issuperset(item) and set(map(type, item.values())) == {str})
                 ):
                     messages.append(item)
                     continue
-            message, flag = read_message(item, index)
+            if isinstance(item, Mapping) and (ignored := self.ignored_fields.get(turns.columns[index])):
+                item = {name: value for name, value in item.items() if name not in ignored}
+            message, flag = read_message(item, index, schemas)
+            if message["role"] == "developer":
+                message["role"] = self.developer
             messages.append(message)
             if flag is not None:
                 flags[index] = flag
@@ -155,53 +241,85 @@ class RowReader:
             train[index] = flag
         return train
 
-    def _read_items(self, row: Mapping[str, Any]) -> tuple[Sequence[Any], int]:
-        """The row's messages as the row has them, and how many of them are the prompt of a prompt/completion pair."""
+    def _read_turns(self, row: Mapping[str, Any]) -> Turns:
+        """The messages of the first layout that the row has."""
         columns = self.columns
         layout = next((name for name in self.layouts if row.get(columns[name]) is not None), None)
         if layout is None:
             expected = " or ".join(columns[name] for name in self.layouts)
             present = ", ".join(map(str, list(row)[:8])) or "none"
             raise BadRow("unknown_columns", f"no column {expected} with a value; the row has {present}")
-        value = row[columns[layout]]
+        column = columns[layout]
         if layout in ("messages", "conversations"):
-            return read_list(value, columns[layout]), 0
-        if layout == "prompt":
-            return self._read_pair(row, value)
-        return self._read_instruction(row, value)
+            items = read_list(row[column], column)
+            return Turns(items, [column] * len(items), 0, (column,))
+        return self._read_pair(row, row[column]) if layout == "prompt" else self._read_instruction(row, row[column])
 
-    def _read_pair(self, row: Mapping[str, Any], value: Any) -> tuple[Sequence[Any], int]:
-        """`prompt` and `completion` (or `response`), each a text or a list of messages."""
-        completion = row.get(self.completion)
+    def _read_pair(self, row: Mapping[str, Any], value: Any) -> Turns:
+        """`prompt` and `completion`, each a text or a list of messages, and a `history` before a prompt that is text."""
+        column, names = self.columns["prompt"], self.names["completion"]
+        completion = self._pick(row, "completion")
         if completion is None:
-            completion = row.get("response")
-        if completion is None:
-            raise BadRow("missing_column", f"{self.completion} is missing")
-        prompt = [{"role": "user", "content": value}] if isinstance(value, str) else read_list(value, self.prompt)
-        if isinstance(completion, str):
-            return [*prompt, {"role": "assistant", "content": completion}], len(prompt)
-        return [*prompt, *read_list(completion, self.completion)], len(prompt)
+            raise BadRow("missing_column", f"{self.columns['completion']} is missing")
+        if isinstance(value, str):
+            history = read_history(row.get(HISTORY))
+            prompt, used = [*history, {"role": "user", "content": value}], (column, *names, HISTORY)
+            column = ""
+        else:
+            history, prompt, used = [], read_list(value, column), (column, *names)
+        answer = (
+            [{"role": "assistant", "content": completion}]
+            if isinstance(completion, str)
+            else read_list(completion, names[0])
+        )
+        of = [column] * len(prompt) + ["" if isinstance(completion, str) else names[0]] * len(answer)
+        return Turns([*prompt, *answer], of, 0 if history else len(prompt), used)
 
-    def _read_instruction(self, row: Mapping[str, Any], instruction: Any) -> tuple[Sequence[Any], int]:
-        """Alpaca's `instruction`, `input` and `output` (or `response`)."""
-        more = row.get(self.columns["input"]) or ""
-        output = row.get(self.columns["output"])
-        if output is None:
-            output = row.get("response")
+    def _read_instruction(self, row: Mapping[str, Any], instruction: Any) -> Turns:
+        """Alpaca's `instruction`, `input`, `output` and `history`, and Dolly's `instruction`, `context` and `response`."""
+        more, output = self._pick(row, "input") or "", self._pick(row, "output")
         for name, text in (("instruction", instruction), ("input", more), ("output", output)):
             if not isinstance(text, str):
                 reason = "missing_column" if text is None else "bad_content"
                 raise BadRow(reason, f"{self.columns[name]} is {kind(text)}, not text")
         question = f"{instruction}\n\n{more}" if more else instruction
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": output}], 1
+        history = read_history(row.get(HISTORY))
+        items = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
+        used = (self.columns["instruction"], *self.names["input"], *self.names["output"], HISTORY)
+        return Turns(items, [""] * len(items), 0 if history else 1, used)
 
 
-def kind(value: Any) -> str:
-    """A value's type, for messages."""
-    return "nothing" if value is None else type(value).__name__
+def read_history(history: Any) -> list[Message]:
+    """The turns before an instruction: a list of pairs of question and answer."""
+    if is_empty(history):
+        return []
+    if not isinstance(history, (list, tuple)):
+        raise BadRow("bad_history", f"history is {kind(history)}, not a list of pairs")
+    messages: list[Message] = []
+    for pair in history:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("bad_history", "history holds something that is no pair of texts")
+        messages += ({"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]})
+    return messages
 
 
-def read_list(value: Any, column: str) -> Sequence[Any]:
+def read_flag_lists(row: Mapping[str, Any], turns: Turns, flags: dict[int, bool]) -> tuple[str, ...]:
+    """Reads columns that are lists with one flag for each message into `flags`. Returns their names. Raises BadRow when they do not fit."""
+    if turns.prompt_length or turns.columns[0] not in turns.used or len(set(turns.columns)) > 1:
+        return ()
+    names = tuple(name for name in FLAGS if isinstance(row.get(name), (list, tuple)) and not is_empty(row[name]))
+    for name in names:
+        values = row[name]
+        if len(values) != len(turns.items):
+            raise BadRow("bad_train_flag", f"{name} has {len(values)} flags for {len(turns.items)} messages")
+        for index, value in enumerate(values):
+            flag = None if value is None else read_one_flag(name, value, index)
+            if flag is not None and flags.setdefault(index, flag) != flag:
+                raise BadRow("bad_train_flag", f"message {index}: the column {name} says {flag}, another flag does not")
+    return names
+
+
+def read_list(value: Any, column: str) -> list[Any]:
     """A list of messages, perhaps as JSON text."""
     if isinstance(value, str):
         value = parse(value, "bad_messages", f"the {column} column holds text that is not JSON")
@@ -209,159 +327,4 @@ def read_list(value: Any, column: str) -> Sequence[Any]:
         raise BadRow("bad_messages", f"{column} is {kind(value)}, not a list of messages")
     if not value:
         raise BadRow("no_messages", f"{column} is empty")
-    return value
-
-
-def parse(text: str, reason: str, detail: str) -> Any:
-    """JSON text as a value. Raises BadRow(reason, detail)."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRow(reason, f"{detail}: {error}") from None
-
-
-def to_json(value: Any, where: str) -> str:
-    """A value as JSON text. Raises BadRow: columnar files can hold values that JSON cannot express, such as dates and bytes."""
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise BadRow("bad_value", f"{where}: {error}") from None
-
-
-def read_message(item: Any, index: int) -> tuple[Message, bool | None]:
-    """One message in any accepted shape, and its own train or weight flag (None without one). Raises BadRow."""
-    if not isinstance(item, Mapping):
-        raise BadRow("bad_message", f"message {index} is {kind(item)}, not an object")
-    role, content, call_text = item.get("role"), item.get("content"), None
-    if role is None and "from" in item:
-        role, content = item["from"], item.get("value")
-        if isinstance(role, str) and role.lower() == "function_call":
-            call_text, content = content, ""
-    role = read_role(role, index)
-    # Columnar files give every message every field of any message, filled with nulls: a null is an absent field.
-    message = {key: value for key, value in item.items() if value is not None and key in MESSAGE_FIELDS}
-    message["role"] = role
-    if call_text is not None:
-        if not isinstance(call_text, str):
-            raise BadRow("bad_content", f"message {index}: value is {kind(call_text)}, not text")
-        message["function_calls"] = call_text
-    for name in ("functions", "function_calls", "reasoning_content", "thinking"):
-        if name in message and not isinstance(message[name], str):
-            if name in ("reasoning_content", "thinking"):
-                raise BadRow("bad_content", f"message {index}: {name} is {kind(message[name])}, not text")
-            message[name] = to_json(message[name], f"message {index}: {name}")
-    if "tool_calls" in message:
-        calls = read_tool_calls(message.pop("tool_calls"), index)
-        if calls:
-            message["tool_calls"] = calls
-    if content is None:
-        if "tool_calls" not in message and "function_calls" not in message:
-            raise BadRow("no_content", f"message {index} ({role}) has no content")
-        content = ""
-    message["content"] = content if isinstance(content, str) else join_parts(content, index)
-    return message, read_flag(item, index)
-
-
-def read_role(role: Any, index: int) -> str:
-    """A role by the names that templates know."""
-    if not isinstance(role, str):
-        raise BadRow("bad_role", f"message {index}: role is {kind(role)}")
-    known = SHAREGPT.get(role.lower(), role.lower())
-    if known not in ROLES:
-        raise BadRow("bad_role", f"message {index}: unknown role {known[:40]!r}; known: {', '.join(sorted(ROLES))}")
-    return known
-
-
-def join_parts(content: Any, index: int) -> str:
-    """OpenAI content parts as one text. A part that is not text cannot be trained on, so it rejects the row."""
-    if not isinstance(content, (list, tuple)):
-        raise BadRow("bad_content", f"message {index}: content is {kind(content)}, not text")
-    texts: list[str] = []
-    for part in content:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        else:
-            found = part.get("type") if isinstance(part, Mapping) else kind(part)
-            raise BadRow("content_part", f"message {index}: a part of type {str(found)[:40]!r} is not text")
-    return "".join(texts)
-
-
-def read_flag(item: Mapping[str, Any], index: int) -> bool | None:
-    """A message's `train` or `weight`; None without either."""
-    train, weight = item.get("train"), item.get("weight")
-    if train is not None and train not in (0, 1):  # true and false are 1 and 0
-        raise BadRow("bad_train_flag", f"message {index}: train is {train!r}, expected true or false")
-    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
-        raise BadRow("bad_weight", f"message {index}: weight is {weight!r}, expected 0 or 1")
-    if train is not None and weight is not None and train != weight:
-        raise BadRow("bad_train_flag", f"message {index}: train is {train} but weight is {weight}")
-    flag = train if train is not None else weight
-    return None if flag is None else bool(flag)
-
-
-def read_tool_calls(calls: Any, index: int) -> list[dict[str, Any]]:
-    """OpenAI tool calls with their arguments as an object: templates iterate over them."""
-    if isinstance(calls, str):
-        calls = parse(calls, "bad_tool_calls", f"message {index}: tool_calls is text that is not JSON")
-    if not isinstance(calls, (list, tuple)):
-        raise BadRow("bad_tool_calls", f"message {index}: tool_calls is {kind(calls)}, not a list")
-    return [read_tool_call(call, index) for call in calls]
-
-
-def read_tool_call(call: Any, index: int) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise BadRow("bad_tool_calls", f"message {index}: a call without a function name")
-    where = f"message {index}: arguments of {function['name'][:40]}"
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = parse(arguments or "{}", "bad_tool_calls", f"{where} are not JSON")
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, Mapping):
-        raise BadRow("bad_tool_calls", f"{where} are {kind(arguments)}")
-    to_json(arguments, where)
-    call_id = {"id": call["id"]} if call is not function and isinstance(call.get("id"), str) else {}
-    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
-
-
-def read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The tools column as a list of objects; None when it offers no tools."""
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        tools = parse(tools, "bad_tools", "the tools column holds text that is not JSON")
-        if tools is None:
-            return None
-    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise BadRow("bad_tools", f"the tools column holds {kind(tools)}, not a list of objects")
-    to_json(tools, "the tools column")
-    return [dict(tool) for tool in tools] or None
-
-
-def strip_thinking(messages: list[Message], prompt_opens_thinking: bool) -> list[Message]:
-    """Removes the thinking of the assistant's turns before the last user turn, as a chat does at inference time.
-
-    Only thinking that opens the content is removed: an answer may write about the tags.
-    """
-    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    result = []
-    for index, message in enumerate(messages):
-        if index < last_user and message["role"] == "assistant":
-            content = message["content"]
-            opened = content.lstrip().startswith("<think>")
-            if opened and "</think>" not in content:
-                raise BadRow(
-                    "bad_thinking", f"message {index}: <think> is not closed, so nothing says where the answer begins"
-                )
-            if opened or (prompt_opens_thinking and "</think>" in content):
-                content = content.split("</think>", 1)[1].lstrip()
-            message = {
-                key: content if key == "content" else value
-                for key, value in message.items()
-                if key not in ("reasoning_content", "thinking")
-            }
-        result.append(message)
-    return result
+    return list(value)

@@ -73,5 +73,7 @@ class SpecialTokens:
             conversation.train,
             map_strings(conversation.tools, replace),
             conversation.flagged,
+            conversation.variables,
+            conversation.empty_answers,
         )
         return escaped, restore

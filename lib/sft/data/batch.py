@@ -58,6 +58,8 @@ class RenderedBatch:
     hashes: list[int] = field(default_factory=list)
     """`conversation_hash` of each row that was read, 0 of the others."""
     rejects: list[Reject] = field(default_factory=list)
+    empty_answers: list[int] = field(default_factory=list)
+    """Trained answers without text and calls."""
     answers_without_prefix: int = 0
     """Trained answers that do not begin with the generation prefix."""
     normalizer: Normalizer = Normalizer()
@@ -96,6 +98,7 @@ class RenderedBatch:
         self.runs = [self.runs[document] for document in left]
         self.num_specials = [self.num_specials[document] for document in left]
         self.rows = [self.rows[document] for document in left]
+        self.empty_answers = [self.empty_answers[document] for document in left]
         return keep
 
     def lay_out(self) -> None:

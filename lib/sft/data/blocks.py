@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.chat.values import refuse_constant
 from sft.common.errors import SftError
 from sft.data import unpack
 from sft.data.batch import Reject
@@ -85,6 +86,14 @@ class LineBlock:
     def count(self) -> int:
         return 1 if self.too_long else len(self.ends)
 
+    def first_row(self) -> Any:
+        """The first row, to learn the names in it; None when it is none."""
+        end = self.ends[0] if len(self.ends) else 0
+        try:
+            return json.loads(self.padded[:end].tobytes())
+        except (ValueError, RecursionError):
+            return None
+
     def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
         """The rows of all lines, or of the wanted ones. `wanted` counts from 0 inside the block."""
         batch = RowBatch(count=self.first + self.count)
@@ -125,6 +134,10 @@ class ColumnBlock:
     def count(self) -> int:
         return int(self.arrow.num_rows)
 
+    def first_row(self) -> Any:
+        """A row with the names of all columns and message fields."""
+        return {field.name: _names_in(field.type) for field in self.arrow.schema}
+
     def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
         """All rows, or the wanted ones. `wanted` counts from 0 inside the block."""
         import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
@@ -134,7 +147,6 @@ class ColumnBlock:
             return batch
         arrow = self.arrow if wanted is None else self.arrow.take(pa.array(wanted, type=pa.int64()))
         numbers = [self.first + n for n in (range(self.count) if wanted is None else wanted)]
-        nested = [field.name for field in arrow.schema if pa.types.is_nested(field.type)]
         try:
             batch.rows, batch.numbers = arrow.to_pylist(), numbers
         except (UnicodeDecodeError, ValueError):  # reject the rows with a bad string only
@@ -144,9 +156,6 @@ class ColumnBlock:
                     batch.numbers.append(number)
                 except (UnicodeDecodeError, ValueError) as e:
                     batch.rejects.append(Reject(number, "unreadable_value", str(e)[:EXAMPLE_CHARS], ""))
-        for row in batch.rows:
-            for name in nested:
-                row[name] = without_nulls(row[name])
         if parse := row_parser(arrow.schema):
             _parse_json_values(batch, parse)
         return batch
@@ -164,11 +173,14 @@ def _parse_json_values(batch: RowBatch, parse: Callable[[Any], Any]) -> None:
             batch.rejects.append(Reject(number, "not_json", str(e)[:EXAMPLE_CHARS], repr(row)[:EXAMPLE_CHARS]))
 
 
-def without_nulls(value: Any) -> Any:
-    """The value without null fields. A columnar file fills every object with nulls for the fields of all other objects."""
-    if type(value) is dict:
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if type(value) is list else value
+def _names_in(arrow_type: Any) -> Any:
+    """A value with the names of an Arrow type: [{name: None, …}] for a list of structs, else None."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    is_list = pa.types.is_list(arrow_type) or pa.types.is_large_list(arrow_type)
+    if not is_list or not pa.types.is_struct(arrow_type.value_type):
+        return None
+    return [{field.name: None for field in arrow_type.value_type}]
 
 
 Block = LineBlock | ColumnBlock
@@ -252,7 +264,7 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
     if not text.strip():
         return None
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("not_json: nested too deeply") from None
     except ValueError as e:

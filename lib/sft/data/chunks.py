@@ -8,6 +8,7 @@ Out: a file in the token cache (`EncodeChunk`) or in the cache of screens (`Scre
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import os
 import shutil
@@ -61,6 +62,7 @@ class EncodeChunk:
         path = self.cache / job.name
         with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
+            self.encoder.take_counts(source)  # forgets what an interrupted job has left
             for block in blocks.read_blocks(job.chunk):
                 parts = []
                 plain, others = self.encoder.encode_plain(block, source)
@@ -81,7 +83,9 @@ class EncodeChunk:
                 if parts:
                     writer.add(*in_order(parts))
             summary.rejects.sort()
-        short = Summary(summary.documents, summary.tokens, summary.labels, summary.rows, rejects=summary.rejects[:1])
+            counts = self.encoder.take_counts(source)
+            summary.fields, summary.unread = dict(counts.rows), counts.unread
+        short = dataclasses.replace(summary, lines=0, rejects=summary.rejects[:1], notes={})
         return short, WorkDone(os.getpid(), began, time.process_time() - cpu)
 
 

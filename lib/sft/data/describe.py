@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.common.errors import SftError
+from sft.data import accounting
 from sft.data.dataset import Dataset, token_dtype
 from sft.data.decontaminate import Screen
 from sft.data.mix import Mixed
@@ -124,6 +125,7 @@ def proof(work: Preparation, indexes: Sequence[SourceIndex]) -> Proof:
                 rows=index.rows_read,
                 rejected=len(index.rejects),
                 encoded=dict(sorted(counts.items())),
+                fields=accounting.describe(source, accounting.total(work.summaries[job.name] for job in jobs)),
                 reasons=dict(sorted(reasons.items())),
                 examples=tuple(examples),
             )

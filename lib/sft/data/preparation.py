@@ -26,7 +26,7 @@ from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.locks import lock
 from sft.common.machine import cores
-from sft.data import blocks, sources, workers
+from sft.data import accounting, blocks, sources, workers
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import Documents, materialise
@@ -45,7 +45,7 @@ from sft.recipe.schema import Source
 from sft.runner.stage import Stage
 from sft.storage import hub
 
-ENCODING_VERSION = 6
+ENCODING_VERSION = 7
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
 SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""
@@ -180,6 +180,7 @@ class Preparation:
             progress.add(job.chunk.bytes, summary.tokens)
             self.cpu_seconds["encode"] += done.cpu
             totals[job.source].add(job, summary)
+            accounting.refuse_unread(self.table.sources[job.source], accounting.total([summary]), summary.rows)
             self._check_hopeless(job, summary, totals[job.source])
         self.seconds["start"] = progress.began - starting
         self.seconds["encode"] = time.monotonic() - progress.began
@@ -287,6 +288,10 @@ class Preparation:
             rows_read += summary.rows
             base += summary.lines
             usable[name] = usable.get(name, False) or summary.documents > 0
+        counts = accounting.total(self.summaries[job.name] for job in jobs)
+        accounting.refuse_unread(self.table.sources[number], counts, rows_read)
+        for line in accounting.report(self.table.sources[number], counts):
+            self.log(line)
         self._check_rejects(number, rows_read, rejects, usable)
         index = np.concatenate(parts)
         texts = np.concatenate(repeats)

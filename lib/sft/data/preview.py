@@ -8,7 +8,7 @@ Out: `segments` for preview.json, and `paint` for a terminal: trained text is gr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from sft.chat.rows import BadRow
 from sft.common.errors import SftError
-from sft.data import blocks, sources
+from sft.data import accounting, blocks, sources
 from sft.formats.preview import Segment
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, A
 def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour: bool) -> Iterator[str]:
     """Lines for one row: a title, the painted document or the reason of its rejection, and how the document ends."""
     source = encoder.prepare.sources[number]
+    encoder.take_counts(source)
     bold, red, reset = (BOLD, RED, RESET) if colour else ("", "", "")
     encoded = encoder.encode([value], source)
     title = f"── source {number + 1} {source.path} · {name} row {row}"
@@ -132,4 +133,14 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
     except BadRow:
         flagged = False
     end = "── end of document, " + ("EOS" if encoded.ids[-1] == encoder.vocabulary.eos_id else "no EOS")
-    yield f"{bold}{end}{'; the flags of the row decide what is trained' if flagged else ''}{reset}\n"
+    yield f"{bold}{end}{'; the flags of the row decide what is trained' if flagged else ''}{reset}"
+    counts = encoder.take_counts(source)
+    fields = accounting.describe(source, counts)
+    kinds: dict[str, Iterable[str]] = {
+        "read": fields.read.keys() - counts.unread.keys(),
+        "ignored by name": fields.ignored,
+        "without training content": fields.harmless,
+        f"{red}not read, which refuses the source{reset}": counts.unread,
+    }
+    lines = [f"{kind}: {visible(', '.join(sorted(names)))}" for kind, names in kinds.items() if names]
+    yield "\n".join([*lines, ""])

@@ -30,6 +30,7 @@ class Renderer:
     ) -> None:
         self.template, self.specials, self.byte_level, self.normalizer = template, specials, byte_level, normalizer
         self.special_text, self.system = prepare.special_text, prepare.system
+        self.takes_variables = getattr(template, "takes_variables", False)
         # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
         self.countable = not specials.can_overlap
         # Named templates write the same scaffold whatever the content is. Jinja text may look at the content, so it must not see
@@ -46,6 +47,8 @@ class Renderer:
         for index, row in enumerate(rows):
             try:
                 conversation = read(row)
+                if conversation.variables and not self.takes_variables:
+                    raise BadRow("chat_template_kwargs", f"template {self.template.name} takes no variables of rows")
                 batch.hashes[index] = conversation_hash(conversation.messages, system)
                 if escapes_first and self.specials.are_in(conversation):
                     runs, num_specials = self.render_escaped(batch, conversation, len(batch.runs))
@@ -60,6 +63,7 @@ class Renderer:
             batch.runs.append(runs)
             batch.num_specials.append(num_specials)
             batch.rows.append(index)
+            batch.empty_answers.append(conversation.empty_answers)
         batch.answers_without_prefix = self.template.answers_without_prefix - before
         return batch
 

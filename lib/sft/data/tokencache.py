@@ -50,6 +50,10 @@ class Summary:
     """`row` counts from 0 inside the chunk."""
     notes: dict[str, int] = field(default_factory=dict)
     """The encoder's counts, e.g. of documents compared with another tokenizer."""
+    fields: dict[str, int] = field(default_factory=dict)
+    """In how many rows each field held something: see `sft.chat.fields.FieldCounts`."""
+    unread: dict[str, str] = field(default_factory=dict)
+    """An example of each field that nothing reads."""
     crc: int = 0
     """crc32c of the index. The digests in the index protect the tokens."""
 

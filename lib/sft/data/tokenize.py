@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from sft.chat.fields import FieldCounts
+from sft.chat.named import NamedTemplate
 from sft.chat.rows import Conversation, RowReader
 from sft.chat.special_tokens import SpecialTokens
-from sft.chat.template import known_templates, load_template
+from sft.chat.template import JinjaTemplate, known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
 from sft.data.batch import Fault, Reject, RenderedBatch, changed_documents
@@ -171,8 +173,23 @@ class Encoder:
     def reader(self, source: Source) -> RowReader:
         key = _columns_key(source)
         if key not in self.readers:
-            self.readers[key] = RowReader(self.prepare, source, "<think>" in self.template.generation_prefix)
+            opens_thinking = "<think>" in self.template.generation_prefix
+            self.readers[key] = RowReader(self.prepare, source, opens_thinking, self._developer_role())
         return self.readers[key]
+
+    def _developer_role(self) -> str:
+        """The role of developer messages: OpenAI's newer name of system messages, which few templates know."""
+        if isinstance(self.template, JinjaTemplate):
+            return "developer" if self.template.probe.writes_role("developer") else "system"
+        return (
+            "developer" if isinstance(self.template, NamedTemplate) and "developer" in self.template.turns else "system"
+        )
+
+    def take_counts(self, source: Source) -> FieldCounts:
+        """The counts of the source's fields since the last call."""
+        counter = self.reader(source).counter
+        counts, counter.counts = counter.counts, FieldCounts()
+        return counts
 
     def read(self, row: Any, source: Source) -> Conversation:
         """One row as a conversation. Raises BadRow."""
@@ -192,8 +209,9 @@ class Encoder:
 
     def encode(self, rows: Sequence[Any], source: Source) -> Encoded:
         """The documents of rows, and a reject for each row that makes none."""
-        read = self.reader(source).read
-        batch = self.renderer.render(rows, read)
+        reader = self.reader(source)
+        read = reader.read
+        batch = self.renderer.render(rows, reader.read_counted)
         batch.lay_out()
         encoder = self.byte_level_encoder if self.vocabulary.byte_level else self.offset_encoder
         encoded = encoder.encode(batch, read)
@@ -203,6 +221,7 @@ class Encoder:
         proven = len(encoded.proven.intersection(batch.rows))
         proof = self._proof(alignment, proven, num_escaped, encoded.parity_documents, batch.answers_without_prefix)
         proof["normalized_documents"] = batch.num_normalized
+        proof["empty_answers"] = sum(batch.empty_answers)
         if encoded.redone is not None:
             proof["redone_batches"] = int(encoded.redone)
         documents = np.array(batch.rows, dtype=np.int64)
@@ -252,12 +271,15 @@ class Encoder:
             good &= alignment.num_specials == text.num_specials
         if self.template.boundaries == "eos":
             good &= alignment.ends_in_only_eos
-        rows, hashes, answers = text.rows, text.hashes, text.answers_without_prefix
+        rows, hashes, answers, empty = text.rows, text.hashes, text.answers_without_prefix, text.empty_answers
         if not good.all():
             odd = sorted([*odd, *rows[~good].tolist()])
-            alignment, rows, hashes, answers = alignment.only(good), rows[good], hashes[good], answers[good]
+            alignment, rows, hashes, answers, empty = (
+                alignment.only(good), rows[good], hashes[good], answers[good], empty[good]
+            )  # fmt: skip
+        plain.count(rows)
         proof = self._proof(alignment, len(rows), 0, checked, int(answers.sum()))
-        proof["redone_batches"] = 0
+        proof |= {"redone_batches": 0, "empty_answers": int(empty.sum())}
         encoded = Encoded(
             alignment.tokens, alignment.lengths, rows, alignment.num_targets, hashes, [], self.engine.name, proof
         )
@@ -290,4 +312,4 @@ class Encoder:
 
 def _columns_key(source: Source) -> str:
     """Sources with the same columns share a reader."""
-    return repr(sorted(source.columns.items()))
+    return repr((sorted(source.columns.items()), source.ignore))

@@ -1,9 +1,9 @@
 """proof.json: what prepare checked about every document, and the rows that it rejected. Standard library only.
 
-{"format": 2,
+{"format": 3,
  "claims": [{"claim": "the last token that is trained is a terminator", "true": 4212, "of": 4212}],
  "written": {"data": {"documents", "tokens", "labels", …}},
- "sources": [{"path", "rows", "rejected", "encoded": {…}, "reasons": {…}, "examples": [{…}]}]}
+ "sources": [{"path", "rows", "rejected", "encoded": {…}, "fields": {"read": {…}, …}, "reasons": {…}, "examples": [{…}]}]}
 """
 
 from __future__ import annotations
@@ -39,13 +39,23 @@ class WrittenSplit:
 
 
 @dataclass(frozen=True)
+class SourceFields:
+    """Columns, and <column>.<field> of messages, by what became of them: in how many rows each held something."""
+
+    read: dict[str, int]
+    ignored: dict[str, int]
+    harmless: dict[str, int]
+
+
+@dataclass(frozen=True)
 class SourceProof:
-    """One source: its rows, the encoder's counts, and its rejected rows by reason, with examples."""
+    """One source: its rows, the encoder's counts, its fields, and its rejected rows by reason, with examples."""
 
     path: str
     rows: int
     rejected: int
     encoded: dict[str, int]
+    fields: SourceFields
     reasons: dict[str, int]
     examples: tuple[RejectedRow, ...]
 
@@ -54,7 +64,7 @@ class SourceProof:
 class Proof(Record):
     """proof.json."""
 
-    VERSION: ClassVar[int] = 2
+    VERSION: ClassVar[int] = 3
     NEXT: ClassVar[str] = "make prepare again"
     claims: tuple[Claim, ...]
     written: dict[str, WrittenSplit]

@@ -98,6 +98,9 @@ class Source:
     columns: dict[str, str] = opt(
         {}, 'renames columns, e.g. {prompt = "question", completion = "answer"}', choices=COLUMNS
     )
+    ignore: tuple[str, ...] = opt(
+        (), 'columns and message fields that are not read, e.g. ["rationale", "messages.annotation"]'
+    )
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ class Prepare:
         "text",
         "text of a special token inside content: stays plain text, becomes the token, or rejects the row",
         choices=("text", "token", "reject"),
+    )
+    empty_answers: str = opt(
+        "train",
+        "trained answers without text and without a call: train their end and count them, or reject the row",
+        choices=("train", "reject"),
     )
     encoder: str = opt(
         "auto",

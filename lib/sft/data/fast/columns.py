@@ -6,7 +6,6 @@ count and compiled code does not know it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,13 +18,14 @@ from sft.data.fast.messages import (
     END,
     MAX_MESSAGES,
     NONE,
-    NULL_FIELDS,
+    QUIET_FIELDS,
     ROLE_NAMES,
     START,
     TEXT_FIELDS,
     TEXTS,
     Messages,
     Names,
+    RowNames,
 )
 
 ROLES = Names.of(ROLE_NAMES)
@@ -46,30 +46,36 @@ class NotPlain(Exception):
     """No row of the batch can be read here."""
 
 
-def read_columns(arrow: Any, column: str, null_columns: Sequence[str]) -> Messages | None:
-    """The messages in `column`. The columns `null_columns` must be null in a plain row. None when no row of the batch is plain."""
+def read_columns(arrow: Any, names: RowNames) -> Messages | None:
+    """The messages of a record batch. None when no row of it is plain."""
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
+    column = names.columns[0]
     listed = _column(arrow, column)
     if listed is None or not (pa.types.is_list(listed.type) or pa.types.is_large_list(listed.type)):
         return None
-    if not pa.types.is_struct(listed.type.value_type):
+    if not pa.types.is_struct(listed.type.value_type) or len(set(arrow.schema.names)) < len(arrow.schema.names):
         return None
     is_odd = ~_valid(listed)
-    for name in null_columns:
-        if name in arrow.schema.names:
-            other = _column(arrow, name)
-            if other is None:
-                return None
-            is_odd |= _valid(other)
+    columns_held = (~is_odd).astype(np.uint64)  # the messages are bit 0
+    for name in arrow.schema.names:
+        if name == column:
+            continue
+        held = holds_something(arrow.column(name))
+        if name in names.passed_columns:
+            columns_held |= held.astype(np.uint64) << np.uint64(names.columns.index(name))
+        else:
+            is_odd |= held
     offsets = listed.offsets.to_numpy().astype(np.int64)
     first, structs = offsets - offsets[0], listed.values.slice(offsets[0], offsets[-1] - offsets[0])
     try:
-        fields, odd_messages = _read_structs(structs)
+        fields, odd_messages, held_messages = _read_structs(structs, names)
     except NotPlain:
         return None
     num_odd, counts = np.cumsum([0, *odd_messages]), np.diff(first)
     is_odd |= (num_odd[first[1:]] > num_odd[first[:-1]]) | (counts == 0) | (counts > MAX_MESSAGES)
+    fields_held = np.zeros(len(is_odd), dtype=np.uint64)
+    or_over_rows(held_messages, first, fields_held)
     spans = np.full((len(structs), len(TEXT_FIELDS), 2), NONE, dtype=np.int64)
     for text in TEXTS:
         found = ~fields[text].is_null
@@ -79,22 +85,52 @@ def read_columns(arrow: Any, column: str, null_columns: Sequence[str]) -> Messag
     roles = np.empty(len(structs), dtype=np.int64)
     find_roles(role.bytes, role.starts, ROLES, roles)
     texts = words_of(content.bytes), words_of(functions.bytes), words_of(calls.bytes)
-    return Messages(first, ~is_odd, roles, spans, texts)
+    return Messages(first, ~is_odd, roles, spans, columns_held, fields_held, texts)
 
 
-def _read_structs(structs: Any) -> tuple[list[Texts], NDArray[np.bool_]]:
-    """The text fields and the roles of an array of structs, and which structs are odd. Raises NotPlain."""
+def holds_something(array: Any) -> NDArray[np.bool_]:
+    """[values] Which values hold something: see `sft.chat.fields.is_empty`."""
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
-    names = [field.name for field in structs.type]
-    if len(set(names)) < len(names):
+    valid, kind = _valid(array), array.type
+    if not valid.any():
+        return valid
+    if pa.types.is_dictionary(kind):
+        table = np.append(holds_something(array.dictionary), False)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        valid &= table[np.clip(indices, 0, len(table) - 1)]  # what is under a null may point nowhere
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        _, offsets, _ = array.buffers()
+        width = np.int64 if pa.types.is_large_string(kind) else np.int32
+        valid &= np.diff(np.frombuffer(offsets, dtype=width)[array.offset : array.offset + len(array) + 1]) > 0
+    elif pa.types.is_struct(kind):
+        held = [holds_something(child) for child in array.flatten()]
+        valid &= np.logical_or.reduce(held) if held else False
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        valid &= np.diff(array.offsets.to_numpy()) > 0
+    return valid
+
+
+def _read_structs(structs: Any, names: RowNames) -> tuple[list[Texts], NDArray[np.bool_], NDArray[np.uint64]]:
+    """The text fields and the roles of an array of structs, which structs are odd, and which fields hold something (one bit for each).
+    Raises NotPlain."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    present = [field.name for field in structs.type]
+    if len(set(present)) < len(present):
         raise NotPlain
-    is_odd = ~_valid(structs)
-    for name in {*names} & {*NULL_FIELDS}:
-        is_odd |= _valid(structs.field(name))
+    is_odd, held = ~_valid(structs), np.zeros(len(structs), dtype=np.uint64)
+    for name in set(present).difference((*TEXT_FIELDS, "role")):
+        field = structs.field(name)
+        holds = holds_something(field)
+        is_text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        if name in names.passed_fields or (name in QUIET_FIELDS and is_text):
+            held |= holds.astype(np.uint64) << np.uint64(names.fields.index(name))
+        else:
+            is_odd |= holds
     fields: list[Texts] = []
-    for name in (*TEXT_FIELDS, "role"):
-        field = structs.field(name) if name in names else None
+    for bit, name in enumerate((*TEXT_FIELDS, "role")):
+        field = structs.field(name) if name in present else None
         if field is not None and pa.types.is_dictionary(field.type):
             try:
                 field = field.dictionary_decode()
@@ -107,8 +143,17 @@ def _read_structs(structs: Any) -> tuple[list[Texts], NDArray[np.bool_]]:
             fields.append(Texts(_padded(b""), nothing, np.ones(len(structs), dtype=np.bool_)))
             continue
         fields.append(_texts(field))
+        held |= (~fields[-1].is_null & (np.diff(fields[-1].starts) > 0)).astype(np.uint64) << np.uint64(bit)
     content, role = fields[CONTENT], fields[-1]
-    return fields, is_odd | role.is_null | content.is_null
+    return fields, is_odd | role.is_null | content.is_null, held
+
+
+@compiled
+def or_over_rows(held: Any, first: Any, rows: Any) -> None:
+    """Combines the bits of the messages of each row."""
+    for row in range(len(rows)):
+        for message in range(first[row], first[row + 1]):
+            rows[row] |= held[message]
 
 
 @compiled

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sft.data.compiled import compiled, inlined
 from sft.data.fast.json_text import (
@@ -35,14 +36,15 @@ from sft.data.fast.messages import (
     END,
     MAX_MESSAGES,
     NONE,
-    NULL_FIELDS,
+    QUIET_FIELDS,
     ROLE,
     ROLE_NAMES,
     START,
-    TEXT_FIELDS,
     Names,
+    RowNames,
 )
 
+LAST_QUIET = ROLE + len(QUIET_FIELDS)
 SHORTEST_MESSAGE = len('{"role":"","content":""},')
 
 
@@ -50,15 +52,15 @@ class FieldNames(NamedTuple):
     """The names that a row and its messages are read by."""
 
     columns: Names
-    """The column of messages, then columns that must be null."""
+    """The column of messages, columns that must hold nothing, and from `first_passed[0]` on those that are passed over."""
     fields: Names
-    """TEXT_FIELDS, then the role, then NULL_FIELDS."""
+    """TEXT_FIELDS, the role, QUIET_FIELDS, EMPTY_FIELDS, and from `first_passed[1]` on those that are passed over."""
     roles: Names
+    first_passed: NDArray[np.int64]
 
-
-def field_names(columns: list[str]) -> FieldNames:
-    """`columns`: the column of messages, then columns that must be null in a plain row."""
-    return FieldNames(Names.of(columns), Names.of([*TEXT_FIELDS, "role", *NULL_FIELDS]), Names.of(ROLE_NAMES))
+    @classmethod
+    def of(cls, names: RowNames) -> FieldNames:
+        return cls(Names.of(names.columns), Names.of(names.fields), Names.of(ROLE_NAMES), np.array(names.first_passed))
 
 
 @inlined
@@ -88,27 +90,36 @@ def next_field(source: Any, at: int) -> Any:
 
 
 @inlined
-def read_field(source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int) -> Any:
+def read_field(
+    source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int
+) -> Any:
     """The value of a message's field. Returns where it ends, also in `target`; NONE when the row is not plain."""
-    data = source.bytes
-    if field == NONE:
-        return skip_value(source, at, target, to), to
-    if data[at] == QUOTE and field < ROLE:
+    data, start = source.bytes, to
+    if data[at] == QUOTE and NONE < field < ROLE:
         messages.spans[message, field, START] = to
         at, to = read_string(source, at + 1, target, to)
         messages.spans[message, field, END] = to
-        return at, to
-    if data[at] == QUOTE and field == ROLE:
-        end = end_of_plain_string(data, at + 1)
+        held = to > start
+    elif data[at] == QUOTE and field == ROLE:
+        end, held = end_of_plain_string(data, at + 1), True
         if end == NONE:
             return NONE, to
         messages.roles[message] = find_name(data, at + 1, end, names.roles)
-        return end + 1, to
-    return (at + 4 if is_word(data, at, b"null") else NONE), to
+        at = end + 1
+    elif NONE < field <= ROLE:
+        return (at + 4 if is_word(data, at, b"null") else NONE), to
+    else:
+        is_text = data[at] == QUOTE
+        at, held = skip_value(source, at, target, to)
+        if at == NONE or (held and field < names.first_passed[1] and not (is_text and ROLE < field <= LAST_QUIET)):
+            return NONE, to
+    if field != NONE and held:
+        messages.fields_held[row] |= np.uint64(1) << np.uint64(field)
+    return at, to
 
 
 @inlined
-def read_message(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, message: int) -> Any:
+def read_message(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int) -> Any:
     """One message, after its opening brace. Returns where it ends, also in `target`; NONE when the row is not plain."""
     messages.roles[message] = NONE
     messages.spans[message] = NONE
@@ -117,7 +128,7 @@ def read_message(source: Any, at: int, names: Any, target: Any, to: int, message
         field, at, seen = read_name(source, at, names.fields, seen)
         if at == NONE:
             return NONE, to
-        at, to = read_field(source, at, field, names, target, to, messages, message)
+        at, to = read_field(source, at, field, names, target, to, messages, message, row)
         if at == NONE:
             return NONE, to
         at, closed = next_field(source, at)
@@ -129,7 +140,7 @@ def read_message(source: Any, at: int, names: Any, target: Any, to: int, message
 
 
 @inlined
-def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, first: int) -> Any:
+def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, first: int, row: int) -> Any:
     """A list of messages. Returns where it ends, also in `target`, and the number of messages; NONE when the row is not plain."""
     data, count = source.bytes, 0
     if data[at] != OPEN_LIST:
@@ -138,7 +149,7 @@ def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messag
         at = skip_space(data, at + 1)
         if data[at] != OPEN_OBJECT or count == MAX_MESSAGES:
             return NONE, to, 0
-        at, to = read_message(source, at + 1, names, target, to, messages, first + count)
+        at, to = read_message(source, at + 1, names, target, to, messages, first + count, row)
         if at == NONE:
             return NONE, to, 0
         count += 1
@@ -148,7 +159,9 @@ def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messag
 
 
 @inlined
-def read_row(source: Any, at: int, end: int, names: Any, target: Any, to: int, messages: Any, first: int) -> Any:
+def read_row(
+    source: Any, at: int, end: int, names: Any, target: Any, to: int, messages: Any, first: int, row: int
+) -> Any:
     """The line source[at:end]. Returns the number of its messages, and where their texts end in `target`; NONE when it is not plain."""
     data, count, seen, closed = source.bytes, 0, 0, False
     at = skip_space(data, at)
@@ -160,13 +173,14 @@ def read_row(source: Any, at: int, end: int, names: Any, target: Any, to: int, m
         if at == NONE:
             return NONE, to
         if column == 0:
-            at, to, count = read_messages(source, at, names, target, to, messages, first)
-        elif column == NONE:
-            at = skip_value(source, at, target, to)
+            at, to, count = read_messages(source, at, names, target, to, messages, first, row)
+            held = count > 0
         else:
-            at = at + 4 if is_word(data, at, b"null") else NONE
-        if at == NONE:
+            at, held = skip_value(source, at, target, to)
+        if at == NONE or (held and column != 0 and column < names.first_passed[0]):
             return NONE, to
+        if held:
+            messages.columns_held[row] |= np.uint64(1) << np.uint64(column)
         at, closed = next_field(source, at)
         if at == NONE:
             return NONE, to
@@ -179,7 +193,8 @@ def read_rows(source: Any, line_ends: Any, names: Any, target: Any, messages: An
     start, to, message = 0, 0, 0
     for line in range(len(line_ends)):
         messages.first[line] = message
-        count, end_of_texts = read_row(source, start, line_ends[line], names, target, to, messages, message)
+        messages.columns_held[line] = messages.fields_held[line] = 0
+        count, end_of_texts = read_row(source, start, line_ends[line], names, target, to, messages, message, line)
         messages.is_plain[line] = count != NONE
         if count != NONE:
             message += count

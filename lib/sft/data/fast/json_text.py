@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from sft.data.compiled import WORD, compiled, inlined, words_of
 from sft.data.fast.messages import NONE, U
 
-QUOTE, BACKSLASH, SLASH, COMMA, COLON, MINUS, ZERO, NINE = b'"\\/,:-09'
+QUOTE, BACKSLASH, SLASH, COMMA, COLON, MINUS, PLUS, POINT, ZERO, NINE = b'"\\/,:-+.09'
 OPEN_OBJECT, CLOSE_OBJECT, OPEN_LIST, CLOSE_LIST = b"{}[]"
 SPACE, TAB, RETURN = b" \t\r"
-LETTER_B, LETTER_F, LETTER_N, LETTER_R, LETTER_T, LETTER_U = b"bfnrtu"
-MAX_DIGITS = 18
-"""Digits of an integer that is read. Longer ones are left to Python."""
+LETTER_B, LETTER_E, LETTER_F, LETTER_N, LETTER_R, LETTER_T, LETTER_U, CAPITAL_E = b"befnrtuE"
+MAX_DEPTH = 60
+"""Levels of a value that is skipped. Deeper ones are left to Python."""
 
 
 class Buffer(NamedTuple):
@@ -194,24 +194,99 @@ def is_word(data: Any, at: int, word: Any) -> bool:
 
 
 @inlined
-def skip_value(source: Any, at: int, target: Any, to: int) -> int:
-    """Where a string, a literal or an integer ends; NONE for every other value, and for what is no JSON. The bytes from target[to]
-    on are scratch space."""
-    data = source.bytes
-    c = data[at]
-    if c == QUOTE:
-        end: int = read_string(source, at + 1, target, to)[0]
-        return end
-    if is_word(data, at, b"null") or is_word(data, at, b"true"):
-        return at + 4
-    if is_word(data, at, b"false"):
-        return at + 5
-    if c == MINUS:
+def skip_number(data: Any, at: int) -> int:
+    """Where a number ends; NONE for what is no JSON."""
+    if data[at] == MINUS:
         at += 1
     start = at
     while ZERO <= data[at] <= NINE:
         at += 1
-    if at == start or at - start > MAX_DIGITS or (data[start] == ZERO and at - start > 1):
+    if at == start or (data[start] == ZERO and at - start > 1):
         return NONE
-    c = data[at]
-    return at if c in (COMMA, CLOSE_OBJECT) or c <= SPACE else NONE
+    if data[at] == POINT:
+        start = at + 1
+        at = start
+        while ZERO <= data[at] <= NINE:
+            at += 1
+        if at == start:
+            return NONE
+    if data[at] == LETTER_E or data[at] == CAPITAL_E:
+        at += 1
+        if data[at] == MINUS or data[at] == PLUS:
+            at += 1
+        start = at
+        while ZERO <= data[at] <= NINE:
+            at += 1
+        if at == start:
+            return NONE
+    return at
+
+
+@inlined
+def skip_scalar(source: Any, at: int, target: Any, to: int) -> Any:
+    """Where a string, a literal or a number ends, and whether it holds something: null and "" do not. NONE for what is no JSON."""
+    data = source.bytes
+    if data[at] == QUOTE:
+        return read_string(source, at + 1, target, to)[0], data[at + 1] != QUOTE
+    if is_word(data, at, b"null"):
+        return at + 4, False
+    if is_word(data, at, b"true"):
+        return at + 4, True
+    if is_word(data, at, b"false"):
+        return at + 5, True
+    return skip_number(data, at), True
+
+
+@compiled
+def skip_value(source: Any, at: int, target: Any, to: int) -> Any:
+    """Where a value ends, and whether it holds something: null, "", an empty list, and
+    an object of nothing else do not. NONE for what is no
+    JSON, and for a value of more than MAX_DEPTH levels. The bytes from target[to] on are scratch space."""
+    data, one = source.bytes, np.uint64(1)
+    depth, are_objects, held = 0, np.uint64(0), False  # one bit for each level, the innermost is the lowest
+    while True:
+        c = data[at]
+        is_first = c == OPEN_OBJECT  # the next thing is the first name of an object
+        if c in (OPEN_OBJECT, OPEN_LIST):
+            if depth == MAX_DEPTH:
+                return NONE, held
+            depth += 1
+            are_objects = are_objects << one | np.uint64(c == OPEN_OBJECT)
+            at = skip_space(data, at + 1)
+            is_closed = data[at] == (CLOSE_OBJECT if is_first else CLOSE_LIST)
+            held |= not is_first and not is_closed
+            if not is_closed and c == OPEN_LIST:
+                continue
+        else:
+            at, holds = skip_scalar(source, at, target, to)
+            if at == NONE:
+                return NONE, held
+            held |= holds
+            is_closed = False
+            if depth:
+                at = skip_space(data, at)
+                is_closed = data[at] != COMMA
+        while is_closed:  # the innermost level ends here, and perhaps those around it
+            if data[at] != (CLOSE_OBJECT if are_objects & one else CLOSE_LIST):
+                return NONE, held
+            are_objects >>= one
+            depth -= 1
+            at += 1
+            is_closed = is_first = False
+            if depth:
+                at = skip_space(data, at)
+                is_closed = data[at] != COMMA
+        if depth == 0:
+            return at, held
+        if not is_first:
+            at = skip_space(data, at + 1)  # after the comma
+        if are_objects & one:
+            if data[at] != QUOTE:
+                return NONE, held
+            at = read_string(source, at + 1, target, to)[0]
+            if at == NONE:
+                return NONE, held
+            at = skip_space(data, at)
+            if data[at] != COLON:
+                return NONE, held
+            at = skip_space(data, at + 1)

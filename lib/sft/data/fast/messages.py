@@ -1,7 +1,7 @@
 """Where the texts of messages are: what the readers of JSON (`json_rows`) and Arrow (`columns`) hand to `turns`.
 
 Only plain rows are read so. A row is plain when its messages have a known role, a text as content and perhaps texts as functions
-and function_calls, and when everything else that could count is absent or null.
+and function_calls, and when every other field holds nothing or is passed over (ignored by name, or known to carry no training content).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.compiled import WORD, words_of
+from sft.recipe.row_fields import MESSAGE_FIELDS
 from sft.recipe.schema import ROLES
 
 MAX_MESSAGES = 1 << 12
@@ -25,8 +26,12 @@ CONTENT, FUNCTIONS, CALLS = TEXTS = range(3)
 TEXT_FIELDS = ("content", "functions", "function_calls")
 ROLE = len(TEXT_FIELDS)
 """The number of the field that holds the role."""
-NULL_FIELDS = ("tool_calls", "reasoning_content", "thinking", "train", "weight", "from", "value")
-"""Fields that must be absent or null in a plain row. Other fields of a message are ignored."""
+QUIET_FIELDS = ("name", "tool_call_id")
+"""Fields that named templates do not write. They must be texts, or hold nothing."""
+EMPTY_FIELDS = tuple(sorted(MESSAGE_FIELDS.difference((*TEXT_FIELDS, "role", *QUIET_FIELDS))))
+"""Fields that hold nothing in a plain row."""
+MAX_NAMES = 62
+"""Fields, and columns, whose rows can be counted."""
 START, END = range(2)
 NONE = -1
 """No such name, no such text, or not plain."""
@@ -49,6 +54,28 @@ class Names(NamedTuple):
         return cls(joined, np.cumsum([0, *map(len, encoded)]), words_of(joined))
 
 
+class RowNames:
+    """The names of a source's columns and message fields. The place of a name in `columns` and in `fields` is its bit in `Messages`.
+
+    In: the column of messages and columns that must hold nothing, and the columns and fields that are passed over. Those for which there is no
+    bit are not passed over here: a row that holds something there is not plain.
+    """
+
+    def __init__(self, columns: Sequence[str], passed_columns: Sequence[str], passed_fields: Sequence[str]) -> None:
+        empty = [name for name in EMPTY_FIELDS if name not in passed_fields]
+        known = [*TEXT_FIELDS, "role", *QUIET_FIELDS, *empty]
+        self.first_passed = len(columns), len(known)
+        self.columns, self.fields = [*columns, *passed_columns][:MAX_NAMES], [*known, *passed_fields][:MAX_NAMES]
+
+    @property
+    def passed_columns(self) -> list[str]:
+        return self.columns[self.first_passed[0] :]
+
+    @property
+    def passed_fields(self) -> list[str]:
+        return self.fields[self.first_passed[1] :]
+
+
 class Messages(NamedTuple):
     """The messages of rows."""
 
@@ -60,5 +87,9 @@ class Messages(NamedTuple):
     """[messages] Index in ROLE_NAMES, or NONE."""
     spans: NDArray[np.int64]
     """[messages, TEXTS, 2] Where each text starts and ends in the bytes of its field; NONE for an absent text."""
+    columns_held: NDArray[np.uint64]
+    """[rows] One bit for each named column: whether it holds something in the row."""
+    fields_held: NDArray[np.uint64]
+    """[rows] One bit for each named field: whether it holds something in a message of the row."""
     texts: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]
     """The bytes of each text field, as `words_of` returns them."""

@@ -21,9 +21,9 @@ from sft.data.batch import split_documents
 from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.columns import read_columns
-from sft.data.fast.json_rows import SHORTEST_MESSAGE, field_names, read_rows
+from sft.data.fast.json_rows import SHORTEST_MESSAGE, FieldNames, read_rows
 from sft.data.fast.json_text import Buffer
-from sft.data.fast.messages import ROLE_NAMES, TEXT_FIELDS, Messages
+from sft.data.fast.messages import QUIET_FIELDS, ROLE_NAMES, TEXT_FIELDS, Messages, RowNames
 from sft.data.fast.turns import Documents, TurnLayout, Written, write_documents
 
 
@@ -46,6 +46,8 @@ class PlainDocuments:
     """[documents] `conversation_hash` of each."""
     answers_without_prefix: NDArray[np.int64]
     """[documents] Trained answers that do not begin with the generation prefix."""
+    empty_answers: NDArray[np.int64]
+    """[documents] Trained answers without text and calls."""
 
     @property
     def ends(self) -> NDArray[np.int64]:
@@ -71,6 +73,7 @@ class PlainDocuments:
             self.num_specials[keep],
             self.hashes[keep],
             self.answers_without_prefix[keep],
+            self.empty_answers[keep],
         )
 
 
@@ -78,15 +81,18 @@ class PlainRows:
     """Reads the plain rows of a source by the rules of its `RowReader`, as its template writes them."""
 
     def __init__(self, template: NamedTemplate, reader: RowReader) -> None:
-        self.columns = [reader.columns[name] for name in ("messages", "tools", "system")]
-        self.names = field_names(self.columns)
+        self.reader, self.passed_over = reader, -1
         self.layout = TurnLayout.of(template, reader)
+        self._learn_names()
         # Memory that is used again for every block.
+        self.columns_held = self.fields_held = np.empty(0, dtype=np.uint64)
         self.text = self.out = self.hashed = np.empty(0, dtype=np.uint8)
         self.roles = self.run_ends = np.empty(0, dtype=np.int64)
         self.spans = np.empty((0, len(TEXT_FIELDS), 2), dtype=np.int64)
         self.first_run = np.empty(1, dtype=np.int64)
-        self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers = np.empty((5, 0), dtype=np.int64)
+        self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers, self.empty = np.empty(
+            (6, 0), dtype=np.int64
+        )
 
     @staticmethod
     def of(template: Any, reader: RowReader) -> PlainRows | None:
@@ -96,22 +102,49 @@ class PlainRows:
             and not template.joins
             and not template.strips_history
             and reader.layouts[0] == "messages"
-            and len({reader.columns[name] for name in ("messages", "tools", "system")}) == 3
+            and not reader.ignores_fields((*TEXT_FIELDS, "role", *QUIET_FIELDS))
             and not reader.system
             and not reader.strip
         )
         return PlainRows(template, reader) if plain else None
 
+    def _learn_names(self) -> None:
+        """Takes the names that the reader passes over into the compiled reader's tables."""
+        known = self.reader.counter.passed_over
+        if len(known) == self.passed_over:
+            return
+        self.passed_over = len(known)
+        column, *others = self.reader.plain_columns
+        inside = f"{column}."
+        passed = [name for name, is_passed in known.items() if is_passed and name != column]
+        fields = [name.removeprefix(inside) for name in passed if name.startswith(inside)]
+        columns = [name for name in passed if not name.startswith(inside)]
+        self.names = RowNames([column, *(name for name in others if name not in columns)], columns, fields)
+        self.field_names = FieldNames.of(self.names)
+
+    def count(self, rows: NDArray[np.int64]) -> None:
+        """Counts the fields of these rows of the block that was read last in the reader's counter."""
+        column, counts = self.names.columns[0], self.reader.counter.counts.rows
+        fields = [f"{column}.{name}" for name in self.names.fields]
+        for names, held in ((self.names.columns, self.columns_held[rows]), (fields, self.fields_held[rows])):
+            any_held = int(np.bitwise_or.reduce(held)) if len(held) else 0
+            for bit, name in enumerate(names):
+                if any_held >> bit & 1:
+                    counts[name] += int((held >> np.uint64(bit) & np.uint64(1)).sum())
+
     def read(self, block: Block) -> tuple[PlainDocuments, list[int]]:
         """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the block."""
+        self.reader.learn(block.first_row())
+        self._learn_names()
         if isinstance(block, LineBlock):
             messages, size = self._read_lines(block), len(block.padded)
         else:
             messages, size = self._read_columns(block)
         if messages is None:
             return NO_DOCUMENTS, list(range(block.count))
+        self.columns_held, self.fields_held = messages.columns_held, messages.fields_held
         out = self._reserve(size, int(messages.first[-1]), len(messages.is_plain))
-        written: Written = write_documents(self.layout, self.names.roles, messages, out)
+        written: Written = write_documents(self.layout, self.field_names.roles, messages, out)
         documents, odd, runs, size = written
         ends = out.hashed_ends[:documents].tolist()
         hashed = map(self.hashed.data.__getitem__, map(slice, [0, *ends[:-1]], ends))
@@ -124,6 +157,7 @@ class PlainRows:
             out.num_specials[:documents],
             np.fromiter(map(xxhash.xxh3_64_intdigest, hashed), dtype=np.uint64, count=documents),
             out.answers_without_prefix[:documents],
+            out.empty_answers[:documents],
         )
         odd_rows: list[int] = out.odd[:odd].tolist()
         return made, odd_rows
@@ -137,13 +171,14 @@ class PlainRows:
         self.text, self.roles, self.spans = room(self.text, len(data)), room(self.roles, most), room(self.spans, most)
         texts, rows = words_of(self.text), len(block.ends)
         first, is_plain = np.empty(rows + 1, dtype=np.int64), np.empty(rows, dtype=np.bool_)
-        messages = Messages(first, is_plain, self.roles, self.spans, (texts, texts, texts))
-        read_rows(Buffer.of(data), block.ends, self.names, Buffer(self.text, texts), messages)
+        columns_held, fields_held = np.empty((2, rows), dtype=np.uint64)
+        messages = Messages(first, is_plain, self.roles, self.spans, columns_held, fields_held, (texts, texts, texts))
+        read_rows(Buffer.of(data), block.ends, self.field_names, Buffer(self.text, texts), messages)
         return messages
 
     def _read_columns(self, columns: ColumnBlock) -> tuple[Messages | None, int]:
         """The messages of a record batch, and the bytes of their texts; None when no row is plain."""
-        messages = read_columns(columns.arrow, self.columns[0], self.columns[1:])
+        messages = read_columns(columns.arrow, self.names)
         return messages, 0 if messages is None else sum(map(len, messages.texts))
 
     def _reserve(self, size: int, messages: int, rows: int) -> Documents:
@@ -153,11 +188,12 @@ class PlainRows:
         self.hashed = room(self.hashed, size + messages * (max(map(len, ROLE_NAMES)) + 2) + 2 * WORD)
         self.run_ends = room(self.run_ends, 2 * messages + rows + 1)
         if len(self.odd) < rows:
-            self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers = np.empty((5, rows), dtype=np.int64)
+            arrays = np.empty((6, rows), dtype=np.int64)
+            self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers, self.empty = arrays
             self.first_run = np.empty(rows + 1, dtype=np.int64)
         return Documents(
             words_of(self.out), words_of(self.hashed), self.hashed_ends, self.rows, self.odd, self.first_run, self.run_ends,
-            self.num_specials, self.answers,
+            self.num_specials, self.answers, self.empty,
         )  # fmt: skip
 
 
@@ -175,6 +211,7 @@ NO_DOCUMENTS = PlainDocuments(
     NOTHING,
     NOTHING,
     NOTHING.astype(np.uint64),
+    NOTHING,
     NOTHING,
 )
 

@@ -38,6 +38,7 @@ DEFAULT_SYSTEM, PREFIX, BEFORE_FUNCTIONS, BEFORE_USER_FUNCTIONS, AFTER_FUNCTIONS
     range(OTHERS, OTHERS + 8)
 )  # fmt: skip
 NOT_LAST, LAST = range(2)
+TAB, RETURN, SPACE = 9, 13, 32
 
 
 class TurnLayout(NamedTuple):
@@ -57,6 +58,8 @@ class TurnLayout(NamedTuple):
     """Whether functions and function_calls have a place."""
     last_only: bool
     """Whether only the last message that could be trained is trained."""
+    rejects_empty: bool
+    """Whether a trained answer without text and calls makes a row odd."""
 
     @classmethod
     def of(cls, template: NamedTemplate, reader: RowReader) -> TurnLayout:
@@ -79,6 +82,7 @@ class TurnLayout(NamedTuple):
             template.default_specials,
             template.has_calls,
             reader.last_only,
+            reader.rejects_empty,
         )
 
     @property
@@ -114,6 +118,8 @@ class Documents(NamedTuple):
     """[rows] Special tokens that the template wrote."""
     answers_without_prefix: NDArray[np.int64]
     """[rows] Trained answers that do not begin with the generation prefix."""
+    empty_answers: NDArray[np.int64]
+    """[rows] Trained answers without text and calls."""
 
 
 class Written(NamedTuple):
@@ -165,6 +171,27 @@ def find_last_trained(layout: Any, messages: Any, first: int, end: int) -> int:
         if layout.is_trained[role]:
             last_trained = message
     return last_trained
+
+
+@inlined
+def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_trained: int) -> int:
+    """The trained answers of a row that have neither text nor a call: see `sft.chat.messages.is_empty_answer`."""
+    count = 0
+    for message in range(first, end):
+        if messages.roles[message] != ASSISTANT or not layout.is_trained[ASSISTANT]:
+            continue
+        if layout.last_only and message != last_trained:
+            continue
+        spans, is_empty = messages.spans[message], True
+        if spans[CALLS, START] != NONE and spans[CALLS, END] > spans[CALLS, START]:
+            continue
+        for at in range(spans[CONTENT, START], spans[CONTENT, END]):
+            byte = messages.texts[CONTENT][at] & np.uint64(0xFF)
+            if byte != SPACE and not TAB <= byte <= RETURN:
+                is_empty = False
+                break
+        count += is_empty
+    return count
 
 
 @inlined
@@ -263,13 +290,15 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
     for row in range(len(messages.is_plain)):
         first, end = messages.first[row], messages.first[row + 1]
         last_trained = find_last_trained(layout, messages, first, end) if messages.is_plain[row] else NONE
-        if last_trained == NONE:
+        num_empty = 0 if last_trained == NONE else count_empty_answers(layout, messages, first, end, last_trained)
+        if last_trained == NONE or (num_empty and layout.rejects_empty):
             out.odd[odd] = row
             odd += 1
             continue
         out.rows[documents], out.first_run[documents] = row, runs
         size, runs, num_specials, answers = write_document(layout, messages, first, end, last_trained, out, size, runs)
         out.num_specials[documents], out.answers_without_prefix[documents] = num_specials, answers
+        out.empty_answers[documents] = num_empty
         hashed_size = write_hashed(messages, first, end, roles, out.hashed, hashed_size)
         out.hashed_ends[documents] = hashed_size
         documents += 1

@@ -1,0 +1,80 @@
+"""Tool calls and tools of a row, in the shapes that templates read.
+
+In: the values of `tool_calls`, `function_call` and of the column of tools, as a dataset has them. Out: OpenAI's objects, with the
+arguments of a call as an object. A null property of an object is an absent property, because columnar files fill every object with
+nulls for the properties of all others; a property that the tool's schema requires keeps its null. Text that holds JSON is taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sft.chat.values import BadRow, drop_nulls, kind, parse, to_json
+
+
+def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The JSON schema of each tool's arguments, by the tool's name."""
+    functions = [tool["function"] if isinstance(tool.get("function"), Mapping) else tool for tool in tools]
+    return {str(f.get("name")): f.get("parameters", f.get("input_schema")) for f in functions}
+
+
+def read_tool_calls(calls: Any, index: int, schemas: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """OpenAI tool calls with their arguments as an object: templates iterate over them. `schemas` are those of `parameters_of`."""
+    if isinstance(calls, str):
+        calls = parse(calls, "bad_tool_calls", f"message {index}: tool_calls is text that is not JSON")
+    if not isinstance(calls, (list, tuple)):
+        raise BadRow("bad_tool_calls", f"message {index}: tool_calls is {kind(calls)}, not a list")
+    return [read_tool_call(call, index, schemas) for call in calls]
+
+
+def read_tool_call(call: Any, index: int, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    function = (call.get("function") or call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow("bad_tool_calls", f"message {index}: a call without a function name")
+    where = f"message {index}: arguments of {function['name'][:40]}"
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = parse(arguments or "{}", "bad_tool_calls", f"{where} are not JSON")
+    elif isinstance(arguments, Mapping):
+        arguments = drop_nulls(arguments, schemas.get(function["name"]))
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise BadRow("bad_tool_calls", f"{where} are {kind(arguments)}")
+    to_json(arguments, where)
+    call_id, call_type = call.get("id"), call.get("type")
+    if not isinstance(call_id, (str, type(None))) or call_type not in (None, "", "function"):
+        raise BadRow("bad_tool_calls", f"message {index}: a call with the id {call_id!r} and the type {call_type!r}")
+    call_id = {"id": call_id} if call_id else {}
+    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+
+
+def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
+    """A column of tools as a list of objects; None when it offers no tools. OpenAI's older `functions` become tools."""
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None
+        tools = parse(tools, "bad_tools", f"the {column} column holds text that is not JSON")
+    elif tools is not None:
+        tools = drop_nulls(tools)
+    if tools is None:
+        return None
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise BadRow("bad_tools", f"the {column} column holds {kind(tools)}, not a list of objects")
+    to_json(tools, f"the {column} column")
+    if column == "functions":
+        tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    return [dict(tool) for tool in tools] or None
+
+
+def calls_text(tool_calls: Sequence[Mapping[str, Any]]) -> str:
+    """OpenAI tool calls as `name(argument=value, …)`, one a line, as the named templates write them."""
+    lines = []
+    for call in tool_calls:
+        arguments = ", ".join(
+            f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in call["function"]["arguments"].items()
+        )
+        lines.append(f"{call['function']['name']}({arguments})")
+    return "\n".join(lines)

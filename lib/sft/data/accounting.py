@@ -1,0 +1,81 @@
+"""What became of the fields of a source's rows: `refuse_unread`, `SourceFields` for proof.json, and a line for the terminal.
+
+In:  `FieldCounts` of a source. Out: an SftError for a source with a field that nothing reads, or the counts by what became of each field.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from sft.chat.fields import FieldCounts
+from sft.common.errors import SftError
+from sft.data.tokencache import Summary
+from sft.formats.proof import SourceFields
+from sft.recipe.row_fields import is_harmless
+from sft.recipe.schema import Source
+
+SHOWN_NAMES = 12
+
+
+def total(summaries: Iterable[Summary]) -> FieldCounts:
+    """The counts of all chunks of a source."""
+    counts = FieldCounts()
+    for summary in summaries:
+        counts.rows.update(summary.fields)
+        counts.unread = summary.unread | counts.unread
+    return counts
+
+
+def refuse_unread(source: Source, counts: FieldCounts, rows: int) -> None:
+    """Raises SftError when a field holds something and nothing reads it. `rows`: how many were read so far."""
+    if not counts.unread:
+        return
+    lines = [f"{source.path}: fields hold something, and nothing reads them; their content would be lost:"]
+    lines += [
+        f"    {name} ({counts.rows[name]:,} of {rows:,} rows), e.g. {example}"
+        for name, example in sorted(counts.unread.items())
+    ]
+    ignore = ", ".join(json.dumps(name, ensure_ascii=False) for name in (*source.ignore, *sorted(counts.unread)))
+    raise SftError(
+        "\n".join(
+            [*lines, f"next: rename them with `columns`, or add to this source in the recipe: ignore = [{ignore}]"]
+        )
+    )
+
+
+def describe(source: Source, counts: FieldCounts) -> SourceFields:
+    """The fields by what became of them."""
+    kinds: dict[str, dict[str, int]] = {"read": {}, "ignored": {}, "harmless": {}}
+    for name, rows in sorted(counts.rows.items()):
+        if name in source.ignore:
+            kind = "ignored"
+        elif is_read(name) or not is_harmless(name.rsplit(".", 1)[-1]):
+            kind = "read"
+        else:
+            kind = "harmless"
+        kinds[kind][name] = rows
+    return SourceFields(**kinds)
+
+
+def is_read(name: str) -> bool:
+    """Whether a name that looks harmless is one that is read: the id of a tool call."""
+    return name.endswith((".tool_calls.id", ".function_call.id", ".tool_call_id"))
+
+
+def report(source: Source, counts: FieldCounts) -> list[str]:
+    """Lines for the terminal: the fields that were read, ignored and passed over, and names in `ignore` that no row has."""
+    fields = describe(source, counts)
+    kinds = {"read": fields.read, "ignored by name": fields.ignored, "without training content": fields.harmless}
+    parts = [f"{kind}: {shown(names)}" for kind, names in kinds.items() if names]
+    lines = [f"{source.path}  rows in which fields hold something; {'; '.join(parts)}"]
+    if unused := sorted(set(source.ignore) - set(fields.ignored)):
+        lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any row")
+    return lines
+
+
+def shown(names: dict[str, int]) -> str:
+    """The names with their rows, the first ones when there are many."""
+    texts = [f"{name} {rows:,}" for name, rows in names.items()]
+    more = len(texts) - SHOWN_NAMES
+    return ", ".join(texts[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

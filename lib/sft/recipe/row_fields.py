@@ -1,0 +1,81 @@
+"""The names of columns and message fields: those that prepare reads, and those that carry no training content. Standard library only.
+
+Every other field of a row that holds something makes prepare refuse the source, until the recipe names it in the source's `ignore`.
+"""
+
+from __future__ import annotations
+
+FLAGS = ("train", "weight", "loss", "loss_mask", "trainable", "training", "masked", "label", "train_on_turn")
+"""Whether a message is trained. `masked` says the opposite of the others. In a column they are a list with one flag for each message."""
+THINKING = ("reasoning_content", "thinking", "reasoning", "reasoning_details")
+MESSAGE_FIELDS = frozenset(
+    (
+        "role", "content", "from", "value", "name", "functions", "function_calls", "function_call", "tool_calls", "tool_call_id", "refusal",
+        *THINKING, *FLAGS,
+    )
+)  # fmt: skip
+"""The fields of a message that are read."""
+PART_FIELDS = frozenset(("type", "text"))
+CALL_FIELDS = frozenset(("id", "type", "function", "name", "arguments"))
+FUNCTION_FIELDS = frozenset(("name", "arguments"))
+"""The fields of content parts, of tool calls and of their functions that are read."""
+
+HARMLESS: dict[str, tuple[str, ...]] = {
+    "identifiers": (
+        "_id", "guid", "id", "idx", "index", "row", "row_idx", "signature", "turn", "turn_identifier", "uid", "uuid", "__index_level_0__",
+    ),
+    "origin and kind": (
+        "categories", "category", "data_source", "dataset", "dataset_name", "dataset_source", "domain", "domains", "license", "meta", "metadata",
+        "origin", "original_dataset", "provenance", "source", "source_dataset", "source_file", "split", "subdomain", "subset", "tags",
+        "task_category", "task_name", "task_type", "topic", "topics", "url", "urls",
+    ),
+    "scores and labels": (
+        "complexity", "confidence", "deleted", "detoxify", "detoxify_moderation", "difficulty", "downvotes", "flagged", "grade",
+        "helpfulness", "is_correct", "is_safe", "level", "likes", "logprob", "logprobs", "moderation", "openai_moderation", "perplexity", "ppl",
+        "quality", "rank", "rating", "ratings", "redacted", "review_result", "reward", "rewards", "score", "scores", "synthetic", "toxic",
+        "toxicity", "upvotes", "verified", "votes",
+    ),
+    "languages and places": ("country", "hashed_ip", "header", "lang", "language", "languages", "locale"),
+    "times": ("created", "created_at", "created_date", "create_time", "date", "datetime", "time", "timestamp", "update_time", "updated_at"),
+    "models and sampling": (
+        "engine", "finish_reason", "generated_by", "generator", "max_tokens", "model", "model_name", "models", "provider", "stop_reason",
+        "system_fingerprint", "teacher", "temperature", "top_p", "usage",
+    ),
+    "counts": (
+        "char_count", "completion_tokens", "length", "n_tokens", "n_turns", "prompt_tokens", "review_count", "token_count", "total_tokens",
+        "word_count",
+    ),
+    "hashes": ("checksum", "hash", "md5", "sha1", "sha256"),
+    "annotators": ("annotator", "annotators", "labeler", "reviewer", "worker"),
+    "hints for servers": ("cache_control",),
+}  # fmt: skip
+"""Columns, and fields of messages, that carry no training content, by kind. Capitals do not matter."""
+HARMLESS_ENDINGS = (
+    "_count",
+    "_date",
+    "_hash",
+    "_id",
+    "_lang",
+    "_language",
+    "_score",
+    "_scores",
+    "_timestamp",
+    "_url",
+    "_uuid",
+)
+HARMLESS_BEGINNINGS = ("num_",)
+_HARMLESS = frozenset(name for names in HARMLESS.values() for name in names)
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a field of this name is known to carry no training content."""
+    name = name.lower()
+    return name in _HARMLESS or name.endswith(HARMLESS_ENDINGS) or name.startswith(HARMLESS_BEGINNINGS)
+
+
+def describe() -> list[str]:
+    """Lines for `make fields`."""
+    lines = [f"   {kind:24} {', '.join(names)}" for kind, names in HARMLESS.items()]
+    endings = ", ".join(f"*{ending}" for ending in HARMLESS_ENDINGS)
+    beginnings = ", ".join(f"{beginning}*" for beginning in HARMLESS_BEGINNINGS)
+    return [*lines, f"   {'names like':24} {endings}, {beginnings}"]
