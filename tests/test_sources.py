@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from sft.chat.rows import RowReader
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.data import blocks, sources, unpack
 from sft.recipe import inputs
-from sft.recipe.schema import Source
+from sft.recipe.schema import Prepare, Source
 
 ROWS = [{"prompt": f"q{i} é", "completion": "a" * (i % 50)} for i in range(500)]
 
@@ -217,18 +218,39 @@ def test_a_file_that_cannot_be_read_stops_with_its_name(tmp_path, name, content,
     assert str(error.value).startswith(name)
 
 
+def rows_of_calls() -> list[dict]:
+    """Two conversations whose calls and tools have other properties, one of them a null that its tool requires."""
+    rows = []
+    for name, properties, arguments in (("f", ["a", "b"], {"a": None, "b": 1}), ("g", ["c"], {"c": [{"d": "x"}]})):
+        schema = {
+            "type": "object",
+            "properties": {p: {"type": "object"} for p in properties},
+            "required": properties[:1],
+        }
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        messages = [
+            {"role": "user", "content": "q", "note": ""},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        rows.append(
+            {"messages": messages, "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}]}
+        )
+    del rows[0]["messages"][0]["note"]
+    return rows
+
+
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow", "x.jsonl"])
-def test_only_a_columnar_file_adds_nulls_that_are_taken_away(tmp_path, name):
-    rows = [
-        {"messages": [{"role": "a", "calls": [{"x": {"y": 1}}]}], "tools": [{"p": {"q": 1}}], "n": None},
-        {"messages": [{"role": "b", "note": "c"}], "tools": [{"p": {"r": [2]}}], "n": 1},
-    ]
+def test_nulls_that_a_columnar_file_adds_are_not_read(tmp_path, name):
+    rows = rows_of_calls()
     if name == "x.jsonl":
-        rows[0]["messages"][0]["note"] = None
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         {"x.parquet": write_parquet, "x.arrow": write_arrow}[name](tmp_path / name, rows)
-    assert everything(tmp_path, name)[0] == rows
+    source = Source(path=name)
+    read = RowReader(Prepare(tokenizer="t", sources=(source,)), source).read
+    for row, want in zip(map(read, everything(tmp_path, name)[0]), rows, strict=True):
+        assert row.messages == [{"role": "user", "content": "q"}, {**want["messages"][1], "content": ""}]
+        assert row.tools == want["tools"]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
