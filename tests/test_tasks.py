@@ -14,6 +14,7 @@ import pytest
 from evaluating import ANYTHING, make_place
 from sft.common.errors import SftError
 from sft.evaluation import evaluate
+from sft.recipe.schema import Evaluate
 
 BASE = """
 dataset_path: json
@@ -145,3 +146,49 @@ def test_a_finished_task_is_reused_until_its_code_changes(place: SimpleNamespace
     again = once()
     assert again.metrics["points"].value == 0.25 and again.task_sha256 != first.task_sha256
     assert again.reused_replies == 3  # the model is not asked again for what it has answered
+
+
+def asked(folder: Path, **options: Any) -> Any:
+    """How the task is asked under the recipe's options, and the arguments that the model gets."""
+    from sft.evaluation.asking import ask
+    from sft.evaluation.tasks import find
+
+    task = find("capitals", folder, {}).load(seed=1)
+    return ask(task, Evaluate(tasks=("capitals",), **options), max_length=4096), task.config.generation_kwargs
+
+
+def test_the_recipe_decides_how_long_and_how_freely_a_model_replies(folder: Path) -> None:
+    own, arguments = asked(folder)
+    assert (own.until, own.max_reply_tokens, own.temperature) == (("ZZZ",), 6, 0.0)
+    sampled, arguments = asked(folder, max_reply_tokens=99, temperature=0.6, top_p=0.9)
+    assert (sampled.max_reply_tokens, sampled.temperature, sampled.top_p) == (99, 0.6, 0.9)
+    assert arguments == {"until": ["ZZZ"], "max_gen_toks": 99, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("written", "limit"),
+    [("{do_sample: false}", 1024), ("{max_new_tokens: 70}", 70), ("{max_tokens: 9, max_gen_toks: 8}", 8)],
+)
+def test_a_task_without_a_limit_does_not_get_one_that_cuts_answers(folder: Path, written: str, limit: int) -> None:
+    edit("base.yaml", '{until: ["ZZZ"], max_gen_toks: 6, do_sample: false}', written)(folder)
+    how, arguments = asked(folder)
+    assert how.max_reply_tokens == arguments["max_gen_toks"] == limit
+    assert not {"max_new_tokens", "max_tokens"} & set(arguments)
+
+
+def test_a_task_that_samples_can_be_asked_greedily(folder: Path) -> None:
+    edit("base.yaml", "do_sample: false", "do_sample: true, temperature: 0.8, top_p: 0.5")(folder)
+    how, _ = asked(folder)
+    assert (how.temperature, how.top_p) == (0.8, 0.5)
+    how, arguments = asked(folder, temperature=0.0)
+    assert (how.temperature, how.top_p) == (0.0, None) and arguments["do_sample"] is False
+
+
+def test_examples_never_come_from_the_test_questions(folder: Path) -> None:
+    with pytest.raises(SftError, match="num_fewshot = 2: task capitals has no examples apart from its test questions"):
+        asked(folder, num_fewshot=2)
+    edit("base.yaml", "test_split: test", "test_split: test\nfewshot_config: {samples: [{question: Q, answer: A}]}")(
+        folder
+    )
+    how, _ = asked(folder, num_fewshot=1, fewshot_as_multiturn=False)
+    assert how.multiturn is False

@@ -195,7 +195,7 @@ def run_task(
     model: Recorder, name: str, options: Evaluate, tasks: Path, data: Mapping[str, Path | str], out: Path
 ) -> TaskResult:
     """The result of one task, or that of an earlier attempt. Raises BrokenTask, and SftError for what is not the task's fault."""
-    from sft.evaluation import harness  # start-up: lm-eval takes seconds, and go_offline must run before it
+    from sft.evaluation import asking, harness  # start-up: lm-eval takes seconds, and go_offline must run before it
     from sft.evaluation import tasks as lm_eval_tasks  # start-up: the same
 
     began = time.monotonic()
@@ -209,10 +209,16 @@ def run_task(
         if reused := model.open_journal(files.journal):
             model.log(f"{reused:,} answers of an earlier attempt are reused")
         task = definition.load(options.seed)
+        asked = asking.ask(task, options, model.max_length)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         with _answers_kept(model, files.incomplete, documents):
             output = harness.run_task(
-                model, task, limit=options.limit, seed=options.seed, system_prompt=options.system_prompt
+                model,
+                task,
+                limit=options.limit,
+                seed=options.seed,
+                system_prompt=options.system_prompt,
+                multiturn=options.fewshot_as_multiturn,
             )
     samples = sample_records(output.samples, model.answers.replies)
     write_atomic(files.samples, to_lines(samples))
@@ -221,6 +227,7 @@ def run_task(
         metrics=scores(output),
         generation=generation(samples),
         num_fewshot=output.config.get("num_fewshot"),
+        asking=asked,
         samples_sha256=samples_hash(output.samples),
         **hashes._asdict(),
         reused_replies=reused,

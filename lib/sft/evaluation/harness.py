@@ -25,7 +25,9 @@ RESAMPLINGS = 1000
 """Bootstrap samples behind the standard error of a metric without a formula for it."""
 
 
-def run_task(model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str) -> LmEvalOutput:
+def run_task(
+    model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str, multiturn: bool = True
+) -> LmEvalOutput:
     """Answers and scores the first `limit` documents of a task, 0 = all."""
     random.seed(seed)
     np.random.seed(seed)
@@ -39,7 +41,7 @@ def run_task(model: Recorder, task: Task, *, limit: int, seed: int, system_promp
         log_samples=True,
         system_instruction=system_prompt or None,
         apply_chat_template=True,
-        fewshot_as_multiturn=True,
+        fewshot_as_multiturn=multiturn,
     )
     return LmEvalOutput(
         results=found["results"][name],

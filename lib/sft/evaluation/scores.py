@@ -208,7 +208,11 @@ def too_many_empty(share: float, n: int, options: Evaluate) -> str:
 
 def too_few_stop(facts: Generation, options: Evaluate) -> str:
     """The reason for a task with too few replies that stop."""
-    return f"{facts.stop_rate:.0%} of {facts.n} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}"
+    return (
+        f"{facts.stop_rate:.0%} of {facts.n} replies stop by themselves, min_stop_rate is {options.min_stop_rate:g}: the others"
+        " are cut by length, and a cut reply is scored as if it were complete; next: raise [evaluate] max_reply_tokens, or lower"
+        " min_stop_rate"
+    )
 
 
 def summary(result: TaskResult) -> str:

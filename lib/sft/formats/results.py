@@ -70,6 +70,21 @@ class Generation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asking:
+    """How a task was asked. Of a task that generates nothing, only `multiturn` is known.
+
+    multiturn: worked examples were turns of the conversation. until: strings that ended a reply beside the terminators.
+    temperature: 0 is greedy. top_p: None is 1.
+    """
+
+    multiturn: bool | None = None
+    until: tuple[str, ...] | None = None
+    max_reply_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskResult(Record):
     """One task. `metrics` has the primary metric first. EvaluationHashes are sha256 in hex.
 
@@ -81,6 +96,7 @@ class TaskResult(Record):
     metrics: dict[str, Score]
     generation: Generation | None = None
     num_fewshot: int | None = field(default_factory=_null)
+    asking: Asking | None = None
     samples_sha256: str
     task_sha256: str | None
     data_sha256: dict[str, str] | None = None

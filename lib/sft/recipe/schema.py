@@ -307,8 +307,18 @@ class Evaluate:
         "none", "r1_style removes everything up to </think> before scoring", choices=("none", "r1_style")
     )
     max_length: int = opt(0, "longest prompt plus reply in tokens; 0 = the export's max_position_embeddings", min=0)
+    num_fewshot: int = opt(-1, "worked examples before each question; -1 = the task's own number", min=-1)
+    fewshot_as_multiturn: bool = opt(True, "worked examples are turns of the conversation, not one message")
+    max_reply_tokens: int = opt(0, "longest reply in tokens; 0 = the task's own limit, or 1024 if it names none", min=0)
+    temperature: float = opt(-1.0, "sampling temperature; 0 = greedy; -1 = the task's own", min=-1)
+    top_p: float = opt(
+        0.0, "sample from the likeliest tokens with this sum of probabilities; 0 = the task's own", min=0, max=1
+    )
     min_stop_rate: float = opt(
-        0.5, "a task is broken if a smaller fraction of its replies stops by itself", min=0, max=1
+        0.95,
+        "a task is broken if a smaller fraction of its replies stops by itself; the others are cut by length",
+        min=0,
+        max=1,
     )
     max_empty_fraction: float = opt(0.1, "a task is broken if a larger fraction of its replies is empty", min=0, max=1)
     validation_documents: int = opt(256, "number of held-out conversations whose loss is measured; 0 = none", min=0)
