@@ -132,8 +132,8 @@ def test_an_empty_dataset_opens_and_has_no_documents(tmp_path: Path):
 def test_documents_may_be_numbered_otherwise_than_they_lie(tmp_path: Path):
     ids, mask, lengths = documents(80)
     order = np.random.default_rng(1).permutation(80)
-    with DatasetWriter(tmp_path / "a", vocab_size=1000, part_tokens=300, order=order) as writer:
-        writer.add(ids, mask, lengths, np.arange(80) % 7)
+    with DatasetWriter(tmp_path / "a", vocab_size=1000, part_tokens=300, documents=80) as writer:
+        writer.add(ids, mask, lengths, np.arange(80) % 7, numbers=np.argsort(order))
     with DatasetWriter(tmp_path / "b", vocab_size=1000, part_tokens=300) as writer:
         writer.add(ids, mask, lengths, np.arange(80) % 7)
     numbered, plain = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")

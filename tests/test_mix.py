@@ -15,14 +15,16 @@ from sft.data.mix import Mixed, Pool, cap, choose, first_copies, held_out, mix, 
 from sft.recipe.schema import Source
 
 
-def pool(names, lengths=None, excluded=()) -> Pool:
+def pool(names, lengths=None, excluded=(), fraction=0.0) -> Pool:
+    """`names` stand for the tokens, the conversation and the group of each document. `fraction` of the groups are held out."""
     digests = [hashlib.blake2b(str(n).encode(), digest_size=16).digest() for n in names]
-    return Pool(
-        np.array(lengths if lengths is not None else [10] * len(digests), dtype=np.int64),
-        np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2),
-        np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)[:, 0],
-        np.isin(np.arange(len(digests)), list(excluded)),
-    )
+    made = Pool.empty(len(digests), deduplicate=True)
+    made.digests[:] = np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+    made.lengths[:] = 10 if lengths is None else lengths
+    made.conversations[:] = made.digests[:, 0]
+    made.excluded[list(excluded)] = True
+    made.held[:] = held_out(made.conversations, fraction)
+    return made
 
 
 def taken(mixed: Mixed, source: int = 0) -> list[int]:
@@ -122,8 +124,8 @@ def test_the_same_source_named_twice_is_not_a_duplicate_unless_asked():
 def test_validation_is_stable_when_the_data_grows_and_never_trained():
     before, after = range(1000), range(3000)
     sources = [Source(path="a")]
-    small = mix([pool(before)], sources, seed=1, validation_fraction=0.1)
-    large = mix([pool(after)], sources, seed=99, validation_fraction=0.1)
+    small = mix([pool(before, fraction=0.1)], sources, seed=1)
+    large = mix([pool(after, fraction=0.1)], sources, seed=99)
     held_small, held_large = set(small.validation.index.tolist()), set(large.validation.index.tolist())
     assert held_small == {i for i in held_large if i < 1000}
     assert not held_large & set(large.data.index.tolist())
@@ -131,7 +133,7 @@ def test_validation_is_stable_when_the_data_grows_and_never_trained():
 
 
 def test_copies_of_a_held_out_conversation_are_not_trained():
-    mixed = mix([pool([i % 50 for i in range(200)])], [Source(path="a", weight=3.0)], seed=1, validation_fraction=0.3)
+    mixed = mix([pool([i % 50 for i in range(200)], fraction=0.3)], [Source(path="a", weight=3.0)], seed=1)
     assert not {i % 50 for i in mixed.data.index.tolist()} & {i % 50 for i in mixed.validation.index.tolist()}
 
 
@@ -144,21 +146,21 @@ def test_a_larger_fraction_holds_out_what_a_smaller_one_held():
 @pytest.mark.parametrize("weight", [0.5, 7, 3.0])
 def test_validation_does_not_depend_on_how_many_documents_there_are(weight):
     small, large = (
-        set(mix([pool(range(n))], [Source(path="a", weight=weight)], seed=n, validation_fraction=0.2).validation.index)
+        set(mix([pool(range(n), fraction=0.2)], [Source(path="a", weight=weight)], seed=n).validation.index)
         for n in (1000, 2000)
     )
     assert small == {i for i in large if i < 1000} and len(small) > 50
 
 
 def test_a_conversation_is_in_validation_once_over_all_sources():
-    pools = [pool([i % 100 for i in range(300)]), pool(range(150))]
-    mixed = mix(pools, [Source(path="a", weight=2.0), Source(path="b")], seed=1, validation_fraction=0.3)
+    pools = [pool([i % 100 for i in range(300)], fraction=0.3), pool(range(150), fraction=0.3)]
+    mixed = mix(pools, [Source(path="a", weight=2.0), Source(path="b")], seed=1)
     said = [pools[s].conversations[i] for s, i in zip(mixed.validation.source, mixed.validation.index, strict=True)]
     assert len(said) == len(set(said)) > 25
 
 
 def test_contaminated_documents_are_in_no_split():
-    mixed = mix([pool(range(100), excluded=range(0, 100, 2))], [Source(path="a")], seed=1, validation_fraction=0.2)
+    mixed = mix([pool(range(100), excluded=range(0, 100, 2), fraction=0.2)], [Source(path="a")], seed=1)
     assert all(i % 2 for i in [*mixed.data.index.tolist(), *mixed.validation.index.tolist()])
     assert mixed.report[0].contaminated == 50
 

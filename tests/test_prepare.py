@@ -454,7 +454,7 @@ def test_a_cache_file_is_whole_or_not_there(tmp_path):
     file = tmp_path / "x.tok"
     with pytest.raises(ZeroDivisionError), tokencache.ChunkWriter(file) as writer:
         one = np.zeros(1, dtype=np.uint64)
-        writer.add(np.arange(3, dtype=np.uint32), np.array([3]), np.array([2]), np.array([0]), one)
+        writer.add(np.arange(3, dtype=np.uint32), np.array([3]), np.array([2]), np.array([0]), one, one)
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
     assert tokencache.read_summary(file) is None

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO
 from preparing import contents, conversation, stage, write_rows
 from sft.common.errors import SftError
-from sft.data import preparation, prepare
+from sft.data import preparation, prepare, sources
 from sft.recipe.schema import Source
 
 
@@ -99,6 +99,7 @@ def test_what_decides_tokens_or_masks_tokenises_again(tmp_path, no_encoding, cha
 
 
 def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 1)  # smaller files share a job
     (tmp_path / "mix").mkdir()
     for name in "ac":
         write_rows(tmp_path / "mix" / f"{name}.jsonl", [conversation(ord(name) * 100 + i) for i in range(10)])
@@ -108,12 +109,12 @@ def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
     plain = preparation.EncodeChunk.__call__
 
     def watched(self, job):
-        encoded.append(job.chunk.file.name)
+        encoded.append([chunk.file.name for chunk in job.chunks])
         return plain(self, job)
 
     monkeypatch.setattr(preparation.EncodeChunk, "__call__", watched)
     prepare.prepare(stage(tmp_path, sources=(Source(path="mix"),), out="more"))
-    assert encoded == ["mix/b.jsonl"]
+    assert {tuple(names) for names in encoded} == {("mix/b.jsonl",)}
 
 
 @pytest.mark.parametrize("where", [0.1, 0.5, 0.9, -30])

@@ -97,6 +97,7 @@ class RowReader:
             for column in (self.columns[name] for name in ("messages", "conversations", "prompt", "completion"))
             if (fields := {name[len(column) + 1 :] for name in source.ignore if name.startswith(f"{column}.")})
         }
+        self.group = source.validation_group
         self.counter = FieldCounter(source.ignore)
 
     @property
@@ -138,7 +139,7 @@ class RowReader:
         turns = self._read_turns(row)
         system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
         messages, flags = self._read_messages(turns, parameters_of(tools) if tools else {})
-        used = (*turns.used, *self.names["system"], *self.names["tools"], KWARGS)
+        used = (*turns.used, *self.names["system"], *self.names["tools"], KWARGS, self.group)
         used += read_flag_lists(row, turns, flags)
         train = self._choose_trained(messages, flags, turns.prompt_length)
         self._add_system(messages, train, system, turns.prompt_length)

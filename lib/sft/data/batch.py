@@ -21,6 +21,7 @@ from sft.data.normalization import Normalizer
 
 EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
+USER = b"user\0"
 
 
 class Reject(NamedTuple):
@@ -45,7 +46,8 @@ def no_offsets(size: int) -> Callable[[], Offsets]:
 
 @dataclass
 class RenderedBatch:
-    """Rendered documents. The lists have one entry for each document, except `source_rows` and `hashes`, which have one for each row."""
+    """Rendered documents. The lists have one entry for each document, except `source_rows`, `hashes` and `groups`, which have one for each
+    row."""
 
     source_rows: Sequence[Any]
     runs: list[list[str]] = field(default_factory=list)
@@ -56,7 +58,9 @@ class RenderedBatch:
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     """Documents with special-token text in their content: the runs with that text escaped, and the function that restores it."""
     hashes: list[int] = field(default_factory=list)
-    """`conversation_hash` of each row that was read, 0 of the others."""
+    """The hash of the conversation of each row that was read, 0 of the others."""
+    groups: list[int] = field(default_factory=list)
+    """The hash of its group, see `conversation_hashes`."""
     rejects: list[Reject] = field(default_factory=list)
     empty_answers: list[int] = field(default_factory=list)
     """Trained answers without text and calls."""
@@ -162,15 +166,32 @@ def non_ascii(data: bytes, ends: Offsets) -> list[int]:
     return found
 
 
-def conversation_hash(messages: Sequence[Mapping[str, Any]], system: str = "") -> int:
-    """64-bit hash of roles and contents; independent of template and tokenizer, and of the recipe's own `system` message."""
+def conversation_hashes(messages: Sequence[Mapping[str, Any]], system: str = "") -> tuple[int, int]:
+    """Two 64-bit hashes, which do not depend on template, tokenizer and the recipe's own `system` message.
+
+    The first covers the roles and contents. The second, of the group, covers the first user message: conversations that begin
+    with the same one have the same group.
+    """
     if system and messages[0]["content"] == system:
         messages = messages[1:]
-    text = "\0".join(chain.from_iterable(map(ROLE_AND_CONTENT, messages)))
+    joined = "\0".join(chain.from_iterable(map(ROLE_AND_CONTENT, messages)))
     try:
-        return xxhash.xxh3_64_intdigest(text.encode())  # twice as fast without an error handler
+        text = joined.encode()  # twice as fast without an error handler
     except UnicodeEncodeError:
-        return xxhash.xxh3_64_intdigest(text.encode(errors="surrogatepass"))
+        text = joined.encode(errors="surrogatepass")
+    start, end = group_span(text)
+    return xxhash.xxh3_64_intdigest(text), xxhash.xxh3_64_intdigest(text[start:end])
+
+
+def group_span(text: bytes) -> tuple[int, int]:
+    """Where the first user message is in roles and contents with a zero byte between them: all without one, or if it is empty."""
+    at = 0 if text.startswith(USER) else text.find(b"\0" + USER) + 1
+    if not at and not text.startswith(USER):
+        return 0, len(text)
+    start = at + len(USER)
+    end = text.find(b"\0", start)
+    end = len(text) if end < 0 else end
+    return (start, end) if start < end else (0, len(text))
 
 
 def evenly_spaced(items: Sequence[int], count: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The work of prepare's worker processes on one chunk of a source: encode it, or search it for evaluation texts.
+"""The work of prepare's worker processes on one job: encode its rows, or search them for evaluation texts.
 
 In:  a `ChunkJob`.
 Out: a file in the token cache (`EncodeChunk`) or in the cache of screens (`ScreenChunk`), and a short summary for the parent
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import json
 import os
 import shutil
 import time
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.common.errors import SftError
-from sft.data import blocks, sources
+from sft.data import sources
+from sft.data.batch import Reject
+from sft.data.blocks import RowBatch
 from sft.data.decontaminate import Screen
+from sft.data.small_files import read_together
 from sft.data.tokencache import ChunkWriter, Summary
 from sft.data.tokenize import Encoded, Encoder
 from sft.formats.chunks import ScreenHits
@@ -32,12 +37,17 @@ from sft.formats.chunks import ScreenHits
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """One chunk to encode. `number` counts over the mix, `source` is the source's number, `name` its file in the caches."""
+    """Chunks to encode: one, or several small files. `number` counts over the mix, `source` is the source's number, `name` its
+    file in the caches."""
 
     number: int
     source: int
-    chunk: sources.Chunk
+    chunks: tuple[sources.Chunk, ...]
     name: str
+
+    @property
+    def bytes(self) -> int:
+        return sum(chunk.bytes for chunk in self.chunks)
 
 
 class WorkDone(NamedTuple):
@@ -49,7 +59,8 @@ class WorkDone(NamedTuple):
 
 
 class EncodeChunk:
-    """Reads a chunk, encodes it and writes its file into the token cache. Returns the summary with at most one reject."""
+    """Reads the rows of a job, encodes them and writes their file into the token cache. Returns the summary with at most one
+    reject."""
 
     def __init__(self, encoder: Encoder, cache: Path, kinds: Container[str]):
         self.encoder, self.cache = encoder, cache
@@ -60,21 +71,25 @@ class EncodeChunk:
         began, cpu = time.monotonic(), time.process_time()
         source = self.sources[job.source]
         path = self.cache / job.name
-        with naming(path, job.chunk.bytes), without_gc(), ChunkWriter(path) as writer:
+        with naming(path, job.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
             self.encoder.take_counts(source)  # forgets what an interrupted job has left
-            for block in blocks.read_blocks(job.chunk):
+            for block in read_together(job.chunks, summary.chunk_lines):
                 parts = []
-                plain, others = self.encoder.encode_plain(block, source)
+                # Compiled code does not read the column of the groups.
+                plain, others = (None, None) if source.validation_group else self.encoder.encode_plain(block, source)
                 if plain is not None:
                     parts.append((plain, plain.rows + block.first))
                     summary.rows += len(plain.rows)
                 batch = block.batch(others)
+                groups = set_groups(batch, source.validation_group) if source.validation_group else None
                 summary.rejects += batch.rejects
                 summary.rows += len(batch.rows) + len(batch.rejects)
                 summary.lines = batch.count
                 if batch.rows:
                     encoded = self.encoder.encode(batch.rows, source)
+                    if groups is not None:
+                        encoded.groups = groups[encoded.rows]
                     numbers = np.array(batch.numbers, dtype=np.int64)
                     parts.append((encoded, numbers[encoded.rows]))
                     summary.rejects += [r._replace(row=int(numbers[r.row])) for r in encoded.rejects]
@@ -117,15 +132,37 @@ def without_gc() -> Iterator[None]:
 
 
 def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArray[Any], ...]:
-    """Tokens, lengths, target counts, rows and conversations of the documents of all parts, in the order of their rows."""
-    columns = [(made.tokens, made.lengths, made.num_targets, rows, made.conversations) for made, rows in parts]
+    """Tokens, lengths, target counts, rows, conversations and groups of the documents of all parts, in the order of their rows."""
+    columns = [
+        (made.tokens, made.lengths, made.num_targets, rows, made.conversations, made.groups) for made, rows in parts
+    ]
     if len(columns) == 1:
         return columns[0]
-    tokens, lengths, num_targets, rows, conversations = map(np.concatenate, zip(*columns, strict=True))
+    tokens, lengths, num_targets, rows, conversations, groups = map(np.concatenate, zip(*columns, strict=True))
     order, ends = np.argsort(rows), np.cumsum(lengths)
     spans = zip((ends - lengths)[order].tolist(), ends[order].tolist(), strict=True)
     tokens = np.concatenate([tokens[:0], *(tokens[a:b] for a, b in spans)])
-    return tokens, lengths[order], num_targets[order], rows[order], conversations[order]
+    return tokens, lengths[order], num_targets[order], rows[order], conversations[order], groups[order]
+
+
+def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
+    """[rows] The hash of each row's value in the column. Rows without a value become rejects."""
+    values = [row.get(column) for row in batch.rows]
+    missing = [i for i, value in enumerate(values) if value is None or value == ""]
+    batch.rejects += [
+        Reject(
+            batch.numbers[i],
+            "no_group",
+            f"validation_group: the row has no value in {column!r}",
+            str(batch.rows[i])[:200],
+        )
+        for i in missing
+    ]
+    batch.rejects.sort()
+    for i in reversed(missing):
+        del batch.rows[i], batch.numbers[i], values[i]
+    texts = [json.dumps(value, sort_keys=True, default=str).encode() for value in values]
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
 
 
 def add_counts(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:
@@ -152,7 +189,7 @@ class ScreenChunk:
     def __call__(self, job: ChunkJob) -> int:
         hits: list[tuple[int, int]] = []
         read = self.readers[job.source].read
-        for batch in blocks.read(job.chunk):
+        for batch in (block.batch() for block in read_together(job.chunks, [])):
             found = self.screen.hits([message_values(read, row) for row in batch.rows])
             hits += [(batch.numbers[i], int(found[i])) for i in np.flatnonzero(found >= 0)]
         ScreenHits(tuple(hits)).write(self.cache / f"{job.name}.json")

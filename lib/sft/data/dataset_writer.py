@@ -32,21 +32,25 @@ MAX_PARTS = 10_000  # readers sort names as text, so the part number must keep i
 
 @dataclass(frozen=True)
 class DocumentBlock:
-    """Valid documents, one after another, and their DOCUMENT records without `part` and `start`."""
+    """Valid documents, one after another, and their DOCUMENT records without `part` and `start`.
+
+    `numbers`: the place of each in documents.npy; None when they follow each other.
+    """
 
     ids: NDArray[Any]
     loss_mask: NDArray[np.bool_]
     rows: NDArray[Any]
+    numbers: NDArray[np.int64] | None = None
 
 
 @dataclass
 class _Part:
-    """The part that is being written: its files, its DOCUMENT records, and how many tokens it has."""
+    """The part that is being written: its files, the lengths of its documents, and how many tokens it has."""
 
     number: int
     ids: DirectFile
     loss_mask: DirectFile
-    rows: list[NDArray[Any]] = field(default_factory=list)
+    lengths: list[NDArray[np.uint32]] = field(default_factory=list)
     tokens: int = 0
 
 
@@ -63,24 +67,32 @@ class DatasetWriter:
         vocab_size: int,
         part_tokens: int = PART_TOKENS,
         boundaries: str = "eos",
-        order: NDArray[np.int64] | None = None,
+        documents: int | None = None,
     ) -> None:
-        """documents.npy lists the documents as they are added; with `order`, entry i is the added document order[i]."""
+        """`documents`: how many there will be, in blocks with numbers. Without it documents.npy lists them as they are added."""
         if vocab_size < 1 or part_tokens < 1:
             raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.vocab_size, self.part_tokens, self.dtype = vocab_size, part_tokens, token_dtype(vocab_size)
-        self.boundaries, self.order = boundaries, order
+        self.boundaries = boundaries
         self.num_documents = self.num_tokens = self.num_targets = 0
         self.hashes: dict[str, str] = {}
         self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array per write
+        self._numbered = None if documents is None else np.empty(documents, dtype=DOCUMENT)
         self._part: _Part | None = None
         self._next_number = 0
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="close")
         self._closing: list[Future[None]] = []  # the files of the previous part
 
-    def add(self, ids: ArrayLike, loss_mask: ArrayLike, lengths: ArrayLike, source: int | ArrayLike = 0) -> None:
+    def add(
+        self,
+        ids: ArrayLike,
+        loss_mask: ArrayLike,
+        lengths: ArrayLike,
+        source: int | ArrayLike = 0,
+        numbers: NDArray[np.int64] | None = None,
+    ) -> None:
         """Appends documents: `ids` and `loss_mask` hold them one after another, `lengths` has their lengths.
 
         `source` is the number of the mix's source, one for all or one per document. Raises SftError for invalid documents.
@@ -88,7 +100,7 @@ class DatasetWriter:
         ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
         loss_mask = np.asarray(loss_mask, dtype=np.bool_)
         num_targets = trained_counts(loss_mask, np.cumsum(lengths))
-        self.append(self.validate(ids, loss_mask, lengths, source, num_targets, self.num_documents))
+        self.append(self.validate(ids, loss_mask, lengths, source, num_targets, self.num_documents, numbers))
 
     def validate(
         self,
@@ -98,21 +110,30 @@ class DatasetWriter:
         source: int | ArrayLike,
         num_targets: NDArray[np.int64],
         first: int,
+        numbers: NDArray[np.int64] | None = None,
     ) -> DocumentBlock:
         """Validates a block of documents, the first of which has number `first`. Thread-safe. Raises SftError."""
-        self._check_ids(ids, loss_mask, lengths, first)
+        if numbers is None:
+            numbers = np.arange(first, first + len(lengths))
+        self._check_ids(ids, loss_mask, lengths, numbers)
         starts = np.cumsum(lengths) - lengths
         if loss_mask[starts].any():
             bad = int(np.flatnonzero(loss_mask[starts])[0])
             raise SftError(
-                f"{self.folder}: document {first + bad}: its first token is a target, but no token precedes it to predict it"
+                f"{self.folder}: document {numbers[bad]}: its first token is a target, but no token precedes it to predict it"
             )
         rows = np.empty(len(lengths), dtype=DOCUMENT)
         rows["length"], rows["source"], rows["labels"] = lengths, source, num_targets
-        return DocumentBlock(np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(loss_mask), rows)
+        return DocumentBlock(
+            np.ascontiguousarray(ids, dtype=self.dtype), np.ascontiguousarray(loss_mask), rows, numbers
+        )
 
     def _check_ids(
-        self, ids: NDArray[Any], loss_mask: NDArray[np.bool_], lengths: NDArray[np.int64], first: int
+        self,
+        ids: NDArray[Any],
+        loss_mask: NDArray[np.bool_],
+        lengths: NDArray[np.int64],
+        numbers: NDArray[np.int64],
     ) -> None:
         total = int(lengths.sum())
         if len(ids) != total or len(loss_mask) != total:
@@ -120,10 +141,10 @@ class DatasetWriter:
                 f"{self.folder}: {len(ids)} ids and {len(loss_mask)} mask entries for lengths that add up to {total}"
             )
         if len(lengths) and (lengths < 1).any():
-            raise SftError(f"{self.folder}: document {first + int(np.argmin(lengths))} is empty")
+            raise SftError(f"{self.folder}: document {numbers[np.argmin(lengths)]} is empty")
         if len(lengths) and int(lengths.max()) >= 1 << 31:
             raise SftError(
-                f"{self.folder}: document {first + int(np.argmax(lengths))} has {lengths.max()} tokens, more than 2^31"
+                f"{self.folder}: document {numbers[np.argmax(lengths)]} has {lengths.max()} tokens, more than 2^31"
             )
         if total and (int(ids.max()) >= self.vocab_size or int(ids.min()) < 0):
             raise SftError(f"{self.folder}: ids from {ids.min()} to {ids.max()} for a vocabulary of {self.vocab_size}")
@@ -145,15 +166,18 @@ class DatasetWriter:
             tokens = slice(int(starts[first]), int(ends[last - 1]))
             part.ids.write(block.ids[tokens])
             part.loss_mask.write(block.loss_mask[tokens])
-            self._record(part, block.rows[first:last])
+            self._record(part, block.rows[first:last], None if block.numbers is None else block.numbers[first:last])
             first = last
 
-    def _record(self, part: _Part, rows: NDArray[Any]) -> None:
+    def _record(self, part: _Part, rows: NDArray[Any], numbers: NDArray[np.int64] | None) -> None:
         """Notes where documents were written that were appended to the part."""
         ends = part.tokens + np.cumsum(rows["length"].astype(np.int64))
         rows["part"], rows["start"] = part.number, ends - rows["length"]
-        self._rows.append(rows)
-        part.rows.append(rows)
+        if self._numbered is None:
+            self._rows.append(rows)
+        else:
+            self._numbered[numbers] = rows
+        part.lengths.append(rows["length"].copy())
         self.num_documents += len(rows)
         self.num_tokens += int(ends[-1]) - part.tokens
         self.num_targets += int(rows["labels"].sum(dtype=np.int64))
@@ -180,7 +204,7 @@ class DatasetWriter:
         self._closing = [self._pool.submit(self._close_file, file) for file in (part.ids, part.loss_mask)]
         if self.boundaries == "eos":
             path = self.folder / bounds_name(part.number)
-            self._closing.append(self._pool.submit(self._write_bounds, path, part.rows))
+            self._closing.append(self._pool.submit(self._write_bounds, path, part.lengths))
 
     def _wait(self) -> None:
         for future in self._closing:
@@ -190,14 +214,17 @@ class DatasetWriter:
     def _close_file(self, file: DirectFile) -> None:
         self.hashes[file.path.name] = file.close()
 
-    def _write_bounds(self, path: Path, parts: list[NDArray[Any]]) -> None:
+    def _write_bounds(self, path: Path, parts: list[NDArray[np.uint32]]) -> None:
         """Writes the csv.gz of a part: the start and end of every document."""
         packed = io.BytesIO()
         # No name and no time in the gzip header: the same documents give the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as csv:
-            for rows in parts:
-                text = np.empty(2 * DIGITS * len(rows), dtype=np.uint8)
-                csv.write(text[: write_bounds(rows["start"], rows["length"], text)].data)
+            end = 0
+            for lengths in parts:
+                text = np.empty(2 * DIGITS * len(lengths), dtype=np.uint8)
+                ends = end + np.cumsum(lengths, dtype=np.uint64)
+                csv.write(text[: write_bounds(ends - lengths, lengths, text)].data)
+                end = int(ends[-1])
         file = DirectFile(path)
         file.write(packed.getvalue())
         self._close_file(file)
@@ -216,11 +243,13 @@ class DatasetWriter:
         np.lib.format.write_array_header_1_0(header, described)
         file = DirectFile(self.folder / "documents.npy")
         file.write(header.getvalue())
-        rows = np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows])
-        file.write(rows if self.order is None else np.take(rows, self.order))
+        if self._numbered is None:
+            file.write(np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows]))
+        else:
+            file.write(self._numbered)
         self._close_file(file)
         sync_folder(self.folder)
-        self._rows = []
+        self._rows, self._numbered = [], None
 
     def abort(self) -> None:
         """Removes the temporary files of the unfinished part. Finished parts stay; the caller decides about them."""

@@ -10,7 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 PREVIEWS = 8
 PREVIEW_TOKENS = 4000
 EXAMPLES_PER_REASON = 3
+DOCUMENTS = 1 << 20
+"""Records of documents.npy that are read at a time."""
 
 
 def dataset(
@@ -51,30 +53,28 @@ def dataset(
     screen: Screen | None,
 ) -> DatasetInfo:
     """dataset.json: the tokenizer, the sources with their files, and the sizes of the splits."""
-    described, lengths = [], []
-    for number, (source, index, found) in enumerate(zip(mixed.report, indexes, work.inputs, strict=True)):
-        chosen = mixed.data.index[mixed.data.source == number]
-        lengths.append(index.pool.lengths[chosen])
-        described.append(
-            SourceSummary(
-                **dataclasses.asdict(source),
-                rows=index.rows_read,
-                rejected=len(index.rejects),
-                documents=len(chosen),
-                tokens=int(lengths[-1].sum()),
-                labels=int(index.num_targets[chosen].sum()),
-                files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in found.files),
-                files_of_other_splits=found.other_splits,
-                files_ignored=found.ignored,
-            )
+    counted = count_documents(work.stage.out / "data", len(indexes))
+    described = [
+        SourceSummary(
+            **dataclasses.asdict(source),
+            rows=index.rows_read,
+            rejected=len(index.rejects),
+            documents=int(counted.documents[number]),
+            tokens=int(counted.tokens[number]),
+            labels=int(counted.labels[number]),
+            files=tuple(SourceFile(f.name, f.sha256, **dict(f.origin)) for f in found.files),
+            files_of_other_splits=found.other_splits,
+            files_ignored=found.ignored,
         )
+        for number, (source, index, found) in enumerate(zip(mixed.report, indexes, work.inputs, strict=True))
+    ]
     facts = work.encoder.identity
     return DatasetInfo(
         dtype=token_dtype(facts.vocab_size).name,
         facts=facts,
         sources=tuple(described),
         splits=splits,
-        lengths=histogram(np.concatenate(lengths)),
+        lengths=histogram(counted.lengths),
         decontamination=None if screen is None else decontamination(work, indexes, screen),
     )
 
@@ -87,18 +87,48 @@ def decontamination(work: Preparation, indexes: Sequence[SourceIndex], screen: S
         overlap=screen.overlap,
         texts=len(screen.texts),
         not_covered=NotCovered(screen.too_short, screen.shared),
-        dropped=int(sum((f.repeats >= 0).sum() for f in indexes)),
+        dropped=sum(len(index.repeats) for index in indexes),
     )
 
 
+class DocumentCounts(NamedTuple):
+    """[sources] documents, tokens and trained tokens of a split, and lengths[n] documents of n tokens."""
+
+    documents: NDArray[np.int64]
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+
+
+def count_documents(folder: Path, sources: int) -> DocumentCounts:
+    """Counts the documents of a split, a block of documents.npy at a time."""
+    path = folder / "documents.npy"
+    header = np.load(path, mmap_mode="r", allow_pickle=False)
+    counts = np.zeros((3, sources), dtype=np.int64)
+    lengths = np.zeros(1, dtype=np.int64)
+    for first in range(0, len(header), DOCUMENTS):
+        rows = np.fromfile(path, dtype=header.dtype, count=DOCUMENTS, offset=header.offset + first * header.itemsize)
+        for count, weights in zip(counts, (None, rows["length"], rows["labels"]), strict=True):
+            count += np.bincount(rows["source"], weights, minlength=sources).astype(np.int64)
+        found = np.bincount(rows["length"])
+        if len(found) > len(lengths):
+            lengths, found = found.astype(np.int64), lengths
+        lengths[: len(found)] += found
+    return DocumentCounts(counts[0], counts[1], counts[2], lengths)
+
+
 def histogram(lengths: NDArray[np.int64]) -> LengthHistogram:
-    """Percentiles of document lengths in tokens, and documents and tokens up to each power of two."""
-    buckets = np.ceil(np.log2(lengths)).astype(np.int64)
-    documents = np.bincount(buckets)
-    tokens = np.bincount(buckets, weights=lengths.astype(np.float64))
-    p50, p90, p99 = (int(np.percentile(lengths, p, method="lower")) for p in (50, 90, 99))
+    """Percentiles of document lengths in tokens, and documents and tokens up to each power of two. lengths[n]: documents of n."""
+    sizes = np.flatnonzero(lengths)
+    counts = lengths[sizes]
+    ends, total = np.cumsum(counts), int(counts.sum())
+    p50, p90, p99 = (int(sizes[np.searchsorted(ends, (total - 1) * p // 100, side="right")]) for p in (50, 90, 99))
+    buckets = np.ceil(np.log2(sizes)).astype(np.int64)
+    documents = np.bincount(buckets, weights=counts).astype(np.int64)
+    tokens = np.bincount(buckets, weights=(sizes * counts).astype(np.float64))
     up_to = tuple((1 << b, int(n), int(t)) for b, (n, t) in enumerate(zip(documents, tokens, strict=True)) if n)
-    return LengthHistogram(round(float(lengths.mean()), 3), p50, p90, p99, int(lengths.max()), up_to)
+    mean = round(int((sizes * counts).sum()) / total, 3)
+    return LengthHistogram(mean, p50, p90, p99, int(sizes[-1]), up_to)
 
 
 def proof(work: Preparation, indexes: Sequence[SourceIndex]) -> Proof:
@@ -180,12 +210,7 @@ def preview(folder: Path, vocabulary: Vocabulary) -> Preview:
 def contaminated(work: Preparation, indexes: Sequence[SourceIndex], screen: Screen) -> list[ContaminatedRow]:
     """Every conversation that was dropped, with the evaluation text that it repeats."""
     return [
-        ContaminatedRow(
-            source=source.path,
-            file=jobs[int(index.chunk[i])].chunk.file.name,
-            row=int(index.rows[i]),
-            repeats=screen.texts[int(index.repeats[i])],
-        )
-        for source, jobs, index in zip(work.table.sources, work.jobs_of, indexes, strict=True)
-        for i in np.flatnonzero(index.repeats >= 0)
+        ContaminatedRow(source.path, repeat.file, repeat.row, screen.texts[repeat.text])
+        for source, index in zip(work.table.sources, indexes, strict=True)
+        for repeat in index.repeats
     ]

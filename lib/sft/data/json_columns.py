@@ -10,6 +10,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from sft.chat.values import refuse_constant
+
 Parser = Callable[[Any], Any]
 
 
@@ -63,6 +65,6 @@ def _apply(parse: Parser | None, value: Any) -> Any:
 
 def _parse(text: Any) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("nested too deeply") from None

@@ -1,11 +1,7 @@
 """Writes chosen documents from the token cache into a dataset and checks every token on its way.
 
-In:  files of the token cache, and for every document its file, its place in it and its length.
-Out: the parts of the dataset, through `DatasetWriter`.
-
-Documents are numbered in the given order, which is random. In the parts they keep the order of the cache, one file after
-another, so reading and writing are sequential whatever the size. The files follow each other in the order of their first
-documents, so that the sources are mixed inside each part. Memory: a few blocks of tokens.
+In:  files of the token cache, and the order of the documents (sft.data.placement).
+Out: the parts of the dataset, through `DatasetWriter`. Memory: a few blocks of tokens, and documents.npy.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import shutil
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -29,6 +24,7 @@ from sft.data.chunks import Progress, naming
 from sft.data.compiled import gather
 from sft.data.dataset import token_dtype
 from sft.data.dataset_writer import DatasetWriter, DocumentBlock
+from sft.data.placement import Documents, Placement
 from sft.data.token_check import BlockCounts, TokenCheck
 from sft.data.tokencache import TokenFile
 from sft.formats.dataset import SplitSize
@@ -47,21 +43,11 @@ class Buffers(NamedTuple):
     read: NDArray[np.uint32]
 
 
-@dataclass(frozen=True)
-class Documents:
-    """The places of documents in the cache, by their numbers in the dataset. `start` and `length` are tokens."""
-
-    file: NDArray[np.int64]
-    start: NDArray[np.int64]
-    length: NDArray[np.int64]
-    source: NDArray[np.uint16]
-
-
 def materialise(
     folder: Path,
     vocab_size: int,
     files: Sequence[Path],
-    documents: Documents,
+    placement: Placement,
     check: TokenCheck,
     progress: Progress,
     threads: int,
@@ -71,30 +57,25 @@ def materialise(
     Threads gather and check the next blocks while one is written. Raises SftError for a full disk, a damaged cache file, and
     documents that break the mask proof.
     """
-    order = by_place(documents)
-    placed = Documents(documents.file[order], documents.start[order], documents.length[order], documents.source[order])
-    ends = np.cumsum(placed.length)
-    needed = int(ends[-1]) * (token_dtype(vocab_size).itemsize + 1) + 32 * len(ends)
+    needed = placement.tokens * (token_dtype(vocab_size).itemsize + 1) + 32 * placement.documents
     if (free := shutil.disk_usage(folder.parent).free) < needed:
         raise SftError(
             f"{folder}: needs {needed:,} bytes, {free:,} are free on that disk; next: free space and run it again"
         )
-    spans = _blocks(ends)
-    largest = max(int(ends[b - 1] - ends[a] + placed.length[a]) for a, b in spans)
-    longest = int(placed.length.max())
+    largest = min(max(BLOCK_TOKENS, placement.longest), placement.tokens)
     # Buffers are used again: allocating and clearing them for each block would take longer than everything else.
     unused: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(threads + 2):
-        read = np.empty(max(READ_TOKENS, longest), dtype=np.uint32)
+        read = np.empty(max(READ_TOKENS, placement.longest), dtype=np.uint32)
         unused.put(Buffers(np.empty(largest, dtype=np.uint32), np.empty(largest, dtype=np.bool_), read))
-    writer = DatasetWriter(folder, vocab_size, boundaries=check.facts.boundaries, order=inverse(order))
-    make = _BlockMaker(files, placed, writer, check, unused)
+    writer = DatasetWriter(folder, vocab_size, boundaries=check.facts.boundaries, documents=placement.documents)
+    make = _BlockMaker(files, writer, check, unused)
     with naming(folder, needed), ThreadPoolExecutor(threads) as ahead, writer:
-        left = iter(spans)
-        coming = deque(ahead.submit(make, *span) for span in itertools.islice(left, threads + 1))
+        left = placement.batches(BLOCK_TOKENS)
+        coming = deque(ahead.submit(make, batch) for batch in itertools.islice(left, threads + 1))
         while coming:
             counts, block, buffers = coming.popleft().result()
-            coming.extend(ahead.submit(make, *span) for span in itertools.islice(left, 1))
+            coming.extend(ahead.submit(make, batch) for batch in itertools.islice(left, 1))
             check.add(counts)
             writer.append(block)
             unused.put(buffers)
@@ -102,29 +83,21 @@ def materialise(
     return SplitSize(writer.num_documents, writer.num_tokens, writer.num_targets), writer.hashes
 
 
-def _blocks(ends: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """Cuts documents, which end at these tokens, into blocks [first, stop) of about BLOCK_TOKENS."""
-    cuts = np.searchsorted(ends, np.arange(BLOCK_TOKENS, int(ends[-1]), BLOCK_TOKENS), side="right")
-    return list(itertools.pairwise(np.unique(np.concatenate([[0], cuts, [len(ends)]])).tolist()))
-
-
 class _BlockMaker:
-    """Gathers and validates documents [first, stop). Thread-safe."""
+    """Gathers and validates a batch of documents. Thread-safe."""
 
     def __init__(
         self,
         files: Sequence[Path],
-        documents: Documents,
         writer: DatasetWriter,
         check: TokenCheck,
         unused: SimpleQueue[Buffers],
     ) -> None:
-        self.documents, self.writer, self.check, self.unused = documents, writer, check, unused
+        self.writer, self.check, self.unused = writer, check, unused
         self.opened = functools.lru_cache(OPEN_FILES)(lambda number: TokenFile(files[number]))
 
-    def __call__(self, first: int, stop: int) -> tuple[BlockCounts, DocumentBlock, Buffers]:
-        here, count = slice(first, stop), stop - first
-        file, start, lengths = self.documents.file[here], self.documents.start[here], self.documents.length[here]
+    def __call__(self, batch: Documents) -> tuple[BlockCounts, DocumentBlock, Buffers]:
+        file, start, lengths, count = batch.file, batch.start, batch.length, len(batch)
         buffers, total = self.unused.get(), int(lengths.sum())
         ids, loss_mask = buffers.ids[:total], buffers.loss_mask[:total]
         found = (np.empty(count, np.int64), np.empty(count, np.bool_), *np.empty((2, count), np.uint32))
@@ -133,23 +106,9 @@ class _BlockMaker:
             begin, end = int(start[a]), int(start[b - 1] + lengths[b - 1])
             tokens = self.opened(int(file[a])).tokens(begin, end, buffers.read)
             gather(tokens, begin, a, b, start, lengths, places, eos, ids, loss_mask, *found)
-        block = self.writer.validate(ids, loss_mask, lengths, self.documents.source[here], found[0], first)
+        first = int(batch.number[0]) if count else 0
+        block = self.writer.validate(ids, loss_mask, lengths, batch.source, found[0], first, batch.number)
         return self.check.count(lengths, *found), block, buffers
-
-
-def by_place(documents: Documents) -> NDArray[np.int64]:
-    """The order in which documents are written: file by file, by their place in it. Second copies follow all first ones."""
-    files, first = np.unique(documents.file, return_index=True)
-    rank = np.zeros(int(files[-1]) + 1 if len(files) else 0, dtype=np.int64)
-    rank[files[np.argsort(first)]] = np.arange(len(files))
-    places = rank[documents.file] << 40 | documents.start
-    order = np.argsort(places, kind="stable")
-    again = np.diff(places[order], prepend=-1) == 0
-    if not again.any():
-        return order
-    here = np.arange(len(order))
-    copy = here - np.maximum.accumulate(np.where(again, 0, here))
-    return order[np.argsort(copy, kind="stable")]
 
 
 def reads(file: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -165,10 +124,3 @@ def reads(file: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.
             count = max(1, int(np.searchsorted(end[first:stop], start[first] + READ_TOKENS, side="right")))
             yield first, first + count
             first += count
-
-
-def inverse(order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The inverse of a permutation: the position of each number."""
-    positions = np.empty_like(order)
-    positions[order] = np.arange(len(order))
-    return positions

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,27 +24,61 @@ from sft.recipe.schema import Source
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+BUCKETS = 16
+"""Duplicates are searched for in so many parts, one after another."""
 
 
 @dataclass(frozen=True)
 class Pool:
     """The documents of one source, in the order of its files."""
 
-    lengths: I64
-    digests: U64  # [documents, 2]: 128-bit hash of tokens and loss mask
-    conversations: U64  # [documents]: 64-bit hash of roles and contents, independent of template and tokenizer
-    excluded: NDArray[np.bool_]  # [documents]: repeats an evaluation text
+    lengths: NDArray[np.uint32]
+    digests: U64
+    """[documents, 2] 128-bit hash of tokens and loss mask; [0, 2] where nothing is deduplicated."""
+    conversations: U64
+    """[documents] 64-bit hash of roles and contents, independent of template and tokenizer."""
+    held: NDArray[np.bool_]
+    """[documents] The group of the document is held out for validation."""
+    excluded: NDArray[np.bool_]
+    """[documents] Repeats an evaluation text."""
+    near: NDArray[np.bool_]
+    """[documents] Nearly repeats an earlier document, and is dropped."""
+
+    @classmethod
+    def empty(cls, documents: int, deduplicate: bool) -> Pool:
+        """Room for so many documents, of which none is left out."""
+        digests = np.empty((documents if deduplicate else 0, 2), dtype=np.uint64)
+        held, excluded, near = (np.zeros(documents, dtype=np.bool_) for _ in range(3))
+        lengths, conversations = np.empty(documents, dtype=np.uint32), np.empty(documents, dtype=np.uint64)
+        return cls(lengths, digests, conversations, held, excluded, near)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Documents in their order: `source[i]`, and `index[i]` inside its pool."""
+    """Documents, and their numbers in the split, which are a random order."""
 
-    source: NDArray[np.uint16]
-    index: I64
+    index_of: tuple[NDArray[Any], ...]
+    """For each source the documents' places in its pool, ascending. One that is taken twice is there twice."""
+    numbers: NDArray[Any]
+    """[documents] The number of each, source after source."""
 
     def __len__(self) -> int:
-        return len(self.index)
+        return len(self.numbers)
+
+    @property
+    def source(self) -> NDArray[np.uint16]:
+        """[documents] The source of each, by number."""
+        return self._by_number(np.concatenate([np.full(len(x), s, np.uint16) for s, x in enumerate(self.index_of)]))
+
+    @property
+    def index(self) -> I64:
+        """[documents] The place in its pool of each, by number."""
+        return self._by_number(np.concatenate(self.index_of).astype(np.int64))
+
+    def _by_number(self, values: NDArray[Any]) -> NDArray[Any]:
+        found = np.empty_like(values)
+        found[self.numbers] = values
+        return found
 
 
 @dataclass(frozen=True)
@@ -57,14 +92,15 @@ def scramble(values: U64) -> U64:
     """A 64-bit hash that is a bijection (the finaliser of splitmix64)."""
     with np.errstate(over="ignore"):
         z = values + np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
+            z ^= z >> np.uint64(shift)
+            z *= np.uint64(factor)
+        return z
 
 
-def held_out(conversations: U64, fraction: float) -> NDArray[np.bool_]:
-    """True for this fraction of all possible conversations. Independent of the seed and of other documents."""
-    return _share(conversations, 0x76616C6964617465, fraction)
+def held_out(groups: U64, fraction: float) -> NDArray[np.bool_]:
+    """True for this fraction of all possible groups. Independent of the seed and of other documents."""
+    return _share(groups, 0x76616C6964617465, fraction)
 
 
 def _share(conversations: U64, salt: int, fraction: float) -> NDArray[np.bool_]:
@@ -84,6 +120,20 @@ def first_copies(digests: U64) -> NDArray[np.bool_]:
     return first
 
 
+def duplicates(digests: Sequence[U64]) -> list[NDArray[np.bool_]]:
+    """For each source, which documents have the digest of an earlier one.
+
+    Equal digests are in one of BUCKETS parts, which are searched one after another: that needs little memory.
+    """
+    found = [np.zeros(len(d), dtype=np.bool_) for d in digests]
+    for bucket in range(BUCKETS):
+        here = [np.flatnonzero((d[:, 0] & np.uint64(BUCKETS - 1)) == bucket) for d in digests]
+        again = ~first_copies(np.concatenate([d[h] for d, h in zip(digests, here, strict=True)]))
+        for copies, h, part in zip(found, here, np.split(again, np.cumsum(list(map(len, here)))[:-1]), strict=True):
+            copies[h] = part
+    return found
+
+
 def wanted(weight: float | int, available: int) -> int:
     """The number of documents for a weight: an integer is the number, a float a multiple of the available ones."""
     if isinstance(weight, int):
@@ -96,12 +146,24 @@ def choose(ranks: U64, count: int) -> I64:
     if not len(ranks) or count <= 0:
         return np.empty(0, dtype=np.int64)
     copies, rest = divmod(count, len(ranks))
-    everything = np.arange(len(ranks), dtype=np.int64)
-    lowest = np.argsort(ranks, kind="stable")[:rest] if rest else everything[:0]
-    return np.sort(np.concatenate([np.tile(everything, copies), lowest]), kind="stable")
+    lowest = _lowest(ranks, rest)
+    if not copies:
+        return lowest
+    everything = np.repeat(np.arange(len(ranks), dtype=np.int64), copies)
+    return np.sort(np.concatenate([everything, lowest]), kind="stable") if rest else everything
 
 
-def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: int) -> I64:
+def _lowest(ranks: U64, count: int) -> I64:
+    """The sorted positions of the `count` lowest ranks, the first ones among equal ones."""
+    if not count:
+        return np.empty(0, dtype=np.int64)
+    highest = np.partition(ranks, count - 1)[count - 1]
+    chosen = ranks < highest
+    chosen[np.flatnonzero(ranks == highest)[: count - int(chosen.sum())]] = True
+    return np.flatnonzero(chosen)
+
+
+def cap(chosen: I64, ranks: U64, lengths: NDArray[Any], max_documents: int, max_tokens: int) -> I64:
     """The part of `chosen` within the caps: those of lowest rank, first copies before second ones.
 
     A document that no longer fits is skipped, and shorter ones after it may still be taken.
@@ -116,7 +178,7 @@ def cap(chosen: I64, ranks: U64, lengths: I64, max_documents: int, max_tokens: i
     return np.sort(chosen[selected], kind="stable")
 
 
-def _fitting(lengths: I64, max_tokens: int) -> I64:
+def _fitting(lengths: NDArray[Any], max_tokens: int) -> I64:
     """The positions that are taken when documents are tried in order and each is taken that still fits."""
     taken: list[I64] = []
     at, left = 0, max_tokens
@@ -131,14 +193,7 @@ def _fitting(lengths: I64, max_tokens: int) -> I64:
     return np.concatenate([np.empty(0, dtype=np.int64), *taken])
 
 
-def mix(
-    pools: Sequence[Pool],
-    sources: Sequence[Source],
-    seed: int,
-    *,
-    deduplicate: bool = False,
-    validation_fraction: float = 0.0,
-) -> Mixed:
+def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplicate: bool = False) -> Mixed:
     """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
 
     A conversation is in validation at most once, whatever its source's weight and number of copies. A weight below 1 takes
@@ -147,29 +202,25 @@ def mix(
     """
     if len(pools) > 1 << 16:
         raise SftError(f"[prepare] sources: {len(pools)} sources, at most {1 << 16} are numbered in documents.npy")
-    copies = [np.zeros(len(p.lengths), dtype=np.bool_) for p in pools]
     if deduplicate and pools:
-        first = first_copies(np.concatenate([p.digests for p in pools]))
-        ends = np.cumsum([len(p.lengths) for p in pools])
-        copies = [~part for part in np.split(first, ends[:-1])]
-    data: list[I64] = []
-    validation: list[I64] = []
+        copies = duplicates([pool.digests for pool in pools])
+    else:
+        copies = [np.zeros(len(pool.lengths), dtype=np.bool_) for pool in pools]
+    data: list[NDArray[Any]] = []
+    validation: list[NDArray[Any]] = []
     validated = np.empty(0, dtype=np.uint64)  # conversations in validation
     report: list[SourceMix] = []
     for pool, source, duplicate in zip(pools, sources, copies, strict=True):
-        usable = ~(duplicate | pool.excluded)
-        held = held_out(pool.conversations, validation_fraction)
-        ranks = scramble(pool.conversations ^ scramble(np.array([seed], dtype=np.uint64)))
-        train = np.flatnonzero(usable & ~held)
-        weighted = held & _share(pool.conversations, 0x7765696768746564, source.weight)
-        chosen_held = np.flatnonzero(usable & weighted & ~np.isin(pool.conversations, validated))
-        first_of_each = np.unique(pool.conversations[chosen_held], return_index=True)[1]
-        chosen_held = chosen_held[np.sort(first_of_each)]
+        usable = ~(duplicate | pool.excluded | pool.near)
+        held = np.flatnonzero(usable & pool.held)
+        weighted = held[_share(pool.conversations[held], 0x7765696768746564, source.weight)]
+        new = weighted[~np.isin(pool.conversations[weighted], validated)]
+        chosen_held = new[np.sort(np.unique(pool.conversations[new], return_index=True)[1])]
         validated = np.concatenate([validated, pool.conversations[chosen_held]])
-        chosen = train[choose(ranks[train], wanted(source.weight, len(train)))]
-        chosen = cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
-        data.append(chosen)
-        validation.append(chosen_held)
+        train = _narrow(np.flatnonzero(usable & ~pool.held))
+        chosen = _chosen(pool, train, source, seed)
+        data.append(_narrow(chosen))
+        validation.append(_narrow(chosen_held))
         report.append(
             SourceMix(
                 path=source.path,
@@ -177,6 +228,8 @@ def mix(
                 found=len(pool.lengths),
                 duplicates=int(duplicate.sum()),
                 contaminated=int((pool.excluded & ~duplicate).sum()),
+                near_duplicates=int((pool.near & ~(pool.excluded | duplicate)).sum()),
+                held_out=len(held),
                 validation=len(chosen_held),
                 available=len(train),
                 taken=len(chosen),
@@ -190,8 +243,26 @@ def mix(
     return mixed
 
 
-def _shuffled(parts: list[I64], seed: int) -> Selection:
-    source = np.repeat(np.arange(len(parts), dtype=np.uint16), [len(p) for p in parts])
-    index = np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(len(index))
-    return Selection(source[order], index[order])
+def _chosen(pool: Pool, train: NDArray[Any], source: Source, seed: int) -> NDArray[Any]:
+    """The documents of `train` that the source's weight and caps take, sorted."""
+    count = wanted(source.weight, len(train))
+    if not (source.max_documents or source.max_tokens) and len(train) and not count % len(train):
+        return np.repeat(train, count // len(train)) if count > len(train) else train[:count]
+    ranks = scramble(pool.conversations ^ scramble(np.array([seed], dtype=np.uint64)))
+    chosen = train[choose(ranks[train], count)]
+    return cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
+
+
+def _narrow(index: NDArray[Any]) -> NDArray[Any]:
+    """The numbers in four bytes each, where they fit."""
+    return index.astype(np.uint32) if not len(index) or int(index[-1]) < 1 << 32 else index
+
+
+def _shuffled(parts: list[NDArray[Any]], seed: int) -> Selection:
+    """The documents with random numbers."""
+    count = sum(map(len, parts))
+    order = np.arange(count, dtype=np.uint32 if count < 1 << 32 else np.int64)
+    np.random.Generator(np.random.PCG64(seed)).shuffle(order)
+    numbers = np.empty_like(order)
+    numbers[order] = np.arange(count, dtype=order.dtype)
+    return Selection(tuple(parts), numbers)

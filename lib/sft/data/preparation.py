@@ -8,16 +8,17 @@ named by the content of their chunk, so other weights, seeds and splits reuse th
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,9 +30,11 @@ from sft.common.machine import cores
 from sft.data import accounting, blocks, sources, workers
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
-from sft.data.materialise import Documents, materialise
-from sft.data.mix import Pool, Selection
+from sft.data.materialise import materialise
+from sft.data.mix import Pool, Selection, held_out
+from sft.data.placement import CachedSource, Placement
 from sft.data.shard import Shard, digest
+from sft.data.small_files import together
 from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.data.tokenize import Encoder
@@ -61,18 +64,56 @@ REJECT_EXAMPLES = 5
 GIVE_UP_ROWS = 1000
 
 
+class Repeat(NamedTuple):
+    """A document that repeats an evaluation text: its file and row (from 1), and the number of the text."""
+
+    file: str
+    row: int
+    text: int
+
+
 @dataclass(frozen=True)
 class SourceIndex:
     """The encoded documents of one source: their places in the token cache, and the rows that were read and rejected."""
 
-    chunk: NDArray[np.uint32]  # [documents] position in Preparation.jobs_of[source]
-    start: NDArray[np.int64]  # [documents] in the chunk's tokens
-    num_targets: NDArray[np.int64]  # [documents]
-    rows: NDArray[np.int64]  # [documents] number of the row in its file, from 1
-    repeats: NDArray[np.int32]  # [documents] number of the evaluation text that the document repeats, or -1
+    cached: CachedSource
+    """The files are those of Preparation.jobs_of[source]."""
     pool: Pool
+    repeats: list[Repeat]
     rows_read: int
     rejects: list[RejectedRow]
+
+
+class RowNames:
+    """Names the rows of a source by file and number, job after job: `rejects`, and which files have a usable row."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.rejects: list[RejectedRow] = []
+        self.usable: dict[str, bool] = {}
+        self.base = self.after = 0  # lines of the file before the job, and after it
+        self.ends: list[int] = []
+        self.files: list[str] = []
+
+    def add(self, job: ChunkJob, summary: Summary, rows: NDArray[np.uint32]) -> None:
+        """Goes on to a job, whose documents have these rows. Moves its rejects out of the summary."""
+        self.base = self.after if job.chunks[0].index else 0
+        self.files = [chunk.file.name for chunk in job.chunks]
+        self.ends = np.cumsum(summary.chunk_lines).tolist()
+        documents = np.diff(np.searchsorted(rows, [0, *self.ends]))
+        for name, count in zip(self.files, documents.tolist(), strict=True):
+            self.usable[name] = self.usable.get(name, False) or count > 0
+        self.rejects += [
+            RejectedRow(self.source, *self.name(r.row), r.reason, r.detail, r.example) for r in summary.rejects
+        ]
+        summary.rejects = []
+        self.after = self.base + summary.lines
+
+    def name(self, row: int) -> tuple[str, int]:
+        """(file, row in it from 1) of a row of the job."""
+        chunk = bisect.bisect_right(self.ends, row)
+        before = self.ends[chunk - 1] if chunk else -self.base  # only a job's first chunk may begin inside a file
+        return self.files[chunk], row - before + 1
 
 
 @dataclass
@@ -86,7 +127,7 @@ class SourceTotals:
     def add(self, job: ChunkJob, summary: Summary) -> None:
         self.rows += summary.rows
         self.rejected += summary.rows - summary.documents
-        self.bytes += job.chunk.bytes
+        self.bytes += job.bytes
 
 
 class Preparation:
@@ -132,12 +173,10 @@ class Preparation:
         options = {
             f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS
         }
-        jobs = []
-        for file in files:
-            chunks = sources.cut(file)
-            key = digest([file.sha256, file.kind, options, [(c.start, c.stop) for c in chunks]])
-            jobs += [ChunkJob(0, number, chunk, f"{key}-{chunk.index:06d}.tok") for chunk in chunks]
-        return jobs
+        return [
+            ChunkJob(0, number, chunks, f"{digest([_content(chunks), options])}-{chunks[0].index:06d}.tok")
+            for chunks in together(files)
+        ]
 
     @property
     def mine(self) -> list[ChunkJob]:
@@ -146,7 +185,7 @@ class Preparation:
 
     def workers(self, jobs: Sequence[ChunkJob]) -> int:
         """The number of worker processes for these jobs."""
-        work = sum(job.chunk.bytes for job in jobs)
+        work = sum(job.bytes for job in jobs)
         return max(1, min(self.threads, len(jobs), work // BYTES_PER_WORKER))
 
     @property
@@ -160,12 +199,12 @@ class Preparation:
         missing = self._missing()
         if not missing:
             return
-        todo, count = sum(j.chunk.bytes for j in missing), self.workers(missing)
+        todo, count = sum(j.bytes for j in missing), self.workers(missing)
         engine = self.encoder.engine
         if engine.fast is None and self.table.encoder != "tokenizers":
             self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.fallback_reason}")
         self.log(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
-        kinds = {job.chunk.file.kind for job in missing}
+        kinds = {job.chunks[0].file.kind for job in missing}
         compiling = time.monotonic()
         self.encoder.compile(kinds)
         if (took := time.monotonic() - compiling) > COMPILING_S:
@@ -177,7 +216,7 @@ class Preparation:
         for job, (summary, done) in workers.work(EncodeChunk, (self.encoder, self.cache, kinds), missing, count):
             began[done.worker] = min(done.began, began.get(done.worker, done.began))
             progress.began = sum(began.values()) / len(began)  # the time until workers run is not encoding
-            progress.add(job.chunk.bytes, summary.tokens)
+            progress.add(job.bytes, summary.tokens)
             self.cpu_seconds["encode"] += done.cpu
             totals[job.source].add(job, summary)
             accounting.refuse_unread(self.table.sources[job.source], accounting.total([summary]), summary.rows)
@@ -196,7 +235,7 @@ class Preparation:
             self.log(f"{self.cache / name}: damaged in the token cache; encoding it again")
         missing = [job for job in mine if summaries[job.name] is None or job.name in damaged]
         if len(missing) < len(mine):
-            present = sum(j.chunk.bytes for j in mine) - sum(j.chunk.bytes for j in missing)
+            present = sum(j.bytes for j in mine) - sum(j.bytes for j in missing)
             self.log(
                 f"token cache: {len(mine) - len(missing)} of {len(mine)} chunks are there ({present / 1e6:,.1f} MB)"
             )
@@ -204,12 +243,12 @@ class Preparation:
 
     def _check_hopeless(self, job: ChunkJob, summary: Summary, totals: SourceTotals) -> None:
         """Stops early when a source must exceed its share of rejects: a wrong column name must not cost hours."""
-        all_bytes = sum(j.chunk.bytes for j in self.jobs_of[job.source])
+        all_bytes = sum(j.bytes for j in self.jobs_of[job.source])
         limit = self.table.max_reject_fraction * totals.rows * all_bytes / max(1, totals.bytes)
         if totals.rejected >= GIVE_UP_ROWS and totals.rejected > 2 * limit and summary.rejects:
             first = summary.rejects[0]
             raise SftError(
-                f"{job.chunk.file.name}: {totals.rejected} of the first {totals.rows} rows are unusable, more than"
+                f"{job.chunks[0].file.name}: {totals.rejected} of the first {totals.rows} rows are unusable, more than"
                 f" max_reject_fraction = {self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n"
                 f"    {first.example[:200]}\nnext: correct the source or its columns"
             )
@@ -248,9 +287,9 @@ class Preparation:
         cache.mkdir(parents=True, exist_ok=True)
         missing = [job for job in self.mine if not (cache / f"{job.name}.json").is_file()]
         readers = [self.encoder.reader(source) for source in self.table.sources]
-        progress = Progress(self.log, "decontaminating", sum(j.chunk.bytes for j in missing))
+        progress = Progress(self.log, "decontaminating", sum(j.bytes for j in missing))
         for job, _ in workers.work(ScreenChunk, (screen, cache, readers), missing, self.workers(missing)):
-            progress.add(job.chunk.bytes)
+            progress.add(job.bytes)
         return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
 
     def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> list[SourceIndex]:
@@ -259,59 +298,44 @@ class Preparation:
 
     def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> SourceIndex:
         jobs = self.jobs_of[number]
-        parts, chunk, starts, rows, repeats, rejects = [], [], [], [], [], []
-        usable: dict[str, bool] = {}  # whether a file has a usable row
-        rows_read = 0
-        base = 0  # lines of the file before this chunk
-        for position, job in enumerate(jobs):
-            if job.chunk.index == 0:
-                base = 0
-            summary = read_summary(self.cache / job.name)
-            if summary is None:
-                raise SftError(f"{self.cache / job.name}: missing in the token cache; next: run it again")
-            self.summaries[job.name] = summary
+        summaries = [self._summary(job) for job in jobs]
+        first = np.cumsum([0, *(summary.documents for summary in summaries)])
+        pool = Pool.empty(int(first[-1]), self.table.deduplicate)
+        rows = RowNames(self.table.sources[number].path)
+        repeats: list[Repeat] = []
+        for job, summary, begin, end in zip(jobs, summaries, first[:-1].tolist(), first[1:].tolist(), strict=True):
             index = read_index(self.cache / job.name, summary)
-            lengths = index["length"].astype(np.int64)
-            parts.append(index)
-            chunk.append(np.full(len(index), position, dtype=np.uint32))
-            starts.append(np.cumsum(lengths) - lengths)
-            rows.append(index["row"].astype(np.int64) + base + 1)
+            pool.lengths[begin:end], pool.conversations[begin:end] = index["length"], index["conversation"]
+            pool.held[begin:end] = held_out(index["group"], self.table.validation_fraction)
+            if self.table.deduplicate:
+                pool.digests[begin:end] = index["digest"]
+            rows.add(job, summary, index["row"])
             text_of = dict(hits.get(job.name, ()))
-            repeats.append(np.full(len(index), -1, dtype=np.int32))
-            for i in np.flatnonzero(np.isin(index["row"], list(text_of))) if text_of else ():
-                repeats[-1][i] = text_of[int(index["row"][i])]
-            name = job.chunk.file.name
-            rejects += [
-                RejectedRow(self.table.sources[number].path, name, r.row + base + 1, r.reason, r.detail, r.example)
-                for r in summary.rejects
-            ]
-            rows_read += summary.rows
-            base += summary.lines
-            usable[name] = usable.get(name, False) or summary.documents > 0
-        counts = accounting.total(self.summaries[job.name] for job in jobs)
+            for i in np.flatnonzero(np.isin(index["row"], list(text_of))).tolist() if text_of else ():
+                pool.excluded[begin + i] = True
+                repeats.append(Repeat(*rows.name(int(index["row"][i])), text_of[int(index["row"][i])]))
+        rows_read = sum(summary.rows for summary in summaries)
+        counts = accounting.total(summaries)
         accounting.refuse_unread(self.table.sources[number], counts, rows_read)
         for line in accounting.report(self.table.sources[number], counts):
             self.log(line)
-        self._check_rejects(number, rows_read, rejects, usable)
-        index = np.concatenate(parts)
-        texts = np.concatenate(repeats)
-        return SourceIndex(
-            chunk=np.concatenate(chunk), start=np.concatenate(starts), num_targets=index["labels"].astype(np.int64),
-            rows=np.concatenate(rows), repeats=texts, rows_read=rows_read, rejects=rejects,
-            pool=Pool(
-                index["length"].astype(np.int64), np.ascontiguousarray(index["digest"]),
-                np.ascontiguousarray(index["conversation"]), texts >= 0,
-            ),
-        )  # fmt: skip
+        self._check_rejects(number, rows_read, rows)
+        return SourceIndex(CachedSource(first, pool.lengths), pool, repeats, rows_read, rows.rejects)
 
-    def _check_rejects(
-        self, number: int, rows_read: int, rejects: Sequence[RejectedRow], usable: Mapping[str, bool]
-    ) -> None:
-        path = self.table.sources[number].path
+    def _summary(self, job: ChunkJob) -> Summary:
+        """The footer of a job's file. Raises SftError for a missing one."""
+        summary = read_summary(self.cache / job.name)
+        if summary is None:
+            raise SftError(f"{self.cache / job.name}: missing in the token cache; next: run it again")
+        self.summaries[job.name] = summary
+        return summary
+
+    def _check_rejects(self, number: int, rows_read: int, rows: RowNames) -> None:
+        path, rejects = self.table.sources[number].path, rows.rejects
         if not rows_read:
             raise SftError(f"{path}: holds no row; next: correct the path")
-        for file in self.inputs[number].files:
-            if not usable.get(file.name) and len(rejects) < rows_read:
+        for file in self.inputs[number].files if len(rejects) < rows_read else ():
+            if not rows.usable.get(file.name):
                 why = next((f"; row {r.row}: {r.reason}: {r.detail}" for r in rejects if r.file == file.name), "")
                 raise SftError(
                     f"{file.name}: holds no usable row{why}; next: correct or remove the file, or name it in the source's"
@@ -337,20 +361,12 @@ class Preparation:
         """Writes the chosen documents into stage.out/name, numbered in their order."""
         folder = self.stage.out / name
         shutil.rmtree(folder, ignore_errors=True)  # an interrupted run may have left one
-        offsets = np.cumsum([0, *(len(jobs) for jobs in self.jobs_of)])
-        jobs = [job for jobs in self.jobs_of for job in jobs]
-        chunk, start, length = (np.empty(len(chosen), dtype=np.int64) for _ in range(3))
-        for number, source in enumerate(found):
-            here = chosen.source == number
-            index = chosen.index[here]
-            chunk[here] = source.chunk[index] + offsets[number]
-            start[here], length[here] = source.start[index], source.pool.lengths[index]
+        placement = Placement(chosen, [source.cached for source in found])
         check = TokenCheck(f"[prepare] {name}", self.encoder.identity)
-        progress = Progress(self.log, f"writing {name}", int(length.sum()))
-        files = [self.cache / job.name for job in jobs]
-        documents = Documents(chunk, start, length, chosen.source)
+        progress = Progress(self.log, f"writing {name}", placement.tokens)
+        files = [self.cache / job.name for jobs in self.jobs_of for job in jobs]
         written, hashes = materialise(
-            folder, self.encoder.identity.vocab_size, files, documents, check, progress, self.threads
+            folder, self.encoder.identity.vocab_size, files, placement, check, progress, self.threads
         )
         self.hashes |= {f"{name}/{file}": sha256 for file, sha256 in hashes.items()}
         self.checks[name] = check.finish()
@@ -410,6 +426,11 @@ class Preparation:
                     if file.stat().st_mtime < an_hour_ago:
                         file.unlink()
             yield
+
+
+def _content(chunks: Sequence[sources.Chunk]) -> list[tuple[str, str, int, int]]:
+    """What the rows of a job depend on."""
+    return [(c.file.sha256, c.file.kind, c.start, c.stop) for c in chunks]
 
 
 def resolve_tokenizer(path: str, stage: Stage) -> Path:

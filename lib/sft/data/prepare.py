@@ -70,7 +70,6 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             table.sources,
             table.seed,
             deduplicate=table.deduplicate,
-            validation_fraction=table.validation_fraction,
         )
     _log_mix(work, mixed)
     shutil.rmtree(out / "validation", ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 from sft.chat.rows import BadRow, Conversation
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import JinjaTemplate, Template
-from sft.data.batch import Fault, RenderedBatch, conversation_hash
+from sft.data.batch import Fault, RenderedBatch, conversation_hashes
 from sft.data.normalization import Normalizer
 from sft.recipe.schema import Prepare
 
@@ -41,7 +41,7 @@ class Renderer:
 
     def render(self, rows: Sequence[Any], read: Read) -> RenderedBatch:
         """The rows' documents, without the byte layout (`RenderedBatch.lay_out`)."""
-        batch = RenderedBatch(rows, hashes=[0] * len(rows), normalizer=self.normalizer)
+        batch = RenderedBatch(rows, hashes=[0] * len(rows), groups=[0] * len(rows), normalizer=self.normalizer)
         before = self.template.answers_without_prefix
         render, system, escapes_first = self.template.render, self.system, self.escapes_first
         for index, row in enumerate(rows):
@@ -49,7 +49,7 @@ class Renderer:
                 conversation = read(row)
                 if conversation.variables and not self.takes_variables:
                     raise BadRow("chat_template_kwargs", f"template {self.template.name} takes no variables of rows")
-                batch.hashes[index] = conversation_hash(conversation.messages, system)
+                batch.hashes[index], batch.groups[index] = conversation_hashes(conversation.messages, system)
                 if escapes_first and self.specials.are_in(conversation):
                     runs, num_specials = self.render_escaped(batch, conversation, len(batch.runs))
                 else:

@@ -1,4 +1,4 @@
-"""The token cache: one file for each chunk of a source, written once and shared between runs.
+"""The token cache: one file for each job (a chunk, or several small files), written once and shared between runs.
 
     tokens <u4[tokens] | INDEX[documents] | JSON footer | footer's length <u8 | MAGIC
 
@@ -28,9 +28,16 @@ from numpy.typing import NDArray
 from sft.common.errors import SftError
 from sft.data.batch import Reject
 
-MAGIC = b"sft-tok4"
+MAGIC = b"sft-tok5"
 INDEX = np.dtype(
-    [("length", "<u4"), ("labels", "<u4"), ("row", "<u4"), ("digest", "<u8", (2,)), ("conversation", "<u8")]
+    [
+        ("length", "<u4"),
+        ("labels", "<u4"),
+        ("row", "<u4"),
+        ("digest", "<u8", (2,)),
+        ("conversation", "<u8"),
+        ("group", "<u8"),
+    ]
 )
 TEMPORARY = ".tmp-"
 NEEDED_S = 6 * 3600.0  # a running stage may still need files that it used this long ago
@@ -38,16 +45,18 @@ NEEDED_S = 6 * 3600.0  # a running stage may still need files that it used this 
 
 @dataclass
 class Summary:
-    """The footer of a chunk's file."""
+    """The footer of a job's file."""
 
     documents: int = 0
     tokens: int = 0
     labels: int = 0
     rows: int = 0
     lines: int = 0
-    """Rows and blank lines of the chunk: the numbers of later rows count them all."""
+    """Rows and blank lines of the job: the numbers of later rows count them all."""
+    chunk_lines: list[int] = field(default_factory=list)
+    """The same for each of its chunks."""
     rejects: list[Reject] = field(default_factory=list)
-    """`row` counts from 0 inside the chunk."""
+    """`row` counts from 0 inside the job."""
     notes: dict[str, int] = field(default_factory=dict)
     """The encoder's counts, e.g. of documents compared with another tokenizer."""
     fields: dict[str, int] = field(default_factory=dict)
@@ -79,16 +88,17 @@ class ChunkWriter:
         labels: NDArray[np.int64],
         rows: NDArray[np.int64],
         conversations: NDArray[np.uint64],
+        groups: NDArray[np.uint64],
     ) -> None:
         """Appends documents. `tokens` holds one after another; `labels` counts their trained tokens; `rows` are their row
-        numbers inside the chunk; `conversations` are hashes of roles and contents."""
+        numbers inside the job; `conversations` are hashes of roles and contents; `groups` say which stay together."""
         if not len(lengths):
             return
         ends = np.cumsum(lengths)
         assert int(ends[-1]) == len(tokens), (int(ends[-1]), len(tokens))
         index = np.zeros(len(lengths), dtype=INDEX)
         index["length"], index["row"], index["conversation"] = lengths, rows, conversations
-        index["labels"] = labels
+        index["labels"], index["group"] = labels, groups
         raw = tokens.data.cast("B")
         index["digest"] = _digests(raw, ends)
         self._index.append(index)

@@ -67,7 +67,9 @@ class Encoded:
     num_targets: Offsets
     """[documents] Trained tokens."""
     conversations: npt.NDArray[np.uint64]
-    """[documents] `conversation_hash` of each."""
+    """[documents] The hash of each conversation, see `conversation_hashes`."""
+    groups: npt.NDArray[np.uint64]
+    """[documents] The hash of its group."""
     rejects: list[Reject]
     engine: str
     proof: dict[str, int] = field(default_factory=dict)
@@ -231,6 +233,7 @@ class Encoder:
             documents,
             alignment.num_targets,
             np.array(batch.hashes, dtype=np.uint64)[documents],
+            np.array(batch.groups, dtype=np.uint64)[documents],
             sorted(batch.rejects, key=lambda reject: reject.row),
             encoded.engine,
             proof,
@@ -271,17 +274,25 @@ class Encoder:
             good &= alignment.num_specials == text.num_specials
         if self.template.boundaries == "eos":
             good &= alignment.ends_in_only_eos
-        rows, hashes, answers, empty = text.rows, text.hashes, text.answers_without_prefix, text.empty_answers
+        rows, hashes, groups = text.rows, text.hashes, text.groups
+        answers, empty = text.answers_without_prefix, text.empty_answers
         if not good.all():
             odd = sorted([*odd, *rows[~good].tolist()])
-            alignment, rows, hashes, answers, empty = (
-                alignment.only(good), rows[good], hashes[good], answers[good], empty[good]
-            )  # fmt: skip
+            alignment, rows, hashes, groups = alignment.only(good), rows[good], hashes[good], groups[good]
+            answers, empty = answers[good], empty[good]
         plain.count(rows)
         proof = self._proof(alignment, len(rows), 0, checked, int(answers.sum()))
         proof |= {"redone_batches": 0, "empty_answers": int(empty.sum())}
         encoded = Encoded(
-            alignment.tokens, alignment.lengths, rows, alignment.num_targets, hashes, [], self.engine.name, proof
+            alignment.tokens,
+            alignment.lengths,
+            rows,
+            alignment.num_targets,
+            hashes,
+            groups,
+            [],
+            self.engine.name,
+            proof,
         )
         return encoded, odd
 
@@ -312,4 +323,4 @@ class Encoder:
 
 def _columns_key(source: Source) -> str:
     """Sources with the same columns share a reader."""
-    return repr((sorted(source.columns.items()), source.ignore))
+    return repr((sorted(source.columns.items()), source.ignore, source.validation_group))

@@ -1,6 +1,6 @@
 """dataset.json: what prepare made, from which files, and with which tokenizer and template. Standard library only.
 
-    {"format": 1, "dtype": "uint32",
+    {"format": 2, "dtype": "uint32",
      "vocab_size": 100278, "eos_id": 100257, "pad_id": 100277, "terminator_ids": [100265, 100257],
      "boundaries": "eos", "eos_appended": true,
      "tokenizer": {"sha256": "…", "canaries": {"text": [ids]}}, "template": {"name": "olmo", "sha256": "…"},
@@ -84,13 +84,19 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class SourceMix:
-    """What the mix took from one source. All but `weight` count documents."""
+    """What the mix took from one source. All but `weight` count documents.
+
+    `found` is the sum of `duplicates`, `contaminated`, `near_duplicates`, `held_out` and `available`. `validation` are in the
+    validation split; `taken` are in the training split, each copy counted.
+    """
 
     path: str
     weight: int | float
     found: int
     duplicates: int
     contaminated: int
+    near_duplicates: int
+    held_out: int
     validation: int
     available: int
     taken: int
@@ -98,7 +104,7 @@ class SourceMix:
 
 @dataclass(frozen=True)
 class SourceSummary(SourceMix):
-    """One source of a dataset. `rows` and `rejected` count input rows, `documents` and `tokens` what was taken, and `labels`
+    """One source of a dataset. `rows` (`found` and `rejected`) and `rejected` count input rows, `documents` and `tokens` what was taken, and `labels`
     its trained tokens. `files` were read; the others of the dataset are named too."""
 
     rows: int
@@ -156,6 +162,7 @@ class Decontamination:
 class DatasetInfo(Record):
     """dataset.json. `dtype` is the NumPy name of the token files' integers."""
 
+    VERSION: ClassVar[int] = 2
     NEXT: ClassVar[str] = "make prepare again"
     dtype: str
     facts: TokenizerFacts

@@ -101,6 +101,10 @@ class Source:
     ignore: tuple[str, ...] = opt(
         (), 'columns and message fields that are not read, e.g. ["rationale", "messages.annotation"]'
     )
+    validation_group: str = opt(
+        "",
+        "column whose value keeps rows on one side of the validation split; empty = rows that begin with the same user message",
+    )
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,10 @@ class Prepare:
     )
     seed: int = opt(42, "seed of the sampling and order of documents", min=0)
     validation_fraction: float = opt(
-        0.0, "fraction of conversations held out for validation, chosen by the hash of their content", min=0, max=0.5
+        0.0,
+        "fraction of conversations held out for validation, chosen by the hash of their group: see validation_group",
+        min=0,
+        max=0.5,
     )
     deduplicate: bool = opt(False, "keep one of several conversations with the same tokens, over all sources")
     decontaminate: tuple[str, ...] = opt(

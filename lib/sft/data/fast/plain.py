@@ -24,7 +24,7 @@ from sft.data.fast.columns import read_columns
 from sft.data.fast.json_rows import SHORTEST_MESSAGE, FieldNames, read_rows
 from sft.data.fast.json_text import Buffer
 from sft.data.fast.messages import QUIET_FIELDS, ROLE_NAMES, TEXT_FIELDS, Messages, RowNames
-from sft.data.fast.turns import Documents, TurnLayout, Written, write_documents
+from sft.data.fast.turns import Documents, TurnLayout, Written, find_groups, write_documents
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class PlainDocuments:
     num_specials: NDArray[np.int64]
     """[documents] Special tokens that the template wrote."""
     hashes: NDArray[np.uint64]
-    """[documents] `conversation_hash` of each."""
+    """[documents] The hash of each conversation, see `sft.data.batch.conversation_hashes`."""
+    groups: NDArray[np.uint64]
+    """[documents] The hash of its group."""
     answers_without_prefix: NDArray[np.int64]
     """[documents] Trained answers that do not begin with the generation prefix."""
     empty_answers: NDArray[np.int64]
@@ -72,6 +74,7 @@ class PlainDocuments:
             np.cumsum(lengths),
             self.num_specials[keep],
             self.hashes[keep],
+            self.groups[keep],
             self.answers_without_prefix[keep],
             self.empty_answers[keep],
         )
@@ -146,8 +149,8 @@ class PlainRows:
         out = self._reserve(size, int(messages.first[-1]), len(messages.is_plain))
         written: Written = write_documents(self.layout, self.field_names.roles, messages, out)
         documents, odd, runs, size = written
-        ends = out.hashed_ends[:documents].tolist()
-        hashed = map(self.hashed.data.__getitem__, map(slice, [0, *ends[:-1]], ends))
+        ends = out.hashed_ends[:documents]
+        spans = find_groups(self.hashed, ends, np.empty((2, documents), dtype=np.int64))
         made = PlainDocuments(
             self.out[:size].tobytes(),
             self.out[: size + WORD],
@@ -155,7 +158,8 @@ class PlainRows:
             out.first_run[: documents + 1],
             out.run_ends[:runs],
             out.num_specials[:documents],
-            np.fromiter(map(xxhash.xxh3_64_intdigest, hashed), dtype=np.uint64, count=documents),
+            hashes(self.hashed, np.concatenate([[0], ends[:-1]]), ends),
+            hashes(self.hashed, *spans),
             out.answers_without_prefix[:documents],
             out.empty_answers[:documents],
         )
@@ -197,6 +201,12 @@ class PlainRows:
         )  # fmt: skip
 
 
+def hashes(data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """The hash of each text in data."""
+    texts = map(data.data.__getitem__, map(slice, starts.tolist(), ends.tolist()))
+    return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(ends))
+
+
 def room(array: NDArray[Any], size: int) -> NDArray[Any]:
     """The array, or a longer one of its kind without its content."""
     return array if len(array) >= size else np.empty((size, *array.shape[1:]), dtype=array.dtype)
@@ -210,6 +220,7 @@ NO_DOCUMENTS = PlainDocuments(
     np.zeros(1, dtype=np.int64),
     NOTHING,
     NOTHING,
+    NOTHING.astype(np.uint64),
     NOTHING.astype(np.uint64),
     NOTHING,
     NOTHING,

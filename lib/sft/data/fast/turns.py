@@ -1,7 +1,7 @@
 """Writes messages as a named template does, in compiled code: `write_documents`.
 
 In: `Messages`, and the template's texts (`TurnLayout`). Out: the text of the documents with the ends of their runs, and the bytes that
-`conversation_hash` covers (`Documents`). Texts are copied eight bytes at a time; what is copied beyond the end of one is overwritten
+`sft.data.batch.conversation_hashes` covers (`Documents`). Texts are copied eight bytes at a time; what is copied beyond the end of one is overwritten
 by the next.
 """
 
@@ -103,7 +103,7 @@ class Documents(NamedTuple):
     text: NDArray[np.uint64]
     """The text of all documents, as `words_of` returns it."""
     hashed: NDArray[np.uint64]
-    """What `conversation_hash` covers: roles and contents, with a zero byte between them, as `words_of` returns it."""
+    """What `sft.data.batch.conversation_hashes` covers: roles and contents, with a zero byte between them, as `words_of` returns it."""
     hashed_ends: NDArray[np.int64]
     """[rows] Where each document ends in `hashed`."""
     rows: NDArray[np.int64]
@@ -264,7 +264,7 @@ def write_document(
 
 @inlined
 def write_hashed(messages: Any, first: int, end: int, roles: Any, hashed: Any, to: int) -> int:
-    """Writes what `conversation_hash` covers. `roles` are the names of the roles. Returns where it ends."""
+    """Writes what `sft.data.batch.conversation_hashes` covers. `roles` are the names of the roles. Returns where it ends."""
     zero = np.uint64(0)
     for message in range(first, end):
         if message > first:
@@ -304,3 +304,31 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
         documents += 1
     out.first_run[documents] = runs
     return Written(documents, odd, runs, size)
+
+
+@compiled
+def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
+    """Fills and returns the starts and ends [2, documents] of `sft.data.batch.group_span` of each document in `hashed`."""
+    begin = 0
+    for document in range(len(ends)):
+        end = ends[document]
+        start, at_role = NONE, True
+        for at in range(begin, end):
+            if at_role and at + 5 <= end and is_user(hashed, at):
+                start = at + 5
+                break
+            at_role = hashed[U(at)] == 0
+        stop = start
+        while start != NONE and stop < end and hashed[U(stop)] != 0:
+            stop += 1
+        spans[0, document], spans[1, document] = (start, stop) if start < stop else (begin, end)
+        begin = end
+    return spans
+
+
+@inlined
+def is_user(text: Any, at: int) -> bool:
+    """Whether "user" and a zero byte stand there."""
+    first = text[U(at)] == 117 and text[U(at + 1)] == 115
+    last = text[U(at + 2)] == 101 and text[U(at + 3)] == 114 and text[U(at + 4)] == 0
+    return bool(first and last)

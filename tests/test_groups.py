@@ -1,0 +1,109 @@
+"""The validation split by group: rows that belong together are on one side, whatever reads them and wherever they are."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preparing import stage, write_rows
+from sft.data import prepare
+from sft.data.batch import conversation_hashes, group_span
+from sft.data.dataset import Dataset
+from sft.data.fast.turns import find_groups
+from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.schema import Source
+
+
+def turns(*texts: str, system: str = "") -> list[dict[str, str]]:
+    said = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *said] if system else said
+
+
+def chains(count: int = 60) -> list[dict[str, Any]]:
+    """Conversations exported as rows of 1, 2 and 3 turns; every second one with a system message."""
+    return [
+        {"messages": turns(*(f"c{c} {w}{t}" for t in range(length) for w in "qa"), system="Be brief." * (c % 2)), "thread": f"t{c % 7}"}
+        for c in range(count) for length in (1, 2, 3)
+    ]  # fmt: skip
+
+
+def sides(out: Any, key: str) -> tuple[set[str], set[str]]:
+    """The words that begin with `key` in the training and in the validation split."""
+    from sft.data.vocabulary import Vocabulary
+
+    vocabulary = Vocabulary(out / "data" / "tokenizer")
+    found = []
+    for split in ("data", "validation"):
+        texts = " ".join(vocabulary.decode(ids).decode() for ids, _ in Dataset.open(out / split))
+        found.append({word for word in texts.replace("<", " ").split() if word.startswith(key) and word[1:].isdigit()})
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("layout", ["plain", "prompt", "jinja"])
+def test_rows_that_begin_with_the_same_user_message_stay_on_one_side(tmp_path, layout):
+    rows = [{"messages": r["messages"]} for r in chains()]
+    if layout == "prompt":
+        rows = [{"prompt": r["messages"][:-1], "completion": r["messages"][-1:]} for r in rows]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "own.jinja").write_text(TEMPLATES["tulu"].jinja)
+    s = stage(tmp_path, validation_fraction=0.3, **({"template": "own.jinja"} if layout == "jinja" else {}))
+    prepare.prepare(s)
+    trained, held = sides(s.out, "c")
+    assert not trained & held and len(trained) + len(held) == 60 and 5 < len(held) < 35
+    names = [f"c{c}" for c in range(60)]
+    assert held == {n for n in names if n in held_out_names(names)}
+
+
+def held_out_names(names: list[str]) -> set[str]:
+    from sft.data.mix import held_out
+
+    hashes = np.array([conversation_hashes(turns(f"{n} q0", "x"))[1] for n in names], dtype=np.uint64)
+    return {n for n, held in zip(names, held_out(hashes, 0.3), strict=True) if held}
+
+
+def test_a_column_that_the_recipe_names_is_the_group_over_all_sources(tmp_path):
+    for name, part in (("a", chains()[::2]), ("b", chains()[1::2])):
+        write_rows(
+            tmp_path / f"{name}.jsonl",
+            [{**r, "messages": turns(f"{r['thread']} {i}", "x")} for i, r in enumerate(part)],
+        )
+    rows = (tmp_path / "a.jsonl").read_text() + json.dumps({"messages": turns("no thread", "x")}) + "\n"
+    (tmp_path / "a.jsonl").write_text(rows)
+    both = tuple(Source(path=f"{name}.jsonl", validation_group="thread") for name in "ab")
+    s = stage(tmp_path, validation_fraction=0.3, sources=both)
+    prepare.prepare(s)
+    trained, held = sides(s.out, "t")
+    assert not trained & held and len(trained) + len(held) == 7 and held
+    assert [json.loads(line)["reason"] for line in (s.out / "rejects.jsonl").read_text().splitlines()] == ["no_group"]
+
+
+def test_the_group_is_the_first_user_message_and_not_the_system_message():
+    def group(messages: list[dict[str, str]], system: str = "") -> int:
+        return conversation_hashes(messages, system)[1]
+
+    one = group(turns("q", "a"))
+    assert one == group(turns("q", "b", "q2", "c", system="S")) == group(turns("q", "a", system="S"), "S")
+    assert one != group(turns("q2", "a")) and one != group([{"role": "assistant", "content": "q"}])
+    assert group(turns("", "a")) != group(turns("", "b"))
+
+
+ROLE_TEXTS = st.lists(
+    st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.sampled_from(["", "user", "x\0user\0y", "user\0", "ä"])),
+    min_size=1, max_size=4,
+)  # fmt: skip
+
+
+@pytest.mark.compile
+@given(st.lists(ROLE_TEXTS, min_size=1, max_size=4))
+def test_compiled_code_finds_the_same_groups(documents):
+    texts = ["\0".join(part for turn in document for part in turn).encode() for document in documents]
+    ends = np.cumsum([len(text) for text in texts])
+    hashed = np.frombuffer(bytearray(b"".join(texts)), dtype=np.uint8)
+    spans = find_groups(hashed, ends, np.empty((2, len(texts)), dtype=np.int64))
+    found = [bytes(hashed[a:b]) for a, b in spans.T]
+    assert found == [text[slice(*group_span(text))] for text in texts]
