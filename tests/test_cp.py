@@ -93,7 +93,7 @@ def test_check_says_what_differs_and_copies_nothing(server: Server, folder: Path
 
 def test_no_clobber_leaves_other_bytes_alone_and_says_so(server: Server, folder: Path) -> None:
     server.store("there/z", b"theirs", "", None)
-    assert "there/z exists with other bytes and was left alone" in cp(
+    assert "there/z exists with other bytes and was kept" in cp(
         server, folder, "gs://bucket/there", "--no-clobber", ok=False
     )
     assert server.objects["there/z"].data == b"theirs"

@@ -267,13 +267,10 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
 
 def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(workspace, slurm):
     shutil.copy(REPO / "stages/watch.py", workspace.root / "stages/watch.py")
-    watch = "from sft.evaluation import watch\nwatch.PAUSE = 0.2\n"  # the real one, only less patient
     file = workspace.root / "stages/watch.py"
-    file.write_text(
-        file.read_text()
-        .replace("from sft.evaluation import watch\n", watch)
-        .replace('".jobs", beside)', '".jobs", beside, 0.5)')
-    )
+    line = "from sft.evaluation import watch\n"
+    impatient = f"from sft.launch import watched\n{line}watch.PAUSE, watched.EVERY_S = 0.2, 0.5\n"  # otherwise the real one
+    file.write_text(file.read_text().replace(line, impatient))
     workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
     workspace.make("sync", "RECIPE=x")
     program(workspace, "train", "while not Path('go').exists(): time.sleep(0.05)\nsys.exit(4)")

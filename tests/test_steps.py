@@ -107,13 +107,13 @@ def test_the_description_needs_no_token_files(tmp_path: Path, index: PackIndex):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"global_batch_tokens": 100}, r"global_batch_tokens 100 is not a multiple of seq_len 64; use 64 or 128"),
-        ({"global_batch_tokens": 40}, r"not a multiple of seq_len 64; use 64$"),
+        ({"global_batch_tokens": 100}, r"global_batch_tokens 100 is not a multiple of seq_len 64; next: use 64 or 128"),
+        ({"global_batch_tokens": 40}, r"not a multiple of seq_len 64; next: use 64$"),
         (
             {"global_batch_tokens": 64 * 500},
             r"smaller than one batch: \d+ tokens of 90 documents fill \d+ packs of 64.*needs 500",
         ),
-        ({"epochs": 0.05}, r"zero steps: epochs 0.05 of \d+ packs are \d packs, one batch is 5; raise epochs"),
+        ({"epochs": 0.05}, r"zero steps: epochs 0.05 of \d+ packs are \d packs, one batch is 5; next: raise epochs"),
         ({"seq_len": 32, "global_batch_tokens": 320}, r"seq_len 32: the packs are of 64"),
     ],
 )
@@ -166,7 +166,7 @@ def test_accumulation_is_derived_and_a_remainder_refused_with_what_would_do():
     assert accumulation(64, 16384, 8, 32768) == (4, 2)
     with pytest.raises(
         SftError,
-        match=r"1048576 is not a multiple of 7 ranks x microbatch_tokens 16384 = 114688; use 1032192 or 1146880",
+        match=r"1048576 is not a multiple of 7 ranks x microbatch_tokens 16384 = 114688; next: use 1032192 or 1146880",
     ):
         accumulation(64, 16384, 7)
     with pytest.raises(SftError, match=r"microbatch_tokens 20000 is not a multiple of seq_len 16384"):

@@ -106,7 +106,7 @@ def test_check_only_writes_nothing(source: LocalStorage, target: LocalStorage) -
 
 def test_without_clobber_a_different_file_is_left_alone(source: LocalStorage, target: LocalStorage) -> None:
     make(target.root, {"a": b"mine"})
-    with pytest.raises(SftError, match="left alone"):
+    with pytest.raises(SftError, match="was kept"):
         transfer(jobs(source), source, target, quiet, clobber=False)
     assert files(target.root) == {**FILES, "a": b"mine"}
 

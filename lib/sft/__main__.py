@@ -183,7 +183,9 @@ def command_new(args: argparse.Namespace) -> None:
         raise SftError("make new: FROM= and RECIPE= are needed; next: make new FROM=smoke RECIPE=my-exp lr=1e-4")
     source = recipe.find(RECIPES, args.copy_from, "recipe")
     if not recipe.NAME.fullmatch(args.recipe):
-        raise SftError(f"make new RECIPE={args.recipe!r}: a name is lower-case letters, digits, '.' and '-'")
+        raise SftError(
+            f"make new RECIPE={args.recipe!r}: a name is lower-case letters, digits, '.' and '-'; next: choose another"
+        )
     target = RECIPES / f"{args.recipe}.toml"
     if target.exists():
         raise SftError(f"{target}: exists already; next: choose another RECIPE= or edit it")
@@ -252,7 +254,7 @@ def command_doctor(args: argparse.Namespace) -> None:
         print(doctor.table([Row(OK, "recipe", r.file), *rows]))
         red += sum(row.state == RED for row in rows)
     if red:
-        raise SftError(f"{red} red line{'s' * (red > 1)}: nothing should be launched")
+        raise SftError(f"{red} red line{'s' * (red > 1)}; next: correct them before launching anything")
 
 
 def _has(module: str) -> bool:
@@ -267,7 +269,9 @@ def command_compare(args: argparse.Namespace) -> None:
     names = [("A", args.a), ("B", args.b), *(("C", name) for name in args.c.split())]
     folders = [runs.run_folder(args.place, name, variable) for variable, name in names]
     if len(set(folders)) < len(folders):
-        raise SftError(f"{', '.join(f'{v}={n}' for v, n in names)}: a run cannot be compared with itself")
+        raise SftError(
+            f"{', '.join(f'{v}={n}' for v, n in names)}: a run cannot be compared with itself; next: name another run"
+        )
     found = compare.compare(folders, anyway=args.anyway)
     print(compare.text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     print(f"\n{comparison.write(found, folders[0] / 'compare')}")

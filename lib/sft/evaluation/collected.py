@@ -196,7 +196,7 @@ def _absent(name: str, files: Sequence[Path]) -> list[str]:
     if len(files) >= count:
         return []
     gaps = [str(n) for n in range(count) if n not in numbers]
-    return [f"{name}: {len(files)} of its {count} tasks returned, without number {', '.join(gaps[:8])}"]
+    return [f"{name}: {len(files)} of its {count} tasks returned; missing are the numbers {', '.join(gaps[:8])}"]
 
 
 def _missing(name: str) -> str:

@@ -87,7 +87,7 @@ def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -
     """The folder of tasks, and the data files that the recipe names (hub files as they are written). Raises SftError."""
     for name in options.tasks:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
-            raise SftError(f"{file}: [evaluate] tasks: {name!r} is not a task name")
+            raise SftError(f"{file}: [evaluate] tasks: {name!r} is not a task name; next: correct it")
     data = {
         name: path if inputs.is_remote(path) else find(path, f"[evaluate] data.{name}")
         for name, path in options.data.items()

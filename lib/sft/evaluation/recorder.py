@@ -37,7 +37,7 @@ class Backend(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a reply ended, its tokens without the terminator, and whether it goes round in circles."""
+    """How a reply ended, its tokens without the terminator, and whether it repeats itself."""
 
     ended_by: str
     tokens: int

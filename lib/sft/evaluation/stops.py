@@ -43,6 +43,6 @@ def thinks(prompt: str, reply: str, think_end: str) -> bool:
 
 
 def repeats(tokens: Sequence[int]) -> bool:
-    """Whether a reply goes round in circles: it has 16 4-grams or more, and fewer than half of them are distinct."""
+    """Whether a reply repeats itself: it has at least 16 4-grams, and fewer than half of them are distinct."""
     grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
     return len(grams) >= 16 and len(set(grams)) < len(grams) / 2

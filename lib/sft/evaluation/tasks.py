@@ -90,7 +90,7 @@ class TaskDefinition:
             loaded = self.manager.load([self.name])["tasks"]
             if list(loaded) != [self.name]:
                 some = ", ".join(list(loaded)[:8])
-                raise SftError(f"[evaluate] tasks: {self.name!r} is a group; name its tasks: {some}")
+                raise SftError(f"[evaluate] tasks: {self.name!r} is a group; next: name its tasks: {some}")
             task = loaded[self.name]
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
@@ -127,7 +127,7 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinit
                 why = f"; {own}: {error}"
         known = ", ".join([t for t in manager.all_tasks if t[:4] == name[:4]][:8])
         raise SftError(
-            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval; similar names: {known or 'none'}{why}"
+            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval; similar names: {known or 'none'}{why}; next: correct the name, or add the task's file to [evaluate] task_dir"
         )
     files: dict[str, str] = {}
     if entry.yaml_path and not Path(entry.yaml_path).resolve().is_relative_to(SHIPPED):

@@ -41,7 +41,7 @@ from sft.runner.stage import Stage
 from sft.training.evaluations import DueStep, chosen
 
 PAUSE = 5.0
-"""Seconds between looks at the folder."""
+"""Seconds between two scans of the folder."""
 
 
 def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None:
@@ -58,15 +58,15 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
         shutil.rmtree(folder, ignore_errors=True)
     failed: dict[tuple[int, str], str] = {}  # name of the folder by step and digest
     while True:
-        last = ended()  # before the look at the folder: the next round finds a step that is saved in between
+        last = ended()  # asked first, so that the next round finds a step that is saved after this
         waiting = [d for d in due(stage.out, stage.place, stage.recipe, last) if (d.step, d.digest) not in failed]
-        if waiting and not try_step(stage, waiting[0]):  # one, and then another look at what is due first
+        if waiting and not try_step(stage, waiting[0]):  # one step a round: newer ones may be due first
             failed[waiting[0].step, waiting[0].digest] = waiting[0].folder.name
         if not waiting and last:
             break
         if not waiting:
             time.sleep(pause)
-    if trained(stage)():  # deletes what retention kept for its evaluation
+    if trained(stage)():  # retention kept some steps only for their evaluation
         for doomed in step_folder.prune(stage.out, stage.recipe.train.keep):
             shutil.rmtree(doomed, ignore_errors=True)
     if failed:

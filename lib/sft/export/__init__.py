@@ -1,1 +1,1 @@
-"""Exports: checkpoints to Hugging Face folders and back, their proof, their publication; the mean of checkpoints."""
+"""Checkpoints to Hugging Face folders and back, with a proof; uploads to the hub; means of checkpoints."""

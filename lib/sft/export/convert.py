@@ -78,7 +78,9 @@ def final_step(train: Path) -> Path:
     step = TrainMetrics.of(manifest.load(file), str(file)).final_step
     folder = train / f"step{step}"
     if not (folder / "model_and_optim" / ".metadata").is_file():
-        raise SftError(f"{folder}: no checkpoint (model_and_optim/.metadata), although {file} names step {step}")
+        raise SftError(
+            f"{folder}: no checkpoint (model_and_optim/.metadata), although {file} names step {step}; next: copy the step back, or remove {file} and make train again"
+        )
     return folder
 
 

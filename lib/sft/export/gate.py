@@ -38,6 +38,8 @@ from sft.model import hf
 from sft.recipe.presets import ModelConfig
 from sft.recipe.schema import Convert
 
+AGAIN = "next: make convert again"
+
 
 def check(
     folder: Path,
@@ -94,9 +96,9 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
     blocks = [(name, *block) for name, shape in wanted.items() for block in row_blocks(shape)]
     for (name, start, _), (found, exact) in zip(blocks, prefetched(partial(read, *b) for b in blocks), strict=True):
         if found.dtype != dtype or not torch.equal(found, exact.to(dtype)):
-            raise SftError(f"{exported.path}: {name}: not the checkpoint's values in {dtype}; next: make convert again")
+            raise SftError(f"{exported.path}: {name}: not the checkpoint's values in {dtype}; {AGAIN}")
         if not all_finite(found):
-            raise SftError(f"{exported.path}: {name}: NaN or infinity from row {start} on; next: make convert again")
+            raise SftError(f"{exported.path}: {name}: NaN or infinity from row {start} on; {AGAIN}")
     size = sum(torch.Size(shape).numel() for shape in wanted.values()) * dtype.itemsize
     return TensorCheck(len(wanted), size, str(dtype).removeprefix("torch."))
 
@@ -113,8 +115,8 @@ def check_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
         found = tokenizer.encode(text, add_special_tokens=False)
         if found != list(wanted):
             raise SftError(
-                f"{folder / 'tokenizer.json'}: {text!r} becomes {found} through AutoTokenizer, {list(wanted)} in the training"
-                " data: another pre-tokenizer; next: set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
+                f"{folder / 'tokenizer.json'}: AutoTokenizer encodes {text!r} as {found}, the training data have {list(wanted)}:"
+                " the pre-tokenizers differ; next: set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
             )
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if tokenizer.chat_template != template:
@@ -126,7 +128,9 @@ def check_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
         ("pad_token", tokenizer.pad_token_id, facts.pad_id),
     ):
         if found != expected:
-            raise SftError(f"{folder / 'tokenizer_config.json'}: {name} has id {found}, dataset.json has {expected}")
+            raise SftError(
+                f"{folder / 'tokenizer_config.json'}: {name} has id {found}, dataset.json has {expected}; {AGAIN}"
+            )
     return tokenizer
 
 
@@ -141,7 +145,7 @@ def check_generation(folder: Path, facts: TokenizerFacts) -> list[int]:
     stops = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
     if missing := [i for i in facts.terminator_ids if i not in stops]:
         raise SftError(
-            f"{folder / 'generation_config.json'}: eos_token_id: {stops} does not include the trained terminator {missing}"
+            f"{folder / 'generation_config.json'}: eos_token_id: {stops} does not include the trained terminator {missing}; {AGAIN}"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     for name, found, wanted in (
@@ -149,5 +153,5 @@ def check_generation(folder: Path, facts: TokenizerFacts) -> list[int]:
         ("pad_id", config.pad_token_id, facts.pad_id),
     ):
         if found != wanted:
-            raise SftError(f"{folder / 'config.json'}: {name}: {found}, dataset.json has {wanted}")
+            raise SftError(f"{folder / 'config.json'}: {name}: {found}, dataset.json has {wanted}; {AGAIN}")
     return [int(i) for i in stops]

@@ -33,6 +33,8 @@ from sft.formats.manifest import StepManifest
 from sft.formats.soup import Soup, Source
 from sft.runner.cli import program
 
+SAME_RUN = "next: choose steps of one model"
+
 
 class Mean:
     """The weighted mean of checkpoints, tensor by tensor and row by row, in fp32."""
@@ -62,7 +64,9 @@ def find_step(runs: Path, run: str, word: str) -> Path:
         folder = inside(runs, f"{owner or run}/train/step{number}", "STEPS")
         if not folder.is_dir():
             there = sorted(int(p.name[4:]) for p in folder.parent.glob("step*") if p.name[4:].isdecimal())
-            raise SftError(f"STEPS: {folder}: no such step; there are {' '.join(map(str, there)) or 'none'}")
+            raise SftError(
+                f"STEPS: {folder}: no such step; there are {' '.join(map(str, there)) or 'none'}; next: correct STEPS="
+            )
         return folder
     if not Path(word).is_dir():
         raise SftError(
@@ -89,23 +93,25 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
         if names:
             name = sorted(names)[0]
             ours, theirs = (t.shape(name) if name in t else "none" for t in (reference, part))
-            raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}")
+            raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}; {SAME_RUN}")
         if model.get("model") != models[0].get("model"):
-            raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models")
+            raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models; {SAME_RUN}")
         if digest != hashes[0] or model.get("dataset") != models[0].get("dataset"):
             raise SftError(
                 f"{first} and {step} have different tokenizers: tokenizer.json sha256 {hashes[0]} and {digest};"
-                " their embeddings mean different tokens"
+                " their embeddings mean different tokens; {SAME_RUN}"
             )
 
 
 def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Path, log: Log) -> None:
     """Writes the weighted mean of `steps` to `target` (a new folder or gs://…). Raises SftError."""
     if len(steps) < 2:
-        raise SftError(f"STEPS={' '.join(map(str, steps))}: a mean needs two steps or more")
+        raise SftError(
+            f"STEPS={' '.join(map(str, steps))}: a mean needs two steps or more; next: list more with STEPS="
+        )
     if len(weights) != len(steps) or not all(math.isfinite(w) and w > 0 for w in weights):
         raise SftError(
-            f"WEIGHTS={' '.join(f'{w:g}' for w in weights)}: {len(steps)} steps need as many numbers above zero"
+            f"WEIGHTS={' '.join(f'{w:g}' for w in weights)}: {len(steps)} steps need as many numbers above zero; next: correct WEIGHTS="
         )
     parts = [DcpReader(step) for step in steps]
     check_alike(steps, parts)

@@ -109,7 +109,9 @@ def copy_tokenizer(source: Path, target: Path, facts: TokenizerFacts) -> None:
             )
         found = hashlib.sha256(file.read_bytes()).hexdigest()
         if found != wanted.removeprefix("sha256:"):
-            raise SftError(f"{file}: sha256 {found}, dataset.json has {wanted}: not what the model was trained with")
+            raise SftError(
+                f"{file}: sha256 {found}, dataset.json has {wanted}: not what the model was trained with; next: make train again"
+            )
 
 
 def write_weights(

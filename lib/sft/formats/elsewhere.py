@@ -1,4 +1,4 @@
-"""elsewhere.json: where the outputs of a stage are that was made on a machine whose disks are not here.
+"""elsewhere.json: the place of the outputs of a stage that ran on a machine whose disks are not here.
 
     {"where": "/weka/…/runs/<run>/train", "outputs": ["step300/…", …]}
 

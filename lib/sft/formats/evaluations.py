@@ -1,9 +1,9 @@
 """train/evaluations.jsonl: scores of checkpoints, measured while training runs. Standard library only.
 
     {"step": 200, "checkpoint": "<sha256 of the step's manifest.json>", "asked": "<16 hex>", "template_sha256": "…",
-     "tasks": {"gsm8k": {"exact_match": {…}}}, "broken": {"ifeval": "why"}, "validation": {…}, "seconds": 31.2}
+     "tasks": {"gsm8k": {"exact_match": {…}}}, "broken": {"ifeval": "reason"}, "validation": {…}, "seconds": 31.2}
 
-A checkpoint without any score has "failed": why. One line for each step, in the order of the steps.
+A checkpoint without any score has "failed": "reason". One line for each step, in the order of the steps.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Evaluation(Record):
     """The scores of one checkpoint.
 
     `settings` hashes what decides the scores: options, tasks and their data (the key `asked` in the file).
-    `broken` says of each task without a score why, `failed` the same of the whole checkpoint.
+    `broken` has the reason for each task without a score. `failed` is the reason why the checkpoint has none.
     """
 
     NEXT: ClassVar[str] = "remove the file and make watch"
@@ -56,6 +56,6 @@ def read(train: Path) -> list[Evaluation]:
 
 
 def write(train: Path, evaluations: Iterable[Evaluation]) -> None:
-    """Replaces the file, complete or not at all."""
+    """Replaces the file atomically."""
     ordered: list[Evaluation] = sorted(evaluations, key=lambda e: e.step)
     write_atomic(train / NAME, to_lines(ordered))

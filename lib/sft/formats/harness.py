@@ -21,7 +21,7 @@ IDENTITY = "identity"
 
 @dataclass(frozen=True)
 class AskedTasks(Record):
-    """asked.json: the folder of the results by the name of the task that was asked for."""
+    """asked.json: for each requested task, the folder of its results."""
 
     NEXT: ClassVar[str] = "make evaluate again"
     INDENT: ClassVar[int | None] = None

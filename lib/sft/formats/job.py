@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 from sft.formats.record import FormatError, Record
 
 FOLDER = ".jobs"
-"""The folder of a run that holds the records, and whatever else a launcher keeps of its jobs."""
+"""The folder of a run with these records and with the launchers' other files."""
 
 
 @dataclass(frozen=True)

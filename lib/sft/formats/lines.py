@@ -1,7 +1,7 @@
 """JSONL files: one record a line, in UTF-8. Standard library only.
 
 A process that is killed while it appends leaves a line cut short, and the next attempt appends behind it.
-Such a line is no JSON; `read_lines` skips it.
+Such a line is not JSON, and `read_lines` skips it.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ class Manifest(Record):
 class StepManifest(Record):
     """manifest.json of a checkpoint's folder stepN: its files."""
 
-    NEXT: ClassVar[str] = "bring the step again, or use another one"
+    NEXT: ClassVar[str] = "copy the step again, or use another one"
     ASCII: ClassVar[bool] = True
     schema: int
     step: int

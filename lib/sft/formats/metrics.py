@@ -58,7 +58,7 @@ class Attempt(_Numbers):
 
 @dataclass(frozen=True)
 class SaveTimes:
-    """A checkpoint that was finished: its step, the seconds that saving took, and those that training waited for it."""
+    """A finished checkpoint: its step, the seconds that saving took, and the seconds that training waited for it."""
 
     step: int
     seconds: float

@@ -18,7 +18,7 @@ NAME = "preview.json"
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of text that is trained, or is not. A special token is a segment of its own.
+    """A run of text that is trained as a whole or not at all. A special token is a segment of its own.
 
     Only the last segment of a document has `end`: whether the document ends here, or the preview was cut.
     """

@@ -118,7 +118,7 @@ class Job:
             raise SftError("usage: env/<launcher>.sh runs/<run> <stage> COMMAND… (the command names runs/<run>)")
         run, stage, command = argv[0], argv[1], list(argv[2:])
         if stage not in (*schema.STAGES, WATCH):
-            raise SftError(f"{stage!r} is not a stage that runs as a job; those are: {', '.join(schema.STAGES)}")
+            raise SftError(f"{stage!r} is not a stage that runs as a job; next: one of {', '.join(schema.STAGES)}")
         from sft.runner.cli import parse_run  # start-up: click is not there yet when the doctor loads a launcher
 
         options = parse_run(stage, command[command.index(run) :])

@@ -128,7 +128,7 @@ class Loader:
         if not plan.index.losses.exact:
             raise SftError(
                 "the plan estimates the trained tokens of cut documents, because it was made without the loss masks;"
-                " pack the dataset itself"
+                " next: pack the dataset itself"
             )
         self.plan, self.dataset, self.eos_id, self.pad_id = plan, dataset, eos_id, pad_id
         self.rank, self.ranks, self.start_step, self.threads = rank, ranks, start_step, max(threads, 1)
@@ -206,7 +206,7 @@ class Loader:
         if len(targets) != int(segments["labels"].sum(dtype=np.int64)):
             raise SftError(
                 f"{self.dataset.folder}: packs {packs.tolist()[:4]} have {len(targets)} trained tokens, their index says "
-                f"{segments['labels'].sum(dtype=np.int64)}; the masks changed or the index was made without them: pack again"
+                f"{segments['labels'].sum(dtype=np.int64)}; the masks changed or the index was made without them; next: pack again"
             )
         sources = np.repeat(rows["source"], segments["labels"])
         tokens = slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)

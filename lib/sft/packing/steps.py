@@ -65,13 +65,15 @@ class StepPlan:
         smaller than a batch, zero steps, and a step without a target.
         """
         if index.seq_len != train.seq_len:
-            raise SftError(f"[train] seq_len {train.seq_len}: the packs are of {index.seq_len} tokens; pack again")
+            raise SftError(
+                f"[train] seq_len {train.seq_len}: the packs are of {index.seq_len} tokens; next: pack again"
+            )
         batch_packs, rest = divmod(train.global_batch_tokens, train.seq_len)
         if rest:
             below = batch_packs * train.seq_len
             nearest = " or ".join(str(n) for n in (below, below + train.seq_len) if n)
             raise SftError(
-                f"[train] global_batch_tokens {train.global_batch_tokens} is not a multiple of seq_len {train.seq_len}; use {nearest}"
+                f"[train] global_batch_tokens {train.global_batch_tokens} is not a multiple of seq_len {train.seq_len}; next: use {nearest}"
             )
         drop = train.epoch_tail == "drop" or train.order == "olmo-core"
         epoch_packs = len(index) // batch_packs * batch_packs if drop else len(index)
@@ -82,7 +84,7 @@ class StepPlan:
             raise SftError(
                 f"[train] the dataset is smaller than one batch: {packed} tokens of {index.losses.documents} documents fill "
                 f"{len(index)} packs of {train.seq_len}, a batch of global_batch_tokens {train.global_batch_tokens} needs "
-                f"{batch_packs}; lower global_batch_tokens to {len(index) * train.seq_len} or less, or add data"
+                f"{batch_packs}; next: lower global_batch_tokens to {len(index) * train.seq_len} or less, or add data"
             )
         if train.steps:
             total = train.steps * batch_packs
@@ -92,7 +94,7 @@ class StepPlan:
         if total < batch_packs:
             raise SftError(
                 f"[train] zero steps: epochs {train.epochs:g} of {epoch_packs} packs are {total} packs, one batch is "
-                f"{batch_packs}; raise epochs to {batch_packs / epoch_packs:.4g}, or set steps"
+                f"{batch_packs}; next: raise epochs to {batch_packs / epoch_packs:.4g}, or set steps"
             )
         plan = cls(
             index=index,
@@ -108,7 +110,7 @@ class StepPlan:
         untrained = next((step for step, (targets, _) in enumerate(plan._sums()) if not targets), None)
         if untrained is not None:
             raise SftError(
-                f"[train] step {untrained + 1} of {plan.steps} has no trained token in {batch_packs} packs; check the masks"
+                f"[train] step {untrained + 1} of {plan.steps} has no trained token in {batch_packs} packs; next: check the masks with make preview"
             )
         return plan
 
@@ -174,7 +176,7 @@ class StepPlan:
         different = {k: (recorded[k], v) for k, v in expected.items() if recorded[k] != v}
         if different:
             raise SftError(
-                f"checkpoint: its data position differs from this plan's (recorded, here): {different}; start a new run"
+                f"checkpoint: its data position differs from this plan's (recorded, here): {different}; next: start a new run"
             )
         return position.step
 
@@ -245,7 +247,9 @@ def accumulation(batch_packs: int, seq_len: int, ranks: int, microbatch_tokens: 
     microbatch_tokens = microbatch_tokens or seq_len
     packs, rest = divmod(microbatch_tokens, seq_len)
     if rest or not packs:
-        raise SftError(f"microbatch_tokens {microbatch_tokens} is not a multiple of seq_len {seq_len}")
+        raise SftError(
+            f"microbatch_tokens {microbatch_tokens} is not a multiple of seq_len {seq_len}; next: correct it"
+        )
     count, rest = divmod(batch_packs, ranks * packs)
     if rest or not count:
         tokens, unit = batch_packs * seq_len, ranks * microbatch_tokens
@@ -253,7 +257,7 @@ def accumulation(batch_packs: int, seq_len: int, ranks: int, microbatch_tokens: 
         nearest = " or ".join(str(n) for n in dict.fromkeys((below, above)) if n)
         raise SftError(
             f"global_batch_tokens {tokens} is not a multiple of {ranks} ranks x microbatch_tokens {microbatch_tokens} = {unit}; "
-            f"use {nearest}, or change microbatch_tokens or the number of ranks"
+            f"next: use {nearest}, or change microbatch_tokens or the number of ranks"
         )
     return count, packs
 
@@ -273,11 +277,11 @@ def context_groups(model: ModelConfig, train: Train, hardware: Hardware, ranks: 
         if count % degree:
             possible = [n for n in range(1, min(ranks, 64) + 1) if not (ranks % n or model.n_heads % n or tokens % n)]
             raise SftError(
-                f"context_degree {degree} does not divide the {count} {what}; use one of {', '.join(map(str, possible))}"
+                f"context_degree {degree} does not divide the {count} {what}; next: use one of {', '.join(map(str, possible))}"
             )
     if model.n_kv_heads % degree and degree % model.n_kv_heads:
         raise SftError(
-            f"context_degree {degree} and the {model.n_kv_heads} key/value heads of the model: one must divide the other"
+            f"context_degree {degree} and the {model.n_kv_heads} key/value heads of the model: one must divide the other; next: another context_degree"
         )
     return ranks // degree
 
@@ -285,6 +289,8 @@ def context_groups(model: ModelConfig, train: Train, hardware: Hardware, ranks: 
 def nothing_left(index: PackIndex) -> str:
     """Why there is no pack: no document has a trained token within seq_len."""
     losses = index.losses
+    if not losses.documents:
+        return "[train] the dataset is empty, 0 tokens of 0 documents; next: check its sources and make prepare again"
     if losses.long_documents < losses.documents:
         return f"[train] none of the {losses.documents} documents has a trained token; next: check the masks with make preview"
     shortest = "" if losses.shortest is None else f" (the shortest document has {losses.shortest} tokens)"

@@ -85,7 +85,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         file = file.relative_to(Path.cwd())  # messages name recipes/x.toml
     if not NAME.fullmatch(name):
         raise SftError(
-            f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; rename the file"
+            f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; next: rename the file"
         )
     data = _read_toml(file, "recipe")
     problems: list[str] = []
@@ -160,7 +160,7 @@ def _read_toml(file: Path, what: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise SftError(f"{file}: no such {what}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise SftError(f"{file}: not valid TOML: {e}; correct that line") from None
+        raise SftError(f"{file}: not valid TOML: {e}; next: correct that line") from None
 
 
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:

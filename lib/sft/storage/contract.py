@@ -20,6 +20,7 @@ from sft.storage.checksums import Checksums
 
 RESUMABLE = 8 << 20
 """Interrupted downloads of at least this many bytes are resumed."""
+COPY_AGAIN = "next: copy that file again, or make it again"
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,13 @@ class Storage(Protocol):
 def check(found: Checksums, expected: FileCopy, what: str) -> None:
     """Raises SftError with both values if a file differs from what its manifest or the bucket's listing says."""
     if found.bytes != expected.bytes:
-        raise SftError(f"{what} has {found.bytes:,} bytes, its manifest says {expected.bytes:,}")
+        raise SftError(f"{what} has {found.bytes:,} bytes, its manifest says {expected.bytes:,}; {COPY_AGAIN}")
     if expected.sha256 and found.sha256 != expected.sha256:
-        raise SftError(f"{what} has sha256 {found.sha256[:16]}…, its manifest says {expected.sha256[:16]}…")
+        raise SftError(
+            f"{what} has sha256 {found.sha256[:16]}…, its manifest says {expected.sha256[:16]}…; {COPY_AGAIN}"
+        )
     if expected.crc32c is not None and found.crc32c and found.crc32c != expected.crc32c:
-        raise SftError(f"{what} has crc32c {found.crc32c:08x}, the bucket says {expected.crc32c:08x}")
+        raise SftError(f"{what} has crc32c {found.crc32c:08x}, the bucket says {expected.crc32c:08x}; {COPY_AGAIN}")
 
 
 def size(count: float) -> str:

@@ -131,7 +131,7 @@ def read_back(f: IO[bytes], hasher: Hasher, end: int) -> None:
 class SliceRecord:
     """A text file beside a large download: a header line, then the index of every finished slice, one per line.
 
-    It saves downloading these slices again. Whether the file is right is decided by its CRC32C.
+    It saves downloading these slices again. The CRC32C of the complete file decides whether it is right.
     """
 
     def __init__(self, file: Path, found: ObjectInfo):

@@ -40,7 +40,7 @@ from sft.storage.upload import Upload
 
 LARGE = RESUMABLE
 """Uploads and downloads of at least this many bytes can be resumed."""
-PERMISSIONS = ["storage.objects.get", "storage.objects.create", "storage.objects.delete"]  # the first one to read
+PERMISSIONS = ["storage.objects.get", "storage.objects.create", "storage.objects.delete"]  # reading needs the first one
 MAX_SINGLE_REQUESTS = 16
 """More deferred objects than this are verified with a listing instead of a request for each."""
 
@@ -260,7 +260,9 @@ class GcsStorage:
                 raise e.error(f"{self.where}/{name}") from None
         now = self.stat(name)
         if now is None or not source.equals(now):
-            raise SftError(f"{self.where}/{name}: another process wrote other bytes in between; they were left alone")
+            raise SftError(
+                f"{self.where}/{name}: another process wrote other bytes in the meantime, which were kept; next: stop that process, or choose another name"
+            )
         return now  # our own write, whose response was lost, or the same bytes from another process
 
     def finish_deferred(self) -> dict[str, str]:
@@ -280,7 +282,9 @@ class GcsStorage:
             if now is not None and (now.bytes, now.crc32c) == (ours.bytes, ours.crc32c):
                 self._update_listing(name, now)
             elif now is None or (ours.generation and now.generation != ours.generation):
-                wrong[name] = f"{self.where}/{name}: another process changed it in between; it was left alone"
+                wrong[name] = (
+                    f"{self.where}/{name}: another process changed it in the meantime, and it was kept; next: stop that process, or choose another name"
+                )
             else:
                 self._delete(name, now.generation)
                 self._failed_once.add(name)
@@ -340,7 +344,7 @@ class GcsStorage:
     def get(self, name: str, file: Path, expected: FileCopy, meter: Meter) -> Checksums:
         found = self._find(name)
         if found is None:
-            raise SftError(f"{self.where}/{name}: no such object")
+            raise SftError(f"{self.where}/{name}: no such object; next: correct the name")
         sums = self._download(name, file, found, meter, sha256=bool(expected.sha256))
         check(sums, expected, f"{self.where}/{name}")
         return sums
@@ -348,7 +352,9 @@ class GcsStorage:
     def _download(self, name: str, file: Path, found: ObjectInfo, meter: Meter, *, sha256: bool) -> Checksums:
         what = f"{self.where}/{name}"
         if found.crc32c is None:
-            raise SftError(f"{what}: the bucket reports no CRC32C for it, so a copy cannot be verified")
+            raise SftError(
+                f"{what}: the bucket reports no CRC32C for it, so a copy cannot be verified; next: gcloud storage objects update, or write the object again"
+            )
         one = download.Download(self.fast_transport, self.pool, self.full_name(name), what, found, file, meter)
         return one.run(found.bytes >= LARGE, sha256=sha256)
 

@@ -101,7 +101,7 @@ class DatasetFiles:
                 if found is None:
                     raise
                 log(
-                    f"warning: {what}: the hub does not answer ({type(error).__name__}); read is the snapshot in {found}, which"
+                    f"warning: {what}: the hub does not answer ({type(error).__name__}); reading the snapshot in {found}, which"
                     " has only the files that were fetched before"
                 )
                 names = [p.relative_to(found).as_posix() for p in sorted(found.rglob("*")) if p.is_file()]

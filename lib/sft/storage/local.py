@@ -46,7 +46,7 @@ class LocalStorage:
 
     def list(self) -> dict[str, FileInfo]:
         if self.root.is_symlink() or not self.root.is_dir():
-            raise SftError(f"{self.root}: not a folder")
+            raise SftError(f"{self.root}: not a folder; next: correct the path")
         found: dict[str, FileInfo] = {}
         refused: list[str] = []
 
@@ -71,7 +71,7 @@ class LocalStorage:
     def check_access(self, write: bool, needed: int = 0) -> None:
         if not write:
             if not os.access(self.root, os.R_OK | os.X_OK):
-                raise SftError(f"{self.root}: cannot be read")
+                raise SftError(f"{self.root}: cannot be read; next: correct its permissions")
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -147,9 +147,13 @@ class _Copier:
                 self.meter.add(copy.bytes)
                 return CopyResult(copy, Checksums(copy.bytes, copy.sha256, copy.crc32c or 0), False)
             if self.check_only:
-                raise SftError(f"{target.where}/{copy.target} is missing or has other bytes")
+                raise SftError(
+                    f"{target.where}/{copy.target} is missing or has other bytes; next: the same without CHECK=1"
+                )
             if not self.clobber and target.find(copy.target) is not None:
-                raise SftError(f"{target.where}/{copy.target} exists with other bytes and was left alone")
+                raise SftError(
+                    f"{target.where}/{copy.target} exists with other bytes and was kept; next: remove it, or leave out NO_CLOBBER=1"
+                )
             if isinstance(target, LocalStorage) and not isinstance(source, LocalStorage):
                 with target.receive(copy.target, _resume_key(copy), deferred=True) as partial:
                     return CopyResult(copy, source.get(copy.source, partial, copy, self.meter), True)
@@ -182,7 +186,7 @@ class _LocalFile:
             if isinstance(self._source, LocalStorage):
                 path = self._source.path(self._copy.source)
                 if not path.is_file():
-                    raise SftError(f"{path}: no such file")
+                    raise SftError(f"{path}: no such file; next: correct the path, or make it again")
             else:
                 folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sft-"))
                 path = Path(folder) / "file"

@@ -65,7 +65,9 @@ class RangeSink:
         """data: bytes, or a buffer of obstore. Raises SftError after the deadline and for more bytes than requested."""
         self.deadline.check()
         if self.position + len(data) > self.end:
-            raise SftError(f"the bucket sent more than the {self.end - self.position} bytes that were requested")
+            raise SftError(
+                f"the bucket sent more than the {self.end - self.position} bytes that were requested; next: run it again"
+            )
         self.file.write(data)
         self.position += len(data)
         self.meter.add(len(data))

@@ -171,7 +171,9 @@ class UploadBody:
             self._file.seek(position)
             data = self._file.read(min(CHUNK, end - position))
             if not data:
-                raise SftError(f"{self.upload.file} became shorter while it was being sent")
+                raise SftError(
+                    f"{self.upload.file} became shorter while it was being sent; next: run it again when nothing writes to it"
+                )
             position += len(data)
             if position == end and self._sha:
                 expected = FileCopy("", "", end, self.upload.sha256)

@@ -71,7 +71,7 @@ def listed_copies(data: bytes, what: str) -> list[FileCopy]:
     try:
         return [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in manifest.listed_outputs(data, what)]
     except SftError as e:
-        raise SftError(f"{e}; check whether the stage has ended there") from None
+        raise SftError(f"{e}; check that the stage has ended there") from None
 
 
 def copy_stage(
@@ -96,13 +96,15 @@ def copy_stage(
         if (data := source.read(name)) is None or data == target.read(name):
             continue
         if check_only:
-            raise SftError(f"{target.where}/{name} is missing or has other bytes")
+            raise SftError(f"{target.where}/{name} is missing or has other bytes; next: the same without CHECK=1")
         target.write(name, data)
     if files.step_manifests:
         transfer(files.step_manifests, source, target, log, check_only=check_only)
     if files.manifest is not None and present is None:
         if check_only:
-            raise SftError(f"{target.where}/{manifest.NAME} is missing: the copy is not complete")
+            raise SftError(
+                f"{target.where}/{manifest.NAME} is missing: the copy is not complete; next: the same without CHECK=1"
+            )
         target.write(manifest.NAME, files.manifest)
     return files.copies + files.step_manifests
 

@@ -61,7 +61,7 @@ class HostCopy:
         self._pinned = pin
 
     def _host(self, local: Tensor, at: int) -> Tensor:
-        """The memory of a tensor at an offset. It is no view of a larger tensor, which DCP would clone."""
+        """The memory of a tensor at an offset. It is not a view of a larger tensor, which DCP would clone."""
         if not local.numel():
             return torch.empty(local.shape, dtype=local.dtype)
         flat = torch.frombuffer(self._memory.numpy(), dtype=local.dtype, count=local.numel(), offset=at)

@@ -57,7 +57,7 @@ class Watcher:
 
 
 def start_watcher(stage: Stage, argv: list[str]) -> Watcher | None:
-    """The process, if the recipe asks for it. In a job there is none, unless no other job can see the checkpoints."""
+    """Starts the process, if the recipe asks for one. In a job it starts only where no other job can see the checkpoints."""
     if not stage.recipe.evaluate.every:
         return None
     if in_job() and "SFT_STAGE_ADDRESS" not in os.environ:

@@ -63,7 +63,7 @@ def ask(context: Context) -> Answer:
 
 
 def _gpus(context: Context, gpus: dict[str, NodeGpus]) -> list[Row]:
-    """The GPUs of each cluster, {cluster: (GPUs of a node, their type)}: which type the doctor plans with must be clear."""
+    """The GPUs of each cluster, {cluster: (GPUs of a node, their type)}. A note if they have several types and none is chosen."""
     kinds = {kind for _, kind in gpus.values()}
     text = "; ".join(f"{name}: {count} x {kind}" for name, (count, kind) in gpus.items())
     if context.training.gpu or context.cluster.gpu or len(kinds) == 1:

@@ -103,7 +103,7 @@ def tasks_of(job: Job) -> list[str]:
     ]
     for name in named:
         if not re.fullmatch(_TASK, name):
-            raise SftError(f"{job.recipe.file}: [evaluate] tasks: {name!r} is not a task's name")
+            raise SftError(f"{job.recipe.file}: [evaluate] tasks: {name!r} is not a task's name; next: correct it")
     return list(dict.fromkeys(named))
 
 
@@ -120,7 +120,7 @@ def model_of(job: Job, user: str) -> Model:
         place = paths.for_user(place).removeprefix("hf://")
         if not re.fullmatch(r"(/|gs://)?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*", place) or ".." in place.split("/"):
             raise SftError(
-                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name or beaker://… is expected"
+                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name or beaker://… is expected; next: correct it"
             )
         if place.startswith("/"):
             _check_mounted(job, place)
@@ -164,7 +164,7 @@ def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
     specification.check_cluster(job.place.cluster, cluster)
     if not cluster.evaluate_image:
         raise SftError(
-            f"env/{job.place.cluster}.toml: 'evaluate_image' is missing: the image that has {options.harness}"
+            f"env/{job.place.cluster}.toml: 'evaluate_image' is missing; next: name an image that has {options.harness}"
         )
     if cluster.evaluate_harness != options.harness:
         raise SftError(
@@ -238,7 +238,9 @@ def _oe_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
         if name == TOOLS:
             if not model.startswith(("/", "gs://")):
-                raise SftError(f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model!r}")
+                raise SftError(
+                    f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model!r}; next: a path or gs://… as location"
+                )
             model_args["metadata"] = {"extra_eval_config": {"model_name": "allenai/general-tool-use-dev"}}
             variables["MAX_TOKENS"] = str(length)
         command = ["oe-eval", "--model", options.model_name or job.run.name, "--task", name]

@@ -56,7 +56,9 @@ def copy_results(folder: Path, results: Path, where: str = "") -> None:
     try:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:
-        raise SftError(f"{folder / manifest.NAME}: the stage succeeded but left no manifest") from None
+        raise SftError(
+            f"{folder / manifest.NAME}: the stage succeeded but left no manifest; next: read the job's log"
+        ) from None
     small = small_outputs(made.outputs)
     for name in [*sorted(small), *(n for n in UNLISTED if (folder / n).is_file())]:
         target = inside(results, name, "results")

@@ -40,7 +40,7 @@ def experiment_status(workload: pb2.Workload, jobs: Sequence[pb2.Job | None], st
     if has_ended(workload):
         end = STATES[workload.status]
         for at, job in enumerate(jobs):
-            if states[at].state == "pending":  # its own end would allow another attempt, the experiment's does not
+            if states[at].state == "pending":  # the job alone could be tried again, but its experiment has ended
                 failed = (job and job.status.exit_code) or 1
                 exit_code = {"done": 0, "cancelled": CANCELLED}.get(end, failed)
                 states[at] = Status(end, exit_code, "the experiment has ended")

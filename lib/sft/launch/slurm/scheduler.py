@@ -42,7 +42,9 @@ class Slurm:
             if not shutil.which(command):
                 raise SftError(f"{command}: not found; next: run this on a login node of the cluster")
         if not self.cluster.shared_disk:
-            raise SftError(f"env/{job.place.cluster}.toml: shared_disk = false, but Slurm jobs work in this folder")
+            raise SftError(
+                f"env/{job.place.cluster}.toml: shared_disk = false, but Slurm jobs work in this folder; next: shared_disk = true"
+            )
         self.render(job)
 
     def render(self, job: Job) -> str:
