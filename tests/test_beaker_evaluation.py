@@ -433,8 +433,16 @@ def test_a_broken_task_of_oe_eval_has_no_score(stage, tmp_path, files, told):
     ("suite", "absent", "told"),
     [
         ("mmlu:mc::tulu", [3], "mmlu:mc::tulu: 56 of its 57 tasks returned; missing are the numbers 3"),
-        ("mmlu:cot::summarize", [56], "56 of its 57 tasks returned; missing are the numbers 56"),  # no gap tells of the last
-        ("mmlu_pro:cot::llama3.1", range(1, 14), "1 of its 14 tasks returned; missing are the numbers 1, 2, 3, 4, 5, 6, 7, 8"),
+        (
+            "mmlu:cot::summarize",
+            [56],
+            "56 of its 57 tasks returned; missing are the numbers 56",
+        ),  # no gap tells of the last
+        (
+            "mmlu_pro:cot::llama3.1",
+            range(1, 14),
+            "1 of its 14 tasks returned; missing are the numbers 1, 2, 3, 4, 5, 6, 7, 8",
+        ),
         ("bfcl_all::std", [0], "bfcl_all::std: 4 of its 5 tasks returned; missing are the numbers 0"),
     ],
 )

@@ -269,7 +269,9 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     shutil.copy(REPO / "stages/watch.py", workspace.root / "stages/watch.py")
     file = workspace.root / "stages/watch.py"
     line = "from sft.evaluation import watch\n"
-    impatient = f"from sft.launch import watched\n{line}watch.PAUSE, watched.EVERY_S = 0.2, 0.5\n"  # otherwise the real one
+    impatient = (
+        f"from sft.launch import watched\n{line}watch.PAUSE, watched.EVERY_S = 0.2, 0.5\n"  # otherwise the real one
+    )
     file.write_text(file.read_text().replace(line, impatient))
     workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
     workspace.make("sync", "RECIPE=x")
