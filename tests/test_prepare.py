@@ -172,6 +172,29 @@ def test_fields_that_nothing_reads_refuse_the_source_until_the_recipe_ignores_th
     )
 
 
+def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "README.md").write_text("about")
+    for name, rows in (
+        ("train", [*(conversation(i) for i in range(60)), "torn {", conversation(3), {"messages": []}]),
+        ("test", []),
+    ):
+        write_rows(tmp_path / "mix" / f"{name}.jsonl", rows)
+    s = stage(tmp_path, sources=(Source(path="mix"),), deduplicate=True, validation_fraction=0.2)
+    prepare.prepare(s)
+    said = "\n".join(s.said)
+    assert "mix: 1 of 3 files are read; 1 of other splits or subsets: test.jsonl; 1 ignored: README.md" in said
+    line = next(line for line in s.said if line.startswith("mix: found 63 rows in 1 file: rejected 2 (1 not_json, 1 "))
+    parts = line.split("file: ")[1].split(";")[0]
+    numbers = dict(part.rsplit(" ", 1) for part in re.sub(r" \(.*?\)", "", parts).split(", "))
+    assert sum(map(int, numbers.values())) == 63 and numbers["duplicates"] == "1" and int(numbers["held out"]) > 3
+    assert f"taken {numbers['available']} (weight 1.0), in validation {numbers['held out']}" in line
+    assert "warning: mix: 2 of 63 rows are not used; the first is mix/train.jsonl row 61: not_json: " in said
+    (source,) = json.loads((s.out / "dataset.json").read_bytes())["sources"]
+    assert source["files_ignored"] == ["README.md"] and source["files_of_other_splits"] == ["test.jsonl"]
+    assert source["rows"] == source["found"] + source["rejected"]
+
+
 def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(98)] + [{"text": "raw"}, "torn"])
     s = stage(tmp_path, max_reject_fraction=0.01)

@@ -534,3 +534,33 @@ def test_without_a_network_the_clients_own_snapshot_answers_with_a_warning(tmp_p
         == everything(tmp_path, PINNED)
         == (ROWS, [])
     )
+
+
+def test_the_same_rows_from_the_hub_and_from_disk_give_the_same_bytes(tmp_path, monkeypatch):
+    """`datasets` would make JSON text of columns of two types, and fill structs with nulls."""
+    from preparing import contents, stage
+    from sft.data import prepare
+
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    other = {"type": "function", "function": {"name": "calc", "arguments": {"x": [4, None]}}}
+    rows = [
+        {"messages": turns("rain?", {"role": "assistant", "content": "", "tool_calls": [call]})},
+        {
+            "messages": turns(
+                [{"type": "text", "text": "sum?"}], {"role": "assistant", "content": "", "tool_calls": [other]}
+            )
+        },
+        {"messages": turns('line1\nline2 "x" é', {"role": "assistant", "content": "plain"})},
+    ]
+    repo = tmp_path / "repo"
+    repo.mkdir()
+    write_jsonl(repo / "train.jsonl", rows)
+    Hub(repo, monkeypatch)
+    for path, out in (("repo", "disk"), (PINNED, "hub")):
+        prepare.prepare(stage(tmp_path, sources=(Source(path=path),), out=out, cache=f"cache-{out}"))
+    disk, hub = (contents(tmp_path / out / "data") for out in ("disk", "hub"))
+    assert disk == hub and len(disk) > 4
+
+
+def turns(question: object, answer: dict) -> list[dict]:
+    return [{"role": "user", "content": question}, answer]

@@ -16,7 +16,6 @@ SHARD=i/n does step 2 for every n-th chunk and publishes nothing. SHARD=merge/n 
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from sft.data.decontaminate import Screen
 from sft.data.interop import olmo_core_obstacle
 from sft.data.mix import Mixed, mix
 from sft.data.preparation import Preparation, SourceIndex
+from sft.data.report import source_lines
 from sft.data.shard import Shard
 from sft.formats import dataset, preview, proof, rejects
 from sft.formats.dataset import PrepareMetrics, SplitSize
@@ -71,7 +71,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             table.seed,
             deduplicate=table.deduplicate,
         )
-    _log_mix(work, mixed)
+    _log_mix(work, mixed, indexes)
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):
         splits = {"data": work.write("data", mixed.data, indexes)}
@@ -85,13 +85,12 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     return Result([*splits, *files], metrics.to_metrics(), work.hashes)
 
 
-def _log_mix(work: Preparation, mixed: Mixed) -> None:
-    """Logs the documents of every source, and warnings about sources and splits that are empty."""
+def _log_mix(work: Preparation, mixed: Mixed, indexes: Sequence[SourceIndex]) -> None:
+    """Logs what became of every source's rows, and warnings about rejects, and about sources and splits that are empty."""
     log, table = work.log, work.table
-    for entry in mixed.report:
-        log("  ".join(f"{name} {value}" for name, value in dataclasses.asdict(entry).items()))
-        if not entry.taken and entry.weight and entry.found:
-            log(f"warning: {entry.path}: weight {entry.weight} and its caps leave none of {entry.found} documents")
+    for files, entry, index in zip(work.inputs, mixed.report, indexes, strict=True):
+        for line in source_lines(files, entry, index.rejects):
+            log(line)
     if table.validation_fraction and not len(mixed.validation):
         log(
             f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
