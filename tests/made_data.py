@@ -34,7 +34,20 @@ def source_summary(
 ) -> SourceSummary:
     rows = documents + rejected
     return SourceSummary(
-        path, 1.0, documents, 0, 0, 0, documents, documents, rows, rejected, documents, tokens, labels, ()
+        path=path,
+        weight=1.0,
+        found=documents,
+        duplicates=0,
+        contaminated=0,
+        validation=0,
+        available=documents,
+        taken=documents,
+        rows=rows,
+        rejected=rejected,
+        documents=documents,
+        tokens=tokens,
+        labels=labels,
+        files=(),
     )
 
 

@@ -62,8 +62,8 @@ def test_the_metrics_of_prepare_agree_with_its_dataset(prepared: Any) -> None:
         ({"vocab_size": "many"}, "vocab_size: a whole number is expected, not 'many'; next: make prepare again"),
         ({"boundaries": "space"}, "boundaries: one of 'eos', 'index' is expected"),
         ({"extra": 1}, "unknown field extra"),
-        ({"format": 2}, "format 2 is newer; this code reads format 1; next: update this checkout"),
-        ({"format": 2, "eos_id": None}, "format 2 is newer"),
+        ({"format": 3}, "format 3 is newer; this code reads format 2; next: update this checkout"),
+        ({"format": 3, "eos_id": None}, "format 3 is newer"),
         ({"eos_id": None}, "eos_id: a whole number is expected"),
     ],
 )
@@ -73,6 +73,19 @@ def test_another_dataset_json_is_refused(tmp_path: Path, change: dict[str, Any],
     with pytest.raises(SftError) as error:
         DatasetInfo.of(tmp_path)
     assert str(error.value).startswith(f"{tmp_path / dataset.NAME}: ") and says in str(error.value)
+
+
+def test_files_of_the_version_before_are_read(prepared: Any, tmp_path: Path) -> None:
+    info = made_data.dataset_info(made_data.facts(10, 1, 0), [made_data.source_summary("x")]).to_value()
+    later = ("near_duplicates", "held_out", "files_of_other_splits", "files_ignored")
+    sources = [{k: v for k, v in source.items() if k not in later} for source in info["sources"]]
+    old = {**{k: v for k, v in info.items() if k != "format"}, "sources": sources}
+    (tmp_path / dataset.NAME).write_text(json.dumps(old))
+    assert DatasetInfo.of(tmp_path).sources[0].near_duplicates == 0
+    value = json.loads((prepared[0] / proof.NAME).read_bytes())
+    sources = [{k: v for k, v in source.items() if k != "fields"} for source in value["sources"]]
+    (tmp_path / proof.NAME).write_text(json.dumps({**value, "format": 2, "sources": sources}))
+    assert Proof.read(tmp_path / proof.NAME).sources[0].fields.read == {}
 
 
 def test_an_older_proof_is_refused(prepared: Any, tmp_path: Path) -> None:

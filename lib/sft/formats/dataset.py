@@ -82,7 +82,7 @@ class SourceFile:
     generation: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceMix:
     """What the mix took from one source. All but `weight` count documents.
 
@@ -95,14 +95,15 @@ class SourceMix:
     found: int
     duplicates: int
     contaminated: int
-    near_duplicates: int
-    held_out: int
+    near_duplicates: int = 0
+    """0 in format 1, as `held_out`."""
+    held_out: int = 0
     validation: int
     available: int
     taken: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceSummary(SourceMix):
     """One source of a dataset. `rows` (`found` and `rejected`) and `rejected` count input rows, `documents` and `tokens` what was taken, and `labels`
     its trained tokens. `files` were read; the others of the dataset are named too."""
@@ -163,6 +164,7 @@ class DatasetInfo(Record):
     """dataset.json. `dtype` is the NumPy name of the token files' integers."""
 
     VERSION: ClassVar[int] = 2
+    OLDEST: ClassVar[int] = 1
     NEXT: ClassVar[str] = "make prepare again"
     dtype: str
     facts: TokenizerFacts

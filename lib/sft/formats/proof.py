@@ -47,7 +47,7 @@ class SourceFields:
     harmless: dict[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SourceProof:
     """One source: its rows, the encoder's counts, its fields, and its rejected rows by reason, with examples."""
 
@@ -55,7 +55,8 @@ class SourceProof:
     rows: int
     rejected: int
     encoded: dict[str, int]
-    fields: SourceFields
+    fields: SourceFields = SourceFields({}, {}, {})
+    """Empty in format 2."""
     reasons: dict[str, int]
     examples: tuple[RejectedRow, ...]
 
@@ -65,6 +66,7 @@ class Proof(Record):
     """proof.json."""
 
     VERSION: ClassVar[int] = 3
+    OLDEST: ClassVar[int] = 2
     NEXT: ClassVar[str] = "make prepare again"
     claims: tuple[Claim, ...]
     written: dict[str, WrittenSplit]

@@ -41,6 +41,8 @@ class Record:
     """Base of every format. Derived dataclasses declare the fields of the JSON object."""
 
     VERSION: ClassVar[int] = 1
+    OLDEST: ClassVar[int | None] = None
+    """The oldest version that is still read, where fields that came later have defaults. None: only VERSION."""
     NEXT: ClassVar[str] = "remove the file and run the stage that wrote it again"
     """The command that an error message ends with."""
     INDENT: ClassVar[int | None] = 1
@@ -84,7 +86,7 @@ class Record:
         if not isinstance(value, dict):
             raise FormatError(f"an object is expected, not {_kind(value)}")
         version = value.get(VERSION_KEY, 1)
-        if type(version) is not int or version != cls.VERSION:
+        if type(version) is not int or not (cls.OLDEST or cls.VERSION) <= version <= cls.VERSION:
             raise VersionError(cls, version)
 
     def write(self, file: Path) -> None:
