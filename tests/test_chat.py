@@ -13,9 +13,9 @@ from conftest import REPO
 from sft.chat.named import NamedTemplate
 from sft.chat.probe import TemplateProbe
 from sft.chat.rows import BadRow, Conversation, RowReader
-from sft.chat.spans import TurnRules, answer_spans, to_runs
+from sft.chat.spans import TurnRules, answer_end, to_runs
 from sft.chat.special_tokens import SpecialTokens
-from sft.chat.template import JinjaTemplate, known_templates
+from sft.chat.template import JinjaTemplate, TemplateOptions, known_templates
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import HELPFUL, NO_FUNCTIONS, OLMO, TEMPLATES
 from sft.recipe.recipe import load
@@ -28,8 +28,20 @@ EVERY = Prepare(
 )
 
 
-def jinja(text: str, specials: list[str] = MORE, eos: str = EOS, **variables: str) -> JinjaTemplate:
-    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, SpecialTokens(specials))
+def jinja(
+    text: str,
+    specials: list[str] = MORE,
+    eos: str = EOS,
+    added: tuple[str, ...] = (),
+    options: TemplateOptions = TemplateOptions(),
+    **variables: str,
+) -> JinjaTemplate:
+    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, SpecialTokens(specials), added, options)
+
+
+def like(name: str) -> JinjaTemplate:
+    """The Jinja text of a named template, as it writes answers: without what only the generation prompt gives."""
+    return jinja(named(name).text, SPECIALS, options=TemplateOptions(generation_prefix="rendered"))
 
 
 def named(name: str) -> NamedTemplate:
@@ -42,7 +54,7 @@ def trained(template: Any, row: dict[str, Any]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, tuple[NamedTemplate, JinjaTemplate]]:
-    return {name: (named(name), jinja(named(name).text, SPECIALS)) for name in known_templates()}
+    return {name: (named(name), like(name)) for name in known_templates()}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -56,7 +68,9 @@ def test_native_renderer_equals_the_jinja_text(pairs: Any, name: str, row: dict[
     except BadRow as error:
         assert error.reason in ("template", "nothing_to_train")
         return
-    assert "".join(runs) == "".join(other.render(conversation)[0])
+    assert "".join(runs).removesuffix(EOS) == other.verbatim(conversation).removesuffix(EOS)
+    if name == "olmo_thinker_remove_intermediate_thinking" and "</think>" in str(conversation.messages[:-1]):
+        return  # a Jinja template that drops thoughts rejects the row; this one says in its name that it drops them
     if name != "simple_concat_with_space" or conversation.messages[0]["role"] != "assistant":
         assert (runs, specials) == other.render(conversation)
 
@@ -117,7 +131,7 @@ def test_tulu_zephyr_and_simple_chat_layouts_as_published() -> None:
 
 @pytest.mark.parametrize("name", ["olmo_thinker", "tulu_thinker"])
 def test_thinker_templates_leave_to_the_prompt_the_opening_tag_that_it_gives(name: str) -> None:
-    for template in (named(name), jinja(named(name).text)):
+    for template in (named(name), like(name)):
         row = chat("a", "<think>\nhm\n</think>\n\nb")
         assert trained(template, row) == ["\nhm\n</think>\n\nb<|endoftext|>"]
         assert template.render(READ(row))[0][0].endswith("assistant|>\n<think>" if "tulu" in name else "\n<think>")
@@ -130,7 +144,8 @@ def test_remove_intermediate_thinking_keeps_only_the_last() -> None:
     row = chat("a", "<think>1</think>\nb", "c", "<think>2</think>\nd")
     name = "olmo_thinker_remove_intermediate_thinking"
     assert trained(named(name), row) == ["b<|im_end|>", "2</think>\nd<|endoftext|>"]
-    assert trained(jinja(named(name).text), row) == trained(named(name), row)
+    with pytest.raises(BadRow, match=r"leaves out '1', .* history = \"as-rendered\""):
+        trained(like(name), row)
 
 
 # Templates in the manner of published ones, each with its own difficulty.
@@ -198,8 +213,8 @@ def test_content_that_looks_like_scaffold_moves_no_mask(name: str) -> None:
 def test_conversation_is_rendered_once_whatever_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     template = jinja(LOOK_AHEAD)
     calls: list[int] = []
-    pieces = template.probe.pieces
-    monkeypatch.setattr(template.probe, "pieces", lambda *args, **kwargs: calls.append(1) or pieces(*args, **kwargs))
+    segments = template.probe.segments
+    monkeypatch.setattr(template.probe, "segments", lambda *args, **kwargs: calls.append(1) or segments(*args, **kwargs))
     assert len(trained(template, chat(*"abcdefghijklmnopqrstuvwxyz"))) == 13
     assert len(calls) == 1
 
@@ -223,18 +238,11 @@ REFUSED = {
         MARKED.replace("BLOCK", "{% generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}"),
         "ends before the terminator",
     ),
-    "header inside the block": (
-        "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\\n' + message.content"
-        " + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content }}{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-        "move it behind the header",
-    ),
     "no terminator": (
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}",
         "never learn to stop",
     ),
-    "no loop": ("{{ messages | map(attribute='content') | join(' ') + eos_token }}", "once, from a loop"),
-    "drops history": ("{{ messages[-1].content + eos_token }}", "once, from a loop"),
+    "drops history": ("{{ messages[-1].content + eos_token }}", "does not write assistant message 1 once"),
     "broken Jinja": ("{% for m in messages %}", "correct the Jinja text"),
     "refuses answers": ("{{ raise_exception('no') }}", "cannot render a plain two-turn conversation"),
     "another header when prompted": (
@@ -282,12 +290,6 @@ UNFIT = {
         chat("a", "b", "c", "d"),
         "message 1: '<|im_start|>feedback.*' follows the terminator",
     ),
-    "the tool's result behind the call": (
-        "{% if m.role != 'tool' %}" + TURN + "{% endif %}{% if loop.nextitem is defined and loop.nextitem.role == 'tool' %}"
-        "{{ '<|im_start|>tool\\n' + loop.nextitem.content + '<|im_end|>\\n' }}{% endif %}",
-        {"messages": turns(("user", "q"), ("assistant", "f"), ("tool", "SECRET"), ("assistant", "done"))},
-        "follows the terminator",
-    ),
     "calls left out": (TURN, calling(), "message 1: tool_calls: template .* leaves it out"),
     "calls left out beside a content": (TURN, calling("I think"), "tool_calls: template .* leaves it out"),
     "content left out beside calls": (
@@ -300,7 +302,7 @@ UNFIT = {
     "an answer left out": (
         "{{ '<|im_start|>' + m.role + '\\n' + (m.content if m.content != 'no' else '') + '<|im_end|>\\n' }}",
         chat("q", "no"),
-        "message 1: template .* writes nothing of what it says",
+        "message 1: template .* leaves out 'no'",
     ),
     "tools left out": (TURN, {**chat("q", "a"), "tools": [{"name": "f"}]}, "tools: template .* leaves it out"),
     "division by zero": (TURN + "{% if m.content == 'boom' %}{{ 1 // 0 }}{% endif %}", chat("q", "boom"), "message 1: ZeroDivisionError"),
@@ -356,7 +358,7 @@ def test_scaffold_that_opens_an_answer_only_behind_a_tool_result_is_not_trained(
 def test_special_tokens_that_the_model_opens_its_answer_with_are_trained() -> None:
     """gpt-oss names the channel of an answer itself."""
     template = jinja(LOOP.replace("BODY", TURN.replace("m.content", "'<|header|>final<|eot_id|>' + m.content")))
-    with pytest.raises(BadRow, match="follows the terminator"):
+    with pytest.raises(BadRow, match=r"ends without <\|im_end\|>"):
         jinja(LOOP.replace("BODY", TURN.replace("m.content", "'<|im_end|>' + m.content"))).render(READ(chat("a", "b")))
     assert trained(template, chat("a", "b")) == ["<|header|>final<|eot_id|>b<|im_end|>"]
 
@@ -418,7 +420,7 @@ def test_template_cannot_reach_python() -> None:
 def test_message_that_a_template_leaves_out_rejects_the_row() -> None:
     quiet = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}{{ m.role + m.content + eos_token }}{% endif %}{% endfor %}"
     row = {"messages": turns(("user", "a"), ("tool", "lost"), ("assistant", "b"))}
-    with pytest.raises(BadRow, match="not rendered"):
+    with pytest.raises(BadRow, match="leaves out 'lost'"):
         jinja(quiet).render(READ(row))
 
 
@@ -480,31 +482,27 @@ RULES = TurnRules(
 
 
 @pytest.mark.parametrize(
-    ("text", "last", "trained"),
+    ("text", "said", "trained"),
     [
-        ("A:hi<|im_end|>\n", False, "hi<|im_end|>"),
-        ("A:hi<|im_end|><|endoftext|>\n", True, "hi<|im_end|><|endoftext|>"),
-        ("A:hi\n", False, "hi"),  # no terminator is demanded there, and the gap is scaffold
-        ("A:<think>hm</think>hi<|endoftext|>", True, "hm</think>hi<|endoftext|>"),
-        ("A:hi\n", True, BadRow),
-        ("A:hi<|im_end|>more\n", False, BadRow),
+        ("A:hi<|im_end|>\n", "hi", "hi<|im_end|>"),
+        ("A:hi<|im_end|><|endoftext|>\n", "hi", "hi<|im_end|><|endoftext|>"),
+        ("A:hi<|endoftext|><|im_start|>", "hi", "hi<|endoftext|>"),  # the model stops at the end of the text
+        ("A:hi\n", "hi", None),
+        ("A:hi<|im_end|>more<|im_end|>\n", "hi", "hi<|im_end|>"),
+        ("A:hm<|im_end|>hi<|im_end|>\n", "hi", "hm<|im_end|>hi<|im_end|>"),  # its first end comes before its words
+        ("A:hi<|im_end|>\n", "ho", None),
     ],
 )
-def test_what_is_trained_of_an_answer_ends_with_its_first_terminator(text: str, last: bool, trained: Any) -> None:
-    def spans() -> list[tuple[int, int]]:
-        return answer_spans(text, [(2, len(text))], 2, RULES, SpecialTokens(SPECIALS), last, 1)
-
-    if trained is BadRow:
-        with pytest.raises(BadRow):
-            spans()
-    else:
-        assert [text[a:b] for a, b in spans()] == [trained]
+def test_an_answer_ends_with_the_first_terminator_behind_all_its_words(text: str, said: str, trained: Any) -> None:
+    message = {"role": "assistant", "content": said}
+    end = answer_end(text, 2, (0, len(text)), RULES, SpecialTokens(SPECIALS), message)
+    assert (None if end is None else text[2:end]) == trained
 
 
 def test_the_probe_reports_which_message_wrote_what() -> None:
-    probe = TemplateProbe("x", LOOP.replace("BODY", TURN), {})
+    probe = TemplateProbe("x", LOOP.replace("BODY", TURN), {}, SpecialTokens(SPECIALS))
     trace = probe.trace(turns(("user", "a"), ("assistant", "b")))
     assert trace.text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
     assert trace.region_text(1) == "<|im_start|>assistant\nb<|im_end|>\n" and trace.blocks == {}
     assert not probe.writes_field("tool_calls", "assistant", True) and not probe.writes_tools(False)
-    assert probe.turn_of_calls() == ""
+    assert probe.turn_of_calls() == ("", "")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from sft.chat.calls import calls_text
 from sft.chat.rows import BadRow, Conversation, Message
+from sft.chat.special_tokens import SpecialTokens
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import TEMPLATES, TurnText
 
@@ -40,7 +41,7 @@ class NamedTemplate:
 
     def __init__(self, name: str, eos: str, specials: Sequence[str]) -> None:
         text = TEMPLATES[name]
-        self.name, self.eos = name, eos
+        self.name, self.eos, self.specials = name, eos, SpecialTokens(specials)
         self.text = text.jinja
         for token in ("<|im_start|>", "<|im_end|>"):
             if token in self.text and token not in specials:
@@ -117,6 +118,11 @@ class NamedTemplate:
         if scaffold:
             runs.append(scaffold)
         return runs, specials
+
+    def verbatim(self, conversation: Conversation) -> str:
+        """What the Jinja text writes: `render` without the EOS that it may append."""
+        text = "".join(self.render(conversation)[0])
+        return text.removesuffix(self.eos) if self.eos_appended else text
 
     def _opening(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> tuple[str, int]:
         """The default system message, if one is needed, and its special tokens."""

@@ -6,23 +6,31 @@ out what the template does with turns, tool calls and fields. `sft.chat.template
 
 from __future__ import annotations
 
+import copy
+import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
 import jinja2.sandbox
 
 from sft.chat.rows import BadRow, Conversation, Message
-from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS
-from sft.chat.trace import Generation, Trace, TraceEvent, add_trace, event, has_generation, read_trace
+from sft.chat.spans import common_prefix
+from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
+from sft.chat.trace import Generation, Span, Trace, TraceEvent, add_trace, event, has_generation, read_trace
 from sft.common.strings import strings
 
 CALLED = "qjzxnamed"  # the name of a made-up function: letters only, as a template may write Python's repr of a call
 SAID = "qjzxsaid"  # a made-up content
+THOUGHT = "qjzxthought"  # a made-up thought
+ANSWER = "qjzxanswer"
 CALL_ID = "call00001"
 Tools = list[dict[str, Any]]
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
+"""Variables of a template that only the conversation or the program sets."""
 
 
 class TwoTurns(NamedTuple):
@@ -33,16 +41,29 @@ class TwoTurns(NamedTuple):
     """The content of each message: one private-use character, so that it can be found in the text."""
     asked: tuple[str, str]
     """The first question alone, without and with the generation prompt."""
+    eos: str
+    fault: int
+    """The first answer that is not written once; 0 without one."""
 
 
 class TemplateProbe:
-    """One compiled template. `has_generation`: it has {% generation %} blocks. Raises jinja2.TemplateError for a wrong text."""
+    """One compiled template. `has_generation`: it has {% generation %} blocks. Raises jinja2.TemplateError for a wrong text.
 
-    def __init__(self, name: str, text: str, variables: Mapping[str, str]) -> None:
-        self.name, self.variables = name, dict(variables)
+    `date` (YYYY-MM-DD) is what the template is told when it asks for the day. `tokens`: all texts that are one token.
+    """
+
+    def __init__(
+        self, name: str, text: str, variables: Mapping[str, Any], tokens: SpecialTokens, date: str = ""
+    ) -> None:
+        self.name, self.variables, self.tokens = name, dict(variables), tokens
+        self.eos = str(self.variables.get("eos_token", ""))
         self.index_of: dict[int, int] = {}  # id of each message that is rendered now -> its index
-        self.message = -1  # the last message that the template has begun
-        # The settings that Hugging Face renders with. strftime_now stays undefined: data must not depend on the day.
+        self.begun = [-1]  # the last message that the template has begun; shared by copies of the probe
+        self.arguments_as_text = False  # the template takes the arguments of a call as JSON text
+        self.from_prefixes = False  # trace events do not tell the messages apart, so shorter conversations do
+        self.needs_tools = False  # the template fails without tools
+        self.answer = ANSWER
+        # The settings that Hugging Face renders with.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )
@@ -54,68 +75,155 @@ class TemplateProbe:
             sft_generation=lambda: event("generation"),
             sft_endgeneration=lambda: event("endgeneration"),
         )
+        if date:
+            day = datetime.datetime.fromisoformat(date)
+            env.globals["strftime_now"] = day.strftime
         tree = env.parse(text)
+        self.reads = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load"}
         self.has_generation = has_generation(tree)
         add_trace(tree)
         tree.set_environment(env)
         code = env.compile(tree, name=name)
         self.template = jinja2.Template.from_code(env, code, env.make_globals(None))
 
+    def with_variables(self, variables: Mapping[str, Any]) -> TemplateProbe:
+        """The same template with more variables."""
+        made = copy.copy(self)
+        made.variables = {**self.variables, **variables}
+        return made
+
     def _begin_message(self, *loop_variables: Any) -> TraceEvent | str:
         for variable in loop_variables:
             index = self.index_of.get(id(variable), -1)
             if index >= 0:
-                self.message = index
+                self.begun[0] = index
                 return event("message", index)
         return ""
 
-    def pieces(self, messages: Sequence[Message], tools: Tools | None = None, prompt: bool = False) -> list[str]:
-        """What the template writes, in pieces, with trace events between them. Raises BadRow when the template fails."""
-        self.index_of = {id(message): index for index, message in enumerate(messages)}
-        self.message = -1
+    def segments(self, messages: Sequence[Message], tools: Tools | None = None, prompt: bool = False) -> list[str]:
+        """What the template writes, in segments, with trace events between them. Raises BadRow when the template fails."""
+        if self.arguments_as_text:
+            messages = [with_text_arguments(message) for message in messages]
+        self.index_of.clear()
+        self.index_of.update({id(message): index for index, message in enumerate(messages)})
+        self.begun[0] = -1
         variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         context = self.template.new_context({**self.variables, **variables})
         try:
             return list(self.template.root_render_func(context))
         except Exception as error:  # Jinja text is a program: it can fail in any way, out of memory included
-            where = f"template {self.name}" + (f", message {self.message}" if self.message >= 0 else "")
+            where = f"template {self.name}" + (f", message {self.begun[0]}" if self.begun[0] >= 0 else "")
             raise BadRow("template", f"{where}: {type(error).__name__}: {error}") from None
 
     def text(self, messages: Sequence[Message], tools: Tools | None = None, prompt: bool = False) -> str:
-        return "".join(self.pieces(messages, tools, prompt))
+        return "".join(self.segments(messages, tools, prompt))
+
+    def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> str | None:
+        """What the model is given to answer these messages; None when the template cannot write that."""
+        try:
+            return self.text(messages, tools, prompt=True)
+        except BadRow:
+            return None
 
     def trace(self, messages: Sequence[Message], tools: Tools | None = None) -> Trace:
-        return read_trace(self.pieces(messages, tools))
+        trace = read_trace(self.segments(messages, tools))
+        return self._trace_by_prefixes(trace, messages, tools) if self.from_prefixes else trace
+
+    def _trace_by_prefixes(self, trace: Trace, messages: Sequence[Message], tools: Tools | None) -> Trace:
+        """A message's part is what the text adds to that of the messages before it."""
+        text, position = trace.text, 0
+        regions: dict[int, list[Span]] = {}
+        for index in range(len(messages)):
+            end = len(text)
+            if index + 1 < len(messages):
+                until = self.text(messages[: index + 1], tools)
+                end = self.tokens.edge(text, len(common_prefix([until, text])))
+            if end > position:
+                regions[index] = [(position, end)]
+                position = end
+        blocks = {
+            index: [block for found in trace.blocks.values() for block in found if start <= block[0] < end]
+            for index, [(start, end)] in regions.items()
+        }
+        return Trace(text, regions, {index: found for index, found in blocks.items() if found})
 
     def two_turns(self) -> TwoTurns:
-        """What the template makes of a plain conversation. Raises BadRow when it fails."""
+        """What the template makes of a plain conversation. Chooses how messages are told apart, and whether tools are needed. Raises
+        BadRow when it fails."""
         contents = [chr(PRIVATE_BLOCKS[0] + BLOCK_SIZE + index) for index in range(4)]
         roles = ("user", "assistant", "user", "assistant")
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        asked = self.text(messages[:1]), self.text(messages[:1], prompt=True)
-        return TwoTurns(self.trace(messages), contents, asked)
-
-    def turn_of_calls(self) -> str:
-        """What a turn that only calls a tool writes; "" when the template has no place for tool calls."""
-        messages: list[Message] = [
-            {"role": "user", "content": "q"},
-            {"role": "assistant", "content": "", "tool_calls": [tool_call()]},
-            {"role": "tool", "content": "r", "name": CALLED, "tool_call_id": CALL_ID},
-            {"role": "assistant", "content": "a"},
-        ]
         try:
-            written = self.trace(messages).region_text(1)
+            trace = self.trace(messages)
+        except BadRow:
+            self.needs_tools = True
+            try:
+                trace = self.trace(messages, self._tools())
+            except BadRow:
+                self.needs_tools = False
+            if not self.needs_tools:
+                raise
+        fault = _not_written_once(trace, contents)
+        if fault:
+            self.from_prefixes = True
+            try:
+                trace = self.trace(messages, self._tools())
+            except BadRow:
+                return TwoTurns(trace, contents, ("", ""), self.eos, fault)
+            fault = _not_written_once(trace, contents)
+        asked = self.text(messages[:1], self._tools()), self.text(messages[:1], self._tools(), prompt=True)
+        return TwoTurns(trace, contents, asked, self.eos, fault)
+
+    def _tools(self) -> Tools | None:
+        """Tools for made-up conversations, where the template needs them."""
+        return made_up_tools() if self.needs_tools else None
+
+    def turn_of_calls(self) -> tuple[str, str]:
+        """What a turn that only calls a tool writes, and what follows it; both "" when the template has no place for tool calls.
+
+        Decides how the template takes the arguments of calls.
+        """
+        found: dict[bool, tuple[str, str]] = {}
+        for self.arguments_as_text in (False, True):
+            try:
+                trace = self.trace(_conversation_of_calls(), self._tools())
+            except BadRow:
+                continue
+            if CALLED in (written := trace.region_text(1)):
+                found[self.arguments_as_text] = written.split(SAID)[0], trace.text[trace.regions[1][0][1] :]
+        # A template that wants text writes an object as Python writes it, with single quotes.
+        clean = [as_text for as_text, (written, _) in found.items() if "{'" not in written]
+        self.arguments_as_text = (clean or list(found) or [False])[0]
+        return found.get(self.arguments_as_text, ("", ""))
+
+    def turn_of_thinking(self) -> str:
+        """What an answer with thinking writes; "" when the template fails or has no place for it."""
+        question: Message = {"role": "user", "content": "q"}
+        answer: Message = {"role": "assistant", "content": ANSWER, "reasoning_content": THOUGHT}
+        try:
+            return self.trace([question, answer], self._tools()).region_text(1)
         except BadRow:
             return ""
-        return written if CALLED in written else ""
+
+    def conversations(self) -> Iterator[tuple[list[Message], Trace]]:
+        """Made-up conversations with a system message, calls, results and thinking, where the template can render them."""
+        question: Message = {"role": "user", "content": "q"}
+        system: Message = {"role": "system", "content": "s"}
+        answer: Message = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+        plain: list[Message] = [question, {"role": "assistant", "content": "a"}]
+        with_calls = _conversation_of_calls()
+        for messages in ([system, question, answer], with_calls, [*plain, *plain]):
+            try:
+                yield messages, self.trace(messages, self._tools())
+            except BadRow:
+                continue
 
     def writes_tools(self, with_system: bool) -> bool:
         """Whether the template writes a `tools` column, in a conversation with or without a system message."""
-        tools = [{"type": "function", "function": {"name": CALLED, "description": "d", "parameters": {}}}]
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         if with_system:
             messages = [{"role": "system", "content": SAID}, *messages]
-        return self._writes(messages, tools, [CALLED, *([SAID] if with_system else [])])
+        return self._writes(messages, made_up_tools(), [CALLED, *([SAID] if with_system else [])])
 
     def writes_field(self, field: str, role: str, with_content: bool) -> bool:
         """Whether the template writes a field of a message of this role, and the content beside it."""
@@ -129,7 +237,7 @@ class TemplateProbe:
             messages = [question, carrier]
         else:
             messages = [question, carrier, answer]
-        return self._writes(messages, None, [CALLED, *([SAID] if with_content else [])])
+        return self._writes(messages, self._tools(), [CALLED, *([SAID] if with_content else [])])
 
     def writes_role(self, role: str) -> bool:
         """Whether the template writes a first message of this role."""
@@ -148,18 +256,59 @@ class TemplateProbe:
             return True  # the template may need more than this conversation has: the row itself will show
         return all(text in written for text in texts)
 
-    def header(self, conversation: Conversation, index: int) -> str:
-        """The text before the content of a message, found by replacing the content with an unused private-use character."""
+    def header(self, conversation: Conversation, index: int) -> str | None:
+        """The text before the content of a message, found by replacing the content with an unused private-use character; None when
+        the message does not write its content."""
+        content, messages = self._replace_content(conversation, index)
+        written = self.trace(messages, conversation.tools).region_text(index)
+        return written[: written.index(content)] if content in written else None
+
+    def writes_content(self, conversation: Conversation, index: int) -> bool:
+        """Whether the rendering of a conversation contains the content of a message."""
+        content, messages = self._replace_content(conversation, index)
+        return content in self.text(messages, conversation.tools)
+
+    def _replace_content(self, conversation: Conversation, index: int) -> tuple[str, list[Message]]:
         present = "".join(strings([conversation.messages, conversation.tools], keys=True))
         content = next(
             chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK_SIZE, 0x110000) if chr(code) not in present
         )
         messages = [dict(message) for message in conversation.messages]
         messages[index]["content"] = content
-        written = self.trace(messages, conversation.tools).region_text(index)
-        if content not in written:
-            raise BadRow("template", f"message {index} is not rendered with its content")
-        return written[: written.index(content)]
+        return content, messages
+
+
+def _not_written_once(trace: Trace, contents: Sequence[str]) -> int:
+    """The first of the two answers that is not written once; 0 when both are."""
+    for index in (1, 3):
+        if len(trace.regions.get(index, [])) != 1 or trace.region_text(index).count(contents[index]) != 1:
+            return index
+    return 0
+
+
+def _conversation_of_calls() -> list[Message]:
+    return [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [tool_call()]},
+        {"role": "tool", "content": SAID, "name": CALLED, "tool_call_id": CALL_ID},
+        {"role": "assistant", "content": "a"},
+    ]
+
+
+def made_up_tools() -> Tools:
+    parameters = {"type": "object", "properties": {"x": {"type": "integer", "description": "n"}}, "required": ["x"]}
+    return [{"type": "function", "function": {"name": CALLED, "description": "d", "parameters": parameters}}]
+
+
+def with_text_arguments(message: Message) -> Message:
+    """A message whose calls have their arguments as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = [
+        {**call, "function": {**call["function"], "arguments": to_json(call["function"]["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def tool_call() -> dict[str, Any]:

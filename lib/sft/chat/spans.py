@@ -13,12 +13,14 @@ message with more text after its terminator, or without one, rejects the row.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from sft.chat.rows import BadRow
+from sft.chat.rows import Message
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.trace import Span
+from sft.chat.words import missing_text
 
 
 @dataclass(frozen=True)
@@ -39,64 +41,44 @@ class TurnRules:
     """What follows an answer in a turn without a terminator."""
     eos: str
     """The tokenizer's end-of-sequence token. It may follow a terminator."""
+    last_gap: str = ""
+    """What follows a last answer that the template leaves without a terminator."""
+    closing: str = ""
+    """What closes the thinking that the generation prefix opens; "" when it opens none, or the template writes no thinking."""
+    from_next: bool = False
+    """The next message writes the terminator: GLM's answers end with the token that opens the next role."""
+    appended: str = ""
+    """The terminator of a last answer that the template leaves without one."""
+    appended_to_calls: str = ""
+    """The same for a last turn that calls tools."""
+    prompt_differs: bool = False
+    """The prompt for the first answer is not what the template writes before that answer, so documents begin with the prompt."""
 
 
-def answer_spans(
-    text: str,
-    blocks: Sequence[Span],
-    after_header: int,
-    rules: TurnRules,
-    specials: SpecialTokens,
-    last: bool,
-    index: int,
-) -> list[Span]:
-    """The trained spans of an assistant's message.
-
-    `blocks`: its generation blocks, or the text after its header; `after_header`: where the header ends; `last`: whether the message
-    ends the conversation. Raises BadRow when it has no terminator, or text after it.
-    """
-    blocks, prefix = list(blocks), rules.generation_prefix
-    first = blocks[0][0]
-    if prefix and first == after_header and text.startswith(prefix, first):
-        # The prompt already contains it. A token that straddles its end is scaffold too.
-        blocks[0] = (first + len(prefix), max(first + len(prefix), blocks[0][1]))
-    for start, end in blocks[:-1]:
-        if any(terminator in text[start:end] for terminator in rules.terminators):
-            raise BadRow("template", f"message {index}: a generation block follows the terminator")
-    start, end = blocks[-1]
-    trained_end = find_end(text, start, end, rules, specials, rules.terminators, index)
-    if trained_end is None:
-        demanded = rules.last_terminator if last else rules.terminator
-        if demanded is not None:
-            raise BadRow("template", f"message {index} ends without {demanded}: {text[start:end][-40:]!r}")
-        trained_end = before_gap(text, start, end, rules.gap)
-    return [*blocks[:-1], (start, trained_end)]
-
-
-def other_spans(text: str, blocks: Sequence[Span], rules: TurnRules, specials: SpecialTokens, index: int) -> list[Span]:
-    """The trained spans of a message that is not the assistant's: any special token may end it."""
-    spans = []
-    for start, end in blocks:
-        trained_end = find_end(text, start, end, rules, specials, specials.texts, index)
-        spans.append((start, before_gap(text, start, end, rules.gap) if trained_end is None else trained_end))
-    return spans
-
-
-def find_end(
-    text: str, start: int, end: int, rules: TurnRules, specials: SpecialTokens, terminators: Sequence[str], index: int
+def answer_end(
+    text: str, opening: int, region: Span, rules: TurnRules, specials: SpecialTokens, message: Message
 ) -> int | None:
-    """The end of the first terminator in text[start:end] and of the special tokens directly after it; None without a terminator.
-
-    Raises BadRow when text other than white space or EOS follows it.
-    """
-    for chain in specials.chain.finditer(text, start, end):
-        if not any(token in terminators for token in specials.pattern.findall(chain.group())):
+    """The end of the first terminator after which the message has said everything; None when there is none in its region."""
+    for chain in specials.chain.finditer(text, opening, region[1]):
+        found = [token for token in specials.pattern.finditer(text, chain.start(), chain.end())]
+        ends = [token.end() for token in found if token.group() in rules.terminators]
+        if not ends:
             continue
-        rest = text[chain.end() : end].strip()
-        if rest.removeprefix(rules.eos):
-            raise BadRow("template", f"message {index}: {rest[:40]!r} follows the terminator")
-        return chain.end()
+        of_eos = [token.end() for token in found if token.group() == rules.eos and token.end() >= ends[0]]
+        end = of_eos[0] if of_eos else chain.end()
+        if missing_text(text[opening:end], message) is None:
+            return end
+        if not specials.pattern.sub("", text[opening:end]).strip():
+            return None  # the model would stop before it says anything
     return None
+
+
+def other_end(text: str, opening: int, end: int, rules: TurnRules, specials: SpecialTokens, message: Message) -> int:
+    """The end of what is trained of a message that is not the assistant's: any special token may end it."""
+    for chain in specials.chain.finditer(text, opening, end):
+        if missing_text(text[opening : chain.end()], message) is None:
+            return chain.end()
+    return before_gap(text, opening, end, rules.gap)
 
 
 def before_gap(text: str, start: int, end: int, gap: str) -> int:
@@ -111,14 +93,25 @@ def common_prefix(texts: Sequence[str]) -> str:
     return "".join(char for char, _ in same)
 
 
-def to_runs(text: str, spans: Sequence[Span]) -> list[str] | None:
-    """The text as runs, untrained and trained in turn, the first untrained; None when the spans are not in ascending order."""
+class Graft(NamedTuple):
+    """Text that a document has beside what the template wrote: before a trained span, or after the last one."""
+
+    untrained: str = ""
+    trained: str = ""
+
+
+def to_runs(text: str, spans: Sequence[Span], grafts: Mapping[int, Graft] | None = None) -> list[str] | None:
+    """The text as runs, untrained and trained in turn, the first untrained; None when the spans are not in ascending order.
+
+    `grafts`: text that is inserted where a span starts.
+    """
     runs: list[str] = []
     position = 0
     for start, end in spans:
         if start < position:
             return None
-        runs += (text[position:start], text[start:end])
+        untrained, trained = (grafts or {}).get(start, ("", ""))
+        runs += (text[position:start] + untrained, trained + text[start:end])
         position = end
     if position < len(text):
         runs.append(text[position:])

@@ -39,11 +39,27 @@ class SpecialTokens:
     def count(self, text: str) -> int:
         return len(self.pattern.findall(text))
 
-    def last_in_chain(self, text: str) -> str | None:
-        """The last of the first special tokens that follow each other directly in a text."""
+    def edge(self, text: str, position: int) -> int:
+        """`position`, or the start of the token that it would cut."""
+        longest = len(self.texts[0]) if self.texts else 0
+        for token in self.pattern.finditer(text, max(0, position - longest)):
+            if token.start() < position < token.end():
+                return token.start()
+        return position
+
+    def ending(self, text: str, eos: str) -> str | None:
+        """The special token that ends what a text begins with: `eos` or the last of the first special tokens that follow each other
+        directly. When the text goes on, and ends in a special token, that one; None without special tokens."""
         chain = self.chain.search(text)
-        found: list[str] = self.pattern.findall(chain.group()) if chain else []
-        return found[-1] if found else None
+        if chain is None:
+            return None
+        found = self.pattern.findall(chain.group())
+        rest = text[chain.end() :].strip()
+        if rest and rest != eos:
+            tokens = self.pattern.findall(rest)
+            if tokens and rest.endswith(tokens[-1]):
+                return str(tokens[-1])
+        return eos if eos in found else str(found[-1])
 
     def are_in(self, conversation: Conversation) -> bool:
         """Whether the conversation itself contains special-token text."""

@@ -1,32 +1,52 @@
 """Chat templates: a conversation to text, and which parts of that text the model learns to emit.
 
 In: a template by name (`sft.chat.named`), as a file of Jinja text, or the tokenizer's own. Out: `render(conversation)` returns runs
-of text, untrained and trained in turn. Every conversation is rendered once. The runs follow from the structure of the rendering:
-a named template has a table of turns; a Jinja template is compiled with trace events (`sft.chat.trace`) at the top of its loop over
-the messages and at its {% generation %} blocks, so its output says which message wrote which part. `sft.chat.spans` computes what
-is trained of a message's part. No text is ever searched for content, so no content can move a mask.
+of text, untrained and trained in turn. The runs follow from the structure of the rendering: a named template has a table of turns; a
+Jinja template is compiled with trace events (`sft.chat.trace`) at the top of its loop over the messages and at its {% generation %}
+blocks, so its output says which message wrote which part. `sft.chat.learn` finds out how a template writes a turn, and
+`sft.chat.spans` computes what is trained of a message's part. The template's text decides what a mask covers; content is only searched
+to reject a row of which something would be lost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import jinja2
 
+from sft.chat.learn import check_generation_blocks, known_templates, learn_rules, observe, refuse, scaffold_tokens
 from sft.chat.named import NamedTemplate
-from sft.chat.probe import TemplateProbe, TwoTurns
+from sft.chat.probe import RESERVED, TemplateProbe
 from sft.chat.rows import BadRow, Conversation
-from sft.chat.spans import TurnRules, answer_spans, common_prefix, other_spans, to_runs
+from sft.chat.spans import Graft, answer_end, before_gap, common_prefix, other_end, to_runs
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.trace import Span, Trace
+from sft.chat.words import missing_text, missing_words, tool_texts
 from sft.common.errors import SftError
-from sft.recipe.chat_templates import TEMPLATES
+
+__all__ = ["JinjaTemplate", "Template", "TemplateOptions", "known_templates", "load_template"]
 
 # A template that does not know these fields of a message silently leaves them out.
 FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
 THINKING_FIELDS = ("reasoning_content", "thinking")
 SYSTEM_ROLES = ("system", "developer")
+SHORT = 40
+"""Characters. The content of a shorter message may stand in a rendering by chance."""
+SHOWN = 60
+TAIL = 16
+"""Characters at the end of a prompt that must agree where turns have no header."""
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """What the recipe says about rendering; see the options of the same names in [prepare]."""
+
+    date: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    generation_prefix: str = "prompt"
+    history: str = "whole"
 
 
 class Template(Protocol):
@@ -35,6 +55,8 @@ class Template(Protocol):
     name: str
     text: str
     """The Jinja text, which is exported with the model."""
+    specials: SpecialTokens
+    """The texts that are special tokens to this template: those of the tokenizer, and added tokens that it writes as scaffold."""
     boundaries: str
     """'eos' when every document ends in the only EOS that it contains, else 'index'."""
     eos_appended: bool
@@ -50,154 +72,146 @@ class Template(Protocol):
         """Runs of text, untrained and trained in turn, and the number of special tokens in the scaffold. Raises BadRow."""
         ...
 
+    def verbatim(self, conversation: Conversation) -> str:
+        """What the Jinja text writes, without anything that `render` adds."""
+        ...
+
 
 def load_template(
-    name: str, text: str | None, variables: Mapping[str, str], eos: str, specials: SpecialTokens
+    name: str,
+    text: str | None,
+    variables: Mapping[str, str],
+    eos: str,
+    specials: Sequence[str],
+    added: Sequence[str] = (),
+    options: TemplateOptions = TemplateOptions(),
 ) -> Template:
-    """`text` is the Jinja text of a template that is not one of the named ones."""
+    """`text` is the Jinja text of a template that is not one of the named ones. `added`: tokens that are not declared special."""
     if text is None:
-        return NamedTemplate(name, eos, specials.texts)
-    return JinjaTemplate(name, text, variables, eos, specials)
+        return NamedTemplate(name, eos, specials)
+    return JinjaTemplate(name, text, variables, eos, SpecialTokens(specials), added, options)
 
 
-def known_templates() -> list[str]:
-    return sorted(TEMPLATES)
+class Opening(NamedTuple):
+    """Where the model's own text begins in a message."""
+
+    at: int
+    graft: Graft = Graft()
+    """What the generation prompt gives and the template did not write."""
 
 
 class JinjaTemplate:
-    """Any Hugging Face chat template. A probe conversation shows once how it writes turns.
+    """Any Hugging Face chat template. Probe conversations show once how it writes turns.
 
     Raises SftError for a template from which no correct mask can be derived.
     """
 
-    def __init__(self, name: str, text: str, variables: Mapping[str, str], eos: str, specials: SpecialTokens) -> None:
-        self.name, self.text, self.eos, self.specials = name, text, eos, specials
+    def __init__(
+        self,
+        name: str,
+        text: str,
+        variables: Mapping[str, str],
+        eos: str,
+        specials: SpecialTokens,
+        added: Sequence[str] = (),
+        options: TemplateOptions = TemplateOptions(),
+    ) -> None:
+        self.name, self.text, self.eos, self.options = name, text, eos, options
         self.answers_without_prefix = 0
         self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
+        self.tokens = SpecialTokens([*specials.texts, *(text for text in added if text not in specials.texts)])
         try:
-            self.probe = TemplateProbe(name, text, variables)
+            self.probe = TemplateProbe(
+                name, text, {**options.variables, **variables, "eos_token": eos}, self.tokens, options.date
+            )
         except jinja2.TemplateError as error:
             raise SftError(f"prepare.template: {name}: {error}; next: correct the Jinja text") from None
-        try:
-            turns = self.probe.two_turns()
-        except BadRow as error:
-            raise self._refusal(
-                f" cannot render a plain two-turn conversation: {error.detail}",
-                f"use a template that can, or choose one of {', '.join(known_templates())}",
-            ) from None
-        self.rules = self._learn_rules(turns)
+        self._check_options()
+        turns = observe(self.probe)
+        self.rules = learn_rules(self.probe, turns, specials, self.tokens, eos)
+        self.specials = SpecialTokens(
+            [*specials.texts, *scaffold_tokens(self.probe, self.rules, SpecialTokens(added))]
+        )
+        if len(self.specials.texts) > len(specials.texts):
+            self.rules = learn_rules(self.probe, turns, self.specials, self.tokens, eos)
         self.generation_prefix = self.rules.generation_prefix
         self.terminators = list(self.rules.terminators)
         if self.probe.has_generation:
-            self._check_generation_blocks(turns.trace)
+            check_generation_blocks(self.probe, self.rules, turns.trace)
         number_of_eos = turns.trace.text.count(eos)
-        self.eos_appended = number_of_eos == 0
+        self.eos_appended = number_of_eos == 0 and self.rules.appended != eos
         ends_in_eos = number_of_eos == 1 and turns.trace.text.endswith(eos)
         self.boundaries = "eos" if self.eos_appended or ends_in_eos else "index"
 
-    def _refusal(self, fault: str, advice: str) -> SftError:
-        return SftError(f"prepare.template: {self.name}{fault}; next: {advice}")
-
-    def _learn_rules(self, turns: TwoTurns) -> TurnRules:
-        """The header, the generation prefix and the terminators."""
-        trace = turns.trace
-        for index in (1, 3):
-            if len(trace.regions.get(index, [])) != 1 or turns.contents[index] not in trace.region_text(index):
-                raise self._refusal(
-                    f" does not write assistant message {index} once, from a loop over the messages at its top level, so no mask can"
-                    " be derived from it",
-                    f"write such a loop, or choose one of {', '.join(known_templates())}",
-                )
-        (before, after), (last_before, _) = (
-            trace.region_text(index).split(turns.contents[index], 1) for index in (1, 3)
-        )
-        after_last = trace.text.split(turns.contents[3], 1)[1]
-        prompt = self._prompt(turns)
-        # Scaffold is what the generation prompt gives, but only as far as the turns really begin with it: a thinking prompt may
-        # go on with <think>, which the data spells out. Without a prompt nothing is scaffold.
-        header = common_prefix([prompt, before, last_before]) if prompt else ""
-        if prompt and not header:
-            raise self._refusal(
-                f" opens an answer with {prompt!r} when prompted, but writes {before!r} before an answer in the history, so the trained"
-                " text would not be what the model is asked for",
-                "make the two equal",
+    def _check_options(self) -> None:
+        """Refuses options that the template does not read, and a template that reads the day without one."""
+        date, reads = self.options.date, self.probe.reads
+        if "strftime_now" in reads and not date:
+            refuse(
+                self.probe,
+                " writes the day on which it runs (strftime_now), so the data would depend on the day",
+                'set [prepare] date = "2026-07-01", or another day, which every document then has',
             )
-        terminator, last_terminator = self.specials.last_in_chain(after), self.specials.last_in_chain(after_last)
-        if last_terminator is None:
-            raise self._refusal(
-                " writes no special token after the last answer, so the model would never learn to stop",
-                "end assistant turns with {{ eos_token }} or the tokenizer's end-of-turn token",
-            )
-        found = {terminator, last_terminator, self._terminator_of_calls()}
-        return TurnRules(
-            header=header,
-            generation_prefix=prompt[len(header) :],
-            terminator=terminator,
-            last_terminator=last_terminator,
-            terminators=tuple(sorted(token for token in found if token)),
-            gap=after if terminator is None else "",
-            eos=self.eos,
-        )
+        if date and "strftime_now" not in reads:
+            raise SftError(f"prepare.date: template {self.name} does not read the day; next: remove the option")
+        for variable in self.options.variables:
+            if variable in RESERVED or variable not in reads:
+                why = "is set by the conversation" if variable in RESERVED else f"is not read by template {self.name}"
+                raise SftError(f"prepare.template_variables: {variable} {why}; next: remove it or correct its name")
 
-    def _prompt(self, turns: TwoTurns) -> str:
-        """What the generation prompt adds to a question."""
-        without, asked = turns.asked
-        shared = len(common_prefix([without, asked]))
-        for token in self.specials.pattern.finditer(asked):
-            if token.start() < shared < token.end():  # both go on with special tokens that begin alike
-                shared = token.start()
-        return asked[shared:]
-
-    def _terminator_of_calls(self) -> str | None:
-        """The token that ends a turn of tool calls, which may be another than the one that ends an answer."""
-        written = self.probe.turn_of_calls().rstrip()
-        found = self.specials.pattern.findall(written)
-        return found[-1] if found and written.endswith(found[-1]) else None
-
-    def _check_generation_blocks(self, trace: Trace) -> None:
-        """Refuses {% generation %} blocks that contain the header or miss the terminator."""
-        for index, terminator in ((1, self.rules.terminator), (3, self.rules.last_terminator)):
-            blocks = trace.blocks.get(index, [])
-            header_end = trace.regions[index][0][0] + len(self.rules.header)
-            if not blocks:
-                raise self._refusal(f": no {{% generation %}} block in assistant message {index}", "add it")
-            if blocks[0][0] < header_end:
-                raise self._refusal(
-                    f": the {{% generation %}} block begins with {trace.text[blocks[0][0] : header_end]!r}, which the generation"
-                    " prompt already writes",
-                    "move it behind the header",
-                )
-            if terminator is not None and terminator not in trace.text[slice(*blocks[-1])]:
-                raise self._refusal(
-                    f": the {{% generation %}} block ends before the terminator {terminator!r}, so the model would never learn to stop",
-                    "move {% endgeneration %} behind it",
-                )
+    def verbatim(self, conversation: Conversation) -> str:
+        return self.probe.text(conversation.messages, conversation.tools)
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """`conversation` must contain no special-token text (see `SpecialTokens.escape`): every special token found is scaffold."""
         trace = self.probe.trace(conversation.messages, conversation.tools)
-        text, specials = trace.text, self.specials.count(trace.text)
+        text = trace.text
         if self.boundaries == "eos" and text.find(self.eos) not in (-1, len(text) - len(self.eos)):
             raise BadRow("eos_inside", f"template {self.name} writes {self.eos} inside this conversation")
         self._check_tools(conversation)
         self._check_order(conversation, trace)
         spans: list[Span] = []
+        grafts: dict[int, Graft] = {}
         for index, train in enumerate(conversation.train):
             self._check_fields(conversation, index)
             if train:
-                spans += self._trained_spans(conversation, trace, index)
-            else:
-                self._check_written(conversation, trace, index)
-        runs = to_runs(text, spans)
+                found, graft = self._trained(conversation, trace, index)
+                spans += found
+                if graft != ("", "") and found:
+                    grafts[found[0][0]] = graft
+        runs = to_runs(text, spans, grafts)
         if runs is None:
             raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
-        if "".join(runs) != text:
-            raise BadRow("proof", f"the runs of template {self.name} are not the text that it rendered")
-        if self.boundaries == "eos" and not text.endswith(self.eos):
-            specials += 1
+        if self.rules.prompt_differs or self.options.history == "as-rendered":
+            self._begin_with_prompt(conversation, runs)
+        self._check_prompts(conversation, trace, "\n".join(runs[::2]))
+        if conversation.train[-1] and len(runs) % 2 and runs[-1].strip() not in ("", self.eos, self.rules.last_gap.strip()):
+            del runs[-1]  # the header of a further turn, which is in no prompt
+        is_open = conversation.train[-1] and text.endswith(self.rules.last_gap, spans[-1][1])
+        runs = self._end(conversation, runs, is_open and len(text) - spans[-1][1] == len(self.rules.last_gap))
+        return runs, sum(map(self.specials.count, runs))
+
+    def _begin_with_prompt(self, conversation: Conversation, runs: list[str]) -> None:
+        """Replaces what the template wrote before the first trained answer by the prompt for it, which may show another history."""
+        first = conversation.train.index(True)
+        prompt = self.probe.prompt(conversation.messages[:first], conversation.tools)
+        if prompt is None or conversation.messages[first]["role"] != "assistant":
+            return
+        prefix = self.generation_prefix
+        if prefix and prompt.endswith(prefix) and not runs[0].endswith(prefix):
+            prompt = prompt.removesuffix(prefix)  # the answer has it, or goes without it
+        runs[0] = prompt
+
+    def _end(self, conversation: Conversation, runs: list[str], is_open: bool) -> list[str]:
+        """The runs with the terminator and EOS that the template leaves out at the end. `is_open`: the last run is an answer."""
+        last = conversation.messages[-1]
+        if self.rules.appended and is_open and last["role"] == "assistant":
+            answer = len(runs) - 1 - len(runs) % 2
+            runs[answer] += self.rules.appended_to_calls if last.get("tool_calls") else self.rules.appended
+        if self.boundaries == "eos" and not runs[-1].endswith(self.eos):
             runs = runs if len(runs) % 2 else [*runs, ""]
             runs[-1] += self.eos
-        return runs, specials
+        return runs
 
     def _check_order(self, conversation: Conversation, trace: Trace) -> None:
         """Raises BadRow when the template writes messages in another order; system messages may be anywhere."""
@@ -224,70 +238,203 @@ class JinjaTemplate:
         message = conversation.messages[index]
         if len(message) == 2:
             return
-        for field in FIELDS:
-            if field not in message or (field in THINKING_FIELDS and not conversation.train[index]):
+        for name in FIELDS:
+            if name not in message or (name in THINKING_FIELDS and not conversation.train[index]):
                 continue
-            key = (field, message["role"], bool(message["content"]))
+            key = (name, message["role"], bool(message["content"]))
             if key not in self.writes:
                 self.writes[key] = self.probe.writes_field(*key)
             if not self.writes[key]:
                 raise BadRow(
                     "template",
-                    f"message {index}: {field}: template {self.name} leaves it out, or leaves out the content beside it",
+                    f"message {index}: {name}: template {self.name} leaves it out, or leaves out the content beside it",
                 )
 
-    def _check_written(self, conversation: Conversation, trace: Trace, index: int) -> None:
-        """Raises BadRow when the template leaves out an untrained message that says something."""
-        message = conversation.messages[index]
-        is_silent = not message["content"] and len(message) == 2
-        if not trace.regions.get(index) and message["role"] not in SYSTEM_ROLES and not is_silent:
-            raise BadRow("template", f"message {index} is not rendered by template {self.name}")
+    def _check_prompts(self, conversation: Conversation, trace: Trace, untrained: str) -> None:
+        """Raises BadRow when the template leaves out something of an untrained message or of the tools. What an untrained answer
+        thought may be left out, as it is at inference."""
+        for index, message in enumerate(conversation.messages):
+            if conversation.train[index]:
+                continue
+            regions = trace.regions.get(index, [])
+            written = "\n".join(trace.text[slice(*region)] for region in regions) if regions else untrained
+            thinking = message["role"] != "assistant"
+            missing = missing_text(written, message, thinking)
+            if missing is not None and regions:
+                missing = missing_text(untrained, message, thinking)
+            by_chance = not regions and missing is None and 0 < len(message["content"].strip()) < SHORT
+            if by_chance and not self.probe.writes_content(conversation, index):
+                missing = message["content"]
+            if missing is not None:
+                raise BadRow(
+                    "template", f"message {index} ({message['role']}): template {self.name} leaves out {shown(missing)}"
+                )
+        lost = missing_words(untrained, tool_texts(conversation.tools)) if conversation.tools else None
+        if lost is not None:
+            raise BadRow("template", f"tools: template {self.name} leaves out {shown(lost)}")
 
-    def _trained_spans(self, conversation: Conversation, trace: Trace, index: int) -> list[Span]:
-        """The spans of a message that are trained. Raises BadRow when they cannot be told from the structure."""
+    def _trained(self, conversation: Conversation, trace: Trace, index: int) -> tuple[list[Span], Graft]:
+        """The spans of a message that are trained, and what is inserted before them. Raises BadRow when they cannot be told from
+        the structure, or do not say all that the message says."""
         message, text, regions = conversation.messages[index], trace.text, trace.regions.get(index, [])
         if len(regions) != 1:
             raise BadRow("template", f"message {index} is rendered {len(regions)} times by template {self.name}")
-        start, end = regions[0]
-        last = index == len(conversation.messages) - 1
-        if last:
-            end = len(text)
-        if not self.probe.has_generation:
-            blocks = [(self._opening(conversation, text, (start, end), index), end)]
-        elif not (blocks := trace.blocks.get(index, [])):
-            raise BadRow("template", f"message {index} is trained but is in no generation block of {self.name}")
-        if message["role"] == "assistant":
-            after_header = start + len(self.rules.header)
-            if self.generation_prefix and not text.startswith(self.generation_prefix, after_header):
-                self.answers_without_prefix += 1
-            spans = answer_spans(text, blocks, after_header, self.rules, self.specials, last, index)
-        else:
-            spans = other_spans(text, blocks, self.rules, self.specials, index)
+        is_answer = message["role"] == "assistant"
+        opening = self._opening(conversation, text, regions[0], index) if is_answer else self._other_opening(conversation, trace, index)
+        end = self._end_of(conversation, text, regions[0], opening, index)
+        spans = [(opening.at, end)]
+        if self.probe.has_generation:
+            blocks = trace.blocks.get(index, [])
+            if not blocks:
+                raise BadRow("template", f"message {index} is trained but is in no generation block of {self.name}")
+            spans = [(max(a, opening.at), min(b, end)) for a, b in blocks if b > opening.at and a < end]
+            if spans and self.rules.from_next:
+                spans[-1] = (spans[-1][0], end)
+            spans = joined(spans)
         written = "".join(text[a:b] for a, b in spans)
-        has_calls = bool(message.get("tool_calls") or message.get("function_calls"))
-        if not self.specials.pattern.sub("", written).strip() and (message["content"].strip() or has_calls):
-            raise BadRow("template", f"message {index}: template {self.name} writes nothing of what it says")
-        return spans
+        missing = missing_text(written, message)
+        if missing is not None:
+            raise BadRow("template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}")
+        return spans, opening.graft
 
-    def _opening(self, conversation: Conversation, text: str, region: Span, index: int) -> int:
-        """Where the model's own text begins in a message: after the header of its turn."""
-        start, end = region
-        if conversation.messages[index]["role"] != "assistant":
-            header = self.probe.header(conversation, index)
-            if not text.startswith(header, start):
-                raise BadRow("template", f"message {index} does not begin with {header!r}")
-            return start + len(header)
-        opening = start + len(self.rules.header)
-        special = self.specials.pattern.match(text, opening, end)
-        if text.startswith(self.rules.header, start) and not (special and special.group() not in self.terminators):
-            return opening
+    def _advice(self, message: Mapping[str, Any]) -> str:
+        thinks = any(message.get(name) for name in THINKING_FIELDS) or "</think>" in message["content"]
+        return ', which is a part of the answer; history = "as-rendered" trains each turn as the last one' if thinks else ""
+
+    def _end_of(self, conversation: Conversation, text: str, region: Span, opening: Opening, index: int) -> int:
+        """Where what is trained of a message ends."""
+        message, rules = conversation.messages[index], self.rules
+        if message["role"] != "assistant":
+            return other_end(text, opening.at, region[1], rules, self.specials, message)
+        last = index == len(conversation.messages) - 1
+        end = answer_end(text, opening.at, region, rules, self.specials, message)
+        if end is None and last:
+            region = (region[0], len(text))
+            end = answer_end(text, opening.at, region, rules, self.specials, message)
+        if end is None and rules.from_next and not last:
+            following = self.specials.pattern.match(text, region[1])
+            if following and following.group() in rules.terminators:
+                return following.end()
+        if end is None:
+            return self._end_without_terminator(text, region, opening, last, message, index)
+        rest = text[end : region[1]].strip()
+        if rest and rest != rules.eos and not (last and rest == (rules.header + rules.generation_prefix).strip()):
+            until = self.probe.prompt(conversation.messages[: index + 1], conversation.tools)
+            if until is None or not until.startswith(text[:end]) or self._ends_with(conversation, index) != text[:end]:
+                raise BadRow("template", f"message {index}: {rest[:40]!r} follows the terminator")
+        return end
+
+    def _ends_with(self, conversation: Conversation, index: int) -> str:
+        """The text of the conversation up to a message, without what follows its terminator."""
+        written = self.probe.text(conversation.messages[: index + 1], conversation.tools).rstrip()
+        header = (self.rules.header + self.rules.generation_prefix).strip()
+        return written.removesuffix(header).rstrip() if header else written
+
+    def _end_without_terminator(
+        self, text: str, region: Span, opening: Opening, last: bool, message: Mapping[str, Any], index: int
+    ) -> int:
+        rules = self.rules
+        found = any(token in text[opening.at : region[1]] for token in rules.terminators)
+        missing = missing_text(text[opening.at : region[1]], dict(message))
+        if missing is not None:
+            raise BadRow("template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}")
+        demanded = rules.last_terminator if last else rules.terminator
+        if last and rules.appended and not found:
+            return before_gap(text, opening.at, len(text), rules.last_gap)
+        if demanded is not None:
+            raise BadRow("template", f"message {index} ends without {demanded}: {text[opening.at : region[1]][-40:]!r}")
+        return before_gap(text, opening.at, region[1], rules.gap)
+
+    def _other_opening(self, conversation: Conversation, trace: Trace, index: int) -> Opening:
+        """Where the text of a message that is not the assistant's begins: after the header of its turn."""
+        start = trace.regions[index][0][0]
+        header = self.probe.header(conversation, index)
+        if header is None:
+            raise BadRow("template", f"message {index} is not rendered with its content")
+        if not trace.text.startswith(header, start):
+            raise BadRow("template", f"message {index} does not begin with {header!r}")
+        return Opening(start + len(header))
+
+    def _opening(self, conversation: Conversation, text: str, region: Span, index: int) -> Opening:
+        """Where an answer begins: after what the generation prompt gives. No special token of a header is trained."""
+        opening = self._find_opening(conversation, text, region, index)
+        written = text[opening.at : region[1]]
+        special = self.specials.pattern.match(written.lstrip())
+        first = next((t for t in self.specials.pattern.findall(self.rules.header) if t not in self.terminators), None)
+        if special and special.group() == first:
+            raise BadRow("template", f"message {index} opens with {written[:40]!r}, which the prompt for it does not give")
+        return opening
+
+    def _find_opening(self, conversation: Conversation, text: str, region: Span, index: int) -> Opening:
+        (start, end), header = region, self.rules.header
+        at = start + len(header)
+        special = self.specials.pattern.match(text, at, end)
+        fits = text.startswith(header, start) and not (special and special.group() not in self.rules.terminators)
+        if fits and index and conversation.messages[index - 1]["role"] == "user":
+            return self._after_prefix(text, at, end, conversation.messages[index])
         # A turn that opens differently, for example after a tool's result: the prompt for this very turn shows where it begins.
-        prompt = self.probe.text(conversation.messages[:index], conversation.tools, prompt=True)
-        if not text.startswith(prompt):
-            prompt = prompt.removesuffix(self.generation_prefix)
-        if not text.startswith(prompt):
-            raise BadRow(
-                "template",
-                f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {prompt[-40:]!r}",
-            )
-        return max(start, len(prompt))
+        prompt = self.probe.prompt(conversation.messages[:index], conversation.tools)
+        if prompt is not None and prompt.strip():
+            bare = prompt.removesuffix(self.generation_prefix)
+            if text.startswith(bare) and len(bare) >= start and len(bare) < len(prompt):
+                return self._after_prefix(text, len(bare), end, conversation.messages[index])
+            if text.startswith(prompt) and len(prompt) >= start:
+                return Opening(len(prompt))
+        if text.startswith(header, start) and (prompt is None or not prompt.strip() or self._asks_for(prompt, text, at, start)):
+            return self._after_prefix(text, at, end, conversation.messages[index])
+        raise BadRow(
+            "template",
+            f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {(prompt or '')[-40:]!r}",
+        )
+
+    def _asks_for(self, prompt: str, text: str, at: int, start: int) -> bool:
+        """Whether a prompt ends in the header that ends at `at`, where the prompt shows another history than the text."""
+        if len(common_prefix([prompt, text])) >= start:
+            return False
+        bare = prompt.removesuffix(self.generation_prefix)
+        length = min(len(self.rules.header) or TAIL, len(bare), at)
+        return bare[len(bare) - length :] == text[at - length : at]
+
+    def _after_prefix(self, text: str, at: int, end: int, message: Mapping[str, Any]) -> Opening:
+        """Where an answer begins whose header ends at `at`, with what the generation prompt gives and the template did not write."""
+        prefix, choice = self.generation_prefix, self.options.generation_prefix
+        if not prefix:
+            return Opening(at)
+        if text.startswith(prefix, at):
+            return Opening(at if choice == "answer" else at + len(prefix))
+        graft = Graft() if choice == "rendered" else self._graft(text[at:end])
+        if graft == ("", ""):
+            self.answers_without_prefix += 1
+            return Opening(at)
+        written = prefix.rstrip()
+        if text.startswith(written, at):
+            at += len(written) if choice != "answer" else 0
+            return Opening(at, Graft(prefix[len(written) :]) if choice != "answer" else Graft())
+        return Opening(at, graft if choice == "prompt" else Graft("", graft.untrained + graft.trained))
+
+    def _graft(self, answer: str) -> Graft:
+        """The generation prefix for an answer that the template wrote without it; empty when the two do not go together."""
+        prefix, closing = self.generation_prefix, self.rules.closing
+        if answer.startswith(prefix.rstrip()):
+            return Graft(prefix)
+        if common_prefix([prefix, answer])[:1] == "<" and self.tokens.edge(answer, 1) == 0 and answer.startswith(prefix.split("\n")[0]):
+            return Graft()  # it thinks, where the prompt says that it does not
+        opens = "<think>" in prefix and "</think>" not in prefix
+        if closing:
+            return Graft(prefix, "" if closing.strip() in answer else closing)
+        return Graft() if opens and "</think>" not in answer else Graft(prefix)
+
+
+def joined(spans: Sequence[Span]) -> list[Span]:
+    """The spans, with those that touch as one."""
+    made: list[Span] = []
+    for start, end in spans:
+        if made and made[-1][1] == start:
+            made[-1] = (made[-1][0], end)
+        else:
+            made.append((start, end))
+    return made
+
+
+def shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")

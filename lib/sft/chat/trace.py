@@ -1,7 +1,7 @@
 """Template traces: which message, and which {% generation %} block, wrote which part of a rendering.
 
 In: a parsed Jinja template. `add_trace` inserts calls of `sft_message`, `sft_loop_end`, `sft_generation` and `sft_endgeneration`.
-Each call writes an empty `TraceEvent` into the output. Out: `read_trace` turns the pieces of a rendering into a `Trace`.
+Each call writes an empty `TraceEvent` into the output. Out: `read_trace` turns the segments of a rendering into a `Trace`.
 `sft.chat.probe` defines the four functions and renders.
 """
 
@@ -19,7 +19,7 @@ Span = tuple[int, int]
 
 
 class TraceEvent(str):
-    """An empty piece of output that marks where a message or a generation block begins or ends."""
+    """An empty segment of output that marks where a message or a generation block begins or ends."""
 
     __slots__ = ("kind", "message")
     kind: str
@@ -49,8 +49,8 @@ class Trace(NamedTuple):
         return self.text[slice(*self.regions[message][0])] if self.regions.get(message) else ""
 
 
-def read_trace(pieces: Sequence[str]) -> Trace:
-    """The trace of a rendering, from its pieces: text and events in the order in which the template wrote them."""
+def read_trace(segments: Sequence[str]) -> Trace:
+    """The trace of a rendering, from its segments: text and events in the order in which the template wrote them."""
     position, current, start = 0, -1, 0
     regions: dict[int, list[Span]] = {}
     blocks: dict[int, list[Span]] = {}
@@ -60,18 +60,18 @@ def read_trace(pieces: Sequence[str]) -> Trace:
         if current >= 0 and position > start:
             regions.setdefault(current, []).append((start, position))
 
-    for piece in pieces:
-        if type(piece) is not TraceEvent:
-            position += len(piece)
-        elif piece.kind == "generation":
+    for segment in segments:
+        if type(segment) is not TraceEvent:
+            position += len(segment)
+        elif segment.kind == "generation":
             opened.append(position)
-        elif piece.kind == "endgeneration":
+        elif segment.kind == "endgeneration":
             blocks.setdefault(current, []).append((opened.pop(), position))
         else:
             close_region()
-            current, start = piece.message, position
+            current, start = segment.message, position
     close_region()
-    return Trace("".join(pieces), regions, blocks)
+    return Trace("".join(segments), regions, blocks)
 
 
 class Generation(jinja2.ext.Extension):
