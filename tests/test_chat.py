@@ -28,15 +28,20 @@ EVERY = Prepare(
 )
 
 
+PLAIN = TemplateOptions()
+
+
 def jinja(
     text: str,
     specials: list[str] = MORE,
     eos: str = EOS,
     added: tuple[str, ...] = (),
-    options: TemplateOptions = TemplateOptions(),
+    options: TemplateOptions = PLAIN,
     **variables: str,
 ) -> JinjaTemplate:
-    return JinjaTemplate("made.jinja", text, {"eos_token": eos, **variables}, eos, SpecialTokens(specials), added, options)
+    return JinjaTemplate(
+        "made.jinja", text, {"eos_token": eos, **variables}, eos, SpecialTokens(specials), added, options
+    )
 
 
 def like(name: str) -> JinjaTemplate:
@@ -214,7 +219,9 @@ def test_conversation_is_rendered_once_whatever_its_length(monkeypatch: pytest.M
     template = jinja(LOOK_AHEAD)
     calls: list[int] = []
     segments = template.probe.segments
-    monkeypatch.setattr(template.probe, "segments", lambda *args, **kwargs: calls.append(1) or segments(*args, **kwargs))
+    monkeypatch.setattr(
+        template.probe, "segments", lambda *args, **kwargs: calls.append(1) or segments(*args, **kwargs)
+    )
     assert len(trained(template, chat(*"abcdefghijklmnopqrstuvwxyz"))) == 13
     assert len(calls) == 1
 

@@ -6,6 +6,7 @@ nothing with the code under test but the tokenizer.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -225,12 +226,18 @@ def test_templates_with_eos_inside_say_that_their_data_needs_an_index(name: str,
 
 
 def oracle(made: Encoder, parts: list[tuple[str, bool]]) -> tuple[list[int], list[bool]]:
-    """Ids and mask of a text given in parts, by `tokenizers` and its offsets."""
-    text = "".join(part for part, _ in parts)
-    flags = [flag for part, flag in parts for _ in part]
-    encoding = made.vocabulary.tokenizer.encode(text, add_special_tokens=False)
-    # Tokens of one character's bytes share its offsets; a token is trained when all its characters are.
-    return encoding.ids, [all(flags[a:b]) and b > a for a, b in encoding.offsets]
+    """Ids and mask of a text given in parts, by `tokenizers` and its offsets. The text is cut before every answer."""
+    ids: list[int] = []
+    mask: list[bool] = []
+    starts = [index for index, (_, flag) in enumerate(parts) if flag]
+    for start, stop in itertools.pairwise([0, *starts, len(parts)]):
+        group = parts[start:stop]
+        flags = [flag for part, flag in group for _ in part]
+        encoding = made.vocabulary.tokenizer.encode("".join(part for part, _ in group), add_special_tokens=False)
+        # Tokens of one character's bytes share its offsets; a token is trained when all its characters are.
+        ids += encoding.ids
+        mask += [all(flags[a:b]) and b > a for a, b in encoding.offsets]
+    return ids, mask
 
 
 def olmo_parts(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:

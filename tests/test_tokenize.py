@@ -32,6 +32,7 @@ from chat_samples import (
 )
 from sft.chat.rows import RowReader
 from sft.common.errors import SftError
+from sft.data.byte_encoder import parts_of
 from sft.data.tokenize import Encoder
 from sft.data.vocabulary import Vocabulary, check_rebuilt
 from sft.formats.dataset import TokenizerFacts
@@ -56,11 +57,14 @@ def rendered(made: Encoder, row: Any) -> str:
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(conversations(roles=True), min_size=1, max_size=4))
-def test_ids_are_those_of_the_whole_rendered_text(olmo: Encoder, rows: list[dict]) -> None:
+def test_ids_are_those_of_prompts_and_answers_encoded_apart(olmo: Encoder, rows: list[dict]) -> None:
+    """As at inference: an answer's first token never contains the end of the prompt."""
     got = olmo.encode(rows, SOURCE)
     start = 0
     for row, length in zip(got.rows.tolist(), got.lengths.tolist(), strict=True):
-        right = olmo.vocabulary.tokenizer.encode(rendered(olmo, rows[row]), add_special_tokens=False).ids
+        runs = olmo.template.render(olmo.read(rows[row], SOURCE))[0]
+        encode = olmo.vocabulary.tokenizer.encode
+        right = [i for part in parts_of(runs) for i in encode(part, add_special_tokens=False).ids]
         assert got.ids[start : start + length].tolist() == right
         start += length
     assert len(got.rows) + len(got.rejects) == len(rows)
@@ -84,7 +88,9 @@ def test_jinja_file_gives_the_same_tokens_and_masks_as_the_named_template(both: 
     native, jinja = both(name)
     one, two = native.encode([row], SOURCE), jinja.encode([row], SOURCE)
     if one.rejects or two.rejects:
-        assert (one.rejects and two.rejects) or name.startswith("simple_concat")
+        # The last says in its name that it removes thoughts, which rejects the row under a Jinja template.
+        lenient = name.startswith("simple_concat") or name == "olmo_thinker_remove_intermediate_thinking"
+        assert (one.rejects and two.rejects) or lenient
         return
     assert one.ids.tolist() == two.ids.tolist()
     assert one.loss_mask.tolist() == two.loss_mask.tolist()
@@ -98,7 +104,10 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def pair(name: str) -> tuple[Encoder, Encoder]:
         if name not in made:
             (root / f"{name}.jinja").write_text(TEMPLATES[name].jinja)
-            made[name] = encoder(folder, name), encoder(folder, f"{name}.jinja", lambda path: root / path)
+            made[name] = (
+                encoder(folder, name),
+                encoder(folder, f"{name}.jinja", lambda path: root / path, generation_prefix="rendered"),
+            )
         return made[name]
 
     return pair

@@ -54,7 +54,9 @@ def observe(probe: TemplateProbe) -> TwoTurns:
     return turns
 
 
-def learn_rules(probe: TemplateProbe, turns: TwoTurns, specials: SpecialTokens, tokens: SpecialTokens, eos: str) -> TurnRules:
+def learn_rules(
+    probe: TemplateProbe, turns: TwoTurns, specials: SpecialTokens, tokens: SpecialTokens, eos: str
+) -> TurnRules:
     """`tokens`: all texts that are one token wherever they stand, special or not."""
     trace = turns.trace
     (before, after), (last_before, _) = (trace.region_text(index).split(turns.contents[index], 1) for index in (1, 3))
@@ -77,7 +79,11 @@ def learn_rules(probe: TemplateProbe, turns: TwoTurns, specials: SpecialTokens, 
     endings = _endings(probe, turns, after, specials)
     inside = trace.region_text(1)[: len(before) + 1]
     of_calls = _terminator_of_calls(probe, specials, endings.from_next)
-    found = {endings.terminator, endings.last_terminator, None if of_calls in specials.pattern.findall(inside) else of_calls}
+    found = {
+        endings.terminator,
+        endings.last_terminator,
+        None if of_calls in specials.pattern.findall(inside) else of_calls,
+    }
     return TurnRules(
         header=header,
         generation_prefix=prompt[len(header) :],
@@ -87,7 +93,9 @@ def learn_rules(probe: TemplateProbe, turns: TwoTurns, specials: SpecialTokens, 
         terminators=tuple(sorted(token for token in found if token)),
         from_next=endings.from_next,
         appended=endings.appended,
-        appended_to_calls=(of_calls or endings.appended) if endings.from_next and endings.appended else endings.appended,
+        appended_to_calls=(of_calls or endings.appended)
+        if endings.from_next and endings.appended
+        else endings.appended,
         gap=after if endings.terminator is None else "",
         last_gap=trace.text.split(turns.contents[3], 1)[1] if endings.appended else "",
         eos=eos,
@@ -173,7 +181,9 @@ def scaffold_tokens(probe: TemplateProbe, rules: TurnRules, added: SpecialTokens
         for index, message in enumerate(messages):
             for start, end in trace.regions.get(index, ()):
                 scaffold.append(trace.text[position:start])
-                (said if message["role"] == "assistant" else scaffold).append(trace.text[start:end].removeprefix(rules.header))
+                (said if message["role"] == "assistant" else scaffold).append(
+                    trace.text[start:end].removeprefix(rules.header)
+                )
                 position = end
         scaffold.append(trace.text[position:])
     found = set(added.pattern.findall("\n".join(scaffold))) - set(added.pattern.findall("\n".join(said)))

@@ -41,6 +41,7 @@ class NamedTemplate:
 
     def __init__(self, name: str, eos: str, specials: Sequence[str]) -> None:
         text = TEMPLATES[name]
+        self.needs_tools = False
         self.name, self.eos, self.specials = name, eos, SpecialTokens(specials)
         self.text = text.jinja
         for token in ("<|im_start|>", "<|im_end|>"):

@@ -60,7 +60,7 @@ def answer_end(
 ) -> int | None:
     """The end of the first terminator after which the message has said everything; None when there is none in its region."""
     for chain in specials.chain.finditer(text, opening, region[1]):
-        found = [token for token in specials.pattern.finditer(text, chain.start(), chain.end())]
+        found = list(specials.pattern.finditer(text, chain.start(), chain.end()))
         ends = [token.end() for token in found if token.group() in rules.terminators]
         if not ends:
             continue

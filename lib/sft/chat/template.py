@@ -49,6 +49,9 @@ class TemplateOptions:
     history: str = "whole"
 
 
+DEFAULT = TemplateOptions()
+
+
 class Template(Protocol):
     """What the encoder needs of a template."""
 
@@ -65,6 +68,8 @@ class Template(Protocol):
     """The special tokens that end an assistant's turn."""
     generation_prefix: str
     """What the generation prompt writes after the header of the turn, such as <think>."""
+    needs_tools: bool
+    """It fails for conversations without tools."""
     answers_without_prefix: int
     """Trained answers so far that did not begin with the generation prefix."""
 
@@ -84,7 +89,7 @@ def load_template(
     eos: str,
     specials: Sequence[str],
     added: Sequence[str] = (),
-    options: TemplateOptions = TemplateOptions(),
+    options: TemplateOptions = DEFAULT,
 ) -> Template:
     """`text` is the Jinja text of a template that is not one of the named ones. `added`: tokens that are not declared special."""
     if text is None:
@@ -114,7 +119,7 @@ class JinjaTemplate:
         eos: str,
         specials: SpecialTokens,
         added: Sequence[str] = (),
-        options: TemplateOptions = TemplateOptions(),
+        options: TemplateOptions = DEFAULT,
     ) -> None:
         self.name, self.text, self.eos, self.options = name, text, eos, options
         self.answers_without_prefix = 0
@@ -129,12 +134,10 @@ class JinjaTemplate:
         self._check_options()
         turns = observe(self.probe)
         self.rules = learn_rules(self.probe, turns, specials, self.tokens, eos)
-        self.specials = SpecialTokens(
-            [*specials.texts, *scaffold_tokens(self.probe, self.rules, SpecialTokens(added))]
-        )
+        self.specials = SpecialTokens([*specials.texts, *scaffold_tokens(self.probe, self.rules, SpecialTokens(added))])
         if len(self.specials.texts) > len(specials.texts):
             self.rules = learn_rules(self.probe, turns, self.specials, self.tokens, eos)
-        self.generation_prefix = self.rules.generation_prefix
+        self.generation_prefix, self.needs_tools = self.rules.generation_prefix, self.probe.needs_tools
         self.terminators = list(self.rules.terminators)
         if self.probe.has_generation:
             check_generation_blocks(self.probe, self.rules, turns.trace)
@@ -185,7 +188,11 @@ class JinjaTemplate:
         if self.rules.prompt_differs or self.options.history == "as-rendered":
             self._begin_with_prompt(conversation, runs)
         self._check_prompts(conversation, trace, "\n".join(runs[::2]))
-        if conversation.train[-1] and len(runs) % 2 and runs[-1].strip() not in ("", self.eos, self.rules.last_gap.strip()):
+        if (
+            conversation.train[-1]
+            and len(runs) % 2
+            and runs[-1].strip() not in ("", self.eos, self.rules.last_gap.strip())
+        ):
             del runs[-1]  # the header of a further turn, which is in no prompt
         is_open = conversation.train[-1] and text.endswith(self.rules.last_gap, spans[-1][1])
         runs = self._end(conversation, runs, is_open and len(text) - spans[-1][1] == len(self.rules.last_gap))
@@ -280,7 +287,11 @@ class JinjaTemplate:
         if len(regions) != 1:
             raise BadRow("template", f"message {index} is rendered {len(regions)} times by template {self.name}")
         is_answer = message["role"] == "assistant"
-        opening = self._opening(conversation, text, regions[0], index) if is_answer else self._other_opening(conversation, trace, index)
+        opening = (
+            self._opening(conversation, text, regions[0], index)
+            if is_answer
+            else self._other_opening(conversation, trace, index)
+        )
         end = self._end_of(conversation, text, regions[0], opening, index)
         spans = [(opening.at, end)]
         if self.probe.has_generation:
@@ -294,12 +305,18 @@ class JinjaTemplate:
         written = "".join(text[a:b] for a, b in spans)
         missing = missing_text(written, message)
         if missing is not None:
-            raise BadRow("template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}")
+            raise BadRow(
+                "template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}"
+            )
         return spans, opening.graft
 
     def _advice(self, message: Mapping[str, Any]) -> str:
         thinks = any(message.get(name) for name in THINKING_FIELDS) or "</think>" in message["content"]
-        return ', which is a part of the answer; history = "as-rendered" trains each turn as the last one' if thinks else ""
+        return (
+            ', which is a part of the answer; history = "as-rendered" trains each turn as the last one'
+            if thinks
+            else ""
+        )
 
     def _end_of(self, conversation: Conversation, text: str, region: Span, opening: Opening, index: int) -> int:
         """Where what is trained of a message ends."""
@@ -337,7 +354,9 @@ class JinjaTemplate:
         found = any(token in text[opening.at : region[1]] for token in rules.terminators)
         missing = missing_text(text[opening.at : region[1]], dict(message))
         if missing is not None:
-            raise BadRow("template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}")
+            raise BadRow(
+                "template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}"
+            )
         demanded = rules.last_terminator if last else rules.terminator
         if last and rules.appended and not found:
             return before_gap(text, opening.at, len(text), rules.last_gap)
@@ -362,7 +381,9 @@ class JinjaTemplate:
         special = self.specials.pattern.match(written.lstrip())
         first = next((t for t in self.specials.pattern.findall(self.rules.header) if t not in self.terminators), None)
         if special and special.group() == first:
-            raise BadRow("template", f"message {index} opens with {written[:40]!r}, which the prompt for it does not give")
+            raise BadRow(
+                "template", f"message {index} opens with {written[:40]!r}, which the prompt for it does not give"
+            )
         return opening
 
     def _find_opening(self, conversation: Conversation, text: str, region: Span, index: int) -> Opening:
@@ -380,7 +401,9 @@ class JinjaTemplate:
                 return self._after_prefix(text, len(bare), end, conversation.messages[index])
             if text.startswith(prompt) and len(prompt) >= start:
                 return Opening(len(prompt))
-        if text.startswith(header, start) and (prompt is None or not prompt.strip() or self._asks_for(prompt, text, at, start)):
+        if text.startswith(header, start) and (
+            prompt is None or not prompt.strip() or self._asks_for(prompt, text, at, start)
+        ):
             return self._after_prefix(text, at, end, conversation.messages[index])
         raise BadRow(
             "template",
@@ -417,7 +440,11 @@ class JinjaTemplate:
         prefix, closing = self.generation_prefix, self.rules.closing
         if answer.startswith(prefix.rstrip()):
             return Graft(prefix)
-        if common_prefix([prefix, answer])[:1] == "<" and self.tokens.edge(answer, 1) == 0 and answer.startswith(prefix.split("\n")[0]):
+        if (
+            common_prefix([prefix, answer])[:1] == "<"
+            and self.tokens.edge(answer, 1) == 0
+            and answer.startswith(prefix.split("\n")[0])
+        ):
             return Graft()  # it thinks, where the prompt says that it does not
         opens = "<think>" in prefix and "</think>" not in prefix
         if closing:

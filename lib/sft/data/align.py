@@ -66,6 +66,8 @@ class Alignment(NamedTuple):
     """Special tokens."""
     num_straddling: Offsets
     """Edges of runs inside a token."""
+    num_merged: Offsets
+    """Those of them that are the edge between a prompt and an answer."""
     last_target: Ids
     """The id of the last target, or NO_TARGET."""
     eos_counts: Ids
@@ -93,6 +95,7 @@ class Alignment(NamedTuple):
             self.num_targets[keep],
             self.num_specials[keep],
             self.num_straddling[keep],
+            self.num_merged[keep],
             self.last_target[keep],
             self.eos_counts[keep],
         )
@@ -110,7 +113,7 @@ def align(
         ids,
         np.empty(len(ids), dtype=np.uint32),
         np.empty(documents + 1, dtype=np.int64),
-        *np.empty((3, documents), dtype=np.int64),
+        *np.empty((4, documents), dtype=np.int64),
         *np.empty((2, documents), dtype=np.uint32),
     )
     known = not len(ids) or int(ids.max()) < len(vocab.words)
@@ -132,7 +135,7 @@ def align_tokens(vocab: Any, text: Any, out: Any) -> bool:
         run = text.first_run[document]
         end = np.uint64(run_ends[text.first_run[document + 1] - 1])
         first_token = token
-        num_targets, num_specials, num_straddling, num_eos = np.uint64(0), 0, 0, 0
+        num_targets, num_specials, num_straddling, num_merged, num_eos = np.uint64(0), 0, 0, 0, 0
         last_target, token_id = NO_TARGET, np.uint32(0)
         flag = np.uint32(0)  # TRAINED in every other run
         out.offsets[document] = token
@@ -178,6 +181,7 @@ def align_tokens(vocab: Any, text: Any, out: Any) -> bool:
                     last_target = ids[end_of_targets - one]
             while position > np.uint64(run_ends[run]):
                 num_straddling += 1
+                num_merged += flag == np.uint32(0)
                 run += 1
                 flag ^= TRAINED
             if position == np.uint64(run_ends[run]):
@@ -186,6 +190,7 @@ def align_tokens(vocab: Any, text: Any, out: Any) -> bool:
         out.num_targets[document] = num_targets
         out.num_specials[document] = num_specials
         out.num_straddling[document] = num_straddling
+        out.num_merged[document] = num_merged
         out.last_target[document] = last_target
         out.eos_counts[document] = num_eos
         if token > first_token and token_id == vocab.eos_id:

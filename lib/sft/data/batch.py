@@ -55,6 +55,8 @@ class RenderedBatch:
     """Special tokens that the template wrote."""
     rows: list[int] = field(default_factory=list)
     """The row of each document."""
+    turns: list[int] = field(default_factory=list)
+    """The message that each document trains; -1 for all that the row trains."""
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     """Documents with special-token text in their content: the runs with that text escaped, and the function that restores it."""
     hashes: list[int] = field(default_factory=list)
@@ -92,17 +94,20 @@ class RenderedBatch:
         self.rejects.append(Reject(row, reason, detail.encode(errors="backslashreplace").decode(), example))
 
     def drop(self, faults: Mapping[int, Fault]) -> npt.NDArray[np.bool_]:
-        """Removes documents and rejects their rows. Returns which documents were kept."""
-        keep = np.ones(len(self.rows), dtype=np.bool_)
+        """Rejects the rows of documents and removes all documents of these rows. Returns which documents were kept."""
+        bad: set[int] = set()
         for document, (reason, detail) in faults.items():
-            keep[document] = False
-            self.reject(self.rows[document], reason, detail)
+            if (row := self.rows[document]) not in bad:
+                self.reject(row, reason, detail)
+                bad.add(row)
+        keep = np.array([row not in bad for row in self.rows], dtype=np.bool_)
         left = np.flatnonzero(keep).tolist()
         self.escaped = {new: self.escaped[old] for new, old in enumerate(left) if old in self.escaped}
         self.runs = [self.runs[document] for document in left]
         self.num_specials = [self.num_specials[document] for document in left]
         self.rows = [self.rows[document] for document in left]
         self.empty_answers = [self.empty_answers[document] for document in left]
+        self.turns = [self.turns[document] for document in left]
         return keep
 
     def lay_out(self) -> None:

@@ -10,7 +10,7 @@ In: a `RenderedBatch` with its byte layout. Out: `EncodedBatch`: the `Alignment`
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +22,7 @@ from sft.data.align import Alignment, Ids, Offsets, align
 from sft.data.batch import Fault, RenderedBatch, evenly_spaced, non_ascii, split_documents
 from sft.data.compiled import WORD
 from sft.data.engine import Engine
-from sft.data.render import TOO_DEEP, Read, Renderer
+from sft.data.render import TOO_DEEP, WHOLE, Read, Renderer, until
 from sft.data.vocabulary import Vocabulary
 from sft.recipe.schema import Prepare
 
@@ -39,6 +39,8 @@ class EncodedBatch(NamedTuple):
     """How many documents `tokenizers` encoded too, with the same ids."""
     proven: set[int]
     """The rows whose ids were found to decode to their text."""
+    merged_answers: int = 0
+    """Edges between a prompt and an answer at which the tokenizer would have written one token for both."""
     redone: bool | None = None
     """The parity sample differed, so `tokenizers` encoded the batch. None where there is only `tokenizers`."""
 
@@ -60,13 +62,18 @@ class ByteLevelEncoder:
         if self.engine.fast is not None:
             alignment = self._align(batch, self.encode_text(batch.data, batch.ends))
             if alignment is not None:
-                alignment = self._keep_special_text(batch, read, alignment)
-                checked = self.parity(batch.data, batch.ends, alignment, batch.escaped)
+                whole = self._keep_special_text(batch, read, alignment)
+                merged = np.flatnonzero(whole.num_merged).tolist()
+                alignment = self._encode_apart(batch, whole, merged) if merged else whole
+                checked = self.parity(batch.data, batch.ends, alignment, {*batch.escaped, *merged})
                 if checked is not None:
-                    return EncodedBatch(alignment, self.engine.name, checked, set(batch.rows), False)
+                    count = int(whole.num_merged.sum())
+                    return EncodedBatch(alignment, self.engine.name, checked, set(batch.rows), count, False)
                 redone = True
-        alignment = self._encode_slowly(batch, read)
-        return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), redone)
+        whole = self._encode_slowly(batch, read)
+        merged = np.flatnonzero(whole.num_merged).tolist()
+        alignment = self._encode_apart(batch, whole, merged) if merged else whole
+        return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), int(whole.num_merged.sum()), redone)
 
     def encode_text(self, data: bytes, ends: Offsets) -> Ids:
         """The ids of all documents by the fast engine. A special token before a document's text does not change its tokens."""
@@ -123,7 +130,10 @@ class ByteLevelEncoder:
             if document in batch.escaped:
                 continue
             try:
-                self.renderer.render_escaped(batch, read(batch.source_rows[batch.rows[document]]), document)
+                conversation = read(batch.source_rows[batch.rows[document]])
+                if (turn := batch.turns[document]) != WHOLE:
+                    conversation = until(conversation, turn)
+                self.renderer.render_escaped(batch, conversation, document)
             except BadRow as error:
                 faults[document] = Fault(error.reason, error.detail)
             except RecursionError:
@@ -133,10 +143,29 @@ class ByteLevelEncoder:
     def _encode_escaped(self, batch: RenderedBatch, alignment: Alignment) -> Alignment:
         """Encodes the documents in `batch.escaped` segment by segment: everything between the template's special tokens is text."""
         documents = sorted(batch.escaped)
+        return self._replace(batch, alignment, documents, self._ids_of_escaped(batch, documents))
+
+    def _encode_apart(self, batch: RenderedBatch, alignment: Alignment, documents: list[int]) -> Alignment:
+        """Encodes every prompt and every answer of the documents by itself, as inference does."""
+        plain = [document for document in documents if document not in batch.escaped]
+        texts = [parts_of(batch.runs[document]) for document in plain]
+        encoded = iter(
+            self.vocabulary.tokenizer.encode_batch_fast([t for parts in texts for t in parts], add_special_tokens=False)
+        )
+        ids_of = dict(zip(plain, ([i for _ in parts for i in next(encoded).ids] for parts in texts), strict=True))
+        escaped = [document for document in documents if document in batch.escaped]
+        found = dict(zip(escaped, self._ids_of_escaped(batch, escaped, apart=True), strict=True))
+        found |= {document: np.array(ids, dtype=np.uint32) for document, ids in ids_of.items()}
+        return self._replace(batch, alignment, documents, [found[document] for document in documents])
+
+    def _replace(
+        self, batch: RenderedBatch, alignment: Alignment, documents: list[int], ids_of: list[Ids]
+    ) -> Alignment:
+        """The alignment with other ids for some documents. Documents whose ids do not decode to their text are dropped."""
         parts: list[Ids] = []
         lengths = alignment.lengths
         position = 0
-        for document, document_ids in zip(documents, self._ids_of_escaped(batch, documents), strict=True):
+        for document, document_ids in zip(documents, ids_of, strict=True):
             parts += (alignment.ids[position : alignment.offsets[document]], document_ids)
             position, lengths[document] = int(alignment.offsets[document + 1]), len(document_ids)
         ids = np.concatenate([*parts, alignment.ids[position:]])
@@ -146,23 +175,25 @@ class ByteLevelEncoder:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return self._drop(batch, self._not_proven(batch, documents, ids, offsets), ids, offsets)
 
-    def _ids_of_escaped(self, batch: RenderedBatch, documents: list[int]) -> list[Ids]:
-        """The ids of each of the documents. Segments at odd places are the template's special tokens."""
+    def _ids_of_escaped(self, batch: RenderedBatch, documents: list[int], apart: bool = False) -> list[Ids]:
+        """The ids of each of the documents. Segments at odd places are the template's special tokens. `apart`: prompts and answers
+        are encoded by themselves."""
         if self.text_tokenizer is None:
-            self.text_tokenizer = Tokenizer.from_file(str(self.vocabulary.folder / "tokenizer.json"))
-            self.text_tokenizer.encode_special_tokens = True
-        segments: list[list[str]] = []
+            self.text_tokenizer = self.vocabulary.text_tokenizer()
+        made: list[Ids] = []
         for document in documents:
             runs, restore = batch.escaped[document]
-            split = self.specials.split.split("".join(runs))
-            segments.append([part if index % 2 else restore(part) for index, part in enumerate(split)])
-        texts = [text for split in segments for text in split[::2]]
-        encoded = iter(self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        made: list[Ids] = []
-        for split in segments:
+            segments: list[tuple[str, bool]] = []  # texts, and whether each is a special token
+            for text in parts_of(runs) if apart else ["".join(runs)]:
+                split = self.specials.split.split(text)
+                segments += [
+                    (part if index % 2 else restore(part), bool(index % 2)) for index, part in enumerate(split)
+                ]
+            texts = [text for text, is_special in segments if not is_special]
+            encoded = iter(self.text_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
             ids: list[int] = []
-            for index, part in enumerate(split):
-                ids.extend([self.vocabulary.specials[part]] if index % 2 else next(encoded).ids)
+            for text, is_special in segments:
+                ids.extend([self.vocabulary.specials[text]] if is_special else next(encoded).ids)
             made.append(np.array(ids, dtype=np.uint32))
         return made
 
@@ -186,3 +217,8 @@ class ByteLevelEncoder:
             if alignment.ids[start : end if cut is None else start + len(expected.ids)].tolist() != expected.ids:
                 return None
         return len(chosen)
+
+
+def parts_of(runs: Sequence[str]) -> list[str]:
+    """The text of runs, cut before every trained run."""
+    return [runs[0], *("".join(runs[index : index + 2]) for index in range(1, len(runs), 2))]

@@ -98,6 +98,7 @@ class EncodeChunk:
                 if parts:
                     writer.add(*in_order(parts))
             summary.rejects.sort()
+            summary.rejected = len(summary.rejects)
             counts = self.encoder.take_counts(source)
             summary.fields, summary.unread = dict(counts.rows), counts.unread
         short = dataclasses.replace(summary, lines=0, rejects=summary.rejects[:1], notes={})

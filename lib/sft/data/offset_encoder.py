@@ -48,13 +48,14 @@ class OffsetEncoder:
             else:
                 faults.setdefault(document, NOT_COVERED)
         kept = [encoding for encoding, keep in zip(encodings, batch.drop(faults), strict=True) if keep]
-        return EncodedBatch(self._align(kept, batch), "tokenizers", 0, proven)
+        alignment = self._align(kept, batch)
+        return EncodedBatch(alignment, "tokenizers", 0, proven, int(alignment.num_merged.sum()))
 
     def _align(self, encodings: Sequence[Encoding], batch: RenderedBatch) -> Alignment:
         ids = np.array(list(chain.from_iterable(encoding.ids for encoding in encodings)), dtype=np.uint32)
         offsets = np.cumsum([0, *(len(encoding.ids) for encoding in encodings)])
         found = list(starmap(targets_of, zip(encodings, batch.runs, strict=True)))
-        targets = np.concatenate([np.zeros(0, dtype=np.bool_), *(mask for mask, _ in found)])
+        targets = np.concatenate([np.zeros(0, dtype=np.bool_), *(mask for mask, _, _ in found)])
         _, ends_of_targets = trained_runs(targets)
         last = np.concatenate([[0], ends_of_targets])[np.searchsorted(ends_of_targets, offsets[1:], side="right")] - 1
         is_eos = ids == self.vocabulary.eos_id
@@ -65,7 +66,8 @@ class OffsetEncoder:
             offsets=offsets,
             num_targets=count_true(targets, offsets[:-1]),
             num_specials=np.array(batch.num_specials),
-            num_straddling=np.array([straddling for _, straddling in found], dtype=np.int64),
+            num_straddling=np.array([straddling for _, straddling, _ in found], dtype=np.int64),
+            num_merged=np.array([merged for _, _, merged in found], dtype=np.int64),
             last_target=ids[last],
             eos_counts=eos_counts.astype(np.uint32),
         )
@@ -80,15 +82,17 @@ def covers(encoding: Encoding, text: str) -> bool:
     return all(text[gap].isspace() for gap in np.flatnonzero(np.cumsum(change)[:-1] <= 0).tolist())
 
 
-def targets_of(encoding: Encoding, runs: Sequence[str]) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which tokens of a document are targets, and how many tokens straddle the edge of a run."""
+def targets_of(encoding: Encoding, runs: Sequence[str]) -> tuple[npt.NDArray[np.bool_], int, int]:
+    """Which tokens of a document are targets, how many straddle the edge of a run, and how many of those the edge between a prompt
+    and an answer."""
     spans = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     edges = np.cumsum([0, *map(len, runs)])
     first_run = np.searchsorted(edges, spans[:, 0], side="right") - 1
     last_run = np.searchsorted(edges, spans[:, 1], side="left") - 1
     targets = (first_run == last_run) & (first_run % 2 == 1)
     targets[:1] = False  # in a pack, the first token would be predicted from the document before it
-    return targets, int((first_run < last_run).sum())
+    straddling = first_run < last_run
+    return targets, int(straddling.sum()), int((straddling & (first_run % 2 == 0)).sum())
 
 
 def count_true(values: npt.NDArray[np.bool_], starts: Offsets) -> Offsets:

@@ -126,7 +126,7 @@ class SourceTotals:
 
     def add(self, job: ChunkJob, summary: Summary) -> None:
         self.rows += summary.rows
-        self.rejected += summary.rows - summary.documents
+        self.rejected += summary.rejected
         self.bytes += job.bytes
 
 

@@ -6,6 +6,7 @@ Special-token text in a message is kept as text, is turned into the token, or re
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from sft.data.normalization import Normalizer
 from sft.recipe.schema import Prepare
 
 TOO_DEEP = Fault("bad_value", "nested too deeply")
+WHOLE = -1
+"""A document that trains all that its row trains."""
 Read = Callable[[Any], Conversation]
 """Reads a row. Raises BadRow."""
 
@@ -31,6 +34,7 @@ class Renderer:
         self.template, self.specials, self.byte_level, self.normalizer = template, specials, byte_level, normalizer
         self.special_text, self.system = prepare.special_text, prepare.system
         self.takes_variables = getattr(template, "takes_variables", False)
+        self.turn_by_turn = prepare.history == "as-rendered"
         # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
         self.countable = not specials.can_overlap
         # Named templates write the same scaffold whatever the content is. Jinja text may look at the content, so it must not see
@@ -43,29 +47,36 @@ class Renderer:
         """The rows' documents, without the byte layout (`RenderedBatch.lay_out`)."""
         batch = RenderedBatch(rows, hashes=[0] * len(rows), groups=[0] * len(rows), normalizer=self.normalizer)
         before = self.template.answers_without_prefix
-        render, system, escapes_first = self.template.render, self.system, self.escapes_first
         for index, row in enumerate(rows):
+            first = len(batch.runs)
             try:
                 conversation = read(row)
                 if conversation.variables and not self.takes_variables:
                     raise BadRow("chat_template_kwargs", f"template {self.template.name} takes no variables of rows")
-                batch.hashes[index], batch.groups[index] = conversation_hashes(conversation.messages, system)
-                if escapes_first and self.specials.are_in(conversation):
-                    runs, num_specials = self.render_escaped(batch, conversation, len(batch.runs))
-                else:
-                    runs, num_specials = render(conversation)
-            except BadRow as error:
-                batch.reject(index, error.reason, error.detail)
+                batch.hashes[index], batch.groups[index] = conversation_hashes(conversation.messages, self.system)
+                turns = trained_turns(conversation) if self.turn_by_turn else (WHOLE,)
+                for turn in turns:
+                    runs, num_specials = self._render(batch, conversation, turn)
+                    batch.runs.append(runs)
+                    batch.num_specials.append(num_specials)
+            except (BadRow, RecursionError) as error:
+                del batch.runs[first:], batch.num_specials[first:]
+                batch.escaped = {document: found for document, found in batch.escaped.items() if document < first}
+                fault = Fault(error.reason, error.detail) if isinstance(error, BadRow) else TOO_DEEP
+                batch.reject(index, *fault)
                 continue
-            except RecursionError:
-                batch.reject(index, *TOO_DEEP)
-                continue
-            batch.runs.append(runs)
-            batch.num_specials.append(num_specials)
-            batch.rows.append(index)
-            batch.empty_answers.append(conversation.empty_answers)
+            batch.rows += [index] * len(turns)
+            batch.turns += turns
+            batch.empty_answers += [conversation.empty_answers, *[0] * (len(turns) - 1)]
         batch.answers_without_prefix = self.template.answers_without_prefix - before
         return batch
+
+    def _render(self, batch: RenderedBatch, conversation: Conversation, turn: int) -> tuple[list[str], int]:
+        if turn != WHOLE:
+            conversation = until(conversation, turn)
+        if self.escapes_first and self.specials.are_in(conversation):
+            return self.render_escaped(batch, conversation, len(batch.runs))
+        return self.template.render(conversation)
 
     def render_escaped(self, batch: RenderedBatch, conversation: Conversation, document: int) -> tuple[list[str], int]:
         """Renders with special-token text escaped, and stores in the batch how to restore it. Returns the restored runs, and the
@@ -78,6 +89,19 @@ class Renderer:
         runs, num_specials = self.template.render(escaped)
         batch.escaped[document] = (runs, restore)
         return list(map(restore, runs)), num_specials
+
+
+def trained_turns(conversation: Conversation) -> list[int]:
+    """The messages of a conversation that are trained."""
+    return [index for index, train in enumerate(conversation.train) if train]
+
+
+def until(conversation: Conversation, turn: int) -> Conversation:
+    """The conversation up to a message, of which only that message is trained."""
+    made = copy.copy(conversation)
+    made.messages = conversation.messages[: turn + 1]
+    made.train = [False] * turn + [True]
+    return made
 
 
 SPECIAL_TEXT_LOST = Fault(

@@ -55,6 +55,8 @@ class Summary:
     """Rows and blank lines of the job: the numbers of later rows count them all."""
     chunk_lines: list[int] = field(default_factory=list)
     """The same for each of its chunks."""
+    rejected: int = 0
+    """Rows that make no document."""
     rejects: list[Reject] = field(default_factory=list)
     """`row` counts from 0 inside the job."""
     notes: dict[str, int] = field(default_factory=dict)

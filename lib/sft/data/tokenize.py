@@ -19,6 +19,7 @@ columns of Arrow; for plain rows it does step 1 without Python objects (sft.data
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Container, Sequence
@@ -32,8 +33,8 @@ import numpy.typing as npt
 from sft.chat.fields import FieldCounts
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import Conversation, RowReader
-from sft.chat.special_tokens import SpecialTokens
-from sft.chat.template import JinjaTemplate, known_templates, load_template
+from sft.chat.spans import common_prefix
+from sft.chat.template import JinjaTemplate, TemplateOptions, known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
 from sft.data.batch import Fault, Reject, RenderedBatch, changed_documents
@@ -102,10 +103,17 @@ class Encoder:
             self.engine.fallback_reason = "the tokens of this tokenizer have no fixed bytes"
         name = prepare.template
         self.template_text = None if name in TEMPLATES else template_text or self._template_text(name, find)
-        self.specials = SpecialTokens(list(vocabulary.specials))
         self.template = load_template(
-            name, self.template_text, vocabulary.template_variables, vocabulary.eos, self.specials
+            name,
+            self.template_text,
+            vocabulary.template_variables,
+            vocabulary.eos,
+            list(vocabulary.specials),
+            [text for text in vocabulary.added if text not in vocabulary.specials],
+            TemplateOptions(prepare.date, prepare.template_variables, prepare.generation_prefix, prepare.history),
         )
+        self.specials = self.template.specials
+        vocabulary.treat_as_special(self.specials.texts)
         self.terminator_ids = sorted(
             {vocabulary.specials[text] for text in self.template.terminators if text in vocabulary.specials}
         )
@@ -164,12 +172,17 @@ class Encoder:
         rebuilt = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         turns = (("user", "1 + 1?"), ("assistant", "2"), ("user", "Sure?\n"), ("assistant", " Yes."))
         messages = [{"role": role, "content": content} for role, content in turns]
-        ours = "".join(self.template.render(Conversation(messages, [False, True, False, True], None, False))[0])
-        theirs = str(rebuilt.apply_chat_template(messages, tokenize=False))
-        if ours != theirs + (self.vocabulary.eos if self.template.eos_appended else ""):
+        if self.template.needs_tools:
+            return
+        ours = self.template.verbatim(Conversation(messages, [False, True, False, True], None, False))
+        variables: dict[str, Any] = dict(self.prepare.template_variables)
+        if self.prepare.date:
+            variables["strftime_now"] = datetime.datetime.fromisoformat(self.prepare.date).strftime
+        theirs = str(rebuilt.apply_chat_template(messages, tokenize=False, **variables))
+        if ours != theirs:
             raise SftError(
-                f"{folder}: transformers renders {theirs[-80:]!r} where the data was rendered as {ours[-80:]!r}; next: a template must not depend on the day"
-                f" (strftime_now) or on the library; correct it"
+                f"{folder}: transformers renders {different(theirs, ours)!r} where the data was rendered as {different(ours, theirs)!r}; next: a template"
+                " must not depend on the library; correct it"
             )
 
     def reader(self, source: Source) -> RowReader:
@@ -222,6 +235,9 @@ class Encoder:
         alignment = self._drop_untrainable(batch, alignment)
         proven = len(encoded.proven.intersection(batch.rows))
         proof = self._proof(alignment, proven, num_escaped, encoded.parity_documents, batch.answers_without_prefix)
+        proof["merged_answers"] = encoded.merged_answers
+        if self.prepare.history == "as-rendered":
+            proof["turns_tokens_added"] = tokens_added(alignment.lengths, batch.rows)
         proof["normalized_documents"] = batch.num_normalized
         proof["empty_answers"] = sum(batch.empty_answers)
         if encoded.redone is not None:
@@ -256,7 +272,7 @@ class Encoder:
 
     def encode_plain(self, block: Block, source: Source) -> tuple[Encoded | None, list[int]]:
         """The documents of the plain rows of a block, and the numbers of the other rows, which are for `encode`."""
-        plain = self._plain_rows(source)
+        plain = self._plain_rows(source) if self.prepare.history == "whole" else None
         if plain is None:
             return None, list(range(block.count))
         text, odd = plain.read(block)
@@ -269,7 +285,9 @@ class Encoder:
         checked = None if alignment is None else encoder.parity(text.data, ends, alignment)
         if alignment is None or checked is None:
             return None, sorted([*odd, *text.rows.tolist()])
+        # Rows in which a prompt and an answer share a token are encoded with the two apart.
         good = (alignment.num_targets > 0) & np.isin(alignment.last_target, self.terminator_ids)
+        good &= alignment.num_merged == 0
         if self.prepare.special_text != "token":
             good &= alignment.num_specials == text.num_specials
         if self.template.boundaries == "eos":
@@ -314,11 +332,26 @@ class Encoder:
             "labels": int(alignment.num_targets.sum()),
             "escaped_documents": escaped,
             "straddling_tokens": int(alignment.num_straddling.sum()),
+            "merged_answers": 0,
             "parity_documents": checked,
         }
         if self.template.generation_prefix:
             proof["answers_without_prompt"] = answers_without_prefix
         return proof
+
+
+def tokens_added(lengths: Offsets, rows: Sequence[int]) -> int:
+    """The tokens of all documents of a row beyond those of its longest, summed over the rows: what a document for each turn costs."""
+    longest: dict[int, int] = {}
+    for row, length in zip(rows, lengths.tolist(), strict=True):
+        longest[row] = max(length, longest.get(row, 0))
+    return int(lengths.sum()) - sum(longest.values())
+
+
+def different(text: str, other: str) -> str:
+    """The part of a text that begins shortly before it differs from the other."""
+    start = len(common_prefix([text, other]))
+    return text[max(0, start - 20) : start + 60]
 
 
 def _columns_key(source: Source) -> str:

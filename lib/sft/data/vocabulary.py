@@ -78,6 +78,20 @@ class Vocabulary:
         self.is_special = np.zeros(self.size, dtype=np.bool_)
         self.is_special[list(self.specials.values())] = True
 
+    def treat_as_special(self, texts: Sequence[str]) -> None:
+        """Counts added tokens as special that tokenizer.json does not declare special. Call it before `table` is read."""
+        self.specials |= {text: self.added[text] for text in texts if text not in self.specials}
+        self.is_special[list(self.specials.values())] = True
+
+    def text_tokenizer(self) -> Tokenizer:
+        """The tokenizer to which the text of a special token is only text."""
+        tokens = [
+            {**token, "special": token["content"] in self.specials} for token in self.json.get("added_tokens") or []
+        ]
+        made = Tokenizer.from_str(json.dumps({**self.json, "added_tokens": tokens}))
+        made.encode_special_tokens = True
+        return made
+
     def _read_tokenizer(self, path: Path) -> bytes:
         if not path.is_file():
             raise SftError(

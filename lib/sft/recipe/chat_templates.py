@@ -267,7 +267,7 @@ def simple(between: str, named: bool) -> TemplateText:
 
 TEMPLATES: dict[str, TemplateText] = {
     "olmo": olmo(OLMO, NO_FUNCTIONS),
-    "olmo_thinker": olmo(OLMO, NO_FUNCTIONS, prompt="<think>"),
+    "olmo_thinker": olmo(HELPFUL, "", prompt="<think>"),
     "olmo_thinker_no_think_7b": olmo(OLMO_7B, ""),
     "olmo_thinker_no_think_sft_tokenization": olmo(HELPFUL, ""),
     "olmo_thinker_remove_intermediate_thinking": olmo(HELPFUL, "", prompt="<think>", strips_history=True),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import difflib
 import hashlib
 import re
@@ -215,8 +216,10 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
     if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-            raise TypeError("a table of strings is expected")
+        kinds = typing.get_args(args[1]) or (args[1],)
+        if not isinstance(value, dict) or not all(type(v) in kinds for v in value.values()):
+            what = "strings" if kinds == (str,) else "strings, numbers and true or false"
+            raise TypeError(f"a table of {what} is expected")
         return dict(value)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, where, problems)
@@ -278,10 +281,33 @@ def _launcher(cluster: str) -> str:
         return ""
 
 
+def _check_rendering(prepare: schema.Prepare) -> list[str]:
+    """Options that only Jinja templates read, and the form of a date."""
+    problems = []
+    if prepare.date and not _is_date(prepare.date):
+        problems.append(f"'date' in [prepare] = {prepare.date!r}: a day is expected, e.g. \"2026-07-01\"")
+    if prepare.template in chat_templates.TEMPLATES:
+        default = schema.Prepare(tokenizer="", sources=())
+        problems += [
+            f"'{name}' in [prepare]: the named template {prepare.template!r} does not read it; remove it"
+            for name in ("date", "template_variables", "generation_prefix")
+            if getattr(prepare, name) != getattr(default, name)
+        ]
+    return problems
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> list[str]:
     """Checks that need more than one field."""
     problems = []
     model, train = values["model"], values["train"]
+    problems += _check_rendering(values["prepare"])
     for source in values["prepare"].sources:
         if isinstance(source.weight, int) and source.weight < FEW_ROWS:
             n = source.weight

@@ -126,6 +126,22 @@ class Prepare:
     train_turns: str = opt(
         "all", "train all such messages of a conversation, or only the last one", choices=("all", "last")
     )
+    history: str = opt(
+        "whole",
+        "whole: a conversation is one document; as-rendered: each trained turn is a document of its own, whose history is what the template shows the model at inference",
+        choices=("whole", "as-rendered"),
+    )
+    generation_prefix: str = opt(
+        "prompt",
+        "what only the generation prompt writes, such as <think>: untrained in the prompt, trained in the answer, or left as the template rendered it; for Jinja templates",
+        choices=("prompt", "answer", "rendered"),
+    )
+    date: str = opt(
+        "", "the day (YYYY-MM-DD) that a Jinja template writes where it asks for today's; empty = it asks for none"
+    )
+    template_variables: dict[str, str | int | float | bool] = opt(
+        {}, 'variables of a Jinja template, e.g. { enable_thinking = false, reasoning_effort = "low" }'
+    )
     thinking: str = opt(
         "keep",
         "keep or remove <think>…</think> in assistant turns before the last user turn",
