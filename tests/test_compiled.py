@@ -40,13 +40,14 @@ def slowly(ids: list[int], documents: list[list[int]]) -> dict[str, list[int]]:
     at = token = 0
     for edges in documents:
         made["offsets"].append(token)
-        begins, trained, inside = [0, *edges[:-1]], [], 0
+        begins, trained, inside, merged = [0, *edges[:-1]], [], 0, 0
         begins[0] = at
         start = token
         while at < edges[-1]:
             number, end = ids[token], at + len(BYTES[ids[token]])
             run = next((r for r, (a, b) in enumerate(zip(begins, edges, strict=True)) if a <= at and end <= b), None)
             inside += sum(at < edge < end for edge in edges)
+            merged += sum(at < edge < end for edge in edges[::2])  # where an untrained run ends
             if run is not None and run % 2 and token > start:
                 trained.append(number)
                 number |= int(TRAINED)
@@ -56,6 +57,7 @@ def slowly(ids: list[int], documents: list[list[int]]) -> dict[str, list[int]]:
         made["num_targets"].append(len(trained))
         made["num_specials"].append(sum(i >= SPECIAL for i in here))
         made["num_straddling"].append(inside)
+        made["num_merged"].append(merged)
         made["last_target"].append(trained[-1] if trained else int(NO_TARGET))
         made["eos_counts"].append(here.count(EOS) + (int(TRAINED) if here and here[-1] == EOS else 0))
     made["offsets"].append(token)
