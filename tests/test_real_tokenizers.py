@@ -81,7 +81,7 @@ def test_ids_and_masks_are_those_of_tokenizers_offsets(name: str, templates: Pat
     for row, (ids, mask) in zip(rows(), documents(got), strict=True):
         runs, _ = encoder.template.render(encoder.read(row, SOURCE))
         encoding = encoder.vocabulary.tokenizer.encode("".join(runs), add_special_tokens=False)
-        targets, _ = targets_of(encoding, runs)
+        targets, *_ = targets_of(encoding, runs)
         assert ids == encoding.ids
         assert mask == targets.tolist()
     assert got.proof["documents_proven"] == got.proof["documents"] == len(TEXTS)
