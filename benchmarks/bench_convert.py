@@ -39,7 +39,8 @@ from sft.checkpoint.olmo_core import model_config, step_config
 from sft.export.step_writer import write_step_weights
 from sft.formats.dataset import TokenIds
 from sft.model import hf
-from sft.recipe.presets import PRESETS, ModelConfig
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.presets import PRESETS
 
 VOCAB = 100_278
 TOKENIZER = Path(__file__).parents[1] / "recipes" / "smoke" / "tokenizer"

@@ -41,7 +41,7 @@ from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, context_groups
 from sft.recipe import presets
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Hardware, Train
 from sft.training.optim import Guard, build_adamw, clip
 from sft.training.stopwatch import Stopwatch, between, mark

@@ -39,7 +39,7 @@ from sft.model.hf import hf_config
 from sft.model.parallel import World, join
 from sft.packing.packs import pack_dataset
 from sft.recipe import presets
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 Row = dict[str, Tensor]
 

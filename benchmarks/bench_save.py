@@ -22,7 +22,7 @@ from sft.checkpoint import olmo_core
 from sft.formats.dataset import TokenIds
 from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Train
 from sft.training.optim import build_adamw
 from sft.training.saving import Saver

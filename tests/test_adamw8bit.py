@@ -194,10 +194,10 @@ def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path:
 
 def test_the_plan_counts_the_bytes_of_8_bit_moments() -> None:
     from sft.model.model import Transformer
-    from sft.recipe import presets, schema
+    from sft.recipe import resolve, schema
 
     model = schema.Model(**training.MODEL | {k.removeprefix("model_"): v for k, v in WIDE.items() if k != "lr"})
-    config = presets.resolve(model, training.VOCAB)
+    config = resolve.resolve(model, training.VOCAB)
     optimizer = build_adamw(Transformer(config), Train(optimizer="adamw8bit"))
     held = sum(t.numel() * t.element_size() for s in optimizer.state.values() for n, t in s.items() if n != "step")
     assert plan(config, Train(optimizer="adamw8bit"), schema.Hardware(), 1, 0).parts["optimizer state"] == held

@@ -25,12 +25,12 @@ from sft.formats.dataset import TokenIds
 from sft.model import hf
 from sft.model.model import Transformer, initial_values
 from sft.model.parallel import World
-from sft.recipe.presets import ModelConfig, Yarn
+from sft.recipe.architecture import ModelConfig, Yarn
 from sft.recipe.schema import Train
 from sft.training import initial_weights
 from sft.training.optim import build_adamw
 
-CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, yarn=Yarn(factor=4.0, old_context=32))
+CONFIG = ModelConfig(4, 32, 4, 2, 8, 48, 128, window=8, rope_scaling=Yarn(factor=4.0, old_context=32))
 FACTS = TokenIds(120, 1, 0)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 

@@ -18,7 +18,7 @@ from sft.export import chats, convert, gate, write
 from sft.formats.dataset import TokenIds
 from sft.formats.gate import GateRecord
 from sft.model import hf
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert
 from tiny_export import LLAMA3, OLMO2, OLMO3, QWEN3
 
@@ -274,7 +274,7 @@ def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None
 )
 def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: Path, field: str, value: Any) -> None:
     from sft.checkpoint.olmo_core import step_config
-    from sft.recipe.presets import resolve
+    from sft.recipe.resolve import resolve
     from sft.recipe.schema import Model
 
     trained = resolve(Model(preset="olmo3-tiny"), 300)
@@ -290,7 +290,7 @@ def test_the_export_equals_that_of_olmo_core(tmp_path: Path) -> None:
     pytest.importorskip("olmo_core")
     from olmo_core.nn.hf.convert import convert_state_to_hf
 
-    config = replace(OLMO3, yarn=None)
+    config = replace(OLMO3, rope_scaling=None)
     folder, weights, *_ = export(tmp_path, config, Convert(dtype="float32"))
     made = HfFolder(folder)
     theirs = convert_state_to_hf(

@@ -20,7 +20,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import step_config
 from sft.common.files import read_json
 from sft.export import olmo_core_steps
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert
 
 pytestmark = pytest.mark.processes
@@ -146,7 +146,7 @@ def test_their_own_description_of_a_model_is_read_as_our_preset(tmp_path: Path, 
     made = getattr(TransformerConfig, theirs)(vocab_size=wanted.vocab_size).as_config_dict()
     (tmp_path / "config.json").write_text(json.dumps({"model": made}))
     found = olmo_core.model_config(tmp_path / "config.json")
-    scaled = ("yarn", "llama3_rope", "init_std")  # of a finetuned model's context, which a factory does not know
+    scaled = ("rope_scaling", "init_std")  # of a finetuned model's context, which a factory does not know
 
     def plain(config: ModelConfig) -> ModelConfig:
         return replace(config, **{name: getattr(wanted, name) for name in scaled})

@@ -25,7 +25,8 @@ from sft.model.parallel import World
 from sft.packing.loader import Loader
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
-from sft.recipe.presets import PRESETS, ModelConfig
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Train
 from sft.training import loop, metrics
 

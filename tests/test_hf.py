@@ -13,7 +13,8 @@ import torch
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.recipe.presets import PRESETS, ModelConfig, Yarn
+from sft.recipe.architecture import ModelConfig, Yarn
+from sft.recipe.presets import PRESETS
 
 TINY2 = replace(
     PRESETS["olmo2-tiny"],
@@ -25,7 +26,7 @@ TINY2 = replace(
     intermediate_size=48,
     vocab_size=256,
 )
-TINY3 = replace(TINY2, n_layers=4, window=8, yarn=Yarn(old_context=64))
+TINY3 = replace(TINY2, n_layers=4, window=8, rope_scaling=Yarn(old_context=64))
 
 
 def build(config: ModelConfig, vocab: int = 200) -> object:
@@ -147,7 +148,7 @@ def test_a_folder_with_another_geometry_names_field_and_both_values(
 
 
 def test_a_llama_base_under_an_olmo_preset_is_refused(tmp_path: Path) -> None:
-    llama = replace(LLAMA3, llama3_rope=None)
+    llama = replace(LLAMA3, rope_scaling=None)
     build(llama).save_pretrained(tmp_path)
     olmo = replace(llama, prenorm=False, qk_norm="full")
     with pytest.raises(SftError, match=r"prenorm: True, the recipe's \[model\] says False; correct \[model\] preset"):
@@ -183,5 +184,5 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 
 
 def test_another_architecture_is_refused() -> None:
-    with pytest.raises(SftError, match="model_type: 'mistral'"):
-        hf.model_config({"model_type": "mistral"})
+    with pytest.raises(SftError, match="model_type: 'mamba'"):
+        hf.model_config({"model_type": "mamba"})

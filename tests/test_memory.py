@@ -19,7 +19,8 @@ from sft.model import model as modules
 from sft.model.memory import activation_bytes, layer_modes, plan, require
 from sft.model.model import Block, Transformer
 from sft.model.parallel import World, shard
-from sft.recipe.presets import PRESETS, ModelConfig
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Hardware, Train
 from sft.training.optim import build_adamw, clip
 

@@ -23,7 +23,9 @@ from sft.model.hf import family, hf_config, shapes
 from sft.model.memory import layer_modes
 from sft.model.model import Block, Transformer, compile_blocks, initial_values, inverse_frequencies
 from sft.model.parallel import World, shard
-from sft.recipe.presets import PRESETS, Llama3Rope, ModelConfig, Yarn, resolve
+from sft.recipe.architecture import Llama3Rope, ModelConfig, Yarn
+from sft.recipe.presets import PRESETS
+from sft.recipe.resolve import resolve
 from sft.recipe.schema import Model
 
 TINY = ModelConfig(n_layers=4, d_model=48, n_heads=4, n_kv_heads=4, head_dim=12, intermediate_size=80, vocab_size=96)
@@ -34,12 +36,12 @@ CONFIGS = {
     "olmo2 grouped": replace(TINY, n_kv_heads=2, rope_theta=8e6),
     "olmo3": replace(TINY, window=8, n_kv_heads=1),
     "olmo3 window above the length": replace(TINY, window=500),
-    "olmo3 yarn": replace(TINY, window=8, n_kv_heads=2, yarn=Yarn(factor=8.0, old_context=64)),
-    "olmo3 head_dim": replace(TINY, window=16, head_dim=16, yarn=Yarn(factor=2.0, old_context=32)),
-    "olmo2 yarn": replace(TINY, yarn=Yarn(factor=4.0, beta_fast=16.0, beta_slow=2.0, old_context=40)),
+    "olmo3 yarn": replace(TINY, window=8, n_kv_heads=2, rope_scaling=Yarn(factor=8.0, old_context=64)),
+    "olmo3 head_dim": replace(TINY, window=16, head_dim=16, rope_scaling=Yarn(factor=2.0, old_context=32)),
+    "olmo2 yarn": replace(TINY, rope_scaling=Yarn(factor=4.0, beta_fast=16.0, beta_slow=2.0, old_context=40)),
     "qwen3": replace(QWEN, n_kv_heads=2),
     "qwen3 tied, head_dim": replace(QWEN, head_dim=16, tied=True),
-    "llama3": replace(LLAMA, n_kv_heads=1, llama3_rope=Llama3Rope(factor=8.0, old_context=64)),
+    "llama3": replace(LLAMA, n_kv_heads=1, rope_scaling=Llama3Rope(factor=8.0, old_context=64)),
     "llama3 tied, unscaled": replace(LLAMA, tied=True),
 }
 
@@ -233,10 +235,10 @@ def test_the_fields_of_a_recipe_change_the_model_that_they_name() -> None:
     def resolved(preset: str, **fields: Any) -> ModelConfig:
         return resolve(Model(preset=preset, **fields))
 
-    assert resolved("olmo3-7b").yarn == Yarn(factor=8.0, old_context=8192)
-    assert resolved("olmo3-7b", yarn_factor=4.0).yarn == Yarn(factor=4.0)
-    assert resolved("olmo3-7b", yarn_factor=0.0).yarn is None
-    assert resolved("olmo2-7b", yarn_factor=2.0).yarn == Yarn(factor=2.0)
+    assert resolved("olmo3-7b").rope_scaling == Yarn(factor=8.0, old_context=8192)
+    assert resolved("olmo3-7b", yarn_factor=4.0).rope_scaling == Yarn(factor=4.0)
+    assert resolved("olmo3-7b", yarn_factor=0.0).rope_scaling is None
+    assert resolved("olmo2-7b", yarn_factor=2.0).rope_scaling == Yarn(factor=2.0)
     # A factor of 2 turns the slowest dimension half as far in the old context, and the fastest just as far.
     old, new = (inverse_frequencies(128, 5e5, yarn, torch.device("cpu")) for yarn in (None, Yarn(factor=2.0)))
     assert (new[0] / old[0])[[0, -1]].tolist() == pytest.approx([1.0, 0.5])
@@ -244,7 +246,7 @@ def test_the_fields_of_a_recipe_change_the_model_that_they_name() -> None:
     assert resolved("olmo2-7b", rope_theta=8e6).rope_theta == 8e6
     assert resolved("olmo3-7b", window=0).windows == (0,) * 32
     assert resolved("olmo3-7b", window=100).windows[:4] == (100, 100, 100, 0)
-    assert resolved("qwen3-8b", n_layers=2).prenorm and resolved("llama3.1-8b").llama3_rope == Llama3Rope()
+    assert resolved("qwen3-8b", n_layers=2).prenorm and resolved("llama3.1-8b").rope_scaling == Llama3Rope()
     wide = resolved("olmo2-tiny", init_std=0.1, vocab_size=256)
     values = dict(initial_values(Transformer(wide), wide.init_std, 0))
     assert values["lm_head.w_out.weight"].std().item() == pytest.approx(0.0987, rel=0.02)  # cut at three deviations

@@ -25,7 +25,7 @@ from sft.common.files import read_json
 from sft.export import olmo_core_steps, step_writer
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert
 from tiny_export import LLAMA3, OLMO2, OLMO3, QWEN3
 
@@ -209,14 +209,20 @@ def edit(step: Path, change: Any) -> None:
     ("change", "message"),
     [
         (lambda m, t: m.update(d_model=128), r"config\.json|shape"),
-        (lambda m, t: m.update(n_layers=8), r"layer 3: rope_scaling_factor is 8\.0, a model of this kind has 0\.0"),
-        (lambda m, t: m["block"].update(name="default"), "no family here has this block"),
+        (
+            lambda m, t: m.update(n_layers=8),
+            r"layer 3: rope scaling is Yarn\(factor=8\.0.*, expected None, as in the last layer",
+        ),
+        (lambda m, t: m["block"].update(name="default"), r"layer 3: prenorm is False, expected True, as in layer 0"),
         (
             lambda m, t: m["block"]["sequence_mixer"]["sliding_window"].update(pattern=[48, -1, 48, -1]),
-            "layer 1: window",
+            r"layer 1: rope scaling is None, expected Yarn",
         ),
-        (lambda m, t: m["block_overrides"]["3"]["sequence_mixer"]["rope"].update(theta=10000), "layer 0: rope_theta"),
-        (lambda m, t: m.pop("block"), "not the description of an OLMo-core model"),
+        (
+            lambda m, t: m["block_overrides"]["3"]["sequence_mixer"]["rope"].update(theta=10000),
+            r"layer 3: rope_theta is 10000\.0",
+        ),
+        (lambda m, t: m.pop("block"), "model: no field 'block'"),
         (lambda m, t: t.update(eos_token_id=7), r"dataset\.tokenizer\.eos_token_id: 7, the tokenizer has 0"),
     ],
 )

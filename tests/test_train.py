@@ -304,9 +304,9 @@ def test_a_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
 
 
 def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
-    from sft.recipe import presets, schema
+    from sft.recipe import resolve, schema
 
-    config = presets.resolve(schema.Model(**training.MODEL), training.VOCAB)
+    config = resolve.resolve(schema.Model(**training.MODEL), training.VOCAB)
     described = olmo_core.step_config(replace(config, window=16), TokenIds())
     (tmp_path / "config.json").write_text(json.dumps(described))
     with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):

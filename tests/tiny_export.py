@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
-from sft.recipe.presets import PRESETS, ModelConfig, Yarn
+from sft.recipe.architecture import ModelConfig, Yarn
+from sft.recipe.presets import PRESETS
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -19,7 +20,7 @@ TEMPLATE = (
 OLMO2 = replace(
     PRESETS["olmo2-tiny"], n_layers=2, d_model=64, n_kv_heads=2, head_dim=16, intermediate_size=96, vocab_size=384
 )
-OLMO3 = replace(OLMO2, n_layers=5, window=48, rope_theta=8e6, yarn=Yarn(old_context=64))
+OLMO3 = replace(OLMO2, n_layers=5, window=48, rope_theta=8e6, rope_scaling=Yarn(old_context=64))
 QWEN3 = replace(
     PRESETS["qwen3-tiny"], n_layers=2, d_model=64, head_dim=16, intermediate_size=96, vocab_size=384
 )  # tied

@@ -29,9 +29,10 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import manifest
-from sft.recipe import presets, recipe, row_fields, schema, time_limit
+from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
-from sft.runner import plan, runs
+from sft.recipe.resolve import resolve
+from sft.runner import bases, plan, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -159,14 +160,20 @@ def command_show(args: argparse.Namespace) -> None:
             print(f"\n[on.{args.place.cluster}.{stage}]  " + ", ".join(
                 f"{k} = {v}" for k, v in dataclasses.asdict(r.hardware(args.place.cluster, stage)).items()))  # fmt: skip
         print()
-        model = presets.resolve(r.model)
-        size = "vocabulary of the tokenizer" if not model.vocab_size else f"{model.parameters:,} parameters"
-        print(
-            f"# model: {model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}"
-        )
+        print(f"# model: {_model(args, r)}")
         print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
         for stage, state in plan.states(args.place, r).items():
             print(f"# {stage:9}{'; '.join(state.reasons) if state.stale else 'done'}")
+
+
+def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
+    """The architecture in a line."""
+    base = bases.find_base(args.place.roots, args.place.runs / r.run, r)
+    if base is None and not r.model.preset:
+        return f"that of the base {r.model.base}, which make sync brings"
+    model = resolve(r.model, 0, base)
+    size = "vocabulary of the tokenizer" if not model.vocab_size else f"{model.parameters:,} parameters"
+    return f"{model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}"
 
 
 def command_why(args: argparse.Namespace) -> None:

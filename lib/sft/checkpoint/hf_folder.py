@@ -1,43 +1,54 @@
 """Reads the weights of a Hugging Face folder a few rows at a time.
 
-In:  a folder with config.json and safetensors, in one file or in several with an index. Out: tensors under our names.
+In:  a folder with config.json and weights (sft.checkpoint.weight_files). Out: tensors under our names.
 
     weights = HfFolder(path)                                     # checks that every file of the index exists
     weights.check(config)                                      # every tensor exactly once, with its shape
     weights["blocks.0.attention.w_q.weight"]                   # one tensor
     weights.rows("embeddings.weight", 100, 200)                # some rows of one
+    weights.notes                                              # what was ignored or renamed, for the log
 
-Files are read and never mapped: pages of a mapped file count as memory of the process.
+Names may have a prefix that wrappers add, or lack `model.`, as the folder of a model without its head does. Stored rotary
+frequencies are ignored, because they are computed from config.json.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from sft.checkpoint.dcp_reader import read_values
+from sft.checkpoint.weight_files import DTYPES, Stored, open_files
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.model import hf
-from sft.recipe.presets import ModelConfig, differing_fields, recipe_field
+from sft.recipe.architecture import ModelConfig, differing_fields
+from sft.recipe.base_config import find_family, read_hf_config
+from sft.recipe.families import Family
+from sft.recipe.resolve import recipe_field
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+__all__ = ["DTYPES", "HfFolder"]
+_MAY_DIFFER = ("rope_scaling", "scale_windowed", "init_std", "vocab_size", "family")
+_WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""Prefixes of torch.compile, DDP and FSDP, which may stand anywhere in a name."""
+_IGNORED = {
+    r"(.*\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)": "rotary frequencies, which config.json determines",
+    r"(.*\.)?attention\.(bias|masked_bias)": "causal masks",
+}
 
 
 @dataclass(frozen=True)
 class _Place:
-    file: BinaryIO
-    offset: int
+    """Rows [start, start + shape[0]) of a stored tensor."""
+
+    stored: Stored
+    start: int
     shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 class HfFolder(Mapping[str, torch.Tensor]):
@@ -46,38 +57,40 @@ class HfFolder(Mapping[str, torch.Tensor]):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config = read_json(path / "config.json")
-        self.family = hf.find_family(self.config, str(path / "config.json"))
-        index = path / "model.safetensors.index.json"
-        if index.is_file():
-            listed: dict[str, str] = read_json(index).get("weight_map", {})
-            files = sorted(set(listed.values()))
-        else:
-            listed, files = {}, ["model.safetensors"]
+        self.family = find_family(self.config, str(path / "config.json"))
         self._stack = ExitStack()
+        stored, self.notes = open_files(path, self._stack)
         self._where: dict[str, _Place] = {}
-        for name in files:
-            if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+\.safetensors", name):
-                raise SftError(f"{index}: weight_map: {name!r} is not the plain name of a .safetensors file")
-            file = path / name
-            if not file.is_file():
-                raise SftError(
-                    f"{file}: missing" + (f", named by {index.name}" if listed else "; fetch the weights again")
-                )
-            handle = self._stack.enter_context(file.open("rb"))
-            for key, (dtype, shape, offset) in _header(file).items():
-                if listed and listed.get(key) != name:
-                    raise SftError(f"{file}: tensor {key}: the index puts it in {listed.get(key)!r}")
-                try:
-                    ours = self.family.ours(key)
-                except KeyError:
-                    raise SftError(f"{file}: tensor {key}: not a parameter of {self.family.model_type}") from None
-                if dtype not in DTYPES:
-                    raise SftError(f"{file}: tensor {key}: dtype {dtype}, expected one of {', '.join(DTYPES)}")
-                if ours in self._where:
-                    raise SftError(f"{file}: tensor {key}: present twice")
-                self._where[ours] = _Place(handle, offset, shape, DTYPES[dtype])
-        if absent := sorted(set(listed) - {self.family.theirs(name) for name in self._where}):
-            raise SftError(f"{index}: {len(absent)} tensors are in no file, the first is {absent[0]}")
+        names, notes = plain_names(stored, self.family, str(path))
+        self.notes += notes
+        for name, key in names.items():
+            for ours, place in self._split(name, stored[key]).items():
+                self._where[ours] = place
+
+    def _split(self, name: str, stored: Stored) -> dict[str, _Place]:
+        """Our tensors in one of theirs: one, or those that a family stores as the rows of one."""
+        parts = self.family.parts(name)
+        if len(parts) == 1:
+            return {parts[0]: _Place(stored, 0, stored.shape)}
+        sizes = self._part_rows(len(parts), stored.shape[0], name)
+        starts = [sum(sizes[:i]) for i in range(len(parts))]
+        return {
+            part: _Place(stored, start, (size, *stored.shape[1:]))
+            for part, start, size in zip(parts, starts, sizes, strict=True)
+        }
+
+    def _part_rows(self, parts: int, rows: int, name: str) -> list[int]:
+        """The rows of each part of a fused tensor: queries, keys and values, or the two factors of SwiGLU."""
+        if parts == 2:
+            sizes = [rows // 2] * 2
+        else:
+            heads = int(self.config["num_attention_heads"])
+            kv = int(self.config.get("num_key_value_heads") or heads)
+            width = int(self.config.get("head_dim") or int(self.config["hidden_size"]) // heads)
+            sizes = [heads * width, kv * width, kv * width]
+        if sum(sizes) != rows:
+            raise SftError(f"{self.path}: {name}: {rows} rows, expected {sum(sizes)}; next: name another base")
+        return sizes
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.rows(name, 0, self.shape(name)[0])
@@ -85,9 +98,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor."""
         at = self._where[name]
-        row = torch.Size(at.shape[1:]).numel()
-        values = read_values(at.file, at.offset + start * row * at.dtype.itemsize, (stop - start) * row, at.dtype)
-        return values.view(stop - start, *at.shape[1:])
+        return at.stored.rows(at.start + start, at.start + stop)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
@@ -99,46 +110,71 @@ class HfFolder(Mapping[str, torch.Tensor]):
         return self._where[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._where[name].dtype
+        return self._where[name].stored.dtype
 
     def check(self, config: ModelConfig) -> None:
-        """Raises SftError unless the folder holds exactly this architecture. The vocabulary may be smaller than the
-        model's."""
-        found = hf.model_config(self.config, str(self.path / "config.json"))
-        # A finetuning may extend the context (yarn), and needs no weights at random (init_std). The vocabulary is
-        # checked below.
-        for name in differing_fields(found, config, ignore=("yarn", "init_std", "vocab_size")):
+        """Raises SftError unless the folder has exactly the tensors of this architecture. It may have fewer rows of the
+        vocabulary than the model, but as many as its config.json says."""
+        where = str(self.path / "config.json")
+        # Unsupported keys are refused where a run's architecture is resolved. A finetuning may extend the context
+        # (rope_scaling), and needs no weights at random (init_std).
+        described = read_hf_config(self.config, where, ignore=list(self.config)).config
+        for name in differing_fields(described, config, ignore=_MAY_DIFFER):
             raise SftError(
-                f"{self.path / 'config.json'}: {name}: {getattr(found, name)}, the recipe's [model] says "
-                f"{getattr(config, name)}; correct [model] {recipe_field(name)}"
+                f"{where}: {name}: {getattr(described, name)}, the recipe's [model] says {getattr(config, name)}; correct"
+                f" [model] {recipe_field(name)}"
             )
-        vocab = found.vocab_size
-        if vocab > config.vocab_size:
+        rows = described.vocab_size
+        if rows > config.vocab_size:
             raise SftError(
-                f"{self.path / 'config.json'}: vocab_size: {vocab}, the recipe's [model] has {config.vocab_size} rows; "
-                f"set vocab_size = {vocab}"
+                f"{where}: vocab_size: {rows}, the recipe's [model] has {config.vocab_size} rows; next: vocab_size = {rows}"
             )
-        hf.check_shapes(
-            {name: self.shape(name) for name in hf.without_tied_head(self, found)}, hf.shapes(found), str(self.path)
-        )
+        found = {name: self.shape(name) for name in hf.without_tied_head(self, config)}
+        hf.check_shapes(found, hf.shapes(config, rows), str(self.path))
 
     def close(self) -> None:
         self._stack.close()
 
 
-def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """{name: (dtype, shape, offset in the file)}. The safetensors library checks the file first."""
+def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[dict[str, str], list[str]]:
+    """{transformers' name: name in the file}, and notes about ignored and renamed tensors.
 
-    try:
-        with safe_open(file, framework="pt"), file.open("rb") as read:
-            size = int.from_bytes(read.read(8), "little")
-            header = json.loads(read.read(size))
-    except (SafetensorError, OSError) as error:
-        raise SftError(
-            f"{file}: not readable as safetensors: {error}; next: fetch the file or make it again"
-        ) from error
-    return {
-        key: (entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-        for key, entry in header.items()
-        if key != "__metadata__"
-    }
+    Raises SftError for a tensor that is not the model's, and for two that would have the same name.
+    """
+    found: dict[str, str] = {}
+    ignored: Counter[str] = Counter()
+    renamed: Counter[str] = Counter()
+    for key in stored:
+        name = key
+        for wrapper in _WRAPPERS:
+            if wrapper in name:
+                name = name.replace(wrapper, "")
+                renamed[f"without the prefix {wrapper}"] += 1
+        if reason := next((why for pattern, why in _IGNORED.items() if re.fullmatch(pattern, name)), None):
+            ignored[reason] += 1
+            continue
+        plain = _known(name, family)
+        if plain is None:
+            raise SftError(
+                f"{where}: tensor {key}: not a parameter of {family.model_type}; next: name a base of the model_type that"
+                " its config.json says, or one without further heads and adapters"
+            )
+        if plain != name:
+            renamed["with the prefix model." if plain.startswith("model.") else "under another prefix"] += 1
+        if plain in found:
+            raise SftError(f"{where}: tensors {found[plain]} and {key} are both {plain}; next: name another base")
+        found[plain] = key
+    notes = [f"{count} tensors ignored: {reason}" for reason, count in ignored.items()]
+    notes += [f"{count} tensors read {how}" for how, count in renamed.items()]
+    return found, notes
+
+
+def _known(name: str, family: Family) -> str | None:
+    """transformers' name of a tensor, whose prefix `model.` may be missing or there twice."""
+    for candidate in (name, f"model.{name}", name.removeprefix("model.")):
+        try:
+            family.parts(candidate)
+        except KeyError:
+            continue
+        return candidate
+    return None

@@ -25,14 +25,16 @@ _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
     """README.md of a run's export. It has scores if evaluate has run on this export."""
     info = DatasetInfo.of(run / "prepare")
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft", recipe.model.preset]}
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft"]}
+    front["tags"] = ["sft", recipe.model.preset] if recipe.model.preset else ["sft"]
     base = _HUB.match(recipe.model.base)
     sources = [m[1] for s in info.sources if (m := _HUB.match(s.path))]
     front |= {"base_model": base[1]} if base else {}
     front |= {"datasets": list(dict.fromkeys(sources))} if sources else {}
     lines = ["---", *(f"{key}: {json.dumps(value)}" for key, value in front.items()), "---", "", f"# {recipe.run}", ""]
     start = f"`{recipe.model.base}`" if recipe.model.base else "random weights"
-    lines += [f"Supervised finetuning of {start}, geometry `{recipe.model.preset}`.", ""]
+    geometry = f", geometry `{recipe.model.preset}`" if recipe.model.preset else ""
+    lines += [f"Supervised finetuning of {start}{geometry}.", ""]
     lines += _scores(run) + _data(info)
     if recipe.convert.eval_template:
         lines += [f"The folder carries another template, to evaluate with: `{recipe.convert.eval_template}`.", ""]

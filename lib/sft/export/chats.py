@@ -11,7 +11,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.export.blocks import DTYPES
 from sft.export.logits import streamed_hf_model
 from sft.formats.gate import GreedyReply
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 CHATS = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -55,7 +55,7 @@ def greedy_replies(
     ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
     # fp16 has no fast kernels on a CPU, and fp32 holds its values exactly.
     dtype = torch.float32 if exported.config["dtype"] == "float16" else DTYPES[exported.config["dtype"]]
-    model = streamed_hf_model(exported, range(config.n_layers), dtype, KEEP_BYTES)
+    model = streamed_hf_model(exported, config, range(config.n_layers), dtype, KEEP_BYTES)
     replies = _generate(model, ids, stops, tokens)
     return tuple(
         GreedyReply(prompt, tokenizer.decode(reply, skip_special_tokens=True), len(reply), reply[-1] in stops)

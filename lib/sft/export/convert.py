@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from sft.checkpoint import olmo_core
@@ -26,10 +27,12 @@ from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
 from sft.formats.metrics import TrainMetrics
+from sft.recipe.architecture import ModelConfig, differing_fields
+from sft.recipe.base_config import Base, BaseFacts
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import is_template_file
-from sft.recipe.presets import ModelConfig, differing_fields, resolve
-from sft.recipe.schema import Model
+from sft.recipe.resolve import DEFAULT_LENGTH, resolve, supported_length
+from sft.recipe.schema import Convert, Model
 from sft.runner.stage import Result, Stage
 
 
@@ -41,10 +44,14 @@ def convert(stage: Stage) -> Result:
     options, weights = stage.recipe.convert, DcpReader(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
+    kept = olmo_core.base_facts(step / "config.json")
+    options, lines = with_length(options, config, kept, stage.recipe.train.seq_len)
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
+    for line in lines:
+        stage.log(line)
     model = stage.out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log)
+    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log, kept)
     gate = check(model, weights, config, facts, trained, options, stage.log)
     weights.close()
     gate.write(stage.out / NAME)
@@ -85,13 +92,36 @@ def final_step(train: Path) -> Path:
 
 
 def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
-    """The architecture of the recipe's [model]. Raises SftError if the step's config.json describes another one."""
-    config = resolve(model, vocab_size)
+    """The architecture of a step. Raises SftError if the recipe's [model] describes another one."""
     file = step / "config.json"
     saved = olmo_core.model_config(file)
+    if model.base:
+        # The base decided. What the recipe says as well was compared with it before training, and is compared again.
+        resolve(model, vocab_size, Base(saved, olmo_core.base_facts(file) or BaseFacts(), str(file)))
+        return saved
+    config = resolve(model, vocab_size)
     for name in differing_fields(saved, config, ignore=("init_std",)):
         raise SftError(
             f"{file}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
             " next: make train again, or correct [model]"
         )
     return config
+
+
+def with_length(
+    options: Convert, config: ModelConfig, base: BaseFacts | None, seq_len: int
+) -> tuple[Convert, list[str]]:
+    """The options with max_position_embeddings decided, and what is to be reported about it."""
+    supported = supported_length(config, base) if base else None
+    length = options.max_position_embeddings or supported or DEFAULT_LENGTH
+    lines = [
+        f"max_position_embeddings = {length:,}"
+        + (", the base's" if not options.max_position_embeddings and supported else "")
+    ]
+    if supported and length > supported:
+        lines.append(
+            f"warning: max_position_embeddings = {length:,}, but the base supports {supported:,} tokens with its rotary scaling"
+        )
+    if length < seq_len:
+        lines.append(f"warning: max_position_embeddings = {length:,} is less than the seq_len of training, {seq_len:,}")
+    return replace(options, max_position_embeddings=length), lines

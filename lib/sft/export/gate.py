@@ -35,7 +35,7 @@ from sft.export.stream import prefetched
 from sft.formats.dataset import TokenizerFacts
 from sft.formats.gate import GateRecord, GreedyReply, TensorCheck, TokenizerCheck
 from sft.model import hf
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert
 
 AGAIN = "next: make convert again"
@@ -85,10 +85,13 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
     The checkpoint's values are cast to `dtype`; rows beyond the tokenizer's vocabulary are not exported.
     """
     parameters = meta_hf_model(exported.config).named_parameters()  # lists a tied head once
-    theirs = {exported.family.ours(k): tuple(v.shape) for k, v in parameters}
-    hf.check_shapes({name: exported.shape(name) for name in exported}, theirs, str(exported.path))
-    wanted = hf.shapes(config, int(exported.config["vocab_size"]))
-    hf.check_shapes(theirs, wanted, f"{exported.path / 'config.json'}: transformers' model")
+    theirs = {k: tuple(v.shape) for k, v in parameters}
+    rows = int(exported.config["vocab_size"])
+    parts = hf.exported_parts(config, rows)
+    ours = {name: (sum(shape[0] for _, shape in part), *part[0][1][1:]) for name, part in parts.items()}
+    hf.check_shapes(ours, theirs, f"{exported.path / 'config.json'}: transformers' model")
+    wanted = hf.shapes(config, rows)
+    hf.check_shapes({name: exported.shape(name) for name in exported}, wanted, str(exported.path))
 
     def read(name: str, start: int, stop: int) -> tuple[Tensor, Tensor]:
         return exported.rows(name, start, stop), weights.rows(name, start, stop)

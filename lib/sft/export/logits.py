@@ -7,6 +7,7 @@ Out: `LogitCheck`; SftError if the logits differ by more than TOLERANCE. Both mo
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from sft.common.errors import SftError
 from sft.export.stream import Head, Table, stream
 from sft.formats.gate import LogitCheck
 from sft.model import hf
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import DynamicRope, LongRope, ModelConfig
 
 FAST_LAYERS = 4
 """Layers of the fast gate. Windowed and full layers alternate in groups of four."""
@@ -86,7 +87,7 @@ def compare_logits(
     pack = Pack.of(documents)
     config = replace(config, vocab_size=int(exported.config["vocab_size"]))  # padding rows are not exported
     native = native_logits(config, exported, pack, layers)
-    theirs = hf_logits(exported, pack, layers)
+    theirs = hf_logits(exported, config, pack, layers)
     agreement = (native.argmax(1) == theirs.argmax(1)).float().mean().item()
     # Row by row, which needs no third tensor: there are as many logits as a matrix has weights.
     differences = torch.stack([(a - b).abs().max() for a, b in zip(native, theirs, strict=True)])
@@ -150,7 +151,7 @@ def native_logits(config: ModelConfig, weights: Weights, pack: Pack, layers: Seq
         return weights.rows(name, 0, weights.shape(name)[0]).float()
 
     with torch.device("meta"):
-        model = Transformer(replace(config, n_layers=len(layers))).eval()
+        model = Transformer(of_layers(config, layers)).eval()
     model.embeddings = Table(lambda a, b: weights.rows("embeddings.weight", a, b).float())  # type: ignore[assignment]
     stream(list(model.blocks), lambda i, name: tensor(f"blocks.{layers[i]}.{name}"))
     hidden = model.hidden_states(pack.ids, pack.positions, pack.cu_seqlens, pack.longest)
@@ -160,24 +161,44 @@ def native_logits(config: ModelConfig, weights: Weights, pack: Pack, layers: Seq
     return logits
 
 
-@torch.inference_mode()
-def hf_logits(exported: HfFolder, pack: Pack, layers: Sequence[int]) -> Tensor:
-    """fp32 logits [R, V] of transformers' model with the given layers."""
-    model = streamed_hf_model(exported, layers, torch.float32)
-    # transformers recognises documents by restarting positions, but only without a cache and without a mask.
-    out = model(
-        input_ids=pack.ids[None], position_ids=pack.positions[None], use_cache=False, logits_to_keep=pack.compared
+def of_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
+    """The architecture of some layers of a model."""
+    return replace(
+        config,
+        n_layers=len(layers),
+        window_layers=tuple(bool(config.layer_window(i)) for i in layers) if config.window else config.window_layers,
+        rope_layers=tuple(config.has_positions(i) for i in layers),
     )
-    logits: Tensor = out.logits[0]
-    return logits
 
 
-def streamed_hf_model(exported: HfFolder, layers: Sequence[int], dtype: torch.dtype, keep_bytes: int = 0) -> Any:
+@torch.inference_mode()
+def hf_logits(exported: HfFolder, config: ModelConfig, pack: Pack, layers: Sequence[int]) -> Tensor:
+    """fp32 logits [R, V] of transformers' model with the given layers.
+
+    Scaling that depends on the length of a document is computed by transformers for the longest one of a pack, and kept for
+    later calls. Each document then has its own call of a new model.
+    """
+    if isinstance(config.rope_scaling, DynamicRope | LongRope):
+        edges = pack.cu_seqlens.tolist()
+        spans = list(itertools.pairwise(edges))
+    else:
+        spans = [(0, len(pack.ids))]
+    found = []
+    for start, stop in spans:
+        rows = pack.compared[(pack.compared >= start) & (pack.compared < stop)] - start
+        model = streamed_hf_model(exported, config, layers, torch.float32)
+        # transformers recognises documents by restarting positions, but only without a cache and without a mask.
+        ids, positions = pack.ids[start:stop], pack.positions[start:stop]
+        out = model(input_ids=ids[None], position_ids=positions[None], use_cache=False, logits_to_keep=rows)
+        found.append(out.logits[0])
+    return torch.cat(found)
+
+
+def streamed_hf_model(
+    exported: HfFolder, config: ModelConfig, layers: Sequence[int], dtype: torch.dtype, keep_bytes: int = 0
+) -> Any:
     """transformers' model of the folder with the given layers. Weights are streamed; the first `keep_bytes` stay in memory."""
-    changes: dict[str, Any] = {"num_hidden_layers": len(layers)}
-    if types := exported.config.get("layer_types"):
-        changes["layer_types"] = [types[i] for i in layers]
-    model: Any = meta_hf_model({**exported.config, **changes})
+    model: Any = meta_hf_model(exported.config, layers)
     inner = model.model
 
     def rows(name: str) -> Callable[[int, int], Tensor]:
@@ -187,15 +208,18 @@ def streamed_hf_model(exported: HfFolder, layers: Sequence[int], dtype: torch.dt
     inner.rotary_emb = type(inner.rotary_emb)(config=model.config)
     inner.embed_tokens = Table(rows("embeddings.weight"))
     inner.norm.load_state_dict({"weight": exported["lm_head.norm.weight"].to(dtype)}, assign=True)
-    head = hf.head_name(hf.model_config(exported.config))
-    model.lm_head = Head(rows(head), int(exported.config["vocab_size"]))
-    ours = exported.family.ours
-    stream(list(inner.layers), lambda i, n: exported[ours(f"model.layers.{layers[i]}.{n}")].to(dtype), keep_bytes)
+    model.lm_head = Head(rows(hf.head_name(config)), int(exported.config["vocab_size"]))
+
+    def tensor(layer: int, name: str) -> Tensor:
+        parts = [exported[part] for part in exported.family.parts(f"model.layers.{layers[layer]}.{name}")]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype)
+
+    stream(list(inner.layers), tensor, keep_bytes)
     return model
 
 
-def meta_hf_model(config: Mapping[str, Any]) -> nn.Module:
-    """transformers' model for a config.json on the meta device, which holds no weights."""
+def meta_hf_model(config: Mapping[str, Any], layers: Sequence[int] | None = None) -> nn.Module:
+    """transformers' model for a config.json on the meta device, which holds no weights; of some layers only, if given."""
     for noisy in (
         "torchao",
         "torch.utils._pytree",
@@ -204,6 +228,11 @@ def meta_hf_model(config: Mapping[str, Any]) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM  # start-up: transformers takes a second
 
     made = AutoConfig.for_model(**config)
+    if layers is not None:
+        for name in ("layer_types", "no_rope_layers"):
+            if listed := getattr(made, name, None):
+                setattr(made, name, [listed[i] for i in layers])
+        made.num_hidden_layers = len(layers)
     with torch.device("meta"):
         build: Any = AutoModelForCausalLM.from_config  # transformers does not annotate it
         model: nn.Module = build(made, dtype=torch.float32, attn_implementation="sdpa")

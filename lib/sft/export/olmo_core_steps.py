@@ -36,7 +36,7 @@ from sft.formats.gate import GateRecord, LogitCheck
 from sft.formats.record import to_json
 from sft.model import hf
 from sft.recipe import recipe
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert, Prepare
 from sft.runner.cli import program
 

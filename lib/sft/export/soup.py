@@ -94,7 +94,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
             name = sorted(names)[0]
             ours, theirs = (t.shape(name) if name in t else "none" for t in (reference, part))
             raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}; {SAME_RUN}")
-        if model.get("model") != models[0].get("model"):
+        if any(model.get(name) != models[0].get(name) for name in ("model", "architecture", "base")):
             raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models; {SAME_RUN}")
         if digest != hashes[0] or model.get("dataset") != models[0].get("dataset"):
             raise SftError(

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 
 def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:

@@ -1,97 +1,34 @@
-"""Hugging Face names and configurations by model family.
+"""Hugging Face names, shapes and configurations of a model.
 
-In:  a ModelConfig (sft.recipe.presets), or the config.json of a Hugging Face folder. Out: the same facts in the other
+In:  a ModelConfig (sft.recipe.architecture), or the config.json of a Hugging Face folder. Out: the same facts in the other
      form.
 
-Tensors only change their names, never their layout. A family is a row of FAMILIES. sft.checkpoint.hf_folder reads the
-tensors.
+A family (sft.recipe.families) is a table of names. Tensors only change their names, never their layout; Phi 3 stores
+several of ours as the rows of one. sft.checkpoint.hf_folder reads the tensors.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
-from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
+from sft.recipe.architecture import DynamicRope, ModelConfig
+from sft.recipe.base_config import find_family, read_hf_config
+from sft.recipe.families import FAMILIES, Family, family
+from sft.recipe.rotary import rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-# Parameter names outside the blocks, ours first. They are the same in every family.
-_OUTER = {
-    "embeddings.weight": "model.embed_tokens.weight",
-    "lm_head.norm.weight": "model.norm.weight",
-    "lm_head.w_out.weight": "lm_head.weight",
-}
-_OUTER_OURS = {theirs: ours for ours, theirs in _OUTER.items()}
-_PROJECTIONS = {
-    "attention.w_q": "self_attn.q_proj",
-    "attention.w_k": "self_attn.k_proj",
-    "attention.w_v": "self_attn.v_proj",
-    "attention.w_out": "self_attn.o_proj",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-}
-_QK_NORMS = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
-_POST_NORMS = {"attention_norm": "post_attention_layernorm", "feed_forward_norm": "post_feedforward_layernorm"}
-_PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
-
-
-@dataclass(frozen=True)
-class Family:
-    """The names that transformers uses for a kind of model. Sizes, windows and rotary scaling are in ModelConfig."""
-
-    model_type: str
-    architecture: str
-    block: Mapping[str, str]  # parameter names inside a layer, ours first; only those that the family has
-    fixed: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json with their only supported value
-    rope_theta: float = 500_000.0  # the default where config.json has no value
-    does: Mapping[str, Any] = field(default_factory=dict)  # fields of ModelConfig that all models of the family share
-
-    def theirs(self, name: str) -> str:
-        """transformers' name of our parameter. Raises KeyError for a name that is not ours."""
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name):
-            return f"model.layers.{match[1]}.{self.block[match[2]]}.weight"
-        return _OUTER[name]
-
-    def ours(self, name: str) -> str:
-        """Our name of transformers' parameter. Raises KeyError for a name that is not theirs."""
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", name):
-            inner = next((ours for ours, theirs in self.block.items() if theirs == match[2]), None)
-            if inner is None:
-                raise KeyError(name)
-            return f"blocks.{match[1]}.{inner}.weight"
-        return _OUTER_OURS[name]
-
-
-_PLAIN = {"attention_bias": False, "hidden_act": "silu"}
-_OLMO = {**_PLAIN, "tie_word_embeddings": False}
-FAMILIES = {
-    "olmo2": Family("olmo2", "Olmo2ForCausalLM", {**_PROJECTIONS, **_QK_NORMS, **_POST_NORMS}, _OLMO),
-    "olmo3": Family("olmo3", "Olmo3ForCausalLM", {**_PROJECTIONS, **_QK_NORMS, **_POST_NORMS}, _OLMO),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", {**_PROJECTIONS, **_QK_NORMS, **_PRE_NORMS},
-                    {**_PLAIN, "use_sliding_window": False}, 10_000.0, {"prenorm": True, "qk_norm": "head"}),
-    "llama": Family("llama", "LlamaForCausalLM", {**_PROJECTIONS, **_PRE_NORMS},
-                    {**_PLAIN, "mlp_bias": False}, 10_000.0, {"prenorm": True, "qk_norm": ""}),
-}  # fmt: skip
+__all__ = ["FAMILIES", "Family", "family", "find_family"]
 # Fields that transformers writes into every config.json and that do not describe the model.
 _NOT_ABOUT_THE_MODEL = {
     "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type", "return_dict",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
 VOCAB_ROWS = ("embeddings.weight", "lm_head.w_out.weight")  # the two tensors with one row per token id
-
-
-def family(config: ModelConfig) -> Family:
-    """The family of an architecture. OLMo models with sliding windows are OLMo 3."""
-    if config.prenorm:
-        return FAMILIES["qwen3" if config.qk_norm else "llama"]
-    return FAMILIES["olmo3" if config.window else "olmo2"]
 
 
 def head_name(config: ModelConfig) -> str:
@@ -124,12 +61,30 @@ def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...
         "feed_forward_norm": (d,),
     }
     there = family(config).block
+    biased = {name: bool(config.qkv_bias) for name in ("attention.w_q", "attention.w_k", "attention.w_v")}
+    biased["attention.w_out"] = config.out_bias
+    biased |= {f"feed_forward.{name}": config.mlp_bias for name in ("w1", "w2", "w3")}
     result: dict[str, tuple[int, ...]] = {"embeddings.weight": (vocab, d)}
     for layer in range(config.n_layers):
-        result.update({f"blocks.{layer}.{name}.weight": shape for name, shape in block.items() if name in there})
+        for name, shape in block.items():
+            if name in there:
+                result[f"blocks.{layer}.{name}.weight"] = shape
+                if biased.get(name):
+                    result[f"blocks.{layer}.{name}.bias"] = shape[:1]
     result["lm_head.norm.weight"] = (d,)
     result[head_name(config)] = (vocab, d)
     return result
+
+
+def exported_parts(config: ModelConfig, vocab_size: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """transformers' tensors by name, each with (our name, shape) of the tensors that are its rows."""
+    kind = family(config)
+    ours = shapes(config, vocab_size)
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for name in ours:
+        theirs = kind.theirs(name)
+        found.setdefault(theirs, [(part, ours[part]) for part in kind.parts(theirs)])
+    return found
 
 
 def layer_types(config: ModelConfig) -> list[str]:
@@ -142,32 +97,22 @@ def hf_config(
     vocab_size: int,
     max_position_embeddings: int,
     dtype: str,
+    bos_token_id: int | None = None,
     eos_token_id: int | list[int] | None = None,
     pad_token_id: int | None = None,
 ) -> PretrainedConfig:
-    """transformers' configuration of the same model. YaRN applies to the full-attention layers only."""
+    """transformers' configuration of the same model.
+
+    Raises SftError for a context length that would change the model: dynamic scaling depends on it.
+    """
     from transformers import AutoConfig  # start-up: transformers takes a second
 
     kind = family(config)
-    plain: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    full = dict(plain)
-    if config.yarn:
-        full |= {
-            "rope_type": "yarn",
-            "factor": config.yarn.factor,
-            "beta_fast": config.yarn.beta_fast,
-            "beta_slow": config.yarn.beta_slow,
-            "original_max_position_embeddings": config.yarn.old_context,
-            "attention_factor": config.yarn.attention_factor,
-        }
-    elif config.llama3_rope:
-        full |= {
-            "rope_type": "llama3",
-            "factor": config.llama3_rope.factor,
-            "low_freq_factor": config.llama3_rope.low,
-            "high_freq_factor": config.llama3_rope.high,
-            "original_max_position_embeddings": config.llama3_rope.old_context,
-        }
+    if isinstance(config.rope_scaling, DynamicRope) and max_position_embeddings != config.rope_scaling.old_context:
+        raise SftError(
+            f"max_position_embeddings: {max_position_embeddings}, expected {config.rope_scaling.old_context}: dynamic rotary"
+            " scaling starts there; next: remove [convert] max_position_embeddings"
+        )
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": config.d_model,
@@ -179,23 +124,45 @@ def hf_config(
         "initializer_range": config.init_std,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied,
-        **kind.fixed,
-        "bos_token_id": None,
+        "hidden_act": "silu",
+        "bos_token_id": bos_token_id,
         "eos_token_id": eos_token_id,
         "pad_token_id": pad_token_id,
         "dtype": dtype,
+        **_of_family(config, kind),
     }
-    if config.head_dim * config.n_heads != config.d_model or kind.model_type == "qwen3":  # Qwen 3's default is 128
-        common["head_dim"] = config.head_dim
-    if config.window:
-        common |= {
-            "rope_parameters": {"full_attention": full, "sliding_attention": plain},
-            "sliding_window": config.window,
-            "layer_types": layer_types(config),
-        }
-    else:
-        common["rope_parameters"] = full
     return AutoConfig.for_model(kind.model_type, **common, architectures=[kind.architecture])
+
+
+def _of_family(config: ModelConfig, kind: Family) -> dict[str, Any]:
+    """The keys of config.json that only some families or models have."""
+    partial = config.rotated / config.head_dim
+    scaled = rope_parameters(config.rope_scaling, config.rope_theta, partial)
+    keys: dict[str, Any] = {"rope_parameters": scaled}
+    # Qwen 3's default is 128.
+    if config.head_dim * config.n_heads != config.d_model or kind.head_dim:
+        keys["head_dim"] = config.head_dim
+    if "attention_bias" in kind.keys:
+        keys["attention_bias"] = config.out_bias
+    if "mlp_bias" in kind.keys:
+        keys["mlp_bias"] = config.mlp_bias
+    windowed = any(config.windows)
+    if "sliding_window" in kind.keys:
+        keys["sliding_window"] = config.window or None
+    if "use_sliding_window" in kind.keys:
+        keys["use_sliding_window"] = windowed
+    if "layer_types" in kind.keys and (windowed or kind.model_type == "olmo3"):
+        keys["layer_types"] = layer_types(config)
+    if "no_rope_layers" in kind.keys:
+        keys["no_rope_layers"] = [int(config.has_positions(i)) for i in range(config.n_layers)]
+    if kind.model_type == "olmo3":
+        plain = rope_parameters(config.rope_scaling if config.scale_windowed else None, config.rope_theta)
+        keys["rope_parameters"] = {"full_attention": scaled, "sliding_attention": plain}
+    if "original_max_position_embeddings" in scaled and "original_max_position_embeddings" in kind.keys:
+        keys["original_max_position_embeddings"] = scaled["original_max_position_embeddings"]
+    if "partial_rotary_factor" in kind.keys and config.rotary_dim:
+        keys["partial_rotary_factor"] = partial
+    return keys
 
 
 def config_json(config: PretrainedConfig) -> dict[str, Any]:
@@ -213,71 +180,10 @@ def config_json(config: PretrainedConfig) -> dict[str, Any]:
     return data
 
 
-def find_family(data: Mapping[str, Any], where: str = "config.json") -> Family:
-    """The family that a config.json names. Raises SftError for an unsupported one."""
-    kind = data.get("model_type")
-    if kind not in FAMILIES:
-        raise SftError(f"{where}: model_type: {kind!r}, expected one of {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
-
-
 def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
     """The ModelConfig that a Hugging Face config.json describes. Raises SftError for an architecture that it cannot
     express."""
-    kind = find_family(data, where)
-    for name, wanted in kind.fixed.items():
-        if data.get(name, wanted) != wanted:
-            raise SftError(f"{where}: {name}: {data[name]!r}, expected {wanted!r}")
-    try:
-        heads, d_model = int(data["num_attention_heads"]), int(data["hidden_size"])
-        rope = data.get("rope_parameters") or {}
-        rope = rope.get("full_attention") or rope
-        yarn, llama3_rope = _rotary_scaling(data.get("rope_scaling") or rope, where)
-        config = ModelConfig(
-            n_layers=int(data["num_hidden_layers"]),
-            d_model=d_model,
-            n_heads=heads,
-            n_kv_heads=int(data.get("num_key_value_heads") or heads),
-            head_dim=int(data.get("head_dim") or d_model // heads),
-            intermediate_size=int(data["intermediate_size"]),
-            vocab_size=int(data["vocab_size"]),
-            window=int(data["sliding_window"]) if kind.model_type == "olmo3" else 0,
-            rope_theta=float(data.get("rope_theta") or rope.get("rope_theta") or kind.rope_theta),
-            yarn=yarn,
-            llama3_rope=llama3_rope,
-            init_std=float(data.get("initializer_range", 0.02)),
-            norm_eps=float(data.get("rms_norm_eps", 1e-5)),
-            tied=bool(data.get("tie_word_embeddings", False)),
-            **kind.does,
-        )
-    except KeyError as error:
-        raise SftError(f"{where}: no field {error.args[0]!r}") from error
-    types = data.get("layer_types")
-    if config.window and types is not None and list(types) != layer_types(config):
-        raise SftError(f"{where}: layer_types: {types}, expected every fourth layer full: {layer_types(config)}")
-    return config
-
-
-def _rotary_scaling(scaling: Mapping[str, Any], where: str) -> tuple[Yarn | None, Llama3Rope | None]:
-    """The rotary scaling of a config.json. Raises KeyError for a missing field and SftError for an unsupported kind."""
-    kind = scaling.get("rope_type", "default")
-    if kind == "default":
-        return None, None
-    if kind == "yarn":
-        return Yarn(
-            factor=float(scaling["factor"]),
-            beta_fast=float(scaling.get("beta_fast") or 32),
-            beta_slow=float(scaling.get("beta_slow") or 1),
-            old_context=int(scaling["original_max_position_embeddings"]),
-        ), None
-    if kind == "llama3":
-        return None, Llama3Rope(
-            factor=float(scaling["factor"]),
-            low=float(scaling["low_freq_factor"]),
-            high=float(scaling["high_freq_factor"]),
-            old_context=int(scaling["original_max_position_embeddings"]),
-        )
-    raise SftError(f"{where}: rope_type: {kind!r}, expected 'default', 'yarn' or 'llama3'")
+    return read_hf_config(dict(data), where).config
 
 
 def check_shapes(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from sft.common.errors import SftError
 from sft.model.hf import shapes
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Hardware, Train
 
 LOSS_CHUNK = 1024  # rows with a target whose logits are in memory at once
@@ -151,7 +151,8 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
     head = model.vocab_size * model.d_model
     kept = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
-    rotary_tables = 8 * tokens * model.head_dim * (2 if model.yarn else 1)
+    tables = len({model.layer_scaling(i) for i in range(model.n_layers)})
+    rotary_tables = 8 * tokens * model.rotated * tables
     outside = rotary_tables + compute * tokens * model.d_model  # activations that no layer keeps
     gathered = compute * (root + 2 * block)
     loss = {

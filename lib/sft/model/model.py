@@ -1,4 +1,4 @@
-"""OLMo 2 and 3, Qwen 3 and Llama 3 on packed tokens, with OLMo-core's parameter names.
+"""Every family of sft.recipe.families on packed tokens, with OLMo-core's parameter names.
 
 In:  token ids [T] of documents one after the other, positions [T] that restart at 0 in each document, and the document
      edges.
@@ -7,6 +7,7 @@ Out: hidden states [T, d], or the loss of the rows with a target.
 There is no batch dimension: a pack is one long row, and only attention needs to know where documents end. OLMo's block
 has the norms after attention and SwiGLU, h = x + norm(attn(x)), out = h + norm(ff(h)), and an RMS norm over the full
 query and key projections before they are split into heads. The other families have the norms before: x + attn(norm(x)).
+Biases, windows, layers without positions and tied heads are fields of ModelConfig.
 The keys of `state_dict()` are those of an OLMo-core checkpoint, so saving needs no conversion and Hugging Face only
 other names (sft.model.hf).
 
@@ -31,12 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from sft.common.errors import SftError
 from sft.model.attention import attention
 from sft.model.context import gather_heads, gather_tokens
 from sft.model.loss import cross_entropy
-from sft.recipe.presets import Llama3Rope, ModelConfig, Yarn
+from sft.recipe.architecture import DynamicRope, LinearRope, Llama3Rope, LongRope, ModelConfig, RopeScaling, Yarn
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, 1, head_dim]
+Rotary = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, 1, rotated dimensions of a head]
 
 
 class RMSNorm(nn.Module):
@@ -62,17 +64,17 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.window = config.layer_window(layer)
         self.context: tuple[str, int] | None = None
-        self.w_q = nn.Linear(config.d_model, q, bias=False)
-        self.w_k = nn.Linear(config.d_model, kv, bias=False)
-        self.w_v = nn.Linear(config.d_model, kv, bias=False)
-        self.w_out = nn.Linear(q, config.d_model, bias=False)
+        self.w_q = nn.Linear(config.d_model, q, bias=config.qkv_bias)
+        self.w_k = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.w_v = nn.Linear(config.d_model, kv, bias=config.qkv_bias)
+        self.w_out = nn.Linear(q, config.d_model, bias=config.out_bias)
         self.q_norm, self.k_norm = None, None
         if config.qk_norm:
             full = config.qk_norm == "full"
             self.q_norm = RMSNorm(q if full else config.head_dim, config.norm_eps)
             self.k_norm = RMSNorm(kv if full else config.head_dim, config.norm_eps)
 
-    def forward(self, x_TD: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x_TD: Tensor, rotary: Rotary | None, cu_seqlens: Tensor, max_len: int) -> Tensor:
         q = rotate(self.heads(self.w_q(x_TD), self.q_norm), rotary)
         k = rotate(self.heads(self.w_k(x_TD), self.k_norm), rotary)
         v = self.heads(self.w_v(x_TD), None)
@@ -94,9 +96,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.w1 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.d_model, bias=False)
-        self.w3 = nn.Linear(config.d_model, config.intermediate_size, bias=False)
+        self.w1 = nn.Linear(config.d_model, config.intermediate_size, bias=config.mlp_bias)
+        self.w2 = nn.Linear(config.intermediate_size, config.d_model, bias=config.mlp_bias)
+        self.w3 = nn.Linear(config.d_model, config.intermediate_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -115,7 +117,7 @@ class Block(nn.Module):
         self.prenorm = config.prenorm
         self.recompute = "none"
 
-    def forward(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary | None, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
             return self.layer(x, rotary, cu_seqlens, max_len)
         out: Tensor = checkpoint(
@@ -125,7 +127,7 @@ class Block(nn.Module):
 
     # `checkpoint` wraps a method and not the module, so that parameter names stay OLMo-core's and FSDP's hooks run
     # outside.
-    def layer(self, x: Tensor, rotary: Rotary, cu_seqlens: Tensor, max_len: int) -> Tensor:
+    def layer(self, x: Tensor, rotary: Rotary | None, cu_seqlens: Tensor, max_len: int) -> Tensor:
         if self.prenorm:
             h: Tensor = x + self.attention(self.attention_norm(x), rotary, cu_seqlens, max_len)
             out: Tensor = h + self.feed_forward(self.feed_forward_norm(h))
@@ -154,13 +156,17 @@ class Transformer(nn.Module):
     def hidden_states(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
         """[T] ids to [T, d], before the final norm."""
         x: Tensor = self.embeddings(input_ids)
-        # YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not trained
-        # on.
-        base = rotary_table(self.config, self.config.llama3_rope, positions)
-        yarn = self.config.yarn
-        extended = rotary_table(self.config, yarn, positions) if yarn else base
-        for block, window in zip(self.blocks, self.config.windows, strict=True):
-            x = block(x, base if window else extended, cu_seqlens, max_len)
+        # OLMo 3's YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not
+        # trained on.
+        tables: dict[RopeScaling | None, Rotary] = {}
+        for layer, block in enumerate(self.blocks):
+            rotary = None
+            if self.config.has_positions(layer):
+                scaling = self.config.layer_scaling(layer)
+                if scaling not in tables:
+                    tables[scaling] = rotary_table(self.config, scaling, positions, cu_seqlens)
+                rotary = tables[scaling]
+            x = block(x, rotary, cu_seqlens, max_len)
         return x
 
     def forward(
@@ -187,25 +193,62 @@ class Transformer(nn.Module):
         return cross_entropy(h, head, target_ids, loss_denominator, z_loss, compiled=self.compiled_loss)
 
 
-def rotate(x_THD: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding in fp32, in the convention that rotates the first half of a head against the second."""
+def rotate(x_THD: Tensor, rotary: Rotary | None) -> Tensor:
+    """Rotary embedding in fp32, in the convention that rotates the first half of a head against the second. Dimensions of
+    a head beyond the table's stay as they are; None rotates nothing."""
+    if rotary is None:
+        return x_THD
     cos, sin = rotary
+    size = cos.shape[-1]
     x = x_THD.float()
-    low, high = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat((-high, low), dim=-1) * sin).to(x_THD.dtype)
+    rotated, rest = (x, None) if size == x.shape[-1] else (x[..., :size], x[..., size:])
+    low, high = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-high, low), dim=-1) * sin
+    return (rotated if rest is None else torch.cat((rotated, rest), dim=-1)).to(x_THD.dtype)
 
 
-def rotary_table(config: ModelConfig, scaling: Yarn | Llama3Rope | None, positions: Tensor) -> Rotary:
+def rotary_table(config: ModelConfig, scaling: RopeScaling | None, positions: Tensor, cu_seqlens: Tensor) -> Rotary:
     """cos and sin for positions [T]."""
-    frequencies, scale = inverse_frequencies(config.head_dim, config.rope_theta, scaling, positions.device)
+    dim, device = config.rotated, positions.device
+    if isinstance(scaling, DynamicRope | LongRope):
+        frequencies, scale = frequencies_by_length(dim, config.rope_theta, scaling, positions, cu_seqlens)
+    else:
+        frequencies, scale = inverse_frequencies(dim, config.rope_theta, scaling, device)
     angles = positions.float()[:, None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos() * scale, angles.sin() * scale
 
 
+def frequencies_by_length(
+    dim: int, theta: float, scaling: DynamicRope | LongRope, positions: Tensor, cu_seqlens: Tensor
+) -> tuple[Tensor, float]:
+    """Angles per position [T, dim / 2] that depend on the length of a token's document, and the factor on sin and cos.
+
+    A document has the frequencies that it has alone, whatever else is in its pack. Raises SftError for a row that several
+    ranks share, as a rank does not know where its part begins.
+    """
+    lengths = cu_seqlens.diff().long()
+    by_token = torch.repeat_interleave(lengths, lengths)
+    if len(by_token) != len(positions):
+        raise SftError(
+            f"{type(scaling).__name__} depends on the length of documents: {len(positions)} tokens on a rank, {len(by_token)}"
+            " in its row; next: context_degree = 1"
+        )
+    base = theta ** (torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    if isinstance(scaling, LongRope):
+        short, long = (torch.tensor(f, device=positions.device) for f in (scaling.short, scaling.long))
+        is_long = (by_token > scaling.old_context)[:, None]
+        return torch.where(is_long, 1.0 / (long * base), 1.0 / (short * base)), scaling.attention
+    longest = by_token.clamp(min=scaling.old_context).double()
+    growth = scaling.factor * longest / scaling.old_context - (scaling.factor - 1)
+    grown = (theta * growth ** (dim / (dim - 2)))[:, None]
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    return (1.0 / grown**exponents).float(), 1.0
+
+
 @lru_cache(maxsize=16)
 def inverse_frequencies(
-    dim: int, theta: float, scaling: Yarn | Llama3Rope | None, device: torch.device
+    dim: int, theta: float, scaling: LinearRope | Yarn | Llama3Rope | None, device: torch.device
 ) -> tuple[Tensor, float]:
     """Angle per position [dim / 2], and the factor on sin and cos.
 
@@ -217,6 +260,8 @@ def inverse_frequencies(
         base = 1.0 / (theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim))
         if scaling is None:
             return base, 1.0
+        if isinstance(scaling, LinearRope):
+            return base / scaling.factor, 1.0
         if isinstance(scaling, Llama3Rope):
             turns = scaling.old_context * base / (2 * math.pi)
             keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
@@ -226,10 +271,12 @@ def inverse_frequencies(
             """The dimension that turns this many times within the old context."""
             return dim * math.log(scaling.old_context / (times * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(dimension(scaling.beta_fast)), 0)
-        high = min(math.ceil(dimension(scaling.beta_slow)), dim - 1)
+        low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+        if scaling.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
         ramp = torch.arange(dim // 2, device=device, dtype=torch.float32)
-        ramp = ((ramp - low) / max(high - low, 1e-3)).clamp(0, 1)
+        ramp = ((ramp - low) / ((high - low) or 1e-3)).clamp(0, 1)
         return base / scaling.factor * ramp + base * (1 - ramp), scaling.attention_factor
 
 
@@ -275,13 +322,14 @@ def recompute_options(mode: str) -> dict[str, Any]:
 
 
 def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, else a truncated normal.
+    """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, zeros for biases, else a truncated
+    normal.
 
     Every tensor has its own generator, seeded by (seed, name). The weights depend neither on the number of ranks nor on
     the order in which they are made.
     """
     for name, parameter in model.named_parameters():
-        value = torch.ones(parameter.shape)
+        value = torch.zeros(parameter.shape) if name.endswith(".bias") else torch.ones(parameter.shape)
         if parameter.dim() > 1:
             digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))

@@ -19,7 +19,7 @@ import re
 from numpy.typing import ArrayLike
 
 from sft.model.flops import attention_pairs, head_flops, token_flops
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 FORMULA = "(6 M + 6 d V f + 12 h k sum a) tokens / (seconds x GPUs x peak), see docs/train.md"
 

@@ -20,9 +20,11 @@ from sft.formats.dataset import DatasetInfo
 from sft.model import memory
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
-from sft.recipe import presets
+from sft.recipe.base_config import Base
 from sft.recipe.recipe import Recipe
+from sft.recipe.resolve import resolve
 from sft.recipe.schema import Cluster, Hardware
+from sft.runner.bases import find_base
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.processes import processes
 
@@ -39,15 +41,17 @@ class Check:
     memory: memory.Plan
 
 
-def check(prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster | None = None) -> Check:
-    """The arithmetic of a prepared run.
+def check(
+    prepared: Path, recipe: Recipe, hardware: Hardware, cluster: Cluster | None = None, base: Base | None = None
+) -> Check:
+    """The arithmetic of a prepared run. `base`: what its base's config.json says.
 
     Raises SftError where training would: for batches, for context groups, and for a GPU that is known to be too small.
     """
     train = recipe.train
     steps = StepPlan.build(pack_dataset(Dataset.open(prepared / "data"), train.seq_len, train.long_documents), train)
     ranks = hardware.nodes * processes(hardware, cluster)[0]
-    model = presets.resolve(recipe.model, DatasetInfo.of(prepared).facts.vocab_size)
+    model = resolve(recipe.model, DatasetInfo.of(prepared).facts.vocab_size, base)
     groups = context_groups(model, train, hardware, ranks)
     found = memory.plan(model, train, hardware, ranks, cluster.gpu_memory_gb if cluster else 0.0)
     if hardware.recompute == "auto":  # for a chosen mode training only warns: the estimate has an error margin
@@ -92,7 +96,8 @@ def rows(found: Check) -> list[tuple[str, str]]:
 def main(options: RunOptions) -> None:
     """Prints packs, steps, padding, trained tokens of a step and the memory of one GPU, before anything is launched."""
     recipe, cluster = options.load_recipe(), options.place.load_cluster()
-    found = check(options.run / "prepare", recipe, recipe.hardware(options.cluster, "train"), cluster)
+    base = find_base(options.place.roots, options.run, recipe)
+    found = check(options.run / "prepare", recipe, recipe.hardware(options.cluster, "train"), cluster, base)
     with until_reader_stops():
         for what, value in rows(found):
             print(f"{what:27} {value}")

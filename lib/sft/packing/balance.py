@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sft.model.flops import attention_flops, head_flops, token_flops
 from sft.packing.packs import PackIndex
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 
 def pack_costs(index: PackIndex, model: ModelConfig, packs: NDArray[np.int64] | None = None) -> NDArray[np.float64]:

@@ -39,7 +39,7 @@ from sft.model.flops import token_flops
 from sft.model.loss import IGNORED
 from sft.packing.balance import deal, deal_in_order, idle, pack_costs
 from sft.packing.steps import StepPlan, accumulation
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 
 PADDING_DOCUMENT = 1024
 """Padding is cut into documents of this many tokens, so that its attention costs next to nothing."""

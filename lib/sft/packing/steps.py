@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sft.common.errors import SftError
 from sft.formats.packs import DataPosition, StepSummary, TokensPerStep
 from sft.packing.packs import PackIndex
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Hardware, Train
 
 

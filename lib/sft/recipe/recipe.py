@@ -24,7 +24,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.paths import REPO
-from sft.recipe import chat_templates, presets, schema
+from sft.recipe import chat_templates, presets, resolve, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
@@ -215,6 +215,10 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         return tuple(
             _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
+    if origin is dict and args[1] is Any:
+        if not isinstance(value, dict):
+            raise TypeError("a table is expected")
+        return dict(value)
     if origin is dict:
         kinds = typing.get_args(args[1]) or (args[1],)
         if not isinstance(value, dict) or not all(type(v) in kinds for v in value.values()):
@@ -313,12 +317,16 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
             n = source.weight
             problems.append(f"'weight' of {source.path} in [[prepare.sources]] = {n} would be {n} row{'s' * (n > 1)} in all: an integer"
                             f" is a number of rows; write {n}.0 for the whole source {n} times, or max_documents = {n}")  # fmt: skip
-    if model.preset not in presets.PRESETS:
+    if not model.preset:
+        if not model.base:
+            problems.append(f"'preset' in [model] is missing: random weights need one (presets: {', '.join(presets.PRESETS)});"
+                            " weights of a base need only 'base'")  # fmt: skip
+    elif model.preset not in presets.PRESETS:
         problems.append(f"'preset' in [model] = {model.preset!r}{_did_you_mean(model.preset, presets.PRESETS)}"
                         f" (presets: {', '.join(presets.PRESETS)})")  # fmt: skip
     else:
         try:
-            presets.resolve(model)
+            resolve.resolve(model)
         except SftError as e:
             problems.append(str(e))
     if train.global_batch_tokens % train.seq_len:
@@ -483,5 +491,6 @@ def _file_safe(text: str) -> str:
 
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {f.name: _keyed(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata["key"]}
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata["key"])
+        return {f.name: _keyed(v) for f, v in fields if not (f.metadata["late"] and v == f.default)}
     return [_keyed(v) for v in value] if isinstance(value, tuple) else value

@@ -25,10 +25,12 @@ def opt(
     above: float | None = None,
     choices: tuple[str, ...] | None = None,
     key: bool = True,
+    late: bool = False,
     launchers: tuple[str, ...] = (),
 ) -> Any:
     """Declares a field. min, max: inclusive bounds. above: exclusive lower bound. choices: allowed values, or the allowed keys
-    of a table. launchers: those that read the field (empty = all); with any other launcher it is refused."""
+    of a table. late: the key leaves the field out while it has its default, so that runs from before it existed stay up to
+    date. launchers: those that read the field (empty = all); with any other launcher it is refused."""
     metadata = {
         "doc": doc,
         "min": min,
@@ -36,6 +38,7 @@ def opt(
         "above": above,
         "choices": choices,
         "key": key,
+        "late": late,
         "launchers": launchers,
     }
     if default is REQUIRED:
@@ -50,9 +53,13 @@ class Model:
     """[model]: the architecture, and the weights that training starts from."""
 
     preset: str = opt(
-        REQUIRED, "name of an architecture in sft.recipe.presets, e.g. olmo3-7b; the fields below override its numbers"
+        "",
+        "architecture of random weights, a name in sft.recipe.presets, e.g. olmo3-7b; the fields below override its numbers. With a base it is not needed, and must agree",
     )
-    base: str = opt("", "initial weights: a path under DATA, gs://… or hf://org/name[@revision]; empty = random")
+    base: str = opt(
+        "",
+        "initial weights: a path under DATA, gs://… or hf://org/name[@revision]; its config.json is the architecture; empty = random",
+    )
     base_tokenizer: str = opt(
         "same",
         "same: the base must have the data's tokenizer.json; unchecked: a base without tokenizer.json is a warning",
@@ -73,6 +80,14 @@ class Model:
     )
     rope_theta: float | None = opt(None, "base of the rotary embedding", above=0)
     yarn_factor: float | None = opt(None, "YaRN scaling factor of the full-attention layers; 0 = none", min=0)
+    rope_scaling: dict[str, Any] | None = opt(
+        None,
+        'rotary scaling in transformers\' words, in place of the base\'s, e.g. {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 8192}; {rope_type = "default"} = none',
+        late=True,
+    )
+    ignore_config: tuple[str, ...] = opt(
+        (), "keys of the base's config.json that are known not to change what the model computes", late=True
+    )
     init_std: float | None = opt(None, "standard deviation of random initial weights (truncated normal)", above=0)
 
 
@@ -284,7 +299,15 @@ class Convert:
     """[convert]: a checkpoint to a Hugging Face folder, proven equal."""
 
     dtype: str = opt("bfloat16", "dtype of the exported weights", choices=("bfloat16", "float16", "float32"))
-    max_position_embeddings: int = opt(65536, "longest input that the exported config states, in tokens", min=1)
+    max_position_embeddings: int | None = opt(
+        None, "longest input that the exported config states, in tokens; default: the base's, or 65536", min=1
+    )
+    vocabulary: str = opt(
+        "base",
+        "rows of the exported embedding: base = as many as the base's published table, if that has more than the tokenizer; tokenizer = one for each id",
+        choices=("base", "tokenizer"),
+        late=True,
+    )
     shard_gb: float = opt(5.0, "largest safetensors file, in GB", above=0)
     eval_template: str = opt(
         "",

@@ -27,9 +27,10 @@ from sft.formats.record import to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, inputs, recipe, schema
+from sft.runner import bases
 
 REPO = paths.REPO
-VERSIONS = {"prepare": 6, "sync": 1, "train": 2, "convert": 2, "evaluate": 5, "report": 2}
+VERSIONS = {"prepare": 6, "sync": 1, "train": 2, "convert": 3, "evaluate": 5, "report": 2}
 """Raise a stage's number when its code makes other bytes from the same options. tests/test_versions.py watches this."""
 
 
@@ -228,6 +229,8 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
     runs = [s for s in schema.STAGES[: last + 1] if found[s].stale]
     for stage in runs:
         named_files(place, r, stage)
+    if not {"prepare", "sync", "train"}.isdisjoint(runs):
+        bases.check_base(place.roots, place.runs / r.run, r)
     if "prepare" in runs and not inputs.is_remote(r.prepare.tokenizer):
         _check_template(r, "template", "prepare", r.prepare.template, "tokenizer")
     if "convert" in runs:

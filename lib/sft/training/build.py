@@ -28,8 +28,9 @@ from sft.model.parallel import World, context_group, make_deterministic, shard
 from sft.packing.loader import Loader
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
-from sft.recipe import presets
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.base_config import Base, read_base
+from sft.recipe.resolve import named_changes, resolve
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
 from sft.training import evaluations, initial_weights
@@ -51,6 +52,7 @@ class Setup:
     base: Path | None
     info: DatasetInfo
     config: ModelConfig
+    published: Base | None = None  # what the base's config.json says
 
     def log(self, text: str) -> None:
         """Prints a line, on rank 0 only."""
@@ -79,8 +81,9 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
     dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     info = DatasetInfo.of(dataset)
-    config = presets.resolve(stage.recipe.model, info.facts.vocab_size)
-    setup = Setup(stage, world, hardware, dataset, base, info, config)
+    published = read_base(base, stage.recipe.model.ignore_config) if base else None
+    config = resolve(stage.recipe.model, info.facts.vocab_size, published)
+    setup = Setup(stage, world, hardware, dataset, base, info, config, published)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
     tokenizer_warning = initial_weights.check_tokenizer(dataset, info.facts, base, unchecked)
     data = build_data(setup)
@@ -101,7 +104,13 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         validation=data.validation,
         sources=sources,
         labels=labels_by_source(sources, data.documents, data.plan.index.segments),
-        saver=Saver(stage.out, train, olmo_core.step_config(config, info.facts.ids), world, setup.log),
+        saver=Saver(
+            stage.out,
+            train,
+            olmo_core.step_config(config, info.facts.ids, published.facts if published else None),
+            world,
+            setup.log,
+        ),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
         if world.size > 1 and not compiled
@@ -202,6 +211,10 @@ def build_model(setup: Setup, room: memory.Plan) -> nn.Module:
 
 def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str) -> Iterator[str]:
     """The lines that are logged before training starts."""
+    if setup.published is not None:
+        yield from named_changes(setup.stage.recipe.model, setup.published)
+    elif setup.base is not None:
+        yield f"warning: {setup.base} has no config.json: the preset says what tensor shapes do not show"
     if tokenizer_warning:
         yield f"warning: {tokenizer_warning}"
     if missing:
@@ -238,7 +251,8 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     """Fills model, optimizer, guard, counters and random generators from a step, or the model from its first weights.
     Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
     if step is None:
-        return 0, initial_weights.initialise(run.model, setup.config, setup.base, setup.stage.recipe.train.seed)
+        seed, ids = setup.stage.recipe.train.seed, setup.info.facts.vocab_size
+        return 0, initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log)
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step

@@ -4,7 +4,8 @@ In:  the architecture, the synced base folder (or None = random weights), datase
 Out: `initialise` fills the model; `check_tokenizer` refuses data that another model's tokenizer made.
 
 A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a
-Hugging Face folder with safetensors. Vocabulary rows that the base does not have start as zeros.
+Hugging Face folder. The rows of tokens that the base does not have start as the mean of its rows with a little noise. Rows
+that only pad the table start as zeros.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,34 +21,45 @@ from torch import Tensor, nn
 
 from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import check_same_layers
 from sft.common.errors import SftError
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
-from sft.recipe.presets import ModelConfig
+from sft.recipe.architecture import ModelConfig
+
+NOISE = 0.1
+"""Standard deviation of the noise of a new row, as a share of that of the table's values."""
 
 
-def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: int) -> str:
-    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words. Raises
-    SftError."""
+def initialise(
+    model: nn.Module,
+    config: ModelConfig,
+    base: Path | None,
+    seed: int,
+    ids: int = 0,
+    log: Callable[[str], None] = print,
+) -> str:
+    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words.
+
+    `ids` is the number of the tokenizer's ids. Raises SftError.
+    """
     parameters = dict(model.named_parameters())
     if base is None:
         for name, value in initial_values(model, config.init_std, seed):
             set_parameter(parameters[name], value)
         return f"random weights, seed {seed}"
     if (weights_folder(base) / ".metadata").is_file():
-        if (base / "config.json").is_file():
-            check_same_layers(base / "config.json", config)
         tensors = DcpReader(base)
         _check_shapes({name: tensors.shape(name) for name in hf.without_tied_head(tensors, config)}, config, base)
-        _fill(parameters, tensors.__getitem__, base)
+        _fill(parameters, tensors.__getitem__, base, New(ids, seed, log))
         return f"weights of the OLMo-core checkpoint {base}"
     if (base / "config.json").is_file():
         folder = HfFolder(base)
         folder.check(config)
-        _fill(parameters, folder.__getitem__, base)
+        for note in folder.notes:
+            log(f"{base}: {note}")
+        _fill(parameters, folder.__getitem__, base, New(ids, seed, log))
         folder.close()
         return f"weights of the Hugging Face folder {base}"
     raise SftError(
@@ -55,16 +68,50 @@ def initialise(model: nn.Module, config: ModelConfig, base: Path | None, seed: i
     )
 
 
-def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base: Path) -> None:
-    """Copies every tensor, with rows of zeros for the rest of the vocabulary. Raises SftError for values that are not
-    finite."""
+@dataclass(frozen=True)
+class New:
+    """Rows of the vocabulary that a base does not have: those of the tokenizer's `ids`, and rows that pad the table."""
+
+    ids: int
+    seed: int
+    log: Callable[[str], None]
+
+    def rows(self, name: str, table: Tensor, count: int) -> Tensor:
+        """`count` rows after those of `table` [rows, d], in its dtype: new_rows for ids of the tokenizer, then zeros."""
+        added = max(0, min(count, self.ids - len(table)))
+        made = table.new_zeros(count, *table.shape[1:])
+        if added:
+            made[:added] = new_rows(name, table, added, self.seed).to(table.dtype)
+            self.log(
+                f"{name}: rows {len(table):,} to {len(table) + added - 1:,} are new: the mean of the base's {len(table):,}"
+                f" rows, with noise of {NOISE:g} of their deviation"
+            )
+        return made
+
+
+def new_rows(name: str, table: Tensor, count: int, seed: int) -> Tensor:
+    """fp32 [count, d]: the mean of the table's rows, and noise from (seed, name).
+
+    The mean is summed in fp64 and rounded to bf16, so that it is the same on every rank and number of threads.
+    """
+    exact = table.double()
+    mean = exact.mean(0).bfloat16().float()
+    deviation = exact.std().bfloat16().float()
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return mean + NOISE * deviation * torch.randn(count, *table.shape[1:], generator=generator)
+
+
+def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base: Path, new: New) -> None:
+    """Copies every tensor, and makes the rows of the vocabulary that the base does not have. Raises SftError for values
+    that are not finite."""
     for name, parameter in parameters.items():
         value = read(name)
         if not value.isfinite().all():
             raise SftError(f"{base}: {name} has values that are not finite; next: fetch the weights again")
         missing = parameter.shape[0] - value.shape[0]
         if missing:
-            value = torch.cat([value, value.new_zeros(missing, *value.shape[1:])])
+            value = torch.cat([value, new.rows(name, value, missing)])
         set_parameter(parameter, value)
 
 

@@ -20,11 +20,13 @@ from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
 from sft.common import paths
 from sft.common.errors import SftError
+from sft.common.files import read_json
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
 from sft.launch.beaker import specification
 from sft.launch.job import Job
+from sft.recipe.resolve import DEFAULT_LENGTH
 from sft.runner import plan
 
 MODEL = "/model"
@@ -211,7 +213,20 @@ def _max_length(job: Job) -> int:
             f"{job.recipe.file}: [evaluate] max_length = 0: the longest input of the model at {options.location} is not"
             " known here; next: set max_length"
         )
-    return options.max_length or job.recipe.convert.max_position_embeddings
+    return options.max_length or job.recipe.convert.max_position_embeddings or _exported_length(job)
+
+
+def _exported_length(job: Job) -> int:
+    """The longest input that the export states. Raises SftError if only its config.json says it, which is not here."""
+    file = job.run / "convert" / "model" / "config.json"
+    if not job.recipe.model.base:
+        return DEFAULT_LENGTH
+    if not file.is_file():
+        raise SftError(
+            f"{file}: not there, and it would say the longest input; next: set [evaluate] max_length, or [convert]"
+            " max_position_embeddings"
+        )
+    return int(read_json(file)["max_position_embeddings"])
 
 
 def _olmo_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:

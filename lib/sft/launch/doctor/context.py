@@ -13,8 +13,11 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.formats.dataset import DatasetInfo
-from sft.recipe import presets, recipe, schema
-from sft.runner import plan
+from sft.recipe import recipe, schema
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.base_config import Base
+from sft.recipe.resolve import resolve
+from sft.runner import bases, plan
 from sft.runner.processes import processes
 
 OK, NOTE, RED, SKIPPED = "ok", "note", "RED", "-"
@@ -95,10 +98,18 @@ class Context:
         return max(1, round(train.epochs * data.splits["data"].tokens / train.global_batch_tokens))
 
     @property
-    def model(self) -> presets.ModelConfig | None:
-        """The geometry; None before prepare where the vocabulary is the tokenizer's, which prepare reads."""
-        found = presets.resolve(self.recipe.model, self.prepared.facts.vocab_size if self.prepared else 0)
+    def model(self) -> ModelConfig | None:
+        """The geometry; None where only the tokenizer or a remote base, which are not here yet, say it."""
+        base = self.base
+        if base is None and not self.recipe.model.preset:
+            return None
+        found = resolve(self.recipe.model, self.prepared.facts.vocab_size if self.prepared else 0, base)
         return found if found.vocab_size else None
+
+    @property
+    def base(self) -> Base | None:
+        """What the base's config.json says; None for random weights and before sync brings a remote base."""
+        return bases.find_base(self.place.roots, self.run, self.recipe)
 
     def with_gpu(self, reported: str = "") -> Context:
         """The context with the type of its GPUs: the recipe's, else the cluster file's, else the one the scheduler reported."""

@@ -19,6 +19,7 @@ from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.metrics import Attempt, StepRecord, read_metrics
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
+from sft.recipe import schema
 
 ASSUMED_MFU = (0.25, 0.40, 0.55)
 """Low, middle, high, where no earlier run on this type of GPU has measured one."""
@@ -43,7 +44,7 @@ def batch(context: Context) -> Iterator[Row]:
         try:
             from sft.packing.arithmetic import check  # start-up: NumPy, which may be absent
 
-            found = check(context.run / "prepare", context.recipe, hardware, context.cluster)
+            found = check(context.run / "prepare", context.recipe, hardware, context.cluster, context.base)
             yield Row(OK, "steps", f"{found.steps.steps:,}, {found.steps.warmup_steps:,} of them warm-up")
         except SftError as e:
             yield red("steps", e)
@@ -146,7 +147,7 @@ def hours(context: Context) -> Iterator[Row]:
             SKIPPED, "hours", f"{total:.2g} FLOPs; the GPU's peak is unknown", f"gpu and gpu_tflops in {context.file}"
         )
         return
-    measured = measured_mfu(context.place.runs, context.recipe.model.preset, context.cluster.gpu)
+    measured = measured_mfu(context.place.runs, context.recipe.model, context.cluster.gpu)
     low, middle, high = (
         (measured * (1 - MEASURED_BAND), measured, measured * (1 + MEASURED_BAND)) if measured else ASSUMED_MFU
     )
@@ -157,14 +158,15 @@ def hours(context: Context) -> Iterator[Row]:
     )
 
 
-def measured_mfu(runs: Path, preset: str, gpu: str) -> float | None:
-    """The median MFU of the latest run of this preset that measured one on this type of GPU."""
+def measured_mfu(runs: Path, model: schema.Model, gpu: str) -> float | None:
+    """The median MFU of the latest run of this preset, or of this base, that measured one on this type of GPU."""
     wanted = set(re.findall(r"\w+", gpu.upper()))
     files = sorted(runs.glob("[a-z0-9]*/train/metrics.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files[:20]:
         try:
             config = manifest.load(file.parent / manifest.NAME).config
-            if config["model"]["preset"] != preset:
+            name = "preset" if model.preset else "base"
+            if config["model"][name] != getattr(model, name):
                 continue
             records = read_metrics(file, last=200)
             device = [r.device for r in records if isinstance(r, Attempt)][-1:]  # the last attempt's

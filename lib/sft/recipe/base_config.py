@@ -1,0 +1,255 @@
+"""What a base's config.json says. Standard library only: the planner reads local bases before the environment exists.
+
+    base = read_base(folder)        # of a Hugging Face folder or an OLMo-core step; None without config.json
+    base.config                     # the architecture
+    base.facts                      # what else an export keeps: rows, context length, special tokens
+
+Every key of a config.json is used, listed here as irrelevant, or refused with its value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sft.common.errors import SftError
+from sft.common.files import read_json
+from sft.recipe import core_config
+from sft.recipe.architecture import EVERY_FOURTH_FULL, ModelConfig, shortest_pattern
+from sft.recipe.config_reader import ConfigReader
+from sft.recipe.families import FAMILIES, Family, usual_family
+from sft.recipe.rotary import read_rotary
+
+IRRELEVANT = frozenset({
+    # transformers writes these into every config.json: names, outputs, caches, and defaults of generate().
+    "_name_or_path", "_attn_implementation", "architectures", "auto_map", "base_model_tp_plan", "chunk_size_feed_forward",
+    "custom_pipelines", "dtype", "finetuning_task", "id2label", "label2id", "initializer_range", "is_decoder",
+    "keys_to_ignore_at_inference", "model_type", "output_attentions", "output_hidden_states", "output_scores",
+    "prefix", "problem_type", "pruned_heads", "return_dict", "return_dict_in_generate", "task_specific_params",
+    "tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "tf_legacy_loss", "use_bfloat16", "use_cache",
+    "_flash_attn_2_enabled", "attn_implementation", "bad_words_ids", "begin_suppress_tokens", "decoder_start_token_id",
+    "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
+    "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
+    "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty",
+    "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+    # Of some families and of tools that write their mark; no forward pass of a supported class reads them.
+    "is_llama_config", "max_window_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+})  # fmt: skip
+"""Keys that do not change what a model computes here."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "attention_dropout": (0,),
+    "attention_multiplier": (),
+    "attn_logit_softcapping": (),
+    "clip_qkv": (),
+    "embd_pdrop": (0,),
+    "embedding_multiplier": (1,),
+    "final_logit_softcapping": (),
+    "full_attn_mod": (1,),
+    "hidden_act": ("silu", "swish"),
+    "hidden_dropout": (0,),
+    "interpolate_factor": (1,),
+    "is_encoder_decoder": (False,),
+    "lm_head_bias": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "mlp_bias": (False,),
+    "resid_pdrop": (0,),
+    "residual_multiplier": (1,),
+    "rope_interleaved": (False,),
+    "sliding_window": (),
+    "tie_encoder_decoder": (False,),
+    "use_sliding_window": (False,),
+}
+"""Keys that are accepted with these values (and null) only: what they would do otherwise is not implemented."""
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What an export keeps of a base, beside its architecture.
+
+    `rows`: rows of the published embedding. `max_positions`: its max_position_embeddings. None where the base does not say.
+    """
+
+    rows: int | None = None
+    max_positions: int | None = None
+    bos_token_id: int | None = None
+    scaled: bool = False  # the base has a rotary scaling of its own
+    origin: str = "hf"  # or "olmo-core"
+
+    def to_value(self) -> dict[str, Any]:
+        """The fields that a step's config.json keeps."""
+        return {
+            "rows": self.rows,
+            "max_positions": self.max_positions,
+            "bos_token_id": self.bos_token_id,
+            "scaled": self.scaled,
+        }
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base's architecture and facts. `where`: its config.json."""
+
+    config: ModelConfig
+    facts: BaseFacts
+    where: str
+
+
+def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
+    """The base in a folder; None if it has no config.json. `ignore`: keys that the recipe declares irrelevant.
+
+    Raises SftError for a config that is not supported, naming every such key with its value.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        return None
+    data = read_json(file)
+    if "model_type" not in data and ("model" in data or core_config.OURS in data):
+        config = core_config.read(data, str(file))
+        return Base(config, BaseFacts(origin="olmo-core"), str(file))
+    return read_hf_config(data, str(file), ignore)
+
+
+def find_family(data: dict[str, Any], where: str) -> Family:
+    """The family that a config.json names. Raises SftError for an unsupported one."""
+    kind = data.get("model_type")
+    if kind not in FAMILIES:
+        raise SftError(
+            f"{where}: model_type: {kind!r}, expected one of {', '.join(FAMILIES)}; next: choose a base of one of these"
+            " families"
+        )
+    return FAMILIES[kind]
+
+
+def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = ()) -> Base:
+    """The base that a Hugging Face config.json describes. Raises SftError."""
+    family = find_family(data, where)
+    config = ConfigReader(data, where)
+    if method := data.get("quantization_config"):
+        name = method.get("quant_method", method) if isinstance(method, dict) else method
+        config.refuse(
+            "quantization_config", name, "unquantised weights", "choose the unquantised base, or dequantise it first"
+        )
+    _check_class(config, family)
+    for name, value in family.values.items():
+        if config.given(name) not in (None, value):
+            config.refuse(name, data[name], repr(value))
+    heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
+    max_positions = config.whole("max_position_embeddings", family.max_positions)
+    rotary = read_rotary(config, family, max_positions)
+    head_dim = config.whole("head_dim", family.head_dim or d_model // heads)
+    layers = config.whole("num_hidden_layers")
+    does = dict(family.does)
+    if "attention_bias" in family.keys:
+        does |= dict.fromkeys(("qkv_bias", "out_bias"), config.flag("attention_bias", False))
+    if "mlp_bias" in family.keys:
+        does["mlp_bias"] = config.flag("mlp_bias", False)
+    if data.get("initializer_range"):
+        does["init_std"] = config.number("initializer_range")
+    made = ModelConfig(
+        n_layers=layers,
+        d_model=d_model,
+        n_heads=heads,
+        n_kv_heads=config.whole("num_key_value_heads", family.n_kv_heads or heads),
+        head_dim=head_dim,
+        intermediate_size=config.whole("intermediate_size"),
+        vocab_size=config.whole("vocab_size"),
+        rope_theta=rotary.theta,
+        rope_scaling=rotary.scaling,
+        rotary_dim=_rotary_dim(config, family, rotary.partial, head_dim),
+        norm_eps=config.number("rms_norm_eps", family.norm_eps),
+        tied=config.flag("tie_word_embeddings", family.tied),
+        **{**does, **_windows(config, family, layers), "rope_layers": _rope_layers(config, family, layers)},
+    )
+    if made.window and made.rope_scaling and rotary.scale_windowed and any(made.windows):
+        made = replace(made, scale_windowed=True)
+    if usual_family(made) != family.model_type:
+        made = replace(made, family=family.model_type)
+    _check_geometry(config, made)
+    bos = config.given("bos_token_id") if "bos_token_id" in data else family.bos_token_id
+    for name in ("eos_token_id", "pad_token_id", "original_max_position_embeddings"):
+        config.given(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
+    config.refuse_rest({*IRRELEVANT, *ignore}, NEUTRAL)
+    scaled = made.rope_scaling is not None
+    facts = BaseFacts(made.vocab_size, max_positions, bos if isinstance(bos, int) else None, scaled)
+    return Base(made, facts, where)
+
+
+def _check_class(config: ConfigReader, family: Family) -> None:
+    named = config.data.get("architectures") or [family.architecture]
+    bare = family.architecture.replace("ForCausalLM", "Model")
+    if not set(named) & {family.architecture, bare}:
+        config.refuse("architectures", named, family.architecture, "choose a base that predicts the next token")
+
+
+def _check_geometry(config: ConfigReader, made: ModelConfig) -> None:
+    if made.n_heads % made.n_kv_heads:
+        config.refuse("num_key_value_heads", made.n_kv_heads, f"a divisor of num_attention_heads, {made.n_heads}")
+    if made.rotated % 2:
+        config.refuse("head_dim", made.head_dim, "an even number of rotated dimensions")
+    for name in ("short", "long"):
+        factors = getattr(made.rope_scaling, name, None)
+        if factors is not None and len(factors) != made.rotated // 2:
+            config.refuse(f"rope_scaling: {name}_factor", f"{len(factors)} values", f"{made.rotated // 2} values")
+
+
+def _rotary_dim(config: ConfigReader, family: Family, partial: float, head_dim: int) -> int:
+    if partial == 1.0:
+        return 0
+    if family.model_type != "phi3":
+        config.refuse("partial_rotary_factor", partial, "1.0: transformers' class does not read another one")
+    return int(head_dim * partial)
+
+
+def _windows(config: ConfigReader, family: Family, layers: int) -> dict[str, Any]:
+    """`window` and `window_layers` of a config."""
+    if "sliding_window" not in family.keys:
+        return {}
+    default = family.keys["sliding_window"]
+    window = config.whole("sliding_window", 0 if "sliding_window" in config.data else default or 0, least=0)
+    if "use_sliding_window" in family.keys and not config.flag("use_sliding_window", False):
+        window = 0
+    if "layer_types" not in family.keys:  # one rule for all layers
+        return {"window": window, "window_layers": (True,)} if window else {}
+    types = config.given("layer_types")
+    if types is None:
+        windowed = _default_windows(config, family, layers, window)
+    elif isinstance(types, list) and len(types) == layers and {*types} <= {"full_attention", "sliding_attention"}:
+        windowed = [kind == "sliding_attention" for kind in types]
+    else:
+        config.refuse("layer_types", types, f"{layers} of full_attention and sliding_attention")
+    if any(windowed) and not window:
+        config.refuse("sliding_window", config.data.get("sliding_window"), "a window: layer_types has sliding layers")
+    if family.model_type == "olmo3":
+        return {"window": window, "window_layers": shortest_pattern(windowed, EVERY_FOURTH_FULL)} if window else {}
+    if not any(windowed):
+        return {}
+    return {"window": window, "window_layers": shortest_pattern(windowed, EVERY_FOURTH_FULL)}
+
+
+def _default_windows(config: ConfigReader, family: Family, layers: int, window: int) -> list[bool]:
+    """The layers with a window where the config has no layer_types."""
+    if family.model_type == "olmo3":
+        return [bool(window) and (i + 1) % 4 != 0 for i in range(layers)]
+    if "max_window_layers" in family.keys:
+        first = config.whole("max_window_layers", family.keys["max_window_layers"], least=0)
+        return [bool(window) and i >= first for i in range(layers)]
+    positions = _rope_choices(config, family, layers)
+    return [bool(window) and not has for has in positions]
+
+
+def _rope_layers(config: ConfigReader, family: Family, layers: int) -> tuple[bool, ...]:
+    return shortest_pattern(_rope_choices(config, family, layers), (True,))
+
+
+def _rope_choices(config: ConfigReader, family: Family, layers: int) -> list[bool]:
+    """Whether each layer has positions."""
+    if "no_rope_layers" not in family.keys:
+        return [True] * layers
+    interval = config.whole("no_rope_layer_interval", family.keys["no_rope_layer_interval"])
+    found = config.choices("no_rope_layers", layers)
+    return [(i + 1) % interval != 0 for i in range(layers)] if found is None else found
