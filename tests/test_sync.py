@@ -29,7 +29,7 @@ def place(workspace: Workspace) -> Workspace:
     (workspace.root / "stages" / "sync.py").write_text((REPO / "stages" / "sync.py").read_text())
     base = workspace.root / "recipes" / "weights" / "tiny"
     base.mkdir(parents=True)
-    (base / "config.json").write_text("{}")
+    (base / "facts.json").write_text("{}")
     (base / "model.safetensors").write_bytes(bytes(range(256)) * 100)
     workspace.recipe("x", 'preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "weights/tiny"')
     return workspace
@@ -53,7 +53,7 @@ def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_
     for entry in found.files:
         data = (root / entry.path).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
-    assert sorted(e.path.rsplit("/", 1)[1] for e in found.files) == ["config.json", "model.safetensors", "out"]
+    assert sorted(e.path.rsplit("/", 1)[1] for e in found.files) == ["facts.json", "model.safetensors", "out"]
     copied = root / found.dataset
     assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json").outputs) == []
     assert FileList.read(root / f"{found.base}.json").files
@@ -97,14 +97,14 @@ def test_a_torn_remote_manifest_does_not_count_and_is_written_again(place: Works
 def test_a_change_of_the_base_weights_makes_a_new_folder_beside_the_old(place: Workspace) -> None:
     place.make("sync", "RECIPE=x")
     before = place.root / "runs/.storage" / remote(place).base
-    (place.root / "recipes/weights/tiny/config.json").write_text('{"a": 1}')
+    (place.root / "recipes/weights/tiny/facts.json").write_text('{"a": 1}')
     (place.root / "runs/x/sync/manifest.json").unlink()
     place.make("sync", "RECIPE=x")
     after = place.root / "runs/.storage" / remote(place).base
     assert (
         after != before
-        and (before / "config.json").read_text() == "{}"
-        and (after / "config.json").read_text() == '{"a": 1}'
+        and (before / "facts.json").read_text() == "{}"
+        and (after / "facts.json").read_text() == '{"a": 1}'
     )
 
 
@@ -208,7 +208,7 @@ def fetch(
     return base_weights.find_base(base, lambda *_: cache, cache, (said if said is not None else []).append)
 
 
-HUB_FILES = {"config.json": b"{}", "model.safetensors": b"weights", ".cache/huggingface/note": b""}
+HUB_FILES = {"facts.json": b"{}", "model.safetensors": b"weights", ".cache/huggingface/note": b""}
 
 
 def test_a_hub_base_is_one_commit_compared_with_the_hubs_hashes(
@@ -249,7 +249,7 @@ def test_a_tokenizer_from_the_hub_lies_in_a_folder_named_by_its_commit(
     assert "'main' means " + "e" * 40 in said[0]
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("name", ["facts.json", "model.safetensors"])
 def test_a_hub_file_with_other_bytes_fails_and_is_removed(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

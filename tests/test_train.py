@@ -28,6 +28,7 @@ from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
+from sft.recipe.base_config import read_base
 from sft.recipe.schema import Hardware, Train
 from sft.training import build, initial_weights, metrics
 from sft.training.stopwatch import Stopwatch
@@ -309,10 +310,11 @@ def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:
     config = resolve.resolve(schema.Model(**training.MODEL), training.VOCAB)
     described = olmo_core.step_config(replace(config, window=16), TokenIds())
     (tmp_path / "config.json").write_text(json.dumps(described))
-    with pytest.raises(SftError, match=r"layer 0: window is 16, \[model\] says 8"):
-        olmo_core.check_same_layers(tmp_path / "config.json", config)
+    model = schema.Model(**training.MODEL)
+    with pytest.raises(SftError, match=r"field .*\nwindow +16 +window = 8 +window = 16, or remove window"):
+        resolve.resolve(model, training.VOCAB, read_base(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(olmo_core.step_config(config, TokenIds())))
-    olmo_core.check_same_layers(tmp_path / "config.json", config)
+    assert resolve.resolve(model, training.VOCAB, read_base(tmp_path)) == config
     with pytest.raises(SftError, match="neither an OLMo-core checkpoint"):
         initial_weights.initialise(torch.nn.Linear(1, 1), config, tmp_path / "nothing", 0)
 

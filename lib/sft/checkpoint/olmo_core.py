@@ -19,10 +19,7 @@ from sft.common.files import read_json
 from sft.formats.dataset import TokenIds
 from sft.recipe import core_config
 from sft.recipe.architecture import LinearRope, Llama3Rope, ModelConfig, Yarn
-from sft.recipe.base_config import BaseFacts
-
-BASE = "base"
-"""The key of config.json that has the facts of a Hugging Face base."""
+from sft.recipe.base_config import STEP_KEY, BaseFacts, core_facts
 
 
 def step_config(config: ModelConfig, tokens: TokenIds, base: BaseFacts | None = None) -> dict[str, Any]:
@@ -44,7 +41,7 @@ def step_config(config: ModelConfig, tokens: TokenIds, base: BaseFacts | None = 
             del written["model"]  # OLMo-core would compute something else
         written[core_config.OURS] = config.to_value()
     if base is not None and base.origin == "hf":
-        written[BASE] = base.to_value()
+        written[STEP_KEY] = base.to_value()
     return written
 
 
@@ -157,10 +154,5 @@ def model_config(file: Path) -> ModelConfig:
 
 def base_facts(file: Path) -> BaseFacts | None:
     """What a step's config.json says about the Hugging Face base of the run; None without one. Raises SftError."""
-    value = read_json(file).get(BASE)
-    if value is None:
-        return None
-    try:
-        return BaseFacts(**value)
-    except TypeError as error:
-        raise SftError(f"{file}: {BASE}: {error}; next: bring the step's own config.json") from error
+    facts = core_facts(read_json(file), str(file))
+    return facts if facts.origin == "hf" else None

@@ -67,6 +67,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Keys that are accepted with these values (and null) only: what they would do otherwise is not implemented."""
 
 
+STEP_KEY = "base"
+"""The key of a step's config.json that has the facts of a Hugging Face base."""
+
+
 @dataclass(frozen=True)
 class BaseFacts:
     """What an export keeps of a base, beside its architecture.
@@ -110,8 +114,18 @@ def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
     data = read_json(file)
     if "model_type" not in data and ("model" in data or core_config.OURS in data):
         config = core_config.read(data, str(file))
-        return Base(config, BaseFacts(origin="olmo-core"), str(file))
+        return Base(config, core_facts(data, str(file)), str(file))
     return read_hf_config(data, str(file), ignore)
+
+
+def core_facts(data: dict[str, Any], where: str) -> BaseFacts:
+    """What a step of OLMo-core's layout says about the Hugging Face base that its run started from."""
+    if (value := data.get(STEP_KEY)) is None:
+        return BaseFacts(origin="olmo-core")
+    try:
+        return BaseFacts(**value)
+    except TypeError as error:
+        raise SftError(f"{where}: {STEP_KEY}: {error}; next: bring the step's own config.json") from error
 
 
 def find_family(data: dict[str, Any], where: str) -> Family:

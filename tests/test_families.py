@@ -1,0 +1,179 @@
+"""Bases of every family: read whole, computed as transformers' class computes them, exported as transformers writes them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bases
+import tiny_export
+from sft.checkpoint import olmo_core
+from sft.checkpoint.hf_folder import HfFolder
+from sft.export import logits, write
+from sft.formats.dataset import TokenIds
+from sft.model.model import Transformer
+from sft.recipe.base_config import Base, BaseFacts, read_base
+from sft.recipe.families import FAMILIES
+from sft.recipe.schema import Convert
+
+LENGTHS = (90, 33, 7)  # longer and shorter than the window (16) and the original context (64)
+
+
+def read(folder: Path) -> Base:
+    found = read_base(folder)
+    assert found is not None
+    return found
+
+
+def ours(folder: Path, base: Base) -> Transformer:
+    """Our model with a folder's weights."""
+    weights = HfFolder(folder)
+    weights.check(base.config)
+    made = Transformer(base.config)
+    made.load_state_dict({name: weights[name] for name, _ in made.named_parameters()})
+    weights.close()
+    return made
+
+
+def documents() -> list[Tensor]:
+    # The row of the padding token has no gradient in transformers.
+    return [torch.randint(5, bases.ROWS, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+
+
+def packed(rows: list[Tensor]) -> dict[str, Any]:
+    lengths = [len(d) for d in rows]
+    return {
+        "input_ids": torch.cat(rows),
+        "positions": torch.cat([torch.arange(n) for n in lengths]),
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).int(),
+        "max_len": max(lengths),
+    }
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_logits_loss_and_gradients_are_those_of_transformers_class(tmp_path: Path, name: str) -> None:
+    """Packed; transformers computes every document alone, by a new model, since some scalings remember the longest one."""
+    theirs = bases.write(tmp_path, name)
+    base = read(tmp_path)
+    model = ours(tmp_path, base)
+    total, wanted = [], []
+    for document in documents():
+        theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config=theirs.config)
+        wanted.append(theirs(input_ids=document[None], use_cache=False).logits[0])
+        total.append(F.cross_entropy(wanted[-1][:-1], document[1:], reduction="sum"))
+    count = sum(LENGTHS) - len(LENGTHS)
+    expected = torch.stack(total).sum() / count
+    expected.backward()
+    batch = packed(documents())
+    found, _ = model(**batch)
+    torch.testing.assert_close(found, torch.cat(wanted), atol=2e-5, rtol=1e-4)
+    starts = batch["cu_seqlens"].tolist()
+    rows = torch.cat([torch.arange(a, b - 1) for a, b in itertools.pairwise(starts)])
+    loss, _ = model(**batch, target_rows=rows, target_ids=batch["input_ids"][rows + 1], loss_denominator=float(count))
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+    loss.backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters()}
+    family = FAMILIES[theirs.config.model_type]
+    seen = 0
+    for theirs_name, gradient in gradients.items():
+        parts = [model.get_parameter(part).grad for part in family.parts(theirs_name)]
+        torch.testing.assert_close(
+            torch.cat(parts), gradient, atol=2e-5, rtol=1e-3, msg=lambda m, n=theirs_name: f"{n}: {m}"
+        )
+        seen += len(parts)
+    assert seen == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_the_old_and_the_new_form_of_a_config_are_the_same_model(tmp_path: Path, name: str) -> None:
+    bases.write(tmp_path / "new", name)
+    bases.write(tmp_path / "old", name, old_form=True)
+    assert read(tmp_path / "old").config == read(tmp_path / "new").config
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_an_export_has_the_bits_and_the_configuration_that_transformers_writes(tmp_path: Path, name: str) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoConfig
+
+    base_folder = tmp_path / "base"
+    bases.write(base_folder, name)
+    base = read(base_folder)
+    facts = replace(tiny_export.tokenizer(tmp_path / "tokenizer"), vocab_size=bases.ROWS - 5, eos_id=3, pad_id=4)
+    weights = HfFolder(base_folder)
+    options = Convert(dtype="float32", max_position_embeddings=base.facts.max_positions)
+    write.export(
+        weights, base.config, facts, tmp_path / "tokenizer", tmp_path / "model", options, "", lambda _: None, base.facts
+    )
+    weights.close()
+    ours, theirs = (load_file(at / "model.safetensors") for at in (tmp_path / "model", base_folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    ours, theirs = (AutoConfig.from_pretrained(at).to_dict() for at in (tmp_path / "model", base_folder))
+    for key in ("rope_parameters", "rope_scaling"):  # compared by what they compute, below
+        ours.pop(key, None), theirs.pop(key, None)
+    differing = {k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k)}
+    assert differing <= {"_name_or_path", "rope_theta", "sliding_window", "max_window_layers", "partial_rotary_factor"}
+    if any(base.config.windows):
+        assert ours["sliding_window"] == theirs["sliding_window"]
+    assert read(tmp_path / "model").config == base.config
+    exported = HfFolder(tmp_path / "model")
+    rows = [d.tolist() for d in documents()]
+    check = logits.compare_logits(exported, HfFolder(base_folder), base.config, rows, range(4))
+    assert check.max_difference < 1e-4 * check.max_logit
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_a_step_keeps_the_model_and_what_an_export_needs_of_its_base(tmp_path: Path, name: str) -> None:
+    bases.write(tmp_path, name)
+    base = read(tmp_path)
+    (tmp_path / "step.json").write_text(json.dumps(olmo_core.step_config(base.config, TokenIds(90, 3, 4), base.facts)))
+    assert olmo_core.model_config(tmp_path / "step.json") == base.config
+    assert olmo_core.base_facts(tmp_path / "step.json") == base.facts
+    assert base.facts == BaseFacts(bases.ROWS, base.facts.max_positions, None, base.config.rope_scaling is not None)
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_what_olmo_core_builds_from_a_step_computes_the_same(tmp_path: Path, name: str) -> None:
+    """Where a step's config.json has OLMo-core's `model`; otherwise it has none, and OLMo-core refuses it."""
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    from olmo_core.nn.transformer import TransformerConfig
+
+    bases.write(tmp_path, name)
+    base = read(tmp_path)
+    written = olmo_core.step_config(base.config, TokenIds())
+    if "model" not in written:
+        assert written["architecture"]
+        return
+    model = ours(tmp_path, base)
+    oracle = TransformerConfig.from_dict(written["model"]).build(init_device="cpu")
+    oracle.load_state_dict({"lm_head.w_out.weight": model.embeddings.weight, **model.state_dict()})
+    document = documents()[0]
+    torch.testing.assert_close(model(**packed([document]))[0], oracle(document[None])[0], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_values_of_missing_keys_are_those_of_transformers_class(kind: str) -> None:
+    """A config with sizes only, and the same with every value that transformers fills in."""
+    from transformers import AutoConfig
+
+    from sft.recipe.base_config import read_hf_config
+
+    sizes = {
+        k: bases.SIZES[k]
+        for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    }
+    sizes |= {"hidden_size": 1024, "num_attention_heads": 32, "initializer_range": 0.02}
+    filled = AutoConfig.for_model(kind, **sizes).to_dict()
+    short = read_hf_config({"model_type": kind, **sizes}, "short")
+    long = read_hf_config({k: v for k, v in filled.items() if v is not None or k == "sliding_window"}, "long")
+    assert short.config == long.config
+    assert short.facts == long.facts
