@@ -16,7 +16,7 @@ import pytest
 
 from sft.checkpoint import step_folder
 from sft.formats.steps import named_step
-from training import assert_same_bits, curve, kill, records, run_folder, start, train
+from training import assert_same_bits, curve, kill, last_step, run_folder, start, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
@@ -63,20 +63,16 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
     while done < kills:
         process = start(folder, ranks=ranks, **FIELDS)
         # Start-up is hit now and then; else the run gets a few steps further, so that the kills spread over it.
-        known = records(folder)
-        target = (known[-1].step if known else 0) + chance.randint(0, 56 // kills)
+        target = max(1, last_step(folder) + chance.randint(0, 56 // kills))
         deadline = time.monotonic() + 120
-        while process.is_alive() and time.monotonic() < deadline:
-            now = records(folder)
-            if now and now[-1].step >= target:
-                break
-            time.sleep(0.001)
+        while process.is_alive() and time.monotonic() < deadline and last_step(folder) < target:
+            time.sleep(0.002)
         time.sleep(chance.random() * 0.02)
         if not process.is_alive():
             break
         kill(process, signal.SIGKILL)
         done += 1
-        reached.add(max((r.step for r in records(folder)), default=0))
+        reached.add(last_step(folder))
         assert_sound(folder / "train")
     assert done == kills, f"the run was over after {done} kills"
     assert len(reached) >= kills // 2

@@ -32,7 +32,7 @@ from sft.checkpoint.step_folder import DcpReader
 from sft.common.files import hash_file
 from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import SplitSize
-from sft.formats.metrics import StepRecord, read_steps
+from sft.formats.metrics import StepRecord, read_metrics, read_steps
 from sft.recipe import schema
 
 VOCAB, EOS, PAD = 120, 1, 0
@@ -49,6 +49,7 @@ TRAIN: dict[str, Any] = {
     "seq_len": 64, "global_batch_tokens": 256, "steps": 12, "lr": 3e-3, "precision": "fp32",
     "save_every": 100, "ephemeral_every": 3, "validate_every": 6,
 }  # fmt: skip
+HARDWARE: dict[str, Any] = {"microbatch_tokens": 128}  # two packs: half as many forward passes
 
 
 def write_split(folder: Path, documents: int, seed: int) -> SplitSize:
@@ -104,7 +105,8 @@ class FakeStage:
     ) -> None:
         model = {k.removeprefix("model_"): fields.pop(k) for k in list(fields) if k.startswith("model_")}
         self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), schema.Train(**(TRAIN | fields)))
-        self.hardware, self.cluster = schema.Hardware(**(hardware or {})), schema.Cluster(storage="")
+        self.hardware = schema.Hardware(**(HARDWARE if hardware is None else hardware))
+        self.cluster = schema.Cluster(storage="")
         self.dataset = folder / "dataset"
         self.base = base
         self.out = folder / "train"
@@ -295,10 +297,16 @@ def records(folder: Path) -> list[StepRecord]:
     return read_steps(folder / "train" / "metrics.jsonl")
 
 
+def last_step(folder: Path) -> int:
+    """The last step in metrics.jsonl, or 0. Unlike `records` it costs little, so tests poll it."""
+    found = read_metrics(folder / "train" / "metrics.jsonl", last=1)
+    return max((r.step for r in found if isinstance(r, StepRecord)), default=0)
+
+
 def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
     """Until metrics.jsonl holds a step."""
     deadline = time.monotonic() + 120
-    while not any(r.step >= step for r in records(folder)):
+    while last_step(folder) < step:
         assert process.is_alive(), (folder / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
