@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,9 @@ def folder(tmp_path: Path, dataset: Path) -> Path:
     return run_folder(tmp_path, dataset)
 
 
+STAGES = ["prepare", "sync", "train", "convert", "evaluate"]
+
+
 class Workspace:
     """A copy of the repository's orchestration in a temporary folder; each stage is a few lines on the real runner."""
 
@@ -58,7 +63,7 @@ class Workspace:
         (root / "recipes" / "rows.jsonl").write_text('{"messages": []}\n')
         (root / "recipes" / "tasks" / "one.yaml").write_text("task: one\n")
         (root / "stages").mkdir()
-        for stage in ("prepare", "sync", "train", "convert", "evaluate", "report"):
+        for stage in (*STAGES, "report"):
             self._stage(stage)
         self.recipe("x")
         venv = root / ".venv" / "bin"
@@ -113,6 +118,12 @@ class Workspace:
         assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 
+    def copy_finished(self, runs: Path, last: str) -> None:
+        """The state after `make LAST RECIPE=x`, copied from `runs`, in which all of STAGES were made."""
+        subprocess.run(["cp", "-a", runs, self.root / "runs"], check=True)  # keeps the links of shared results
+        for stage in STAGES[STAGES.index(last) + 1 :]:
+            shutil.rmtree(self.root / "runs/x" / stage)
+
     def ran(self) -> list[str]:
         """The stages that ran since the last call, in order, as 'stage run'."""
         log = self.root / "log"
@@ -124,6 +135,20 @@ class Workspace:
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
     return Workspace(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs/ of a workspace in which recipe x is evaluated."""
+    made = Workspace(tmp_path_factory.mktemp("finished"))
+    made.make("evaluate", "RECIPE=x")
+    return made.root / "runs"
+
+
+@pytest.fixture
+def finished(workspace: Workspace, finished_runs: Path) -> Callable[[str], None]:
+    """finished("train") puts the workspace into the state after `make train RECIPE=x`, in milliseconds."""
+    return partial(workspace.copy_finished, finished_runs)
 
 
 @pytest.fixture

@@ -8,9 +8,7 @@ import subprocess
 import sys
 import time
 
-from conftest import REPO, Workspace
-
-STAGES = ["prepare", "sync", "train", "convert", "evaluate"]
+from conftest import REPO, STAGES, Workspace
 
 
 def names(lines):
@@ -39,27 +37,24 @@ def test_dry_run_and_question_tell_the_truth_and_write_nothing(workspace):
     assert planned(workspace, "evaluate", "RECIPE=x") == ["convert", "evaluate"]
 
 
-def test_editing_lr_restages_train_and_what_follows_but_not_prepare(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_editing_lr_restages_train_and_what_follows_but_not_prepare(workspace, finished):
+    finished("evaluate")
     workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
     assert "x/train: lr 0.001 -> 0.002" in workspace.make("why", "RECIPE=x").stdout
     workspace.make("evaluate", "RECIPE=x")
     assert names(workspace.ran()) == ["train", "convert", "evaluate"]
 
 
-def test_editing_an_option_that_changes_no_result_reruns_nothing(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_editing_an_option_that_changes_no_result_reruns_nothing(workspace, finished):
+    finished("evaluate")
     workspace.recipe("x", "lr = 1e-3", "lr = 1e-3\nsave_every = 7")
     workspace.make("evaluate", "RECIPE=x")
     workspace.make("evaluate", "RECIPE=x", "log_every=3")
     assert workspace.ran() == []
 
 
-def test_touching_anything_reruns_nothing(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_touching_anything_reruns_nothing(workspace, finished):
+    finished("evaluate")
     for path in workspace.root.rglob("*"):
         if path.name != "log":
             os.utime(path, (time.time() + 1000,) * 2)
@@ -67,9 +62,8 @@ def test_touching_anything_reruns_nothing(workspace):
     assert workspace.ran() == []
 
 
-def test_changing_a_source_file_reruns_everything_although_its_time_stays(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_changing_a_source_file_reruns_everything_although_its_time_stays(workspace, finished):
+    finished("evaluate")
     rows = workspace.root / "recipes" / "rows.jsonl"
     times = (rows.stat().st_atime_ns, rows.stat().st_mtime_ns)
     rows.write_text(rows.read_text().replace("[]", "{}"))
@@ -79,18 +73,16 @@ def test_changing_a_source_file_reruns_everything_although_its_time_stays(worksp
     assert names(workspace.ran()) == STAGES
 
 
-def test_deleting_a_manifest_reruns_that_stage_and_what_follows(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_deleting_a_manifest_reruns_that_stage_and_what_follows(workspace, finished):
+    finished("evaluate")
     (workspace.root / "runs/x/train/manifest.json").unlink()
     assert planned(workspace, "evaluate", "RECIPE=x") == ["train", "convert", "evaluate"]
     workspace.make("evaluate", "RECIPE=x")
     assert names(workspace.ran()) == ["train", "convert", "evaluate"]
 
 
-def test_a_torn_manifest_counts_as_not_done(workspace):
-    workspace.make("evaluate", "RECIPE=x")
-    workspace.ran()
+def test_a_torn_manifest_counts_as_not_done(workspace, finished):
+    finished("evaluate")
     file = workspace.root / "runs/x/convert/manifest.json"
     file.write_bytes(file.read_bytes()[:100])
     workspace.make("evaluate", "RECIPE=x")
@@ -107,9 +99,8 @@ def test_a_stage_reruns_by_its_file_target(workspace):
     assert workspace.ran() == ["train x_lr-5e-4"]
 
 
-def test_an_override_builds_a_sibling_run_that_shares_the_prepared_data(workspace):
-    workspace.make("train", "RECIPE=x")
-    workspace.ran()
+def test_an_override_builds_a_sibling_run_that_shares_the_prepared_data(workspace, finished):
+    finished("train")
     workspace.make("train", "RECIPE=x", "lr=5e-4", "weight_decay=0.1")
     assert workspace.ran() == ["sync x_lr-5e-4_weight-decay-0.1", "train x_lr-5e-4_weight-decay-0.1"]
     a, b = (workspace.root / "runs" / run / "prepare/out" for run in ("x", "x_lr-5e-4_weight-decay-0.1"))
@@ -139,9 +130,8 @@ def test_two_recipes_in_parallel_each_run_once(workspace):
     workspace.make("verify", "RUN=x")
 
 
-def test_the_report_follows_whatever_stages_are_done(workspace):
-    workspace.make("prepare", "RECIPE=x")
-    workspace.ran()
+def test_the_report_follows_whatever_stages_are_done(workspace, finished):
+    finished("prepare")
     workspace.make("report", "RECIPE=x")
     assert names(workspace.ran()) == ["report"]
     workspace.make("report", "RECIPE=x")
@@ -151,10 +141,9 @@ def test_the_report_follows_whatever_stages_are_done(workspace):
     workspace.make("-q", "all", "RECIPE=x")
 
 
-def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_training(workspace):
+def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_training(workspace, finished):
     (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
-    workspace.make("train", "RECIPE=x")
-    workspace.ran()
+    finished("train")
     workspace.make("train", "RECIPE=x", "CLUSTER=other")
     assert workspace.ran() == []
     workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
@@ -218,8 +207,8 @@ def test_new_copies_a_recipe_with_its_comments_except_those_on_changed_values(wo
     assert "exists already" in workspace.make("new", "FROM=x", "RECIPE=my-exp", ok=False).stderr
 
 
-def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace):
-    workspace.make("evaluate", "RECIPE=x")
+def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace, finished):
+    finished("evaluate")
     workspace.make("evaluate", "RECIPE=x", "lr=5e-4")
     workspace.make("verify", "RUN=x")
     assert "train:\n  lr 0.001 -> 0.0005" in workspace.make("diff", "A=x", "B=x_lr-5e-4").stdout
@@ -228,8 +217,8 @@ def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace):
     assert "runs/x/convert/out" in done.stdout and "1 problem" in done.stderr
 
 
-def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace):
-    workspace.make("train", "RECIPE=x")
+def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace, finished):
+    finished("train")
     (workspace.root / "stages/convert.py").write_text(
         "from sft.runner.stage import Result, main\n"
         "def body(stage):\n    stage.folder('train')\n    return Result([])\n"
@@ -242,8 +231,8 @@ def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace):
     assert not (workspace.root / "runs/x/convert").exists()
 
 
-def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace):
-    workspace.make("convert", "RECIPE=x")
+def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace, finished):
+    finished("convert")
     before = (workspace.root / "runs/x/convert/manifest.json").read_bytes()
     workspace.recipe("x", "[evaluate]", "[convert]\nmax_position_embeddings = 128\n[evaluate]")
     (workspace.root / "stages/convert.py").write_text(
@@ -255,8 +244,8 @@ def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace):
     assert (workspace.root / "runs/x/convert/manifest.json").read_bytes() == before
 
 
-def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace):
-    workspace.make("prepare", "RECIPE=x")
+def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace, finished):
+    finished("prepare")
     (workspace.root / "runs/x/prepare/manifest.json").unlink()
     code = (
         "import subprocess\nfrom pathlib import Path\nfrom sft.runner.stage import lock\n"
@@ -268,17 +257,17 @@ def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace):
     assert out.startswith("2 ") and "busy, held by pid" in out
 
 
-def test_the_plan_costs_little_of_a_make(workspace):
-    workspace.make("evaluate", "RECIPE=x")
+def test_the_plan_costs_little_of_a_make(workspace, finished):
+    finished("evaluate")
     began = time.monotonic()
     for _ in range(3):
         workspace.make("evaluate", "RECIPE=x")
     assert (time.monotonic() - began) / 3 < 1.0
 
 
-def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace):
+def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace, finished):
     (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
-    workspace.make("train", "RECIPE=x")
+    finished("train")
     workspace.make("sync", "RECIPE=x", "CLUSTER=other")
     workspace.ran()
     assert planned(workspace, "train", "RECIPE=x", "CLUSTER=other") == []
@@ -311,8 +300,8 @@ def test_what_a_later_stage_lacks_is_told_before_the_first_starts(workspace):
     assert workspace.ran() == []
 
 
-def test_broken_records_are_as_good_as_none(workspace):
-    workspace.make("prepare", "RECIPE=x")
+def test_broken_records_are_as_good_as_none(workspace, finished):
+    finished("prepare")
     workspace.make("prepare", "RECIPE=x", "prepare.seed=7")
     run = workspace.root / "runs/x"
     for text in ("[]", '{"overrides": [1]}', "{"):
@@ -344,8 +333,8 @@ def test_a_damaged_run_json_is_named_where_its_overrides_are_needed(workspace):
     workspace.make(f"runs/{run.name}/prepare/manifest.json")
 
 
-def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace):
-    workspace.make("train", "RECIPE=x")
+def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace, finished):
+    finished("train")
     file = workspace.root / "runs/x/sync/manifest.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"metrics": {"storage": "s"}}))
@@ -355,8 +344,8 @@ def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace):
     assert workspace.ran() == ["sync x"] and json.loads(file.read_text())["metrics"] == record["metrics"]
 
 
-def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace):
-    workspace.make("prepare", "RECIPE=x")
+def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace, finished):
+    finished("prepare")
     assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
     assert "next: make … RUN=" in workspace.make("verify", ok=False).stderr
     assert "B=nothing" in workspace.make("diff", "A=x", "B=nothing", ok=False).stderr

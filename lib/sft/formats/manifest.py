@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -163,6 +162,8 @@ def describe(root: Path, paths: Iterable[str], known: Mapping[str, str] | None =
         if links := [str(p) for p in found if p.is_symlink()]:
             raise SftError(f"outputs must not be links: {', '.join(links)}")
         files += [p.relative_to(root).as_posix() for p in found]
+    from concurrent.futures import ThreadPoolExecutor  # start-up: the planner hashes no outputs
+
     with ThreadPoolExecutor() as pool:
         hashes = pool.map(lambda f: (known or {}).get(f) or hash_file(root / f), files)
         return tuple(Output(f, (root / f).stat().st_size, h) for f, h in zip(files, hashes, strict=True))
@@ -188,6 +189,8 @@ def broken_outputs(folder: Path, outputs: Iterable[Output]) -> list[str]:
         if (found := hash_file(file)) != entry.sha256:
             return f"{file} has sha256 {found[:16]}…, the manifest says {entry.sha256[:16]}…"
         return None
+
+    from concurrent.futures import ThreadPoolExecutor  # start-up: the planner hashes no outputs
 
     with ThreadPoolExecutor() as pool:
         return [line for line in pool.map(check, outputs) if line]

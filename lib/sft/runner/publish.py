@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import os
 import re
@@ -27,6 +26,8 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
     def git(*command: str) -> str:
         done = subprocess.run(["git", "-C", str(plan.REPO), *command], capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
+
+    import importlib.metadata  # start-up: a launcher and a stage that is done publish nothing
 
     versions = {"python": sys.version.split()[0]}
     for package in packages():
