@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import REPO
 from gcs_server import Server, Stored
 from test_checkpoint import save
 
 pytest.importorskip("google.cloud.storage")
 
 import training
+import uploading
 from published import publish_step, step_record
 from sft.checkpoint import step_folder
 from sft.formats import manifest
@@ -108,20 +107,6 @@ def test_a_machine_that_starts_no_process_is_told_and_training_goes_on(
     uploads.close()
 
 
-SENDER = """
-import sys
-from pathlib import Path
-from sft.training.uploads import Uploads
-out = Path(sys.argv[1])
-uploads = Uploads(out, "gs://test/c", out / "cache", print)
-sys.stdin.readline()
-assert uploads.busy == {out / "step1"}
-print(uploads._sending.pid, flush=True)
-sys.stdin.readline()
-uploads.close()
-"""
-
-
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
@@ -143,22 +128,21 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
 ) -> None:
     save(tmp_path, 1)
     server.fault(operation, kind, times=10_000, seconds=300)
-    command = [sys.executable, "-c", SENDER, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as training:
-        assert training.stdin is not None and training.stdout is not None
-        wait_until(lambda: operation in [o for o, _, _ in server.requests])
-        training.stdin.write("\n")
-        training.stdin.flush()
-        sending = int(training.stdout.readline())
-        assert not gone(sending)
-        began = time.monotonic()
-        if end == "killed":
-            training.kill()
-        else:
-            training.stdin.write("\n")
-            training.stdin.flush()
-        assert training.wait(60) == (-9 if end == "killed" else 0)
-        wait_until(lambda: gone(sending))
+    test, sender = multiprocessing.Pipe()
+    process = training.SERVER.Process(target=uploading.send_until_told, args=(tmp_path, server.url, sender))
+    process.start()
+    wait_until(lambda: operation in [o for o, _, _ in server.requests])
+    test.send("which process sends?")
+    sending = test.recv()
+    assert not gone(sending)
+    began = time.monotonic()
+    if end == "killed":
+        process.kill()
+    else:
+        test.send("end")
+    process.join(60)
+    assert process.exitcode == (-9 if end == "killed" else 0)
+    wait_until(lambda: gone(sending))
     assert time.monotonic() - began < 10  # a request that gets no answer is waited for 60 s
     half = stored(server, "gs://test/c")
     assert "step1/manifest.json" not in half
@@ -238,20 +222,6 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     assert said[-1] == f"continuing from step 6 of {KEPT}"
 
 
-NODE = """
-import sys
-from pathlib import Path
-from sft.training import uploads
-from sft.model.parallel import join
-
-world, root = join(1), Path(sys.argv[1])
-out = root / f"disk{world.rank}"
-out.mkdir()
-uploads.bring_checkpoint(out, sys.argv[2], root / f"cache{world.rank}", world, print if world.is_rank0 else lambda _: None)
-world.close()
-"""
-
-
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path, server: Server, ahead: int) -> None:
     """An attempt that was told to end still sends step 8: one of the two nodes sees it, the other does not."""
@@ -262,15 +232,17 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        env = {**os.environ, "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         nodes = []
         for rank in (0, 1):
             sees = later if rank == ahead else server
-            here = {"RANK": str(rank), "STORAGE_EMULATOR_HOST": sees.url, "PYTHONPATH": str(REPO / "lib")}
-            command = [sys.executable, "-c", NODE, str(tmp_path), KEPT]
-            nodes.append(subprocess.Popen(command, env=env | here, text=True, stdout=subprocess.PIPE))
-        said = [node.communicate(timeout=120)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+            here = {**world, "RANK": str(rank), "STORAGE_EMULATOR_HOST": sees.url}
+            nodes.append(training.SERVER.Process(target=uploading.bring_on_node, args=(tmp_path, KEPT, here)))
+            nodes[-1].start()
+        for node in nodes:
+            node.join(120)
+    said = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
+    assert [node.exitcode for node in nodes] == [0, 0], said
     assert said[0].endswith(f"continuing from step 6 of {KEPT}\n") and not said[1]
     assert ("step8 is skipped" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
     assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))
