@@ -19,6 +19,19 @@ os.environ.setdefault("WANDB_MODE", "offline")
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("SFT_SHARED_DATA", REPO.parent / "shared" / "data"))
 
+# Workers take whole files, in this order: the files that take longest first, and between them those that mostly wait.
+LONGEST = (
+    "test_smoke", "test_slurm", "test_bucket_runs", "test_kill", "test_slurm_stages", "test_benchmarks_data", "test_beaker",
+    "test_make", "test_context", "test_beaker_evaluation", "test_watch", "test_model", "test_adamw8bit", "test_train",
+    "test_core_trainer", "test_memory", "test_plain", "test_saving", "test_uploads", "test_sync", "test_prepare",
+    "test_checkpoint",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    start = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: start.get(item.path.stem, len(LONGEST)))
+
 
 @pytest.fixture
 def shared_data() -> Path:
