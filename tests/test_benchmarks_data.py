@@ -6,11 +6,13 @@ import json
 import os
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sft.recipe import presets
 from training import SERVER
 
 pytestmark = pytest.mark.slow
@@ -20,7 +22,8 @@ CPU = ["--device", "cpu", "--seq-len", "64", "--no-compile"]
 
 
 def run_here(script: str, options: list[str], out: Path) -> None:
-    """The program, in this process."""
+    """The program, in this process. Tiny models get a small vocabulary: their embeddings would be most of the work."""
+    presets.PRESETS.update({n: replace(c, vocab_size=1024) for n, c in presets.PRESETS.items() if n.endswith("-tiny")})
     sys.argv = [script, *options]
     with out.open("w") as stream:
         os.dup2(stream.fileno(), 1)
@@ -68,7 +71,7 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
         "--cores",
         "1",
         "--tokens",
-        "2e5",
+        "5e4",
         "--rounds",
         "1",
         "--tokenizer",

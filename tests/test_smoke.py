@@ -109,7 +109,7 @@ def test_olmo_core_loads_the_checkpoint_and_gives_our_logits(runs):
     from olmo_core.nn.transformer import TransformerConfig
     from transformers import AutoModelForCausalLM
 
-    step = next((runs / "smoke/train").glob("step300"))
+    step = next((runs / "smoke/train").glob("step200"))
     config = TransformerConfig.from_dict(json.loads((step / "config.json").read_text())["model"])
     config.block.sequence_mixer.backend = AttentionBackendName.torch
     model = config.build(init_device="cpu")
