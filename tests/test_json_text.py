@@ -15,7 +15,19 @@ from sft.data.compiled import WORD, compiled
 from sft.data.fast import json_text
 from sft.data.fast.json_rows import FieldNames, read_rows
 from sft.data.fast.json_text import Buffer
-from sft.data.fast.messages import CALLS, CONTENT, FUNCTIONS, MAX_MESSAGES, NONE, ROLE_NAMES, Messages, Names, RowNames
+from sft.data.fast.messages import (
+    CALLS,
+    CONTENT,
+    FUNCTIONS,
+    LIST,
+    MAX_MESSAGES,
+    NONE,
+    ROLE_NAMES,
+    TOOLS,
+    Messages,
+    Names,
+    RowNames,
+)
 
 READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
 
@@ -129,10 +141,12 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10)
     room = MAX_MESSAGES + 2
     messages = Messages(
-        np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), np.empty(room, dtype=np.int64),
-        np.empty((room, 3, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64), (target.words,) * 3,
+        np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), *np.empty((2, room), dtype=np.int64),
+        np.empty((room, 5, 2), dtype=np.int64), np.empty((len(ends), 8, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
+        (target.words,) * 5,
     )  # fmt: skip
-    read_rows(source, ends, FieldNames.of(RowNames(["messages", "tools"], ["id"], ["score"])), target, messages)
+    names = RowNames({"messages": LIST, "tools": TOOLS}, ["id"], ["score"])
+    read_rows(source, ends, FieldNames.of(names), target, messages)
 
     def text(message: int, field: int) -> str | None:
         start, end = messages.spans[message, field]
@@ -156,7 +170,7 @@ def test_rows_keep_their_own_messages_whatever_is_between_them() -> None:
         plain.replace("user", "wizard"),
         "",
         "[]",
-        plain.replace("]}", '], "tools": [1]}'),
+        plain.replace("]}", '], "tools": 1.}'),
     )
     users = [("user", "a\n", None, None), ("assistant", "b", None, "f()")]
     assert rows(plain, *broken, last, plain) == [users, *[None] * len(broken), [("system", "é", "[]", None)], users]

@@ -40,40 +40,76 @@ def lines_both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tup
     return both_ways(made, LineBlock.of(lines, 7), source)
 
 
+NAMES = [
+    "id",
+    "source",
+    "tools",
+    "system",
+    "system_prompt",
+    "prompt",
+    "completion",
+    "input",
+    "näme",
+    "weight",
+    "loss",
+    "chat_template_kwargs",
+]
 extra = st.dictionaries(
-    st.sampled_from(["id", "source", "tools", "system", "prompt", "näme", "weight", "loss", "chat_template_kwargs"]),
-    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text, st.just([1]), st.just({"a": "}"})),
+    st.sampled_from(NAMES),
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text, st.just([1]), st.just({"a": "}"}), st.just([{"name": "f"}]),
+        st.just({"a": {"b": []}, "c": ""}),
+    ),
+    max_size=2,
+)  # fmt: skip
+ARGUMENTS = [{}, {"x": 1.5, "y": ["é", None]}, {"a": None}, '{"q": "a\\n\\"b", "z": null}', "{}", "", "{", 3]
+calls = st.lists(
+    st.fixed_dictionaries(
+        {"function": st.fixed_dictionaries({"name": st.sampled_from(["f", "g", ""]), "arguments": st.sampled_from(ARGUMENTS)})},
+        optional={"id": st.sampled_from(["c", "", 1]), "type": st.sampled_from(["function", "", "custom"]), "index": st.just(1), "x": st.just(1)},
+    ),
     max_size=2,
 )  # fmt: skip
 fields = st.dictionaries(
     st.sampled_from(
         [
-            "functions",
-            "function_calls",
-            "tool_calls",
-            "thinking",
-            "reasoning",
-            "train",
-            "weight",
-            "masked",
-            "name",
-            "value",
-            "id",
-            "refusal",
-            "x",
+            "functions", "function_calls", "tool_calls", "thinking", "reasoning", "train", "weight", "masked", "name", "value", "from", "content",
+            "id", "refusal", "x",
         ]
     ),
-    st.one_of(st.none(), any_text, st.sampled_from([0, 1, 2.5, True, []])),
+    st.one_of(st.none(), any_text, st.sampled_from([0, 1, 2.5, True, []]), calls),
     max_size=2,
-)
+)  # fmt: skip
+
+
+def sharegpt(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as ShareGPT files have it."""
+    speakers = {"user": "human", "assistant": "gpt", "tool": "observation"}
+    renamed = {"role": "from", "content": "value"}
+    return {renamed.get(k, k): speakers.get(v, v) if k == "role" else v for k, v in message.items()}
 
 
 @st.composite
 def lines(draw: Any) -> bytes:
     """A row as one of the many ways to write it down."""
-    row = draw(conversations(text=any_text, roles=True))
+    row = draw(conversations(text=any_text, roles=True, tools=True))
+    layout = draw(st.sampled_from(["messages"] * 6 + ["conversations", "pair", "instruction"]))
     if draw(st.booleans()):
         row["messages"] = [message | draw(fields) for message in row["messages"]]
+    if draw(st.booleans()):
+        row["messages"] = [
+            m | {"content": None} if "tool_calls" in m or "function_calls" in m else m for m in row["messages"]
+        ]
+    if layout == "conversations":
+        row["conversations"] = list(map(sharegpt, row.pop("messages")))
+    elif layout != "messages":
+        names = (
+            [("prompt", "completion"), ("prompt", "response")]
+            if layout == "pair"
+            else [("instruction", "output", "input", "system")]
+        )
+        del row["messages"]
+        row |= {name: draw(any_text) for name in draw(st.sampled_from(names))}
     row |= draw(extra)
     keys = draw(st.permutations(sorted(row)))
     separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " :  ")]))
@@ -138,13 +174,19 @@ ODD = {
     "a control character": PLAINEST.replace('"a"', '"\x01"') + "}",
     "a leading zero": PLAINEST + ', "id": 01}',
     "a lonely minus": PLAINEST + ', "id": -}',
-    "tools": PLAINEST + ', "tools": [{"name": "f"}]}',
+    "tools that are none": PLAINEST + ', "tools": [1]}',
     "a field that nothing reads": PLAINEST + ', "rationale": "r"}',
     "a field of a message that nothing reads": PLAINEST.replace('"content": "b"', '"content": "b", "audio": {"id": 1}') + "}",
     "NaN": PLAINEST + ', "score": NaN}',
-    "a system column": PLAINEST + ', "system": "s"}',
-    "a flag": PLAINEST.replace('"content": "b"', '"content": "b", "train": true') + "}",
+    "a system column that is no text": PLAINEST + ', "system": ["s"]}',
+    "two system columns": PLAINEST + ', "system": "s", "system_prompt": "s"}',
+    "a flag that is none": PLAINEST.replace('"content": "b"', '"content": "b", "train": 2') + "}",
+    "flags in a list": PLAINEST + ', "loss": [0, 1]}',
     "a content of null": PLAINEST.replace('"b"', "null") + "}",
+    "calls with nulls": PLAINEST.replace('"b"', 'null, "tool_calls": [{"function": {"name": "f", "arguments": {"a": null}}}]') + "}",
+    "a call that is none": PLAINEST.replace('"b"', 'null, "tool_calls": [{"function": {"name": "f", "arguments": "["}}]') + "}",
+    "another layout beside messages": PLAINEST + ', "prompt": "p"}',
+    "two speakers": PLAINEST.replace('"role": "user"', '"role": "user", "from": "human"') + "}",
     "a content that is no text": PLAINEST.replace('"b"', "1") + "}",
     "an unknown role": PLAINEST.replace('"user"', '"User"') + "}",
     "nothing to train": '{"messages": [{"role": "user", "content": "a"}]}',
@@ -173,6 +215,12 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
         PLAINEST + ', "id": 12345678901234567890123}',
         PLAINEST.replace('"content": "b"', '"content": "b", "function_calls": "f()", "name": "n", "tool_calls": null') + "}",
         PLAINEST.replace('"content": "a"', '"functions": "[]", "content": "a"') + "}",
+        PLAINEST + ', "tools": [{"name": "f"}], "system": "é"}',
+        PLAINEST.replace('"content": "b"', '"content": "b", "train": true, "reasoning": "r"') + "}",
+        PLAINEST.replace('"b"', 'null, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{\\"a\\": \\"é\\"}"}}]') + "}",
+        '{"system_prompt": "s", "prompt": "p", "completion": ""}',
+        '{"instruction": "i", "context": "c", "response": "o", "category": "qa"}',
+        '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}], "functions": [{"name": "f"}]}',
     ],
 )  # fmt: skip
 def test_a_plain_line_is_read_by_compiled_code(olmo: Encoder, line: str) -> None:
@@ -247,6 +295,7 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
         lines = json.dumps(row, separators=(",", ":")).encode() + b"\n"
         block = LineBlock.of(lines * 3)
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
+        assert room is not None
         text, _ = room.read(block)
         assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.run_ends)
         compiled_way, python, _ = lines_both_ways(made, lines)

@@ -100,30 +100,22 @@ class RowReader:
         self.group = source.validation_group
         self.counter = FieldCounter(source.ignore)
 
-    @property
-    def plain_columns(self) -> list[str]:
-        """The column of messages, and the columns beside it that are read."""
-        return [self.columns["messages"], *self.names["system"], *self.names["tools"], KWARGS, *FLAGS]
-
     def ignores_fields(self, names: Collection[str]) -> bool:
         """Whether the recipe ignores one of these fields of messages."""
-        return not self.ignored_fields.get(self.columns["messages"], set()).isdisjoint(names)
+        return any(not fields.isdisjoint(names) for fields in self.ignored_fields.values())
 
     def learn(self, row: Any) -> None:
         """Finds out which of the columns and message fields of a row are passed over."""
         if not isinstance(row, Mapping):
             return
-        read, column = set(self.plain_columns), self.columns["messages"]
-        messages = row.get(column)
-        fields = (
-            {name for message in messages if isinstance(message, Mapping) for name in message}
-            if isinstance(messages, list)
-            else ()
-        )
+        read = {column for names in self.names.values() for column in names}
         for name in row.keys() - read:
             self.counter.is_passed_over(name)
-        for name in set(fields) - MESSAGE_FIELDS:
-            self.counter.is_passed_over(f"{column}.{name}")
+        for column in (self.columns["messages"], self.columns["conversations"]):
+            messages = row.get(column)
+            for message in messages if isinstance(messages, list) else ():
+                for name in (message.keys() if isinstance(message, Mapping) else set()) - MESSAGE_FIELDS:
+                    self.counter.is_passed_over(f"{column}.{name}")
 
     def read_counted(self, row: Any) -> Conversation:
         """`read`, and counts the row's fields in `counter`."""
@@ -165,7 +157,7 @@ class RowReader:
         of = ""
         for column in self.names[name]:
             value = row.get(column)
-            if value is None or (value == "" and found is not None):
+            if is_empty(value) and (value != "" or found is not None):
                 continue
             if found not in (None, "") and value != found:
                 raise BadRow("disagree", f"the columns {of} and {column} hold different values")
@@ -245,11 +237,12 @@ class RowReader:
     def _read_turns(self, row: Mapping[str, Any]) -> Turns:
         """The messages of the first layout that the row has."""
         columns = self.columns
-        layout = next((name for name in self.layouts if row.get(columns[name]) is not None), None)
+        present = [name for name in self.layouts if row.get(columns[name]) is not None]
+        layout = next((name for name in present if not is_empty(row[columns[name]])), present[0] if present else None)
         if layout is None:
             expected = " or ".join(columns[name] for name in self.layouts)
-            present = ", ".join(map(str, list(row)[:8])) or "none"
-            raise BadRow("unknown_columns", f"no column {expected} with a value; the row has {present}")
+            found = ", ".join(map(str, list(row)[:8])) or "none"
+            raise BadRow("unknown_columns", f"no column {expected} with a value; the row has {found}")
         column = columns[layout]
         if layout in ("messages", "conversations"):
             items = read_list(row[column], column)

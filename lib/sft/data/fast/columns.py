@@ -14,21 +14,28 @@ from numpy.typing import NDArray
 from sft.data.compiled import WORD, compiled, words_of
 from sft.data.fast.json_text import find_name
 from sft.data.fast.messages import (
+    CALLS,
     CONTENT,
     END,
+    FUNCTIONS,
     MAX_MESSAGES,
     NONE,
-    QUIET_FIELDS,
+    NUM_TEXTS,
+    PASSED,
+    QUIET,
+    ROLE,
     ROLE_NAMES,
     START,
-    TEXT_FIELDS,
-    TEXTS,
+    THINKING,
+    TOOL_CALLS,
+    TOOLS,
     Messages,
     Names,
     RowNames,
 )
 
 ROLES = Names.of(ROLE_NAMES)
+TEXT_KINDS = (CONTENT, FUNCTIONS, CALLS, THINKING, ROLE)
 
 
 class Texts(NamedTuple):
@@ -50,20 +57,20 @@ def read_columns(arrow: Any, names: RowNames) -> Messages | None:
     """The messages of a record batch. None when no row of it is plain."""
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
-    column = names.columns[0]
-    listed = _column(arrow, column)
+    listed = _column(arrow, names.list_column)
     if listed is None or not (pa.types.is_list(listed.type) or pa.types.is_large_list(listed.type)):
         return None
     if not pa.types.is_struct(listed.type.value_type) or len(set(arrow.schema.names)) < len(arrow.schema.names):
         return None
     is_odd = ~_valid(listed)
-    columns_held = (~is_odd).astype(np.uint64)  # the messages are bit 0
+    places = {name: np.uint64(bit) for bit, name in enumerate(names.columns)}
+    columns_held = (~is_odd).astype(np.uint64) << places[names.list_column]
     for name in arrow.schema.names:
-        if name == column:
+        if name == names.list_column:
             continue
         held = holds_something(arrow.column(name))
-        if name in names.passed_columns:
-            columns_held |= held.astype(np.uint64) << np.uint64(names.columns.index(name))
+        if names.columns.get(name) == PASSED:
+            columns_held |= held.astype(np.uint64) << places[name]
         else:
             is_odd |= held
     offsets = listed.offsets.to_numpy().astype(np.int64)
@@ -76,16 +83,31 @@ def read_columns(arrow: Any, names: RowNames) -> Messages | None:
     is_odd |= (num_odd[first[1:]] > num_odd[first[:-1]]) | (counts == 0) | (counts > MAX_MESSAGES)
     fields_held = np.zeros(len(is_odd), dtype=np.uint64)
     or_over_rows(held_messages, first, fields_held)
-    spans = np.full((len(structs), len(TEXT_FIELDS), 2), NONE, dtype=np.int64)
-    for text in TEXTS:
+    spans = np.full((len(structs), TOOL_CALLS + 1, 2), NONE, dtype=np.int64)
+    for text in range(NUM_TEXTS):
         found = ~fields[text].is_null
+        if text == THINKING:
+            found &= np.diff(fields[text].starts) > 0
         spans[found, text, START] = fields[text].starts[:-1][found]
         spans[found, text, END] = fields[text].starts[1:][found]
-    content, functions, calls, role = fields
-    roles = np.empty(len(structs), dtype=np.int64)
+    spans[fields[CONTENT].is_null, CONTENT] = 0
+    *texts, role = fields
+    roles, flags = np.empty((2, len(structs)), dtype=np.int64)
     find_roles(role.bytes, role.starts, ROLES, roles)
-    texts = words_of(content.bytes), words_of(functions.bytes), words_of(calls.bytes)
-    return Messages(first, ~is_odd, roles, spans, columns_held, fields_held, texts)
+    flags[:] = NONE
+    content, functions, calls, thinking = (words_of(text.bytes) for text in texts)
+    row_spans = np.full((len(is_odd), TOOLS + 1, 2), NONE, dtype=np.int64)
+    return Messages(
+        first,
+        ~is_odd,
+        roles,
+        flags,
+        spans,
+        row_spans,
+        columns_held,
+        fields_held,
+        (content, functions, calls, thinking, content),
+    )
 
 
 def holds_something(array: Any) -> NDArray[np.bool_]:
@@ -114,38 +136,51 @@ def holds_something(array: Any) -> NDArray[np.bool_]:
 def _read_structs(structs: Any, names: RowNames) -> tuple[list[Texts], NDArray[np.bool_], NDArray[np.uint64]]:
     """The text fields and the roles of an array of structs, which structs are odd, and which fields hold something (one bit for each).
     Raises NotPlain."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
     present = [field.name for field in structs.type]
     if len(set(present)) < len(present):
         raise NotPlain
     is_odd, held = ~_valid(structs), np.zeros(len(structs), dtype=np.uint64)
-    for name in set(present).difference((*TEXT_FIELDS, "role")):
-        field = structs.field(name)
-        holds = holds_something(field)
-        is_text = pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-        if name in names.passed_fields or (name in QUIET_FIELDS and is_text):
-            held |= holds.astype(np.uint64) << np.uint64(names.fields.index(name))
-        else:
-            is_odd |= holds
-    fields: list[Texts] = []
-    for bit, name in enumerate((*TEXT_FIELDS, "role")):
-        field = structs.field(name) if name in present else None
-        if field is not None and pa.types.is_dictionary(field.type):
-            try:
-                field = field.dictionary_decode()
-            except pa.ArrowException:  # what is under a null may point nowhere
-                raise NotPlain from None
-        if field is None or not (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
-            if field is not None:
-                is_odd |= _valid(field)
-            nothing = np.zeros(len(structs) + 1, dtype=np.int64)
-            fields.append(Texts(_padded(b""), nothing, np.ones(len(structs), dtype=np.bool_)))
+    nothing = np.zeros(len(structs) + 1, dtype=np.int64)
+    absent = Texts(_padded(b""), nothing, np.ones(len(structs), dtype=np.bool_))
+    found: dict[int, Texts] = {}
+    for bit, (name, kind) in enumerate(names.fields.items()):
+        if name not in present:
             continue
-        fields.append(_texts(field))
-        held |= (~fields[-1].is_null & (np.diff(fields[-1].starts) > 0)).astype(np.uint64) << np.uint64(bit)
-    content, role = fields[CONTENT], fields[-1]
-    return fields, is_odd | role.is_null | content.is_null, held
+        field = structs.field(name)
+        if kind in TEXT_KINDS and kind not in found:
+            field = _decoded(field)
+            if not _is_text(field):
+                is_odd |= _valid(field)
+                continue
+            found[kind] = _texts(field)
+            holds = ~found[kind].is_null & (np.diff(found[kind].starts) > 0)
+        else:
+            holds = holds_something(field)
+            if kind != PASSED and not (kind == QUIET and _is_text(field)):
+                is_odd |= holds
+                continue
+        held |= holds.astype(np.uint64) << np.uint64(bit)
+    for name in set(present).difference(names.fields):
+        is_odd |= holds_something(structs.field(name))
+    fields = [found.get(kind, absent) for kind in TEXT_KINDS]
+    content, _, calls, _, role = fields
+    return fields, is_odd | role.is_null | (content.is_null & calls.is_null), held
+
+
+def _is_text(array: Any) -> bool:
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    return bool(pa.types.is_string(array.type) or pa.types.is_large_string(array.type))
+
+
+def _decoded(array: Any) -> Any:
+    """The array without a dictionary."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    try:
+        return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    except pa.ArrowException:  # what is under a null may point nowhere
+        raise NotPlain from None
 
 
 @compiled

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.chat.messages import CALLERS, SPEAKERS
 from sft.data.compiled import compiled, inlined
 from sft.data.fast.json_text import (
     CLOSE_LIST,
@@ -24,6 +25,8 @@ from sft.data.fast.json_text import (
     OPEN_LIST,
     OPEN_OBJECT,
     QUOTE,
+    SPACE,
+    ZERO,
     end_of_plain_string,
     find_name,
     is_word,
@@ -32,35 +35,75 @@ from sft.data.fast.json_text import (
     skip_value,
 )
 from sft.data.fast.messages import (
+    ASSISTANT,
+    CALLS,
+    COMPLETION,
     CONTENT,
+    EMPTY,
     END,
+    FLAG,
+    INPUT,
+    INSTRUCTION,
+    LIST,
+    MASKED,
     MAX_MESSAGES,
+    NEVER,
     NONE,
-    QUIET_FIELDS,
+    NUM_TEXTS,
+    OUTPUT,
+    PASSED,
+    PROMPT,
+    QUIET,
+    RESPONSE,
     ROLE,
     ROLE_NAMES,
     START,
+    SYSTEM,
+    SYSTEM_TEXT,
+    THINKING,
+    TOOL_CALLS,
+    TOOLS,
+    USER,
+    WEIGHT,
     Names,
     RowNames,
+    U,
 )
 
-LAST_QUIET = ROLE + len(QUIET_FIELDS)
-SHORTEST_MESSAGE = len('{"role":"","content":""},')
+LAST_FLAG = MASKED
+SHORTEST_MESSAGE = len('"a":"",')
+"""A column of text can be a message."""
+SPOKEN = {
+    **{name: name for name in ROLE_NAMES},
+    **{name: role for name, role in SPEAKERS.items() if name not in CALLERS},
+}
 
 
 class FieldNames(NamedTuple):
-    """The names that a row and its messages are read by."""
+    """The names that a row and its messages are read by, with their kinds."""
 
     columns: Names
-    """The column of messages, columns that must hold nothing, and from `first_passed[0]` on those that are passed over."""
+    column_kinds: NDArray[np.int64]
     fields: Names
-    """TEXT_FIELDS, the role, QUIET_FIELDS, EMPTY_FIELDS, and from `first_passed[1]` on those that are passed over."""
+    field_kinds: NDArray[np.int64]
     roles: Names
-    first_passed: NDArray[np.int64]
+    """The names of speakers."""
+    role_of: NDArray[np.int64]
+    """The role of each speaker."""
+    system_flag: int
+    """The flag of a system message that is made of a column: NONE, or NEVER where the recipe trains only the last message."""
 
     @classmethod
-    def of(cls, names: RowNames) -> FieldNames:
-        return cls(Names.of(names.columns), Names.of(names.fields), Names.of(ROLE_NAMES), np.array(names.first_passed))
+    def of(cls, names: RowNames, last_only: bool = False) -> FieldNames:
+        return cls(
+            Names.of(list(names.columns)),
+            np.array(list(names.columns.values())),
+            Names.of(list(names.fields)),
+            np.array(list(names.fields.values())),
+            Names.of(list(SPOKEN)),
+            np.array([ROLE_NAMES.index(role) for role in SPOKEN.values()]),
+            NEVER if last_only else NONE,
+        )
 
 
 @inlined
@@ -90,28 +133,51 @@ def next_field(source: Any, at: int) -> Any:
 
 
 @inlined
+def read_flag(data: Any, at: int, kind: int) -> Any:
+    """The value of a flag, and where it ends; NONE when it is neither true or 1 nor false or 0."""
+    value, end = NONE, NONE
+    if kind != WEIGHT and is_word(data, at, b"true"):
+        value, end = 1, at + 4
+    elif kind != WEIGHT and is_word(data, at, b"false"):
+        value, end = 0, at + 5
+    elif ZERO <= data[at] <= ZERO + 1 and (data[at + 1] in (COMMA, CLOSE_OBJECT) or data[at + 1] <= SPACE):
+        value, end = int(data[at]) - ZERO, at + 1
+    return (1 - value if kind == MASKED and value != NONE else value), end
+
+
+@inlined
 def read_field(
     source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int
 ) -> Any:
     """The value of a message's field. Returns where it ends, also in `target`; NONE when the row is not plain."""
-    data, start = source.bytes, to
-    if data[at] == QUOTE and NONE < field < ROLE:
-        messages.spans[message, field, START] = to
-        at, to = read_string(source, at + 1, target, to)
-        messages.spans[message, field, END] = to
-        held = to > start
-    elif data[at] == QUOTE and field == ROLE:
-        end, held = end_of_plain_string(data, at + 1), True
-        if end == NONE:
+    data, start, held = source.bytes, at, False
+    kind = names.field_kinds[field] if field != NONE else EMPTY
+    is_text = data[at] == QUOTE
+    if is_text and kind < NUM_TEXTS:
+        if messages.spans[message, kind, START] != NONE:
             return NONE, to
-        messages.roles[message] = find_name(data, at + 1, end, names.roles)
+        at, end = read_string(source, at + 1, target, to)
+        held = end > to
+        if held or kind != THINKING:
+            messages.spans[message, kind, START], messages.spans[message, kind, END] = to, end
+        to = end
+    elif is_text and kind == ROLE:
+        end = end_of_plain_string(data, at + 1)
+        role = NONE if end == NONE or messages.roles[message] != NONE else find_name(data, at + 1, end, names.roles)
+        if role == NONE:
+            return NONE, to
+        messages.roles[message], held = names.role_of[role], True
         at = end + 1
-    elif NONE < field <= ROLE:
-        return (at + 4 if is_word(data, at, b"null") else NONE), to
     else:
-        is_text = data[at] == QUOTE
         at, held = skip_value(source, at, target, to)
-        if at == NONE or (held and field < names.first_passed[1] and not (is_text and ROLE < field <= LAST_QUIET)):
+        if held and kind == TOOL_CALLS and data[start] == OPEN_LIST:
+            messages.spans[message, kind, START], messages.spans[message, kind, END] = start, at
+        elif held and FLAG <= kind <= LAST_FLAG:
+            value, end = read_flag(data, start, kind)
+            if end != at or messages.flags[message] != NONE:
+                return NONE, to
+            messages.flags[message] = value
+        elif at == NONE or (held and kind != PASSED and not (is_text and kind == QUIET)):
             return NONE, to
     if field != NONE and held:
         messages.fields_held[row] |= np.uint64(1) << np.uint64(field)
@@ -119,10 +185,16 @@ def read_field(
 
 
 @inlined
+def clear_message(messages: Any, message: int, role: int) -> None:
+    """Makes room for a message without texts."""
+    messages.roles[message], messages.flags[message] = role, NONE
+    messages.spans[message] = NONE
+
+
+@inlined
 def read_message(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int) -> Any:
     """One message, after its opening brace. Returns where it ends, also in `target`; NONE when the row is not plain."""
-    messages.roles[message] = NONE
-    messages.spans[message] = NONE
+    clear_message(messages, message, NONE)
     seen, closed = 0, False
     while not closed:
         field, at, seen = read_name(source, at, names.fields, seen)
@@ -134,8 +206,13 @@ def read_message(source: Any, at: int, names: Any, target: Any, to: int, message
         at, closed = next_field(source, at)
         if at == NONE:
             return NONE, to
-    if messages.roles[message] == NONE or messages.spans[message, CONTENT, START] == NONE:
+    spans = messages.spans[message]
+    if messages.roles[message] == NONE or (spans[CALLS, START] != NONE and spans[TOOL_CALLS, START] != NONE):
         return NONE, to
+    if spans[CONTENT, START] == NONE:
+        if spans[CALLS, START] == NONE and spans[TOOL_CALLS, START] == NONE:
+            return NONE, to
+        spans[CONTENT, START], spans[CONTENT, END] = to, to
     return at, to
 
 
@@ -143,8 +220,6 @@ def read_message(source: Any, at: int, names: Any, target: Any, to: int, message
 def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, first: int, row: int) -> Any:
     """A list of messages. Returns where it ends, also in `target`, and the number of messages; NONE when the row is not plain."""
     data, count = source.bytes, 0
-    if data[at] != OPEN_LIST:
-        return NONE, to, 0
     while True:
         at = skip_space(data, at + 1)
         if data[at] != OPEN_OBJECT or count == MAX_MESSAGES:
@@ -159,11 +234,105 @@ def read_messages(source: Any, at: int, names: Any, target: Any, to: int, messag
 
 
 @inlined
+def read_column(source: Any, at: int, column: int, names: Any, target: Any, to: int, messages: Any, row: int) -> Any:
+    """The value of a column that is not the one of messages. Returns where it ends, also in `target`; NONE when the row is not plain."""
+    data, start, held = source.bytes, at, False
+    kind = names.column_kinds[column] if column != NONE else EMPTY
+    if kind < TOOLS and data[at] == QUOTE:
+        if messages.row_spans[row, kind, START] != NONE:
+            return NONE, to
+        at, end = read_string(source, at + 1, target, to)
+        messages.row_spans[row, kind, START], messages.row_spans[row, kind, END] = to, end
+        held, to = end > to, end
+    else:
+        at, held = skip_value(source, at, target, to)
+        if held and kind == TOOLS and messages.row_spans[row, TOOLS, START] == NONE:
+            messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = start, at
+        elif at == NONE or (held and kind != PASSED):
+            return NONE, to
+    if held:
+        messages.columns_held[row] |= np.uint64(1) << np.uint64(column)
+    return at, to
+
+
+@inlined
+def is_held(spans: Any, kind: int) -> bool:
+    """Whether a text of a row is there and not empty."""
+    return bool(spans[kind, END] > spans[kind, START])
+
+
+@inlined
+def add_text(messages: Any, message: int, role: int, flag: int, start: int, end: int) -> None:
+    """Makes a message of a text of the row."""
+    clear_message(messages, message, role)
+    messages.flags[message] = flag
+    messages.spans[message, CONTENT, START], messages.spans[message, CONTENT, END] = start, end
+
+
+@inlined
+def join_question(target: Any, spans: Any, to: int) -> int:
+    """Writes an instruction, a blank line and its input to target[to]. Returns where they end."""
+    for kind in (INSTRUCTION, INPUT):
+        if kind == INPUT:
+            target.bytes[U(to)] = target.bytes[U(to + 1)] = 10
+            to += 2
+        for at in range(spans[kind, START], spans[kind, END]):
+            target.bytes[U(to)] = target.bytes[U(at)]
+            to += 1
+    return to
+
+
+@inlined
+def finish_row(names: Any, target: Any, to: int, messages: Any, first: int, count: int, row: int) -> Any:
+    """Makes messages of the texts of a row. Returns the number of its messages, and where their texts end in `target`; NONE when the row
+    is not plain. As in `sft.chat.rows`, a prompt is not trained."""
+    spans, system_flag = messages.row_spans[row], names.system_flag
+    others = is_held(spans, INSTRUCTION) or is_held(spans, INPUT) or is_held(spans, OUTPUT)
+    answer = NONE
+    if count:
+        if others or is_held(spans, PROMPT) or is_held(spans, COMPLETION) or is_held(spans, RESPONSE):
+            return NONE, to
+    elif is_held(spans, PROMPT) and not others:
+        answer = COMPLETION
+        add_text(messages, first, USER, NEVER, spans[PROMPT, START], spans[PROMPT, END])
+    elif is_held(spans, INSTRUCTION) and not is_held(spans, COMPLETION) and spans[PROMPT, START] == NONE:
+        answer = OUTPUT
+        start, end = spans[INSTRUCTION, START], spans[INSTRUCTION, END]
+        if is_held(spans, INPUT):
+            start, to = to, join_question(target, spans, to)
+            end = to
+        add_text(messages, first, USER, NEVER, start, end)
+    else:
+        return NONE, to
+    if answer != NONE:
+        system_flag = NEVER
+        if (spans[answer, START] == NONE) == (spans[RESPONSE, START] == NONE):
+            return NONE, to  # no answer, or two of them
+        answer = answer if spans[answer, START] != NONE else RESPONSE
+        add_text(messages, first + 1, ASSISTANT, NONE, spans[answer, START], spans[answer, END])
+        count = 2
+    if is_held(spans, SYSTEM_TEXT):
+        if messages.roles[first] == SYSTEM or count == MAX_MESSAGES:
+            return NONE, to
+        for message in range(first + count, first, -1):
+            messages.roles[message] = messages.roles[message - 1]
+            messages.flags[message] = messages.flags[message - 1]
+            for kind in range(TOOL_CALLS + 1):
+                messages.spans[message, kind, START] = messages.spans[message - 1, kind, START]
+                messages.spans[message, kind, END] = messages.spans[message - 1, kind, END]
+        add_text(messages, first, SYSTEM, system_flag, spans[SYSTEM_TEXT, START], spans[SYSTEM_TEXT, END])
+        count += 1
+    return count, to
+
+
+@inlined
 def read_row(
     source: Any, at: int, end: int, names: Any, target: Any, to: int, messages: Any, first: int, row: int
 ) -> Any:
     """The line source[at:end]. Returns the number of its messages, and where their texts end in `target`; NONE when it is not plain."""
     data, count, seen, closed = source.bytes, 0, 0, False
+    messages.columns_held[row] = messages.fields_held[row] = 0
+    messages.row_spans[row] = NONE
     at = skip_space(data, at)
     if data[at] != OPEN_OBJECT:
         return NONE, to
@@ -172,28 +341,28 @@ def read_row(
         column, at, seen = read_name(source, at, names.columns, seen)
         if at == NONE:
             return NONE, to
-        if column == 0:
+        if column != NONE and names.column_kinds[column] == LIST and data[at] == OPEN_LIST:
             at, to, count = read_messages(source, at, names, target, to, messages, first, row)
-            held = count > 0
-        else:
-            at, held = skip_value(source, at, target, to)
-        if at == NONE or (held and column != 0 and column < names.first_passed[0]):
-            return NONE, to
-        if held:
             messages.columns_held[row] |= np.uint64(1) << np.uint64(column)
+        else:
+            at, to = read_column(source, at, column, names, target, to, messages, row)
+        if at == NONE:
+            return NONE, to
         at, closed = next_field(source, at)
         if at == NONE:
             return NONE, to
-    return (count if count and skip_space(data, at) == end else NONE), to
+    if skip_space(data, at) != end:
+        return NONE, to
+    return finish_row(names, target, to, messages, first, count, row)
 
 
 @compiled
 def read_rows(source: Any, line_ends: Any, names: Any, target: Any, messages: Any) -> None:
-    """Fills `messages` (`Messages`) with the rows of all lines. `source` and `target` are `Buffer`s, `names` are `FieldNames`."""
+    """Fills `messages` (`Messages`) with the rows of all lines. `source` and `target` are `Buffer`s, `names` are `FieldNames`. Texts are
+    in `target`; values of tools and tool calls stay in `source`."""
     start, to, message = 0, 0, 0
     for line in range(len(line_ends)):
         messages.first[line] = message
-        messages.columns_held[line] = messages.fields_held[line] = 0
         count, end_of_texts = read_row(source, start, line_ends[line], names, target, to, messages, message, line)
         messages.is_plain[line] = count != NONE
         if count != NONE:

@@ -1,19 +1,19 @@
 """Where the texts of messages are: what the readers of JSON (`json_rows`) and Arrow (`columns`) hand to `turns`.
 
-Only plain rows are read so. A row is plain when its messages have a known role, a text as content and perhaps texts as functions
-and function_calls, and when every other field holds nothing or is passed over (ignored by name, or known to carry no training content).
+Only plain rows are read so. A row is plain when its messages, or its prompt and answer, are texts, when nothing in it has two names that
+hold something, and when every other field holds nothing or is passed over (ignored by name, or known to carry no training content).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.compiled import WORD, words_of
-from sft.recipe.row_fields import MESSAGE_FIELDS
+from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
 from sft.recipe.schema import ROLES
 
 MAX_MESSAGES = 1 << 12
@@ -21,18 +21,26 @@ MAX_MESSAGES = 1 << 12
 SYSTEM, USER, ASSISTANT = range(3)
 ROLE_NAMES = ("system", "user", "assistant", *(role for role in ROLES if role not in ("system", "user", "assistant")))
 """A role is its index in this list."""
-CONTENT, FUNCTIONS, CALLS = TEXTS = range(3)
-"""The text fields of a message, in the order of TEXT_FIELDS."""
-TEXT_FIELDS = ("content", "functions", "function_calls")
-ROLE = len(TEXT_FIELDS)
-"""The number of the field that holds the role."""
-QUIET_FIELDS = ("name", "tool_call_id")
-"""Fields that named templates do not write. They must be texts, or hold nothing."""
-EMPTY_FIELDS = tuple(sorted(MESSAGE_FIELDS.difference((*TEXT_FIELDS, "role", *QUIET_FIELDS))))
-"""Fields that hold nothing in a plain row."""
+CONTENT, FUNCTIONS, CALLS, THINKING, TOOL_CALLS = range(5)
+"""What a message may hold. The first four are texts. `TOOL_CALLS` is a value that Python turns into `CALLS`."""
+NUM_TEXTS = 4
+ROLE, FLAG, WEIGHT, MASKED, QUIET, EMPTY, PASSED = range(5, 12)
+"""Other kinds of fields: the role; flags; texts that named templates do not write; fields that must hold nothing; fields that are passed over."""
+FIELD_KINDS = {
+    "role": ROLE, "content": CONTENT, "from": ROLE, "value": CONTENT, "functions": FUNCTIONS, "function_calls": CALLS, "tool_calls": TOOL_CALLS,
+    "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": QUIET, "tool_call_id": QUIET,
+    **dict.fromkeys(FLAGS, FLAG), "weight": WEIGHT, "masked": MASKED,
+}  # fmt: skip
+"""The kind of each field of a message that is read. The others must hold nothing in a plain row."""
+PROMPT, COMPLETION, INSTRUCTION, INPUT, OUTPUT, RESPONSE, SYSTEM_TEXT, TOOLS = range(8)
+"""What a row may hold beside messages. All but `TOOLS` are texts; `TOOLS` is a value that Python turns into a text."""
+LIST = 8
+"""The kind of the column of messages. Columns can also be `EMPTY` or `PASSED`."""
 MAX_NAMES = 62
 """Fields, and columns, whose rows can be counted."""
 START, END = range(2)
+NEVER = 2
+"""The flag of a message that is a prompt: the recipe's rules do not train it."""
 NONE = -1
 """No such name, no such text, or not plain."""
 U = np.uint64
@@ -55,25 +63,22 @@ class Names(NamedTuple):
 
 
 class RowNames:
-    """The names of a source's columns and message fields. The place of a name in `columns` and in `fields` is its bit in `Messages`.
+    """The names of a source's columns and message fields, and their kinds. The place of a name is its bit in `Messages`.
 
-    In: the column of messages and columns that must hold nothing, and the columns and fields that are passed over. Those for which there is no
-    bit are not passed over here: a row that holds something there is not plain.
+    In: the kinds of the columns that are read, and the columns and fields that are passed over. Those for which there is no bit are unknown
+    here: a row that holds something there is not plain.
     """
 
-    def __init__(self, columns: Sequence[str], passed_columns: Sequence[str], passed_fields: Sequence[str]) -> None:
-        empty = [name for name in EMPTY_FIELDS if name not in passed_fields]
-        known = [*TEXT_FIELDS, "role", *QUIET_FIELDS, *empty]
-        self.first_passed = len(columns), len(known)
-        self.columns, self.fields = [*columns, *passed_columns][:MAX_NAMES], [*known, *passed_fields][:MAX_NAMES]
+    def __init__(self, columns: Mapping[str, int], passed_columns: Sequence[str], passed_fields: Sequence[str]) -> None:
+        read = {name: FIELD_KINDS.get(name, EMPTY) for name in (*FIELD_KINDS, *sorted(MESSAGE_FIELDS))}
+        self.columns = {**columns, **dict.fromkeys(passed_columns, PASSED)}
+        self.fields = {**read, **dict.fromkeys(passed_fields, PASSED)}
+        self.columns = dict(list(self.columns.items())[:MAX_NAMES])
+        self.fields = dict(list(self.fields.items())[:MAX_NAMES])
 
     @property
-    def passed_columns(self) -> list[str]:
-        return self.columns[self.first_passed[0] :]
-
-    @property
-    def passed_fields(self) -> list[str]:
-        return self.fields[self.first_passed[1] :]
+    def list_column(self) -> str:
+        return next(name for name, kind in self.columns.items() if kind == LIST)
 
 
 class Messages(NamedTuple):
@@ -85,11 +90,15 @@ class Messages(NamedTuple):
     """[rows]"""
     roles: NDArray[np.int64]
     """[messages] Index in ROLE_NAMES, or NONE."""
+    flags: NDArray[np.int64]
+    """[messages] Whether the row itself says that the message is trained, 0 or 1; NONE when it does not; or NEVER."""
     spans: NDArray[np.int64]
-    """[messages, TEXTS, 2] Where each text starts and ends in the bytes of its field; NONE for an absent text."""
+    """[messages, TEXTS and TOOL_CALLS, 2] Where each text starts and ends in the bytes of its field; NONE for an absent text."""
+    row_spans: NDArray[np.int64]
+    """[rows, PROMPT … TOOLS, 2] Likewise the texts of columns. `TOOLS` is in the last of `texts`."""
     columns_held: NDArray[np.uint64]
     """[rows] One bit for each named column: whether it holds something in the row."""
     fields_held: NDArray[np.uint64]
     """[rows] One bit for each named field: whether it holds something in a message of the row."""
-    texts: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]
-    """The bytes of each text field, as `words_of` returns them."""
+    texts: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]
+    """The bytes of each text field, and of tools, as `words_of` returns them."""

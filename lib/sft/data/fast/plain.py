@@ -7,7 +7,7 @@ tests/test_plain.py and test_columns.py prove that both ways write the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +20,31 @@ from sft.chat.rows import RowReader
 from sft.data.batch import split_documents
 from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
-from sft.data.fast.columns import read_columns
+from sft.data.fast.columns import ROLES, read_columns
 from sft.data.fast.json_rows import SHORTEST_MESSAGE, FieldNames, read_rows
 from sft.data.fast.json_text import Buffer
-from sft.data.fast.messages import QUIET_FIELDS, ROLE_NAMES, TEXT_FIELDS, Messages, RowNames
+from sft.data.fast.messages import (
+    COMPLETION,
+    END,
+    FIELD_KINDS,
+    INPUT,
+    INSTRUCTION,
+    LIST,
+    NUM_TEXTS,
+    OUTPUT,
+    PASSED,
+    PROMPT,
+    RESPONSE,
+    ROLE_NAMES,
+    START,
+    SYSTEM_TEXT,
+    TOOL_CALLS,
+    TOOLS,
+    Messages,
+    RowNames,
+)
 from sft.data.fast.turns import Documents, TurnLayout, Written, find_groups, write_documents
+from sft.data.fast.values import Values
 
 
 @dataclass(frozen=True)
@@ -84,14 +104,15 @@ class PlainRows:
     """Reads the plain rows of a source by the rules of its `RowReader`, as its template writes them."""
 
     def __init__(self, template: NamedTemplate, reader: RowReader) -> None:
-        self.reader, self.passed_over = reader, -1
+        self.reader, self.learnt = reader, (-1, "")
         self.layout = TurnLayout.of(template, reader)
-        self._learn_names()
+        self.values = Values(reader)
+        self._learn_names(None)
         # Memory that is used again for every block.
         self.columns_held = self.fields_held = np.empty(0, dtype=np.uint64)
         self.text = self.out = self.hashed = np.empty(0, dtype=np.uint8)
-        self.roles = self.run_ends = np.empty(0, dtype=np.int64)
-        self.spans = np.empty((0, len(TEXT_FIELDS), 2), dtype=np.int64)
+        self.roles = self.flags = self.run_ends = np.empty(0, dtype=np.int64)
+        self.spans = np.empty((0, TOOL_CALLS + 1, 2), dtype=np.int64)
         self.first_run = np.empty(1, dtype=np.int64)
         self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers, self.empty = np.empty(
             (6, 0), dtype=np.int64
@@ -104,50 +125,56 @@ class PlainRows:
             isinstance(template, NamedTemplate)
             and not template.joins
             and not template.strips_history
-            and reader.layouts[0] == "messages"
-            and not reader.ignores_fields((*TEXT_FIELDS, "role", *QUIET_FIELDS))
+            and template.generation_prefix in ("", "<think>")
+            and columns_of(reader, "messages") is not None
+            and reader.ignore.isdisjoint((reader.columns["messages"], reader.columns["conversations"]))
+            and not reader.ignores_fields(FIELD_KINDS)
             and not reader.system
             and not reader.strip
         )
         return PlainRows(template, reader) if plain else None
 
-    def _learn_names(self) -> None:
-        """Takes the names that the reader passes over into the compiled reader's tables."""
+    def _learn_names(self, row: Any) -> None:
+        """Takes the names that the reader passes over into the compiled reader's tables. `row` shows which column has the messages."""
+        self.reader.learn(row)
+        layout = "messages"
+        if isinstance(row, Mapping) and not row.get(self.reader.columns["messages"]):
+            layout = "conversations" if row.get(self.reader.columns["conversations"]) else "messages"
         known = self.reader.counter.passed_over
-        if len(known) == self.passed_over:
+        if (len(known), layout) == self.learnt:
             return
-        self.passed_over = len(known)
-        column, *others = self.reader.plain_columns
-        inside = f"{column}."
-        passed = [name for name, is_passed in known.items() if is_passed and name != column]
+        self.learnt = len(known), layout
+        columns = columns_of(self.reader, layout) or {}
+        inside = f"{self.reader.columns[layout]}."
+        passed = [name for name, is_passed in known.items() if is_passed]
         fields = [name.removeprefix(inside) for name in passed if name.startswith(inside)]
-        columns = [name for name in passed if not name.startswith(inside)]
-        self.names = RowNames([column, *(name for name in others if name not in columns)], columns, fields)
-        self.field_names = FieldNames.of(self.names)
+        passed_columns = [name for name in passed if not name.startswith(inside) and name not in columns]
+        self.names = RowNames(
+            {**columns, **dict.fromkeys(self.reader.ignore & columns.keys(), PASSED)}, passed_columns, fields
+        )
+        self.field_names = FieldNames.of(self.names, self.reader.last_only)
 
     def count(self, rows: NDArray[np.int64]) -> None:
         """Counts the fields of these rows of the block that was read last in the reader's counter."""
-        column, counts = self.names.columns[0], self.reader.counter.counts.rows
-        fields = [f"{column}.{name}" for name in self.names.fields]
-        for names, held in ((self.names.columns, self.columns_held[rows]), (fields, self.fields_held[rows])):
+        counts = self.reader.counter.counts.rows
+        fields = [f"{self.names.list_column}.{name}" for name in self.names.fields]
+        for names, held in ((list(self.names.columns), self.columns_held[rows]), (fields, self.fields_held[rows])):
             any_held = int(np.bitwise_or.reduce(held)) if len(held) else 0
             for bit, name in enumerate(names):
                 if any_held >> bit & 1:
                     counts[name] += int((held >> np.uint64(bit) & np.uint64(1)).sum())
+        self.values.count(rows, counts)
 
     def read(self, block: Block) -> tuple[PlainDocuments, list[int]]:
         """The documents of the plain rows, valid until the next call, and the numbers of the other rows in the block."""
-        self.reader.learn(block.first_row())
-        self._learn_names()
-        if isinstance(block, LineBlock):
-            messages, size = self._read_lines(block), len(block.padded)
-        else:
-            messages, size = self._read_columns(block)
+        self._learn_names(block.first_row())
+        messages = self._read_lines(block) if isinstance(block, LineBlock) else self._read_columns(block)
         if messages is None:
             return NO_DOCUMENTS, list(range(block.count))
+        size = text_bytes(messages)
         self.columns_held, self.fields_held = messages.columns_held, messages.fields_held
         out = self._reserve(size, int(messages.first[-1]), len(messages.is_plain))
-        written: Written = write_documents(self.layout, self.field_names.roles, messages, out)
+        written: Written = write_documents(self.layout, ROLES, messages, out)
         documents, odd, runs, size = written
         ends = out.hashed_ends[:documents]
         spans = find_groups(self.hashed, ends, np.empty((2, documents), dtype=np.int64))
@@ -171,19 +198,28 @@ class PlainRows:
         data, size = block.padded, len(block.padded) - WORD
         if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
             return None
-        most = size // SHORTEST_MESSAGE + 2
-        self.text, self.roles, self.spans = room(self.text, len(data)), room(self.roles, most), room(self.spans, most)
+        most = size // SHORTEST_MESSAGE + 3
+        self.text = room(self.text, 2 * len(data))  # an instruction and its input are written twice
+        self.roles, self.flags, self.spans = room(self.roles, most), room(self.flags, most), room(self.spans, most)
         texts, rows = words_of(self.text), len(block.ends)
-        first, is_plain = np.empty(rows + 1, dtype=np.int64), np.empty(rows, dtype=np.bool_)
-        columns_held, fields_held = np.empty((2, rows), dtype=np.uint64)
-        messages = Messages(first, is_plain, self.roles, self.spans, columns_held, fields_held, (texts, texts, texts))
+        messages = Messages(
+            np.empty(rows + 1, dtype=np.int64),
+            np.empty(rows, dtype=np.bool_),
+            self.roles,
+            self.flags,
+            self.spans,
+            np.empty((rows, TOOLS + 1, 2), dtype=np.int64),
+            np.empty(rows, dtype=np.uint64),
+            np.empty(rows, dtype=np.uint64),
+            (texts, texts, texts, texts, texts),
+        )
         read_rows(Buffer.of(data), block.ends, self.field_names, Buffer(self.text, texts), messages)
-        return messages
+        return self.values.read(data, messages, self.names, self.text)
 
-    def _read_columns(self, columns: ColumnBlock) -> tuple[Messages | None, int]:
-        """The messages of a record batch, and the bytes of their texts; None when no row is plain."""
-        messages = read_columns(columns.arrow, self.names)
-        return messages, 0 if messages is None else sum(map(len, messages.texts))
+    def _read_columns(self, columns: ColumnBlock) -> Messages | None:
+        """The messages of a record batch; None when no row is plain."""
+        self.values.seen = {}
+        return read_columns(columns.arrow, self.names)
 
     def _reserve(self, size: int, messages: int, rows: int) -> Documents:
         """Room for the documents of so many bytes of texts, messages and rows. Pages that are never written cost nothing."""
@@ -205,6 +241,33 @@ def hashes(data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.
     """The hash of each text in data."""
     texts = map(data.data.__getitem__, map(slice, starts.tolist(), ends.tolist()))
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(ends))
+
+
+def columns_of(reader: RowReader, layout: str) -> dict[str, int] | None:
+    """The kinds of the columns that a reader reads, with the messages in the column of `layout`; None when a name has two meanings."""
+    names = reader.names
+    kinds: list[tuple[str, int]] = []
+    if layout in reader.layouts:
+        kinds.append((reader.columns[layout], LIST))
+    is_pair, is_instruction = "prompt" in reader.layouts, "instruction" in reader.layouts
+    if is_pair:
+        kinds += [(names["prompt"][0], PROMPT), (names["completion"][0], COMPLETION)]
+    if is_instruction:
+        kinds += [(names["instruction"][0], INSTRUCTION), (names["output"][0], OUTPUT)]
+        kinds += [(name, INPUT) for name in names["input"]]
+    more = {*(names["completion"][1:] if is_pair else ()), *(names["output"][1:] if is_instruction else ())}
+    for name in more:
+        if (not is_pair or name in names["completion"]) and (not is_instruction or name in names["output"]):
+            kinds.append((name, RESPONSE))
+    kinds += [(name, SYSTEM_TEXT) for name in names["system"]] + [(name, TOOLS) for name in names["tools"]]
+    return dict(kinds) if len({name for name, _ in kinds}) == len(kinds) else None
+
+
+def text_bytes(messages: Messages) -> int:
+    """The bytes of all texts, with those of tools."""
+    spans = messages.spans[: int(messages.first[-1]), :NUM_TEXTS]
+    tools = messages.row_spans[:, TOOLS]
+    return int((spans[..., END] - spans[..., START]).sum() + (tools[:, END] - tools[:, START]).sum())
 
 
 def room(array: NDArray[Any], size: int) -> NDArray[Any]:

@@ -21,10 +21,14 @@ from sft.data.fast.messages import (
     CONTENT,
     END,
     FUNCTIONS,
+    NEVER,
     NONE,
+    NUM_TEXTS,
     ROLE_NAMES,
     START,
     SYSTEM,
+    THINKING,
+    TOOLS,
     USER,
     Names,
     U,
@@ -34,11 +38,14 @@ from sft.data.fast.messages import (
 HEAD, STOP, GAP, LAST_STOP, LAST_GAP = range(5)
 PARTS = 5
 OTHERS = PARTS * len(ROLE_NAMES)
-DEFAULT_SYSTEM, PREFIX, BEFORE_FUNCTIONS, BEFORE_USER_FUNCTIONS, AFTER_FUNCTIONS, BEFORE_CALLS, AFTER_CALLS, END_OF_TURN = (
-    range(OTHERS, OTHERS + 8)
-)  # fmt: skip
+(
+    DEFAULT_SYSTEM, SYSTEM_WITH_TOOLS, AFTER_SYSTEM, PREFIX, BEFORE_FUNCTIONS, BEFORE_USER_FUNCTIONS, AFTER_FUNCTIONS, BEFORE_CALLS, AFTER_CALLS,
+    BEFORE_THINKING, AFTER_THINKING, END_OF_TURN,
+) = range(OTHERS, OTHERS + 12)  # fmt: skip
 NOT_LAST, LAST = range(2)
 TAB, RETURN, SPACE = 9, 13, 32
+TOOLS_TEXT = NUM_TEXTS
+"""The place of the tools in `Messages.texts`."""
 
 
 class TurnLayout(NamedTuple):
@@ -54,6 +61,8 @@ class TurnLayout(NamedTuple):
     """[2, roles] Special tokens of a turn, and of a last turn."""
     default_specials: int
     """Special tokens of the default system message."""
+    has_default: bool
+    """Whether the template writes a system message where there is none."""
     has_calls: bool
     """Whether functions and function_calls have a place."""
     last_only: bool
@@ -67,8 +76,10 @@ class TurnLayout(NamedTuple):
         texts: list[str] = []
         for turn in turns:
             texts += (turn.head, turn.stop, turn.gap, turn.last_stop, turn.last_gap) if turn else [""] * PARTS
-        texts += [template.default_without_tools, template.generation_prefix]
+        with_tools, after = template.default_system.split("{}") if template.default_system else ("", "")
+        texts += [template.default_without_tools, with_tools, after, template.generation_prefix]
         texts += [" <functions>", "\n<functions>", "</functions>", "<function_calls>", "</function_calls>"]
+        texts += ["<think>", "</think>"]
         texts += ["<|im_end|>" if "system" in template.turns else ""]
         specials = [
             [turn.specials if turn else 0 for turn in turns],
@@ -80,6 +91,7 @@ class TurnLayout(NamedTuple):
             np.array([role in reader.train_roles for role in ROLE_NAMES], dtype=np.uint8),
             np.array(specials),
             template.default_specials,
+            bool(template.default_system),
             template.has_calls,
             reader.last_only,
             reader.rejects_empty,
@@ -88,7 +100,8 @@ class TurnLayout(NamedTuple):
     @property
     def most_in_row(self) -> int:
         """The most bytes that the template adds to a row, except for its messages."""
-        return int(np.diff(self.texts.starts)[DEFAULT_SYSTEM])
+        sizes = np.diff(self.texts.starts)
+        return int(sizes[DEFAULT_SYSTEM] + sizes[SYSTEM_WITH_TOOLS] + sizes[AFTER_SYSTEM])
 
     @property
     def most_in_message(self) -> int:
@@ -157,33 +170,81 @@ def starts_with_prefix(source: Any, start: int, end: int, layout: Any) -> bool:
 
 
 @inlined
-def find_last_trained(layout: Any, messages: Any, first: int, end: int) -> int:
-    """The last message of a row that may be trained; NONE when there is none, or the template has no place for something."""
-    last_trained = NONE
+def count_systems(messages: Any, first: int, end: int) -> int:
+    """How many of the messages are the system's."""
+    count = 0
     for message in range(first, end):
-        role = messages.roles[message]
-        if role == NONE or not layout.has_turn[role]:
-            return NONE
-        if messages.spans[message, FUNCTIONS, START] != NONE and not (layout.has_calls and role in (SYSTEM, USER)):
-            return NONE
-        if messages.spans[message, CALLS, START] != NONE and not (layout.has_calls and role == ASSISTANT):
-            return NONE
-        if layout.is_trained[role]:
-            last_trained = message
-    return last_trained
+        count += messages.roles[message] == SYSTEM
+    return count
 
 
 @inlined
-def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_trained: int) -> int:
+def has_text(messages: Any, message: int, kind: int) -> bool:
+    return bool(messages.spans[message, kind, START] != NONE)
+
+
+@inlined
+def fits(layout: Any, messages: Any, message: int) -> bool:
+    """Whether the template has a place for everything in a message."""
+    role = messages.roles[message]
+    if role == NONE or not layout.has_turn[role]:
+        return False
+    if has_text(messages, message, FUNCTIONS) and not (layout.has_calls and role in (SYSTEM, USER)):
+        return False
+    if has_text(messages, message, CALLS) and not (layout.has_calls and role == ASSISTANT):
+        return False
+    return not has_text(messages, message, THINKING) or role == ASSISTANT
+
+
+@inlined
+def row_fits(layout: Any, messages: Any, row: int, first: int, end: int) -> bool:
+    """Whether the template has a place for everything in a row."""
+    any_functions = False
+    for message in range(first, end):
+        if not fits(layout, messages, message):
+            return False
+        any_functions |= has_text(messages, message, FUNCTIONS)
+    if messages.row_spans[row, TOOLS, START] == NONE:
+        return True
+    systems = count_systems(messages, first, end)
+    return layout.has_calls and not any_functions and systems <= 1 and (layout.has_default or systems == 1)
+
+
+@inlined
+def find_last_by_rule(layout: Any, messages: Any, first: int, end: int) -> int:
+    """The last message of a row that the recipe's rules could train; NONE when there is none."""
+    last = NONE
+    for message in range(first, end):
+        if layout.is_trained[messages.roles[message]] and messages.flags[message] != NEVER:
+            last = message
+    return last
+
+
+@inlined
+def is_trained(layout: Any, messages: Any, message: int, last_by_rule: int) -> bool:
+    """Whether a message is trained: its flag decides, else the recipe's rules."""
+    if messages.flags[message] != NONE:
+        return bool(messages.flags[message] == 1)
+    return bool(layout.is_trained[messages.roles[message]] and (message == last_by_rule or not layout.last_only))
+
+
+@inlined
+def trains_something(layout: Any, messages: Any, first: int, end: int, last_by_rule: int) -> bool:
+    found = False
+    for message in range(first, end):
+        found |= is_trained(layout, messages, message, last_by_rule)
+    return found
+
+
+@inlined
+def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_by_rule: int) -> int:
     """The trained answers of a row that have neither text nor a call: see `sft.chat.messages.is_empty_answer`."""
     count = 0
     for message in range(first, end):
-        if messages.roles[message] != ASSISTANT or not layout.is_trained[ASSISTANT]:
-            continue
-        if layout.last_only and message != last_trained:
+        if messages.roles[message] != ASSISTANT or not is_trained(layout, messages, message, last_by_rule):
             continue
         spans, is_empty = messages.spans[message], True
-        if spans[CALLS, START] != NONE and spans[CALLS, END] > spans[CALLS, START]:
+        if spans[THINKING, START] != NONE or spans[CALLS, END] > spans[CALLS, START]:
             continue
         for at in range(spans[CONTENT, START], spans[CONTENT, END]):
             byte = messages.texts[CONTENT][at] & np.uint64(0xFF)
@@ -195,62 +256,86 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_t
 
 
 @inlined
-def has_system(messages: Any, first: int, end: int) -> bool:
-    """Whether one of the messages is the system's."""
-    found = False
-    for message in range(first, end):
-        found |= messages.roles[message] == SYSTEM
-    return found
+def copy_text(target: Any, to: int, messages: Any, message: int, kind: int) -> int:
+    """Copies a text of a message."""
+    spans = messages.spans[message, kind]
+    return copy(target, to, messages.texts[kind], spans[START], spans[END])
 
 
 @inlined
-def write_body(layout: Any, messages: Any, message: int, start: int, last: bool, target: Any, to: int) -> int:
+def copy_tools(target: Any, to: int, messages: Any, row: int) -> int:
+    """Copies the tools of a row, as the template writes them."""
+    spans = messages.row_spans[row, TOOLS]
+    return copy(target, to, messages.texts[TOOLS_TEXT], spans[START], spans[END])
+
+
+@inlined
+def write_body(layout: Any, messages: Any, row: int, message: int, start: int, last: bool, target: Any, to: int) -> int:
     """Writes a message from `start` in its content to the stop of its turn."""
-    role, spans = messages.roles[message], messages.spans
+    role = messages.roles[message]
     stop = PARTS * role + (LAST_STOP if last else STOP)
-    to = copy(target, to, messages.texts[CONTENT], start, spans[message, CONTENT, END])
-    if spans[message, FUNCTIONS, START] != NONE:
+    to = copy(target, to, messages.texts[CONTENT], start, messages.spans[message, CONTENT, END])
+    if has_text(messages, message, FUNCTIONS):
         to = copy_part(target, to, layout, BEFORE_FUNCTIONS if role == SYSTEM else BEFORE_USER_FUNCTIONS)
-        to = copy(
-            target, to, messages.texts[FUNCTIONS], spans[message, FUNCTIONS, START], spans[message, FUNCTIONS, END]
-        )
+        to = copy_text(target, to, messages, message, FUNCTIONS)
         to = copy_part(target, to, layout, AFTER_FUNCTIONS)
         if role == SYSTEM:
             stop = END_OF_TURN  # without the sentence that there are no functions
-    if spans[message, CALLS, START] != NONE:
+    elif role == SYSTEM and messages.row_spans[row, TOOLS, START] != NONE:
+        to = copy_tools(target, to, messages, row)
+        stop = END_OF_TURN
+    if has_text(messages, message, CALLS):
         to = copy_part(target, to, layout, BEFORE_CALLS)
-        to = copy(target, to, messages.texts[CALLS], spans[message, CALLS, START], spans[message, CALLS, END])
+        to = copy_text(target, to, messages, message, CALLS)
         to = copy_part(target, to, layout, AFTER_CALLS)
     return copy_part(target, to, layout, stop)
 
 
 @inlined
+def write_thinking(layout: Any, messages: Any, message: int, target: Any, to: int) -> int:
+    """Writes the thinking of a message and the tag after it."""
+    to = copy_text(target, to, messages, message, THINKING)
+    return copy_part(target, to, layout, AFTER_THINKING)
+
+
+@inlined
 def write_document(
-    layout: Any, messages: Any, first: int, end: int, last_trained: int, out: Any, to: int, run: int
+    layout: Any, messages: Any, row: int, first: int, end: int, last_by_rule: int, out: Any, to: int, run: int
 ) -> Any:
     """Writes messages first … end - 1 to out.text[to]; the ends of runs go to out.run_ends[run]. Returns the ends of both, the special
     tokens that it wrote, and the trained answers without the generation prefix."""
     text, document_start = out.text, run
     num_specials, answers_without_prefix = 0, 0
-    if not has_system(messages, first, end):
-        to = copy_part(text, to, layout, DEFAULT_SYSTEM)
+    if layout.has_default and count_systems(messages, first, end) == 0:
         num_specials = layout.default_specials
+        if messages.row_spans[row, TOOLS, START] == NONE:
+            to = copy_part(text, to, layout, DEFAULT_SYSTEM)
+        else:
+            to = copy_part(text, to, layout, SYSTEM_WITH_TOOLS)
+            to = copy_tools(text, to, messages, row)
+            to = copy_part(text, to, layout, AFTER_SYSTEM)
     has_prefix = layout.texts.starts[PREFIX] < layout.texts.starts[PREFIX + 1]
     for message in range(first, end):
         role, last = messages.roles[message], message == end - 1
-        train = layout.is_trained[role] and (message == last_trained or not layout.last_only)
-        start = messages.spans[message, CONTENT, START]
+        train = is_trained(layout, messages, message, last_by_rule)
+        thinks = has_text(messages, message, THINKING)
+        start, is_written = messages.spans[message, CONTENT, START], False
         to = copy_part(text, to, layout, PARTS * role + HEAD)
         if train:
-            if role == ASSISTANT and has_prefix:
-                if starts_with_prefix(messages.texts[CONTENT], start, messages.spans[message, CONTENT, END], layout):
+            if role == ASSISTANT and has_prefix:  # it is <think>
+                if thinks:
+                    to, is_written = copy_part(text, to, layout, BEFORE_THINKING), True
+                elif starts_with_prefix(messages.texts[CONTENT], start, messages.spans[message, CONTENT, END], layout):
                     to = copy_part(text, to, layout, PREFIX)
                     start += layout.texts.starts[PREFIX + 1] - layout.texts.starts[PREFIX]
                 else:
                     answers_without_prefix += 1
             out.run_ends[run] = to
             run += 1
-        to = write_body(layout, messages, message, start, last, text, to)
+        if thinks:
+            to = to if is_written else copy_part(text, to, layout, BEFORE_THINKING)
+            to = write_thinking(layout, messages, message, text, to)
+        to = write_body(layout, messages, row, message, start, last, text, to)
         if train:
             out.run_ends[run] = to
             run += 1
@@ -289,14 +374,18 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
     documents, odd, runs, size, hashed_size = 0, 0, 0, 0, 0
     for row in range(len(messages.is_plain)):
         first, end = messages.first[row], messages.first[row + 1]
-        last_trained = find_last_trained(layout, messages, first, end) if messages.is_plain[row] else NONE
-        num_empty = 0 if last_trained == NONE else count_empty_answers(layout, messages, first, end, last_trained)
-        if last_trained == NONE or (num_empty and layout.rejects_empty):
+        is_good, last, num_empty = messages.is_plain[row], NONE, 0
+        is_good = is_good and row_fits(layout, messages, row, first, end)
+        if is_good:
+            last = find_last_by_rule(layout, messages, first, end)
+            is_good = trains_something(layout, messages, first, end, last)
+            num_empty = count_empty_answers(layout, messages, first, end, last)
+        if not is_good or (num_empty and layout.rejects_empty):
             out.odd[odd] = row
             odd += 1
             continue
         out.rows[documents], out.first_run[documents] = row, runs
-        size, runs, num_specials, answers = write_document(layout, messages, first, end, last_trained, out, size, runs)
+        size, runs, num_specials, answers = write_document(layout, messages, row, first, end, last, out, size, runs)
         out.num_specials[documents], out.answers_without_prefix[documents] = num_specials, answers
         out.empty_answers[documents] = num_empty
         hashed_size = write_hashed(messages, first, end, roles, out.hashed, hashed_size)
