@@ -128,7 +128,7 @@ class Values:
             return None
         if type(call.get("id", "")) is not str:
             return None
-        shape = (*call, None, *function)
+        shape = (column, *call, None, *function)
         if shape not in self.shapes:
             inner = f"{column}.function"
             names = [(f"{column}.{name}", name in CALL_FIELDS) for name in call]
