@@ -184,8 +184,10 @@ def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
     prepare.prepare(s)
     said = "\n".join(s.said)
     assert "mix: 1 of 3 files are read; 1 of other splits or subsets: test.jsonl; 1 ignored: README.md" in said
-    line = next(line for line in s.said if line.startswith("mix: found 63 rows in 1 file: rejected 2 (1 not_json, 1 "))
-    parts = line.split("file: ")[1].split(";")[0]
+    at = s.said.index("mix: found 63 rows in 1 file")
+    line = " ".join(part.strip() for part in s.said[at + 1 : at + 3])
+    assert "rejected 2 (1 not_json, 1 " in line and max(map(len, s.said[at : at + 3])) <= 100
+    parts = line.split(";")[0]
     numbers = dict(part.rsplit(" ", 1) for part in re.sub(r" \(.*?\)", "", parts).split(", "))
     assert sum(map(int, numbers.values())) == 63 and numbers["duplicates"] == "1" and int(numbers["held out"]) > 3
     assert f"taken {numbers['available']} (weight 1.0), in validation {numbers['held out']}" in line

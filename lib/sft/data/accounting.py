@@ -66,9 +66,9 @@ def is_read(name: str) -> bool:
 def report(source: Source, counts: FieldCounts) -> list[str]:
     """Lines for the terminal: the fields that were read, ignored and passed over, and names in `ignore` that no row has."""
     fields = describe(source, counts)
-    kinds = {"read": fields.read, "ignored by name": fields.ignored, "without training content": fields.harmless}
-    parts = [f"{kind}: {shown(names)}" for kind, names in kinds.items() if names]
-    lines = [f"{source.path}  rows in which fields hold something; {'; '.join(parts)}"]
+    lines = [f"{source.path}: {len(fields.read)} fields are read; make preview and proof.json list them"]
+    kinds = {"ignored by name": fields.ignored, "without training content": fields.harmless}
+    lines += [f"  {kind}: {shown(names)}" for kind, names in kinds.items() if names]
     if unused := sorted(set(source.ignore) - set(fields.ignored)):
         lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any row")
     return lines

@@ -26,17 +26,13 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: Sequence[RejectedR
         yield f"{mix.path}: {len(files.files)} of {files.found} files are read; {'; '.join(parts)}"
     reasons = Counter(reject.reason for reject in rejects)
     rejected = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})" if rejects else ""
-    parts = [
-        f"rejected {len(rejects)}{rejected}",
-        f"duplicates {mix.duplicates}",
-        f"contaminated {mix.contaminated}",
-        f"near-duplicates {mix.near_duplicates}",
-        f"held out {mix.held_out}",
-        f"available {mix.available}",
-    ]
+    yield f"{mix.path}: found {found:,} rows in {len(files.files)} file{'s' * (len(files.files) != 1)}"
     yield (
-        f"{mix.path}: found {found} rows in {len(files.files)} file{'s' * (len(files.files) != 1)}: {', '.join(parts)};"
-        f" taken {mix.taken} (weight {mix.weight}), in validation {mix.validation}"
+        f"  rejected {len(rejects)}{rejected}, duplicates {mix.duplicates}, contaminated {mix.contaminated}, near-duplicates"
+        f" {mix.near_duplicates},"
+    )
+    yield (
+        f"  held out {mix.held_out}, available {mix.available}; taken {mix.taken} (weight {mix.weight}), in validation {mix.validation}"
     )
     if rejects:
         first = rejects[0]
