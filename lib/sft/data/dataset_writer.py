@@ -216,7 +216,7 @@ class DatasetWriter:
 
     def _write_bounds(self, path: Path, parts: list[NDArray[np.uint32]]) -> None:
         """Writes the csv.gz of a part: the start and end of every document."""
-        packed = io.BytesIO()
+        packed, file = io.BytesIO(), DirectFile(path)
         # No name and no time in the gzip header: the same documents give the same bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as csv:
             end = 0
@@ -225,7 +225,9 @@ class DatasetWriter:
                 ends = end + np.cumsum(lengths, dtype=np.uint64)
                 csv.write(text[: write_bounds(ends - lengths, lengths, text)].data)
                 end = int(ends[-1])
-        file = DirectFile(path)
+                file.write(packed.getvalue())
+                packed.seek(0)
+                packed.truncate()
         file.write(packed.getvalue())
         self._close_file(file)
 

@@ -24,11 +24,13 @@ from sft.recipe.schema import Source
 
 U64 = NDArray[np.uint64]
 I64 = NDArray[np.int64]
+BLOCK = 1 << 20
+"""Documents that are worked on at a time, where a temporary array of all would be large."""
 BUCKETS = 16
 """Duplicates are searched for in so many parts, one after another."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pool:
     """The documents of one source, in the order of its files."""
 
@@ -126,8 +128,9 @@ def duplicates(digests: Sequence[U64]) -> list[NDArray[np.bool_]]:
     Equal digests are in one of BUCKETS parts, which are searched one after another: that needs little memory.
     """
     found = [np.zeros(len(d), dtype=np.bool_) for d in digests]
+    bucket_of = [d[:, 0].astype(np.uint8) % BUCKETS for d in digests]
     for bucket in range(BUCKETS):
-        here = [np.flatnonzero((d[:, 0] & np.uint64(BUCKETS - 1)) == bucket) for d in digests]
+        here = [np.flatnonzero(buckets == bucket) for buckets in bucket_of]
         again = ~first_copies(np.concatenate([d[h] for d, h in zip(digests, here, strict=True)]))
         for copies, h, part in zip(found, here, np.split(again, np.cumsum(list(map(len, here)))[:-1]), strict=True):
             copies[h] = part
@@ -198,12 +201,14 @@ def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplic
 
     A conversation is in validation at most once, whatever its source's weight and number of copies. A weight below 1 takes
     that share of the held-out conversations. A threshold on the hash decides it, independently of other conversations.
-    Raises SftError when no document is left.
+    With `deduplicate` it takes the digests out of the pools. Raises SftError when no document is left.
     """
     if len(pools) > 1 << 16:
         raise SftError(f"[prepare] sources: {len(pools)} sources, at most {1 << 16} are numbered in documents.npy")
     if deduplicate and pools:
         copies = duplicates([pool.digests for pool in pools])
+        for pool in pools:
+            pool.digests = np.empty((0, 2), dtype=np.uint64)  # a third of the memory
     else:
         copies = [np.zeros(len(pool.lengths), dtype=np.bool_) for pool in pools]
     data: list[NDArray[Any]] = []
@@ -217,7 +222,7 @@ def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplic
         new = weighted[~np.isin(pool.conversations[weighted], validated)]
         chosen_held = new[np.sort(np.unique(pool.conversations[new], return_index=True)[1])]
         validated = np.concatenate([validated, pool.conversations[chosen_held]])
-        train = _narrow(np.flatnonzero(usable & ~pool.held))
+        train = _positions(usable & ~pool.held)
         chosen = _chosen(pool, train, source, seed)
         data.append(_narrow(chosen))
         validation.append(_narrow(chosen_held))
@@ -253,6 +258,19 @@ def _chosen(pool: Pool, train: NDArray[Any], source: Source, seed: int) -> NDArr
     return cap(chosen, ranks, pool.lengths, source.max_documents, source.max_tokens)
 
 
+def _positions(mask: NDArray[np.bool_]) -> NDArray[Any]:
+    """Where the mask is true, in four bytes each, where they fit."""
+    blocks = range(0, len(mask), BLOCK)
+    dtype = np.uint32 if len(mask) <= 1 << 32 else np.int64
+    found = np.empty(int(mask.sum()), dtype=dtype)
+    at = 0
+    for first in blocks:
+        here = np.flatnonzero(mask[first : first + BLOCK])
+        found[at : at + len(here)] = here + first
+        at += len(here)
+    return found
+
+
 def _narrow(index: NDArray[Any]) -> NDArray[Any]:
     """The numbers in four bytes each, where they fit."""
     return index.astype(np.uint32) if not len(index) or int(index[-1]) < 1 << 32 else index
@@ -264,5 +282,7 @@ def _shuffled(parts: list[NDArray[Any]], seed: int) -> Selection:
     order = np.arange(count, dtype=np.uint32 if count < 1 << 32 else np.int64)
     np.random.Generator(np.random.PCG64(seed)).shuffle(order)
     numbers = np.empty_like(order)
-    numbers[order] = np.arange(count, dtype=order.dtype)
+    for first in range(0, count, BLOCK):
+        here = order[first : first + BLOCK]
+        numbers[here] = np.arange(first, first + len(here), dtype=order.dtype)
     return Selection(tuple(parts), numbers)

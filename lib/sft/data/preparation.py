@@ -78,7 +78,6 @@ class SourceIndex:
 
     cached: CachedSource
     """The files are those of Preparation.jobs_of[source]."""
-    pool: Pool
     repeats: list[Repeat]
     rows_read: int
     rejects: list[RejectedRow]
@@ -292,11 +291,15 @@ class Preparation:
             progress.add(job.bytes)
         return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
 
-    def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> list[SourceIndex]:
-        """Reads the index of every source from the token cache. Raises SftError for missing files and too many rejects."""
-        return [self._collect(i, hits) for i in range(len(self.inputs))]
+    def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> tuple[list[SourceIndex], list[Pool]]:
+        """Reads the index of every source from the token cache. Raises SftError for missing files and too many rejects.
 
-    def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> SourceIndex:
+        The pools are for the mix and need most of the memory; drop them after it.
+        """
+        found = [self._collect(i, hits) for i in range(len(self.inputs))]
+        return [index for index, _ in found], [pool for _, pool in found]
+
+    def _collect(self, number: int, hits: dict[str, tuple[tuple[int, int], ...]]) -> tuple[SourceIndex, Pool]:
         jobs = self.jobs_of[number]
         summaries = [self._summary(job) for job in jobs]
         first = np.cumsum([0, *(summary.documents for summary in summaries)])
@@ -320,7 +323,7 @@ class Preparation:
         for line in accounting.report(self.table.sources[number], counts):
             self.log(line)
         self._check_rejects(number, rows_read, rows)
-        return SourceIndex(CachedSource(first, pool.lengths), pool, repeats, rows_read, rows.rejects)
+        return SourceIndex(CachedSource(first, pool.lengths), repeats, rows_read, rows.rejects), pool
 
     def _summary(self, job: ChunkJob) -> Summary:
         """The footer of a job's file. Raises SftError for a missing one."""

@@ -62,15 +62,16 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             work.encode()
         hits, screen = work.screen()
         with work.timed("mix"):
-            indexes = work.collect(hits)
+            indexes, pools = work.collect(hits)
         work.trim_cache()
     with work.timed("mix"):
         mixed = mix(
-            [index.pool for index in indexes],
+            pools,
             table.sources,
             table.seed,
             deduplicate=table.deduplicate,
         )
+        del pools
     _log_mix(work, mixed, indexes)
     shutil.rmtree(out / "validation", ignore_errors=True)
     with work.timed("write"):

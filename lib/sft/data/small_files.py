@@ -20,15 +20,16 @@ def together(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
     one kind. The jobs depend on the content of the files alone. Raises SftError for a broken file.
     """
     waiting: list[Chunk] = []
+    size = 0
     for file in files:
         chunks = sources.cut(file)
         small = len(chunks) == 1 and chunks[0].bytes < sources.MIN_CHUNK_BYTES
-        full = sum(chunk.bytes for chunk in waiting) >= sources.MIN_CHUNK_BYTES
-        if waiting and (not small or full or waiting[0].file.kind != file.kind):
+        if waiting and (not small or size >= sources.MIN_CHUNK_BYTES or waiting[0].file.kind != file.kind):
             yield tuple(waiting)
-            waiting = []
+            waiting, size = [], 0
         if small:
             waiting += chunks
+            size += chunks[0].bytes
         else:
             yield from ((chunk,) for chunk in chunks)
     if waiting:
