@@ -147,10 +147,10 @@ def measure(
         model: torch.nn.Module = Transformer(config)
     blocks = list(model.get_submodule("blocks").children())
     modes = memory.layer_modes(config.n_layers, room.recompute, room.recompute_budget)
-    together = context_group(world, degree)
+    group = context_group(world, degree)
     for block, mode in zip(blocks, modes, strict=True):
         block.recompute = mode  # type: ignore[assignment]
-        block.attention.context = together  # type: ignore[union-attr]
+        block.attention.context = group  # type: ignore[union-attr]
     if compiled:
         compile_blocks(model, world.device, train.precision)
     model = shard(model, world, train.precision).to_empty(device=world.device)

@@ -54,10 +54,10 @@ def taken(dataset: Dataset, numbers: Iterable[int]) -> list[tuple[Tensor, Tensor
     return found
 
 
-def padded(pieces: Sequence[tuple[Tensor, Tensor]], batch: int) -> Iterator[Row]:
-    order = np.random.default_rng(0).permutation(len(pieces))
+def padded(documents: Sequence[tuple[Tensor, Tensor]], batch: int) -> Iterator[Row]:
+    order = np.random.default_rng(0).permutation(len(documents))
     for start in range(0, len(order), batch):
-        ids, labels = zip(*(pieces[i] for i in order[start : start + batch]), strict=True)
+        ids, labels = zip(*(documents[i] for i in order[start : start + batch]), strict=True)
         width = max(map(len, ids))
         lengths = torch.tensor([len(i) for i in ids])
         yield {
@@ -160,8 +160,8 @@ def main() -> None:
             dataset = bench_gpu.documents(Path(folder) / "data", args.seq_len * args.packs * 6, args.seq_len)
             lengths = dataset.documents["length"].astype(np.int64)
             count = int(np.searchsorted(np.cumsum(lengths), args.seq_len * args.packs))
-            pieces = taken(dataset, range(count))
-            rows = {f"padded, {n} a batch": partial(padded, pieces, n) for n in args.batch}
+            documents = taken(dataset, range(count))
+            rows = {f"padded, {n} a batch": partial(padded, documents, n) for n in args.batch}
             rows["packed"] = partial(packed, dataset, args.seq_len, args.packs)
             ways = {name: partial(theirs, config, world, row, args.recompute) for name, row in rows.items()}
             ways |= {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -51,6 +52,12 @@ def make_tokenizer(folder: Path, template: str | None = None) -> Path:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer of the samples. A test module names it: folder = tokenizer_folder."""
+    return make_tokenizer(tmp_path_factory.mktemp("samples") / "tokenizer")
 
 
 def encoder(folder: Path, template: str = "olmo", find: Any = None, **options: Any) -> Encoder:

@@ -56,6 +56,11 @@ def folder(tmp_path: Path, dataset: Path) -> Path:
     return run_folder(tmp_path, dataset)
 
 
+def files(root: Path) -> dict[str, bytes]:
+    """{relative path: content} of all files of a folder."""
+    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
 STAGES = ["prepare", "sync", "train", "convert", "evaluate"]
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 import tiny_export
 from sft.evaluation import evaluate
 from sft.export import write
@@ -64,6 +66,12 @@ def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNam
     return SimpleNamespace(
         root=root, tasks=tasks, data={"colours": root / "colours.jsonl"}, model=model, weights=weights
     )
+
+
+@pytest.fixture(scope="module")
+def plain_place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """`make_place` without options. A test module names it: place = plain_place."""
+    return make_place(tmp_path_factory.mktemp("evaluate"))
 
 
 def run(place: SimpleNamespace, name: str, out: Path, options: Evaluate = ANYTHING) -> TaskResult:

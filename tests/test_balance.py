@@ -46,9 +46,9 @@ def test_the_cost_of_a_pack_is_that_of_its_documents_and_trained_tokens():
     model = PRESETS["olmo3-tiny"]
     index = packs(np.array([100, 60, 30, 30]), 128)
     for pack, cost in enumerate(pack_costs(index, model)):
-        pieces = index.pack(pack)
-        expected = token_flops(model) * 128 + sum(attention_flops(n, model) for n in pieces["length"])
-        assert cost == pytest.approx(expected + 2 * model.d_model * model.vocab_size * pieces["labels"].sum())
+        segments = index.pack(pack)
+        expected = token_flops(model) * 128 + sum(attention_flops(n, model) for n in segments["length"])
+        assert cost == pytest.approx(expected + 2 * model.d_model * model.vocab_size * segments["labels"].sum())
 
 
 def test_the_costs_of_some_packs_are_those_among_all():

@@ -129,8 +129,8 @@ if __name__""", 1)  # fmt: skip
 
 def test_a_failed_task_is_told_with_the_end_of_its_log(place, capsys):
     assert place.launch("echo working; echo 'no space left'; exit 3") == 3
-    told = capsys.readouterr().out
-    assert "failed, exit status 3" in told and told.count("no space left") == 2 and "/ex/01EXPERIMENT" in told
+    output = capsys.readouterr().out
+    assert "failed, exit status 3" in output and output.count("no space left") == 2 and "/ex/01EXPERIMENT" in output
     assert place.launch("exit 4") == 4  # a new attempt has a new name
     assert [n.rpartition("-")[2] for n in place.server.experiments][1:] == ["1"]
 
@@ -146,8 +146,8 @@ def test_a_cancelled_one_is_told(place, capsys, monkeypatch):
     monkeypatch.delenv("DETACH")
     commands.cancel(Path("runs/x"))
     assert place.launch("echo up; exec sleep 60") == job.CANCELLED
-    told = capsys.readouterr().out
-    assert "is cancelled" in told and "cancelled, exit status 130 (stopped by ann)" in told
+    output = capsys.readouterr().out
+    assert "is cancelled" in output and "cancelled, exit status 130 (stopped by ann)" in output
     assert len(place.server.experiments) == 1
 
 
@@ -170,8 +170,8 @@ def test_a_preempted_one_saves_and_goes_on_by_itself(place, capsys):
     thread.start()
     assert place.launch(script) == 5  # what the second job says
     thread.join()
-    told = capsys.readouterr().out
-    assert "saved" in told and len(place.server.runs) == 2 and len(place.server.experiments) == 1
+    output = capsys.readouterr().out
+    assert "saved" in output and len(place.server.runs) == 2 and len(place.server.experiments) == 1
     assert JobRecord.read(place.run / ".jobs" / "prepare.json").attempts == 2  # make jobs tells it
 
 
@@ -192,8 +192,8 @@ def test_a_preempted_one_that_is_never_started_again_ends_when_it_is_cancelled(p
     thread.start()
     assert place.launch("echo up; exec sleep 60") == job.CANCELLED
     thread.join()
-    told = capsys.readouterr().out
-    assert "preempted (preempted), Beaker starts it again" in told and "cancelled, exit status 130" in told
+    output = capsys.readouterr().out
+    assert "preempted (preempted), Beaker starts it again" in output and "cancelled, exit status 130" in output
     assert len(place.server.runs) == 1
 
 

@@ -125,7 +125,7 @@ def test_every_kind_of_location(place, location, path, mounted):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ('tasks = ["gsm8k; rm -rf /"]\nharness = "olmo-eval"', "is not a task's name"),
         ('tasks = ["-o"]\nharness = "oe-eval"', "is not a task's name"),
@@ -143,8 +143,8 @@ def test_every_kind_of_location(place, location, path, mounted):  # noqa: F811
         ('tasks = ["gsm8k"]\nharness = "oe-eval"\nlocation = "org/name"', "next: set max_length"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(place, fields, told):  # noqa: F811
-    with pytest.raises(SftError, match=told):
+def test_what_cannot_be_asked_is_refused(place, fields, message):  # noqa: F811
+    with pytest.raises(SftError, match=message):
         spec_of(place, fields)
 
 
@@ -236,9 +236,11 @@ def test_two_tasks_of_oe_eval_run_at_once_and_a_lost_result_breaks_the_evaluatio
     lost = list(place.server.runs.values())[1]
     del place.server.datasets[lost.dataset]  # somebody has removed it
     done = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
-    told = done.stdout + done.stderr
-    assert f"the results of the job {lost.message.id} were deleted" in told
-    assert "\n  popqa::tulu: was requested and did not return\n" in told and "gsm8k::tulu: exact_match 0.750" in told
+    output = done.stdout + done.stderr
+    assert f"the results of the job {lost.message.id} were deleted" in output
+    assert (
+        "\n  popqa::tulu: was requested and did not return\n" in output and "gsm8k::tulu: exact_match 0.750" in output
+    )
     assert not (place.run / "evaluate").exists()
     place.workspace.make("evaluate", "RECIPE=x", "CLUSTER=beaker-test")
     assert len(place.server.experiments) == 2
@@ -306,7 +308,7 @@ def test_a_mean_of_the_predictions_has_their_error(stage):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "rows", "told"),
+    ("metrics", "rows", "message"),
     [
         (task(0.0, 0), [], "no instances"),
         (task(0.5, 4), [row(1), row(0)], "2 predictions of 4 instances"),
@@ -324,8 +326,8 @@ def test_a_mean_of_the_predictions_has_their_error(stage):
         ({**task(0.5, 2), "errors": [{"task": "u", "error": "boom"}]}, [row(1), row(0)], "boom"),
     ],
 )
-def test_a_broken_task_has_no_score(stage, metrics, rows, told):
-    with pytest.raises(SftError, match=told):
+def test_a_broken_task_has_no_score(stage, metrics, rows, message):
+    with pytest.raises(SftError, match=message):
         stage(returned(metrics, rows), T)
 
 
@@ -356,9 +358,9 @@ def test_suites_are_written_out_for_oe_eval_only():
 
 def test_a_suite_of_olmo_eval_is_named_by_its_summary(stage):
     asked = {"s": "evaluate", "u": "evaluate"}
-    with pytest.raises(SftError, match="\\n  u: was requested and did not return\\n") as told:
+    with pytest.raises(SftError, match="\\n  u: was requested and did not return\\n") as error:
         stage(returned({**task(1, 1), "summary": {"t": {}, "s": {"score": 1}}}, [row(1)]), asked)
-    assert "  s:" not in str(told.value)
+    assert "  s:" not in str(error.value)
 
 
 # --- oe-eval: files as OLMES's run_eval.py names and fills them -----------------------------------------------------------
@@ -368,9 +370,9 @@ def olmes(where: str, name: str, alias: str, metrics: dict, rows: list[dict], nu
     """{path: content} of one task: its metrics.json names the task's configuration; replies are rows of predictions.jsonl."""
     stem = f"{where}/task-{number:03d}-{name}"
     config = {"task_name": name, "primary_metric": "exact_match", "metadata": {"alias": alias}}
-    told = {"task_name": name, "task_hash": "a" * 32, "model_hash": "b" * 32, "model_config": {}, "task_config": config,
+    metrics = {"task_name": name, "task_hash": "a" * 32, "model_hash": "b" * 32, "model_config": {}, "task_config": config,
             "num_instances": len(rows), "metrics": metrics, "task_idx": number}  # fmt: skip
-    return {f"{stem}-metrics.json": told, f"{stem}-predictions.jsonl": rows, f"{where}/metrics.json": {"tasks": []}}
+    return {f"{stem}-metrics.json": metrics, f"{stem}-predictions.jsonl": rows, f"{where}/metrics.json": {"tasks": []}}
 
 
 def reply(number: int, score: float, text: str = "So 4.") -> dict:
@@ -411,7 +413,7 @@ OLMES_FINE = olmes("000", "gsm8k", "gsm8k::tulu", both(0.0), [reply(0, 0)])
 
 
 @pytest.mark.parametrize(
-    ("files", "told"),
+    ("files", "message"),
     [
         (OLMES_FINE, "b: was requested and did not return"),
         (OLMES_FINE | olmes("001", "b", "b", both(None), [reply(0, 0)]), "b: exact_match is nan"),
@@ -423,14 +425,14 @@ OLMES_FINE = olmes("000", "gsm8k", "gsm8k::tulu", both(0.0), [reply(0, 0)])
          "c: returned twice"),
     ],
 )  # fmt: skip
-def test_a_broken_task_of_oe_eval_has_no_score(stage, tmp_path, files, told):
-    with pytest.raises(SftError, match=told) as error:
+def test_a_broken_task_of_oe_eval_has_no_score(stage, tmp_path, files, message):
+    with pytest.raises(SftError, match=message) as error:
         stage(files, {"a": "000", "b": "001"}, "oe-eval")
     assert "\n  a:" not in str(error.value) and not (tmp_path / "evaluate" / "results.json").exists()
 
 
 @pytest.mark.parametrize(
-    ("suite", "absent", "told"),
+    ("suite", "absent", "message"),
     [
         ("mmlu:mc::tulu", [3], "mmlu:mc::tulu: 56 of its 57 tasks returned; missing are the numbers 3"),
         (
@@ -446,13 +448,15 @@ def test_a_broken_task_of_oe_eval_has_no_score(stage, tmp_path, files, told):
         ("bfcl_all::std", [0], "bfcl_all::std: 4 of its 5 tasks returned; missing are the numbers 0"),
     ],
 )
-def test_a_suite_without_one_of_its_tasks_is_broken_and_has_no_mean_of_the_others(stage, tmp_path, suite, absent, told):
+def test_a_suite_without_one_of_its_tasks_is_broken_and_has_no_mean_of_the_others(
+    stage, tmp_path, suite, absent, message
+):
     name, _, variant = suite.partition(":")
     files = {}
     for n in range(collected.PARTS.get(name, 5)):
         if n not in absent:
             files |= olmes("000", f"{name}_{n}", f"{name}_{n}:{variant}", both(1.0), [choice(0, 1)], n)
-    with pytest.raises(SftError, match=told):
+    with pytest.raises(SftError, match=message):
         stage(files, {suite: "000"}, "oe-eval")
     assert not (tmp_path / "evaluate" / "results.json").exists()
 

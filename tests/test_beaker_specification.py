@@ -26,7 +26,7 @@ pytestmark = pytest.mark.server
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("{user}_SECRET", "{user}_NONE", "TEST_SECRET = 'ann_NONE': the workspace ai2/team has no such secret"),
         ("ai2/team", "ai2/other", "'workspace' = 'ai2/other': no such workspace"),
@@ -38,11 +38,11 @@ pytestmark = pytest.mark.server
         ('runs = "', 'runs = "/other', "is on none of the mounts"),
     ],
 )
-def test_what_the_cluster_lacks_is_told(place, old, new, told):
+def test_what_the_cluster_lacks_is_told(place, old, new, message):
     place.edit(old, new)
     with pytest.raises(SystemExit) as ended:
         place.launch("exit 0")
-    assert told in str(ended.value) and "next:" in str(ended.value)
+    assert message in str(ended.value) and "next:" in str(ended.value)
     assert not place.server.experiments
 
 
@@ -240,18 +240,18 @@ def test_optional_secrets_are_attached_where_the_workspace_has_them(place):
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "message"),
     [
         ('gpu = "A100"', "'gpu' = 'A100': the GPUs of ai2/jupiter are NVIDIA H100"),
         ("gpus_per_node = 16", "'gpus_per_node' = 16: a node of ai2/jupiter has 8"),
         ('gpu = "H100"\ngpus_per_node = 8', None),
     ],
 )
-def test_the_gpus_of_the_clusters_file_are_compared_with_beakers(place, line, told):
+def test_the_gpus_of_the_clusters_file_are_compared_with_beakers(place, line, message):
     place.edit('workspace = "ai2/team"', f'workspace = "ai2/team"\n{line}')
     made = job.Job.parse(["runs/x", "prepare", "true", "runs/x", "--cluster", "beaker-test"], strict=False)
     backend = scheduler.BeakerScheduler(made.folder, made.cluster)
-    assert backend.missing("F", False) == ([f"F: {told}"] if told else [])
+    assert backend.missing("F", False) == ([f"F: {message}"] if message else [])
     assert backend.gpus() == {"ai2/jupiter": (8, "NVIDIA H100")}
     case = doctor.Context(made.place, made.recipe, made.cluster)
     assert beaker.ask(case)[0] == "NVIDIA H100"

@@ -109,25 +109,25 @@ def test_the_parts_of_a_microbatch_are_the_microbatch(dataset: Path) -> None:
     parts = [Loader(plan, data, **sizes, part=(i, 4)) for i in range(4)]
     edge = 0
     for (_, batches), *shares in zip(whole, *parts, strict=True):
-        for batch, *pieces in zip(batches, *(b for _, b in shares), strict=True):
-            assert torch.equal(torch.cat([p.input_ids for p in pieces]), batch.input_ids)
-            assert torch.equal(torch.cat([p.positions for p in pieces]), batch.positions)
-            rows = torch.cat([p.target_rows[: p.num_targets] + 32 * i for i, p in enumerate(pieces)])
+        for batch, *parts in zip(batches, *(b for _, b in shares), strict=True):
+            assert torch.equal(torch.cat([p.input_ids for p in parts]), batch.input_ids)
+            assert torch.equal(torch.cat([p.positions for p in parts]), batch.positions)
+            rows = torch.cat([p.target_rows[: p.num_targets] + 32 * i for i, p in enumerate(parts)])
             assert torch.equal(rows, batch.target_rows[: batch.num_targets])
             for name in ("target_ids", "target_sources"):
-                found = torch.cat([getattr(p, name)[: p.num_targets] for p in pieces])
+                found = torch.cat([getattr(p, name)[: p.num_targets] for p in parts])
                 assert torch.equal(found, getattr(batch, name)[: batch.num_targets])
-            assert all(torch.equal(p.cu_seqlens, batch.cu_seqlens) and p.max_len == batch.max_len for p in pieces)
-            edge += sum(int((p.target_rows[: p.num_targets] == 31).sum()) for p in pieces[:-1])
+            assert all(torch.equal(p.cu_seqlens, batch.cu_seqlens) and p.max_len == batch.max_len for p in parts)
+            edge += sum(int((p.target_rows[: p.num_targets] == 31).sum()) for p in parts[:-1])
     assert edge  # a part's last token predicted the next part's first
 
 
 @pytest.mark.parametrize(
     ("ranks", "degree", "words"),
     [
-        (6, 4, "context_degree 4 does not divide the 6 ranks; use one of 1, 2"),
-        (6, 3, "context_degree 3 does not divide the 32 query heads of the model; use one of 1, 2"),
-        (64, 64, "64 does not divide the 32 query heads of the model; use one of 1, 2, 4, 8, 16, 32"),
+        (6, 4, "context_degree 4 does not divide the 6 ranks; next: use one of 1, 2"),
+        (6, 3, "context_degree 3 does not divide the 32 query heads of the model; next: use one of 1, 2"),
+        (64, 64, "64 does not divide the 32 query heads of the model; next: use one of 1, 2, 4, 8, 16, 32"),
     ],
 )
 def test_a_degree_that_does_not_divide_is_refused_with_those_that_do(ranks: int, degree: int, words: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPO
+from conftest import REPO, files
 from gcs_server import Server
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
@@ -51,10 +51,6 @@ def cp(server: Server, *args: str | Path, ok: bool = True) -> str:
 def server_folder(args: tuple[str | Path, ...]) -> Path:
     """A folder of the test to stand in: --cache is relative to it."""
     return next(Path(a) for a in args if not str(a).startswith(("gs://", "-"))).parent
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def test_a_folder_goes_to_a_bucket_and_back_and_lists_travel_last(server: Server, folder: Path, tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ def loader(data: Dataset, plan: StepPlan, rank: int = 0, ranks: int = 1, **optio
     return Loader(plan, data, EOS, PAD, MODEL, rank, ranks, **options)
 
 
-def by_hand(data: Dataset, plan: StepPlan, pieces: np.ndarray) -> Counter:
+def by_hand(data: Dataset, plan: StepPlan, segments: np.ndarray) -> Counter:
     """(tokens of the piece, [(row, target)], source) of each piece, from the files and the rules alone."""
     found = []
-    for document, start, length, _ in pieces.tolist():
+    for document, start, length, _ in segments.tolist():
         ids, mask = data[document]
         tokens, trained = ids[start : start + length].tolist(), mask[start : start + length].tolist()
         trained[0] = False
@@ -48,7 +48,7 @@ def by_hand(data: Dataset, plan: StepPlan, pieces: np.ndarray) -> Counter:
     return Counter(found)
 
 
-def taken_apart(microbatches: list[Microbatch]) -> Counter:
+def segments_of(microbatches: list[Microbatch]) -> Counter:
     """The same, from the tensors; checks the form of the microbatches on the way."""
     found = []
     for mb in microbatches:
@@ -84,8 +84,8 @@ def test_microbatches_are_what_the_files_say(data: Dataset, policy: str, packs_e
     plan = StepPlan.build(pack_dataset(data, SEQ, policy), TRAIN)
     seen = 0
     for step, microbatches in loader(data, plan, microbatch_tokens=packs_each * SEQ):
-        pieces = np.concatenate([plan.index.pack(p) for p in plan.packs(step)])
-        assert taken_apart(microbatches) == by_hand(data, plan, pieces)
+        segments = np.concatenate([plan.index.pack(p) for p in plan.packs(step)])
+        assert segments_of(microbatches) == by_hand(data, plan, segments)
         assert sum(mb.num_targets for mb in microbatches) == plan.num_targets(step)
         assert sum(mb.num_tokens for mb in microbatches) == plan.tokens(step)
         assert {len(mb.input_ids) for mb in microbatches} == {packs_each * SEQ}
@@ -96,14 +96,14 @@ def test_microbatches_are_what_the_files_say(data: Dataset, policy: str, packs_e
 @pytest.mark.parametrize("order", ["shuffled", "olmo-core"])
 def test_a_step_has_the_same_content_for_any_ranks_accumulation_and_threads(data: Dataset, order: str):
     plan = StepPlan.build(pack_dataset(data, SEQ), replace(TRAIN, order=order))
-    expected = {step: taken_apart(microbatches) for step, microbatches in loader(data, plan, threads=1)}
+    expected = {step: segments_of(microbatches) for step, microbatches in loader(data, plan, threads=1)}
     for ranks, packs_each, threads in ((2, 1, 3), (4, 2, 1), (8, 1, 2), (1, 8, 2)):
         got = {step: Counter() for step in expected}
         counts = {step: set() for step in expected}
         for rank in range(ranks):
             options = {"microbatch_tokens": packs_each * SEQ, "threads": threads}
             for step, microbatches in loader(data, plan, rank, ranks, **options):
-                got[step] += taken_apart(microbatches)
+                got[step] += segments_of(microbatches)
                 counts[step].add(len(microbatches))
         assert got == expected
         assert all(len(c) == 1 for c in counts.values()), "ranks meet in every microbatch, so all have as many"
@@ -132,14 +132,14 @@ def test_a_run_resumed_at_any_step_goes_on_bit_for_bit(data: Dataset):
 
 def test_the_number_of_ranks_may_change_in_the_middle_of_a_run(data: Dataset):
     plan = StepPlan.build(pack_dataset(data, SEQ), TRAIN)
-    expected = [taken_apart(microbatches) for _, microbatches in loader(data, plan)]
+    expected = [segments_of(microbatches) for _, microbatches in loader(data, plan)]
     got = [Counter() for _ in expected]
     for ranks, first, last in ((2, 0, 3), (8, 3, 7), (1, 7, plan.steps)):
         for rank in range(ranks):
             for step, microbatches in loader(data, plan, rank, ranks, start_step=first):
                 if step == last:
                     break
-                got[step] += taken_apart(microbatches)
+                got[step] += segments_of(microbatches)
     assert got == expected
 
 
@@ -161,7 +161,7 @@ def test_a_validation_pass_reads_everything_once(data: Dataset):
     got = Counter()
     for rank in range(2):
         for _, microbatches in loader(data, plan, rank, 2):
-            got += taken_apart(microbatches)
+            got += segments_of(microbatches)
     assert got == by_hand(data, plan, index.segments)
 
 

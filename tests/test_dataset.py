@@ -74,7 +74,7 @@ def test_the_dtype_is_the_smallest_that_holds_the_vocabulary():
 
 
 @pytest.mark.parametrize(
-    ("ids", "mask", "lengths", "says"),
+    ("ids", "mask", "lengths", "message"),
     [
         ([1, 2], [True, False], [2], "first token is a target"),
         ([1, 2], [False, True], [2, 0], "empty"),
@@ -83,8 +83,8 @@ def test_the_dtype_is_the_smallest_that_holds_the_vocabulary():
         ([1, -1], [False, True], [2], "from -1"),
     ],
 )
-def test_unusable_documents_are_refused_with_numbers(tmp_path: Path, ids, mask, lengths, says: str):
-    with pytest.raises(SftError, match=says), DatasetWriter(tmp_path, vocab_size=50) as writer:
+def test_unusable_documents_are_refused_with_numbers(tmp_path: Path, ids, mask, lengths, message: str):
+    with pytest.raises(SftError, match=message), DatasetWriter(tmp_path, vocab_size=50) as writer:
         writer.add(ids, mask, lengths)
     assert not list(tmp_path.iterdir())
 

@@ -57,7 +57,7 @@ def test_the_metrics_of_prepare_agree_with_its_dataset(prepared: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"vocab_size": "many"}, "vocab_size: a whole number is expected, not 'many'; next: make prepare again"),
         ({"boundaries": "space"}, "boundaries: one of 'eos', 'index' is expected"),
@@ -67,12 +67,12 @@ def test_the_metrics_of_prepare_agree_with_its_dataset(prepared: Any) -> None:
         ({"eos_id": None}, "eos_id: a whole number is expected"),
     ],
 )
-def test_another_dataset_json_is_refused(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+def test_another_dataset_json_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     info = made_data.dataset_info(made_data.facts(10, 1, 0), [made_data.source_summary("x")])
     (tmp_path / dataset.NAME).write_text(json.dumps({**info.to_value(), **change}))
     with pytest.raises(SftError) as error:
         DatasetInfo.of(tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / dataset.NAME}: ") and says in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / dataset.NAME}: ") and message in str(error.value)
 
 
 def test_files_of_the_version_before_are_read(prepared: Any, tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
 
 
 @pytest.mark.parametrize(
-    ("cluster", "old", "new", "what", "told", "then"),
+    ("cluster", "old", "new", "what", "found", "then"),
     [
         ('storage = "{runs}/s"', '"rows.jsonl"', '"gone.jsonl"', "data", "gone.jsonl", "DATA="),
         ('storage = "/dev/null/none"', "", "", "storage", "cannot write to", "storage in env/here.toml"),
@@ -88,11 +88,11 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
         ('storage = "{runs}/s"\nlauncher = "slurm"', "", "", "scheduler", "sbatch: not found", "login node"),
     ],
 )  # fmt: skip
-def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, new, what, told, then):
+def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, new, what, found, then):
     if "slurm" in cluster:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     row = red(examine(cluster, old, new))[what]
-    assert told in row.found and then in row.next, row
+    assert found in row.found and then in row.next, row
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
     )
     place = plan.Place(Path("runs"), (), "here")
 
-    def memory(told: str = "", *overrides: str) -> doctor.Row:
-        monkeypatch.setattr(beaker, "ask", lambda context: Answer(told))
+    def memory(kind: str = "", *overrides: str) -> doctor.Row:
+        monkeypatch.setattr(beaker, "ask", lambda context: Answer(kind))
         loaded = recipe.load(Path("recipes/y.toml"), overrides, "here")
         rows = doctor.examine(doctor.Context(place, loaded, place.load_cluster()), ask=True)
         return next(r for r in rows if r.what == "memory")
 
-    told = memory("NVIDIA L40S")
-    assert told.state == doctor.RED and "[on.here.train]" in told.found and "48.0 GB" in told.found
+    row = memory("NVIDIA L40S")
+    assert row.state == doctor.RED and "[on.here.train]" in row.found and "48.0 GB" in row.found
     assert memory("NVIDIA L40S", "gpu=B200", "recompute=full", "nodes=4", "global_batch_tokens=16384").found.endswith(
         "of 180 GB (B200)"
     )
@@ -202,8 +202,8 @@ def test_make_doctor_is_one_table_with_an_exit_status_and_needs_no_environment(w
     assert "ok    recipe" in done.stdout and "RED" not in done.stdout
     shutil.rmtree(workspace.root / ".venv")
     assert "ok    batch" in workspace.make("doctor", "RECIPE=x").stdout
-    told = workspace.make("doctor", "RECIPE=x", "warmup_fraction=1", ok=False)
-    assert "RED   warm-up" in told.stdout and "1 red line" in told.stderr
+    done = workspace.make("doctor", "RECIPE=x", "warmup_fraction=1", ok=False)
+    assert "RED   warm-up" in done.stdout and "1 red line" in done.stderr
 
 
 def test_every_shipped_recipe_is_examined_in_under_two_seconds(monkeypatch):
@@ -238,10 +238,10 @@ def test_slurm_is_asked_and_nothing_is_submitted(examine, tmp_path, monkeypatch,
 def test_require_names_every_red_line(examine):
     examine(CLUSTER.replace("/weka/b/sft", "/other"), TRAIN, TRAIN + "\nwarmup_fraction = 1.0")
     place = plan.Place(Path("runs"), (), "here")
-    with pytest.raises(SftError) as told:
+    with pytest.raises(SftError) as error:
         doctor.require(place, recipe.load(Path("recipes/y.toml"), cluster="here"), "train")
     assert (
-        "warm-up:" in str(told.value)
-        and "storage:" in str(told.value)
-        and "make doctor RECIPE=y CLUSTER=here" in str(told.value)
+        "warm-up:" in str(error.value)
+        and "storage:" in str(error.value)
+        and "make doctor RECIPE=y CLUSTER=here" in str(error.value)
     )

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import ANYTHING, CHOICE, REPLY, lines, load, make_place, run
+from evaluating import ANYTHING, CHOICE, REPLY, lines, load, plain_place, run
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.evaluation import evaluate
@@ -24,10 +24,7 @@ from sft.model import hf
 from sft.recipe.schema import Evaluate
 from tiny_export import OLMO3
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_place(tmp_path_factory.mktemp("evaluate"))
+place = plain_place
 
 
 def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespace, tmp_path: Path) -> None:

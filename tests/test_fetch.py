@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from conftest import REPO
+from conftest import REPO, files
 from gcs_server import Server
 from published import publish, publish_step
 from sft.common.errors import SftError
@@ -46,10 +46,6 @@ def make_train(folder: Path) -> None:
 
 def finish(folder: Path, outputs: list[str], key: str = "sha256:1") -> None:
     publish(folder, outputs, stage="train", run="x", key=key)
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def run(*args: str | Path, ok: bool = True) -> str:

@@ -62,7 +62,7 @@ def test_a_whole_number_is_read_as_a_float_but_not_true_as_a_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "message"),
     [
         ({"titel": "x"}, "unknown field titel"),
         ({"title": 3}, "title: a string is expected, not 3"),
@@ -76,11 +76,11 @@ def test_a_whole_number_is_read_as_a_float_but_not_true_as_a_number() -> None:
         ({"note": 1}, "note: a string is expected, not 1"),
     ],
 )
-def test_a_wrong_value_names_its_place_and_what_was_expected(changed: dict[str, Any], told: str) -> None:
+def test_a_wrong_value_names_its_place_and_what_was_expected(changed: dict[str, Any], message: str) -> None:
     value = {"title": "x", "ratio": 1.0, "parts": []} | changed
     with pytest.raises(SftError) as caught:
         Example.from_value(value, "runs/x/f.json")
-    assert str(caught.value).startswith(f"runs/x/f.json: damaged: {told}")
+    assert str(caught.value).startswith(f"runs/x/f.json: damaged: {message}")
     assert str(caught.value).endswith("; next: make example")
 
 

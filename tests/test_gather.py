@@ -64,8 +64,8 @@ def test_files_of_another_disk_arrive_in_pieces_and_what_is_not_as_written_is_an
     assert (there / "model_and_optim" / "__1_0.distcp").read_bytes() == b"\1" * 3500 and (there / "empty1").is_file()
     assert not (tmp_path / "whole" / "disk1").exists()
     for number, case in ((1, "altered"), (2, "short")):
-        told = f"/{case}/disk0/model_and_optim/__1_0.distcp: not the bytes that rank 1 wrote"
-        assert said[number] == f"{case} 0 {told}" and said[number + 3] == f"{case} 1 {told}"
+        problem = f"/{case}/disk0/model_and_optim/__1_0.distcp: not the bytes that rank 1 wrote"
+        assert said[number] == f"{case} 0 {problem}" and said[number + 3] == f"{case} 1 {problem}"
 
 
 def test_nothing_is_sent_where_the_disk_is_shared(tmp_path):

@@ -41,7 +41,7 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture(params=["google", "obstore"])
-def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def client(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test is made with both clients."""
     if request.param == "obstore":
         pytest.importorskip("obstore")
@@ -50,7 +50,7 @@ def wire(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 @pytest.fixture
-def server(wire: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(client: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     """Nothing beyond 127.0.0.1: no credentials are looked for. Sizes and times are scaled down."""
     with Server() as server:
         monkeypatch.setattr(transport, "CHUNK", 1 << 14)
@@ -135,8 +135,8 @@ HOPELESS = [503, "reset", "break", "stall", "corrupt", 401, 403]
 
 
 def words(kind: str | int, twice: str) -> str:
-    told = {"corrupt": twice, 401: "credentials were not accepted", 403: "no permission; next: ask"}
-    return told.get(kind, "not done within 0 s")
+    messages = {"corrupt": twice, 401: "credentials were not accepted", 403: "no permission; next: ask"}
+    return messages.get(kind, "not done within 0 s")
 
 
 @pytest.mark.parametrize("data", [SMALL, LARGE], ids=["small", "large"])
@@ -171,10 +171,10 @@ def test_an_upload_that_cannot_succeed_fails_and_leaves_the_earlier_object(
 
 
 def test_a_server_that_accepts_other_bytes_is_found_out_and_its_object_removed(
-    server: Server, bucket: GcsStorage, tmp_path: Path, wire: str
+    server: Server, bucket: GcsStorage, tmp_path: Path, client: str
 ) -> None:
     server.checks = False
-    server.fault("upload", "corrupt", 3 if wire == "obstore" else 2)
+    server.fault("upload", "corrupt", 3 if client == "obstore" else 2)
     with pytest.raises(SftError, match="changed on the way, twice"):
         send(bucket, tmp_path, SMALL)
     assert server.objects == {}
@@ -267,12 +267,12 @@ class Credentials(google.auth.credentials.Credentials):
         self.expiry = datetime.datetime.now(datetime.UTC).replace(tzinfo=None)
 
 
-def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(wire: str) -> None:
+def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(client: str) -> None:
     with Server() as server:
         credentials = Credentials()  # type: ignore[no-untyped-call]
         client = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
         carrier = transport.fastest_transport(client, client.bucket("test"))
-        assert type(carrier).__name__.lower() == f"{wire}transport"
+        assert type(carrier).__name__.lower() == f"{client}transport"
         for name in ("a", "b"):
             carrier.send(name, SMALL, google_crc32c.value(SMALL), 0)
         assert all((a or "").startswith("Bearer t") for a in server.authorizations)

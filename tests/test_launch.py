@@ -53,7 +53,7 @@ class Answers:
 
 
 @pytest.mark.parametrize(
-    ("answers", "code", "told"),
+    ("answers", "code", "message"),
     [
         ([0, Status("done", 0)], 0, "job 7 is done"),
         ([0, Status("gone")], 0, "job 7 is done"),
@@ -68,11 +68,11 @@ class Answers:
         ([LostConnection("x"), 0, LostConnection("y"), Status("done", 0)], 0, "no answer: y; trying again in 1 s"),
     ],
 )
-def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, code, told):
+def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, code, message):
     monkeypatch.setattr(time, "sleep", lambda s: None)
     job, said = submitted(tmp_path / "train.json", "7"), []
     assert run.follow(job, Answers(*answers), said.append) == code
-    assert told in "\n".join(said)
+    assert message in "\n".join(said)
     assert JobRecord.read(job.file).ended and JobRecord.read(job.file).attempts == 3
 
 
@@ -106,9 +106,11 @@ def test_cancel_and_collect_go_through_all_runs_and_tell_what_went_wrong_at_the_
     with pytest.raises(SftError, match=r"^b-prepare: no such cluster$"):
         commands.for_each(commands.cancel, runs[1:])
     assert ended == ["b-train", "c-train"]
-    with pytest.raises(SftError) as told:
+    with pytest.raises(SftError) as error:
         commands.for_each(commands.collect, runs)
-    assert "b-prepare: no such cluster" in str(told.value) and f"{runs[0]}/.jobs: no job of this run" in str(told.value)
+    assert "b-prepare: no such cluster" in str(error.value) and f"{runs[0]}/.jobs: no job of this run" in str(
+        error.value
+    )
 
 
 def test_a_scheduler_that_never_answers_is_given_up_with_the_job_alive(monkeypatch):
@@ -145,7 +147,7 @@ def test_the_bytes_of_a_record_are_as_they_were(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("argv", "told"),
+    ("argv", "message"),
     [
         (["runs/smoke", "train"], "usage"),
         (["runs/smoke", "train", "stages/train.sh", "runs/other"], "the command names runs/<run>"),
@@ -153,9 +155,9 @@ def test_the_bytes_of_a_record_are_as_they_were(tmp_path):
         (["runs/../x", "train", "x", "runs/../x"], "not a run's name|no such recipe"),
     ],
 )
-def test_what_is_no_job_is_refused(argv, told, monkeypatch):
+def test_what_is_no_job_is_refused(argv, message, monkeypatch):
     monkeypatch.chdir(REPO)
-    with pytest.raises(SftError, match=told):
+    with pytest.raises(SftError, match=message):
         jobs.Job.parse(argv)
 
 
@@ -204,7 +206,7 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
 
 
 @pytest.mark.parametrize(
-    ("toml", "told"),
+    ("toml", "message"),
     [
         ('launcher = "slurm"\ninstall = ["x"]', "'install': for launcher = 'beaker' only, and this is 'slurm'"),
         ('image = "a/b"\nmounts = ["b:/b"]', "'image', 'mounts': for launcher = 'beaker' only, and this is 'local'"),
@@ -220,22 +222,22 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
         ('[env]\nA = "\\u0000"', "'env': A = '\\x00' contains a NUL"),
     ],
 )
-def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path, toml, told):
+def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path, toml, message):
     (tmp_path / "c.toml").write_text(f'storage = "/s"\n{toml}\n')
     with pytest.raises(SftError) as error:
         recipe.load_cluster(tmp_path / "c.toml")
-    assert f"{tmp_path}/c.toml: {told}" in str(error.value)
+    assert f"{tmp_path}/c.toml: {message}" in str(error.value)
 
 
 def test_a_recipes_numbers_that_its_cluster_would_ignore_are_refused(workspace):
     file = workspace.recipe("x")
     file.write_text(file.read_text() + '[on.ai2-jupiter.train]\npartition = "gpu"\n[on.local.prepare]\ncpus = 4\n')
-    told = workspace.make("show", "RECIPE=x", ok=False).stderr
+    message = workspace.make("show", "RECIPE=x", ok=False).stderr
     assert (
         "recipes/x.toml: 'partition' in [on.ai2-jupiter.train]: for launcher = 'slurm' only, and this is 'beaker'"
-        in told
+        in message
     )
-    assert "'cpus' in [on.local.prepare]: for launcher = 'slurm' or 'beaker' only, and this is 'local'" in told
+    assert "'cpus' in [on.local.prepare]: for launcher = 'slurm' or 'beaker' only, and this is 'local'" in message
 
 
 def test_the_clusters_variables_reach_a_stage_on_this_machine(workspace):

@@ -65,8 +65,8 @@ def test_stages_run_as_jobs_of_a_new_launcher(flux: Workspace) -> None:
     flux.make("train", "RECIPE=x", "CLUSTER=here", "DETACH=1")
     assert " running" in flux.make("jobs").stdout
     assert "is cancelled" in flux.make("cancel", "RECIPE=x").stdout
-    told = flux.make("train", "RECIPE=x", "CLUSTER=here", ok=False).stdout
-    assert ": cancelled" in told and "hello from flux from flux" in told
+    output = flux.make("train", "RECIPE=x", "CLUSTER=here", ok=False).stdout
+    assert ": cancelled" in output and "hello from flux from flux" in output
     train.write_text("#!/bin/sh\necho no luck\nexit 3\n")
     failed = flux.make("train", "RECIPE=x", "CLUSTER=here", ok=False)
     assert (

@@ -137,8 +137,8 @@ def test_the_locks_of_all_users_are_the_same(shared):
     (file,) = shared.iterdir()
     assert file.stat().st_uid == NOBODY and file.stat().st_mode & 0o777 == 0o666
     (fd,) = take()
-    told = as_user(NOBODY, take)
-    assert f"GPU GPU-1 is busy with pid {os.getpid()} of root: train" in told
+    output = as_user(NOBODY, take)
+    assert f"GPU GPU-1 is busy with pid {os.getpid()} of root: train" in output
     assert "GPU-1 is busy" in as_user(NOBODY - 1, take)
     os.close(fd)
     assert "SftError" not in as_user(NOBODY - 1, take)
@@ -162,8 +162,8 @@ def test_a_trap_in_the_place_of_a_lock_is_refused_and_nothing_is_written(shared,
     take = lambda: local.lock_gpus(["7"], "train", wait=False)  # noqa: E731
     if trap == "unreadable" and os.getuid():
         pytest.skip("needs root, to play two users")
-    told = as_user(NOBODY, take) if trap == "unreadable" else as_user(os.getuid(), take)
-    assert "SftError" in told and str(file) in told and "; next: have " in told
+    output = as_user(NOBODY, take) if trap == "unreadable" else as_user(os.getuid(), take)
+    assert "SftError" in output and str(file) in output and "; next: have " in output
     assert precious.read_text() == "data"
 
 

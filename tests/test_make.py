@@ -288,7 +288,7 @@ def test_a_report_made_with_other_goals_comes_after_them(workspace):
 
 
 def test_what_a_later_stage_lacks_is_told_before_the_first_starts(workspace):
-    for old, new, told in (
+    for old, new, message in (
         ('path = "rows.jsonl"', 'path = "no.jsonl"', "no file or folder 'no.jsonl'"),
         ('path = "rows.jsonl"', 'path = "/etc/passwd"', "not a plain relative path"),
         ('preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "no/such"', "no file or folder 'no/such'"),
@@ -296,7 +296,7 @@ def test_what_a_later_stage_lacks_is_told_before_the_first_starts(workspace):
         ('tasks = ["one"]', 'tasks = ["onee"]', "did you mean 'one'?"),
     ):
         workspace.recipe("x", old, new)
-        assert told in workspace.make("evaluate", "RECIPE=x", ok=False).stderr
+        assert message in workspace.make("evaluate", "RECIPE=x", ok=False).stderr
     assert workspace.ran() == []
 
 

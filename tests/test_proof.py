@@ -26,9 +26,9 @@ from chat_samples import (
     chat,
     conversations,
     encoder,
-    make_tokenizer,
     plain_text,
     text_of,
+    tokenizer_folder,
     turns,
 )
 from sft.common.errors import SftError
@@ -38,9 +38,7 @@ from sft.recipe.chat_templates import HELPFUL, NO_FUNCTIONS, OLMO, TEMPLATES
 MULTI = chat("What is 2+2?", "4", "And 3+3?", "6", "Thanks!\n", "You are welcome.")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("proof") / "tokenizer")
+folder = tokenizer_folder
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def test_all_mistakes_are_told_at_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "told"),
+    ("old", "new", "message"),
     [
         ("seq_len = 512", "seq_len = true", "a whole number is expected, not a bool"),
         ("seq_len = 512", "seq_len = 1", "at least 2 is expected"),
@@ -99,8 +99,8 @@ def test_all_mistakes_are_told_at_once(tmp_path):
         ("[train]\n", "[train]\nmax_position_embeddings = 5\n", "it belongs to [convert]"),
     ],
 )
-def test_a_mistake_names_field_value_and_remedy(tmp_path, old, new, told):
-    assert told in error(tmp_path, MINIMAL.replace(old, new))
+def test_a_mistake_names_field_value_and_remedy(tmp_path, old, new, message):
+    assert message in error(tmp_path, MINIMAL.replace(old, new))
 
 
 def test_yaml_style_numbers_are_typed(tmp_path):

@@ -11,15 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from evaluating import ANYTHING, REPLY, lines, load, make_place, run
+from evaluating import ANYTHING, REPLY, lines, load, plain_place, run
 from sft.evaluation import evaluate
 from sft.formats.samples import Reply, Sample
 from sft.recipe.schema import Evaluate
 
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_place(tmp_path_factory.mktemp("evaluate"))
+place = plain_place
 
 
 def test_replies_are_kept_with_how_they_ended(place: SimpleNamespace, tmp_path: Path) -> None:
@@ -167,12 +164,12 @@ def test_thinking_is_removed_before_scoring(
     assert found["r1_style"].generation.tokens.median > 10  # what was generated, thinking included
 
 
-def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end: str | None, says: list[str]) -> Any:
+def scripted(place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, think_end: str | None, replies: list[str]) -> Any:
     """A model whose next token is the one its script for that row names, so that everything else is the real thing."""
     from sft.evaluation.hf_model import HfModel
 
-    model = HfModel(place.root / "model", batch_size=len(says), max_length=0, think_end=think_end)
-    scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in says]
+    model = HfModel(place.root / "model", batch_size=len(replies), max_length=0, think_end=think_end)
+    scripts = [[*model.tokenizer.encode(text, add_special_tokens=False), 2] for text in replies]
     forward, at = model.model.forward, [0]
 
     def log(*args: Any, **kwargs: Any) -> Any:
@@ -198,8 +195,8 @@ def ask(model: Any, prompts: list[str], **kwargs: Any) -> tuple[list[str], list[
 def test_a_thought_is_not_stopped_by_a_stop_string_and_an_unclosed_one_has_no_answer(
     place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = ["<think>a ZZZ b</think> Paris ZZZ not this", "<think>so it is Paris", "Paris ZZZ or so"]
-    model = scripted(place, monkeypatch, "</think>", says)
+    replies = ["<think>a ZZZ b</think> Paris ZZZ not this", "<think>so it is Paris", "Paris ZZZ or so"]
+    model = scripted(place, monkeypatch, "</think>", replies)
     texts, entries = ask(model, ["bbb", "ccc", "ddd"], until=["ZZZ"])
     assert [t.strip() for t in texts] == ["Paris", "", "Paris"]
     ends = [e.ended_by for e in entries]
@@ -223,13 +220,13 @@ def test_unclosed_thoughts_lower_the_stop_rate() -> None:
 def test_how_a_reply_ended_does_not_depend_on_its_neighbours(
     place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says = ["Rome ZZZ " + "round and round " * 3, "a longer answer comes here ZZZ"]
-    together = ask(scripted(place, monkeypatch, None, says), ["bbb", "ccc"], until=["ZZZ"])
+    replies = ["Rome ZZZ " + "round and round " * 3, "a longer answer comes here ZZZ"]
+    both = ask(scripted(place, monkeypatch, None, replies), ["bbb", "ccc"], until=["ZZZ"])
     for i in (0, 1):
-        alone = ask(scripted(place, monkeypatch, None, says[i : i + 1]), [["bbb", "ccc"][i]], until=["ZZZ"])
-        assert alone == ([together[0][i]], [together[1][i]])
+        alone = ask(scripted(place, monkeypatch, None, replies[i : i + 1]), [["bbb", "ccc"][i]], until=["ZZZ"])
+        assert alone == ([both[0][i]], [both[1][i]])
     encode = place.model.tokenizer.encode
-    assert together[1][0].tokens <= len(encode("Rome ZZZ ", add_special_tokens=False))
+    assert both[1][0].tokens <= len(encode("Rome ZZZ ", add_special_tokens=False))
 
 
 def test_several_replies_to_a_document_are_all_counted(place: SimpleNamespace, tmp_path: Path) -> None:

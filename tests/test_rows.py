@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from chat_samples import EOS, IM_END, chat, encoder, make_tokenizer, text_of, turns
+from chat_samples import EOS, IM_END, chat, encoder, text_of, tokenizer_folder, turns
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.recipe.schema import Prepare, Source
 
@@ -22,9 +22,7 @@ def read(row: Any, columns: dict[str, str] | None = None, **options: Any) -> Con
     return RowReader(Prepare(tokenizer="t", sources=(source,), **options), source).read(row)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("rows") / "tokenizer")
+folder = tokenizer_folder
 
 
 LAYOUTS = {
@@ -80,11 +78,11 @@ def test_columns_are_renamed_and_win_over_columns_that_merely_exist() -> None:
     got = read(row, {"prompt": "question", "completion": "answer"})
     assert got.messages == HELLO
     assert read({"chat": HELLO, "prompt": "no", "completion": "no"}, {"messages": "chat"}).messages == HELLO
-    told = read(
+    renamed = read(
         {"q": "Hi", "completion": "Hello", "how": "S", "can": [{"name": "f"}]},
         {"prompt": "q", "system": "how", "tools": "can"},
     )
-    assert told.messages == [{"role": "system", "content": "S"}, *HELLO] and told.tools == [{"name": "f"}]
+    assert renamed.messages == [{"role": "system", "content": "S"}, *HELLO] and renamed.tools == [{"name": "f"}]
 
 
 def test_alpaca_input_follows_the_instruction_and_system_column_comes_first() -> None:
@@ -114,8 +112,8 @@ def test_train_and_weight_flags_of_messages_win() -> None:
 
 def test_a_flag_says_nothing_of_the_other_messages() -> None:
     prompt = turns(("user", "a"), ("assistant", "OLD"), ("user", "b"))
-    told = [{"role": "assistant", "content": "NEW", "train": True}]
-    assert read({"prompt": prompt, "completion": told}).train == [False, False, False, True]
+    completion = [{"role": "assistant", "content": "NEW", "train": True}]
+    assert read({"prompt": prompt, "completion": completion}).train == [False, False, False, True]
     row = chat(*"abcdef")
     row["messages"][1]["train"] = False
     assert read(row, train_turns="last").train == [False] * 5 + [True]

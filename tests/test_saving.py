@@ -128,9 +128,9 @@ def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, mo
         assert beside.finished() is None
         with pytest.raises(SftError, match="step3: could not be saved"):
             beside.begin(4, model, optimizer, {}, ephemeral=False)
-    assert beside.settled() is None
+    assert beside.newest_complete() is None
     beside.begin(5, model, optimizer, {}, ephemeral=False)
-    assert beside.settled() == tmp_path / "step5"
+    assert beside.newest_complete() == tmp_path / "step5"
     beside.close()
 
 

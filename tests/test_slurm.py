@@ -23,7 +23,7 @@ from slurm_place import program, record, slurm, start, until, workspace
 __all__ = ["slurm", "workspace"]  # the fixtures
 pytestmark = pytest.mark.slurm
 
-SAVES_WHEN_TOLD = """
+SAVES_ON_SIGNAL = """
 saved = Path('saved')
 def save(*_):
     saved.write_text(os.environ['SFT_JOB'])
@@ -47,7 +47,7 @@ def short_of_time(slurm, tmp_path_factory):
     workspace.recipe("z", 'tokenizer = "tok"', 'tokenizer = "tok"\nseed = 7')
     workspace.make("sync", "RECIPE=y")
     program(workspace, "prepare", "print('no hurry', flush=True)\ntime.sleep(600)")
-    program(workspace, "train", SAVES_WHEN_TOLD)
+    program(workspace, "train", SAVES_ON_SIGNAL)
     workspace.makes = [
         start(workspace, goal, f"RECIPE={r}", "CLUSTER=mine") for goal, r in (("prepare", "z"), ("train", "y"))
     ]
@@ -248,7 +248,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
 
 def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm):
     workspace.make("sync", "RECIPE=x")
-    program(workspace, "train", SAVES_WHEN_TOLD)
+    program(workspace, "train", SAVES_ON_SIGNAL)
     process = start(workspace, "train", "RECIPE=x", "CLUSTER=slurm")
     logs = workspace.root / "runs/x/.jobs"
     log = until(lambda: next(logs.glob("train-*.attempt-01.log"), None), "the log")
@@ -318,7 +318,7 @@ def test_hostile_paths_and_values_reach_the_job_unchanged(slurm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("toml", "told"),
+    ("toml", "message"),
     [
         ('partition = "a\\n#SBATCH --wrap=x"', "a backslash or control character cannot be given to sbatch"),
         ('sbatch = ["rm -rf"]', "--option or --option=value is expected"),
@@ -326,10 +326,10 @@ def test_hostile_paths_and_values_reach_the_job_unchanged(slurm, tmp_path):
         ("shared_disk = false", "shared_disk = false, but Slurm jobs work in this folder"),
     ],
 )
-def test_what_slurm_cannot_be_told_is_refused_by_name(workspace, toml, told):
+def test_what_slurm_cannot_be_told_is_refused_by_name(workspace, toml, message):
     (workspace.root / "env/mine.toml").write_text(f'launcher = "slurm"\nstorage = "{{runs}}/.s"\n{toml}\n')
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=mine", ok=False)
-    assert told in done.stderr and not (workspace.root / "runs/x/prepare").exists()
+    assert message in done.stderr and not (workspace.root / "runs/x/prepare").exists()
 
 
 def test_a_job_that_ends_well_without_its_manifest_is_an_error(workspace):

@@ -77,9 +77,9 @@ def test_a_fraction_of_an_epoch_is_that_many_packs(index: PackIndex):
 def test_sums_of_steps_are_sums_of_their_packs(index: PackIndex):
     plan = StepPlan.build(index, TRAIN)
     for step in range(plan.steps):
-        pieces = np.concatenate([index.pack(p) for p in plan.packs(step)])
-        assert plan.num_targets(step) == pieces["labels"].sum() and plan.tokens(step) == pieces["length"].sum()
-        assert plan.padding(step) == len(plan.packs(step)) * SEQ - pieces["length"].sum()
+        segments = np.concatenate([index.pack(p) for p in plan.packs(step)])
+        assert plan.num_targets(step) == segments["labels"].sum() and plan.tokens(step) == segments["length"].sum()
+        assert plan.padding(step) == len(plan.packs(step)) * SEQ - segments["length"].sum()
 
 
 def test_the_description_adds_up(index: PackIndex):
@@ -105,7 +105,7 @@ def test_the_description_needs_no_token_files(tmp_path: Path, index: PackIndex):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"global_batch_tokens": 100}, r"global_batch_tokens 100 is not a multiple of seq_len 64; next: use 64 or 128"),
         ({"global_batch_tokens": 40}, r"not a multiple of seq_len 64; next: use 64$"),
@@ -117,8 +117,8 @@ def test_the_description_needs_no_token_files(tmp_path: Path, index: PackIndex):
         ({"seq_len": 32, "global_batch_tokens": 320}, r"seq_len 32: the packs are of 64"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_with_numbers(index: PackIndex, change: dict, says: str):
-    with pytest.raises(SftError, match=says):
+def test_what_cannot_be_trained_is_refused_with_numbers(index: PackIndex, change: dict, message: str):
+    with pytest.raises(SftError, match=message):
         StepPlan.build(index, replace(TRAIN, **change))
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import REPO
+from conftest import REPO, files
 from sft.common.errors import SftError
 from sft.storage import local
 from sft.storage.checksums import hash_file
@@ -48,10 +48,6 @@ def source(tmp_path: Path) -> LocalStorage:
 @pytest.fixture
 def target(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "there" / "root")
-
-
-def files(root: Path) -> dict[str, bytes]:
-    return {p.relative_to(root).as_posix(): p.read_bytes() for p in root.rglob("*") if p.is_file()}
 
 
 def test_a_copy_has_the_same_bytes_and_leaves_nothing_else(source: LocalStorage, target: LocalStorage) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from evaluating import ANYTHING, make_place
+from evaluating import ANYTHING, plain_place
 from sft.common.errors import SftError
 from sft.evaluation import evaluate
 from sft.recipe.schema import Evaluate
@@ -131,9 +131,7 @@ def test_a_task_file_that_cannot_be_read_is_reported(monkeypatch: pytest.MonkeyP
         tasks.find("towns", folder, {})
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return make_place(tmp_path_factory.mktemp("tasks"))
+place = plain_place
 
 
 def test_a_finished_task_is_reused_until_its_code_changes(place: SimpleNamespace, folder: Path, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from chat_samples import (
     encoder,
     make_tokenizer,
     text_of,
+    tokenizer_folder,
     turns,
 )
 from sft.chat.rows import RowReader
@@ -40,10 +41,7 @@ from sft.formats.record import build, to_json
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import TEMPLATE_SUFFIXES
 
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tokenizer(tmp_path_factory.mktemp("encoder") / "tokenizer")
+folder = tokenizer_folder
 
 
 @pytest.fixture(scope="module")

@@ -360,7 +360,7 @@ def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "precision", "lacking", "settled"),
+    ("wanted", "device", "precision", "missing", "settled"),
     [
         ("auto", "cuda", "bf16", "", "always"),
         ("auto", "cuda", "bf16", "a C compiler", "never"),
@@ -371,14 +371,14 @@ def test_a_deterministic_run_ends_in_the_same_bits_twice_and_after_a_kill(
     ],
 )
 def test_a_gpu_in_bf16_compiles_where_it_can(
-    monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, precision: str, lacking: str, settled: str
+    monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, precision: str, missing: str, settled: str
 ) -> None:
-    monkeypatch.setattr(build, "missing_compiler", lambda: lacking)
+    monkeypatch.setattr(build, "missing_compiler", lambda: missing)
     recipe = types.SimpleNamespace(train=Train(precision=precision))
     stage: Any = types.SimpleNamespace(hardware=Hardware(compile=wanted), recipe=recipe)
     hardware, why = build.resolve_compile(stage, World(0, 1, 0, torch.device(device)))
     assert hardware == Hardware(compile=settled)
-    assert why == (lacking if (wanted, device) == ("auto", "cuda") else "")
+    assert why == (missing if (wanted, device) == ("auto", "cuda") else "")
 
 
 def test_what_a_compiler_needs_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

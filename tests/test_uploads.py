@@ -181,7 +181,7 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
 
 # --- back -------------------------------------------------------------------------------------------------------------
 
-KEPT = "gs://test/runs/x/train/0123456789abcdef"
+ADDRESS = "gs://test/runs/x/train/0123456789abcdef"
 
 
 def keep(server: Server, root: Path, number: int) -> None:
@@ -191,35 +191,35 @@ def keep(server: Server, root: Path, number: int) -> None:
     (folder / "config.json").write_text(f"weights of {number}")
     publish_step(folder, number, ["config.json"])
     for file in folder.iterdir():
-        name = f"{KEPT}/{folder.name}/{file.name}".removeprefix("gs://test/")
+        name = f"{ADDRESS}/{folder.name}/{file.name}".removeprefix("gs://test/")
         server.objects[name] = Stored(file.read_bytes(), next(server.numbers))
 
 
 def put(server: Server, name: str, data: bytes) -> None:
-    server.objects[f"{KEPT}/{name}".removeprefix("gs://test/")] = Stored(data, next(server.numbers))
+    server.objects[f"{ADDRESS}/{name}".removeprefix("gs://test/")] = Stored(data, next(server.numbers))
 
 
 def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_path: Path, server: Server) -> None:
     out, said = tmp_path / "train", list[str]()
     out.mkdir()
     alone = World(0, 1, 0, torch.device("cpu"))
-    uploads.bring_checkpoint(out, KEPT, tmp_path / "cache", alone, said.append)
+    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
     assert not list(out.iterdir()) and not said
     for number in (2, 4, 6, 8, 10):
         keep(server, tmp_path / "there", number)
-    del server.objects[f"{KEPT}/step10/{manifest.NAME}".removeprefix("gs://test/")]  # it had not been sent
+    del server.objects[f"{ADDRESS}/step10/{manifest.NAME}".removeprefix("gs://test/")]  # it had not been sent
     put(server, "step8/config.json", b"weights of 9")
     put(server, "BEST", b"step4\nloss 0.5\n")
     put(server, "LATEST", b"step10\n")
     put(server, "metrics.jsonl", Attempt(1, 0, 1, "cpu", None, "formula").to_bytes() + step_record(1).to_bytes())
-    uploads.bring_checkpoint(out, KEPT, tmp_path / "cache", alone, said.append)
+    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
     assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
     for step in (out / "step4", out / "step6"):
         assert not manifest.broken_outputs(step, manifest.StepManifest.read(step / manifest.NAME).outputs)
     assert (out / "BEST").read_bytes() == b"step4\nloss 0.5\n" and not (out / "LATEST").exists()
     assert logs.next_attempt(out) == 2
-    assert any(line.startswith(f"warning: {KEPT}/step8 is skipped: ") for line in said)
-    assert said[-1] == f"continuing from step 6 of {KEPT}"
+    assert any(line.startswith(f"warning: {ADDRESS}/step8 is skipped: ") for line in said)
+    assert said[-1] == f"continuing from step 6 of {ADDRESS}"
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
@@ -237,12 +237,12 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
         for rank in (0, 1):
             sees = later if rank == ahead else server
             here = {**world, "RANK": str(rank), "STORAGE_EMULATOR_HOST": sees.url}
-            nodes.append(training.SERVER.Process(target=uploading.bring_on_node, args=(tmp_path, KEPT, here)))
+            nodes.append(training.SERVER.Process(target=uploading.bring_on_node, args=(tmp_path, ADDRESS, here)))
             nodes[-1].start()
         for node in nodes:
             node.join(120)
     said = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
     assert [node.exitcode for node in nodes] == [0, 0], said
-    assert said[0].endswith(f"continuing from step 6 of {KEPT}\n") and not said[1]
+    assert said[0].endswith(f"continuing from step 6 of {ADDRESS}\n") and not said[1]
     assert ("step8 is skipped" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
     assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))

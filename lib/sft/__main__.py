@@ -151,8 +151,8 @@ def command_show(args: argparse.Namespace) -> None:
                 )
                 if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
                     for item in v:
-                        given = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
-                        print(f"  {f.name}: " + ", ".join(f"{k} = {to_toml(x)}" for k, x in given.items()))
+                        changed = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
+                        print(f"  {f.name}: " + ", ".join(f"{k} = {to_toml(x)}" for k, x in changed.items()))
                     continue
                 line = f"{f.name} = {to_toml(v)}"
                 print(f"{line:47} # {origin}" if origin else line)

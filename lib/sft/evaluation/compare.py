@@ -30,7 +30,7 @@ from sft.formats.samples import ConversationLoss, SampleItem
 from sft.recipe import schema
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-MARKS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
+STARS = ((0.001, "***"), (0.01, "**"), (0.05, "*"))
 
 
 def compare(runs: Sequence[Path], anyway: bool = False) -> Comparison:
@@ -60,7 +60,7 @@ def _corrected(rows: Sequence[ScoreDifference]) -> list[ScoreDifference]:
     for row in rows:
         if row.p is not None:
             p = next(corrected)
-            row = replace(row, corrected=p, mark=next((mark for limit, mark in MARKS if p < limit), ""))
+            row = replace(row, corrected=p, mark=next((mark for limit, mark in STARS if p < limit), ""))
         result.append(row)
     return result
 

@@ -211,7 +211,7 @@ def run_task(
         task = definition.load(options.seed)
         asked = asking.ask(task, options, model.max_length)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
-        with _answers_kept(model, files.incomplete, documents):
+        with _keep_answers(model, files.incomplete, documents):
             output = harness.run_task(
                 model,
                 task,
@@ -252,7 +252,7 @@ def _broken_by_error(name: str, trace: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _answers_kept(model: Recorder, file: Path, documents: int) -> Iterator[None]:
+def _keep_answers(model: Recorder, file: Path, documents: int) -> Iterator[None]:
     """Writes the answers so far to a file when a signal interrupts the task."""
     try:
         yield

@@ -122,11 +122,11 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
     return problems
 
 
-def _unread(cls: type, names_given: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
+def _unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
     """One line for each launcher of fields that this launcher does not read."""
     names: dict[tuple[str, ...], list[str]] = {}
     for f in dataclasses.fields(cls):
-        if f.name in names_given and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
+        if f.name in present and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
             names.setdefault(f.metadata["launchers"], []).append(f"'{f.name}'")
     return [
         f"{', '.join(fields)}{where}: for launcher = {' or '.join(map(repr, readers))} only, and this is {launcher!r}; remove it"

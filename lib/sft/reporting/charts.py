@@ -142,14 +142,14 @@ def intervals(points: Sequence[Interval], *, width: int) -> str:
     row, top, bottom, pad = 28, 8, 26, 12
     left = min(width // 2, 24 + 7 * max(len(p.name) for p in points))
     height = top + row * len(points) + bottom
-    marks = ticks(min(0.0, *(p.low for p in points)), max(0.0, *(p.high for p in points)), 7)
-    x0, x1 = marks[0], marks[-1] if marks[-1] > marks[0] else marks[0] + 1
+    grid = ticks(min(0.0, *(p.low for p in points)), max(0.0, *(p.high for p in points)), 7)
+    x0, x1 = grid[0], grid[-1] if grid[-1] > grid[0] else grid[0] + 1
 
     def px(x: float) -> float:
         return left + pad + (x - x0) / (x1 - x0) * (width - left - 2 * pad)
 
     parts = []
-    for x in marks:
+    for x in grid:
         kind = "zero" if x == 0 else "grid"
         parts.append(f'<line class="{kind}" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{top}" y2="{height - bottom}"/>')
         parts.append(f'<text class="tick" x="{px(x):.1f}" y="{height - 8}" text-anchor="middle">{number(x)}</text>')

@@ -90,9 +90,9 @@ def replies(folder: Path, results: Results) -> str:
 
 
 def _reply(task: str, sample: Sample) -> str:
-    marks = ", ".join(f"{k} {v:g}" for k, v in sample.scores.items() if isinstance(v, (int, float)))
+    shown = ", ".join(f"{k} {v:g}" for k, v in sample.scores.items() if isinstance(v, (int, float)))
     return (
-        f'<article class="chat"><header>{escape(task)} · {escape(marks)} · {escape(_joined(sample.ended_by))},'
+        f'<article class="chat"><header>{escape(task)} · {escape(shown)} · {escape(_joined(sample.ended_by))},'
         f" {_joined(sample.tokens)} tokens</header><pre>{clip(sample.prompt)}<mark>{clip(str(sample.replies[0]))}</mark></pre>"
         f"<footer>target: {clip(str(sample.target))}</footer></article>"
     )

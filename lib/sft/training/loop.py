@@ -345,7 +345,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             metrics.write(record)
             metrics.show(record)
     if run.skipped >= run.stage.recipe.train.max_skipped:
-        good = run.saver.settled() or "none: no step was saved"
+        good = run.saver.newest_complete() or "none: no step was saved"
         raise SharedError(
             f"{run.stage.out}: step {facts.step}: {run.skipped} steps in a row had a loss or gradient that was not finite"
             f" or a spike (last: loss {numbers.loss}, gradient norm {numbers.grad_norm}); last good checkpoint: {good};"
@@ -385,7 +385,7 @@ def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
     every rank, when a weight is not finite."""
     bad = torch.stack([p.detach().isfinite().all().logical_not() for p in local(run.model.parameters())]).any()
     if run.world.any(bool(bad)):
-        good = run.saver.settled() or "none"
+        good = run.saver.newest_complete() or "none"
         raise SharedError(
             f"{run.stage.out}/step{done}: not saved, weights are not finite; last good checkpoint: {good}"
         )

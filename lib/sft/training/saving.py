@@ -83,7 +83,7 @@ class Saver:
         """Whether the request file is there (True on rank 0 only). It is removed when the checkpoint is complete."""
         return self.world.is_rank0 and self._pending is None and (self.out / REQUEST).exists()
 
-    def settled(self) -> Path | None:
+    def newest_complete(self) -> Path | None:
         """The newest complete step, after the save under way has ended, with or without success."""
         with contextlib.suppress(Exception):
             self.wait()

@@ -18,7 +18,7 @@ ANSWER_S = 60
 WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
 RUNNING = ("RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 ENDS = {"COMPLETED": "done", "TIMEOUT": "timeout", "DEADLINE": "timeout", "CANCELLED": "cancelled"}
-HIDDEN = ("MAKE", "MFLAGS", "SLURM_", "SHARD", "DETACH", "DRY_RUN")
+NOT_INHERITED = ("MAKE", "MFLAGS", "SLURM_", "SHARD", "DETACH", "DRY_RUN")
 """Prefixes of variables that a job must not inherit from the shell that submits it."""
 SILENCE = r"contact slurm controller|[Cc]onnect|timed out|transmitted|temporarily|Zero Bytes|slurm_receive_msg"
 """What Slurm's commands print when the controller does not answer."""
@@ -30,7 +30,7 @@ class UnknownJob(SftError):
 
 def run(*command: str) -> str:
     """Runs one of Slurm's commands and returns what it printed. Raises LostConnection, UnknownJob, or SftError."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(HIDDEN) or k == "SLURM_CONF"}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED) or k == "SLURM_CONF"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=env, check=False)
     except FileNotFoundError:
