@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sft.checkpoint import step_folder
+from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
@@ -175,6 +175,8 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     facts = DatasetInfo.of(stage.dataset).facts
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
     config = convert.trained_config(stage.recipe.model, facts.vocab_size, step)
+    kept = olmo_core.base_facts(step / "config.json")
+    options, _ = convert.with_length(options, config, kept, stage.recipe.train.seq_len)
     tokenizer = stage.out / "tokenizer"
     trained_template = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     template = convert.evaluation_template(options.eval_template, stage.find) or trained_template
@@ -184,7 +186,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
 
     weights = DcpReader(step)
     try:
-        write.export(weights, config, facts, tokenizer, target, options, template, quiet)
+        write.export(weights, config, facts, tokenizer, target, options, template, quiet, kept)
         gate.check(target, weights, config, facts, trained_template, options, quiet)
     finally:
         weights.close()

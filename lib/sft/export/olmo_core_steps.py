@@ -22,10 +22,11 @@ from tokenizers import Tokenizer
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import model_config, step_config
+from sft.checkpoint.olmo_core import base_facts, model_config, step_config
 from sft.common.errors import SftError
 from sft.common.files import read_json, write_json
 from sft.export import card, gate
+from sft.export.convert import with_length
 from sft.export.logits import compare_logits, sample_layers
 from sft.export.places import Log, local_folder, new_folder, scratch_folder
 from sft.export.step_writer import check_step_weights, write_step_files, write_step_manifest, write_step_weights
@@ -58,6 +59,10 @@ def to_hf(
     with new_folder(target, cache, log) as out:
         step = local_folder(source, cache, log)
         config = model_config(step / "config.json")
+        kept = base_facts(step / "config.json")
+        options, lines = with_length(options, config, kept, 0)
+        for line in lines:
+            log(line)
         folder = local_folder(tokenizer, cache, log) if tokenizer else _find_tokenizer(step, source, cache, log)
         encoder = Encoder(folder, Prepare(tokenizer=str(folder), sources=(), template=template), Path)
         facts, text = encoder.identity, encoder.template.text
@@ -65,7 +70,7 @@ def to_hf(
         weights = DcpReader(step)
         with scratch_folder(cache) as work:
             encoder.save_tokenizer(work)
-            export(weights, config, facts, work, out, options, text, log)
+            export(weights, config, facts, work, out, options, text, log, kept)
         record = gate.check(out, weights, config, facts, text, options, log)
         weights.close()
         (out / "README.md").write_text(card.of_checkpoint(source, facts, record), encoding="utf-8")

@@ -10,6 +10,7 @@ import sys
 import click
 
 from sft.recipe import schema
+from sft.runner.bases import find_base
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.processes import processes
 
@@ -24,7 +25,8 @@ def main(options: RunOptions, stage: str) -> None:
     if (options.run / "prepare" / "data").is_dir():  # numbers that cannot work are reported before a process starts
         from sft.packing.arithmetic import check  # start-up: numpy and numba, not needed without data
 
-        check(options.run / "prepare", recipe, hardware, cluster)
+        base = find_base(options.place.roots, options.run, recipe)
+        check(options.run / "prepare", recipe, hardware, cluster, base)
     print(*processes(hardware, cluster))
 
 

@@ -113,7 +113,7 @@ def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
         return None
     data = read_json(file)
     if "model_type" not in data and ("model" in data or core_config.OURS in data):
-        config = core_config.read(data, str(file))
+        config = core_config.read(data, str(file), ignore)
         return Base(config, core_facts(data, str(file)), str(file))
     return read_hf_config(data, str(file), ignore)
 
@@ -142,7 +142,7 @@ def find_family(data: dict[str, Any], where: str) -> Family:
 def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = ()) -> Base:
     """The base that a Hugging Face config.json describes. Raises SftError."""
     family = find_family(data, where)
-    config = ConfigReader(data, where)
+    config = ConfigReader(data, where, ignore)
     if method := data.get("quantization_config"):
         name = method.get("quant_method", method) if isinstance(method, dict) else method
         config.refuse(
@@ -187,7 +187,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     bos = config.given("bos_token_id") if "bos_token_id" in data else family.bos_token_id
     for name in ("eos_token_id", "pad_token_id", "original_max_position_embeddings"):
         config.given(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
-    config.refuse_rest({*IRRELEVANT, *ignore}, NEUTRAL)
+    config.refuse_rest(IRRELEVANT, NEUTRAL)
     scaled = made.rope_scaling is not None
     facts = BaseFacts(made.vocab_size, max_positions, bos if isinstance(bos, int) else None, scaled)
     return Base(made, facts, where)

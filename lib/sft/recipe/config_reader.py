@@ -16,11 +16,11 @@ _REQUIRED: Any = object()
 
 
 class ConfigReader:
-    """The keys of an object. `where` names it in messages. Every method raises SftError for a missing key or a value of
+    """The keys of an object. `where` names it in messages. `ignore`: keys that the recipe declares irrelevant. Every method raises SftError for a missing key or a value of
     another type; null counts as missing."""
 
-    def __init__(self, data: Mapping[str, Any], where: str) -> None:
-        self.data, self.where = data, where
+    def __init__(self, data: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> None:
+        self.data, self.where, self.ignore = data, where, ignore
         self.read: set[str] = set()
 
     def refuse(self, name: str, found: object, expected: str, then: str = "") -> NoReturn:
@@ -64,7 +64,7 @@ class ConfigReader:
             return None
         if not isinstance(value, dict):
             self.refuse(name, value, "a table", "correct the base's config")
-        return ConfigReader(value, f"{self.where}: {name}")
+        return ConfigReader(value, f"{self.where}: {name}", self.ignore)
 
     def nested(self, name: str) -> ConfigReader:
         """A nested object that must be there."""
@@ -92,12 +92,13 @@ class ConfigReader:
             if value is not None
             and name not in self.read
             and name not in allowed
+            and name not in self.ignore
             and value not in neutral.get(name, ())
         }
         if rest:
             lines = [
                 f"{self.where}: {name}: {_short(value)}, "
-                + (f"only {neutral[name][0]!r} is supported" if name in neutral else "not supported")
+                + (f"only {neutral[name][0]!r} is supported" if neutral.get(name) else "not supported")
                 for name, value in rest.items()
             ]
             raise SftError(

@@ -7,7 +7,7 @@ Every key of a description is used, known to be irrelevant, or refused with its 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +70,8 @@ class _Layer:
     mlp_bias: bool
 
 
-def read(data: Mapping[str, Any], where: str) -> ModelConfig:
-    """The architecture that a step's config.json describes. Raises SftError for one that ModelConfig cannot express."""
+def read(data: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> ModelConfig:
+    """The architecture that a step's config.json describes. `ignore`: keys that the recipe declares irrelevant. Raises SftError for one that ModelConfig cannot express."""
     if OURS in data:
         try:
             return ModelConfig.from_value(data[OURS])
@@ -80,7 +80,7 @@ def read(data: Mapping[str, Any], where: str) -> ModelConfig:
                 f"{where}: {OURS}: not a model: {error!r}; next: bring the step's own config.json"
             ) from error
     try:
-        return _read_model(ConfigReader(data, where).nested("model"))
+        return _read_model(ConfigReader(data, where, ignore).nested("model"))
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise SftError(
             f"{where}: not the description of an OLMo-core model: {error!r}; next: bring the step's own config.json"
@@ -111,11 +111,11 @@ def _blocks(model: ConfigReader, count: int) -> list[ConfigReader]:
     for i in range(count):
         where = f"{model.where}: layer {i}"
         if overrides is not None and overrides.given(str(i)) is not None:
-            found.append(ConfigReader(overrides.data[str(i)], where))
+            found.append(ConfigReader(overrides.data[str(i)], where, model.ignore))
         elif pattern:
-            found.append(ConfigReader(shared.nested(str(pattern[i % len(pattern)])).data, where))
+            found.append(ConfigReader(shared.nested(str(pattern[i % len(pattern)])).data, where, model.ignore))
         else:
-            found.append(ConfigReader(shared.data, where))
+            found.append(ConfigReader(shared.data, where, model.ignore))
     if overrides is not None:
         overrides.refuse_rest()
     return found

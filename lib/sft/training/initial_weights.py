@@ -28,7 +28,7 @@ from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
 from sft.recipe.architecture import ModelConfig
 
-NOISE = 0.1
+NOISE = 0.2
 """Standard deviation of the noise of a new row, as a share of that of the table's values."""
 
 

@@ -1,0 +1,362 @@
+"""Configurations and weights of bases: what is used, what is refused and with which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import bases
+from sft.checkpoint import olmo_core
+from sft.checkpoint.hf_folder import HfFolder
+from sft.common.errors import SftError
+from sft.formats.dataset import TokenIds
+from sft.model.model import Transformer
+from sft.recipe import recipe, schema
+from sft.recipe.architecture import DynamicRope, LinearRope, Llama3Rope, LongRope, ModelConfig, Yarn
+from sft.recipe.base_config import Base, BaseFacts, read_base, read_hf_config
+from sft.recipe.presets import PRESETS
+from sft.recipe.resolve import named_changes, resolve, supported_length
+from sft.training import initial_weights
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+def read(**changes: Any) -> Base:
+    return read_hf_config(LLAMA | changes, "base/config.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, LinearRope(2.0)),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}}, LinearRope(2.0)),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, DynamicRope(2.0, 256)),
+        ({"rope_scaling": YARN}, Yarn(4.0, old_context=64)),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, Yarn(4.0, old_context=256)),
+        ({"rope_scaling": YARN | {"attention_factor": Yarn(4.0).attention_factor}}, Yarn(4.0, old_context=64)),
+        ({"rope_scaling": YARN | {"attention_factor": 1.5}}, Yarn(4.0, old_context=64, attention=1.5)),
+        ({"rope_scaling": YARN | {"beta_fast": 16, "beta_slow": 2, "truncate": False}},
+         Yarn(4.0, 16.0, 2.0, 64, truncate=False)),
+        ({"rope_scaling": {**bases.LLAMA3}}, Llama3Rope(8.0, 1.0, 4.0, 64)),
+        ({"rope_scaling": {**YARN}, "original_max_position_embeddings": 32}, Yarn(4.0, old_context=32)),
+        ({"rope_scaling": None}, None),
+        ({"rope_scaling": {"rope_type": "default"}}, None),
+    ],
+)  # fmt: skip
+def test_rotary_scaling_is_read_in_its_forms(changes: dict[str, Any], wanted: object) -> None:
+    assert read(**changes).config.rope_scaling == wanted
+
+
+def test_mscale_of_both_kinds_gives_the_attention_factor_that_transformers_computes() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaling = YARN | {"mscale": 0.8, "mscale_all_dim": 1.2}
+    found = read(rope_scaling=dict(scaling)).config.rope_scaling
+    assert isinstance(found, Yarn)
+    theirs = LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"}, rope_scaling=dict(scaling))
+    assert found.attention_factor == pytest.approx(ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: 30.0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping: 50.0"),
+        ({"logit_scale": 0.0625}, "logit_scale: 0.0625, only 1 is supported"),
+        ({"logits_scaling": 8.0}, "logits_scaling: 8.0"),
+        ({"residual_multiplier": 0.2}, "residual_multiplier: 0.2"),
+        ({"clip_qkv": 8.0}, "clip_qkv: 8.0"),
+        ({"hidden_act": "gelu"}, "hidden_act: 'gelu', only 'silu' is supported"),
+        ({"sliding_window": 128}, "sliding_window: 128"),
+        ({"never_heard_of": 3}, "never_heard_of: 3, not supported"),
+        ({"attention_dropout": 0.1}, "attention_dropout: 0.1"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config: 'gptq', expected unquantised"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5"),
+        ({"rope_theta": None}, "rope_theta: None, expected a number above 0"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_type: 'su', expected default, linear"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "type: 'linear', expected the same as rope_type"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: no field 'factor'"),
+        ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: finetuned: True"),
+        ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "expected the same as rope_parameters"),
+        ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "expected one value, not"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: .*predicts the next token"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads: 3, expected a divisor of num_attention_heads, 4"),
+        ({"hidden_size": "64"}, "hidden_size: '64', expected a whole number"),
+        ({"vocab_size": None}, "no field 'vocab_size'"),
+        ({"model_type": "gpt2"}, "model_type: 'gpt2', expected one of olmo2"),
+        ({"model_type": "qwen2", "attention_bias": False}, "attention_bias: False, expected True"),
+        ({"model_type": "olmo3", "rope_scaling": None, "rope_theta": 8e6}, "rope_theta: 8000000.0, expected 500000.0"),
+        ({"model_type": "qwen3", "layer_types": ["linear_attention"] * 2}, "layer_types: .*linear_attention"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_refused_with_its_value(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SftError, match=f"base/config.json: .*{message}"):
+        read(**changes)
+
+
+def test_keys_that_say_nothing_are_ignored_by_name_and_others_only_by_the_recipe() -> None:
+    harmless = {"use_cache": False, "torch_dtype": "bfloat16", "pretraining_tp": 1, "is_llama_config": True,
+                "rope_interleaved": False, "auto_map": {"AutoConfig": "x.Y"}, "logit_scale": 1.0, "some_note": None}  # fmt: skip
+    assert read(**harmless).config == read().config
+    with pytest.raises(SftError, match=r'ignore_config = \["some_note", "other"\]'):
+        read(some_note="text", other=1)
+    assert read_hf_config(LLAMA | {"some_note": "text"}, "x", ignore=["some_note"]).config == read().config
+
+
+def core(**changes: Any) -> dict[str, Any]:
+    described = olmo_core.step_config(PRESETS["qwen3-0.6b"], TokenIds())
+    model = described["model"]
+    for path, value in changes.items():
+        *parts, last = path.split("__")
+        at = model
+        for part in parts:
+            at = at[part]
+        at[last] = value
+    return described
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "value"),
+    [
+        ({"tie_word_embeddings": False}, "tied", False),
+        ({"block__layer_norm__eps": 1e-5, "lm_head__layer_norm__eps": 1e-5, "block__sequence_mixer__qk_norm__eps": 1e-5},
+         "norm_eps", 1e-5),
+        ({"block__sequence_mixer__rope__scaling": {"_CLASS_": "olmo_core.nn.rope.PIRoPEScalingConfig", "factor": 3.0}},
+         "rope_scaling", LinearRope(3.0)),
+        ({"block__sequence_mixer__rope__scaling": {"_CLASS_": "olmo_core.nn.rope.ABFRoPEScalingConfig", "new_theta": 8_000_000}},
+         "rope_theta", 8e6),
+        ({"block__sequence_mixer__rope__scaling": {"_CLASS_": "a.YaRNRoPEScalingConfig", "factor": 2.0, "beta_fast": 16,
+                                                  "beta_slow": 2, "old_context_len": 512}},
+         "rope_scaling", Yarn(2.0, 16.0, 2.0, 512)),
+        ({"block__sequence_mixer__rope__scaling": {"_CLASS_": "a.StepwiseRoPEScalingConfig"}},
+         "rope_scaling", Llama3Rope(32.0, 1.0, 4.0, 8192)),
+    ],
+)  # fmt: skip
+def test_an_olmo_core_base_is_read_whole(tmp_path: Path, changes: dict[str, Any], field: str, value: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(core(**changes)))
+    found = read_base(tmp_path)
+    assert found and getattr(found.config, field) == value
+    message = rf"the recipe's \[model\] is not the base's(.|\n)*{field} +"
+    with pytest.raises(SftError, match=message):
+        resolve(schema.Model(preset="qwen3-0.6b", base="x"), 0, found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block__sequence_mixer__clip_qkv": 8.0}, "layer 0: clip_qkv: 8.0"),
+        ({"block__sequence_mixer__gate": {"granularity": "headwise"}}, "layer 0: gate"),
+        ({"block__name": "peri_norm"}, "name: 'peri_norm'"),
+        ({"embed_scale": 2.0}, "embed_scale: 2.0"),
+        ({"lm_head__bias": True}, "bias: True"),
+        ({"block__layer_norm__eps": 1e-3}, "qk_norm: eps"),
+        ({"block__feed_forward__activation": "gelu"}, "activation"),
+        ({"block__sequence_mixer__rope__scaling": {"_CLASS_": "a.PIRoPEScalingConfig", "attention_rescale_factor": 1.2}},
+         "attention_rescale_factor: 1.2"),
+        ({"block__sequence_mixer__future": 1}, "layer 0: sequence_mixer: future: 1"),
+    ],
+)  # fmt: skip
+def test_what_an_olmo_core_base_has_beyond_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(core(**changes)))
+    with pytest.raises(SftError, match=message):
+        read_base(tmp_path)
+
+
+# --- recipe and base ----------------------------------------------------------------------------------------------
+
+
+def test_a_mismatch_is_a_table_of_field_base_recipe_and_what_to_write() -> None:
+    model = schema.Model(preset="llama3.1-8b", base="b", rope_theta=1e4, hidden=96)
+    with pytest.raises(SftError) as error:
+        resolve(model, 0, read(rms_norm_eps=1e-6))
+    lines = str(error.value).splitlines()
+    assert lines[0] == "base/config.json: the recipe's [model] is not the base's architecture"
+    assert lines[1].split("  ")[0] == "field" and lines[1].endswith("write in [model]")
+    table = {line.split()[0]: line for line in lines[2:-1]}
+    assert "rope_theta = 10000.0" in table["rope_theta"] and "rope_theta = 500000.0, or remove" in table["rope_theta"]
+    assert "1e-05 (preset llama3.1-8b)" in table["norm_eps"] and "remove preset" in table["norm_eps"]
+    assert 'rope_scaling = {rope_type = "llama3", factor = 8.0' in table["rope_scaling"]
+    assert "intermediate_size" not in table and "init_std" not in table
+
+
+def test_the_context_is_extended_by_name_and_that_is_said() -> None:
+    model = schema.Model(base="b", rope_scaling=dict(YARN))
+    base = read()
+    assert resolve(model, 0, base).rope_scaling == Yarn(4.0, old_context=64)
+    assert ["rotary scaling changed by the recipe" in line for line in named_changes(model, base)] == [True]
+    none = schema.Model(base="b", rope_scaling={"rope_type": "default"})
+    assert resolve(none, 0, read(rope_scaling=YARN)).rope_scaling is None
+    assert not named_changes(schema.Model(base="b"), base)
+    with pytest.raises(SftError, match="rope_scaling and yarn_factor"):
+        resolve(schema.Model(base="b", rope_scaling=dict(YARN), yarn_factor=2.0), 0, base)
+    with pytest.raises(SftError, match=r"\[model\] rope_scaling: betafast: 3"):
+        resolve(schema.Model(base="b", rope_scaling=YARN | {"betafast": 3}), 0, base)
+    assert supported_length(resolve(model, 0, base), base.facts) == 256
+    wide = schema.Model(base="b", rope_scaling=YARN | {"original_max_position_embeddings": 256})
+    assert supported_length(resolve(wide, 0, base), base.facts) == 1024
+
+
+@pytest.mark.parametrize(
+    ("rows", "ids", "asked", "wanted"),
+    [(100, 0, None, 128), (100, 90, None, 128), (128, 130, None, 256), (100, 90, 640, 640)],
+)
+def test_the_embedding_has_a_row_for_every_id_and_every_row_of_the_base(
+    rows: int, ids: int, asked: int | None, wanted: int
+) -> None:
+    assert resolve(schema.Model(base="b", vocab_size=asked), ids, read(vocab_size=rows)).vocab_size == wanted
+
+
+def test_fewer_rows_than_the_base_has_are_refused() -> None:
+    with pytest.raises(SftError, match=r"vocab_size +100 +vocab_size = 64 +vocab_size = 100, or remove it"):
+        resolve(schema.Model(base="b", vocab_size=64), 0, read())
+
+
+def test_a_recipe_needs_a_preset_or_a_base(tmp_path: Path) -> None:
+    file = tmp_path / "x.toml"
+    rest = '[prepare]\ntokenizer = "t"\n[[prepare.sources]]\npath = "p.jsonl"\n[evaluate]\ntasks = ["t"]\n'
+    file.write_text(f"[model]\n{rest}")
+    with pytest.raises(SftError, match=r"'preset' in \[model\] is missing: random weights need one"):
+        recipe.load(file)
+    file.write_text(f'[model]\nbase = "b"\n{rest}')
+    loaded = recipe.load(file)
+    # Options that came later are not in the keys of recipes that do not use them.
+    assert not {"rope_scaling", "ignore_config"} & set(loaded.config("train")["model"])
+    file.write_text(f'[model]\nbase = "b"\nrope_scaling = {{rope_type = "linear", factor = 2.0}}\n{rest}')
+    assert recipe.load(file).config("train")["model"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+def saved(folder: Path, change: Any = None, file: str = "model.safetensors") -> tuple[Path, dict[str, torch.Tensor]]:
+    """A base whose tensors were changed, and its tensors before."""
+    from safetensors.torch import load_file, save_file
+
+    bases.write(folder, "llama2")
+    tensors = load_file(folder / "model.safetensors")
+    changed = change(dict(tensors)) if change else tensors
+    (folder / "model.safetensors").unlink()
+    if file.endswith(".bin"):
+        torch.save(changed, folder / file)
+    else:
+        save_file(changed, folder / file)
+    return folder, tensors
+
+
+@pytest.mark.parametrize(
+    ("change", "note"),
+    [
+        (lambda t: t | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(6) for i in range(4)},
+         "4 tensors ignored: rotary frequencies"),
+        (lambda t: {f"_orig_mod.{k}": v for k, v in t.items()}, "without the prefix _orig_mod."),
+        (lambda t: {f"module.{k}": v for k, v in t.items()}, "without the prefix module."),
+        (lambda t: {k.removeprefix("model."): v for k, v in t.items()}, "with the prefix model."),
+        (lambda t: {f"model.{k}": v for k, v in t.items()}, "under another prefix"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00001.safetensors"])
+def test_weights_are_read_in_their_forms_and_that_is_said(tmp_path: Path, change: Any, note: str, file: str) -> None:
+    folder, wanted = saved(tmp_path, change, file)
+    weights = HfFolder(folder)
+    assert any(note in line for line in weights.notes), weights.notes
+    assert all(torch.equal(weights[weights.family.ours(name)], value) for name, value in wanted.items())
+    assert len(weights) == len(wanted)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+def test_every_dtype_is_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder, wanted = saved(tmp_path, lambda t: {k: v.to(dtype) for k, v in t.items()})
+    weights = HfFolder(folder)
+    for name, value in wanted.items():
+        assert torch.equal(weights[weights.family.ours(name)].float(), value.to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t | {"score.weight": torch.ones(2)}, "tensor score.weight: not a parameter of llama"),
+        (lambda t: t | {"_orig_mod.lm_head.weight": torch.ones(2)}, "are both lm_head.weight"),
+        (
+            lambda t: t | {"model.norm.weight": torch.ones(48, dtype=torch.int32)},
+            "dtype I32, packed or quantised weights",
+        ),
+    ],
+)
+def test_tensors_that_are_not_the_models_are_refused_by_name(tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(SftError, match=message):
+        HfFolder(saved(tmp_path, change)[0])
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("/tmp/should-not-exist-either"),))
+
+
+def test_a_pickle_with_code_in_it_runs_nothing(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Evil()}, folder / "pytorch_model.bin")
+    with pytest.raises(SftError, match=r"pytorch_model.bin: not readable by torch's restricted unpickler"):
+        HfFolder(folder)
+    assert not Path("/tmp/should-not-exist-either").exists()
+
+
+def test_a_folder_without_weights_says_what_it_has_instead(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path)
+    (folder / "model.safetensors").rename(folder / "weights.gguf")
+    with pytest.raises(SftError, match=r"no model.safetensors or pytorch_model.bin, but weights.gguf"):
+        HfFolder(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(SftError, match="a PEFT adapter, not a model"):
+        HfFolder(folder)
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(SftError, match=r"a git-lfs pointer, not the file; next: git lfs pull"):
+        HfFolder(folder)
+
+
+def test_rows_of_new_tokens_are_the_mean_with_a_little_noise_and_padding_is_zero(tmp_path: Path) -> None:
+    folder, tensors = saved(tmp_path)
+    base = read_base(folder)
+    assert base
+    config = resolve(schema.Model(base="b"), bases.ROWS + 6, base)
+    said: list[str] = []
+    models = [Transformer(config) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        initial_weights.initialise(model, config, folder, seed, bases.ROWS + 6, said.append)
+    first, again, other = (m.state_dict() for m in models)
+    for name, theirs in (
+        ("embeddings.weight", "model.embed_tokens.weight"),
+        ("lm_head.w_out.weight", "lm_head.weight"),
+    ):
+        table = tensors[theirs]
+        new, padding = first[name][bases.ROWS : bases.ROWS + 6], first[name][bases.ROWS + 6 :]
+        distance = (new - table.mean(0)).std() / table.std()
+        assert 0.1 < distance < 0.3 and not padding.any()
+        assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+        assert torch.equal(first[name][: bases.ROWS], table)
+        assert any(f"{name}: rows 96 to 101 are new" in line for line in said)
+    assert not torch.equal(first["embeddings.weight"][96], first["embeddings.weight"][97])
+
+
+def test_facts_of_a_hugging_face_base_reach_a_run_that_starts_from_its_step(tmp_path: Path) -> None:
+    described = olmo_core.step_config(read().config, TokenIds(), BaseFacts(100, 256, 1, False))
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    found = read_base(tmp_path)
+    assert found and found.facts == BaseFacts(100, 256, 1, False)
+
+
+def test_a_model_config_survives_json() -> None:
+    long = LongRope((1.0, 2.0), (3.0, 4.0), 64, 1.1)
+    for config in (*PRESETS.values(), ModelConfig(2, 8, 2, 1, 4, 8, 9, rope_scaling=long, rope_layers=(True, False))):
+        assert ModelConfig.from_value(json.loads(json.dumps(config.to_value()))) == config
