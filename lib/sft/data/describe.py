@@ -25,6 +25,7 @@ from sft.formats.dataset import (
     DatasetInfo,
     Decontamination,
     LengthHistogram,
+    NearDuplicates,
     NotCovered,
     SourceFile,
     SourceSummary,
@@ -51,6 +52,7 @@ def dataset(
     indexes: Sequence[SourceIndex],
     splits: dict[str, SplitSize],
     screen: Screen | None,
+    near_duplicates: NearDuplicates | None,
 ) -> DatasetInfo:
     """dataset.json: the tokenizer, the sources with their files, and the sizes of the splits."""
     counted = count_documents(work.stage.out / "data", len(indexes))
@@ -76,6 +78,7 @@ def dataset(
         splits=splits,
         lengths=histogram(counted.lengths),
         decontamination=None if screen is None else decontamination(work, indexes, screen),
+        near_duplicates=near_duplicates,
     )
 
 

@@ -28,6 +28,7 @@ from sft.common.files import hash_file
 from sft.common.locks import lock
 from sft.common.machine import cores
 from sft.data import accounting, blocks, sources, workers
+from sft.data import near_duplicates as near
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import materialise
@@ -39,7 +40,7 @@ from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.data.tokenize import Encoder
 from sft.formats.chunks import ScreenHits
-from sft.formats.dataset import SplitSize
+from sft.formats.dataset import NearDuplicates, NearPair, SplitSize
 from sft.formats.proof import WrittenSplit
 from sft.formats.record import to_json
 from sft.formats.rejects import RejectedRow
@@ -50,11 +51,13 @@ from sft.storage import hub
 
 ENCODING_VERSION = 7
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
+SKETCH_VERSION = 1
+"""Raise it when a change of code gives other sketches for the same input."""
 SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""
 MIX_FIELDS = {
     "sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate",
-    "decontaminate", "decontaminate_ngram", "decontaminate_overlap",
+    "decontaminate", "decontaminate_ngram", "decontaminate_overlap", "near_duplicates", "near_duplicate_similarity",
 }  # fmt: skip
 MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "ignore_files", "max_documents", "max_tokens"}
 """Options that select documents and do not change their tokens. Every other option is part of the cache's key."""
@@ -290,6 +293,37 @@ class Preparation:
         for job, _ in workers.work(ScreenChunk, (screen, cache, readers), missing, self.workers(missing)):
             progress.add(job.bytes)
         return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
+
+    def near_duplicates(self, indexes: Sequence[SourceIndex], pools: Sequence[Pool]) -> NearDuplicates | None:
+        """Finds conversations that nearly repeat an earlier one, and marks them in the pools if the recipe drops them."""
+        if self.table.near_duplicates == "ignore":
+            return None
+        cache = self.stage.cache / "sketches" / digest([SKETCH_VERSION, near.NGRAM, near.VALUES, self.encode_key])
+        cache.mkdir(parents=True, exist_ok=True)
+        missing = [job for job in self.jobs if not (cache / f"{job.name}.npy").is_file()]
+        readers = [self.encoder.reader(source) for source in self.table.sources]
+        progress = Progress(self.log, "comparing", sum(j.bytes for j in missing))
+        arguments = (cache, self.cache, readers)
+        for job, _ in workers.work(near.SketchChunk, arguments, missing, self.workers(missing)):
+            progress.add(job.bytes)
+        files = [cache / f"{job.name}.npy" for jobs in self.jobs_of for job in jobs]
+        counts = np.concatenate([np.diff(index.cached.first) for index in indexes])
+        repeats = near.find(near.Sketches(files, np.cumsum([0, *counts])), self.table.near_duplicate_similarity)
+        ends = np.cumsum([len(pool.lengths) for pool in pools])
+        paths = [source.path for source in self.table.sources]
+        pairs = tuple(
+            NearPair(paths[a], paths[b], documents) for (a, b), documents in near.pairs(repeats, ends.tolist()).items()
+        )
+        drops = self.table.near_duplicates == "drop"
+        for pair in pairs:
+            self.log(
+                f"near-duplicates: {pair.documents} of {pair.later} nearly repeat one of {pair.earlier}"
+                + ", and are dropped" * drops
+            )
+        if drops:
+            for pool, part in zip(pools, np.split(repeats, ends[:-1]), strict=True):
+                pool.near[:] = part >= 0
+        return NearDuplicates(self.table.near_duplicate_similarity, drops, pairs)
 
     def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> tuple[list[SourceIndex], list[Pool]]:
         """Reads the index of every source from the token cache. Raises SftError for missing files and too many rejects.

@@ -29,7 +29,7 @@ from sft.data.preparation import Preparation, SourceIndex
 from sft.data.report import source_lines
 from sft.data.shard import Shard
 from sft.formats import dataset, preview, proof, rejects
-from sft.formats.dataset import PrepareMetrics, SplitSize
+from sft.formats.dataset import NearDuplicates, PrepareMetrics, SplitSize
 from sft.formats.record import Record
 from sft.recipe import inputs
 from sft.runner.stage import Result, Stage
@@ -65,6 +65,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             indexes, pools = work.collect(hits)
         work.trim_cache()
     with work.timed("mix"):
+        near_duplicates = work.near_duplicates(indexes, pools)
         mixed = mix(
             pools,
             table.sources,
@@ -81,7 +82,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     with work.timed("check"):
         work.encoder.save_tokenizer(out / "data" / "tokenizer")
         work.check_tokenizer(out / "data" / "tokenizer")
-    files = _write_records(work, mixed, indexes, splits, screen)
+    files = _write_records(work, mixed, indexes, splits, screen, near_duplicates)
     metrics = _metrics(work, splits["data"], sum(len(index.rejects) for index in indexes))
     return Result([*splits, *files], metrics.to_metrics(), work.hashes)
 
@@ -106,11 +107,12 @@ def _write_records(
     indexes: Sequence[SourceIndex],
     splits: dict[str, SplitSize],
     screen: Screen | None,
+    near_duplicates: NearDuplicates | None,
 ) -> list[str]:
     """Writes the JSON and JSONL files and returns their names."""
     out = work.stage.out
     records: dict[str, Record] = {
-        dataset.NAME: describe.dataset(work, mixed, indexes, splits, screen),
+        dataset.NAME: describe.dataset(work, mixed, indexes, splits, screen, near_duplicates),
         proof.NAME: describe.proof(work, indexes),
         preview.NAME: describe.preview(out / "data", work.encoder.vocabulary),
     }

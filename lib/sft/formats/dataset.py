@@ -6,7 +6,7 @@
      "tokenizer": {"sha256": "…", "canaries": {"text": [ids]}}, "template": {"name": "olmo", "sha256": "…"},
      "sources": [{"path", "weight", "found", …, "files": [{"name", "sha256"}]}],
      "splits": {"data": {"documents", "tokens", "labels"}, "validation": …},
-     "lengths": {"mean", "p50", "p90", "p99", "max", "up_to"}, "decontamination": {…}}
+     "lengths": {"mean", "p50", "p90", "p99", "max", "up_to"}, "decontamination": {…}, "near_duplicates": {…}}
 
 The keys from `vocab_size` to `template` are the fields of `TokenizerFacts`, which training, export and the gate use.
 `PrepareMetrics` are the metrics in prepare's manifest.
@@ -160,6 +160,24 @@ class Decontamination:
 
 
 @dataclass(frozen=True)
+class NearPair:
+    """`documents` of the source `later` nearly repeat one of `earlier`. Both are the sources' paths."""
+
+    earlier: str
+    later: str
+    documents: int
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """Conversations that nearly repeat an earlier one, exact copies included, by pairs of sources."""
+
+    similarity: float
+    dropped: bool
+    pairs: tuple[NearPair, ...]
+
+
+@dataclass(frozen=True)
 class DatasetInfo(Record):
     """dataset.json. `dtype` is the NumPy name of the token files' integers."""
 
@@ -172,6 +190,7 @@ class DatasetInfo(Record):
     splits: dict[str, SplitSize]
     lengths: LengthHistogram
     decontamination: Decontamination | None = None
+    near_duplicates: NearDuplicates | None = None
 
     @classmethod
     def of(cls, folder: Path) -> DatasetInfo:

@@ -193,6 +193,14 @@ class Prepare:
         max=0.5,
     )
     deduplicate: bool = opt(False, "keep one of several conversations with the same tokens, over all sources")
+    near_duplicates: str = opt(
+        "ignore",
+        "conversations that nearly repeat an earlier one, over all sources: ignore, report how many, or drop them",
+        choices=("ignore", "report", "drop"),
+    )
+    near_duplicate_similarity: float = opt(
+        0.8, "estimated share of equal 5-grams of words (Jaccard) that makes a near-duplicate", min=0.5, max=1
+    )
     decontaminate: tuple[str, ...] = opt(
         (), "evaluation files under DATA; conversations that contain their texts are dropped"
     )
