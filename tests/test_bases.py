@@ -153,8 +153,8 @@ def test_an_olmo_core_base_is_read_whole(tmp_path: Path, changes: dict[str, Any]
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block__sequence_mixer__clip_qkv": 8.0}, "layer 0: clip_qkv: 8.0"),
-        ({"block__sequence_mixer__gate": {"granularity": "headwise"}}, "layer 0: gate"),
+        ({"block__sequence_mixer__clip_qkv": 8.0}, "layer 0: sequence_mixer: clip_qkv: 8.0"),
+        ({"block__sequence_mixer__gate": {"granularity": "headwise"}}, "layer 0: sequence_mixer: gate"),
         ({"block__name": "peri_norm"}, "name: 'peri_norm'"),
         ({"embed_scale": 2.0}, "embed_scale: 2.0"),
         ({"lm_head__bias": True}, "bias: True"),

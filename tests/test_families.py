@@ -177,3 +177,31 @@ def test_values_of_missing_keys_are_those_of_transformers_class(kind: str) -> No
     long = read_hf_config({k: v for k, v in filled.items() if v is not None or k == "sliding_window"}, "long")
     assert short.config == long.config
     assert short.facts == long.facts
+
+
+@pytest.mark.parametrize("name", ["olmo3 yarn", "smollm3 windows", "phi4 mini", "llama dynamic", "qwen2"])
+def test_a_base_is_compared_with_its_own_class_before_training(tmp_path: Path, name: str) -> None:
+    from sft.export.base_gate import check_base
+
+    bases.write(tmp_path, name)
+    base = read(tmp_path)
+    found = check_base(tmp_path, base, [d.tolist() for d in documents()])
+    assert found.documents[0] > base.config.window and found.max_difference < 1e-4 * found.max_logit
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("olmo3 yarn", {"rope_scaling": None}), ("qwen2 windows", {"window": 0}), ("smollm3", {"rope_layers": (True,)}),
+     ("llama2", {"rope_theta": 5e5}), ("phi4 mini", {"rotary_dim": 0, "rope_scaling": None}), ("llama2", {"norm_eps": 1e-2})],
+)  # fmt: skip
+def test_a_base_that_is_read_wrongly_does_not_start_a_training(
+    tmp_path: Path, name: str, wrong: dict[str, Any]
+) -> None:
+    from sft.common.errors import SftError
+    from sft.export.base_gate import check_base
+
+    bases.write(tmp_path, name)
+    base = read(tmp_path)
+    misread = replace(base, config=replace(base.config, **wrong))
+    with pytest.raises(SftError, match=r"logits differ by .*does not compute the base as transformers does"):
+        check_base(tmp_path, misread, [d.tolist() for d in documents()])

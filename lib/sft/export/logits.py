@@ -78,11 +78,18 @@ class Pack:
 
 
 def compare_logits(
-    exported: HfFolder, weights: Weights, config: ModelConfig, documents: Sequence[Sequence[int]], layers: Sequence[int]
+    exported: HfFolder,
+    weights: Weights,
+    config: ModelConfig,
+    documents: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    failure: str = "the export is not the model that was trained; next: compare config.json with the recipe's [model]",
+    rounding: bool = True,
 ) -> LogitCheck:
     """Compares native and exported logits over the given layers; both models skip the others. Raises SftError.
 
-    With all layers it also measures what rounding to the export's dtype costs.
+    With all layers and `rounding` it also measures what rounding to the export's dtype costs. `failure` says what a
+    difference means, and what to do.
     """
     pack = Pack.of(documents)
     config = replace(config, vocab_size=int(exported.config["vocab_size"]))  # padding rows are not exported
@@ -96,14 +103,14 @@ def compare_logits(
         worst = int(pack.compared[int(differences.nan_to_num(torch.inf).argmax())])
         raise SftError(
             f"{exported.path}: logits differ by {difference:.3g} (largest logit {largest:.3g}, tolerance {TOLERANCE:g} of it), most"
-            f" at token {worst} of a pack with documents of {[len(d) for d in documents]} tokens and window {config.window}: the"
-            " export is not the model that was trained; next: compare config.json with the recipe's [model]"
+            f" at token {worst} of a pack with documents of {[len(d) for d in documents]} tokens and window {config.window}:"
+            f" {failure}"
         )
     del theirs
     return LogitCheck(
         max_difference=difference,
         max_logit=largest,
-        rounding_kl=_rounding_kl(exported, weights, config, documents, pack, layers, native),
+        rounding_kl=_rounding_kl(exported, weights, config, documents, pack, layers, native) if rounding else None,
         argmax_agreement=agreement,
         documents=tuple(len(d) for d in documents),
         tokens=sum(len(d) for d in documents),

@@ -128,6 +128,12 @@ def core_facts(data: dict[str, Any], where: str) -> BaseFacts:
         raise SftError(f"{where}: {STEP_KEY}: {error}; next: bring the step's own config.json") from error
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether a folder's config.json is Hugging Face's."""
+    file = folder / "config.json"
+    return file.is_file() and "model_type" in read_json(file)
+
+
 def find_family(data: dict[str, Any], where: str) -> Family:
     """The family that a config.json names. Raises SftError for an unsupported one."""
     kind = data.get("model_type")

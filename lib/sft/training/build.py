@@ -18,6 +18,7 @@ from torch import nn
 
 from sft.checkpoint import olmo_core, step_folder
 from sft.data.dataset import Dataset
+from sft.export.base_gate import check_base
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
@@ -29,7 +30,7 @@ from sft.packing.loader import Loader
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe.architecture import ModelConfig
-from sft.recipe.base_config import Base, read_base
+from sft.recipe.base_config import Base, is_hf_folder, read_base
 from sft.recipe.resolve import named_changes, resolve
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
@@ -251,6 +252,7 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     """Fills model, optimizer, guard, counters and random generators from a step, or the model from its first weights.
     Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
     if step is None:
+        check_published(setup)
         seed, ids = setup.stage.recipe.train.seed, setup.info.facts.vocab_size
         return 0, initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log)
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
@@ -263,6 +265,24 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     if "rng_cuda" in state and run.world.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"])
     return start, f"continuing from {step}"
+
+
+def check_published(setup: Setup) -> None:
+    """Compares a Hugging Face base with transformers' class of its config.json. Raises SftError if they differ."""
+    base, folder = setup.published, setup.base
+    if base is None or folder is None or base.facts.origin != "hf" or not is_hf_folder(folder):
+        return
+
+    def check() -> None:
+        dataset = Dataset.open(setup.dataset / "data")
+        found = check_base(folder, base, (ids.tolist() for ids, _ in dataset))
+        setup.log(
+            f"base: logits of {found.rows} positions agree with transformers' {base.config.family or 'class'} to"
+            f" {found.max_difference:.1e} of {found.max_logit:.1f}, over layers {', '.join(map(str, found.which))} of"
+            f" {base.config.n_layers}, {found.tokens} packed tokens, window {base.config.window}"
+        )
+
+    setup.world.on_rank0(check, share=False)
 
 
 def peak(stage: Stage, world: World) -> float:
