@@ -16,6 +16,8 @@ from sft.chat.trace import Trace
 from sft.common.errors import SftError
 from sft.recipe.chat_templates import TEMPLATES
 
+THINK = "<think>"
+
 
 class Endings(NamedTuple):
     """The special tokens that end an answer; see `TurnRules`."""
@@ -154,9 +156,11 @@ def _terminator_of_calls(probe: TemplateProbe, specials: SpecialTokens, from_nex
     if from_next:
         found = specials.pattern.match(following)
         return found.group() if found and written else None
-    written = written.rstrip()
-    tokens = specials.pattern.findall(written)
-    return tokens[-1] if tokens and written.endswith(tokens[-1]) else None
+    for text in (probe.last_turn_of_calls().rstrip(), written.rstrip()):
+        tokens = specials.pattern.findall(text)
+        if tokens and text.endswith(tokens[-1]):
+            return str(tokens[-1])
+    return None
 
 
 def _closing(probe: TemplateProbe, header: str, prefix: str) -> str:
@@ -165,10 +169,14 @@ def _closing(probe: TemplateProbe, header: str, prefix: str) -> str:
         return ""
     written = probe.turn_of_thinking()
     opening, found, rest = written.partition(THOUGHT)
-    if not found or opening.removeprefix(header).strip() != prefix.strip():
+    if found and opening.removeprefix(header).strip() == prefix.strip():
+        closing, found, _ = rest.partition(probe.answer)
+        return closing if found else ""
+    if found or prefix.strip() != THINK:
         return ""
-    closing, found, _ = rest.partition(probe.answer)
-    return closing if found else ""
+    return (
+        "\n</think>\n\n" if prefix.endswith("\n") else "</think>"
+    )  # as DeepSeek-R1, whose template writes no thinking
 
 
 def scaffold_tokens(probe: TemplateProbe, rules: TurnRules, added: SpecialTokens) -> list[str]:
@@ -188,7 +196,7 @@ def scaffold_tokens(probe: TemplateProbe, rules: TurnRules, added: SpecialTokens
         scaffold.append(trace.text[position:])
     found = set(added.pattern.findall("\n".join(scaffold))) - set(added.pattern.findall("\n".join(said)))
     in_header = set(added.pattern.findall(rules.header))
-    return sorted(found | in_header)
+    return sorted(token for token in found | in_header if "think" not in token.lower())
 
 
 def check_generation_blocks(probe: TemplateProbe, rules: TurnRules, trace: Trace) -> None:

@@ -196,6 +196,15 @@ class TemplateProbe:
         self.arguments_as_text = (clean or list(found) or [False])[0]
         return found.get(self.arguments_as_text, ("", ""))
 
+    def last_turn_of_calls(self) -> str:
+        """What a turn that only calls a tool writes at the end of a conversation; "" when the template fails."""
+        try:
+            trace = self.trace(_conversation_of_calls()[:2], self._tools())
+        except BadRow:
+            return ""
+        start = trace.regions[1][0][0] if trace.regions.get(1) else len(trace.text)
+        return trace.region_text(1) if CALLED in trace.text[start:] else ""
+
     def turn_of_thinking(self) -> str:
         """What an answer with thinking writes; "" when the template fails or has no place for it."""
         question: Message = {"role": "user", "content": "q"}
@@ -259,16 +268,17 @@ class TemplateProbe:
     def header(self, conversation: Conversation, index: int) -> str | None:
         """The text before the content of a message, found by replacing the content with an unused private-use character; None when
         the message does not write its content."""
-        content, messages = self._replace_content(conversation, index)
+        content, messages = self.replace_content(conversation, index)
         written = self.trace(messages, conversation.tools).region_text(index)
         return written[: written.index(content)] if content in written else None
 
     def writes_content(self, conversation: Conversation, index: int) -> bool:
         """Whether the rendering of a conversation contains the content of a message."""
-        content, messages = self._replace_content(conversation, index)
+        content, messages = self.replace_content(conversation, index)
         return content in self.text(messages, conversation.tools)
 
-    def _replace_content(self, conversation: Conversation, index: int) -> tuple[str, list[Message]]:
+    def replace_content(self, conversation: Conversation, index: int) -> tuple[str, list[Message]]:
+        """A private-use character that the conversation does not contain, and its messages with that content in one of them."""
         present = "".join(strings([conversation.messages, conversation.tools], keys=True))
         content = next(
             chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK_SIZE, 0x110000) if chr(code) not in present

@@ -10,31 +10,30 @@ to reject a row of which something would be lost.
 
 from __future__ import annotations
 
+import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jinja2
 
+from sft.chat.checks import THINKING_FIELDS, RowChecks, shown
 from sft.chat.learn import check_generation_blocks, known_templates, learn_rules, observe, refuse, scaffold_tokens
 from sft.chat.named import NamedTemplate
-from sft.chat.probe import RESERVED, TemplateProbe
+from sft.chat.probe import RESERVED, TemplateProbe, TwoTurns
 from sft.chat.rows import BadRow, Conversation
 from sft.chat.spans import Graft, answer_end, before_gap, common_prefix, other_end, to_runs
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.trace import Span, Trace
-from sft.chat.words import missing_text, missing_words, tool_texts
+from sft.chat.words import missing_text
 from sft.common.errors import SftError
 
 __all__ = ["JinjaTemplate", "Template", "TemplateOptions", "known_templates", "load_template"]
 
-# A template that does not know these fields of a message silently leaves them out.
-FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
-THINKING_FIELDS = ("reasoning_content", "thinking")
-SYSTEM_ROLES = ("system", "developer")
-SHORT = 40
-"""Characters. The content of a shorter message may stand in a rendering by chance."""
-SHOWN = 60
+KWARGS = "chat_template_kwargs"
+MOST_VARIANTS = 100
+"""Combinations of variables of rows that are remembered."""
 TAIL = 16
 """Characters at the end of a prompt that must agree where turns have no header."""
 
@@ -111,6 +110,9 @@ class JinjaTemplate:
     Raises SftError for a template from which no correct mask can be derived.
     """
 
+    takes_variables = True
+    """Rows may have template variables of their own."""
+
     def __init__(
         self,
         name: str,
@@ -123,7 +125,7 @@ class JinjaTemplate:
     ) -> None:
         self.name, self.text, self.eos, self.options = name, text, eos, options
         self.answers_without_prefix = 0
-        self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
+        self.variants: dict[str, JinjaTemplate] = {}  # the template with the variables of rows
         self.tokens = SpecialTokens([*specials.texts, *(text for text in added if text not in specials.texts)])
         try:
             self.probe = TemplateProbe(
@@ -131,12 +133,18 @@ class JinjaTemplate:
             )
         except jinja2.TemplateError as error:
             raise SftError(f"prepare.template: {name}: {error}; next: correct the Jinja text") from None
+        self.checks = RowChecks(self.probe)
         self._check_options()
         turns = observe(self.probe)
         self.rules = learn_rules(self.probe, turns, specials, self.tokens, eos)
         self.specials = SpecialTokens([*specials.texts, *scaffold_tokens(self.probe, self.rules, SpecialTokens(added))])
         if len(self.specials.texts) > len(specials.texts):
             self.rules = learn_rules(self.probe, turns, self.specials, self.tokens, eos)
+        self._use_rules(turns)
+
+    def _use_rules(self, turns: TwoTurns) -> None:
+        """Sets what follows from the rules."""
+        eos = self.eos
         self.generation_prefix, self.needs_tools = self.rules.generation_prefix, self.probe.needs_tools
         self.terminators = list(self.rules.terminators)
         if self.probe.has_generation:
@@ -162,21 +170,76 @@ class JinjaTemplate:
                 why = "is set by the conversation" if variable in RESERVED else f"is not read by template {self.name}"
                 raise SftError(f"prepare.template_variables: {variable} {why}; next: remove it or correct its name")
 
+    def _with_variables(self, variables: Mapping[str, Any]) -> JinjaTemplate:
+        """The template with a row's own variables. Raises BadRow for variables that it does not read, or under which it writes other
+        turns than the rest of the data."""
+        key = json.dumps(variables, sort_keys=True, default=str)
+        if key in self.variants:
+            return self.variants[key]
+        for name in variables:
+            if name in RESERVED or name in self.probe.variables.keys() - self.options.variables.keys():
+                raise BadRow(KWARGS, f"{KWARGS}: {name} is not a variable that a row can set")
+            if name not in self.probe.reads:
+                raise BadRow(KWARGS, f"{KWARGS}: template {self.name} does not read {name}")
+        made = copy.copy(self)
+        made.probe, made.variants = self.probe.with_variables(variables), {}
+        made.checks = RowChecks(made.probe)
+        try:
+            turns = observe(made.probe)
+            made.rules = learn_rules(made.probe, turns, self.specials, self.tokens, self.eos)
+        except SftError as error:
+            raise BadRow(KWARGS, f"{KWARGS} {key}: {error}") from None
+        made._use_rules(turns)
+        if made.boundaries != self.boundaries or not set(made.terminators) <= set(self.terminators):
+            raise BadRow(KWARGS, f"{KWARGS} {key}: template {self.name} ends turns in another way")
+        if len(self.variants) < MOST_VARIANTS:
+            self.variants[key] = made
+        return made
+
     def verbatim(self, conversation: Conversation) -> str:
         return self.probe.text(conversation.messages, conversation.tools)
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """`conversation` must contain no special-token text (see `SpecialTokens.escape`): every special token found is scaffold."""
+        made = self._with_variables(conversation.variables) if conversation.variables else self
+        before = made.answers_without_prefix
+        try:
+            rendered = made._render(conversation)
+        except BadRow:
+            again = made._render_with_thought(conversation) if self.options.history == "as-rendered" else None
+            if again is None:
+                raise
+            rendered = again
+        if made is not self:
+            self.answers_without_prefix += made.answers_without_prefix - before
+        return rendered
+
+    def _render_with_thought(self, conversation: Conversation) -> tuple[list[str], int] | None:
+        """The last turn as the model writes it behind a prompt that opens a thought, where the template leaves the thought out even of
+        the last turn; None where there is no such thought."""
+        message, closing = conversation.messages[-1], self.rules.closing
+        thought, answer = split_thought(message)
+        if not thought or not closing or self.options.generation_prefix == "rendered" or message.get("tool_calls"):
+            return None
+        stand_in, messages = self.probe.replace_content(conversation, len(conversation.messages) - 1)
+        messages[-1] = {"role": message["role"], "content": stand_in}
+        without = copy.copy(conversation)
+        without.messages = messages
+        runs, _ = self._render(without)
+        runs = [run.replace(closing + stand_in, thought + closing + answer) for run in runs]
+        return (runs, sum(map(self.specials.count, runs))) if stand_in not in "".join(runs) else None
+
+    def _render(self, conversation: Conversation) -> tuple[list[str], int]:
         trace = self.probe.trace(conversation.messages, conversation.tools)
         text = trace.text
         if self.boundaries == "eos" and text.find(self.eos) not in (-1, len(text) - len(self.eos)):
             raise BadRow("eos_inside", f"template {self.name} writes {self.eos} inside this conversation")
-        self._check_tools(conversation)
-        self._check_order(conversation, trace)
+        self.checks.check_tools(conversation)
+        self.checks.check_order(conversation, trace)
         spans: list[Span] = []
         grafts: dict[int, Graft] = {}
         for index, train in enumerate(conversation.train):
-            self._check_fields(conversation, index)
+            self.checks.check_fields(conversation, index)
             if train:
                 found, graft = self._trained(conversation, trace, index)
                 spans += found
@@ -187,7 +250,7 @@ class JinjaTemplate:
             raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
         if self.rules.prompt_differs or self.options.history == "as-rendered":
             self._begin_with_prompt(conversation, runs)
-        self._check_prompts(conversation, trace, "\n".join(runs[::2]))
+        self.checks.check_prompts(conversation, trace, "\n".join(runs[::2]))
         if (
             conversation.train[-1]
             and len(runs) % 2
@@ -219,66 +282,6 @@ class JinjaTemplate:
             runs = runs if len(runs) % 2 else [*runs, ""]
             runs[-1] += self.eos
         return runs
-
-    def _check_order(self, conversation: Conversation, trace: Trace) -> None:
-        """Raises BadRow when the template writes messages in another order; system messages may be anywhere."""
-        end = 0
-        for index, message in enumerate(conversation.messages):
-            regions = trace.regions.get(index, [])
-            if regions and message["role"] not in SYSTEM_ROLES:
-                if regions[0][0] < end:
-                    raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
-                end = regions[-1][1]
-
-    def _check_tools(self, conversation: Conversation) -> None:
-        if not conversation.tools:
-            return
-        with_system = any(message["role"] == "system" for message in conversation.messages)
-        key = ("tools", "", with_system)
-        if key not in self.writes:
-            self.writes[key] = self.probe.writes_tools(with_system)
-        if not self.writes[key]:
-            raise BadRow("template", f"tools: template {self.name} leaves it out, or leaves out the content beside it")
-
-    def _check_fields(self, conversation: Conversation, index: int) -> None:
-        """Raises BadRow when the template leaves out a field of the message. Thinking only counts where it is trained."""
-        message = conversation.messages[index]
-        if len(message) == 2:
-            return
-        for name in FIELDS:
-            if name not in message or (name in THINKING_FIELDS and not conversation.train[index]):
-                continue
-            key = (name, message["role"], bool(message["content"]))
-            if key not in self.writes:
-                self.writes[key] = self.probe.writes_field(*key)
-            if not self.writes[key]:
-                raise BadRow(
-                    "template",
-                    f"message {index}: {name}: template {self.name} leaves it out, or leaves out the content beside it",
-                )
-
-    def _check_prompts(self, conversation: Conversation, trace: Trace, untrained: str) -> None:
-        """Raises BadRow when the template leaves out something of an untrained message or of the tools. What an untrained answer
-        thought may be left out, as it is at inference."""
-        for index, message in enumerate(conversation.messages):
-            if conversation.train[index]:
-                continue
-            regions = trace.regions.get(index, [])
-            written = "\n".join(trace.text[slice(*region)] for region in regions) if regions else untrained
-            thinking = message["role"] != "assistant"
-            missing = missing_text(written, message, thinking)
-            if missing is not None and regions:
-                missing = missing_text(untrained, message, thinking)
-            by_chance = not regions and missing is None and 0 < len(message["content"].strip()) < SHORT
-            if by_chance and not self.probe.writes_content(conversation, index):
-                missing = message["content"]
-            if missing is not None:
-                raise BadRow(
-                    "template", f"message {index} ({message['role']}): template {self.name} leaves out {shown(missing)}"
-                )
-        lost = missing_words(untrained, tool_texts(conversation.tools)) if conversation.tools else None
-        if lost is not None:
-            raise BadRow("template", f"tools: template {self.name} leaves out {shown(lost)}")
 
     def _trained(self, conversation: Conversation, trace: Trace, index: int) -> tuple[list[Span], Graft]:
         """The spans of a message that are trained, and what is inserted before them. Raises BadRow when they cannot be told from
@@ -440,16 +443,20 @@ class JinjaTemplate:
         prefix, closing = self.generation_prefix, self.rules.closing
         if answer.startswith(prefix.rstrip()):
             return Graft(prefix)
-        if (
-            common_prefix([prefix, answer])[:1] == "<"
-            and self.tokens.edge(answer, 1) == 0
-            and answer.startswith(prefix.split("\n")[0])
-        ):
+        if (first := prefix.strip().split("\n")[0]) and answer.startswith(first):
             return Graft()  # it thinks, where the prompt says that it does not
-        opens = "<think>" in prefix and "</think>" not in prefix
-        if closing:
-            return Graft(prefix, "" if closing.strip() in answer else closing)
-        return Graft() if opens and "</think>" not in answer else Graft(prefix)
+        return Graft(prefix, closing if closing.strip() not in answer else "")
+
+
+def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:
+    """What an answer thinks, without tags, and what it says; ("", content) without a thought."""
+    content: str = message["content"]
+    thought: str = message.get("reasoning_content") or message.get("thinking") or ""
+    if not thought and "</think>" in content:
+        thought, content = content.split("</think>", 1)
+        thought = thought.lstrip().removeprefix("<think>").strip("\n")
+        content = content.lstrip("\n")
+    return thought, content
 
 
 def joined(spans: Sequence[Span]) -> list[Span]:
@@ -461,7 +468,3 @@ def joined(spans: Sequence[Span]) -> list[Span]:
         else:
             made.append((start, end))
     return made
-
-
-def shown(text: str) -> str:
-    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")

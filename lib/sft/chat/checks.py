@@ -1,0 +1,97 @@
+"""Rejects rows of which a Jinja template leaves something out of a prompt, or that it writes in another order.
+
+In: a conversation and the `Trace` of its rendering. Out: nothing, or BadRow with what is missing. What an answer leaves out is checked
+where its spans are computed, in `sft.chat.template`.
+"""
+
+from __future__ import annotations
+
+from sft.chat.probe import TemplateProbe
+from sft.chat.rows import BadRow, Conversation
+from sft.chat.trace import Trace
+from sft.chat.words import missing_text, missing_words, tool_texts
+
+# A template that does not know these fields of a message silently leaves them out.
+FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
+THINKING_FIELDS = ("reasoning_content", "thinking")
+SYSTEM_ROLES = ("system", "developer")
+SHORT = 40
+"""Characters. The content of a shorter message may stand in a rendering by chance."""
+SHOWN = 60
+
+
+class RowChecks:
+    """The checks of one template."""
+
+    def __init__(self, probe: TemplateProbe) -> None:
+        self.probe = probe
+        self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
+
+    def check_order(self, conversation: Conversation, trace: Trace) -> None:
+        """Raises BadRow when the template writes messages in another order; system messages may be anywhere."""
+        end = 0
+        for index, message in enumerate(conversation.messages):
+            regions = trace.regions.get(index, [])
+            if regions and message["role"] not in SYSTEM_ROLES:
+                if regions[0][0] < end:
+                    raise BadRow(
+                        "template", f"template {self.probe.name} writes messages in another order than the row's"
+                    )
+                end = regions[-1][1]
+
+    def check_tools(self, conversation: Conversation) -> None:
+        if not conversation.tools:
+            return
+        with_system = any(message["role"] == "system" for message in conversation.messages)
+        key = ("tools", "", with_system)
+        if key not in self.writes:
+            self.writes[key] = self.probe.writes_tools(with_system)
+        if not self.writes[key]:
+            raise BadRow(
+                "template", f"tools: template {self.probe.name} leaves it out, or leaves out the content beside it"
+            )
+
+    def check_fields(self, conversation: Conversation, index: int) -> None:
+        """Raises BadRow when the template leaves out a field of the message. Thinking only counts where it is trained."""
+        message = conversation.messages[index]
+        if len(message) == 2:
+            return
+        for name in FIELDS:
+            if name not in message or (name in THINKING_FIELDS and not conversation.train[index]):
+                continue
+            key = (name, message["role"], bool(message["content"]))
+            if key not in self.writes:
+                self.writes[key] = self.probe.writes_field(*key)
+            if not self.writes[key]:
+                raise BadRow(
+                    "template",
+                    f"message {index}: {name}: template {self.probe.name} leaves it out, or leaves out the content beside it",
+                )
+
+    def check_prompts(self, conversation: Conversation, trace: Trace, untrained: str) -> None:
+        """Raises BadRow when the template leaves out something of an untrained message or of the tools. What an untrained answer
+        thought may be left out, as it is at inference."""
+        for index, message in enumerate(conversation.messages):
+            if conversation.train[index]:
+                continue
+            regions = trace.regions.get(index, [])
+            written = "\n".join(trace.text[slice(*region)] for region in regions) if regions else untrained
+            thinking = message["role"] != "assistant"
+            missing = missing_text(written, message, thinking)
+            if missing is not None and regions:
+                missing = missing_text(untrained, message, thinking)
+            by_chance = not regions and missing is None and 0 < len(message["content"].strip()) < SHORT
+            if by_chance and not self.probe.writes_content(conversation, index):
+                missing = message["content"]
+            if missing is not None:
+                raise BadRow(
+                    "template",
+                    f"message {index} ({message['role']}): template {self.probe.name} leaves out {shown(missing)}",
+                )
+        lost = missing_words(untrained, tool_texts(conversation.tools)) if conversation.tools else None
+        if lost is not None:
+            raise BadRow("template", f"tools: template {self.probe.name} leaves out {shown(lost)}")
+
+
+def shown(text: str) -> str:
+    return repr(text if len(text) <= SHOWN else text[:SHOWN] + "…")
