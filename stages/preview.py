@@ -28,7 +28,7 @@ def main(options: RunOptions, source: str, row: str) -> None:
     color = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
     with open_stage("prepare", options, follower=True) as stage, until_reader_stops():
         table = stage.recipe.prepare
-        encoder = Encoder(resolve_tokenizer(table.tokenizer, stage), table, stage.find)
+        encoder = Encoder(resolve_tokenizer(table, stage), table, stage.find)
         files = [sources.resolve(s, stage.find, stage.cache, log=stage.log).files for s in table.sources]
         for line in preview(encoder, files, source, row, color):
             print(line)

@@ -7,7 +7,7 @@ where its spans are computed, in `sft.chat.template`.
 from __future__ import annotations
 
 from sft.chat.probe import TemplateProbe
-from sft.chat.rows import BadRow, Conversation
+from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.trace import Trace
 from sft.chat.words import missing_text, missing_words, tool_texts
 
@@ -56,6 +56,7 @@ class RowChecks:
         message = conversation.messages[index]
         if len(message) == 2:
             return
+        self._check_calls(message, index)
         for name in FIELDS:
             if name not in message or (name in THINKING_FIELDS and not conversation.train[index]):
                 continue
@@ -67,6 +68,18 @@ class RowChecks:
                     "template",
                     f"message {index}: {name}: template {self.probe.name} leaves it out, or leaves out the content beside it",
                 )
+
+    def _check_calls(self, message: Message, index: int) -> None:
+        """Raises BadRow when the template writes only one of several calls."""
+        if len(message.get("tool_calls") or ()) < 2:
+            return
+        key = ("two calls", "", bool(message["content"]))
+        if key not in self.writes:
+            self.writes[key] = self.probe.writes_two_calls(key[2])
+        if not self.writes[key]:
+            raise BadRow(
+                "template", f"message {index}: template {self.probe.name} leaves out a call where there are several"
+            )
 
     def check_prompts(self, conversation: Conversation, trace: Trace, untrained: str) -> None:
         """Raises BadRow when the template leaves out something of an untrained message or of the tools. What an untrained answer

@@ -102,6 +102,7 @@ class TemplateProbe:
 
     def segments(self, messages: Sequence[Message], tools: Tools | None = None, prompt: bool = False) -> list[str]:
         """What the template writes, in segments, with trace events between them. Raises BadRow when the template fails."""
+        messages = [with_thoughts(message) for message in messages]
         if self.arguments_as_text:
             messages = [with_text_arguments(message) for message in messages]
         self.index_of.clear()
@@ -248,6 +249,12 @@ class TemplateProbe:
             messages = [question, carrier, answer]
         return self._writes(messages, self._tools(), [CALLED, *([SAID] if with_content else [])])
 
+    def writes_two_calls(self, with_content: bool) -> bool:
+        """Whether the template writes both of two calls in one message."""
+        calls = [tool_call(CALLED + "a"), tool_call(CALLED + "b")]
+        carrier: Message = {"role": "assistant", "content": SAID if with_content else "", "tool_calls": calls}
+        return self._writes([{"role": "user", "content": "q"}, carrier], self._tools(), [CALLED + "a", CALLED + "b"])
+
     def writes_role(self, role: str) -> bool:
         """Whether the template writes a first message of this role."""
         opening: list[Message] = [{"role": role, "content": SAID}]
@@ -310,6 +317,12 @@ def made_up_tools() -> Tools:
     return [{"type": "function", "function": {"name": CALLED, "description": "d", "parameters": parameters}}]
 
 
+def with_thoughts(message: Message) -> Message:
+    """A message with its thoughts under the two names that templates read, as transformers gives it to them."""
+    thought = message.get("reasoning_content") or message.get("thinking")
+    return {**message, "thinking": thought, "reasoning_content": thought} if thought else message
+
+
 def with_text_arguments(message: Message) -> Message:
     """A message whose calls have their arguments as JSON text."""
     if not message.get("tool_calls"):
@@ -321,8 +334,8 @@ def with_text_arguments(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-def tool_call() -> dict[str, Any]:
-    return {"type": "function", "id": CALL_ID, "function": {"name": CALLED, "arguments": {"x": 1}}}
+def tool_call(name: str = CALLED) -> dict[str, Any]:
+    return {"type": "function", "id": CALL_ID, "function": {"name": name, "arguments": {"x": 1}}}
 
 
 def raise_exception(message: str) -> NoReturn:

@@ -11,6 +11,7 @@ to reject a row of which something would be lost.
 from __future__ import annotations
 
 import copy
+import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Template(Protocol):
         ...
 
     def verbatim(self, conversation: Conversation) -> str:
-        """What the Jinja text writes, without anything that `render` adds."""
+        """What the Jinja text writes today, without anything that `render` adds."""
         ...
 
 
@@ -197,7 +198,8 @@ class JinjaTemplate:
         return made
 
     def verbatim(self, conversation: Conversation) -> str:
-        return self.probe.text(conversation.messages, conversation.tools)
+        today = self.probe.with_variables({"strftime_now": datetime.datetime.now().strftime})
+        return today.text(conversation.messages, conversation.tools)
 
     def render(self, conversation: Conversation) -> tuple[list[str], int]:
         """`conversation` must contain no special-token text (see `SpecialTokens.escape`): every special token found is scaffold."""

@@ -45,7 +45,7 @@ from sft.formats.proof import WrittenSplit
 from sft.formats.record import to_json
 from sft.formats.rejects import RejectedRow
 from sft.recipe import inputs
-from sft.recipe.schema import Source
+from sft.recipe.schema import Prepare, Source
 from sft.runner.stage import Stage
 from sft.storage import hub
 
@@ -139,7 +139,7 @@ class Preparation:
         self.stage, self.shard = stage, shard
         self.table = stage.recipe.prepare
         self.log = stage.log
-        self.tokenizer = resolve_tokenizer(self.table.tokenizer, stage)
+        self.tokenizer = resolve_tokenizer(self.table, stage)
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
         self.encoded_tokens = 0
         self.seconds = {"resolve": 0.0, "start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
@@ -470,11 +470,12 @@ def _content(chunks: Sequence[sources.Chunk]) -> list[tuple[str, str, int, int]]
     return [(c.file.sha256, c.file.kind, c.start, c.stop) for c in chunks]
 
 
-def resolve_tokenizer(path: str, stage: Stage) -> Path:
+def resolve_tokenizer(prepare: Prepare, stage: Stage) -> Path:
     """The tokenizer's folder. One from the hub (hf://…) is in a folder of the cache that is named by its commit."""
+    path = prepare.tokenizer
     if not inputs.is_remote(path):
         return stage.find(path)
-    return hub.cached(path, f"[prepare] tokenizer {path}", stage.log, inputs.TOKENIZER_FILES)
+    return hub.cached(path, f"[prepare] tokenizer {path}", stage.log, inputs.tokenizer_files(prepare))
 
 
 def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:

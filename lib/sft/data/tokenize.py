@@ -19,7 +19,6 @@ columns of Arrow; for plain rows it does step 1 without Python objects (sft.data
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
 from collections.abc import Callable, Container, Sequence
@@ -48,7 +47,7 @@ from sft.data.render import Renderer
 from sft.data.vocabulary import Vocabulary, check_rebuilt, read_text
 from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
 from sft.recipe.chat_templates import TEMPLATES
-from sft.recipe.inputs import is_template_file
+from sft.recipe.inputs import is_template_file, own_template
 from sft.recipe.schema import Prepare, Source
 
 NO_TARGETS = Fault("nothing_to_train", "no token of the conversation is trained")
@@ -130,13 +129,15 @@ class Encoder:
         return Encoder, (self.folder, self.prepare, None, self.template_text)
 
     def _template_text(self, name: str, find: Callable[[str], Path] | None) -> str:
-        if name == "tokenizer":
-            text = self.vocabulary.chat_template()
-            if text is None:
+        if own := own_template(name):
+            texts = self.vocabulary.chat_templates()
+            if own not in texts:
+                found = f"; it has {', '.join(f'tokenizer:{other}' for other in texts)}" if texts else ""
                 raise SftError(
-                    f"prepare.template: 'tokenizer', but {self.folder} has no chat template; next: name one of {', '.join(known_templates())}"
+                    f"prepare.template: {name!r}, but {self.folder} has no {'chat template' if own == 'default' else own}{found};"
+                    f" next: name one of {', '.join([*(f'tokenizer:{other}' for other in texts), *known_templates()])}"
                 )
-            return text
+            return texts[own]
         if not is_template_file(name) or find is None:
             raise SftError(
                 f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja, .jinja2 or .j2 file, nor one of"
@@ -176,8 +177,6 @@ class Encoder:
             return
         ours = self.template.verbatim(Conversation(messages, [False, True, False, True], None, False))
         variables: dict[str, Any] = dict(self.prepare.template_variables)
-        if self.prepare.date:
-            variables["strftime_now"] = datetime.datetime.fromisoformat(self.prepare.date).strftime
         theirs = str(rebuilt.apply_chat_template(messages, tokenize=False, **variables))
         if ours != theirs:
             raise SftError(

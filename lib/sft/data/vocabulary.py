@@ -21,6 +21,7 @@ from sft.common.errors import SftError
 from sft.data.align import Ids, VocabularyTable
 from sft.data.compiled import WORD, words_of
 from sft.data.normalization import Normalizer
+from sft.recipe.inputs import OTHER_TEMPLATES
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
 # joined emoji, code, and a number next to letters.
@@ -194,15 +195,20 @@ class Vocabulary:
             return self.decode(ids).decode(errors="replace")
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
-    def chat_template(self) -> str | None:
-        """The folder's own template: chat_template.jinja, else the configuration's."""
-        path = self.folder / "chat_template.jinja"
-        if path.exists():
-            return read_text(path, "prepare.template", "fetch the file again")
+    def chat_templates(self) -> dict[str, str]:
+        """The folder's own templates by name: files first, then the configuration's. Most folders have one, "default"."""
         own = self.config.get("chat_template")
-        if isinstance(own, list):
-            own = next((item.get("template") for item in own if item.get("name") == "default"), None)
-        return own if isinstance(own, str) else None
+        found = {"default": own} if isinstance(own, str) else {}
+        for item in own if isinstance(own, list) else ():
+            if isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str):
+                found[item["name"]] = item["template"]
+        files = {path.stem: path for path in sorted((self.folder / OTHER_TEMPLATES).glob("*.jinja"))}
+        files["default"] = self.folder / "chat_template.jinja"
+        return found | {
+            name: read_text(path, "prepare.template", "fetch the file again")
+            for name, path in files.items()
+            if path.exists()
+        }
 
     def canaries(self) -> dict[str, list[int]]:
         """Texts on which tokenizers are known to differ, with the ids that this one gives."""

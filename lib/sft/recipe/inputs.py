@@ -8,6 +8,7 @@ Out: (relative path, file), in a fixed order. `gs://` and `hf://` sources are no
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from sft.recipe.dataset_files import Choice, Selection, candidates, check_pointe
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
 SOURCES = "[prepare] sources"
+OWN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+OTHER_TEMPLATES = "additional_chat_templates"
+"""Where transformers saves a tokenizer's templates other than the default one."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -32,6 +36,20 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 def is_remote(path: str) -> bool:
     return REMOTE.match(path) is not None
+
+
+def own_template(template: str) -> str | None:
+    """The name of one of the tokenizer's own templates: "default" for 'tokenizer', NAME for 'tokenizer:NAME'; None for others."""
+    kind, _, name = template.partition(":")
+    if kind != "tokenizer" or (name and not OWN_NAME.fullmatch(name)):
+        return None
+    return name or "default"
+
+
+def tokenizer_files(prepare: Prepare) -> tuple[str, ...]:
+    """The files of a tokenizer folder that prepare reads, if they are there."""
+    name = own_template(prepare.template)
+    return TOKENIZER_FILES if name in (None, "default") else (*TOKENIZER_FILES, f"{OTHER_TEMPLATES}/{name}.jinja")
 
 
 def is_template_file(template: str) -> bool:
@@ -86,7 +104,7 @@ def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tu
             yield from _planned(find(path), path, EVERY_SPLIT, "[prepare] decontaminate")
     if not is_remote(prepare.tokenizer):
         folder = find(prepare.tokenizer)
-        for name in TOKENIZER_FILES:
+        for name in tokenizer_files(prepare):
             if (folder / name).is_file():
                 yield f"{prepare.tokenizer.rstrip('/')}/{name}", folder / name
     if is_template_file(prepare.template):

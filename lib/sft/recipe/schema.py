@@ -130,7 +130,7 @@ class Prepare:
     sources: tuple[Source, ...] = opt(REQUIRED, "the datasets of the mix, one [[prepare.sources]] table each")
     template: str = opt(
         "tokenizer",
-        "chat template: 'tokenizer' (the folder's own), a name (olmo, tulu, … in sft.recipe.chat_templates), or a .jinja, .jinja2 or .j2 file under DATA",
+        "chat template: 'tokenizer' (the folder's own; tokenizer:NAME if it has several), a name (olmo, tulu, … in sft.recipe.chat_templates), or a .jinja, .jinja2 or .j2 file under DATA",
     )
     system: str = opt("", "system prompt for conversations that have none; empty = the template's own default")
     train_roles: tuple[str, ...] = opt(

@@ -247,7 +247,7 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
 
 
 def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default: str) -> None:
-    if name == default or inputs.is_template_file(name):
+    if name == default or inputs.is_template_file(name) or (default and inputs.own_template(name)):
         return
     if name not in chat_templates.TEMPLATES:
         known = ", ".join(filter(None, (default, *chat_templates.TEMPLATES)))
