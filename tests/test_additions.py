@@ -1,4 +1,4 @@
-"""The recipes of CONTRIBUTING.md for a new metric and a new chat template, followed. A launcher: tests/test_launcher.py."""
+"""CONTRIBUTING.md's recipes for a new chat template, model family, row format and metric, followed. A launcher: test_launcher.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import bases
+import test_families
 from chat_samples import EOS, NASTY, SOURCE, chat, encoder, make_tokenizer, text_of
 from conftest import REPO
 from sft.formats.metrics import StepRecord
 from sft.recipe.chat_templates import CONTENT, TEMPLATES, TemplateText, TurnText
+from sft.recipe.families import FAMILIES, Family
 
 DIALOG = TemplateText(
     CONTENT
@@ -49,6 +52,81 @@ def test_a_row_of_the_table_is_all_that_a_chat_template_needs(tmp_path: Path, mo
     assert text_of(named, one, 0, trained=True) == f"Hello{EOS}Ciao{EOS}"
 
 
+MINISTRAL = Family(
+    "ministral",
+    "MinistralForCausalLM",
+    FAMILIES["llama"].block,
+    {"sliding_window": 4096, "layer_types": None},
+    1e-6,
+    n_kv_heads=8,
+    bos_token_id=1,
+    max_positions=131072,
+    does={"prenorm": True, "qk_norm": ""},
+)
+CASE = {"head_dim": 16, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"] * 2}
+
+
+def test_a_row_of_the_table_is_all_that_a_model_family_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "ministral", MINISTRAL)
+    monkeypatch.setitem(bases.CASES, "ministral", ("ministral", CASE))
+    test_families.test_values_of_missing_keys_are_those_of_transformers_class("ministral")
+    for number, claim in enumerate((
+        test_families.test_logits_loss_and_gradients_are_those_of_transformers_class,
+        test_families.test_an_export_has_the_bits_and_the_configuration_that_transformers_writes,
+        test_families.test_a_step_keeps_the_model_and_what_an_export_needs_of_its_base,
+    )):  # fmt: skip
+        (tmp_path / str(number)).mkdir()
+        claim(tmp_path / str(number), "ministral")
+
+
+METHOD = """    def _read_dialog(self, row, column):
+        roles = ("user", "assistant") * len(row[column])
+        return Turns([{"role": r, "content": t} for r, t in zip(roles, row[column])], [""] * len(row[column]), 0, (column,))
+
+
+"""
+READ = """
+from sft.chat.rows import RowReader
+from sft.recipe.schema import Prepare, Source
+for columns in ({}, {"dialog": "turns"}):
+    source = Source(path="x", columns=columns)
+    reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
+    found = reader.read_counted({columns.get("dialog", "dialog"): ["Hi", "Hello"], "topic": "t"})
+    print([*(m["role"] + " " + m["content"] for m in found.messages)], found.train, reader.counter.counts.unread)
+"""
+
+
+def python(root: Path, code: str, *arguments: str) -> str:
+    """Runs code with the package in `root`, a copy of lib."""
+    command = [sys.executable, "-c", code, *arguments]
+    environment = {"PYTHONPATH": f"{root}:{REPO / 'tests'}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def copy_of_lib(root: Path, **edits: tuple[str, str]) -> None:
+    """Copies the package to root/sft, with one text replaced in some of its files, named like recipe__schema."""
+    shutil.copytree(REPO / "lib/sft", root / "sft", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, (old, new) in edits.items():
+        file = root / "sft" / f"{name.replace('__', '/')}.py"
+        text = file.read_text()
+        assert text.count(old) == 1, name
+        file.write_text(text.replace(old, new))
+
+
+def test_a_method_its_row_and_its_column_are_all_that_a_row_format_needs(tmp_path: Path) -> None:
+    text = (REPO / "lib/sft/chat/rows.py").read_text()
+    table = next(line for line in text.splitlines() if line.startswith("LAYOUTS: "))
+    copy_of_lib(
+        tmp_path,
+        recipe__schema=("COLUMNS = (", 'COLUMNS = ("dialog", '),
+        chat__rows=(table, f'{METHOD.removesuffix("LAYOUTS")}{table}\n    "dialog": RowReader._read_dialog,'),
+    )
+    line = "['user Hi', 'assistant Hello'] [False, True] {}\n"
+    assert python(tmp_path, READ) == line * 2
+
+
 LAST = "    checkpoint: SaveTimes | None = None"
 FIELD = '    weight_norm: Annotated[float | None, Chart("weight norm, L2")] = None\n'
 WRITE = """
@@ -74,16 +152,11 @@ print(sections.curves(read_steps(out / "metrics.jsonl")))
 
 
 def test_a_field_is_all_that_file_trackers_and_report_need(tmp_path: Path) -> None:
-    shutil.copytree(REPO / "lib/sft", tmp_path / "sft", ignore=shutil.ignore_patterns("__pycache__"))
-    file = tmp_path / "sft/formats/metrics.py"
-    assert LAST in file.read_text()
-    file.write_text(file.read_text().replace(LAST, FIELD + LAST))
-    environment = {"PYTHONPATH": f"{tmp_path}:{REPO / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    copy_of_lib(tmp_path, formats__metrics=(LAST, FIELD + LAST))
+    printed = python(tmp_path, WRITE, str(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["weight_norm"] for line in lines] == [3.5, 7.0]
-    assert "tracker 2 7.0" in done.stdout and "weight norm, L2" in done.stdout
+    assert "tracker 2 7.0" in printed and "weight norm, L2" in printed
 
 
 def test_the_loop_gives_every_field_of_a_step_a_value() -> None:

@@ -8,7 +8,7 @@ reason that is counted; it never ends the stage. `sft.chat.fields` counts which 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sft.chat.calls import parameters_of, read_tools
@@ -22,7 +22,6 @@ __all__ = ["BadRow", "Conversation", "Message", "RowReader"]
 
 TEXT_FIELDS = frozenset(("role", "content", "name", "functions", "function_calls", "tool_call_id"))
 """Message fields that are taken as they are."""
-LAYOUTS = ("messages", "conversations", "prompt", "instruction")
 OTHER_NAMES = {
     "tools": ("functions", "available_tools"),
     "system": ("system_prompt",),
@@ -243,15 +242,16 @@ class RowReader:
             expected = " or ".join(columns[name] for name in self.layouts)
             found = ", ".join(map(str, list(row)[:8])) or "none"
             raise BadRow("unknown_columns", f"no column {expected} with a value; the row has {found}")
-        column = columns[layout]
-        if layout in ("messages", "conversations"):
-            items = read_list(row[column], column)
-            return Turns(items, [column] * len(items), 0, (column,))
-        return self._read_pair(row, row[column]) if layout == "prompt" else self._read_instruction(row, row[column])
+        return LAYOUTS[layout](self, row, columns[layout])
 
-    def _read_pair(self, row: Mapping[str, Any], value: Any) -> Turns:
+    def _read_list(self, row: Mapping[str, Any], column: str) -> Turns:
+        """A list of messages, by OpenAI's or ShareGPT's names."""
+        items = read_list(row[column], column)
+        return Turns(items, [column] * len(items), 0, (column,))
+
+    def _read_pair(self, row: Mapping[str, Any], column: str) -> Turns:
         """`prompt` and `completion`, each a text or a list of messages, and a `history` before a prompt that is text."""
-        column, names = self.columns["prompt"], self.names["completion"]
+        value, names = row[column], self.names["completion"]
         completion = self._pick(row, "completion")
         if completion is None:
             raise BadRow("missing_column", f"{self.columns['completion']} is missing")
@@ -269,8 +269,9 @@ class RowReader:
         of = [column] * len(prompt) + ["" if isinstance(completion, str) else names[0]] * len(answer)
         return Turns([*prompt, *answer], of, 0 if history else len(prompt), used)
 
-    def _read_instruction(self, row: Mapping[str, Any], instruction: Any) -> Turns:
+    def _read_instruction(self, row: Mapping[str, Any], column: str) -> Turns:
         """Alpaca's `instruction`, `input`, `output` and `history`, and Dolly's `instruction`, `context` and `response`."""
+        instruction = row[column]
         more, output = self._pick(row, "input") or "", self._pick(row, "output")
         for name, text in (("instruction", instruction), ("input", more), ("output", output)):
             if not isinstance(text, str):
@@ -279,8 +280,17 @@ class RowReader:
         question = f"{instruction}\n\n{more}" if more else instruction
         history = read_history(row.get(HISTORY))
         items = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
-        used = (self.columns["instruction"], *self.names["input"], *self.names["output"], HISTORY)
+        used = (column, *self.names["input"], *self.names["output"], HISTORY)
         return Turns(items, [""] * len(items), 0 if history else 1, used)
+
+
+LAYOUTS: dict[str, Callable[[RowReader, Mapping[str, Any], str], Turns]] = {
+    "messages": RowReader._read_list,
+    "conversations": RowReader._read_list,
+    "prompt": RowReader._read_pair,
+    "instruction": RowReader._read_instruction,
+}
+"""How the turns of a row are read, by the column that decides it (one of COLUMNS). Of several, the first one with a value is read."""
 
 
 def read_history(history: Any) -> list[Message]:

@@ -258,8 +258,9 @@ def _default_windows(config: ConfigReader, family: Family, layers: int, window: 
     if "max_window_layers" in family.keys:
         first = config.whole("max_window_layers", family.keys["max_window_layers"], least=0)
         return [bool(window) and i >= first for i in range(layers)]
-    positions = _rope_choices(config, family, layers)
-    return [bool(window) and not has for has in positions]
+    if "no_rope_layers" in family.keys:
+        return [bool(window) and not has for has in _rope_choices(config, family, layers)]
+    return [bool(window)] * layers
 
 
 def _rope_layers(config: ConfigReader, family: Family, layers: int) -> tuple[bool, ...]:
