@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft.data.align import NO_TARGET, Alignment, VocabularyTable, align
-from sft.data.compiled import DIGITS, TRAINED, WORD, words_of, write_bounds
+from sft.data.align import Alignment, VocabularyTable, align
+from sft.data.compiled import DIGITS, NO_TARGET, TRAINED, WORD, words_of, write_bounds
 
 pytestmark = pytest.mark.compile
 

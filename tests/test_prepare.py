@@ -26,7 +26,7 @@ from preparing import TOKENIZER, conversation, stage, write_rows
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.data import preparation, prepare, token_check, tokencache, workers
-from sft.data.compiled import TRAINED, gather
+from sft.data.compiled import TRAINED, GatheredBlock, gather
 from sft.data.dataset import Dataset
 from sft.data.vocabulary import CANARIES
 from sft.recipe import inputs
@@ -88,12 +88,12 @@ def test_documents_that_do_not_end_in_a_trained_terminator_are_no_proof():
     check = token_check.TokenCheck("x", made_data.facts(10, eos_id=9, pad_id=0))
     tokens = np.array([1, 2 | TRAINED, 9 | TRAINED, 1, 2 | TRAINED, 9], dtype=np.uint32)
     ids, mask = np.empty(6, dtype=np.uint32), np.empty(6, dtype=bool)
-    found = np.empty(2, np.int64), np.empty(2, bool), np.empty(2, np.uint32), np.empty(2, np.uint32)
-    starts, lengths, puts = np.array([100, 103]), np.array([3, 3]), np.array([3, 0])
-    gather(tokens, 100, 0, 2, starts, lengths, puts, np.uint32(9), ids, mask, *found)
+    block = GatheredBlock.of(np.array([100, 103]), np.array([3, 3]), ids, mask)._replace(places=np.array([3, 0]))
+    gather(tokens, 100, 0, 2, np.uint32(9), block)
     assert ids.tolist() == [1, 2, 9, 1, 2, 9] and mask.tolist() == [False, True, False, False, True, True]
-    assert [f.tolist() for f in found] == [[2, 1], [False, False], [9, 2], [(1 << 31) + 1] * 2]
-    check.add(check.count(lengths, *found))
+    assert (block.num_targets.tolist(), block.first_is_target.tolist()) == ([2, 1], [False, False])
+    assert (block.last_target.tolist(), block.eos_counts.tolist()) == ([9, 2], [(1 << 31) + 1] * 2)
+    check.add(check.count(block))
     with pytest.raises(SftError, match="in 1 of 2 documents, first in 1, the last trained token is no terminator"):
         check.finish()
 

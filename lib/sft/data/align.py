@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sft.data.compiled import TRAINED, WORD, compiled, words_of
+from sft.data.compiled import NO_TARGET, TRAINED, WORD, compiled, words_of
 
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
-NO_TARGET = np.uint32(0xFFFFFFFF)
-"""`last_target` of a document without targets."""
 
 
 class VocabularyTable(NamedTuple):

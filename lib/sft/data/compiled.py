@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numba
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 TRAINED = np.uint32(1 << 31)
 """The bit of a token that marks it as a target; the other bits are its id."""
+NO_TARGET = np.uint32(0xFFFFFFFF)
+"""In place of the id of a last target where there is none."""
 WORD = 8
 """Bytes compared at a time. Arrays that are read in words have as many bytes after their end."""
 DIGITS = 21
@@ -68,42 +70,76 @@ def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.lib.stride_tricks.as_strided(data[:WORD].view("<u8"), shape=(len(data) - WORD + 1,), strides=(1,))
 
 
-@compiled
-def gather(
-    tokens: Any, base: int, begin: int, end: int, starts: Any, lengths: Any, puts: Any, eos: Any, ids: Any, mask: Any, labels: Any, first_trained: Any,
-    last: Any, eoses: Any,
-) -> None:  # fmt: skip
-    """Copies documents begin … end - 1, at `starts` in a file, whose tokens from `base` on these are, to `puts` in ids and mask, and looks
-    at each.
+class GatheredBlock(NamedTuple):
+    """D documents of the token cache, end to end in a block of T tokens. `gather` fills all but the first three arrays."""
 
-    Out, for each: its trained tokens, whether the first token is one, the last trained id, and how often it has `eos`, plus TRAINED
-    when it is the last token.
-    """
-    for document in range(begin, end):
-        start, put, length = starts[document] - base, puts[document], lengths[document]
-        from_here, ids_here, mask_here = (
-            tokens[start : start + length],
-            ids[put : put + length],
-            mask[put : put + length],
+    starts: NDArray[np.int64]
+    """[D] Where each document starts in its file."""
+    lengths: NDArray[np.int64]
+    """[D] The tokens of each."""
+    places: NDArray[np.int64]
+    """[D] Where each starts in the block."""
+    ids: NDArray[np.uint32]
+    """[T]"""
+    loss_mask: NDArray[np.bool_]
+    """[T]"""
+    num_targets: NDArray[np.int64]
+    """[D]"""
+    first_is_target: NDArray[np.bool_]
+    """[D] Whether the first token of each is a target."""
+    last_target: NDArray[np.uint32]
+    """[D] The id of the last target; NO_TARGET without one."""
+    eos_counts: NDArray[np.uint32]
+    """[D] The EOS tokens of each, with the bit TRAINED when the last token is one."""
+
+    @classmethod
+    def of(
+        cls,
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        ids: NDArray[np.uint32],
+        loss_mask: NDArray[np.bool_],
+    ) -> GatheredBlock:
+        """A block in the memory of `ids` and `loss_mask`, which have T entries."""
+        counts = np.empty((2, len(lengths)), dtype=np.uint32)
+        first = np.empty(len(lengths), dtype=np.bool_)
+        return cls(
+            starts,
+            lengths,
+            np.cumsum(lengths) - lengths,
+            ids,
+            loss_mask,
+            np.empty(len(lengths), dtype=np.int64),
+            first,
+            *counts,
         )
+
+
+@compiled
+def gather(tokens: Any, base: int, begin: int, end: int, eos: Any, block: Any) -> None:
+    """Copies documents begin … end - 1 into a GatheredBlock. `tokens` are those of their file from position `base` on."""
+    for document in range(begin, end):
+        start, place, length = block.starts[document] - base, block.places[document], block.lengths[document]
+        from_here = tokens[start : start + length]
+        ids, loss_mask = block.ids[place : place + length], block.loss_mask[place : place + length]
         for i in range(length):
-            ids_here[i] = from_here[i] & ~TRAINED
+            ids[i] = from_here[i] & ~TRAINED
         for i in range(length):
-            mask_here[i] = from_here[i] >> np.uint32(31)
-        count, ends = np.uint32(0), np.uint32(0)
+            loss_mask[i] = from_here[i] >> np.uint32(31)
+        num_targets, num_eos = np.uint32(0), np.uint32(0)
         for i in range(length):
-            count += from_here[i] >> np.uint32(31)
+            num_targets += from_here[i] >> np.uint32(31)
         for i in range(length):
-            ends += np.uint32(ids_here[i] == eos)
-        labels[document] = count
-        first_trained[document] = mask[put]
-        eoses[document] = ends
-        if ids[put + length - 1] == eos:
-            eoses[document] |= TRAINED
-        last[document] = 0xFFFFFFFF
+            num_eos += np.uint32(ids[i] == eos)
+        block.num_targets[document] = num_targets
+        block.first_is_target[document] = loss_mask[0]
+        block.eos_counts[document] = num_eos
+        if ids[length - 1] == eos:
+            block.eos_counts[document] |= TRAINED
+        block.last_target[document] = NO_TARGET
         for i in range(length - 1, -1, -1):
-            if mask[put + i]:
-                last[document] = ids[put + i]
+            if loss_mask[i]:
+                block.last_target[document] = ids[i]
                 break
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from sft.common.errors import SftError
 from sft.data.chunks import Progress, naming
-from sft.data.compiled import gather
+from sft.data.compiled import GatheredBlock, gather
 from sft.data.dataset import token_dtype
 from sft.data.dataset_writer import DatasetWriter, DocumentBlock
 from sft.data.placement import Documents, Placement
@@ -97,18 +97,18 @@ class _BlockMaker:
         self.opened = functools.lru_cache(OPEN_FILES)(lambda number: TokenFile(files[number]))
 
     def __call__(self, batch: Documents) -> tuple[BlockCounts, DocumentBlock, Buffers]:
-        file, start, lengths, count = batch.file, batch.start, batch.length, len(batch)
+        file, start, lengths = batch.file, batch.start, batch.length
         buffers, total = self.unused.get(), int(lengths.sum())
-        ids, loss_mask = buffers.ids[:total], buffers.loss_mask[:total]
-        found = (np.empty(count, np.int64), np.empty(count, np.bool_), *np.empty((2, count), np.uint32))
-        places, eos = np.cumsum(lengths) - lengths, np.uint32(self.check.facts.eos_id)
+        made = GatheredBlock.of(start, lengths, buffers.ids[:total], buffers.loss_mask[:total])
+        eos = np.uint32(self.check.facts.eos_id)
         for a, b in reads(file, start, lengths):
             begin, end = int(start[a]), int(start[b - 1] + lengths[b - 1])
-            tokens = self.opened(int(file[a])).tokens(begin, end, buffers.read)
-            gather(tokens, begin, a, b, start, lengths, places, eos, ids, loss_mask, *found)
-        first = int(batch.number[0]) if count else 0
-        block = self.writer.validate(ids, loss_mask, lengths, batch.source, found[0], first, batch.number)
-        return self.check.count(lengths, *found), block, buffers
+            gather(self.opened(int(file[a])).tokens(begin, end, buffers.read), begin, a, b, eos, made)
+        first = int(batch.number[0]) if len(batch) else 0
+        block = self.writer.validate(
+            made.ids, made.loss_mask, lengths, batch.source, made.num_targets, first, batch.number
+        )
+        return self.check.count(made), block, buffers
 
 
 def reads(file: NDArray[np.int64], start: NDArray[np.int64], length: NDArray[np.int64]) -> Iterator[tuple[int, int]]:

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sft.common.errors import SftError
-from sft.data.compiled import TRAINED
+from sft.data.compiled import TRAINED, GatheredBlock
 from sft.formats.dataset import TokenizerFacts
 from sft.formats.proof import WrittenSplit
 
@@ -43,30 +42,19 @@ class TokenCheck:
         self.trained = self.ended = self.terminated = 0
         self.first_unterminated = -1
 
-    def count(
-        self,
-        lengths: NDArray[np.int64],
-        num_targets: NDArray[np.int64],
-        first_trained: NDArray[np.bool_],
-        last_trained: NDArray[np.uint32],
-        eoses: NDArray[np.uint32],
-    ) -> BlockCounts:
-        """Counts the documents of a block, from what `gather` found of each.
-
-        `first_trained`: the first token is a target. `last_trained`: the id of the last target. `eoses`: the number of EOS
-        tokens, with the bit TRAINED when the last token is EOS.
-        """
-        broken = (num_targets == 0) | first_trained
+    def count(self, block: GatheredBlock) -> BlockCounts:
+        """Counts the documents of a block."""
+        broken = (block.num_targets == 0) | block.first_is_target
         trained = len(broken) - int(broken.sum())
         ended = np.ones(len(broken), dtype=np.bool_)
         if self.facts.boundaries == "eos":
-            ended = eoses == (TRAINED | 1)
+            ended = block.eos_counts == (TRAINED | 1)
             broken |= ~ended
-        terminated = np.isin(last_trained, self.terminators)
+        terminated = np.isin(block.last_target, self.terminators)
         return BlockCounts(
-            documents=len(lengths),
-            tokens=int(lengths.sum()),
-            num_targets=int(num_targets.sum()),
+            documents=len(block.lengths),
+            tokens=int(block.lengths.sum()),
+            num_targets=int(block.num_targets.sum()),
             trained=trained,
             ended=int(ended.sum()),
             terminated=int(terminated.sum()),
