@@ -120,6 +120,14 @@ def test_csv_gives_texts_and_nulls(tmp_path, name):
     assert everything(tmp_path, name) == ([*rows, {"prompt": None, "completion": "NA", "n": "null"}], [])
 
 
+def test_a_csv_file_may_have_a_byte_order_mark_and_one_column_without_a_name(tmp_path):
+    (tmp_path / "x.csv").write_bytes(b"\xef\xbb\xbf,prompt,completion\r\n0,a,b\r\n1,c,d\r\n")
+    assert everything(tmp_path, "x.csv")[0] == [
+        {"unnamed": "0", "prompt": "a", "completion": "b"},
+        {"unnamed": "1", "prompt": "c", "completion": "d"},
+    ]
+
+
 @pytest.mark.parametrize("tail", [0, 5, 64, 1000])
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):

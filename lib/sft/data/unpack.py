@@ -25,6 +25,8 @@ from sft.common.errors import SftError
 
 MAX_ROW_BYTES = 64 << 20
 """A longer line is rejected, so that one row cannot exhaust the memory."""
+UNNAMED = "unnamed"
+"""The column of a CSV file without a name, as pandas writes its index."""
 ARROW_ROWS = 4096
 """Rows of a record batch of a converted file."""
 
@@ -94,8 +96,10 @@ def csv_to_arrow(name: str, file: Path, delimiter: str, out: IO[bytes]) -> None:
             quoted_strings_can_be_null=True,
             null_values=[""],
         )
-        with pa_csv.open_csv(str(file), read, parse, convert) as rows, pa.ipc.new_stream(out, rows.schema) as stream:
+        schema = pa.schema([(column or UNNAMED, pa.large_string()) for column in names])
+        with pa_csv.open_csv(str(file), read, parse, convert) as rows, pa.ipc.new_stream(out, schema) as stream:
             for batch in rows:
+                batch = batch.rename_columns([column or UNNAMED for column in names])
                 for start in range(0, batch.num_rows, ARROW_ROWS):
                     stream.write_batch(batch.slice(start, ARROW_ROWS))
     except pa.ArrowException as e:
@@ -109,7 +113,7 @@ def _header(name: str, file: Path, delimiter: str) -> list[str]:
     """The names of the columns. Raises SftError for two columns of one name, and for an empty file."""
     with file.open(encoding="utf-8-sig", errors="replace", newline="") as f:
         names = next(csv.reader(f, delimiter=delimiter), [])
-    if not names or len(set(names)) < len(names) or "" in names:
+    if not any(names) or len(set(names)) < len(names):
         raise SftError(
             f"{name}: its first line must name each column once, and holds {names[:8]}; next: write a header"
         )

@@ -256,6 +256,8 @@ def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> 
 def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str) -> Selection:
     """Rule 2. `top` is the folder of the saved dataset, with a slash, or ''."""
     _refuse_saved_options(choice, what)
+    if f"{top}state.json" not in names:
+        raise SftError(f"{what}: {top}state.json is missing; next: save the dataset again")
     value = _json(tree, f"{top}state.json", what)
     try:
         listed = [f"{top}{entry['filename']}" for entry in value["_data_files"]]

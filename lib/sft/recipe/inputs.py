@@ -72,6 +72,8 @@ def dataset_files(root: Path, path: str, wanted: Choice, what: str = SOURCES) ->
     `what` names the table in messages. Raises SftError for a dataset that is not read completely.
     """
     if not root.is_dir():
+        if not root.is_file():
+            raise SftError(f"{what}: {path!r} is neither a file nor a folder; next: correct the path")
         check_single(path, wanted, f"{what}: {path!r}")
         return {path: root}, Selection((path,))
     chosen = select(local_tree(root, f"{what}: {path}"), wanted, f"{what}: {path}")
@@ -86,7 +88,10 @@ def _planned(root: Path, path: str, wanted: Choice, what: str = SOURCES) -> Iter
         names = candidates(local_tree(root, f"{what}: {path}"), wanted, f"{what}: {path}")
         found = {f"{path.rstrip('/')}/{name}": root / name for name in names}
     for name, file in found.items():
-        check_pointer(file, f"{what}: {name}")
+        if (
+            f"{path.rstrip('/')}/README.md" not in found
+        ):  # with it the list has files of other splits, which may be missing
+            check_pointer(file, f"{what}: {name}")
         yield name, file
 
 

@@ -186,9 +186,10 @@ def same_as_hub(file: Path, stated: Any) -> bool | None:
 
     The hub reports the SHA-256 of large files (LFS), and git's blob id of small ones.
     """
-    if stated.lfs is not None:
-        return hash_file(file).sha256 == str(stated.lfs.sha256)
-    if not stated.blob_id:
+    lfs, blob_id = getattr(stated, "lfs", None), getattr(stated, "blob_id", None)
+    if lfs is not None:
+        return hash_file(file).sha256 == str(lfs.sha256)
+    if not blob_id:
         return None
     data = file.read_bytes()
-    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == str(stated.blob_id)
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == str(blob_id)
