@@ -184,14 +184,14 @@ def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
     prepare.prepare(s)
     said = "\n".join(s.said)
     assert "mix: 1 of 3 files are read; 1 of other splits or subsets: test.jsonl; 1 ignored: README.md" in said
-    at = s.said.index("mix: found 63 rows in 1 file")
-    line = " ".join(part.strip() for part in s.said[at + 1 : at + 3])
-    assert "rejected 2 (1 not_json, 1 " in line and max(map(len, s.said[at : at + 3])) <= 100
-    parts = line.split(";")[0]
-    numbers = dict(part.rsplit(" ", 1) for part in re.sub(r" \(.*?\)", "", parts).split(", "))
+    line = next(line for line in s.said if line.startswith("mix: found 63 rows in 1 file: rejected 2 (not_json), "))
+    assert len(line) <= 100
+    parts = re.sub(r" \(.*?\)", "", line.split("file: ")[1]).split(", ")
+    numbers = dict(re.fullmatch(r"([a-z ]+) (\d+)(?: of \d+)?", part).groups() for part in parts)
     assert sum(map(int, numbers.values())) == 63 and numbers["duplicates"] == "1" and int(numbers["held out"]) > 3
-    assert f"taken {numbers['available']} (weight 1.0), in validation {numbers['held out']}" in line
-    assert "warning: mix: 2 of 63 rows are not used; the first is mix/train.jsonl row 61: not_json: " in said
+    assert f"taken {numbers['taken']} of {numbers['taken']}" in line
+    assert "warning: mix: 2 of 63 rows are not used (1 not_json, 1 " in said
+    assert "); the first is mix/train.jsonl row 61: not_json: " in said
     (source,) = json.loads((s.out / "dataset.json").read_bytes())["sources"]
     assert source["files_ignored"] == ["README.md"] and source["files_of_other_splits"] == ["test.jsonl"]
     assert source["rows"] == source["found"] + source["rejected"]

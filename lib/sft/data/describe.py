@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 PREVIEWS = 8
 PREVIEW_TOKENS = 4000
-EXAMPLES_PER_REASON = 3
 DOCUMENTS = 1 << 20
 """Records of documents.npy that are read at a time."""
 
@@ -60,7 +59,7 @@ def dataset(
         SourceSummary(
             **dataclasses.asdict(source),
             rows=index.rows_read,
-            rejected=len(index.rejects),
+            rejected=index.rejects.total,
             documents=int(counted.documents[number]),
             tokens=int(counted.tokens[number]),
             labels=int(counted.labels[number]),
@@ -146,21 +145,16 @@ def proof(work: Preparation, indexes: Sequence[SourceIndex]) -> Proof:
         for job in jobs:
             counts.update(work.summaries[job.name].notes)
         total.update(counts)
-        reasons = Counter(r.reason for r in index.rejects)
-        examples = [
-            example
-            for reason in sorted(reasons)
-            for example in [r for r in index.rejects if r.reason == reason][:EXAMPLES_PER_REASON]
-        ]
+        rejects = index.rejects
         sources.append(
             SourceProof(
                 path=source.path,
                 rows=index.rows_read,
-                rejected=len(index.rejects),
+                rejected=index.rejects.total,
                 encoded=dict(sorted(counts.items())),
                 fields=accounting.describe(source, accounting.total(work.summaries[job.name] for job in jobs)),
-                reasons=dict(sorted(reasons.items())),
-                examples=tuple(examples),
+                reasons=dict(sorted(rejects.reasons.items())),
+                examples=tuple(row for _, rows in sorted(rejects.examples.items()) for row in rows),
             )
         )
     proven = claims(work, total)

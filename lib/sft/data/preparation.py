@@ -8,20 +8,18 @@ named by the content of their chunk, so other weights, seeds and splits reuse th
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
@@ -34,6 +32,7 @@ from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import materialise
 from sft.data.mix import Pool, Selection, held_out
 from sft.data.placement import CachedSource, Placement
+from sft.data.row_names import RejectTally, RowNames
 from sft.data.shard import Shard, digest
 from sft.data.small_files import together
 from sft.data.token_check import TokenCheck
@@ -83,39 +82,7 @@ class SourceIndex:
     """The files are those of Preparation.jobs_of[source]."""
     repeats: list[Repeat]
     rows_read: int
-    rejects: list[RejectedRow]
-
-
-class RowNames:
-    """Names the rows of a source by file and number, job after job: `rejects`, and which files have a usable row."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.rejects: list[RejectedRow] = []
-        self.usable: dict[str, bool] = {}
-        self.base = self.after = 0  # lines of the file before the job, and after it
-        self.ends: list[int] = []
-        self.files: list[str] = []
-
-    def add(self, job: ChunkJob, summary: Summary, rows: NDArray[np.uint32]) -> None:
-        """Goes on to a job, whose documents have these rows. Moves its rejects out of the summary."""
-        self.base = self.after if job.chunks[0].index else 0
-        self.files = [chunk.file.name for chunk in job.chunks]
-        self.ends = np.cumsum(summary.chunk_lines).tolist()
-        documents = np.diff(np.searchsorted(rows, [0, *self.ends]))
-        for name, count in zip(self.files, documents.tolist(), strict=True):
-            self.usable[name] = self.usable.get(name, False) or count > 0
-        self.rejects += [
-            RejectedRow(self.source, *self.name(r.row), r.reason, r.detail, r.example) for r in summary.rejects
-        ]
-        summary.rejects = []
-        self.after = self.base + summary.lines
-
-    def name(self, row: int) -> tuple[str, int]:
-        """(file, row in it from 1) of a row of the job."""
-        chunk = bisect.bisect_right(self.ends, row)
-        before = self.ends[chunk - 1] if chunk else -self.base  # only a job's first chunk may begin inside a file
-        return self.files[chunk], row - before + 1
+    rejects: RejectTally
 
 
 @dataclass
@@ -339,6 +306,8 @@ class Preparation:
         first = np.cumsum([0, *(summary.documents for summary in summaries)])
         pool = Pool.empty(int(first[-1]), self.table.deduplicate)
         rows = RowNames(self.table.sources[number].path)
+        rejects = RejectTally()
+        usable: set[str] = set()  # files
         repeats: list[Repeat] = []
         for job, summary, begin, end in zip(jobs, summaries, first[:-1].tolist(), first[1:].tolist(), strict=True):
             index = read_index(self.cache / job.name, summary)
@@ -346,7 +315,12 @@ class Preparation:
             pool.held[begin:end] = held_out(index["group"], self.table.validation_fraction)
             if self.table.deduplicate:
                 pool.digests[begin:end] = index["digest"]
-            rows.add(job, summary, index["row"])
+            rows.enter(job, summary)
+            for reject in rows.rejects(summary):
+                rejects.add(reject)
+            summary.rejects = []  # they are read again when they are written
+            documents = np.diff(np.searchsorted(index["row"], [0, *rows.ends]))
+            usable.update(name for name, count in zip(rows.files, documents.tolist(), strict=True) if count)
             text_of = dict(hits.get(job.name, ()))
             for i in np.flatnonzero(np.isin(index["row"], list(text_of))).tolist() if text_of else ():
                 pool.excluded[begin + i] = True
@@ -356,8 +330,8 @@ class Preparation:
         accounting.refuse_unread(self.table.sources[number], counts, rows_read)
         for line in accounting.report(self.table.sources[number], counts):
             self.log(line)
-        self._check_rejects(number, rows_read, rows)
-        return SourceIndex(CachedSource(first, pool.lengths), repeats, rows_read, rows.rejects), pool
+        self._check_rejects(number, rows_read, rejects, usable)
+        return SourceIndex(CachedSource(first, pool.lengths), repeats, rows_read, rejects), pool
 
     def _summary(self, job: ChunkJob) -> Summary:
         """The footer of a job's file. Raises SftError for a missing one."""
@@ -367,24 +341,35 @@ class Preparation:
         self.summaries[job.name] = summary
         return summary
 
-    def _check_rejects(self, number: int, rows_read: int, rows: RowNames) -> None:
-        path, rejects = self.table.sources[number].path, rows.rejects
+    def rejects(self) -> Iterator[RejectedRow]:
+        """All rejected rows, source after source."""
+        for source, jobs in zip(self.table.sources, self.jobs_of, strict=True):
+            rows = RowNames(source.path)
+            for job in jobs:
+                summary = self._summary(job)
+                rows.enter(job, summary)
+                yield from rows.rejects(summary)
+                summary.rejects = []
+
+    def _check_rejects(self, number: int, rows_read: int, rejects: RejectTally, usable: Container[str]) -> None:
+        path = self.table.sources[number].path
         if not rows_read:
             raise SftError(f"{path}: holds no row; next: correct the path")
-        for file in self.inputs[number].files if len(rejects) < rows_read else ():
-            if not rows.usable.get(file.name):
-                why = next((f"; row {r.row}: {r.reason}: {r.detail}" for r in rejects if r.file == file.name), "")
+        for file in self.inputs[number].files if rejects.total < rows_read else ():
+            if file.name not in usable:
+                found = rejects.first_in.get(file.name)
+                why = f"; row {found.row}: {found.reason}: {found.detail}" if found else ""
                 raise SftError(
                     f"{file.name}: holds no usable row{why}; next: correct or remove the file, or name it in the source's"
                     " ignore_files"
                 )
-        if len(rejects) <= self.table.max_reject_fraction * rows_read and len(rejects) < rows_read:
+        if rejects.total <= self.table.max_reject_fraction * rows_read and rejects.total < rows_read:
             return
         lines = [
-            f"{path}: {len(rejects)} of {rows_read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
+            f"{path}: {rejects.total} of {rows_read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
         ]
-        for reason, count in Counter(r.reason for r in rejects).most_common(REJECT_EXAMPLES):
-            first = next(r for r in rejects if r.reason == reason)
+        for reason, count in rejects.reasons.most_common(REJECT_EXAMPLES):
+            first = rejects.examples[reason][0]
             lines.append(
                 f"  {count} × {reason}: e.g. {first.file} row {first.row}: {first.detail}\n      {first.example[:200]}"
             )

@@ -17,10 +17,9 @@ SHARD=i/n does step 2 for every n-th chunk and publishes nothing. SHARD=merge/n 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sft.common.files import write_atomic
 from sft.data import describe, shards
 from sft.data.decontaminate import Screen
 from sft.data.interop import olmo_core_obstacle
@@ -28,6 +27,7 @@ from sft.data.mix import Mixed, mix
 from sft.data.preparation import Preparation, SourceIndex
 from sft.data.report import source_lines
 from sft.data.shard import Shard
+from sft.data.unpack import new_file
 from sft.formats import dataset, preview, proof, rejects
 from sft.formats.dataset import NearDuplicates, PrepareMetrics, SplitSize
 from sft.formats.record import Record
@@ -83,7 +83,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         work.encoder.save_tokenizer(out / "data" / "tokenizer")
         work.check_tokenizer(out / "data" / "tokenizer")
     files = _write_records(work, mixed, indexes, splits, screen, near_duplicates)
-    metrics = _metrics(work, splits["data"], sum(len(index.rejects) for index in indexes))
+    metrics = _metrics(work, splits["data"], sum(index.rejects.total for index in indexes))
     return Result([*splits, *files], metrics.to_metrics(), work.hashes)
 
 
@@ -116,13 +116,15 @@ def _write_records(
         proof.NAME: describe.proof(work, indexes),
         preview.NAME: describe.preview(out / "data", work.encoder.vocabulary),
     }
-    lists: dict[str, Sequence[Record]] = {rejects.REJECTS: [row for index in indexes for row in index.rejects]}
+    lists: dict[str, Iterable[Record]] = {rejects.REJECTS: work.rejects()}
     if screen is not None:
         lists[rejects.CONTAMINATED] = describe.contaminated(work, indexes, screen)
     for name, record in records.items():
         record.write(out / name)
     for name, rows in lists.items():
-        write_atomic(out / name, rejects.to_lines(rows))
+        with new_file(out / name) as file:
+            for row in rows:
+                file.write(rejects.to_lines([row]))
     return [*records, *lists]
 
 

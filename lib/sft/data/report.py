@@ -1,22 +1,23 @@
 """What prepare tells on the terminal about each source: its files, and what became of its rows.
 
-In:  the files, the rejects and the mix of a source. Out: lines. The numbers of a line add up to the rows that were found.
+In:  the files, the rejects and the mix of a source. Out: lines. The rows that were found are those rejected, duplicates, contaminated,
+near-duplicates, held out, and those of which the weight takes some or all.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from sft.common.strings import first_names
+from sft.data.row_names import RejectTally
 from sft.data.sources import SourceFiles
 from sft.formats.dataset import SourceMix
-from sft.formats.rejects import REJECTS, RejectedRow
+from sft.formats.rejects import REJECTS
 
 
-def source_lines(files: SourceFiles, mix: SourceMix, rejects: Sequence[RejectedRow]) -> Iterator[str]:
+def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> Iterator[str]:
     """The lines of one source. A source with rejects has a warning, also when the stage succeeds."""
-    found = mix.found + len(rejects)
+    found = mix.found + rejects.total
     if files.found > len(files.files):
         parts = [
             f"{len(names)} {what}: {first_names(names)}"
@@ -24,21 +25,30 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: Sequence[RejectedR
             if names
         ]
         yield f"{mix.path}: {len(files.files)} of {files.found} files are read; {'; '.join(parts)}"
-    reasons = Counter(reject.reason for reject in rejects)
-    rejected = f" ({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())})" if rejects else ""
-    yield f"{mix.path}: found {found:,} rows in {len(files.files)} file{'s' * (len(files.files) != 1)}"
-    yield (
-        f"  rejected {len(rejects)}{rejected}, duplicates {mix.duplicates}, contaminated {mix.contaminated}, near-duplicates"
-        f" {mix.near_duplicates},"
-    )
-    yield (
-        f"  held out {mix.held_out}, available {mix.available}; taken {mix.taken} (weight {mix.weight}), in validation {mix.validation}"
-    )
-    if rejects:
-        first = rejects[0]
+    yield _rows(files, mix, rejects)
+    if rejects.total:
+        first = rejects.first
+        reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.reasons.most_common())
         yield (
-            f"warning: {mix.path}: {len(rejects)} of {found} rows are not used; the first is {first.file} row {first.row}:"
-            f" {first.reason}: {first.detail}; all are in {REJECTS}"
+            f"warning: {mix.path}: {rejects.total} of {found} rows are not used ({reasons}); the first is {first.file} row"
+            f" {first.row}: {first.reason}: {first.detail}; all are in {REJECTS}"
         )
     if not mix.taken and mix.weight and mix.found:
         yield f"warning: {mix.path}: weight {mix.weight} and its caps leave none of {mix.found} documents"
+
+
+def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> str:
+    """What became of the rows. Two kinds are left out where there are none, so that the line stays short."""
+    parts = [f"rejected {rejects.total}" + (f" ({rejects.first.reason})" if rejects.total else "")]
+    parts.append(f"duplicates {mix.duplicates}")
+    if mix.contaminated:
+        parts.append(f"contaminated {mix.contaminated}")
+    if mix.near_duplicates:
+        parts.append(f"near-duplicates {mix.near_duplicates}")
+    parts += [f"held out {mix.held_out}", f"taken {mix.taken} of {mix.available}"]
+    if mix.weight != 1:
+        parts[-1] += f" (weight {mix.weight})"
+    if mix.validation != mix.held_out:
+        parts.append(f"in validation {mix.validation}")
+    count = len(files.files)
+    return f"{mix.path}: found {mix.found + rejects.total} rows in {count} file{'s' * (count != 1)}: {', '.join(parts)}"
