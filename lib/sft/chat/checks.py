@@ -6,7 +6,7 @@ where its spans are computed, in `sft.chat.template`.
 
 from __future__ import annotations
 
-from sft.chat.probe import TemplateProbe
+from sft.chat.probe import ANSWER, SAID, TemplateProbe, made_up_tools
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.trace import Trace
 from sft.chat.words import missing_text, missing_words, tool_texts
@@ -26,6 +26,22 @@ class RowChecks:
     def __init__(self, probe: TemplateProbe) -> None:
         self.probe = probe
         self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
+
+    def prompt_differs_with_tools(self) -> bool:
+        """Whether the template writes something else before an answer than in the prompt for it when there are tools."""
+        key = ("prompt", "", True)
+        if key not in self.writes:
+            question, answer = {"role": "user", "content": SAID}, {"role": "assistant", "content": ANSWER}
+            prompt = self.probe.prompt([question], made_up_tools()) or ""
+            try:
+                text = self.probe.text([question, answer], made_up_tools())
+            except BadRow:
+                text = ""
+            before = text.partition(ANSWER)[0]
+            self.writes[key] = (
+                SAID in prompt and SAID in before and prompt.partition(SAID)[0] != before.partition(SAID)[0]
+            )
+        return self.writes[key]
 
     def check_order(self, conversation: Conversation, trace: Trace) -> None:
         """Raises BadRow when the template writes messages in another order; system messages may be anywhere."""

@@ -250,7 +250,8 @@ class JinjaTemplate:
         runs = to_runs(text, spans, grafts)
         if runs is None:
             raise BadRow("template", f"template {self.name} writes messages in another order than the row's")
-        if self.rules.prompt_differs or self.options.history == "as-rendered":
+        tools_move = conversation.tools is not None and self.checks.prompt_differs_with_tools()
+        if self.rules.prompt_differs or tools_move or self.options.history == "as-rendered":
             self._begin_with_prompt(conversation, runs)
         self.checks.check_prompts(conversation, trace, "\n".join(runs[::2]))
         if (
