@@ -264,6 +264,22 @@ def test_columns_may_have_other_names_and_rules_may_leave_no_plain_rows(folder: 
         assert encoder(folder, name).encode_plain(LineBlock.of(line), renamed) == (None, [0])
 
 
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"prompt": "q", "completion": "a"}, {"q": "Hi", "a": "Hello"}),
+        ({"instruction": "q", "output": "a"}, {"q": "Hi", "a": "Hello"}),
+        ({"conversations": "c"}, {"c": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}),
+    ],
+    ids=["pair", "instruction", "sharegpt"],
+)
+def test_named_columns_of_any_layout_are_read(olmo: Encoder, columns: dict[str, str], row: dict[str, Any]) -> None:
+    compiled, python, _ = lines_both_ways(
+        olmo, (json.dumps(row) + "\n").encode() * 2, Source(path="x", columns=columns)
+    )
+    assert compiled == python and len(olmo.encode([row], Source(path="x", columns=columns)).lengths) == 1
+
+
 def test_what_is_compiled_beforehand_is_all_that_is_needed(folder: Path) -> None:
     made = encoder(folder)
     made.compile()

@@ -78,7 +78,8 @@ class RowNames:
 
     @property
     def list_column(self) -> str:
-        return next(name for name, kind in self.columns.items() if kind == LIST)
+        """The column of messages; "" where the source's columns name another layout."""
+        return next((name for name, kind in self.columns.items() if kind == LIST), "")
 
 
 class Messages(NamedTuple):
