@@ -325,6 +325,9 @@ def test_what_the_recipe_ignores_is_not_read() -> None:
     row = {"messages": [HELLO[0], {**HELLO[1], "thinking": "T"}], "system": "S"}
     assert reader.read(row).messages == HELLO
     assert counted(row, ignore=source.ignore)[0]["messages.thinking"] == 1
+    named = {"messages": [{**HELLO[0], "name": "n", "functions": "[]"}, HELLO[1]]}
+    reader = RowReader(Prepare(tokenizer="t", sources=(source,)), Source(path="x", ignore=("messages.functions",)))
+    assert reader.read(named).messages[0] == {**HELLO[0], "name": "n"}
 
 
 def deep(levels: int) -> Any:

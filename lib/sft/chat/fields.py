@@ -47,6 +47,7 @@ class FieldCounter:
     def __init__(self, ignore: Collection[str]) -> None:
         self.ignore = frozenset(ignore)
         self.passed_over: dict[str, bool] = {}  # by name: ignored or harmless
+        self.names: dict[str, dict[str, str]] = {}  # by prefix and field
         self.counts = FieldCounts()
 
     def is_passed_over(self, name: str) -> bool:
@@ -80,6 +81,8 @@ class FieldCounter:
 
     def _count_message(self, column: str, item: Mapping[str, Any], seen: set[str]) -> None:
         self._count_object(column, item, MESSAGE_FIELDS, seen)
+        if type(item.get("content")) is str and "tool_calls" not in item and "function_call" not in item:
+            return
         if isinstance(content := item.get("content"), (list, tuple)):
             for part in content:
                 self._count_object(f"{column}.content", part, PART_FIELDS, seen)
@@ -92,13 +95,22 @@ class FieldCounter:
                     self._count_object(f"{column}.{name}", call, CALL_FIELDS, seen)
                     self._count_object(f"{column}.{name}.function", call.get("function"), FUNCTION_FIELDS, seen)
 
+    def _named(self, prefix: str, value: Mapping[str, Any]) -> list[str]:
+        """The names of the fields that hold something."""
+        names = self.names.setdefault(prefix, {})
+        return [
+            names.get(key) or names.setdefault(key, f"{prefix}.{key}")
+            for key, held in value.items()
+            if not is_empty(held)
+        ]
+
     def _count_object(self, prefix: str, value: Any, read: Collection[str], seen: set[str]) -> None:
-        if not isinstance(value, Mapping):
+        if type(value) is not dict and not isinstance(value, Mapping):
             return
-        for key, held in value.items():
-            if is_empty(held):
+        for name in self._named(prefix, value):
+            if name in seen:
                 continue
-            name = f"{prefix}.{key}"
             seen.add(name)
+            key = name[len(prefix) + 1 :]
             if key not in read and not self.is_passed_over(name):
-                self.counts.unread.setdefault(name, example_of(held))
+                self.counts.unread.setdefault(name, example_of(value[key]))

@@ -52,7 +52,7 @@ def read_message(item: Any, index: int, schemas: Mapping[str, Any]) -> tuple[Mes
                 raise BadRow("bad_value", f"message {index}: {name} is {kind(item[name])}, not text")
             message[name] = item[name]
     for name in ("functions", "function_calls"):
-        if item.get(name) is not None:
+        if isinstance(item.get(name), str) or not is_empty(item.get(name)):
             if name in message:
                 raise BadRow("disagree", f"message {index}: {name} beside a call in the content")
             message[name] = read_definition(item[name], f"message {index}: {name}")

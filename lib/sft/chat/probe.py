@@ -63,6 +63,7 @@ class TemplateProbe:
         self.from_prefixes = False  # trace events do not tell the messages apart, so shorter conversations do
         self.needs_tools = False  # the template fails without tools
         self.answer = ANSWER
+        self.passes_on: tuple[type[Exception], ...] = ()  # errors that are not the template's
         # The settings that Hugging Face renders with.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -112,6 +113,8 @@ class TemplateProbe:
         context = self.template.new_context({**self.variables, **variables})
         try:
             return list(self.template.root_render_func(context))
+        except self.passes_on:
+            raise
         except Exception as error:  # Jinja text is a program: it can fail in any way, out of memory included
             where = f"template {self.name}" + (f", message {self.begun[0]}" if self.begun[0] >= 0 else "")
             raise BadRow("template", f"{where}: {type(error).__name__}: {error}") from None

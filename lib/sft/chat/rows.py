@@ -20,7 +20,7 @@ from sft.recipe.schema import COLUMNS, ROLES, Prepare, Source
 
 __all__ = ["BadRow", "Conversation", "Message", "RowReader"]
 
-TEXT_FIELDS = frozenset(("role", "content", "name", "functions", "function_calls", "tool_call_id"))
+TEXT_FIELDS = frozenset(("role", "content", "name", "functions", "function_calls", "tool_call_id", "reasoning_content"))
 """Message fields that are taken as they are."""
 OTHER_NAMES = {
     "tools": ("functions", "available_tools"),
@@ -97,6 +97,10 @@ class RowReader:
             if (fields := {name[len(column) + 1 :] for name in source.ignore if name.startswith(f"{column}.")})
         }
         self.group = source.validation_group
+        self.beside = frozenset((*self.names["system"], *self.names["tools"], KWARGS, *FLAGS))
+        """Columns that are read beside those of messages."""
+        first = self.layouts[0]
+        self.messages = self.columns[first] if first in ("messages", "conversations") else ""
         self.counter = FieldCounter(source.ignore)
 
     def ignores_fields(self, names: Collection[str]) -> bool:
@@ -128,10 +132,15 @@ class RowReader:
         if self.ignore:
             row = {name: value for name, value in row.items() if name not in self.ignore}
         turns = self._read_turns(row)
-        system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
+        system = tools = variables = None
+        used = (*turns.used, self.group)
+        is_plain = self.beside.isdisjoint(row)
+        if not is_plain:
+            system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
+            used += (*self.names["system"], *self.names["tools"], KWARGS)
         messages, flags = self._read_messages(turns, parameters_of(tools) if tools else {})
-        used = (*turns.used, *self.names["system"], *self.names["tools"], KWARGS, self.group)
-        used += read_flag_lists(row, turns, flags)
+        if not is_plain:
+            used += read_flag_lists(row, turns, flags)
         train = self._choose_trained(messages, flags, turns.prompt_length)
         self._add_system(messages, train, system, turns.prompt_length)
         if tools and any("functions" in message for message in messages):
@@ -201,17 +210,23 @@ class RowReader:
         messages: list[Message] = []
         flags: dict[int, bool] = {}
         for index, item in enumerate(turns.items):
+            if self.ignored_fields and isinstance(item, Mapping):
+                ignored = self.ignored_fields.get(turns.columns[index], ())
+                item = {name: value for name, value in item.items() if name not in ignored}
             # The common shapes are taken unchanged: a known role, a content, and other text fields that templates read.
             if type(item) is dict:
                 role = item.get("role")
                 known = type(role) is str and role in ROLES and type(item.get("content")) is str and role != "developer"
                 if known and (
-                    len(item) == 2 or (TEXT_FIELDS.issuperset(item) and set(map(type, item.values())) == {str})
+                    len(item) == 2
+                    or (
+                        TEXT_FIELDS.issuperset(item)
+                        and set(map(type, item.values())) == {str}
+                        and item.get("reasoning_content", "x")
+                    )
                 ):
                     messages.append(item)
                     continue
-            if isinstance(item, Mapping) and (ignored := self.ignored_fields.get(turns.columns[index])):
-                item = {name: value for name, value in item.items() if name not in ignored}
             message, flag = read_message(item, index, schemas)
             if message["role"] == "developer":
                 message["role"] = self.developer
@@ -236,6 +251,9 @@ class RowReader:
     def _read_turns(self, row: Mapping[str, Any]) -> Turns:
         """The messages of the first layout that the row has."""
         columns = self.columns
+        items = row.get(self.messages) if self.messages else None
+        if type(items) is list and items:  # most rows
+            return Turns(items, [self.messages] * len(items), 0, (self.messages,))
         present = [name for name in self.layouts if row.get(columns[name]) is not None]
         layout = next((name for name in present if not is_empty(row[columns[name]])), present[0] if present else None)
         if layout is None:

@@ -54,8 +54,11 @@ def drop_nulls(value: Any, schema: Any = None) -> Any:
 
 def is_empty(value: Any) -> bool:
     """Whether a value holds nothing: a null, "", an empty list, and an object of nothing else."""
-    if value is None or value == "":
-        return True
+    kind = type(value)
+    if kind is str or value is None:
+        return not value
+    if kind is bool or kind is int or kind is float:
+        return False
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     return isinstance(value, (list, tuple)) and not value

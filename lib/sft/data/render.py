@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from sft.chat.rows import BadRow, Conversation
+from sft.chat.skeleton import Skeletons
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import JinjaTemplate, Template
 from sft.data.batch import Fault, RenderedBatch, conversation_hashes
@@ -33,6 +34,7 @@ class Renderer:
     ) -> None:
         self.template, self.specials, self.byte_level, self.normalizer = template, specials, byte_level, normalizer
         self.special_text, self.system = prepare.special_text, prepare.system
+        self.skeletons = Skeletons(template) if isinstance(template, JinjaTemplate) else None
         self.takes_variables = getattr(template, "takes_variables", False)
         self.turn_by_turn = prepare.history == "as-rendered"
         # Every occurrence of a special token's text becomes that token, unless two of them can overlap.
@@ -74,6 +76,8 @@ class Renderer:
     def _render(self, batch: RenderedBatch, conversation: Conversation, turn: int) -> tuple[list[str], int]:
         if turn != WHOLE:
             conversation = until(conversation, turn)
+        if self.skeletons is not None and (rendered := self.skeletons.render(conversation)) is not None:
+            return rendered
         if self.escapes_first and self.specials.are_in(conversation):
             return self.render_escaped(batch, conversation, len(batch.runs))
         return self.template.render(conversation)
