@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 from pathlib import Path
 
 import datasets
 import pytest
+from datasets.data_files import DataFilesDict, get_data_patterns
 
 from sft.common.errors import SftError
 from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, row_format, select, split_of
@@ -132,14 +133,27 @@ def test_the_planner_takes_the_files_of_all_configurations_and_needs_no_yaml(mon
     assert candidates(tree("train.jsonl test.jsonl"), Choice(), WHAT) == ["train.jsonl"]
 
 
-def test_the_datasets_library_reads_the_same_files(tmp_path):
-    """The same splits as `datasets` finds in a folder of the same names."""
-    for name in ("train.jsonl", "sub/test.jsonl", "validation-00000-of-00001.jsonl"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(json.dumps({"name": name}) + "\n")
-    theirs = datasets.load_dataset(str(tmp_path), cache_dir=str(tmp_path / ".cache"))
-    ours = {s: list(selected(tmp_path, s).files) for s in theirs}
-    assert ours == {split: rows["name"] for split, rows in theirs.items()}
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train.jsonl sub/test.jsonl validation-00000-of-00001.jsonl", "my_train.jsonl my_test.jsonl", "train-0.jsonl train-1.jsonl dev.jsonl",
+        "data/train/a.jsonl data/test/b.jsonl", "train2024.jsonl test2024.jsonl", "training/x.jsonl evaluation/y.jsonl",
+        "data/train-00000-of-00001.jsonl data/test_sft-00000-of-00001.jsonl", "a/train.jsonl b/train.jsonl", "x.jsonl y.jsonl",
+        "contest.jsonl pretrain.jsonl", "test/train.jsonl dev/a.jsonl", "train/dev_set.jsonl", "latest/a.jsonl",
+        "data/part-00000-of-00002.jsonl data/part-00001-of-00002.jsonl", "val_1.jsonl train_1.jsonl",
+    ],
+)  # fmt: skip
+def test_the_datasets_library_finds_the_same_splits(tmp_path, names):
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    found = DataFilesDict.from_patterns(get_data_patterns(str(tmp_path)), base_path=str(tmp_path))
+    theirs = {str(s): sorted(str(Path(f).relative_to(tmp_path)) for f in files) for s, files in found.items()}
+    ours = {}
+    for split in ("train", "validation", "test", "test_sft", "part"):
+        with contextlib.suppress(SftError):
+            ours[split] = list(selected(tmp_path, split).files)
+    assert ours == theirs
 
 
 def test_a_hub_cache_links_into_its_own_blobs(tmp_path):
@@ -182,7 +196,7 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
     ("name", "expected"),
     [
         ("train.jsonl", "train"), ("x/Training-1.jsonl", "train"), ("test2024.parquet", "test"), ("dev/a.jsonl", "validation"),
-        ("test/train.jsonl", "train"), ("contest.jsonl", ""), ("evaluation.v2.csv", "test"), ("train_test.jsonl", "train or test"),
+        ("test/train.jsonl", "test"), ("contest.jsonl", ""), ("train/test/a.jsonl", "train or test"), ("evaluation.v2.csv", "test"), ("train_test.jsonl", "train or test"),
     ],
 )  # fmt: skip
 def test_the_split_that_a_name_says(name, expected):

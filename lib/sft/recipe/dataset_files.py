@@ -227,10 +227,10 @@ def _known_split(split: str) -> str:
 def split_of(name: str) -> str:
     """The split that a relative name says: 'train', 'validation', 'test', or ''. 'train or test' where it says both.
 
-    The file's own name counts before that of its folder, and an inner folder before an outer one.
+    Folders count before the file's own name, as in the `datasets` library.
     """
-    for part in reversed(name.lower().split("/")):
-        words = set(re.split(r"[^a-z]+", part))
+    *folders, last = ([*re.split(r"[^a-z]+", part)] for part in name.lower().split("/"))
+    for words in ({word for part in folders for word in part}, set(last)):
         if said := [split for split, spellings in SPLITS.items() if words.intersection(spellings)]:
             return " or ".join(said)
     return ""
@@ -328,14 +328,12 @@ def _of_config(
         rows = [n for n in rows if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)]
         chosen = _of_split(rows, ignored, choice.split, f"{what} (subset {name})").files
     else:
-        chosen = _matching(names, top, by_split, choice, f"{what}: subset {name!r}")
+        chosen = _matching(names, by_split, choice, f"{what}: subset {name!r}")
     others = tuple(n for n in names if row_format(n) and not _is_hidden(n) and n not in chosen)
     return Selection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
 
 
-def _matching(
-    names: Sequence[str], top: str, by_split: Mapping[str, list[str]], choice: Choice, what: str
-) -> tuple[str, ...]:
+def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: Choice, what: str) -> tuple[str, ...]:
     """The files that a configuration's patterns name. Raises SftError for an unknown split, an absent file, and other formats."""
     if choice.split is not None and choice.split not in by_split:
         raise SftError(
@@ -343,11 +341,11 @@ def _matching(
         )
     chosen: set[str] = set()
     for pattern in [p for s, paths in by_split.items() if choice.split in (None, s) for p in paths]:
-        matcher = _glob(top + pattern.removeprefix("./"))
+        matcher = _glob(pattern)
         found = [n for n in names if matcher.fullmatch(n) and not (_is_hidden(n) and "*" in pattern)]
         if not found:
             raise SftError(
-                f"{what}: no file matches {top + pattern!r} of README.md; next: fetch the missing files, or correct README.md"
+                f"{what}: no file matches {pattern!r} of README.md; next: fetch the missing files, or correct README.md"
             )
         chosen.update(found)
     chosen = {n for n in chosen if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)}
