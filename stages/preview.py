@@ -12,7 +12,7 @@ import click
 
 from sft.common.process import until_reader_stops
 from sft.data import sources
-from sft.data.preparation import resolve_tokenizer
+from sft.data.preparation import resolve_tokenizer, with_added_tokens
 from sft.data.preview import preview
 from sft.data.tokenize import Encoder
 from sft.runner.cli import RunOptions, program, run_options
@@ -28,7 +28,7 @@ def main(options: RunOptions, source: str, row: str) -> None:
     color = not os.environ.get("NO_COLOR") and (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR")))
     with open_stage("prepare", options, follower=True) as stage, until_reader_stops():
         table = stage.recipe.prepare
-        encoder = Encoder(resolve_tokenizer(table, stage), table, stage.find)
+        encoder = Encoder(with_added_tokens(resolve_tokenizer(table, stage), table, stage), table, stage.find)
         files = [sources.resolve(s, stage.find, stage.cache, log=stage.log).files for s in table.sources]
         for line in preview(encoder, files, source, row, color):
             print(line)

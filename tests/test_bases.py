@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bases
+import tiny_export
 from sft.checkpoint import olmo_core
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
@@ -18,6 +19,7 @@ from sft.model.model import Transformer
 from sft.recipe import recipe, schema
 from sft.recipe.architecture import DynamicRope, LinearRope, Llama3Rope, LongRope, ModelConfig, Yarn
 from sft.recipe.base_config import Base, BaseFacts, read_base, read_hf_config
+from sft.recipe.inputs import TOKENIZER_FILES
 from sft.recipe.presets import PRESETS
 from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.training import initial_weights
@@ -360,3 +362,54 @@ def test_a_model_config_survives_json() -> None:
     long = LongRope((1.0, 2.0), (3.0, 4.0), 64, 1.1)
     for config in (*PRESETS.values(), ModelConfig(2, 8, 2, 1, 4, 8, 9, rope_scaling=long, rope_layers=(True, False))):
         assert ModelConfig.from_value(json.loads(json.dumps(config.to_value()))) == config
+
+
+# --- added tokens -------------------------------------------------------------------------------------------------
+
+
+def test_added_tokens_are_ids_of_tokenizer_and_table(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from sft.data.added_tokens import add_tokens, with_tokens
+
+    facts = tiny_export.tokenizer(tmp_path / "tokenizer")
+    before = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    made = add_tokens(tmp_path / "tokenizer", ("<|tool|>", "<|end tool|>"), TOKENIZER_FILES, tmp_path / "cache")
+    assert made == add_tokens(tmp_path / "tokenizer", ("<|tool|>", "<|end tool|>"), TOKENIZER_FILES, tmp_path / "cache")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
+    assert (made / "tokenizer.json").read_bytes() == with_tokens(before, ("<|tool|>", "<|end tool|>"), "x")[0]
+    found = AutoTokenizer.from_pretrained(made)
+    first = facts.vocab_size
+    assert len(found) == first + 2
+    assert found.encode("Paris<|tool|>42<|end tool|>", add_special_tokens=False)[-1] == first + 1
+    assert found.decode([first, 5], skip_special_tokens=True) == found.decode([5])
+    with pytest.raises(SftError, match=r"add_tokens: '<\|pad\|>' is a token already, id 3"):
+        add_tokens(tmp_path / "tokenizer", ("<|pad|>",), TOKENIZER_FILES, tmp_path / "cache")
+    with pytest.raises(SftError, match="every token once, and none empty"):
+        add_tokens(tmp_path / "tokenizer", ("a new one", "a new one"), TOKENIZER_FILES, tmp_path / "cache")
+
+
+def test_rows_of_added_tokens_are_new_also_where_the_bases_table_is_padded(tmp_path: Path) -> None:
+    folder, tensors = saved(tmp_path)
+    base = read_base(folder)
+    assert base
+    config = resolve(schema.Model(base="b"), bases.ROWS - 4, base)
+    model = Transformer(config)
+    initial_weights.initialise(model, config, folder, 0, bases.ROWS - 4, print, added=2)
+    table, found = tensors["model.embed_tokens.weight"], model.embeddings.weight
+    same = [torch.equal(a, b) for a, b in zip(found, table, strict=False)]
+    assert same == [True] * (bases.ROWS - 6) + [False] * 2 + [True] * 4
+    assert (found[bases.ROWS - 6] - table[: bases.ROWS - 6].mean(0)).std() < 0.3 * table.std()
+
+
+def test_the_bases_tokenizer_with_the_added_tokens_is_the_datas(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from sft.data.added_tokens import add_tokens
+
+    facts = tiny_export.tokenizer(tmp_path / "base")
+    made = add_tokens(tmp_path / "base", ("<|tool|>",), TOKENIZER_FILES, tmp_path / "cache")
+    theirs = replace(facts, tokenizer=replace(facts.tokenizer, sha256=tiny_export.sha256(made / "tokenizer.json")))
+    assert initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
+    with pytest.raises(SftError, match=r"the data were made with tokenizer.json sha256"):
+        initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))

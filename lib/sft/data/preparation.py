@@ -27,6 +27,7 @@ from sft.common.locks import lock
 from sft.common.machine import cores
 from sft.data import accounting, blocks, sources, workers
 from sft.data import near_duplicates as near
+from sft.data.added_tokens import add_tokens
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import materialise
@@ -106,7 +107,9 @@ class Preparation:
         self.stage, self.shard = stage, shard
         self.table = stage.recipe.prepare
         self.log = stage.log
-        self.tokenizer = resolve_tokenizer(self.table, stage)
+        source = resolve_tokenizer(self.table, stage)
+        self.tokenizer_commit = source.name if inputs.is_remote(self.table.tokenizer) else None
+        self.tokenizer = with_added_tokens(source, self.table, stage)
         self.encoder = Encoder(self.tokenizer, self.table, stage.find)
         self.encoded_tokens = 0
         self.seconds = {"resolve": 0.0, "start": 0.0, "encode": 0.0, "mix": 0.0, "write": 0.0, "check": 0.0}
@@ -461,6 +464,13 @@ def resolve_tokenizer(prepare: Prepare, stage: Stage) -> Path:
     if not inputs.is_remote(path):
         return stage.find(path)
     return hub.cached(path, f"[prepare] tokenizer {path}", stage.log, inputs.tokenizer_files(prepare))
+
+
+def with_added_tokens(folder: Path, table: Prepare, stage: Stage) -> Path:
+    """The tokenizer's folder, or a copy in the cache that has `add_tokens` as well."""
+    return (
+        add_tokens(folder, table.add_tokens, inputs.tokenizer_files(table), stage.cache) if table.add_tokens else folder
+    )
 
 
 def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:

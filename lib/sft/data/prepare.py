@@ -31,7 +31,6 @@ from sft.data.unpack import new_file
 from sft.formats import dataset, preview, proof, rejects
 from sft.formats.dataset import NearDuplicates, PrepareMetrics, SplitSize
 from sft.formats.record import Record
-from sft.recipe import inputs
 from sft.runner.stage import Result, Stage
 
 
@@ -139,7 +138,7 @@ def _metrics(work: Preparation, data: SplitSize, rejected: int) -> PrepareMetric
         tokenizer=work.encoder.identity.tokenizer,
         encoded_by=encoded_by,
         chunks_redone=chunks_redone,
-        tokenizer_commit=work.tokenizer.name if inputs.is_remote(work.table.tokenizer) else None,
+        tokenizer_commit=work.tokenizer_commit,
         seconds={step: round(seconds, 3) for step, seconds in work.seconds.items()},
         cpu_seconds={step: round(work.cpu_seconds[step], 3) for step in ("resolve", "encode", "mix", "write")},
     )

