@@ -71,6 +71,7 @@ def add_tokens(folder: Path, tokens: Sequence[str], names: Sequence[str], cache:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, content in files.items():
+            (part / name).parent.mkdir(exist_ok=True)
             write_atomic(part / name, content)
         shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
