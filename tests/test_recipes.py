@@ -197,11 +197,11 @@ def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> Non
     seen = 0
     for file in sorted((REPO / "recipes").glob("*.toml")):
         loaded = recipe.load(file)
-        model, train = resolve.resolve(loaded.model, 100278), loaded.train
         for cluster, stages in loaded.on.items():
             hardware, facts = stages.get("train"), recipe.load_cluster(REPO / "env" / f"{cluster}.toml")
             if hardware is None or cluster == "local":
                 continue
+            model, train = resolve.resolve(loaded.model, 100278), loaded.train
             gpus = hardware.nodes * (hardware.processes or facts.gpus_per_node)
             groups = context_groups(model, train, hardware, gpus)
             accumulation(train.global_batch_tokens // train.seq_len, train.seq_len, groups, hardware.microbatch_tokens)
