@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.formats import manifest
-from sft.formats.manifest import Input, Manifest, StepManifest
+from sft.formats.manifest import Input, Manifest, Provenance, StepManifest
 from sft.formats.metrics import StepRecord, TrainMetrics
 from sft.formats.packs import StepSummary, TokensPerStep
 
@@ -29,7 +29,7 @@ def publish(
     stage = stage or folder.name
     made = Manifest(
         manifest.SCHEMA, stage, run or folder.parent.name, key or f"sha256:{stage}", config or {}, tuple(inputs),
-        manifest.describe(folder, outputs), metrics or {}, "local", 1, provenance or {},
+        manifest.describe(folder, outputs), metrics or {}, "local", 1, Provenance(**(provenance or {})),
     )  # fmt: skip
     made.write(folder / manifest.NAME)
     return made

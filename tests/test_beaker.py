@@ -35,7 +35,7 @@ def test_stages_run_there_come_back_and_the_next_stage_here_accepts_them(place):
         assert Elsewhere.of(place.run / stage) == Elsewhere(str(there / stage), ())
         assert JobRecord.read(place.run / ".jobs" / f"{stage}.json").ended == "done"
     made = manifest.load(place.run / "prepare" / "manifest.json")
-    assert made.provenance["git"] == place.git("rev-parse", "HEAD")
+    assert made.provenance.git == place.git("rev-parse", "HEAD")
     assert "with a $HOME `b` 'c'" in done.stdout and "files returned" in done.stdout
     assert not (place.root / "log").exists()  # nothing ran here
     place.workspace.make("train", "RECIPE=x", "CLUSTER=beaker-test")
@@ -76,7 +76,7 @@ def test_an_earlier_stage_made_here_travels_with_the_job_and_code_as_a_dataset(p
     )
     names = sorted(d.message.name for d in place.server.datasets.values() if not d.message.name.startswith("results"))
     assert [n.rsplit("-", 1)[0] for n in names] == ["olmo-sft", "olmo-sft-prepare"]
-    assert manifest.load(place.run / "sync" / "manifest.json").provenance["git"] == place.git("rev-parse", "HEAD")
+    assert manifest.load(place.run / "sync" / "manifest.json").provenance.git == place.git("rev-parse", "HEAD")
 
 
 def test_outputs_that_stay_there_are_told_and_not_missing(place):

@@ -17,12 +17,14 @@ from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
 from sft.formats import manifest
-from sft.formats.manifest import Manifest
+from sft.formats.manifest import Manifest, Provenance
 from sft.runner import publish
 
 
 def record(folder, outputs, **changed):
-    made = Manifest(1, "train", "x", "sha256:0", {}, (), manifest.describe(folder, outputs), {}, "local", 1, {})
+    made = Manifest(
+        1, "train", "x", "sha256:0", {}, (), manifest.describe(folder, outputs), {}, "local", 1, Provenance()
+    )
     replace(made, **changed).write(folder / "manifest.json")
     return manifest.load(folder / "manifest.json")
 
@@ -59,7 +61,9 @@ def test_every_damage_is_named(made, damage):
 
 def test_the_digest_names_what_was_made_not_when_or_where(made):
     m = record(made, ["data"])
-    again = record(made, ["data"], run="y", cluster="elsewhere", metrics={"seconds": 1}, provenance={"host": "h"})
+    again = record(
+        made, ["data"], run="y", cluster="elsewhere", metrics={"seconds": 1}, provenance=Provenance(host="h")
+    )
     assert m.digest == again.digest
     (made / "data/b").write_bytes(b"b")
     assert m.digest != record(made, ["data"]).digest
@@ -147,5 +151,5 @@ def test_what_was_hashed_on_its_way_to_the_disk_is_not_read_again(tmp_path, monk
 def test_a_manifest_records_the_version_of_every_package_that_the_project_names() -> None:
     named = publish.packages()
     assert {"torch", "lm-eval", "ai2-olmo-core", "google-cloud-storage"} <= set(named) and "pytest" not in named
-    versions = publish.provenance([], datetime.now(UTC))["versions"]
+    versions = publish.provenance([], datetime.now(UTC)).versions
     assert versions["torch"] == importlib.metadata.version("torch") and set(versions) <= {"python", *named}

@@ -68,7 +68,7 @@ def made(run: Path, stage: str, metrics: dict[str, Any], files: dict[str, str], 
         (folder / name).write_text(text)
     inputs = [published.upstream(run / upstream)] if upstream else []
     about = {"git": "0123456789ab", "dirty": False, "host": "box", "started": "2026-01-01T00:00:00+00:00"}
-    provenance = {**about, "finished": "2026-01-01T00:01:40+00:00", "argv": [], "versions": {}}
+    provenance = {**about, "finished": "2026-01-01T00:01:40+00:00", "argv": (), "versions": {}}
     config = {stage: {"field": 1}}
     published.publish(folder, list(files), config=config, inputs=inputs, metrics=metrics, provenance=provenance)
 

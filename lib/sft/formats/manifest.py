@@ -52,6 +52,22 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """The commit, command, host, times and package versions behind a result. It is for people: no key or digest covers it.
+
+    `started` and `finished` are times in ISO 8601, in UTC.
+    """
+
+    git: str = ""
+    dirty: bool = False
+    argv: tuple[str, ...] = ()
+    host: str = ""
+    started: str = ""
+    finished: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Manifest(Record):
     """A stage's manifest. `config` is what the key hashed; `metrics` are the stage's figures (see the stage's format)."""
 
@@ -66,7 +82,7 @@ class Manifest(Record):
     metrics: dict[str, Any]
     cluster: str | None = None
     version: int | None = None
-    provenance: dict[str, Any] | None = None
+    provenance: Provenance | None = None
 
     @classmethod
     def parse(cls, value: Any) -> Self:

@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.formats.manifest import Manifest
+from sft.formats.manifest import Manifest, Provenance
 from sft.formats.metrics import LOST
 from sft.formats.results import SAMPLES
 from sft.recipe import schema
@@ -114,7 +113,7 @@ def chain(done: Mapping[str, Manifest]) -> str:
     """The digest of every stage's result, the results that it was made from, and when and where it was made."""
     rows = []
     for stage, made in done.items():
-        about = made.provenance or {}
+        about = made.provenance or Provenance()
         size = sum(o.bytes for o in made.outputs)
         inputs = []
         for entry in made.inputs:
@@ -122,7 +121,7 @@ def chain(done: Mapping[str, Manifest]) -> str:
             unchanged = not upstream or (upstream in done and done[upstream].digest == entry.sha256)
             mark = "" if unchanged else ' <b class="bad">changed since</b>'
             inputs.append(f"<code>{escape(upstream or entry.name)}</code> <code>{entry.sha256[:10]}</code>{mark}")
-        commit = escape(str(about.get("git", ""))[:10])
+        commit = escape(about.git[:10])
         rows.append(
             [
                 f"<b>{stage}</b>",
@@ -130,8 +129,8 @@ def chain(done: Mapping[str, Manifest]) -> str:
                 "<br>".join(inputs) or "–",
                 number(size),
                 duration(about),
-                escape(str(about.get("host", ""))),
-                f"<code>{commit}</code>" + (" + edits" if about.get("dirty") else ""),
+                escape(about.host),
+                f"<code>{commit}</code>" + (" + edits" if about.dirty else ""),
             ]
         )
     return table(["stage", "digest", "made from", "bytes", "time", "host", "commit"], rows, numbers=(3, 4))
@@ -146,11 +145,11 @@ def recipe(done: Mapping[str, Manifest]) -> str:
     return "".join(parts)
 
 
-def duration(about: Mapping[str, Any]) -> str:
-    """The hours, minutes and seconds that a stage took, from its manifest's provenance."""
+def duration(about: Provenance) -> str:
+    """The hours, minutes and seconds that a stage took."""
     try:
-        seconds = (datetime.fromisoformat(about["finished"]) - datetime.fromisoformat(about["started"])).total_seconds()
-    except (KeyError, ValueError, TypeError):
+        seconds = (datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds()
+    except (ValueError, TypeError):
         return "–"
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -14,14 +14,14 @@ import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from sft.common.files import sync_folder
+from sft.formats.manifest import Provenance
 from sft.runner import plan
 
 
-def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
-    """The commit, command, host, times and versions behind a result. It is for people: no key or digest covers it."""
+def provenance(argv: Sequence[str], started: datetime) -> Provenance:
+    """The provenance of what this process has made."""
 
     def git(*command: str) -> str:
         done = subprocess.run(["git", "-C", str(plan.REPO), *command], capture_output=True, text=True, check=False)
@@ -33,15 +33,15 @@ def provenance(argv: Sequence[str], started: datetime) -> dict[str, Any]:
     for package in packages():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-    return {
-        "git": git("rev-parse", "HEAD") or os.environ.get("SFT_COMMIT", ""),  # a job's code may be an archive
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "argv": list(argv),
-        "host": socket.gethostname(),
-        "started": started.isoformat(timespec="seconds"),
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions,
-    }
+    return Provenance(
+        git=git("rev-parse", "HEAD") or os.environ.get("SFT_COMMIT", ""),  # a job's code may be an archive
+        dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+        argv=tuple(argv),
+        host=socket.gethostname(),
+        started=started.isoformat(timespec="seconds"),
+        finished=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=versions,
+    )
 
 
 def packages() -> list[str]:
