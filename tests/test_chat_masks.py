@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import preparing
 from chat_samples import EOS, IM_END, SOURCE, SPECIALS, chat, encoder, make_tokenizer, text_of, turns
 from sft.chat.rows import BadRow, RowReader
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import JinjaTemplate, TemplateOptions
 from sft.common.errors import SftError
+from sft.data import prepare
+from sft.data.dataset import Dataset
 from sft.data.render import trained_turns, until
 from sft.recipe.schema import Prepare, Source
 
@@ -113,6 +116,23 @@ def test_rows_become_documents_for_each_turn_and_the_growth_is_counted(tmp_path:
     assert said == ["<think>\none\n</think>\n\nb<|im_end|>", "<think>\ntwo\n</think>\n\nd<|im_end|>", "f<|im_end|>"]
     assert got.proof["turns_tokens_added"] == got.lengths[:2].min()
     assert len(set(got.conversations.tolist())) == 2  # both documents of a row are held out together, or neither
+
+
+def test_prepare_writes_a_document_for_each_turn_and_proves_them_all(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text(LAST_THOUGHTS)
+    thinking = [chat(f"a{i}", f"<think>one {i}</think>b", f"c{i}", f"<think>two {i}</think>d") for i in range(20)]
+    preparing.write_rows(tmp_path / "rows.jsonl", [*thinking, chat("a", "b"), {"messages": []}])
+    s = preparing.stage(tmp_path, template="t.jinja", history="as-rendered", validation_fraction=0.2)
+    prepare.prepare(s)
+    proof = json.loads((s.out / "proof.json").read_bytes())
+    encoded = proof["sources"][0]["encoded"]
+    assert encoded["documents"] == encoded["documents_proven"] == 41 and encoded["turns_tokens_added"] > 0
+    assert (proof["sources"][0]["rows"], proof["sources"][0]["rejected"]) == (22, 1)
+    data = Dataset.open(s.out / "data")
+    assert 0 < len(data) < 41
+    whole = preparing.stage(tmp_path, out="whole", template="t.jinja", max_reject_fraction=1.0)
+    prepare.prepare(whole)
+    assert json.loads((whole.out / "proof.json").read_bytes())["sources"][0]["reasons"]["template"] == 20
 
 
 def test_all_documents_of_a_row_go_when_one_is_rejected(tmp_path: Path) -> None:
@@ -398,7 +418,9 @@ def test_checks_of_the_saved_tokenizer_render_with_the_same_day_and_variables(tm
     made = encoder(tmp_path / "t", "tokenizer", date="2026-07-01", template_variables={"mood": "calm"})
     made.save_tokenizer(tmp_path / "saved")
     made.check_saved(tmp_path / "saved")
-    (tmp_path / "saved" / "chat_template.jinja").write_text(text.replace("(mood or '')", "'X' + mood"))
+    saved = (tmp_path / "saved" / "chat_template.jinja").read_text()
+    assert saved.startswith('{% set mood = mood if mood is defined else "calm" %}')
+    (tmp_path / "saved" / "chat_template.jinja").write_text(saved.replace("(mood or '')", "'X' + mood"))
     with pytest.raises(SftError, match=r"renders '.*Xcalm<.* where the data was rendered as '.*[0-9]calm<"):
         made.check_saved(tmp_path / "saved")
 
@@ -486,7 +508,7 @@ def marked_rows(draw: Any) -> dict[str, Any]:
     return {"messages": messages}
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=small_templates(), row=marked_rows(), as_rendered=st.booleans())
 def test_exactly_the_words_of_trained_messages_are_trained(text: str, row: dict[str, Any], as_rendered: bool) -> None:
     """Or the template is refused, or the row rejected. No special token of a prompt is trained."""

@@ -87,6 +87,17 @@ def test_all_mistakes_are_told_at_once(tmp_path):
             "did you mean 'prompt'?",
         ),
         ("[prepare]\n", '[prepare]\ntrain_roles = ["asistant"]\n', "did you mean 'assistant'?"),
+        (
+            "[prepare]\n",
+            '[prepare]\ntemplate = "olmo"\ngeneration_prefix = "answer"\n',
+            "named template 'olmo' does not read it",
+        ),
+        ("[prepare]\n", '[prepare]\ndate = "1 July"\n', 'a day is expected, e.g. "2026-07-01"'),
+        (
+            "[prepare]\n",
+            "[prepare]\ntemplate_variables = { a = [1] }\n",
+            "a table of strings, numbers and true or false is expected",
+        ),
         ("[train]", "[on.local.trian]\n[train]", "no stage 'trian' in [on.local]; did you mean 'train'?"),
         (
             "[train]",

@@ -124,7 +124,7 @@ class JinjaTemplate:
         added: Sequence[str] = (),
         options: TemplateOptions = DEFAULT,
     ) -> None:
-        self.name, self.text, self.eos, self.options = name, text, eos, options
+        self.name, self.text, self.eos, self.options = name, with_defaults(text, options.variables), eos, options
         self.answers_without_prefix = 0
         self.variants: dict[str, JinjaTemplate] = {}  # the template with the variables of rows
         self.tokens = SpecialTokens([*specials.texts, *(text for text in added if text not in specials.texts)])
@@ -449,6 +449,17 @@ class JinjaTemplate:
         if (first := prefix.strip().split("\n")[0]) and answer.startswith(first):
             return Graft()  # it thinks, where the prompt says that it does not
         return Graft(prefix, closing if closing.strip() not in answer else "")
+
+
+def with_defaults(text: str, variables: Mapping[str, Any]) -> str:
+    """The Jinja text with values for variables that are not given, so that an exported model is prompted as it was trained."""
+    if not variables:
+        return text
+    defaults = "".join(
+        f"{{% set {name} = {name} if {name} is defined else {json.dumps(value, ensure_ascii=False)} %}}"
+        for name, value in sorted(variables.items())
+    )
+    return defaults + "{{ '' }}" + text  # the last part keeps a newline that the text may begin with
 
 
 def split_thought(message: Mapping[str, Any]) -> tuple[str, str]:

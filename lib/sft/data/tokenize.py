@@ -176,8 +176,7 @@ class Encoder:
         if self.template.needs_tools:
             return
         ours = self.template.verbatim(Conversation(messages, [False, True, False, True], None, False))
-        variables: dict[str, Any] = dict(self.prepare.template_variables)
-        theirs = str(rebuilt.apply_chat_template(messages, tokenize=False, **variables))
+        theirs = str(rebuilt.apply_chat_template(messages, tokenize=False))
         if ours != theirs:
             raise SftError(
                 f"{folder}: transformers renders {different(theirs, ours)!r} where the data was rendered as {different(ours, theirs)!r}; next: a template"
@@ -232,7 +231,7 @@ class Encoder:
         alignment = self._drop_inner_eos(batch, encoded.alignment)
         num_escaped = len(batch.escaped)
         alignment = self._drop_untrainable(batch, alignment)
-        proven = len(encoded.proven.intersection(batch.rows))
+        proven = sum(map(encoded.proven.__contains__, batch.rows))
         proof = self._proof(alignment, proven, num_escaped, encoded.parity_documents, batch.answers_without_prefix)
         proof["merged_answers"] = encoded.merged_answers
         if self.prepare.history == "as-rendered":
