@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy  # loads scipy.stats at its first use
 
 from conftest import REPO
 from published import publish
@@ -77,12 +77,12 @@ def test_differences_are_scipys_over_the_same_items(tmp_path: Path) -> None:
     assert list(found) == ["acc", "grade", "ppl", "loss"]
     acc, grade = (np.subtract(scores_of(b, m), scores_of(a, m)) for m in ("acc", "grade"))
     wins, losses = int((acc > 0).sum()), int((acc < 0).sum())
-    assert found["acc"].p == pytest.approx(stats.binomtest(wins, wins + losses).pvalue)
-    assert found["acc"].stderr == pytest.approx(stats.sem(acc)) and found["acc"].n == N
-    wanted = stats.ttest_rel(scores_of(b, "grade"), scores_of(a, "grade"))
+    assert found["acc"].p == pytest.approx(scipy.stats.binomtest(wins, wins + losses).pvalue)
+    assert found["acc"].stderr == pytest.approx(scipy.stats.sem(acc)) and found["acc"].n == N
+    wanted = scipy.stats.ttest_rel(scores_of(b, "grade"), scores_of(a, "grade"))
     assert found["grade"].p == pytest.approx(wanted.pvalue) and found["grade"].value == pytest.approx(grade.mean())
     assert found["ppl"].test == "unpaired" and found["ppl"].value == pytest.approx(2)
-    assert found["ppl"].p == pytest.approx(2 * stats.norm.sf(2 / 0.5**0.5), rel=1e-6)
+    assert found["ppl"].p == pytest.approx(2 * scipy.stats.norm.sf(2 / 0.5**0.5), rel=1e-6)
     assert found["loss"].n == 40 and found["loss"].higher_is_better is False
 
 
@@ -141,7 +141,7 @@ def test_records_of_another_harness_are_compared_as_whole_scores(tmp_path: Path)
         replace(manifest.load(file), outputs=outputs).write(file)
     acc = compare.compare([a, b]).rows[0]
     assert (acc.test, acc.n, acc.stderr) == ("unpaired", 60, pytest.approx(0.05 * 2**0.5))
-    assert acc.p == pytest.approx(2 * stats.norm.sf(abs(acc.value) / acc.stderr))
+    assert acc.p == pytest.approx(2 * scipy.stats.norm.sf(abs(acc.value) / acc.stderr))
 
 
 def test_make_compare_needs_no_environment_and_writes_the_page(tmp_path: Path) -> None:

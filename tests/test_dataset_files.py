@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-import datasets
 import pytest
-from datasets.data_files import DataFilesDict, get_data_patterns
 
 from sft.common.errors import SftError
 from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, row_format, select, split_of
@@ -77,6 +75,8 @@ def test_what_is_not_read_is_named():
 
 
 def test_a_saved_dataset_is_what_its_state_lists(tmp_path):
+    import datasets
+
     saved = datasets.Dataset.from_list([{"messages": "x"}] * 4)
     saved.save_to_disk(tmp_path / "one")
     (tmp_path / "one" / "cache-0123456789abcdef.arrow").write_bytes(b"rows of map()")
@@ -144,6 +144,8 @@ def test_the_planner_takes_the_files_of_all_configurations_and_needs_no_yaml(mon
     ],
 )  # fmt: skip
 def test_the_datasets_library_finds_the_same_splits(tmp_path, names):
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
     for name in names.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}\n")
@@ -230,6 +232,8 @@ def test_a_pattern_that_matches_nothing_is_refused():
 
 
 def test_saved_datasets_inside_a_folder_are_what_their_states_list(tmp_path):
+    import datasets
+
     for name in ("one", "two"):
         datasets.Dataset.from_list([{"n": 1}]).save_to_disk(tmp_path / name)
     (tmp_path / "one" / "data-00001-of-00002.arrow").write_bytes(b"of an earlier save")

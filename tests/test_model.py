@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -298,6 +297,8 @@ def test_every_kind_of_block_compiles_for_every_shape(monkeypatch: pytest.Monkey
     """Windowed or not, what is recomputed, with gradients or without, other documents: more variants of one code object than
     dynamo's own limit allows, which is an error where graphs must be whole; a third shape needs no new ones."""
     monkeypatch.setattr(modules, "attention", fused)
+    from torch._dynamo.testing import CompileCounter
+
     counter: Any = CompileCounter()
     monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter), raising=False)
     with torch._dynamo.config.patch(recompile_limit=8), torch.device("meta"):

@@ -6,22 +6,22 @@ import random
 
 import numpy as np
 import pytest
-from scipy import stats
+import scipy  # loads scipy.stats at its first use
 
 from sft.evaluation import statistics
 
 
 @pytest.mark.parametrize(("right", "n"), [(0, 20), (20, 20), (7, 31), (1, 2), (600, 1319)])
 def test_the_interval_of_a_share_is_wilsons(right: int, n: int) -> None:
-    wanted = stats.binomtest(right, n).proportion_ci(method="wilson")
+    wanted = scipy.stats.binomtest(right, n).proportion_ci(method="wilson")
     assert statistics.wilson(right / n, n) == pytest.approx((wanted.low, wanted.high), abs=1e-12)
 
 
 @pytest.mark.parametrize("df", [1, 2, 3, 7, 30, 499, 10_000])
 def test_students_distribution_is_scipys(df: int) -> None:
     for t in (0.0, 0.1, 1.0, 2.5, 8.0, 40.0):
-        assert statistics.t_test(t, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-9, abs=1e-13)
-    assert statistics.t_quantile(0.975, df) == pytest.approx(stats.t.ppf(0.975, df), rel=1e-9)
+        assert statistics.t_test(t, df) == pytest.approx(2 * scipy.stats.t.sf(t, df), rel=1e-9, abs=1e-13)
+    assert statistics.t_quantile(0.975, df) == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-9)
 
 
 @pytest.mark.parametrize("n", [2, 3, 12, 400])
@@ -29,12 +29,12 @@ def test_paired_differences_are_scipys_t_test_and_interval(n: int) -> None:
     rng = random.Random(n)
     a = [rng.gauss(0, 1) for _ in range(n)]
     b = [x + rng.gauss(0.2, 0.5) for x in a]
-    found, wanted = statistics.paired(a, b), stats.ttest_rel(b, a)
+    found, wanted = statistics.paired(a, b), scipy.stats.ttest_rel(b, a)
     interval = wanted.confidence_interval(0.95)
     assert found.test == "t" and found.n == n
     assert found.p == pytest.approx(wanted.pvalue, rel=1e-9)
     assert found.value == pytest.approx(np.mean(np.subtract(b, a)))
-    assert found.stderr == pytest.approx(stats.sem(np.subtract(b, a)))
+    assert found.stderr == pytest.approx(scipy.stats.sem(np.subtract(b, a)))
     assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
 
 
@@ -43,9 +43,9 @@ def test_right_and_wrong_answers_are_tested_by_mcnemars_exact_test(better: int, 
     a = [0.0] * better + [1.0] * worse + [1.0] * 7 + [0.0] * 5
     b = [1.0] * better + [0.0] * worse + [1.0] * 7 + [0.0] * 5
     found = statistics.paired(a, b)
-    wanted = stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
+    wanted = scipy.stats.binomtest(better, better + worse).pvalue if better + worse else 1.0
     assert found.test == "mcnemar" and found.p == pytest.approx(wanted)
-    assert found.stderr == pytest.approx(stats.sem(np.subtract(b, a)))
+    assert found.stderr == pytest.approx(scipy.stats.sem(np.subtract(b, a)))
 
 
 @pytest.mark.parametrize("n", [6, 25, 100])
@@ -64,7 +64,7 @@ def test_newcombes_interval_holds_the_true_difference_in_95_of_100_samples(n: in
 def test_two_systems_that_agree_on_every_item_may_still_differ() -> None:
     found = statistics.paired([0.0] * 6, [0.0] * 6)
     assert (found.value, found.stderr, found.p) == (0.0, 0.0, 1.0)
-    wilson = stats.binomtest(0, 6).proportion_ci(method="wilson")
+    wilson = scipy.stats.binomtest(0, 6).proportion_ci(method="wilson")
     assert (found.low, found.high) == pytest.approx((-wilson.high, wilson.high))
     for cells in ((3, 5, 1, 7), (0, 2, 0, 9)):
         low, high = statistics.newcombe(*cells)
@@ -78,7 +78,7 @@ def test_a_ratio_with_equal_weights_is_the_paired_t_test_and_with_others_agrees_
     a = weights * rng.normal(2.0, 0.3, 300)
     b = a + weights * rng.normal(-0.05, 0.2, 300)
     ones = statistics.paired_ratio(list(a), list(b), [1.0] * 300)
-    wanted = stats.ttest_rel(b, a)
+    wanted = scipy.stats.ttest_rel(b, a)
     assert (ones.p, ones.value) == (pytest.approx(wanted.pvalue), pytest.approx(np.mean(b - a)))
     found = statistics.paired_ratio(list(a), list(b), list(weights))
     chosen = rng.integers(0, 300, (4000, 300))
