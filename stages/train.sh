@@ -28,7 +28,7 @@ else
     command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner
 fi
 
-(trap '' USR1; exec "${command[@]}" -m sft.training "$@") & # ignored until Python handles it: by default it ends a process
+(trap '' INT USR1; exec "${command[@]}" -m sft.training "$@") & # a default action would end it: this shell passes INT on as TERM
 child=$!
 [ "$notice" != TERM ] || kill -TERM "$child"
 status=0

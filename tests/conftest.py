@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from sft.runner import plan
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -21,7 +23,7 @@ SHARED_DATA = Path(os.environ.get("SFT_SHARED_DATA", REPO.parent / "shared" / "d
 
 # Workers take whole files, in this order: the files that take longest first, and between them those that mostly wait.
 LONGEST = (
-    "test_smoke", "test_slurm", "test_bucket_runs", "test_kill", "test_slurm_stages", "test_benchmarks_data", "test_beaker",
+    "test_smoke", "test_slurm", "test_kill", "test_bucket_runs", "test_slurm_stages", "test_benchmarks_data", "test_beaker",
     "test_make", "test_context", "test_beaker_evaluation", "test_watch", "test_model", "test_adamw8bit", "test_train",
     "test_core_trainer", "test_memory", "test_plain", "test_saving", "test_uploads", "test_sync", "test_prepare",
     "test_checkpoint",
@@ -29,6 +31,9 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("compile"):
+            item.add_marker("no_cover")  # what is compiled runs untraced, and tracing doubles a compiler's time
     start = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: start.get(item.path.stem, len(LONGEST)))
 
@@ -88,8 +93,7 @@ class Workspace:
         venv.mkdir(parents=True)
         (venv / "python").write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
         (venv / "python").chmod(0o755)
-        digest = self.python("from sft.runner.plan import environment_digest as d; print(d())").strip()
-        (root / ".venv" / f"ready-{digest}").touch()
+        (root / ".venv" / f"ready-{plan.environment_digest()}").touch()  # its files are copies of the repository's
 
     def _stage(self, name: str) -> None:
         program = (

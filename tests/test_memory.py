@@ -114,7 +114,7 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["none", "budget", "selected", "full"])
 def test_the_peak_is_within_an_eighth_of_what_torch_counts(precision: str, mode: str, no_group: None) -> None:
-    train = Train(seq_len=2048, precision=precision)
+    train = Train(seq_len=1024, precision=precision)
     hardware = Hardware(recompute=mode, compile="never")
     model = shard(build(SMALL, layer_modes(SMALL.n_layers, mode, 0.5)), World(0, 1, 0, torch.device("cpu")), precision)
     optimizer = build_adamw(model, train)

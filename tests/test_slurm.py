@@ -141,8 +141,8 @@ def test_a_failed_task_is_told_with_its_status_and_the_end_of_its_log(workspace)
     assert f"job {int(job) + 1} submitted" in workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm").stdout
 
 
-def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(workspace):
-    workspace.make("sync", "RECIPE=x")
+def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(workspace, finished):
+    finished("sync")
     program(workspace, "train", "while not Path('go').exists(): time.sleep(0.05)\nopen('log', 'a').write('train x\\n')")
     workspace.ran()
     began = time.monotonic()
@@ -246,8 +246,8 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     assert " done" in workspace.make("jobs").stdout
 
 
-def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm):
-    workspace.make("sync", "RECIPE=x")
+def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm, finished):
+    finished("sync")
     program(workspace, "train", SAVES_ON_SIGNAL)
     process = start(workspace, "train", "RECIPE=x", "CLUSTER=slurm")
     logs = workspace.root / "runs/x/.jobs"
@@ -265,7 +265,7 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     assert re.search(r"^x +train +slurm .* 2 +done$", workspace.make("jobs").stdout, re.M)
 
 
-def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(workspace, slurm):
+def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(workspace, slurm, finished):
     shutil.copy(REPO / "stages/watch.py", workspace.root / "stages/watch.py")
     file = workspace.root / "stages/watch.py"
     line = "from sft.evaluation import watch\n"
@@ -274,7 +274,7 @@ def test_a_job_beside_training_evaluates_its_checkpoints_and_ends_with_it(worksp
     )
     file.write_text(file.read_text().replace(line, impatient))
     workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
-    workspace.make("sync", "RECIPE=x")
+    finished("sync")
     program(workspace, "train", "while not Path('go').exists(): time.sleep(0.05)\nsys.exit(4)")
     shown = workspace.make("dry-run", "RECIPE=x", "CLUSTER=slurm").stdout
     assert "command=(.venv/bin/python stages/watch.py --beside ID-OF-THE-TRAINING runs/x" in shown

@@ -68,8 +68,8 @@ def test_sigterm_ends_with_143_and_publishes_nothing(workspace):
     assert not (workspace.root / "runs/x/prepare").exists()
 
 
-def test_a_shared_result_that_was_damaged_is_made_again(workspace):
-    workspace.make("prepare", "RECIPE=x")
+def test_a_shared_result_that_was_damaged_is_made_again(workspace, finished):
+    finished("prepare")
     made = json.loads((workspace.root / "runs/x/prepare/manifest.json").read_text())
     (workspace.root / "runs/x/prepare/out").write_text("damaged through the link")
     (workspace.root / "runs/x/prepare/manifest.json").unlink()
@@ -162,10 +162,10 @@ def test_a_stage_cannot_claim_outputs_outside_its_folder_or_that_are_not_there(w
     assert process.returncode == 1 and "error" in out and not (workspace.root / "runs/x/prepare").exists()
 
 
-def test_a_full_disk_names_the_path_and_keeps_the_earlier_result(workspace, tmp_path):
+def test_a_full_disk_names_the_path_and_keeps_the_earlier_result(workspace, finished, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here, so no small file system can be mounted")
-    workspace.make("prepare", "RECIPE=x")
+    finished("prepare")
     shutil.copytree(workspace.root / "runs", tmp_path / "saved")
     workspace.recipe("x", 'tokenizer = "tok"', 'tokenizer = "tok"\nseed = 7')
     program(workspace, "prepare", "(stage.out / 'out').write_bytes(b'x' * 4_000_000)\nreturn Result(['out'])")
