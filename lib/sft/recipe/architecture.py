@@ -175,6 +175,26 @@ class ModelConfig:
         return cls(**given)
 
 
+def summary(config: ModelConfig) -> str:
+    """An architecture in a line."""
+    norms = {"full": "QK norm", "head": "QK norm per head", "": "no QK norm"}[config.qk_norm]
+    biases = [n for n in ("qkv", "out", "mlp") if getattr(config, f"{n}_bias")]
+    parts = [
+        f"{config.n_layers} layers x {config.d_model}",
+        f"{config.n_heads} heads ({config.n_kv_heads} kv) x {config.head_dim}",
+        f"MLP {config.intermediate_size}",
+        f"{config.vocab_size:,} rows" if config.vocab_size else "rows of the tokenizer",
+        f"norms {'before' if config.prenorm else 'after'}, {norms}, eps {config.norm_eps:g}",
+        f"rope {config.rope_theta:g}, {config.rope_scaling or 'not scaled'}",
+        f"window {config.window} on {sum(map(bool, config.windows))} layers" if any(config.windows) else "no window",
+    ]
+    if without := [i for i in range(config.n_layers) if not config.has_positions(i)]:
+        parts.append(f"no positions on {len(without)} layers")
+    if biases:
+        parts.append(f"biases {', '.join(biases)}")
+    return "; ".join([*parts, "tied head" if config.tied else "own head"])
+
+
 def differing_fields(a: ModelConfig, b: ModelConfig, ignore: Sequence[str] = ()) -> list[str]:
     """The names of the fields in which two architectures differ. Fields that a model does not use do not count."""
     return [

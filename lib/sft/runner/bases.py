@@ -13,6 +13,7 @@ from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.recipe import recipe
+from sft.recipe.architecture import DynamicRope, LongRope, ModelConfig
 from sft.recipe.base_config import Base, read_base
 from sft.recipe.inputs import is_remote
 from sft.recipe.resolve import resolve
@@ -32,6 +33,17 @@ def find_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> Base | None
     return read_base(folder, ignore) if folder else None
 
 
+def _check_ranks(config: ModelConfig, r: recipe.Recipe) -> None:
+    """Raises SftError for scaling by the length of documents on ranks that share a row."""
+    for cluster, stages in r.on.items():
+        degree = stages["train"].context_degree if "train" in stages else 1
+        if degree > 1 and isinstance(config.rope_scaling, DynamicRope | LongRope):
+            raise SftError(
+                f"'context_degree' in [on.{cluster}.train] = {degree}: {type(config.rope_scaling).__name__} depends on the"
+                " length of documents, which a part of a row does not show; next: context_degree = 1"
+            )
+
+
 def _synced(sync: Path) -> Path | None:
     """The folder of a finished sync's base on this machine."""
     try:
@@ -49,7 +61,7 @@ def check_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> None:
     try:
         base = find_base(roots, run, r)
         if base is not None:
-            resolve(r.model, 0, base)
+            _check_ranks(resolve(r.model, 0, base), r)
     except SftError as error:
         text = str(error)
         raise SftError(text if text.startswith(r.file) else f"{r.file}: {text}") from error

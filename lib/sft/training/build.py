@@ -31,7 +31,7 @@ from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import Base, is_hf_folder, read_base
-from sft.recipe.resolve import named_changes, resolve
+from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
 from sft.training import evaluations, initial_weights
@@ -216,6 +216,9 @@ def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str)
     """The lines that are logged before training starts."""
     if setup.published is not None:
         yield from named_changes(setup.stage.recipe.model, setup.published)
+        supported, seq_len = supported_length(setup.config, setup.published.facts), setup.stage.recipe.train.seq_len
+        if supported and seq_len > supported:
+            yield f"warning: seq_len = {seq_len:,}, but the base supports {supported:,} tokens with its rotary scaling"
     elif setup.base is not None:
         yield f"warning: {setup.base} has no config.json: the preset says what tensor shapes do not show"
     if tokenizer_warning:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from sft.common.hashcache import HashCache
 from sft.formats.elsewhere import Elsewhere
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount
 from sft.recipe import inputs
+from sft.recipe.architecture import summary
+from sft.recipe.base_config import Base
+from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.runner import plan
 
 
@@ -50,6 +54,40 @@ def _named_files(context: Context, stage: str, what: str, named: Sequence[str]) 
     for path in named:
         if path.startswith("hf://") and "@" not in path:
             yield Row(NOTE, what, f"{path} has no revision: it may change on the hub", f"{path}@<commit>")
+
+
+def model(context: Context) -> Iterator[Row]:
+    """The base's architecture and the preset's, one below the other, and the context length that the base supports."""
+    asked = context.recipe.model
+    try:
+        base = context.base
+        if base is not None:
+            yield Row(OK, "model", f"base: {summary(base.config)}")
+        elif asked.base:
+            yield Row(
+                SKIPPED, "model", f"base: {asked.base} says it in its config.json, which sync brings and compares"
+            )
+        if asked.preset:
+            preset = resolve(dataclasses.replace(asked, base=""))
+            yield Row(
+                OK, "model", f"preset {asked.preset}{' with the recipe' if base is None else ''}: {summary(preset)}"
+            )
+        if base is not None:
+            yield from _from_base(context, base)
+    except SftError as e:
+        head, _, then = str(e).rpartition("\nnext: ")
+        yield Row(RED, "model", head or str(e), then)
+
+
+def _from_base(context: Context, base: Base) -> Iterator[Row]:
+    """What the recipe changes about its base. Raises SftError where it contradicts it."""
+    config = resolve(context.recipe.model, 0, base)
+    for line in named_changes(context.recipe.model, base):
+        yield Row(NOTE, "model", line)
+    supported, seq_len = supported_length(config, base.facts), context.recipe.train.seq_len
+    if supported and seq_len > supported:
+        yield Row(NOTE, "model", f"seq_len = {seq_len:,}, but the base supports {supported:,} tokens with its rotary scaling",
+                  'rope_scaling in [model], or a smaller seq_len')  # fmt: skip
 
 
 def tokenizer(context: Context) -> Iterator[Row]:
