@@ -22,6 +22,7 @@ from sft.recipe.base_config import Base, BaseFacts, read_base, read_hf_config
 from sft.recipe.inputs import TOKENIZER_FILES
 from sft.recipe.presets import PRESETS
 from sft.recipe.resolve import named_changes, resolve, supported_length
+from sft.runner import bases as bases_of_runs
 from sft.training import initial_weights
 
 LLAMA: dict[str, Any] = {
@@ -234,6 +235,34 @@ def test_a_recipe_needs_a_preset_or_a_base(tmp_path: Path) -> None:
     assert not {"rope_scaling", "ignore_config"} & set(loaded.config("train")["model"])
     file.write_text(f'[model]\nbase = "b"\nrope_scaling = {{rope_type = "linear", factor = 2.0}}\n{rest}')
     assert recipe.load(file).config("train")["model"]["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_doctor_shows_base_and_preset_side_by_side(tmp_path: Path) -> None:
+    from sft.launch.doctor import context, inputs
+    from sft.runner import plan
+
+    bases.write(tmp_path / "b", "olmo3")
+    file = tmp_path / "x.toml"
+
+    def rows(model: str) -> list[context.Row]:
+        file.write_text(f'[model]\nbase = "b"\n{model}\n[prepare]\ntokenizer = "t"\n[[prepare.sources]]\npath = "p.jsonl"\n'
+                        '[evaluate]\ntasks = ["t"]\n')  # fmt: skip
+        place = plan.Place(tmp_path / "runs", (tmp_path,))
+        return list(inputs.model(context.Context(place, recipe.load(file), schema.Cluster())))
+
+    base, longer = rows("")
+    assert base.state == "ok" and base.found.startswith(
+        "base: 4 layers x 48; 4 heads (2 kv) x 12; MLP 80; 96 rows; norms after"
+    )
+    assert "window 16 on 3 layers" in base.found
+    assert longer.state == "note" and "the base supports 512 tokens" in longer.found
+    base, preset, red = rows('preset = "olmo3-tiny"')
+    assert preset.found.startswith("preset olmo3-tiny: 4 layers x 128; 4 heads (2 kv) x 32")
+    assert (
+        red.state == "RED" and "norm_eps" in red.found and "d_model" in red.found and red.next.startswith("write what")
+    )
+    with pytest.raises(SftError, match=r"x.toml: .*is not the base's architecture"):
+        bases_of_runs.check_base((tmp_path,), tmp_path / "runs" / "x", recipe.load(file))
 
 
 # --- weights ------------------------------------------------------------------------------------------------------
