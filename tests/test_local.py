@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from sft.common import machine
 from sft.launch import local
 
 LAUNCH = [sys.executable, "-m", "sft.launch", "local"]
@@ -178,3 +179,9 @@ def test_locks_that_other_users_do_not_see_are_told(shared, monkeypatch, tmp_pat
 
 def test_the_exit_status_is_the_stages_own(launch):
     assert launch("0", "sh", "-c", "exit 75").wait(timeout=20) == 75
+
+
+def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):
+    """macOS has no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert machine.cores() == os.cpu_count()
