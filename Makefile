@@ -96,8 +96,8 @@ fetch: | $(READY) ## copy stages of a run from CLUSTER=c, verified: [STAGE=train
 	@$(foreach d,$(DIRS),$(PY) -m sft.sync.fetch $d $(ARGS) --stage $(call quote,$(STAGE)) --from $(call quote,$(FROM)) $(if $(PUSH),--push) $(if $(CHECK),--check) &&) true
 to-hf: | $(READY) ## convert any OLMo-core step to a Hugging Face folder, proven equal: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…]
 	@$(PY) stages/to_hf.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(TOKENIZER),--tokenizer $(call quote,$(TOKENIZER))) $(if $(TEMPLATE),--template $(call quote,$(TEMPLATE))) $(call planned,set)
-to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0
-	@$(PY) stages/to_core.py $(call quote,$(SRC)) $(call quote,$(DST))
+to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0 [ADAPTER=folder, LoRA to merge]
+	@$(PY) stages/to_core.py $(call quote,$(SRC)) $(call quote,$(DST)) --adapter $(call quote,$(ADAPTER))
 soup: | $(READY) ## average checkpoints into a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
 	@$(PY) stages/soup.py $(call quote,$(DST)) $(foreach s,$(STEPS),$(call quote,$s)) --run $(call quote,$(RUN)) --runs $(call quote,$(RUNS)) --weights $(call quote,$(WEIGHTS))
 push-hub: | $(READY) ## send the export to the Hugging Face hub: make push-hub RECIPE=x REPO=org/name [PUSH=1; without it, list the files] (HF_TOKEN; private)

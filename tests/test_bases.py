@@ -442,3 +442,69 @@ def test_the_bases_tokenizer_with_the_added_tokens_is_the_datas(tmp_path: Path) 
     assert initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
     with pytest.raises(SftError, match=r"the data were made with tokenizer.json sha256"):
         initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))
+
+
+# --- adapters -----------------------------------------------------------------------------------------------------
+
+LORA = {
+    "peft_type": "LORA",
+    "r": 2,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj"],
+    "bias": "none",
+    "task_type": "CAUSAL_LM",
+}
+
+
+def lora(folder: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> dict[str, torch.Tensor]:
+    """Writes an adapter of two matrices, as PEFT names them; returns what it adds by our names, without the scale."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(LORA | changes))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"self_attn.q_proj": (48, 48, "attention.w_q"), "mlp.down_proj": (48, 80, "feed_forward.w2")}
+    stored, added = {}, {}
+    for theirs, (rows, columns, ours) in shapes.items():
+        a, b = torch.randn(2, columns, generator=generator), torch.randn(rows, 2, generator=generator)
+        stored |= {f"base_model.model.model.layers.1.{theirs}.lora_{n}.weight": t for n, t in (("A", a), ("B", b))}
+        added[f"blocks.1.{ours}.weight"] = b @ a
+    save_file(stored if tensors is None else tensors, folder / "adapter_model.safetensors")
+    return added
+
+
+def test_an_adapter_is_merged_into_a_step_on_request(tmp_path: Path) -> None:
+    from sft.checkpoint.dcp_reader import DcpReader
+    from sft.export.olmo_core_steps import to_core
+
+    folder, _ = saved(tmp_path / "base")
+    added = lora(tmp_path / "lora", use_rslora=True)
+    to_core(str(folder), str(tmp_path / "step0"), tmp_path / "cache", lambda _: None, str(tmp_path / "lora"))
+    made, base = DcpReader(tmp_path / "step0"), HfFolder(folder)
+    for name in base:
+        wanted = base[name] + 6 / 2**0.5 * added[name] if name in added else base[name]
+        torch.testing.assert_close(made[name][: len(wanted)], wanted, atol=1e-6, rtol=1e-6)
+    found = read_base(tmp_path / "step0")
+    assert found and found.facts.rows == bases.ROWS
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type: 'IA3', expected 'LORA'"),
+        ({"use_dora": True}, "use_dora: True, only False is supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"r": 0}, "r: 0, expected a whole number"),
+        ({"tensors": {"base_model.model.lm_head.weight": torch.ones(2, 2)}}, "lm_head.weight: not LoRA of a matrix"),
+        ({"tensors": {"base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight": torch.ones(2, 48)}},
+         "attention.w_q.weight: LoRA of"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    from sft.checkpoint.adapter import Merged
+
+    folder, _ = saved(tmp_path / "base")
+    lora(tmp_path / "lora", **changes)
+    with pytest.raises(SftError, match=message):
+        Merged(HfFolder(folder), tmp_path / "lora")

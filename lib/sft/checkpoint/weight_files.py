@@ -98,7 +98,7 @@ def open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], list[st
         file = path / name
         if not file.is_file():
             raise SftError(f"{file}: missing" + (", named by the index" if listed else "") + f"; next: {_NEXT}")
-        tensors = _safetensors(file, stack) if kind == "safetensors" else _bin(file)
+        tensors = safetensors(file, stack) if kind == "safetensors" else _bin(file)
         for key, tensor in tensors.items():
             if listed and listed.get(key) != name:
                 raise SftError(f"{file}: tensor {key}: the index puts it in {listed.get(key)!r}; next: {_NEXT}")
@@ -138,7 +138,7 @@ def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
             return {}, shards, kind
     if (path / "adapter_config.json").is_file():
         raise SftError(
-            f"{path}: a PEFT adapter, not a model; next: [model] base = the adapter's base model, adapter = this folder"
+            f"{path}: a PEFT adapter, not a model; next: make to-core SRC=<its base model> ADAPTER={path} DST=<new folder>, and [model] base = that folder"
         )
     others = sorted(
         p.name for p in path.iterdir() if p.suffix in (".gguf", ".pt", ".pth", ".h5", ".msgpack", ".safetensors")
@@ -150,7 +150,8 @@ def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
     )
 
 
-def _safetensors(file: Path, stack: ExitStack) -> dict[str, Stored]:
+def safetensors(file: Path, stack: ExitStack) -> dict[str, Stored]:
+    """The tensors of a file, by their names in it. Raises SftError for a damaged file and for other dtypes."""
     handle = stack.enter_context(file.open("rb"))
     found: dict[str, Stored] = {}
     for key, (dtype, shape, offset) in _header(file).items():

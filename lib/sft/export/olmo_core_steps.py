@@ -20,7 +20,8 @@ from typing import Any
 import click
 from tokenizers import Tokenizer
 
-from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.adapter import Merged
+from sft.checkpoint.dcp_reader import DcpReader, Weights
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import base_facts, model_config, step_config
 from sft.common.errors import SftError
@@ -38,6 +39,7 @@ from sft.formats.record import to_json
 from sft.model import hf
 from sft.recipe import recipe
 from sft.recipe.architecture import ModelConfig
+from sft.recipe.base_config import read_hf_config
 from sft.recipe.schema import Convert, Prepare
 from sft.runner.cli import program
 
@@ -77,28 +79,40 @@ def to_hf(
     return record
 
 
-def to_core(source: str, target: str, cache: Path, log: Log) -> LogitCheck:
-    """Writes a Hugging Face folder as a step of OLMo-core, checks the step and publishes it at `target`. Raises SftError."""
+def to_core(source: str, target: str, cache: Path, log: Log, adapter: str = "") -> LogitCheck:
+    """Writes a Hugging Face folder as a step of OLMo-core, checks the step and publishes it at `target`. Raises SftError.
+
+    `adapter` is a folder with a LoRA adapter of PEFT, which is merged into the weights. The logits are compared before that.
+    """
     with new_folder(target, cache, log) as out:
         folder = HfFolder(local_folder(source, cache, log))
-        theirs = hf.model_config(folder.config, str(folder.path / "config.json"))
+        described = read_hf_config(folder.config, str(folder.path / "config.json"))
+        theirs = described.config
         folder.check(theirs)
+        for note in folder.notes:
+            log(note)
+        weights: Weights = folder
+        if adapter:
+            weights = Merged(folder, local_folder(adapter, cache, log))
+            log(f"{adapter}: merged into {len(weights.pairs)} matrices, scale {weights.scale:g}")
         config = replace(theirs, vocab_size=-(-theirs.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
         out.mkdir(parents=True)
-        write_step_weights(folder, step_shapes(config), out, str(folder.path))
-        write_json(out / "config.json", step_config(config, _token_ids(folder)))
+        write_step_weights(weights, step_shapes(config), out, str(folder.path))
+        write_json(out / "config.json", step_config(config, _token_ids(folder), described.facts))
         write_step_files(out, folder.path if (folder.path / "tokenizer.json").is_file() else None)
         log(f"step written: {config.parameters:,} parameters in fp32")
-        logits = check_step(folder, config, out, log)
+        logits = check_step(folder, config, out, log, weights)
         write_step_manifest(out)
         folder.close()
     return logits
 
 
-def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> LogitCheck:
+def check_step(
+    folder: HfFolder, config: ModelConfig, step: Path, log: Log, weights: Weights | None = None
+) -> LogitCheck:
     """Checks a step that was made from a Hugging Face folder. Raises SftError.
 
-    1. The step's tensors have the folder's values; rows beyond its vocabulary are zero.
+    1. The step's tensors have the folder's values, or those of `weights`; rows beyond its vocabulary are zero.
     2. The step's config.json reads back as the same architecture.
     3. The training code computes the logits that transformers computes, over a sample of layers.
     """
@@ -106,7 +120,7 @@ def check_step(folder: HfFolder, config: ModelConfig, step: Path, log: Log) -> L
     written = DcpReader(step)
     hf.check_shapes({name: written.shape(name) for name in written}, shapes, str(step))
     written.close()
-    check_step_weights(folder, shapes, step, "the folder's values")
+    check_step_weights(weights or folder, shapes, step, "the folder's values")
     if model_config(step / "config.json") != config:
         raise SftError(f"{step / 'config.json'}: does not read back as what was written; next: report it")
     layers = sample_layers(config.n_layers)
@@ -202,10 +216,11 @@ def to_hf_program(
 @click.argument("source")
 @click.argument("target")
 @_CACHE
-def to_core_program(source: str, target: str, cache: Path) -> None:
+@click.option("--adapter", default="", metavar="FOLDER", help="LoRA adapter of PEFT that is merged into the weights.")
+def to_core_program(source: str, target: str, cache: Path, adapter: str) -> None:
     """Converts the Hugging Face folder SOURCE (also gs://… or hf://org/name[@revision]) to the new OLMo-core step TARGET."""
     log = _logger("to-core")
-    to_core(source, target, cache, log)
+    to_core(source, target, cache, log, adapter)
     log(f"{target}: a base for [model] base, here or in OLMo-core")
 
 
