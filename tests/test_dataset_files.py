@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sft.common.errors import SftError
+from sft.recipe import inputs
 from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, row_format, select, split_of
 
 WHAT = "[prepare] sources: d"
@@ -276,3 +277,38 @@ def test_hidden_folders_are_not_looked_into_and_the_hubs_own_folder_names_the_sn
     (tmp_path / "snapshots" / "0123").mkdir(parents=True), (tmp_path / "blobs").mkdir()
     with pytest.raises(SftError, match=r"next: name .*/snapshots/0123"):
         local_tree(tmp_path, WHAT)
+
+
+def test_evaluation_files_are_those_of_all_splits(tmp_path):
+    assert list(select(tree("train.jsonl test.jsonl extra.jsonl"), Choice(None), WHAT).files) == [
+        "extra.jsonl",
+        "test.jsonl",
+        "train.jsonl",
+    ]
+    saved = datasets.Dataset.from_list([{"n": 1}])
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(tmp_path)
+    assert len(select(local_tree(tmp_path, WHAT), Choice(None), WHAT).files) == 2
+    (tmp_path / "test" / "state.json").unlink()
+    with pytest.raises(SftError, match=r"test/state\.json is missing"):
+        selected(tmp_path, "test")
+
+
+def test_a_path_that_is_one_file_takes_no_options_that_choose_files(tmp_path):
+    for name in ("a.jsonl", "test.jsonl", "a.txt"):
+        (tmp_path / name).write_text("{}\n")
+
+    def read(name: str, choice: Choice) -> list[str]:
+        return list(inputs.dataset_files(tmp_path / name, name, choice)[0])
+
+    assert read("a.jsonl", Choice()) == ["a.jsonl"] and read("test.jsonl", Choice("eval")) == ["test.jsonl"]
+    for name, choice in (
+        ("a.jsonl", Choice("test")),
+        ("a.jsonl", Choice(subset="x")),
+        ("a.jsonl", Choice(ignore_files=("b",))),
+        ("a.txt", Choice()),
+    ):
+        with pytest.raises(SftError, match=f"{name}'.*next: "):
+            read(name, choice)
+    __import__("os").mkfifo(tmp_path / "b.jsonl")
+    with pytest.raises(SftError, match="neither a file nor a folder"):
+        read("b.jsonl", Choice())

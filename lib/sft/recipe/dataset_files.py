@@ -320,7 +320,7 @@ def _of_config(
     _check_ignored(choice.ignore_files, names, what)
     config = configs[name]
     by_split = _patterns(config, what)
-    top = str(config.get("data_dir") or "").strip("./")
+    top = str(config.get("data_dir") or "").removeprefix("./").strip("/")
     top = f"{top}/" if top else ""
     if by_split is None:  # the folder alone, or nothing: names say the split
         inside = Tree(tuple(n for n in names if n.startswith(top) and n != "README.md"), tree.read, tree.linked_folders)
