@@ -280,6 +280,8 @@ def test_hidden_folders_are_not_looked_into_and_the_hubs_own_folder_names_the_sn
 
 
 def test_evaluation_files_are_those_of_all_splits(tmp_path):
+    import datasets
+
     assert list(select(tree("train.jsonl test.jsonl extra.jsonl"), Choice(None), WHAT).files) == [
         "extra.jsonl",
         "test.jsonl",
