@@ -89,6 +89,7 @@ class FakeRecipe:
     model: schema.Model
     train: schema.Train
     evaluate: schema.Evaluate = dataclasses.field(default_factory=schema.Evaluate)
+    prepare: schema.Prepare = dataclasses.field(default_factory=lambda: schema.Prepare(tokenizer="tok", sources=()))
     run: str = "fake"
 
 

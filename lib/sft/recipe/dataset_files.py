@@ -144,7 +144,7 @@ def _is_hidden(name: str) -> bool:
 
 def _kinds() -> str:
     texts, others = (", ".join(f".{f}" for f in group) for group in (TEXT_FORMATS, ROW_FORMATS[len(TEXT_FORMATS) :]))
-    return f"read are {texts}, also compressed as {', '.join('.' + c for c in COMPRESSIONS)}, and {others}"
+    return f"the formats are {texts}, also compressed as {', '.join('.' + c for c in COMPRESSIONS)}, and {others}"
 
 
 def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str) -> tuple[list[str], list[str]]:

@@ -337,7 +337,11 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
     if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:
         problems.append(f"'warmup_fraction' {train.warmup_fraction:g} and 'decay_fraction' {train.decay_fraction:g} in [train] are more"
                         " than the whole run: lower one of them")  # fmt: skip
-    evaluate = values["evaluate"]
+    return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
+
+
+def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
+    problems = []
     task, _, metric = evaluate.best.partition("/")
     if evaluate.best and not (metric and task in evaluate.tasks) and evaluate.best != "validation/loss":
         problems.append(f"'best' in [evaluate] = {evaluate.best!r}: 'validation/loss', or 'task/metric' of one of"
@@ -350,6 +354,11 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
     if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
         problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
+    return problems
+
+
+def _check_hardware(train: schema.Train, on: dict[str, dict[str, schema.Hardware]]) -> list[str]:
+    problems = []
     for cluster, stages in on.items():
         h = stages.get("train")
         if h is None:

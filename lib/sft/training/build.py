@@ -77,18 +77,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     if train.deterministic:
         make_deterministic()
     hardware, missing = resolve_compile(stage, world)
-    # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches
-    # its own copy.
-    world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
-    dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
-    info = DatasetInfo.of(dataset)
-    published = read_base(base, stage.recipe.model.ignore_config) if base else None
-    config = resolve(stage.recipe.model, info.facts.vocab_size, published)
-    setup = Setup(stage, world, hardware, dataset, base, info, config, published)
-    unchecked = stage.recipe.model.base_tokenizer == "unchecked"
-    tokenizer_warning = initial_weights.check_tokenizer(
-        dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens
-    )
+    setup, tokenizer_warning = read_inputs(stage, world, hardware)
+    config, info, published = setup.config, setup.info, setup.published
     data = build_data(setup)
     room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))
     if hardware.recompute == "auto":
@@ -138,6 +128,23 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         f" padding {summary.padding_fraction:.1%}, tokens lost to seq_len {summary.tokens_lost_fraction:.1%}"
     )
     return run, start
+
+
+def read_inputs(stage: Stage, world: World, hardware: Hardware) -> tuple[Setup, str]:
+    """The dataset, the base and the architecture. Returns also a warning about the base's tokenizer, or "". Raises SftError."""
+    # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches
+    # its own copy.
+    world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
+    dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
+    info = DatasetInfo.of(dataset)
+    published = read_base(base, stage.recipe.model.ignore_config) if base else None
+    config = resolve(stage.recipe.model, info.facts.vocab_size, published)
+    setup = Setup(stage, world, hardware, dataset, base, info, config, published)
+    unchecked = stage.recipe.model.base_tokenizer == "unchecked"
+    tokenizer_warning = initial_weights.check_tokenizer(
+        dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens
+    )
+    return setup, tokenizer_warning
 
 
 def resolve_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
