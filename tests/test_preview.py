@@ -83,6 +83,13 @@ def test_control_characters_in_data_do_not_reach_the_terminal(made: Encoder) -> 
     assert "\\x1b[2J\\x07\\u202e" in "".join(lines)
 
 
+def test_fields_are_shown_by_what_becomes_of_them(made: Encoder) -> None:
+    row = {**chat("a", "b"), "id": 1, "rationale": "r", "tools": []}
+    shown = "\n".join(preview.show(made, 0, "x", 1, row, colour=False))
+    assert "read: messages, messages.content, messages.role\n" in shown and "without training content: id\n" in shown
+    assert "not read, which refuses the source: rationale" in shown
+
+
 def test_program_prints_the_smoke_recipe(tmp_path: Path) -> None:
     command = [sys.executable, "stages/preview.py", str(tmp_path / "smoke"), "--row", "1"]
     done = subprocess.run(

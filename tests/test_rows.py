@@ -11,6 +11,7 @@ import pytest
 
 from chat_samples import EOS, IM_END, chat, encoder, text_of, tokenizer_folder, turns
 from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.recipe import row_fields
 from sft.recipe.schema import Prepare, Source
 
 HELLO = turns(("user", "Hi"), ("assistant", "Hello"))
@@ -229,6 +230,20 @@ def test_names_of_other_tools_are_read(row: Any, want: Any) -> None:
     assert read(row).messages == want
 
 
+@pytest.mark.parametrize("field", ["thinking", "reasoning_content"])
+def test_thoughts_have_the_name_that_the_template_reads(folder: Path, tmp_path: Path, field: str) -> None:
+    text = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + ('<think>' + m.FIELD + '</think>' if m.FIELD else '') + m.content + eos_token }}"
+    text = (
+        text.replace("FIELD", field)
+        + "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    (tmp_path / "x.jinja").write_text(text)
+    made = encoder(folder, "x.jinja", lambda name: tmp_path / name)
+    for name in ("thinking", "reasoning_content", "reasoning"):
+        got = made.encode([{"messages": [HELLO[0], {**HELLO[1], name: "T"}]}], Source(path="x"))
+        assert text_of(made, got, trained=True) == f"<think>T</think>Hello{EOS}"
+
+
 @pytest.mark.parametrize("column", ["tools", "functions", "available_tools"])
 def test_tools_have_several_names(column: str) -> None:
     want: Any = {"name": "f", "parameters": {}}
@@ -317,6 +332,36 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
 def test_fields_that_nothing_reads_are_told_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:
     assert counted(row)[1] == unread
     assert counted(row, ignore=tuple(unread))[1] == {}
+
+
+def test_names_without_training_content_are_known_and_listed() -> None:
+    for name in (
+        "id",
+        "ID",
+        "prompt_id",
+        "quality_score",
+        "num_turns",
+        "source",
+        "lang",
+        "model",
+        "timestamp",
+        "sha256",
+    ):
+        assert row_fields.is_harmless(name), name
+    for name in (
+        "rationale",
+        "context",
+        "images",
+        "chosen",
+        "input_ids",
+        "labels",
+        "system_prompt",
+        "solution",
+        "train_detail",
+    ):
+        assert not row_fields.is_harmless(name), name
+    listed = "\n".join(row_fields.describe())
+    assert "sha256" in listed and "*_score" in listed and "num_*" in listed
 
 
 def test_what_the_recipe_ignores_is_not_read() -> None:

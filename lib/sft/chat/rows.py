@@ -71,12 +71,18 @@ class RowReader:
     """Reads the rows of one source by the recipe's rules.
 
     `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it. `developer`: the role that
-    the template knows for developer messages.
+    the template knows for developer messages. `thoughts`: the only one of `reasoning_content` and `thinking` that the template reads.
     """
 
     def __init__(
-        self, prepare: Prepare, source: Source, prompt_opens_thinking: bool = False, developer: str = "developer"
+        self,
+        prepare: Prepare,
+        source: Source,
+        prompt_opens_thinking: bool = False,
+        developer: str = "developer",
+        thoughts: str = "",
     ) -> None:
+        self.renamed_thoughts = ("thinking" if thoughts == "reasoning_content" else "reasoning_content", thoughts)
         self.prompt_opens_thinking, self.developer = prompt_opens_thinking, developer
         renamed = dict(source.columns)
         self.columns = {name: renamed.get(name, name) for name in COLUMNS}
@@ -223,11 +229,15 @@ class RowReader:
                         TEXT_FIELDS.issuperset(item)
                         and set(map(type, item.values())) == {str}
                         and item.get("reasoning_content", "x")
+                        and (self.renamed_thoughts[1] != "thinking" or "reasoning_content" not in item)
                     )
                 ):
                     messages.append(item)
                     continue
             message, flag = read_message(item, index, schemas)
+            other, wanted = self.renamed_thoughts
+            if wanted and other in message:
+                message[wanted] = message.pop(other)
             if message["role"] == "developer":
                 message["role"] = self.developer
             messages.append(message)

@@ -187,7 +187,9 @@ class Encoder:
         key = _columns_key(source)
         if key not in self.readers:
             opens_thinking = "<think>" in self.template.generation_prefix
-            self.readers[key] = RowReader(self.prepare, source, opens_thinking, self._developer_role())
+            self.readers[key] = RowReader(
+                self.prepare, source, opens_thinking, self._developer_role(), self._field_of_thoughts()
+            )
         return self.readers[key]
 
     def _developer_role(self) -> str:
@@ -197,6 +199,14 @@ class Encoder:
         return (
             "developer" if isinstance(self.template, NamedTemplate) and "developer" in self.template.turns else "system"
         )
+
+    def _field_of_thoughts(self) -> str:
+        """The field of thoughts that the template reads, if it reads only one."""
+        if not isinstance(self.template, JinjaTemplate):
+            return ""
+        probe = self.template.probe
+        read = [name for name in ("reasoning_content", "thinking") if probe.writes_field(name, "assistant", True)]
+        return read[0] if len(read) == 1 else ""
 
     def take_counts(self, source: Source) -> FieldCounts:
         """The counts of the source's fields since the last call."""
