@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import transformers.utils.chat_template_utils as oracle
 
 from sft.chat.rows import RowReader
-from sft.chat.template import Template, TemplateOptions, load_template
+from sft.chat.template import TemplateOptions, load_template
 from sft.common.errors import SftError
 from sft.data.normalization import Normalizer
 from sft.data.render import Renderer
@@ -382,7 +382,7 @@ def cells(name: str, text: str, options: Mapping[str, Any] | None = None) -> Ite
     """The verdict of each kind of conversation under a template. `options`: of [prepare]."""
     tokens = tokens_of(text)
     prepare = Prepare(tokenizer="t", sources=(SOURCE,), **(options or {}))
-    template: Template | None = None
+    renderer: Renderer | None = None
     refusal = ""
     try:
         rules = TemplateOptions(
@@ -392,15 +392,16 @@ def cells(name: str, text: str, options: Mapping[str, Any] | None = None) -> Ite
             prepare.history,
         )
         template = load_template(name, text, tokens.variables, tokens.eos, tokens.special, tokens.added, rules)
+        renderer = Renderer(prepare, template, template.specials, True, Normalizer())
     except SftError as error:
         refusal = str(error)
     last = Prepare(tokenizer="t", sources=(SOURCE,), train_turns="last", **(options or {}))
     for kind, value in kinds(tokens):
-        yield Cell(kind, *_cell(template, refusal, value, last if kind == "only the last" else prepare, text, tokens))
+        yield Cell(kind, *_cell(renderer, refusal, value, last if kind == "only the last" else prepare, text, tokens))
 
 
 def _cell(
-    template: Template | None, refusal: str, value: Row, prepare: Prepare, text: str, tokens: Tokens
+    renderer: Renderer | None, refusal: str, value: Row, prepare: Prepare, text: str, tokens: Tokens
 ) -> tuple[str, str]:
     read: Callable[[Any], Any] = RowReader(prepare, SOURCE).read
     trained = [index for index, train in enumerate(read(copy.deepcopy(value)).train) if train]
@@ -413,9 +414,9 @@ def _cell(
         for message in value["messages"]
     ]
     case = Case(text, tokens, messages, value.get("tools"), trained)
-    if template is None:
+    if renderer is None:
         return ("usable" if case.usable() else "refused"), refusal
-    batch = Renderer(prepare, template, template.specials, True, Normalizer()).render([value], read)
+    batch = renderer.render([value], read)
     if batch.rejects:
         return ("usable" if case.usable() else "refused"), batch.rejects[0].detail
     if prepare.history == "whole":

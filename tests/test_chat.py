@@ -217,6 +217,7 @@ def test_content_that_looks_like_scaffold_moves_no_mask(name: str) -> None:
 
 def test_conversation_is_rendered_once_whatever_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
     template = jinja(LOOK_AHEAD)
+    template.render(READ(chat("a", "b")))  # the first row asks the probe what the template writes
     calls: list[int] = []
     segments = template.probe.segments
     monkeypatch.setattr(

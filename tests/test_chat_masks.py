@@ -171,6 +171,21 @@ LOSES = {
         {"messages": turns(("system", "user"), ("user", "a"), ("assistant", "b"))},
         r"message 0 \(system\): .* leaves out 'user'",
     ),
+    "a question that is a word of the header": (
+        "{{ '<|im_start|>' + m.role + '\\n' + (m.content if m.role == 'assistant' or messages | length > 2 else '') + '<|im_end|>\\n' }}",
+        {"messages": turns(("user", "user"), ("assistant", "b"))},
+        r"message 0 \(user\): .* leaves out 'user'",
+    ),
+    "the first of two equal questions": (
+        "{% if m.role == 'assistant' or messages[-1].content | length < 2 or loop.index0 >= messages | length - 2 %}" + TURN + "{% endif %}",
+        chat("the same long question, word for word", "b", "the same long question, word for word", "done"),
+        r"message 0 \(user\): .* leaves out 'the same",
+    ),
+    "a tool's parameter": (
+        "{% if loop.first and tools %}{{ tools[0].function.name + tools[0].function.description }}{% endif %}" + TURN,
+        {**chat("a", "b"), "tools": [{"type": "function", "function": {"name": "f", "description": "g", "parameters": {"properties": {"zip": {}}}}}]},
+        "tools: .* leaves out 'zip'",
+    ),
     "the end of a long question": (
         "{{ '<|im_start|>' + m.role + '\\n' + m.content[:40] + '<|im_end|>\\n' }}",
         chat("word " * 9, "b"),
@@ -387,6 +402,14 @@ def test_a_template_that_writes_the_day_needs_one_before_anything_is_encoded() -
         jinja(DAY)
     template = jinja(DAY, TemplateOptions(date="2026-07-01"))
     assert runs_of(template, chat("a", "b"))[0].startswith("01 Jul 2026<|im_start|>")
+    given = (
+        "{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}"
+        + LOOP.replace("BODY", TURN)
+        + PROMPT
+    )
+    with pytest.raises(SftError, match=r"strftime_now"):
+        jinja(given)
+    assert runs_of(jinja(given, TemplateOptions(variables={"day": "now"})), chat("a", "b"))[0].startswith("now<")
     with pytest.raises(SftError, match=r"prepare\.date: .* does not read the day"):
         jinja(LOOP.replace("BODY", TURN) + PROMPT, TemplateOptions(date="2026-07-01"))
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 from sft.chat.probe import ANSWER, SAID, TemplateProbe, made_up_tools
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.trace import Trace
-from sft.chat.words import missing_text, missing_words, tool_texts
+from sft.chat.words import WORD, missing_text, missing_words, tool_texts
+from sft.recipe.schema import ROLES
 
 # A template that does not know these fields of a message silently leaves them out.
 FIELDS = ("functions", "function_calls", "tool_calls", "reasoning_content", "thinking")
 THINKING_FIELDS = ("reasoning_content", "thinking")
 SYSTEM_ROLES = ("system", "developer")
-SHORT = 40
-"""Characters. The content of a shorter message may stand in a rendering by chance."""
+MOST_ANSWERS = 10_000
+"""Answers of the probe that are remembered."""
 SHOWN = 60
 
 
@@ -25,7 +26,8 @@ class RowChecks:
 
     def __init__(self, probe: TemplateProbe) -> None:
         self.probe = probe
-        self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields
+        self.writes: dict[tuple[str, str, bool], bool] = {}  # what the probe found out about fields and contents
+        self.own_words = ""
 
     def prompt_differs_with_tools(self) -> bool:
         """Whether the template writes something else before an answer than in the prompt for it when there are tools."""
@@ -107,10 +109,10 @@ class RowChecks:
             written = "\n".join(trace.text[slice(*region)] for region in regions) if regions else untrained
             thinking = message["role"] != "assistant"
             missing = missing_text(written, message, thinking)
+            is_own = bool(regions) and missing is None
             if missing is not None and regions:
                 missing = missing_text(untrained, message, thinking)
-            by_chance = not regions and missing is None and 0 < len(message["content"].strip()) < SHORT
-            if by_chance and not self.probe.writes_content(conversation, index):
+            if missing is None and not self._is_written(conversation, index, is_own):
                 missing = message["content"]
             if missing is not None:
                 raise BadRow(
@@ -120,6 +122,33 @@ class RowChecks:
         lost = missing_words(untrained, tool_texts(conversation.tools)) if conversation.tools else None
         if lost is not None:
             raise BadRow("template", f"tools: template {self.probe.name} leaves out {shown(lost)}")
+
+    def _is_written(self, conversation: Conversation, index: int, is_own: bool) -> bool:
+        """Whether the template writes the content of a message that stands in the text. `is_own`: in the message's own part of it.
+
+        A content elsewhere, or one that the template's own text contains, may stand there by chance: the template is asked whether it
+        writes another content in its place. The answer is remembered for conversations of the same roles.
+        """
+        content = conversation.messages[index]["content"].strip()
+        if not content or (is_own and f" {' '.join(content.split())} " not in self.scaffold()):
+            return True
+        roles = ",".join(message["role"] for message in conversation.messages)
+        key = (f"content {index}", roles, bool(conversation.tools))
+        if key not in self.writes:
+            if len(self.writes) > MOST_ANSWERS:
+                self.writes.clear()
+            self.writes[key] = self.probe.writes_content(conversation, index)
+        return self.writes[key]
+
+    def scaffold(self) -> str:
+        """The words that the template writes around the contents of a plain conversation, with a space before and after each."""
+        if not self.own_words:
+            texts = [trace.text for _, trace in self.probe.conversations()]
+            words = WORD.findall(" ".join([*texts, *ROLES]))
+            self.own_words = (
+                f" {' '.join(word for word in words if len(word) > 1)} "  # contents of the probe have one letter
+            )
+        return self.own_words
 
 
 def shown(text: str) -> str:

@@ -76,9 +76,9 @@ class TemplateProbe:
             sft_generation=lambda: event("generation"),
             sft_endgeneration=lambda: event("endgeneration"),
         )
-        if date:
-            day = datetime.datetime.fromisoformat(date)
-            env.globals["strftime_now"] = day.strftime
+        self.asked_for_day = [False]  # shared by copies of the probe
+        day = datetime.datetime.fromisoformat(date) if date else None
+        env.globals["strftime_now"] = day.strftime if day else self._refuse_day
         tree = env.parse(text)
         self.reads = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load"}
         self.has_generation = has_generation(tree)
@@ -86,6 +86,16 @@ class TemplateProbe:
         tree.set_environment(env)
         code = env.compile(tree, name=name)
         self.template = jinja2.Template.from_code(env, code, env.make_globals(None))
+
+    def _refuse_day(self, _: str) -> NoReturn:
+        self.asked_for_day[0] = True
+        raise jinja2.TemplateError("it writes today's date (strftime_now), and [prepare] date is not set")
+
+    def asks_for_day(self) -> bool:
+        """Whether the template asks for the day in a plain conversation, with or without tools."""
+        for tools in (None, made_up_tools()):
+            self.prompt([{"role": "user", "content": "q"}], tools)
+        return self.asked_for_day[0]
 
     def with_variables(self, variables: Mapping[str, Any]) -> TemplateProbe:
         """The same template with more variables."""

@@ -158,7 +158,7 @@ class JinjaTemplate:
     def _check_options(self) -> None:
         """Refuses options that the template does not read, and a template that reads the day without one."""
         date, reads = self.options.date, self.probe.reads
-        if "strftime_now" in reads and not date:
+        if "strftime_now" in reads and not date and self.probe.asks_for_day():
             refuse(
                 self.probe,
                 " writes the day on which it runs (strftime_now), so the data would depend on the day",

@@ -20,6 +20,7 @@ THINK_TAGS = re.compile(r"</?think>")
 WORD = re.compile(r"\w+|[^\w\s]")
 ESCAPED_CHARACTER = re.compile(r"\\+u([0-9a-fA-F]{4})")
 ESCAPED_SPACE = re.compile(r"\\+[nrtbf]")
+CONTROL = re.compile(r"[\x00-\x1f]")
 ESCAPE = re.compile(r"\\+")
 
 
@@ -47,9 +48,13 @@ def missing_words(written: str, texts: Sequence[str]) -> str | None:
 
 
 def tool_texts(tools: Sequence[dict[str, Any]]) -> list[str]:
-    """The names and descriptions of tools."""
+    """The names and descriptions of tools, and the names of their parameters."""
     functions = [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
     texts = [function.get(name) for function in functions for name in ("name", "description")]
+    for function in functions:
+        parameters = function.get("parameters")
+        properties = parameters.get("properties") if isinstance(parameters, dict) else None
+        texts += list(properties) if isinstance(properties, dict) else []
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -102,4 +107,4 @@ def _first_missing(written: str, texts: Sequence[str]) -> str | None:
 def _without_escapes(text: str) -> str:
     """The text with JSON's escapes undone, however often it was escaped."""
     text = ESCAPED_CHARACTER.sub(lambda found: chr(int(found[1], 16)), text)
-    return ESCAPE.sub("", ESCAPED_SPACE.sub(" ", text))
+    return ESCAPE.sub("", CONTROL.sub(" ", ESCAPED_SPACE.sub(" ", text)))
