@@ -111,28 +111,33 @@ class Skeletons:
                 plan = self._learn(conversation)
             except Unusual:
                 return None
+            if plan is not None and not self._agrees(conversation, plan.fill(texts, objects), plan):
+                plan = None
             self.plans[key] = plan
-            return None if plan is None else self._checked(conversation, plan.fill(texts, objects), plan)
         plan = self.plans[key]
         if plan is None:
             return None
         runs = plan.fill(texts, objects)
         self.rendered += 1
-        if self.rendered % CHECKED_EVERY == 0:
-            return self._checked(conversation, runs, plan)
-        self.template.answers_without_prefix += plan.answers_without_prefix
-        return runs, plan.specials
-
-    def _checked(self, conversation: Conversation, runs: list[str], plan: Plan) -> tuple[list[str], int]:
-        before = self.template.answers_without_prefix
-        rendered = self.template.render(conversation)
-        added = self.template.answers_without_prefix - before
-        if rendered != (runs, plan.specials) or added != plan.answers_without_prefix:
+        if self.rendered % CHECKED_EVERY == 0 and not self._agrees(conversation, runs, plan):
             raise SftError(
                 f"prepare.template: {self.template.name} renders a conversation of {len(conversation.messages)} messages in another way than those before it"
                 " of the same form; next: report the template, and use one of the named templates until it is mended"
             )
-        return rendered
+        self.template.answers_without_prefix += plan.answers_without_prefix
+        return runs, plan.specials
+
+    def _agrees(self, conversation: Conversation, runs: list[str], plan: Plan) -> bool:
+        """Whether Jinja renders the same."""
+        before = self.template.answers_without_prefix
+        try:
+            rendered = self.template.render(conversation)
+        except BadRow:
+            return False
+        finally:
+            added = self.template.answers_without_prefix - before
+            self.template.answers_without_prefix = before
+        return rendered == (runs, plan.specials) and added == plan.answers_without_prefix
 
     def _skeleton(self, conversation: Conversation, texts: list[str], objects: list[str]) -> tuple[Any, ...]:
         """What identifies the skeleton. Fills the texts and the JSON of the objects that the stand-ins replace."""
