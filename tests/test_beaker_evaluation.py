@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 from types import SimpleNamespace
 
@@ -340,6 +341,53 @@ def test_how_replies_ended_is_told_where_the_harness_says_it(stage, tmp_path):
     assert facts.n == 2 and facts.stop_rate == 0.5 and facts.tokens.max == 30
     with pytest.raises(SftError, match=r"t: 33% of 3 replies stop by themselves, min_stop_rate is 0\.5"):
         stage(returned(task(1, 3), [ended("stop", 5), ended("length", 30), ended("length", 30)]), T)
+
+
+@pytest.mark.parametrize(
+    ("harness", "file", "content", "message"),
+    [
+        ("olmo-eval", "metrics.json", {"tasks": [{}]}, "field tasks.0.task is missing"),
+        ("olmo-eval", "metrics.json", {"tasks": ["x"]}, "tasks.0: an object is expected, not 'x'"),
+        ("olmo-eval", "metrics.json", {"tasks": 3}, "tasks: a list is expected, not 3"),
+        ("olmo-eval", "metrics.json", {"errors": 3}, "errors: a list is expected, not 3"),
+        ("olmo-eval", "metrics.json", {"tasks": [{"task": "t", "num_instances": "x"}]}, "tasks.0.num_instances: a whole number"),
+        ("olmo-eval", "metrics.json", {"tasks": [{"task": "t", "metrics": [1]}]}, "tasks.0.metrics: an object is expected"),
+        ("olmo-eval", "metrics.json", {"tasks": [{"task": "t", "metrics": {"acc": 1}}]}, "tasks.0.metrics.acc: an object"),
+        ("olmo-eval", "metrics.json", {"tasks": [{"task": "t", "task_hash": 3}]}, "tasks.0.task_hash: a string"),
+        ("olmo-eval", "metrics.json", "[" * 100_000, "not JSON"),
+        ("olmo-eval", "metrics.json", [], "not JSON"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", [row(1), 3], "an object is expected"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", '\n{"half', "not JSON"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", [{"model_output": 3}], "model_output: a list is expected"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", [{"model_output": ["x"]}], "model_output.0: an object is"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", [{"instance_metrics": [1]}], "instance_metrics: an object is"),
+        ("olmo-eval", "predictions/m/t-predictions.jsonl", [{"model_output": [{"sum_logits": 10**400}]}], "a float can have"),
+        ("oe-eval", "task-000-t-metrics.json", {"metrics": [1]}, "metrics: an object is expected"),
+        ("oe-eval", "task-000-t-metrics.json", {"num_instances": "x"}, "num_instances: a whole number"),
+        ("oe-eval", "task-000-t-metrics.json", {"task_config": "x"}, "task_config: an object is expected"),
+        ("oe-eval", "task-000-t-metrics.json", {"task_config": {"metadata": 3}}, "task_config.metadata: an object is"),
+        ("oe-eval", "task-000-t-metrics.json", {"task_config": {"primary_metric": []}}, "task_config.primary_metric: a string"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_harness_is_refused_with_its_name_and_key(stage, tmp_path, harness, file, content, message):
+    files = returned(task(1, 1), [row(1)]) if harness == "olmo-eval" else {}
+    with pytest.raises(SftError, match=re.escape(message)) as error:
+        stage(files | {f"evaluate/{file}": content}, T, harness)
+    assert re.search(rf"/evaluate/{re.escape(file)}(:\d+)?: damaged: .*; next: make evaluate again$", str(error.value))
+    assert not (tmp_path / "evaluate" / "results.json").exists()
+
+
+def test_a_score_beyond_a_float_is_no_score(stage):
+    with pytest.raises(SftError, match="t: acc:s is inf"):
+        stage(returned(task(10**400, 1), [row(10**400)]), T)
+
+
+def test_other_fields_of_a_harness_are_skipped_and_a_prediction_keeps_them(stage, tmp_path):
+    metrics = task(1, 1) | {"version": 9}
+    metrics["tasks"][0] |= {"latency": {"p50": 1}}
+    stage(returned(metrics, [{**row(1), "trace": [1], "record": 2}]), T)
+    sample = json.loads((tmp_path / "evaluate/samples/t.jsonl").read_text())
+    assert sample["trace"] == [1] and sample["record"] == 2
 
 
 def test_a_harness_that_returned_nothing_is_told(tmp_path):

@@ -19,7 +19,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
@@ -33,7 +33,17 @@ from sft.evaluation.scores import (
     with_interval,
 )
 from sft.formats import results as results_format
-from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
+from sft.formats.harness import (
+    ASKED,
+    IDENTITY,
+    RETURNED,
+    AskedTasks,
+    HarnessRecord,
+    OeEvalConfig,
+    OeEvalMetrics,
+    OlmoEvalMetrics,
+    Prediction,
+)
 from sft.formats.job import FOLDER
 from sft.formats.lines import to_lines
 from sft.formats.results import Generation, Results, Score, TaskResult
@@ -44,8 +54,7 @@ from sft.runner.stage import Result, Stage
 PARTS = {"mmlu": 57, "mmlu_pro": 14, "bbh": 27, "minerva_math": 7}
 """The number of oe-eval's tasks that one of these becomes, in every variant (oe-eval's configs/task_suites.py)."""
 
-Prediction = Mapping[str, Any]
-"""A harness's record of one instance. Its fields are the harness's own."""
+H = TypeVar("H", bound=HarnessRecord)
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def returned(run: Path, identity: str, harness: str) -> Path:
     """The folder of the harness's output for this evaluation. Raises SftError when there is none."""
     folder = run / FOLDER / RETURNED
     mark = folder / IDENTITY
-    if not mark.is_file() or mark.read_text() != identity:
+    if not mark.is_file() or mark.read_bytes() != identity.encode():
         raise SftError(
             f"{folder}: {harness} runs on Beaker and has returned nothing for this evaluation; next: make evaluate with"
             " a CLUSTER whose launcher is beaker, or make collect"
@@ -141,22 +150,22 @@ def _olmo_eval(folder: Path, requested: Mapping[str, str]) -> tuple[list[Returne
 
     The summary has the name of a requested suite, and `tasks` has the suite's tasks.
     """
-    folder = folder / next(iter(requested.values()))
-    data = _read(folder / "metrics.json")
-    failures = [f"the harness failed: {json.dumps(e)[:300]}" for e in data.get("errors") or []]
+    folder = folder / next(iter(requested.values()), "")
+    data = _read(OlmoEvalMetrics, folder / "metrics.json")
+    failures = [f"the harness failed: {json.dumps(e)[:300]}" for e in data.errors or ()]
     files = sorted((folder / "predictions").rglob("*-predictions.jsonl"))
     tasks = []
-    for entry in data.get("tasks") or []:
-        name = str(entry["task"])
-        scores = _numbers({f"{m}:{s}": v for m, by in (entry.get("metrics") or {}).items() for s, v in by.items()})
+    for entry in data.tasks or ():
+        name = entry.task
+        scores = _numbers({f"{m}:{s}": v for m, by in (entry.metrics or {}).items() for s, v in by.items()})
         # the file has the task's name with other characters replaced, sometimes followed by the end of its hash
         wanted = _file_name(name)
-        stems = {wanted, *([f"{wanted}_{entry['task_hash'][-6:]}"] if entry.get("task_hash") else [])}
+        stems = {wanted, *([f"{wanted}_{entry.task_hash[-6:]}"] if entry.task_hash else [])}
         found = [f for f in files if _file_name(f.name.removesuffix("-predictions.jsonl")) in stems]
-        primary = entry.get("primary_metric") or (next(iter(scores)) if len(scores) == 1 else "")
-        tasks.append(ReturnedTask(name, scores, primary, int(entry.get("num_instances") or 0), found[0] if found else None,
-                                 entry.get("task_hash")))  # fmt: skip
-    known = {t.name for t in tasks} | set(data.get("summary") or {})
+        primary = entry.primary_metric or (next(iter(scores)) if len(scores) == 1 else "")
+        tasks.append(ReturnedTask(name, scores, primary, entry.num_instances or 0, found[0] if found else None,
+                                 entry.task_hash))  # fmt: skip
+    known = {t.name for t in tasks} | set(data.summary or {})
     failures += [_missing(name) for name in requested if name not in known]
     return tasks, failures
 
@@ -171,19 +180,18 @@ def _oe_eval(folder: Path, requested: Mapping[str, str]) -> tuple[list[ReturnedT
         files = sorted((folder / where).rglob("*-metrics.json"))
         failures += _absent(name, files)
         for file in files:
-            data = _read(file)
-            config = data.get("task_config") or {}
-            alias = (config.get("metadata") or {}).get("alias") or data.get("task_name") or file.name
-            scores = _numbers(data.get("metrics") or {})
-            primary = config.get("primary_metric")
+            data = _read(OeEvalMetrics, file)
+            config = data.task_config or OeEvalConfig()
+            alias = (config.metadata and config.metadata.alias) or data.task_name or file.name
+            scores = _numbers(data.metrics or {})
+            primary = config.primary_metric
             if primary not in scores:
                 primary = "primary_score"
             elif scores[primary] == scores.get("primary_score") and primary != "primary_score":
                 del scores["primary_score"]  # a copy of the primary metric
             predictions = file.with_name(file.name.removesuffix("-metrics.json") + "-predictions.jsonl")
-            tasks.append(ReturnedTask(name if len(files) == 1 else str(alias), scores, primary,
-                                     int(data.get("num_instances") or 0), predictions if predictions.is_file() else None,
-                                     data.get("task_hash")))  # fmt: skip
+            tasks.append(ReturnedTask(name if len(files) == 1 else alias, scores, primary, data.num_instances or 0,
+                                     predictions if predictions.is_file() else None, data.task_hash))  # fmt: skip
     return tasks, failures
 
 
@@ -206,30 +214,32 @@ def _missing(name: str) -> str:
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The metrics that are numbers. null becomes NaN, so that no other metric takes its place."""
     return {
-        k: math.nan if v is None else float(v) for k, v in metrics.items() if v is None or isinstance(v, (int, float))
+        k: math.nan if v is None else _float(v) for k, v in metrics.items() if v is None or isinstance(v, (int, float))
     }
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _float(value: float) -> float:
+    """A number as a float; a whole number beyond its range is infinite."""
     try:
-        data = json.loads(file.read_bytes())
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _read(kind: type[H], file: Path) -> H:
+    """A harness's file. Raises SftError for one that is damaged or missing."""
+    try:
+        return kind.read(file)
     except FileNotFoundError:
         raise SftError(f"{file}: the harness returned none; next: read its log, make evaluate again") from None
-    except ValueError as e:
-        raise SftError(f"{file}: cannot be read ({e}); next: make evaluate again") from None
-    if not isinstance(data, dict):
-        raise SftError(f"{file}: not a table; next: make evaluate again")
-    return data
 
 
-def _predictions(file: Path) -> Iterator[dict[str, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate((line for line in lines if line.strip()), 1):
-            try:
-                prediction = json.loads(line)
-            except ValueError as e:
-                raise SftError(f"{file}:{number}: cannot be read ({e}); next: make evaluate again") from None
-            yield prediction if isinstance(prediction, dict) else {}
+def _predictions(file: Path) -> Iterator[Prediction]:
+    """The instances of a task. Raises SftError, with the number of the line, for a damaged one."""
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                yield Prediction.from_bytes(line, f"{file}:{number}")
 
 
 # --- scores and facts of one task ---------------------------------------------------------------------------------------
@@ -255,27 +265,25 @@ def _score(task: ReturnedTask, name: str, items: Sequence[float]) -> Score:
 def _value(prediction: Prediction, metric: str) -> float | None:
     """An instance's number for a metric. olmo-eval nests it by scorer, oe-eval does not."""
     name, _, scorer = metric.partition(":")
-    at = (prediction.get("instance_metrics") or prediction.get("metrics") or {}).get(name)
+    at = (prediction.instance_metrics or prediction.metrics or {}).get(name)
     value = at.get(scorer or name) if isinstance(at, Mapping) else at
-    return float(value) if is_number(value) else None
+    return _float(value) if is_number(value) else None
 
 
 def _sample(prediction: Prediction, metrics: Mapping[str, Score]) -> HarnessSample:
-    doc = prediction.get("doc_id") if prediction.get("native_id") is None else prediction["native_id"]
+    doc = prediction.doc_id if prediction.native_id is None else prediction.native_id
     scores = {name: value for name in metrics if (value := _value(prediction, name)) is not None}
-    return HarnessSample(record=dict(prediction), doc=doc, target=prediction.get("label"), scores=scores)
+    return HarnessSample(record=prediction.record, doc=doc, target=prediction.label, scores=scores)
 
 
 def _generation(predictions: Sequence[Prediction]) -> Generation | None:
     """Stop rate and lengths, if every generated reply says how it ended, as in newer versions of olmo-eval."""
-    outputs = [
-        o for p in predictions if not _is_choice(p) for o in p.get("model_output") or [] if isinstance(o, Mapping)
-    ]
-    if not outputs or not all(o.get("finish_reason") for o in outputs):
+    outputs = [o for p in predictions if not _is_choice(p) for o in p.model_output or ()]
+    if not outputs or not all(o.finish_reason for o in outputs):
         return None
-    stops = sum(o["finish_reason"] != "length" for o in outputs)
-    counted = all(isinstance(o.get("completion_tokens"), int) for o in outputs)
-    tokens = token_counts([o["completion_tokens"] for o in outputs]) if counted else None
+    stops = sum(o.finish_reason != "length" for o in outputs)
+    lengths = [o.completion_tokens for o in outputs if o.completion_tokens is not None]
+    tokens = token_counts(lengths) if len(lengths) == len(outputs) else None
     return Generation(n=len(outputs), stop_rate=stops / len(outputs), tokens=tokens)
 
 
@@ -309,17 +317,16 @@ def _problems(
 
 def _replies(prediction: Prediction) -> list[str]:
     """The generated texts of a prediction: olmo-eval's `text`, oe-eval's `continuation`."""
-    outputs = [o for o in prediction.get("model_output") or [] if isinstance(o, Mapping)]
-    texts = [next((o[key] for key in ("text", "continuation") if o.get(key) is not None), None) for o in outputs]
-    return [str(text) for text in texts if text is not None]
+    texts = [o.continuation if o.text is None else o.text for o in prediction.model_output or ()]
+    return [text for text in texts if text is not None]
 
 
 def _is_choice(prediction: Prediction) -> bool:
     """Whether the harness scored the likelihoods of given texts: it wrote no text, or the label is the index of a text."""
-    outputs = prediction.get("model_output") or []
-    if not outputs or not all(isinstance(o, Mapping) and "sum_logits" in o for o in outputs):
+    outputs = prediction.model_output or ()
+    if not outputs or any(o.sum_logits is None for o in outputs):
         return False
-    label = prediction.get("label")
+    label = prediction.label
     return not _replies(prediction) or (len(outputs) > 1 and isinstance(label, int) and 0 <= label < len(outputs))
 
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sft.formats.record import Record
+from sft.formats.results import HasInterval
 
 _FIRST = ("task", "metric", "run", "higher_is_better", "a", "b")
 """The fields that a row of the file begins with."""
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(HasInterval):
     """b - a over n items, with its standard error, its 95 % interval (low, high) and the p value of `test`.
 
     A number is None where it cannot be computed, such as the interval of a single item.
@@ -44,11 +45,6 @@ class ScoreDifference(Difference):
     b: float
     corrected: float | None
     mark: str
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval of the difference, if there is one."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def verdict(self) -> str:

@@ -49,6 +49,8 @@ class Record:
     ASCII: ClassVar[bool] = False
     """Whether the file escapes other characters."""
     END: ClassVar[str] = "\n"
+    SKIPS_UNKNOWN: ClassVar[bool] = False
+    """Whether other fields are skipped: another program defines the file."""
 
     @classmethod
     def read(cls, file: Path) -> Self:
@@ -115,10 +117,14 @@ class VersionError(Exception):
 
 
 def build(cls: type[T], value: Mapping[str, Any], where: str) -> T:
-    """A dataclass from the keys of a JSON object. Raises FormatError for an unknown, missing or wrongly typed field."""
+    """A dataclass from the keys of a JSON object. Raises FormatError for an unknown, missing or wrongly typed field.
+
+    A record that SKIPS_UNKNOWN has its declared fields only.
+    """
     hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     place = f"{where}." if where else ""
-    if unknown := [name for name in value if name not in fields]:
+    unknown = [name for name in value if name not in fields]
+    if unknown and not getattr(cls, "SKIPS_UNKNOWN", False):
         raise FormatError(f"unknown field {place}{unknown[0]}")
     arguments = {}
     for name, field in fields.items():
@@ -161,7 +167,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             raise FormatError(f"{where}: an object is expected, not {_kind(value)}")
         return build(typing.cast(type, hint), value, where)
     if hint is float and type(value) is int:
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise FormatError(f"{where}: a number is expected that a float can have, not {_kind(value)}") from None
     if type(value) is not hint:
         raise FormatError(f"{where}: {_NAMES.get(hint, hint)} is expected, not {_kind(value)}")
     return value

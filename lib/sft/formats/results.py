@@ -29,8 +29,20 @@ def _null() -> None:
     """Default of a field that is written as null, where a plain default of None leaves the field out."""
 
 
+class HasInterval:
+    """A number with a 95 % interval from `low` to `high`; both are None where there is none."""
+
+    low: float | None
+    high: float | None
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The 95 % interval, if there is one."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Score:
+class Score(HasInterval):
     """A metric over n items. low and high are its 95 % interval; `interval` is "wilson" or "normal", or all three are None."""
 
     value: float
@@ -40,11 +52,6 @@ class Score:
     high: float | None = None
     interval: str | None = None
     higher_is_better: bool | None = field(default_factory=_null)
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval, if there is one."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class TaskResult(Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationLoss:
+class ValidationLoss(HasInterval):
     """Mean loss in nats of a trained token over `documents` conversations with `labels` trained tokens.
 
     stderr is over conversations. The 95 % intervals are None for a single conversation.
@@ -127,11 +134,6 @@ class ValidationLoss:
     high: float | None = None
     perplexity_low: float | None = None
     perplexity_high: float | None = None
-
-    @property
-    def bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval of the loss, if there is one."""
-        return None if self.low is None or self.high is None else (self.low, self.high)
 
     @property
     def perplexity_bounds(self) -> tuple[float, float] | None:
