@@ -569,3 +569,15 @@ def test_exactly_the_words_of_trained_messages_are_trained(text: str, row: dict[
         for run in runs[1::2]:
             assert not re.match(r"\s*(<\|im_start\|>|<\|bom\|>|### )", run)
             assert re.search(r"(<\|im_end\|>|<\|end\|>|<\|endoftext\|>)$", run)
+
+
+def test_a_thought_outside_the_generation_block_rejects_the_row() -> None:
+    body = (
+        "{{ '<|im_start|>' + m.role + '\\n' + (m.reasoning_content or '') }}{% if m.role == 'assistant' %}"
+        "{% generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m.content + '<|im_end|>' }}{% endif %}"
+    )
+    template = jinja(LOOP.replace("BODY", body) + PROMPT)
+    assert trained(template, chat("a", "b")) == ["b<|im_end|>"]
+    row = {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "reasoning_content": "why so"}]}
+    with pytest.raises(BadRow, match="leaves out 'why so'"):
+        runs_of(template, row)
