@@ -87,6 +87,26 @@ def test_both_ways_make_the_same_under_every_template(encoders: Any, name: str, 
     assert compiled == python
 
 
+@pytest.mark.parametrize(
+    ("value", "is_read"),
+    [
+        ("s" * 200, True),
+        (3, True),
+        ("s" * 201, False),
+        ("é" * 150, False),
+        ({"a": 1}, False),
+        (["a"], False),
+        (b"a", False),
+    ],
+)
+def test_a_harmless_column_of_long_texts_or_objects_is_left_to_python(encoders: Any, value: Any, is_read: bool) -> None:
+    rows = [{"messages": turns(("user", "a"), ("assistant", "b")), "source": value}]
+    fields = [{"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "source": value}]}]
+    for batch in (rows, fields):
+        compiled, python, count = both_ways(encoders("olmo"), ColumnBlock.of(batch))
+        assert compiled == python and count == is_read
+
+
 def rows_of(count: int, seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
@@ -179,7 +199,7 @@ def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
 )
 def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) -> None:
     batch = pa.RecordBatch.from_arrays([array], ["messages"])
-    found = read_columns(batch, RowNames({"messages": LIST}, [], []))
+    found = read_columns(batch, RowNames({"messages": LIST}, {}, {}))
     assert found is None or not (found.is_plain & (found.roles[found.first[:-1]] >= 0)).any()
     compiled, python, plain = both_ways(encoders("olmo"), ColumnBlock(batch, 0))
     assert compiled == python and plain == 0
@@ -188,6 +208,6 @@ def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) 
 def test_a_column_that_is_there_twice_is_left_to_python() -> None:
     array = pa.array([[{"role": "user", "content": "x"}]])
     assert (
-        read_columns(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), RowNames({"messages": LIST}, [], []))
+        read_columns(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), RowNames({"messages": LIST}, {}, {}))
         is None
     )

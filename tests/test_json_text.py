@@ -22,6 +22,7 @@ from sft.data.fast.messages import (
     LIST,
     MAX_MESSAGES,
     NONE,
+    PASSED,
     ROLE_NAMES,
     TOOLS,
     Messages,
@@ -145,7 +146,7 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
         np.empty((room, 5, 2), dtype=np.int64), np.empty((len(ends), 8, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
         (target.words,) * 5,
     )  # fmt: skip
-    names = RowNames({"messages": LIST, "tools": TOOLS}, ["id"], ["score"])
+    names = RowNames({"messages": LIST, "tools": TOOLS}, {"id": PASSED}, {"score": PASSED})
     read_rows(source, ends, FieldNames.of(names), target, messages)
 
     def text(message: int, field: int) -> str | None:

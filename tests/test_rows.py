@@ -211,6 +211,12 @@ def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
                                {"from": "tool_response", "value": "3"}, {"from": "gpt", "value": "Hello"}]},
             [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}, {"role": "tool", "content": "3"}, HELLO[1]],
         ),
+        *(
+            ({"conversations": [HELLO[0], {"from": "function_call", "value": text}]},
+             [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}])
+            for text in ('{"name": "f", "parameters": {"x": 1}}', '[{"name": "f", "input": {"x": 1}, "id": null}]',
+                         '{"name": "f", "function": {"name": "f", "arguments": {"x": 1}}, "arguments": "{\\"x\\": 1}"}')
+        ),
         (
             {"messages": [HELLO[0], {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}}]},
             [HELLO[0], {"role": "assistant", "content": "", "tool_calls": [CALLED]}],
@@ -327,6 +333,26 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
             {"messages.content.citations": "[1]"},
         ),
         ({"conversations": [{"from": "human", "value": "a", "html": "b"}, {"from": "gpt", "value": "c"}]}, {"conversations.html": '"b"'}),
+        *(
+            ({**chat("Hi", "Hello"), name: "x", "user_hash": "h", "lang": "en"}, {name: '"x"'})
+            for name in ("image_url", "audio_url", "video_id", "pdf_hash", "num_images", "ImageURL", "photo_id", "page_url")
+        ),
+        ({"messages": [{**HELLO[0], "image_url": "x"}, HELLO[1]]}, {"messages.image_url": '"x"'}),
+        ({"messages": [{**HELLO[0], "some_id": "x", "id": 1}, HELLO[1]]}, {"messages.some_id": '"x"'}),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "image_url": {"url": "x"}}]}, HELLO[1]]},
+            {"messages.content.image_url": '{"url": "x"}'},
+        ),
+        ({**chat("Hi", "Hello"), "source": "s" * 200, "metadata": {"source": "s" * 100, "split": "s" * 100, "x": 0.5}}, {}),
+        ({**chat("Hi", "Hello"), "source": "s" * 300}, {"source": '"' + "s" * 79 + "…"}),
+        ({**chat("Hi", "Hello"), "tags": ["s" * 150] * 2}, {"tags": '["' + "s" * 78 + "…"}),
+        ({**chat("Hi", "Hello"), "metadata": {"system_prompt": "be X"}}, {"metadata": '{"system_prompt": "be X"}'}),
+        ({**chat("Hi", "Hello"), "meta": [{"id": 1, "image": 5}]}, {"meta": '[{"id": 1, "image": 5}]'}),
+        (
+            {"messages": [HELLO[0], {**HELLO[1], "metadata": {"attachments": [{"text": "T"}]}}]},
+            {"messages.metadata": '{"attachments": [{"text": "T"}]}'},
+        ),
+        ({"messages": [{**HELLO[0], "source": "a"}, {**HELLO[1], "source": "s" * 300}]}, {"messages.source": '"' + "s" * 79 + "…"}),
     ],
 )  # fmt: skip
 def test_fields_that_nothing_reads_are_told_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:
@@ -386,6 +412,10 @@ def call(value: Any) -> dict[str, Any]:
     return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": value}}}]}
 
 
+def spoken(text: str) -> dict[str, Any]:
+    return {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": text}]}
+
+
 A, B = HELLO
 BAD: dict[str, tuple[Any, str]] = {
     "not an object": ([1, 2], "not_an_object"),
@@ -434,6 +464,30 @@ BAD: dict[str, tuple[Any, str]] = {
     "two kinds of calls": (
         {"messages": [A, {**B, "function_calls": "f()", "function_call": {"name": "g", "arguments": "{}"}}]},
         "disagree",
+    ),
+    "arguments beside a function without any": (
+        {"messages": [A, {"role": "assistant", "tool_calls": [{"function": {"name": "f"}, "arguments": {"a": 1}}]}]},
+        "disagree",
+    ),
+    "a call in a call": (
+        {"messages": [A, {"role": "assistant", "tool_calls": [{"name": "g", "function": {"name": "f"}}]}]},
+        "disagree",
+    ),
+    "a spoken call with arguments beside its function": (
+        spoken('{"function": {"name": "f"}, "arguments": {"a": 1}}'),
+        "disagree",
+    ),
+    "a spoken call with two kinds of arguments": (
+        spoken('{"name": "f", "arguments": {"a": 1}, "parameters": {"b": 1}}'),
+        "disagree",
+    ),
+    "a spoken call with a thought": (
+        spoken('[{"name": "f", "arguments": {"a": 1}, "thought": "WHY"}]'),
+        "bad_tool_calls",
+    ),
+    "a spoken function with a thought": (
+        spoken('{"function": {"name": "f", "arguments": {}, "parameters": {"a": 1}}}'),
+        "bad_tool_calls",
     ),
     "two kinds of tools": ({"messages": HELLO, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "disagree"),
     "functions and tools": ({"messages": [{**A, "functions": "[]"}, B], "tools": [{"name": "f"}]}, "disagree"),

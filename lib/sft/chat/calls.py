@@ -8,10 +8,11 @@ nulls for the properties of all others; a property that the tool's schema requir
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sft.chat.values import BadRow, drop_nulls, kind, parse, to_json
+from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
+from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 
 def parameters_of(tools: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -30,25 +31,65 @@ def read_tool_calls(calls: Any, index: int, schemas: Mapping[str, Any]) -> list[
 
 
 def read_tool_call(call: Any, index: int, schemas: Mapping[str, Any]) -> dict[str, Any]:
+    """One call. Raises BadRow, also when a name or arguments beside the `function` object are not those in it."""
     function = (call.get("function") or call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow("bad_tool_calls", f"message {index}: a call without a function name")
     where = f"message {index}: arguments of {function['name'][:40]}"
-    arguments = function.get("arguments")
+    arguments = read_arguments(function.get("arguments"), where, schemas.get(function["name"]))
+    if function is not call:
+        if not is_empty(call.get("name")) and call["name"] != function["name"]:
+            raise BadRow("disagree", f"message {index}: the name of a call and of its function differ")
+        beside = call.get("arguments")
+        if not is_empty(beside) and read_arguments(beside, where, schemas.get(function["name"])) != arguments:
+            raise BadRow("disagree", f"{where}, of the call and of its function, differ")
+    call_id, call_type = call.get("id"), call.get("type")
+    if not isinstance(call_id, (str, type(None))) or call_type not in (None, "", "function"):
+        raise BadRow("bad_tool_calls", f"message {index}: a call with the id {call_id!r} and the type {call_type!r}")
+    call_id = {"id": call_id} if call_id else {}
+    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def read_arguments(arguments: Any, where: str, schema: Any) -> dict[str, Any]:
+    """The arguments of a call, which may be JSON text. Without any they are an empty object. Raises BadRow."""
     if isinstance(arguments, str):
         arguments = parse(arguments or "{}", "bad_tool_calls", f"{where} are not JSON")
     elif isinstance(arguments, Mapping):
-        arguments = drop_nulls(arguments, schemas.get(function["name"]))
+        arguments = drop_nulls(arguments, schema)
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise BadRow("bad_tool_calls", f"{where} are {kind(arguments)}")
     to_json(arguments, where)
-    call_id, call_type = call.get("id"), call.get("type")
-    if not isinstance(call_id, (str, type(None))) or call_type not in (None, "", "function"):
-        raise BadRow("bad_tool_calls", f"message {index}: a call with the id {call_id!r} and the type {call_type!r}")
-    call_id = {"id": call_id} if call_id else {}
-    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return dict(arguments)
+
+
+def read_spoken(call: Any, index: int, schemas: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A call that is the content of a message; None for a value that is no call. Llama writes `parameters` for `arguments`, others `input`.
+
+    Nothing counts the fields of such a call. It raises BadRow for a field that is not read.
+    """
+    function = call.get("function") or call if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        return None
+    if function is not call:
+        check_read(call, CALL_FIELDS, index)
+    elif used := [name for name in ("arguments", "parameters", "input") if not is_empty(call.get(name))]:
+        if len(used) > 1:
+            raise BadRow("disagree", f"message {index}: a call has {' and '.join(used)}")
+        call = function = {
+            **{name: value for name, value in call.items() if name != used[0]},
+            "arguments": call[used[0]],
+        }
+    check_read(function, FUNCTION_FIELDS if function is not call else CALL_FIELDS, index)
+    return read_tool_call(call, index, schemas)
+
+
+def check_read(value: Mapping[str, Any], read: Collection[str], index: int) -> None:
+    """Raises BadRow when a field of a call in the content holds something, and nothing reads it."""
+    for name, held in value.items():
+        if name not in read and not is_empty(held):
+            raise BadRow("bad_tool_calls", f"message {index}: nothing reads the field {name[:40]!r} of its call")
 
 
 def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.chat.values import is_empty
-from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS, MESSAGE_FIELDS, PART_FIELDS, is_harmless
+from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS, MESSAGE_FIELDS, PART_FIELDS, is_harmless, is_short
 
 EXAMPLE_CHARACTERS = 80
 
@@ -51,10 +51,15 @@ class FieldCounter:
         self.counts = FieldCounts()
 
     def is_passed_over(self, name: str) -> bool:
+        """Whether the recipe ignores this field, or a short value in it carries no training content."""
         known = self.passed_over.get(name)
         if known is None:
-            known = self.passed_over[name] = name in self.ignore or is_harmless(name.rsplit(".", 1)[-1])
+            known = self.passed_over[name] = name in self.ignore or is_harmless(name)
         return known
+
+    def passes(self, name: str, value: Any) -> bool:
+        """Whether nothing needs to read this value of a field."""
+        return self.is_passed_over(name) and (name in self.ignore or is_short(value))
 
     def count(
         self,
@@ -70,7 +75,7 @@ class FieldCounter:
             if is_empty(value):
                 continue
             seen.add(name)
-            if name in used or self.is_passed_over(name):
+            if name in used or self.passes(name, value):
                 continue
             if not (isinstance(value, str) and any(value == message["content"] for message in messages)):
                 self.counts.unread.setdefault(name, example_of(value))
@@ -95,22 +100,14 @@ class FieldCounter:
                     self._count_object(f"{column}.{name}", call, CALL_FIELDS, seen)
                     self._count_object(f"{column}.{name}.function", call.get("function"), FUNCTION_FIELDS, seen)
 
-    def _named(self, prefix: str, value: Mapping[str, Any]) -> list[str]:
-        """The names of the fields that hold something."""
-        names = self.names.setdefault(prefix, {})
-        return [
-            names.get(key) or names.setdefault(key, f"{prefix}.{key}")
-            for key, held in value.items()
-            if not is_empty(held)
-        ]
-
     def _count_object(self, prefix: str, value: Any, read: Collection[str], seen: set[str]) -> None:
         if type(value) is not dict and not isinstance(value, Mapping):
             return
-        for name in self._named(prefix, value):
-            if name in seen:
+        names = self.names.setdefault(prefix, {})
+        for key, held in value.items():
+            if is_empty(held):
                 continue
+            name = names.get(key) or names.setdefault(key, f"{prefix}.{key}")
             seen.add(name)
-            key = name[len(prefix) + 1 :]
-            if key not in read and not self.is_passed_over(name):
-                self.counts.unread.setdefault(name, example_of(value[key]))
+            if key not in read and not self.passes(name, held):
+                self.counts.unread.setdefault(name, example_of(held))

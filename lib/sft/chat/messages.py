@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sft.chat.calls import calls_text, read_tool_call, read_tool_calls
+from sft.chat.calls import calls_text, read_spoken, read_tool_calls
 from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
 from sft.recipe.row_fields import FLAGS, THINKING
 from sft.recipe.schema import ROLES
@@ -106,15 +106,21 @@ def read_definition(value: Any, where: str) -> str:
 
 
 def read_spoken_call(message: Message, text: Any, index: int, schemas: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The calls that are the content of a message: JSON of calls with a name and arguments; other text is kept as `function_calls`."""
+    """The calls that are the content of a message: JSON of calls with a name and arguments; other text is kept as `function_calls`.
+
+    Raises BadRow for a call with a field that nothing reads."""
     if not isinstance(text, str):
         raise BadRow("bad_content", f"message {index}: its call is {kind(text)}, not text")
     try:
         value = parse(text, "", "")
-        return [read_tool_call(call, index, schemas) for call in (value if isinstance(value, list) else [value])]
     except BadRow:
+        value = None
+    calls = [read_spoken(call, index, schemas) for call in (value if isinstance(value, list) else [value])]
+    found = [call for call in calls if call]
+    if not found or len(found) < len(calls):
         message["function_calls"] = text
         return []
+    return found
 
 
 def read_calls(

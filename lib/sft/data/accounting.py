@@ -50,7 +50,7 @@ def describe(source: Source, counts: FieldCounts) -> SourceFields:
     for name, rows in sorted(counts.rows.items()):
         if name in source.ignore:
             kind = "ignored"
-        elif is_read(name) or not is_harmless(name.rsplit(".", 1)[-1]):
+        elif is_read(name) or not is_harmless(name):
             kind = "read"
         else:
             kind = "harmless"

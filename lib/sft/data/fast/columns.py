@@ -18,6 +18,7 @@ from sft.data.fast.messages import (
     CONTENT,
     END,
     FUNCTIONS,
+    HARMLESS,
     MAX_MESSAGES,
     NONE,
     NUM_TEXTS,
@@ -33,6 +34,7 @@ from sft.data.fast.messages import (
     Names,
     RowNames,
 )
+from sft.recipe.row_fields import HARMLESS_CHARACTERS
 
 ROLES = Names.of(ROLE_NAMES)
 TEXT_KINDS = (CONTENT, FUNCTIONS, CALLS, THINKING, ROLE)
@@ -69,10 +71,11 @@ def read_columns(arrow: Any, names: RowNames) -> Messages | None:
         if name == names.list_column:
             continue
         held = holds_something(arrow.column(name))
-        if names.columns.get(name) == PASSED:
+        kind = names.columns.get(name)
+        if kind in (PASSED, HARMLESS):
             columns_held |= held.astype(np.uint64) << places[name]
-        else:
-            is_odd |= held
+        if kind != PASSED:
+            is_odd |= held & ~is_short(arrow.column(name)) if kind == HARMLESS else held
     offsets = listed.offsets.to_numpy().astype(np.int64)
     first, structs = offsets - offsets[0], listed.values.slice(offsets[0], offsets[-1] - offsets[0])
     try:
@@ -133,6 +136,24 @@ def holds_something(array: Any) -> NDArray[np.bool_]:
     return valid
 
 
+def is_short(array: Any) -> NDArray[np.bool_]:
+    """[values] Which values a harmless field may hold: numbers, dates, and texts of so many bytes. Python decides about all others."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        table = np.append(is_short(array.dictionary), False)
+        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+        return np.asarray(table[np.clip(indices, 0, len(table) - 1)], dtype=np.bool_)
+    if _is_text(array):
+        _, offsets, _ = array.buffers()
+        width = np.int64 if pa.types.is_large_string(kind) else np.int32
+        lengths = np.diff(np.frombuffer(offsets, dtype=width)[array.offset : array.offset + len(array) + 1])
+        return np.asarray(lengths <= HARMLESS_CHARACTERS, dtype=np.bool_)
+    is_number = pa.types.is_boolean(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return np.full(len(array), is_number or pa.types.is_temporal(kind) or pa.types.is_decimal(kind))
+
+
 def _read_structs(structs: Any, names: RowNames) -> tuple[list[Texts], NDArray[np.bool_], NDArray[np.uint64]]:
     """The text fields and the roles of an array of structs, which structs are odd, and which fields hold something (one bit for each).
     Raises NotPlain."""
@@ -156,7 +177,9 @@ def _read_structs(structs: Any, names: RowNames) -> tuple[list[Texts], NDArray[n
             holds = ~found[kind].is_null & (np.diff(found[kind].starts) > 0)
         else:
             holds = holds_something(field)
-            if kind != PASSED and not (kind == QUIET and _is_text(field)):
+            if kind == HARMLESS:
+                is_odd |= holds & ~is_short(field)
+            elif kind != PASSED and not (kind == QUIET and _is_text(field)):
                 is_odd |= holds
                 continue
         held |= holds.astype(np.uint64) << np.uint64(bit)

@@ -42,6 +42,7 @@ from sft.data.fast.messages import (
     EMPTY,
     END,
     FLAG,
+    HARMLESS,
     INPUT,
     INSTRUCTION,
     LIST,
@@ -69,6 +70,7 @@ from sft.data.fast.messages import (
     RowNames,
     U,
 )
+from sft.recipe.row_fields import HARMLESS_CHARACTERS
 
 LAST_FLAG = MASKED
 SHORTEST_MESSAGE = len('"a":"",')
@@ -146,6 +148,13 @@ def read_flag(data: Any, at: int, kind: int) -> Any:
 
 
 @inlined
+def is_passed(data: Any, start: int, end: int, kind: int) -> bool:
+    """Whether nothing needs to read the value data[start:end]. A harmless field holds no list, no object and no long text."""
+    is_list = data[start] == OPEN_LIST or data[start] == OPEN_OBJECT
+    return bool(kind == PASSED or (kind == HARMLESS and not is_list and end - start <= HARMLESS_CHARACTERS))
+
+
+@inlined
 def read_field(
     source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int
 ) -> Any:
@@ -177,7 +186,7 @@ def read_field(
             if end != at or messages.flags[message] != NONE:
                 return NONE, to
             messages.flags[message] = value
-        elif at == NONE or (held and kind != PASSED and not (is_text and kind == QUIET)):
+        elif at == NONE or (held and not is_passed(data, start, at, kind) and not (is_text and kind == QUIET)):
             return NONE, to
     if field != NONE and held:
         messages.fields_held[row] |= np.uint64(1) << np.uint64(field)
@@ -248,7 +257,7 @@ def read_column(source: Any, at: int, column: int, names: Any, target: Any, to: 
         at, held = skip_value(source, at, target, to)
         if held and kind == TOOLS and messages.row_spans[row, TOOLS, START] == NONE:
             messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = start, at
-        elif at == NONE or (held and kind != PASSED):
+        elif at == NONE or (held and not is_passed(data, start, at, kind)):
             return NONE, to
     if held:
         messages.columns_held[row] |= np.uint64(1) << np.uint64(column)

@@ -24,8 +24,9 @@ ROLE_NAMES = ("system", "user", "assistant", *(role for role in ROLES if role no
 CONTENT, FUNCTIONS, CALLS, THINKING, TOOL_CALLS = range(5)
 """What a message may hold. The first four are texts. `TOOL_CALLS` is a value that Python turns into `CALLS`."""
 NUM_TEXTS = 4
-ROLE, FLAG, WEIGHT, MASKED, QUIET, EMPTY, PASSED = range(5, 12)
-"""Other kinds of fields: the role; flags; texts that named templates do not write; fields that must hold nothing; fields that are passed over."""
+ROLE, FLAG, WEIGHT, MASKED, QUIET, EMPTY, PASSED, HARMLESS = range(5, 13)
+"""Other kinds of fields: the role; flags; texts that named templates do not write; fields that must hold nothing; fields that are passed over,
+and those that are passed over where they hold a number or a short text."""
 FIELD_KINDS = {
     "role": ROLE, "content": CONTENT, "from": ROLE, "value": CONTENT, "functions": FUNCTIONS, "function_calls": CALLS, "tool_calls": TOOL_CALLS,
     "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": QUIET, "tool_call_id": QUIET,
@@ -35,7 +36,7 @@ FIELD_KINDS = {
 PROMPT, COMPLETION, INSTRUCTION, INPUT, OUTPUT, RESPONSE, SYSTEM_TEXT, TOOLS = range(8)
 """What a row may hold beside messages. All but `TOOLS` are texts; `TOOLS` is a value that Python turns into a text."""
 LIST = 8
-"""The kind of the column of messages. Columns can also be `EMPTY` or `PASSED`."""
+"""The kind of the column of messages. Columns can also be `EMPTY`, `PASSED` or `HARMLESS`."""
 MAX_NAMES = 62
 """Fields, and columns, whose rows can be counted."""
 START, END = range(2)
@@ -65,14 +66,16 @@ class Names(NamedTuple):
 class RowNames:
     """The names of a source's columns and message fields, and their kinds. The place of a name is its bit in `Messages`.
 
-    In: the kinds of the columns that are read, and the columns and fields that are passed over. Those for which there is no bit are unknown
-    here: a row that holds something there is not plain.
+    In: the kinds of the columns that are read, and the columns and fields that are passed over, with their kinds. Those for which there is no
+    bit are unknown here: a row that holds something there is not plain.
     """
 
-    def __init__(self, columns: Mapping[str, int], passed_columns: Sequence[str], passed_fields: Sequence[str]) -> None:
+    def __init__(
+        self, columns: Mapping[str, int], passed_columns: Mapping[str, int], passed_fields: Mapping[str, int]
+    ) -> None:
         read = {name: FIELD_KINDS.get(name, EMPTY) for name in (*FIELD_KINDS, *sorted(MESSAGE_FIELDS))}
-        self.columns = {**columns, **dict.fromkeys(passed_columns, PASSED)}
-        self.fields = {**read, **dict.fromkeys(passed_fields, PASSED)}
+        self.columns = {**columns, **passed_columns}
+        self.fields = {**read, **passed_fields}
         self.columns = dict(list(self.columns.items())[:MAX_NAMES])
         self.fields = dict(list(self.fields.items())[:MAX_NAMES])
 

@@ -27,6 +27,7 @@ from sft.data.fast.messages import (
     COMPLETION,
     END,
     FIELD_KINDS,
+    HARMLESS,
     INPUT,
     INSTRUCTION,
     LIST,
@@ -146,12 +147,11 @@ class PlainRows:
         self.learnt = len(known), layout
         columns = columns_of(self.reader, layout) or {}
         inside = f"{self.reader.columns[layout]}."
-        passed = [name for name, is_passed in known.items() if is_passed]
-        fields = [name.removeprefix(inside) for name in passed if name.startswith(inside)]
-        passed_columns = [name for name in passed if not name.startswith(inside) and name not in columns]
-        self.names = RowNames(
-            {**columns, **dict.fromkeys(self.reader.ignore & columns.keys(), PASSED)}, passed_columns, fields
-        )
+        ignore = self.reader.ignore
+        passed = {name: PASSED if name in ignore else HARMLESS for name, is_passed in known.items() if is_passed}
+        fields = {name.removeprefix(inside): kind for name, kind in passed.items() if name.startswith(inside)}
+        passed_columns = {n: kind for n, kind in passed.items() if not n.startswith(inside) and n not in columns}
+        self.names = RowNames({**columns, **dict.fromkeys(ignore & columns.keys(), PASSED)}, passed_columns, fields)
         self.field_names = FieldNames.of(self.names, self.reader.last_only)
 
     def count(self, rows: NDArray[np.int64]) -> None:

@@ -131,9 +131,9 @@ class Values:
         shape = (column, *call, None, *function)
         if shape not in self.shapes:
             inner = f"{column}.function"
-            names = [(f"{column}.{name}", name in CALL_FIELDS) for name in call]
+            names = [(f"{column}.{name}", name in CALL_FIELDS - FUNCTION_FIELDS) for name in call]
             names += [(f"{inner}.{name}", name in FUNCTION_FIELDS) for name in function]
-            known = all(is_read or self.counter.is_passed_over(name) for name, is_read in names)
+            known = all(is_read or name in self.counter.ignore for name, is_read in names)
             self.shapes[shape] = tuple(name for name, _ in names) if known else None
         return self.shapes[shape]
 
