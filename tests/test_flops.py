@@ -118,6 +118,7 @@ def test_a_record_tells_mfu_where_a_peak_is_known_and_the_checkpoint_that_ended(
     stage = types.SimpleNamespace(recipe=types.SimpleNamespace(train=Train()), out=tmp_path)
     saved = [SaveTimes(4, 2.0, 0.1), None]
     run: Any = types.SimpleNamespace(
+        count=lambda counts, skipped: None,
         stage=stage, world=World(0, 2, 0, torch.device("cpu")), sources=["a"], stopwatch=None, skipped=0,
         saver=types.SimpleNamespace(finished=lambda: saved.pop(0)), plan=types.SimpleNamespace(steps=9), peak_tflops=50.0,
     )  # fmt: skip

@@ -11,7 +11,10 @@ from typing import Any, ClassVar, Literal
 import pytest
 
 from sft.common.errors import SftError
-from sft.formats.record import Record
+from sft.formats.lines import read_lines
+from sft.formats.metrics import read_metrics
+from sft.formats.record import Record, to_json
+from sft.formats.results import Score, TaskResult
 
 
 @dataclass(frozen=True)
@@ -107,3 +110,17 @@ def test_a_version_is_in_the_file_from_the_second_on_and_says_which_way_to_go() 
 def test_a_number_that_is_not_finite_is_not_written() -> None:
     with pytest.raises(ValueError, match="JSON"):
         Example("x", float("nan"), ()).to_bytes()
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1" + "0" * 400])
+def test_a_number_that_cannot_be_written_is_not_read(number: str) -> None:
+    score = to_json(Score(value=0.5, stderr=None, n=1))
+    text = json.dumps({"metrics": {"acc": score}, "samples_sha256": "a", "task_sha256": None}).replace("0.5", number)
+    with pytest.raises(SftError, match=r"t.json: damaged: .*next: "):
+        TaskResult.from_bytes(text.encode(), "t.json")
+
+
+def test_a_line_that_is_nested_too_deeply_is_skipped_like_one_cut_short(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("[" * 100_000 + "\n")
+    assert read_metrics(file) == [] and read_lines(TaskResult, file) == []

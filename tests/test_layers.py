@@ -32,11 +32,14 @@ def imports(file: Path, known: set[str]) -> Iterator[tuple[str, int]]:
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from ((a.name, node.lineno) for a in node.names if a.name in known)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            above = file.parts[: len(file.parts) - node.level] if node.level else ()
+            package = ".".join(above[above.index("sft") :]) if "sft" in above else ""
+            module = ".".join(filter(None, [package, node.module]))
             for a in node.names:
-                full = f"{node.module}.{a.name}"
-                if full in known or node.module in known:
-                    yield (full if full in known else node.module), node.lineno
+                full = f"{module}.{a.name}"
+                if full in known or module in known:
+                    yield (full if full in known else module), node.lineno
 
 
 def arrows_back(lib: Path) -> list[str]:
@@ -97,6 +100,11 @@ def test_no_circle_of_modules():
 
 def test_an_import_inside_a_function_says_what_it_saves():
     assert unexplained(LIB) == []
+
+
+def test_a_relative_import_is_an_arrow_too(small):
+    (small / "sft/common/a.py").write_text("from ..recipe import c\n")
+    assert len(arrows_back(small)) == 1 and circles(small) == ["sft.common.a", "sft.common.b", "sft.recipe.c"]
 
 
 @pytest.fixture

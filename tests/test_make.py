@@ -313,7 +313,13 @@ def test_broken_records_are_as_good_as_none(workspace, finished):
         assert "damaged" in workspace.make("why", "RECIPE=x").stdout
     newer = record | {"schema": 2}
     (run / "prepare/manifest.json").write_text(json.dumps(newer))
-    assert "schema 2 is newer; this code reads schema 1" in workspace.make("why", "RECIPE=x").stdout
+    for goal in ("why", "prepare"):  # never made again by an older checkout
+        refused = workspace.make(goal, "RECIPE=x", ok=False)
+        assert (
+            "schema 2 is newer; this code reads schema 1; next: update this checkout" in refused.stdout + refused.stderr
+        )
+    assert json.loads((run / "prepare/manifest.json").read_text()) == newer
+    (run / "prepare/manifest.json").write_text("{")
     for shared in (workspace.root / "runs/.cache/prepare").glob("*/manifest.json"):
         shared.write_text("{")
     workspace.make("prepare", "RECIPE=x")

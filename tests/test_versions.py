@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import versions
-from versions import FILE, ROOTS, behind, complaints, current, digest
+from test_layers import LIB, modules
+from versions import FILE, ROOTS, WHERE, behind, complaints, current, digest
 
 
 def test_no_code_changed_without_its_version_number_or_a_record_that_the_bytes_stay() -> None:
@@ -57,3 +59,19 @@ def test_the_digest_is_of_what_code_does_and_not_of_its_prose() -> None:
 
 def test_the_record_lists_every_version() -> None:
     assert set(versions.numbers()) == set(ROOTS)
+
+
+def test_every_version_that_decides_about_a_cache_is_guarded() -> None:
+    named = {
+        name for file in modules(LIB).values() for name in re.findall(r"^(\w+_VERSION) = \d", file.read_text(), re.M)
+    }
+    assert named == set(WHERE)
+
+
+def test_the_reason_of_a_rejected_row_is_code_and_the_text_of_an_error_is_not() -> None:
+    assert (
+        digest('raise BadRow("a", "text")')
+        == digest('raise BadRow("a", "other")')
+        != digest('raise BadRow("b", "text")')
+    )
+    assert digest('raise SftError("a")') == digest('raise SftError("b")')

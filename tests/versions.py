@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.data import preparation
+from sft.packing import packs
 from sft.runner import plan
 from test_layers import LIB, imports, modules
 
@@ -31,9 +32,17 @@ ROOTS = {
     "report": "sft.reporting.report",
     "ENCODING_VERSION": "sft.data.tokenize",
     "SCREENING_VERSION": "sft.data.decontaminate",
+    "SKETCH_VERSION": "sft.data.near_duplicates",
+    "PACKING_VERSION": "sft.packing.packs",
 }
 """The module where each version's code starts. The version stands for it and for all that it imports, but for PLUMBING."""
-WHERE = {"ENCODING_VERSION": "sft/data/preparation.py", "SCREENING_VERSION": "sft/data/preparation.py"}
+WHERE = {
+    "ENCODING_VERSION": "sft/data/preparation.py",
+    "SCREENING_VERSION": "sft/data/preparation.py",
+    "SKETCH_VERSION": "sft/data/preparation.py",
+    "PACKING_VERSION": "sft/packing/packs.py",
+}
+"""The file of each version that is not in VERSIONS."""
 PLUMBING = ("common", "runner", "storage", "launch")
 """Layers that move bytes and do not decide what they are."""
 KEYED = ("sft.recipe.recipe", "sft.recipe.schema", "sft.formats.record", "sft.formats.manifest", "sft.formats.run")
@@ -47,6 +56,8 @@ def numbers() -> dict[str, int]:
         **plan.VERSIONS,
         "ENCODING_VERSION": preparation.ENCODING_VERSION,
         "SCREENING_VERSION": preparation.SCREENING_VERSION,
+        "SKETCH_VERSION": preparation.SKETCH_VERSION,
+        "PACKING_VERSION": packs.PACKING_VERSION,
     }
 
 
@@ -78,8 +89,10 @@ def _shape(node: Any) -> Any:
     """A syntax tree as JSON, the same on every Python: empty fields are left out."""
     if isinstance(node, list):
         return [_shape(n) for n in node if not _is_prose(n)]
-    if isinstance(node, ast.Raise):  # the kind of an error matters, not its text
-        return ["Raise", _shape(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)]
+    if isinstance(node, ast.Raise):  # the kind of an error matters, not its text; a rejected row's reason is counted
+        error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+        reason = isinstance(error, ast.Name) and error.id == "BadRow" and isinstance(node.exc, ast.Call)
+        return ["Raise", _shape(error), *([_shape(node.exc.args[0])] if reason else [])]
     if isinstance(node, ast.AST):
         ignored = ("annotation", "returns", "type_comment", "kind", "ctx")
         fields = [(name, _shape(value)) for name, value in ast.iter_fields(node) if name not in ignored]

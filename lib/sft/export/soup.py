@@ -99,7 +99,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
         if digest != hashes[0] or model.get("dataset") != models[0].get("dataset"):
             raise SftError(
                 f"{first} and {step} have different tokenizers: tokenizer.json sha256 {hashes[0]} and {digest};"
-                " their embeddings mean different tokens; {SAME_RUN}"
+                f" their embeddings mean different tokens; {SAME_RUN}"
             )
 
 

@@ -22,7 +22,7 @@ def read_lines(cls: type[R], file: Path) -> list[R]:
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), 1):
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         records.append(cls.from_value(value, f"{file}:{number}"))
     return records

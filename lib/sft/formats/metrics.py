@@ -184,7 +184,7 @@ def read_metrics(file: Path, last: int | None = None) -> list[MetricsRecord]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         kind: type[Attempt] | type[StepRecord] = Attempt if header else StepRecord
         records.append(kind.from_value(value, f"{file}:{number}"))

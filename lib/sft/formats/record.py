@@ -32,6 +32,10 @@ VERSION_KEY = "format"
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
 
 
+class NewerError(SftError):
+    """A newer version of this code wrote the file. What it says is not stale: the checkout is."""
+
+
 class FormatError(ValueError):
     """A value that does not have the declared type. The message names the place inside the file."""
 
@@ -61,7 +65,7 @@ class Record:
     def from_bytes(cls, data: bytes, name: str) -> Self:
         """Parses the bytes of a file. `name` opens the error message. Raises SftError."""
         try:
-            value = json.loads(data)
+            value = json.loads(data, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise SftError(f"{name}: damaged: not JSON ({error}); next: {cls.NEXT}") from None
         return cls.from_value(value, name)
@@ -74,7 +78,7 @@ class Record:
         except FormatError as error:
             raise SftError(f"{name}: damaged: {error}; next: {cls.NEXT}") from None
         except VersionError as error:
-            raise SftError(f"{name}: {error}") from None
+            raise (NewerError if error.newer else SftError)(f"{name}: {error}") from None
 
     @classmethod
     def parse(cls, value: Any) -> Self:
@@ -111,8 +115,9 @@ class VersionError(Exception):
 
     def __init__(self, cls: type[Record], found: object, key: str = VERSION_KEY, reads: int | None = None):
         reads = cls.VERSION if reads is None else reads
-        age = "newer" if isinstance(found, int) and found > reads else "older or unknown"
-        then = "update this checkout" if age == "newer" else cls.NEXT
+        self.newer = type(found) is int and found > reads
+        age = "newer" if self.newer else "older or unknown"
+        then = "update this checkout" if self.newer else cls.NEXT
         super().__init__(f"{key} {found!r} is {age}; this code reads {key} {reads}; next: {then}")
 
 
@@ -170,7 +175,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise FormatError(f"{where}: a number is expected that a float can have, not {_kind(value)}") from None
+            raise FormatError(f"{where}: {_kind(value)} is too large for a number") from None
     if type(value) is not hint:
         raise FormatError(f"{where}: {_NAMES.get(hint, hint)} is expected, not {_kind(value)}")
     return value
@@ -186,6 +191,10 @@ def _convert_union(value: Any, options: tuple[Any, ...], where: str) -> Any:
         except FormatError as error:
             problem = problem or error
     raise problem or FormatError(f"{where}: nothing is expected, not {_kind(value)}")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
 
 
 def _kind(value: Any) -> str:

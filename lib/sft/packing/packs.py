@@ -33,6 +33,8 @@ from sft.formats.record import to_json
 SEGMENT = np.dtype([("document", "<u4"), ("start", "<u4"), ("length", "<u4"), ("labels", "<u4")])
 """A stretch of a document in a pack. `labels` is the number of its trained tokens."""
 POLICIES = ("truncate", "drop", "split")
+PACKING_VERSION = 1
+"""Raise it when a change of code packs the same documents differently. Cached packs are then made again."""
 
 TargetCounter = Callable[[NDArray[Any], NDArray[Any], NDArray[Any]], NDArray[np.int64]]
 """(documents, starts, stops) -> the number of trained tokens in [start, stop) of each document."""
@@ -118,7 +120,7 @@ def pack_dataset(
     """
     folder = None
     if cache is not None and identity:
-        key = xxhash.xxh3_128(f"{SEGMENT.descr} {seq_len} {policy} {identity} ".encode())
+        key = xxhash.xxh3_128(f"{PACKING_VERSION} {SEGMENT.descr} {seq_len} {policy} {identity} ".encode())
         key.update(np.ascontiguousarray(dataset.documents).data)
         folder = Path(cache) / f"packs-{key.hexdigest()[:20]}"
         if folder.is_dir():

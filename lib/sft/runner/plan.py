@@ -23,7 +23,7 @@ from sft.common.hashcache import HashCache
 from sft.formats import manifest
 from sft.formats import run as run_format
 from sft.formats.manifest import Input, Manifest
-from sft.formats.record import to_json
+from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, inputs, recipe, schema
@@ -170,6 +170,8 @@ def _compare(state: State, run: Path, upstream: list[State], files: Callable[[],
         state.manifest = manifest.load(file)
     except FileNotFoundError:
         state.reasons.append("not made yet")
+    except NewerError:
+        raise  # making it again would replace the result of a newer checkout
     except SftError as error:
         state.reasons.append(str(error).partition("; next:")[0])
     if (made := state.manifest) and made.key != state.key:
