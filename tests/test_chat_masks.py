@@ -127,6 +127,7 @@ def test_prepare_writes_a_document_for_each_turn_and_proves_them_all(tmp_path: P
     proof = json.loads((s.out / "proof.json").read_bytes())
     encoded = proof["sources"][0]["encoded"]
     assert encoded["documents"] == encoded["documents_proven"] == 41 and encoded["turns_tokens_added"] > 0
+    assert any("rows.jsonl: one document per trained turn: " in line for line in s.said)
     assert (proof["sources"][0]["rows"], proof["sources"][0]["rejected"]) == (22, 1)
     data = Dataset.open(s.out / "data")
     assert 0 < len(data) < 41

@@ -17,7 +17,7 @@ SHARD=i/n does step 2 for every n-th chunk and publishes nothing. SHARD=merge/n 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from sft.data import describe, shards
@@ -30,6 +30,7 @@ from sft.data.shard import Shard
 from sft.data.unpack import new_file
 from sft.formats import dataset, preview, proof, rejects
 from sft.formats.dataset import NearDuplicates, PrepareMetrics, SplitSize
+from sft.formats.proof import Proof
 from sft.formats.record import Record
 from sft.runner.stage import Result, Stage
 
@@ -110,14 +111,16 @@ def _write_records(
 ) -> list[str]:
     """Writes the JSON and JSONL files and returns their names."""
     out = work.stage.out
+    proven = describe.proof(work, indexes)
     records: dict[str, Record] = {
         dataset.NAME: describe.dataset(work, mixed, indexes, splits, screen, near_duplicates),
-        proof.NAME: describe.proof(work, indexes),
+        proof.NAME: proven,
         preview.NAME: describe.preview(out / "data", work.encoder.vocabulary),
     }
     lists: dict[str, Iterable[Record]] = {rejects.REJECTS: work.rejects()}
     if screen is not None:
         lists[rejects.CONTAMINATED] = describe.contaminated(work, indexes, screen)
+    _log_turns(work.log, proven)
     for name, record in records.items():
         record.write(out / name)
     for name, rows in lists.items():
@@ -125,6 +128,17 @@ def _write_records(
             for row in rows:
                 file.write(rejects.to_lines([row]))
     return [*records, *lists]
+
+
+def _log_turns(log: Callable[[str], None], proven: Proof) -> None:
+    """Logs by how much `history = "as-rendered"` grows a source."""
+    for source in proven.sources:
+        added, tokens = source.encoded.get("turns_tokens_added", 0), source.encoded.get("tokens", 0)
+        if added:
+            log(
+                f"{source.path}: one document per trained turn: {tokens:,} tokens, {tokens / (tokens - added):.2f} times those of"
+                " one document per conversation"
+            )
 
 
 def _metrics(work: Preparation, data: SplitSize, rejected: int) -> PrepareMetrics:
