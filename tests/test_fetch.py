@@ -16,7 +16,9 @@ from conftest import REPO, files
 from gcs_server import Server
 from published import publish, publish_step
 from sft.common.errors import SftError
-from sft.formats import manifest
+from sft.formats import elsewhere, manifest
+from sft.formats.elsewhere import Elsewhere
+from sft.formats.steps import write_latest
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
@@ -40,7 +42,7 @@ def make_train(folder: Path) -> None:
         publish_step(folder / step, 1, ["model"])
     (folder / "step3" / "model").mkdir(parents=True)
     (folder / "step3" / "model" / "half").write_bytes(b"not finished")
-    (folder / "LATEST").write_text("step2\n")
+    write_latest(folder / "step2")
     finish(folder, ["step2"])
 
 
@@ -102,7 +104,7 @@ def test_outputs_that_stayed_elsewhere_come_here(tmp_path: Path) -> None:
     make_train(there)
     here.mkdir(parents=True)
     (here / "manifest.json").write_bytes((there / "manifest.json").read_bytes())
-    (here / "elsewhere.json").write_text(json.dumps({"where": str(there), "outputs": ["step2/model/0.distcp"]}))
+    Elsewhere(str(there), ("step2/model/0.distcp",)).write(here / elsewhere.NAME)
     run(tmp_path / "runs/x", "--stage", "train")
     assert manifest.is_whole(here) and not (here / "elsewhere.json").exists()
 

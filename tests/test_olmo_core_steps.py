@@ -23,9 +23,12 @@ from sft.checkpoint.olmo_core import step_config
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.export import olmo_core_steps, step_writer
-from sft.formats.dataset import TokenizerFacts
+from sft.formats.dataset import TokenIds, TokenizerFacts
+from sft.formats.steps import METADATA
 from sft.model import hf
 from sft.recipe.architecture import ModelConfig
+from sft.recipe.base_config import longest_input
+from sft.recipe.core_config import NamedTokens
 from sft.recipe.schema import Convert
 from tiny_export import LLAMA3, OLMO2, OLMO3, QWEN3
 
@@ -42,6 +45,7 @@ def their_step(root: Path, config: ModelConfig) -> tuple[Path, TokenizerFacts]:
     pytest.importorskip("olmo_core")
     from olmo_core.distributed.checkpoint import save_model_and_optim_state
     from olmo_core.nn.transformer import TransformerConfig
+    from olmo_core.train.checkpoint import CheckpointMetadata
 
     facts = tiny_export.tokenizer(root / "tokenizer")
     described = step_config(config, facts.ids)
@@ -53,7 +57,7 @@ def their_step(root: Path, config: ModelConfig) -> tuple[Path, TokenizerFacts]:
     step = root / "step7"
     save_model_and_optim_state(step / "model_and_optim", model, optimizer)
     (step / "config.json").write_text(json.dumps(described))
-    (step / ".metadata.json").write_text(json.dumps({"version": "3.0.0"}))
+    (step / METADATA).write_text(json.dumps(CheckpointMetadata().as_config_dict()))
     return step, facts
 
 
@@ -279,3 +283,37 @@ def test_steps_and_folders_may_lie_in_a_bucket(tmp_path: Path, monkeypatch: pyte
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         assert made[name] == (tmp_path / "hf" / name).read_bytes()
     assert not list(cache.glob("convert-*"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ("x", "dataset: 'x', expected a table"),
+        ({"tokenizer": "dolma2"}, "dataset: tokenizer: 'dolma2', expected a table"),
+        ({"tokenizer": {"vocab_size": "x"}}, "vocab_size: 'x', expected a whole number"),
+        ({"tokenizer": {"pad_token_id": -1}}, "pad_token_id: -1, expected a whole number of at least 0"),
+        ({"tokenizer": {"identifier": 3}}, "identifier: 3, expected a string"),
+    ],
+)
+def test_a_wrong_tokenizer_in_a_steps_config_is_refused(tmp_path: Path, dataset: object, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"dataset": dataset}))
+    with pytest.raises(SftError, match=message):
+        olmo_core.named_tokens(tmp_path / "config.json")
+
+
+def test_the_tokenizer_that_a_step_names_is_what_step_config_wrote(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(step_config(OLMO2, TokenIds(300, 2, 0))))
+    assert olmo_core.named_tokens(file) == NamedTokens(vocab_size=300, eos_id=2, pad_id=0)
+    file.write_text("{}")
+    assert olmo_core.named_tokens(file) == NamedTokens()
+
+
+@pytest.mark.parametrize("said", [{}, {"max_position_embeddings": "x"}, {"max_position_embeddings": 0}, [], "["])
+def test_the_longest_input_of_an_export_is_a_whole_number(tmp_path: Path, said: object) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"max_position_embeddings": 512}))
+    assert longest_input(file) == 512
+    file.write_text("[" * 100_000 if said == "[" else json.dumps(said))
+    with pytest.raises(SftError, match=str(file)):
+        longest_input(file)

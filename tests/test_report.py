@@ -31,6 +31,7 @@ from sft.formats.metrics import Attempt, read_steps
 from sft.formats.preview import Preview, Segment
 from sft.formats.results import Generation, Results, Score, TaskResult, TokenCounts, ValidationLoss
 from sft.formats.samples import Sample
+from sft.formats.steps import Best
 from sft.reporting import charts, report
 
 VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
@@ -194,7 +195,7 @@ def test_scores_over_steps_name_best_and_what_was_broken(tmp_path: Path) -> None
         evaluation(200, {"zoo": {"acc": score}}, validation=loss),
         evaluation(300, {"zoo": {"acc": replace(score, value=0.625)}}, validation=replace(loss, loss=0.5, stderr=None)),
     ])  # fmt: skip
-    (run / "train" / "BEST").write_text("step300\nzoo/acc 0.625\n")
+    Best(300, "zoo/acc", 0.625).write(run / "train")
     text = report.page(run)
     parsed = Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
     section = text.split('id="scores-over-steps"')[1].split("</section>")[0]

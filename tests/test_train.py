@@ -263,6 +263,9 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
         ({"vocab_size": size, "eos_token_id": end + 1}, "config.json: eos_token_id is"),
         ({"dataset": {"tokenizer": {"vocab_size": size, "eos_token_id": end}}}, ""),
         ({"dataset": {"tokenizer": {"vocab_size": size + 8, "eos_token_id": end}}}, "dataset.tokenizer.vocab_size is"),
+        ({"dataset": {"tokenizer": "dolma2"}}, "dataset: tokenizer: 'dolma2', expected a table"),
+        ({"dataset": {"tokenizer": {"eos_token_id": "x"}}}, "eos_token_id: 'x', expected a whole number"),
+        ([], "expected an object"),
     ):
         (other / "config.json").write_text(json.dumps(said))
         if not field:

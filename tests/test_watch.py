@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import REPO
+from published import publish_step
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
 from sft.common.files import hash_file
@@ -23,7 +23,7 @@ from sft.evaluation import watch
 from sft.formats import evaluations, manifest
 from sft.formats.evaluations import Evaluation
 from sft.formats.results import Score, ValidationLoss
-from sft.formats.steps import named_step
+from sft.formats.steps import METADATA, StepMetadata, named_step
 from sft.recipe import recipe
 from sft.recipe.schema import Evaluate
 from sft.runner import plan
@@ -39,8 +39,9 @@ FIELDS = [
 def step(train: Path, number: int, ephemeral: bool = False, text: str = "") -> Path:
     folder = train / f"step{number}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ".metadata.json").write_text(json.dumps({"ephemeral": ephemeral}))
-    (folder / "manifest.json").write_text(text or f'"{number}"')
+    StepMetadata(ephemeral=ephemeral).write(folder / METADATA)
+    (folder / "weights").write_text(text or str(number))
+    publish_step(folder, number, ["weights"])
     return folder
 
 
@@ -79,7 +80,7 @@ def test_a_step_is_due_again_when_it_was_made_again_or_is_asked_something_else(t
         100,
         200,
     ]
-    step(tmp_path, 200, text='"trained again"')
+    step(tmp_path, 200, text="trained again")
     assert numbers(watch.due(tmp_path, plan.Place(tmp_path), smoke)) == [200]
 
 

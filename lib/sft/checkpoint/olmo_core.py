@@ -10,7 +10,7 @@ Face base is under `base`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sft.formats.dataset import TokenIds
 from sft.recipe import core_config
 from sft.recipe.architecture import LinearRope, Llama3Rope, ModelConfig, Yarn
 from sft.recipe.base_config import STEP_KEY, BaseFacts, core_facts
+from sft.recipe.core_config import NamedTokens
 
 
 def step_config(config: ModelConfig, tokens: TokenIds, base: BaseFacts | None = None) -> dict[str, Any]:
@@ -145,6 +146,27 @@ def _rope(config: ModelConfig, scaled: bool) -> dict[str, Any]:
 def _integer(value: float) -> float | int:
     """OLMo-core declares these numbers as integers."""
     return int(value) if float(value).is_integer() else value
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What a step's config.json says, for a comparison of steps. `described` is the description of the model as it stands,
+    also of a model that ModelConfig cannot express."""
+
+    described: dict[str, Any]
+    tokens: NamedTokens
+
+
+def compared_config(file: Path) -> StepConfig:
+    """Raises SftError for a file that is missing or damaged."""
+    data = read_json(file)
+    described = {name: data.get(name) for name in ("model", core_config.OURS, STEP_KEY)}
+    return StepConfig(described, core_config.named_tokens(data, str(file)))
+
+
+def named_tokens(file: Path) -> NamedTokens:
+    """The tokenizer that a step's config.json names. Raises SftError."""
+    return core_config.named_tokens(read_json(file), str(file))
 
 
 def model_config(file: Path) -> ModelConfig:

@@ -47,7 +47,7 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.formats import manifest
 from sft.formats.manifest import Output, StepManifest
-from sft.formats.steps import BEST, LATEST, METADATA, STEP, Best, StepMetadata, is_ephemeral, named_step
+from sft.formats.steps import BEST, LATEST, METADATA, STEP, Best, StepMetadata, is_ephemeral, named_step, write_latest
 from sft.model.parallel import SharedError, World
 
 
@@ -301,7 +301,7 @@ def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
 
 
 def mark_latest(step: Path) -> None:
-    write_atomic(step.parent / LATEST, f"{step.name}\n".encode())
+    write_latest(step)
 
 
 def mark_best(out: Path, step: int, metric: str, value: float, higher_is_better: bool = True) -> bool:

@@ -42,7 +42,7 @@ def read_json(file: Path) -> dict[str, Any]:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SftError(f"{file}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise SftError(f"{file}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise SftError(f"{file}: expected an object, found {type(data).__name__}")

@@ -23,9 +23,9 @@ from tokenizers import Tokenizer
 from sft.checkpoint.adapter import Merged
 from sft.checkpoint.dcp_reader import DcpReader, Weights
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import base_facts, model_config, step_config
+from sft.checkpoint.olmo_core import base_facts, model_config, named_tokens, step_config
 from sft.common.errors import SftError
-from sft.common.files import read_json, write_json
+from sft.common.files import write_json
 from sft.export import card, gate
 from sft.export.convert import with_length
 from sft.export.logits import compare_logits, sample_layers
@@ -158,16 +158,15 @@ def _documents(folder: Path, config: ModelConfig) -> list[list[int]]:
 
 def _check_ids(file: Path, facts: TokenizerFacts, config: ModelConfig) -> None:
     """Refuses a tokenizer that contradicts the step's config.json. Raises SftError."""
-    dataset = read_json(file).get("dataset") or {}
-    trained = dataset.get("tokenizer") or {} if isinstance(dataset, dict) else {}
-    for name, ours in (
-        ("vocab_size", facts.vocab_size),
-        ("eos_token_id", facts.eos_id),
-        ("pad_token_id", facts.pad_id),
+    trained = named_tokens(file)
+    for name, theirs, ours in (
+        ("vocab_size", trained.vocab_size, facts.vocab_size),
+        ("eos_token_id", trained.eos_id, facts.eos_id),
+        ("pad_token_id", trained.pad_id, facts.pad_id),
     ):
-        if trained.get(name) not in (None, ours):
+        if theirs not in (None, ours):
             raise SftError(
-                f"{file}: dataset.tokenizer.{name}: {trained[name]}, the tokenizer has {ours};"
+                f"{file}: dataset.tokenizer.{name}: {theirs}, the tokenizer has {ours};"
                 " next: name the step's own with TOKENIZER="
             )
     if facts.vocab_size > config.vocab_size:

@@ -20,9 +20,10 @@ import click
 from torch import Tensor
 
 from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.olmo_core import compared_config
 from sft.checkpoint.step_folder import damage
 from sft.common.errors import SftError
-from sft.common.files import hash_file, read_json
+from sft.common.files import hash_file
 from sft.common.paths import inside
 from sft.export.places import Log, new_folder
 from sft.export.step_writer import check_step_weights, write_step_files, write_step_manifest, write_step_weights
@@ -85,7 +86,7 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
     for step in steps:
         if (step / manifest.NAME).is_file() and (problems := damage(step)):
             raise SftError(f"{problems[0]}; next: choose another step")
-    models = [read_json(step / "config.json") for step in steps]
+    models = [compared_config(step / "config.json") for step in steps]
     tokenizers = [tokenizer_beside(step) for step in steps]
     hashes = [hash_file(t / "tokenizer.json") if t else None for t in tokenizers]
     for step, part, model, digest in zip(steps[1:], parts[1:], models[1:], hashes[1:], strict=True):
@@ -94,9 +95,9 @@ def check_alike(steps: Sequence[Path], parts: Sequence[DcpReader]) -> None:
             name = sorted(names)[0]
             ours, theirs = (t.shape(name) if name in t else "none" for t in (reference, part))
             raise SftError(f"{first} and {step} are of different models: {name} is {ours} and {theirs}; {SAME_RUN}")
-        if any(model.get(name) != models[0].get(name) for name in ("model", "architecture", "base")):
+        if model.described != models[0].described:
             raise SftError(f"{first / 'config.json'} and {step / 'config.json'} describe different models; {SAME_RUN}")
-        if digest != hashes[0] or model.get("dataset") != models[0].get("dataset"):
+        if digest != hashes[0] or model.tokens != models[0].tokens:
             raise SftError(
                 f"{first} and {step} have different tokenizers: tokenizer.json sha256 {hashes[0]} and {digest};"
                 f" their embeddings mean different tokens; {SAME_RUN}"

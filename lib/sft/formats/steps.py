@@ -61,6 +61,11 @@ class Best:
         write_atomic(train / BEST, f"step{self.step}\n{self.metric} {self.value!r}\n".encode())
 
 
+def write_latest(step: Path) -> None:
+    """Makes LATEST name a step folder, which is in train's folder."""
+    write_atomic(step.parent / LATEST, f"{step.name}\n".encode())
+
+
 def named_step(train: Path, name: str) -> Path | None:
     """The step folder that LATEST or BEST (`name`) points to, or None."""
     try:

@@ -118,6 +118,17 @@ def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
     return read_hf_config(data, str(file), ignore)
 
 
+def longest_input(file: Path) -> int:
+    """max_position_embeddings of an export's config.json. Raises SftError."""
+    value = read_json(file).get("max_position_embeddings")
+    if type(value) is not int or value < 1:
+        raise SftError(
+            f"{file}: max_position_embeddings: {value!r}, expected a whole number of at least 1; next: set [evaluate]"
+            " max_length, or make convert again"
+        )
+    return value
+
+
 def core_facts(data: dict[str, Any], where: str) -> BaseFacts:
     """What a step of OLMo-core's layout says about the Hugging Face base that its run started from."""
     if (value := data.get(STEP_KEY)) is None:

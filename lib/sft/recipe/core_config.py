@@ -70,6 +70,35 @@ class _Layer:
     mlp_bias: bool
 
 
+@dataclass(frozen=True)
+class NamedTokens:
+    """dataset.tokenizer of a step's config.json. A value is None where it does not say it."""
+
+    vocab_size: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+    bos_id: int | None = None
+    identifier: str | None = None
+
+
+def named_tokens(data: Mapping[str, Any], where: str) -> NamedTokens:
+    """The tokenizer that a step's config.json names. Raises SftError for a value of another type."""
+    dataset = ConfigReader(data, where).table("dataset")
+    tokenizer = dataset.table("tokenizer") if dataset else None
+    if tokenizer is None:
+        return NamedTokens()
+
+    identifier = tokenizer.given("identifier")
+    if not isinstance(identifier, str | None):
+        tokenizer.refuse("identifier", identifier, "a string", "bring the step's own config.json")
+    names = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
+    size, eos, pad, bos = (
+        None if tokenizer.given(name) is None else tokenizer.whole(name, least=int(name == "vocab_size"))
+        for name in names
+    )
+    return NamedTokens(size, eos, pad, bos, identifier)
+
+
 def read(data: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> ModelConfig:
     """The architecture that a step's config.json describes. `ignore`: keys that the recipe declares irrelevant. Raises SftError for one that ModelConfig cannot express."""
     if OURS in data:

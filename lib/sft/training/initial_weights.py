@@ -11,7 +11,6 @@ that only pad the table start as zeros.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,14 @@ from torch import Tensor, nn
 from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
+from sft.common.files import read_json
 from sft.data.added_tokens import with_tokens
 from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
 from sft.recipe.architecture import ModelConfig
+from sft.recipe.core_config import NamedTokens, named_tokens
 
 NOISE = 0.2
 """Standard deviation of the noise of a new row, as a share of that of the table's values."""
@@ -168,15 +169,14 @@ def check_tokenizer(
 def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
     """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the
     padded number of rows of the embedding. Raises SftError."""
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    if not file.is_file():
         return
-    if not isinstance(config, dict):
-        return
-    core = config.get("dataset", {}).get("tokenizer") if isinstance(config.get("dataset"), dict) else None
-    prefix, named = ("dataset.tokenizer.", core) if isinstance(core, dict) else ("", config)
-    size, end = named.get("vocab_size"), named.get("eos_token_id")
+    config = read_json(file)
+    core = NamedTokens() if "model_type" in config else named_tokens(config, str(file))
+    if core != NamedTokens():
+        prefix, size, end = "dataset.tokenizer.", core.vocab_size, core.eos_id
+    else:
+        prefix, size, end = "", config.get("vocab_size"), config.get("eos_token_id")
     if isinstance(size, int) and (size < facts.vocab_size or (prefix and size != facts.vocab_size)):
         field, theirs, wanted = "vocab_size", size, facts.vocab_size
     elif end is not None and facts.eos_id not in (end if isinstance(end, list) else [end]):

@@ -20,12 +20,12 @@ from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
 from sft.common import paths
 from sft.common.errors import SftError
-from sft.common.files import read_json
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
 from sft.launch.beaker import specification
 from sft.launch.job import Job
+from sft.recipe.base_config import longest_input
 from sft.recipe.resolve import DEFAULT_LENGTH
 from sft.runner import plan
 
@@ -226,7 +226,7 @@ def _exported_length(job: Job) -> int:
             f"{file}: not there, and it would say the longest input; next: set [evaluate] max_length, or [convert]"
             " max_position_embeddings"
         )
-    return int(read_json(file)["max_position_embeddings"])
+    return longest_input(file)
 
 
 def _olmo_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
