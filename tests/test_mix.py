@@ -24,6 +24,7 @@ def pool(names, lengths=None, excluded=(), fraction=0.0) -> Pool:
     made.conversations[:] = made.digests[:, 0]
     made.excluded[list(excluded)] = True
     made.held[:] = held_out(made.conversations, fraction)
+    made.held_digests = made.digests[made.held, 0]
     return made
 
 
@@ -157,6 +158,18 @@ def test_a_conversation_is_in_validation_once_over_all_sources():
     mixed = mix(pools, [Source(path="a", weight=2.0), Source(path="b")], seed=1)
     said = [pools[s].conversations[i] for s, i in zip(mixed.validation.source, mixed.validation.index, strict=True)]
     assert len(said) == len(set(said)) > 25
+
+
+def test_conversations_that_differ_in_calls_thoughts_or_masks_are_all_in_validation():
+    """Their roles and contents are the same, their tokens are not."""
+    other = pool(range(200), fraction=1.0)
+    other.conversations[:] = np.arange(200, dtype=np.uint64) // 10
+    other.held = held_out(other.conversations, 0.3)
+    other.held_digests = other.digests[other.held, 0]
+    entry = mix([other], [Source(path="a")], seed=1).report[0]
+    assert entry.validation == entry.held_out > 20 and entry.held_out + entry.available == 200
+    copies = mix([pool([i % 50 for i in range(200)], fraction=0.3)], [Source(path="a")], seed=1).report[0]
+    assert copies.validation + copies.validation_copies == copies.held_out == 4 * copies.validation
 
 
 def test_contaminated_documents_are_in_no_split():

@@ -41,6 +41,8 @@ class Pool:
     """[documents] 64-bit hash of roles and contents, independent of template and tokenizer."""
     held: NDArray[np.bool_]
     """[documents] The group of the document is held out for validation."""
+    held_digests: U64
+    """[held-out documents] 64 bits of the digest of each: which of them have the same tokens and loss mask."""
     excluded: NDArray[np.bool_]
     """[documents] Repeats an evaluation text."""
     near: NDArray[np.bool_]
@@ -52,7 +54,7 @@ class Pool:
         digests = np.empty((documents if deduplicate else 0, 2), dtype=np.uint64)
         held, excluded, near = (np.zeros(documents, dtype=np.bool_) for _ in range(3))
         lengths, conversations = np.empty(documents, dtype=np.uint32), np.empty(documents, dtype=np.uint64)
-        return cls(lengths, digests, conversations, held, excluded, near)
+        return cls(lengths, digests, conversations, held, np.empty(0, dtype=np.uint64), excluded, near)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def _fitting(lengths: NDArray[Any], max_tokens: int) -> I64:
 def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplicate: bool = False) -> Mixed:
     """Drops duplicates and contaminated documents, holds out validation, applies weights and caps, shuffles.
 
-    A conversation is in validation at most once, whatever its source's weight and number of copies. A weight below 1 takes
+    A document is in validation at most once, whatever its source's weight and number of copies. A weight below 1 takes
     that share of the held-out conversations. A threshold on the hash decides it, independently of other conversations.
     With `deduplicate` it takes the digests out of the pools. Raises SftError when no document is left.
     """
@@ -213,15 +215,18 @@ def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplic
         copies = [np.zeros(len(pool.lengths), dtype=np.bool_) for pool in pools]
     data: list[NDArray[Any]] = []
     validation: list[NDArray[Any]] = []
-    validated = np.empty(0, dtype=np.uint64)  # conversations in validation
+    validated = np.empty(0, dtype=np.uint64)  # digests of the documents in validation
     report: list[SourceMix] = []
     for pool, source, duplicate in zip(pools, sources, copies, strict=True):
         usable = ~(duplicate | pool.excluded | pool.near)
         held = np.flatnonzero(usable & pool.held)
         weighted = held[_share(pool.conversations[held], 0x7765696768746564, source.weight)]
-        new = weighted[~np.isin(pool.conversations[weighted], validated)]
-        chosen_held = new[np.sort(np.unique(pool.conversations[new], return_index=True)[1])]
-        validated = np.concatenate([validated, pool.conversations[chosen_held]])
+        digests = pool.held_digests[np.searchsorted(np.flatnonzero(pool.held), weighted)]
+        is_first = np.zeros(len(weighted), dtype=np.bool_)
+        is_first[np.unique(digests, return_index=True)[1]] = True
+        is_first &= ~np.isin(digests, validated)
+        chosen_held = weighted[is_first]
+        validated = np.concatenate([validated, digests[is_first]])
         train = _positions(usable & ~pool.held)
         chosen = _chosen(pool, train, source, seed)
         data.append(_narrow(chosen))
@@ -236,6 +241,7 @@ def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplic
                 near_duplicates=int((pool.near & ~(pool.excluded | duplicate)).sum()),
                 held_out=len(held),
                 validation=len(chosen_held),
+                validation_copies=len(weighted) - len(chosen_held),
                 available=len(train),
                 taken=len(chosen),
             )

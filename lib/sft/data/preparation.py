@@ -312,10 +312,12 @@ class Preparation:
         rejects = RejectTally()
         usable: set[str] = set()  # files
         repeats: list[Repeat] = []
+        held = [pool.held_digests]
         for job, summary, begin, end in zip(jobs, summaries, first[:-1].tolist(), first[1:].tolist(), strict=True):
             index = read_index(self.cache / job.name, summary)
             pool.lengths[begin:end], pool.conversations[begin:end] = index["length"], index["conversation"]
             pool.held[begin:end] = held_out(index["group"], self.table.validation_fraction)
+            held.append(index["digest"][pool.held[begin:end], 0])
             if self.table.deduplicate:
                 pool.digests[begin:end] = index["digest"]
             rows.enter(job, summary)
@@ -328,6 +330,7 @@ class Preparation:
             for i in np.flatnonzero(np.isin(index["row"], list(text_of))).tolist() if text_of else ():
                 pool.excluded[begin + i] = True
                 repeats.append(Repeat(*rows.name(int(index["row"][i])), text_of[int(index["row"][i])]))
+        pool.held_digests = np.concatenate(held)
         rows_read = sum(summary.rows for summary in summaries)
         counts = accounting.total(summaries)
         accounting.refuse_unread(self.table.sources[number], counts, rows_read)

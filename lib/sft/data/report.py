@@ -49,6 +49,7 @@ def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> str:
     if mix.weight != 1:
         parts[-1] += f" (weight {mix.weight})"
     if mix.validation != mix.held_out:
-        parts.append(f"in validation {mix.validation}")
+        copies = f" ({mix.validation_copies} others repeat one of them)" if mix.validation_copies else ""
+        parts.append(f"in validation {mix.validation}{copies}")
     count = len(files.files)
     return f"{mix.path}: found {mix.found + rejects.total} rows in {count} file{'s' * (count != 1)}: {', '.join(parts)}"

@@ -87,7 +87,7 @@ class SourceMix:
     """What the mix took from one source. All but `weight` count documents.
 
     `found` is the sum of `duplicates`, `contaminated`, `near_duplicates`, `held_out` and `available`. `validation` are in the
-    validation split; `taken` are in the training split, each copy counted.
+    validation split, `validation_copies` are not, because they repeat one that is; `taken` are in the training split, each copy counted.
     """
 
     path: str
@@ -99,6 +99,7 @@ class SourceMix:
     """0 in format 1, as `held_out`."""
     held_out: int = 0
     validation: int
+    validation_copies: int = 0
     available: int
     taken: int
 
