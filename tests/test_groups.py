@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from preparing import stage, write_rows
 from sft.data import prepare
 from sft.data.batch import conversation_hashes, group_span
+from sft.data.chunks import group_text
 from sft.data.dataset import Dataset
 from sft.data.fast.turns import find_groups
 from sft.recipe.chat_templates import TEMPLATES
@@ -90,10 +92,22 @@ def test_the_group_is_the_first_user_message_and_not_the_system_message():
     assert one == group(turns("q", "b", "q2", "c", system="S")) == group(turns("q", "a", system="S"), "S")
     assert one != group(turns("q2", "a")) and one != group([{"role": "assistant", "content": "q"}])
     assert group(turns("", "a")) != group(turns("", "b"))
+    assert one == group(turns(" q\r\n", "a")) and group(turns(" ", "a")) != group(turns(" ", "b"))
+
+
+@pytest.mark.parametrize("other", [1.0, "1", " 1 ", Decimal(1), Decimal("1.0")])
+def test_a_number_is_the_same_group_however_a_file_has_it(other: Any) -> None:
+    assert group_text(other) == group_text(1)
+
+
+def test_values_that_are_no_group_and_values_of_any_kind() -> None:
+    assert [group_text(value) for value in (None, "", " ", float("nan"))] == [""] * 4
+    found = [group_text(v) for v in (0, 1.5, True, [1], {"a": 1}, 2**63, float("inf"), Decimal("-inf"), "é")]
+    assert len(set(found)) == len(found) and all(found)
 
 
 ROLE_TEXTS = st.lists(
-    st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.sampled_from(["", "user", "x\0user\0y", "user\0", "ä"])),
+    st.tuples(st.sampled_from(["system", "user", "assistant", "tool"]), st.sampled_from(["", "user", "x\0user\0y", "user\0", "ä", " \v\t", "\n a b\r\f"])),
     min_size=1, max_size=4,
 )  # fmt: skip
 

@@ -114,6 +114,22 @@ def test_a_mistake_names_field_value_and_remedy(tmp_path, old, new, message):
     assert message in error(tmp_path, MINIMAL.replace(old, new))
 
 
+def test_sources_with_and_without_a_group_are_refused_where_validation_is_held_out(tmp_path):
+    named, two = MINIMAL.replace("[prepare]\n", "[prepare]\nvalidation_fraction = 0.1\n"), '{path = "rows.jsonl"}'
+    assert "'validation_group' is set in some of [[prepare.sources]] and not in b.jsonl:" in error(
+        tmp_path, named.replace(two, '{path = "a.jsonl", validation_group = "gid"}, {path = "b.jsonl"}')
+    )
+    problems = [
+        recipe._check_groups(schema.Prepare(tokenizer="t", sources=sources, validation_fraction=fraction))
+        for sources, fraction in (
+            ((schema.Source(path="a", validation_group="gid"), schema.Source(path="b")), 0.0),
+            ((schema.Source(path="a", validation_group="gid"), schema.Source(path="b", validation_group="g")), 0.1),
+            ((schema.Source(path="a"), schema.Source(path="b")), 0.1),
+        )
+    ]
+    assert problems == [[], [], []]
+
+
 def test_yaml_style_numbers_are_typed(tmp_path):
     assert load(tmp_path, MINIMAL.replace("seq_len = 512", "seq_len = 512\nlr = 1e-4")).train.lr == 1e-4
     assert load(tmp_path, overrides=["lr=1e-4"]).train.lr == 1e-4

@@ -22,6 +22,7 @@ from sft.data.normalization import Normalizer
 EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
 USER = b"user\0"
+SPACES = b" \t\n\v\f\r"
 
 
 class Reject(NamedTuple):
@@ -175,7 +176,7 @@ def conversation_hashes(messages: Sequence[Mapping[str, Any]], system: str = "")
     """Two 64-bit hashes, which do not depend on template, tokenizer and the recipe's own `system` message.
 
     The first covers the roles and contents. The second, of the group, covers the first user message: conversations that begin
-    with the same one have the same group.
+    with the same one have the same group. White space around that message does not count.
     """
     if system and messages[0]["content"] == system:
         messages = messages[1:]
@@ -189,13 +190,16 @@ def conversation_hashes(messages: Sequence[Mapping[str, Any]], system: str = "")
 
 
 def group_span(text: bytes) -> tuple[int, int]:
-    """Where the first user message is in roles and contents with a zero byte between them: all without one, or if it is empty."""
+    """Where the first user message is, without white space around it, in roles and contents with a zero byte between them: all without
+    one, or if it is empty."""
     at = 0 if text.startswith(USER) else text.find(b"\0" + USER) + 1
     if not at and not text.startswith(USER):
         return 0, len(text)
     start = at + len(USER)
     end = text.find(b"\0", start)
     end = len(text) if end < 0 else end
+    end = start + len(text[start:end].rstrip(SPACES))
+    start = end - len(text[start:end].lstrip(SPACES))
     return (start, end) if start < end else (0, len(text))
 
 

@@ -11,11 +11,13 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,9 +149,9 @@ def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArra
 
 
 def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
-    """[rows] The hash of each row's value in the column. Rows without a value become rejects."""
-    values = [row.get(column) for row in batch.rows]
-    missing = [i for i, value in enumerate(values) if value is None or value == ""]
+    """[rows] The hash of each row's value in the column, see `group_text`. Rows without a value become rejects."""
+    values = [group_text(row.get(column)) for row in batch.rows]
+    missing = [i for i, value in enumerate(values) if not value]
     batch.rejects += [
         Reject(
             batch.numbers[i],
@@ -162,8 +164,19 @@ def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
     batch.rejects.sort()
     for i in reversed(missing):
         del batch.rows[i], batch.numbers[i], values[i]
-    texts = [json.dumps(value, sort_keys=True, default=str).encode() for value in values]
+    texts = [value.encode(errors="surrogatepass") for value in values]
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
+
+
+def group_text(value: Any) -> str:
+    """The value of a group as text; "" for none. A file may have the number 7 as 7, as 7.0 (where the column has nulls) or as "7"."""
+    if isinstance(value, (float, Decimal)):
+        if math.isnan(value):
+            return ""
+        value = int(value) if math.isfinite(value) and value == int(value) else value
+    if value is None or isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+        return "" if value is None else str(value).strip()
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def add_counts(notes: dict[str, int], engine: str, proof: dict[str, int]) -> None:

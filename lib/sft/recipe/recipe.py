@@ -312,6 +312,7 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
     problems = []
     model, train = values["model"], values["train"]
     problems += _check_rendering(values["prepare"])
+    problems += _check_groups(values["prepare"])
     for source in values["prepare"].sources:
         if isinstance(source.weight, int) and source.weight < FEW_ROWS:
             n = source.weight
@@ -338,6 +339,17 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
         problems.append(f"'warmup_fraction' {train.warmup_fraction:g} and 'decay_fraction' {train.decay_fraction:g} in [train] are more"
                         " than the whole run: lower one of them")  # fmt: skip
     return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
+
+
+def _check_groups(prepare: schema.Prepare) -> list[str]:
+    """Groups of one kind only: the same conversation in two sources has another group in each where only one of them names a column."""
+    if not prepare.validation_fraction or len({bool(source.validation_group) for source in prepare.sources}) < 2:
+        return []
+    without = ", ".join(source.path for source in prepare.sources if not source.validation_group)
+    return [
+        f"'validation_group' is set in some of [[prepare.sources]] and not in {without}: the same conversation could be trained and held out; set"
+        " it in all or in none"
+    ]
 
 
 def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:

@@ -410,9 +410,19 @@ def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
         stop = start
         while start != NONE and stop < end and hashed[U(stop)] != 0:
             stop += 1
+        while start < stop and is_space(hashed[U(stop - 1)]):
+            stop -= 1
+        while start < stop and is_space(hashed[U(start)]):
+            start += 1
         spans[0, document], spans[1, document] = (start, stop) if start < stop else (begin, end)
         begin = end
     return spans
+
+
+@inlined
+def is_space(byte: int) -> bool:
+    """Whether a byte is one of `sft.data.batch.SPACES`."""
+    return bool(byte == 32 or 9 <= byte <= 13)
 
 
 @inlined
