@@ -9,7 +9,8 @@ import pytest
 
 from sft.common.errors import SftError
 from sft.recipe import inputs
-from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, row_format, select, split_of
+from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, select
+from sft.recipe.file_names import row_format, split_of
 
 WHAT = "[prepare] sources: d"
 
@@ -94,6 +95,67 @@ def test_a_saved_dataset_is_what_its_state_lists(tmp_path):
         selected(tmp_path / "two", "dev")
     with pytest.raises(SftError, match="split 'test': the folder holds one saved dataset"):
         selected(tmp_path / "one", "test")
+
+
+def saved_as(split: str, folder: Path) -> Path:
+    import datasets
+
+    datasets.Dataset.from_list([{"n": 1}], split=datasets.Split(split)).save_to_disk(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("saved", "asked"), [("test", "train"), ("train_sft", "train"), ("train+test", "train"), ("train", "test")])  # fmt: skip
+def test_a_saved_dataset_of_another_split_is_refused(tmp_path, saved, asked):
+    folder = saved_as(saved, tmp_path / "mix" / "a")
+    for root in (folder, tmp_path / "mix"):
+        with pytest.raises(SftError, match=rf"split '{asked}': .*"):
+            selected(root, asked)
+    assert len(selected(folder, saved).files) == 1
+
+
+def test_a_saved_dataset_of_the_split_is_read(tmp_path):
+    assert selected(saved_as("train[:10%]", tmp_path / "one")).files == ("data-00000-of-00001.arrow",)
+    assert selected(saved_as("validation", tmp_path / "two"), "dev").files == ("data-00000-of-00001.arrow",)
+    assert len(selected(saved_as("test", tmp_path / "mix" / "test"), "test").files) == 1
+
+
+SHARD_README = "---\nconfigs:\n- config_name: default\n  data_files: data/train-*\n---\n"
+
+
+@pytest.mark.parametrize("readme", ["", SHARD_README])
+def test_a_missing_shard_is_named(readme):
+    names = "README.md data/train-00000-of-00003.jsonl data/train-00002-of-00003.jsonl"
+    with pytest.raises(SftError, match=r"missing files: data/train-00001-of-00003\.jsonl; next: fetch"):
+        chosen(names, README_md=readme)
+    assert len(chosen(names, ignore=("data/train-00001-of-00003.jsonl",), README_md=readme)) == 2
+    assert len(chosen(names + " data/train-00001-of-00003.jsonl", README_md=readme)) == 3
+
+
+@pytest.mark.parametrize(("names", "absent"), [
+    ("c4.00000-of-00002.json.gz c4.00001-of-00002.json.gz", ""), ("c4.00000-of-00002.json.gz c4.00001-of-00002.json.gz.sha256", "c4.00001"),
+    ("a_1_of_2.csv a_2_of_2.csv", ""), ("a_1_of_2.csv", "a_0_of_2"), ("a-00000-of-00002-12ab.parquet a-00001-of-00002-34cd.parquet", ""),
+    ("train-0-of-1.jsonl test-0-of-2.jsonl", ""), ("x/a-0-of-2.jsonl y/a-1-of-2.jsonl", "x/a-1-of-2"),
+])  # fmt: skip
+def test_the_shards_that_a_name_demands(names, absent):
+    if not absent:
+        chosen(names)
+    else:
+        with pytest.raises(SftError, match=f"missing files: {absent}"):
+            chosen(names)
+
+
+def test_a_readme_inside_a_folder_that_chooses_files_is_refused():
+    names, readme = "a/README.md a/v1/x.jsonl a/v2/x.jsonl b.jsonl", SHARD_README
+
+    def files(*ignore: str) -> tuple[str, ...]:
+        return select(Tree(tuple(names.split()), lambda _: readme.encode()), Choice("train", "", ignore), WHAT).files
+
+    with pytest.raises(SftError, match=r"a/README\.md has configs.*name the folder a as a source of its own"):
+        files()
+    assert len(files("a/README.md")) == 3
+    assert files("a/v1/*", "a/v2/*") == ("b.jsonl",)
+    readme = "no front matter"
+    assert len(files()) == 3
 
 
 README = """---
@@ -199,6 +261,8 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
     ("name", "expected"),
     [
         ("train.jsonl", "train"), ("x/Training-1.jsonl", "train"), ("test2024.parquet", "test"), ("dev/a.jsonl", "validation"),
+        ("trainData.jsonl", "train"), ("testData.jsonl", "test"), ("tests/b.jsonl", "test"), ("sft_heldout.jsonl", "test"), ("held-out/a.csv", "test"),
+        ("Holdout.jsonl", "test"), ("held_out.jsonl", "test"), ("validate/a.jsonl", "validation"), ("EVALSet.jsonl", "test"), ("testset.jsonl", "test"), ("dataset.jsonl", ""),
         ("test/train.jsonl", "test"), ("contest.jsonl", ""), ("train/test/a.jsonl", "train or test"), ("evaluation.v2.csv", "test"), ("train_test.jsonl", "train or test"),
     ],
 )  # fmt: skip

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.data.unpack import new_file
-from sft.recipe.dataset_files import Choice, Selection, Tree, check_single, row_format, select
+from sft.recipe.dataset_files import Choice, Selection, Tree, check_single, select
+from sft.recipe.file_names import row_format
 from sft.storage import hub
 from sft.storage import transfer as storage
 from sft.storage.contract import FileCopy, FileInfo, Storage

@@ -23,7 +23,8 @@ from sft.data import remote_sources
 from sft.data.remote_sources import Origin
 from sft.data.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
 from sft.recipe import inputs
-from sft.recipe.dataset_files import check_pointer, row_format
+from sft.recipe.dataset_files import check_pointer
+from sft.recipe.file_names import row_format
 from sft.recipe.schema import Source
 
 CHUNK_BYTES = 8 << 20

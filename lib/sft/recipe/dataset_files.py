@@ -29,26 +29,19 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.strings import first_names
+from sft.recipe.file_names import (
+    CACHES,
+    DESCRIPTIONS,
+    DOCUMENTATION,
+    absent,
+    glob,
+    is_hidden,
+    kinds,
+    known_split,
+    row_format,
+    split_of,
+)
 
-TEXT_FORMATS = ("jsonl", "ndjson", "json", "csv", "tsv")
-"""Formats of text. They may be compressed."""
-ROW_FORMATS = (*TEXT_FORMATS, "parquet", "arrow")
-COMPRESSIONS = ("gz", "zst", "xz", "bz2")
-DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
-DOCUMENTATION = (
-    "readme*", "license*", "licence*", "notice*", "citation*", "changelog*", "contributing*", "*.md", "*.rst", "*.py", "*.ipynb",
-    "*.yaml", "*.yml", "*.toml", "*.png", "*.jpg", "*.jpeg", "*.svg", "*.gif", "*.pdf", "*.sha256", "*.md5", "*.crc", "_success",
-    "sha256sums", "md5sums", "*.lock",
-)  # fmt: skip
-"""Files that describe a dataset and hold no rows, as patterns of their lower-case names."""
-CACHES = ("cache-*.arrow", "tmp*.arrow")
-"""What `datasets` leaves beside its files: results of `map` and `filter`."""
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-"""Words in the name of a file or folder that name its split, as the `datasets` library has them."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CORRECT = "next: correct the source in [[prepare.sources]]"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
@@ -90,25 +83,26 @@ class Choice:
     ignore_files: tuple[str, ...] = ()
 
 
-def row_format(name: str) -> str | None:
-    """'jsonl', 'json.gz', 'csv.zst', 'parquet' … by a file's name, in any case of letters; None for a file without rows."""
-    parts = name.lower().rsplit("/", 1)[-1].split(".")
-    if len(parts) >= 3 and parts[-1] in COMPRESSIONS and parts[-2] in TEXT_FORMATS:
-        return f"{parts[-2]}.{parts[-1]}"
-    return parts[-1] if len(parts) >= 2 and parts[-1] in ROW_FORMATS else None
-
-
 def candidates(tree: Tree, choice: Choice, what: str) -> list[str]:
     """The files that decide what `select` returns, and those that it may return. Needs no YAML. Raises SftError."""
     names = _sorted(tree.names)
     if _has_configs(tree, names):
-        return [name for name in names if name == "README.md" or (row_format(name) and not _is_hidden(name))]
+        return [name for name in names if name == "README.md" or (row_format(name) and not is_hidden(name))]
     selection = select(tree, choice, what)
     return list(selection.files)
 
 
 def select(tree: Tree, choice: Choice, what: str) -> Selection:
     """The files of a dataset. `what` opens every message. Raises SftError for a dataset that no rule reads completely."""
+    selection = _select(tree, choice, what)
+    if missing := absent(tree.names, selection.files, choice.ignore_files):
+        raise SftError(
+            f"{what}: missing files: {first_names(missing)}; next: fetch them, or add ignore_files with their names to the source"
+        )
+    return selection
+
+
+def _select(tree: Tree, choice: Choice, what: str) -> Selection:
     names = _sorted(tree.names)
     if "dataset_dict.json" in names:
         return _saved_dict(tree, names, choice, what)
@@ -119,16 +113,19 @@ def select(tree: Tree, choice: Choice, what: str) -> Selection:
     rows, ignored = _sort_out(tree, names, choice.ignore_files, what)
     if choice.subset:
         raise SftError(f"{what}: subset {choice.subset!r}: the dataset has no subsets; {CORRECT}")
-    return _of_split(rows, ignored, choice.split, what)
+    _refuse_nested_configs(tree, rows, names, choice.ignore_files, what)
+    selection = _of_split(rows, ignored, choice.split, what)
+    _check_saved_splits(tree, selection.files, choice, what)
+    return selection
 
 
 def check_single(name: str, choice: Choice, what: str) -> None:
     """Checks the options of a source whose path is one file. Raises SftError for an option that cannot apply."""
     if row_format(name) is None:
-        raise SftError(f"{what}: {_kinds()}; next: convert it or name another file")
+        raise SftError(f"{what}: {kinds()}; next: convert it or name another file")
     if choice.subset:
         raise SftError(f"{what}: subset {choice.subset!r}: the path is one file; {CORRECT}")
-    if choice.split not in (None, "train") and _known_split(choice.split) != split_of(name):
+    if choice.split not in (None, "train") and known_split(choice.split) != split_of(name):
         raise SftError(f"{what}: split {choice.split!r}: the path is one file, which is read whole; {CORRECT}")
     if choice.ignore_files:
         raise SftError(f"{what}: ignore_files {list(choice.ignore_files)}: the path is one file; {CORRECT}")
@@ -138,27 +135,18 @@ def _sorted(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: name.split("/"))
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "_")) for part in name.split("/"))
-
-
-def _kinds() -> str:
-    texts, others = (", ".join(f".{f}" for f in group) for group in (TEXT_FORMATS, ROW_FORMATS[len(TEXT_FORMATS) :]))
-    return f"the formats are {texts}, also compressed as {', '.join('.' + c for c in COMPRESSIONS)}, and {others}"
-
-
 def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str) -> tuple[list[str], list[str]]:
     """(files with rows, files that are ignored by name). Raises SftError that lists every other file."""
     rows: list[str] = []
     ignored: list[str] = []
     unread: list[str] = []
-    passed = [_glob(pattern) for pattern in ignore]
+    passed = [glob(pattern) for pattern in ignore]
     listed = _listed(tree, names, what)
     for name in names:
         last = name.lower().rpartition("/")[2]
         described = last in DESCRIPTIONS or any(fnmatch.fnmatchcase(last, pattern) for pattern in CACHES)
         unlisted = row_format(name) is not None and name not in listed.get(name.rpartition("/")[0], (name,))
-        if _is_hidden(name) or described or unlisted or any(p.fullmatch(name) for p in passed):
+        if is_hidden(name) or described or unlisted or any(p.fullmatch(name) for p in passed):
             ignored.append(name)
         elif row_format(name):
             rows.append(name)
@@ -167,28 +155,28 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
         else:
             unread.append(name)
     links = [f"{n}/ (a link to a folder)" for n in tree.linked_folders if not any(p.fullmatch(n) for p in passed)]
-    _check_ignored(ignore, [*names, *tree.linked_folders], what)
+    _check_ignored(ignore, [*names, *tree.linked_folders, *absent(names, names)], what)
     if unread or links:
         example = [*unread, *tree.linked_folders][0]
         raise SftError(
-            f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {_kinds()}; next: convert or remove them,"
+            f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {kinds()}; next: convert or remove them,"
             f' or add ignore_files = ["{example}"] to the source'
         )
     if not rows:
-        raise SftError(f"{what}: no file with rows; {_kinds()}; {CORRECT}")
+        raise SftError(f"{what}: no file with rows; {kinds()}; {CORRECT}")
     return rows, ignored
 
 
 def _listed(tree: Tree, names: Sequence[str], what: str) -> dict[str, tuple[str, ...]]:
     """{folder: the files of the saved dataset in it}, for the saved datasets inside a folder."""
-    tops = [name.removesuffix("state.json") for name in names if name.endswith("/state.json") and not _is_hidden(name)]
+    tops = [name.removesuffix("state.json") for name in names if name.endswith("/state.json") and not is_hidden(name)]
     return {top[:-1]: _saved(tree, names, top, Choice(None), what).files for top in tops}
 
 
 def _check_ignored(ignore: Sequence[str], names: Sequence[str], what: str) -> None:
     """Raises SftError for a pattern that no file matches: a wrong name must not be taken for an answer."""
     for pattern in ignore:
-        if not any(map(_glob(pattern).fullmatch, names)):
+        if not any(map(glob(pattern).fullmatch, names)):
             raise SftError(f"{what}: ignore_files: no file matches {pattern!r}{_near(pattern, names)}; {CORRECT}")
 
 
@@ -204,7 +192,7 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
             f"{what}: {first_names(unclear)}: the name says {named[unclear[0]]}; next: rename it, or name one file or folder as the path"
         )
     if not found:
-        if _known_split(split) != "train":
+        if known_split(split) != "train":
             raise SftError(f"{what}: split {split!r}: no file or folder names a split, so all are 'train'; {CORRECT}")
         return Selection(tuple(rows), ignored=tuple(ignored))
     if unnamed := [name for name, s in named.items() if not s]:
@@ -212,28 +200,11 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
             f"{what}: {first_names(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
             f' folder as the path, or add ignore_files = ["{unnamed[0]}"] to the source'
         )
-    wanted = split if split in found else _known_split(split)
+    wanted = split if split in found else known_split(split)
     if wanted not in found:
         raise SftError(f"{what}: split {split!r}: the splits are {', '.join(found)}{_near(split, found)}; {CORRECT}")
     chosen = tuple(name for name, s in named.items() if s == wanted)
     return Selection(chosen, tuple(n for n in rows if named[n] != wanted), tuple(ignored))
-
-
-def _known_split(split: str) -> str:
-    """'validation' for 'dev', and the like; other names stay as they are."""
-    return next((known for known, words in SPLITS.items() if split.lower() in words), split)
-
-
-def split_of(name: str) -> str:
-    """The split that a relative name says: 'train', 'validation', 'test', or ''. 'train or test' where it says both.
-
-    Folders count before the file's own name, as in the `datasets` library.
-    """
-    *folders, last = ([*re.split(r"[^a-z]+", part)] for part in name.lower().split("/"))
-    for words in ({word for part in folders for word in part}, set(last)):
-        if said := [split for split, spellings in SPLITS.items() if words.intersection(spellings)]:
-            return " or ".join(said)
-    return ""
 
 
 def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> Selection:
@@ -264,15 +235,44 @@ def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str
         saved_split = value.get("_split")
     except (KeyError, TypeError, AttributeError):
         raise SftError(f"{what}: {top}state.json is damaged: no _data_files; next: save the dataset again") from None
-    if choice.split not in (None, "train", saved_split):
+    _check_saved_split(saved_split, choice.split, f"{top}state.json", what)
+    if missing := [name for name in listed if name not in names]:
         raise SftError(
-            f"{what}: split {choice.split!r}: the folder holds one saved dataset ({saved_split or 'of no named split'}); {CORRECT}"
-        )
-    if absent := [name for name in listed if name not in names]:
-        raise SftError(
-            f"{what}: {first_names(absent)}: listed in {top}state.json and missing; next: copy the folder again"
+            f"{what}: {first_names(missing)}: listed in {top}state.json and missing; next: copy the folder again"
         )
     return Selection(tuple(listed), ignored=tuple(n for n in names if n not in listed))
+
+
+def _check_saved_split(saved: Any, split: str | None, state: str, what: str) -> None:
+    """Raises SftError unless a saved dataset has the split. 'train[:10%]' is a part of 'train'. Without a name it is 'train'."""
+    parts = {re.sub(r"\[.*\]$", "", part.strip()) for part in str(saved or "train").split("+")}
+    if split not in (None, saved) and {known_split(part) for part in parts} != {known_split(str(split))}:
+        named = (
+            f"of split {saved!r}; next: set split = {json.dumps(saved)}" if saved else f"of no named split; {CORRECT}"
+        )
+        raise SftError(f"{what}: split {split!r}: the folder holds one saved dataset ({state}) {named}")
+
+
+def _check_saved_splits(tree: Tree, files: Sequence[str], choice: Choice, what: str) -> None:
+    """Raises SftError for a saved dataset inside a folder that says another split than the names do."""
+    for folder in dict.fromkeys(name.rpartition("/")[0] for name in files):
+        if f"{folder}/state.json" in tree.names:
+            saved = _json(tree, f"{folder}/state.json", what).get("_split")
+            _check_saved_split(saved, choice.split if saved else None, f"{folder}/state.json", what)
+
+
+def _refuse_nested_configs(
+    tree: Tree, rows: Sequence[str], names: Sequence[str], ignore: Sequence[str], what: str
+) -> None:
+    """Raises SftError for a folder inside this one whose README.md chooses among its files, unless `ignore` matches the README.md."""
+    for name in names:
+        folder = name.removesuffix("README.md")
+        chooses = name.endswith("/README.md") and any(row.startswith(folder) for row in rows)
+        if chooses and not any(glob(pattern).fullmatch(name) for pattern in ignore) and _has_configs(tree, names, name):
+            raise SftError(
+                f"{what}: {name} has configs, which choose the files of that folder; next: name the folder {folder[:-1]} as a source of"
+                f' its own, or read all of its files with ignore_files = ["{name}"]'
+            )
 
 
 def _refuse_saved_options(choice: Choice, what: str) -> None:
@@ -282,13 +282,13 @@ def _refuse_saved_options(choice: Choice, what: str) -> None:
         raise SftError(f"{what}: ignore_files: a saved dataset lists its files in state.json; {CORRECT}")
 
 
-def _has_configs(tree: Tree, names: Sequence[str]) -> bool:
-    return "README.md" in names and re.search(r"^configs\s*:", _front_matter(tree), re.MULTILINE) is not None
+def _has_configs(tree: Tree, names: Sequence[str], readme: str = "README.md") -> bool:
+    return readme in names and re.search(r"^configs\s*:", _front_matter(tree, readme), re.MULTILINE) is not None
 
 
-def _front_matter(tree: Tree) -> str:
-    """The YAML at the top of README.md, or ''."""
-    text = tree.read("README.md").decode("utf-8-sig", "replace")
+def _front_matter(tree: Tree, readme: str = "README.md") -> str:
+    """The YAML at the top of a README.md, or ''."""
+    text = tree.read(readme).decode("utf-8-sig", "replace")
     found = re.match(r"\s*---[ \t]*\r?\n(.*?\n)---\s*(\n|$)", text, re.DOTALL)
     return found[1] if found else ""
 
@@ -317,7 +317,7 @@ def _of_config(
     if name not in configs:
         problem = f"subset {choice.subset!r}" if choice.subset else "several subsets and none is the default"
         raise SftError(f"{what}: {problem}: the subsets are {', '.join(configs)}{_near(name, configs)}; {CORRECT}")
-    _check_ignored(choice.ignore_files, names, what)
+    _check_ignored(choice.ignore_files, [*names, *absent(names, names)], what)
     config = configs[name]
     by_split = _patterns(config, what)
     top = str(config.get("data_dir") or "").removeprefix("./").strip("/")
@@ -325,11 +325,11 @@ def _of_config(
     if by_split is None:  # the folder alone, or nothing: names say the split
         inside = Tree(tuple(n for n in names if n.startswith(top) and n != "README.md"), tree.read, tree.linked_folders)
         rows, ignored = _sort_out(inside, inside.names, (), f"{what} (subset {name})")
-        rows = [n for n in rows if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)]
+        rows = [n for n in rows if not any(glob(pattern).fullmatch(n) for pattern in choice.ignore_files)]
         chosen = _of_split(rows, ignored, choice.split, f"{what} (subset {name})").files
     else:
         chosen = _matching(names, by_split, choice, f"{what}: subset {name!r}")
-    others = tuple(n for n in names if row_format(n) and not _is_hidden(n) and n not in chosen)
+    others = tuple(n for n in names if row_format(n) and not is_hidden(n) and n not in chosen)
     return Selection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
 
 
@@ -341,17 +341,17 @@ def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: C
         )
     chosen: set[str] = set()
     for pattern in [p for s, paths in by_split.items() if choice.split in (None, s) for p in paths]:
-        matcher = _glob(pattern)
-        found = [n for n in names if matcher.fullmatch(n) and not (_is_hidden(n) and "*" in pattern)]
+        matcher = glob(pattern)
+        found = [n for n in names if matcher.fullmatch(n) and not (is_hidden(n) and "*" in pattern)]
         if not found:
             raise SftError(
                 f"{what}: no file matches {pattern!r} of README.md; next: fetch the missing files, or correct README.md"
             )
         chosen.update(found)
-    chosen = {n for n in chosen if not any(_glob(pattern).fullmatch(n) for pattern in choice.ignore_files)}
+    chosen = {n for n in chosen if not any(glob(pattern).fullmatch(n) for pattern in choice.ignore_files)}
     if unread := _sorted(n for n in chosen if row_format(n) is None):
         raise SftError(
-            f"{what}: {first_names(unread)}: named by README.md and not read; {_kinds()}; next: convert them, or add"
+            f"{what}: {first_names(unread)}: named by README.md and not read; {kinds()}; next: convert them, or add"
             f' ignore_files = ["{unread[0]}"] to the source'
         )
     return tuple(_sorted(chosen))
@@ -374,21 +374,6 @@ def _patterns(config: Mapping[str, Any], what: str) -> dict[str, list[str]] | No
 
 def _texts(value: Any) -> list[str]:
     return [str(v) for v in (value if isinstance(value, list) else [value])]
-
-
-def _glob(pattern: str) -> re.Pattern[str]:
-    """A pattern of the hub: `*` stays inside a folder, `**` does not."""
-    parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern.removeprefix("./"))
-    known = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    return re.compile("".join(known.get(p) or _class(p) for p in parts))
-
-
-def _class(part: str) -> str:
-    """A part of a pattern that is no star: a class of characters, or plain text."""
-    if len(part) > 2 and part[0] == "[" and part[-1] == "]":
-        inner = re.sub(r"([\\\[\]&|~])", r"\\\1", part[1:-1])
-        return f"[^{inner[1:]}]" if inner[0] in "!^" else f"[{inner}]"
-    return re.escape(part)
 
 
 def _json(tree: Tree, name: str, what: str) -> Any:
@@ -416,7 +401,7 @@ def local_tree(root: Path, what: str) -> Tree:
     for entry in _walk(root):
         path = Path(entry.path)
         name = path.relative_to(root).as_posix()
-        if _is_hidden(name):
+        if is_hidden(name):
             names.append(name)
             continue
         if entry.is_symlink():
