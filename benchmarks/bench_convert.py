@@ -35,7 +35,7 @@ import torch
 
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import model_config, step_config
+from sft.checkpoint.olmo_core import config_of_step, step_config
 from sft.export.step_writer import write_step_weights
 from sft.formats.dataset import TokenIds
 from sft.model import hf
@@ -88,7 +88,7 @@ def export(step: Path) -> dict[str, Any]:
     from sft.common.files import write_json
     from sft.export.write import write_weights
 
-    config, target = model_config(step / "config.json"), step / "model"
+    config, target = config_of_step(step / "config.json"), step / "model"
     vocab = json.loads((step / "config.json").read_bytes())["dataset"]["tokenizer"]["vocab_size"]
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
@@ -105,7 +105,7 @@ def gate(step: Path, every: bool) -> dict[str, Any]:
     from sft.export.gate import check_tensors
     from sft.export.logits import compare_logits, sample_layers
 
-    config, weights, exported = model_config(step / "config.json"), DcpReader(step), HfFolder(step / "model")
+    config, weights, exported = config_of_step(step / "config.json"), DcpReader(step), HfFolder(step / "model")
     layers = list(range(config.n_layers)) if every else sample_layers(config.n_layers)
     loaded = tokenizer(step)
     chats = trained_chats(loaded, TEMPLATE, config)

@@ -32,11 +32,13 @@ from sft.data.preparation import Preparation
 from sft.data.shard import Shard
 from sft.data.sources import Chunk, InputFile, SourceFiles
 from sft.data.tokencache import ChunkWriter
-from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
+from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.schema import Prepare, Source
 
 EOS, TOKENS, PER_FILE = 9, 4, 20_000
-FACTS = TokenizerFacts(1000, EOS, 0, (EOS,), "eos", True, TokenizerFile("0" * 64, {}), Template("made-up", "0" * 64))
+FACTS = TokenizerFacts(
+    1000, EOS, 0, (EOS,), "eos", True, TokenizerFile("0" * 64, {}), TemplateFacts("made-up", "0" * 64)
+)
 
 
 def fill(cache: Path, documents: int) -> list[ChunkJob]:

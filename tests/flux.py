@@ -19,7 +19,7 @@ from typing import IO
 from sft.common.errors import SftError
 from sft.launch.doctor.context import OK, RED, Context, Row
 from sft.launch.job import Job, Status
-from sft.launch.launcher import TAIL_LINES, Answer
+from sft.launch.launcher import TAIL_LINES, SchedulerAnswer
 from sft.recipe.schema import Cluster
 
 POLL_S = 0.2
@@ -89,5 +89,5 @@ def check(context: Context) -> Iterator[Row]:
     )
 
 
-def ask(context: Context) -> Answer:
-    return Answer("NVIDIA L40S", (Row(OK, "flux", "would accept the job"),))
+def ask(context: Context) -> SchedulerAnswer:
+    return SchedulerAnswer("NVIDIA L40S", (Row(OK, "flux", "would accept the job"),))

@@ -439,9 +439,9 @@ def test_the_bases_tokenizer_with_the_added_tokens_is_the_datas(tmp_path: Path) 
     facts = tiny_export.tokenizer(tmp_path / "base")
     made = add_tokens(tmp_path / "base", ("<|tool|>",), TOKENIZER_FILES, tmp_path / "cache")
     theirs = replace(facts, tokenizer=replace(facts.tokenizer, sha256=tiny_export.sha256(made / "tokenizer.json")))
-    assert initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
+    assert initial_weights.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
     with pytest.raises(SftError, match=r"the data were made with tokenizer.json sha256"):
-        initial_weights.check_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))
+        initial_weights.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from chat_samples import COMPILED, SOURCE, any_text, both_ways, encoder, make_to
 from sft.data import align, sources
 from sft.data.blocks import ColumnBlock, read_blocks
 from sft.data.fast.columns import find_roles, read_columns
-from sft.data.fast.messages import LIST, RowNames
+from sft.data.fast.messages import LIST, SourceNames
 from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
 from sft.recipe.schema import Source
@@ -199,7 +199,7 @@ def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
 )
 def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) -> None:
     batch = pa.RecordBatch.from_arrays([array], ["messages"])
-    found = read_columns(batch, RowNames({"messages": LIST}, {}, {}))
+    found = read_columns(batch, SourceNames({"messages": LIST}, {}, {}))
     assert found is None or not (found.is_plain & (found.roles[found.first[:-1]] >= 0)).any()
     compiled, python, plain = both_ways(encoders("olmo"), ColumnBlock(batch, 0))
     assert compiled == python and plain == 0
@@ -208,6 +208,8 @@ def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) 
 def test_a_column_that_is_there_twice_is_left_to_python() -> None:
     array = pa.array([[{"role": "user", "content": "x"}]])
     assert (
-        read_columns(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), RowNames({"messages": LIST}, {}, {}))
+        read_columns(
+            pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), SourceNames({"messages": LIST}, {}, {})
+        )
         is None
     )

@@ -266,7 +266,7 @@ def test_a_pretokenizer_that_splits_otherwise_is_refused(tmp_path: Path) -> None
     folder, _, facts, _ = export(tmp_path, OLMO2)
     facts = replace(facts, tokenizer=replace(facts.tokenizer, canaries={"Paris": (1, 2, 3)}))
     with pytest.raises(SftError, match=r"'Paris' as .* the pre-tokenizers differ"):
-        gate.check_tokenizer(folder, facts)
+        gate.check_exported_tokenizer(folder, facts)
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_their_own_description_of_a_model_is_read_as_our_preset(tmp_path: Path, 
     wanted = PRESETS[preset]
     made = getattr(TransformerConfig, theirs)(vocab_size=wanted.vocab_size).as_config_dict()
     (tmp_path / "config.json").write_text(json.dumps({"model": made}))
-    found = olmo_core.model_config(tmp_path / "config.json")
+    found = olmo_core.config_of_step(tmp_path / "config.json")
     scaled = ("rope_scaling", "init_std")  # of a finetuned model's context, which a factory does not know
 
     def plain(config: ModelConfig) -> ModelConfig:

@@ -178,10 +178,10 @@ def test_base_weights_in_a_bucket_are_fetched_and_what_was_removed_there_goes(
     def find(*_: str) -> Path:
         raise AssertionError("not a local path")
 
-    base = base_weights.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    base = base_weights.find_base_weights("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
     assert base.label == "tiny" and set(files(base.folder.root)) == {"config.json", "model.safetensors"}
     del server.objects["models/tiny/config.json"]
-    base = base_weights.find_base("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
+    base = base_weights.find_base_weights("gs://bucket/models/tiny", find, tmp_path, lambda _: None)
     assert set(files(base.folder.root)) == {"model.safetensors"}
 
 

@@ -136,7 +136,7 @@ def test_a_step_keeps_the_model_and_what_an_export_needs_of_its_base(tmp_path: P
     bases.write(tmp_path, name)
     base = read(tmp_path)
     (tmp_path / "step.json").write_text(json.dumps(olmo_core.step_config(base.config, TokenIds(90, 3, 4), base.facts)))
-    assert olmo_core.model_config(tmp_path / "step.json") == base.config
+    assert olmo_core.config_of_step(tmp_path / "step.json") == base.config
     assert olmo_core.base_facts(tmp_path / "step.json") == base.facts
     assert base.facts == BaseFacts(bases.ROWS, base.facts.max_positions, None, base.config.rope_scaling is not None)
 

@@ -27,7 +27,7 @@ from sft.data.fast.messages import (
     TOOLS,
     Messages,
     Names,
-    RowNames,
+    SourceNames,
 )
 
 READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
@@ -146,7 +146,7 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
         np.empty((room, 5, 2), dtype=np.int64), np.empty((len(ends), 8, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
         (target.words,) * 5,
     )  # fmt: skip
-    names = RowNames({"messages": LIST, "tools": TOOLS}, {"id": PASSED}, {"score": PASSED})
+    names = SourceNames({"messages": LIST, "tools": TOOLS}, {"id": PASSED}, {"score": PASSED})
     read_rows(source, ends, FieldNames.of(names), target, messages)
 
     def text(message: int, field: int) -> str | None:

@@ -135,7 +135,7 @@ def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypa
 def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfig) -> None:
     folder, step, again = export(tmp_path, config), tmp_path / "step0", tmp_path / "again"
     olmo_core_steps.to_core(str(folder), str(step), tmp_path / "cache", quiet)
-    assert replace(olmo_core.model_config(step / "config.json"), init_std=config.init_std) == config
+    assert replace(olmo_core.config_of_step(step / "config.json"), init_std=config.init_std) == config
     options = Convert(dtype="float32", max_position_embeddings=512)
     olmo_core_steps.to_hf(str(step), str(again), options, "", "tokenizer", tmp_path / "cache", quiet)
     for name in ("model.safetensors", "config.json"):

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO, files
 from sft.common.errors import SftError
 from sft.storage import local
-from sft.storage.checksums import hash_file
+from sft.storage.checksums import checksums_of
 from sft.storage.contract import FileCopy, Meter
 from sft.storage.local import LocalStorage, is_partial
 from sft.storage.transfer import open_storage, transfer
@@ -29,7 +29,7 @@ def make(root: Path, files: dict[str, bytes]) -> LocalStorage:
 
 
 def jobs(source: LocalStorage) -> list[FileCopy]:
-    found = {n: hash_file(source.root / n) for n in source.list()}
+    found = {n: checksums_of(source.root / n) for n in source.list()}
     return [FileCopy(n, n, s.bytes, s.sha256) for n, s in found.items()]
 
 

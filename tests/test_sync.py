@@ -203,9 +203,9 @@ class Hub:
 
 def fetch(
     base: str, hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch, said: list[str] | None = None
-) -> base_weights.Base:
+) -> base_weights.BaseWeights:
     monkeypatch.setattr(hub_storage, "huggingface_hub", hub)
-    return base_weights.find_base(base, lambda *_: cache, cache, (said if said is not None else []).append)
+    return base_weights.find_base_weights(base, lambda *_: cache, cache, (said if said is not None else []).append)
 
 
 HUB_FILES = {"facts.json": b"{}", "model.safetensors": b"weights", ".cache/huggingface/note": b""}

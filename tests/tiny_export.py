@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
+from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.architecture import ModelConfig, Yarn
 from sft.recipe.presets import PRESETS
 
@@ -61,7 +61,7 @@ def tokenizer(folder: Path, size: int = 300) -> TokenizerFacts:
         boundaries="index",
         eos_appended=False,
         tokenizer=TokenizerFile(sha256(folder / "tokenizer.json"), canaries),
-        template=Template("test", sha256(folder / "chat_template.jinja")),
+        template=TemplateFacts("test", sha256(folder / "chat_template.jinja")),
     )
 
 

@@ -20,7 +20,7 @@ import jinja2.sandbox
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.spans import common_prefix
 from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
-from sft.chat.trace import Generation, Span, Trace, TraceEvent, add_trace, event, has_generation, read_trace
+from sft.chat.trace import GenerationTag, Span, Trace, TraceEvent, add_trace, event, has_generation, read_trace
 from sft.common.strings import strings
 
 CALLED = "qjzxnamed"  # the name of a made-up function: letters only, as a template may write Python's repr of a call
@@ -66,7 +66,7 @@ class TemplateProbe:
         self.passes_on: tuple[type[Exception], ...] = ()  # errors that are not the template's
         # The settings that Hugging Face renders with.
         env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
         )
         env.filters["tojson"] = to_json
         env.globals.update(

@@ -37,7 +37,7 @@ class Unusual(Exception):
     """A text that must not be replaced, as it has special tokens or private-use characters, or skeletons that changed."""
 
 
-class Plan(NamedTuple):
+class RenderPlan(NamedTuple):
     """What a skeleton renders to."""
 
     runs: list[list[str]]
@@ -69,7 +69,7 @@ class Skeletons:
         self.watched = copy.copy(template)
         self.watched.probe = watch_probe(template.probe, template.text, self.watch)
         self.literal_tools = False  # the template looks into the tools
-        self.plans: dict[tuple[Any, ...], Plan | None] = {}  # None: Jinja must render
+        self.plans: dict[tuple[Any, ...], RenderPlan | None] = {}  # None: Jinja must render
         self.once: set[tuple[Any, ...]] = set()  # skeletons that were seen once
         self.rendered = 0
         rules = template.rules
@@ -127,7 +127,7 @@ class Skeletons:
         self.template.answers_without_prefix += plan.answers_without_prefix
         return runs, plan.specials
 
-    def _agrees(self, conversation: Conversation, runs: list[str], plan: Plan) -> bool:
+    def _agrees(self, conversation: Conversation, runs: list[str], plan: RenderPlan) -> bool:
         """Whether Jinja renders the same."""
         before = self.template.answers_without_prefix
         try:
@@ -203,7 +203,7 @@ class Skeletons:
             raise Unusual
         return text
 
-    def _learn(self, conversation: Conversation) -> Plan | None:
+    def _learn(self, conversation: Conversation) -> RenderPlan | None:
         """The plan of a conversation's skeleton; None where Jinja must render. Raises Unusual where skeletons have changed."""
         stand_in, num_tools = self._stand_in(conversation)
         before = self.watched.answers_without_prefix
@@ -231,7 +231,7 @@ class Skeletons:
 
     def _plan(
         self, runs: list[str], specials: int, answers: int, num_tools: int, stand_in: Conversation
-    ) -> Plan | None:
+    ) -> RenderPlan | None:
         literals: list[list[str]] = []
         all_slots: list[list[tuple[int, int, int]]] = []
         written: set[int] = set()
@@ -259,7 +259,7 @@ class Skeletons:
         )
         if not written.issuperset(range(count, count + num_tools)) or not self._are_apart("".join(runs)):
             return None
-        return Plan(literals, all_slots, specials, answers)
+        return RenderPlan(literals, all_slots, specials, answers)
 
     def _are_apart(self, text: str) -> bool:
         """Whether no special token can arise where a text meets what is written around it."""

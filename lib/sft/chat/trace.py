@@ -74,7 +74,7 @@ def read_trace(segments: Sequence[str]) -> Trace:
     return Trace("".join(segments), regions, blocks)
 
 
-class Generation(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):
     """{% generation %} … {% endgeneration %}: its body between two trace events."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as an instance variable)

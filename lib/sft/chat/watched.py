@@ -25,7 +25,7 @@ import jinja2.nodes as nodes
 import jinja2.sandbox
 
 from sft.chat.probe import TemplateProbe, to_json
-from sft.chat.trace import Generation, add_trace
+from sft.chat.trace import GenerationTag, add_trace
 
 FIRST, COUNT = 0xF8000, 0x1000
 """Stand-ins of texts, in order."""
@@ -75,7 +75,7 @@ def holds(value: Any) -> bool:
     return isinstance(value, StandIn) or (isinstance(value, str) and ANY.search(value) is not None)
 
 
-def write_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def tojson_text(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     """`to_json` of a value with stand-ins. Raises Depends for other layouts of JSON."""
     text = to_json(value)
     if ANY.search(text) is None:
@@ -192,11 +192,11 @@ class WatchedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("-", "*", "/", "//", "%", "**"))
 
     def __init__(self, source: jinja2.Environment, watch: Watch) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols])
         self.watch = watch
         self.globals.update({**source.globals, "sft_compare": watch.compare, "sft_loop": watch.loop})
         self.own = [function for name, function in self.globals.items() if name.startswith("sft_")]
-        self.filters.update({**source.filters, "tojson": write_json})
+        self.filters.update({**source.filters, "tojson": tojson_text})
         for table, look in ((self.filters, watch.filter), (self.tests, watch.test)):
             for name, function in list(table.items()):
                 table[name] = self._watched(name, function, look)

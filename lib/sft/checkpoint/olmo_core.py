@@ -1,6 +1,6 @@
 """config.json of a step folder: OLMo-core's description of the model, where it has one.
 
-In:  a ModelConfig and the tokenizer's ids. Out: the content of config.json. `model_config` reads it back
+In:  a ModelConfig and the tokenizer's ids. Out: the content of config.json. `config_of_step` reads it back
      (sft.recipe.core_config).
 
 What OLMo-core cannot describe (biases of some projections only, dynamic scaling and LongRoPE, partial rotation, other names
@@ -169,7 +169,7 @@ def named_tokens(file: Path) -> NamedTokens:
     return core_config.named_tokens(read_json(file), str(file))
 
 
-def model_config(file: Path) -> ModelConfig:
+def config_of_step(file: Path) -> ModelConfig:
     """The architecture that a step's config.json describes. Raises SftError for one that ModelConfig cannot express."""
     return core_config.read(read_json(file), str(file))
 

@@ -24,7 +24,7 @@ from sft.data.chunks import Progress, naming
 from sft.data.compiled import GatheredBlock, gather
 from sft.data.dataset import token_dtype
 from sft.data.dataset_writer import DatasetWriter, DocumentBlock
-from sft.data.placement import Documents, Placement
+from sft.data.placement import PlacedDocuments, Placement
 from sft.data.token_check import BlockCounts, TokenCheck
 from sft.data.tokencache import TokenFile
 from sft.formats.dataset import SplitSize
@@ -96,7 +96,7 @@ class _BlockMaker:
         self.writer, self.check, self.unused = writer, check, unused
         self.opened = functools.lru_cache(OPEN_FILES)(lambda number: TokenFile(files[number]))
 
-    def __call__(self, batch: Documents) -> tuple[BlockCounts, DocumentBlock, Buffers]:
+    def __call__(self, batch: PlacedDocuments) -> tuple[BlockCounts, DocumentBlock, Buffers]:
         file, start, lengths = batch.file, batch.start, batch.length
         buffers, total = self.unused.get(), int(lengths.sum())
         made = GatheredBlock.of(start, lengths, buffers.ids[:total], buffers.loss_mask[:total])

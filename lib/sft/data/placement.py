@@ -31,7 +31,7 @@ class CachedSource:
 
 
 @dataclass(frozen=True)
-class Documents:
+class PlacedDocuments:
     """Documents in the order of their places: where each is in the cache, and its number in the split."""
 
     file: NDArray[np.int64]
@@ -43,12 +43,14 @@ class Documents:
     def __len__(self) -> int:
         return len(self.file)
 
-    def part(self, first: int, stop: int) -> Documents:
+    def part(self, first: int, stop: int) -> PlacedDocuments:
         here = slice(first, stop)
-        return Documents(self.file[here], self.start[here], self.length[here], self.source[here], self.number[here])
+        return PlacedDocuments(
+            self.file[here], self.start[here], self.length[here], self.source[here], self.number[here]
+        )
 
 
-class Run(NamedTuple):
+class FileRange(NamedTuple):
     """The chosen documents of one file: items [begin, end) of a source's selection."""
 
     number: int
@@ -66,7 +68,7 @@ class Placement:
         self.chosen, self.sources = chosen, sources
         self.documents, self.tokens, self.longest = len(chosen), 0, 0
         self.numbers = np.split(chosen.numbers, np.cumsum([len(index) for index in chosen.index_of])[:-1])
-        self.runs: list[Run] = []
+        self.runs: list[FileRange] = []
         self.copies = 1
         for number, (index, source) in enumerate(zip(chosen.index_of, sources, strict=True)):
             lengths = source.lengths[index]
@@ -76,14 +78,14 @@ class Placement:
             cuts = np.searchsorted(index, source.first)
             for file in np.flatnonzero(np.diff(cuts)).tolist():
                 begin, end = int(cuts[file]), int(cuts[file + 1])
-                self.runs.append(Run(int(self.numbers[number][begin:end].min()), number, file, begin, end))
+                self.runs.append(FileRange(int(self.numbers[number][begin:end].min()), number, file, begin, end))
         self.runs.sort()
         self.first_file = np.cumsum([0, *(len(source.first) - 1 for source in sources)])
 
-    def batches(self, most_tokens: int) -> Iterator[Documents]:
+    def batches(self, most_tokens: int) -> Iterator[PlacedDocuments]:
         """Batches of at most `most_tokens` tokens, or of one longer document."""
         for copy in range(self.copies):
-            waiting: list[Documents] = []
+            waiting: list[PlacedDocuments] = []
             room = most_tokens
             for run in self.runs:
                 documents = self._of(run, copy)
@@ -104,7 +106,7 @@ class Placement:
             if waiting:
                 yield _concatenated(waiting)
 
-    def _of(self, run: Run, copy: int) -> Documents:
+    def _of(self, run: FileRange, copy: int) -> PlacedDocuments:
         """The documents of a run that are taken more than `copy` times."""
         source = self.sources[run.source]
         begin, end = int(source.first[run.file]), int(source.first[run.file + 1])
@@ -117,7 +119,7 @@ class Placement:
             local, numbers = local[here], numbers[here]
         file = np.full(len(local), self.first_file[run.source] + run.file, dtype=np.int64)
         source_of = np.full(len(local), run.source, dtype=np.uint16)
-        return Documents(file, starts[local], lengths[local], source_of, numbers)
+        return PlacedDocuments(file, starts[local], lengths[local], source_of, numbers)
 
 
 def _most_copies(index: NDArray[Any]) -> int:
@@ -126,6 +128,6 @@ def _most_copies(index: NDArray[Any]) -> int:
     return 1 if new is None else int(np.diff(np.concatenate([[0], new, [len(index)]])).max())
 
 
-def _concatenated(parts: Sequence[Documents]) -> Documents:
+def _concatenated(parts: Sequence[PlacedDocuments]) -> PlacedDocuments:
     columns = zip(*((d.file, d.start, d.length, d.source, d.number) for d in parts), strict=True)
-    return Documents(*map(np.concatenate, columns)) if len(parts) > 1 else parts[0]
+    return PlacedDocuments(*map(np.concatenate, columns)) if len(parts) > 1 else parts[0]

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.data.unpack import new_file
-from sft.recipe.dataset_files import Choice, Selection, Tree, check_single, select
+from sft.recipe.dataset_files import Choice, FileSelection, Tree, check_single, select
 from sft.recipe.file_names import row_format
 from sft.storage import hub
 from sft.storage import transfer as storage
 from sft.storage.contract import FileCopy, FileInfo, Storage
 
 Origin = tuple[tuple[str, str], ...]
-Found = tuple[dict[str, Path], Selection, dict[str, Origin]]
+Found = tuple[dict[str, Path], FileSelection, dict[str, Origin]]
 SOURCES = "[prepare] sources"
 
 
@@ -43,7 +43,7 @@ def from_hub(path: str, wanted: Choice, cache: Path, log: Callable[[str], None])
             found = {f"{path}/{name}": local / name for name in chosen.files}
             return found, chosen, dict.fromkeys(found, commit)
         _build(repo, wanted, built, what)
-    return {path: built}, Selection((path,)), {path: commit}
+    return {path: built}, FileSelection((path,)), {path: commit}
 
 
 def _built_file(repo: hub.Repo, wanted: Choice, cache: Path) -> Path:
@@ -78,7 +78,7 @@ def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], Non
     if single:
         check_single(last, wanted, what)
         listed = {last: entry} if (entry := bucket.storage.find(last)) else {}
-        chosen = Selection(tuple(listed))
+        chosen = FileSelection(tuple(listed))
     else:
         listed = bucket.storage.list()
         read = functools.cache(lambda name: bucket.fetch({name: listed[name]})[name].read_bytes())

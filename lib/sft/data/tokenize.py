@@ -45,7 +45,7 @@ from sft.data.fast.plain import PlainRows
 from sft.data.offset_encoder import OffsetEncoder
 from sft.data.render import Renderer
 from sft.data.vocabulary import Vocabulary, check_rebuilt, read_text
-from sft.formats.dataset import Template, TokenizerFacts, TokenizerFile
+from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import is_template_file, own_template
 from sft.recipe.schema import Prepare, Source
@@ -158,7 +158,7 @@ class Encoder:
             boundaries="eos" if template.boundaries == "eos" else "index",
             eos_appended=template.eos_appended,
             tokenizer=TokenizerFile(vocabulary.sha256, canaries),
-            template=Template(template.name, hashlib.sha256(template.text.encode()).hexdigest()),
+            template=TemplateFacts(template.name, hashlib.sha256(template.text.encode()).hexdigest()),
         )
 
     def save_tokenizer(self, folder: Path) -> None:

@@ -49,7 +49,7 @@ def compare(runs: Sequence[Path], anyway: bool = False) -> Comparison:
         runs=tuple(run.name for run in runs),
         notes=tuple(notes),
         rows=tuple(_ordered(_corrected(rows))),
-        fields=tuple(differing_fields(runs)),
+        fields=tuple(differing_options(runs)),
     )
 
 
@@ -278,7 +278,7 @@ def _hashes(name: str, a: Any, b: Any) -> str:
 # --- options and text ---------------------------------------------------------------------------------------------------
 
 
-def differing_fields(runs: Sequence[Path]) -> list[OptionDifference]:
+def differing_options(runs: Sequence[Path]) -> list[OptionDifference]:
     """Options and input files that are not the same in all runs, in the order of the stages."""
     found: dict[str, list[Any]] = {}
     for i, run in enumerate(runs):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
 
 
-class Conversation(NamedTuple):
+class TokenizedConversation(NamedTuple):
     """Token ids of a held-out conversation, and which of them are targets."""
 
     ids: list[int]
@@ -41,7 +41,7 @@ def validation_loss(
     Writes the loss of every conversation to `file`. Raises SftError when no token is trained.
     """
     longest = min(seq_len, model.max_length - 1)  # vLLM wants to add a token: the same cut for every backend
-    conversations = held_out(folder, limit, longest)
+    conversations = read_conversations(folder, limit, longest)
     losses, logged = [], time.monotonic()
     for conversation, (loss, num_targets) in zip(conversations, model.losses(conversations), strict=True):
         losses.append(ConversationLoss(json_hash(conversation)[:16], loss, num_targets))
@@ -56,14 +56,14 @@ def validation_loss(
     return summarise(losses)
 
 
-def held_out(folder: Path, limit: int, longest: int) -> list[Conversation]:
+def read_conversations(folder: Path, limit: int, longest: int) -> list[TokenizedConversation]:
     """The first `limit` conversations of a split, each cut at `longest` tokens."""
     dataset = Dataset.open(folder)
     conversations = []
     for part, start, length in dataset.documents[["part", "start", "length"]][:limit].tolist():
         end = start + min(length, longest)
         conversations.append(
-            Conversation(dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist())
+            TokenizedConversation(dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist())
         )
     return conversations
 

@@ -94,7 +94,7 @@ def final_step(train: Path) -> Path:
 def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
     """The architecture of a step. Raises SftError if the recipe's [model] describes another one."""
     file = step / "config.json"
-    saved = olmo_core.model_config(file)
+    saved = olmo_core.config_of_step(file)
     if model.base:
         # The base decided. What the recipe says as well was compared with it before training, and is compared again.
         resolve(model, vocab_size, Base(saved, olmo_core.base_facts(file) or BaseFacts(), str(file)))

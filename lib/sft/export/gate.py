@@ -58,7 +58,7 @@ def check(
     exported = HfFolder(folder)
     tensors = check_tensors(exported, weights, config, DTYPES[options.dtype])
     log(f"gate: {tensors.count} tensors complete, finite and equal to the checkpoint")
-    tokenizer = check_tokenizer(folder, facts)
+    tokenizer = check_exported_tokenizer(folder, facts)
     stops = check_generation(folder, facts)
     layers = sample_layers(config.n_layers) if fast else list(range(config.n_layers))
     logits = compare_logits(exported, weights, config, trained_chats(tokenizer, template, config), layers)
@@ -106,7 +106,7 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
     return TensorCheck(len(wanted), size, str(dtype).removeprefix("torch."))
 
 
-def check_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
+def check_exported_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
     """Loads the tokenizer with transformers and compares its ids with prepare's, and its template with the folder's.
 
     Returns the tokenizer. Raises SftError.

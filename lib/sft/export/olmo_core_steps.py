@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from sft.checkpoint.adapter import Merged
 from sft.checkpoint.dcp_reader import DcpReader, Weights
 from sft.checkpoint.hf_folder import HfFolder
-from sft.checkpoint.olmo_core import base_facts, model_config, named_tokens, step_config
+from sft.checkpoint.olmo_core import base_facts, config_of_step, named_tokens, step_config
 from sft.common.errors import SftError
 from sft.common.files import write_json
 from sft.export import card, gate
@@ -60,7 +60,7 @@ def to_hf(
 
     with new_folder(target, cache, log) as out:
         step = local_folder(source, cache, log)
-        config = model_config(step / "config.json")
+        config = config_of_step(step / "config.json")
         kept = base_facts(step / "config.json")
         options, lines = with_length(options, config, kept, 0)
         for line in lines:
@@ -121,7 +121,7 @@ def check_step(
     hf.check_shapes({name: written.shape(name) for name in written}, shapes, str(step))
     written.close()
     check_step_weights(weights or folder, shapes, step, "the folder's values")
-    if model_config(step / "config.json") != config:
+    if config_of_step(step / "config.json") != config:
         raise SftError(f"{step / 'config.json'}: does not read back as what was written; next: report it")
     layers = sample_layers(config.n_layers)
     logits = compare_logits(folder, folder, config, _documents(folder.path, config), layers)

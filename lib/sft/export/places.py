@@ -16,7 +16,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.formats import manifest
-from sft.storage.base_weights import find_base
+from sft.storage.base_weights import find_base_weights
 from sft.storage.contract import FileCopy
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
@@ -32,7 +32,7 @@ def local_folder(source: str, cache: Path, log: Log) -> Path:
             raise SftError(f"{path}: no such folder; next: correct SRC=")
         return Path(path)
 
-    return find_base(source, find, cache, log).folder.root
+    return find_base_weights(source, find, cache, log).folder.root
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from sft.export.tokenizer_files import tokenizer_beside
 from sft.formats import manifest
 from sft.formats import soup as soup_format
 from sft.formats.manifest import StepManifest
-from sft.formats.soup import Soup, Source
+from sft.formats.soup import AveragedStep, Soup
 from sft.runner.cli import program
 
 SAME_RUN = "next: choose steps of one model"
@@ -133,10 +133,10 @@ def soup(steps: Sequence[Path], weights: Sequence[float], target: str, cache: Pa
     )
 
 
-def source(step: Path, weight: float) -> Source:
+def source(step: Path, weight: float) -> AveragedStep:
     """The entry of a step in soup.json."""
     file = step / manifest.NAME
-    return Source(str(step), weight, StepManifest.read(file).outputs if file.is_file() else None)
+    return AveragedStep(str(step), weight, StepManifest.read(file).outputs if file.is_file() else None)
 
 
 @program("soup", "stages/soup.py")

@@ -41,7 +41,7 @@ class TokenizerFile:
 
 
 @dataclass(frozen=True)
-class Template:
+class TemplateFacts:
     """The chat template: its name in the recipe, and the hash (hex) of its text."""
 
     name: str
@@ -64,7 +64,7 @@ class TokenizerFacts:
     boundaries: Literal["eos", "index"]
     eos_appended: bool
     tokenizer: TokenizerFile
-    template: Template
+    template: TemplateFacts
 
     @property
     def ids(self) -> TokenIds:

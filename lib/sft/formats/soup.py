@@ -15,7 +15,7 @@ NAME = "soup.json"
 
 
 @dataclass(frozen=True)
-class Source:
+class AveragedStep:
     """One averaged step. `files` are the outputs of its manifest, or None for a step without one (OLMo-core's)."""
 
     step: str
@@ -29,4 +29,4 @@ class Soup(Record):
 
     NEXT: ClassVar[str] = "make soup again"
     INDENT: ClassVar[int | None] = 2
-    sources: tuple[Source, ...]
+    sources: tuple[AveragedStep, ...]

@@ -2,7 +2,7 @@
 
     def open_scheduler(folder: Path, cluster: Cluster) -> Scheduler        the jobs of one run; folder = runs/<run>/.jobs
     def check(context: Context) -> Iterator[Row]                           the doctor's checks that ask no scheduler
-    def ask(context: Context) -> Answer                                    the doctor's checks that ask the scheduler
+    def ask(context: Context) -> SchedulerAnswer                                    the doctor's checks that ask the scheduler
 
 `env/<name>.sh` runs `python -m sft.launch <name> runs/<run> <stage> COMMAND…`. The name is one of LAUNCHERS in
 sft.recipe.schema, and a cluster's file chooses it with `launcher = "<name>"`. A job has SFT_JOB in its environment.
@@ -52,7 +52,7 @@ class Scheduler(Protocol):
         """How many times the job has started."""
 
 
-class Answer(NamedTuple):
+class SchedulerAnswer(NamedTuple):
     """What a scheduler answered to the doctor: the type of the cluster's GPUs, or "" if unknown, and rows of the table."""
 
     gpu: str = ""
@@ -64,7 +64,7 @@ class Launcher(Protocol):
 
     def open_scheduler(self, folder: Path, cluster: Cluster) -> Scheduler: ...
     def check(self, context: Context) -> Iterator[Row]: ...
-    def ask(self, context: Context) -> Answer: ...
+    def ask(self, context: Context) -> SchedulerAnswer: ...
 
 
 def load_launcher(name: str) -> Launcher:

@@ -24,7 +24,7 @@ from sft.common.machine import visible_gpus
 from sft.common.process import report_errors
 from sft.launch.doctor import doctor
 from sft.launch.doctor.context import Context, Row
-from sft.launch.launcher import Answer, Scheduler
+from sft.launch.launcher import Scheduler, SchedulerAnswer
 from sft.recipe.schema import Cluster
 
 USES_GPUS = ("train", "evaluate")
@@ -48,9 +48,9 @@ def check(context: Context) -> Iterator[Row]:
     return iter(())
 
 
-def ask(context: Context) -> Answer:
+def ask(context: Context) -> SchedulerAnswer:
     """Nothing: there is no scheduler to ask."""
-    return Answer()
+    return SchedulerAnswer()
 
 
 # --- locks on GPUs ----------------------------------------------------------------------------------------------------

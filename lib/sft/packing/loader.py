@@ -82,7 +82,7 @@ class Microbatch:
         return replace(self, **moved)
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """The tokens of a microbatch and of its D documents, the padding's included."""
 
     input_ids: torch.Tensor  # int64 [T]
@@ -225,7 +225,7 @@ class Loader:
             num_tokens=row.num_tokens,
         )
 
-    def _gather(self, segments: NDArray[Any], rows: NDArray[Any]) -> Row:
+    def _gather(self, segments: NDArray[Any], rows: NDArray[Any]) -> PackedRow:
         """Copies the segments one after another and adds padding. `rows` are their documents' DOCUMENT records."""
         size = self.microbatch_tokens
         lengths = segments["length"].astype(np.int64)
@@ -251,7 +251,7 @@ class Loader:
             last = ends[: len(lengths)][rows["length"] > segments["length"]] - 1
             ids[last] = self.eos_id
             loss_mask[last] = False
-        return Row(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used)
+        return PackedRow(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used)
 
     def _padding(self, tokens: int) -> NDArray[np.int64]:
         """Lengths of the documents that fill this many tokens."""
@@ -262,7 +262,7 @@ class Loader:
         return lengths
 
     def _targets(
-        self, row: Row, targets: NDArray[np.int64], sources: NDArray[Any], first: int
+        self, row: PackedRow, targets: NDArray[np.int64], sources: NDArray[Any], first: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """target_rows, target_ids and target_sources of the targets at these positions of the complete row.
 

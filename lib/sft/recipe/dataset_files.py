@@ -1,7 +1,7 @@
 """Which files of a folder, a hub repository or a prefix of a bucket hold the rows of a dataset.
 
 In:  the names of all files (`Tree`), and the `split`, `subset` and `ignore_files` of a [[prepare.sources]] table.
-Out: the names of the files to read (`Selection`), in the order of their names. Every other file is ignored by name, belongs to
+Out: the names of the files to read (`FileSelection`), in the order of their names. Every other file is ignored by name, belongs to
      another split, or the dataset is refused with the file's name.
 
 A dataset means the same wherever it is stored. The rules, first match wins:
@@ -61,7 +61,7 @@ class Tree:
 
 
 @dataclass(frozen=True)
-class Selection:
+class FileSelection:
     """Files to read, files of other splits or subsets, and files that are ignored by name."""
 
     files: tuple[str, ...]
@@ -92,7 +92,7 @@ def candidates(tree: Tree, choice: Choice, what: str) -> list[str]:
     return list(selection.files)
 
 
-def select(tree: Tree, choice: Choice, what: str) -> Selection:
+def select(tree: Tree, choice: Choice, what: str) -> FileSelection:
     """The files of a dataset. `what` opens every message. Raises SftError for a dataset that no rule reads completely."""
     selection = _select(tree, choice, what)
     if missing := absent(tree.names, selection.files, choice.ignore_files):
@@ -102,7 +102,7 @@ def select(tree: Tree, choice: Choice, what: str) -> Selection:
     return selection
 
 
-def _select(tree: Tree, choice: Choice, what: str) -> Selection:
+def _select(tree: Tree, choice: Choice, what: str) -> FileSelection:
     names = _sorted(tree.names)
     if "dataset_dict.json" in names:
         return _saved_dict(tree, names, choice, what)
@@ -180,10 +180,10 @@ def _check_ignored(ignore: Sequence[str], names: Sequence[str], what: str) -> No
             raise SftError(f"{what}: ignore_files: no file matches {pattern!r}{_near(pattern, names)}; {CORRECT}")
 
 
-def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str) -> Selection:
+def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str) -> FileSelection:
     """Rule 4: by words in names."""
     if split is None:
-        return Selection(tuple(rows), ignored=tuple(ignored))
+        return FileSelection(tuple(rows), ignored=tuple(ignored))
     shards = [_SHARD.fullmatch(name) for name in rows]
     named = {n: m[1] for n, m in zip(rows, shards, strict=True) if m} if all(shards) else {n: split_of(n) for n in rows}
     found = _sorted({s for s in named.values() if s})
@@ -194,7 +194,7 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
     if not found:
         if known_split(split) != "train":
             raise SftError(f"{what}: split {split!r}: no file or folder names a split, so all are 'train'; {CORRECT}")
-        return Selection(tuple(rows), ignored=tuple(ignored))
+        return FileSelection(tuple(rows), ignored=tuple(ignored))
     if unnamed := [name for name, s in named.items() if not s]:
         raise SftError(
             f"{what}: {first_names(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
@@ -204,10 +204,10 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
     if wanted not in found:
         raise SftError(f"{what}: split {split!r}: the splits are {', '.join(found)}{_near(split, found)}; {CORRECT}")
     chosen = tuple(name for name, s in named.items() if s == wanted)
-    return Selection(chosen, tuple(n for n in rows if named[n] != wanted), tuple(ignored))
+    return FileSelection(chosen, tuple(n for n in rows if named[n] != wanted), tuple(ignored))
 
 
-def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> Selection:
+def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> FileSelection:
     """Rule 1."""
     _refuse_saved_options(choice, what)
     value = _json(tree, "dataset_dict.json", what)
@@ -221,10 +221,10 @@ def _saved_dict(tree: Tree, names: Sequence[str], choice: Choice, what: str) -> 
     read = splits if choice.split is None else [choice.split]
     files = tuple(name for split in read for name in _saved(tree, names, f"{split}/", Choice(None), what).files)
     others = tuple(n for n in names if n.split("/")[0] in splits and n.split("/")[0] not in read)
-    return Selection(files, others, tuple(n for n in names if n not in {*files, *others}))
+    return FileSelection(files, others, tuple(n for n in names if n not in {*files, *others}))
 
 
-def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str) -> Selection:
+def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str) -> FileSelection:
     """Rule 2. `top` is the folder of the saved dataset, with a slash, or ''."""
     _refuse_saved_options(choice, what)
     if f"{top}state.json" not in names:
@@ -240,7 +240,7 @@ def _saved(tree: Tree, names: Sequence[str], top: str, choice: Choice, what: str
         raise SftError(
             f"{what}: {first_names(missing)}: listed in {top}state.json and missing; next: copy the folder again"
         )
-    return Selection(tuple(listed), ignored=tuple(n for n in names if n not in listed))
+    return FileSelection(tuple(listed), ignored=tuple(n for n in names if n not in listed))
 
 
 def _check_saved_split(saved: Any, split: str | None, state: str, what: str) -> None:
@@ -308,7 +308,7 @@ def _configs(front: str, what: str) -> dict[str, Mapping[str, Any]]:
 
 def _of_config(
     tree: Tree, names: Sequence[str], configs: Mapping[str, Mapping[str, Any]], choice: Choice, what: str
-) -> Selection:
+) -> FileSelection:
     """Rule 3."""
     default = [n for n, c in configs.items() if c.get("default") or n == "default"] or (
         list(configs) if len(configs) == 1 else []
@@ -330,7 +330,7 @@ def _of_config(
     else:
         chosen = _matching(names, by_split, choice, f"{what}: subset {name!r}")
     others = tuple(n for n in names if row_format(n) and not is_hidden(n) and n not in chosen)
-    return Selection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
+    return FileSelection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
 
 
 def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: Choice, what: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.paths import REMOTE
-from sft.recipe.dataset_files import Choice, Selection, candidates, check_pointer, check_single, local_tree, select
+from sft.recipe.dataset_files import Choice, FileSelection, candidates, check_pointer, check_single, local_tree, select
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
 SOURCES = "[prepare] sources"
@@ -66,7 +66,7 @@ EVERY_SPLIT = Choice(None)
 """The files of [prepare] decontaminate: rows of all splits."""
 
 
-def dataset_files(root: Path, path: str, wanted: Choice, what: str = SOURCES) -> tuple[dict[str, Path], Selection]:
+def dataset_files(root: Path, path: str, wanted: Choice, what: str = SOURCES) -> tuple[dict[str, Path], FileSelection]:
     """({relative path: file}, the selection) of a local source: the file itself, or those of a folder in the order of their names.
 
     `what` names the table in messages. Raises SftError for a dataset that is not read completely.
@@ -75,7 +75,7 @@ def dataset_files(root: Path, path: str, wanted: Choice, what: str = SOURCES) ->
         if not root.is_file():
             raise SftError(f"{what}: {path!r} is neither a file nor a folder; next: correct the path")
         check_single(path, wanted, f"{what}: {path!r}")
-        return {path: root}, Selection((path,))
+        return {path: root}, FileSelection((path,))
     chosen = select(local_tree(root, f"{what}: {path}"), wanted, f"{what}: {path}")
     return {f"{path.rstrip('/')}/{name}": root / name for name in chosen.files}, chosen
 

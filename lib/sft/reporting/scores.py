@@ -51,7 +51,7 @@ def scores(results: Results) -> str:
     ]
     if lengths:
         body += f'<div class="row">{"".join(lengths)}</div>'
-    return body + (held_out(results.validation) if results.validation else "")
+    return body + (validation_sentence(results.validation) if results.validation else "")
 
 
 def endings(facts: Generation | None) -> str:
@@ -62,7 +62,7 @@ def endings(facts: Generation | None) -> str:
     return ", ".join(f"{share:.0%} {word}" for share, word in shares if share is not None)
 
 
-def held_out(loss: ValidationLoss) -> str:
+def validation_sentence(loss: ValidationLoss) -> str:
     """One sentence on the loss of the validation split."""
     return (
         f"<p>Validation split: loss <b>{loss.loss:.4f}</b> ± {loss.stderr or 0:.4f} ({interval(loss.bounds)}), perplexity"

@@ -1,7 +1,7 @@
 """Base weights as a local folder.
 
 In:  [model] base of a recipe: a folder under DATA, gs://… or hf://org/name[@revision].
-Out: `Base`. Remote weights are downloaded to the cache and verified.
+Out: `BaseWeights`. Remote weights are downloaded to the cache and verified.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sft.storage.transfer import open_storage, transfer
 
 
 @dataclass(frozen=True)
-class Base:
+class BaseWeights:
     """Base weights in a local folder. `label` is a short name for paths; `commit` is the hub's, "" for other sources."""
 
     folder: LocalStorage
@@ -27,14 +27,16 @@ class Base:
     commit: str = ""
 
 
-def find_base(base: str, find: Callable[[str, str], Path], cache: Path, log: Callable[[str], None]) -> Base:
+def find_base_weights(
+    base: str, find: Callable[[str, str], Path], cache: Path, log: Callable[[str], None]
+) -> BaseWeights:
     """The base weights of a recipe; `find` looks up a path under DATA. Raises SftError."""
     if base.startswith("hf://"):
         repo = hub.resolve(base, f"[model] base {base}", log)
         folder = cache / "hub" / f"{repo.name.replace('/', '--')}-{repo.commit[:16]}"
         log(f"{base}: commit {repo.commit}, to {folder}")
         hub.snapshot(repo, folder, f"[model] base {base}")
-        return Base(LocalStorage(folder), f"{_label(repo.name)}-{repo.commit[:8]}", repo.commit)
+        return BaseWeights(LocalStorage(folder), f"{_label(repo.name)}-{repo.commit[:8]}", repo.commit)
     if base.startswith("gs://"):
         bucket = open_storage(base, cache)
         storage = LocalStorage(cache / "base" / hashlib.sha256(base.encode()).hexdigest()[:16])
@@ -46,8 +48,8 @@ def find_base(base: str, find: Callable[[str, str], Path], cache: Path, log: Cal
             if name not in wanted:
                 storage.remove(name)
         transfer(copies, bucket, storage, log)
-        return Base(storage, _label(base))
-    return Base(LocalStorage(find(base, "[model] base")), _label(base))
+        return BaseWeights(storage, _label(base))
+    return BaseWeights(LocalStorage(find(base, "[model] base")), _label(base))
 
 
 def _label(base: str) -> str:

@@ -41,7 +41,7 @@ class Hasher:
         return Checksums(self.count, self._sha.hexdigest() if self._sha else "", self.crc)
 
 
-def hash_file(file: Path, crc: bool = False, sha: bool = True) -> Checksums:
+def checksums_of(file: Path, crc: bool = False, sha: bool = True) -> Checksums:
     """Reads a file once. crc=True adds CRC32C, the checksum that gs:// reports; sha=False leaves out SHA-256."""
     hasher = Hasher(crc, sha)
     with file.open("rb") as f:

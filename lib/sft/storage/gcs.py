@@ -32,7 +32,7 @@ from google.cloud import storage as google
 from sft.common.errors import SftError
 from sft.common.paths import check_relative
 from sft.storage import download, retries, transport
-from sft.storage.checksums import Checksums, Hasher, hash_file
+from sft.storage.checksums import Checksums, Hasher, checksums_of
 from sft.storage.contract import RESUMABLE, FileCopy, FileInfo, Meter, check
 from sft.storage.retries import Deadline, PermanentError, retry
 from sft.storage.transport import ObjectInfo, Transport
@@ -60,7 +60,7 @@ class _Source:
         The SHA-256 of a large file is computed during the upload, which holds back the last bytes until it is known.
         """
         if file.stat().st_size >= LARGE:
-            sums = hash_file(file, crc=True, sha=False)
+            sums = checksums_of(file, crc=True, sha=False)
             known_later = FileCopy(expected.source, expected.target, expected.bytes, "", expected.crc32c)
             check(sums, known_later, str(file))
             return cls(file, None, sums)

@@ -22,7 +22,7 @@ import huggingface_hub
 import huggingface_hub.errors
 
 from sft.common.errors import SftError
-from sft.storage.checksums import hash_file
+from sft.storage.checksums import checksums_of
 from sft.storage.local import LocalStorage
 
 # Pickles can run code when they are loaded. Repositories have the same weights as safetensors.
@@ -188,7 +188,7 @@ def same_as_hub(file: Path, stated: Any) -> bool | None:
     """
     lfs, blob_id = getattr(stated, "lfs", None), getattr(stated, "blob_id", None)
     if lfs is not None:
-        return hash_file(file).sha256 == str(lfs.sha256)
+        return checksums_of(file).sha256 == str(lfs.sha256)
     if not blob_id:
         return None
     data = file.read_bytes()

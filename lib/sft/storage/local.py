@@ -15,7 +15,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
 from sft.common.paths import check_relative
-from sft.storage.checksums import CHUNK, Checksums, hash_file
+from sft.storage.checksums import CHUNK, Checksums, checksums_of
 from sft.storage.contract import FileCopy, FileInfo, Meter, check
 
 PARTIAL = ".part"
@@ -90,8 +90,8 @@ class LocalStorage:
         if found is None or found.bytes != expected.bytes:
             return False
         if expected.sha256 or expected.crc32c is None:
-            return hash_file(self.path(name)).sha256 == (expected.sha256 or sums().sha256)
-        return hash_file(self.path(name), crc=True).crc32c == expected.crc32c
+            return checksums_of(self.path(name)).sha256 == (expected.sha256 or sums().sha256)
+        return checksums_of(self.path(name), crc=True).crc32c == expected.crc32c
 
     def put(self, file: Path, name: str, expected: FileCopy, meter: Meter, deferred: bool = False) -> Checksums:
         with self.receive(name, deferred=deferred) as partial:
@@ -178,7 +178,7 @@ def copy_file(source: Path, target: Path, meter: Meter) -> Checksums:
         if hasattr(os, "posix_fadvise"):  # so that the file is read back from the disk and not from memory
             os.posix_fadvise(out.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     written = Checksums(count, h.hexdigest())
-    if hash_file(target) != written:
+    if checksums_of(target) != written:
         raise SftError(f"{target}: reading it back gave other bytes than were written; next: check that disk")
     return written
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.storage.checksums import Checksums, hash_file
+from sft.storage.checksums import Checksums, checksums_of
 from sft.storage.contract import RESUMABLE, CopyResult, FileCopy, Meter, Storage, check, size
 from sft.storage.local import LocalStorage
 
@@ -139,7 +139,7 @@ class _Copier:
 
             def sums() -> Checksums:
                 sha = bool(copy.sha256) or isinstance(target, LocalStorage)
-                found = hash_file(local.path(), crc=True, sha=sha)
+                found = checksums_of(local.path(), crc=True, sha=sha)
                 check(found, copy, copy.source)
                 return found
 

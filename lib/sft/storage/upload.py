@@ -23,7 +23,7 @@ from google.cloud.storage.exceptions import InvalidResponse
 
 from sft.common.errors import SftError
 from sft.storage import retries
-from sft.storage.checksums import Checksums, decode_crc32c, encode_crc32c, hash_file
+from sft.storage.checksums import Checksums, checksums_of, decode_crc32c, encode_crc32c
 from sft.storage.contract import FileCopy, Meter, check
 from sft.storage.retries import Deadline, PermanentError, retry
 from sft.storage.transport import ObjectInfo
@@ -151,7 +151,7 @@ class UploadBody:
     def __init__(self, upload: Upload, deadline: Deadline):
         self.upload, self.deadline = upload, deadline
         self._pool = ThreadPoolExecutor(1)
-        self._sha = self._pool.submit(hash_file, upload.file) if upload.sha256 else None
+        self._sha = self._pool.submit(checksums_of, upload.file) if upload.sha256 else None
 
     def __enter__(self) -> UploadBody:
         self._file = self.upload.file.open("rb")

@@ -25,7 +25,7 @@ from sft.formats.manifest import FileList, Output
 from sft.formats.record import to_json
 from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.runner.stage import Result, Stage
-from sft.storage.base_weights import find_base
+from sft.storage.base_weights import find_base_weights
 from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage
 from sft.storage.localise import same_files, writer_lock
@@ -63,7 +63,7 @@ def copy_inputs(stage: Stage, check_only: bool) -> tuple[Remote, str]:
     )
     base, commit = None, ""
     if stage.recipe.model.base:
-        found = find_base(stage.recipe.model.base, stage.find, stage.cache, stage.log)
+        found = find_base_weights(stage.recipe.model.base, stage.find, stage.cache, stage.log)
         source, commit = found.folder, found.commit
         names = [n for n in source.list() if not n.startswith(".cache/")]  # files of the hub client
         if not names:

@@ -141,7 +141,7 @@ def read_inputs(stage: Stage, world: World, hardware: Hardware) -> tuple[Setup, 
     config = resolve(stage.recipe.model, info.facts.vocab_size, published)
     setup = Setup(stage, world, hardware, dataset, base, info, config, published)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
-    tokenizer_warning = initial_weights.check_tokenizer(
+    tokenizer_warning = initial_weights.check_base_tokenizer(
         dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens
     )
     return setup, tokenizer_warning

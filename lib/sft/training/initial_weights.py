@@ -1,7 +1,7 @@
 """Training's first weights, and the check that the data were made for them.
 
 In:  the architecture, the synced base folder (or None = random weights), dataset.json of the synced dataset.
-Out: `initialise` fills the model; `check_tokenizer` refuses data that another model's tokenizer made.
+Out: `initialise` fills the model; `check_base_tokenizer` refuses data that another model's tokenizer made.
 
 A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a
 Hugging Face folder. The rows of tokens that the base does not have start as the mean of its rows with a little noise. Rows
@@ -129,7 +129,7 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, bas
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
 
 
-def check_tokenizer(
+def check_base_tokenizer(
     dataset: Path,
     facts: TokenizerFacts,
     base: Path | None,

@@ -89,7 +89,7 @@ class Due:
         validates = train.validate_every > 0 and done % train.validate_every == 0
         return cls(
             permanent=last or requested or done % train.save_every == 0,
-            ephemeral=is_ephemeral(train, done),
+            ephemeral=ephemeral_due(train, done),
             validation=run.validation is not None and (last or validates),
             stop=stop and not last,
         )
@@ -104,7 +104,7 @@ class Due:
         return self.scheduled or self.validation or self.stop
 
 
-def is_ephemeral(train: Train, done: int) -> bool:
+def ephemeral_due(train: Train, done: int) -> bool:
     """Whether the step gets an ephemeral checkpoint, unless it gets a permanent one."""
     return train.ephemeral_every > 0 and done % train.ephemeral_every == 0
 
@@ -275,7 +275,7 @@ def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
     """Names the restored step in BEST where it is the best: a kill may have come between the step and BEST. Rank 0
     only."""
     train = run.stage.recipe.train
-    if not start or not (start % train.save_every == 0 or is_ephemeral(train, start)):
+    if not start or not (start % train.save_every == 0 or ephemeral_due(train, start)):
         return
     losses = [r.validation_loss for r in read_steps(metrics.file) if r.step == start and r.validation_loss is not None]
     if losses and (best := find_best(run, start, losses[-1])):

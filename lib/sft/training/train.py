@@ -55,7 +55,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
     run, start = build_run(stage, world)
     metrics = None
     if world.is_rank0:
-        copy_tokenizer(stage)
+        save_tokenizer(stage)
         metrics = open_metrics(stage, run, start, attempt)
     try:
         loop(run, start, metrics, stop)
@@ -86,7 +86,7 @@ def open_metrics(stage: Stage, run: Run, start: int, attempt: int) -> MetricsWri
     return MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers)
 
 
-def copy_tokenizer(stage: Stage) -> None:
+def save_tokenizer(stage: Stage) -> None:
     """Copies the tokenizer folder beside the step folders, where OLMo-core's converter and ours look for it."""
     source, target = stage.dataset / "data" / "tokenizer", stage.out / "tokenizer"
     work = stage.out / ".tokenizer"

@@ -32,7 +32,7 @@ from sft.data.fast.messages import (
     TOOLS,
     Messages,
     Names,
-    RowNames,
+    SourceNames,
 )
 from sft.recipe.row_fields import HARMLESS_CHARACTERS
 
@@ -55,7 +55,7 @@ class NotPlain(Exception):
     """No row of the batch can be read here."""
 
 
-def read_columns(arrow: Any, names: RowNames) -> Messages | None:
+def read_columns(arrow: Any, names: SourceNames) -> Messages | None:
     """The messages of a record batch. None when no row of it is plain."""
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
@@ -154,7 +154,7 @@ def is_short(array: Any) -> NDArray[np.bool_]:
     return np.full(len(array), is_number or pa.types.is_temporal(kind) or pa.types.is_decimal(kind))
 
 
-def _read_structs(structs: Any, names: RowNames) -> tuple[list[Texts], NDArray[np.bool_], NDArray[np.uint64]]:
+def _read_structs(structs: Any, names: SourceNames) -> tuple[list[Texts], NDArray[np.bool_], NDArray[np.uint64]]:
     """The text fields and the roles of an array of structs, which structs are odd, and which fields hold something (one bit for each).
     Raises NotPlain."""
     present = [field.name for field in structs.type]

@@ -67,7 +67,7 @@ from sft.data.fast.messages import (
     USER,
     WEIGHT,
     Names,
-    RowNames,
+    SourceNames,
     U,
 )
 from sft.recipe.row_fields import HARMLESS_CHARACTERS
@@ -96,7 +96,7 @@ class FieldNames(NamedTuple):
     """The flag of a system message that is made of a column: NONE, or NEVER where the recipe trains only the last message."""
 
     @classmethod
-    def of(cls, names: RowNames, last_only: bool = False) -> FieldNames:
+    def of(cls, names: SourceNames, last_only: bool = False) -> FieldNames:
         return cls(
             Names.of(list(names.columns)),
             np.array(list(names.columns.values())),

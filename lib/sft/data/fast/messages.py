@@ -63,7 +63,7 @@ class Names(NamedTuple):
         return cls(joined, np.cumsum([0, *map(len, encoded)]), words_of(joined))
 
 
-class RowNames:
+class SourceNames:
     """The names of a source's columns and message fields, and their kinds. The place of a name is its bit in `Messages`.
 
     In: the kinds of the columns that are read, and the columns and fields that are passed over, with their kinds. Those for which there is no

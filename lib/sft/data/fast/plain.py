@@ -42,9 +42,9 @@ from sft.data.fast.messages import (
     TOOL_CALLS,
     TOOLS,
     Messages,
-    RowNames,
+    SourceNames,
 )
-from sft.data.fast.turns import Documents, TurnLayout, Written, find_groups, write_documents
+from sft.data.fast.turns import DocumentArrays, TurnLayout, Written, find_groups, write_documents
 from sft.data.fast.values import Values
 
 
@@ -151,7 +151,7 @@ class PlainRows:
         passed = {name: PASSED if name in ignore else HARMLESS for name, is_passed in known.items() if is_passed}
         fields = {name.removeprefix(inside): kind for name, kind in passed.items() if name.startswith(inside)}
         passed_columns = {n: kind for n, kind in passed.items() if not n.startswith(inside) and n not in columns}
-        self.names = RowNames({**columns, **dict.fromkeys(ignore & columns.keys(), PASSED)}, passed_columns, fields)
+        self.names = SourceNames({**columns, **dict.fromkeys(ignore & columns.keys(), PASSED)}, passed_columns, fields)
         self.field_names = FieldNames.of(self.names, self.reader.last_only)
 
     def count(self, rows: NDArray[np.int64]) -> None:
@@ -221,7 +221,7 @@ class PlainRows:
         self.values.seen = {}
         return read_columns(columns.arrow, self.names)
 
-    def _reserve(self, size: int, messages: int, rows: int) -> Documents:
+    def _reserve(self, size: int, messages: int, rows: int) -> DocumentArrays:
         """Room for the documents of so many bytes of texts, messages and rows. Pages that are never written cost nothing."""
         layout = self.layout
         self.out = room(self.out, size + messages * layout.most_in_message + rows * layout.most_in_row + WORD)
@@ -231,7 +231,7 @@ class PlainRows:
             arrays = np.empty((6, rows), dtype=np.int64)
             self.hashed_ends, self.rows, self.odd, self.num_specials, self.answers, self.empty = arrays
             self.first_run = np.empty(rows + 1, dtype=np.int64)
-        return Documents(
+        return DocumentArrays(
             words_of(self.out), words_of(self.hashed), self.hashed_ends, self.rows, self.odd, self.first_run, self.run_ends,
             self.num_specials, self.answers, self.empty,
         )  # fmt: skip

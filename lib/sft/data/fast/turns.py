@@ -1,7 +1,7 @@
 """Writes messages as a named template does, in compiled code: `write_documents`.
 
 In: `Messages`, and the template's texts (`TurnLayout`). Out: the text of the documents with the ends of their runs, and the bytes that
-`sft.data.batch.conversation_hashes` covers (`Documents`). Texts are copied eight bytes at a time; what is copied beyond the end of one is overwritten
+`sft.data.batch.conversation_hashes` covers (`DocumentArrays`). Texts are copied eight bytes at a time; what is copied beyond the end of one is overwritten
 by the next.
 """
 
@@ -110,7 +110,7 @@ class TurnLayout(NamedTuple):
         return int(3 * sizes[:OTHERS].max() + sizes[DEFAULT_SYSTEM + 1 :].sum())
 
 
-class Documents(NamedTuple):
+class DocumentArrays(NamedTuple):
     """What `write_documents` fills. [rows] means that the array has room for one entry for each row."""
 
     text: NDArray[np.uint64]
@@ -370,7 +370,7 @@ def write_hashed(messages: Any, first: int, end: int, roles: Any, hashed: Any, t
 
 @compiled
 def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
-    """Writes the documents of all plain rows. In: TurnLayout, the roles' Names, Messages, Documents. Returns `Written`."""
+    """Writes the documents of all plain rows. In: TurnLayout, the roles' Names, Messages, DocumentArrays. Returns `Written`."""
     documents, odd, runs, size, hashed_size = 0, 0, 0, 0, 0
     for row in range(len(messages.is_plain)):
         first, end = messages.first[row], messages.first[row + 1]

@@ -21,7 +21,7 @@ from sft.chat.named import functions
 from sft.chat.rows import RowReader
 from sft.chat.values import BadRow
 from sft.data.compiled import WORD, words_of
-from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, RowNames
+from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -45,7 +45,9 @@ class Values:
                 if row in self.seen:
                     counts.update(self.seen[row])
 
-    def read(self, data: NDArray[np.uint8], messages: Messages, names: RowNames, buffer: NDArray[np.uint8]) -> Messages:
+    def read(
+        self, data: NDArray[np.uint8], messages: Messages, names: SourceNames, buffer: NDArray[np.uint8]
+    ) -> Messages:
         """`data` are the lines, `buffer` holds all texts."""
         self.seen = {}
         count = int(messages.first[-1])

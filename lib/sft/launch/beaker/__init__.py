@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.launch.doctor.context import Context, Row
-from sft.launch.launcher import Answer, Scheduler
+from sft.launch.launcher import Scheduler, SchedulerAnswer
 from sft.recipe.schema import Cluster
 
 
@@ -26,7 +26,7 @@ def check(context: Context) -> Iterator[Row]:
     return checks.check(context)
 
 
-def ask(context: Context) -> Answer:
+def ask(context: Context) -> SchedulerAnswer:
     from sft.launch.beaker import checks  # start-up: as above
 
     return checks.ask(context)

@@ -13,7 +13,7 @@ from sft.launch.beaker.requirements import NodeGpus
 from sft.launch.beaker.scheduler import BeakerScheduler
 from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, red
 from sft.launch.job import LostConnection
-from sft.launch.launcher import Answer
+from sft.launch.launcher import SchedulerAnswer
 from sft.runner import plan
 
 
@@ -37,11 +37,11 @@ def check(context: Context) -> Iterator[Row]:
         yield dataclasses.replace(row, next=then)
 
 
-def ask(context: Context) -> Answer:
+def ask(context: Context) -> SchedulerAnswer:
     """Asks Beaker for everything that a submission needs: account, workspace, budget, images, clusters and secrets."""
     if not connection.has_token():
         then = "BEAKER_TOKEN=…, or beaker configure; see https://beaker.org/user"
-        return Answer("", (Row(RED, "secrets", "this machine has no Beaker token", then),))
+        return SchedulerAnswer("", (Row(RED, "secrets", "this machine has no Beaker token", then),))
     cluster = context.cluster
     harness = (
         context.needs("evaluate") and context.recipe.evaluate.harness != "lm-eval" and bool(cluster.evaluate_image)
@@ -50,7 +50,7 @@ def ask(context: Context) -> Answer:
         asked = BeakerScheduler(context.run / FOLDER, cluster)
         problems, gpus = asked.missing(context.file, harness), asked.gpus()
     except (SftError, LostConnection) as e:
-        return Answer("", (red("secrets", e),))
+        return SchedulerAnswer("", (red("secrets", e),))
     kinds = {kind for _, kind in gpus.values()}
     rows = _gpus(context, gpus) if gpus and context.training.gpus and cluster.gpus_per_node else []
     for line in problems:
@@ -59,7 +59,7 @@ def ask(context: Context) -> Answer:
     if not problems:
         secrets = ", ".join(paths.for_user(s) for s in cluster.secrets.values()) or "none"
         rows.append(Row(OK, "secrets", f"{secrets}; workspace, budget, image and clusters exist"))
-    return Answer(kinds.pop() if len(kinds) == 1 else "", tuple(rows))
+    return SchedulerAnswer(kinds.pop() if len(kinds) == 1 else "", tuple(rows))
 
 
 def _gpus(context: Context, gpus: dict[str, NodeGpus]) -> list[Row]:

@@ -21,7 +21,7 @@ UPLOAD_WAIT_S = 1800.0
 POLL_S = 10.0
 
 
-class Uploads:
+class DatasetUploads:
     """Uploads datasets, each once."""
 
     def __init__(self, client: Beaker):

@@ -75,7 +75,7 @@ REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_
 """Options that a harness would silently ignore: its tasks decide the matter, or its records do not contain it."""
 
 
-class Model(NamedTuple):
+class HarnessModel(NamedTuple):
     """The model that a harness evaluates."""
 
     name: str  # as the harness names it
@@ -109,7 +109,7 @@ def tasks_of(job: Job) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def model_of(job: Job, user: str) -> Model:
+def model_of(job: Job, user: str) -> HarnessModel:
     """The model at [evaluate] location: a path on a mount, gs://…, org/name on the hub, or beaker://dataset.
 
     An empty location is the run's own export. Raises SftError for any other form, and for a path that jobs do not see.
@@ -117,7 +117,7 @@ def model_of(job: Job, user: str) -> Model:
     options, file = job.recipe.evaluate, job.recipe.file
     place = options.location
     if match := re.fullmatch(r"(?:beaker://)?([0-9A-Z]{26})|beaker://([A-Za-z0-9_-]+/[A-Za-z0-9_.-]+)", place):
-        return Model(MODEL, {MODEL: match[1] or match[2]}, {})
+        return HarnessModel(MODEL, {MODEL: match[1] or match[2]}, {})
     if place:
         place = paths.for_user(place).removeprefix("hf://")
         if not re.fullmatch(r"(/|gs://)?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*", place) or ".." in place.split("/"):
@@ -126,27 +126,27 @@ def model_of(job: Job, user: str) -> Model:
             )
         if place.startswith("/"):
             _check_mounted(job, place)
-        return Model(place, {}, {})
+        return HarnessModel(place, {}, {})
     return _exported_model(job, user)
 
 
-def _exported_model(job: Job, user: str) -> Model:
+def _exported_model(job: Job, user: str) -> HarnessModel:
     """The run's own export: where convert made it, or as a dataset that is uploaded first. Raises SftError."""
     folder = job.run / "convert"
     elsewhere = Elsewhere.of(folder)
     where = elsewhere.where
     remote = f"{specification.stored_run(job)}/convert"
     if where.startswith("gs://") or remote in (where, str(folder.absolute())):
-        return Model(f"{where or remote}/model", {}, {})
+        return HarnessModel(f"{where or remote}/model", {}, {})
     if elsewhere.outputs:
         _check_mounted(job, where)
-        return Model(f"{where}/model", {}, {})
+        return HarnessModel(f"{where}/model", {}, {})
     try:
         made = manifest.load(folder / manifest.NAME)
     except FileNotFoundError:  # in a dry run
-        return Model(f"{remote}/model", {}, {})
+        return HarnessModel(f"{remote}/model", {}, {})
     dataset = f"olmo-sft-export-{made.digest[:16]}"
-    return Model(MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"})
+    return HarnessModel(MODEL, {MODEL: f"{user}/{dataset}"}, {dataset: folder / "model"})
 
 
 def _check_mounted(job: Job, path: str) -> None:
@@ -158,7 +158,7 @@ def _check_mounted(job: Job, path: str) -> None:
         )
 
 
-def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
+def harness_experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
     """The experiment of an evaluation by one of AI2's harnesses; None for any other job. Raises SftError."""
     if not is_harness(job):
         return None
@@ -180,7 +180,7 @@ def experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
     return specification.wrap(job, [_beaker_task(job, task, model) for task in planned(job, model.name, gpus)])
 
 
-def _beaker_task(job: Job, planned: HarnessTask, model: Model) -> BeakerTaskSpec:
+def _beaker_task(job: Job, planned: HarnessTask, model: HarnessModel) -> BeakerTaskSpec:
     cluster, words = job.cluster, planned.command
     task = specification.task(job, planned.name, planned.variables, model.mounts, planned.gpus)
     task.image.beaker = cluster.evaluate_image

@@ -21,7 +21,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sft.common.errors import SftError
 from sft.launch.beaker import code, connection, harnesses, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
-from sft.launch.beaker.datasets import Uploads
+from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import NodeGpus
 from sft.launch.job import Job, Status
 from sft.launch.launcher import TAIL_LINES
@@ -43,8 +43,8 @@ class BeakerScheduler:
         return connection.connect(self.cluster.workspace)
 
     @cached_property
-    def uploads(self) -> Uploads:
-        return Uploads(self.client)
+    def uploads(self) -> DatasetUploads:
+        return DatasetUploads(self.client)
 
     # --- before submission ----------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ class BeakerScheduler:
 
     def render(self, job: Job) -> str:
         user = specification.user()
-        spec = harnesses.experiment(job, user) or specification.experiment(
+        spec = harnesses.harness_experiment(job, user) or specification.experiment(
             job, code.describe(plan.REPO, self.cluster.code, strict=False), user
         )
         head = f"# beaker experiment create --workspace {self.cluster.workspace} --name {specification.name_of(job)} FILE\n"

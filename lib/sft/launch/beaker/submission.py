@@ -13,7 +13,7 @@ from sft.common import paths
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.launch.beaker import code, harnesses, specification
-from sft.launch.beaker.datasets import Uploads
+from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import has_secret
 from sft.launch.beaker.states import has_ended
 from sft.launch.job import Job
@@ -23,7 +23,7 @@ ATTEMPTS = 20  # names that are tried, where experiments of the earlier ones hav
 INPUT_BYTES = 32 << 30  # a larger earlier stage is not uploaded with a job
 
 
-def submit(client: Beaker, job: Job, uploads: Uploads) -> str:
+def submit(client: Beaker, job: Job, uploads: DatasetUploads) -> str:
     """Submits the job and returns the experiment's id. Raises SftError, or what the client raises."""
     workspace = client.workspace.get(job.cluster.workspace)
     user = specification.user()
@@ -36,9 +36,9 @@ def submit(client: Beaker, job: Job, uploads: Uploads) -> str:
                    f" of the last one, then give the run another name: make new FROM={job.recipe.name} RECIPE=…")  # fmt: skip
 
 
-def _upload_and_specify(job: Job, user: str, uploads: Uploads, workspace: pb2.Workspace) -> BeakerExperimentSpec:
+def _upload_and_specify(job: Job, user: str, uploads: DatasetUploads, workspace: pb2.Workspace) -> BeakerExperimentSpec:
     """Uploads the code and the earlier stages that the job needs, or a harness's model. Returns the specification."""
-    if spec := harnesses.experiment(job, user):
+    if spec := harnesses.harness_experiment(job, user):
         for dataset, path in harnesses.model_of(job, user).uploads.items():
             uploads.upload(dataset, path, workspace)
         return spec

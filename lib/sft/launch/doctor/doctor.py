@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from sft.common.errors import SftError
 from sft.launch.doctor import cluster, inputs, training
 from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, red
-from sft.launch.launcher import Answer, load_launcher
+from sft.launch.launcher import SchedulerAnswer, load_launcher
 from sft.recipe import recipe, schema
 from sft.runner import plan
 
@@ -42,12 +42,12 @@ def examine(context: Context, ask: bool = False) -> list[Row]:
     With `ask`, the launcher also asks its scheduler. It is asked first, because the other checks use the type of the GPUs
     that it answers; its rows come last.
     """
-    answer = Answer()
+    answer = SchedulerAnswer()
     if ask:
         try:
             answer = load_launcher(context.cluster.launcher).ask(context)
         except ModuleNotFoundError as e:
-            answer = Answer("", (_not_installed("scheduler", e),))
+            answer = SchedulerAnswer("", (_not_installed("scheduler", e),))
     context = context.with_gpu(answer.gpu)
     rows: list[Row] = []
     for check, stages in CHECKS:

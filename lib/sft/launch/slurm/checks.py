@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator
 
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row
-from sft.launch.launcher import Answer
+from sft.launch.launcher import SchedulerAnswer
 
 ANSWER_S = 10
 
@@ -20,10 +20,10 @@ def check(context: Context) -> Iterator[Row]:
         yield Row(RED, "scheduler", "sbatch: not found", "run this on a login node of the cluster")
 
 
-def ask(context: Context) -> Answer:
+def ask(context: Context) -> SchedulerAnswer:
     """Asks Slurm whether it would accept a job like training's. Submits nothing."""
     if not shutil.which("sbatch"):
-        return Answer()
+        return SchedulerAnswer()
     cluster, hardware = context.cluster, context.training
     gpus = hardware.gpus if hardware.gpus >= 0 else cluster.gpus_per_node
     options = {"nodes": hardware.nodes, "gpus-per-node": gpus, "cpus-per-task": hardware.cpus, "account": cluster.account,
@@ -34,9 +34,9 @@ def ask(context: Context) -> Answer:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except (subprocess.TimeoutExpired, OSError) as e:
-        return Answer("", (Row(NOTE, "sbatch", f"Slurm did not answer: {e}", "make doctor again"),))
+        return SchedulerAnswer("", (Row(NOTE, "sbatch", f"Slurm did not answer: {e}", "make doctor again"),))
     lines = (done.stderr or done.stdout).strip().splitlines() or ["no answer"]
     if done.returncode:
         then = f"correct {context.file} or [on.{context.place.cluster}.train]"
-        return Answer("", (Row(RED, "sbatch", lines[-1], then),))
-    return Answer("", (Row(OK, "sbatch", lines[-1]),))
+        return SchedulerAnswer("", (Row(RED, "sbatch", lines[-1], then),))
+    return SchedulerAnswer("", (Row(OK, "sbatch", lines[-1]),))
