@@ -14,7 +14,7 @@ from sft.formats.dataset import (
     LengthHistogram,
     SourceSummary,
     SplitSize,
-    Template,
+    TemplateFacts,
     TokenizerFacts,
     TokenizerFile,
 )
@@ -25,7 +25,7 @@ EOS, PAD, VOCAB = 997, 998, 1000
 def facts(vocab_size: int, eos_id: int, pad_id: int, sha256: str = "0" * 64) -> TokenizerFacts:
     """A tokenizer of which only ids and the hash of tokenizer.json matter."""
     return TokenizerFacts(
-        vocab_size, eos_id, pad_id, (eos_id,), "eos", True, TokenizerFile(sha256, {}), Template("test", "0" * 64)
+        vocab_size, eos_id, pad_id, (eos_id,), "eos", True, TokenizerFile(sha256, {}), TemplateFacts("test", "0" * 64)
     )
 
 

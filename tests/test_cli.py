@@ -139,3 +139,19 @@ def test_make_knows_the_variables_of_the_makefile() -> None:
     own = {"GOALS", "STAGES", "PLAIN", "PLAN", "DIRS", "ARGS", "READY", "TOOLS", "PY", "BEFORE", "SFT", "CURDIR"}
     own |= {"MAKECMDGOALS", "MAKEOVERRIDES", "PYTHONPATH"}
     assert used - own <= set(make_commands.MAKE_VARIABLES)
+
+
+def test_the_command_of_a_group_is_the_prefix_of_its_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    @click.group()
+    def group() -> None: ...
+
+    @group.command("one")
+    def one() -> None:
+        raise SftError("broken; next: repair it")
+
+    main = program("all", "programs.py")(group)
+    with pytest.raises(SystemExit, match=r"^\[one\] error: broken; next: repair it$"):
+        main(["one"])
+    with pytest.raises(SystemExit, match="2"):
+        main(["two"])
+    assert "[all] error: No such command 'two'" in capsys.readouterr().err

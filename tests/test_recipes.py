@@ -153,7 +153,8 @@ def test_overrides_of_hardware_go_to_the_cluster(tmp_path):
     assert r.hardware("local", "train").processes == 2
     assert r.hardware("local", "prepare").threads == 3
     assert r.hardware("local", "evaluate").threads == 4
-    assert "[on.loca]: no such cluster; did you mean 'local'?" in error(tmp_path, overrides=["on.loca.train.threads=4"])
+    message = error(tmp_path, overrides=["on.loca.train.threads=4"])
+    assert "[on.loca]: no such cluster; did you mean 'local'? next: correct the name, or write env/loca.toml" in message
     assert "'local' is one machine" in error(tmp_path, overrides=["on.local.train.nodes=2"])
 
 

@@ -36,12 +36,12 @@ def write_mix(folder: Path) -> None:
 def test_jobs_of_several_files_hold_every_row_in_order(tmp_path):
     write_mix(tmp_path)
     files = files_in(tmp_path)
-    jobs = list(small_files.together(files))
+    jobs = list(small_files.cut_into_jobs(files))
     assert [len(chunks) for chunks in jobs] == [10, 3]
     alone = [[batch.rows for chunk in sources.cut(f) for batch in blocks.read(chunk)] for f in files]
     for chunks in jobs:
         counts: list[int] = []
-        made = list(small_files.read_together(chunks, counts))
+        made = list(small_files.read_job(chunks, counts))
         read = [batch for block in made if (batch := block.batch())]
         assert len(made) == (1 if chunks[0].file.kind == "jsonl" else 2)
         before = [sum(counts[:i]) for i in range(len(counts))]
@@ -57,7 +57,7 @@ def test_large_files_and_files_of_another_kind_have_jobs_of_their_own(tmp_path, 
     write_rows(tmp_path / "mix" / "5.jsonl", [conversation(i) for i in range(200)])
     monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 3000)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 20_000)
-    jobs = list(small_files.together(files_in(tmp_path)))
+    jobs = list(small_files.cut_into_jobs(files_in(tmp_path)))
     names = [chunk.file.name for chunks in jobs for chunk in chunks]
     assert list(dict.fromkeys(names)) == [f.name for f in files_in(tmp_path)]
     assert all(len({c.file.kind for c in chunks}) == 1 for chunks in jobs)

@@ -1,4 +1,4 @@
-"""Rejects rows of which a Jinja template leaves something out of a prompt, or that it writes in another order.
+"""Rejects rows that a Jinja template does not write completely, or writes in another order.
 
 In: a conversation and the `Trace` of its rendering. Out: nothing, or BadRow with what is missing. What an answer leaves out is checked
 where its spans are computed, in `sft.chat.template`.

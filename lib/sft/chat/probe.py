@@ -133,7 +133,7 @@ class TemplateProbe:
         return "".join(self.segments(messages, tools, prompt))
 
     def prompt(self, messages: Sequence[Message], tools: Tools | None = None) -> str | None:
-        """What the model is given to answer these messages; None when the template cannot write that."""
+        """The prompt for an answer to these messages. Returns None if the template cannot write it."""
         try:
             return self.text(messages, tools, prompt=True)
         except BadRow:
@@ -144,7 +144,7 @@ class TemplateProbe:
         return self._trace_by_prefixes(trace, messages, tools) if self.from_prefixes else trace
 
     def _trace_by_prefixes(self, trace: Trace, messages: Sequence[Message], tools: Tools | None) -> Trace:
-        """A message's part is what the text adds to that of the messages before it."""
+        """The trace of a template that is rendered once for each prefix. A message's region is the text that it adds."""
         text, position = trace.text, 0
         regions: dict[int, list[Span]] = {}
         for index in range(len(messages)):
@@ -286,8 +286,10 @@ class TemplateProbe:
         return all(text in written for text in texts)
 
     def header(self, conversation: Conversation, index: int) -> str | None:
-        """The text before the content of a message, found by replacing the content with an unused private-use character; None when
-        the message does not write its content."""
+        """The text before the content of a message. Returns None if the template does not write the content.
+
+        Replaces the content with an unused private-use character and looks for that.
+        """
         content, messages = self.replace_content(conversation, index)
         written = self.trace(messages, conversation.tools).region_text(index)
         return written[: written.index(content)] if content in written else None

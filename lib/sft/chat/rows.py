@@ -212,7 +212,7 @@ class RowReader:
             train.insert(0, "system" in self.train_roles and not self.last_only and not prompt_length)
 
     def _read_messages(self, turns: Turns, schemas: Mapping[str, Any]) -> tuple[list[Message], dict[int, bool]]:
-        """The messages, and for those with a flag what it says."""
+        """The messages, and the training flag of each message that has one, by the message's index."""
         messages: list[Message] = []
         flags: dict[int, bool] = {}
         for index, item in enumerate(turns.items):

@@ -92,7 +92,7 @@ class Skeletons:
         self.plans, self.once = {}, set()
 
     def render(self, conversation: Conversation) -> tuple[list[str], int] | None:
-        """What `JinjaTemplate.render` returns; None where it must render. Raises SftError where the two differ."""
+        """The result of `JinjaTemplate.render`. Returns None if Jinja must render. Raises SftError if the two differ."""
         if not self.usable or conversation.variables:
             return None
         texts: list[str] = []
@@ -204,7 +204,7 @@ class Skeletons:
         return text
 
     def _learn(self, conversation: Conversation) -> RenderPlan | None:
-        """The plan of a conversation's skeleton; None where Jinja must render. Raises Unusual where skeletons have changed."""
+        """The plan of a conversation's skeleton. Returns None if Jinja must render. Raises Unusual if skeletons have changed."""
         stand_in, num_tools = self._stand_in(conversation)
         before = self.watched.answers_without_prefix
         try:

@@ -58,7 +58,7 @@ class TurnRules:
 def answer_end(
     text: str, opening: int, region: Span, rules: TurnRules, specials: SpecialTokens, message: Message
 ) -> int | None:
-    """The end of the first terminator after which the message has said everything; None when there is none in its region."""
+    """The end of the first terminator that follows the whole message. Returns None if its region has no such terminator."""
     for chain in specials.chain.finditer(text, opening, region[1]):
         found = list(specials.pattern.finditer(text, chain.start(), chain.end()))
         ends = [token.end() for token in found if token.group() in rules.terminators]

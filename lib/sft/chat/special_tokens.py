@@ -48,8 +48,11 @@ class SpecialTokens:
         return position
 
     def ending(self, text: str, eos: str) -> str | None:
-        """The special token that ends what a text begins with: `eos` or the last of the first special tokens that follow each other
-        directly. When the text goes on, and ends in a special token, that one; None without special tokens."""
+        """The special token that ends a turn. `text` begins with the turn's end.
+
+        Reads the first special tokens that follow each other directly, and returns `eos` if it is one of them, otherwise the last
+        of them. If more text follows and ends in a special token, returns that token. Returns None if there is no special token.
+        """
         chain = self.chain.search(text)
         if chain is None:
             return None

@@ -217,8 +217,10 @@ class JinjaTemplate:
         return rendered
 
     def _render_with_thought(self, conversation: Conversation) -> tuple[list[str], int] | None:
-        """The last turn as the model writes it behind a prompt that opens a thought, where the template leaves the thought out even of
-        the last turn; None where there is no such thought."""
+        """Renders the last turn with its thought, for a template that drops the thought even there.
+
+        Returns None if the last turn has no thought, or if the thought cannot be put back.
+        """
         message, closing = conversation.messages[-1], self.rules.closing
         thought, answer = split_thought(message)
         if not thought or not closing or self.options.generation_prefix == "rendered" or message.get("tool_calls"):
@@ -425,7 +427,8 @@ class JinjaTemplate:
         return bare[len(bare) - length :] == text[at - length : at]
 
     def _after_prefix(self, text: str, at: int, end: int, message: Mapping[str, Any]) -> Opening:
-        """Where an answer begins whose header ends at `at`, with what the generation prompt gives and the template did not write."""
+        """Where an answer begins. Its header ends at `at`. The opening also holds the text of the generation prompt that the template
+        did not write."""
         prefix, choice = self.generation_prefix, self.options.generation_prefix
         if not prefix:
             return Opening(at)

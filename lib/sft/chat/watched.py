@@ -64,7 +64,7 @@ class NewConstant(Exception):
 
 
 class StandIn(dict[str, Any]):
-    """An object that stands for another. It may be written as JSON; nothing else may be asked of it."""
+    """An object that stands for another. A template may only write it as JSON."""
 
     def __init__(self, index: int) -> None:
         super().__init__({chr(OBJECT + index): VALUE})
@@ -86,13 +86,13 @@ def tojson_text(value: Any, ensure_ascii: bool = False, indent: int | None = Non
 
 
 class Watch:
-    """What is asked of values. `constants`: what the template asks texts for."""
+    """Records what a template asks of values. `constants`: the constants that it searches texts for."""
 
     def __init__(self) -> None:
         self.constants: list[str] = []
 
     def ask_for(self, constant: Any) -> None:
-        """Raises NewConstant for a constant that texts are not searched for yet, and Depends for what is no constant."""
+        """Raises NewConstant for a constant that texts are not yet searched for. Raises Depends for a value that is not a constant."""
         if type(constant) is not str or holds(constant):
             raise Depends("a comparison of texts")
         rest = constant

@@ -25,10 +25,10 @@ ESCAPE = re.compile(r"\\+")
 
 
 def missing_text(written: str, message: Message, thinking: bool = True) -> str | None:
-    """The first text of a message that `written` does not contain; None when it contains all.
+    """The first text of a message that `written` does not contain. Returns None if it contains all.
 
-    Thinking, content and calls may stand in any order, but they do not overlap. Without `thinking`, what an answer thought is no
-    part of it.
+    Thinking, content and calls may stand in any order, but they do not overlap. Without `thinking`, the thought of an
+    answer is not checked.
     """
     content: str = message["content"]
     if len(message) == 2 and content.strip() in written and (thinking or "</think>" not in content):
@@ -85,7 +85,7 @@ def _leaves(value: Any) -> Iterable[str]:
 
 
 def _first_missing(written: str, texts: Sequence[str]) -> str | None:
-    """The first text that is not in `written` after the ones before it; None when all are."""
+    """The first text that does not follow the earlier ones in `written`. Returns None if all do."""
     position = 0
     for text in texts:
         found = written.find(text.strip(), position)

@@ -38,7 +38,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 def _scale(config: ConfigReader) -> float:
     """The factor of B A. Raises SftError for another kind of adapter."""
-    if config.given("peft_type") != "LORA":
+    if config.get("peft_type") != "LORA":
         config.refuse("peft_type", config.data.get("peft_type"), "'LORA'", _NEXT)
     rank, alpha = config.whole("r"), config.number("lora_alpha")
     scale = alpha / math.sqrt(rank) if config.flag("use_rslora", False) else alpha / rank

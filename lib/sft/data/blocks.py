@@ -87,7 +87,7 @@ class LineBlock:
         return 1 if self.too_long else len(self.ends)
 
     def first_row(self) -> Any:
-        """The first row, to learn the names in it; None when it is none."""
+        """The first row. Callers read its names. Returns None if the line is not JSON."""
         end = self.ends[0] if len(self.ends) else 0
         try:
             return json.loads(self.padded[:end].tobytes())

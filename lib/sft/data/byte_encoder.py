@@ -64,7 +64,7 @@ class ByteLevelEncoder:
             if alignment is not None:
                 whole = self._keep_special_text(batch, read, alignment)
                 merged = np.flatnonzero(whole.num_merged).tolist()
-                alignment = self._encode_apart(batch, whole, merged) if merged else whole
+                alignment = self._encode_separately(batch, whole, merged) if merged else whole
                 checked = self.parity(batch.data, batch.ends, alignment, {*batch.escaped, *merged})
                 if checked is not None:
                     count = int(whole.num_merged.sum())
@@ -72,7 +72,7 @@ class ByteLevelEncoder:
                 redone = True
         whole = self._encode_slowly(batch, read)
         merged = np.flatnonzero(whole.num_merged).tolist()
-        alignment = self._encode_apart(batch, whole, merged) if merged else whole
+        alignment = self._encode_separately(batch, whole, merged) if merged else whole
         return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), int(whole.num_merged.sum()), redone)
 
     def encode_text(self, data: bytes, ends: Offsets) -> Ids:
@@ -145,7 +145,7 @@ class ByteLevelEncoder:
         documents = sorted(batch.escaped)
         return self._replace(batch, alignment, documents, self._ids_of_escaped(batch, documents))
 
-    def _encode_apart(self, batch: RenderedBatch, alignment: Alignment, documents: list[int]) -> Alignment:
+    def _encode_separately(self, batch: RenderedBatch, alignment: Alignment, documents: list[int]) -> Alignment:
         """Encodes every prompt and every answer of the documents by itself, as inference does."""
         plain = [document for document in documents if document not in batch.escaped]
         texts = [parts_of(batch.runs[document]) for document in plain]
@@ -154,7 +154,7 @@ class ByteLevelEncoder:
         )
         ids_of = dict(zip(plain, ([i for _ in parts for i in next(encoded).ids] for parts in texts), strict=True))
         escaped = [document for document in documents if document in batch.escaped]
-        found = dict(zip(escaped, self._ids_of_escaped(batch, escaped, apart=True), strict=True))
+        found = dict(zip(escaped, self._ids_of_escaped(batch, escaped, separate=True), strict=True))
         found |= {document: np.array(ids, dtype=np.uint32) for document, ids in ids_of.items()}
         return self._replace(batch, alignment, documents, [found[document] for document in documents])
 
@@ -175,16 +175,16 @@ class ByteLevelEncoder:
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return self._drop(batch, self._not_proven(batch, documents, ids, offsets), ids, offsets)
 
-    def _ids_of_escaped(self, batch: RenderedBatch, documents: list[int], apart: bool = False) -> list[Ids]:
-        """The ids of each of the documents. Segments at odd places are the template's special tokens. `apart`: prompts and answers
-        are encoded by themselves."""
+    def _ids_of_escaped(self, batch: RenderedBatch, documents: list[int], separate: bool = False) -> list[Ids]:
+        """The ids of each of the documents. Segments at odd places are the template's special tokens. `separate`: each prompt and
+        each answer is encoded by itself."""
         if self.text_tokenizer is None:
             self.text_tokenizer = self.vocabulary.text_tokenizer()
         made: list[Ids] = []
         for document in documents:
             runs, restore = batch.escaped[document]
             segments: list[tuple[str, bool]] = []  # texts, and whether each is a special token
-            for text in parts_of(runs) if apart else ["".join(runs)]:
+            for text in parts_of(runs) if separate else ["".join(runs)]:
                 split = self.specials.split.split(text)
                 segments += [
                     (part if index % 2 else restore(part), bool(index % 2)) for index, part in enumerate(split)

@@ -31,7 +31,7 @@ from sft.data import sources
 from sft.data.batch import Reject
 from sft.data.blocks import RowBatch
 from sft.data.decontaminate import Screen
-from sft.data.small_files import read_together
+from sft.data.small_files import read_job
 from sft.data.tokencache import ChunkWriter, Summary
 from sft.data.tokenize import Encoded, Encoder
 from sft.formats.chunks import ScreenHits
@@ -76,7 +76,7 @@ class EncodeChunk:
         with naming(path, job.bytes), without_gc(), ChunkWriter(path) as writer:
             summary = writer.summary
             self.encoder.take_counts(source)  # forgets what an interrupted job has left
-            for block in read_together(job.chunks, summary.chunk_lines):
+            for block in read_job(job.chunks, summary.chunk_lines):
                 parts = []
                 # Compiled code does not read the column of the groups.
                 plain, others = (None, None) if source.validation_group else self.encoder.encode_plain(block, source)
@@ -203,7 +203,7 @@ class ScreenChunk:
     def __call__(self, job: ChunkJob) -> int:
         hits: list[tuple[int, int]] = []
         read = self.readers[job.source].read
-        for batch in (block.batch() for block in read_together(job.chunks, [])):
+        for batch in (block.batch() for block in read_job(job.chunks, [])):
             found = self.screen.hits([message_values(read, row) for row in batch.rows])
             hits += [(batch.numbers[i], int(found[i])) for i in np.flatnonzero(found >= 0)]
         ScreenHits(tuple(hits)).write(self.cache / f"{job.name}.json")

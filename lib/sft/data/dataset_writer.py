@@ -112,7 +112,7 @@ class DatasetWriter:
         first: int,
         numbers: NDArray[np.int64] | None = None,
     ) -> DocumentBlock:
-        """Validates a block of documents, the first of which has number `first`. Thread-safe. Raises SftError."""
+        """Validates a block of documents. The first one has the number `first`. Thread-safe. Raises SftError."""
         if numbers is None:
             numbers = np.arange(first, first + len(lengths))
         self._check_ids(ids, loss_mask, lengths, numbers)

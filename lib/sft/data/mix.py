@@ -50,7 +50,7 @@ class Pool:
 
     @classmethod
     def empty(cls, documents: int, deduplicate: bool) -> Pool:
-        """Room for so many documents, of which none is left out."""
+        """A pool of `documents` documents. None of them is left out."""
         digests = np.empty((documents if deduplicate else 0, 2), dtype=np.uint64)
         held, excluded, near = (np.zeros(documents, dtype=np.bool_) for _ in range(3))
         lengths, conversations = np.empty(documents, dtype=np.uint32), np.empty(documents, dtype=np.uint64)

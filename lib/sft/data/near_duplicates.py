@@ -25,7 +25,7 @@ from sft.common.strings import strings
 from sft.data.chunks import ChunkJob, message_values
 from sft.data.decontaminate import words
 from sft.data.mix import U64, scramble
-from sft.data.small_files import read_together
+from sft.data.small_files import read_job
 from sft.data.tokencache import read_index, read_summary
 from sft.data.unpack import new_file
 
@@ -52,7 +52,7 @@ class SketchChunk:
         made = np.zeros((len(wanted), VALUES), dtype=np.uint32)
         place = dict(zip(wanted, range(len(wanted)), strict=True))
         read = self.readers[job.source].read
-        for block in read_together(job.chunks, []):
+        for block in read_job(job.chunks, []):
             batch = block.batch()
             chosen = [(place[n], row) for n, row in zip(batch.numbers, batch.rows, strict=True) if n in place]
             texts = ["\n".join(strings(message_values(read, row))) for _, row in chosen]

@@ -35,7 +35,7 @@ from sft.data.mix import Pool, Selection, held_out
 from sft.data.placement import CachedSource, Placement
 from sft.data.row_names import RejectTally, RowNames
 from sft.data.shard import Shard, digest
-from sft.data.small_files import together
+from sft.data.small_files import cut_into_jobs
 from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.data.tokenize import Encoder
@@ -147,7 +147,7 @@ class Preparation:
         }
         return [
             ChunkJob(0, number, chunks, f"{digest([_content(chunks), options])}-{chunks[0].index:06d}.tok")
-            for chunks in together(files)
+            for chunks in cut_into_jobs(files)
         ]
 
     @property

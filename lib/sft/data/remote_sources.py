@@ -25,11 +25,11 @@ from sft.storage import transfer as storage
 from sft.storage.contract import FileCopy, FileInfo, Storage
 
 Origin = tuple[tuple[str, str], ...]
-Found = tuple[dict[str, Path], FileSelection, dict[str, Origin]]
+RemoteFiles = tuple[dict[str, Path], FileSelection, dict[str, Origin]]
 SOURCES = "[prepare] sources"
 
 
-def from_hub(path: str, wanted: Choice, cache: Path, log: Callable[[str], None]) -> Found:
+def from_hub(path: str, wanted: Choice, cache: Path, log: Callable[[str], None]) -> RemoteFiles:
     """A dataset of the hub: its own files at one commit, compared with the hashes that the hub reports."""
     what = f"{SOURCES}: {path} (split {wanted.split!r})"
     repo = hub.resolve(path, what, log, "dataset")
@@ -69,7 +69,7 @@ def _build(repo: hub.Repo, wanted: Choice, file: Path, what: str) -> None:
         rows.to_parquet(out, batch_size=1000)
 
 
-def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], None]) -> Found:
+def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], None]) -> RemoteFiles:
     """An object, or the row files under a prefix, as verified copies in the cache. Content names the copies."""
     folder, _, last = path.rstrip("/").rpartition("/")
     what = f"{SOURCES}: {path}"

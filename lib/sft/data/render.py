@@ -101,7 +101,7 @@ def trained_turns(conversation: Conversation) -> list[int]:
 
 
 def until(conversation: Conversation, turn: int) -> Conversation:
-    """The conversation up to a message, of which only that message is trained."""
+    """The conversation up to a message. Only that message is trained."""
     made = copy.copy(conversation)
     made.messages = conversation.messages[: turn + 1]
     made.train = [False] * turn + [True]

@@ -1,4 +1,4 @@
-"""Small files share a job: `together` cuts the files of a source into jobs, and `read_together` reads the chunks of one.
+"""Small files share a job: `cut_into_jobs` cuts the files of a source into jobs, and `read_job` reads the chunks of one.
 
 A job has a fixed cost of some milliseconds, which thousands of small files would pay one by one.
 """
@@ -13,7 +13,7 @@ from sft.data.blocks import Block, ColumnBlock, LineBlock, read_blocks
 from sft.data.sources import Chunk, InputFile
 
 
-def together(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
+def cut_into_jobs(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
     """The chunks of each job, in the order of the files.
 
     Files of one chunk that is smaller than MIN_CHUNK_BYTES follow each other in a job of about that size. Files of one job have
@@ -36,7 +36,7 @@ def together(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
         yield tuple(waiting)
 
 
-def read_together(chunks: Sequence[Chunk], counts: list[int]) -> Iterator[Block]:
+def read_job(chunks: Sequence[Chunk], counts: list[int]) -> Iterator[Block]:
     """The blocks of several chunks, whose rows are numbered on. Small blocks are joined.
 
     Appends to `counts` the number of rows of each chunk, blank lines included.

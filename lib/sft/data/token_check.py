@@ -18,7 +18,7 @@ from sft.formats.proof import WrittenSplit
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """For how many documents of a block each claim is true. Positions in the block are -1 where there is no such document."""
+    """The number of a block's documents for which each claim is true. A position is -1 if there is no such document."""
 
     documents: int
     tokens: int
@@ -80,7 +80,7 @@ class TokenCheck:
         self.num_targets += block.num_targets
 
     def finish(self) -> WrittenSplit:
-        """The counts of the split. Raises SftError when a document's last trained token is no terminator."""
+        """The counts of the split. Raises SftError if the last trained token of a document is not a terminator."""
         if self.terminated < self.documents:
             raise SftError(
                 f"{self.what}: in {self.documents - self.terminated} of {self.documents} documents, first in"

@@ -272,7 +272,7 @@ class Encoder:
         return alignment.only(batch.drop(dict.fromkeys(bad, fault))) if bad else alignment
 
     def _drop_untrainable(self, batch: RenderedBatch, alignment: Alignment) -> Alignment:
-        """Without the documents that have no targets, or whose last target is no terminator."""
+        """Drops documents that have no targets, and documents whose last target is not a terminator."""
         terminated = np.isin(alignment.last_target, self.terminator_ids)
         bad = dict.fromkeys(np.flatnonzero(~terminated).tolist(), NO_TERMINATOR)
         bad |= dict.fromkeys(np.flatnonzero(alignment.num_targets <= 0).tolist(), NO_TARGETS)

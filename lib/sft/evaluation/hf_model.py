@@ -55,8 +55,8 @@ class HfModel(Recorder, HFLM):  # type: ignore[misc, unused-ignore]  # lm-eval h
         start = context.shape[1]
         for prompt, row, tokens in zip(context.tolist(), out, out[:, start:].tolist(), strict=True):
             end = next((i for i, token in enumerate(tokens) if token in self.stop_ids), None)
-            kept = self.end_reply(prompt, tokens[:end], "length" if end is None else "terminator", stop)
-            row[start + len(kept) :] = self.tokenizer.pad_token_id
+            reply = self.end_reply(prompt, tokens[:end], "length" if end is None else "terminator", stop)
+            row[start + len(reply) :] = self.tokenizer.pad_token_id
         return out
 
     @torch.inference_mode()

@@ -44,14 +44,14 @@ def convert(stage: Stage) -> Result:
     options, weights = stage.recipe.convert, DcpReader(step)
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
-    kept = olmo_core.base_facts(step / "config.json")
-    options, lines = with_length(options, config, kept, stage.recipe.train.seq_len)
+    trained_base = olmo_core.base_facts(step / "config.json")
+    options, lines = with_length(options, config, trained_base, stage.recipe.train.seq_len)
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
     for line in lines:
         stage.log(line)
     model = stage.out / "model"
     shutil.rmtree(model, ignore_errors=True)
-    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log, kept)
+    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log, trained_base)
     gate = check(model, weights, config, facts, trained, options, stage.log)
     weights.close()
     gate.write(stage.out / NAME)

@@ -61,8 +61,8 @@ def to_hf(
     with new_folder(target, cache, log) as out:
         step = local_folder(source, cache, log)
         config = config_of_step(step / "config.json")
-        kept = base_facts(step / "config.json")
-        options, lines = with_length(options, config, kept, 0)
+        trained_base = base_facts(step / "config.json")
+        options, lines = with_length(options, config, trained_base, 0)
         for line in lines:
             log(line)
         folder = local_folder(tokenizer, cache, log) if tokenizer else _find_tokenizer(step, source, cache, log)
@@ -72,7 +72,7 @@ def to_hf(
         weights = DcpReader(step)
         with scratch_folder(cache) as work:
             encoder.save_tokenizer(work)
-            export(weights, config, facts, work, out, options, text, log, kept)
+            export(weights, config, facts, work, out, options, text, log, trained_base)
         record = gate.check(out, weights, config, facts, text, options, log)
         weights.close()
         (out / "README.md").write_text(card.of_checkpoint(source, facts, record), encoding="utf-8")

@@ -131,4 +131,4 @@ def _collect(runs: tuple[Path, ...]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program("jobs", "python -m sft.launch.commands")(group)())
+    sys.exit(program("launch", "python -m sft.launch.commands")(group)())

@@ -150,13 +150,13 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     block = sum(math.prod(s) for n, s in shapes(model).items() if n.startswith("blocks.0.")) * wrapped
     root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
     head = model.vocab_size * model.d_model
-    kept = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
+    by_layer = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
     tables = len({model.layer_scaling(i) for i in range(model.n_layers)})
     rotary_tables = 8 * tokens * model.rotated * tables
     outside = rotary_tables + compute * tokens * model.d_model  # activations that no layer keeps
     gathered = compute * (root + 2 * block)
     loss = {
-        "activations": sum(kept) + outside,
+        "activations": sum(by_layer) + outside,
         "logits and loss": _loss(model, tokens, compute) + 4 * head + (compute * head if compute == 2 else 0),
         "gathered weights": gathered,
         "reduced gradients": 0,
@@ -165,7 +165,7 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     last_recomputed = max((i for i, mode in enumerate(modes) if mode != "none"), default=0)
     backward = [
         {
-            "activations": sum(kept[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute),
+            "activations": sum(by_layer[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute),
             "logits and loss": compute * head,
             "gathered weights": gathered + compute * block,
             "reduced gradients": (compute + 8) * block,

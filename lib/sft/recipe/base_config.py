@@ -167,7 +167,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
         )
     _check_class(config, family)
     for name, value in family.values.items():
-        if config.given(name) not in (None, value):
+        if config.get(name) not in (None, value):
             config.refuse(name, data[name], repr(value))
     heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
     max_positions = config.whole("max_position_embeddings", family.max_positions)
@@ -201,9 +201,9 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     if usual_family(made) != family.model_type:
         made = replace(made, family=family.model_type)
     _check_geometry(config, made)
-    bos = config.given("bos_token_id") if "bos_token_id" in data else family.bos_token_id
+    bos = config.get("bos_token_id") if "bos_token_id" in data else family.bos_token_id
     for name in ("eos_token_id", "pad_token_id", "original_max_position_embeddings"):
-        config.given(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
+        config.get(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
     config.refuse_rest(IRRELEVANT, NEUTRAL)
     scaled = made.rope_scaling is not None
     facts = BaseFacts(made.vocab_size, max_positions, bos if isinstance(bos, int) else None, scaled)
@@ -246,7 +246,7 @@ def _windows(config: ConfigReader, family: Family, layers: int) -> dict[str, Any
         window = 0
     if "layer_types" not in family.keys:  # one rule for all layers
         return {"window": window, "window_layers": (True,)} if window else {}
-    types = config.given("layer_types")
+    types = config.get("layer_types")
     if types is None:
         windowed = _default_windows(config, family, layers, window)
     elif isinstance(types, list) and len(types) == layers and {*types} <= {"full_attention", "sliding_attention"}:

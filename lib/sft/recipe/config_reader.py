@@ -29,8 +29,8 @@ class ConfigReader:
             f"{self.where}: {name}: {found!r}, expected {expected}; next: {then or 'choose a base that this supports'}"
         )
 
-    def given(self, name: str) -> Any:
-        """The value as it stands; None if it is missing."""
+    def get(self, name: str) -> Any:
+        """The unchecked value. Returns None if it is missing. The field counts as read."""
         self.read.add(name)
         return self.data.get(name)
 
@@ -59,7 +59,7 @@ class ConfigReader:
 
     def table(self, name: str) -> ConfigReader | None:
         """A nested object; None if it is missing or empty."""
-        value = self.given(name)
+        value = self.get(name)
         if value in (None, {}):
             return None
         if not isinstance(value, dict):
@@ -75,7 +75,7 @@ class ConfigReader:
 
     def choices(self, name: str, count: int) -> list[bool] | None:
         """A list of `count` values, one per layer, each true, false, 1 or 0; None if it is missing."""
-        value = self.given(name)
+        value = self.get(name)
         if value is None:
             return None
         if not isinstance(value, list) or len(value) < count or any(v not in (0, 1) for v in value[:count]):
@@ -108,7 +108,7 @@ class ConfigReader:
             )
 
     def _value(self, name: str, default: Any) -> Any:
-        value = self.given(name)
+        value = self.get(name)
         if value is not None:
             return value
         if default is _REQUIRED:

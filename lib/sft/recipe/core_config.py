@@ -88,12 +88,12 @@ def named_tokens(data: Mapping[str, Any], where: str) -> NamedTokens:
     if tokenizer is None:
         return NamedTokens()
 
-    identifier = tokenizer.given("identifier")
+    identifier = tokenizer.get("identifier")
     if not isinstance(identifier, str | None):
         tokenizer.refuse("identifier", identifier, "a string", "bring the step's own config.json")
     names = ("vocab_size", "eos_token_id", "pad_token_id", "bos_token_id")
     size, eos, pad, bos = (
-        None if tokenizer.given(name) is None else tokenizer.whole(name, least=int(name == "vocab_size"))
+        None if tokenizer.get(name) is None else tokenizer.whole(name, least=int(name == "vocab_size"))
         for name in names
     )
     return NamedTokens(size, eos, pad, bos, identifier)
@@ -118,12 +118,12 @@ def read(data: Mapping[str, Any], where: str, ignore: Collection[str] = ()) -> M
 
 def _read_model(model: ConfigReader) -> ModelConfig:
     count, d_model = model.whole("n_layers"), model.whole("d_model")
-    if model.given("name") not in (None, "default"):
+    if model.get("name") not in (None, "default"):
         model.refuse("name", model.data["name"], "'default'", _NEXT)
     blocks = _blocks(model, count)
     layers = [_layer(block, d_model, i, count) for i, block in enumerate(blocks)]
     head = model.nested("lm_head")
-    if head.given("name") not in (None, "default"):
+    if head.get("name") not in (None, "default"):
         head.refuse("name", head.data["name"], "'default'", _NEXT)
     eps = _norm_eps(head, "layer_norm")
     head.refuse_rest(_ANY, _NEUTRAL)
@@ -135,11 +135,11 @@ def _read_model(model: ConfigReader) -> ModelConfig:
 
 def _blocks(model: ConfigReader, count: int) -> list[ConfigReader]:
     """The description of every layer: `block` alone, with `block_overrides`, or by name in a `block_pattern`."""
-    pattern, shared, overrides = model.given("block_pattern"), model.nested("block"), model.table("block_overrides")
+    pattern, shared, overrides = model.get("block_pattern"), model.nested("block"), model.table("block_overrides")
     found = []
     for i in range(count):
         where = f"{model.where}: layer {i}"
-        if overrides is not None and overrides.given(str(i)) is not None:
+        if overrides is not None and overrides.get(str(i)) is not None:
             found.append(ConfigReader(overrides.data[str(i)], where, model.ignore))
         elif pattern:
             found.append(ConfigReader(shared.nested(str(pattern[i % len(pattern)])).data, where, model.ignore))
@@ -151,29 +151,29 @@ def _blocks(model: ConfigReader, count: int) -> list[ConfigReader]:
 
 
 def _layer(block: ConfigReader, d_model: int, layer: int, count: int) -> _Layer:
-    kind = block.given("name") or "default"
+    kind = block.get("name") or "default"
     if kind not in ("default", "reordered_norm"):
         block.refuse("name", kind, "'default' or 'reordered_norm'", _NEXT)
     mixer = block.table("sequence_mixer") or block.nested("attention")
-    if mixer.given("type") not in (None, "attention"):
+    if mixer.get("type") not in (None, "attention"):
         mixer.refuse("type", mixer.data["type"], "'attention'", _NEXT)
-    if mixer.given("name") not in (None, "default", "fused"):
+    if mixer.get("name") not in (None, "default", "fused"):
         mixer.refuse("name", mixer.data["name"], "'default'", _NEXT)
     heads = mixer.whole("n_heads")
     eps = _norm_eps(block, "layer_norm")
     qk_norm = ""
-    if mixer.given("qk_norm"):
+    if mixer.get("qk_norm"):
         qk_norm = "head" if mixer.flag("use_head_qk_norm", False) else "full"
         if _norm_eps(mixer, "qk_norm") != eps:
             mixer.refuse("qk_norm: eps", mixer.data["qk_norm"], f"the eps of layer_norm, {eps}", _NEXT)
-    mixer.given("use_head_qk_norm")
+    mixer.get("use_head_qk_norm")
     rope = mixer.table("rope")
     theta, scaling, no_global = (500_000.0, None, False) if rope is None else _rope(rope)
     window = _layer_window(mixer.table("sliding_window"), layer, count)
-    if (bias := mixer.given("bias")) is None:
+    if (bias := mixer.get("bias")) is None:
         mixer.refuse("bias", None, "true or false", _NEXT)
     feed = block.nested("feed_forward")
-    if feed.given("name") not in (None, "default") or feed.given("activation") not in (None, "silu"):
+    if feed.get("name") not in (None, "default") or feed.get("activation") not in (None, "silu"):
         feed.refuse("name, activation", (feed.data.get("name"), feed.data.get("activation")), "SwiGLU", _NEXT)
     made = _Layer(
         n_heads=heads,
@@ -199,11 +199,11 @@ def _layer(block: ConfigReader, d_model: int, layer: int, count: int) -> _Layer:
 def _norm_eps(at: ConfigReader, name: str) -> float:
     """The eps of an RMS norm without bias. OLMo-core's default is 1e-5."""
     norm = at.nested(name)
-    if norm.given("name") not in _RMS:
+    if norm.get("name") not in _RMS:
         norm.refuse("name", norm.data.get("name"), "'rms'", _NEXT)
-    if norm.given("elementwise_affine") not in (None, True):
+    if norm.get("elementwise_affine") not in (None, True):
         norm.refuse("elementwise_affine", norm.data["elementwise_affine"], "true", _NEXT)
-    if norm.given("bias") is not False:
+    if norm.get("bias") is not False:
         norm.refuse("bias", norm.data.get("bias"), "false", _NEXT)
     eps = norm.number("eps", 1e-5)
     norm.refuse_rest(_ANY)
@@ -212,7 +212,7 @@ def _norm_eps(at: ConfigReader, name: str) -> float:
 
 def _rope(rope: ConfigReader) -> tuple[float, RopeScaling | None, bool]:
     """(theta, scaling, no positions in layers with full attention)."""
-    if rope.given("name") not in (None, "default", "fused", "complex"):
+    if rope.get("name") not in (None, "default", "fused", "complex"):
         rope.refuse("name", rope.data["name"], "'default'", _NEXT)
     if rope.data.get("name") == "complex":
         rope.refuse("name", "complex", "'default': it rotates neighbours of a head", _NEXT)
@@ -233,7 +233,7 @@ def _rope(rope: ConfigReader) -> tuple[float, RopeScaling | None, bool]:
         made = LinearRope(scaling.number("factor", 2.0))
     elif kind == "StepwiseRoPEScalingConfig":
         low = 1 / (1 - (scaling.number("low_freq_proportion") if scaling.data.get("low_freq_proportion") else 0.0))
-        scaling.given("low_freq_proportion")
+        scaling.get("low_freq_proportion")
         high = 1 / scaling.number("high_freq_proportion", 0.25)
         old = scaling.whole("old_context_len", 8192)
         made = Llama3Rope(scaling.number("factor", 32.0), round(low, 9), round(high, 9), old)
@@ -266,7 +266,7 @@ def _layer_window(sliding: ConfigReader | None, layer: int, layers: int) -> int:
         return 0
     first = sliding.flag("force_full_attention_on_first_layer", True)
     last = sliding.flag("force_full_attention_on_last_layer", True)
-    pattern = sliding.given("pattern")
+    pattern = sliding.get("pattern")
     sliding.refuse_rest(_ANY)
     if (first and layer == 0) or (last and layer == layers - 1):
         return 0

@@ -136,7 +136,9 @@ def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> N
     local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
     for task in evaluate.tasks:
         if task not in local and (near := difflib.get_close_matches(task, local, n=1, cutoff=0.85)):
-            raise SftError(f"{file}: 'tasks' in [evaluate] = {task!r}: no such task; did you mean '{near[0]}'?")
+            raise SftError(
+                f"{file}: 'tasks' in [evaluate] = {task!r}: no such task; did you mean '{near[0]}'? next: correct the name"
+            )
 
 
 def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:

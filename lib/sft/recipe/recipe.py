@@ -138,13 +138,15 @@ def find(folder: Path, name: str, what: str) -> Path:
     """The TOML file of a recipe or cluster, by its name. Raises SftError with similar names."""
     file = folder / f"{name}.toml"
     if name.endswith(".toml"):
-        raise SftError(f"{what} {name!r}: give its name without .toml; did you mean '{Path(name).stem}'?")
+        raise SftError(
+            f"{what} {name!r}: give its name without .toml; did you mean '{Path(name).stem}'? next: correct the name"
+        )
     if not NAME.fullmatch(name):
-        raise SftError(f"{what} {name!r}: names are lower-case letters, digits, '.' and '-'")
+        raise SftError(f"{what} {name!r}: names are lower-case letters, digits, '.' and '-'; next: correct the name")
     if not file.is_file():
         names = sorted(p.stem for p in folder.glob("*.toml"))
-        hint = _did_you_mean(name, names) or f"; there are: {', '.join(names)}"
-        raise SftError(f"{file}: no such {what}{hint}")
+        hint = _did_you_mean(name, names) or f"; there are: {', '.join(names)};"
+        raise SftError(f"{file}: no such {what}{hint} next: correct the name, or write this file")
     return file
 
 
@@ -159,7 +161,7 @@ def _read_toml(file: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SftError(f"{file}: no such {what}") from None
+        raise SftError(f"{file}: no such {what}; next: correct the name, or write this file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SftError(f"{file}: not valid TOML: {e}; next: correct that line") from None
 
@@ -264,8 +266,10 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
             problems.append(f"[on.{cluster}] = {stages!r} must hold [on.{cluster}.<stage>] tables")
             continue
         if not (CLUSTERS / f"{cluster}.toml").is_file():
+            names = sorted(p.stem for p in CLUSTERS.glob("*.toml"))
+            hint = _did_you_mean(cluster, names) or f"; there are: {', '.join(names)};"
             problems.append(
-                f"[on.{cluster}]: no such cluster{_did_you_mean(cluster, [p.stem for p in CLUSTERS.glob('*.toml')])}"
+                f"[on.{cluster}]: no such cluster{hint} next: correct the name, or write env/{cluster}.toml"
             )
         for stage, numbers in stages.items():
             if stage not in schema.STAGES:

@@ -36,13 +36,13 @@ def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rot
         config.refuse("rope_theta", None, "a number above 0", "choose a base whose layers have positions")
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
     nested = new is not None and any(name in LAYER_TYPES for name in new.data)
-    top = None if config.given("rope_theta") is None else config.number("rope_theta")
+    top = None if config.get("rope_theta") is None else config.number("rope_theta")
     partial = config.number("partial_rotary_factor", 1.0)
     if family.model_type == "olmo3":
         return _olmo3(config, new if nested else None, old, top, max_positions)
     if nested:
         config.refuse("rope_parameters", config.data["rope_parameters"], "one table for all layers", _CORRECT)
-    outer = config.given("original_max_position_embeddings")
+    outer = config.get("original_max_position_embeddings")
     settings = [_one(table, family, max_positions, outer) for table in (old, new) if table is not None]
     if old is not None and new is not None and settings[0][1] != settings[1][1]:
         config.refuse("rope_scaling", old.data, f"the same as rope_parameters, {new.data!r}", "remove one of them")
@@ -98,9 +98,9 @@ def _one(
     table: ConfigReader, family: Family | None, max_positions: int, outer: int | None
 ) -> tuple[float | None, RopeScaling | None, float | None]:
     """(theta, scaling, partial rotary factor) of one table."""
-    theta = None if table.given("rope_theta") is None else table.number("rope_theta")
-    partial = None if table.given("partial_rotary_factor") is None else table.number("partial_rotary_factor")
-    kind, older = table.given("rope_type"), table.given("type")
+    theta = None if table.get("rope_theta") is None else table.number("rope_theta")
+    partial = None if table.get("partial_rotary_factor") is None else table.number("partial_rotary_factor")
+    kind, older = table.get("rope_type"), table.get("type")
     if kind is not None and older is not None and kind != older:
         table.refuse("type", older, f"the same as rope_type, {kind!r}", _CORRECT)
     kind = kind or older or "default"
@@ -139,9 +139,9 @@ def _yarn(table: ConfigReader, old: int, max_positions: int) -> Yarn:
     # transformers takes 0 for a missing value in these fields.
     fast = table.number("beta_fast", 32.0) if table.data.get("beta_fast") else 32.0
     slow = table.number("beta_slow", 1.0) if table.data.get("beta_slow") else 1.0
-    first, second = table.given("mscale"), table.given("mscale_all_dim")
+    first, second = table.get("mscale"), table.get("mscale_all_dim")
     attention: float | None = None
-    if table.given("attention_factor") is not None:
+    if table.get("attention_factor") is not None:
         attention = table.number("attention_factor")
     elif first and second:
         attention = yarn_attention(factor, table.number("mscale")) / yarn_attention(
@@ -157,13 +157,13 @@ def _yarn(table: ConfigReader, old: int, max_positions: int) -> Yarn:
 def _longrope(table: ConfigReader, old: int, max_positions: int) -> LongRope:
     factor = table.number("factor", max_positions / old)
     attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(old))
-    if table.given("attention_factor") is not None:
+    if table.get("attention_factor") is not None:
         attention = table.number("attention_factor")
     return LongRope(_factors(table, "short_factor"), _factors(table, "long_factor"), old, attention)
 
 
 def _factors(table: ConfigReader, name: str) -> tuple[float, ...]:
-    values: Any = table.given(name)
+    values: Any = table.get(name)
     if not isinstance(values, list) or not values:
         table.refuse(name, values, "a list of numbers", _CORRECT)
     if any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in values):
@@ -220,7 +220,7 @@ def rope_parameters(scaling: RopeScaling | None, theta: float, partial: float = 
 def from_recipe(table: dict[str, Any], max_positions: int, where: str = "[model] rope_scaling") -> RopeScaling | None:
     """The scaling that a recipe's `rope_scaling` describes, in transformers' words. Raises SftError."""
     reader = ConfigReader(table, where)
-    kind = reader.given("rope_type")
+    kind = reader.get("rope_type")
     if not isinstance(kind, str):
         raise SftError(
             f'{where} = {table!r}: no rope_type; next: rope_scaling = {{rope_type = "yarn", factor = 4.0,'

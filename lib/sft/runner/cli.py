@@ -90,7 +90,10 @@ def _check_checkout(script: Path) -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A click command that ends as the module's docstring says. `name` is the prefix of its messages."""
+    """A click command that ends as the module's docstring says.
+
+    `name` is the prefix of its messages. The messages of a group's command have the command's name instead.
+    """
 
     name: str
     usage: str
@@ -107,9 +110,11 @@ class Program:
             if self.signals:
                 exit_on_signals()
         words = list(sys.argv[1:] if argv is None else argv)
+        commands = self.command.commands if isinstance(self.command, click.Group) else {}
+        name = words[0] if words and words[0] in commands else self.name
         with (
-            report_errors(self.name),
-            _report_usage(self.name, self.usage),
+            report_errors(name),
+            _report_usage(name, self.usage),
             self.command.make_context(self.usage, words) as context,
         ):
             return self.command.invoke(context) or 0

@@ -157,7 +157,9 @@ def check_base_tokenizer(
             )
         return ""
     _check_named_tokens(base / "config.json", facts)
-    problem = f"{base} has no tokenizer.json: that its tokenizer is the data's (sha256 {ours}) could not be proven"
+    problem = (
+        f"{base} has no tokenizer.json. Its tokenizer could not be proven to be the one of the data (sha256 {ours})"
+    )
     if not unchecked:
         raise SftError(
             f"{problem}; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set"

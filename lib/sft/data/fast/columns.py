@@ -251,8 +251,10 @@ def _texts(array: Any) -> Texts:
 
 
 def _padded(raw: bytes | memoryview) -> NDArray[np.uint8]:
-    """With WORD bytes after the end; one more for no text, because numba takes an array of a single word for another kind of array,
-    and would compile again."""
+    """The bytes with WORD zero bytes after the end.
+
+    An empty text gets one byte more. Numba has another type for an array of a single word, and would compile again.
+    """
     return np.concatenate([np.frombuffer(raw, dtype=np.uint8), np.zeros(WORD + (not len(raw)), dtype=np.uint8)])
 
 

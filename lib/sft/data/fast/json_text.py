@@ -36,7 +36,7 @@ class Buffer(NamedTuple):
 
 @inlined
 def skip_space(data: Any, at: int) -> int:
-    """The position of the next byte that is no white space. A newline ends a row, so it is none here."""
+    """The position of the next byte that is not white space. A newline ends a row, so it does not count as white space."""
     while data[U(at)] == SPACE or data[U(at)] == TAB or data[U(at)] == RETURN:
         at += 1
     return at
@@ -195,7 +195,7 @@ def is_word(data: Any, at: int, word: Any) -> bool:
 
 @inlined
 def skip_number(data: Any, at: int) -> int:
-    """Where a number ends; NONE for what is no JSON."""
+    """Where a number ends. Returns NONE if it is not JSON."""
     if data[at] == MINUS:
         at += 1
     start = at

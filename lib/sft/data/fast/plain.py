@@ -244,7 +244,8 @@ def hashes(data: NDArray[np.uint8], starts: NDArray[np.int64], ends: NDArray[np.
 
 
 def columns_of(reader: RowReader, layout: str) -> dict[str, int] | None:
-    """The kinds of the columns that a reader reads, with the messages in the column of `layout`; None when a name has two meanings."""
+    """The kinds of the columns that a reader reads, with the messages in the column of `layout`. Returns None if a name has two
+    meanings."""
     names = reader.names
     kinds: list[tuple[str, int]] = []
     if layout in reader.layouts:

@@ -217,13 +217,13 @@ def _max_length(job: Job) -> int:
 
 
 def _exported_length(job: Job) -> int:
-    """The longest input that the export states. Raises SftError if only its config.json says it, which is not here."""
+    """The longest input that the export states. Raises SftError if it is needed from config.json and that file is missing."""
     file = job.run / "convert" / "model" / "config.json"
     if not job.recipe.model.base:
         return DEFAULT_LENGTH
     if not file.is_file():
         raise SftError(
-            f"{file}: not there, and it would say the longest input; next: set [evaluate] max_length, or [convert]"
+            f"{file}: no such file. The longest input of the model is read from it; next: set [evaluate] max_length, or [convert]"
             " max_position_embeddings"
         )
     return longest_input(file)

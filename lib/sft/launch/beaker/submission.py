@@ -65,10 +65,10 @@ def _leave_out_absent_secrets(client: Beaker, job: Job, spec: BeakerExperimentSp
 
 
 def _create(client: Beaker, spec: BeakerExperimentSpec, name: str, user: str, workspace: pb2.Workspace) -> str | None:
-    """Creates the experiment and returns its id; None where the name is that of an earlier attempt, which has ended.
+    """Creates the experiment and returns its id. Returns None if an earlier attempt that has ended has the name.
 
-    A request that ends without an answer may have created the experiment: one of this name and description that has not
-    ended is it. Raises SftError for a name that another active experiment has, and what the client raises.
+    A request without an answer may have created the experiment. An active experiment with the same name and description is
+    then taken for it. Raises SftError if another active experiment has the name. Raises what the client raises.
     """
     try:
         return str(client.experiment.create(spec=spec, name=name, workspace=workspace).experiment.id)
