@@ -192,6 +192,55 @@ def test_a_row_longer_than_the_limit_is_rejected_without_being_kept(tmp_path, mo
     assert [(b.row, b.reason) for b in bad] == [(2, "row_too_long")]
 
 
+COMPRESS = {
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "gz": gzip.compress,
+    "zst": lambda d: pa.compress(d, "zstd", asbytes=True),
+}
+TWO = {kind: pack(b"{}\n") + b"\0" + pack(b"{}\n")[1:] for kind, pack in COMPRESS.items()}
+"""Two streams, the second one's first byte damaged."""
+
+
+def repeated(column: pa.Array, name: str = "completion") -> bytes:
+    """An Arrow stream with two columns `name` (but one where it is a struct)."""
+    columns = [column] * (1 if pa.types.is_struct(column.type) else 2)
+    batch = pa.RecordBatch.from_arrays(columns, [name] * len(columns))
+    with pa.BufferOutputStream() as out:
+        with pa.ipc.new_stream(out, batch.schema) as stream:
+            stream.write_batch(batch)
+        return out.getvalue().to_pybytes()
+
+
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path):
+    column = pa.array(["a"])
+    pq.write_table(pa.Table.from_arrays([column, column], ["completion"] * 2), tmp_path / "x.parquet")
+    with pytest.raises(SftError, match=r"x\.parquet: several columns are named completion"):
+        everything(tmp_path, "x.parquet")
+
+
+@pytest.mark.parametrize("kind", COMPRESS)
+def test_all_streams_of_a_compressed_file_are_read(tmp_path, kind):
+    pack, padding = COMPRESS[kind], b"" if kind == "zst" else b"\0" * 8
+    zeros = b'{"a": "' + b"0" * (5 << 20) + b'"}\n'
+    between = padding if kind == "xz" else b""
+    (tmp_path / f"x.jsonl.{kind}").write_bytes(pack(b'{"a": 1}\n') + between + pack(zeros) + padding)
+    rows, rejects = everything(tmp_path, f"x.jsonl.{kind}")
+    assert (rows[0], len(rows[1]["a"]), rejects) == ({"a": 1}, 5 << 20, [])
+
+
+def test_files_of_equal_content_are_told(tmp_path):
+    (tmp_path / "mix").mkdir()
+    for name, n in (("a", 1), ("b", 2), ("c", 1), ("empty", 0), ("none", 0)):
+        write_jsonl(tmp_path / "mix" / f"{name}.jsonl", [{"n": n}] if n else [])
+    (tmp_path / "mix" / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "mix" / "a.jsonl").read_bytes()))
+    lines: list[str] = []
+    sources.resolve(Source(path="mix"), lambda p: tmp_path / p, tmp_path / "cache", log=lines.append)
+    (line,) = lines
+    assert "warning: mix: 3 files have equal content" in line
+    assert "mix/a.jsonl, mix/a.jsonl.gz, mix/c.jsonl; next: " in line
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')
@@ -214,9 +263,20 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         ("x.csv.bz2", bz2.compress(b"a,b\n" * 99)[:-9], "broken bz2 file"),
         ("x.csv", b"prompt,completion\na,b,c\n", "broken CSV"),
         ("x.csv", b"prompt,prompt\na,b\n", "name each column once"),
+        ("x.csv", b'prompt,completion\nq,"a\nb"\n"yes" she said,A1\n', "line 4: broken CSV .* starts at line 4"),
+        ("x.tsv", b'p\tc\nq1\tA1\nq2\t"open A2\nq3\tA3\nq4\tclose" A4\n', "line 5: broken CSV .* starts at line 3"),
+        ("x.csv", b'p,c\nq,"open\n', "broken CSV"),
+        ("x.jsonl.bz2", TWO["bz2"], "broken bz2 file"),
+        ("x.jsonl.xz", TWO["xz"], "broken xz file"),
+        ("x.jsonl.gz", TWO["gz"], "broken gz file"),
+        ("x.jsonl.zst", TWO["zst"], "broken zst file"),
+        ("x.jsonl.bz2", b"", "broken bz2 file"),
+        ("x.jsonl.xz", lzma.compress(b"{}\n") + b"rest", "broken xz file"),
         ("x.tsv", b"", "name each column once"),
         ("x.parquet", b"PAR1 and nothing else", "broken parquet"),
         ("x.arrow", b"nothing at all", "broken arrow"),
+        ("x.arrow", repeated(pa.array(["a"])), "several columns are named completion; next"),
+        ("x.arrow", repeated(pa.StructArray.from_arrays([pa.array(["a"])] * 2, ["b", "b"]), "other"), "named other.b"),
     ],
 )
 def test_a_file_that_cannot_be_read_stops_with_its_name(tmp_path, name, content, message):

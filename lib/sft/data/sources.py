@@ -12,13 +12,15 @@ Out: files with their sha256, each cut into chunks that depend on the content al
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
+from sft.common.strings import first_names
 from sft.data import remote_sources
 from sft.data.remote_sources import Origin
 from sft.data.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
@@ -29,6 +31,8 @@ from sft.recipe.schema import Source
 
 CHUNK_BYTES = 8 << 20
 """Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
+UNPACKING = 2
+"""Raise it where unpacked files get another content or more is refused: the copies in a cache have it in their names."""
 MIN_CHUNK_BYTES = 1 << 20
 CHUNKS = 64
 """Largest number of chunks of a smaller file: enough for many workers, so that few are idle at the end."""
@@ -97,7 +101,25 @@ def resolve(
     else:
         found, chosen = inputs.dataset_files(find(source.path), source.path, wanted)
     files = [_plain(name, file, cache / "unpacked", sha256, origins.get(name, ())) for name, file in found.items()]
+    _warn_of_copies(source.path, files, sha256, log)
     return SourceFiles(tuple(files), chosen.other_splits, chosen.ignored)
+
+
+def _warn_of_copies(
+    path: str, files: Sequence[InputFile], sha256: Callable[[Path], str], log: Callable[[str], None]
+) -> None:
+    """Warns of files with equal content, compressed or not: all of their rows are read."""
+    sizes = Counter(file.bytes for file in files)
+    copies: dict[str, list[str]] = {}
+    for file in files:
+        if file.bytes and sizes[file.bytes] > 1:
+            copies.setdefault(sha256(Path(file.path)), []).append(file.name)
+    for names in copies.values():
+        if len(names) > 1:
+            log(
+                f"warning: {path}: {len(names)} files have equal content, and the rows of each are read: {first_names(names)}; next: add"
+                " ignore_files for the copies"
+            )
 
 
 def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], origin: Origin) -> InputFile:
@@ -107,13 +129,15 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], or
     kind, _, compression = str(row_format(name) or row_format(file.name)).partition(".")
     if compression:
         packed = file
-        file = _copy(cache, f"{digest}-{compression}.{kind}", lambda out: decompress(name, packed, compression, out))
+        file = _copy(
+            cache, f"{digest}-{compression}-{UNPACKING}.{kind}", lambda out: decompress(name, packed, compression, out)
+        )
     if kind == "json" and is_array(name, file):
         array = file
         file = _copy(cache, f"{digest}-json.jsonl", lambda out: _write_lines(json_array(name, array), out))
     elif kind in ("csv", "tsv"):
         text, delimiter = file, "," if kind == "csv" else "\t"
-        file = _copy(cache, f"{digest}-{kind}.arrow", lambda out: csv_to_arrow(name, text, delimiter, out))
+        file = _copy(cache, f"{digest}-{kind}-{UNPACKING}.arrow", lambda out: csv_to_arrow(name, text, delimiter, out))
         kind = "arrow"
     kind = kind if kind in ("parquet", "arrow") else "jsonl"
     return InputFile(name, str(file), kind, digest, file.stat().st_size, origin)
@@ -162,6 +186,7 @@ def _parquet_sizes(file: InputFile) -> list[int]:
     import pyarrow.parquet as pq  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
     with pq.ParquetFile(file.path) as f:
+        _refuse_repeated(file, f.schema_arrow)
         return [f.metadata.row_group(g).total_byte_size for g in range(f.metadata.num_row_groups)]
 
 
@@ -174,9 +199,26 @@ def arrow_batches(file: InputFile) -> Iterator[Any]:
             stream = pa.ipc.open_stream(mapped)
         except pa.ArrowInvalid:
             opened = pa.ipc.open_file(mapped)
+            _refuse_repeated(file, opened.schema)
             yield from (opened.get_batch(i) for i in range(opened.num_record_batches))
             return
+        _refuse_repeated(file, stream.schema)
         yield from stream
+
+
+def _refuse_repeated(file: InputFile, fields: Any, top: str = "") -> None:
+    """Raises SftError for two columns of one name, or two fields of a struct: a row would keep one of them.
+
+    `fields` is a pyarrow.Schema, a struct or a list.
+    """
+    children = [fields.field(i) for i in range(len(fields) if hasattr(fields, "names") else fields.num_fields)]
+    count = Counter(child.name for child in children)
+    if repeated := [f"{top}{name}" for name, times in count.items() if times > 1]:
+        raise SftError(
+            f"{file.name}: several columns are named {first_names(repeated)}; next: rename or drop all but one"
+        )
+    for child in children:
+        _refuse_repeated(file, child.type, f"{top}{child.name}.")
 
 
 class reading:

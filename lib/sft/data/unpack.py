@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -57,21 +57,46 @@ class new_file:
 def decompress(name: str, file: Path, compression: str, out: IO[bytes]) -> None:
     """Writes the content of a compressed file: gz, zst, xz or bz2. `name` opens the error message of a broken file."""
     try:
-        with _opened(file, compression) as f:
-            shutil.copyfileobj(f, out, 1 << 20)
+        if compression in ("bz2", "xz"):
+            with file.open("rb") as packed:
+                _write_streams(packed, bz2.BZ2Decompressor if compression == "bz2" else lzma.LZMADecompressor, out)
+        else:
+            with _opened(file, compression) as f:
+                shutil.copyfileobj(f, out, 1 << 20)
     except (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError) as e:
         if isinstance(e, OSError) and e.errno is not None:
             raise
         raise SftError(f"{name}: broken {compression} file ({e}); next: fetch it again") from None
 
 
+def _write_streams(
+    packed: IO[bytes], new: Callable[[], bz2.BZ2Decompressor | lzma.LZMADecompressor], out: IO[bytes]
+) -> None:
+    """Writes the content of all streams of a file. bz2.open and lzma.open pass over what follows the first one where it is damaged.
+
+    Zeros may follow a stream. Raises EOFError, OSError or LZMAError for every other byte that no stream holds.
+    """
+    decompressor, data, found = None, b"", False
+    while data := data or packed.read(1 << 20):
+        if decompressor is None:
+            if found:
+                data = data.lstrip(b"\0")
+                if not data:
+                    continue
+            decompressor, found = new(), True
+        out.write(decompressor.decompress(data, 1 << 20))
+        while not decompressor.eof and not decompressor.needs_input:
+            out.write(decompressor.decompress(b"", 1 << 20))
+        data = decompressor.unused_data
+        if decompressor.eof:
+            decompressor = None
+    if decompressor is not None or not found:
+        raise EOFError("it ends early")
+
+
 def _opened(file: Path, compression: str) -> IO[bytes]:
     if compression == "gz":
         return cast(IO[bytes], gzip.open(file, "rb"))
-    if compression == "bz2":
-        return bz2.open(file, "rb")
-    if compression == "xz":
-        return lzma.open(file, "rb")
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and only .zst needs it here
 
     return cast(IO[bytes], pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
@@ -81,7 +106,7 @@ def csv_to_arrow(name: str, file: Path, delimiter: str, out: IO[bytes]) -> None:
     """Writes the rows of a CSV or TSV file as an Arrow stream. Every value is a text; an empty one is null.
 
     The first line has the names of the columns. A quoted value may hold newlines. Memory: blocks of MAX_ROW_BYTES.
-    Raises SftError for a broken file, which `name` names.
+    Raises SftError for a broken file, which `name` names, and for text after a closing quote.
     """
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
     import pyarrow.csv as pa_csv
@@ -90,6 +115,7 @@ def csv_to_arrow(name: str, file: Path, delimiter: str, out: IO[bytes]) -> None:
     parse = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     try:
         names = _header(name, file, delimiter)
+        _check_quotes(name, file, delimiter)
         convert = pa_csv.ConvertOptions(
             column_types={column: pa.large_string() for column in names},
             strings_can_be_null=True,
@@ -118,6 +144,21 @@ def _header(name: str, file: Path, delimiter: str) -> list[str]:
             f"{name}: its first line must name each column once, and holds {names[:8]}; next: write a header"
         )
     return names
+
+
+def _check_quotes(name: str, file: Path, delimiter: str) -> None:
+    """Raises SftError for text after a closing quote and for a quote that is not closed. pyarrow reads both as it likes."""
+    csv.field_size_limit(MAX_ROW_BYTES)
+    with file.open(encoding="utf-8-sig", errors="replace", newline="") as f:
+        rows, start = csv.reader(f, delimiter=delimiter, strict=True), 1
+        try:
+            for _ in rows:
+                start = rows.line_num + 1
+        except csv.Error as e:
+            raise SftError(
+                f"{name}: line {rows.line_num}: broken CSV ({e}) in the row that starts at line {start}; next: put a value with a quote"
+                " into quotes and double the quotes in it, or convert the file to .jsonl"
+            ) from None
 
 
 def is_array(name: str, file: Path) -> bool:
