@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from chat_samples import EOS, IM_END, chat, encoder, text_of, tokenizer_folder, turns
 from sft.chat.rows import BadRow, Conversation, RowReader
+from sft.data.blocks import LineBlock
 from sft.recipe import row_fields
 from sft.recipe.schema import Prepare, Source
 
@@ -535,6 +537,30 @@ def test_each_kind_of_bad_row_is_a_counted_reject(name: str, folder: Path) -> No
     assert got.rejects[0].detail and got.rejects[0].example
     assert got.rows.tolist() == [0, 2]
     assert text_of(made, got, 1, trained=True) == "Good bye<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ('{"messages":[],"messages":MESSAGES}', "messages"),
+        ('{"messages":MESSAGES,"id":1,"id":2}', "id"),
+        ('{"messages":[{"role":"user","content":"a"},{"role":"assistant","content":"b","train":false,"train" :true}]}', "messages.train"),
+        ('{"messages":MESSAGES,"tools":[{"name":"f","parameters":{"a\\\\":1,"b":1,"b":2}}]}', "tools.parameters.b"),
+        ('{"messages":MESSAGES,"tools":"[{\\"name\\":\\"f\\",\\"name\\":\\"g\\"}]"}', "bad_tools"),
+        ('{"messages":MESSAGES,"id":1,"id":1,"x":null,"x":""}', ""),
+        ('{"messages":MESSAGES,"x":1,"x":2}', ""),
+        ('{"messages":MESSAGES,"source":":a \\": b"}', ""),
+    ],
+)  # fmt: skip
+def test_a_name_with_two_values_rejects_the_row(line: str, name: str) -> None:
+    batch = LineBlock.of(line.replace("MESSAGES", json.dumps(HELLO)).encode() + b"\n").batch()
+    source = Source(path="x", ignore=("x",))
+    reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
+    if not name:
+        assert reader.read(batch.rows[0]).messages == HELLO
+        return
+    with pytest.raises(BadRow, match=name if name == "bad_tools" else f"repeated_name: {name} is twice"):
+        reader.read(batch.rows[0])
 
 
 def test_there_are_more_than_twenty_kinds_of_bad_rows() -> None:

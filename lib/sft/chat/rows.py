@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from sft.chat.calls import parameters_of, read_tools
 from sft.chat.fields import FieldCounter
 from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
-from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
+from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, to_json
 from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
 from sft.recipe.schema import COLUMNS, ROLES, Prepare, Source
 
@@ -132,8 +132,11 @@ class RowReader:
 
     def read(self, row: Any, counter: FieldCounter | None = None) -> Conversation:
         """The row as a conversation. Raises BadRow."""
-        if type(row) is not dict and not isinstance(row, Mapping):
-            raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
+        if type(row) is not dict:
+            if not isinstance(row, Mapping):
+                raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
+            if isinstance(row, Repeating) and (name := first_repeat(row, self.ignore)):
+                raise BadRow("repeated_name", f"{name[:80]} is twice in one object, with different values")
         whole = row
         if self.ignore:
             row = {name: value for name, value in row.items() if name not in self.ignore}

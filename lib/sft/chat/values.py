@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 
@@ -25,10 +25,69 @@ def refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
+class Repeating(dict[str, Any]):
+    """An object of JSON in which `repeated` names have two different values; or a row with such an object in it. The last value is here."""
+
+    repeated: tuple[str, ...] = ()
+
+
+def keep_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object, as `Repeating` where a value is lost."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    lost = [name for name, held in pairs if held != value[name] and not (is_empty(held) and is_empty(value[name]))]
+    if lost:
+        value = Repeating(value)
+        value.repeated = tuple(lost)
+    return value
+
+
+def refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: an object. Raises ValueError where it has a name with two different values."""
+    value = keep_repeats(pairs)
+    if isinstance(value, Repeating):
+        raise ValueError(f"the name {value.repeated[0][:40]!r} has two values")
+    return value
+
+
+def may_repeat(text: bytes, value: Any) -> bool:
+    """Whether an object in the value, parsed from this JSON text, may have a name twice in the text: each name takes a quote and a colon.
+
+    White space before a colon, a name that ends in a backslash and a text that begins with a colon also make it true.
+    """
+    colons = text.count(b'":') - text.count(b'\\":')
+    if colons != _count_names(value):
+        return True
+    return any(odd in text for odd in (b" :", b"\t:", b"\r:", b"\n:", b'\\\\":'))
+
+
+def _count_names(value: Any) -> int:
+    if type(value) is dict:
+        return len(value) + sum(map(_count_names, value.values()))
+    return sum(map(_count_names, value)) if type(value) is list else 0
+
+
+def first_repeat(value: Any, ignored: Collection[str], name: str = "") -> str | None:
+    """The first name that has two values anywhere in a row, as <column>.<field>, but for ignored ones. `name`: the value's own."""
+    if isinstance(value, Mapping):
+        for field, held in value.items():
+            inner = f"{name}.{field}" if name else field
+            if inner in ignored:
+                continue
+            if field in getattr(value, "repeated", ()):
+                return inner
+            if found := first_repeat(held, ignored, inner):
+                return found
+    elif isinstance(value, (list, tuple)):
+        return next((found for held in value if (found := first_repeat(held, ignored, name))), None)
+    return None
+
+
 def parse(text: str, reason: str, detail: str) -> Any:
-    """JSON text as a value. Raises BadRow(reason, detail)."""
+    """JSON text as a value. Raises BadRow(reason, detail), also where an object has a name with two different values."""
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise BadRow(reason, f"{detail}: {error}") from None
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from sft.chat.values import refuse_constant
+from sft.chat.values import Repeating, keep_repeats, may_repeat, refuse_constant
 from sft.common.errors import SftError
 from sft.data import unpack
 from sft.data.batch import Reject
@@ -227,7 +227,9 @@ def _parse_plain(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
         return None
     try:
         rows = list(map(orjson.loads, lines))
-    except ValueError:
+        if any(map(may_repeat, lines, rows)):
+            return None
+    except (ValueError, RecursionError):
         return None
     return rows if set(map(type, rows)) <= {dict} else None
 
@@ -253,9 +255,9 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
     if orjson is not None and not (long_numbers and _LONG_NUMBER.search(line)):
         try:
             value = orjson.loads(line)
-            if isinstance(value, dict):
+            if isinstance(value, dict) and not may_repeat(line, value):
                 return value
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     try:
         text = line.decode("utf-8")
@@ -264,14 +266,27 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
     if not text.strip():
         return None
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value, repeats = _loads(text)
     except RecursionError:
         raise ValueError("not_json: nested too deeply") from None
     except ValueError as e:
         raise ValueError(f"not_json: {e}") from None
     if not isinstance(value, dict):
         raise ValueError(f"not_an_object: the line holds a {type(value).__name__}")
-    return value
+    return Repeating(value) if repeats and type(value) is dict else value
+
+
+def _loads(text: str) -> tuple[Any, bool]:
+    """A value, and whether an object in it is `Repeating`."""
+    found = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        value = keep_repeats(pairs)
+        if type(value) is not dict:
+            found.append(value)
+        return value
+
+    return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=keep), bool(found)
 
 
 def _has_long_number(data: bytes) -> bool:

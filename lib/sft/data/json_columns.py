@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from sft.chat.values import refuse_constant
+from sft.chat.values import refuse_constant, refuse_repeats
 
 Parser = Callable[[Any], Any]
 
@@ -65,6 +65,6 @@ def _apply(parse: Parser | None, value: Any) -> Any:
 
 def _parse(text: Any) -> Any:
     try:
-        return json.loads(text, parse_constant=refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
     except RecursionError:
         raise ValueError("nested too deeply") from None

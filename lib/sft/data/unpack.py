@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
+from sft.chat.values import refuse_repeats
 from sft.common.errors import SftError
 
 MAX_ROW_BYTES = 64 << 20
@@ -180,7 +181,7 @@ def is_array(name: str, file: Path) -> bool:
 
 def json_array(name: str, file: Path, block: int = 1 << 20) -> Iterator[Any]:
     """Yields the elements of a JSON array. Needs memory for the largest element only. Raises SftError for a broken array."""
-    decoder, text = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")()
+    decoder, text = json.JSONDecoder(object_pairs_hook=refuse_repeats), codecs.getincrementaldecoder("utf-8-sig")()
     skip = re.compile(r"[ \t\r\n]*")
     buffer, at, row, state, end_of_file = "", 0, 0, "start", False
 

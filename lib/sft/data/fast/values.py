@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sft.chat.calls import read_tools
 from sft.chat.named import functions
 from sft.chat.rows import RowReader
-from sft.chat.values import BadRow
+from sft.chat.values import BadRow, may_repeat
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
@@ -94,8 +94,10 @@ class Values:
             if len(self.tools) >= MAX_CACHED:
                 self.tools.clear()
             try:
-                tools = read_tools(json.loads(raw) if LONG_NUMBER.search(raw) else orjson.loads(raw), column)
-                self.tools[column, raw] = functions(tools).encode() if tools else b""
+                value = json.loads(raw) if LONG_NUMBER.search(raw) else orjson.loads(raw)
+                tools = read_tools(value, column)
+                written = functions(tools).encode() if tools else b""
+                self.tools[column, raw] = None if may_repeat(raw, value) else written
             except (BadRow, ValueError, RecursionError):
                 self.tools[column, raw] = None
         return self.tools[column, raw]
@@ -107,12 +109,17 @@ class Values:
         has_null = b"null" in raw
         lines = []
         try:
-            for call in orjson.loads(raw):
+            calls = orjson.loads(raw)
+            if may_repeat(raw, calls):
+                return None
+            for call in calls:
                 function = call["function"]
                 fields = self._fields(call, function, column)
                 arguments = function["arguments"]
                 if type(arguments) is str:
-                    arguments = orjson.loads(arguments)
+                    text, arguments = arguments.encode(), orjson.loads(arguments)
+                    if may_repeat(text, arguments):
+                        return None
                 elif has_null:
                     return None
                 if fields is None or type(arguments) is not dict or call.get("type", "function") != "function":
