@@ -201,6 +201,7 @@ def test_tool_calls_become_objects_and_tools_are_read_from_text() -> None:
     ("row", "want"),
     [
         ({"instruction": "Hi", "context": "C", "response": "Hello"}, turns(("user", "Hi\n\nC"), ("assistant", "Hello"))),
+        ({"instruction": "", "input": "Hi", "output": "Hello"}, HELLO),
         ({**chat("Hi", "Hello"), "system_prompt": "S"}, [{"role": "system", "content": "S"}, *HELLO]),
         ({"prompt": "Hi", "completion": "Hello", "system": "S", "system_prompt": "S"}, [{"role": "system", "content": "S"}, *HELLO]),
         ({"messages": [{"role": "developer", "content": "S"}, *HELLO]}, [{"role": "developer", "content": "S"}, *HELLO]),
@@ -338,6 +339,12 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
         *(
             ({**chat("Hi", "Hello"), name: "x", "user_hash": "h", "lang": "en"}, {name: '"x"'})
             for name in ("image_url", "audio_url", "video_id", "pdf_hash", "num_images", "ImageURL", "photo_id", "page_url")
+        ),
+        ({"prompt": HELLO[:1], "response": [{**HELLO[1], "emotion": "x"}]}, {"response.emotion": '"x"'}),
+        ({"prompt": HELLO[:1], "completion": [{**HELLO[1], "emotion": "x"}]}, {"completion.emotion": '"x"'}),
+        (
+            {"messages": [HELLO[0], {**HELLO[1], "reasoning_details": [{"type": "reasoning.text", "text": "T", "id": 1, "summary": "S"}]}]},
+            {"messages.reasoning_details.summary": '"S"'},
         ),
         ({"messages": [{**HELLO[0], "image_url": "x"}, HELLO[1]]}, {"messages.image_url": '"x"'}),
         ({"messages": [{**HELLO[0], "some_id": "x", "id": 1}, HELLO[1]]}, {"messages.some_id": '"x"'}),

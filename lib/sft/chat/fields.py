@@ -14,7 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sft.chat.values import is_empty
-from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS, MESSAGE_FIELDS, PART_FIELDS, is_harmless, is_short
+from sft.recipe.row_fields import (
+    CALL_FIELDS,
+    DETAIL_FIELDS,
+    FUNCTION_FIELDS,
+    MESSAGE_FIELDS,
+    PART_FIELDS,
+    is_harmless,
+    is_short,
+)
 
 EXAMPLE_CHARACTERS = 80
 
@@ -86,6 +94,8 @@ class FieldCounter:
 
     def _count_message(self, column: str, item: Mapping[str, Any], seen: set[str]) -> None:
         self._count_object(column, item, MESSAGE_FIELDS, seen)
+        for detail in item.get("reasoning_details") or ():
+            self._count_object(f"{column}.reasoning_details", detail, DETAIL_FIELDS, seen)
         if type(item.get("content")) is str and "tool_calls" not in item and "function_call" not in item:
             return
         if isinstance(content := item.get("content"), (list, tuple)):

@@ -99,7 +99,10 @@ class RowReader:
         self.ignore = frozenset(source.ignore)
         self.ignored_fields = {  # by column of messages: the message fields that are ignored
             column: set(fields)
-            for column in (self.columns[name] for name in ("messages", "conversations", "prompt", "completion"))
+            for column in (
+                *(self.columns[name] for name in ("messages", "conversations", "prompt")),
+                *self.names["completion"],
+            )
             if (fields := {name[len(column) + 1 :] for name in source.ignore if name.startswith(f"{column}.")})
         }
         self.group = source.validation_group
@@ -286,6 +289,7 @@ class RowReader:
         completion = self._pick(row, "completion")
         if completion is None:
             raise BadRow("missing_column", f"{self.columns['completion']} is missing")
+        held = next(name for name in names if row.get(name) == completion)
         if isinstance(value, str):
             history = read_history(row.get(HISTORY))
             prompt, used = [*history, {"role": "user", "content": value}], (column, *names, HISTORY)
@@ -295,9 +299,9 @@ class RowReader:
         answer = (
             [{"role": "assistant", "content": completion}]
             if isinstance(completion, str)
-            else read_list(completion, names[0])
+            else read_list(completion, held)
         )
-        of = [column] * len(prompt) + ["" if isinstance(completion, str) else names[0]] * len(answer)
+        of = [column] * len(prompt) + ["" if isinstance(completion, str) else held] * len(answer)
         return Turns([*prompt, *answer], of, 0 if history else len(prompt), used)
 
     def _read_instruction(self, row: Mapping[str, Any], column: str) -> Turns:
@@ -308,7 +312,7 @@ class RowReader:
             if not isinstance(text, str):
                 reason = "missing_column" if text is None else "bad_content"
                 raise BadRow(reason, f"{self.columns[name]} is {kind(text)}, not text")
-        question = f"{instruction}\n\n{more}" if more else instruction
+        question = f"{instruction}\n\n{more}" if instruction and more else instruction or more
         history = read_history(row.get(HISTORY))
         items = [*history, {"role": "user", "content": question}, {"role": "assistant", "content": output}]
         used = (column, *self.names["input"], *self.names["output"], HISTORY)

@@ -20,9 +20,10 @@ MESSAGE_FIELDS = frozenset(
 )  # fmt: skip
 """The fields of a message that are read."""
 PART_FIELDS = frozenset(("type", "text"))
+DETAIL_FIELDS = frozenset(("type", "text", "format", "id", "index", "signature"))
 CALL_FIELDS = frozenset(("id", "type", "function", "name", "arguments"))
 FUNCTION_FIELDS = frozenset(("name", "arguments"))
-"""The fields of content parts, of tool calls and of their functions that are read."""
+"""The fields of content parts, of reasoning_details (its signature is the provider's), of tool calls and of their functions that are read."""
 
 HARMLESS: dict[str, tuple[str, ...]] = {
     "identifiers": (
