@@ -16,7 +16,9 @@ from beaker_server import now
 from conftest import REPO
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
+from sft.formats.evaluations import Evaluation
 from sft.formats.job import JobRecord
+from sft.formats.lines import to_lines
 from sft.launch import commands, job, run
 from sft.launch.beaker import connection
 
@@ -96,15 +98,20 @@ def test_checkpoints_are_evaluated_by_an_experiment_beside_training_and_their_sc
     place.cluster.write_text(place.cluster.read_text().replace("[env]", "[env]\n" + "\n".join(
         f'{name} = "{value}"' for name, value in place.server.environment.items())))  # fmt: skip
     place.workspace.recipe("x", 'tasks = ["one"]', 'tasks = ["one"]\nevery = 2')
-    watch = (REPO / "stages/watch.py").read_text().replace('".jobs", beside)', '".jobs", beside, 0.2)')
+    scores = to_lines([Evaluation(step=2, checkpoint="c", settings="s", tasks={})])
+    watch = (
+        (REPO / "stages/watch.py")
+        .read_text()
+        .replace("ended = watched.job_ended(", "watched.EVERY_S = 0.2; ended = watched.job_ended(")
+    )
     watch = watch.replace("watch.watch(stage, ", "seen(stage, ").replace("\nif __name__", """
 def seen(stage, ended):
     (stage.run / "watching").touch()
     while not ended():
         time.sleep(0.05)
-    (stage.out / "evaluations.jsonl").write_text('{"step": 2}')
+    (stage.out / "evaluations.jsonl").write_bytes(SCORES)
 
-if __name__""", 1)  # fmt: skip
+if __name__""".replace("SCORES", repr(scores)), 1)  # fmt: skip
     (place.root / "stages/watch.py").write_text(watch)
     train = place.root / "stages/train.py"
     waits = "    import time\n    while not (stage.run / 'watching').exists(): time.sleep(0.05)\n"
@@ -120,7 +127,7 @@ if __name__""", 1)  # fmt: skip
     place.wait_for_jobs()
     out = place.workspace.make("collect", "RECIPE=x", "CLUSTER=beaker-test").stdout
     assert "evaluations.jsonl fetched to runs/x/train" in out
-    assert (place.run / "train/evaluations.jsonl").read_text() == '{"step": 2}'
+    assert (place.run / "train/evaluations.jsonl").read_bytes() == scores
     assert manifest.is_whole(place.run / "train")
 
 
