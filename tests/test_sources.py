@@ -278,6 +278,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         ("x.arrow", repeated(pa.array(["a"])), "several columns are named completion; next"),
         ("x.arrow", repeated(pa.StructArray.from_arrays([pa.array(["a"])] * 2, ["b", "b"]), "other"), "named other.b"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else None,  # compressed bytes differ from process to process
 )
 def test_a_file_that_cannot_be_read_stops_with_its_name(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
