@@ -75,7 +75,7 @@ def test_native_renderer_equals_the_jinja_text(pairs: Any, name: str, row: dict[
         return
     assert "".join(runs).removesuffix(EOS) == other.verbatim(conversation).removesuffix(EOS)
     if name == "olmo_thinker_remove_intermediate_thinking" and "</think>" in str(conversation.messages[:-1]):
-        return  # a Jinja template that drops thoughts rejects the row; this one says in its name that it drops them
+        return  # a Jinja template that drops thoughts rejects the row; here such an answer is not trained
     if name != "simple_concat_with_space" or conversation.messages[0]["role"] != "assistant":
         assert (runs, specials) == other.render(conversation)
 
@@ -148,7 +148,11 @@ def test_thinker_templates_leave_to_the_prompt_the_opening_tag_that_it_gives(nam
 def test_remove_intermediate_thinking_keeps_only_the_last() -> None:
     row = chat("a", "<think>1</think>\nb", "c", "<think>2</think>\nd")
     name = "olmo_thinker_remove_intermediate_thinking"
-    assert trained(named(name), row) == ["b<|im_end|>", "2</think>\nd<|endoftext|>"]
+    assert trained(named(name), row) == ["2</think>\nd<|endoftext|>"]  # an answer without its thought is not trained
+    assert trained(named(name), chat("a", "b", "c", "<think>2</think>\nd")) == [
+        "b<|im_end|>",
+        "2</think>\nd<|endoftext|>",
+    ]
     with pytest.raises(BadRow, match=r"leaves out '1', .* history = \"as-rendered\""):
         trained(like(name), row)
 

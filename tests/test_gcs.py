@@ -270,8 +270,8 @@ class Credentials(google.auth.credentials.Credentials):
 def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(client: str) -> None:
     with Server() as server:
         credentials = Credentials()  # type: ignore[no-untyped-call]
-        client = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
-        carrier = transport.fastest_transport(client, client.bucket("test"))
+        googles = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
+        carrier = transport.fastest_transport(googles, googles.bucket("test"))
         assert type(carrier).__name__.lower() == f"{client}transport"
         for name in ("a", "b"):
             carrier.send(name, SMALL, google_crc32c.value(SMALL), 0)

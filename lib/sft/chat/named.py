@@ -97,14 +97,15 @@ class NamedTemplate:
             else:
                 stop, gap, count = turn.last_stop, turn.last_gap, turn.last_specials
             specials += count
+            complete = True
             if len(message) != 2 or (tools and role == "system") or self.strips_history:
-                body, stop = self._body(message, index == last, stop, tools, index)
+                body, stop, complete = self._body(message, index == last, stop, tools, index)
             if self.joins:
                 if index:
                     scaffold += self.between
                 if index or turn.head:
                     body = self.lead + body
-            if not train[index]:
+            if not (train[index] and complete):
                 scaffold += turn.head + body + stop + gap
                 continue
             scaffold += turn.head
@@ -141,33 +142,38 @@ class NamedTemplate:
 
     def _body(
         self, message: Message, last: bool, stop: str, tools: list[dict[str, Any]] | None, index: int
-    ) -> tuple[str, str]:
-        """The body and the stop of a message that has more than a role and a content."""
+    ) -> tuple[str, str, bool]:
+        """The body and the stop of a message that has more than a role and a content, and whether the body has its thought.
+
+        An answer without its thought is not trained: the model would learn to answer without one.
+        """
         role, body = message["role"], message["content"]
         if self.has_calls and role == "system":
             offered = message.get("functions")
             if offered is not None:
-                return f"{body} <functions>{offered}</functions>", "<|im_end|>"
-            return (body + functions(tools), "<|im_end|>") if tools else (body, stop)
+                return f"{body} <functions>{offered}</functions>", "<|im_end|>", True
+            return (body + functions(tools), "<|im_end|>", True) if tools else (body, stop, True)
         for field in message:
             if field in FIELD_ROLES and not (self.has_calls and role == FIELD_ROLES[field]):
                 raise BadRow(
                     "template", f"message {index}: template {self.name} has no place for {field} in a {role} message"
                 )
         if role == "user" and "functions" in message:
-            return f"{body}\n<functions>{message['functions']}</functions>", stop
+            return f"{body}\n<functions>{message['functions']}</functions>", stop, True
         thinking = message.get("reasoning_content") or message.get("thinking")
         if thinking:
             if role != "assistant":
                 raise BadRow("template", f"message {index}: thinking in a {role} message")
             body = f"<think>{thinking}</think>{body}"
+        complete = True
         if self.strips_history and role == "assistant" and not last and "<think>" in body and "</think>" in body:
+            complete = False
             body = body.split("</think>")[-1].lstrip("\n")
         if "function_calls" in message:
             body += f"<function_calls>{message['function_calls']}</function_calls>"
         elif "tool_calls" in message:
             body += f"<function_calls>{calls_text(message['tool_calls'])}</function_calls>"
-        return body, stop
+        return body, stop, complete
 
 
 def _has_inner_eos(turn: TurnText, eos: str) -> bool:

@@ -65,7 +65,8 @@ class Record:
     def from_bytes(cls, data: bytes, name: str) -> Self:
         """Parses the bytes of a file. `name` opens the error message. Raises SftError."""
         try:
-            value = json.loads(data, parse_constant=_refuse_constant)
+            # Another program may write a score that is not a number: whoever reads it decides.
+            value = json.loads(data, parse_constant=None if cls.SKIPS_UNKNOWN else _refuse_constant)
         except (ValueError, RecursionError) as error:
             raise SftError(f"{name}: damaged: not JSON ({error}); next: {cls.NEXT}") from None
         return cls.from_value(value, name)
@@ -175,7 +176,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         try:
             return float(value)
         except OverflowError:
-            raise FormatError(f"{where}: {_kind(value)} is too large for a number") from None
+            raise FormatError(f"{where}: a number is expected that a float can have, not {_kind(value)}") from None
     if type(value) is not hint:
         raise FormatError(f"{where}: {_NAMES.get(hint, hint)} is expected, not {_kind(value)}")
     return value
