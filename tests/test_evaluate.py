@@ -20,7 +20,7 @@ from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.evaluation import evaluate
 from sft.evaluation.validation import validation_loss
-from sft.model import hf
+from sft.recipe.base_config import read_hf_config
 from sft.recipe.schema import Evaluate
 from tiny_export import OLMO3
 
@@ -204,7 +204,7 @@ def test_local_tasks_never_ask_the_hub_and_others_may(
 def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> None:
     assert place.model.max_length == 512
     assert place.model.stop_ids == [2, 0]
-    assert hf.model_config(read_json(place.root / "model/config.json")).window == OLMO3.window
+    assert read_hf_config(read_json(place.root / "model/config.json"), "config.json").config.window == OLMO3.window
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 0])

@@ -14,6 +14,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.model import hf
 from sft.recipe.architecture import ModelConfig, Yarn
+from sft.recipe.base_config import read_hf_config
 from sft.recipe.presets import PRESETS
 
 TINY2 = replace(
@@ -84,7 +85,7 @@ def test_a_config_survives_the_round_trip(preset: str) -> None:
         dtype="bfloat16",
     )
     data = hf.config_json(made)
-    assert hf.model_config(data) == config
+    assert read_hf_config(data, "config.json").config == config
     assert data["max_position_embeddings"] == 65536
     assert data["model_type"] == re.sub("3[.]", "", preset)[:5]
     elements = sum(torch.Size(shape).numel() for shape in hf.shapes(config).values())
@@ -185,4 +186,4 @@ def test_an_index_cannot_point_outside_its_folder(tmp_path: Path) -> None:
 
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(SftError, match="model_type: 'mamba'"):
-        hf.model_config({"model_type": "mamba"})
+        read_hf_config({"model_type": "mamba"}, "config.json")

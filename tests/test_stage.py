@@ -104,26 +104,30 @@ def test_a_stage_run_by_hand_refuses_a_stale_upstream_and_says_what_to_do(worksp
     assert "runs/x/prepare/manifest.json: prepare is stale (not made yet); next: make prepare RECIPE=x" in out
 
 
+def train_by(workspace, program: str, processes: str = "echo 1 1") -> subprocess.Popen[bytes]:
+    """Starts the real stages/train.sh, which runs this program as the training and this shell code to count processes."""
+    shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
+    (workspace.root / "train.py").write_text(program)
+    (workspace.root / ".venv/bin/python").write_text(
+        f'#!/bin/sh\ncase "$2" in sft.launch.processes) {processes} ;; *) shift 2; exec {sys.executable} train.py "$@" ;; esac\n'
+    )
+    (workspace.root / "runs/x/train").mkdir(parents=True)
+    (workspace.root / "runs/x/train/.requeue").touch()  # of an earlier attempt: it says nothing about this one
+    return subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "requeue"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)])
 def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_the_caller(workspace, sent, requeue):
-    shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
-    (workspace.root / "train.py").write_text(
+    process = train_by(
+        workspace,
         "import pathlib, signal, sys, time\n"
         "def end(*_):\n"
         f"    if {requeue}: pathlib.Path(sys.argv[1], 'train/.requeue').touch()\n"
         "    sys.exit(1)\n"
         "signal.signal(signal.SIGTERM, end)\n"
-        "pathlib.Path('at').touch()\ntime.sleep(60)\n"
+        "pathlib.Path('at').touch()\ntime.sleep(60)\n",
     )
-    (workspace.root / ".venv/bin/python").write_text(
-        '#!/bin/sh\ncase "$2" in sft.launch.processes) echo 1 1 ;; *) shift 2; exec '
-        + sys.executable
-        + ' train.py "$@" ;; esac\n'
-    )
-    (workspace.root / "runs/x/train").mkdir(parents=True)
-    (workspace.root / "runs/x/train/.requeue").touch()  # of an earlier attempt: it says nothing about this one
-    process = subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
     wait_for(workspace.root / "at", process)
     os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
     assert process.wait(timeout=20) == (75 if requeue else 1)
@@ -132,23 +136,17 @@ def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_th
 @pytest.mark.slow
 @pytest.mark.parametrize("early", ["before the training exists", "before it handles signals"])
 def test_a_notice_that_comes_too_early_is_repeated_until_training_handles_it(workspace, early):
-    shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
-    (workspace.root / "train.py").write_text(
+    process = train_by(
+        workspace,
         "import pathlib, signal, sys, time\n"
         "pathlib.Path('begun').touch()\ntime.sleep(1)\n"
         "def end(*_):\n"
         "    pathlib.Path(sys.argv[1], 'train/.requeue').touch()\n"
         "    sys.exit(1)\n"
         "signal.signal(signal.SIGUSR1, end)\n"
-        "time.sleep(60)\n"
+        "time.sleep(60)\n",
+        "touch asked; sleep 0.5; echo 1 1",
     )
-    (workspace.root / ".venv/bin/python").write_text(
-        '#!/bin/sh\ncase "$2" in sft.launch.processes) touch asked; sleep 0.5; echo 1 1 ;; *) shift 2; exec '
-        + sys.executable
-        + ' train.py "$@" ;; esac\n'
-    )
-    (workspace.root / "runs/x/train").mkdir(parents=True)
-    process = subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
     wait_for(workspace.root / ("asked" if early == "before the training exists" else "begun"), process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=20) == 75

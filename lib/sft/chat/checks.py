@@ -124,7 +124,7 @@ class RowChecks:
             raise BadRow("template", f"tools: template {self.probe.name} leaves out {shown(lost)}")
 
     def _is_written(self, conversation: Conversation, index: int, is_own: bool) -> bool:
-        """Whether the template writes the content of a message that stands in the text. `is_own`: in the message's own part of it.
+        """Whether the template writes the content of a message that is in the text. `is_own`: in the message's own part of it.
 
         A content elsewhere, or one that the template's own text contains, may stand there by chance: the template is asked whether it
         writes another content in its place. The answer is remembered for conversations of the same roles.

@@ -49,7 +49,7 @@ class TwoTurns(NamedTuple):
 class TemplateProbe:
     """One compiled template. `has_generation`: it has {% generation %} blocks. Raises jinja2.TemplateError for a wrong text.
 
-    `date` (YYYY-MM-DD) is what the template is told when it asks for the day. `tokens`: all texts that are one token.
+    `date` (YYYY-MM-DD) is the day that the template gets when it asks for today. `tokens`: all texts that are one token.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class TemplateProbe:
         return Trace(text, regions, {index: found for index, found in blocks.items() if found})
 
     def two_turns(self) -> TwoTurns:
-        """What the template makes of a plain conversation. Chooses how messages are told apart, and whether tools are needed. Raises
+        """What the template makes of a plain conversation. Chooses how messages are separated, and whether tools are needed. Raises
         BadRow when it fails."""
         contents = [chr(PRIVATE_BLOCKS[0] + BLOCK_SIZE + index) for index in range(4)]
         roles = ("user", "assistant", "user", "assistant")

@@ -122,7 +122,7 @@ class Skeletons:
         if self.rendered % CHECKED_EVERY == 0 and not self._agrees(conversation, runs, plan):
             raise SftError(
                 f"prepare.template: {self.template.name} renders a conversation of {len(conversation.messages)} messages in another way than those before it"
-                " of the same form; next: report the template, and use one of the named templates until it is mended"
+                " of the same form; next: report the template, and use one of the named templates until it is fixed"
             )
         self.template.answers_without_prefix += plan.answers_without_prefix
         return runs, plan.specials

@@ -27,7 +27,7 @@ ESCAPE = re.compile(r"\\+")
 def missing_text(written: str, message: Message, thinking: bool = True) -> str | None:
     """The first text of a message that `written` does not contain. Returns None if it contains all.
 
-    Thinking, content and calls may stand in any order, but they do not overlap. Without `thinking`, the thought of an
+    Thinking, content and calls may come in any order, but they do not overlap. Without `thinking`, the thought of an
     answer is not checked.
     """
     content: str = message["content"]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
 from sft.recipe.architecture import DynamicRope, ModelConfig
-from sft.recipe.base_config import find_family, read_hf_config
+from sft.recipe.base_config import find_family
 from sft.recipe.families import FAMILIES, Family, family
 from sft.recipe.rotary import rope_parameters
 
@@ -178,12 +178,6 @@ def config_json(config: PretrainedConfig) -> dict[str, Any]:
     if rope["rope_type"] != "default":
         data["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
     return data
-
-
-def model_config(data: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The ModelConfig that a Hugging Face config.json describes. Raises SftError for an architecture that it cannot
-    express."""
-    return read_hf_config(dict(data), where).config
 
 
 def check_shapes(
