@@ -251,6 +251,17 @@ def test_a_connection_that_stays_lost_is_told_and_the_job_is_found_again(place, 
     assert len(place.server.experiments) == 1
 
 
+def test_a_client_is_closed_before_python_ends(place, monkeypatch):
+    """gRPC's open channels can keep a finished program from ending."""
+    at_exit = []
+    monkeypatch.setattr("atexit.register", at_exit.append)
+    client = connection.connect("ann/workspace")
+    assert client.service is not None and client._channel is not None
+    for function in at_exit:
+        function()
+    assert client._channel is None
+
+
 def test_an_answer_lost_on_submission_submits_nothing_twice(place, capsys):
     place.server.fault("create", "lost")
     assert place.launch("sleep 1; exit 3") == 3

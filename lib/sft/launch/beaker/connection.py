@@ -6,6 +6,7 @@ LostConnection out of it; sft.launch.job.retried then reports that and tries aga
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
@@ -56,11 +57,13 @@ def connect(workspace: str) -> Beaker:
         logger.addHandler(RetryLimit())
     try:
         options = {"default_workspace": workspace} if workspace else {}
-        return Beaker.from_env(check_for_upgrades=False, user_agent="olmo-sft", **options)
+        client = Beaker.from_env(check_for_upgrades=False, user_agent="olmo-sft", **options)
     except (BeakerConfigurationError, OSError, TypeError) as e:
         raise SftError(
             f"Beaker: {e}; next: BEAKER_TOKEN=…, or `beaker configure`, with the token of https://beaker.org/user"
         ) from None
+    atexit.register(client.close)  # an open channel of gRPC can keep Python from ending
+    return client
 
 
 @contextlib.contextmanager
