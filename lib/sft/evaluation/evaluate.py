@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
+from sft.common.machine import visible_gpus
 from sft.evaluation import collected
 from sft.evaluation.scores import (
     check_finite,
@@ -45,6 +46,7 @@ from sft.formats.results import Results, TaskResult
 from sft.formats.samples import UnscoredReply
 from sft.recipe import inputs
 from sft.recipe.schema import Evaluate, Hardware
+from sft.runner.processes import requested_gpus
 from sft.runner.stage import Result, Stage
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ def evaluate(stage: Stage) -> Result:
     tasks, data = find_tasks(options, stage.find, stage.recipe.file)
     go_offline(options, tasks, stage.out / "work")
     template = check_template(folder)
+    require_gpus(stage)
     model = open_model(folder, options, stage.hardware)
     stage.log(f"{folder} on {model.about.device} ({model.about.backend}), {len(options.tasks)} tasks")
     task_results, broken = run_tasks(model, options, tasks, data, stage.out, stage.log)
@@ -116,6 +119,15 @@ def check_template(folder: Path) -> str:
     if not file.is_file():
         raise SftError(f"{file}: missing: a chat model cannot be scored on raw text; next: make convert again")
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def require_gpus(stage: Stage) -> None:
+    """Raises SftError where a GPU is planned or visible and torch cannot use it."""
+    requested = requested_gpus("evaluate", stage.hardware, stage.cluster)
+    if requested or visible_gpus():
+        from sft.model.gpus import check_gpus  # start-up: torch takes two seconds
+
+        check_gpus(requested, stage.cluster, f"env/{stage.place.cluster}.toml")
 
 
 def open_model(folder: Path, options: Evaluate, hardware: Hardware, device: str = "") -> Recorder:

@@ -22,6 +22,7 @@ from sft.common.process import INTERRUPTED
 from sft.formats.job import FOLDER, JobRecord
 from sft.recipe import recipe, schema
 from sft.runner import plan
+from sft.runner.processes import requested_gpus
 
 CANCELLED = INTERRUPTED
 """The launcher's exit status for a cancelled job."""
@@ -85,12 +86,10 @@ class Job:
 
     @property
     def gpus(self) -> int:
-        """GPUs on each node: [on.<cluster>.<stage>] gpus, else all for training, one for evaluation, none for the rest."""
+        """GPUs on each node."""
         if self.stage == WATCH:
             return 0 if self.recipe.evaluate.every_device == "cpu" else max(1, self.hardware.gpus)
-        if self.hardware.gpus >= 0:
-            return self.hardware.gpus
-        return {"train": self.cluster.gpus_per_node, "evaluate": min(1, self.cluster.gpus_per_node)}.get(self.stage, 0)
+        return requested_gpus(self.stage, self.hardware, self.cluster)
 
     @property
     def name(self) -> str:

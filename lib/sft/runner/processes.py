@@ -6,6 +6,14 @@ from sft.common.machine import cores, gpus, in_job
 from sft.recipe.schema import Cluster, Hardware
 
 
+def requested_gpus(stage: str, hardware: Hardware, cluster: Cluster) -> int:
+    """GPUs of each machine that the stage is planned for: [on.<cluster>.<stage>] gpus, else all for training, one for
+    evaluation, none for the rest."""
+    if hardware.gpus >= 0:
+        return hardware.gpus
+    return {"train": cluster.gpus_per_node, "evaluate": min(1, cluster.gpus_per_node)}.get(stage, 0)
+
+
 def processes(hardware: Hardware, cluster: Cluster | None = None) -> tuple[int, int]:
     """(processes, threads of each) on one machine: one process for each GPU, or one process without a GPU.
 

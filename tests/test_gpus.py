@@ -1,0 +1,96 @@
+"""A stage that was planned for GPUs never runs on the CPU, nor on other GPUs, without saying so."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sft.common.errors import SftError
+from sft.model import gpus
+from sft.recipe.schema import Cluster
+
+FILE = "env/x.toml"
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """machine(visible, …): the GPUs that the driver shows, torch's build, the driver, what torch sees."""
+
+    def make(visible=0, cuda="13.0", driver=None, devices=(), gb=80.0):
+        monkeypatch.setattr(gpus, "visible_gpus", lambda: [str(n) for n in range(visible)])
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        properties = SimpleNamespace(total_memory=int(gb * 1e9))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name=devices[n], **vars(properties))
+        )
+        monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+        if driver:
+            line = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue May 14 2024\n"
+            gpus.DRIVER.write_text(line)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("facts", "requested", "cluster", "message"),
+    [
+        ({}, 2, {"gpu": "H100"}, r"2 requested by env/x.toml, none visible.*no GPU is visible to this process; next:"),
+        ({"cuda": None}, 2, {}, r"torch .* cannot use CUDA: it is a build for the CPU; next: delete .venv"),
+        ({"visible": 1, "cuda": None}, 0, {}, "1 GPUs are to be used .*it is a build for the CPU"),
+        (
+            {"visible": 8, "driver": "550.54.15"},
+            8,
+            {},
+            "built for CUDA 13.0, and the driver 550 runs builds up to CUDA 12; next: install torch for CUDA 12",
+        ),
+        (
+            {"visible": 8, "driver": "580.82.07"},
+            8,
+            {},
+            "built for CUDA 13.0, and the driver is 580; next: check nvidia-smi",
+        ),
+        ({"visible": 8}, 8, {}, "names no driver"),
+        ({"visible": 1, "devices": ["NVIDIA H100 80GB HBM3"]}, 2, {}, "requests 2 GPUs .* torch sees 1; next: correct"),
+        (
+            {"visible": 1, "devices": ["NVIDIA A100-SXM4-80GB"]},
+            1,
+            {"gpu": "H100"},
+            "gpu = 'H100', and GPU 0 is a NVIDIA A100-SXM4-80GB",
+        ),
+        (
+            {"visible": 1, "devices": ["NVIDIA A100-SXM4-40GB"], "gb": 42.4},
+            1,
+            {"gpu": "A100", "gpu_memory_gb": 80},
+            "gpu_memory_gb = 80, and GPU 0, a NVIDIA A100-SXM4-40GB, has 42.4",
+        ),
+    ],
+    ids=["none", "cpu-build", "cpu-build-unasked", "driver", "other", "no-driver", "fewer", "type", "memory"],
+)
+def test_gpus_that_cannot_be_used_as_planned_are_refused(machine, facts, requested, cluster, message):
+    machine(**facts)
+    with pytest.raises(SftError, match=message):
+        gpus.check_gpus(requested, Cluster(storage="x", **cluster), FILE)
+
+
+def test_gpus_as_planned_and_a_machine_without_gpus_pass(machine):
+    machine(visible=2, devices=["NVIDIA H100 80GB HBM3"] * 2, gb=85.0)
+    gpus.check_gpus(2, Cluster(storage="x", gpu="H100", gpu_memory_gb=80, gpus_per_node=2), FILE)
+    gpus.check_gpus(0, Cluster(storage="x"), FILE)
+    machine()
+    gpus.check_gpus(0, Cluster(storage="x"), FILE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test does without")
+def test_a_cluster_of_gpus_stops_training_here_before_it_reads_data(workspace):
+    (workspace.root / "env" / "node.toml").write_text('storage = "{runs}/.storage"\ngpus_per_node = 2\ngpu = "H100"\n')
+    command = [sys.executable, "-m", "sft.launch.processes", "train", "runs/x", "--cluster", "node"]
+    env = {**os.environ, "PYTHONPATH": "lib"}
+    done = subprocess.run(command, cwd=workspace.root, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "2 requested by env/node.toml" in done.stderr
