@@ -92,7 +92,7 @@ for columns in ({}, {"dialog": "turns"}):
     source = Source(path="x", columns=columns)
     reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
     found = reader.read_counted({columns.get("dialog", "dialog"): ["Hi", "Hello"], "topic": "t"})
-    print([*(m["role"] + " " + m["content"] for m in found.messages)], found.train, reader.counter.counts.unread)
+    print([*(m["role"] + " " + m["content"] for m in found.messages)], found.train, found.held.unread)
 """
 
 

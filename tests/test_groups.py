@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from preparing import stage, write_rows
 from sft.data import prepare
 from sft.data.batch import conversation_hashes, group_span
-from sft.data.chunks import group_text
+from sft.data.chunks import group_text, group_value
 from sft.data.dataset import Dataset
 from sft.data.fast.turns import find_groups
 from sft.recipe.chat_templates import TEMPLATES
@@ -98,6 +98,13 @@ def test_the_group_is_the_first_user_message_and_not_the_system_message():
 @pytest.mark.parametrize("other", [1.0, "1", " 1 ", Decimal(1), Decimal("1.0")])
 def test_a_number_is_the_same_group_however_a_file_has_it(other: Any) -> None:
     assert group_text(other) == group_text(1)
+
+
+def test_a_group_may_be_a_field_inside_a_column() -> None:
+    row = {"meta": {"thread": {"id": 7}}, "a.b": 3}
+    assert [group_value(row, name) for name in ("meta.thread.id", "a.b", "meta.x.id", "meta.thread.id.x", "x")] == [
+        7, 3, None, None, None,
+    ]  # fmt: skip
 
 
 def test_values_that_are_no_group_and_values_of_any_kind() -> None:

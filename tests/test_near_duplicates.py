@@ -87,3 +87,17 @@ def test_near_duplicates_are_reported_by_pairs_of_sources_and_dropped_on_demand(
     assert [source["near_duplicates"] for source in made["sources"]] == [0, dropped]
     assert len(Dataset.open(s.out / "data")) == 34 - dropped
     assert any("5 of b.jsonl nearly repeat one of a.jsonl" in line for line in s.said)
+    listed = [json.loads(line) for line in (s.out / "near_duplicates.jsonl").read_text().splitlines()]
+    assert [(r["file"], r["row"], r["earlier_file"], r["earlier_row"]) for r in listed] == [
+        ("b.jsonl", i, "a.jsonl", i) for i in range(1, 6)
+    ]
+
+
+def test_all_documents_of_a_row_go_with_its_first():
+    repeats = np.array([-1, -1, 0, -1, -1, 2, -1])
+    assert near.spread(repeats, np.array([0, 0, 3, 3, 3, 4, 4])).tolist() == [-1, -1, 0, 0, 0, 2, 2]
+
+
+def test_the_first_documents_of_each_pair_of_sources_are_listed():
+    assert near.examples(np.array([-1, 0, 0, 0, 1, -1, 5]), [4, 7], 2).tolist() == [1, 2, 4, 6]
+    assert near.examples(np.full(3, -1), [3], 2).tolist() == []

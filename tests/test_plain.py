@@ -156,7 +156,11 @@ def test_damaged_lines_are_judged_as_without_compiled_code(olmo: Encoder, rows: 
 
 
 PLAINEST = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]'
+CALL_AND_RESULT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "function_calls": "f()"}, {"role": "environment", "name": "f", "content": "1"}, {"role": "assistant", "content": "b"}]}'
 ODD = {
+    "a name": PLAINEST.replace('"content": "b"', '"content": "b", "name": "n"') + "}",
+    "a name before the role": CALL_AND_RESULT.replace('"role": "environment", "name": "f"', '"name": "f", "role": "environment"'),
+    "a result of no call": CALL_AND_RESULT.replace('"function_calls": "f()"', '"content": "f()"'),
     "a blank line": " ",
     "an empty object": "{}",
     "no object": "[1]",
@@ -223,11 +227,12 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
         PLAINEST.replace('"a"', '"é🦊日本語 and more than eight bytes"') + "}",
         PLAINEST + ', "id": -12, "score": 0.5, "flagged": true, "nothing": null, "lang": "\\"}", "tools": [], "system": null, "x": {"y": [], "z": ""}}',
         PLAINEST + ', "id": 12345678901234567890123}',
-        PLAINEST.replace('"content": "b"', '"content": "b", "function_calls": "f()", "name": "n", "tool_calls": null') + "}",
+        PLAINEST.replace('"content": "b"', '"content": "b", "function_calls": "f()", "tool_call_id": "n", "tool_calls": null') + "}",
         PLAINEST.replace('"content": "a"', '"functions": "[]", "content": "a"') + "}",
         PLAINEST + ', "tools": [{"name": "f"}], "system": "é"}',
         PLAINEST.replace('"content": "b"', '"content": "b", "train": true, "reasoning": "r"') + "}",
         PLAINEST.replace('"b"', 'null, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{\\"a\\": \\"é\\"}"}}]') + "}",
+        CALL_AND_RESULT,
         '{"system_prompt": "s", "prompt": "p", "completion": ""}',
         '{"instruction": "i", "context": "c", "response": "o", "category": "qa"}',
         '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}], "functions": [{"name": "f"}]}',

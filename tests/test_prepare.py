@@ -197,6 +197,33 @@ def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
     assert source["rows"] == source["found"] + source["rejected"]
 
 
+def test_where_a_row_makes_several_documents_rows_and_documents_add_up(tmp_path):
+    rows = [
+        {"messages": [{"role": role, "content": f"{n} {i}"} for n in range(3) for role in ("user", "assistant")]}
+        for i in range(9)
+    ]
+    write_rows(tmp_path / "rows.jsonl", [*rows, "torn {", rows[0]])
+    s = stage(tmp_path, history="as-rendered", deduplicate=True, validation_fraction=0.3)
+    prepare.prepare(s)
+    line = next(line for line in s.said if line.startswith("rows.jsonl: found "))
+    head, _, rest = line.partition(": found ")[2].partition(
+        ": rejected 1 (not_json), 10 usable, which make 30 documents: "
+    )
+    numbers = [int(found) for found in re.findall(r"(?:duplicates|held out|taken) (\d+)", rest)]
+    assert head == "11 rows in 1 file" and numbers[0] == 3 and sum(numbers) == 30
+    assert any("1 of 11 rows are not used" in line for line in s.said)
+
+
+def test_the_counts_of_fields_are_those_of_the_rows_that_are_used(tmp_path):
+    bad = [{**conversation(1), "rationale": "lost", "chat_template_kwargs": {"a": 1}}, {"messages": [], "other": 1}]
+    write_rows(tmp_path / "rows.jsonl", [*(conversation(i) for i in range(20)), *bad])
+    s = stage(tmp_path, sources=(Source(path="rows.jsonl", columns={"system": "sys"}),))
+    prepare.prepare(s)
+    (source,) = json.loads((s.out / "proof.json").read_bytes())["sources"]
+    assert source["rejected"] == 2 and set(source["fields"]["read"].values()) == {20}
+    assert "warning: rows.jsonl: columns reads system from sys, which holds nothing in any row" in s.said
+
+
 def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(98)] + [{"text": "raw"}, "torn"])
     s = stage(tmp_path, max_reject_fraction=0.01)

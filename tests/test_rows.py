@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chat_samples import EOS, IM_END, chat, encoder, text_of, tokenizer_folder, turns
+from sft.chat.fields import FieldCounts
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.data.blocks import LineBlock
 from sft.recipe import row_fields
@@ -304,9 +305,12 @@ def counted(
     """In how many rows each field holds something, and the fields that nothing reads."""
     source = Source(path="x", columns=columns or {}, ignore=ignore)
     reader = RowReader(Prepare(tokenizer="t", sources=(source,)), source)
+    counts = FieldCounts()
     for row in rows:
-        reader.read_counted(row)
-    return dict(reader.counter.counts.rows), reader.counter.counts.unread
+        held = reader.read_counted(row).held
+        assert held is not None
+        counts.add(held)
+    return dict(counts.rows), counts.unread
 
 
 def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
@@ -362,6 +366,13 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
             {"messages.metadata": '{"attachments": [{"text": "T"}]}'},
         ),
         ({"messages": [{**HELLO[0], "source": "a"}, {**HELLO[1], "source": "s" * 300}]}, {"messages.source": '"' + "s" * 79 + "…"}),
+        ({"messages": [{**HELLO[0], "name": "Ada"}, HELLO[1]]}, {"messages.name": '"Ada"'}),
+        ({"messages": [{**HELLO[0], "name": "User"}, HELLO[1]], "system": "S"}, {}),
+        ({"messages": [HELLO[0], {"role": "tool", "content": "1", "name": "f"}, HELLO[1]]}, {"messages.name": '"f"'}),
+        (
+            {"messages": [HELLO[0], {"role": "assistant", "tool_calls": [CALLED]}, {"role": "tool", "content": "1", "name": "f"}, HELLO[1]]},
+            {},
+        ),
     ],
 )  # fmt: skip
 def test_fields_that_nothing_reads_are_told_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:

@@ -1,17 +1,21 @@
 """Which fields of the rows were read, and which hold something that nothing reads: `FieldCounts`.
 
-In: rows, with the columns and the messages that made their conversations. Out: in how many rows each field held something, and an
-example of each field that is neither read, nor ignored by name, nor known to carry no training content. A field of a message has the
-name <column>.<field>, one of a tool call <column>.tool_calls.<field>. Nulls, "", [], {} and objects of nothing else hold nothing.
+In: rows, with the columns and the messages that made their conversations. Out: in how many of the rows that make documents each field
+held something, and an example of each field that is neither read, nor ignored by name, nor known to carry no training content. A field of
+a message has the name <column>.<field>, one of a tool call <column>.tool_calls.<field>. Nulls, "", [], {} and objects of nothing else hold
+nothing.
+
+Templates need not write `name`, `tool_call_id` and the ids of calls, so these are read only where the template writes them. Elsewhere ids
+carry no content, and a name is passed over where it repeats the role, or where a result follows a call; any other name would be lost.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sft.chat.values import is_empty
 from sft.recipe.row_fields import (
@@ -25,6 +29,7 @@ from sft.recipe.row_fields import (
 )
 
 EXAMPLE_CHARACTERS = 80
+RESULT_ROLES = ("tool", "function", "ipython", "environment")
 
 
 def example_of(value: Any) -> str:
@@ -44,16 +49,25 @@ class FieldCounts:
     rows: Counter[str] = field(default_factory=Counter)
     unread: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: FieldCounts) -> None:
-        self.rows.update(other.rows)
-        self.unread = other.unread | self.unread
+    def add(self, held: HeldFields) -> None:
+        """Counts a row."""
+        self.rows.update(held.names)
+        self.unread = held.unread | self.unread
+
+
+class HeldFields(NamedTuple):
+    """The fields of a row that hold something, and an example of each of them that nothing reads."""
+
+    names: set[str]
+    unread: dict[str, str]
 
 
 class FieldCounter:
-    """Counts the fields of a source's rows. `ignore` are the source's ignored names."""
+    """Counts the fields of a source's rows. `ignore` are the source's ignored names; `written`: (field, role) of the `name`, `tool_call_id` and
+    `id` of a call that the template writes."""
 
-    def __init__(self, ignore: Collection[str]) -> None:
-        self.ignore = frozenset(ignore)
+    def __init__(self, ignore: Collection[str], written: Collection[tuple[str, str]] = ()) -> None:
+        self.ignore, self.written = frozenset(ignore), frozenset(written)
         self.passed_over: dict[str, bool] = {}  # by name: ignored or harmless
         self.names: dict[str, dict[str, str]] = {}  # by prefix and field
         self.counts = FieldCounts()
@@ -69,16 +83,17 @@ class FieldCounter:
         """Whether nothing needs to read this value of a field."""
         return self.is_passed_over(name) and (name in self.ignore or is_short(value))
 
-    def count(
+    def held(
         self,
         row: Mapping[str, Any],
         used: Collection[str],
-        items: Iterable[tuple[str, Any]],
+        items: Sequence[tuple[str, Any]],
         messages: Sequence[Mapping[str, Any]],
-    ) -> None:
-        """Counts a row. `used`: the columns that were read; `items`: its messages as the row has them, each with its column; `messages`:
-        the conversation's. A column that only repeats the content of a message is read."""
+    ) -> HeldFields:
+        """The fields of a row. `used`: the columns that were read; `items`: its messages as the row has them, each with its column;
+        `messages`: the conversation's. A column that only repeats the content of a message is read."""
         seen: set[str] = set()
+        unread: dict[str, str] = {}
         for name, value in row.items():
             if is_empty(value):
                 continue
@@ -86,31 +101,43 @@ class FieldCounter:
             if name in used or self.passes(name, value):
                 continue
             if not (isinstance(value, str) and any(value == message["content"] for message in messages)):
-                self.counts.unread.setdefault(name, example_of(value))
-        for column, item in items:
+                unread.setdefault(name, example_of(value))
+        held = HeldFields(seen, unread)
+        calls = False
+        for (column, item), message in zip(items, messages[len(messages) - len(items) :], strict=True):
             if column and isinstance(item, Mapping):
-                self._count_message(column, item, seen)
-        self.counts.rows.update(seen)
+                self._add_message(column, item, held)
+                if message.get("name"):
+                    self._add_name(column, message, calls, held)
+            calls = calls or "tool_calls" in message or "function_calls" in message
+        return held
 
-    def _count_message(self, column: str, item: Mapping[str, Any], seen: set[str]) -> None:
-        self._count_object(column, item, MESSAGE_FIELDS, seen)
+    def _add_name(self, column: str, message: Mapping[str, Any], follows_call: bool, held: HeldFields) -> None:
+        """Adds the name of a message to the unread fields if the template does not write it, and nothing else says it."""
+        name, role = f"{column}.name", message["role"]
+        is_known = message["name"].lower() == role or (follows_call and role in RESULT_ROLES)
+        if ("name", role) not in self.written and not is_known and name not in self.ignore:
+            held.unread.setdefault(name, example_of(message["name"]))
+
+    def _add_message(self, column: str, item: Mapping[str, Any], held: HeldFields) -> None:
+        self._add_object(column, item, MESSAGE_FIELDS, held)
         for detail in item.get("reasoning_details") or ():
-            self._count_object(f"{column}.reasoning_details", detail, DETAIL_FIELDS, seen)
+            self._add_object(f"{column}.reasoning_details", detail, DETAIL_FIELDS, held)
         if type(item.get("content")) is str and "tool_calls" not in item and "function_call" not in item:
             return
         if isinstance(content := item.get("content"), (list, tuple)):
             for part in content:
-                self._count_object(f"{column}.content", part, PART_FIELDS, seen)
+                self._add_object(f"{column}.content", part, PART_FIELDS, held)
         for name in ("tool_calls", "function_call"):
             calls = item.get(name)
             if isinstance(calls, str) and calls:
                 calls = json.loads(calls)  # the reader has parsed it before
             for call in calls if isinstance(calls, (list, tuple)) else (calls,):
                 if isinstance(call, Mapping):
-                    self._count_object(f"{column}.{name}", call, CALL_FIELDS, seen)
-                    self._count_object(f"{column}.{name}.function", call.get("function"), FUNCTION_FIELDS, seen)
+                    self._add_object(f"{column}.{name}", call, CALL_FIELDS, held)
+                    self._add_object(f"{column}.{name}.function", call.get("function"), FUNCTION_FIELDS, held)
 
-    def _count_object(self, prefix: str, value: Any, read: Collection[str], seen: set[str]) -> None:
+    def _add_object(self, prefix: str, value: Any, read: Collection[str], found: HeldFields) -> None:
         if type(value) is not dict and not isinstance(value, Mapping):
             return
         names = self.names.setdefault(prefix, {})
@@ -118,6 +145,6 @@ class FieldCounter:
             if is_empty(held):
                 continue
             name = names.get(key) or names.setdefault(key, f"{prefix}.{key}")
-            seen.add(name)
+            found.names.add(name)
             if key not in read and not self.passes(name, held):
-                self.counts.unread.setdefault(name, example_of(held))
+                found.unread.setdefault(name, example_of(held))

@@ -22,12 +22,15 @@ from sft.chat.spans import common_prefix
 from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
 from sft.chat.trace import GenerationTag, Span, Trace, TraceEvent, add_trace, event, has_generation, read_trace
 from sft.common.strings import strings
+from sft.recipe.schema import ROLES
 
 CALLED = "qjzxnamed"  # the name of a made-up function: letters only, as a template may write Python's repr of a call
 SAID = "qjzxsaid"  # a made-up content
 THOUGHT = "qjzxthought"  # a made-up thought
 ANSWER = "qjzxanswer"
-CALL_ID = "call00001"
+CALL_ID, OTHER_ID = "call00001", "call00002"
+NAMED = "qjzxname"
+"""The made-up name of a message."""
 Tools = list[dict[str, Any]]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 """Variables of a template that only the conversation or the program sets."""
@@ -261,6 +264,29 @@ class TemplateProbe:
         else:
             messages = [question, carrier, answer]
         return self._writes(messages, self._tools(), [CALLED, *([SAID] if with_content else [])])
+
+    def written_names(self) -> frozenset[tuple[str, str]]:
+        """(field, role) of the names and ids that the template writes: `name` and `tool_call_id` of messages, `id` of calls."""
+        question: Message = {"role": "user", "content": "q"}
+        answer: Message = {"role": "assistant", "content": "a"}
+        called = _conversation_of_calls()
+        found = set()
+        for role in ROLES:
+            for field, text in (("name", NAMED), ("tool_call_id", OTHER_ID)):
+                if role == "assistant":
+                    messages = [question, {**answer, field: text}]
+                elif role == "system":
+                    messages = [{"role": role, "content": "s", field: text}, question, answer]
+                elif role == "user":
+                    messages = [{**question, field: text}, answer]
+                else:
+                    messages = [*called[:2], {**called[2], "role": role, field: text}, *called[3:]]
+                if self._writes(messages, self._tools(), [text]):
+                    found.add((field, role))
+        call: Message = {"role": "assistant", "content": "", "tool_calls": [tool_call()]}
+        if self._writes([question, call], self._tools(), [CALL_ID]):
+            found.add(("id", "assistant"))
+        return frozenset(found)
 
     def writes_two_calls(self, with_content: bool) -> bool:
         """Whether the template writes both of two calls in one message."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sft.chat.calls import parameters_of, read_tools
-from sft.chat.fields import FieldCounter
+from sft.chat.fields import FieldCounter, HeldFields
 from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
 from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, to_json
 from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
@@ -37,10 +37,10 @@ class Conversation:
     """`train[i]` says whether the model learns to emit message i; `flagged` says whether the row itself set that for some message.
 
     `variables` are the row's own template variables (TRL's chat_template_kwargs). `empty_answers` counts the trained answers of the assistant
-    that have neither text nor a call.
+    that have neither text nor a call. `held` are the fields of the row, if they are counted.
     """
 
-    __slots__ = ("empty_answers", "flagged", "messages", "tools", "train", "variables")
+    __slots__ = ("empty_answers", "flagged", "held", "messages", "tools", "train", "variables")
 
     def __init__(
         self,
@@ -53,6 +53,7 @@ class Conversation:
     ) -> None:
         self.messages, self.train, self.tools, self.flagged = messages, train, tools, flagged
         self.variables, self.empty_answers = variables, empty_answers
+        self.held: HeldFields | None = None
 
 
 class Turns(NamedTuple):
@@ -72,6 +73,7 @@ class RowReader:
 
     `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it. `developer`: the role that
     the template knows for developer messages. `thoughts`: the only one of `reasoning_content` and `thinking` that the template reads.
+    `written`: see `FieldCounter`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class RowReader:
         prompt_opens_thinking: bool = False,
         developer: str = "developer",
         thoughts: str = "",
+        written: Collection[tuple[str, str]] = (),
     ) -> None:
         self.renamed_thoughts = ("thinking" if thoughts == "reasoning_content" else "reasoning_content", thoughts)
         self.prompt_opens_thinking, self.developer = prompt_opens_thinking, developer
@@ -110,7 +113,7 @@ class RowReader:
         """Columns that are read beside those of messages."""
         first = self.layouts[0]
         self.messages = self.columns[first] if first in ("messages", "conversations") else ""
-        self.counter = FieldCounter(source.ignore)
+        self.counter = FieldCounter(source.ignore, written)
 
     def ignores_fields(self, names: Collection[str]) -> bool:
         """Whether the recipe ignores one of these fields of messages."""
@@ -130,7 +133,7 @@ class RowReader:
                     self.counter.is_passed_over(f"{column}.{name}")
 
     def read_counted(self, row: Any) -> Conversation:
-        """`read`, and counts the row's fields in `counter`."""
+        """`read`, with the row's fields in `held`. The caller counts them if the row makes a document."""
         return self.read(row, self.counter)
 
     def read(self, row: Any, counter: FieldCounter | None = None) -> Conversation:
@@ -165,11 +168,14 @@ class RowReader:
         empty_answers = sum(map(is_empty_answer, messages, train))
         if empty_answers and self.rejects_empty:
             raise BadRow("empty_answer", "a trained answer has neither text nor a call")
+        held = None
         if counter is not None:
-            counter.count(whole, used, zip(turns.columns, turns.items, strict=True), messages)
+            held = counter.held(whole, used, list(zip(turns.columns, turns.items, strict=True)), messages)
         if self.strip:
             messages = strip_thinking(messages, self.prompt_opens_thinking)
-        return Conversation(messages, train, tools, bool(flags), variables, empty_answers)
+        conversation = Conversation(messages, train, tools, bool(flags), variables, empty_answers)
+        conversation.held = held
+        return conversation
 
     def _pick(self, row: Mapping[str, Any], name: str) -> Any:
         """The value of a column under any of its names. Raises BadRow when two of them hold different values."""

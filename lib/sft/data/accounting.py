@@ -6,7 +6,7 @@ In:  `FieldCounts` of a source. Out: an SftError for a source with a field that 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from sft.chat.fields import FieldCounts
 from sft.common.errors import SftError
@@ -16,6 +16,7 @@ from sft.recipe.row_fields import is_harmless
 from sft.recipe.schema import Source
 
 SHOWN_NAMES = 12
+OF_CALLS = (".tool_calls", ".function_call", ".function")
 
 
 def total(summaries: Iterable[Summary]) -> FieldCounts:
@@ -44,33 +45,40 @@ def refuse_unread(source: Source, counts: FieldCounts, rows: int) -> None:
     )
 
 
-def describe(source: Source, counts: FieldCounts) -> SourceFields:
-    """The fields by what became of them."""
+def describe(source: Source, counts: FieldCounts, written: Collection[tuple[str, str]]) -> SourceFields:
+    """The fields by what became of them. `written`: see `sft.chat.fields.FieldCounter`."""
+    names = {field for field, _ in written}
     kinds: dict[str, dict[str, int]] = {"read": {}, "ignored": {}, "harmless": {}}
     for name, rows in sorted(counts.rows.items()):
         if name in source.ignore:
             kind = "ignored"
-        elif is_read(name) or not is_harmless(name):
-            kind = "read"
+        elif field := optional_field(name):
+            kind = "read" if field in names else "harmless"
         else:
-            kind = "harmless"
+            kind = "harmless" if is_harmless(name) else "read"
         kinds[kind][name] = rows
     return SourceFields(**kinds)
 
 
-def is_read(name: str) -> bool:
-    """Whether a name that looks harmless is one that is read: the id of a tool call."""
-    return name.endswith((".tool_calls.id", ".function_call.id", ".tool_call_id"))
+def optional_field(name: str) -> str:
+    """The field of a message or of a call, if it is one that is read only where the template writes it; else ""."""
+    inside, _, field = name.rpartition(".")
+    if field == "id":
+        return field if inside.endswith(OF_CALLS) else ""
+    return field if inside and field in ("name", "tool_call_id") and not inside.endswith(OF_CALLS) else ""
 
 
-def report(source: Source, counts: FieldCounts) -> list[str]:
-    """Lines for the terminal: the fields that were read, ignored and passed over, and names in `ignore` that no row has."""
-    fields = describe(source, counts)
+def report(source: Source, counts: FieldCounts, written: Collection[tuple[str, str]]) -> list[str]:
+    """Lines for the terminal: the fields that were read, ignored and passed over, and names of the recipe that no row has."""
+    fields = describe(source, counts, written)
     lines = [f"{source.path}: {len(fields.read)} fields are read; make preview and proof.json list them"]
     kinds = {"ignored by name": fields.ignored, "without training content": fields.harmless}
     lines += [f"  {kind}: {shown(names)}" for kind, names in kinds.items() if names]
     if unused := sorted(set(source.ignore) - set(fields.ignored)):
         lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any row")
+    for name, column in sorted(source.columns.items()):
+        if column not in counts.rows:
+            lines.append(f"warning: {source.path}: columns reads {name} from {column}, which holds nothing in any row")
     return lines
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from sft.chat.fields import HeldFields
 from sft.data.align import Offsets
 from sft.data.normalization import Normalizer
 
@@ -47,8 +48,8 @@ def no_offsets(size: int) -> Callable[[], Offsets]:
 
 @dataclass
 class RenderedBatch:
-    """Rendered documents. The lists have one entry for each document, except `source_rows`, `hashes` and `groups`, which have one for each
-    row."""
+    """Rendered documents. The lists have one entry for each document, except `source_rows`, `hashes`, `groups` and `held`, which have one for
+    each row."""
 
     source_rows: Sequence[Any]
     runs: list[list[str]] = field(default_factory=list)
@@ -64,6 +65,8 @@ class RenderedBatch:
     """The hash of the conversation of each row that was read, 0 of the others."""
     groups: list[int] = field(default_factory=list)
     """The hash of its group, see `conversation_hashes`."""
+    held: list[HeldFields | None] = field(default_factory=list)
+    """The fields of each row that was read."""
     rejects: list[Reject] = field(default_factory=list)
     empty_answers: list[int] = field(default_factory=list)
     """Trained answers without text and calls."""

@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -150,7 +150,7 @@ def in_order(parts: Sequence[tuple[Encoded, NDArray[np.int64]]]) -> tuple[NDArra
 
 def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
     """[rows] The hash of each row's value in the column, see `group_text`. Rows without a value become rejects."""
-    values = [group_text(row.get(column)) for row in batch.rows]
+    values = [group_text(group_value(row, column)) for row in batch.rows]
     missing = [i for i, value in enumerate(values) if not value]
     batch.rejects += [
         Reject(
@@ -166,6 +166,15 @@ def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
         del batch.rows[i], batch.numbers[i], values[i]
     texts = [value.encode(errors="surrogatepass") for value in values]
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
+
+
+def group_value(row: Any, column: str) -> Any:
+    """The value of a column, or of a field inside one: metadata.conversation_id."""
+    if column in row or "." not in column:
+        return row.get(column)
+    for name in column.split("."):
+        row = row.get(name) if isinstance(row, Mapping) else None
+    return row
 
 
 def group_text(value: Any) -> str:

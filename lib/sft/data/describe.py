@@ -1,4 +1,4 @@
-"""Builds dataset.json, proof.json, preview.json and contaminated.jsonl from the finished steps of prepare.
+"""Builds dataset.json, proof.json, preview.json, contaminated.jsonl and near_duplicates.jsonl from the finished steps of prepare.
 
 In:  a `Preparation` and the indexes of its sources. Out: the formats' dataclasses. They depend on the data alone, not on time,
      machine or workers.
@@ -7,6 +7,7 @@ In:  a `Preparation` and the indexes of its sources. Out: the formats' dataclass
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from sft.data.dataset import Dataset, token_dtype
 from sft.data.decontaminate import Screen
 from sft.data.mix import Mixed
 from sft.data.preview import segments
+from sft.data.row_names import RowNames
+from sft.data.tokencache import read_index
 from sft.formats.dataset import (
     DatasetInfo,
     Decontamination,
@@ -33,7 +36,7 @@ from sft.formats.dataset import (
 )
 from sft.formats.preview import Preview
 from sft.formats.proof import Claim, Proof, SourceProof
-from sft.formats.rejects import ContaminatedRow
+from sft.formats.rejects import ContaminatedRow, NearRow
 
 if TYPE_CHECKING:
     from sft.data.preparation import Preparation, SourceIndex
@@ -152,7 +155,11 @@ def proof(work: Preparation, indexes: Sequence[SourceIndex]) -> Proof:
                 rows=index.rows_read,
                 rejected=index.rejects.total,
                 encoded=dict(sorted(counts.items())),
-                fields=accounting.describe(source, accounting.total(work.summaries[job.name] for job in jobs)),
+                fields=accounting.describe(
+                    source,
+                    accounting.total(work.summaries[job.name] for job in jobs),
+                    work.encoder.reader(source).counter.written,
+                ),
                 reasons=dict(sorted(rejects.reasons.items())),
                 examples=tuple(row for _, rows in sorted(rejects.examples.items()) for row in rows),
             )
@@ -211,3 +218,20 @@ def contaminated(work: Preparation, indexes: Sequence[SourceIndex], screen: Scre
         for source, index in zip(work.table.sources, indexes, strict=True)
         for repeat in index.repeats
     ]
+
+
+def near_rows(work: Preparation, indexes: Sequence[SourceIndex], examples: dict[int, int]) -> list[NearRow]:
+    """Names the rows of near-duplicates. `examples`: {document: the earlier one}, by their numbers over all sources."""
+    wanted = np.unique(np.array([*examples, *examples.values()], dtype=np.int64))
+    names: dict[int, tuple[str, str, int]] = {}
+    base = 0
+    for source, jobs, index in zip(work.table.sources, work.jobs_of, indexes, strict=True):
+        rows = RowNames(source.path)
+        for job, (begin, end) in zip(jobs, itertools.pairwise((index.cached.first + base).tolist()), strict=True):
+            summary = work.summaries[job.name]
+            rows.enter(job, summary)
+            here = wanted[(wanted >= begin) & (wanted < end)].tolist()
+            row_of = read_index(work.cache / job.name, summary)["row"] if here else ()
+            names |= {document: (source.path, *rows.name(int(row_of[document - begin]))) for document in here}
+        base += int(index.cached.first[-1])
+    return [NearRow(*names[later], *names[earlier]) for later, earlier in examples.items()]

@@ -1,7 +1,8 @@
 """Finds conversations that nearly repeat an earlier one, by MinHash over n-grams of words.
 
 In:  the rows of each job (`SketchChunk`, in worker processes), then the sketches of all documents (`find`).
-Out: for each document whether it nearly repeats an earlier one, and how many do, by pairs of sources.
+Out: for each document whether it nearly repeats an earlier one, how many do, by pairs of sources, and some of them. Where a row makes several
+documents, the first of them is compared, and the others go with it.
 
 Broder, "On the resemblance and containment of documents" (1997); bands as in Leskovec, Rajaraman and Ullman, "Mining of Massive
 Datasets", 3.4. Two documents that share a band of their sketches are compared by all of it: the share of equal values estimates the
@@ -39,7 +40,8 @@ NOTHING = np.uint64(0)
 
 
 class SketchChunk:
-    """Writes the sketches of a job's documents: <job>.npy [documents, VALUES]. Returns their number."""
+    """Writes the sketches of a job's documents: <job>.npy [documents, VALUES]. They are zeros for all documents of a row but the first. Returns
+    their number."""
 
     def __init__(self, cache: Path, tokens: Path, readers: Sequence[RowReader]) -> None:
         self.cache, self.tokens, self.readers = cache, tokens, readers
@@ -50,7 +52,7 @@ class SketchChunk:
         assert summary is not None, job.name
         wanted = read_index(self.tokens / job.name, summary)["row"].tolist()
         made = np.zeros((len(wanted), VALUES), dtype=np.uint32)
-        place = dict(zip(wanted, range(len(wanted)), strict=True))
+        place = dict(zip(reversed(wanted), reversed(range(len(wanted))), strict=True))  # the first document of each row
         read = self.readers[job.source].read
         for block in read_job(job.chunks, []):
             batch = block.batch()
@@ -154,6 +156,18 @@ def _compare(
 
 
 BLOCK = 1 << 16
+
+
+def spread(repeats: NDArray[np.int64], rows: NDArray[Any]) -> NDArray[np.int64]:
+    """`repeats` of documents, with that of a row's first document for all of the row. `rows`: the row of each document, ascending."""
+    return repeats[np.searchsorted(rows, rows)]
+
+
+def examples(repeats: NDArray[np.int64], ends: Sequence[int], most: int) -> NDArray[np.int64]:
+    """The first `most` later documents of each pair of sources."""
+    later = np.flatnonzero(repeats >= 0)
+    key = np.searchsorted(ends, repeats[later], side="right") * len(ends) + np.searchsorted(ends, later, side="right")
+    return np.sort(np.concatenate([later[:0], *(later[key == pair][:most] for pair in np.unique(key))]))
 
 
 def pairs(repeats: NDArray[np.int64], ends: Sequence[int]) -> dict[tuple[int, int], int]:

@@ -49,9 +49,9 @@ from sft.recipe.schema import Prepare, Source
 from sft.runner.stage import Stage
 from sft.storage import hub
 
-ENCODING_VERSION = 8
+ENCODING_VERSION = 9
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
-SKETCH_VERSION = 1
+SKETCH_VERSION = 2
 """Raise it when a change of code gives other sketches for the same input."""
 SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""
@@ -64,6 +64,8 @@ MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "ignore_files", "max_d
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about as much as encoding this many bytes
 COMPILING_S = 2.0  # loading compiled code takes less
 REJECT_EXAMPLES = 5
+NEAR_EXAMPLES = 1000
+"""Near-duplicates that are listed, for each pair of sources."""
 GIVE_UP_ROWS = 1000
 
 
@@ -264,10 +266,13 @@ class Preparation:
             progress.add(job.bytes)
         return {job.name: ScreenHits.read(cache / f"{job.name}.json").hits for job in self.mine}, screen
 
-    def near_duplicates(self, indexes: Sequence[SourceIndex], pools: Sequence[Pool]) -> NearDuplicates | None:
-        """Finds conversations that nearly repeat an earlier one, and marks them in the pools if the recipe drops them."""
+    def near_duplicates(
+        self, indexes: Sequence[SourceIndex], pools: Sequence[Pool]
+    ) -> tuple[NearDuplicates | None, dict[int, int]]:
+        """Finds conversations that nearly repeat an earlier one, and marks them in the pools if the recipe drops them. Returns how many
+        there are, and the first of them: {document: the earlier one}."""
         if self.table.near_duplicates == "ignore":
-            return None
+            return None, {}
         cache = self.stage.cache / "sketches" / digest([SKETCH_VERSION, near.NGRAM, near.VALUES, self.encode_key])
         cache.mkdir(parents=True, exist_ok=True)
         missing = [job for job in self.jobs if not (cache / f"{job.name}.npy").is_file()]
@@ -279,7 +284,15 @@ class Preparation:
         files = [cache / f"{job.name}.npy" for jobs in self.jobs_of for job in jobs]
         counts = np.concatenate([np.diff(index.cached.first) for index in indexes])
         repeats = near.find(near.Sketches(files, np.cumsum([0, *counts])), self.table.near_duplicate_similarity)
+        if self.table.history == "as-rendered":
+            ends_of = np.cumsum(counts)
+            for job, part in zip(
+                (job for jobs in self.jobs_of for job in jobs), np.split(repeats, ends_of[:-1]), strict=True
+            ):
+                part[:] = near.spread(part, read_index(self.cache / job.name, self._summary(job))["row"])
         ends = np.cumsum([len(pool.lengths) for pool in pools])
+        shown = near.examples(repeats, ends.tolist(), NEAR_EXAMPLES)
+        examples = dict(zip(shown.tolist(), repeats[shown].tolist(), strict=True))
         paths = [source.path for source in self.table.sources]
         pairs = tuple(
             NearPair(paths[a], paths[b], documents) for (a, b), documents in near.pairs(repeats, ends.tolist()).items()
@@ -293,7 +306,7 @@ class Preparation:
         if drops:
             for pool, part in zip(pools, np.split(repeats, ends[:-1]), strict=True):
                 pool.near[:] = part >= 0
-        return NearDuplicates(self.table.near_duplicate_similarity, drops, pairs)
+        return NearDuplicates(self.table.near_duplicate_similarity, drops, pairs), examples
 
     def collect(self, hits: dict[str, tuple[tuple[int, int], ...]]) -> tuple[list[SourceIndex], list[Pool]]:
         """Reads the index of every source from the token cache. Raises SftError for missing files and too many rejects.
@@ -334,7 +347,8 @@ class Preparation:
         rows_read = sum(summary.rows for summary in summaries)
         counts = accounting.total(summaries)
         accounting.refuse_unread(self.table.sources[number], counts, rows_read)
-        for line in accounting.report(self.table.sources[number], counts):
+        written = self.encoder.reader(self.table.sources[number]).counter.written
+        for line in accounting.report(self.table.sources[number], counts, written):
             self.log(line)
         self._check_rejects(number, rows_read, rejects, usable)
         return SourceIndex(CachedSource(first, pool.lengths), repeats, rows_read, rejects), pool

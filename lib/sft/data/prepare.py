@@ -1,7 +1,7 @@
 """The prepare stage: chat data to token ids, loss mask and document boundaries, with the proof that the masks are right.
 
 In:  the [prepare] table of a recipe.
-Out: in `stage.out`: data/ (and validation/), dataset.json, proof.json, preview.json, rejects.jsonl (and contaminated.jsonl).
+Out: in `stage.out`: data/ (and validation/), dataset.json, proof.json, preview.json, rejects.jsonl (and contaminated.jsonl, near_duplicates.jsonl).
 
 There are three steps. A kill -9 can interrupt each of them, and the next run continues:
 
@@ -65,7 +65,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
             indexes, pools = work.collect(hits)
         work.trim_cache()
     with work.timed("mix"):
-        near_duplicates = work.near_duplicates(indexes, pools)
+        near_duplicates, near_examples = work.near_duplicates(indexes, pools)
         mixed = mix(
             pools,
             table.sources,
@@ -82,7 +82,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     with work.timed("check"):
         work.encoder.save_tokenizer(out / "data" / "tokenizer")
         work.check_tokenizer(out / "data" / "tokenizer")
-    files = _write_records(work, mixed, indexes, splits, screen, near_duplicates)
+    files = _write_records(work, mixed, indexes, splits, screen, near_duplicates, near_examples)
     metrics = _metrics(work, splits["data"], sum(index.rejects.total for index in indexes))
     return Result([*splits, *files], metrics.to_metrics(), work.hashes)
 
@@ -91,7 +91,7 @@ def _log_mix(work: Preparation, mixed: Mixed, indexes: Sequence[SourceIndex]) ->
     """Logs what became of every source's rows, and warnings about rejects, and about sources and splits that are empty."""
     log, table = work.log, work.table
     for files, entry, index in zip(work.inputs, mixed.report, indexes, strict=True):
-        for line in source_lines(files, entry, index.rejects):
+        for line in source_lines(files, entry, index.rejects, index.rows_read):
             log(line)
     if table.validation_fraction and not len(mixed.validation):
         log(
@@ -108,6 +108,7 @@ def _write_records(
     splits: dict[str, SplitSize],
     screen: Screen | None,
     near_duplicates: NearDuplicates | None,
+    near_examples: dict[int, int],
 ) -> list[str]:
     """Writes the JSON and JSONL files and returns their names."""
     out = work.stage.out
@@ -120,6 +121,8 @@ def _write_records(
     lists: dict[str, Iterable[Record]] = {rejects.REJECTS: work.rejects()}
     if screen is not None:
         lists[rejects.CONTAMINATED] = describe.contaminated(work, indexes, screen)
+    if near_duplicates is not None:
+        lists[rejects.NEAR_DUPLICATES] = describe.near_rows(work, indexes, near_examples)
     _log_turns(work.log, proven)
     for name, record in records.items():
         record.write(out / name)

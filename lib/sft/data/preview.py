@@ -135,7 +135,7 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
     end = "── end of document, " + ("EOS" if encoded.ids[-1] == encoder.vocabulary.eos_id else "no EOS")
     yield f"{bold}{end}{'; the flags of the row decide what is trained' if flagged else ''}{reset}"
     counts = encoder.take_counts(source)
-    fields = accounting.describe(source, counts)
+    fields = accounting.describe(source, counts, encoder.reader(source).counter.written)
     kinds: dict[str, Iterable[str]] = {
         "read": fields.read.keys() - counts.unread.keys(),
         "ignored by name": fields.ignored,

@@ -47,12 +47,14 @@ class Renderer:
 
     def render(self, rows: Sequence[Any], read: Read) -> RenderedBatch:
         """The rows' documents, without the byte layout (`RenderedBatch.lay_out`)."""
-        batch = RenderedBatch(rows, hashes=[0] * len(rows), groups=[0] * len(rows), normalizer=self.normalizer)
+        hashes, groups = [0] * len(rows), [0] * len(rows)
+        batch = RenderedBatch(rows, hashes=hashes, groups=groups, held=[None] * len(rows), normalizer=self.normalizer)
         before = self.template.answers_without_prefix
         for index, row in enumerate(rows):
             first = len(batch.runs)
             try:
                 conversation = read(row)
+                batch.held[index] = conversation.held
                 if conversation.variables and not self.takes_variables:
                     raise BadRow("chat_template_kwargs", f"template {self.template.name} takes no variables of rows")
                 batch.hashes[index], batch.groups[index] = conversation_hashes(conversation.messages, self.system)

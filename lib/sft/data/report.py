@@ -1,7 +1,8 @@
 """What prepare tells on the terminal about each source: its files, and what became of its rows.
 
 In:  the files, the rejects and the mix of a source. Out: lines. The rows that were found are those rejected, duplicates, contaminated,
-near-duplicates, held out, and those of which the weight takes some or all.
+near-duplicates, held out, and those of which the weight takes some or all. Where a row makes several documents, the line says how many, and
+all but the rejected ones are documents.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ from sft.formats.dataset import SourceMix
 from sft.formats.rejects import REJECTS
 
 
-def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> Iterator[str]:
-    """The lines of one source. A source with rejects has a warning, also when the stage succeeds."""
-    found = mix.found + rejects.total
+def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> Iterator[str]:
+    """The lines of one source. A source with rejects has a warning, also when the stage succeeds. `found`: its rows."""
     if files.found > len(files.files):
         parts = [
             f"{len(names)} {what}: {first_names(names)}"
@@ -25,7 +25,7 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> It
             if names
         ]
         yield f"{mix.path}: {len(files.files)} of {files.found} files are read; {'; '.join(parts)}"
-    yield _rows(files, mix, rejects)
+    yield _rows(files, mix, rejects, found)
     if rejects.total:
         first = rejects.first
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.reasons.most_common())
@@ -37,10 +37,13 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> It
         yield f"warning: {mix.path}: weight {mix.weight} and its caps leave none of {mix.found} documents"
 
 
-def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> str:
+def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> str:
     """What became of the rows. Two kinds are left out where there are none, so that the line stays short."""
-    parts = [f"rejected {rejects.total}" + (f" ({rejects.first.reason})" if rejects.total else "")]
-    parts.append(f"duplicates {mix.duplicates}")
+    rejected = f"rejected {rejects.total}" + (f" ({rejects.first.reason})" if rejects.total else "")
+    usable = found - rejects.total
+    if usable != mix.found:
+        rejected += f", {usable} usable, which make {mix.found} documents"
+    parts = [f"duplicates {mix.duplicates}"]
     if mix.contaminated:
         parts.append(f"contaminated {mix.contaminated}")
     if mix.near_duplicates:
@@ -52,4 +55,5 @@ def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally) -> str:
         copies = f" ({mix.validation_copies} others repeat one of them)" if mix.validation_copies else ""
         parts.append(f"in validation {mix.validation}{copies}")
     count = len(files.files)
-    return f"{mix.path}: found {mix.found + rejects.total} rows in {count} file{'s' * (count != 1)}: {', '.join(parts)}"
+    colon = "," if usable == mix.found else ":"
+    return f"{mix.path}: found {found} rows in {count} file{'s' * (count != 1)}: {rejected}{colon} {', '.join(parts)}"

@@ -188,7 +188,12 @@ class Encoder:
         if key not in self.readers:
             opens_thinking = "<think>" in self.template.generation_prefix
             self.readers[key] = RowReader(
-                self.prepare, source, opens_thinking, self._developer_role(), self._field_of_thoughts()
+                self.prepare,
+                source,
+                opens_thinking,
+                self._developer_role(),
+                self._field_of_thoughts(),
+                self.template.probe.written_names() if isinstance(self.template, JinjaTemplate) else (),
             )
         return self.readers[key]
 
@@ -250,6 +255,9 @@ class Encoder:
         proof["empty_answers"] = sum(batch.empty_answers)
         if encoded.redone is not None:
             proof["redone_batches"] = int(encoded.redone)
+        for row in sorted(set(batch.rows)):
+            if (held := batch.held[row]) is not None:
+                reader.counter.counts.add(held)
         documents = np.array(batch.rows, dtype=np.int64)
         return Encoded(
             alignment.tokens,

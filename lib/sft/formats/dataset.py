@@ -106,8 +106,8 @@ class SourceMix:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceSummary(SourceMix):
-    """One source of a dataset. `rows` (`found` and `rejected`) and `rejected` count input rows, `documents` and `tokens` what was taken, and `labels`
-    its trained tokens. `files` were read; the others of the dataset are named too."""
+    """One source of a dataset. `rows` and `rejected` count input rows; the others make `found` documents, one each unless `history` is
+    "as-rendered". `documents` and `tokens` count what was taken, and `labels` its trained tokens. `files` were read; the others of the dataset are named too."""
 
     rows: int
     rejected: int

@@ -1,7 +1,9 @@
-"""rejects.jsonl and contaminated.jsonl: the input rows that prepare left out, one record a line. Standard library only.
+"""rejects.jsonl, contaminated.jsonl and near_duplicates.jsonl: input rows that prepare left out or compared, one record a line. Standard
+library only.
 
 {"source": "zoo.jsonl", "file": "zoo.jsonl", "row": 17, "reason": "not_json", "detail": "…", "example": "…"}
 {"source": "zoo.jsonl", "file": "zoo.jsonl", "row": 21, "repeats": "test.jsonl:1"}
+{"source": "zoo.jsonl", "file": "zoo.jsonl", "row": 22, "earlier_source": "zoo.jsonl", "earlier_file": "zoo.jsonl", "earlier_row": 3}
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from sft.formats.record import Record
 
 REJECTS = "rejects.jsonl"
 CONTAMINATED = "contaminated.jsonl"
+NEAR_DUPLICATES = "near_duplicates.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,19 @@ class ContaminatedRow(Record):
     file: str
     row: int
     repeats: str
+
+
+@dataclass(frozen=True)
+class NearRow(Record):
+    """A row that nearly repeats an earlier one. Rows count from 1 in their files."""
+
+    NEXT: ClassVar[str] = "make prepare again"
+    source: str
+    file: str
+    row: int
+    earlier_source: str
+    earlier_file: str
+    earlier_row: int
 
 
 def to_lines(records: Iterable[Record]) -> bytes:

@@ -41,6 +41,7 @@ from sft.data.fast.messages import (
     CONTENT,
     EMPTY,
     END,
+    FIRST_RESULT,
     FLAG,
     HARMLESS,
     INPUT,
@@ -48,6 +49,7 @@ from sft.data.fast.messages import (
     LIST,
     MASKED,
     MAX_MESSAGES,
+    NAME,
     NEVER,
     NONE,
     NUM_TEXTS,
@@ -155,6 +157,17 @@ def is_passed(data: Any, start: int, end: int, kind: int) -> bool:
 
 
 @inlined
+def follows_call(messages: Any, message: int, row: int) -> bool:
+    """Whether a message, whose role was read, is a result, and an earlier one of the row has a call."""
+    if messages.roles[message] < FIRST_RESULT:
+        return False
+    for earlier in range(messages.first[row], message):
+        if messages.spans[earlier, CALLS, START] != NONE or messages.spans[earlier, TOOL_CALLS, START] != NONE:
+            return True
+    return False
+
+
+@inlined
 def read_field(
     source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int
 ) -> Any:
@@ -186,8 +199,10 @@ def read_field(
             if end != at or messages.flags[message] != NONE:
                 return NONE, to
             messages.flags[message] = value
-        elif at == NONE or (held and not is_passed(data, start, at, kind) and not (is_text and kind == QUIET)):
-            return NONE, to
+        elif at == NONE or (held and not is_passed(data, start, at, kind)):
+            is_quiet = kind == QUIET or (kind == NAME and follows_call(messages, message, row))
+            if at == NONE or not (is_text and is_quiet):
+                return NONE, to
     if field != NONE and held:
         messages.fields_held[row] |= np.uint64(1) << np.uint64(field)
     return at, to

@@ -21,15 +21,18 @@ MAX_MESSAGES = 1 << 12
 SYSTEM, USER, ASSISTANT = range(3)
 ROLE_NAMES = ("system", "user", "assistant", *(role for role in ROLES if role not in ("system", "user", "assistant")))
 """A role is its index in this list."""
+FIRST_RESULT = 4
+"""The roles from here on are those of results."""
 CONTENT, FUNCTIONS, CALLS, THINKING, TOOL_CALLS = range(5)
 """What a message may hold. The first four are texts. `TOOL_CALLS` is a value that Python turns into `CALLS`."""
 NUM_TEXTS = 4
-ROLE, FLAG, WEIGHT, MASKED, QUIET, EMPTY, PASSED, HARMLESS = range(5, 13)
-"""Other kinds of fields: the role; flags; texts that named templates do not write; fields that must hold nothing; fields that are passed over,
-and those that are passed over where they hold a number or a short text."""
+ROLE, FLAG, WEIGHT, MASKED, QUIET, NAME, EMPTY, PASSED, HARMLESS = range(5, 14)
+"""Other kinds of fields: the role; flags; ids, which named templates do not write; names, which they do not write either, so that only a result
+after a call may have one; fields that must hold nothing; fields that are passed over, and those that are passed over where they hold a
+number or a short text."""
 FIELD_KINDS = {
     "role": ROLE, "content": CONTENT, "from": ROLE, "value": CONTENT, "functions": FUNCTIONS, "function_calls": CALLS, "tool_calls": TOOL_CALLS,
-    "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": QUIET, "tool_call_id": QUIET,
+    "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": NAME, "tool_call_id": QUIET,
     **dict.fromkeys(FLAGS, FLAG), "weight": WEIGHT, "masked": MASKED,
 }  # fmt: skip
 """The kind of each field of a message that is read. The others must hold nothing in a plain row."""
