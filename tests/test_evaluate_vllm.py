@@ -140,12 +140,12 @@ def test_a_backend_that_is_not_installed_names_the_extra(
     with pytest.raises(
         SftError, match=r"backend = 'vllm': the package vllm is not installed; next.*pip install -e '.\[vllm\]'"
     ):
-        evaluate.open_model(place.root / "model", options, Hardware())
+        evaluate.open_model(place.root / "model", options, Hardware(), "")
 
 
 def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -> None:
     options = Evaluate(tasks=("x",), backend="vllm", seed=7, max_length=300, process_output="r1_style")
-    model: Any = evaluate.open_model(place.root / "model", options, Hardware(processes=4))
+    model: Any = evaluate.open_model(place.root / "model", options, Hardware(processes=4), "")
     given = fake_vllm.CALLS[-1]
     assert (
         given["model"] == str(place.root / "model") and given["dtype"] == "auto" and given["trust_remote_code"] is False
@@ -153,7 +153,7 @@ def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -
     assert (given["max_model_len"], given["tensor_parallel_size"], given["seed"]) == (300, 4, 7)
     assert model.think_end_token == "</think>" and model.max_length == 300 and model.stop_ids == [2, 0]
     assert model.about == ("vllm", "4 x cuda", "float32")
-    evaluate.open_model(place.root / "model", Evaluate(tasks=("x",), backend="vllm"), Hardware())
+    evaluate.open_model(place.root / "model", Evaluate(tasks=("x",), backend="vllm"), Hardware(), "")
     assert fake_vllm.CALLS[-1]["max_model_len"] is None and fake_vllm.CALLS[-1]["tensor_parallel_size"] == 1
 
 
@@ -163,7 +163,7 @@ def test_both_backends_give_the_same_scores_samples_and_facts(
     found = {}
     for backend in ("hf", "vllm"):
         options = Evaluate(**{**vars(OPTIONS), "backend": backend})
-        model = evaluate.open_model(place.root / "model", options, Hardware())
+        model = evaluate.open_model(place.root / "model", options, Hardware(), "")
         found[backend] = evaluate.run_tasks(model, options, place.tasks, place.data, tmp_path / backend, print)[0]
         documents = [([5, 6, 7, 8], [False, True, False, True]), ([9, 9], [False, False]), ([4] * 30, [True] * 30)]
         found[backend]["losses"] = list(model.losses(documents))
@@ -191,6 +191,6 @@ def test_a_reply_that_vllm_gave_up_breaks_the_task(
     output = SimpleNamespace(text="", token_ids=[], finish_reason=reason, stop_reason=None)
     gone = SimpleNamespace(outputs=[output], prompt_logprobs=None)
     monkeypatch.setattr(fake_vllm.LLM, "generate", lambda self, prompts, **_: [gone] * len(prompts))
-    model = evaluate.open_model(place.root / "model", Evaluate(**{**vars(OPTIONS), "backend": "vllm"}), Hardware())
+    model = evaluate.open_model(place.root / "model", Evaluate(**{**vars(OPTIONS), "backend": "vllm"}), Hardware(), "")
     with pytest.raises(evaluate.BrokenTask, match=f"capitals: RuntimeError: vLLM ended a reply with '{reason}'"):
         evaluate.run_task(model, "capitals", OPTIONS, place.tasks, place.data, tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evaluating import ANYTHING, REPLY, lines, load, plain_place, run
-from sft.evaluation import evaluate
+from sft.evaluation import evaluate, stops
 from sft.formats.samples import Reply, Sample
 from sft.recipe.schema import Evaluate
 
@@ -155,11 +155,12 @@ def test_thinking_is_removed_before_scoring(
         return torch.cat([context, reply], dim=1)
 
     monkeypatch.setattr(HFLM, "_model_generate", thinking)
-    assert set(evaluate._THINK_END) == set(Evaluate.__dataclass_fields__["process_output"].metadata["choices"])
+    assert set(stops.THINK_ENDS) == set(Evaluate.__dataclass_fields__["process_output"].metadata["choices"])
     found = {}
-    for kind, end in evaluate._THINK_END.items():
+    for kind, end in stops.THINK_ENDS.items():
         model = HfModel(place.root / "model", batch_size=0, max_length=0, think_end=end)
-        found[kind] = evaluate.run_task(model, "capitals", ANYTHING, place.tasks, {}, tmp_path / kind)
+        options = replace(ANYTHING, process_output=kind)
+        found[kind] = evaluate.run_task(model, "capitals", options, place.tasks, {}, tmp_path / kind)
         assert found[kind].metrics["exact_match"].value == (kind == "r1_style")
     assert found["r1_style"].generation.tokens.median > 10  # what was generated, thinking included
 

@@ -5,14 +5,21 @@ In: lm-eval's task, [evaluate], the longest sequence of the model. Out: the task
 
 from __future__ import annotations
 
+import jinja2
+import jinja2.meta
 from lm_eval.api.task import Task
 
+from sft.chat.trace import GenerationTag
 from sft.common.errors import SftError
+from sft.evaluation import stops
+from sft.evaluation.recorder import Budget, Recorder
 from sft.formats.results import Asking
 from sft.recipe.schema import Evaluate
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """The names that lm-eval reads for the longest reply, the first before the others."""
+SWITCHES = ("enable_thinking", "thinking")
+"""The variables by which chat templates turn thoughts on and off."""
 DEFAULT_REPLY = 1024
 """Tokens of the longest reply for a task that names no limit. lm-eval would take 256, which cuts answers of chat models."""
 
@@ -27,12 +34,16 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
             f"[evaluate] num_fewshot = {shots}: task {task.config.task} has no examples apart from its test questions;"
             " next: name a fewshot_split in the task's file, or num_fewshot = 0"
         )
+    multiturn = options.fewshot_as_multiturn if shots else None
+    thinking = thinks(task, options)
     if task.OUTPUT_TYPE != "generate_until":
-        return Asking(multiturn=options.fewshot_as_multiturn if shots else None)
+        return Asking(multiturn=multiturn)
     arguments = task.config.generation_kwargs
     named = [arguments.pop(name) for name in LIMITS if name in arguments]
     own = int(named[0]) if named else min(DEFAULT_REPLY, max_length // 2)
-    arguments["max_gen_toks"] = options.max_reply_tokens or own
+    reply = options.max_reply_tokens or own
+    thought = options.max_thought_tokens if thinking or options.process_output != "none" else 0
+    arguments["max_gen_toks"] = thought + reply
     if options.temperature == 0:
         for name in ("temperature", "top_p", "top_k", "min_p"):
             arguments.pop(name, None)
@@ -42,14 +53,65 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
     if options.top_p and options.temperature != 0:
         arguments["top_p"] = options.top_p
     sampled = bool(arguments.get("do_sample", arguments.get("temperature", 0) > 0))
+    if options.samples > 1:
+        _check_draws(task, options.samples, sampled)
     until = arguments["until"]
     return Asking(
-        multiturn=options.fewshot_as_multiturn if shots else None,
+        multiturn=multiturn,
         until=(until,) if isinstance(until, str) else tuple(until),
-        max_reply_tokens=arguments["max_gen_toks"],
+        max_reply_tokens=reply,
         temperature=float(arguments.get("temperature", 1.0)) if sampled else 0.0,
         top_p=float(arguments["top_p"]) if sampled and "top_p" in arguments else None,
+        samples=options.samples,
+        thinking=thinking,
+        max_thought_tokens=thought or None,
     )
+
+
+def thinks(task: Task, options: Evaluate) -> bool | None:
+    """Whether the recipe turns thoughts on or off for a task; None leaves it to the template. Raises SftError."""
+    own = options.thinking.get(task.config.task)
+    if task.OUTPUT_TYPE == "generate_until":
+        return options.thinking.get("*") if own is None else own
+    if own:
+        raise SftError(
+            f"[evaluate] thinking.{task.config.task} = true: the task compares given texts, and the model writes nothing; next: remove it"
+        )
+    return own
+
+
+def set_thinking(model: Recorder, options: Evaluate, asked: Asking) -> None:
+    """Turns thoughts on or off in the model's prompts, and sets their budget. Raises SftError for a template without a switch."""
+    model.think_end_token = stops.THINK_ENDS["r1_style" if asked.thinking else options.process_output]
+    thought = asked.max_thought_tokens or 0
+    model.budget = Budget(thought, (asked.max_reply_tokens or 0) if thought else 0)
+    model.template_values = {k: v for k, v in model.template_values.items() if k not in SWITCHES}
+    if asked.thinking is None:
+        return
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", GenerationTag]).parse(
+        model.tokenizer.chat_template
+    )
+    reads = jinja2.meta.find_undeclared_variables(tree)
+    switch = next((name for name in SWITCHES if name in reads), None)
+    if switch is None:
+        raise SftError(
+            f"[evaluate] thinking: the chat template reads none of {', '.join(SWITCHES)}, so thoughts cannot be turned"
+            f' {"on" if asked.thinking else "off"}; next: remove thinking, and set process_output = "r1_style" if the model thinks'
+        )
+    model.template_values[switch] = asked.thinking
+
+
+def _check_draws(task: Task, samples: int, sampled: bool) -> None:
+    """Raises SftError for a task whose several replies would mean nothing or something else."""
+    name = task.config.task
+    if not sampled:
+        raise SftError(
+            f"[evaluate] samples = {samples}: task {name} is greedy, so all replies would be equal; next: temperature = 0.7, or samples = 1"
+        )
+    if task.config.repeats > 1:
+        raise SftError(
+            f"[evaluate] samples = {samples}: task {name} has repeats = {task.config.repeats} of its own; next: samples = 1"
+        )
 
 
 def _has_examples(task: Task) -> bool:

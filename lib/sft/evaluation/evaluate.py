@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.machine import visible_gpus
-from sft.evaluation import collected
+from sft.evaluation import collected, stops
 from sft.evaluation.scores import (
     check_finite,
     generation,
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
     from sft.evaluation.tasks import DefinitionHashes
 
-_THINK_END = {"none": None, "r1_style": "</think>"}
-
 
 def evaluate(stage: Stage) -> Result:
     """The stage: every task, then the validation loss. Raises SftError that lists all broken tasks at the end."""
@@ -66,7 +64,7 @@ def evaluate(stage: Stage) -> Result:
     go_offline(options, tasks, stage.out / "work")
     template = check_template(folder)
     require_gpus(stage)
-    model = open_model(folder, options, stage.hardware)
+    model = open_model(folder, options, stage.hardware, stage.recipe.prepare.date)
     stage.log(f"{folder} on {model.about.device} ({model.about.backend}), {len(options.tasks)} tasks")
     task_results, broken = run_tasks(model, options, tasks, data, stage.out, stage.log)
     if broken:
@@ -130,24 +128,26 @@ def require_gpus(stage: Stage) -> None:
         check_gpus(requested, stage.cluster, f"env/{stage.place.cluster}.toml")
 
 
-def open_model(folder: Path, options: Evaluate, hardware: Hardware, device: str = "") -> Recorder:
-    """The model with the recipe's backend. `device` = '' takes a GPU if there is one."""
+def open_model(folder: Path, options: Evaluate, hardware: Hardware, date: str, device: str = "") -> Recorder:
+    """The model with the recipe's backend, and the day that its template writes. `device` = '' takes a GPU if there is one."""
     from sft.evaluation import backends  # start-up: lm-eval takes seconds, and go_offline must run before it
 
     if hardware.threads:
         import torch  # start-up: torch takes two seconds
 
         torch.set_num_threads(hardware.threads)
-    return backends.open_model(
+    model = backends.open_model(
         folder,
         options.backend,
         batch_size=options.batch_size,
         max_length=options.max_length,
-        think_end=_THINK_END[options.process_output],
+        think_end=stops.THINK_ENDS[options.process_output],
         device=device,
         seed=options.seed,
         gpus=max(1, hardware.processes),
     )
+    model.date = date
+    return model
 
 
 def run_tasks(
@@ -222,6 +222,7 @@ def run_task(
             model.log(f"{reused:,} answers of an earlier attempt are reused")
         task = definition.load(options.seed)
         asked = asking.ask(task, options, model.max_length)
+        asking.set_thinking(model, options, asked)
         documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
         with _keep_answers(model, files.incomplete, documents):
             output = harness.run_task(
@@ -231,6 +232,7 @@ def run_task(
                 seed=options.seed,
                 system_prompt=options.system_prompt,
                 multiturn=options.fewshot_as_multiturn,
+                draws=asked.samples or 1,
             )
     samples = sample_records(output.samples, model.answers.replies)
     write_atomic(files.samples, to_lines(samples))

@@ -16,6 +16,7 @@ from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers.utils.logging import disable_progress_bar
 
+from sft.evaluation.draws import combined
 from sft.evaluation.recorder import Recorder
 from sft.evaluation.scores import LmEvalOutput
 
@@ -26,12 +27,22 @@ RESAMPLINGS = 1000
 
 
 def run_task(
-    model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str, multiturn: bool = True
+    model: Recorder, task: Task, *, limit: int, seed: int, system_prompt: str, multiturn: bool = True, draws: int = 1
 ) -> LmEvalOutput:
-    """Answers and scores the first `limit` documents of a task, 0 = all."""
+    """Answers and scores the first `limit` documents of a task, 0 = all, with `draws` sampled replies each."""
+    outputs = []
+    for model.draw in range(draws):
+        model.draws = draws
+        task.set_fewshot_seed(seed=seed)  # every draw has the same examples
+        outputs.append(_run_once(model, task, limit, seed, system_prompt, multiturn))
+    model.draw, model.draws = 0, 1
+    return combined(outputs)
+
+
+def _run_once(model: Recorder, task: Task, limit: int, seed: int, system_prompt: str, multiturn: bool) -> LmEvalOutput:
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + model.answers.reused)  # what an earlier attempt sampled must not come again
     name = task.config.task
     found: Any = evaluate(
         lm=model,

@@ -6,15 +6,19 @@ The others are computed in batches, longest first, and every batch is written to
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from transformers.utils import chat_template_utils
 
 from sft.common.errors import SftError
 from sft.evaluation import batches as batch_sizes
@@ -37,11 +41,19 @@ class Backend(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a reply ended, its tokens without the terminator, and whether it repeats itself."""
+    """How a reply ended, its tokens without the terminator, whether it repeats itself, and its thought."""
 
     ended_by: str
     tokens: int
     repeats: bool
+    thought: str | None
+
+
+class Budget(NamedTuple):
+    """Tokens of the longest thought and of the longest answer behind it. 0 and 0: one limit for both, which lm-eval sets."""
+
+    thought: int = 0
+    reply: int = 0
 
 
 class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
@@ -58,6 +70,12 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         self.requested: list[tuple[str, str]] = []  # (key, prompt) of the current task's requests
         self.until: list[str] = []  # stop strings of the current batch
         self.cache_hook = _ReplyHook(self)
+        self.date = (
+            ""  # the day (YYYY-MM-DD) that the template writes where it asks for today's; without one it is refused
+        )
+        self.template_values: dict[str, Any] = {}  # variables of the chat template
+        self.budget = Budget()
+        self.draw, self.draws = 0, 1  # which of how many replies to each question lm-eval asks for now
         self._endings: list[Ending] = []  # of the rows of the current batch, in the order of the backend
         self._ending_of: dict[str, list[Ending]] = {}  # the same by prompt
 
@@ -74,6 +92,26 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         """(loss, number of targets) of each (ids, loss mask), the loss summed in fp32. (0.0, 0) without a target."""
         raise NotImplementedError
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """lm-eval's call for a prompt. Raises ValueError for a conversation that the template refuses.
+
+        lm-eval's own method would leave out the system message then, without a word.
+        """
+        try:
+            with _on_day(self.date):
+                return str(
+                    self.tokenizer.apply_chat_template(
+                        chat_history,
+                        tokenize=False,
+                        add_generation_prompt=add_generation_prompt,
+                        continue_final_message=not add_generation_prompt,
+                        **self.template_values,
+                    )
+                )
+        except jinja2.TemplateError as error:
+            roles = ", ".join(message["role"] for message in chat_history)
+            raise ValueError(f"the chat template refuses a conversation of {roles}: {error}") from None
+
     # --- replies ------------------------------------------------------------------------------------------------------
 
     def end_reply(
@@ -82,17 +120,25 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         """Records how a reply ended and returns its tokens, cut behind the one that completes a stop string.
 
         `tokens` come without the terminator; `ended_by` says how the backend ended them. Stop strings inside a thought do not
-        count, and a thought that is never closed has no answer.
+        count, and a thought that is never closed, or is longer than its budget, has no answer.
         """
-        think_end = self.think_end_token
-        if think_end and think_end not in (text := self._decode(tokens)):
+        think_end, thought, thought_tokens = self.think_end_token, None, 0
+        if think_end and think_end in (text := self._decode(tokens)):
+            thought = text.partition(think_end)[0]
+            thought_tokens = len(stops.cut_at_stop(tokens, self._decode, [think_end]) or ())
+            if self.budget.thought and thought_tokens > self.budget.thought:
+                tokens, ended_by, until = tokens[: self.budget.thought], UNCLOSED, ()
+        elif think_end:
             if stops.thinks(self._decode(prompt[-32:]), text, think_end):
-                ended_by, until = UNCLOSED, ()
+                thought, ended_by, until = text, UNCLOSED, ()
             think_end = None
+        most = thought_tokens + self.budget.reply
+        if self.budget.thought and ended_by != UNCLOSED and len(tokens) > most:
+            tokens, ended_by = tokens[:most], "length"
         cut = stops.cut_at_stop(tokens, self._decode, until, think_end)
         if cut is not None:
             tokens, ended_by = cut, "stop string"
-        self._endings.append(Ending(ended_by, len(tokens), stops.repeats(tokens)))
+        self._endings.append(Ending(ended_by, len(tokens), stops.repeats(tokens), thought))
         return tokens
 
     def _decode(self, tokens: Sequence[int]) -> str:
@@ -101,10 +147,12 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """lm-eval's call for all generated replies of a task: their texts, in the order of the requests.
 
-        A prompt that is requested several times is sampled: the n-th request of a key has the key's n-th reply.
+        A prompt that is requested several times is sampled: the n-th request of a key has the key's n-th reply. With several
+        draws the first one computes the replies of all: request n has the replies from n x draws on.
         """
-        keys = [request_key(r.args) for r in requests]
-        self.requested = [(key, r.args[0]) for key, r in zip(keys, requests, strict=True)]
+        wanted = [r for r in requests for _ in range(self.draws)]
+        keys = [request_key(r.args) for r in wanted]
+        self.requested = [(key, r.args[0]) for key, r in zip(keys, wanted, strict=True)]
         numbers = _numbered(keys)
         missing = [
             i
@@ -112,12 +160,13 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
             if n >= len(self.answers.replies.get(key, ()))
         ]
         self._in_batches(
-            [self._length(requests[i]) for i in missing],
-            lambda chosen: self._generate([(keys[missing[j]], requests[missing[j]]) for j in chosen]),
+            [self._length(wanted[i]) for i in missing],
+            lambda chosen: self._generate([(keys[missing[j]], wanted[missing[j]]) for j in chosen]),
             "replies",
-            len(requests),
+            len(wanted),
         )
-        return [self.answers.replies[key][n].text for key, n in zip(keys, numbers, strict=True)]
+        texts = [self.answers.replies[key][n].text for key, n in zip(keys, numbers, strict=True)]
+        return texts[self.draw :: self.draws]
 
     def _length(self, request: Instance) -> int:
         """Tokens of a prompt and its longest reply. Raises SftError for a prompt that leaves no room for the reply."""
@@ -206,6 +255,27 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
             sizes.done(len(chosen), len(chosen) * lengths[chosen[0]], time.monotonic() - started)
             at += len(chosen)
             progress.add(sum(lengths[i] for i in chosen), len(order) - at, len(chosen))
+
+
+@contextlib.contextmanager
+def _on_day(date: str) -> Iterator[None]:
+    """Makes transformers render chat templates as of a day; without a day, a template that asks for it is refused."""
+
+    class Clock:
+        @staticmethod
+        def now() -> datetime.datetime:
+            if not date:
+                raise jinja2.TemplateError(
+                    "it writes today's date, so scores would depend on the day; next: set [prepare] date"
+                )
+            return datetime.datetime.fromisoformat(date)
+
+    real = chat_template_utils.datetime
+    chat_template_utils.datetime = Clock  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = real  # type: ignore[misc]
 
 
 class _Progress:

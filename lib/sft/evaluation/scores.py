@@ -70,18 +70,22 @@ def _sample(sample: Mapping[str, Any], arguments: Sequence[Sequence[Any]]) -> Sa
         filtered=sample["filtered_resps"],
         scores={metric: sample[metric] for metric in sample["metrics"]},
         doc=sample["doc"],
+        of_replies=sample.get("of_replies"),
     )
 
 
 def _with_endings(sample: Sample, replies: Sequence[Reply]) -> Sample:
     if len(replies) == 1:
         (reply,) = replies
-        return replace(sample, ended_by=reply.ended_by, tokens=reply.tokens, repeats=reply.repeats)
+        return replace(
+            sample, ended_by=reply.ended_by, tokens=reply.tokens, repeats=reply.repeats, thought=reply.thought
+        )
     return replace(
         sample,
         ended_by=tuple(r.ended_by for r in replies),
         tokens=tuple(r.tokens for r in replies),
         repeats=tuple(r.repeats for r in replies),
+        thought=tuple(r.thought or "" for r in replies) if any(r.thought for r in replies) else None,
     )
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
+THINK_ENDS = {"none": None, "r1_style": "</think>"}
+"""The text that ends a thought, by `[evaluate] process_output`. Only what follows it is scored."""
 Decode = Callable[[Sequence[int]], str]
 
 

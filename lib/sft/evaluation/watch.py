@@ -121,7 +121,9 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     export(stage, step.folder, model_folder)
     template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
-    model = evaluate.open_model(model_folder, options, hardware, options.every_device.partition(":")[0])
+    model = evaluate.open_model(
+        model_folder, options, hardware, stage.recipe.prepare.date, options.every_device.partition(":")[0]
+    )
     results, broken_tasks = evaluate.run_tasks(model, options, tasks, data, out, stage.log)
     loss, validation = None, stage.dataset / "validation"
     if options.validation_documents and validation.is_dir():

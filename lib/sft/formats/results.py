@@ -81,7 +81,8 @@ class Asking:
     """How a task was asked. Of a task that generates nothing, only `multiturn` is known.
 
     multiturn: worked examples were turns of the conversation. until: strings that ended a reply beside the terminators.
-    temperature: 0 is greedy. top_p: None is 1.
+    temperature: 0 is greedy. top_p: None is 1. samples: replies to each question. thinking: None as the template does.
+    max_thought_tokens: None, where thoughts have no budget of their own.
     """
 
     multiturn: bool | None = None
@@ -89,6 +90,9 @@ class Asking:
     max_reply_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    samples: int | None = None
+    thinking: bool | None = None
+    max_thought_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ class Sample(Record):
     """What lm-eval asked of one document and what it scored, after one filter.
 
     `replies` are texts, or (log-likelihood, is greedy) of each choice. A generated reply has `ended_by` ("terminator",
-    "stop string", "length" or "unclosed thought"), its tokens and whether it repeats itself: lists for several replies.
+    "stop string", "length" or "unclosed thought"), its tokens, whether it repeats itself and its `thought`, which is not scored:
+    lists for several replies. `of_replies` has the scores of each of several sampled replies; `scores` are their means.
     """
 
     NEXT: ClassVar[str] = _NEXT
@@ -36,6 +37,8 @@ class Sample(Record):
     ended_by: str | tuple[str, ...] | None = None
     tokens: int | tuple[int, ...] | None = None
     repeats: bool | tuple[bool, ...] | None = None
+    thought: str | tuple[str, ...] | None = None
+    of_replies: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,13 +88,17 @@ class ConversationLoss(Record):
 
 @dataclass(frozen=True)
 class Reply(Record):
-    """A generated reply. `key` hashes the prompt with its generation arguments; `tokens` counts without the terminator."""
+    """A generated reply. `key` hashes the prompt with its generation arguments; `tokens` counts without the terminator.
+
+    `text` is what is scored; `thought` is the text before it up to </think>, None without one.
+    """
 
     key: str
     text: str
     ended_by: str
     tokens: int
     repeats: bool
+    thought: str | None = None
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,9 @@ def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
     return cls(**values)
 
 
+_KINDS = {(str,): "strings", (bool,): "true or false"}
+
+
 def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     """A TOML value as the type that the schema declares. Raises TypeError naming the expected type."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -224,7 +227,7 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     if origin is dict:
         kinds = typing.get_args(args[1]) or (args[1],)
         if not isinstance(value, dict) or not all(type(v) in kinds for v in value.values()):
-            what = "strings" if kinds == (str,) else "strings, numbers and true or false"
+            what = _KINDS.get(kinds, "strings, numbers and true or false")
             raise TypeError(f"a table of {what} is expected")
         return dict(value)
     if dataclasses.is_dataclass(hint):
@@ -365,6 +368,21 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
     if evaluate.every and evaluate.harness != "lm-eval":
         problems.append(
             f"'every' in [evaluate] = {evaluate.every}: evaluating during training needs harness = 'lm-eval'"
+        )
+    for task in evaluate.thinking:
+        if task != "*" and task not in evaluate.tasks:
+            problems.append(
+                f"'thinking' in [evaluate]: no task {task!r} among {', '.join(evaluate.tasks)}, and it is not '*'"
+            )
+    thoughts = evaluate.process_output != "none" or any(evaluate.thinking.values())
+    if evaluate.max_thought_tokens and not thoughts:
+        problems.append(
+            f"'max_thought_tokens' in [evaluate] = {evaluate.max_thought_tokens}: no task has thoughts; set thinking = {{ \"*\" = true }}"
+            " or process_output = 'r1_style'"
+        )
+    if evaluate.samples > 1 and evaluate.temperature == 0:
+        problems.append(
+            f"'samples' in [evaluate] = {evaluate.samples}: temperature = 0 gives as many equal replies; set one above 0"
         )
     if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")

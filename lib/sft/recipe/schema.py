@@ -373,6 +373,18 @@ class Evaluate:
     top_p: float = opt(
         0.0, "sample from the likeliest tokens with this sum of probabilities; 0 = the task's own", min=0, max=1
     )
+    samples: int = opt(
+        1,
+        "replies to each question of a sampling task: scores are their means, with pass@k where a reply is right or wrong",
+        min=1,
+    )
+    thinking: dict[str, bool] = opt(
+        {},
+        'whether the model thinks before it replies, by task, "*" = every other one, e.g. { "*" = false, aime24 = true }; empty = as the template does',
+    )
+    max_thought_tokens: int = opt(
+        0, "longest thought in tokens, beside max_reply_tokens for the answer; 0 = one limit for both", min=0
+    )
     min_stop_rate: float = opt(
         0.95,
         "a task is broken if a smaller fraction of its replies stops by itself; the others are cut by length",
