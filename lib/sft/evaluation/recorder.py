@@ -270,12 +270,12 @@ def _on_day(date: str) -> Iterator[None]:
                 )
             return datetime.datetime.fromisoformat(date)
 
-    real = chat_template_utils.datetime
-    chat_template_utils.datetime = Clock  # type: ignore[misc, assignment]
+    module: Any = chat_template_utils
+    real, module.datetime = module.datetime, Clock
     try:
         yield
     finally:
-        chat_template_utils.datetime = real  # type: ignore[misc]
+        module.datetime = real
 
 
 class _Progress:

