@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import subprocess
 from collections.abc import Sequence
@@ -195,8 +196,10 @@ class Hub:
     def snapshot_download(
         self, repo: str, revision: str | None, local_dir: Path, ignore_patterns: Sequence[str] = ()
     ) -> None:
-        assert revision == "f" * 40 and "*.bin" in ignore_patterns
+        assert revision == "f" * 40
         for name, data in self.files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
+                continue
             (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
             (local_dir / name).write_bytes(data)
 
@@ -214,15 +217,26 @@ HUB_FILES = {"facts.json": b"{}", "model.safetensors": b"weights", ".cache/huggi
 def test_a_hub_base_is_one_commit_compared_with_the_hubs_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hub = Hub(HUB_FILES, {n: d for n, d in HUB_FILES.items() if n[0] != "."} | {"pytorch_model.bin": b"never fetched"})
+    files = HUB_FILES | {"pytorch_model.bin": b"never fetched"}
+    hub = Hub(files, {n: d for n, d in files.items() if n[0] != "."})
     said: list[str] = []
     found = fetch("hf://org/model@main", hub, tmp_path, monkeypatch, said)
     assert found.label == "model-ffffffff" and (found.folder.root / "model.safetensors").read_bytes() == b"weights"
     assert found.commit == "f" * 40 and hub.asked == ["main", "f" * 40]
+    assert not (found.folder.root / "pytorch_model.bin").exists()
     assert "not pinned to a commit; 'main' means " + "f" * 40 in said[0]
     said.clear()
     assert fetch("hf://org/model@" + "f" * 40, hub, tmp_path, monkeypatch, said).commit == found.commit
     assert not any("warning" in line for line in said)
+
+
+def test_the_pickled_weights_of_a_hub_base_are_fetched_where_there_are_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "config.json")
+    hub = Hub({name: name.encode() for name in (*names, "training_args.bin", "onnx/model.bin", "x.gguf")})
+    found = fetch("hf://org/model@" + "f" * 40, hub, tmp_path, monkeypatch)
+    assert set(found.folder.list()) == set(names)
 
 
 def test_the_commit_of_a_base_is_in_the_manifest_and_not_in_the_outputs(

@@ -10,6 +10,7 @@ Out: `resolve`: the commit that the revision means now, with a warning if the re
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import glob
 import hashlib
 import re
@@ -25,8 +26,10 @@ from sft.common.errors import SftError
 from sft.storage.checksums import checksums_of
 from sft.storage.local import LocalStorage
 
-# Pickles can run code when they are loaded. Repositories have the same weights as safetensors.
+# Other forms of the same weights.
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite"]
+PICKLED = "pytorch_model*.bin"
+"""Weights that are fetched where a repository has no safetensors. Only the restricted unpickler reads them."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -65,7 +68,10 @@ def snapshot(repo: Repo, folder: Path, what: str) -> None:
     with reaching(what):
         info = huggingface_hub.HfApi().model_info(repo.name, revision=repo.commit, files_metadata=True)
         huggingface_hub.snapshot_download(
-            repo.name, revision=repo.commit, local_dir=folder, ignore_patterns=NOT_FETCHED
+            repo.name,
+            revision=repo.commit,
+            local_dir=folder,
+            ignore_patterns=not_fetched([stated.rfilename for stated in info.siblings or []]),
         )
     wrong = []
     for stated in info.siblings or []:
@@ -75,6 +81,15 @@ def snapshot(repo: Repo, folder: Path, what: str) -> None:
             wrong.append(f"{file} differs from what the hub reports; it was deleted")
     if wrong:
         raise SftError("\n".join(wrong) + "\nnext: run it again")
+
+
+def not_fetched(names: Sequence[str]) -> list[str]:
+    """The patterns of a repository's files that are left out. A repository without safetensors keeps its .bin files."""
+    pickled = [name for name in names if fnmatch.fnmatchcase(name, PICKLED)]
+    if not pickled or any(fnmatch.fnmatchcase(name, "model*.safetensors") for name in names):
+        return NOT_FETCHED
+    others = [glob.escape(name) for name in names if name.endswith(".bin") and name not in pickled]
+    return [*(pattern for pattern in NOT_FETCHED if pattern != "*.bin"), *others]
 
 
 class DatasetFiles:
