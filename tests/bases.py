@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo3": ("olmo3", {"sliding_window": 16}),
     "olmo3 yarn": ("olmo3", {"sliding_window": 16, "rope_parameters": {"full_attention": {**YARN, "rope_theta": 1e4},
                                                                        "sliding_attention": {"rope_theta": 1e4}}}),
+    "olmo3 yarn everywhere": ("olmo3", {"sliding_window": 16, "rope_parameters": {
+        "full_attention": {**YARN, "rope_theta": 5e5}, "sliding_attention": {**YARN, "rope_theta": 5e5}}}),
     "olmo3 other layers": ("olmo3", {"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"] * 2}),
     "llama2": ("llama", {"num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": ("llama", {"rope_scaling": LLAMA3, "rope_theta": 5e5, "tie_word_embeddings": True}),

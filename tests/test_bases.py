@@ -23,6 +23,7 @@ from sft.recipe.inputs import TOKENIZER_FILES
 from sft.recipe.presets import PRESETS
 from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.runner import bases as bases_of_runs
+from sft.sync import base_check
 from sft.training import initial_weights
 
 LLAMA: dict[str, Any] = {
@@ -88,6 +89,10 @@ def test_mscale_of_both_kinds_gives_the_attention_factor_that_transformers_compu
         ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope_type: 'su', expected default, linear"),
         ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "type: 'linear', expected the same as rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: no field 'factor'"),
+        ({"rope_scaling": {k: v for k, v in YARN.items() if k != "factor"}}, "rope_scaling: no field 'factor'"),
+        ({"rope_parameters": {"rope_theta": None}}, "rope_parameters: rope_theta: None, expected a number above 0"),
+        ({"model_type": "qwen3", "head_dim": None}, "head_dim: None, expected a whole number"),
+        ({"bos_token_id": [1, 2]}, r"bos_token_id: \[1, 2\], expected one id, or null"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: finetuned: True"),
         ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "expected the same as rope_parameters"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}, "expected one value, not"),
@@ -313,6 +318,14 @@ def test_every_dtype_is_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None
         assert torch.equal(weights[weights.family.ours(name)].float(), value.to(dtype).float())
 
 
+def test_a_file_without_an_output_matrix_says_what_ties_it(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, lambda t: {k: v for k, v in t.items() if k != "lm_head.weight"})
+    base = read_base(folder)
+    assert base
+    with pytest.raises(SftError, match=r"tie_word_embeddings: False, but no file has lm_head.weight; next: set tie"):
+        HfFolder(folder).check(base.config)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -399,7 +412,7 @@ def test_a_model_config_survives_json() -> None:
 def test_added_tokens_are_ids_of_tokenizer_and_table(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
-    from sft.data.added_tokens import add_tokens, with_tokens
+    from sft.chat.added_tokens import add_tokens, with_tokens
 
     facts = tiny_export.tokenizer(tmp_path / "tokenizer")
     before = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
@@ -434,14 +447,14 @@ def test_rows_of_added_tokens_are_new_also_where_the_bases_table_is_padded(tmp_p
 def test_the_bases_tokenizer_with_the_added_tokens_is_the_datas(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from sft.data.added_tokens import add_tokens
+    from sft.chat.added_tokens import add_tokens
 
     facts = tiny_export.tokenizer(tmp_path / "base")
     made = add_tokens(tmp_path / "base", ("<|tool|>",), TOKENIZER_FILES, tmp_path / "cache")
     theirs = replace(facts, tokenizer=replace(facts.tokenizer, sha256=tiny_export.sha256(made / "tokenizer.json")))
-    assert initial_weights.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
+    assert base_check.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|tool|>",)) == ""
     with pytest.raises(SftError, match=r"the data were made with tokenizer.json sha256"):
-        initial_weights.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))
+        base_check.check_base_tokenizer(tmp_path, theirs, tmp_path / "base", added=("<|other|>",))
 
 
 # --- adapters -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from sft.formats.dataset import TokenIds
 from sft.model.model import Transformer
 from sft.recipe.base_config import Base, BaseFacts, read_base
 from sft.recipe.families import FAMILIES
-from sft.recipe.schema import Convert
+from sft.recipe.resolve import resolve
+from sft.recipe.schema import Convert, Model
 
 LENGTHS = (90, 33, 7)  # longer and shorter than the window (16) and the original context (64)
 
@@ -97,6 +99,52 @@ def test_the_old_and_the_new_form_of_a_config_are_the_same_model(tmp_path: Path,
     bases.write(tmp_path / "new", name)
     bases.write(tmp_path / "old", name, old_form=True)
     assert read(tmp_path / "old").config == read(tmp_path / "new").config
+
+
+@pytest.mark.parametrize("name", bases.CASES)
+def test_a_recipe_that_names_only_its_base_changes_nothing_of_it(tmp_path: Path, name: str) -> None:
+    from transformers import AutoConfig
+
+    kind, changes = bases.CASES[name]
+    AutoConfig.for_model(kind, **json.loads(json.dumps(bases.SIZES | changes))).save_pretrained(tmp_path)
+    base = read(tmp_path)
+    resolved = resolve(Model(base="b"), 0, base)
+    assert replace(resolved, vocab_size=base.config.vocab_size) == base.config
+
+
+@pytest.mark.parametrize("kind", [name for name, family in FAMILIES.items() if family.keys.get("sliding_window", 0)])
+def test_a_window_of_no_tokens_is_refused(tmp_path: Path, kind: str) -> None:
+    from sft.common.errors import SftError
+
+    changes = {"sliding_window": 0} | ({"use_sliding_window": True} if kind.startswith("qwen") else {})
+    described = {**bases.SIZES, "model_type": kind, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    with pytest.raises(SftError, match="sliding_window: 0, expected a number of tokens, or null"):
+        read_base(tmp_path)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_transformers_replaces_the_pre_tokenizer_of_the_families_that_say_so(tmp_path: Path, kind: str) -> None:
+    from sft.chat.loaded_tokenizer import check_for_family
+    from sft.common.errors import SftError
+
+    facts = tiny_export.tokenizer(tmp_path)
+    canaries = facts.tokenizer.canaries
+    always = replace(FAMILIES[kind], own_tokenizer=True)
+    if FAMILIES[kind].own_tokenizer:
+        with pytest.raises(
+            SftError, match=r"Qwen2Tokenizer of transformers encodes .* next: set \[prepare\] tokenizer"
+        ):
+            check_for_family(tmp_path, canaries, FAMILIES[kind])
+    else:
+        check_for_family(tmp_path, canaries, always)
+
+
+def test_a_config_that_transformers_refuses_is_an_error_that_names_it() -> None:
+    from sft.common.errors import SftError
+
+    with pytest.raises(SftError, match=r"b/config.json: transformers builds no model from it: .*hidden_size"):
+        logits.meta_hf_model({**bases.SIZES, "model_type": "llama", "hidden_size": "48"}, None, "b/config.json")
 
 
 @pytest.mark.parametrize("name", bases.CASES)
@@ -205,3 +253,45 @@ def test_a_base_that_is_read_wrongly_does_not_start_a_training(
     misread = replace(base, config=replace(base.config, **wrong))
     with pytest.raises(SftError, match=r"logits differ by .*does not compute the base as transformers does"):
         check_base(tmp_path, misread, [d.tolist() for d in documents()])
+
+
+def core_step(folder: Path, name: str) -> Base:
+    """An OLMo-core step of a case."""
+    import torch.distributed.checkpoint as dcp
+
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    bases.write(folder / "hf", name)
+    base = read(folder / "hf")
+    step = folder / "step0"
+    step.mkdir()
+    (step / "config.json").write_text(json.dumps(olmo_core.step_config(base.config, TokenIds())))
+    state = {key: value.detach() for key, value in ours(folder / "hf", base).state_dict().items()}
+    dcp.save({"model": state}, checkpoint_id=str(step / "model_and_optim"), no_dist=True)
+    return read(step)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("olmo3 yarn", {"rope_scaling": None}), ("llama3", {"norm_eps": 1e-2}), ("qwen3", {"rope_theta": 5e5})]
+)  # fmt: skip
+def test_an_olmo_core_base_is_compared_with_olmo_cores_model_before_training(
+    tmp_path: Path, name: str, wrong: dict[str, Any]
+) -> None:
+    from sft.common.errors import SftError
+    from sft.export.core_gate import check_core_base
+
+    base, rows = core_step(tmp_path, name), [d.tolist() for d in documents()]
+    found = check_core_base(tmp_path / "step0", base, rows)
+    assert not isinstance(found, str) and found.max_difference < 1e-4 * found.max_logit
+    misread = replace(base, config=replace(base.config, **wrong))
+    with pytest.raises(SftError, match=r"logits differ by .*does not compute the base as OLMo-core does"):
+        check_core_base(tmp_path / "step0", misread, rows)
+
+
+def test_an_olmo_core_base_that_cannot_be_compared_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sft.export.core_gate import check_core_base
+
+    base = core_step(tmp_path, "llama2")
+    monkeypatch.setitem(sys.modules, "olmo_core.nn.transformer", None)
+    assert "ai2-olmo-core is not installed" in str(check_core_base(tmp_path / "step0", base, [[5, 6]]))
+    (tmp_path / "step0" / "config.json").write_text(json.dumps({olmo_core.core_config.OURS: base.config.to_value()}))
+    assert "no description of OLMo-core's" in str(check_core_base(tmp_path / "step0", base, [[5, 6]]))

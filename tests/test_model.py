@@ -23,7 +23,7 @@ from sft.model.memory import layer_modes
 from sft.model.model import Block, Transformer, compile_blocks, initial_values, inverse_frequencies
 from sft.model.parallel import World, shard
 from sft.recipe.architecture import Llama3Rope, ModelConfig, Yarn
-from sft.recipe.presets import PRESETS
+from sft.recipe.presets import PRESETS, SOURCES
 from sft.recipe.resolve import resolve
 from sft.recipe.schema import Model
 
@@ -367,3 +367,27 @@ def test_sharded_bf16_follows_fp32_on_the_host(name: str, device: str, compiled:
         assert isinstance(parameter.grad, DTensor)
         a = parameter.grad.full_tensor().cpu()
         assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+
+
+# The functions of OLMo-core 3.0.0 that describe the published models, and what they leave out.
+OLMO_CORE = {
+    "olmo2-1b": ("olmo2_1B_v2", {}), "olmo2-7b": ("olmo2_7B", {}), "olmo2-13b": ("olmo2_13B", {}),
+    "olmo2-32b": ("olmo2_32B", {}), "olmo3-7b": ("olmo3_7B", {"rope_scaling"}), "olmo3-32b": ("olmo3_32B", {"rope_scaling"}),
+    "qwen3-0.6b": ("qwen3_0_6B", {}), "qwen3-1.7b": ("qwen3_1_7B", {}), "qwen3-4b": ("qwen3_4B", {}),
+    "qwen3-8b": ("qwen3_8B", {}), "llama3.1-8b": ("llama3_8B", {"rope_scaling"}),
+    "llama3.2-1b": ("llama3_1B", {"rope_scaling", "tied"}),
+}  # fmt: skip
+
+
+def test_a_preset_has_the_figures_of_olmo_cores_description_and_a_source() -> None:
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    from olmo_core.nn.transformer import TransformerConfig
+
+    from sft.recipe import core_config
+    from sft.recipe.architecture import differing_fields
+
+    assert {name for name in PRESETS if not name.endswith("-tiny")} == set(SOURCES) == set(OLMO_CORE)
+    for name, (function, left_out) in OLMO_CORE.items():
+        described = getattr(TransformerConfig, function)(vocab_size=PRESETS[name].vocab_size).as_config_dict()
+        found = core_config.read({"model": described}, name)
+        assert set(differing_fields(found, PRESETS[name])) == set(left_out), name

@@ -18,6 +18,7 @@ from sft.export import soup
 from sft.formats.manifest import StepManifest
 from sft.formats.soup import Soup
 from sft.model.model import Transformer
+from sft.sync import base_check
 from sft.training import initial_weights
 from test_checkpoint import ALONE, CONFIG, FACTS, core_model, trained
 
@@ -79,7 +80,7 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
     for name, parameter in model.named_parameters():
         assert np.array_equal(parameter.detach().numpy(), found[name])
     digest = hash_file(tmp_path / "soup" / "tokenizer" / "tokenizer.json")
-    assert initial_weights.check_base_tokenizer(tmp_path, made_data.facts(*FACTS, digest), tmp_path / "soup") == ""
+    assert base_check.check_base_tokenizer(tmp_path, made_data.facts(*FACTS, digest), tmp_path / "soup") == ""
     theirs = core_model()
     from olmo_core.distributed.checkpoint import load_model_and_optim_state
 

@@ -194,11 +194,18 @@ class Hub:
         return SimpleNamespace(sha="f" * 40, siblings=siblings)
 
     def snapshot_download(
-        self, repo: str, revision: str | None, local_dir: Path, ignore_patterns: Sequence[str] = ()
+        self,
+        repo: str,
+        revision: str | None,
+        local_dir: Path,
+        ignore_patterns: Sequence[str] = (),
+        allow_patterns: Sequence[str] = ("*",),
     ) -> None:
         assert revision == "f" * 40
         for name, data in self.files.items():
             if any(fnmatch.fnmatch(name, pattern) for pattern in ignore_patterns):
+                continue
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
                 continue
             (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
             (local_dir / name).write_bytes(data)
@@ -237,6 +244,16 @@ def test_the_pickled_weights_of_a_hub_base_are_fetched_where_there_are_no_others
     hub = Hub({name: name.encode() for name in (*names, "training_args.bin", "onnx/model.bin", "x.gguf")})
     found = fetch("hf://org/model@" + "f" * 40, hub, tmp_path, monkeypatch)
     assert set(found.folder.list()) == set(names)
+
+
+def test_a_hub_base_is_checked_before_its_weights_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        assert [p.name for p in folder.iterdir()] == ["facts.json"]
+        raise SftError("not supported")
+
+    monkeypatch.setattr(hub_storage, "huggingface_hub", Hub({n: d for n, d in HUB_FILES.items() if n[0] != "."}))
+    with pytest.raises(SftError, match="not supported"):
+        base_weights.find_base_weights("hf://org/model", lambda *_: tmp_path, tmp_path, lambda _: None, refuse)
 
 
 def test_the_commit_of_a_base_is_in_the_manifest_and_not_in_the_outputs(

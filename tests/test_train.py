@@ -30,6 +30,7 @@ from sft.model.parallel import World, make_deterministic
 from sft.packing.packs import pack_dataset
 from sft.recipe.base_config import read_base
 from sft.recipe.schema import Hardware, Train
+from sft.sync import base_check
 from sft.training import build, initial_weights, metrics
 from sft.training.stopwatch import Stopwatch
 from sft.training.train import lost_sources
@@ -245,19 +246,17 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     (other / "tokenizer.json").write_text('{"version": "2.0"}')
     facts = DatasetInfo.of(folder / "dataset").facts
     with pytest.raises(SftError) as error:
-        initial_weights.check_base_tokenizer(folder / "dataset", facts, other)
+        base_check.check_base_tokenizer(folder / "dataset", facts, other)
     assert facts.tokenizer.sha256 in str(error.value)
-    assert initial_weights.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
+    assert base_check.hashlib.sha256(b'{"version": "2.0"}').hexdigest() in str(error.value)
     shutil.copy(folder / "dataset" / "data" / "tokenizer" / "tokenizer.json", other)
-    assert initial_weights.check_base_tokenizer(folder / "dataset", facts, other) == ""
-    assert initial_weights.check_base_tokenizer(folder / "dataset", facts, None) == ""
+    assert base_check.check_base_tokenizer(folder / "dataset", facts, other) == ""
+    assert base_check.check_base_tokenizer(folder / "dataset", facts, None) == ""
     (other / "tokenizer.json").unlink()
     with pytest.raises(SftError, match="could not be proven") as error:
-        initial_weights.check_base_tokenizer(folder / "dataset", facts, other)
+        base_check.check_base_tokenizer(folder / "dataset", facts, other)
     assert facts.tokenizer.sha256 in str(error.value)
-    assert "could not be proven" in initial_weights.check_base_tokenizer(
-        folder / "dataset", facts, other, unchecked=True
-    )
+    assert "could not be proven" in base_check.check_base_tokenizer(folder / "dataset", facts, other, unchecked=True)
     size, end = facts.vocab_size, facts.eos_id
     for said, field in (
         ({"vocab_size": size + 8, "eos_token_id": [7, end]}, ""),  # Hugging Face pads the embedding
@@ -271,12 +270,12 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     ):
         (other / "config.json").write_text(json.dumps(said))
         if not field:
-            assert "could not be proven" in initial_weights.check_base_tokenizer(
+            assert "could not be proven" in base_check.check_base_tokenizer(
                 folder / "dataset", facts, other, unchecked=True
             )
             continue
         with pytest.raises(SftError, match=field):  # what is known to differ is refused in any case
-            initial_weights.check_base_tokenizer(folder / "dataset", facts, other, unchecked=True)
+            base_check.check_base_tokenizer(folder / "dataset", facts, other, unchecked=True)
 
 
 def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) -> None:

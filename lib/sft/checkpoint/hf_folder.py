@@ -130,6 +130,12 @@ class HfFolder(Mapping[str, torch.Tensor]):
                 f"{where}: vocab_size: {rows}, the recipe's [model] has {config.vocab_size} rows; next: vocab_size = {rows}"
             )
         found = {name: self.shape(name) for name in hf.without_tied_head(self, config)}
+        if not config.tied and "lm_head.w_out.weight" not in found and len(found) == len(hf.shapes(config)) - 1:
+            raise SftError(
+                f"{where}: tie_word_embeddings: {self.config.get('tie_word_embeddings')}, but no file has lm_head.weight;"
+                " next: set tie_word_embeddings = true in it if the output matrix is the embedding, or fetch the missing"
+                " file"
+            )
         hf.check_shapes(found, hf.shapes(config, rows), str(self.path))
 
     def close(self) -> None:

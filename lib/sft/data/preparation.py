@@ -21,13 +21,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sft.chat.added_tokens import add_tokens
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.locks import lock
 from sft.common.machine import cores
 from sft.data import accounting, blocks, sources, workers
 from sft.data import near_duplicates as near
-from sft.data.added_tokens import add_tokens
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
 from sft.data.materialise import materialise

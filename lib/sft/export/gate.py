@@ -25,9 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sft.chat.loaded_tokenizer import check_canaries, remedy
 from sft.checkpoint.dcp_reader import Weights
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
+from sft.common.files import read_json
 from sft.export.blocks import DTYPES, all_finite, row_blocks
 from sft.export.chats import greedy_replies, trained_chats
 from sft.export.logits import compare_logits, meta_hf_model, sample_layers
@@ -36,6 +38,7 @@ from sft.formats.dataset import TokenizerFacts
 from sft.formats.gate import GateRecord, GreedyReply, TensorCheck, TokenizerCheck
 from sft.model import hf
 from sft.recipe.architecture import ModelConfig
+from sft.recipe.base_config import find_family
 from sft.recipe.schema import Convert
 
 AGAIN = "next: make convert again"
@@ -114,13 +117,8 @@ def check_exported_tokenizer(folder: Path, facts: TokenizerFacts) -> Any:
     from transformers import AutoTokenizer  # start-up: transformers takes a second
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for text, wanted in facts.tokenizer.canaries.items():
-        found = tokenizer.encode(text, add_special_tokens=False)
-        if found != list(wanted):
-            raise SftError(
-                f"{folder / 'tokenizer.json'}: AutoTokenizer encodes {text!r} as {found}, the training data have {list(wanted)}:"
-                " the pre-tokenizers differ; next: set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast"
-            )
+    kind = find_family(read_json(folder / "config.json"), str(folder / "config.json"))
+    check_canaries(tokenizer, facts.tokenizer.canaries, str(folder / "tokenizer.json"), remedy(kind))
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     if tokenizer.chat_template != template:
         raise SftError(

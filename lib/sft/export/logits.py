@@ -95,17 +95,7 @@ def compare_logits(
     config = replace(config, vocab_size=int(exported.config["vocab_size"]))  # padding rows are not exported
     native = native_logits(config, exported, pack, layers)
     theirs = hf_logits(exported, config, pack, layers)
-    agreement = (native.argmax(1) == theirs.argmax(1)).float().mean().item()
-    # Row by row, which needs no third tensor: there are as many logits as a matrix has weights.
-    differences = torch.stack([(a - b).abs().max() for a, b in zip(native, theirs, strict=True)])
-    difference, largest = differences.max().item(), max(row.abs().max().item() for row in native)
-    if not difference <= TOLERANCE * largest:  # also refuses NaN
-        worst = int(pack.compared[int(differences.nan_to_num(torch.inf).argmax())])
-        raise SftError(
-            f"{exported.path}: logits differ by {difference:.3g} (largest logit {largest:.3g}, tolerance {TOLERANCE:g} of it), most"
-            f" at token {worst} of a pack with documents of {[len(d) for d in documents]} tokens and window {config.window}:"
-            f" {failure}"
-        )
+    difference, largest, agreement = differences(native, theirs, pack, str(exported.path), config.window, failure)
     del theirs
     return LogitCheck(
         max_difference=difference,
@@ -118,6 +108,27 @@ def compare_logits(
         layers=len(layers),
         which=tuple(layers),
     )
+
+
+def differences(
+    native: Tensor, theirs: Tensor, pack: Pack, where: str, window: int, failure: str
+) -> tuple[float, float, float]:
+    """(largest difference of a logit, largest logit, share of rows with the same best token) of logits [R, V].
+
+    Raises SftError for a difference beyond TOLERANCE; `failure` says what it means, and what to do.
+    """
+    agreement = (native.argmax(1) == theirs.argmax(1)).float().mean().item()
+    # Row by row, which needs no third tensor: there are as many logits as a matrix has weights.
+    rows = torch.stack([(a - b).abs().max() for a, b in zip(native, theirs, strict=True)])
+    difference, largest = rows.max().item(), max(row.abs().max().item() for row in native)
+    if not difference <= TOLERANCE * largest:  # also refuses NaN
+        worst = int(pack.compared[int(rows.nan_to_num(torch.inf).argmax())])
+        raise SftError(
+            f"{where}: logits differ by {difference:.3g} (largest logit {largest:.3g}, tolerance {TOLERANCE:g} of it), most"
+            f" at token {worst} of a pack with documents of {pack.cu_seqlens.diff().tolist()} tokens and window {window}:"
+            f" {failure}"
+        )
+    return difference, largest, agreement
 
 
 def _rounding_kl(
@@ -205,7 +216,7 @@ def streamed_hf_model(
     exported: HfFolder, config: ModelConfig, layers: Sequence[int], dtype: torch.dtype, keep_bytes: int = 0
 ) -> Any:
     """transformers' model of the folder with the given layers. Weights are streamed; the first `keep_bytes` stay in memory."""
-    model: Any = meta_hf_model(exported.config, layers)
+    model: Any = meta_hf_model(exported.config, layers, str(exported.path / "config.json"))
     inner = model.model
 
     def rows(name: str) -> Callable[[int, int], Tensor]:
@@ -225,8 +236,13 @@ def streamed_hf_model(
     return model
 
 
-def meta_hf_model(config: Mapping[str, Any], layers: Sequence[int] | None = None) -> nn.Module:
-    """transformers' model for a config.json on the meta device, which holds no weights; of some layers only, if given."""
+def meta_hf_model(
+    config: Mapping[str, Any], layers: Sequence[int] | None = None, where: str = "config.json"
+) -> nn.Module:
+    """transformers' model for a config.json on the meta device, which holds no weights; of some layers only, if given.
+
+    Raises SftError for a config that transformers refuses.
+    """
     for noisy in (
         "torchao",
         "torch.utils._pytree",
@@ -234,13 +250,19 @@ def meta_hf_model(config: Mapping[str, Any], layers: Sequence[int] | None = None
         logging.getLogger(noisy).setLevel(logging.ERROR)
     from transformers import AutoConfig, AutoModelForCausalLM  # start-up: transformers takes a second
 
-    made = AutoConfig.for_model(**config)
-    if layers is not None:
-        for name in ("layer_types", "no_rope_layers"):
-            if listed := getattr(made, name, None):
-                setattr(made, name, [listed[i] for i in layers])
-        made.num_hidden_layers = len(layers)
-    with torch.device("meta"):
-        build: Any = AutoModelForCausalLM.from_config  # transformers does not annotate it
-        model: nn.Module = build(made, dtype=torch.float32, attn_implementation="sdpa")
+    try:
+        made = AutoConfig.for_model(**config)
+        if layers is not None:
+            for name in ("layer_types", "no_rope_layers"):
+                if listed := getattr(made, name, None):
+                    setattr(made, name, [listed[i] for i in layers])
+            made.num_hidden_layers = len(layers)
+        with torch.device("meta"):
+            build: Any = AutoModelForCausalLM.from_config  # transformers does not annotate it
+            model: nn.Module = build(made, dtype=torch.float32, attn_implementation="sdpa")
+    except Exception as error:  # its validators and classes raise many kinds of errors
+        raise SftError(
+            f"{where}: transformers builds no model from it: {type(error).__name__}: {' '.join(str(error).split())[:300]};"
+            " next: correct the base's config"
+        ) from error
     return model.eval()

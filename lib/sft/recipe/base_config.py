@@ -118,6 +118,12 @@ def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
     return read_hf_config(data, str(file), ignore)
 
 
+def tokenizer_of(base: Path) -> Path | None:
+    """The tokenizer.json of a base: in its folder, or in a tokenizer/ inside or beside it. None if there is none."""
+    folders = (base, base / "tokenizer", base.parent / "tokenizer")
+    return next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
+
+
 def longest_input(file: Path) -> int:
     """max_position_embeddings of an export's config.json. Raises SftError."""
     value = read_json(file).get("max_position_embeddings")
@@ -172,6 +178,8 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
     max_positions = config.whole("max_position_embeddings", family.max_positions)
     rotary = read_rotary(config, family, max_positions)
+    if family.head_dim and "head_dim" in data and data["head_dim"] is None:
+        config.refuse("head_dim", None, "a whole number: transformers refuses null here", "correct the base's config")
     head_dim = config.whole("head_dim", family.head_dim or d_model // heads)
     layers = config.whole("num_hidden_layers")
     does = dict(family.does)
@@ -202,11 +210,13 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
         made = replace(made, family=family.model_type)
     _check_geometry(config, made)
     bos = config.get("bos_token_id") if "bos_token_id" in data else family.bos_token_id
+    if isinstance(bos, bool) or not isinstance(bos, int | None):
+        config.refuse("bos_token_id", bos, "one id, or null", "correct the base's config")
     for name in ("eos_token_id", "pad_token_id", "original_max_position_embeddings"):
         config.get(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
     config.refuse_rest(IRRELEVANT, NEUTRAL)
     scaled = made.rope_scaling is not None
-    facts = BaseFacts(made.vocab_size, max_positions, bos if isinstance(bos, int) else None, scaled)
+    facts = BaseFacts(made.vocab_size, max_positions, bos, scaled)
     return Base(made, facts, where)
 
 
@@ -244,6 +254,8 @@ def _windows(config: ConfigReader, family: Family, layers: int) -> dict[str, Any
     window = config.whole("sliding_window", 0 if "sliding_window" in config.data else default or 0, least=0)
     if "use_sliding_window" in family.keys and not config.flag("use_sliding_window", False):
         window = 0
+    elif config.data.get("sliding_window") == 0:
+        config.refuse("sliding_window", 0, "a number of tokens, or null for none", "correct the base's config")
     if "layer_types" not in family.keys:  # one rule for all layers
         return {"window": window, "window_layers": (True,)} if window else {}
     types = config.get("layer_types")

@@ -47,7 +47,8 @@ class Family:
     `block`: names of modules inside a layer, ours first. `fused`: modules of theirs that hold several of ours, one after
     the other by rows. `keys`: the keys of config.json that only some families have, with transformers' value where the key
     is missing. `values`: keys with the only value that the class can express. `does`: fields of ModelConfig that all models
-    of the family share.
+    of the family share. `own_tokenizer`: transformers loads every tokenizer of the family with the family's class, whatever
+    tokenizer_class says.
     """
 
     model_type: str
@@ -64,6 +65,7 @@ class Family:
     does: Mapping[str, Any] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    own_tokenizer: bool = False
 
     def theirs(self, name: str) -> str:
         """transformers' name of our parameter. A part of a fused one has the name of the fused one. Raises KeyError for
@@ -125,6 +127,7 @@ FAMILIES = {
         max_positions=32768,
         does={"prenorm": True, "qk_norm": "", "qkv_bias": True},
         values={"attention_bias": True},
+        own_tokenizer=True,
     ),
     "llama": Family(
         "llama",

@@ -1,7 +1,7 @@
 """Model architectures by name, and their number of parameters. Standard library only.
 
 A preset is for random weights, and for planning before a base is at hand. A base's own config.json is what counts
-(sft.recipe.resolve). The figures are those of the published configurations of OLMo 2, OLMo 3, Qwen 3 and Llama 3.
+(sft.recipe.resolve). SOURCES says where the figures of each preset stand. tests/test_model.py compares them with OLMo-core's.
 """
 
 from __future__ import annotations
@@ -57,3 +57,24 @@ PRESETS = {
         _LLAMA3_8B, n_layers=4, d_model=128, n_heads=4, n_kv_heads=2, head_dim=32, intermediate_size=384, vocab_size=0
     ),
 }
+
+_OLMO_CORE = "ai2-olmo-core 3.0.0 (PyPI), olmo_core/nn/transformer/config.py"
+_COPIES = "github.com/citsjtu2020/LLM-Prof at 8434c8d19c396b2f95d92a67845a7c0a0e0dd512, sglang/Model_Config.md"
+_YARN = "YaRN: github.com/allenai/OLMo-core at 66f768b, src/scripts/official/OLMo3/OLMo-3-1025-7B-long-context.py; 32B alike"
+SOURCES = {
+    "olmo2-1b": f"{_OLMO_CORE}, olmo2_1B_v2",
+    "olmo2-7b": f"{_OLMO_CORE}, olmo2_7B",
+    "olmo2-13b": f"{_OLMO_CORE}, olmo2_13B; config.json of allenai/OLMo-2-1124-13B, a copy in"
+    " github.com/mauer4/Attention-From-Scratch at 381a295f1d0697f36e21decfafef5ed74006ae94",
+    "olmo2-32b": f"{_OLMO_CORE}, olmo2_32B",
+    "olmo3-7b": f"{_OLMO_CORE}, olmo3_7B; {_YARN}",
+    "olmo3-32b": f"{_OLMO_CORE}, olmo3_32B; {_YARN}",
+    "qwen3-0.6b": f"{_OLMO_CORE}, qwen3_0_6B",
+    "qwen3-1.7b": f"{_OLMO_CORE}, qwen3_1_7B",
+    "qwen3-4b": f"{_OLMO_CORE}, qwen3_4B; config.json of Qwen/Qwen3-4B, a copy in {_COPIES}",
+    "qwen3-8b": f"{_OLMO_CORE}, qwen3_8B; config.json of Qwen/Qwen3-8B, a copy in {_COPIES}",
+    "llama3.1-8b": f"config.json of meta-llama/Llama-3.1-8B, a copy in {_COPIES}",
+    "llama3.2-1b": "config.json of meta-llama/Llama-3.2-1B at 4e20de362430cd3b72f300e6b0f18e50e7166e08, a copy in"
+    " github.com/kevinstephano/thunder_model_blocks, hf_llama/llama_config.py",
+}
+"""Where the figures of each published architecture were read. Tiny presets are this project's own."""

@@ -110,7 +110,9 @@ def _from_base(model: Model, base: Base, tokenizer_size: int) -> ModelConfig:
     rows = list(_differences(model, base))
     if rows:
         raise SftError(_table(rows, base))
-    config = _with_scaling(base.config, _scaling(model, base.config, base.facts.max_positions or 0))
+    config = base.config
+    if (scaling := _scaling(model, config, base.facts.max_positions or 0)) != config.rope_scaling:
+        config = _with_scaling(config, scaling)
     if model.init_std is not None:
         config = replace(config, init_std=model.init_std)
     preset = PRESETS[model.preset].vocab_size if model.preset else 0

@@ -98,6 +98,8 @@ def _one(
     table: ConfigReader, family: Family | None, max_positions: int, outer: int | None
 ) -> tuple[float | None, RopeScaling | None, float | None]:
     """(theta, scaling, partial rotary factor) of one table."""
+    if "rope_theta" in table.data and table.data["rope_theta"] is None:
+        table.refuse("rope_theta", None, "a number above 0", "choose a base whose layers have positions")
     theta = None if table.get("rope_theta") is None else table.number("rope_theta")
     partial = None if table.get("partial_rotary_factor") is None else table.number("partial_rotary_factor")
     kind, older = table.get("rope_type"), table.get("type")
@@ -126,16 +128,18 @@ def read_scaling(table: ConfigReader, kind: str, max_positions: int, outer: int 
         old = table.whole("original_max_position_embeddings", max_positions if outer is None else outer)
         if outer is not None:
             old = outer
-        read = _yarn if kind == "yarn" else _longrope if kind == "longrope" else _llama3
-        scaling = read(table, old, max_positions)
+        if kind == "longrope":
+            scaling = _longrope(table, old, max_positions)
+        else:
+            scaling = _yarn(table, old) if kind == "yarn" else _llama3(table, old)
     else:
         table.refuse("rope_type", kind, "default, linear, dynamic, yarn, longrope or llama3")
     table.refuse_rest()
     return scaling
 
 
-def _yarn(table: ConfigReader, old: int, max_positions: int) -> Yarn:
-    factor = table.number("factor", max_positions / old)
+def _yarn(table: ConfigReader, old: int) -> Yarn:
+    factor = table.number("factor")
     # transformers takes 0 for a missing value in these fields.
     fast = table.number("beta_fast", 32.0) if table.data.get("beta_fast") else 32.0
     slow = table.number("beta_slow", 1.0) if table.data.get("beta_slow") else 1.0
@@ -171,7 +175,7 @@ def _factors(table: ConfigReader, name: str) -> tuple[float, ...]:
     return tuple(float(v) for v in values)
 
 
-def _llama3(table: ConfigReader, old: int, max_positions: int) -> Llama3Rope:
+def _llama3(table: ConfigReader, old: int) -> Llama3Rope:
     low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
     if high <= low:
         table.refuse("high_freq_factor", high, f"more than low_freq_factor, {low}", _CORRECT)

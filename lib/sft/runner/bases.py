@@ -14,7 +14,7 @@ from sft.formats import manifest
 from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.recipe import recipe
 from sft.recipe.architecture import DynamicRope, LongRope, ModelConfig
-from sft.recipe.base_config import Base, read_base
+from sft.recipe.base_config import Base, read_base, tokenizer_of
 from sft.recipe.inputs import is_remote
 from sft.recipe.resolve import resolve
 
@@ -44,6 +44,20 @@ def _check_ranks(config: ModelConfig, r: recipe.Recipe) -> None:
             )
 
 
+def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe) -> None:
+    """Raises SftError for a base and a [prepare] tokenizer under DATA with different tokenizer.json files. Sync compares the
+    others."""
+    if is_remote(r.model.base) or is_remote(r.prepare.tokenizer):
+        return
+    ours = paths.find(roots, r.prepare.tokenizer, f"{r.file}: [prepare] tokenizer") / "tokenizer.json"
+    theirs = tokenizer_of(paths.find(roots, r.model.base, f"{r.file}: [model] base"))
+    if theirs is not None and ours.is_file() and ours.read_bytes() != theirs.read_bytes():
+        raise SftError(
+            f"'tokenizer' in [prepare] = {r.prepare.tokenizer!r}: {ours} is not the base's {theirs};"
+            " next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
+        )
+
+
 def _synced(sync: Path) -> Path | None:
     """The folder of a finished sync's base on this machine."""
     try:
@@ -57,11 +71,13 @@ def _synced(sync: Path) -> Path | None:
 
 
 def check_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> None:
-    """Raises SftError for a local base that is not supported, or whose architecture the recipe contradicts."""
+    """Raises SftError for a local base that is not supported, whose architecture the recipe contradicts, or whose tokenizer
+    is not the data's."""
     try:
         base = find_base(roots, run, r)
         if base is not None:
             _check_ranks(resolve(r.model, 0, base), r)
+            _check_tokenizer(roots, r)
     except SftError as error:
         text = str(error)
         raise SftError(text if text.startswith(r.file) else f"{r.file}: {text}") from error

@@ -28,14 +28,21 @@ class BaseWeights:
 
 
 def find_base_weights(
-    base: str, find: Callable[[str, str], Path], cache: Path, log: Callable[[str], None]
+    base: str,
+    find: Callable[[str, str], Path],
+    cache: Path,
+    log: Callable[[str], None],
+    check: Callable[[Path], None] = lambda _: None,
 ) -> BaseWeights:
-    """The base weights of a recipe; `find` looks up a path under DATA. Raises SftError."""
+    """The base weights of a recipe; `find` looks up a path under DATA. Raises SftError.
+
+    `check` gets the folder as soon as it has the small files, where they can be had before the weights.
+    """
     if base.startswith("hf://"):
         repo = hub.resolve(base, f"[model] base {base}", log)
         folder = cache / "hub" / f"{repo.name.replace('/', '--')}-{repo.commit[:16]}"
         log(f"{base}: commit {repo.commit}, to {folder}")
-        hub.snapshot(repo, folder, f"[model] base {base}")
+        hub.snapshot(repo, folder, f"[model] base {base}", check)
         return BaseWeights(LocalStorage(folder), f"{_label(repo.name)}-{repo.commit[:8]}", repo.commit)
     if base.startswith("gs://"):
         bucket = open_storage(base, cache)
@@ -47,9 +54,14 @@ def find_base_weights(
         for name in storage.list():
             if name not in wanted:
                 storage.remove(name)
-        transfer(copies, bucket, storage, log)
+        small = [c for c in copies if c.target.endswith(hub.SMALL)]
+        transfer(small, bucket, storage, log)
+        check(storage.root)
+        transfer([c for c in copies if c not in small], bucket, storage, log)
         return BaseWeights(storage, _label(base))
-    return BaseWeights(LocalStorage(find(base, "[model] base")), _label(base))
+    folder = find(base, "[model] base")
+    check(folder)
+    return BaseWeights(LocalStorage(folder), _label(base))
 
 
 def _label(base: str) -> str:

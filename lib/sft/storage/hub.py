@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from sft.storage.local import LocalStorage
 
 # Other forms of the same weights.
 NOT_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.onnx", "*.gguf", "*.tflite"]
+SMALL = (".json", ".jinja")
+"""Endings of the files that say what a model is."""
 PICKLED = "pytorch_model*.bin"
 """Weights that are fetched where a repository has no safetensors. Only the restricted unpickler reads them."""
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -63,16 +66,19 @@ def resolve(url: str, what: str, log: Callable[[str], None], kind: str = "model"
     return Repo(name, commit)
 
 
-def snapshot(repo: Repo, folder: Path, what: str) -> None:
-    """Downloads a model's files to `folder`. Deletes and reports files that differ from what the hub reports. Raises SftError."""
+def snapshot(repo: Repo, folder: Path, what: str, check: Callable[[Path], None] = lambda _: None) -> None:
+    """Downloads a model's files to `folder`. Deletes and reports files that differ from what the hub reports. Raises SftError.
+
+    `check` gets the folder before the weights are downloaded.
+    """
     with reaching(what):
         info = huggingface_hub.HfApi().model_info(repo.name, revision=repo.commit, files_metadata=True)
-        huggingface_hub.snapshot_download(
-            repo.name,
-            revision=repo.commit,
-            local_dir=folder,
-            ignore_patterns=not_fetched([stated.rfilename for stated in info.siblings or []]),
-        )
+        left_out = not_fetched([stated.rfilename for stated in info.siblings or []])
+        download = partial(huggingface_hub.snapshot_download, repo.name, revision=repo.commit, local_dir=folder)
+        download(ignore_patterns=left_out, allow_patterns=[f"*{end}" for end in SMALL])
+    check(folder)
+    with reaching(what):
+        download(ignore_patterns=left_out)
     wrong = []
     for stated in info.siblings or []:
         file = LocalStorage(folder).path(stated.rfilename)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from sft.common.errors import SftError
@@ -30,6 +31,7 @@ from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage
 from sft.storage.localise import same_files, writer_lock
 from sft.storage.transfer import open_storage, transfer
+from sft.sync.base_check import check_base, check_weights
 
 
 def sync(stage: Stage) -> Result:
@@ -63,11 +65,13 @@ def copy_inputs(stage: Stage, check_only: bool) -> tuple[Remote, str]:
     )
     base, commit = None, ""
     if stage.recipe.model.base:
-        found = find_base_weights(stage.recipe.model.base, stage.find, stage.cache, stage.log)
+        check = partial(check_base, stage.recipe, prepared)
+        found = find_base_weights(stage.recipe.model.base, stage.find, stage.cache, stage.log, check)
         source, commit = found.folder, found.commit
         names = [n for n in source.list() if not n.startswith(".cache/")]  # files of the hub client
         if not names:
             raise SftError(f"{source.where}: no files; next: correct [model] base")
+        check_weights(stage.recipe, prepared, source.root)
         listed = manifest.describe(source.root, names)
         base = f"base/{found.label}-{hashlib.sha256(canonical(to_json(listed))).hexdigest()[:16]}"
         files += copier.copy(source, base, listed, FileList(listed).to_bytes(), f"{base}.json")

@@ -19,6 +19,7 @@ from torch import nn
 from sft.checkpoint import olmo_core, step_folder
 from sft.data.dataset import Dataset
 from sft.export.base_gate import check_base
+from sft.export.core_gate import check_core_base
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
@@ -34,6 +35,7 @@ from sft.recipe.base_config import Base, is_hf_folder, read_base
 from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
+from sft.sync.base_check import check_base_tokenizer
 from sft.training import evaluations, initial_weights
 from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, build_adamw
@@ -141,9 +143,7 @@ def read_inputs(stage: Stage, world: World, hardware: Hardware) -> tuple[Setup, 
     config = resolve(stage.recipe.model, info.facts.vocab_size, published)
     setup = Setup(stage, world, hardware, dataset, base, info, config, published)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
-    tokenizer_warning = initial_weights.check_base_tokenizer(
-        dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens
-    )
+    tokenizer_warning = check_base_tokenizer(dataset, info.facts, base, unchecked, stage.recipe.prepare.add_tokens)
     return setup, tokenizer_warning
 
 
@@ -281,16 +281,25 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
 
 
 def check_published(setup: Setup) -> None:
-    """Compares a Hugging Face base with transformers' class of its config.json. Raises SftError if they differ."""
+    """Compares a base with the model that its own library builds from its config.json. Raises SftError if they differ.
+
+    Says so where the base cannot be compared.
+    """
     base, folder = setup.published, setup.base
-    if base is None or folder is None or base.facts.origin != "hf" or not is_hf_folder(folder):
+    if base is None or folder is None:
         return
 
     def check() -> None:
-        dataset = Dataset.open(setup.dataset / "data")
-        found = check_base(folder, base, (ids.tolist() for ids, _ in dataset))
+        documents = (ids.tolist() for ids, _ in Dataset.open(setup.dataset / "data"))
+        if is_hf_folder(folder):
+            found, whose = check_base(folder, base, documents), f"transformers' {base.config.family or 'class'}"
+        elif isinstance(answer := check_core_base(folder, base, documents), str):
+            setup.log(f"warning: base: not compared with OLMo-core: {answer}")
+            return
+        else:
+            found, whose = answer, "OLMo-core's model"
         setup.log(
-            f"base: logits of {found.rows} positions agree with transformers' {base.config.family or 'class'} to"
+            f"base: logits of {found.rows} positions agree with {whose} to"
             f" {found.max_difference:.1e} of {found.max_logit:.1f}, over layers {', '.join(map(str, found.which))} of"
             f" {base.config.n_layers}, {found.tokens} packed tokens, window {base.config.window}"
         )

@@ -1,7 +1,6 @@
-"""Training's first weights, and the check that the data were made for them.
+"""Training's first weights.
 
-In:  the architecture, the synced base folder (or None = random weights), dataset.json of the synced dataset.
-Out: `initialise` fills the model; `check_base_tokenizer` refuses data that another model's tokenizer made.
+In:  the architecture, the synced base folder (or None = random weights). Out: `initialise` fills the model.
 
 A base is an OLMo-core step folder (only its weights are read, neither optimizer state nor hyper-parameters) or a
 Hugging Face folder. The rows of tokens that the base does not have start as the mean of its rows with a little noise. Rows
@@ -11,7 +10,7 @@ that only pad the table start as zeros.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,14 +20,10 @@ from torch import Tensor, nn
 from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
-from sft.common.files import read_json
-from sft.data.added_tokens import with_tokens
-from sft.formats.dataset import TokenizerFacts
 from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
 from sft.recipe.architecture import ModelConfig
-from sft.recipe.core_config import NamedTokens, named_tokens
 
 NOISE = 0.2
 """Standard deviation of the noise of a new row, as a share of that of the table's values."""
@@ -127,65 +122,3 @@ def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, bas
             f"{base}: {vocab} vocabulary rows, [model] has {config.vocab_size}; next: set vocab_size = {vocab}"
         )
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
-
-
-def check_base_tokenizer(
-    dataset: Path,
-    facts: TokenizerFacts,
-    base: Path | None,
-    unchecked: bool = False,
-    added: Sequence[str] = (),
-) -> str:
-    """Raises SftError if the base's tokenizer is not the one that the data were made with.
-
-    Compares the hash of tokenizer.json. A base without one is refused, or, with `unchecked`, compared by the vocabulary
-    size and end token of its config.json. `added`: [prepare] add_tokens, which the base's tokenizer does not have. Returns a
-    warning, or "".
-    """
-    if base is None:
-        return ""
-    ours = facts.tokenizer.sha256.removeprefix("sha256:")
-    folders = (base, base / "tokenizer", base.parent / "tokenizer")
-    found = next((file for folder in folders if (file := folder / "tokenizer.json").is_file()), None)
-    if found is not None:
-        content = found.read_bytes()
-        theirs = hashlib.sha256(with_tokens(content, added, str(found))[0] if added else content).hexdigest()
-        if theirs != ours:
-            raise SftError(
-                f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is"
-                f" {theirs} ({found}); next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
-            )
-        return ""
-    _check_named_tokens(base / "config.json", facts)
-    problem = (
-        f"{base} has no tokenizer.json. Its tokenizer could not be proven to be the one of the data (sha256 {ours})"
-    )
-    if not unchecked:
-        raise SftError(
-            f"{problem}; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set"
-            ' [model] base_tokenizer = "unchecked"'
-        )
-    return problem
-
-
-def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
-    """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the
-    padded number of rows of the embedding. Raises SftError."""
-    if not file.is_file():
-        return
-    config = read_json(file)
-    core = NamedTokens() if "model_type" in config else named_tokens(config, str(file))
-    if core != NamedTokens():
-        prefix, size, end = "dataset.tokenizer.", core.vocab_size, core.eos_id
-    else:
-        prefix, size, end = "", config.get("vocab_size"), config.get("eos_token_id")
-    if isinstance(size, int) and (size < facts.vocab_size or (prefix and size != facts.vocab_size)):
-        field, theirs, wanted = "vocab_size", size, facts.vocab_size
-    elif end is not None and facts.eos_id not in (end if isinstance(end, list) else [end]):
-        field, theirs, wanted = "eos_token_id", end, facts.eos_id
-    else:
-        return
-    raise SftError(
-        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted};"
-        " next: set [prepare] tokenizer to the base's tokenizer"
-    )

@@ -16,6 +16,7 @@ from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amou
 from sft.recipe import inputs
 from sft.recipe.architecture import summary
 from sft.recipe.base_config import Base
+from sft.recipe.presets import SOURCES
 from sft.recipe.resolve import named_changes, resolve, supported_length
 from sft.runner import plan
 
@@ -69,9 +70,9 @@ def model(context: Context) -> Iterator[Row]:
             )
         if asked.preset:
             preset = resolve(dataclasses.replace(asked, base=""))
-            yield Row(
-                OK, "model", f"preset {asked.preset}{' with the recipe' if base is None else ''}: {summary(preset)}"
-            )
+            changed = " with the recipe" if base is None else ""
+            source = f"; from {SOURCES[asked.preset]}" if asked.preset in SOURCES else ""
+            yield Row(OK, "model", f"preset {asked.preset}{changed}: {summary(preset)}{source}")
         if base is not None:
             yield from _from_base(context, base)
     except SftError as e:
