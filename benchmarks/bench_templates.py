@@ -8,12 +8,17 @@ Run: make bench-templates, or .venv/bin/python benchmarks/bench_templates.py [--
 from __future__ import annotations
 
 import argparse
+import hashlib
+import io
 import json
-import subprocess
+import os
+import re
+import shutil
 import sys
 import tarfile
-import tempfile
 import time
+import urllib.parse
+import urllib.request
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -21,52 +26,61 @@ from pathlib import Path
 from template_cells import cells
 
 FOLDER = Path(__file__).resolve().parents[1] / ".peers" / "templates"
+INDEX = os.environ.get("PIP_INDEX_URL", "https://pypi.org/simple").rstrip("/")
 ARCHIVES = {
-    "llama-cpp-python==0.3.36": "models/templates/",
-    "trl==1.16.0": "chat_templates/",
-    "axolotl==0.19.0": "templates/",
+    "llama_cpp_python-0.3.36.tar.gz": ("/models/templates/",),
+    "vllm-0.33.0.tar.gz": ("/examples/", "/transformers_utils/chat_templates/"),
+    "trl-1.16.0-py3-none-any.whl": ("/chat_templates/",),
+    "axolotl-0.19.0-py3-none-any.whl": ("/templates/",),
 }
-"""Packages, and the part of the paths of their templates."""
-SOURCES = ("llama-cpp-python==0.3.36",)
-"""Packages whose templates are only in the source archive."""
+"""Archives, and the folders of their templates. open-instruct is in no registry."""
+NO_CHAT = ("/embed/", "/score/")
+"""Folders of templates for models that do not chat."""
+TIMEOUT_S = 300
 
 
 def fetch() -> None:
-    """Gets the packages with pip and keeps their .jinja files."""
-    for package, where in ARCHIVES.items():
-        folder = FOLDER / package.split("==")[0]
-        if folder.is_dir():
+    """Gets the archives from the index and keeps their .jinja files. pip would build a source archive only to learn its name."""
+    for name, folders in ARCHIVES.items():
+        package = name.split("-")[0].replace("_", "-")
+        target = FOLDER / package
+        if target.is_dir():
             continue
-        with tempfile.TemporaryDirectory() as scratch:
-            form = "--no-binary" if package in SOURCES else "--only-binary"
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--no-deps",
-                form,
-                ":all:",
-                "-d",
-                scratch,
-                package,
-            ]
-            subprocess.run(command, check=True)
-            archive = next(Path(scratch).iterdir())
-            folder.mkdir(parents=True)
-            for name, data in members(archive):
-                if where in name and name.endswith(".jinja"):
-                    (folder / Path(name).name).write_bytes(data)
+        data = download(package, name)
+        partial = target.with_name(f"{package}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for path, text in members(name, data):
+            if any(folder in path for folder in folders) and not any(folder in path for folder in NO_CHAT):
+                (partial / Path(path).name).write_bytes(text)
+        partial.rename(target)
 
 
-def members(archive: Path) -> list[tuple[str, bytes]]:
+def download(package: str, name: str) -> bytes:
+    """An archive of the index, with the sha256 that the index says. Raises SystemExit if it cannot be had."""
+    page = f"{INDEX}/{package}/"
+    try:
+        with urllib.request.urlopen(page, timeout=TIMEOUT_S) as answer:
+            links = re.findall(r'href="([^"#]+)#sha256=([0-9a-f]{64})"', answer.read().decode())
+        found = next(((url, digest) for url, digest in links if url.endswith(f"/{name}")), None)
+        if found is None:
+            sys.exit(f"{page}: has no {name}; next: name another version in benchmarks/bench_templates.py")
+        with urllib.request.urlopen(urllib.parse.urljoin(page, found[0]), timeout=TIMEOUT_S) as answer:
+            data: bytes = answer.read()
+    except OSError as error:
+        sys.exit(f"{page}: {error}; next: run it again, or without --fetch on a folder of .jinja files")
+    if (digest := hashlib.sha256(data).hexdigest()) != found[1]:
+        sys.exit(f"{name}: sha256 is {digest}, the index says {found[1]}; next: run it again")
+    return data
+
+
+def members(name: str, data: bytes) -> list[tuple[str, bytes]]:
     """The .jinja files of a wheel or a source archive."""
-    if archive.suffix == ".whl":
-        with zipfile.ZipFile(archive) as wheel:
-            return [(name, wheel.read(name)) for name in wheel.namelist() if name.endswith(".jinja")]
+    if name.endswith(".whl"):
+        with zipfile.ZipFile(io.BytesIO(data)) as wheel:
+            return [(path, wheel.read(path)) for path in wheel.namelist() if path.endswith(".jinja")]
     found = []
-    with tarfile.open(archive) as source:
+    with tarfile.open(fileobj=io.BytesIO(data)) as source:
         for member in source:
             if member.name.endswith(".jinja") and (file := source.extractfile(member)) is not None:
                 found.append((member.name, file.read()))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import datetime
 import difflib
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -202,34 +203,45 @@ class Case:
 
     def _forms(self) -> Iterator[list[Message]]:
         """The messages with the arguments of calls as objects, and as text."""
-        yield self.messages
-        if any("tool_calls" in message for message in self.messages):
-            made = copy.deepcopy(self.messages)
+        messages = self.messages
+        if self.takes_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
+        yield messages
+        if any("tool_calls" in message for message in messages):
+            made = copy.deepcopy(messages)
             for message in made:
                 for one in message.get("tool_calls", ()):
                     one["function"]["arguments"] = json.dumps(one["function"]["arguments"])
             yield made
 
+    @functools.cached_property
+    def takes_parts(self) -> bool:
+        """Whether the template only writes contents that are lists of parts."""
+        question = [{"role": "user", "content": "uword0"}]
+        parts = [{"role": "user", "content": [{"type": "text", "text": "uword0"}]}]
+        return "uword0" not in (self._render(question) or "") and "uword0" in (self._render(parts) or "")
+
+    def _render(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
+        """What transformers renders; None where it fails."""
+        day = datetime.datetime.fromisoformat(DATE)
+        try:
+            return str(
+                oracle._compile_jinja_template(self.text).render(
+                    messages=oracle._alias_reasoning_fields(list(messages)),
+                    tools=self.tools,
+                    documents=None,
+                    add_generation_prompt=prompt,
+                    strftime_now=day.strftime,
+                    **self.tokens.variables,
+                )
+            )
+        except Exception:  # a template may raise anything
+            return None
+
     def renderings(self, stop: int | None = None, prompt: bool = False) -> list[str]:
         """What transformers renders of the first `stop` messages. Empty where it fails."""
-        template = oracle._compile_jinja_template(self.text)
-        day = datetime.datetime.fromisoformat(DATE)
-        found = []
-        for messages in self._forms():
-            try:
-                found.append(
-                    template.render(
-                        messages=oracle._alias_reasoning_fields(messages[:stop]),
-                        tools=self.tools,
-                        documents=None,
-                        add_generation_prompt=prompt,
-                        strftime_now=day.strftime,
-                        **self.tokens.variables,
-                    )
-                )
-            except Exception:  # a template may raise anything
-                continue
-        return found
+        made = [self._render(messages[:stop], prompt) for messages in self._forms()]
+        return [text for text in made if text is not None]
 
     def usable(self) -> bool:
         """Whether a rendering says everything in order, and begins with the prompts for its trained turns."""
@@ -248,7 +260,8 @@ class Case:
                 and places == sorted(places)
                 and all(self._begins(text, i) for i in self.trained)
             ):
-                return any(token in text for token in self.tokens.special)
+                last = max(text.rfind(word) for i in self.trained for word in words_of(self.messages[i]) or {""})
+                return any(token in text[last:] for token in self.tokens.special)
         return False
 
     def _begins(self, text: str, turn: int) -> bool:
@@ -403,11 +416,19 @@ def cells(name: str, text: str, options: Mapping[str, Any] | None = None) -> Ite
 def _cell(
     renderer: Renderer | None, refusal: str, value: Row, prepare: Prepare, text: str, tokens: Tokens
 ) -> tuple[str, str]:
-    read: Callable[[Any], Any] = RowReader(prepare, SOURCE).read
+    names = (
+        () if renderer is None else (False, renderer.template.developer_role(), renderer.template.field_of_thoughts())
+    )
+    read: Callable[[Any], Any] = RowReader(prepare, SOURCE, *names).read
     trained = [index for index, train in enumerate(read(copy.deepcopy(value)).train) if train]
+    developer = "developer" if renderer is None else renderer.template.developer_role()
     messages = [
         {
-            key: "".join(part["text"] for part in item) if key == "content" and isinstance(item, list) else item
+            key: developer
+            if item == "developer"
+            else "".join(part["text"] for part in item)
+            if key == "content" and isinstance(item, list)
+            else item
             for key, item in message.items()
             if key != "train"
         }

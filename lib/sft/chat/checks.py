@@ -74,26 +74,31 @@ class RowChecks:
         message = conversation.messages[index]
         if len(message) == 2:
             return
-        self._check_calls(message, index)
+        self._check_calls(message, index, bool(conversation.tools))
         for name in FIELDS:
             if name not in message or (name in THINKING_FIELDS and not conversation.train[index]):
                 continue
             key = (name, message["role"], bool(message["content"]))
-            if key not in self.writes:
-                self.writes[key] = self.probe.writes_field(*key)
-            if not self.writes[key]:
+            if not self._writes_field(key, bool(conversation.tools)):
                 raise BadRow(
                     "template",
                     f"message {index}: {name}: template {self.probe.name} leaves it out, or leaves out the content beside it",
                 )
 
-    def _check_calls(self, message: Message, index: int) -> None:
+    def _writes_field(self, key: tuple[str, str, bool], with_tools: bool) -> bool:
+        """What the probe says about a field. Some templates write calls only where there are tools."""
+        known = (f"{key[0]} {with_tools}", *key[1:])
+        if known not in self.writes:
+            self.writes[known] = self.probe.writes_field(*key, with_tools)
+        return self.writes[known]
+
+    def _check_calls(self, message: Message, index: int, with_tools: bool) -> None:
         """Raises BadRow when the template writes only one of several calls."""
         if len(message.get("tool_calls") or ()) < 2:
             return
-        key = ("two calls", "", bool(message["content"]))
+        key = (f"two calls {with_tools}", "", bool(message["content"]))
         if key not in self.writes:
-            self.writes[key] = self.probe.writes_two_calls(key[2])
+            self.writes[key] = self.probe.writes_two_calls(key[2], with_tools)
         if not self.writes[key]:
             raise BadRow(
                 "template", f"message {index}: template {self.probe.name} leaves out a call where there are several"
@@ -115,10 +120,10 @@ class RowChecks:
             if missing is None and not self._is_written(conversation, index, is_own):
                 missing = message["content"]
             if missing is not None:
-                raise BadRow(
-                    "template",
-                    f"message {index} ({message['role']}): template {self.probe.name} leaves out {shown(missing)}",
-                )
+                answers = "\n".join(trace.region_text(i) for i, train in enumerate(conversation.train) if train)
+                is_inside = regions == [] and missing_text(answers, message, thinking) is None
+                fault = f"writes {shown(missing)} inside an answer" if is_inside else f"leaves out {shown(missing)}"
+                raise BadRow("template", f"message {index} ({message['role']}): template {self.probe.name} {fault}")
         lost = missing_words(untrained, tool_texts(conversation.tools)) if conversation.tools else None
         if lost is not None:
             raise BadRow("template", f"tools: template {self.probe.name} leaves out {shown(lost)}")

@@ -116,7 +116,7 @@ def _prompt(turns: TwoTurns, before: str, tokens: SpecialTokens) -> str:
     after_question = asked.rpartition(question)[2]
     if after_question.startswith(between):
         prompt = after_question[len(between) :]
-        if without != asked or before.startswith(prompt):
+        if without != asked or before.startswith(prompt) or tokens.pattern.search(common_prefix([prompt, before])):
             return prompt
     if without == asked:
         return ""

@@ -121,6 +121,15 @@ class NamedTemplate:
             runs.append(scaffold)
         return runs, specials
 
+    def developer_role(self) -> str:
+        return "developer" if "developer" in self.turns else "system"
+
+    def field_of_thoughts(self) -> str:
+        return ""
+
+    def written_names(self) -> frozenset[tuple[str, str]]:
+        return frozenset()
+
     def verbatim(self, conversation: Conversation) -> str:
         """What the Jinja text writes: `render` without the EOS that it may append."""
         text = "".join(self.render(conversation)[0])

@@ -25,6 +25,7 @@ from sft.common.strings import strings
 from sft.recipe.schema import ROLES
 
 CALLED = "qjzxnamed"  # the name of a made-up function: letters only, as a template may write Python's repr of a call
+FIELD = "qjzxfield"  # a made-up value of a field, or the name of another made-up function
 SAID = "qjzxsaid"  # a made-up content
 THOUGHT = "qjzxthought"  # a made-up thought
 ANSWER = "qjzxanswer"
@@ -34,6 +35,30 @@ NAMED = "qjzxname"
 Tools = list[dict[str, Any]]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 """Variables of a template that only the conversation or the program sets."""
+
+
+class Way(NamedTuple):
+    """How a template is rendered so that it tells the messages apart."""
+
+    needs_tools: bool = False
+    """It fails without tools."""
+    content_as_parts: bool = False
+    """It takes contents as lists of parts."""
+    last_after_loop: bool = False
+    """It writes a last answer after its loop over the messages."""
+    from_prefixes: bool = False
+    """Trace events do not tell the messages apart, so shorter conversations do."""
+
+
+WAYS = (
+    Way(),
+    Way(needs_tools=True),
+    Way(content_as_parts=True),
+    Way(last_after_loop=True),
+    Way(from_prefixes=True),
+    Way(needs_tools=True, from_prefixes=True),
+)
+"""In the order in which they are tried."""
 
 
 class TwoTurns(NamedTuple):
@@ -58,13 +83,12 @@ class TemplateProbe:
     def __init__(
         self, name: str, text: str, variables: Mapping[str, Any], tokens: SpecialTokens, date: str = ""
     ) -> None:
-        self.name, self.variables, self.tokens = name, dict(variables), tokens
+        self.name, self.jinja, self.variables, self.tokens = name, text, dict(variables), tokens
         self.eos = str(self.variables.get("eos_token", ""))
         self.index_of: dict[int, int] = {}  # id of each message that is rendered now -> its index
         self.begun = [-1]  # the last message that the template has begun; shared by copies of the probe
         self.arguments_as_text = False  # the template takes the arguments of a call as JSON text
-        self.from_prefixes = False  # trace events do not tell the messages apart, so shorter conversations do
-        self.needs_tools = False  # the template fails without tools
+        self.way = Way()
         self.answer = ANSWER
         self.passes_on: tuple[type[Exception], ...] = ()  # errors that are not the template's
         # The settings that Hugging Face renders with.
@@ -119,6 +143,8 @@ class TemplateProbe:
         messages = [with_thoughts(message) for message in messages]
         if self.arguments_as_text:
             messages = [with_text_arguments(message) for message in messages]
+        if self.way.content_as_parts:
+            messages = [with_parts(message) for message in messages]
         self.index_of.clear()
         self.index_of.update({id(message): index for index, message in enumerate(messages)})
         self.begun[0] = -1
@@ -144,7 +170,9 @@ class TemplateProbe:
 
     def trace(self, messages: Sequence[Message], tools: Tools | None = None) -> Trace:
         trace = read_trace(self.segments(messages, tools))
-        return self._trace_by_prefixes(trace, messages, tools) if self.from_prefixes else trace
+        if self.way.last_after_loop and messages[-1]["role"] == "assistant":
+            trace = with_last(trace, len(messages) - 1)
+        return self._trace_by_prefixes(trace, messages, tools) if self.way.from_prefixes else trace
 
     def _trace_by_prefixes(self, trace: Trace, messages: Sequence[Message], tools: Tools | None) -> Trace:
         """The trace of a template that is rendered once for each prefix. A message's region is the text that it adds."""
@@ -165,35 +193,41 @@ class TemplateProbe:
         return Trace(text, regions, {index: found for index, found in blocks.items() if found})
 
     def two_turns(self) -> TwoTurns:
-        """What the template makes of a plain conversation. Chooses how messages are separated, and whether tools are needed. Raises
-        BadRow when it fails."""
+        """What the template makes of a plain conversation. Chooses how messages are separated, how contents are given, and whether
+        tools are needed. Raises BadRow when it fails."""
         contents = [chr(PRIVATE_BLOCKS[0] + BLOCK_SIZE + index) for index in range(4)]
         roles = ("user", "assistant", "user", "assistant")
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-        try:
-            trace = self.trace(messages)
-        except BadRow:
-            self.needs_tools = True
-            try:
-                trace = self.trace(messages, self._tools())
-            except BadRow:
-                self.needs_tools = False
-            if not self.needs_tools:
-                raise
-        fault = _not_written_once(trace, contents)
+        trace, fault = self._trace_plain(messages, contents)
         if fault:
-            self.from_prefixes = True
-            try:
-                trace = self.trace(messages, self._tools())
-            except BadRow:
-                return TwoTurns(trace, contents, ("", ""), self.eos, fault)
-            fault = _not_written_once(trace, contents)
+            return TwoTurns(trace, contents, ("", ""), self.eos, fault)
         asked = self.text(messages[:1], self._tools()), self.text(messages[:1], self._tools(), prompt=True)
         return TwoTurns(trace, contents, asked, self.eos, fault)
 
+    def _trace_plain(self, messages: Sequence[Message], contents: Sequence[str]) -> tuple[Trace, int]:
+        """The trace of a plain conversation, and the answer that is not written once. Tries the ways to render one after the other."""
+        failed: BadRow | None = None
+        seen: list[tuple[Trace, int]] = []
+        for self.way in WAYS:
+            if self.way.needs_tools and failed is None:
+                continue
+            try:
+                trace = self.trace(messages, self._tools())
+            except BadRow as error:
+                failed = failed or error
+                continue
+            seen.append((trace, _not_written_once(trace, contents)))
+            if not seen[-1][1]:
+                return seen[-1]
+        self.way = Way()
+        if not seen:
+            assert failed is not None
+            raise failed
+        return seen[0]
+
     def _tools(self) -> Tools | None:
         """Tools for made-up conversations, where the template needs them."""
-        return made_up_tools() if self.needs_tools else None
+        return made_up_tools() if self.way.needs_tools else None
 
     def turn_of_calls(self) -> tuple[str, str]:
         """What a turn that only calls a tool writes, and what follows it; both "" when the template has no place for tool calls.
@@ -251,9 +285,9 @@ class TemplateProbe:
             messages = [{"role": "system", "content": SAID}, *messages]
         return self._writes(messages, made_up_tools(), [CALLED, *([SAID] if with_system else [])])
 
-    def writes_field(self, field: str, role: str, with_content: bool) -> bool:
+    def writes_field(self, field: str, role: str, with_content: bool, with_tools: bool = False) -> bool:
         """Whether the template writes a field of a message of this role, and the content beside it."""
-        value: Any = [tool_call()] if field == "tool_calls" else CALLED
+        value: Any = [tool_call(FIELD)] if field == "tool_calls" else FIELD
         carrier: Message = {"role": role, "content": SAID if with_content else "", field: value}
         question: Message = {"role": "user", "content": "q"}
         answer: Message = {"role": "assistant", "content": "a"}
@@ -263,7 +297,8 @@ class TemplateProbe:
             messages = [question, carrier]
         else:
             messages = [question, carrier, answer]
-        return self._writes(messages, self._tools(), [CALLED, *([SAID] if with_content else [])])
+        tools = made_up_tools() if with_tools else self._tools()
+        return self._writes(messages, tools, [FIELD, *([SAID] if with_content else [])])
 
     def written_names(self) -> frozenset[tuple[str, str]]:
         """(field, role) of the names and ids that the template writes: `name` and `tool_call_id` of messages, `id` of calls."""
@@ -288,11 +323,12 @@ class TemplateProbe:
             found.add(("id", "assistant"))
         return frozenset(found)
 
-    def writes_two_calls(self, with_content: bool) -> bool:
+    def writes_two_calls(self, with_content: bool, with_tools: bool = False) -> bool:
         """Whether the template writes both of two calls in one message."""
-        calls = [tool_call(CALLED + "a"), tool_call(CALLED + "b")]
+        calls = [tool_call(FIELD + "a"), tool_call(FIELD + "b")]
         carrier: Message = {"role": "assistant", "content": SAID if with_content else "", "tool_calls": calls}
-        return self._writes([{"role": "user", "content": "q"}, carrier], self._tools(), [CALLED + "a", CALLED + "b"])
+        tools = made_up_tools() if with_tools else self._tools()
+        return self._writes([{"role": "user", "content": "q"}, carrier], tools, [FIELD + "a", FIELD + "b"])
 
     def writes_role(self, role: str) -> bool:
         """Whether the template writes a first message of this role."""
@@ -362,6 +398,21 @@ def with_thoughts(message: Message) -> Message:
     """A message with its thoughts under the two names that templates read, as transformers gives it to them."""
     thought = message.get("reasoning_content") or message.get("thinking")
     return {**message, "thinking": thought, "reasoning_content": thought} if thought else message
+
+
+def with_parts(message: Message) -> Message:
+    """A message with its content as a list of one part."""
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def with_last(trace: Trace, last: int) -> Trace:
+    """The trace with all that follows the other messages as the part of the last message, if the loop did not write it."""
+    if last in trace.regions or not trace.regions:
+        return trace
+    end = max(end for regions in trace.regions.values() for _, end in regions)
+    inside = [block for block in trace.blocks.get(-1, []) if block[0] >= end]
+    blocks = {**trace.blocks, last: inside} if inside else trace.blocks
+    return Trace(trace.text, {**trace.regions, last: [(end, len(trace.text))]}, blocks)
 
 
 def with_text_arguments(message: Message) -> Message:

@@ -67,7 +67,7 @@ class Skeletons:
         self.template, self.specials = template, template.specials
         self.watch = Watch()
         self.watched = copy.copy(template)
-        self.watched.probe = watch_probe(template.probe, template.text, self.watch)
+        self.watched.probe = watch_probe(template.probe, self.watch)
         self.literal_tools = False  # the template looks into the tools
         self.plans: dict[tuple[Any, ...], RenderPlan | None] = {}  # None: Jinja must render
         self.once: set[tuple[Any, ...]] = set()  # skeletons that were seen once

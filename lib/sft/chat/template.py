@@ -81,6 +81,18 @@ class Template(Protocol):
         """What the Jinja text writes today, without anything that `render` adds."""
         ...
 
+    def developer_role(self) -> str:
+        """The role of developer messages: OpenAI's newer name of system messages, which few templates know."""
+        ...
+
+    def field_of_thoughts(self) -> str:
+        """The field of thoughts that the template reads, if it reads only one of the two."""
+        ...
+
+    def written_names(self) -> frozenset[tuple[str, str]]:
+        """(field, role) of the names and ids that the template writes."""
+        ...
+
 
 def load_template(
     name: str,
@@ -95,6 +107,14 @@ def load_template(
     if text is None:
         return NamedTemplate(name, eos, specials)
     return JinjaTemplate(name, text, variables, eos, SpecialTokens(specials), added, options)
+
+
+TAKES_TEXTS = (
+    "{%- set taken = namespace(messages=[]) -%}{%- for message in messages -%}{%- if message.content is string -%}"
+    "{%- set message = dict(message, content=[{'type': 'text', 'text': message.content}]) -%}{%- endif -%}"
+    "{%- set taken.messages = taken.messages + [message] -%}{%- endfor -%}{%- set messages = taken.messages -%}{{ '' }}"
+)
+"""Goes before a template that only takes contents as lists of parts, so that an exported model can be asked with texts."""
 
 
 class Opening(NamedTuple):
@@ -137,6 +157,8 @@ class JinjaTemplate:
         self.checks = RowChecks(self.probe)
         self._check_options()
         turns = observe(self.probe)
+        if self.probe.way.content_as_parts:
+            self.text = with_defaults(TAKES_TEXTS + text, options.variables)
         self.rules = learn_rules(self.probe, turns, specials, self.tokens, eos)
         self.specials = SpecialTokens([*specials.texts, *scaffold_tokens(self.probe, self.rules, SpecialTokens(added))])
         if len(self.specials.texts) > len(specials.texts):
@@ -146,7 +168,7 @@ class JinjaTemplate:
     def _use_rules(self, turns: TwoTurns) -> None:
         """Sets what follows from the rules."""
         eos = self.eos
-        self.generation_prefix, self.needs_tools = self.rules.generation_prefix, self.probe.needs_tools
+        self.generation_prefix, self.needs_tools = self.rules.generation_prefix, self.probe.way.needs_tools
         self.terminators = list(self.rules.terminators)
         if self.probe.has_generation:
             check_generation_blocks(self.probe, self.rules, turns.trace)
@@ -196,6 +218,16 @@ class JinjaTemplate:
         if len(self.variants) < MOST_VARIANTS:
             self.variants[key] = made
         return made
+
+    def developer_role(self) -> str:
+        return "developer" if self.probe.writes_role("developer") else "system"
+
+    def field_of_thoughts(self) -> str:
+        read = [name for name in THINKING_FIELDS if self.probe.writes_field(name, "assistant", True)]
+        return read[0] if len(read) == 1 else ""
+
+    def written_names(self) -> frozenset[tuple[str, str]]:
+        return self.probe.written_names()
 
     def verbatim(self, conversation: Conversation) -> str:
         today = self.probe.with_variables({"strftime_now": datetime.datetime.now().strftime})
@@ -364,6 +396,11 @@ class JinjaTemplate:
         if missing is not None:
             raise BadRow(
                 "template", f"message {index}: template {self.name} leaves out {shown(missing)}{self._advice(message)}"
+            )
+        if found and not rules.from_next:
+            raise BadRow(
+                "template",
+                f"message {index}: the model would stop before it has said all: {text[opening.at : region[1]][:60]!r}",
             )
         demanded = rules.last_terminator if last else rules.terminator
         if last and rules.appended and not found:

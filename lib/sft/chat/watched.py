@@ -236,11 +236,11 @@ class WatchedEnvironment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-def watch_probe(probe: TemplateProbe, text: str, watch: Watch) -> TemplateProbe:
+def watch_probe(probe: TemplateProbe, watch: Watch) -> TemplateProbe:
     """The probe of the same template, watched. Its methods raise Depends and NewConstant too."""
     source = probe.template.environment
     env = WatchedEnvironment(source, watch)
-    tree = env.parse(text)
+    tree = env.parse(probe.jinja)
     _watch_nodes(tree)
     add_trace(tree)
     tree.set_environment(env)

@@ -30,10 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from sft.chat.fields import FieldCounts
-from sft.chat.named import NamedTemplate
 from sft.chat.rows import Conversation, RowReader
 from sft.chat.spans import common_prefix
-from sft.chat.template import JinjaTemplate, TemplateOptions, known_templates, load_template
+from sft.chat.template import TemplateOptions, known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
 from sft.data.batch import Fault, Reject, RenderedBatch, changed_documents
@@ -187,31 +186,16 @@ class Encoder:
         key = _columns_key(source)
         if key not in self.readers:
             opens_thinking = "<think>" in self.template.generation_prefix
+            template = self.template
             self.readers[key] = RowReader(
                 self.prepare,
                 source,
                 opens_thinking,
-                self._developer_role(),
-                self._field_of_thoughts(),
-                self.template.probe.written_names() if isinstance(self.template, JinjaTemplate) else (),
+                template.developer_role(),
+                template.field_of_thoughts(),
+                template.written_names(),
             )
         return self.readers[key]
-
-    def _developer_role(self) -> str:
-        """The role of developer messages: OpenAI's newer name of system messages, which few templates know."""
-        if isinstance(self.template, JinjaTemplate):
-            return "developer" if self.template.probe.writes_role("developer") else "system"
-        return (
-            "developer" if isinstance(self.template, NamedTemplate) and "developer" in self.template.turns else "system"
-        )
-
-    def _field_of_thoughts(self) -> str:
-        """The field of thoughts that the template reads, if it reads only one."""
-        if not isinstance(self.template, JinjaTemplate):
-            return ""
-        probe = self.template.probe
-        read = [name for name in ("reasoning_content", "thinking") if probe.writes_field(name, "assistant", True)]
-        return read[0] if len(read) == 1 else ""
 
     def take_counts(self, source: Source) -> FieldCounts:
         """The counts of the source's fields since the last call."""
