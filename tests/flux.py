@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from sft.common.errors import SftError
-from sft.launch.doctor.context import OK, RED, Context, Row
+from sft.launch.doctor.context import OK, RED, Context, Row, SchedulerAnswer
 from sft.launch.job import Job, Status
-from sft.launch.launcher import TAIL_LINES, SchedulerAnswer
+from sft.launch.launcher import TAIL_LINES
 from sft.recipe.schema import Cluster
 
 POLL_S = 0.2

@@ -17,7 +17,6 @@ from sft.formats.metrics import Attempt
 from sft.launch import beaker, slurm
 from sft.launch.doctor import context as contexts
 from sft.launch.doctor import doctor, training
-from sft.launch.launcher import SchedulerAnswer
 from sft.recipe import recipe
 from sft.runner import plan
 
@@ -118,7 +117,7 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
     place = plan.Place(Path("runs"), (), "here")
 
     def memory(kind: str = "", *overrides: str) -> doctor.Row:
-        monkeypatch.setattr(beaker, "ask", lambda context: SchedulerAnswer(kind))
+        monkeypatch.setattr(beaker, "ask", lambda context: contexts.SchedulerAnswer(kind))
         loaded = recipe.load(Path("recipes/y.toml"), overrides, "here")
         rows = doctor.examine(doctor.Context(place, loaded, place.load_cluster()), ask=True)
         return next(r for r in rows if r.what == "memory")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,8 @@ LAYERS = (
     "training", "evaluation", "launch", "reporting", "__main__",
 )  # fmt: skip
 """From the bottom to the top: a module imports from its own folder and from the folders before it."""
+SUBFOLDERS = {"sft.data.fast": {"sft.data.compiled", "sft.data.batch", "sft.data.blocks"}}
+"""A folder and its sub-folder do not import each other. Exceptions: sub-folder -> the modules of its folder that it imports."""
 REASON = "start-up"
 """An import inside a function has a comment with this word: it saves start-up time of the planner or of a stage."""
 
@@ -27,12 +30,31 @@ def modules(lib: Path) -> dict[str, Path]:
     return found
 
 
+@functools.cache
+def statements(text: str) -> tuple[tuple[ast.Import | ast.ImportFrom, bool], ...]:
+    """(import, whether it is inside a function) for every import in a text of Python."""
+    found: list[tuple[ast.Import | ast.ImportFrom, bool]] = []
+
+    def visit(node: ast.AST, inside: bool) -> None:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found.append((node, inside))
+        elif isinstance(
+            node, (ast.stmt, ast.Module, ast.excepthandler, ast.match_case)
+        ):  # an expression imports nothing
+            inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for child in ast.iter_child_nodes(node):
+                visit(child, inside)
+
+    visit(ast.parse(text), False)
+    return tuple(found)
+
+
 def imports(file: Path, known: set[str]) -> Iterator[tuple[str, int]]:
     """(module of sft, line) of every import in a file, also inside functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node, _ in statements(file.read_text()):
         if isinstance(node, ast.Import):
             yield from ((a.name, node.lineno) for a in node.names if a.name in known)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             above = file.parts[: len(file.parts) - node.level] if node.level else ()
             package = ".".join(above[above.index("sft") :]) if "sft" in above else ""
             module = ".".join(filter(None, [package, node.module]))
@@ -65,22 +87,39 @@ def circles(lib: Path) -> list[str]:
     return sorted(graph)
 
 
+def mutual(lib: Path) -> list[str]:
+    """One line for every import of a sub-folder from its folder, where the folder imports the sub-folder too."""
+    found, names = modules(lib), set(modules(lib))
+    packages = {name for name, file in found.items() if file.name == "__init__.py"}
+    arrows = [
+        (name if name in packages else name.rpartition(".")[0], target, f"{file.relative_to(lib)}:{line}")
+        for name, file in found.items()
+        for target, line in imports(file, names)
+    ]
+
+    def folder(module: str) -> str:
+        return module if module in packages else module.rpartition(".")[0]
+
+    down = {(folder(target).rpartition(".")[0], folder(target)) for above, target, _ in arrows
+            if above == folder(target).rpartition(".")[0]}  # fmt: skip
+    return sorted(
+        {
+            f"{where}: {below} imports {target}, and {above} imports {below}"
+            for above, below in down
+            for name, target, where in arrows
+            if name == below and folder(target) == above and target not in SUBFOLDERS.get(below, set())
+        }
+    )
+
+
 def unexplained(lib: Path) -> list[str]:
     """Imports inside functions without a comment that says why."""
     lines = []
     for name, file in sorted(modules(lib).items()):
-        text = file.read_text().splitlines()
-        tree = ast.parse("\n".join(text))
-        inside = {
-            n
-            for f in ast.walk(tree)
-            if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef))
-            for n in ast.walk(f)
-            if isinstance(n, (ast.Import, ast.ImportFrom))
-        }
-        for node in inside:
-            before = text[node.lineno - 2 : node.end_lineno]
-            if not any(REASON in line.partition("#")[2] for line in before):
+        text = file.read_text()
+        for node, inside in statements(text):
+            before = text.splitlines()[node.lineno - 2 : node.end_lineno]
+            if inside and not any(REASON in line.partition("#")[2] for line in before):
                 lines.append(f"{name}:{node.lineno}: an import inside a function without a comment '# {REASON}: …'")
     return sorted(lines)
 
@@ -96,6 +135,10 @@ def test_no_module_imports_from_a_higher_layer():
 
 def test_no_circle_of_modules():
     assert circles(LIB) == []
+
+
+def test_a_folder_and_its_subfolder_do_not_import_each_other():
+    assert mutual(LIB) == []
 
 
 def test_an_import_inside_a_function_says_what_it_saves():
@@ -118,6 +161,17 @@ def small(tmp_path: Path) -> Path:
         (tmp_path / "sft" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "sft" / name).write_text(text)
     return tmp_path
+
+
+def test_an_arrow_from_a_subfolder_to_its_folder_is_found_where_the_folder_imports_it(small):
+    (small / "sft/common/__init__.py").write_text("")
+    (small / "sft/common/part").mkdir()
+    (small / "sft/common/part/__init__.py").write_text("")
+    (small / "sft/common/part/d.py").write_text("from sft.common import a\n")
+    assert mutual(small) == []  # one direction is fine
+    (small / "sft/common/b.py").write_text("from sft.common.part import d\n")
+    line = "sft/common/part/d.py:1: sft.common.part imports sft.common.a, and sft.common imports sft.common.part"
+    assert mutual(small) == [line] and circles(small) == []
 
 
 def test_an_arrow_back_is_found_also_inside_a_function(small):

@@ -2,7 +2,7 @@
 
     def open_scheduler(folder: Path, cluster: Cluster) -> Scheduler        the jobs of one run; folder = runs/<run>/.jobs
     def check(context: Context) -> Iterator[Row]                           the doctor's checks that ask no scheduler
-    def ask(context: Context) -> SchedulerAnswer                                    the doctor's checks that ask the scheduler
+    def ask(context: Context) -> SchedulerAnswer                   the doctor's checks that ask the scheduler
 
 `env/<name>.sh` runs `python -m sft.launch <name> runs/<run> <stage> COMMAND…`. The name is one of LAUNCHERS in
 sft.recipe.schema, and a cluster's file chooses it with `launcher = "<name>"`. A job has SFT_JOB in its environment.
@@ -11,12 +11,10 @@ Standard library only.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, Protocol, cast
+from typing import IO, Protocol, cast
 
-from sft.launch.doctor.context import Context, Row
+from sft.launch.doctor.context import LauncherChecks, load_checks
 from sft.launch.job import Job, Status
 from sft.recipe.schema import Cluster
 
@@ -52,24 +50,15 @@ class Scheduler(Protocol):
         """How many times the job has started."""
 
 
-class SchedulerAnswer(NamedTuple):
-    """What a scheduler answered to the doctor: the type of the cluster's GPUs, or "" if unknown, and rows of the table."""
-
-    gpu: str = ""
-    rows: tuple[Row, ...] = ()
-
-
-class Launcher(Protocol):
+class Launcher(LauncherChecks, Protocol):
     """The module of a launcher."""
 
     def open_scheduler(self, folder: Path, cluster: Cluster) -> Scheduler: ...
-    def check(self, context: Context) -> Iterator[Row]: ...
-    def ask(self, context: Context) -> SchedulerAnswer: ...
 
 
 def load_launcher(name: str) -> Launcher:
     """The module of a launcher by its name in the schema. Raises ModuleNotFoundError where a package that it needs is missing."""
-    return cast(Launcher, importlib.import_module(f"sft.launch.{name}"))
+    return cast(Launcher, load_checks(name))
 
 
 def open_scheduler(cluster: Cluster, folder: Path) -> Scheduler:

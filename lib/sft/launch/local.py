@@ -23,8 +23,8 @@ from sft.common.errors import SftError
 from sft.common.machine import visible_gpus
 from sft.common.process import report_errors
 from sft.launch.doctor import doctor
-from sft.launch.doctor.context import Context, Row
-from sft.launch.launcher import Scheduler, SchedulerAnswer
+from sft.launch.doctor.context import Context, Row, SchedulerAnswer
+from sft.launch.launcher import Scheduler
 from sft.recipe.schema import Cluster
 
 USES_GPUS = ("train", "evaluate")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.launch.doctor.context import Context, Row
-from sft.launch.launcher import Scheduler, SchedulerAnswer
+from sft.launch.doctor.context import Context, Row, SchedulerAnswer
+from sft.launch.launcher import Scheduler
 from sft.recipe.schema import Cluster
 
 

@@ -11,9 +11,8 @@ from sft.formats.job import FOLDER
 from sft.launch.beaker import code, connection, specification
 from sft.launch.beaker.requirements import NodeGpus
 from sft.launch.beaker.scheduler import BeakerScheduler
-from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, red
+from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, SchedulerAnswer, red
 from sft.launch.job import LostConnection
-from sft.launch.launcher import SchedulerAnswer
 from sft.runner import plan
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sft.launch.doctor.context import NOTE, OK, RED, Context, Row
-from sft.launch.launcher import load_launcher
+from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, load_checks
 
 
 def scheduler(context: Context) -> Iterator[Row]:
@@ -17,7 +16,7 @@ def scheduler(context: Context) -> Iterator[Row]:
         and not (cluster.gpus_per_node or context.training.gpus > 0)
     ):
         yield Row(NOTE, "GPUs", "a job requests none: training runs on the CPU", f"gpus_per_node in {context.file}")
-    yield from load_launcher(cluster.launcher).check(context)
+    yield from load_checks(cluster.launcher).check(context)
 
 
 def evaluation(context: Context) -> Iterator[Row]:

@@ -7,9 +7,12 @@ it raises as a red row. Standard library only.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol, cast
 
 from sft.common.errors import SftError
 from sft.formats.dataset import DatasetInfo
@@ -38,6 +41,25 @@ class Row:
     what: str
     found: str
     next: str = ""
+
+
+class SchedulerAnswer(NamedTuple):
+    """What a scheduler answered to the doctor: the type of the cluster's GPUs, or "" if unknown, and rows of the table."""
+
+    gpu: str = ""
+    rows: tuple[Row, ...] = ()
+
+
+class LauncherChecks(Protocol):
+    """The doctor's part of a launcher; sft.launch.launcher describes the whole."""
+
+    def check(self, context: Context) -> Iterator[Row]: ...
+    def ask(self, context: Context) -> SchedulerAnswer: ...
+
+
+def load_checks(launcher: str) -> LauncherChecks:
+    """The module of a launcher by its name in the schema. Raises ModuleNotFoundError where a package that it needs is missing."""
+    return cast(LauncherChecks, importlib.import_module(f"sft.launch.{launcher}"))
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sft.common.errors import SftError
 from sft.launch.doctor import cluster, inputs, training
-from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, red
-from sft.launch.launcher import SchedulerAnswer, load_launcher
+from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, SchedulerAnswer, load_checks, red
 from sft.recipe import recipe, schema
 from sft.runner import plan
 
@@ -45,7 +44,7 @@ def examine(context: Context, ask: bool = False) -> list[Row]:
     answer = SchedulerAnswer()
     if ask:
         try:
-            answer = load_launcher(context.cluster.launcher).ask(context)
+            answer = load_checks(context.cluster.launcher).ask(context)
         except ModuleNotFoundError as e:
             answer = SchedulerAnswer("", (_not_installed("scheduler", e),))
     context = context.with_gpu(answer.gpu)

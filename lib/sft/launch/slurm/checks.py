@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row
-from sft.launch.launcher import SchedulerAnswer
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, SchedulerAnswer
 
 ANSWER_S = 10
 
