@@ -55,12 +55,6 @@ SKETCH_VERSION = 2
 """Raise it when a change of code gives other sketches for the same input."""
 SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""
-MIX_FIELDS = {
-    "sources", "seed", "validation_fraction", "max_reject_fraction", "deduplicate",
-    "decontaminate", "decontaminate_ngram", "decontaminate_overlap", "near_duplicates", "near_duplicate_similarity",
-}  # fmt: skip
-MIX_SOURCE_FIELDS = {"path", "weight", "split", "subset", "ignore_files", "max_documents", "max_tokens"}
-"""Options that select documents and do not change their tokens. Every other option is part of the cache's key."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about as much as encoding this many bytes
 COMPILING_S = 2.0  # loading compiled code takes less
 REJECT_EXAMPLES = 5
@@ -134,19 +128,14 @@ class Preparation:
         self.hashes: dict[str, str] = {}  # sha256 of the files of the splits
 
     def _encoding(self) -> dict[str, Any]:
-        """Everything but the rows that decides tokens and loss masks. New options count unless MIX_FIELDS names them."""
-        table = {
-            f.name: getattr(self.table, f.name)
-            for f in dataclasses.fields(self.table)
-            if f.name not in MIX_FIELDS | {"tokenizer"} and f.metadata.get("key", True)
-        }
+        """Everything but the rows that decides tokens and loss masks; the identity of the encoder includes the tokenizer."""
+        table = _token_options(self.table)
+        del table["tokenizer"]
         return {"encoding": ENCODING_VERSION, "identity": to_json(self.encoder.identity), "options": table}
 
     def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[ChunkJob]:
         source = self.table.sources[number]
-        options = {
-            f.name: getattr(source, f.name) for f in dataclasses.fields(source) if f.name not in MIX_SOURCE_FIELDS
-        }
+        options = _token_options(source)
         return [
             ChunkJob(0, number, chunks, f"{digest([_content(chunks), options])}-{chunks[0].index:06d}.tok")
             for chunks in cut_into_jobs(files)
@@ -468,6 +457,12 @@ class Preparation:
                     if file.stat().st_mtime < an_hour_ago:
                         file.unlink()
             yield
+
+
+def _token_options(table: Prepare | Source) -> dict[str, Any]:
+    """The options that can change the tokens of a row. A new option counts unless it is declared with selects=True."""
+    fields = [f for f in dataclasses.fields(table) if f.metadata["key"] and not f.metadata["selects"]]
+    return {f.name: getattr(table, f.name) for f in fields}
 
 
 def _content(chunks: Sequence[sources.Chunk]) -> list[tuple[str, str, int, int]]:

@@ -26,11 +26,13 @@ def opt(
     choices: tuple[str, ...] | None = None,
     key: bool = True,
     late: bool = False,
+    selects: bool = False,
     launchers: tuple[str, ...] = (),
 ) -> Any:
     """Declares a field. min, max: inclusive bounds. above: exclusive lower bound. choices: allowed values, or the allowed keys
     of a table. late: the key leaves the field out while it has its default, so that runs from before it existed stay up to
-    date. launchers: those that read the field (empty = all); with any other launcher it is refused."""
+    date. selects: an option of prepare that chooses documents and does not change their tokens, so the key of the token cache
+    leaves it out. launchers: those that read the field (empty = all); with any other launcher it is refused."""
     metadata = {
         "doc": doc,
         "min": min,
@@ -39,6 +41,7 @@ def opt(
         "choices": choices,
         "key": key,
         "late": late,
+        "selects": selects,
         "launchers": launchers,
     }
     if default is REQUIRED:
@@ -99,17 +102,25 @@ class Source:
         REQUIRED,
         "a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) or a folder of them under DATA, gs://…, or"
         " hf://org/name[@revision]",
+        selects=True,
     )
     weight: float | int = opt(
-        1.0, "1.0 = every row once, 0.5 = half of the rows, 2.0 = every row twice; an integer = that many rows", above=0
+        1.0,
+        "1.0 = every row once, 0.5 = half of the rows, 2.0 = every row twice; an integer = that many rows",
+        above=0,
+        selects=True,
     )
-    split: str = opt("train", "split of the dataset, wherever it is stored; see docs/prepare.md")
-    subset: str = opt("", "configuration of a dataset whose README.md lists several")
+    split: str = opt("train", "split of the dataset, wherever it is stored; see docs/prepare.md", selects=True)
+    subset: str = opt("", "configuration of a dataset whose README.md lists several", selects=True)
     ignore_files: tuple[str, ...] = opt(
-        (), 'files of a folder that are left out, as patterns of their names: "notes.txt", "old/**"'
+        (), 'files of a folder that are left out, as patterns of their names: "notes.txt", "old/**"', selects=True
     )
-    max_documents: int = opt(0, "largest number of documents from this source, after its weight; 0 = no limit", min=0)
-    max_tokens: int = opt(0, "largest number of tokens from this source, after its weight; 0 = no limit", min=0)
+    max_documents: int = opt(
+        0, "largest number of documents from this source, after its weight; 0 = no limit", min=0, selects=True
+    )
+    max_tokens: int = opt(
+        0, "largest number of tokens from this source, after its weight; 0 = no limit", min=0, selects=True
+    )
     columns: dict[str, str] = opt(
         {}, 'renames columns, e.g. {prompt = "question", completion = "answer"}', choices=COLUMNS
     )
@@ -132,7 +143,9 @@ class Prepare:
         'special tokens that the tokenizer gets in addition, e.g. ["<|tool|>"]; the embedding gets a row for each',
         late=True,
     )
-    sources: tuple[Source, ...] = opt(REQUIRED, "the datasets of the mix, one [[prepare.sources]] table each")
+    sources: tuple[Source, ...] = opt(
+        REQUIRED, "the datasets of the mix, one [[prepare.sources]] table each", selects=True
+    )
     template: str = opt(
         "tokenizer",
         "chat template: 'tokenizer' (the folder's own; tokenizer:NAME if it has several), a name (olmo, tulu, … in sft.recipe.chat_templates), or a .jinja, .jinja2 or .j2 file under DATA",
@@ -190,31 +203,43 @@ class Prepare:
         max=1,
         key=False,
     )
-    seed: int = opt(42, "seed of the sampling and order of documents", min=0)
+    seed: int = opt(42, "seed of the sampling and order of documents", min=0, selects=True)
     validation_fraction: float = opt(
         0.0,
         "fraction of conversations held out for validation, chosen by the hash of their group: see validation_group",
         min=0,
         max=0.5,
+        selects=True,
     )
-    deduplicate: bool = opt(False, "keep one of several conversations with the same tokens, over all sources")
+    deduplicate: bool = opt(
+        False, "keep one of several conversations with the same tokens, over all sources", selects=True
+    )
     near_duplicates: str = opt(
         "ignore",
         "conversations that nearly repeat an earlier one, over all sources: ignore, report how many, or drop them",
         choices=("ignore", "report", "drop"),
+        selects=True,
     )
     near_duplicate_similarity: float = opt(
-        0.8, "estimated share of equal 5-grams of words (Jaccard) that makes a near-duplicate", min=0.5, max=1
+        0.8,
+        "estimated share of equal 5-grams of words (Jaccard) that makes a near-duplicate",
+        min=0.5,
+        max=1,
+        selects=True,
     )
     decontaminate: tuple[str, ...] = opt(
-        (), "evaluation files under DATA; conversations that contain their texts are dropped"
+        (), "evaluation files under DATA; conversations that contain their texts are dropped", selects=True
     )
-    decontaminate_ngram: int = opt(8, "words of an n-gram in the decontamination", min=2)
+    decontaminate_ngram: int = opt(8, "words of an n-gram in the decontamination", min=2, selects=True)
     decontaminate_overlap: float = opt(
-        0.5, "a conversation with this fraction of an evaluation text's n-grams contains the text", above=0, max=1
+        0.5,
+        "a conversation with this fraction of an evaluation text's n-grams contains the text",
+        above=0,
+        max=1,
+        selects=True,
     )
     max_reject_fraction: float = opt(
-        0.01, "the stage fails if a larger fraction of a source's rows is unusable", min=0, max=1
+        0.01, "the stage fails if a larger fraction of a source's rows is unusable", min=0, max=1, selects=True
     )
 
 
