@@ -37,7 +37,7 @@ from sft.data.dataset_writer import DatasetWriter
 from sft.model import attention, memory, utilisation
 from sft.model.model import Transformer, compile_blocks, initial_values
 from sft.model.parallel import World, context_group, join, shard
-from sft.packing.loader import Loader
+from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, context_groups
 from sft.recipe import presets
@@ -142,7 +142,9 @@ def measure(
     except SftError as error:
         raise DoesNotFit(str(error)) from error
     plan = StepPlan.build(pack_dataset(dataset, train.seq_len), train)
-    loader = Loader(plan, dataset, 1, 0, config, world.rank // degree, groups, part=(world.rank % degree, degree))
+    loader = Loader(
+        plan, dataset, SpecialIds(1, 0), config, Share(world.rank // degree, groups, world.rank % degree, degree)
+    )
     with torch.device("meta"):
         model: torch.nn.Module = Transformer(config)
     blocks = list(model.get_submodule("blocks").children())

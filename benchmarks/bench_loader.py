@@ -19,7 +19,7 @@ import numpy as np
 
 from sft.data.dataset import Dataset
 from sft.data.dataset_writer import DatasetWriter
-from sft.packing.loader import Loader
+from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
 from sft.recipe.presets import PRESETS
@@ -43,7 +43,7 @@ def write(folder: str, mean: float, tokens: int) -> Dataset:
 
 def measure(dataset: Dataset, plan: StepPlan, threads: int) -> float:
     """Tokens a second of rank 0 of 8, the median of 5 passes after one that warms the page cache."""
-    loader = Loader(plan, dataset, 100_257, 100_277, PRESETS["olmo3-7b"], 0, 8, threads=threads)
+    loader = Loader(plan, dataset, SpecialIds(100_257, 100_277), PRESETS["olmo3-7b"], Share(0, 8), threads=threads)
     speeds = []
     for _ in range(6):
         began, tokens = time.perf_counter(), 0

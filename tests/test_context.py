@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import training
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.model import context
-from sft.packing.loader import Loader
+from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.steps import context_groups
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Hardware, Train
@@ -46,7 +47,7 @@ def gradients(folder: Path, dataset: Path, ranks: int, hardware: dict[str, Any])
     fields = {"ranks": ranks, "hardware": hardware, "global_batch_tokens": 384, "steps": 0, "epochs": 11 / 60}
     process = training.SERVER.Process(target=training.run, args=(folder, fields, training.gradients))
     process.start()
-    process.join(timeout=240)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 0, (folder / "log").read_text()
     found: dict[str, Any] = torch.load(folder / "gradients.pt")
     return found
@@ -104,9 +105,10 @@ def test_the_parts_of_a_microbatch_are_the_microbatch(dataset: Path) -> None:
 
     data = Dataset.open(dataset / "data")
     plan = StepPlan.once(pack_dataset(data, 64), 4)
-    sizes = {"eos_id": training.EOS, "pad_id": training.PAD, "model": PRESETS["olmo2-tiny"], "microbatch_tokens": 128}
+    ids = SpecialIds(training.EOS, training.PAD)
+    sizes = {"special_ids": ids, "model": PRESETS["olmo2-tiny"], "microbatch_tokens": 128}
     whole = Loader(plan, data, **sizes)
-    parts = [Loader(plan, data, **sizes, part=(i, 4)) for i in range(4)]
+    parts = [Loader(plan, data, share=Share(part=i, parts=4), **sizes) for i in range(4)]
     edge = 0
     for (_, batches), *shares in zip(whole, *parts, strict=True):
         for batch, *parts in zip(batches, *(b for _, b in shares), strict=True):

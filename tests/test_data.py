@@ -14,7 +14,7 @@ import torch
 from made_data import EOS, PAD, VOCAB, some_lengths, write_dataset
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
-from sft.packing.loader import Loader, Microbatch, bucket
+from sft.packing.loader import Loader, Microbatch, Share, SpecialIds, bucket
 from sft.packing.packs import pack_dataset, pack_documents
 from sft.packing.steps import StepPlan
 from sft.recipe.presets import PRESETS
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def loader(data: Dataset, plan: StepPlan, rank: int = 0, ranks: int = 1, **options) -> Loader:
-    return Loader(plan, data, EOS, PAD, MODEL, rank, ranks, **options)
+    return Loader(plan, data, SpecialIds(EOS, PAD), MODEL, Share(rank, ranks), **options)
 
 
 def by_hand(data: Dataset, plan: StepPlan, segments: np.ndarray) -> Counter:
@@ -183,7 +183,7 @@ def test_shapes_come_in_few_sizes(data: Dataset):
 def test_padding_is_cut_into_documents_so_that_it_costs_little(tmp_path: Path):
     data = write_dataset(tmp_path, [100, 3000])
     plan = StepPlan.build(pack_dataset(data, 8192), Train(seq_len=8192, global_batch_tokens=8192, epochs=1.0))
-    (mb,) = next(iter(Loader(plan, data, EOS, PAD, MODEL)))[1]
+    (mb,) = next(iter(Loader(plan, data, SpecialIds(EOS, PAD), MODEL)))[1]
     lengths = torch.diff(mb.cu_seqlens).tolist()
     assert [n for n in lengths if n] == [3000, 100, 1024, 1024, 1024, 1024, 996] and mb.max_len == 4096
 
@@ -195,7 +195,7 @@ def test_masks_that_changed_since_packing_are_noticed(tmp_path: Path):
     path = tmp_path / "labels_mask_part_0000.npy"
     path.write_bytes(np.ones(path.stat().st_size, dtype=bool).tobytes())
     with pytest.raises(SftError, match="the masks changed"):
-        list(Loader(plan, Dataset.open(tmp_path), EOS, PAD, MODEL))
+        list(Loader(plan, Dataset.open(tmp_path), SpecialIds(EOS, PAD), MODEL))
 
 
 def test_a_plan_made_without_masks_is_not_trained_on(data: Dataset):
@@ -274,7 +274,7 @@ def test_the_olmo_core_order_is_its_loaders_on_every_rank_and_epoch(olmo_core, t
     per_epoch = len(index) // BATCH
     assert plan.steps == 3 * per_epoch and len(index) % BATCH
     for ranks in (1, 2, 8):
-        ours = Loader(plan, data, EOS, PAD, MODEL, 0, ranks)
+        ours = Loader(plan, data, SpecialIds(EOS, PAD), MODEL, Share(0, ranks))
         for rank in range(ranks):
             loader_ = NumpyFSLDataLoader(
                 theirs,

@@ -22,7 +22,7 @@ from sft.model import utilisation
 from sft.model.flops import head_flops, token_flops
 from sft.model.model import Transformer
 from sft.model.parallel import World
-from sft.packing.loader import Loader
+from sft.packing.loader import Loader, SpecialIds
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
 from sft.recipe.architecture import ModelConfig
@@ -72,7 +72,7 @@ def test_a_step_of_the_loader_costs_the_sum_of_its_documents(tmp_path: Path) -> 
     dataset = Dataset.open(tmp_path / "data")
     index = pack_dataset(dataset, 64)
     plan = StepPlan.build(index, Train(seq_len=64, global_batch_tokens=256, steps=3))
-    loader = Loader(plan, dataset, training.EOS, training.PAD, TINY)
+    loader = Loader(plan, dataset, SpecialIds(training.EOS, training.PAD), TINY)
     for step in range(3):
         lengths = np.concatenate([index.pack(int(p))["length"] for p in plan.packs(step)])
         each = utilisation.flops_per_token(

@@ -6,7 +6,7 @@ Out: for every step a list of `Microbatch`: CPU tensors, pinned where CUDA is av
      model needs (positions, document boundaries, the rows with a target), so that the device computes no index and
      meets few shapes.
 
-    loader = Loader(plan, dataset, eos_id, pad_id, model, rank, ranks, microbatch_tokens, start_step)
+    loader = Loader(plan, dataset, SpecialIds(eos, pad), model, Share(rank, ranks), microbatch_tokens, start_step)
     for step, microbatches in loader:
         ...                                    # divide the summed loss by plan.num_targets(step)
 
@@ -82,6 +82,25 @@ class Microbatch:
         return replace(self, **moved)
 
 
+class Share(NamedTuple):
+    """What one process computes of every step: the microbatches of its rank, and one of equal parts of each."""
+
+    rank: int = 0
+    ranks: int = 1
+    part: int = 0
+    parts: int = 1
+
+
+WHOLE = Share()
+
+
+class SpecialIds(NamedTuple):
+    """The ids that the loader writes itself: EOS at the end of a cut document, and padding."""
+
+    eos: int
+    pad: int
+
+
 class PackedRow(NamedTuple):
     """The tokens of a microbatch and of its D documents, the padding's included."""
 
@@ -105,24 +124,18 @@ class Loader:
         self,
         plan: StepPlan,
         dataset: Dataset,
-        eos_id: int,
-        pad_id: int,
+        special_ids: SpecialIds,
         model: ModelConfig,
-        rank: int = 0,
-        ranks: int = 1,
+        share: Share = WHOLE,
         microbatch_tokens: int = 0,
         start_step: int = 0,
         threads: int = 2,
-        pin: bool | None = None,
-        part: tuple[int, int] = (0, 1),
     ) -> None:
-        """`part` = (i, n): this process computes the i-th of n equal parts of every microbatch's tokens.
-
-        Raises SftError for a rank or step out of range, a plan without exact counts of targets, and a batch that the
+        """Raises SftError for a rank or step out of range, a plan without exact counts of targets, and a batch that the
         ranks or parts do not divide.
         """
-        if not 0 <= rank < ranks:
-            raise SftError(f"rank {rank} of {ranks} ranks")
+        if not 0 <= share.rank < share.ranks:
+            raise SftError(f"rank {share.rank} of {share.ranks} ranks")
         if not 0 <= start_step <= plan.steps:
             raise SftError(f"start_step {start_step} is past the plan's {plan.steps} steps")
         if not plan.index.losses.exact:
@@ -130,14 +143,14 @@ class Loader:
                 "the plan estimates the trained tokens of cut documents, because it was made without the loss masks;"
                 " next: pack the dataset itself"
             )
-        self.plan, self.dataset, self.eos_id, self.pad_id = plan, dataset, eos_id, pad_id
-        self.rank, self.ranks, self.start_step, self.threads = rank, ranks, start_step, max(threads, 1)
-        self.microbatches, self.packs_each = accumulation(plan.batch_packs, plan.seq_len, ranks, microbatch_tokens)
-        self.model = model
-        self.part, self.parts = part
-        if self.microbatch_tokens % self.parts:
-            raise SftError(f"a microbatch of {self.microbatch_tokens} tokens has no {self.parts} equal parts")
-        self.pin = torch.cuda.is_available() if pin is None else pin
+        self.plan, self.dataset, self.special_ids, self.model, self.share = plan, dataset, special_ids, model, share
+        self.start_step, self.threads = start_step, max(threads, 1)
+        self.microbatches, self.packs_each = accumulation(
+            plan.batch_packs, plan.seq_len, share.ranks, microbatch_tokens
+        )
+        if self.microbatch_tokens % share.parts:
+            raise SftError(f"a microbatch of {self.microbatch_tokens} tokens has no {share.parts} equal parts")
+        self.pin = torch.cuda.is_available()
 
     @property
     def microbatch_tokens(self) -> int:
@@ -163,14 +176,14 @@ class Loader:
         packs = self.plan.packs(step)
         costs = pack_costs(self.plan.index, self.model, packs)
         if self.plan.order == "olmo-core":
-            return packs, costs, deal_in_order(len(packs), self.ranks, self.packs_each)
-        return packs, costs, deal(costs, self.ranks, self.packs_each)
+            return packs, costs, deal_in_order(len(packs), self.share.ranks, self.packs_each)
+        return packs, costs, deal(costs, self.share.ranks, self.packs_each)
 
     def __iter__(self) -> Iterator[tuple[int, list[Microbatch]]]:
         """Prefetches a step and a half in threads: NumPy releases the interpreter lock while it copies."""
         ahead = max(self.microbatches + self.microbatches // 2, self.threads) + 1
         todo = (
-            (step, [slots[slots >= 0] for slots in self.assignment(step)[:, self.rank]])
+            (step, [slots[slots >= 0] for slots in self.assignment(step)[:, self.share.rank]])
             for step in range(self.start_step, self.plan.steps)
         )
         waiting: deque[tuple[int, list[Future[Microbatch]]]] = deque()
@@ -209,7 +222,8 @@ class Loader:
                 f"{segments['labels'].sum(dtype=np.int64)}; the masks changed or the index was made without them; next: pack again"
             )
         sources = np.repeat(rows["source"], segments["labels"])
-        tokens = slice(self.part * size // self.parts, (self.part + 1) * size // self.parts)
+        part, parts = self.share.part, self.share.parts
+        tokens = slice(part * size // parts, (part + 1) * size // parts)
         # Targets are assigned by the row that predicts them: the last row of a part predicts the next part's first token.
         mine = slice(*np.searchsorted(targets, [tokens.start + 1, tokens.stop + 1]))
         target_rows, target_ids, target_sources = self._targets(row, targets[mine], sources[mine], tokens.start)
@@ -243,13 +257,13 @@ class Loader:
         for part, begin, end, at in spans:
             ids[at : at + end - begin] = self.dataset.ids(part)[begin:end]
             loss_mask[at : at + end - begin] = self.dataset.loss_mask(part)[begin:end]
-        ids[used:] = self.pad_id
+        ids[used:] = self.special_ids.pad
 
         loss_mask[starts[: len(lengths)]] = False  # no token of its document precedes the first one
         if self.plan.index.policy == "truncate":
             # The last token of a cut document becomes EOS. It is not trained, because the document did not end there.
             last = ends[: len(lengths)][rows["length"] > segments["length"]] - 1
-            ids[last] = self.eos_id
+            ids[last] = self.special_ids.eos
             loss_mask[last] = False
         return PackedRow(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used)
 
@@ -269,7 +283,9 @@ class Loader:
         `first` is the position of this part's first token.
         """
         count = len(targets)
-        unit = max(self.microbatch_tokens // self.parts // 8, 1)  # sizes are multiples of an eighth of a microbatch
+        unit = max(
+            self.microbatch_tokens // self.share.parts // 8, 1
+        )  # sizes are multiples of an eighth of a microbatch
         size = -(-max(count, 1) // unit) * unit
         target_rows, rows_array = self._empty(size)
         target_ids, ids_array = self._empty(size)

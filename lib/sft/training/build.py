@@ -27,7 +27,7 @@ from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
-from sft.packing.loader import Loader
+from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe.architecture import ModelConfig
@@ -176,13 +176,20 @@ def build_data(setup: Setup) -> Data:
     groups = context_groups(setup.config, train, hardware, world.size)
     _, packs_each = accumulation(plan.batch_packs, train.seq_len, groups, hardware.microbatch_tokens)
     workers = hardware.threads or (1 if world.device.type == "cpu" else 2)
-    ids, degree = setup.info.facts, hardware.context_degree
+    facts, degree = setup.info.facts, hardware.context_degree
+    share = Share(world.rank // degree, groups, world.rank % degree, degree)
 
     def loader(plan: StepPlan, dataset: Dataset, start: int) -> Loader:
         return Loader(
-            plan, dataset, ids.eos_id, ids.pad_id, setup.config, world.rank // degree, groups, packs_each * train.seq_len,
-            start, workers, part=(world.rank % degree, degree),
-        )  # fmt: skip
+            plan,
+            dataset,
+            SpecialIds(facts.eos_id, facts.pad_id),
+            setup.config,
+            share,
+            packs_each * train.seq_len,
+            start,
+            workers,
+        )
 
     validation = None
     if (setup.dataset / "validation" / "documents.npy").is_file():
