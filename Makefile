@@ -116,7 +116,7 @@ test: check ## all tests, and the branches of lib/sft that they take; TESTS="tes
 	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"
 test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one process: two minutes
 	.venv/bin/python -m pytest -n 2 -m "not (slurm or server or compile or processes or slow)" $(TESTS)
-record-versions: | $(TOOLS) ## tests/versions.json, after a change of code that keeps a stage's bytes or raised its version number
+record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a change of code that keeps bytes and files readable or raised a version number
 	@$(PY) tests/versions.py
 bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-templates; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py

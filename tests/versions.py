@@ -1,4 +1,4 @@
-"""The modules that each version number stands for, and their recorded digests: make record-versions.
+"""The modules that each version number stands for, and their recorded digests: make record-versions. See also format_shapes.py.
 
 In:  the version numbers of the stages (sft.runner.plan.VERSIONS) and of prepare's caches, and the modules behind them.
 Out: tests/versions.json, which tests/test_versions.py compares with the code.
@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import format_shapes
 from sft.data import preparation
 from sft.packing import packs
 from sft.runner import plan
@@ -80,6 +81,7 @@ def behind(root: str) -> set[str]:
     return found
 
 
+@functools.cache
 def digest(source: str) -> str:
     """12 hex digits for what the code does, as far as the syntax tells."""
     return hashlib.sha256(json.dumps(_shape(ast.parse(source))).encode()).hexdigest()[:12]
@@ -150,3 +152,4 @@ def record() -> None:
 
 if __name__ == "__main__":
     record()
+    format_shapes.record()
