@@ -10,6 +10,7 @@ import pytest
 
 from beaker_server import BUDGET, USER, Server
 from conftest import Workspace
+from patience import PATIENCE
 from sft.launch import run
 from sft.launch.beaker import datasets, scheduler
 from sft.recipe import recipe
@@ -71,7 +72,7 @@ class Place:
         command = ["bash", "-c", script, "runs/x", "--cluster", "beaker-test", *words]
         return run.main("beaker", ["runs/x", stage, *command])
 
-    def wait_for_jobs(self, seconds: float = 60) -> None:
+    def wait_for_jobs(self, seconds: float = PATIENCE) -> None:
         """Waits until every job on the server has ended."""
         until = time.monotonic() + seconds
         while not all(run.message.status.HasField("finalized") for run in list(self.server.runs.values())):

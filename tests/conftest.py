@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from sft.runner import plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
@@ -134,7 +135,7 @@ class Workspace:
             capture_output=True,
         ).stdout
 
-    def make(self, *args: str, ok: bool | None = True, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    def make(self, *args: str, ok: bool | None = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
         done = subprocess.run(["make", *args], cwd=self.root, capture_output=True, text=True, timeout=timeout, env=env)
         assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr

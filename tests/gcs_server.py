@@ -28,6 +28,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import google_crc32c
 
+from patience import PATIENCE
+
 PIECE = 1 << 16
 
 
@@ -230,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
     def pause(self) -> bool:
         """Stands still where the test says so; what the client has sent beyond that is lost."""
         stop = bool(self.mine.pause_at and self.mine.moved >= self.mine.pause_at)
-        return stop and self.mine.resume.wait(30)
+        return stop and self.mine.resume.wait(PATIENCE)
 
     def close(self) -> None:
         """As a broken network does it: a reset."""

@@ -113,7 +113,7 @@ class Slurm:
             self._daemon("slurmctld", "slurmctld", "-D", "-c")
             for node in self.nodes:
                 self._daemon(node, "slurmd", "-D", "-N", node, "-d", str(self.root / "usr/sbin/slurmstepd-wlm"))
-            end = time.monotonic() + 15
+            end = time.monotonic() + 60
             while time.monotonic() < end:
                 with contextlib.suppress(subprocess.CalledProcessError):
                     if self.run("sinfo", "-h", "-N", "-p", "main,aside", "-o", "%T").split() == ["idle"] * len(

@@ -12,6 +12,7 @@ from typing import TypeVar
 import pytest
 
 from conftest import Workspace
+from patience import PATIENCE
 from sft.formats.job import JobRecord
 from slurm import NoSlurm, Slurm
 
@@ -56,7 +57,7 @@ def start(workspace: Workspace, *args: str) -> subprocess.Popen[str]:
     )
 
 
-def until(condition: Callable[[], T], what: str, seconds: float = 30.0) -> T:
+def until(condition: Callable[[], T], what: str, seconds: float = PATIENCE) -> T:
     """Waits for `condition()` and returns it."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -13,6 +13,8 @@ import sys
 import zipfile
 from pathlib import Path
 
+from patience import PATIENCE
+
 
 class Unavailable(Exception):
     """The packages could not be fetched; the text says why."""
@@ -29,7 +31,7 @@ def fetch(packages: Path) -> Path:
         )
         for command in commands:
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+                done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
             except (OSError, subprocess.TimeoutExpired) as error:
                 raise Unavailable(f"{' '.join(command[2:])}: {error}") from error
             if done.returncode:

@@ -175,7 +175,7 @@ import json, pathlib, sys, time
 out, name = pathlib.Path(sys.argv[sys.argv.index("--output-dir") + 1]), sys.argv[sys.argv.index("--task") + 1]
 both = pathlib.Path("MEETING")  # neither goes on before the other is there: they run at once
 (both / name).touch()
-until = time.monotonic() + 60
+until = time.monotonic() + 900
 while len(list(both.iterdir())) < 2:
     assert time.monotonic() < until
     time.sleep(0.02)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from sft.recipe import presets
 from training import SERVER
 
@@ -37,7 +38,7 @@ def run(bench: str, options: list[str], out: Path) -> dict[str, Any]:
     """The object that a bench ends in. Its process is forked from one that has imported torch already."""
     process = SERVER.Process(target=run_here, args=(str(ROOT / "benchmarks" / f"bench_{bench}.py"), options, out))
     process.start()
-    process.join(timeout=300)
+    process.join(timeout=PATIENCE)
     assert process.exitcode == 0, out.read_text()
     return json.loads(out.read_text().splitlines()[-1])
 

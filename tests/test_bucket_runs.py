@@ -71,7 +71,7 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
             augusta.server.preempt(run)
 
     threading.Thread(target=preempt, daemon=True).start()
-    done = augusta.workspace.make("train", *words, timeout=300)
+    done = augusta.workspace.make("train", *words)
     assert len(augusta.server.experiments) == 1 and len(augusta.server.runs) == 4, done.stdout
     folder = augusta.root / "runs" / RUN / "train"
     where = json.loads((folder / "elsewhere.json").read_text())["where"]
@@ -111,7 +111,7 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
 def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job_sees_them(augusta):
     words = ("steps=4", "save_every=2", "ephemeral_every=0", "validate_every=0", "every=2", "every_limit=1", "min_stop_rate=0",
              "max_empty_fraction=1", "validation_documents=2", "keep=1", "nodes=1")  # fmt: skip
-    done = augusta.workspace.make("train", "RECIPE=smoke", "CLUSTER=beaker-test", *words, timeout=300)
+    done = augusta.workspace.make("train", "RECIPE=smoke", "CLUSTER=beaker-test", *words)
     assert len(augusta.server.experiments) == 1, done.stdout
     (file,) = (augusta.root / "runs").glob("smoke_*/train/evaluations.jsonl")
     found = [json.loads(line) for line in file.read_text().splitlines()]

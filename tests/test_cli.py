@@ -16,6 +16,7 @@ import pytest
 
 import sft.__main__ as make_commands
 from conftest import REPO
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.common.process import AGAIN, INTERRUPTED, TERMINATED, USAGE
 from sft.runner.cli import COMMAND, RunOptions, parse_run, program, run_options
@@ -130,7 +131,7 @@ def test_a_signal_ends_a_program_with_its_status_after_its_cleanup(tmp_path: Pat
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(sent)
-    assert process.wait(20) == status and (tmp_path / "clean").exists()
+    assert process.wait(PATIENCE) == status and (tmp_path / "clean").exists()
 
 
 def test_make_knows_the_variables_of_the_makefile() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from conftest import REPO, files
 from gcs_server import Server
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.formats import manifest
@@ -43,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 def cp(server: Server, *args: str | Path, ok: bool = True) -> str:
     env = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "STORAGE_EMULATOR_HOST": server.url}
     command = [sys.executable, str(REPO / "stages" / "cp.py"), *map(str, args)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, cwd=server_folder(args))
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=PATIENCE, cwd=server_folder(args))
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr
 

@@ -14,6 +14,7 @@ import pytest
 
 from conftest import REPO, files
 from gcs_server import Server
+from patience import PATIENCE
 from published import publish, publish_step
 from sft.common.errors import SftError
 from sft.formats import elsewhere, manifest
@@ -53,7 +54,7 @@ def finish(folder: Path, outputs: list[str], key: str = "sha256:1") -> None:
 def run(*args: str | Path, ok: bool = True) -> str:
     command = [sys.executable, "-m", "sft.sync.fetch", *map(str, args)]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True, timeout=60
+        command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True, timeout=PATIENCE
     )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done.stdout + done.stderr

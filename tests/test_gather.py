@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
+
 pytestmark = pytest.mark.processes
 
 PROGRAM = """
@@ -52,7 +54,7 @@ def run(root: Path, how: str) -> list[str]:
         subprocess.Popen([sys.executable, "-c", PROGRAM, str(root), how], env=env | {"RANK": str(rank)}, text=True, stdout=subprocess.PIPE)
         for rank in (0, 1)
     ]  # fmt: skip
-    said = [process.communicate(timeout=120)[0].splitlines() for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[0].splitlines() for process in processes]
     assert [p.returncode for p in processes] == [0, 0], said
     return [line for lines in said for line in lines]
 

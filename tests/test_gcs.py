@@ -23,6 +23,7 @@ import google.auth.credentials
 import google_crc32c
 from google.cloud import storage
 
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.storage import download, gcs, retries, transport, upload
 from sft.storage.contract import FileCopy, FileInfo, Meter
@@ -330,7 +331,7 @@ def test_kill_at_ten_points_and_a_rerun_continues_without_sending_everything_aga
             server.resume.clear()
             server.pause_at = server.moved + point * 120_000  # in the middle of a body
             child = start(point)
-            limit = time.monotonic() + 30
+            limit = time.monotonic() + PATIENCE
             while server.moved < server.pause_at and time.monotonic() < limit:
                 time.sleep(0.001)
             os.kill(child, signal.SIGKILL)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from patience import PATIENCE
 from sft.checkpoint import step_folder
 from sft.formats.steps import named_step
 from training import assert_same_bits, curve, kill, last_step, run_folder, start, train
@@ -64,7 +65,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
         process = start(folder, ranks=ranks, **FIELDS)
         # Start-up is hit now and then; else the run gets a few steps further, so that the kills spread over it.
         target = max(1, last_step(folder) + chance.randint(0, 56 // kills))
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while process.is_alive() and time.monotonic() < deadline and last_step(folder) < target:
             time.sleep(0.002)
         time.sleep(chance.random() * 0.02)

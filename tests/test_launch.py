@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.formats.job import JobRecord
 from sft.launch import commands, run
@@ -265,14 +266,14 @@ def test_ranks_that_save_are_waited_for_however_many_signals_arrive(tmp_path):
         [sys.executable, "-m", "sft.launch.torchrun", "--standalone", "--nproc-per-node", "2", "rank.py"],
         cwd=tmp_path, env=env, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not all((tmp_path / f"at-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.05)
     for sent in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
         process.send_signal(sent)
         time.sleep(0.2)
-    assert process.wait(timeout=60) != 0
+    assert process.wait(timeout=PATIENCE) != 0
     assert sorted(p.name for p in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
@@ -294,7 +295,7 @@ def test_a_signal_to_every_process_leaves_the_log_its_last_words(tmp_path):
     for pid in (*helpers, process.pid):
         os.kill(pid, signal.SIGTERM)
     (tmp_path / "sent").touch()
-    assert process.communicate(timeout=20)[0] == "last words\n" and process.returncode == 0
+    assert process.communicate(timeout=PATIENCE)[0] == "last words\n" and process.returncode == 0
     assert next((tmp_path / "logs").iterdir()).read_text() == "first\nlast words\n"
 
 
@@ -325,7 +326,7 @@ def test_two_machines_of_two_processes_meet_as_one_world_with_ranks_in_the_nodes
         )
         for n in (1, 0)
     ]  # fmt: skip
-    assert [node.wait(timeout=120) for node in nodes] == [0, 0]
+    assert [node.wait(timeout=PATIENCE) for node in nodes] == [0, 0]
     who = [json.loads((root / f"who-{rank}").read_text()) for rank in range(4)]
     assert [(w["RANK"], w["SFT_NODE_RANK"], w["LOCAL_RANK"], w["WORLD_SIZE"]) for w in who] == [
         (0, 0, 0, 4), (1, 0, 1, 4), (2, 1, 0, 4), (3, 1, 1, 4),

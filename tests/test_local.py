@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 from sft.common import machine
 from sft.launch import local
 
@@ -64,33 +65,33 @@ def test_runs_that_share_a_gpu_take_turns_and_others_do_not_wait(launch):
         rf"waiting for GPU 1: busy with pid {first.pid} of \w+: train of /.*/runs/x\n", second.stdout.readline()
     )
     first.terminate()  # reaches the stage itself, whose end frees its GPUs
-    assert first.wait(timeout=20) == -signal.SIGTERM
-    assert second.communicate(timeout=20)[0] == "mine\n" and second.returncode == 0
+    assert first.wait(timeout=PATIENCE) == -signal.SIGTERM
+    assert second.communicate(timeout=PATIENCE)[0] == "mine\n" and second.returncode == 0
 
 
 def test_a_run_that_must_not_wait_is_told_who_has_the_gpu(launch):
     first = launch("0", *HOLD)
     held(first)
-    out, _ = (second := launch("0", "echo", "mine", GPU_WAIT="0")).communicate(timeout=20)
+    out, _ = (second := launch("0", "echo", "mine", GPU_WAIT="0")).communicate(timeout=PATIENCE)
     assert second.returncode == 1 and f"GPU 0 is busy with pid {first.pid} of " in out and "next: wait for it" in out
 
 
 def test_the_lock_lives_as_long_as_any_process_of_the_stage(launch):
     first = launch("0", "sh", "-c", "sleep 60 & echo running $!")
     child = int(first.stdout.readline().split()[1])
-    first.wait(timeout=20)
+    first.wait(timeout=PATIENCE)
     busy = launch("0", "echo", "mine", GPU_WAIT="0")
-    assert busy.wait(timeout=20) == 1
+    assert busy.wait(timeout=PATIENCE) == 1
     os.kill(child, signal.SIGKILL)
-    assert launch("0", "echo", "mine").communicate(timeout=20)[0].endswith("mine\n")
+    assert launch("0", "echo", "mine").communicate(timeout=PATIENCE)[0].endswith("mine\n")
 
 
 def test_locks_are_refused_in_a_folder_of_another_kind_and_dry_run_starts_nothing(launch, tmp_path):
     (tmp_path / "locks").rename(tmp_path / "elsewhere")
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
-    out, _ = (process := launch("0", "echo", "mine")).communicate(timeout=20)
+    out, _ = (process := launch("0", "echo", "mine")).communicate(timeout=PATIENCE)
     assert process.returncode == 1 and "not a folder of this user" in out
-    out, _ = launch("0", "touch", str(tmp_path / "a file"), DRY_RUN="1").communicate(timeout=20)
+    out, _ = launch("0", "touch", str(tmp_path / "a file"), DRY_RUN="1").communicate(timeout=PATIENCE)
     assert out == f"touch '{tmp_path}/a file'\n" and not (tmp_path / "a file").exists()
 
 
@@ -178,7 +179,7 @@ def test_locks_that_other_users_do_not_see_are_told(shared, monkeypatch, tmp_pat
 
 
 def test_the_exit_status_is_the_stages_own(launch):
-    assert launch("0", "sh", "-c", "exit 75").wait(timeout=20) == 75
+    assert launch("0", "sh", "-c", "exit 75").wait(timeout=PATIENCE) == 75
 
 
 def test_cores_are_counted_where_the_system_has_no_affinity(monkeypatch):

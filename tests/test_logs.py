@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from patience import PATIENCE
 from sft.training import logs
 
 PROGRAM = """
@@ -27,7 +28,9 @@ sys.exit("failed: why")
 
 def speak(out: Path, how: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", PROGRAM, str(out), how]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60, start_new_session=True)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=PATIENCE, start_new_session=True
+    )
 
 
 def test_every_attempt_has_its_log_and_the_terminal_hears_the_same(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 
 PASS = "smoke:\n\t@mkdir -p $(RUNS)/smoke && pwd > $(RUNS)/smoke/where && echo levels=$(MAKELEVEL) recipe=$(RECIPE)\n"
 
@@ -35,13 +36,15 @@ class Night:
         return [str(REPO / "env" / "nightly.sh"), str(self.root), str(self.repository)]
 
     def run(self, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(self.command(), capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+        return subprocess.run(
+            self.command(), capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **env}
+        )
 
     def start(self) -> subprocess.Popen[bytes]:
         """A night that is in the middle of make."""
         self.commit("smoke:\n\t@touch $(RUNS).started; sleep 30\n")
         running = subprocess.Popen(self.command(), start_new_session=True, stderr=subprocess.DEVNULL)
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + PATIENCE
         while not list(self.root.glob("work.*/runs.started")) and time.monotonic() < limit:
             time.sleep(0.02)
         return running

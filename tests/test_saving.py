@@ -13,6 +13,7 @@ import torch
 from torch.distributed.checkpoint import state_dict_saver
 
 import training
+from patience import PATIENCE
 from sft.checkpoint import olmo_core, step_folder
 from sft.common.errors import SftError
 from sft.formats.steps import is_ephemeral, named_step
@@ -56,13 +57,13 @@ def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
 
     def held(*args: Any, **kwargs: Any) -> Any:
         inside.set()
-        assert trained_on.wait(60)
+        assert trained_on.wait(PATIENCE)
         return original(*args, **kwargs)
 
     monkeypatch.setattr(state_dict_saver, "save", held)
     beside = saver(tmp_path)
     beside.begin(3, model, optimizer, {"guard": guard.state()}, ephemeral=False)
-    assert inside.wait(60)
+    assert inside.wait(PATIENCE)
     before = model.lm_head.w_out.weight.clone()
     for p in model.parameters():
         p.grad = torch.ones(p.shape)
@@ -122,7 +123,7 @@ def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(state_dict_saver, "save", full)
         beside.begin(3, model, optimizer, {}, ephemeral=False)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while not beside.failed:
             assert time.monotonic() < deadline
         assert beside.finished() is None
@@ -229,13 +230,13 @@ def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Pa
     asked_at = records(folder)[-1].step
     request = folder / "train" / "SAVE"
     request.touch()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while request.exists():
         assert process.is_alive() and time.monotonic() < deadline
         time.sleep(0.002)
     saved = step_folder.steps(folder / "train")
     process.terminate() if ranks == 1 else training.kill(process, training.signal.SIGTERM)
-    process.join(60)
+    process.join(PATIENCE)
     assert len(saved) == 1
     step, path = saved[0]
     assert asked_at < step < 600

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO, Workspace
+from patience import PATIENCE
 from slurm_place import program, record, slurm, start, until, workspace
 
 __all__ = ["slurm", "workspace"]  # the fixtures
@@ -157,7 +158,7 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
     assert "running" in workspace.make("jobs").stdout
     (workspace.root / "go").touch()
     for process in two:
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0 and f"job {job} is done" in out, out
     assert workspace.ran() == ["train x"]
     workspace.make("-q", "train", "RECIPE=x", "CLUSTER=slurm")
@@ -206,7 +207,7 @@ def test_another_job_for_the_same_stage_is_refused_and_one_for_the_same_result_i
     until(lambda: f"job {by_hand}: running" in process.stdout.readline(), "make to follow the job")
     assert record(workspace, "prepare").job == by_hand
     (workspace.root / "go").touch()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and f"job {by_hand} is done" in out, out
 
 
@@ -217,7 +218,7 @@ def test_cancel_ends_the_job_and_everyone_who_follows_it_is_told(workspace):
     assert re.search(
         r"prepare: job \d+ on slurm was running and is cancelled", workspace.make("cancel", "RECIPE=x").stdout
     )
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0 and "on slurm: cancelled" in out
     assert "no job of this run is waiting or running" in workspace.make("cancel", "RECIPE=x", ok=False).stderr
     assert "cancelled" in workspace.make("jobs").stdout
@@ -232,7 +233,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     )  # fmt: skip
     until((workspace.root / "at").exists, "the stage to start")
     os.killpg(process.pid, 2)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=PATIENCE)
     job = record(workspace, "prepare").job
     assert (
         process.returncode != 0
@@ -255,7 +256,7 @@ def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_res
     until(lambda: "resuming from nothing" in log.read_text(), "training")
     job = record(workspace, "train").job
     slurm.run("scancel", "--batch", "--signal=USR1", job)
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     assert f"resuming from {job}" in out and f"--- attempt 2 of job {job}" in out
     assert "stopped early (exit status 75): back into the queue" in out
@@ -364,9 +365,9 @@ def test_a_missing_scheduler_is_told(workspace, monkeypatch):
 
 def test_time_that_runs_out_is_a_new_turn_for_training_and_an_error_for_a_stage_that_cannot_save(short_of_time):
     prepare, train = short_of_time.makes
-    out, _ = train.communicate(timeout=150)
+    out, _ = train.communicate(timeout=PATIENCE)
     assert train.returncode == 0 and "stopped early (exit status 75)" in out and "attempt 2 of job" in out, out
-    out, _ = prepare.communicate(timeout=150)
+    out, _ = prepare.communicate(timeout=PATIENCE)
     assert prepare.returncode != 0 and "on mine: timeout" in out and "DUE TO TIME LIMIT" in out and "no hurry" in out, (
         out
     )
@@ -383,5 +384,5 @@ def test_a_lost_controller_is_asked_again_until_it_answers(workspace, slurm, sho
     until(lambda: "no answer: " in process.stdout.readline(), "the lost connection to be told")
     slurm._daemon("slurmctld", "slurmctld", "-D")
     (workspace.root / "go").touch()
-    out, _ = process.communicate(timeout=90)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0 and "is done" in out, out

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO, Workspace
+from patience import PATIENCE
 from sft.formats import manifest
 from slurm_place import record, slurm, start, until, workspace
 
@@ -117,7 +118,7 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     urgent = slurm.run(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
     )
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     job = record(real, "train").job
     assert int(urgent) > int(job) and f"--- attempt 2 of job {job}" in out

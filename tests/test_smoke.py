@@ -14,6 +14,7 @@ import time
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 from sft.formats import manifest
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,13 @@ MARGIN = 0.25
 def make(runs, *args, ok=True):
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k not in ("MFLAGS", "OMP_NUM_THREADS")}
     done = subprocess.run(
-        ["make", *args, f"RUNS={runs}"], cwd=REPO, env=env, capture_output=True, text=True, timeout=900, check=False
+        ["make", *args, f"RUNS={runs}"],
+        cwd=REPO,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert (done.returncode == 0) == ok, done.stdout + done.stderr
     return done

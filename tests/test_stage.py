@@ -11,6 +11,7 @@ import time
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 
 STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.runner.cli import parse_run\n"
 STAGE += "from sft.runner.stage import Result, main, open_stage\n"
@@ -130,7 +131,7 @@ def test_ctrl_c_and_sigterm_reach_training_and_its_order_to_run_again_reaches_th
     )
     wait_for(workspace.root / "at", process)
     os.killpg(process.pid, sent) if sent == signal.SIGINT else process.send_signal(sent)
-    assert process.wait(timeout=20) == (75 if requeue else 1)
+    assert process.wait(timeout=PATIENCE) == (75 if requeue else 1)
 
 
 @pytest.mark.slow
@@ -149,7 +150,7 @@ def test_a_notice_that_comes_too_early_is_repeated_until_training_handles_it(wor
     )
     wait_for(workspace.root / ("asked" if early == "before the training exists" else "begun"), process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=20) == 75
+    assert process.wait(timeout=PATIENCE) == 75
 
 
 @pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from conftest import REPO, files
+from patience import PATIENCE
 from sft.common.errors import SftError
 from sft.storage import local
 from sft.storage.checksums import checksums_of
@@ -206,7 +207,7 @@ def test_kill_at_any_moment_leaves_no_partial_file_and_a_rerun_completes(
     partial = False
     for moment in (0.05, 0.2, 0.45, 0.8):
         running = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-        limit = time.monotonic() + 20
+        limit = time.monotonic() + PATIENCE
         while not target.root.exists() and time.monotonic() < limit:
             time.sleep(0.005)
         time.sleep(moment)

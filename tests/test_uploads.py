@@ -20,6 +20,7 @@ pytest.importorskip("google.cloud.storage")
 
 import training
 import uploading
+from patience import PATIENCE
 from published import publish_step, step_record
 from sft.checkpoint import step_folder
 from sft.formats import manifest
@@ -140,7 +141,7 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
         process.kill()
     else:
         test.send("end")
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == (-9 if end == "killed" else 0)
     wait_until(lambda: gone(sending))
     assert time.monotonic() - began < 10  # a request that gets no answer is waited for 60 s
@@ -154,7 +155,7 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
     assert stored(server, "gs://test/c") == local(tmp_path / "step1")
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -240,7 +241,7 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
             nodes.append(training.SERVER.Process(target=uploading.bring_on_node, args=(tmp_path, ADDRESS, here)))
             nodes[-1].start()
         for node in nodes:
-            node.join(120)
+            node.join(PATIENCE)
     said = [(tmp_path / f"log{rank}").read_text() for rank in (0, 1)]
     assert [node.exitcode for node in nodes] == [0, 0], said
     assert said[0].endswith(f"continuing from step 6 of {ADDRESS}\n") and not said[1]

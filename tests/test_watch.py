@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from conftest import REPO
+from patience import PATIENCE
 from published import publish_step
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
@@ -241,12 +242,12 @@ def test_a_watcher_that_is_stopped_ends_at_once_and_one_whose_training_died_ends
         pytest.fail("needs the run of the test before")
     (Path(run) / "train" / evaluations.NAME).unlink()
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not list((Path(run) / ".work").glob("watch-*/model")):  # it works on a step
         assert process.poll() is None and time.monotonic() < until, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) in (143, -signal.SIGTERM)
+    assert process.wait(PATIENCE) in (143, -signal.SIGTERM)
     process = stage(runs, "stages/watch.py", run, *FIELDS, "--until-end-of-input", stdin=subprocess.PIPE)
     logged = process.communicate()[0]  # closes standard input, as the death of training would
     assert process.returncode == 0, logged

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 import made_data
+from patience import PATIENCE
 from published import publish
 from sft.checkpoint.step_folder import DcpReader
 from sft.common.files import hash_file
@@ -272,7 +273,7 @@ def start(folder: Path, **fields: Any) -> BaseProcess:
 
 
 def finish(process: BaseProcess, folder: Path, status: int = 0) -> str:
-    process.join(timeout=240)
+    process.join(timeout=PATIENCE)
     out = (folder / "log").read_text()
     assert process.exitcode == status, out
     return out
@@ -287,7 +288,7 @@ def kill(process: BaseProcess, number: signal.Signals) -> None:
         except ProcessLookupError:  # it has not made its group yet
             time.sleep(0.001)
     if number == signal.SIGKILL:
-        process.join(timeout=60)
+        process.join(timeout=PATIENCE)
 
 
 def train(folder: Path, status: int = 0, **fields: Any) -> str:
@@ -306,7 +307,7 @@ def last_step(folder: Path) -> int:
 
 def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
     """Until metrics.jsonl holds a step."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while last_step(folder) < step:
         assert process.is_alive(), (folder / "log").read_text()
         assert time.monotonic() < deadline
