@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from sft.data.compiled import NO_TARGET, TRAINED, WORD, compiled, words_of
+from sft.data.compiled import NO_TARGET, TRAINED, WORD, compiled, inlined, words_of
 
 Ids = npt.NDArray[np.uint32]
 Offsets = npt.NDArray[np.int64]
+FAILED = np.uint64(0xFFFFFFFFFFFFFFFF)
+"""In place of a token: the ids do not spell the document."""
 
 
 class VocabularyTable(NamedTuple):
@@ -126,72 +128,93 @@ def align_tokens(vocab: Any, text: Any, out: Any) -> bool:
     In: VocabularyTable, DocumentText, Alignment. Positions are unsigned, because a signed index could count from the end, which
     costs every access a comparison.
     """
-    one, word = np.uint64(1), np.uint64(WORD)
-    ids, words, run_ends = out.ids, text.words, text.run_ends
-    position, token, count = np.uint64(0), np.uint64(0), np.uint64(len(ids))
-    for document in range(len(text.first_run) - 1):
-        run = text.first_run[document]
-        end = np.uint64(run_ends[text.first_run[document + 1] - 1])
-        first_token = token
-        num_targets, num_specials, num_straddling, num_merged, num_eos = np.uint64(0), 0, 0, 0, 0
-        last_target, token_id = NO_TARGET, np.uint32(0)
-        flag = np.uint32(0)  # TRAINED in every other run
+    documents, token, position = len(text.first_run) - 1, np.uint64(0), np.uint64(0)
+    for document in range(documents):
         out.offsets[document] = token
-        while position < end:
-            run_end, first_in_run = np.uint64(run_ends[run]), token
-            while position < run_end:
-                if token >= count:
-                    return False
-                token_id = ids[token]
-                length = np.uint64(vocab.lengths[token_id])
-                difference = vocab.words[token_id] ^ words[position]
-                if length < word:
-                    difference &= (one << (word * length)) - one
-                elif length > word:
-                    if position + length > end:
-                        return False
-                    # Eight bytes at a time from the end; the first of them overlap those that were compared before.
-                    start, rest = np.uint64(vocab.starts[token_id]), length - word
-                    difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
-                    while rest > word:  # few tokens have so many bytes
-                        rest -= word
-                        difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
-                if difference:
-                    return False
-                if token_id >= vocab.first_special:
-                    num_specials += vocab.is_special[token_id]
-                    num_eos += token_id == vocab.eos_id
-                out.tokens[token] = token_id | flag
-                position += length
-                token += one
-            if position > end:
-                return False
-            if flag and token > first_in_run:
-                end_of_targets = token
-                if position > run_end:  # a part of the last token is scaffold
-                    end_of_targets -= one
-                    out.tokens[end_of_targets] = ids[end_of_targets]
-                if first_in_run == first_token:  # the first token of a document is no target
-                    out.tokens[first_in_run] = ids[first_in_run]
-                    first_in_run += one
-                if end_of_targets > first_in_run:
-                    num_targets += end_of_targets - first_in_run
-                    last_target = ids[end_of_targets - one]
-            while position > np.uint64(run_ends[run]):
-                num_straddling += 1
-                num_merged += flag == np.uint32(0)
-                run += 1
-                flag ^= TRAINED
-            if position == np.uint64(run_ends[run]):
-                run += 1
-                flag ^= TRAINED
-        out.num_targets[document] = num_targets
-        out.num_specials[document] = num_specials
-        out.num_straddling[document] = num_straddling
-        out.num_merged[document] = num_merged
-        out.last_target[document] = last_target
-        out.eos_counts[document] = num_eos
-        if token > first_token and token_id == vocab.eos_id:
-            out.eos_counts[document] |= TRAINED
-    out.offsets[len(text.first_run) - 1] = token
-    return bool(token == count)
+        end = np.uint64(text.run_ends[text.first_run[document + 1] - 1])
+        token = align_document(vocab, text, out, document, token, position, end)
+        if token == FAILED:
+            return False
+        position = end
+    out.offsets[documents] = token
+    return bool(token == np.uint64(len(out.ids)))
+
+
+@inlined
+def align_document(vocab: Any, text: Any, out: Any, document: int, first_token: Any, position: Any, end: Any) -> Any:
+    """Follows the tokens from `first_token` on through one document, which is text[position:end], and fills its entries of `out`.
+    Returns the token after its last one, or FAILED."""
+    ids, run, token = out.ids, text.first_run[document], first_token
+    num_targets, num_specials, num_straddling, num_merged, num_eos = np.uint64(0), 0, 0, 0, 0
+    last_target, token_id = NO_TARGET, np.uint32(0)
+    flag = np.uint32(0)  # TRAINED in every other run
+    while position < end:
+        run_end, first_in_run = np.uint64(text.run_ends[run]), token
+        while position < run_end:
+            if token >= np.uint64(len(ids)):
+                return FAILED
+            token_id = ids[token]
+            if not spells(vocab, token_id, text.words, position, end):
+                return FAILED
+            if token_id >= vocab.first_special:
+                num_specials += vocab.is_special[token_id]
+                num_eos += token_id == vocab.eos_id
+            out.tokens[token] = token_id | flag
+            position += np.uint64(vocab.lengths[token_id])
+            token += np.uint64(1)
+        if position > end:
+            return FAILED
+        if flag and token > first_in_run:
+            first, after = targets_of_run(out, first_in_run, token, first_in_run == first_token, position > run_end)
+            if after > first:
+                num_targets += after - first
+                last_target = ids[after - np.uint64(1)]
+        while position > np.uint64(text.run_ends[run]):  # edges of runs inside the last token
+            num_straddling += 1
+            num_merged += flag == np.uint32(0)
+            run += 1
+            flag ^= TRAINED
+        if position == np.uint64(text.run_ends[run]):
+            run += 1
+            flag ^= TRAINED
+    out.num_targets[document] = num_targets
+    out.num_specials[document] = num_specials
+    out.num_straddling[document] = num_straddling
+    out.num_merged[document] = num_merged
+    out.last_target[document] = last_target
+    out.eos_counts[document] = num_eos
+    if token > first_token and token_id == vocab.eos_id:
+        out.eos_counts[document] |= TRAINED
+    return token
+
+
+@inlined
+def spells(vocab: Any, token_id: Any, words: Any, position: Any, end: Any) -> bool:
+    """Whether the bytes of a token are those of the text from `position` on. The document ends at `end`."""
+    word, length = np.uint64(WORD), np.uint64(vocab.lengths[token_id])
+    difference = vocab.words[token_id] ^ words[position]
+    if length < word:
+        difference &= (np.uint64(1) << (word * length)) - np.uint64(1)
+    elif length > word:
+        if position + length > end:
+            return False
+        # Eight bytes at a time from the end; the first of them overlap those that were compared before.
+        start, rest = np.uint64(vocab.starts[token_id]), length - word
+        difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
+        while rest > word:  # few tokens have so many bytes
+            rest -= word
+            difference |= vocab.bytes_words[start + rest] ^ words[position + rest]
+    return bool(difference == np.uint64(0))
+
+
+@inlined
+def targets_of_run(out: Any, first: Any, after: Any, begins_document: bool, straddles: bool) -> tuple[Any, Any]:
+    """(first, after) of the targets among the tokens `first` … `after` - 1 of a trained run. Clears the mark of the others: the first
+    token of a document, and a last token that `straddles` the end of the run, because a part of it is scaffold."""
+    if straddles:
+        after -= np.uint64(1)
+        out.tokens[after] = out.ids[after]
+    if begins_document:
+        out.tokens[first] = out.ids[first]
+        first += np.uint64(1)
+    return first, after
