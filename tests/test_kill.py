@@ -22,8 +22,12 @@ from training import assert_same_bits, curve, kill, last_step, run_folder, start
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 FIELDS: dict[str, Any] = {
-    "steps": 40, "save_every": 6, "ephemeral_every": 2, "validate_every": 4, "keep": 2, "model_n_layers": 2,
+    "steps": 40, "save_every": 6, "ephemeral_every": 2, "validate_every": 4, "keep": 2, "model_n_layers": 1,
 }  # fmt: skip
+
+
+def fields(ranks: int) -> dict[str, Any]:
+    return {**FIELDS, "ranks": ranks, "hardware": {"microbatch_tokens": 256 // ranks}}  # one microbatch in a step
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[int, 
     runs = {}
     for ranks in (1, 2):
         runs[ranks] = run_folder(top / str(ranks), dataset)
-        train(runs[ranks], ranks=ranks, **FIELDS)
+        train(runs[ranks], **fields(ranks))
     return runs
 
 
@@ -62,7 +66,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
     chance = random.Random(ranks)
     done, reached = 0, set()
     while done < kills:
-        process = start(folder, ranks=ranks, **FIELDS)
+        process = start(folder, **fields(ranks))
         # Start-up is hit now and then; else the run gets a few steps further, so that the kills spread over it.
         target = max(1, last_step(folder) + chance.randint(0, 56 // kills))
         deadline = time.monotonic() + PATIENCE
@@ -77,7 +81,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
         assert_sound(folder / "train")
     assert done == kills, f"the run was over after {done} kills"
     assert len(reached) >= kills // 2
-    train(folder, ranks=ranks, **FIELDS)
+    train(folder, **fields(ranks))
     assert_same_end(folder, whole[ranks])
 
 
@@ -97,9 +101,9 @@ MOMENTS = {
 def test_killed_at_every_moment_of_saving(folder: Path, whole: dict[int, Path], ranks: int) -> None:
     """One run, killed and continued at one moment after the other."""
     for moment, where in MOMENTS.items():
-        train(folder, status=-signal.SIGKILL, ranks=ranks, fault={"kind": "kill", **where}, **FIELDS)
+        train(folder, status=-signal.SIGKILL, fault={"kind": "kill", **where}, **fields(ranks))
         assert_sound(folder / "train")
         if "removal" in moment:
             assert list((folder / "train").glob(".trash-*"))
-    train(folder, ranks=ranks, **FIELDS)
+    train(folder, **fields(ranks))
     assert_same_end(folder, whole[ranks])

