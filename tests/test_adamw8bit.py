@@ -203,7 +203,7 @@ def test_the_plan_counts_the_bytes_of_8_bit_moments() -> None:
     assert plan(config, Train(optimizer="adamw8bit"), schema.Hardware(), 1, 0).parts["optimizer state"] == held
 
 
-def test_a_machine_without_torchao_is_told_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_torchao_the_error_names_the_next_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(SftError, match=r"needs the package torchao .*next: pip install torchao, or optimizer=adamw"):
         build_adamw(torch.nn.Linear(2, 2), Train(optimizer="adamw8bit"))

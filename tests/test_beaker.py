@@ -81,7 +81,7 @@ def test_an_earlier_stage_made_here_travels_with_the_job_and_code_as_a_dataset(p
     assert manifest.load(place.run / "sync" / "manifest.json").provenance.git == place.git("rev-parse", "HEAD")
 
 
-def test_outputs_that_stay_there_are_told_and_not_missing(place):
+def test_outputs_that_stay_there_are_reported_and_not_missing(place):
     place.workspace.make("prepare", "RECIPE=x", "CLUSTER=beaker-test")
     (place.run / "prepare" / "out").unlink()
     assert "out is missing" in place.workspace.make("verify", "RUN=x", ok=False).stdout
@@ -134,7 +134,7 @@ if __name__""".replace("SCORES", repr(scores)), 1)  # fmt: skip
 # --- how a job ends ---------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_task_is_told_with_the_end_of_its_log(place, capsys):
+def test_a_failed_task_is_reported_with_the_end_of_its_log(place, capsys):
     assert place.launch("echo working; echo 'no space left'; exit 3") == 3
     output = capsys.readouterr().out
     assert "failed, exit status 3" in output and output.count("no space left") == 2 and "/ex/01EXPERIMENT" in output
@@ -147,7 +147,7 @@ def test_one_that_ends_well_without_a_manifest_has_failed(place, capsys):
     assert "left no manifest" in capsys.readouterr().out
 
 
-def test_a_cancelled_one_is_told(place, capsys, monkeypatch):
+def test_a_cancelled_one_is_reported(place, capsys, monkeypatch):
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("echo up; exec sleep 60") == 0
     monkeypatch.delenv("DETACH")
@@ -158,7 +158,7 @@ def test_a_cancelled_one_is_told(place, capsys, monkeypatch):
     assert len(place.server.experiments) == 1
 
 
-def test_a_timeout_is_told(place, capsys):
+def test_a_timeout_is_reported(place, capsys):
     place.edit('workspace = "ai2/team"', 'workspace = "ai2/team"\ntime = "1s"')
     assert place.launch("exec sleep 60") == 124
     assert "timeout, exit status 124 (took longer than its timeout)" in capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_beakers_own_retries_are_waited_for(place, capsys):
     assert "one more" in capsys.readouterr().out
 
 
-def test_a_node_that_fails_stops_the_others_and_is_the_one_told(place, capsys):
+def test_a_node_that_fails_stops_the_others_and_is_the_one_reported(place, capsys):
     (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.prepare]\nnodes = 2\n")
     place.push()
     script = '[ "$BEAKER_REPLICA_RANK" = 0 ] && exec sleep 60; echo "rank $BEAKER_REPLICA_RANK of $BEAKER_REPLICA_COUNT breaks"; exit 9'
@@ -235,7 +235,7 @@ def test_a_connection_that_comes_back_loses_no_line_and_repeats_none(place, caps
     assert lines == [f"line {i}" for i in range(1, 6)]
 
 
-def test_a_connection_that_stays_lost_is_told_and_the_job_is_found_again(place, capsys, monkeypatch):
+def test_a_connection_that_stays_lost_is_reported_and_the_job_is_found_again(place, capsys, monkeypatch):
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("sleep 3; exit 7") == 0
     monkeypatch.delenv("DETACH")

@@ -332,7 +332,7 @@ def test_a_broken_task_has_no_score(stage, metrics, rows, message):
         stage(returned(metrics, rows), T)
 
 
-def test_how_replies_ended_is_told_where_the_harness_says_it(stage, tmp_path):
+def test_how_replies_ended_is_reported_where_the_harness_records_it(stage, tmp_path):
     def ended(reason: str, tokens: int) -> dict:
         return {**row(1), "model_output": [{"text": "x", "finish_reason": reason, "completion_tokens": tokens}]}
 
@@ -390,7 +390,7 @@ def test_other_fields_of_a_harness_are_skipped_and_a_prediction_keeps_them(stage
     assert sample["trace"] == [1] and sample["record"] == 2
 
 
-def test_a_harness_that_returned_nothing_is_told(tmp_path):
+def test_a_harness_that_returned_nothing_is_reported(tmp_path):
     with pytest.raises(SftError, match="has returned nothing for this evaluation; next:"):
         collected.returned(tmp_path, "x", "olmo-eval")
 

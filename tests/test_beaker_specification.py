@@ -38,7 +38,7 @@ pytestmark = pytest.mark.server
         ('runs = "', 'runs = "/other', "is on none of the mounts"),
     ],
 )
-def test_what_the_cluster_lacks_is_told(place, old, new, message):
+def test_what_the_cluster_lacks_is_reported(place, old, new, message):
     place.edit(old, new)
     with pytest.raises(SystemExit) as ended:
         place.launch("exit 0")
@@ -62,7 +62,7 @@ def test_a_changed_tree_and_a_commit_that_is_not_pushed_are_refused(place):
     assert not place.server.experiments
 
 
-def test_a_name_taken_by_an_unfinished_experiment_is_told(place, monkeypatch, capsys):
+def test_a_name_taken_by_an_unfinished_experiment_is_reported(place, monkeypatch, capsys):
     place.server.hold = True
     monkeypatch.setenv("DETACH", "1")
     assert place.launch("exit 3") == 0
@@ -102,7 +102,7 @@ def test_the_doctor_says_what_a_launch_would_be_refused_for(place, monkeypatch):
     assert [(r.state, r.next[:13]) for r in rows().values()] == [(doctor.RED, "BEAKER_TOKEN=")]
 
 
-def test_another_account_than_the_users_name_is_told(place, monkeypatch):
+def test_another_account_than_the_users_name_is_reported(place, monkeypatch):
     monkeypatch.setenv("SFT_USER", "bob")
     with pytest.raises(SystemExit, match="is bob, but your Beaker account is ann; next: SFT_USER=ann"):
         place.launch("exit 0")

@@ -97,7 +97,7 @@ def test_three_runs_are_compared_with_the_first_and_marks_are_corrected_for_all(
     assert replace(rows[1], higher_is_better=False).verdict == "worse"
 
 
-def test_only_common_items_count_and_that_is_said(tmp_path: Path) -> None:
+def test_only_common_items_count_and_that_is_reported(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3, items=range(20))
     found = compare.compare([a, b])
     assert found.rows[0].n == 20

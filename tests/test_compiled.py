@@ -79,7 +79,7 @@ def batches(draw: st.DrawFn) -> tuple[list[int], bytes, list[list[int]]]:
 
 @settings(max_examples=400, deadline=None)
 @given(batches())
-def test_following_says_what_the_rules_say(batch: tuple[list[int], bytes, list[list[int]]]) -> None:
+def test_the_alignment_follows_the_rules(batch: tuple[list[int], bytes, list[list[int]]]) -> None:
     ids, text, documents = batch
     assert follow(ids, text, documents) == slowly(ids, documents)
 

@@ -128,7 +128,7 @@ def test_what_a_copy_hashed_is_remembered_for_the_planner(server: Server, folder
     assert known[-1] == hashlib.sha256(FILES["data/x.npy"]).hexdigest()
 
 
-def test_a_bucket_that_may_not_be_read_is_told_before_the_first_byte(server: Server, tmp_path: Path) -> None:
+def test_a_bucket_that_may_not_be_read_is_reported_before_the_first_byte(server: Server, tmp_path: Path) -> None:
     server.store("there/z", b"theirs", "", None)
     server.permissions = {"storage.objects.create"}
     assert "no permission for storage.objects.get" in cp(server, "gs://bucket/there", tmp_path / "to", ok=False)

@@ -76,7 +76,7 @@ def test_what_a_killed_run_left_is_written_over(tmp_path: Path, way: str) -> Non
     assert (tmp_path / "x").read_bytes() == b"new"
 
 
-def test_a_disk_that_fails_leaves_nothing_and_is_told_by_the_next_call(
+def test_a_disk_that_fails_leaves_nothing_and_is_reported_by_the_next_call(
     tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> int:

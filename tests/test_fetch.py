@@ -137,7 +137,7 @@ def test_names_in_a_remote_manifest_do_not_leave_the_folder(tmp_path: Path) -> N
     assert not (tmp_path / "outside").exists()
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_what_is_missing_is_reported(tmp_path: Path) -> None:
     (tmp_path / "there/x/train").mkdir(parents=True)
     assert "no finished stage is there" in run(
         tmp_path / "runs/x", "--stage", "train", "--from", tmp_path / "there", ok=False

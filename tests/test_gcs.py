@@ -200,7 +200,7 @@ def test_the_same_bytes_from_another_writer_are_a_success(server: Server, bucket
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "credentials were not accepted"), (403, "no permission")])
-def test_a_bucket_that_refuses_is_told_before_the_first_byte(
+def test_a_bucket_that_refuses_is_reported_before_the_first_byte(
     status: int, words: str, server: Server, bucket: GcsStorage, tmp_path: Path
 ) -> None:
     server.fault("list", status, 10)
@@ -209,7 +209,7 @@ def test_a_bucket_that_refuses_is_told_before_the_first_byte(
     assert server.received == 0
 
 
-def test_a_bucket_that_may_not_be_written_is_told_before_the_first_byte(
+def test_a_bucket_that_may_not_be_written_is_reported_before_the_first_byte(
     server: Server, bucket: GcsStorage, tmp_path: Path
 ) -> None:
     server.permissions = {"storage.objects.get"}
@@ -234,7 +234,7 @@ def test_unsafe_names_in_a_bucket_are_refused_at_listing_and_at_download(
 
 
 @pytest.mark.parametrize("where", ["gs://", "gs://b/../c", "gs://UPPER/x", "gs://b//c", "gs://a b/c"])
-def test_a_place_that_is_none_is_told(where: str) -> None:
+def test_an_invalid_address_is_reported(where: str) -> None:
     with pytest.raises(SftError, match="gs://"):
         GcsStorage(where)
 

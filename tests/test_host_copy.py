@@ -56,7 +56,7 @@ def test_a_copy_holds_what_was_there_and_the_next_one_takes_its_memory(device: s
     copy.close()
 
 
-def test_memory_is_pinned_once_and_given_back_or_told_that_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_pinned_once_and_released_or_the_log_says_that_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     """CUDA's runtime stands in: what it is asked for, without a GPU."""
     calls: list[tuple[int, ...]] = []
     answer = 0

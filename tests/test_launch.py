@@ -69,7 +69,7 @@ class Answers:
         ([LostConnection("x"), 0, LostConnection("y"), Status("done", 0)], 0, "no answer: y; trying again in 1 s"),
     ],
 )
-def test_how_a_job_ended_is_told_and_recorded(tmp_path, monkeypatch, answers, code, message):
+def test_how_a_job_ended_is_reported_and_recorded(tmp_path, monkeypatch, answers, code, message):
     monkeypatch.setattr(time, "sleep", lambda s: None)
     job, said = submitted(tmp_path / "train.json", "7"), []
     assert run.follow(job, Answers(*answers), said.append) == code

@@ -69,7 +69,7 @@ def test_runs_that_share_a_gpu_take_turns_and_others_do_not_wait(launch):
     assert second.communicate(timeout=PATIENCE)[0] == "mine\n" and second.returncode == 0
 
 
-def test_a_run_that_must_not_wait_is_told_who_has_the_gpu(launch):
+def test_a_run_that_must_not_wait_fails_and_names_who_has_the_gpu(launch):
     first = launch("0", *HOLD)
     held(first)
     out, _ = (second := launch("0", "echo", "mine", GPU_WAIT="0")).communicate(timeout=PATIENCE)
@@ -169,7 +169,7 @@ def test_a_trap_in_the_place_of_a_lock_is_refused_and_nothing_is_written(shared,
     assert precious.read_text() == "data"
 
 
-def test_locks_that_other_users_do_not_see_are_told(shared, monkeypatch, tmp_path, capsys):
+def test_locks_that_other_users_do_not_see_are_reported(shared, monkeypatch, tmp_path, capsys):
     shared.chmod(0o755)
     monkeypatch.setenv("SFT_LOCKS", str(tmp_path / "mine"))
     for fd in local.lock_gpus(["0"], "train", wait=False):

@@ -151,7 +151,7 @@ def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_trainin
     assert names(workspace.ran()) == ["sync", "train"]
 
 
-def test_a_broken_recipe_is_told_in_two_seconds_with_file_field_value_and_next_command(workspace):
+def test_a_broken_recipe_is_reported_in_two_seconds_with_file_field_value_and_next_command(workspace):
     workspace.recipe("x", "lr = 1e-3", "lrr = 1e-3")
     began = time.monotonic()
     done = workspace.make("train", "RECIPE=x", ok=False)
@@ -244,7 +244,7 @@ def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace, fini
     assert (workspace.root / "runs/x/convert/manifest.json").read_bytes() == before
 
 
-def test_a_second_process_on_the_same_stage_is_told_who_holds_it(workspace, finished):
+def test_a_second_process_on_the_same_stage_fails_and_names_the_first(workspace, finished):
     finished("prepare")
     (workspace.root / "runs/x/prepare/manifest.json").unlink()
     code = (
@@ -287,7 +287,7 @@ def test_a_report_made_with_other_goals_comes_after_them(workspace):
     workspace.make("-q", "evaluate", "report", "RECIPE=x")
 
 
-def test_what_a_later_stage_lacks_is_told_before_the_first_starts(workspace):
+def test_what_a_later_stage_lacks_is_reported_before_the_first_starts(workspace):
     for old, new, message in (
         ('path = "rows.jsonl"', 'path = "no.jsonl"', "no file or folder 'no.jsonl'"),
         ('path = "rows.jsonl"', 'path = "/etc/passwd"', "not a plain relative path"),
@@ -350,7 +350,7 @@ def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace, fini
     assert workspace.ran() == ["sync x"] and json.loads(file.read_text())["metrics"] == record["metrics"]
 
 
-def test_names_that_are_no_runs_recipes_or_fields_are_told(workspace, finished):
+def test_unknown_names_of_runs_recipes_and_fields_are_reported(workspace, finished):
     finished("prepare")
     assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
     assert "next: make … RUN=" in workspace.make("verify", ok=False).stderr

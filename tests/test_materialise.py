@@ -152,7 +152,9 @@ def test_a_file_that_lost_its_end_is_an_error_and_not_a_hang(tmp_path: Path) -> 
         run(tmp_path / "other", paths, documents)
 
 
-def test_a_disk_too_small_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_is_reported_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths, made = cached(tmp_path, files=1, documents=5)
     usage: Any = lambda _: SimpleNamespace(free=10)  # noqa: E731
     monkeypatch.setattr(module.shutil, "disk_usage", usage)

@@ -93,13 +93,13 @@ def test_a_failure_exits_nonzero_with_the_reason_and_keeps_the_last_good_runs(ni
     assert night.run().returncode == 0 and not list(night.root.glob("work.*"))
 
 
-def test_a_repository_that_cannot_be_cloned_is_told(night: Night) -> None:
+def test_a_repository_that_cannot_be_cloned_is_reported(night: Night) -> None:
     night.repository.rename(night.repository.with_name("moved"))
     done = night.run()
     assert done.returncode == 128 and "git clone" in done.stderr.splitlines()[-1] and "does not exist" in done.stderr
 
 
-def test_a_run_that_takes_too_long_is_ended_and_told(night: Night) -> None:
+def test_a_run_that_takes_too_long_is_ended_and_reported(night: Night) -> None:
     night.commit("smoke:\n\t@sleep 30\n")
     done = night.run(TIMEOUT_S="1")
     assert done.returncode == 124 and "took longer than 1 s" in done.stderr

@@ -236,7 +236,7 @@ def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     prepare.prepare(stage(tmp_path, max_reject_fraction=0.02))
 
 
-def test_a_wrong_column_is_told_after_the_first_chunks_not_after_all(tmp_path, small_chunks, monkeypatch):
+def test_a_wrong_column_is_reported_after_the_first_chunks_not_after_all(tmp_path, small_chunks, monkeypatch):
     monkeypatch.setattr(preparation, "GIVE_UP_ROWS", 20)
     write_rows(tmp_path / "rows.jsonl", [{"text": f"raw {i}"} for i in range(2000)])
     s = stage(tmp_path, max_reject_fraction=0.01)
@@ -245,7 +245,7 @@ def test_a_wrong_column_is_told_after_the_first_chunks_not_after_all(tmp_path, s
     assert len(list(s.cache.glob("tokens/*/*.tok"))) < 5
 
 
-def test_an_empty_source_and_a_missing_one_are_told_by_name(tmp_path):
+def test_an_empty_source_and_a_missing_one_are_reported_by_name(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n\n")
     with pytest.raises(SftError, match=r"rows\.jsonl: holds no row"):
         prepare.prepare(stage(tmp_path))
@@ -348,7 +348,7 @@ def test_documents_with_other_masks_are_no_duplicates(tmp_path):
     assert json.loads((s.out / "dataset.json").read_bytes())["sources"][0]["duplicates"] == 1
 
 
-def test_a_source_that_the_weight_leaves_nothing_of_is_told(tmp_path):
+def test_a_source_that_the_weight_leaves_nothing_of_is_reported(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(30)])
     sources_ = (Source(path="rows.jsonl"), Source(path="rows.jsonl", weight=0.01))
     s = stage(tmp_path, sources=sources_)
@@ -448,7 +448,7 @@ def test_the_recipes_system_prompt_stands_where_a_row_has_none(tmp_path):
     assert sorted("You keep zoo number 0." in text for text in texts) == [False, True]
 
 
-def test_the_planner_is_told_every_local_file(tmp_path):
+def test_the_planner_gets_every_local_file(tmp_path):
     (tmp_path / "mix").mkdir()
     for name in ("mix/a.jsonl", "mix/NOTES.md", "test.jsonl", "my.jinja"):
         (tmp_path / name).write_text("x")
@@ -497,7 +497,7 @@ def crash(_: int) -> Any:
     return lambda job: os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_told_and_does_not_hang():
+def test_a_worker_that_dies_is_reported_and_does_not_hang():
     with pytest.raises(SftError, match="a worker process was killed"):
         list(workers.work(crash, (0,), [1, 2, 3], 2))
 
@@ -601,7 +601,7 @@ except SftError as e:
 
 
 @pytest.mark.parametrize(("out", "cache"), [("full/out", "cache"), ("out", "full/cache")])
-def test_a_full_disk_is_told_with_the_path_and_the_bytes_needed(tmp_path, out, cache):
+def test_a_full_disk_is_reported_with_the_path_and_the_bytes_needed(tmp_path, out, cache):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(1000)])
     (tmp_path / "full").mkdir()
     program = FULL.format(tests=str(REPO / "tests"), root=str(tmp_path), out=out, cache=cache)

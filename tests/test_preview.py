@@ -72,7 +72,7 @@ def test_every_row_of_a_folder_can_be_asked_for_by_its_file_or_by_counting_on(ma
 @pytest.mark.parametrize(
     ("source", "row", "why"), [("2", "", "no such source"), ("", "0", "not a row number"), ("", "9", "no row 9")]
 )
-def test_unknown_source_or_row_is_told(made: Encoder, files: list, source: str, row: str, why: str) -> None:
+def test_unknown_source_or_row_is_reported(made: Encoder, files: list, source: str, row: str, why: str) -> None:
     with pytest.raises(SftError, match=why):
         list(preview.preview(made, files, source, row, colour=False))
 

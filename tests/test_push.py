@@ -224,7 +224,7 @@ def test_a_repository_that_is_public_already_gets_nothing_by_default(exported: P
     assert not hub.files and not hub.objects
 
 
-def test_a_refused_token_is_told_and_not_shown(exported: Path, hub: Hub) -> None:
+def test_a_refused_token_is_reported_and_not_shown(exported: Path, hub: Hub) -> None:
     done = call(exported, "--push", "1", HF_ENDPOINT=hub.url, HF_TOKEN="hf_wrong")
     assert done.returncode == 1 and "next: check REPO=, what HF_TOKEN may do" in done.stderr
     assert "hf_wrong" not in done.stdout + done.stderr and "Traceback" not in done.stderr

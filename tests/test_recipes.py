@@ -40,7 +40,7 @@ def test_every_shipped_cluster_is_valid(file):
     recipe.load_cluster(file)
 
 
-def test_all_mistakes_are_told_at_once(tmp_path):
+def test_all_mistakes_are_reported_at_once(tmp_path):
     text = MINIMAL.replace("seq_len = 512", 'seq_len = "512"\nlrr = 1').replace('tasks = ["one"]', "") + "[trian]\n"
     message = error(tmp_path, text)
     assert "'seq_len' in [train] = '512': a whole number is expected, not a str" in message
@@ -158,7 +158,7 @@ def test_overrides_of_hardware_go_to_the_cluster(tmp_path):
     assert "'local' is one machine" in error(tmp_path, overrides=["on.local.train.nodes=2"])
 
 
-def test_an_override_is_told_when_the_recipe_or_the_line_contradicts_it(tmp_path):
+def test_an_override_is_reported_when_the_recipe_or_the_line_contradicts_it(tmp_path):
     assert "given twice, as 1e-4 and 2e-4" in error(tmp_path, overrides=["lr=1e-4", "train.lr=2e-4"])
     assert "is not a table" in error(tmp_path, MINIMAL + "[on]\nlocal = 3\n", overrides=["processes=1"])
     assert load(tmp_path, MINIMAL.replace("seq_len = 512", 'seq_len = 512\nlr = "3e-3"'), ["lr=1e-4"]).train.lr == 1e-4

@@ -84,7 +84,7 @@ def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monke
             sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
 
 
-def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_told_and_recorded(tmp_path, monkeypatch):
+def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_logged_and_recorded(tmp_path, monkeypatch):
     import datasets
     import huggingface_hub
 
@@ -147,7 +147,7 @@ def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path,
     ]
 
 
-def test_a_bucket_without_rows_is_told_by_name(tmp_path, bucket):
+def test_a_bucket_without_rows_is_reported_by_name(tmp_path, bucket):
     (bucket / "empty").mkdir()
     for path in ("gs://bucket/empty", "gs://bucket/empty/x.jsonl"):
         with pytest.raises(SftError, match=path):

@@ -114,7 +114,9 @@ def test_a_save_that_fails_stops_the_run_and_leaves_the_earlier_steps(folder: Pa
     assert "continuing from" in train(folder, steps=left[-1][0] + 2, save_every=2, ranks=ranks)
 
 
-def test_a_failed_save_is_known_without_waiting_and_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_is_known_without_waiting_and_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 

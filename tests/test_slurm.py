@@ -130,7 +130,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(workspace):
     subprocess.run([shellcheck, "script"], cwd=workspace.root, check=True)
 
 
-def test_a_failed_task_is_told_with_its_status_and_the_end_of_its_log(workspace):
+def test_a_failed_task_is_reported_with_its_status_and_the_end_of_its_log(workspace):
     program(workspace, "prepare", "print('what went wrong')\nsys.exit(7)")
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
     job = record(workspace, "prepare").job
@@ -164,7 +164,7 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
     workspace.make("-q", "train", "RECIPE=x", "CLUSTER=slurm")
 
 
-def test_how_a_detached_job_failed_is_told_once_even_when_slurm_has_forgotten_it(workspace, slurm):
+def test_how_a_detached_job_failed_is_reported_once_even_when_slurm_has_forgotten_it(workspace, slurm):
     program(workspace, "prepare", "print('so be it')\nsys.exit(3)")
     workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", "DETACH=1")
     first = record(workspace, "prepare").job
@@ -211,7 +211,7 @@ def test_another_job_for_the_same_stage_is_refused_and_one_for_the_same_result_i
     assert process.returncode == 0 and f"job {by_hand} is done" in out, out
 
 
-def test_cancel_ends_the_job_and_everyone_who_follows_it_is_told(workspace):
+def test_cancel_ends_the_job_and_everyone_who_follows_it_sees_that(workspace):
     program(workspace, "prepare", "Path('at').touch()\ntime.sleep(600)")
     process = start(workspace, "prepare", "RECIPE=x", "CLUSTER=slurm")
     until((workspace.root / "at").exists, "the stage to start")
@@ -247,7 +247,7 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     assert " done" in workspace.make("jobs").stdout
 
 
-def test_a_stage_told_that_its_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm, finished):
+def test_a_stage_whose_time_is_up_saves_goes_back_into_the_queue_and_resumes(workspace, slurm, finished):
     finished("sync")
     program(workspace, "train", SAVES_ON_SIGNAL)
     process = start(workspace, "train", "RECIPE=x", "CLUSTER=slurm")
@@ -327,7 +327,7 @@ def test_hostile_paths_and_values_reach_the_job_unchanged(slurm, tmp_path):
         ("shared_disk = false", "shared_disk = false, but Slurm jobs work in this folder"),
     ],
 )
-def test_what_slurm_cannot_be_told_is_refused_by_name(workspace, toml, message):
+def test_what_sbatch_does_not_accept_is_refused_by_name(workspace, toml, message):
     (workspace.root / "env/mine.toml").write_text(f'launcher = "slurm"\nstorage = "{{runs}}/.s"\n{toml}\n')
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=mine", ok=False)
     assert message in done.stderr and not (workspace.root / "runs/x/prepare").exists()
@@ -357,7 +357,7 @@ def test_no_secret_of_the_environment_is_written_down(workspace, monkeypatch):
     assert len(files) > 5 and "s3cr3t" not in out and not [f for f in files if b"s3cr3t" in f.read_bytes()]
 
 
-def test_a_missing_scheduler_is_told(workspace, monkeypatch):
+def test_a_missing_scheduler_is_reported(workspace, monkeypatch):
     monkeypatch.setenv("PATH", ":".join(p for p in os.environ["PATH"].split(":") if "slurm" not in p))
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
     assert "sbatch: not found; next: run this on a login node" in done.stderr

@@ -227,7 +227,7 @@ def test_all_streams_of_a_compressed_file_are_read(tmp_path, kind):
     assert (rows[0], len(rows[1]["a"]), rejects) == ({"a": 1}, 5 << 20, [])
 
 
-def test_files_of_equal_content_are_told(tmp_path):
+def test_files_of_equal_content_are_reported(tmp_path):
     (tmp_path / "mix").mkdir()
     for name, n in (("a", 1), ("b", 2), ("c", 1), ("empty", 0), ("none", 0)):
         write_jsonl(tmp_path / "mix" / f"{name}.jsonl", [{"n": n}] if n else [])

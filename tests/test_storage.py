@@ -141,13 +141,13 @@ def test_two_sources_for_one_target_are_refused(source: LocalStorage, target: Lo
         transfer([FileCopy("a", "x", 0), FileCopy("b/d/e", "x", 70_001)], source, target, quiet)
 
 
-def test_a_root_that_cannot_be_written_is_told_first(source: LocalStorage, tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_written_is_reported_first(source: LocalStorage, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SftError, match="cannot be written"):
         transfer(jobs(source), source, LocalStorage(tmp_path / "file" / "root"), quiet)
 
 
-def test_too_little_space_is_told_with_the_bytes_needed(
+def test_too_little_space_is_reported_with_the_bytes_needed(
     source: LocalStorage, target: LocalStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

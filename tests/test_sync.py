@@ -126,7 +126,7 @@ def test_a_base_with_a_link_in_it_fails_and_publishes_nothing(place: Workspace) 
     assert not list((place.root / "runs/.storage").glob("base/*"))
 
 
-def test_storage_that_is_not_a_folder_is_told_before_copying(place: Workspace) -> None:
+def test_storage_that_is_not_a_folder_is_reported_before_copying(place: Workspace) -> None:
     (place.root / "runs").mkdir()
     (place.root / "runs" / ".storage").write_text("")
     done = place.make("sync", "RECIPE=x", ok=False)
@@ -291,12 +291,14 @@ def test_a_hub_file_with_other_bytes_fails_and_is_removed(
 
 
 @pytest.mark.parametrize("base", ["hf://org/model/x", "hf://org/mo del", "hf://../x@"])
-def test_a_hub_name_that_is_none_is_told(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_hub_name_is_reported(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SftError, match="is not hf://org/name"):
         fetch(base, Hub({}), tmp_path, monkeypatch)
 
 
-def test_a_hub_that_is_out_of_reach_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_is_out_of_reach_is_reported_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hub = Hub({})
     monkeypatch.setattr(hub, "model_info", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline")))
     with pytest.raises(SftError, match=r"hf://org/model: offline; next: .*HF_TOKEN"):

@@ -345,7 +345,7 @@ def test_tokenizer_that_transformers_rebuilds_differently_is_refused_and_saved_s
     made.check_saved(tmp_path / "saved")
 
 
-def test_tokenizer_folder_that_cannot_be_used_is_told(folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_folder_that_cannot_be_used_is_reported(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(SftError, match="not found"):
         encoder(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -105,7 +105,7 @@ class Broken:
         raise ConnectionError("still none")
 
 
-def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path: Path) -> None:
+def test_a_tracker_that_fails_is_reported_once_and_left_out(tmp_path: Path) -> None:
     said: list[str] = []
     trackers = Trackers(said.append)
     fails, fails_to_close = Broken(), Broken(closes=True)
@@ -129,7 +129,7 @@ def test_a_tracker_that_fails_is_told_once_and_left_out(tmp_path: Path) -> None:
     ("fields", "package"),
     [({"wandb_project": "x"}, "wandb"), ({"tensorboard": True}, "tensorboard"), ({"comet_project": "x"}, "comet_ml")],
 )
-def test_a_missing_package_is_told_with_the_command_that_installs_it(
+def test_a_missing_package_is_reported_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)

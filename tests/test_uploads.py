@@ -75,7 +75,7 @@ def test_a_step_arrives_whole_and_is_not_sent_twice(tmp_path: Path, server: Serv
     assert destination(str(tmp_path), "x", "abc") == ""
 
 
-def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: Path, server: Server) -> None:
+def test_a_failed_upload_is_reported_kept_from_retention_and_tried_again(tmp_path: Path, server: Server) -> None:
     out = tmp_path / "train"
     out.mkdir()
     said: list[str] = []
@@ -96,7 +96,7 @@ def test_a_failed_upload_is_told_kept_from_retention_and_tried_again(tmp_path: P
     assert stored(server, "gs://test/c") == local(out / "step1") | local(out / "step2")
 
 
-def test_a_machine_that_starts_no_process_is_told_and_training_goes_on(
+def test_a_machine_that_starts_no_process_is_reported_and_training_goes_on(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)

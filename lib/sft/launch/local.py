@@ -44,12 +44,12 @@ def open_scheduler(folder: Path, cluster: Cluster) -> Scheduler:
 
 
 def check(context: Context) -> Iterator[Row]:
-    """Nothing: this machine needs no scheduler."""
+    """Yields no row: this machine needs no scheduler."""
     return iter(())
 
 
 def ask(context: Context) -> SchedulerAnswer:
-    """Nothing: there is no scheduler to ask."""
+    """Returns no row: there is no scheduler to ask."""
     return SchedulerAnswer()
 
 

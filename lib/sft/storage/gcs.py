@@ -109,12 +109,12 @@ class GcsStorage:
 
     @functools.cached_property
     def checked_transport(self) -> Transport:
-        """Writes with it state a CRC32C, so the bucket refuses other bytes."""
+        """The transport whose writes state a CRC32C, so that the bucket refuses other bytes."""
         return transport.GoogleTransport(self.bucket)
 
     @functools.cached_property
     def fast_transport(self) -> Transport:
-        """Writes with it may be unchecked."""
+        """The transport whose writes may be unchecked."""
         return transport.fastest_transport(self.client, self.bucket)
 
     @functools.cached_property

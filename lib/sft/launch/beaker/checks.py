@@ -17,7 +17,7 @@ from sft.runner import plan
 
 
 def check(context: Context) -> Iterator[Row]:
-    """The cluster's file is one that Beaker takes, and jobs can get the code. Asks no other machine."""
+    """Checks the cluster's file, and that jobs can get the code. Contacts no other machine."""
     cluster = context.cluster
     try:
         specification.user()

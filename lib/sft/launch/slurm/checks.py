@@ -12,7 +12,7 @@ ANSWER_S = 10
 
 
 def check(context: Context) -> Iterator[Row]:
-    """Slurm's commands are on this machine."""
+    """Checks that Slurm's commands are on this machine."""
     if found := shutil.which("sbatch"):
         yield Row(SKIPPED, "scheduler", f"{found}: not asked")
     else:

@@ -25,7 +25,7 @@ SILENCE = r"contact slurm controller|[Cc]onnect|timed out|transmitted|temporaril
 
 
 class UnknownJob(SftError):
-    """The controller does not know this job, or no longer."""
+    """The controller never knew this job, or has forgotten it."""
 
 
 def run(*command: str) -> str:

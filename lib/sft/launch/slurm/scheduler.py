@@ -54,7 +54,7 @@ class Slurm:
     # --- submission -----------------------------------------------------------------------------------------------
 
     def submit(self, job: Job) -> str:
-        """Submits the stage, or takes over a queued job that makes the same: submitted by hand, or its answer was lost."""
+        """Submits the stage, or takes over a queued job that makes the same: one that was submitted by hand, or whose answer was lost."""
         if known := self._queued(job, job.stage):
             return known
         if not job.shards:
