@@ -20,7 +20,7 @@ from sft.training.optim import build_adamw, clip
 from training import run_folder
 
 training.SERVER.set_forkserver_preload(
-    ["sft.training.train", "training", "torchao.optim.quant_utils"]
+    ["sft.training.train", "training", "pytest", "torchao.optim.quant_utils"]
 )  # it takes seconds
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 

@@ -259,9 +259,15 @@ def run(folder: Path, fields: dict[str, Any], action: Callable[[Path, dict[str, 
 
 # --- processes, from the test's side ---
 
-# Processes are forked from a server that has imported everything once: a run then starts in milliseconds.
+# Processes are forked from a server that has imported everything once: a run then starts in milliseconds. The server searches
+# PYTHONPATH alone, and skips what it does not find without a word: every process would then import it for itself.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sft.training.train", "training"])
+SERVER.set_forkserver_preload(["sft.training.train", "training", "pytest"])
+_HERE = Path(__file__).resolve().parent
+_SEARCHED = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, dict.fromkeys([*_SEARCHED, str(_HERE.parent / "lib"), str(_HERE)]))
+)
 
 
 def start(folder: Path, **fields: Any) -> BaseProcess:
