@@ -330,6 +330,10 @@ def test_a_file_without_an_output_matrix_says_what_ties_it(tmp_path: Path) -> No
     ("change", "message"),
     [
         (lambda t: t | {"score.weight": torch.ones(2)}, "tensor score.weight: not a parameter of llama"),
+        (
+            lambda t: t | {"model.layers.0.self_attn.q_proj.weight_scale_inv": torch.ones(1, 1)},
+            "weight_scale_inv: belongs to quantised weights, which are not supported",
+        ),
         (lambda t: t | {"_orig_mod.lm_head.weight": torch.ones(2)}, "are both lm_head.weight"),
         (
             lambda t: t | {"model.norm.weight": torch.ones(48, dtype=torch.int32)},
@@ -505,7 +509,8 @@ def test_an_adapter_is_merged_into_a_step_on_request(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "peft_type: 'IA3', expected 'LORA'"),
-        ({"use_dora": True}, "use_dora: True, only False is supported"),
+        ({"use_dora": True}, r"use_dora: True, only False is supported\nnext: merge it with PEFT's merge_and_unload"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa', only True is supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
         ({"r": 0}, "r: 0, expected a whole number"),

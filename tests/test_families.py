@@ -295,3 +295,28 @@ def test_an_olmo_core_base_that_cannot_be_compared_says_why(tmp_path: Path, monk
     assert "ai2-olmo-core is not installed" in str(check_core_base(tmp_path / "step0", base, [[5, 6]]))
     (tmp_path / "step0" / "config.json").write_text(json.dumps({olmo_core.core_config.OURS: base.config.to_value()}))
     assert "no description of OLMo-core's" in str(check_core_base(tmp_path / "step0", base, [[5, 6]]))
+
+
+@pytest.mark.parametrize("name", ["llama2", "qwen3", "olmo2"])
+def test_new_tokens_leave_the_first_gradient_at_its_usual_size(tmp_path: Path, name: str) -> None:
+    """2 of 100 tokens are new, the table has a mean near zero."""
+    from sft.training import initial_weights
+
+    bases.write(tmp_path, name)
+    base = read(tmp_path)
+    config = resolve(Model(base="b"), bases.ROWS + 4, base)
+
+    def norm(new: bool) -> float:
+        model = Transformer(config)
+        initial_weights.initialise(model, config, tmp_path, 0, bases.ROWS + 4, lambda _: None)
+        rows = [torch.randint(5, bases.ROWS, (100,), generator=torch.Generator().manual_seed(i)) for i in range(4)]
+        for i, row in enumerate(rows):
+            row[[3, 53]] = bases.ROWS + i if new else row[[3, 53]]
+        targets = torch.cat([torch.arange(100 * i, 100 * i + 99) for i in range(4)])
+        batch = packed(rows)
+        labels = {"target_rows": targets, "target_ids": batch["input_ids"][targets + 1], "loss_denominator": 396.0}
+        loss, _ = model(**batch, **labels)
+        loss.backward()
+        return float(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm())
+
+    assert norm(new=True) < 1.35 * norm(new=False)

@@ -23,14 +23,15 @@ from sft.common.files import read_json
 from sft.recipe.config_reader import ConfigReader
 
 _NEXT = "merge it with PEFT's merge_and_unload, and name the merged folder"
-# How the adapter was trained, and notes. They do not change the merged weights.
+# How the adapter was trained, and notes. They do not change the merged weights. Some values of init_lora_weights (PiSSA, OLoRA, CorDA,
+# LoftQ) change the base as well, so that W + scale * B A of the published base is another model.
 _TRAINING = frozenset({
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "lora_dropout", "peft_version", "revision",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision",
     "target_modules", "task_type", "runtime_config", "eva_config", "corda_config", "loftq_config", "exclude_modules", "qalora_group_size",
     "layers_to_transform", "layers_pattern", "ensure_weight_tying",
 })  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "alpha_pattern": ({},), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "megatron_config": (),
+    "alpha_pattern": ({},), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"), "bias": ("none",), "fan_in_fan_out": (False,), "lora_bias": (False,), "megatron_config": (),
     "megatron_core": ("megatron.core",), "modules_to_save": ([],), "rank_pattern": ({},), "trainable_token_indices": (),
     "use_dora": (False,), "use_qalora": (False,), "layer_replication": (), "target_parameters": ([],), "arrow_config": (),
 }  # fmt: skip
@@ -42,7 +43,7 @@ def _scale(config: ConfigReader) -> float:
         config.refuse("peft_type", config.data.get("peft_type"), "'LORA'", _NEXT)
     rank, alpha = config.whole("r"), config.number("lora_alpha")
     scale = alpha / math.sqrt(rank) if config.flag("use_rslora", False) else alpha / rank
-    config.refuse_rest(_TRAINING, _NEUTRAL)
+    config.refuse_rest(_TRAINING, _NEUTRAL, _NEXT)
     return scale
 
 

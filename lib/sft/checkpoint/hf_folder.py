@@ -42,6 +42,12 @@ _IGNORED = {
 }
 
 
+_QUANTISED = re.compile(
+    r".*(weight_scale(_inv|_2)?|input_scale|weight_packed|weight_zero_point|qweight|qzeros|scales|g_idx|SCB)"
+)
+"""Names of the scales and codes that quantised weights come with."""
+
+
 @dataclass(frozen=True)
 class _Place:
     """Rows [start, start + shape[0]) of a stored tensor."""
@@ -160,6 +166,11 @@ def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[di
             ignored[reason] += 1
             continue
         plain = _known(name, family)
+        if plain is None and _QUANTISED.fullmatch(name):
+            raise SftError(
+                f"{where}: tensor {key}: belongs to quantised weights, which are not supported; next: choose the base with"
+                " weights that are not quantised, or dequantise it first"
+            )
         if plain is None:
             raise SftError(
                 f"{where}: tensor {key}: not a parameter of {family.model_type}; next: name a base of the model_type that"

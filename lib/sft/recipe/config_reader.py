@@ -82,9 +82,11 @@ class ConfigReader:
             self.refuse(name, value, f"{count} values of 0 or 1, one for each layer", "correct the base's config")
         return [bool(v) for v in value[:count]]
 
-    def refuse_rest(self, allowed: Collection[str] = (), neutral: Mapping[str, tuple[Any, ...]] | None = None) -> None:
+    def refuse_rest(
+        self, allowed: Collection[str] = (), neutral: Mapping[str, tuple[Any, ...]] | None = None, remedy: str = ""
+    ) -> None:
         """Raises SftError for keys that were not read, with their values. Keys that are null, in `allowed`, or have one of
-        the values that `neutral` lists say nothing about the model."""
+        the values that `neutral` lists say nothing about the model. `remedy` replaces the advice for a base's config."""
         neutral = neutral or {}
         rest = {
             name: value
@@ -101,10 +103,15 @@ class ConfigReader:
                 + (f"only {neutral[name][0]!r} is supported" if neutral.get(name) else "not supported")
                 for name, value in rest.items()
             ]
+            names = ", ".join(f'"{name}"' for name in rest)
             raise SftError(
                 "\n".join(lines)
-                + "\nnext: choose another base; or, where a key does not change what the model computes, "
-                f"[model] ignore_config = [{', '.join(chr(34) + name + chr(34) for name in rest)}]"
+                + "\nnext: "
+                + (
+                    remedy
+                    or "choose another base; or, where a key does not change what the model computes, "
+                    f"[model] ignore_config = [{names}]"
+                )
             )
 
     def _value(self, name: str, default: Any) -> Any:

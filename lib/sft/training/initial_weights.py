@@ -26,7 +26,13 @@ from sft.model.parallel import set_parameter
 from sft.recipe.architecture import ModelConfig
 
 NOISE = 0.2
-"""Standard deviation of the noise of a new row, as a share of that of the table's values."""
+"""Standard deviation of the noise of a new row, as a share of that of the table's values.
+
+The mean of a table is near zero in some models. A row without noise is then far shorter than the others, and the norm before
+the first layer multiplies its gradient by the inverse of its length: with 2 of 100 tokens new, the first step's gradient norm was up to
+2.2 times the usual one without noise, 1.2 times at 0.2 and 1.06 times at 0.5 (tiny Llama and Qwen 3, random tables). Longer noise
+takes an output row further away from the mean, which is the best guess for a new token.
+"""
 
 
 def initialise(
