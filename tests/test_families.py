@@ -140,6 +140,15 @@ def test_transformers_replaces_the_pre_tokenizer_of_the_families_that_say_so(tmp
         check_for_family(tmp_path, canaries, always)
 
 
+def test_logits_that_are_not_finite_are_named_so() -> None:
+    from sft.common.errors import SftError
+
+    pack, rows = logits.Pack.of([[1, 2]]), torch.zeros(2, 4)
+    assert logits.differences(rows + 1, rows + 1, pack, "b", 0, "") == (0.0, 1.0, 1.0)
+    with pytest.raises(SftError, match="b: logits are not finite: a weight is NaN"):
+        logits.differences(rows.fill_(torch.nan), rows, pack, "b", 0, "")
+
+
 def test_a_config_that_transformers_refuses_is_an_error_that_names_it() -> None:
     from sft.common.errors import SftError
 

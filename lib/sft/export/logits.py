@@ -117,6 +117,11 @@ def differences(
 
     Raises SftError for a difference beyond TOLERANCE; `failure` says what it means, and what to do.
     """
+    if not all(row.isfinite().all() for row in native):
+        raise SftError(
+            f"{where}: logits are not finite: a weight is NaN, infinite or too large; next: fetch the weights again, or name"
+            " another base"
+        )
     agreement = (native.argmax(1) == theirs.argmax(1)).float().mean().item()
     # Row by row, which needs no third tensor: there are as many logits as a matrix has weights.
     rows = torch.stack([(a - b).abs().max() for a, b in zip(native, theirs, strict=True)])
