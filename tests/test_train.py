@@ -279,11 +279,11 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
 
 
 def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) -> None:
-    train(folder, precision="bf16", steps=8, lr=1e-2)
+    train(folder, precision="bf16", steps=8, lr=2e-3)
     step = DcpReader(folder / "train" / "step8")
     assert {step.dtype(n) for n in step} == {torch.float32}
     exact = run_folder(folder / "exact", dataset)
-    train(exact, steps=8, lr=1e-2)
+    train(exact, steps=8, lr=2e-3)
     for ours, theirs in zip(records(folder), records(exact), strict=True):
         assert ours.loss == pytest.approx(theirs.loss, rel=2e-2)
 
@@ -306,6 +306,53 @@ def test_a_resume_cuts_the_metrics_back_to_its_step(tmp_path: Path) -> None:
     writer.write(step_record(3, loss=1.0))
     writer.close()
     assert read_metrics(file) == [header, step_record(1), step_record(2), step_record(3, loss=1.0)]
+
+
+@pytest.mark.parametrize("damage", ["digit", "tail", "missing", "none"])
+def test_records_before_a_checkpoint_are_restored_from_its_copy(tmp_path: Path, damage: str) -> None:
+    said: list[str] = []
+    writer = metrics.MetricsWriter(tmp_path, 0, 10, said.append, Attempt(1, 0, 1, "cpu", None, "formula"))
+    for number in (1, 2, 3):
+        writer.write(step_record(number))
+    writer.seal(3)
+    (tmp_path / "step3").mkdir()
+    writer.write(step_record(4))
+    writer.close()
+    file, sealed = tmp_path / "metrics.jsonl", read_metrics(tmp_path / "metrics.jsonl")[:-1]
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage != "none":
+        file.write_bytes(data[:-900] if damage == "tail" else data.replace(b'"loss": 2.0', b'"loss": 2.1', 1))
+    metrics.MetricsWriter(tmp_path, 3, 10, said.append).close()
+    assert read_metrics(file) == sealed
+    assert len(said) == (damage != "none") and all("restored from" in line for line in said)
+
+
+def test_lost_records_without_a_whole_copy_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SftError, match=r"metrics.jsonl: missing, and no copy .* first 3 steps are lost; next:"):
+        metrics.MetricsWriter(tmp_path, 3, 10, print)
+    writer = metrics.MetricsWriter(tmp_path, 0, 10, print)
+    writer.write(step_record(3))
+    writer.seal(3)
+    writer.close()
+    copy = next((tmp_path / ".metrics").iterdir())
+    copy.write_bytes(copy.read_bytes() + b" ")
+    with pytest.raises(SftError, match=r"damaged, so that nothing proves .*metrics.jsonl; next:"):
+        metrics.MetricsWriter(tmp_path, 3, 10, print)
+
+
+def test_copies_of_deleted_checkpoints_go(tmp_path: Path) -> None:
+    writer = metrics.MetricsWriter(tmp_path, 0, 10, print)
+    for number in (1, 2, 3, 4):
+        writer.write(step_record(number))
+        writer.seal(number)
+        if number < 3:
+            (tmp_path / f"step{number}").mkdir()
+    (tmp_path / "step1").rmdir()
+    writer.seal(4)
+    writer.close()
+    assert {p.name.partition("-")[0] for p in (tmp_path / ".metrics").iterdir()} == {"step2", "step4"}
 
 
 def test_a_base_of_another_architecture_is_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from sft.common.files import hash_file
 from sft.evaluation import watch
 from sft.formats import evaluations, manifest
 from sft.formats.evaluations import Evaluation
+from sft.formats.identity import write_identity
 from sft.formats.results import Score, ValidationLoss
 from sft.formats.steps import METADATA, StepMetadata, named_step
 from sft.recipe import recipe
@@ -30,6 +31,7 @@ from sft.recipe.schema import Evaluate
 from sft.runner import plan
 from sft.training.evaluations import DueStep, held
 
+ME = "0" * 64
 SMOKE = REPO / "recipes" / "smoke.toml"
 FIELDS = [
     "steps=5", "save_every=2", "ephemeral_every=3", "every=2", "every_limit=2", "min_stop_rate=0", "max_empty_fraction=1",
@@ -158,12 +160,12 @@ def test_a_bad_step_is_reported_and_does_not_keep_others_from_being_evaluated(
 
     monkeypatch.setattr(watch, "evaluate_step", evaluate_step)
     logged: list[str] = []
-    (tmp_path / ".identity").write_text("me")
+    write_identity(tmp_path, ME)
     smoke = recipe.load(SMOKE, ["every=100"])
     left = tmp_path / ".work/watch-step50-x/model"
     left.mkdir(parents=True)
     stage = SimpleNamespace(
-        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity="me", recipe=smoke, log=logged.append, key="k"
+        out=tmp_path, run=tmp_path, place=plan.Place(tmp_path), identity=ME, recipe=smoke, log=logged.append, key="k"
     )
     for n in (100, 200, 300):
         step(tmp_path, n)
@@ -188,8 +190,8 @@ def test_a_changed_task_file_is_asked_again(tmp_path: Path) -> None:
 
 
 def test_a_watcher_waits_for_the_run_of_its_own_recipe(tmp_path: Path) -> None:
-    (tmp_path / ".identity").write_text("me")
-    stage = SimpleNamespace(out=tmp_path, identity="me", recipe=recipe.load(SMOKE, []))
+    write_identity(tmp_path, ME)
+    stage = SimpleNamespace(out=tmp_path, identity=ME, recipe=recipe.load(SMOKE, []))
     stage.identity = "another recipe"
     with pytest.raises(SftError, match="not trained from this recipe"):
         watch.watch(stage, lambda: True, pause=0)  # type: ignore[arg-type]

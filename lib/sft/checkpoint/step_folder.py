@@ -47,7 +47,19 @@ from sft.common.errors import SftError
 from sft.common.files import sync_folder, write_atomic
 from sft.formats import manifest
 from sft.formats.manifest import Output, StepManifest
-from sft.formats.steps import BEST, LATEST, METADATA, STEP, Best, StepMetadata, is_ephemeral, named_step, write_latest
+from sft.formats.steps import (
+    BEST,
+    DAMAGED,
+    LATEST,
+    METADATA,
+    STEP,
+    Best,
+    StepMetadata,
+    holds_steps,
+    is_ephemeral,
+    named_step,
+    write_latest,
+)
 from sft.model.parallel import SharedError, World
 
 
@@ -227,7 +239,8 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """The newest complete step folder. Others are skipped with a warning.
 
     A step whose bytes differ from its manifest is renamed to .damaged-stepN, so that it is no step any more; no file is
-    removed. Removes the leftovers of saves and removals that were killed. Every rank calls this.
+    removed. Removes the leftovers of saves and removals that were killed. Every rank calls this. None where no step was
+    ever finished. Raises SftError where steps are there and none is whole.
     """
     for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.is_rank0 else ():
         shutil.rmtree(leftover, ignore_errors=True)
@@ -243,6 +256,11 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
             + (f" (and {len(problems) - 1} more)" if problems[1:] else "")
             + (f"; renamed to {now}" if now != step else "")
         )
+    if world.on_rank0(lambda: holds_steps(out)):
+        raise SftError(
+            f"{out}: it has steps, and none is whole; training would begin again from its first weights; next: restore a step"
+            f" from a backup, or mv {out} elsewhere, which trains from the first step"
+        )
     if world.is_rank0:
         (out / LATEST).unlink(missing_ok=True)
     return None
@@ -253,7 +271,7 @@ def set_aside(step: Path) -> Path:
     renamed."""
     if not (step / manifest.NAME).is_file():
         return step
-    aside = step.parent / f".damaged-{step.name}"
+    aside = step.parent / f"{DAMAGED}{step.name}"
     if aside.exists():
         aside = aside.with_name(f"{aside.name}-{uuid.uuid4().hex[:8]}")
     step.rename(aside)

@@ -31,6 +31,7 @@ from sft.export import convert, gate, write
 from sft.formats import evaluations, manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.evaluations import Evaluation
+from sft.formats.identity import read_identity
 from sft.formats.manifest import StepManifest
 from sft.formats.record import to_json
 from sft.recipe.recipe import Recipe
@@ -49,8 +50,7 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
 
     Raises SftError at the end when a step has no scores.
     """
-    mark = stage.out / ".identity"
-    while not mark.is_file() or mark.read_text() != stage.identity:
+    while read_identity(stage.out) != stage.identity:
         if ended():
             raise SftError(f"{stage.out}: not trained from this recipe; next: make train RECIPE={stage.recipe.name}")
         time.sleep(pause)

@@ -5,7 +5,9 @@
     {"step": 2, …}
 
 Every attempt writes a header and then its steps. A resume removes the steps after the one that it continues from, so
-the steps read like those of an uninterrupted run. JSON has no NaN and no infinity: such numbers are written as "nan",
+the steps read like those of an uninterrupted run. Each checkpoint has a copy of the records up to it,
+train/.metrics/step<N>-<first 16 hex digits of its sha256>.jsonl. A resume restores the records from the copy where the
+file differs. JSON has no NaN and no infinity: such numbers are written as "nan",
 "inf" and "-inf".
 """
 

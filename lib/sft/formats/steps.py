@@ -19,6 +19,8 @@ from sft.formats.record import Record
 LATEST, BEST, METADATA = "LATEST", "BEST", ".metadata.json"
 LAYOUT_VERSION = "3.0.0"  # the OLMo-core release whose layout a step folder has
 STEP = re.compile(r"step(\d+)")
+DAMAGED = ".damaged-"
+"""Before the name of a step folder whose bytes differ from its manifest."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ def named_step(train: Path, name: str) -> Path | None:
     except OSError:
         return None
     return train / step if STEP.fullmatch(step) else None
+
+
+def holds_steps(train: Path) -> bool:
+    """Whether train's folder has a step folder, also a damaged one."""
+    names = [p.name for p in train.iterdir() if p.is_dir()] if train.is_dir() else []
+    return any(STEP.fullmatch(name.removeprefix(DAMAGED)) or name.startswith(f"{DAMAGED}step") for name in names)
 
 
 def is_ephemeral(step: Path) -> bool:

@@ -21,15 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from sft.common import paths
-from sft.common.files import sync_folder, write_atomic
+from sft.common.files import sync_folder
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.common.process import report_errors
-from sft.formats import manifest
+from sft.formats import identity, manifest
 from sft.formats import run as run_format
+from sft.formats.identity import damaged, read_identity, write_identity
 from sft.formats.manifest import Manifest, Output
 from sft.formats.remote import Remote
 from sft.formats.run import RunFile
+from sft.formats.steps import holds_steps
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
 from sft.runner.cli import RunOptions, program, run_options
@@ -123,16 +125,21 @@ class Stage:
         self.out.mkdir(parents=True, exist_ok=True)
 
     def open_in_place(self) -> None:
-        """Makes `out` runs/<run>/<stage>. A folder that was made from other inputs is moved to .replaced, not deleted."""
-        mark = self.out / ".identity"
-        if self.out.is_dir() and (not mark.is_file() or mark.read_text() != self.identity):
+        """Makes `out` runs/<run>/<stage>. A folder that was made from other inputs is moved to .replaced, not deleted.
+
+        Raises SftError where a folder with work in it does not say what it was made from.
+        """
+        known = read_identity(self.out)
+        if known is None and holds_steps(self.out):
+            raise damaged(self.out / identity.NAME)
+        if self.out.is_dir() and known != self.identity:
             replaced = self.run / ".replaced" / f"{self.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
             replaced.parent.mkdir(exist_ok=True)
             os.rename(self.out, replaced)
             self.log(f"inputs changed: the earlier {self.name} folder is now {replaced}")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / manifest.NAME).unlink(missing_ok=True)
-        write_atomic(mark, self.identity.encode())
+        write_identity(self.out, self.identity)
 
     def publish(self, in_place: bool) -> None:
         """Hashes the outputs, flushes them to disk, writes the manifest and renames the folder into place."""

@@ -263,6 +263,8 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         if due.scheduled or due.stop:
             # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
             best = find_best(run, facts.step, validation.loss) if validation and due.scheduled else None
+            if metrics is not None:
+                metrics.seal(facts.step)
             save(run, facts.step, best, ephemeral=not due.permanent)
         began = mark(world.device)  # saving is not part of the next step's time
         if due.stop:

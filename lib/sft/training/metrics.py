@@ -6,14 +6,19 @@ Out: <out>/metrics.jsonl (sft.formats.metrics), lines on the terminal, and what 
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import metrics as metrics_format
 from sft.formats.metrics import Attempt, StepRecord, read_metrics
 from sft.training.trackers import Trackers
+
+COPIES = ".metrics"
+"""The folder of the copies of metrics.jsonl in train's folder."""
 
 
 class MetricsWriter:
@@ -31,6 +36,7 @@ class MetricsWriter:
         """`start`: the last finished step. Later steps are removed from the file. `steps`: of the complete run."""
         self.file = out / metrics_format.NAME
         self.steps, self.log = steps, log
+        restore_records(out, start, log)
         records = [r for r in read_metrics(self.file) if isinstance(r, Attempt) or r.step <= start]
         records += [header] if header else []
         write_atomic(self.file, b"".join(r.to_bytes() for r in records))
@@ -38,11 +44,25 @@ class MetricsWriter:
         self._trackers = trackers or Trackers(log)
         self._seconds = 0.0
         self._timed = 0
+        self._sealed = ""
 
     def write(self, record: StepRecord) -> None:
         self._stream.write(record.to_bytes())
         self._stream.flush()
         self._trackers.record(record.to_value())
+
+    def seal(self, step: int) -> None:
+        """Flushes the records to the disk and copies them, before the checkpoint of `step` is written."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        folder, records = self.file.parent / COPIES, self.file.read_bytes()
+        folder.mkdir(exist_ok=True)
+        write_atomic(folder / f"step{step}-{_digest(records)}.jsonl", records)
+        stay, self._sealed = {f"step{step}", self._sealed}, f"step{step}"  # the save before may not be finished
+        for copy in folder.iterdir():  # of steps that retention has deleted
+            name = copy.name.partition("-")[0]
+            if name not in stay and not (self.file.parent / name).is_dir():
+                copy.unlink(missing_ok=True)
 
     def count(self, seconds: float) -> None:
         """Adds a step's time to the estimate of the remaining time. The first step includes start-up and is left
@@ -59,6 +79,36 @@ class MetricsWriter:
         os.fsync(self._stream.fileno())
         self._stream.close()
         self._trackers.close()
+
+
+def restore_records(out: Path, start: int, log: Callable[[str], None]) -> None:
+    """Replaces metrics.jsonl by the copy of the checkpoint that training continues from, where its records differ.
+
+    Raises SftError where the file is missing and no whole copy is there.
+    """
+    file = out / metrics_format.NAME
+    found = file.read_bytes() if file.is_file() else b""
+    copies = sorted((out / COPIES).glob(f"step{start}-*.jsonl")) if start else []
+    whole = [data for copy in copies if _digest(data := copy.read_bytes()) == copy.stem.partition("-")[2]]
+    if any(found.startswith(records) for records in whole):
+        return
+    if whole:
+        log(f"warning: {file} had lost or changed records of the first {start} steps; restored from {out / COPIES}")
+        write_atomic(file, whole[-1])
+    elif start and not found:
+        raise SftError(
+            f"{file}: missing, and no copy is in {out / COPIES}: the records of the first {start} steps are lost;"
+            f" next: restore it from a backup, or mv {out} elsewhere, which trains from the first step"
+        )
+    elif copies:
+        raise SftError(
+            f"{copies[-1]}: damaged, so that nothing proves {file}; next: restore it from a backup, or remove it, which"
+            " takes the file as it is"
+        )
+
+
+def _digest(records: bytes) -> str:
+    return hashlib.sha256(records).hexdigest()[:16]
 
 
 def progress_line(record: StepRecord, steps: int, seconds_per_step: float) -> str:

@@ -100,6 +100,11 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
     """The metrics of the manifest. The first step includes start-up, so it counts for no speed."""
     records = read_metrics(out / metrics_format.NAME)
     steps = [r for r in records if isinstance(r, StepRecord)]
+    if not steps or steps[-1].step != run.plan.steps:
+        raise SftError(
+            f"{out / metrics_format.NAME}: its last record is not of the final step {run.plan.steps}; next: restore the file"
+            " and run train again"
+        )
     timed = steps[1:] or steps
     seconds = sum(r.seconds for r in timed)
     used = [(r.mfu, r.seconds) for r in timed if r.mfu is not None]
