@@ -330,7 +330,7 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
         ({**chat("Hi", "Hello"), "prompt": "another", "label": True}, {"prompt": '"another"', "label": "true"}),
         ({"prompt": "Hi", "completion": "Hello", "context": "C"}, {"context": '"C"'}),
         ({"messages": [{**HELLO[0], "audio": {"id": 1}}, HELLO[1]]}, {"messages.audio": '{"id": 1}'}),
-        ({"messages": [HELLO[0], {**HELLO[1], "train_detail": [{"begin_offset": 0}]}]}, {"messages.train_detail": '[{"begin_offset": 0}]'}),
+        ({"messages": [HELLO[0], {**HELLO[1], "details": [{"begin_offset": 0}]}]}, {"messages.details": '[{"begin_offset": 0}]'}),
         (
             {"messages": [HELLO[0], {"role": "assistant", "tool_calls": [{"index": 0, "x": 1, "function": {"name": "f", "y": 2}}]}]},
             {"messages.tool_calls.x": "1", "messages.tool_calls.function.y": "2"},

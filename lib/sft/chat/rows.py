@@ -12,8 +12,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sft.chat.calls import parameters_of, read_tools
+from sft.chat.details import DETAIL, read_details
 from sft.chat.fields import FieldCounter, HeldFields
 from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
+from sft.chat.trace import Span
 from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, to_json
 from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
 from sft.recipe.schema import COLUMNS, ROLES, Prepare, Source
@@ -37,10 +39,11 @@ class Conversation:
     """`train[i]` says whether the model learns to emit message i; `flagged` says whether the row itself set that for some message.
 
     `variables` are the row's own template variables (TRL's chat_template_kwargs). `empty_answers` counts the trained answers of the assistant
-    that have neither text nor a call. `held` are the fields of the row, if they are counted.
+    that have neither text nor a call. `held` are the fields of the row, if they are counted. `details` are the
+    trained spans of the contents of which only parts are trained.
     """
 
-    __slots__ = ("empty_answers", "flagged", "held", "messages", "tools", "train", "variables")
+    __slots__ = ("details", "empty_answers", "flagged", "held", "messages", "tools", "train", "variables")
 
     def __init__(
         self,
@@ -54,6 +57,7 @@ class Conversation:
         self.messages, self.train, self.tools, self.flagged = messages, train, tools, flagged
         self.variables, self.empty_answers = variables, empty_answers
         self.held: HeldFields | None = None
+        self.details: dict[int, tuple[Span, ...]] = {}
 
 
 class Turns(NamedTuple):
@@ -109,7 +113,7 @@ class RowReader:
             if (fields := {name[len(column) + 1 :] for name in source.ignore if name.startswith(f"{column}.")})
         }
         self.group = source.validation_group
-        self.beside = frozenset((*self.names["system"], *self.names["tools"], KWARGS, *FLAGS))
+        self.beside = frozenset((*self.names["system"], *self.names["tools"], KWARGS, DETAIL, *FLAGS))
         """Columns that are read beside those of messages."""
         first = self.layouts[0]
         self.messages = self.columns[first] if first in ("messages", "conversations") else ""
@@ -153,9 +157,13 @@ class RowReader:
         if not is_plain:
             system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
             used += (*self.names["system"], *self.names["tools"], KWARGS)
-        messages, flags = self._read_messages(turns, parameters_of(tools) if tools else {})
+        messages, flags, details = self._read_messages(turns, parameters_of(tools) if tools else {})
         if not is_plain:
             used += read_flag_lists(row, turns, flags)
+            if not is_empty(row.get(DETAIL)) and (values := list_of_flags(row, DETAIL, turns)):
+                used += (DETAIL,)
+                for index, value in enumerate(values):
+                    add_detail(value, index, messages[index], flags, details)
         train = self._choose_trained(messages, flags, turns.prompt_length)
         self._add_system(messages, train, system, turns.prompt_length)
         if tools and any("functions" in message for message in messages):
@@ -171,10 +179,18 @@ class RowReader:
         held = None
         if counter is not None:
             held = counter.held(whole, used, list(zip(turns.columns, turns.items, strict=True)), messages)
+        shift = len(messages) - len(turns.items)
+        details = {index + shift: spans for index, spans in details.items()}
         if self.strip:
-            messages = strip_thinking(messages, self.prompt_opens_thinking)
+            stripped = strip_thinking(messages, self.prompt_opens_thinking)
+            if changed := [i for i in details if stripped[i]["content"] != messages[i]["content"]]:
+                raise BadRow(
+                    DETAIL,
+                    f'message {changed[0]}: thinking = "strip" changes the content, so its {DETAIL} has no place',
+                )
+            messages = stripped
         conversation = Conversation(messages, train, tools, bool(flags), variables, empty_answers)
-        conversation.held = held
+        conversation.held, conversation.details = held, details
         return conversation
 
     def _pick(self, row: Mapping[str, Any], name: str) -> Any:
@@ -223,10 +239,13 @@ class RowReader:
             messages.insert(0, {"role": "system", "content": system})
             train.insert(0, "system" in self.train_roles and not self.last_only and not prompt_length)
 
-    def _read_messages(self, turns: Turns, schemas: Mapping[str, Any]) -> tuple[list[Message], dict[int, bool]]:
-        """The messages, and the training flag of each message that has one, by the message's index."""
+    def _read_messages(
+        self, turns: Turns, schemas: Mapping[str, Any]
+    ) -> tuple[list[Message], dict[int, bool], dict[int, tuple[Span, ...]]]:
+        """The messages, and the training flag and the trained spans of each message that has some, by the message's index."""
         messages: list[Message] = []
         flags: dict[int, bool] = {}
+        details: dict[int, tuple[Span, ...]] = {}
         for index, item in enumerate(turns.items):
             if self.ignored_fields and isinstance(item, Mapping):
                 ignored = self.ignored_fields.get(turns.columns[index], ())
@@ -255,7 +274,8 @@ class RowReader:
             messages.append(message)
             if flag is not None:
                 flags[index] = flag
-        return messages, flags
+            add_detail(item.get(DETAIL), index, message, flags, details)
+        return messages, flags, details
 
     def _choose_trained(self, messages: Sequence[Message], flags: Mapping[int, bool], prompt_length: int) -> list[bool]:
         """Which messages are trained. The first `prompt_length` are a prompt; a message's own flag wins over every rule."""
@@ -350,18 +370,43 @@ def read_history(history: Any) -> list[Message]:
 
 def read_flag_lists(row: Mapping[str, Any], turns: Turns, flags: dict[int, bool]) -> tuple[str, ...]:
     """Reads columns that are lists with one flag for each message into `flags`. Returns their names. Raises BadRow when they do not fit."""
-    if turns.prompt_length or turns.columns[0] not in turns.used or len(set(turns.columns)) > 1:
+    if not is_one_list(turns):
         return ()
     names = tuple(name for name in FLAGS if isinstance(row.get(name), (list, tuple)) and not is_empty(row[name]))
     for name in names:
-        values = row[name]
-        if len(values) != len(turns.items):
-            raise BadRow("bad_train_flag", f"{name} has {len(values)} flags for {len(turns.items)} messages")
-        for index, value in enumerate(values):
+        for index, value in enumerate(list_of_flags(row, name, turns)):
             flag = None if value is None else read_one_flag(name, value, index)
             if flag is not None and flags.setdefault(index, flag) != flag:
                 raise BadRow("bad_train_flag", f"message {index}: the column {name} says {flag}, another flag does not")
     return names
+
+
+def is_one_list(turns: Turns) -> bool:
+    """Whether the messages are one column's, so that a column beside it can have a flag for each."""
+    return not turns.prompt_length and turns.columns[0] in turns.used and len(set(turns.columns)) == 1
+
+
+def list_of_flags(row: Mapping[str, Any], name: str, turns: Turns) -> Sequence[Any]:
+    """A column with one value for each message; () where it is none. Raises BadRow when the lengths differ."""
+    values = row[name]
+    if not is_one_list(turns) or not isinstance(values, (list, tuple)):
+        return ()
+    if len(values) != len(turns.items):
+        raise BadRow("bad_train_flag", f"{name} has {len(values)} flags for {len(turns.items)} messages")
+    return values
+
+
+def add_detail(
+    value: Any, index: int, message: Message, flags: dict[int, bool], details: dict[int, tuple[Span, ...]]
+) -> None:
+    """Enters the trained spans of a message, and whether one of them is trained as its flag. Raises BadRow when fields disagree."""
+    if is_empty(value):
+        return
+    spans = read_details(value, index, message["content"])
+    if flags.setdefault(index, bool(spans)) != bool(spans) or details.get(index, spans) != spans:
+        raise BadRow("bad_train_flag", f"message {index}: {DETAIL} and another flag disagree")
+    if spans:
+        details[index] = spans
 
 
 def read_list(value: Any, column: str) -> list[Any]:

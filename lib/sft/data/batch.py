@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from sft.chat.details import PlacedRange
 from sft.chat.fields import HeldFields
 from sft.data.align import Offsets
 from sft.data.normalization import Normalizer
@@ -61,6 +62,8 @@ class RenderedBatch:
     """The message that each document trains; -1 for all that the row trains."""
     escaped: dict[int, tuple[list[str], Callable[[str], str]]] = field(default_factory=dict)
     """Documents with special-token text in their content: the runs with that text escaped, and the function that restores it."""
+    ranges: dict[int, list[PlacedRange]] = field(default_factory=dict)
+    """Documents of which only parts of messages are trained: the parts."""
     hashes: list[int] = field(default_factory=list)
     """The hash of the conversation of each row that was read, 0 of the others."""
     groups: list[int] = field(default_factory=list)
@@ -107,6 +110,7 @@ class RenderedBatch:
         keep = np.array([row not in bad for row in self.rows], dtype=np.bool_)
         left = np.flatnonzero(keep).tolist()
         self.escaped = {new: self.escaped[old] for new, old in enumerate(left) if old in self.escaped}
+        self.ranges = {new: self.ranges[old] for new, old in enumerate(left) if old in self.ranges}
         self.runs = [self.runs[document] for document in left]
         self.num_specials = [self.num_specials[document] for document in left]
         self.rows = [self.rows[document] for document in left]

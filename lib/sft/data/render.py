@@ -7,12 +7,14 @@ Special-token text in a message is kept as text, is turned into the token, or re
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from sft.chat.details import DETAIL, PlacedRange, place
 from sft.chat.rows import BadRow, Conversation
 from sft.chat.skeleton import Skeletons
-from sft.chat.special_tokens import SpecialTokens
+from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
 from sft.chat.template import JinjaTemplate, Template
 from sft.data.batch import Fault, RenderedBatch, conversation_hashes
 from sft.data.normalization import Normalizer
@@ -66,6 +68,7 @@ class Renderer:
             except (BadRow, RecursionError) as error:
                 del batch.runs[first:], batch.num_specials[first:]
                 batch.escaped = {document: found for document, found in batch.escaped.items() if document < first}
+                batch.ranges = {document: found for document, found in batch.ranges.items() if document < first}
                 fault = Fault(error.reason, error.detail) if isinstance(error, BadRow) else TOO_DEEP
                 batch.reject(index, *fault)
                 continue
@@ -78,6 +81,40 @@ class Renderer:
     def _render(self, batch: RenderedBatch, conversation: Conversation, turn: int) -> tuple[list[str], int]:
         if turn != WHOLE:
             conversation = until(conversation, turn)
+        runs, num_specials = self._render_whole(batch, conversation)
+        if any(conversation.train[index] for index in conversation.details):
+            batch.ranges[len(batch.runs)] = self._place(conversation, runs)
+        return runs, num_specials
+
+    def _place(self, conversation: Conversation, runs: Sequence[str]) -> list[PlacedRange]:
+        """Where the ranges of the row's train_detail are. Raises BadRow."""
+        if not self.byte_level:
+            raise BadRow(DETAIL, f"{DETAIL}: the tokens of this tokenizer have no fixed bytes, so ranges have no place")
+        indexes = [index for index in conversation.details if conversation.train[index]]
+        present = set("".join(runs))
+        free = (chr(code) for code in range(PRIVATE_BLOCKS[1] + BLOCK_SIZE, 0x110000) if chr(code) not in present)
+        marks = "".join(itertools.islice(free, len(indexes)))
+        marked = copy.copy(conversation)
+        marked.messages = list(map(dict, conversation.messages))
+        for index, mark in zip(indexes, marks, strict=True):
+            marked.messages[index]["content"] = mark
+        before = self.template.answers_without_prefix
+        if self.escapes_first and self.specials.are_in(marked):
+            escaped, restore = self.specials.escape(marked)
+            written = list(map(restore, self.template.render(escaped)[0]))
+        else:
+            written = self.template.render(marked)[0]
+        self.template.answers_without_prefix = before
+        contents = [conversation.messages[index]["content"] for index in indexes]
+        placed = place(runs, written, marks, contents, [conversation.details[index] for index in indexes])
+        if placed is None:
+            raise BadRow(
+                DETAIL,
+                f"message {indexes[0]}: {DETAIL}: template {self.template.name} does not write the content as it is, so its ranges have no place",
+            )
+        return placed
+
+    def _render_whole(self, batch: RenderedBatch, conversation: Conversation) -> tuple[list[str], int]:
         if self.skeletons is not None and (rendered := self.skeletons.render(conversation)) is not None:
             return rendered
         if self.escapes_first and self.specials.are_in(conversation):
@@ -107,6 +144,7 @@ def until(conversation: Conversation, turn: int) -> Conversation:
     made = copy.copy(conversation)
     made.messages = conversation.messages[: turn + 1]
     made.train = [False] * turn + [True]
+    made.details = {index: spans for index, spans in conversation.details.items() if index == turn}
     return made
 
 

@@ -42,6 +42,7 @@ from sft.data.compiled import TRAINED
 from sft.data.engine import Engine
 from sft.data.fast.plain import PlainRows
 from sft.data.offset_encoder import OffsetEncoder
+from sft.data.ranges import keep_ranges
 from sft.data.render import Renderer
 from sft.data.vocabulary import Vocabulary, check_rebuilt, read_text
 from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
@@ -228,6 +229,7 @@ class Encoder:
         encoder = self.byte_level_encoder if self.vocabulary.byte_level else self.offset_encoder
         encoded = encoder.encode(batch, read)
         alignment = self._drop_inner_eos(batch, encoded.alignment)
+        alignment = keep_ranges(batch, alignment, self.vocabulary.table.lengths) if batch.ranges else alignment
         num_escaped = len(batch.escaped)
         alignment = self._drop_untrainable(batch, alignment)
         proven = sum(map(encoded.proven.__contains__, batch.rows))

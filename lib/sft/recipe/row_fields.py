@@ -15,7 +15,7 @@ THINKING = ("reasoning_content", "thinking", "reasoning", "reasoning_details")
 MESSAGE_FIELDS = frozenset(
     (
         "role", "content", "from", "value", "name", "functions", "function_calls", "function_call", "tool_calls", "tool_call_id", "refusal",
-        *THINKING, *FLAGS,
+        "train_detail", *THINKING, *FLAGS,
     )
 )  # fmt: skip
 """The fields of a message that are read."""
