@@ -130,3 +130,16 @@ def test_a_reject_says_what_the_template_really_does() -> None:
         trained(STOPS_BEFORE_CALLS, calling(tools=False))
     with pytest.raises(BadRow, match=r"message 2 \(tool\): .* writes 'three' inside an answer"):
         trained(RESULTS_INSIDE, calling("b", tools=False))
+
+
+def test_white_space_that_is_a_token_stays_white_space_to_the_template() -> None:
+    """Gemma has tokens for line breaks, which its template writes between turns. Its template trims contents."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
+        + PROMPT
+    )
+    template = JinjaTemplate("made.jinja", text, {}, EOS, SpecialTokens(SPECIALS), added=("\n", "\n\n"))
+    batch = Renderer(PREPARE, template, template.specials, True, Normalizer()).render(
+        [chat("\n\na \n", "\n b\n\n")], READ
+    )
+    assert batch.runs[0][:2] == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b<|im_end|>"]
