@@ -213,3 +213,10 @@ def test_a_column_that_is_there_twice_is_left_to_python() -> None:
         )
         is None
     )
+
+
+def test_rows_are_taken_from_columns_of_any_type() -> None:
+    batch = pa.RecordBatch.from_arrays(
+        [pa.array(["q", "r", "s"], pa.string_view()), pa.array([1, 2, 3])], names=["prompt", "id"]
+    )
+    assert ColumnBlock(batch, 5).batch([2, 0]).rows == [{"prompt": "s", "id": 3}, {"prompt": "q", "id": 1}]

@@ -179,7 +179,10 @@ def test_contaminated_documents_are_in_no_split():
 
 
 def test_a_mix_without_documents_is_an_error():
-    with pytest.raises(SftError, match="no document is left"):
+    with pytest.raises(
+        SftError,
+        match=r"no document is left to train on: a: found 100, available 100, taken 0 \(weight 0.001\); next: ",
+    ):
         mix([pool(range(100))], [Source(path="a", weight=0.001)], seed=1)
 
 

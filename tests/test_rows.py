@@ -436,8 +436,26 @@ def spoken(text: str) -> dict[str, Any]:
     return {"conversations": [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": text}]}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{'name': 'f', 'arguments': '{\"x\": 1}'}",
+        "[{'name': 'f', 'arguments': {'x': 1}}]",
+        ' {"name": "f", "parameters": {"x": 1}}',
+    ],
+)
+def test_a_spoken_call_may_be_written_as_json_or_as_python_writes_it(text: str) -> None:
+    assert read(spoken(text)).messages[1] == {"role": "assistant", "content": "", "tool_calls": [CALLED]}
+
+
+@pytest.mark.parametrize("text", ["f(x=1)", "[f(x=1), g()]", "'f'", "[" * 300, "[1, {2}]", "[1e999]"])
+def test_other_text_of_a_spoken_call_is_kept(text: str) -> None:
+    assert read(spoken(text)).messages[1]["function_calls"] == text
+
+
 A, B = HELLO
 BAD: dict[str, tuple[Any, str]] = {
+    "a spoken call that is torn": (spoken('{"name": "f", "arguments": {"a": 1}'), "bad_tool_calls"),
     "not an object": ([1, 2], "not_an_object"),
     "a string": ("Hi", "not_an_object"),
     "no known column": ({"text": "Hi"}, "unknown_columns"),

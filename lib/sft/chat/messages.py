@@ -6,6 +6,8 @@ disagree raise BadRow. Nothing that has a wrong type is written as text.
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -106,21 +108,38 @@ def read_definition(value: Any, where: str) -> str:
 
 
 def read_spoken_call(message: Message, text: Any, index: int, schemas: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The calls that are the content of a message: JSON of calls with a name and arguments; other text is kept as `function_calls`.
-
-    Raises BadRow for a call with a field that nothing reads."""
+    """The calls that are the content of a message: JSON of calls with a name and arguments, or Python's way to write it; other text is kept as
+    `function_calls`. Raises BadRow for a call with a field that nothing reads, and for text that begins as an object and is none."""
     if not isinstance(text, str):
         raise BadRow("bad_content", f"message {index}: its call is {kind(text)}, not text")
     try:
         value = parse(text, "", "")
-    except BadRow:
-        value = None
+    except BadRow as error:
+        value = read_literal(text)
+        if value is None and text.lstrip().startswith("{"):
+            raise BadRow(
+                "bad_tool_calls", f"message {index}: its call is neither JSON nor a Python literal{error.detail}"
+            ) from None
     calls = [read_spoken(call, index, schemas) for call in (value if isinstance(value, list) else [value])]
     found = [call for call in calls if call]
     if not found or len(found) < len(calls):
         message["function_calls"] = text
         return []
     return found
+
+
+def read_literal(text: str) -> Any:
+    """The object or list that a text in Python's notation is; None for any other text."""
+    if not text.lstrip().startswith(("{", "[")):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the text
+            value = ast.literal_eval(text.strip())
+        to_json(value, "")
+    except (ValueError, SyntaxError, MemoryError, RecursionError, BadRow):
+        return None
+    return value if isinstance(value, (dict, list)) else None
 
 
 def read_calls(

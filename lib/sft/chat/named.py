@@ -165,7 +165,8 @@ class NamedTemplate:
         for field in message:
             if field in FIELD_ROLES and not (self.has_calls and role == FIELD_ROLES[field]):
                 raise BadRow(
-                    "template", f"message {index}: template {self.name} has no place for {field} in a {role} message"
+                    "template",
+                    f"message {index}: template {self.name} has no place for {field} in messages of the {role}",
                 )
         if role == "user" and "functions" in message:
             return f"{body}\n<functions>{message['functions']}</functions>", stop, True

@@ -140,12 +140,10 @@ class ColumnBlock:
 
     def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
         """All rows, or the wanted ones. `wanted` counts from 0 inside the block."""
-        import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
         batch = RowBatch(count=self.first + self.count)
         if wanted is not None and not wanted:
             return batch
-        arrow = self.arrow if wanted is None else self.arrow.take(pa.array(wanted, type=pa.int64()))
+        arrow = self.arrow if wanted is None else taken(self.arrow, wanted)
         numbers = [self.first + n for n in (range(self.count) if wanted is None else wanted)]
         try:
             batch.rows, batch.numbers = arrow.to_pylist(), numbers
@@ -159,6 +157,16 @@ class ColumnBlock:
         if parse := row_parser(arrow.schema):
             _parse_json_values(batch, parse)
         return batch
+
+
+def taken(arrow: Any, rows: Sequence[int]) -> Any:
+    """These rows of a record batch."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
+    try:
+        return arrow.take(pa.array(rows, type=pa.int64()))
+    except pa.ArrowNotImplementedError:  # pyarrow cannot take from columns of some types, such as string_view
+        return pa.RecordBatch.from_pylist([arrow.slice(row, 1).to_pylist()[0] for row in rows], schema=arrow.schema)
 
 
 def _parse_json_values(batch: RowBatch, parse: Callable[[Any], Any]) -> None:

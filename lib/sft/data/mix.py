@@ -12,7 +12,7 @@ held out when rows are added, and with another seed, template or tokenizer.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -249,9 +249,18 @@ def mix(pools: Sequence[Pool], sources: Sequence[Source], seed: int, *, deduplic
     mixed = Mixed(_shuffled(data, seed), _shuffled(validation, seed), report)
     if not len(mixed.data):
         raise SftError(
-            f"[prepare] sources: no document is left to train on: {list(map(asdict, report))}; next: correct weights and caps"
+            f"[prepare] sources: no document is left to train on: {'; '.join(map(_left_out, report))}; next: correct weights and caps, or what"
+            " leaves documents out"
         )
     return mixed
+
+
+def _left_out(source: SourceMix) -> str:
+    """What became of the documents of a source, for a message."""
+    counts = ("duplicates", "contaminated", "near_duplicates", "held_out", "available")
+    found = {name: getattr(source, name) for name in counts if getattr(source, name)}
+    reasons = "".join(f", {name.replace('_', ' ')} {count}" for name, count in found.items())
+    return f"{source.path}: found {source.found}{reasons}, taken {source.taken} (weight {source.weight})"
 
 
 def _chosen(pool: Pool, train: NDArray[Any], source: Source, seed: int) -> NDArray[Any]:

@@ -47,6 +47,9 @@ CORRECT = "next: correct the source in [[prepare.sources]]"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
 """The name that `push_to_hub` gives a file of a split."""
 
+MOST_LISTED = 20
+"""Names of unread files that the advice lists."""
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -157,7 +160,8 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     links = [f"{n}/ (a link to a folder)" for n in tree.linked_folders if not any(p.fullmatch(n) for p in passed)]
     _check_ignored(ignore, [*names, *tree.linked_folders, *absent(names, names)], what)
     if unread or links:
-        example = [*unread, *tree.linked_folders][0]
+        listed = [*unread, *tree.linked_folders]
+        example = '", "'.join(listed if len(listed) <= MOST_LISTED else listed[:1])
         raise SftError(
             f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {kinds()}; next: convert or remove them,"
             f' or add ignore_files = ["{example}"] to the source'
