@@ -7,8 +7,6 @@ PYTHON  ?= python3
 override RUNS := $(patsubst %/,%,$(or $(RUNS),runs))
 GOALS   := $(or $(MAKECMDGOALS),help)
 STAGES  := prepare sync train convert evaluate report
-# Goals without a run. A broken recipe does not stop them.
-PLAIN   := help setup check test test-quick record-versions new fields verify diff compare soup lock nightly cp clean-cache jobs slurm-% bench-%
 ifneq ($(filter smoke,$(GOALS)),)
   override RECIPE += smoke
 endif
@@ -24,8 +22,7 @@ export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 quote = '$(subst ','\'',$(1))'
 SFT   = PYTHONPATH=lib $(PYTHON) -S -m sft $(1) --runs $(call quote,$(RUNS)) --data $(call quote,$(DATA)) \
         --cluster $(call quote,$(CLUSTER)) --recipe $(call quote,$(RECIPE)) --overrides $(call quote,$(MAKEOVERRIDES))
-PLAN := $(shell $(if $(filter-out $(PLAIN),$(GOALS)),$(call SFT,plan) --goals $(call quote,$(GOALS)),\
-          PYTHONPATH=lib $(PYTHON) -S -m sft plan))
+PLAN := $(shell $(call SFT,plan) --goals $(call quote,$(GOALS)))
 $(if $(filter plan-ok,$(PLAN)),,$(error nothing was run))
 planned = $(patsubst $(1):%,$(2)%,$(filter $(1):%,$(PLAN)))
 

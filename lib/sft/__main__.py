@@ -17,6 +17,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 - an old interpreter reads this fi
     )
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import importlib.util
@@ -32,7 +33,7 @@ from sft.formats import manifest
 from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import bases, plan, runs
+from sft.runner import asked, bases, plan, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -46,7 +47,6 @@ OF_A_RUN = (
     "dry-run", "cancel", "collect", "fetch",
 )  # fmt: skip
 """Goals of Make that need RECIPE=."""
-FIELDS = {f.name for cls in (*schema.TABLES.values(), schema.Hardware) for f in dataclasses.fields(cls)}
 
 
 def split_overrides(text: str) -> list[str]:
@@ -59,15 +59,24 @@ def split_overrides(text: str) -> list[str]:
         word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
         name, _, value = word.partition("=")
         name = name.rstrip(":+?!")
+        if name.upper() in MAKE_VARIABLES and name not in (*MAKE_VARIABLES, *recipe.FIELDS):
+            raise SftError(
+                f"make: {name}={value}: Make's own variables are upper case; did you mean {name.upper()}={value}?"
+            )
         if name[:1].islower():
             fields.append(f"{name}={value}")
-        elif name not in MAKE_VARIABLES and name.lower() in FIELDS:
+        elif name not in MAKE_VARIABLES and name.lower() in recipe.FIELDS:
             raise SftError(
                 f"make: {name}={value}: a recipe's field is lower case; did you mean {name.lower()}={value}?"
             )
         elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
             raise SftError(
                 f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)"
+            )
+        elif name not in MAKE_VARIABLES:
+            print(
+                f"note: {name}={value} is no variable of this Makefile; programs get it in their environment",
+                file=sys.stderr,
             )
     return fields
 
@@ -91,12 +100,20 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
 def command_plan(args: argparse.Namespace) -> None:
     """One line of words for Make: plan-ok, environment:<digest>, set:<override>, launcher-<stage>:<launcher>,
     detach:<stage>, run:<run>, stale:<run>/<stage>."""
-    words = ["plan-ok", f"environment:{plan.environment_digest()}", *(f"set:{f}" for f in args.fields)]
+    goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
+    asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
+    question = _question(args, goals)
+    words = ["plan-ok", f"environment:{plan.environment_digest()}"]
+    if question.takes_none or set(goals) <= {"new"}:
+        question.resolve(args.fields)
+        print(" ".join(words))
+        return
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
         raise SftError(
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- are possible on the command line; next: make new FROM=… RECIPE=…, and edit"
         )
-    goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
+    args.fields = question.resolve(args.fields)
+    words += [f"set:{f}" for f in args.fields]
     needs_run = [g for g in goals if g in OF_A_RUN]
     if re.search(r"[\s=:%#$]", str(args.place.runs)):
         raise SftError(
@@ -122,6 +139,19 @@ def command_plan(args: argparse.Namespace) -> None:
         stale = plan.stale_stages(args.place, r, goals)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in stale)]
     print(" ".join(words))
+
+
+def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
+    """What was asked for. A recipe that is broken is reported where it is loaded."""
+    cluster = args.place.load_cluster() if args.recipe else schema.Cluster(storage="")
+    dry_run = _variable(args, "STAGE") or "train"
+    if "dry-run" in goals and dry_run not in schema.STAGES:
+        raise SftError(f"make dry-run STAGE={dry_run}: no such stage; next: one of {', '.join(schema.STAGES)}")
+    question = asked.Asked(goals, cluster, args.place.cluster, dry_run)
+    with contextlib.suppress(SftError):
+        watched = any(recipe.load(recipe.find(RECIPES, name, "recipe")).evaluate.every for name in args.recipe.split())
+        question = dataclasses.replace(question, watches=watched)
+    return question
 
 
 def _variable(args: argparse.Namespace, name: str) -> str:
@@ -224,7 +254,7 @@ def command_fields(args: argparse.Namespace) -> None:
             default = "required" if f.metadata.get("required") else default
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            readers = "".join(f" [{launcher}]" for launcher in f.metadata["launchers"])
+            readers = "".join(f" [{reader}]" for reader in (*f.metadata["launchers"], *f.metadata["stages"]))
             print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}{readers}")
     print("\ncolumns and message fields that prepare passes over, because they carry no training content")
     print("\n".join(row_fields.describe()))
@@ -291,8 +321,12 @@ def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:
     return found
 
 
+def _recipe_names() -> list[str]:
+    return sorted(p.stem for p in RECIPES.glob("*.toml"))
+
+
 def _recipes() -> str:
-    return ", ".join(sorted(p.stem for p in RECIPES.glob("*.toml")))
+    return ", ".join(_recipe_names())
 
 
 def main() -> None:

@@ -24,12 +24,15 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.paths import REPO
-from sft.recipe import chat_templates, presets, resolve, schema
+from sft.recipe import chat_templates, other_names, presets, resolve, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
 FEW_ROWS = 32  # an integer weight below this is taken for a multiple written without its ".0"
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
+HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
+FIELDS_OF_TABLES = {f.name for cls in schema.TABLES.values() for f in dataclasses.fields(cls)}
+FIELDS = FIELDS_OF_TABLES | HARDWARE_FIELDS.keys()
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
 
 
@@ -166,6 +169,22 @@ def _read_toml(file: Path, what: str) -> dict[str, Any]:
         raise SftError(f"{file}: not valid TOML: {e}; next: correct that line") from None
 
 
+def _hint(name: str, known: typing.Iterable[str], cluster: str = "<cluster>") -> str:
+    """What a name that is no field here probably means: another trainer's name for one, or one that is spelled like it."""
+    if name in HARDWARE_FIELDS:
+        return f"; it belongs to [on.<cluster>.{_reader(name)}]"
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+    answer = "" if close else other_names.answer(name, cluster)
+    return f"; {answer}" if answer else _did_you_mean(name, known)
+
+
+def _reader(hardware: str) -> str:
+    """The stage that a number of [on.<cluster>.<stage>] belongs to where none is named."""
+    stages = HARDWARE_FIELDS[hardware].metadata["stages"]
+    return "train" if not stages or "train" in stages else str(stages[0])
+
+
 def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
@@ -185,7 +204,7 @@ def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
     for name, value in data.items():
         if name not in fields:
             home = next((t for t, c in schema.TABLES.items() if name in {f.name for f in dataclasses.fields(c)}), None)
-            hint = _did_you_mean(name, fields) or (f"; it belongs to [{home}]" if home else "")
+            hint = f"; it belongs to [{home}]" if home else _hint(name, fields)
             problems.append(f"no field '{name}'{where}{hint}")
             continue
         try:
@@ -281,6 +300,13 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
             on[cluster][stage] = _build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
             if isinstance(numbers, dict) and (launcher := _launcher(cluster)):
                 problems += _unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
+            problems += [
+                f"'{name}' in [on.{cluster}.{stage}]: {stage} does not read it, only {' and '.join(readers)}; remove it"
+                for name in numbers
+                if name in HARDWARE_FIELDS
+                and (readers := HARDWARE_FIELDS[name].metadata["stages"])
+                and stage not in readers
+            ]
     return on
 
 
@@ -460,9 +486,9 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
                 f"override '{name}': several tables have it; next: write {' or '.join(f'{h}.{name}' for h in homes)}"
             )
         elif name in hardware:
-            return ("on", cluster, "train", name)
+            return ("on", cluster, _reader(name), name)
         else:
-            problems.append(f"override '{name}': no such field{_did_you_mean(name, sum(fields.values(), hardware))}")
+            problems.append(f"override '{name}': no such field{_hint(name, sum(fields.values(), hardware), cluster)}")
         return None
     if len(parts) == 2 and parts[1] in fields.get(parts[0], ()):
         return parts
@@ -471,7 +497,7 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
     if len(parts) == 4 and parts[0] == "on" and parts[2] in schema.STAGES and parts[3] in hardware:
         return parts
     known = [f"{t}.{f}" for t, names in fields.items() for f in names]
-    problems.append(f"override '{name}': no such field{_did_you_mean(name, known)}")
+    problems.append(f"override '{name}': no such field{_hint(name, known, cluster)}")
     return None
 
 

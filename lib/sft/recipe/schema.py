@@ -28,11 +28,13 @@ def opt(
     late: bool = False,
     selects: bool = False,
     launchers: tuple[str, ...] = (),
+    stages: tuple[str, ...] = (),
 ) -> Any:
     """Declares a field. min, max: inclusive bounds. above: exclusive lower bound. choices: allowed values, or the allowed keys
     of a table. late: the key leaves the field out while it has its default, so that runs from before it existed stay up to
     date. selects: an option of prepare that chooses documents and does not change their tokens, so the key of the token cache
-    leaves it out. launchers: those that read the field (empty = all); with any other launcher it is refused."""
+    leaves it out. launchers: those that read the field (empty = all); with any other launcher it is refused. stages: those that
+    read a field of [on.<cluster>.<stage>] (empty = all); for any other stage it is refused."""
     metadata = {
         "doc": doc,
         "min": min,
@@ -43,6 +45,7 @@ def opt(
         "late": late,
         "selects": selects,
         "launchers": launchers,
+        "stages": stages,
     }
     if default is REQUIRED:
         return field(metadata={**metadata, "required": True}, default=None)
@@ -441,38 +444,55 @@ JOBS, SLURM, BEAKER = LAUNCHERS[1:], ("slurm",), ("beaker",)
 class Hardware:
     """[on.<cluster>.<stage>]: numbers that depend on the cluster and never change a result's key."""
 
-    nodes: int = opt(1, "number of machines", min=1)
-    processes: int = opt(0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0)
-    microbatch_tokens: int = opt(0, "tokens in a forward pass of one rank or context group; 0 = seq_len", min=0)
+    nodes: int = opt(1, "number of machines", min=1, stages=("train",))
+    processes: int = opt(
+        0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0, stages=("train", "evaluate")
+    )
+    microbatch_tokens: int = opt(
+        0, "tokens in a forward pass of one rank or context group; 0 = seq_len", min=0, stages=("train",)
+    )
     threads: int = opt(
-        0, "CPU threads or workers per process; 0 = the machine's cores divided among the processes", min=0
+        0,
+        "CPU threads or workers per process; 0 = the machine's cores divided among the processes",
+        min=0,
+        stages=("prepare", "train", "evaluate"),
     )
     cache_gb: int = opt(
         0,
         "limit of prepare's cache of encoded chunks in GB; the least recently used are deleted; 0 = no limit",
         min=0,
+        stages=("prepare",),
     )
     shard_degree: int = opt(
-        0, "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks", min=0
+        0,
+        "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks",
+        min=0,
+        stages=("train",),
     )
     context_degree: int = opt(
-        1, "ranks that divide the tokens of a microbatch (Ulysses), for packs too long for one GPU", min=1
+        1,
+        "ranks that divide the tokens of a microbatch (Ulysses), for packs too long for one GPU",
+        min=1,
+        stages=("train",),
     )
     recompute: str = opt(
         "auto",
         "activations recomputed in the backward pass; selected = all but attention's, budget = that in some layers, auto = the least that fits",
         choices=("none", "selected", "budget", "full", "auto"),
+        stages=("train",),
     )
     recompute_budget: float = opt(
         0.5,
         "budget: fraction of the layers that keep all activations; the others keep attention's",
         min=0,
         max=1,
+        stages=("train",),
     )
     compile: str = opt(
         "auto",
         "torch.compile for every block; auto = on CUDA in bf16, if there is a C compiler",
         choices=("auto", "always", "never"),
+        stages=("train",),
     )
     gpus: int = opt(
         -1,
@@ -495,6 +515,7 @@ class Hardware:
         "",
         "GPU type that the doctor plans with, e.g. A100 80GB; empty = the cluster's, or what Beaker reports",
         launchers=JOBS,
+        stages=("train",),
     )
     partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
     priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)

@@ -26,7 +26,7 @@ from sft.formats.manifest import Input, Manifest
 from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
-from sft.recipe import chat_templates, inputs, recipe, schema
+from sft.recipe import chat_templates, clusters, inputs, recipe, schema
 from sft.runner import bases
 
 REPO = paths.REPO
@@ -56,7 +56,7 @@ class Place:
 
     def load_cluster(self) -> schema.Cluster:
         """env/<cluster>.toml. Raises SftError."""
-        return recipe.load_cluster(recipe.find(REPO / "env", self.cluster, "cluster"))
+        return recipe.load_cluster(clusters.find_cluster(REPO / "env", self.cluster))
 
     @staticmethod
     def parse(runs: str, data: str, cluster: str) -> Place:
