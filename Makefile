@@ -32,8 +32,11 @@ READY := .venv/ready-$(call planned,environment)
 TOOLS := .venv/tools-$(call planned,environment)
 PY    := .venv/bin/python
 
-# env/<launcher>.sh starts a stage here or as a job, as the cluster's file says, and waits for it.
-launch = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
+# env/<launcher>.sh starts a stage here or as a job, as the cluster's file says, and waits for it. A stage that another run has is
+# only referred to.
+reused = $(patsubst reuse:$(notdir $*)/$(1):%,%,$(filter reuse:$(notdir $*)/$(1):%,$(PLAN)))
+launch = $(if $(call reused,$(1)),@$(call SFT,reuse) --run $(notdir $*) --stage $(1) --origin $(call reused,$(1)),$(call start,$(1),$(2)))
+start  = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
 $(DIRS:%=%/sync/manifest.json):     %/sync/manifest.json:     | %/prepare/manifest.json ; $(call launch,sync,$(PY) stages/sync.py)

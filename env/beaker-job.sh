@@ -47,6 +47,12 @@ if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}
     export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
     (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
 fi
+if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ]; then # earlier stages that this run shares with another one on the same disk
+    for variable in "${!SFT_REFERENCE_@}"; do
+        name="${variable#SFT_REFERENCE_}"
+        [ -e "$run/$name" ] || ln -sfn -- "../$(basename "$(dirname "${!variable}")")/$name" "$run/$name"
+    done
+fi
 if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_STAGE_ADDRESS:-}" ]; then # nodes without a shared disk need it on each
     for variable in "${!SFT_INPUT_@}"; do # earlier stages that were uploaded with the job
         name="${variable#SFT_INPUT_}" folder="${!variable}"

@@ -20,6 +20,7 @@ from sft.common.locks import lock
 from sft.common.process import AGAIN
 from sft.evaluation import watch
 from sft.launch import watched
+from sft.runner import references
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.stage import open_stage
 
@@ -30,6 +31,10 @@ from sft.runner.stage import open_stage
 @click.option("--beside", default="", metavar="JOB", help="End when this job, which trains, has ended.")
 def main(options: RunOptions, until_end_of_input: bool, beside: str) -> None:
     """Evaluates the checkpoints of a run as training keeps them."""
+    if references.owner(options.run / "train") != options.run.name:
+        raise SftError(
+            f"{options.run / 'train'} is that of another run; next: make watch for {references.owner(options.run / 'train')}"
+        )
     signal.signal(signal.SIGUSR1, lambda *_: sys.exit(AGAIN))
     ended = watch.end_of_input() if until_end_of_input else lambda: False
     with contextlib.ExitStack() as stack:

@@ -29,11 +29,14 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
+from sft.common.locks import lock
 from sft.formats import manifest
+from sft.formats import run as run_format
+from sft.formats.run import RunFile
 from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, plan, runs
+from sft.runner import asked, bases, plan, references, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -136,8 +139,9 @@ def command_plan(args: argparse.Namespace) -> None:
     for r in wanted_runs:
         if "train" in wanted and "train" in cluster.stages:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
-        stale = plan.stale_stages(args.place, r, goals)
-        words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in stale)]
+        work = plan.work(args.place, r, goals)
+        words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
+        words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
     print(" ".join(words))
 
 
@@ -192,8 +196,8 @@ def command_show(args: argparse.Namespace) -> None:
         print()
         print(f"# model: {_model(args, r)}")
         print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
-        for stage, state in plan.states(args.place, r).items():
-            print(f"# {stage:9}{'; '.join(state.reasons) if state.stale else 'done'}")
+        for stage, state in plan.states(args.place, r, reuse=True).items():
+            print(f"# {stage:9}{'; '.join(state.reasons) or (f'reuses {state.origin}' if state.origin else 'done')}")
 
 
 def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
@@ -209,9 +213,21 @@ def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
 def command_why(args: argparse.Namespace) -> None:
     """Each stage of each run: done, or the reasons why it would run."""
     for r in _one_or_more(args):
-        stale = plan.stale_stages(args.place, r, [])
+        work = plan.work(args.place, r, [])
         for stage in (*schema.STAGES, "report"):
-            print(f"{r.run}/{stage}: {'; '.join(stale[stage]) if stage in stale else 'up to date'}")
+            reused = f"reuses {work.reused[stage]}" if stage in work.reused else "up to date"
+            print(f"{r.run}/{stage}: {'; '.join(work.stale.get(stage, [])) or reused}")
+
+
+def command_reuse(args: argparse.Namespace) -> None:
+    """Makes a stage of a run a reference to the same stage of another run, which the planner found. Make calls this."""
+    r = plan.load_run(args.place, args.run, args.fields)
+    run, origin = args.place.runs / r.run, args.place.runs / args.origin / args.stage
+    (run / ".work").mkdir(parents=True, exist_ok=True)
+    with lock(run / ".work" / f"{args.stage}.lock"):
+        references.refer(run, args.stage, origin)
+        RunFile(r.name, tuple(f"{k}={v}" for k, v in r.overrides)).write(run / run_format.NAME)
+    print(f"[{args.stage}] reuses {origin}", flush=True)
 
 
 def command_new(args: argparse.Namespace) -> None:
@@ -343,6 +359,8 @@ def main() -> None:
     parser.add_argument("--overrides", default="", help="Make's command-line variables")
     parser.add_argument("--from", dest="copy_from", default="", help="recipe that `new` copies")
     parser.add_argument("--run", default="", help="run that `verify` checks")
+    parser.add_argument("--stage", default="", help="stage that `reuse` refers to")
+    parser.add_argument("--origin", default="", help="run whose stage `reuse` refers to")
     parser.add_argument("--a", default="", help="first run of `diff` and `compare`")
     parser.add_argument("--b", default="", help="second run of `diff` and `compare`")
     parser.add_argument("--c", default="", help="more runs that `compare` compares with --a")

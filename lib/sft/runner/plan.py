@@ -27,7 +27,7 @@ from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, clusters, inputs, recipe, schema
-from sft.runner import bases
+from sft.runner import bases, references
 
 REPO = paths.REPO
 VERSIONS = {"prepare": 7, "sync": 1, "train": 2, "convert": 3, "evaluate": 5, "report": 2}
@@ -78,6 +78,7 @@ class State:
     inputs: list[Input] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     elsewhere: str = ""  # sync only: up to date, but on another cluster's storage
+    origin: Path | None = None  # another run's folder of this stage, which this run can refer to
 
     @property
     def stale(self) -> bool:
@@ -105,18 +106,35 @@ def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Re
     return loaded
 
 
-def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None) -> dict[str, State]:
-    """The state of every stage of a run, upstream first."""
+def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None, *, reuse: bool = False) -> dict[str, State]:
+    """The state of every stage of a run, upstream first. reuse: a stale stage that another run has made is not stale."""
     cache = cache or HashCache(place.cache)
     found: dict[str, State] = {}
     for stage in schema.STAGES:
         upstream = [found[u] for u in schema.UPSTREAM[stage]]
         config = r.config(stage)
         state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
-        _compare(state, place.runs / r.run, upstream, functools.partial(input_files, place, r, stage, cache))
-        found[stage] = state
+        files = functools.partial(input_files, place, r, stage, cache)
+        _compare(state, place.runs / r.run, upstream, files)
+        found[stage] = (_reused(state, place.runs, r.run, upstream, files) if reuse and state.stale else None) or state
     _look_elsewhere(found["sync"], place, place.runs / r.run / "sync" / manifest.NAME)
     return found
+
+
+def _reused(
+    state: State, runs: Path, run: str, upstream: list[State], files: Callable[[], list[Input]]
+) -> State | None:
+    """The state with another run's result: one with the same key, made from the same inputs. None if there is none."""
+    if any(u.stale for u in upstream):
+        return None
+    try:
+        wanted = [upstream_entry(u) for u in upstream] + files()
+    except SftError:
+        return None  # a missing file, which is reported before anything runs
+    found = references.find_origin(runs, run, state.stage, state.key, lambda made: list(made.inputs) == wanted)
+    if found is None:
+        return None
+    return State(state.stage, state.key, state.config, found[1], wanted, origin=found[0])
 
 
 def consumed(place: Place, r: recipe.Recipe, stage: str, cache: HashCache | None = None) -> tuple[State, list[Input]]:
@@ -219,13 +237,26 @@ def _look_elsewhere(sync: State, place: Place, file: Path) -> None:
         sync.elsewhere = f"the dataset is gone from {storage}"
 
 
+@dataclass(frozen=True)
+class Work:
+    """What the goals need: {stage: reasons} of the stages that must run, and {stage: folder} of those that another run has."""
+
+    stale: dict[str, list[str]]
+    reused: dict[str, Path]
+
+
 def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
-    """{stage: reasons} of the stages that must run for the goals (stages, or 'all').
+    """{stage: reasons} of the stages that must run for the goals (stages, or 'all'); see `work`."""
+    return work(place, r, goals).stale
+
+
+def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
+    """The stages that must run for the goals, with their reasons, and those that another run has made.
 
     A sync that is up to date but elsewhere must run if it is a goal or if training must run. The report must run if any
     stage must. Raises SftError for a missing input of any stage that must run, before the first one starts.
     """
-    found = states(place, r)
+    found = states(place, r, reuse=True)
     last = max((schema.STAGES.index(g) for g in goals if g in schema.STAGES), default=-1)
     last = len(schema.STAGES) - 1 if not {"all", "smoke"}.isdisjoint(goals) else last
     runs = [s for s in schema.STAGES[: last + 1] if found[s].stale]
@@ -243,9 +274,12 @@ def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[s
     if sync.elsewhere and (found["train"].stale or "sync" in goals):
         sync.reasons.append(sync.elsewhere)
     stale = {s.stage: s.reasons for s in found.values() if s.stale}
-    if reasons := report_reasons(place.runs / r.run, bool(runs)):
+    reused = {s.stage: s.origin for s in found.values() if s.origin and not s.stale}
+    if reasons := report_reasons(
+        place.runs / r.run, bool(runs) or not reused.keys().isdisjoint(schema.STAGES[: last + 1])
+    ):
         stale["report"] = reasons
-    return stale
+    return Work(stale, reused)
 
 
 def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default: str) -> None:

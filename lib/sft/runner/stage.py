@@ -33,7 +33,7 @@ from sft.formats.remote import Remote
 from sft.formats.run import RunFile
 from sft.formats.steps import holds_steps
 from sft.recipe.recipe import Recipe
-from sft.runner import plan
+from sft.runner import plan, references
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.publish import flush, keep_only, link_files, provenance
 from sft.runner.upstream import Upstream
@@ -119,7 +119,7 @@ class Stage:
     def open_work(self) -> None:
         """Makes `out` the work folder of this identity. Work folders of other identities are not touched."""
         old = self.run / ".work" / f"{self.name}-old"
-        if old.exists() and not (self.run / self.name).exists():
+        if old.exists() and not os.path.lexists(self.run / self.name):
             os.rename(old, self.run / self.name)  # killed between the two renames of an earlier publication
         self.out = self.run / ".work" / f"{self.name}-{self.identity[:16]}"
         self.out.mkdir(parents=True, exist_ok=True)
@@ -129,13 +129,12 @@ class Stage:
 
         Raises SftError where a folder with work in it does not say what it was made from.
         """
+        references.release(self.out)
         known = read_identity(self.out)
         if known is None and holds_steps(self.out):
             raise damaged(self.out / identity.NAME)
         if self.out.is_dir() and known != self.identity:
-            replaced = self.run / ".replaced" / f"{self.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-            replaced.parent.mkdir(exist_ok=True)
-            os.rename(self.out, replaced)
+            replaced = references.set_aside(self.out)
             self.log(f"inputs changed: the earlier {self.name} folder is now {replaced}")
         self.out.mkdir(parents=True, exist_ok=True)
         (self.out / manifest.NAME).unlink(missing_ok=True)
@@ -149,6 +148,7 @@ class Stage:
         if not in_place:
             final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old"
             shutil.rmtree(old, ignore_errors=True)
+            references.release(final)
             if final.exists():
                 os.rename(final, old)
             os.rename(self.out, final)

@@ -25,7 +25,7 @@ from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.formats import elsewhere, manifest
 from sft.recipe.schema import STAGES
-from sft.runner import plan
+from sft.runner import plan, references
 from sft.runner.cli import RunOptions, program, run_options
 from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
@@ -122,7 +122,7 @@ def cluster_folder(place: plan.Place, run: Path, stage: str, runs_folder: str) -
         return there
     cluster = place.load_cluster()
     runs = runs_folder or paths.for_user(cluster.runs) or f"{place.storage(cluster).rstrip('/')}/runs"
-    folder = f"{runs.rstrip('/')}/{run.name}/{stage}"
+    folder = f"{runs.rstrip('/')}/{references.owner(run / stage)}/{stage}"
     return single_result(folder, place.cache) if folder.startswith("gs://") else folder
 
 

@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import click
@@ -24,6 +23,7 @@ from sft.common.paths import inside
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
 from sft.formats.manifest import Manifest, Output
+from sft.runner import references
 from sft.runner.cli import program
 
 FILE_BYTES = 64 << 20
@@ -96,10 +96,9 @@ def accept(arrived: Path, final: Path, key: str) -> Manifest:
         fd = os.open(file, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
+    references.release(final)
     if final.exists():
-        aside = final.parent / ".replaced" / f"{final.name}-{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
-        aside.parent.mkdir(exist_ok=True)
-        os.rename(final, aside)
+        references.set_aside(final)
     os.rename(arrived, final)
     sync_folder(final.parent)
     return made

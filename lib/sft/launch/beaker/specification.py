@@ -24,7 +24,7 @@ from sft.formats.remote import SyncMetrics
 from sft.launch.beaker import code
 from sft.launch.job import WATCH, Job
 from sft.recipe import recipe, schema
-from sft.runner import plan
+from sft.runner import plan, references
 
 SCRIPT = plan.REPO / "env" / "beaker-job.sh"
 RESULTS, CODE, INPUTS = "/results", "/sft-code", "/sft-inputs"
@@ -174,7 +174,7 @@ def inputs_of(job: Job) -> dict[str, InputDataset]:
         if in_bucket(job.cluster):
             if _bucket_address(job, stage, made, where):
                 continue
-        elif f"{stored_run(job)}/{stage}" in (where, str(folder.absolute())):
+        elif f"{stored_run(job)}/{stage}" in (where, str(folder.absolute())) or reference_of(job, stage):
             continue
         if elsewhere.outputs:
             raise SftError(
@@ -183,6 +183,14 @@ def inputs_of(job: Job) -> dict[str, InputDataset]:
             )
         found[stage] = InputDataset(f"olmo-sft-{stage}-{made.digest[:16]}", folder)
     return found
+
+
+def reference_of(job: Job, stage: str) -> str:
+    """Another run's folder on the cluster's disk that holds an earlier stage of this run, or ""."""
+    where = Elsewhere.of(job.run / stage).where
+    stored = paths.for_user(job.cluster.runs).rstrip("/")
+    same = where == f"{stored}/{references.owner(job.run / stage)}/{stage}" and where != f"{stored_run(job)}/{stage}"
+    return where if stored and same and not in_bucket(job.cluster) else ""
 
 
 def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
@@ -231,6 +239,9 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     if in_bucket(job.cluster):
         variables |= {f"SFT_INPUT_{stage}": address for stage, address in addresses(job).items()}
         variables["SFT_STAGE_ADDRESS"] = stored_stage(job)
+    for stage in schema.STAGES[: schema.STAGES.index("train" if job.stage == WATCH else job.stage)]:
+        if reference := reference_of(job, stage):
+            variables[f"SFT_REFERENCE_{stage}"] = reference
     for stage, (dataset, _) in inputs_of(job).items():
         variables[f"SFT_INPUT_{stage}"] = f"{INPUTS}/{stage}"
         mounts[f"{INPUTS}/{stage}"] = f"{user}/{dataset}"

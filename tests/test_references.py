@@ -1,0 +1,113 @@
+"""A run refers to the stages that another run has made: nothing is made twice, and nothing is written into another run."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from conftest import Workspace
+from sft.common.errors import SftError
+from sft.runner import references
+
+OVERRIDES = """
+import dataclasses, json
+from pathlib import Path
+from sft.recipe import recipe, schema
+from sft.runner import plan
+
+def other(f):
+    if f.name == "tasks":
+        return "two"
+    if f.name in ("harness", "location", "best", "every_device"):
+        return {"harness": "oe-eval", "location": "org/name", "best": "one/acc", "every_device": "cuda:1"}[f.name]
+    if f.metadata["choices"]:
+        return next(c for c in f.metadata["choices"] if c != f.default)
+    if f.default is dataclasses.MISSING:
+        return '{a = "org"}' if f.name != "data" else '{a = "hf://org/name/file"}'
+    if isinstance(f.default, bool):
+        return str(not f.default).lower()
+    return {int: "7", float: "0.5", str: "other"}.get(type(f.default), "7")
+
+place, found = plan.Place(Path("runs")), {}
+for table in ("convert", "evaluate"):
+    for f in dataclasses.fields(schema.TABLES[table]):
+        value = "olmo" if f.name == "eval_template" else other(f)
+        r = recipe.load(Path("recipes/x.toml").absolute(), [f"{table}.{f.name}={value}"])
+        work = plan.work(place, r, ["evaluate"])
+        found[f"{table}.{f.name}"] = [r.run != "x", sorted(set(work.stale) - {"report"}), sorted(work.reused)]
+print(json.dumps(found))
+"""
+
+
+def test_no_field_of_convert_or_evaluate_trains_again(workspace: Workspace, finished) -> None:
+    finished("evaluate")
+    (workspace.root / "recipes/other").mkdir()  # a task_dir
+    found = json.loads(workspace.python(OVERRIDES))
+    assert len(found) > 25 and any(sibling for sibling, *_ in found.values())
+    for name, (sibling, stale, reused) in found.items():
+        if sibling:
+            assert stale == (["convert", "evaluate"] if name.startswith("convert") else ["evaluate"]), name
+            assert reused == sorted({"prepare", "sync", "train", "convert"} - set(stale)), name
+        else:  # it changes no result
+            assert stale == reused == [], name
+
+
+def test_a_sibling_run_makes_only_what_is_new_and_says_what_it_reuses(workspace: Workspace, finished) -> None:
+    finished("evaluate")
+    assert "x_limit-10/train: reuses runs/x/train" in workspace.make("why", "RECIPE=x", "limit=10").stdout
+    assert not (workspace.root / "runs/x_limit-10").exists()
+    made = workspace.make("evaluate", "RECIPE=x", "limit=10")
+    assert "[train] reuses runs/x/train\n" in made.stdout and workspace.ran() == ["evaluate x_limit-10"]
+    run = workspace.root / "runs/x_limit-10"
+    assert os.readlink(run / "train") == "../x/train"
+    workspace.make("-q", "evaluate", "RECIPE=x", "limit=10")
+    workspace.make("verify", "RUN=x_limit-10")
+    workspace.make("evaluate", "RECIPE=x", "dtype=float32")
+    assert workspace.ran() == ["convert x_dtype-float32", "evaluate x_dtype-float32"]
+
+
+def test_a_run_that_shares_a_stage_never_writes_into_the_other(workspace: Workspace, finished) -> None:
+    finished("evaluate")
+    workspace.make("evaluate", "RECIPE=x", "limit=10")
+    workspace.ran()
+    before = (workspace.root / "runs/x/train/manifest.json").read_bytes()
+    workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    workspace.make("evaluate", "RECIPE=x", "limit=10")
+    assert workspace.ran() == [f"{stage} x_limit-10" for stage in ("train", "convert", "evaluate")]
+    assert (workspace.root / "runs/x/train/manifest.json").read_bytes() == before
+    assert not (workspace.root / "runs/x_limit-10/train").is_symlink()
+
+
+def test_another_recipe_with_the_same_training_reuses_it(workspace: Workspace, finished) -> None:
+    finished("train")
+    workspace.recipe("y", 'tasks = ["one"]', 'tasks = ["two"]')
+    workspace.make("train", "RECIPE=y")
+    assert workspace.ran() == [] and (workspace.root / "runs/y/train").resolve() == workspace.root / "runs/x/train"
+    assert json.loads((workspace.root / "runs/y/run.json").read_text())["recipe"] == "y"
+
+
+def test_a_stage_with_a_lost_file_is_not_reused(workspace: Workspace, finished) -> None:
+    finished("train")
+    (workspace.root / "runs/x/train/out").write_text("short")
+    assert "x_limit-10/train: not made yet" in workspace.make("why", "RECIPE=x", "limit=10").stdout
+
+
+def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_told(tmp_path: Path) -> None:
+    with pytest.raises(SftError, match="it is gone; next: run the same make again"):
+        references.refer(tmp_path / "a", "train", tmp_path / "b/train")
+    (tmp_path / "b/train").mkdir(parents=True)
+    (tmp_path / "b/train/manifest.json").write_text(json.dumps(
+        {"schema": 1, "stage": "train", "run": "b", "key": "k", "config": {}, "inputs": [], "outputs": [], "metrics": {}}))  # fmt: skip
+    (tmp_path / "a/train").mkdir(parents=True)
+    (tmp_path / "a/train/step1").touch()
+    references.refer(tmp_path / "a", "train", tmp_path / "b/train")
+    references.refer(tmp_path / "a", "train", tmp_path / "b/train")
+    assert len(list((tmp_path / "a/.replaced").glob("train-*/step1"))) == 1
+    assert references.owner(tmp_path / "a/train") == "b" and references.owner(tmp_path / "b/train") == "b"
+    assert references.referrers(tmp_path / "b") == {"train": [tmp_path / "a/train"]}
+    references.release(tmp_path / "a/train")
+    references.release(tmp_path / "b/train")
+    assert not (tmp_path / "a/train").exists() and (tmp_path / "b/train").is_dir()
