@@ -139,8 +139,8 @@ class Asked:
 
     def _reads(self, table: str, field: str, fields: Sequence[str]) -> bool:
         """Whether a stage of the goals reads the field. Training that evaluates its checkpoints reads [evaluate] and [convert]."""
-        if any(table in READS[stage] for stage in self.chain):
-            return True
+        if any(table in READS[stage] for stage in self.chain) or "dry-run" in self.goals:
+            return True  # a dry run makes nothing: the override only names the run
         watched = any(f.partition("=")[0].rpartition(".")[2] == "every" for f in fields)
         return (
             "train" in self.chain
