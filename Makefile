@@ -16,7 +16,7 @@ unexport DETACH # only the last requested stage is detached; Make waits for thos
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why runs delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
@@ -86,6 +86,12 @@ why:    ; @$(call SFT,why) ## the reasons why each stage would run
 fields: ; @$(call SFT,fields) ## every option of a recipe with its default
 verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= and check its chain of manifests
 diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## the first stage in which runs A= and B= differ, and its fields that differ
+
+runs:   ; @$(call SFT,runs) ## all runs in a table: stage, step, loss, tokens/s, time left, job, age, size
+delete: ; @$(call SFT,delete) --run $(call quote,$(RUN)) $(if $(YES),--yes) ## delete RUN=; stages that other runs refer to stay [YES=1; without it, say what goes]
+archive: ; @$(call SFT,archive) --run $(call quote,$(RUN)) --dst $(call quote,$(DST)) $(if $(YES),--yes) ## pack RUN= into DST=file.tar, then delete it [YES=1]
+schema: ; @$(call SFT,schema) ## JSON Schemas of recipes and cluster files, which editors read: env/schema/
+completion: ; @$(call SFT,completion) ## completion of goals, recipes and fields: source <(make -s completion)
 
 compare: ; @$(call SFT,compare) --a $(call quote,$(A)) --b $(call quote,$(B)) --c $(call quote,$(C)) $(if $(ANYWAY),--anyway) ## compare the scores of runs A= and B= [C="more runs"] item by item, with errors, and list options that differ
 

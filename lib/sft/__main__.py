@@ -33,15 +33,15 @@ from sft.common.locks import lock
 from sft.formats import manifest
 from sft.formats import run as run_format
 from sft.formats.run import RunFile
-from sft.recipe import recipe, row_fields, schema, time_limit
+from sft.recipe import json_schema, recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, plan, references, runs
+from sft.runner import asked, bases, completion, listing, plan, references, removal, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
     "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "WEIGHTS", "YES", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
 )  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
@@ -198,6 +198,9 @@ def command_show(args: argparse.Namespace) -> None:
         print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
         for stage, state in plan.states(args.place, r, reuse=True).items():
             print(f"# {stage:9}{'; '.join(state.reasons) or (f'reuses {state.origin}' if state.origin else 'done')}")
+            going = listing.progress(args.place.runs / r.run / stage) if stage == "train" and state.stale else None
+            if going:
+                print(f"# {'':9}{going.line(listing.is_running(args.place.runs / r.run, stage))}")
 
 
 def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
@@ -281,6 +284,45 @@ def command_verify(args: argparse.Namespace) -> None:
     runs.verify(runs.run_folder(args.place, args.run, "RUN"))
 
 
+def command_runs(args: argparse.Namespace) -> None:
+    """A table of all runs, the newest first."""
+    print(listing.listing(args.place.runs))
+
+
+def command_delete(args: argparse.Namespace) -> None:
+    """Deletes a run, or with a file in --dst packs it first. Without --yes it only says what it would do."""
+    found = removal.removal(runs.run_folder(args.place, args.run, "RUN"))
+    print("\n".join(found.lines()))
+    if args.yes and args.dst:
+        removal.archive(found, Path(args.dst))
+    elif args.yes:
+        removal.delete(found)
+    print(
+        f"{'archived in ' + args.dst if args.dst else 'deleted'}"
+        if args.yes
+        else "nothing was done; next: the same with YES=1"
+    )
+
+
+def command_archive(args: argparse.Namespace) -> None:
+    """Packs a run into a file and deletes it."""
+    if not args.dst:
+        raise SftError("make archive: which file? next: make archive RUN=… DST=….tar YES=1")
+    command_delete(args)
+
+
+def command_schema(args: argparse.Namespace) -> None:
+    """Writes the JSON Schemas of recipes and of cluster files, for editors."""
+    for name, text in json_schema.files().items():
+        write_atomic(plan.REPO / name, text.encode())
+        print(name)
+
+
+def command_completion(args: argparse.Namespace) -> None:
+    """Prints a bash script that completes goals, recipes, clusters and fields. zsh reads it too."""
+    print(completion.script(plan.REPO, asked.known_goals(plan.REPO / "Makefile"), MAKE_VARIABLES))
+
+
 def command_clean_cache(args: argparse.Namespace) -> None:
     """Deletes what prepare keeps between runs and can make again. Datasets, runs and downloads stay."""
     runs.clean_cache(args.place.cache)
@@ -359,6 +401,8 @@ def main() -> None:
     parser.add_argument("--overrides", default="", help="Make's command-line variables")
     parser.add_argument("--from", dest="copy_from", default="", help="recipe that `new` copies")
     parser.add_argument("--run", default="", help="run that `verify` checks")
+    parser.add_argument("--dst", default="", help="file that `archive` writes")
+    parser.add_argument("--yes", action="store_true", help="`delete` and `archive` do what they say")
     parser.add_argument("--stage", default="", help="stage that `reuse` refers to")
     parser.add_argument("--origin", default="", help="run whose stage `reuse` refers to")
     parser.add_argument("--a", default="", help="first run of `diff` and `compare`")

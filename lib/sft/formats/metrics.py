@@ -56,6 +56,7 @@ class Attempt(_Numbers):
     device: str
     peak_tflops: float | None  # of one GPU; None = not known, or a CPU
     mfu: str  # the formula of the steps' `mfu`
+    steps: int | None = None  # that the whole training will have
 
 
 @dataclass(frozen=True)

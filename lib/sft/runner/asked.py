@@ -30,7 +30,7 @@ LAST = {"all": "evaluate", "smoke": "evaluate", "preview": "prepare", "export": 
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
     "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
-    "nightly", "cp", "clean-cache", "jobs", "to-core",
+    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion",
 )  # fmt: skip
 """Goals that read no recipe. The others name a run by all of its overrides, as `make report` does."""
 WATCHING = ("every", "every_limit", "every_device", "best")
@@ -40,7 +40,7 @@ _VERBS = {
     "submit": "train", "run": "train", "resume": "train", "tokenize": "prepare", "tokenise": "prepare", "data": "prepare",
     "upload": "sync", "export-hf": "convert", "hf": "convert", "status": "jobs", "ps": "jobs", "queue": "jobs", "stop": "cancel",
     "kill": "cancel", "lint": "check", "tests": "test", "install": "setup", "init": "setup", "clean": "clean-cache",
-    "validate": "doctor", "options": "fields", "config": "show", "download": "fetch", "push": "push-hub", "average": "soup",
+    "validate": "doctor", "options": "fields", "config": "show", "download": "fetch", "push": "push-hub", "average": "soup", "ls": "runs", "list": "runs", "rm": "delete", "remove": "delete", "talk": "chat", "sweeps": "sweep",
 }  # fmt: skip
 """Words of other tools."""
 

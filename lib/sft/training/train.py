@@ -82,7 +82,9 @@ def open_metrics(stage: Stage, run: Run, start: int, attempt: int) -> MetricsWri
     options = {"model": dataclasses.asdict(stage.recipe.model), "train": dataclasses.asdict(train)}
     trackers = Trackers.start(train, stage.recipe.run, stage.identity, options, stage.out, start, stage.log)
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "cpu"
-    header = Attempt(attempt, start, run.world.size, device, run.peak_tflops or None, utilisation.FORMULA)
+    header = Attempt(
+        attempt, start, run.world.size, device, run.peak_tflops or None, utilisation.FORMULA, run.plan.steps
+    )
     return MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers)
 
 
