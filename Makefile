@@ -16,7 +16,7 @@ unexport DETACH # only the last requested stage is detached; Make waits for thos
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card help setup check test test-quick new show why runs delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick new show why runs delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
@@ -106,6 +106,8 @@ to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to 
 	@$(PY) stages/to_core.py $(call quote,$(SRC)) $(call quote,$(DST)) --adapter $(call quote,$(ADAPTER))
 soup: | $(READY) ## average checkpoints into a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
 	@$(PY) stages/soup.py $(call quote,$(DST)) $(foreach s,$(STEPS),$(call quote,$s)) --run $(call quote,$(RUN)) --runs $(call quote,$(RUNS)) --weights $(call quote,$(WEIGHTS))
+chat serve: | $(READY) ## talk to RUN= in the terminal [STEP=300] [MODEL=folder|hf://org/name] [TOKENS=1]; serve: print vLLM's command [START=1]
+	@$(PY) stages/chat.py --run $(call quote,$(if $(RUN),$(RUNS)/$(RUN))) --step $(call quote,$(STEP)) --model $(call quote,$(MODEL)) $(if $(TOKENS),--tokens) $(if $(filter serve,$(GOALS)),--serve) $(if $(START),--start)
 push-hub: | $(READY) ## send the export to the Hugging Face hub: make push-hub RECIPE=x REPO=org/name [PUSH=1; without it, list the files] (HF_TOKEN; private)
 	@$(foreach d,$(DIRS),$(PY) stages/push_hub.py $d --repo $(call quote,$(REPO)) --push $(call quote,$(PUSH)) $(ARGS) &&) true
 card: | $(READY) ## print the model card with the scores so far

@@ -1,0 +1,67 @@
+"""Talks to a model in the terminal (make chat RUN=x), or serves it with vLLM (make serve RUN=x); see sft.evaluation.talk.
+
+python stages/chat.py [--run runs/x] [--step 300] [--model FOLDER] [--tokens] [--serve] [--start]
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import click
+
+from sft.common.errors import SftError
+from sft.common.files import read_json
+from sft.evaluation import talk
+from sft.formats import manifest
+from sft.runner.cli import program
+
+
+def log(text: str) -> None:
+    print(f"[chat] {text}", file=sys.stderr, flush=True)
+
+
+def system_of(run: Path) -> str:
+    """[prepare] system of a run; "" where it has none: the template's own default then stays."""
+    try:
+        return str(manifest.load(run / "prepare" / manifest.NAME).config.get("system", ""))
+    except (FileNotFoundError, SftError):
+        return ""
+
+
+@program("chat", "stages/chat.py", signals=False)
+@click.option("--run", default="", metavar="RUN", help="Folder of a run; its export, and its system prompt.")
+@click.option("--step", default="", metavar="N", help="A kept step of the run's training instead of its export.")
+@click.option("--model", default="", metavar="WHERE", help="Another model: a folder, a step, gs://… or hf://org/name.")
+@click.option("--device", default="", metavar="NAME", help="cpu or cuda. Default: a GPU if there is one.")
+@click.option("--tokens", is_flag=True, help="Show the tokens of replies with their ids.")
+@click.option("--serve", is_flag=True, help="Print the command of vLLM that serves the model.")
+@click.option("--start", is_flag=True, help="With --serve: start it.")
+def main(run: str, step: str, model: str, device: str, tokens: bool, serve: bool, start: bool) -> None:
+    """Talks to a model in the terminal, with its own template, stop tokens, system prompt and sampling."""
+    if not run and not model:
+        raise SftError("RUN= or MODEL= is missing; next: make chat RUN=<name of a run>, or MODEL=folder")
+    cache = (Path(run).parent if run else Path("runs")) / ".cache"
+    folder = talk.model_folder(Path(run), step, model, cache, log)
+    if serve:
+        config = read_json(folder / "config.json")
+        name = Path(run).name or folder.name
+        command = talk.serve_command(folder, name, int(config.get("max_position_embeddings") or talk.LONGEST))
+        print(shlex.join(command), flush=True)
+        if start:
+            if not Path(command[0]).is_file():
+                raise SftError(
+                    f"{command[0]}: not installed; next: .venv/bin/pip install -e '.[vllm]', on a machine with a GPU"
+                )
+            os.execv(command[0], command)
+        return
+    talking = talk.load(folder, device, "" if model else system_of(Path(run)))
+    talking.show_tokens = tokens
+    log(f"{folder} on {talking.model.device}; {talk.HELP}")
+    talk.converse(talking, talk.typed(), sys.stdout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
