@@ -10,6 +10,7 @@ import pytest
 
 from conftest import Workspace
 from sft.common.errors import SftError
+from sft.formats.identity import read_identity
 from sft.runner import references
 
 OVERRIDES = """
@@ -111,3 +112,35 @@ def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_told(tmp
     references.release(tmp_path / "a/train")
     references.release(tmp_path / "b/train")
     assert not (tmp_path / "a/train").exists() and (tmp_path / "b/train").is_dir()
+
+
+def test_a_longer_training_is_told_before_anything_is_moved_and_goes_on_if_asked(
+    workspace: Workspace, finished
+) -> None:
+    finished("train")
+    run = workspace.root / "runs/x"
+    file = run / "train/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": {"final_step": 8}}))
+    (run / "train/step8").mkdir()
+    (run / "train/step8/manifest.json").write_text("{}")
+    workspace.recipe("x", "lr = 1e-3  # why", "lr = 1e-3\nepochs = 6.0")
+    told = workspace.make("train", "RECIPE=x", ok=False).stderr
+    assert "epochs 3.0 -> 6.0; it has finished 8 steps, and make train would set them aside" in told
+    assert "make extend RECIPE=x goes on from step 8" in told and file.is_file() and workspace.ran() == []
+    assert "nothing was done; next: the same with YES=1" in workspace.make("extend", "RECIPE=x").stdout
+    assert "goes on from step 8 with its optimizer state" in workspace.make("extend", "RECIPE=x", "YES=1").stdout
+    assert (run / "train/step8").is_dir() and (run / "train/.finished-step8.json").is_file() and not file.exists()
+    mark = read_identity(run / "train")
+    code = "from pathlib import Path; from sft.runner import plan; from sft.recipe import recipe; place = plan.Place(Path('runs'));"
+    code += "s, i = plan.consumed(place, recipe.load(Path('recipes/x.toml').absolute()), 'train'); print(plan.identity(s.key, i))"
+    assert workspace.python(code).strip() == mark
+    assert "no finished training that differs" in workspace.make("extend", "RECIPE=x", ok=False).stderr
+
+
+def test_training_from_step_0_again_is_possible_where_it_is_asked_for(workspace: Workspace, finished) -> None:
+    finished("train")
+    file = workspace.root / "runs/x/train/manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": {"final_step": 8}}))
+    workspace.recipe("x", "lr = 1e-3  # why", "lr = 1e-3\nsteps = 9")
+    workspace.make("train", "RECIPE=x", "RETRAIN=1")
+    assert workspace.ran() == ["train x"]

@@ -36,12 +36,12 @@ from sft.formats.run import RunFile
 from sft.recipe import json_schema, recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, completion, listing, plan, references, removal, runs
+from sft.runner import asked, bases, completion, extension, listing, plan, references, removal, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
     "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "YES", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "WEIGHTS", "YES", "RETRAIN", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
 )  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
@@ -140,6 +140,9 @@ def command_plan(args: argparse.Namespace) -> None:
         if "train" in wanted and "train" in cluster.stages:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
         work = plan.work(args.place, r, goals)
+        retrain = _variable(args, "RETRAIN") not in ("", "0") or "train" not in question.chain
+        if "train" in work.stale and not retrain and (found := extension.find(args.place, r)):
+            raise extension.refuse(found, r)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
         words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
     print(" ".join(words))
@@ -287,6 +290,28 @@ def command_verify(args: argparse.Namespace) -> None:
 def command_runs(args: argparse.Namespace) -> None:
     """A table of all runs, the newest first."""
     print(listing.listing(args.place.runs))
+
+
+def command_extend(args: argparse.Namespace) -> None:
+    """Lets a finished training go on with more epochs or steps. Without --yes it only says what it would do."""
+    for r in _one_or_more(args):
+        found = extension.find(args.place, r)
+        if found is None:
+            raise SftError(
+                f"{args.place.runs / r.run}/train: no finished training that differs from {r.file} only in epochs or steps;"
+                f" next: raise one of them there, or make why RECIPE={r.name}"
+            )
+        if others := extension.referred(found):
+            raise SftError(
+                f"{found.folder}: {', '.join(others)} refer to it; next: delete them, or copy the recipe: make new"
+            )
+        print(
+            f"{found.line}; they stay, and it goes on from step {found.step} with its optimizer state and data position"
+        )
+        print("the learning rate follows the schedule of the new length from there")
+        if args.yes:
+            extension.extend(found)
+        print(f"next: make train RECIPE={r.name}" if args.yes else "nothing was done; next: the same with YES=1")
 
 
 def command_delete(args: argparse.Namespace) -> None:
