@@ -22,7 +22,7 @@ from sft.launch import job as jobs
 from sft.launch.job import LostConnection, Status, SubmittedJob
 from sft.launch.slurm import client, scheduler
 from sft.launch.slurm.script import comment
-from sft.recipe import recipe, schema, time_limit
+from sft.recipe import clusters, schema, time_limit
 
 # --- records and the scheduler's answers ------------------------------------------------------------------------------
 
@@ -226,7 +226,7 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
 def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path, toml, message):
     (tmp_path / "c.toml").write_text(f'storage = "/s"\n{toml}\n')
     with pytest.raises(SftError) as error:
-        recipe.load_cluster(tmp_path / "c.toml")
+        clusters.load_cluster(tmp_path / "c.toml")
     assert f"{tmp_path}/c.toml: {message}" in str(error.value)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.recipe import presets, recipe, resolve, schema
+from sft.recipe import clusters, presets, recipe, resolve, schema
 
 MINIMAL = (
     '[model]\npreset = "olmo3-tiny"\n[prepare]\ntokenizer = "tok"\nsources = [{path = "rows.jsonl"}]\n'
@@ -37,7 +37,7 @@ def test_every_shipped_recipe_is_valid_and_says_what_it_is_for(file):
 
 @pytest.mark.parametrize("file", sorted((REPO / "env").glob("*.toml")), ids=lambda f: f.stem)
 def test_every_shipped_cluster_is_valid(file):
-    recipe.load_cluster(file)
+    clusters.load_cluster(file)
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path):
@@ -226,7 +226,7 @@ def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> Non
     for file in sorted((REPO / "recipes").glob("*.toml")):
         loaded = recipe.load(file)
         for cluster, stages in loaded.on.items():
-            hardware, facts = stages.get("train"), recipe.load_cluster(REPO / "env" / f"{cluster}.toml")
+            hardware, facts = stages.get("train"), clusters.load_cluster(REPO / "env" / f"{cluster}.toml")
             if hardware is None or cluster == "local":
                 continue
             model, train = resolve.resolve(loaded.model, 100278), loaded.train

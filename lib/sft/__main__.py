@@ -41,7 +41,7 @@ from sft.runner import asked, bases, completion, extension, listing, plan, refer
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
     "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "YES", "RETRAIN", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "WEIGHTS", "YES", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
 )  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""

@@ -235,7 +235,7 @@ def _options(fields: Sequence[str]) -> Convert:
     for text in fields:
         name, _, value = text.partition("=")
         data[name] = recipe.parse_value(value, hints.get(name, str))
-    made: Convert = recipe._build(Convert, data, "convert", problems)
+    made: Convert = recipe.build(Convert, data, "convert", problems)
     if problems:
         raise SftError("\n".join(problems) + "\nnext: correct it; `make fields` lists every field")
     return made

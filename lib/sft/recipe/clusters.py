@@ -1,16 +1,58 @@
-"""Finds the file of a cluster by its name, or by the name that a scheduler has for it. Standard library only.
+"""Files of clusters: found by name, read with the user's own values, checked. Standard library only.
 
 find_cluster(Path("env"), "ai2/jupiter-cirrascale-2")     raises: did you mean CLUSTER=ai2-jupiter?
 """
 
 from __future__ import annotations
 
+import os
 import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sft.common.errors import SftError
-from sft.recipe import recipe
+from sft.recipe import recipe, schema
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
+
+
+def load_cluster(file: Path) -> schema.Cluster:
+    """Reads and checks env/<cluster>.toml, with the user's own values for launching in it. Raises SftError."""
+    problems: list[str] = []
+    data = {**recipe.read_toml(file, "cluster"), **_own_values(file, problems)}
+    cluster: schema.Cluster = recipe.build(schema.Cluster, data, "", problems)
+    shared = [
+        name for name in data if f"SFT_{name.upper()}" not in os.environ
+    ]  # a variable is for every cluster that reads it
+    problems = problems or _check_cluster(cluster) + recipe.unread(schema.Cluster, shared, cluster.launcher)
+    if problems:
+        raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
+    return cluster
+
+
+def _own_values(file: Path, problems: list[str]) -> dict[str, Any]:
+    """A user's values of a cluster: env/mine/<cluster>.toml, which git ignores, then variables such as SFT_WORKSPACE."""
+    own = file.parent / "mine" / file.name
+    data = recipe.read_toml(own, "cluster") if own.is_file() else {}
+    problems += [
+        f"'{name}' in {own}: only {', '.join(schema.OWN)} can be set there: the others decide where stages run and what"
+        " jobs see"
+        for name in data
+        if name not in schema.OWN
+    ]
+    hints = typing.get_type_hints(schema.Cluster)
+    for name in schema.OWN:
+        if (text := os.environ.get(f"SFT_{name.upper()}")) is not None:
+            data[name] = recipe.parse_value(text, hints[name])
+    return {name: value for name, value in data.items() if name in schema.OWN}
+
+
+def _check_cluster(cluster: schema.Cluster) -> list[str]:
+    problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not _VARIABLE.fullmatch(name)]
+    problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
+    return problems
 
 
 def find_cluster(folder: Path, name: str) -> Path:

@@ -29,7 +29,6 @@ from sft.recipe import chat_templates, other_names, presets, resolve, schema
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
 FEW_ROWS = 32  # an integer weight below this is taken for a multiple written without its ".0"
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
 FIELDS_OF_TABLES = {f.name for cls in schema.TABLES.values() for f in dataclasses.fields(cls)}
 FIELDS = FIELDS_OF_TABLES | HARDWARE_FIELDS.keys()
@@ -91,13 +90,13 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         raise SftError(
             f"{file}: a recipe's name is lower-case letters, digits, '.' and '-', not {name!r}; next: rename the file"
         )
-    data = _read_toml(file, "recipe")
+    data = read_toml(file, "recipe")
     problems: list[str] = []
     taken = _apply(data, overrides, cluster, problems)
     for table in data:
         if table not in schema.TABLES and table != "on":
             problems.append(f"no table [{table}]{_did_you_mean(table, [*schema.TABLES, 'on'])}")
-    values = {t: _build(cls, data.get(t, {}), t, problems) for t, cls in schema.TABLES.items()}
+    values = {t: build(cls, data.get(t, {}), t, problems) for t, cls in schema.TABLES.items()}
     on = _hardware(data.get("on", {}), problems)
     if not problems:
         problems += _check(values, on)
@@ -108,24 +107,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     return dataclasses.replace(recipe, overrides=_changing(taken, file))
 
 
-def load_cluster(file: Path) -> schema.Cluster:
-    """Reads and checks env/<cluster>.toml. Raises SftError."""
-    problems: list[str] = []
-    data = _read_toml(file, "cluster")
-    cluster: schema.Cluster = _build(schema.Cluster, data, "", problems)
-    problems = problems or _check_cluster(cluster) + _unread(schema.Cluster, data, cluster.launcher)
-    if problems:
-        raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
-    return cluster
-
-
-def _check_cluster(cluster: schema.Cluster) -> list[str]:
-    problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not VARIABLE.fullmatch(name)]
-    problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
-    return problems
-
-
-def _unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
+def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
     """One line for each launcher of fields that this launcher does not read."""
     names: dict[tuple[str, ...], list[str]] = {}
     for f in dataclasses.fields(cls):
@@ -160,7 +142,7 @@ def from_run(run: str) -> str:
     return run.split("_")[0]
 
 
-def _read_toml(file: Path, what: str) -> dict[str, Any]:
+def read_toml(file: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -193,7 +175,7 @@ def _did_you_mean(word: str, known: typing.Iterable[str]) -> str:
 # --- typed construction -------------------------------------------------------------------------------------------
 
 
-def _build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
+def build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
     where = f" in [{table}]" if table else ""
     if not isinstance(data, dict):
         problems.append(f"[{table}] must be a table, not {data!r}")
@@ -250,7 +232,7 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
             raise TypeError(f"a table of {what} is expected")
         return dict(value)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, where, problems)
+        return build(typing.cast(type, hint), value, where, problems)
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
@@ -297,9 +279,9 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
             if stage not in schema.STAGES:
                 problems.append(f"no stage '{stage}' in [on.{cluster}]{_did_you_mean(stage, schema.STAGES)}")
                 continue
-            on[cluster][stage] = _build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
+            on[cluster][stage] = build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
             if isinstance(numbers, dict) and (launcher := _launcher(cluster)):
-                problems += _unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
+                problems += unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
             problems += [
                 f"'{name}' in [on.{cluster}.{stage}]: {stage} does not read it, only {' and '.join(readers)}; remove it"
                 for name in numbers
@@ -313,7 +295,7 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
 def _launcher(cluster: str) -> str:
     """The launcher of env/<cluster>.toml, or "" if the file is not valid: `load_cluster` reports that."""
     try:
-        return str(_read_toml(CLUSTERS / f"{cluster}.toml", "cluster").get("launcher", "local"))
+        return str(read_toml(CLUSTERS / f"{cluster}.toml", "cluster").get("launcher", "local"))
     except SftError:
         return ""
 

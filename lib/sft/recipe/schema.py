@@ -607,6 +607,9 @@ class Cluster:
     )
 
 
+OWN = ("account", "partition", "qos", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
+"""Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""
+
 TABLES: dict[str, type] = {
     "model": Model,
     "prepare": Prepare,

@@ -56,7 +56,7 @@ class Place:
 
     def load_cluster(self) -> schema.Cluster:
         """env/<cluster>.toml. Raises SftError."""
-        return recipe.load_cluster(clusters.find_cluster(REPO / "env", self.cluster))
+        return clusters.load_cluster(clusters.find_cluster(REPO / "env", self.cluster))
 
     @staticmethod
     def parse(runs: str, data: str, cluster: str) -> Place:

@@ -35,7 +35,7 @@ def provenance(argv: Sequence[str], started: datetime) -> Provenance:
             versions[package] = importlib.metadata.version(package)
     return Provenance(
         git=git("rev-parse", "HEAD") or os.environ.get("SFT_COMMIT", ""),  # a job's code may be an archive
-        dirty=bool(git("status", "--porcelain", "--untracked-files=no")),
+        dirty=bool(git("status", "--porcelain", "--untracked-files=no") or os.environ.get("SFT_EDITS")),
         argv=tuple(argv),
         host=socket.gethostname(),
         started=started.isoformat(timespec="seconds"),

@@ -1,12 +1,18 @@
 """The repository's code as a job on another machine gets it: a commit that the remote has, or an archive of HEAD.
 
-A working tree with changes is refused either way, so that the commit in a manifest is the code that ran.
+A working tree with changes is refused, so that the commit in a manifest is the code that ran. With `code = "dataset"` and
+ALLOW_DIRTY=1 the files as they are travel instead: the archive holds their difference from HEAD (uncommitted.diff), and the
+manifests say that the code had edits. New files outside of the folders that jobs run do not matter.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import os
 import re
 import subprocess
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,19 +21,28 @@ from sft.common.errors import SftError
 from sft.common.strings import first_names
 
 ARCHIVE = "code.tar"
+DIFF = "uncommitted.diff"
+"""In an archive of a working tree with changes: its difference from HEAD."""
+RUN_BY_JOBS = ("lib/", "stages/", "env/", "recipes/", "pyproject.toml", "Makefile")
+"""What a new file must lie in to matter to a job."""
+ALLOW = "ALLOW_DIRTY"
 
 
 @dataclass(frozen=True)
 class Code:
-    """`repository` is the URL to fetch `commit` from; empty when the code is uploaded as the dataset `dataset`."""
+    """`repository` is the URL to fetch `commit` from; empty when the code is uploaded as the dataset `dataset`.
+
+    `edits` is a digest of what differs from the commit in the archive; empty for the commit itself.
+    """
 
     commit: str
     repository: str = ""
+    edits: str = ""
 
     @property
     def dataset(self) -> str:
         """The name of the Beaker dataset with the archive of the code; empty when a repository has it."""
-        return "" if self.repository else f"olmo-sft-{self.commit[:16]}"
+        return "" if self.repository else f"olmo-sft-{self.commit[:16]}" + (f"-{self.edits}" if self.edits else "")
 
 
 def git(root: Path, *command: str) -> str:
@@ -39,8 +54,9 @@ def git(root: Path, *command: str) -> str:
 
 
 def changed(root: Path) -> list[str]:
-    """Tracked files that differ from HEAD, and new ones that are not ignored."""
-    return [line[3:] for line in git(root, "status", "--porcelain").splitlines()]
+    """Tracked files that differ from HEAD, and new ones, not ignored, in the folders that jobs run."""
+    lines = git(root, "status", "--porcelain", "--untracked-files=all").splitlines()
+    return [line[3:] for line in lines if not line.startswith("??") or line[3:].strip('"').startswith(RUN_BY_JOBS)]
 
 
 def describe(root: Path, how: str, strict: bool = True) -> Code:
@@ -52,10 +68,14 @@ def describe(root: Path, how: str, strict: bool = True) -> Code:
         commit = git(root, "rev-parse", "HEAD")
     except (SftError, FileNotFoundError) as e:
         raise SftError(f"{root}: jobs need the code in a git repository ({e}); next: git init, commit") from None
-    if strict and (files := changed(root)):
+    files = changed(root)
+    if files and how == "dataset" and os.environ.get(ALLOW, "0") not in ("", "0"):
+        return Code(commit, edits=hashlib.sha256(_edits(root)).hexdigest()[:8])
+    if strict and files:
         shown = first_names(files)
+        other = f"; or {ALLOW}=1, which ships them as they are" if how == "dataset" else ""
         raise SftError(
-            f"{root}: jobs run the commit {commit[:12]}, without the changes in {shown}; next: commit or stash them"
+            f"{root}: jobs run the commit {commit[:12]}, without the changes in {shown}; next: commit or stash them{other}"
         )
     if how == "dataset":
         return Code(commit)
@@ -80,8 +100,36 @@ def public_url(url: str) -> str:
     return url
 
 
-def archive(root: Path, commit: str, target: Path) -> Path:
-    """Writes the commit's files as target/code.tar."""
+def archive(root: Path, code: Code, target: Path) -> Path:
+    """Writes the commit's files, or those of the working tree where it has edits, as target/code.tar."""
     file = target / ARCHIVE
-    git(root, "archive", "--format=tar", f"--output={file}", commit)
+    if not code.edits:
+        git(root, "archive", "--format=tar", f"--output={file}", code.commit)
+        return file
+    with tarfile.open(file, "w") as packed:
+        for name in _files(root):
+            packed.add(root / name, name, recursive=False)
+        edits = _edits(root)
+        member = tarfile.TarInfo(DIFF)
+        member.size = len(edits)
+        packed.addfile(member, io.BytesIO(edits))
     return file
+
+
+def _files(root: Path) -> list[str]:
+    """The tracked files that exist, and the new ones in the folders that jobs run."""
+    tracked = git(root, "ls-files", "-z").split("\0")
+    new = git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
+    names = {n for n in tracked if n} | {n for n in new if n.startswith(RUN_BY_JOBS)}
+    return sorted(n for n in names if os.path.lexists(root / n))
+
+
+def _edits(root: Path) -> bytes:
+    """The difference of the working tree from HEAD as a patch, with new files in it."""
+    new = [
+        n
+        for n in git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
+        if n.startswith(RUN_BY_JOBS)
+    ]
+    text = git(root, "diff", "--binary", "HEAD").encode()
+    return text + b"".join(f"\n+++ new file {n}\n".encode() + (root / n).read_bytes() for n in sorted(new))

@@ -231,6 +231,8 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     variables = {"SFT_PORT": str(20000 + int(job.identity[:8], 16) % 10000)} if job.nodes > 1 else {}
     variables |= {"SFT_JOB": "beaker", "SFT_USER": user, "SFT_COMMIT": shipped.commit, "SFT_RESULTS": RESULTS}
     mounts = {}
+    if shipped.edits:
+        variables["SFT_EDITS"] = shipped.edits
     if shipped.dataset:
         variables["SFT_CODE"] = CODE
         mounts[CODE] = f"{user}/{shipped.dataset}"

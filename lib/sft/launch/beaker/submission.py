@@ -46,7 +46,7 @@ def _upload_and_specify(job: Job, user: str, uploads: DatasetUploads, workspace:
     if shipped.dataset:
         with tempfile.TemporaryDirectory(prefix="olmo-sft-") as folder:
             archive = Path(folder)
-            uploads.upload(shipped.dataset, lambda: code.archive(plan.REPO, shipped.commit, archive), workspace)
+            uploads.upload(shipped.dataset, lambda: code.archive(plan.REPO, shipped, archive), workspace)
     for stage, (dataset, path) in specification.inputs_of(job).items():
         size = sum(o.bytes for o in manifest.load(path / manifest.NAME).outputs)
         if size > INPUT_BYTES:
