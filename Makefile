@@ -16,7 +16,7 @@ unexport DETACH # only the last requested stage is detached; Make waits for thos
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick new show why runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
@@ -87,6 +87,8 @@ fields: ; @$(call SFT,fields) ## every option of a recipe with its default
 verify: ; @$(call SFT,verify) --run $(call quote,$(RUN)) ## hash every output of RUN= and check its chain of manifests
 diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## the first stage in which runs A= and B= differ, and its fields that differ
 
+sweep: | $(READY) ## sibling runs of all combinations, compared: make sweep RECIPE=x lr="1e-5 3e-5" seed="1 2" [GOAL=train|evaluate|all] [JOBS=n at a time]
+	@$(call SFT,sweep)
 runs:   ; @$(call SFT,runs) ## all runs in a table: stage, step, loss, tokens/s, time left, job, age, size
 extend: ; @$(call SFT,extend) $(if $(YES),--yes) ## let the finished training of RECIPE= go on after its epochs or steps were raised [YES=1; without it, say how]
 delete: ; @$(call SFT,delete) --run $(call quote,$(RUN)) $(if $(YES),--yes) ## delete RUN=; stages that other runs refer to stay [YES=1; without it, say what goes]

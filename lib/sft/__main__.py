@@ -41,13 +41,13 @@ from sft.runner import asked, bases, completion, extension, listing, plan, refer
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
     "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "YES", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "WEIGHTS", "YES", "GOAL", "JOBS", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
 )  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
 OF_A_RUN = (
     *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
-    "dry-run", "cancel", "collect", "fetch",
+    "dry-run", "cancel", "collect", "fetch", "sweep",
 )  # fmt: skip
 """Goals of Make that need RECIPE=."""
 
@@ -107,8 +107,9 @@ def command_plan(args: argparse.Namespace) -> None:
     asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
     question = _question(args, goals)
     words = ["plan-ok", f"environment:{plan.environment_digest()}"]
-    if question.takes_none or set(goals) <= {"new"}:
-        question.resolve(args.fields)
+    if question.takes_none or set(goals) <= {"new"} or set(goals) == {"sweep"}:
+        if goals != ["sweep"]:  # its fields have several values each
+            question.resolve(args.fields)
         print(" ".join(words))
         return
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
@@ -392,9 +393,37 @@ def command_compare(args: argparse.Namespace) -> None:
         raise SftError(
             f"{', '.join(f'{v}={n}' for v, n in names)}: a run cannot be compared with itself; next: name another run"
         )
+    if not all((folder / "evaluate" / manifest.NAME).is_file() for folder in folders):
+        from sft.reporting import trainings  # start-up: the same
+
+        curves = trainings.compare(folders)
+        page = folders[0] / "compare" / f"{'+'.join(f.name for f in folders[1:])[:150]}-training.html"
+        page.parent.mkdir(exist_ok=True)
+        write_atomic(page, trainings.html(curves).encode())
+        print(
+            f"{trainings.text(curves)}\n\n{page}\nnot all of them have scores: make evaluate, then compare them again"
+        )
+        return
     found = compare.compare(folders, anyway=args.anyway)
     print(compare.text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     print(f"\n{comparison.write(found, folders[0] / 'compare')}")
+
+
+def command_sweep(args: argparse.Namespace) -> None:
+    """Makes sibling runs of all combinations of values, and compares them."""
+    from sft.launch import sweep  # start-up: the planner launches nothing
+
+    if len(args.recipe.split()) != 1:
+        raise SftError(
+            f'make sweep RECIPE={args.recipe}: one recipe is expected; next: make sweep RECIPE=x lr="1e-5 3e-5"'
+        )
+    file = recipe.find(RECIPES, args.recipe.strip(), "recipe")
+    found = sweep.siblings(file, args.fields, args.place.cluster)
+    jobs = _variable(args, "JOBS") or "0"
+    if not jobs.isdigit():
+        raise SftError(f"JOBS={jobs}: a number of runs at a time is expected; next: correct it")
+    words = [f"CLUSTER={args.place.cluster}", *([f"DATA={args.data}"] if args.data else [])]
+    sweep.sweep(args.place, args.recipe.strip(), found, _variable(args, "GOAL") or "train", int(jobs), words)
 
 
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:

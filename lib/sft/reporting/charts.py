@@ -27,8 +27,24 @@ class Line:
     spread: Sequence[tuple[float, float, float]] = ()
 
 
+NARROW = (360, 250)
+"""Width and height of a chart on a narrow page."""
+
+
 def lines(series: Sequence[Line], *, width: int, height: int, x_name: str, digits: int = 3) -> str:
-    """A line chart of series over a common x axis, with a grid, tick labels and a legend."""
+    """A line chart of series over a common x axis, with a grid, tick labels and a legend.
+
+    A wide one is drawn twice: once for a narrow page, where its labels would be too small to read.
+    """
+    wide = _lines(series, width, height, x_name, digits, "wide" if width > 640 else "")
+    return (
+        wide + _lines(series, *NARROW, x_name, digits, "narrow")
+        if width > 640 and any(s.points for s in series)
+        else wide
+    )
+
+
+def _lines(series: Sequence[Line], width: int, height: int, x_name: str, digits: int, kind: str) -> str:
     series = [Line(s.name, s.kind, thin(s.points), s.dots, s.spread) for s in series if s.points]
     xs = [x for s in series for x, _ in s.points]
     ys = [y for s in series for _, y in s.points if math.isfinite(y)]
@@ -36,7 +52,7 @@ def lines(series: Sequence[Line], *, width: int, height: int, x_name: str, digit
     if not ys:
         return '<p class="none">no points</p>'
     left, right, top, bottom = 52, 12, 10, 34
-    x_ticks, y_ticks = ticks(min(xs), max(xs), 8), ticks(min(ys), max(ys), 5)
+    x_ticks, y_ticks = ticks(min(xs), max(xs), 8 if width > 640 else 4), ticks(min(ys), max(ys), 5)
     x0, x1 = min(xs), max(max(xs), min(xs) + 1)
     y0, y1 = min(y_ticks[0], *ys), max(y_ticks[-1], *ys)
     y1 = y1 if y1 > y0 else y0 + 1
@@ -72,7 +88,8 @@ def lines(series: Sequence[Line], *, width: int, height: int, x_name: str, digit
     legend = "".join(f'<span class="key {s.kind}">{escape(s.name)}</span>' for s in series)
     name = escape(" and ".join(s.name for s in series))
     return (
-        f'<figure class="chart"><figcaption>{legend}</figcaption><svg viewBox="0 0 {width} {height}" {width_limits(width)} role="img"'
+        f'<figure class="{" ".join(filter(None, ("chart", kind)))}"><figcaption>{legend}</figcaption>'
+        f'<svg viewBox="0 0 {width} {height}" {width_limits(width)} role="img"'
         f' aria-label="{name} over {escape(x_name)}" data-points="{escape(json.dumps(data))}">{"".join(parts)}</svg></figure>'
     )
 

@@ -35,6 +35,10 @@ figcaption,.legend{display:flex;gap:4px 18px;flex-wrap:wrap;font-size:13px;color
 .line{fill:none;stroke-width:2;stroke-linejoin:round}.line.raw{stroke:var(--raw);stroke-width:1}
 .line.one{stroke:var(--one)}.line.two{stroke:var(--two)}.dot.one{fill:var(--one)}.dot.two{fill:var(--two)}.dot.raw{fill:var(--raw)}
 .error{stroke-width:4;stroke-linecap:round;opacity:.25}.error.one{stroke:var(--one)}.error.two{stroke:var(--two)}
+.c0{--k:#2563c9}.c1{--k:#d0661a}.c2{--k:#1a8f4d}.c3{--k:#a03bb8}.c4{--k:#c2293a}.c5{--k:#0e8a99}.c6{--k:#8a6d1b}.c7{--k:#6b7280}
+@media (prefers-color-scheme:dark){.c0{--k:#6ea3ff}.c1{--k:#f0975a}.c2{--k:#5fd07f}.c3{--k:#d79bf0}.c4{--k:#ff8a80}.c5{--k:#5ecbd8}.c6{--k:#d8bc62}.c7{--k:#aab2bd}}
+.line[class*=" c"]{stroke:var(--k)}.dot[class*=" c"]{fill:var(--k)}.key[class*=" c"]::before{color:var(--k)}
+.narrow{display:none}
 .bar{fill:var(--one);opacity:.85}.cursor{stroke:var(--soft);stroke-dasharray:3 3}
 .share{display:flex;height:22px;border-radius:5px;overflow:hidden;border:1px solid var(--line)}
 .share .one{background:var(--one)}.share .raw{background:var(--raw)}.share .two{background:var(--two)}
@@ -56,6 +60,8 @@ b.good{color:var(--good)}.whisker.good{stroke:var(--good)}.point.good{fill:var(-
 details{background:var(--card);border:1px solid var(--line);border-radius:8px;margin:8px 0}summary{padding:8px 14px;cursor:pointer}
 #tip{position:fixed;z-index:3;pointer-events:none;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:6px 10px;
 font-size:13px;box-shadow:0 4px 14px rgb(0 0 0/.14);font-variant-numeric:tabular-nums;white-space:pre}
+@media (max-width:640px){main{padding:8px 12px 40px}body>header{position:static;padding:10px 12px}.wide{display:none}.narrow{display:block}
+th,td{padding:6px 8px}table{font-size:13px}.tiles{grid-template-columns:repeat(auto-fill,minmax(140px,1fr))}}
 @media print{body>header{position:static}pre{max-height:none}}
 """
 
@@ -64,7 +70,8 @@ const tip=document.getElementById('tip');
 for(const svg of document.querySelectorAll('svg[data-points]')){
  const d=JSON.parse(svg.dataset.points),cursor=svg.querySelector('.cursor');
  const nearest=(p,x)=>p.reduce((a,b)=>Math.abs(b[0]-x)<Math.abs(a[0]-x)?b:a);
- svg.addEventListener('mousemove',e=>{
+ svg.style.touchAction='pan-y';
+ for(const kind of ['pointermove','pointerdown'])svg.addEventListener(kind,e=>{
   const box=svg.getBoundingClientRect(),at=(e.clientX-box.left)*svg.viewBox.baseVal.width/box.width;
   const x=d.x0+(at-d.left)/(d.right-d.left)*(d.x1-d.x0);
   if(x<d.x0||x>d.x1){leave();return}
@@ -77,7 +84,7 @@ for(const svg of document.querySelectorAll('svg[data-points]')){
   tip.style.left=Math.min(e.clientX+14,innerWidth-tip.offsetWidth-8)+'px';tip.style.top=(e.clientY+14)+'px';
  });
  const leave=()=>{tip.hidden=true;cursor.setAttribute('visibility','hidden')};
- svg.addEventListener('mouseleave',leave);
+ svg.addEventListener('pointerleave',leave);svg.addEventListener('pointercancel',leave);
 }
 """
 

@@ -1,0 +1,138 @@
+"""make sweep: sibling runs for every combination of values, several at a time, and one page that compares them. Standard library only.
+
+    make sweep RECIPE=x lr="1e-5 3e-5 1e-4" seed="1 2"        six runs; GOAL=train (default), evaluate or all; JOBS=n at a time
+
+A field with several values, separated by spaces, makes a dimension. `seed` means [train] seed and data_seed. The data is
+synced first, so that the others refer to its data. On this machine each run gets a GPU of its own where there are several; with a
+scheduler all runs are submitted and followed at once. What is finished is not made again, so the same command resumes a sweep.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft.common import columns
+from sft.common.errors import SftError
+from sft.common.files import write_atomic
+from sft.common.machine import gpus
+from sft.recipe import recipe
+from sft.reporting import trainings
+from sft.runner import asked, plan
+
+GOALS = ("train", "convert", "evaluate", "all")
+MOST = 256
+"""Runs of a sweep. More are a mistake more often than a wish."""
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """One run of a sweep: its name and its overrides."""
+
+    run: str
+    overrides: tuple[str, ...]
+
+
+def siblings(file: Path, fields: Sequence[str], cluster: str) -> list[Sibling]:
+    """The runs of all combinations, each checked as a recipe. Raises SftError."""
+    dimensions: list[list[tuple[str, ...]]] = []
+    for field in fields:
+        name, _, text = field.partition("=")
+        values = text.split()
+        if not values:
+            raise SftError(f'make sweep: {name} has no value; next: {name}="1 2"')
+        names = ("train.seed", "train.data_seed") if name == "seed" else (name,)
+        dimensions.append([tuple(f"{n}={value}" for n in names) for value in values])
+    combinations = [tuple(itertools.chain(*parts)) for parts in itertools.product(*dimensions)]
+    if len(combinations) < 2:
+        raise SftError(
+            'make sweep: one run only; next: give a field several values, as in lr="1e-5 3e-5", or make train'
+        )
+    if len(combinations) > MOST:
+        raise SftError(f"make sweep: {len(combinations)} runs, at most {MOST} are possible; next: fewer values")
+    found: dict[str, Sibling] = {}
+    for overrides in combinations:
+        run = recipe.load(file, overrides, cluster).run
+        found.setdefault(run, Sibling(run, overrides))
+    return list(found.values())
+
+
+def sweep(place: plan.Place, r: str, found: Sequence[Sibling], goal: str, jobs: int, words: Sequence[str]) -> None:
+    """Makes all runs and the page. Raises SftError with the runs that failed, after the others have ended."""
+    if goal not in GOALS:
+        raise SftError(f"make sweep GOAL={goal}: none of {', '.join(GOALS)}; next: correct it")
+    local = place.load_cluster().launcher == "local"
+    count = gpus() if local else 0
+    slots = jobs or (max(1, count) if local else len(found))
+    free: queue.Queue[str] = queue.Queue()
+    for number in range(slots):
+        free.put(str(number % count) if count > 1 else "")
+    logs = place.runs / ".sweeps"
+    logs.mkdir(parents=True, exist_ok=True)
+    print(
+        f"[sweep] {len(found)} runs of {r}, {min(slots, len(found))} at a time; their output is in {logs}", flush=True
+    )
+    data = tuple(o for o in found[0].overrides if _is_of_data(o, place.cluster))
+    if _make(place, r, Sibling(found[0].run, data), "sync", "", logs, words):
+        raise SftError(
+            f"{logs / found[0].run}.log: the data cannot be prepared; next: read it, then the same make sweep"
+        )
+    failed: list[str] = []
+
+    def one(sibling: Sibling) -> None:
+        gpu = free.get()
+        try:
+            code = _make(place, r, sibling, goal, gpu, logs, words)
+        finally:
+            free.put(gpu)
+        if code:
+            failed.append(f"{sibling.run} (exit status {code}, {logs / sibling.run}.log)")
+        print(f"[sweep] {sibling.run}: {'failed' if code else 'done'}", flush=True)
+
+    with ThreadPoolExecutor(slots) as pool:
+        list(pool.map(one, found))
+    compare(place, r, found)
+    if failed:
+        raise SftError("failed: " + "; ".join(failed) + "\nnext: read the logs, then the same make sweep resumes")
+
+
+def _is_of_data(override: str, cluster: str) -> bool:
+    """Whether prepare or sync reads the field."""
+    path = recipe.locate(override.partition("=")[0], cluster, [])
+    return path is not None and path[0] in (*asked.READS["prepare"], *asked.READS["sync"])
+
+
+def compare(place: plan.Place, r: str, found: Sequence[Sibling]) -> None:
+    """Prints the runs that trained, the best first, and writes their page."""
+    trained = [place.runs / s.run for s in found if (place.runs / s.run / "train" / "metrics.jsonl").is_file()]
+    if len(trained) < 2:
+        return
+    compared = trainings.compare(trained)
+    page = place.runs / ".sweeps" / f"{r}.html"
+    write_atomic(page, trainings.html(compared).encode())
+    print(f"\n{trainings.text(compared)}\n\n{page}", flush=True)
+
+
+def _make(place: plan.Place, r: str, sibling: Sibling, goal: str, gpu: str, logs: Path, words: Sequence[str]) -> int:
+    """Runs make for one run, with its output in a file. Returns the exit status."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    if gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    command = ["make", "--no-print-directory", goal, f"RECIPE={r}", f"RUNS={place.runs}", *words, *sibling.overrides]
+    with (logs / f"{sibling.run}.log").open("ab") as log:
+        log.write((" ".join(command) + "\n").encode())
+        log.flush()
+        done = subprocess.run(
+            command, cwd=plan.REPO, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        tail = (logs / f"{sibling.run}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+        print("\n".join(f"[sweep] {columns.cut(line, 90)}" for line in tail), file=sys.stderr, flush=True)
+    return done.returncode
