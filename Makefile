@@ -93,7 +93,7 @@ runs:   ; @$(call SFT,runs) ## all runs in a table: stage, step, loss, tokens/s,
 extend: ; @$(call SFT,extend) $(if $(YES),--yes) ## let the finished training of RECIPE= go on after its epochs or steps were raised [YES=1; without it, say how]
 delete: ; @$(call SFT,delete) --run $(call quote,$(RUN)) $(if $(YES),--yes) ## delete RUN=; stages that other runs refer to stay [YES=1; without it, say what goes]
 archive: ; @$(call SFT,archive) --run $(call quote,$(RUN)) --dst $(call quote,$(DST)) $(if $(YES),--yes) ## pack RUN= into DST=file.tar, then delete it [YES=1]
-schema: ; @$(call SFT,schema) ## JSON Schemas of recipes and cluster files, which editors read: env/schema/
+schema: ; @$(call SFT,schema) ## JSON Schemas of recipes and cluster files, which editors read: recipes/recipe.schema.json, env/cluster.schema.json
 completion: ; @$(call SFT,completion) ## completion of goals, recipes and fields: source <(make -s completion)
 
 compare: ; @$(call SFT,compare) --a $(call quote,$(A)) --b $(call quote,$(B)) --c $(call quote,$(C)) $(if $(ANYWAY),--anyway) ## compare the scores of runs A= and B= [C="more runs"] item by item, with errors, and list options that differ
@@ -135,8 +135,7 @@ nightly: ; env/nightly.sh ## what cron runs: make smoke in a clean clone, with r
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with
 	@$(PY) tests/slurm.py $*
 lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt
-help: ## this page
-	@sed -nE -e 's/^## (.*)/\n\1/p' -e 's/^([a-z][a-z %-]*):.*## (.*)/  \1~\2/p' Makefile | awk -F'~' '{ if ($$2) printf "  make %-15s %s\n", substr($$1, 3), $$2; else print }'
+help: ; @$(call SFT,help) ## this page
 
 $(READY): ; @env/setup.sh packages $@
 $(TOOLS): | $(READY) ; @env/setup.sh tools $@

@@ -19,6 +19,11 @@ out = Path(sys.argv[1])
 attempt = logs.next_attempt(out)
 logs.record(out, attempt, 3)
 print("said", flush=True)
+if sys.argv[2] == "warn":
+    import logging, warnings
+    warnings.warn("old name")
+    logging.getLogger("torchao").warning("no C++ extension")
+    sys.exit(0)
 subprocess.run(["sh", "-c", "echo from a library >&2"])
 if sys.argv[2] == "kill":
     os.killpg(0, signal.SIGKILL)
@@ -45,6 +50,13 @@ def test_every_attempt_has_its_log_and_the_terminal_hears_the_same(tmp_path: Pat
     ]  # fmt: skip
     assert sorted((folder / "attempt-002-rank3.log").read_text().splitlines()) == ["from a library", "said"]
     assert logs.next_attempt(tmp_path) == 3
+
+
+def test_warnings_of_libraries_are_in_the_log_and_not_on_the_terminal(tmp_path: Path) -> None:
+    done = speak(tmp_path, "warn")
+    assert (done.stdout, done.stderr) == ("said\n", "")
+    text = (tmp_path / "logs/attempt-001-rank3.log").read_text()
+    assert "UserWarning: old name" in text and "torchao: WARNING: no C++ extension" in text
 
 
 def test_other_files_are_not_counted_as_attempts(tmp_path: Path) -> None:

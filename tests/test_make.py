@@ -383,3 +383,8 @@ def test_a_clone_runs_its_own_code_in_the_environment_of_another(workspace, tmp_
         env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
     )  # fmt: skip
     assert by_hand.returncode == 1 and f"next: export PYTHONPATH={other.root}/lib" in by_hand.stderr
+    module = subprocess.run(
+        [".venv/bin/python", "-m", "sft.launch.commands", "jobs", "runs"], cwd=other.root, capture_output=True, text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}, check=False,
+    )  # fmt: skip
+    assert module.returncode == 1 and f"would run the code of {workspace.root}" in module.stderr

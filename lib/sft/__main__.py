@@ -27,6 +27,7 @@ import signal
 import tomllib
 from pathlib import Path
 
+from sft.common import columns
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.locks import lock
@@ -190,13 +191,15 @@ def command_show(args: argparse.Namespace) -> None:
                 if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
                     for item in v:
                         changed = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
-                        print(f"  {f.name}: " + ", ".join(f"{k} = {to_toml(x)}" for k, x in changed.items()))
+                        given = ", ".join(f"{k} = {to_toml(x)}" for k, x in changed.items())
+                        print(columns.wrapped(f"  {f.name}: {given}"))
                     continue
                 line = f"{f.name} = {to_toml(v)}"
                 print(f"{line:47} # {origin}" if origin else line)
+        print()
         for stage in schema.STAGES:
-            print(f"\n[on.{args.place.cluster}.{stage}]  " + ", ".join(
-                f"{k} = {v}" for k, v in dataclasses.asdict(r.hardware(args.place.cluster, stage)).items()))  # fmt: skip
+            given = _given_hardware(r.hardware(args.place.cluster, stage))
+            print(columns.wrapped(f"[on.{args.place.cluster}.{stage}]  {given or '# defaults'}"))
         print()
         print(f"# model: {_model(args, r)}")
         print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
@@ -205,6 +208,12 @@ def command_show(args: argparse.Namespace) -> None:
             going = listing.progress(args.place.runs / r.run / stage) if stage == "train" and state.stale else None
             if going:
                 print(f"# {'':9}{going.line(listing.is_running(args.place.runs / r.run, stage))}")
+
+
+def _given_hardware(hardware: schema.Hardware) -> str:
+    """The numbers that are not the defaults."""
+    given = {f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware)}
+    return ", ".join(f"{k} = {to_toml(v)}" for k, v in given.items() if v != recipe.HARDWARE_FIELDS[k].default)
 
 
 def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
@@ -278,9 +287,18 @@ def command_fields(args: argparse.Namespace) -> None:
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             readers = "".join(f" [{reader}]" for reader in (*f.metadata["launchers"], *f.metadata["stages"]))
-            print(f" {mark} {f.name:24} {default:14} {f.metadata['doc']}{choices}{readers}")
+            print(columns.hanging(f" {mark} {f.name:24} {default:14} ", f"{f.metadata['doc']}{choices}{readers}"))
     print("\ncolumns and message fields that prepare passes over, because they carry no training content")
-    print("\n".join(row_fields.describe()))
+    print("\n".join(map(columns.wrapped, row_fields.describe())))
+
+
+def command_help(args: argparse.Namespace) -> None:
+    """The goals of the Makefile with what they do."""
+    for line in (plan.REPO / "Makefile").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            print(f"\n{columns.wrapped(line[3:])}")
+        elif match := re.match(r"([a-z][a-z %-]*):.*?## (.*)", line):
+            print(columns.hanging(f"  make {match[1]:15} ", match[2]))
 
 
 def command_verify(args: argparse.Namespace) -> None:
@@ -470,7 +488,7 @@ def main() -> None:
         args.fields = split_overrides(args.overrides)
         commands[args.command](args)
     except SftError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(columns.for_terminal(f"error: {e}"))
     except OSError as e:
         sys.exit(f"error: {e.filename}: {e.strerror}; next: correct that path or its permissions")
 

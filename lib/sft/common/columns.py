@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from collections.abc import Sequence
 
@@ -44,3 +45,16 @@ def wrapped(text: str, width: int = WIDTH) -> str:
         if len(line) > width else line
         for line in text.split("\n")
     )  # fmt: skip
+
+
+def hanging(head: str, text: str, width: int = WIDTH) -> str:
+    """The text behind its head; what continues it is below its first word. Long heads have the text on the next line."""
+    indent = min(len(head), 43)
+    lines = textwrap.wrap(text, width - indent, break_long_words=False, break_on_hyphens=False) or [""]
+    first = [head + lines[0]] if len(head) <= indent else [head.rstrip(), " " * indent + lines[0]]
+    return "\n".join([*first, *(" " * indent + line for line in lines[1:])]).rstrip()
+
+
+def for_terminal(text: str) -> str:
+    """A message for standard error: wrapped where that is a terminal. A file gets the lines as they are."""
+    return wrapped(text) if sys.stderr.isatty() else text

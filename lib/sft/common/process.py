@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from sft.common.columns import for_terminal
 from sft.common.errors import SftError
 
 USAGE = 2
@@ -36,19 +37,23 @@ def report_errors(name: str, folder: Path | None = None) -> Iterator[None]:
     try:
         yield
     except SftError as e:
-        sys.exit(f"[{name}] error: {e}")
+        sys.exit(for_terminal(f"[{name}] error: {e}"))
     except OSError as e:
         if e.errno in PATH_ERRORS and e.filename:
             sys.exit(
-                f"[{name}] error: {e.filename}: {e.strerror}; next: correct that path or its permissions and run it again"
+                for_terminal(
+                    f"[{name}] error: {e.filename}: {e.strerror}; next: correct that path or its permissions and run it again"
+                )
             )
         if e.errno not in DISK_ERRORS:
             raise
         where = Path(e.filename or folder or ".")
         free = shutil.disk_usage(folder or ".").free
         sys.exit(
-            f"[{name}] error: {where}: {e.strerror} ({free:,} bytes free); next: fix that disk and run it again;"
-            " finished work is kept"
+            for_terminal(
+                f"[{name}] error: {where}: {e.strerror} ({free:,} bytes free); next: fix that disk and run it again;"
+                " finished work is kept"
+            )
         )
 
 

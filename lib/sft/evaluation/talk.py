@@ -170,8 +170,8 @@ def load(folder: Path, device: str, system: str = "") -> Talk:
     transformers.logging.set_verbosity_error()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind: Any = torch.float32 if where == "cpu" else "auto"
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).to(where).eval()
-    return Talk(model, transformers.AutoTokenizer.from_pretrained(folder), system)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    return Talk(model.to(where).eval(), transformers.AutoTokenizer.from_pretrained(folder), system)
 
 
 def converse(talk: Talk, lines: Iterable[str], out: IO[str]) -> None:

@@ -82,9 +82,12 @@ def run_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_checkout(script: Path) -> None:
-    """Exits when a script of this repository would run another clone's code: .venv is linked, or was made there."""
-    root = script.resolve().parent.parent
-    if script.parent.name == "stages" and root != plan.REPO and (root / "lib" / "sft").is_dir():
+    """Exits when a program would run another clone's code: .venv is linked, or was made there, or was moved.
+
+    The clone is that of a script in stages/, else the folder that the command runs in.
+    """
+    root = script.resolve().parent.parent if script.parent.name == "stages" else Path.cwd()
+    if root != plan.REPO and (root / "lib" / "sft").is_dir() and (root / "stages").is_dir():
         sys.exit(f"error: {script} would run the code of {plan.REPO}; next: export PYTHONPATH={root / 'lib'}")
 
 

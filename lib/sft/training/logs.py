@@ -1,6 +1,7 @@
 """Logs of training's processes, one per attempt and rank: train/logs/attempt-NNN-rankR.log.
 
-In:  the training folder. Out: everything that a process writes to its standard output and error is also in its file.
+In:  the training folder. Out: everything that a process writes to its standard output and error is also in its file;
+warnings of libraries are only there.
 
 `tee` copies the output, so that the last lines before a kill -9, and those of C++ libraries, are kept too.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import logging
 import os
 import re
 import subprocess
@@ -39,7 +41,16 @@ def record(out: Path, attempt: int, rank: int) -> Path:
         os.dup2(tee.stdin.fileno(), number)
         tee.stdin.close()
         atexit.register(_end, number, before, tee)
+    quiet_libraries(file)
     return file
+
+
+def quiet_libraries(file: Path) -> None:
+    """Warnings of Python's libraries go to the log alone. The terminal is for the training's own lines."""
+    handler = logging.FileHandler(file)
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)
 
 
 def _end(number: int, before: int, tee: subprocess.Popen[bytes]) -> None:

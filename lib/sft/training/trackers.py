@@ -29,6 +29,8 @@ class Wandb:
     def __init__(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
         import wandb  # start-up: optional, and takes a second
 
+        os.environ.setdefault("WANDB_SILENT", "true")  # the report and make runs show the training
+
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
         self._run = wandb.init(
             project=project, name=name, mode=mode, id=identity[:16], resume="allow", dir=str(out), config=dict(config)
@@ -61,6 +63,7 @@ class Comet:
     def __init__(self, project: str, name: str, identity: str, config: Mapping[str, Any], out: Path) -> None:
         """Continues the run of this identity. Offline, every attempt is an archive, and `comet upload` in their order
         joins them."""
+        os.environ.setdefault("COMET_LOGGING_CONSOLE", "ERROR")  # read when it is imported
         import comet_ml  # start-up: optional, and takes a second
 
         online = bool(os.environ.get("COMET_API_KEY"))

@@ -1,0 +1,26 @@
+"""A terminal line fits 100 columns, in what the planner prints for people."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft.common import columns
+
+
+@pytest.mark.parametrize("goal", ["help", "fields", "show", "why", "runs"])
+def test_what_is_printed_for_people_fits_a_terminal(workspace, goal: str) -> None:
+    told = workspace.make(goal, *(["RECIPE=x"] if goal in ("show", "why") else [])).stdout
+    assert told.strip() and [line for line in told.splitlines() if len(line) > columns.WIDTH] == []
+
+
+def test_a_long_head_has_its_text_on_the_next_line() -> None:
+    text = columns.hanging("  make something-long       " * 2, "word " * 30)
+    assert text.splitlines()[0].strip().startswith("make") and all(len(line) <= 100 for line in text.splitlines())
+    assert columns.hanging("head ", "") == "head"
+
+
+def test_messages_are_wrapped_on_terminals_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "word " * 50
+    assert columns.for_terminal(text) == text
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert max(map(len, columns.for_terminal(text).splitlines())) <= 100
