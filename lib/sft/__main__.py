@@ -113,6 +113,11 @@ def command_plan(args: argparse.Namespace) -> None:
             question.resolve(args.fields)
         print(" ".join(words))
         return
+    if _variable(args, "MODEL") and not {"chat", "serve", "baseline"} & set(goals):
+        raise SftError(
+            f"make {goals[0]}: it reads no MODEL=; next: make baseline RECIPE=… MODEL=…, which scores another model under the tasks"
+            " of a recipe, or make chat MODEL=…"
+        )
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
         raise SftError(
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- are possible on the command line; next: make new FROM=… RECIPE=…, and edit"
@@ -430,6 +435,7 @@ def command_compare(args: argparse.Namespace) -> None:
 def command_sweep(args: argparse.Namespace) -> None:
     """Makes sibling runs of all combinations of values, and compares them."""
     from sft.launch import sweep  # start-up: the planner launches nothing
+    from sft.reporting import trainings  # start-up: the same
 
     if len(args.recipe.split()) != 1:
         raise SftError(
@@ -441,7 +447,12 @@ def command_sweep(args: argparse.Namespace) -> None:
     if not jobs.isdigit():
         raise SftError(f"JOBS={jobs}: a number of runs at a time is expected; next: correct it")
     words = [f"CLUSTER={args.place.cluster}", *([f"DATA={args.data}"] if args.data else [])]
-    sweep.sweep(args.place, args.recipe.strip(), found, _variable(args, "GOAL") or "train", int(jobs), words)
+    runs, r = args.place.runs, args.recipe.strip()
+
+    def finish() -> None:
+        print(trainings.write([runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"), flush=True)
+
+    sweep.sweep(args.place, r, found, _variable(args, "GOAL") or "train", int(jobs), words, finish)
 
 
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:

@@ -14,17 +14,15 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sft.common import columns
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
 from sft.common.machine import gpus
 from sft.recipe import recipe
-from sft.reporting import trainings
 from sft.runner import asked, plan
 
 GOALS = ("train", "convert", "evaluate", "all")
@@ -64,8 +62,16 @@ def siblings(file: Path, fields: Sequence[str], cluster: str) -> list[Sibling]:
     return list(found.values())
 
 
-def sweep(place: plan.Place, r: str, found: Sequence[Sibling], goal: str, jobs: int, words: Sequence[str]) -> None:
-    """Makes all runs and the page. Raises SftError with the runs that failed, after the others have ended."""
+def sweep(
+    place: plan.Place,
+    r: str,
+    found: Sequence[Sibling],
+    goal: str,
+    jobs: int,
+    words: Sequence[str],
+    finish: Callable[[], None],
+) -> None:
+    """Makes all runs, then calls `finish`, which compares them. Raises SftError with the runs that failed, after the others have ended."""
     if goal not in GOALS:
         raise SftError(f"make sweep GOAL={goal}: none of {', '.join(GOALS)}; next: correct it")
     local = place.load_cluster().launcher == "local"
@@ -98,7 +104,7 @@ def sweep(place: plan.Place, r: str, found: Sequence[Sibling], goal: str, jobs: 
 
     with ThreadPoolExecutor(slots) as pool:
         list(pool.map(one, found))
-    compare(place, r, found)
+    finish()
     if failed:
         raise SftError("failed: " + "; ".join(failed) + "\nnext: read the logs, then the same make sweep resumes")
 
@@ -107,17 +113,6 @@ def _is_of_data(override: str, cluster: str) -> bool:
     """Whether prepare or sync reads the field."""
     path = recipe.locate(override.partition("=")[0], cluster, [])
     return path is not None and path[0] in (*asked.READS["prepare"], *asked.READS["sync"])
-
-
-def compare(place: plan.Place, r: str, found: Sequence[Sibling]) -> None:
-    """Prints the runs that trained, the best first, and writes their page."""
-    trained = [place.runs / s.run for s in found if (place.runs / s.run / "train" / "metrics.jsonl").is_file()]
-    if len(trained) < 2:
-        return
-    compared = trainings.compare(trained)
-    page = place.runs / ".sweeps" / f"{r}.html"
-    write_atomic(page, trainings.html(compared).encode())
-    print(f"\n{trainings.text(compared)}\n\n{page}", flush=True)
 
 
 def _make(place: plan.Place, r: str, sibling: Sibling, goal: str, gpu: str, logs: Path, words: Sequence[str]) -> int:

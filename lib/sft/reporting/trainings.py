@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sft.common import columns
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.evaluation.compare import LETTERS, differing_options, show
 from sft.formats import metrics
 from sft.formats.comparison import OptionDifference
@@ -181,3 +182,14 @@ def _speed(t: Training) -> float:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
+def write(runs: Sequence[Path], page: Path) -> str:
+    """Writes the page of the runs that have steps. Returns what a terminal shows; "" for fewer than two of them."""
+    trained = [run for run in runs if (run / "train" / metrics.NAME).is_file()]
+    if len(trained) < 2:
+        return ""
+    compared = compare(trained)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, html(compared).encode())
+    return f"{text(compared)}\n\n{page}"
