@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import tomllib
@@ -34,7 +35,8 @@ def test_every_recipe_and_cluster_file_is_valid_and_names_its_schema(folder: str
     checker, name = (RECIPE, "recipe") if folder == "recipes" else (CLUSTER, "cluster")
     for file in sorted((REPO / folder).glob("*.toml")):
         text = file.read_text(encoding="utf-8")
-        assert text.startswith(f"#:schema ./{name}.schema.json\n"), file
+        comment = list(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+        assert comment[-1] == f"#:schema ./{name}.schema.json", file  # editors read it in the first comment
         checker.validate(tomllib.loads(text))
 
 

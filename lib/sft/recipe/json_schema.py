@@ -2,7 +2,7 @@
 
     files()     ->  {"recipes/recipe.schema.json": text, "env/cluster.schema.json": text}
 
-Editors that check TOML (Even Better TOML and taplo, tombi) read the first line `#:schema ./recipe.schema.json`. `make schema`
+Editors that check TOML (Even Better TOML and taplo, tombi) read `#:schema ./recipe.schema.json` in the first comment. `make schema`
 writes the files, and a test compares them with what this module makes.
 """
 
