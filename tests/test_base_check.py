@@ -1,0 +1,78 @@
+"""What sync and the planner refuse about a base before training: its tokenizer, its config and the names of its tensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import bases
+import made_data
+import tiny_export
+from sft.common.errors import SftError
+from sft.formats.dataset import TokenizerFacts
+from sft.recipe import recipe
+from sft.recipe.schema import Model, Prepare
+from sft.runner import bases as bases_of_runs
+from sft.sync import base_check
+
+
+def prepared(folder: Path) -> TokenizerFacts:
+    """A dataset's facts and tokenizer."""
+    facts = tiny_export.tokenizer(folder / "data" / "tokenizer")
+    made_data.dataset_info(facts, [made_data.source_summary("zoo.jsonl", 48, 4800, 1200)]).write(
+        folder / "dataset.json"
+    )
+    return facts
+
+
+def described(folder: Path, kind: str, **changes: Any) -> Path:
+    """A base's small files, as they are before its weights are fetched."""
+    tiny_export.tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(bases.SIZES | {"model_type": kind} | changes))
+    return folder
+
+
+def asked(**model: Any) -> Any:
+    return SimpleNamespace(model=Model(base="b", **model), prepare=Prepare(tokenizer="t", sources=()))
+
+
+def test_sync_refuses_what_training_or_convert_would_refuse(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    base_check.check_base(asked(), tmp_path, described(tmp_path / "llama", "llama"))
+    with pytest.raises(SftError, match=r"clip_qkv: 8.0, not supported"):
+        base_check.check_base(asked(), tmp_path, described(tmp_path / "clip", "llama", clip_qkv=8.0))
+    with pytest.raises(SftError, match=r"n_layers .*4 .*n_layers = 2"):
+        base_check.check_base(asked(n_layers=2), tmp_path, tmp_path / "llama")
+    with pytest.raises(SftError, match=r"Qwen2Tokenizer of transformers encodes .* set \[prepare\] tokenizer"):
+        base_check.check_base(asked(), tmp_path, described(tmp_path / "qwen2", "qwen2"))
+    (tmp_path / "llama" / "tokenizer.json").write_text('{"version": "2.0"}')
+    with pytest.raises(SftError, match=r"the data were made with tokenizer.json sha256"):
+        base_check.check_base(asked(), tmp_path, tmp_path / "llama")
+
+
+def test_sync_refuses_weights_without_a_tensor_of_the_config(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    bases.write(tmp_path / "b", "llama2")
+    base_check.check_weights(asked(), tmp_path, tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    with pytest.raises(SftError, match=r"9 of 48 tensors missing, the first is blocks.4.attention"):
+        base_check.check_weights(asked(), tmp_path, tmp_path / "b")
+    base_check.check_weights(asked(), tmp_path, tmp_path / "no config")
+
+
+def test_the_planner_compares_the_tokenizers_of_base_and_data(tmp_path: Path) -> None:
+    described(tmp_path / "b", "llama")
+    tiny_export.tokenizer(tmp_path / "t", 280)
+    file = tmp_path / "x.toml"
+    file.write_text('[model]\nbase = "b"\n[prepare]\ntokenizer = "t"\n[[prepare.sources]]\npath = "p.jsonl"\n'
+                    '[evaluate]\ntasks = ["t"]\n')  # fmt: skip
+    with pytest.raises(
+        SftError, match=r"x.toml: 'tokenizer' in \[prepare\] = 't': .*t/tokenizer.json is not the base's"
+    ):
+        bases_of_runs.check_base((tmp_path,), tmp_path / "runs" / "x", recipe.load(file))
+    bases_of_runs.check_base((tmp_path,), tmp_path / "runs" / "x", recipe.load(file, ["tokenizer=b"]))
