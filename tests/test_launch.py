@@ -220,6 +220,10 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
         ('launcher = "beaker"\npartition = "gpu"', "'partition': for launcher = 'slurm' only, and this is 'beaker'"),
         ('time = "1:00:00"', "'time': for launcher = 'slurm' or 'beaker' only, and this is 'local'"),
         ('[env]\n"A B" = "b"', "'env': 'A B' is not a variable's name"),
+        (
+            '[env]\nWANDB_API_KEY = "s3cr3t"',
+            "'env': WANDB_API_KEY is a secret by its name, and jobs' scripts print and keep this table; next: name it in [secrets]",
+        ),
         ('[env]\nA = "\\u0000"', "'env': A = '\\x00' contains a NUL"),
     ],
 )

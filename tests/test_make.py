@@ -187,6 +187,9 @@ def test_hostile_values_reach_no_shell(workspace):
     ):
         workspace.make("train", *([variable] if variable.startswith("RECIPE") else ["RECIPE=x", variable]), ok=False)
     workspace.make("train", "RECIPE=../x", ok=False)
+    for folder in ("r`touch\tpwned`", "r&touch\tpwned", "r&b", "r;b", 'r"b', "r*"):
+        done = workspace.make("train", "RECIPE=x", f"RUNS={folder}", ok=False)
+        assert "the path may have letters, digits and _./+- only" in done.stderr
     assert not (workspace.root / "pwned").exists()
     assert workspace.ran() == []
 

@@ -125,9 +125,10 @@ def command_plan(args: argparse.Namespace) -> None:
     args.fields = question.resolve(args.fields)
     words += [f"set:{f}" for f in args.fields]
     needs_run = [g for g in goals if g in OF_A_RUN]
-    if re.search(r"[\s=:%#$]", str(args.place.runs)):
+    if not re.fullmatch(r"[A-Za-z0-9_./+-]+", str(args.place.runs)):
         raise SftError(
-            f"RUNS={args.place.runs}: Make cannot work with a space or one of =:%#$ in it; next: choose another folder"
+            f"RUNS={args.place.runs}: the path may have letters, digits and _./+- only, because Make and the shell read it;"
+            " next: choose another folder"
         )
     wanted_runs = runs_of(args)
     if wanted_runs:

@@ -15,7 +15,8 @@ from typing import Any
 from sft.common.errors import SftError
 from sft.recipe import recipe, schema
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
+_SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)S?$", re.IGNORECASE)  # a variable whose value is not printed
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 
 
 def load_cluster(file: Path) -> schema.Cluster:
@@ -51,6 +52,12 @@ def _own_values(file: Path, problems: list[str]) -> dict[str, Any]:
 
 def _check_cluster(cluster: schema.Cluster) -> list[str]:
     problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not _VARIABLE.fullmatch(name)]
+    problems += [
+        f"'env': {name} is a secret by its name, and jobs' scripts print and keep this table; next: name it in [secrets] on"
+        " Beaker; elsewhere export it in the shell that runs make"
+        for name in cluster.env
+        if SECRET.search(name)
+    ]
     problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
     return problems
 
