@@ -16,7 +16,7 @@ from sft.common.errors import SftError
 from sft.recipe import recipe, schema
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)S?$", re.IGNORECASE)  # a variable whose value is not printed
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 
 
 def load_cluster(file: Path) -> schema.Cluster:
@@ -56,7 +56,7 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
         f"'env': {name} is a secret by its name, and jobs' scripts print and keep this table; next: name it in [secrets] on"
         " Beaker; elsewhere export it in the shell that runs make"
         for name in cluster.env
-        if SECRET.search(name)
+        if _SECRET.search(name)
     ]
     problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
     return problems
