@@ -178,8 +178,9 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
     max_positions = config.whole("max_position_embeddings", family.max_positions)
     rotary = read_rotary(config, family, max_positions)
-    if family.head_dim and "head_dim" in data and data["head_dim"] is None:
-        config.refuse("head_dim", None, "a whole number: transformers refuses null here", "correct the base's config")
+    for name, expected in (("head_dim", "a whole number"), ("tie_word_embeddings", "true or false")):
+        if name in data and data[name] is None and (name != "head_dim" or family.head_dim):
+            config.refuse(name, None, f"{expected}: transformers refuses null here", "correct the base's config")
     head_dim = config.whole("head_dim", family.head_dim or d_model // heads)
     layers = config.whole("num_hidden_layers")
     does = dict(family.does)

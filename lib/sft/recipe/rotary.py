@@ -107,6 +107,10 @@ def _one(
         table.refuse("type", older, f"the same as rope_type, {kind!r}", _CORRECT)
     kind = kind or older or "default"
     if family is not None and family.model_type == "phi3" and kind in ("su", "yarn"):
+        if "original_max_position_embeddings" not in table.data:
+            table.refuse(
+                "type", kind, "'longrope': transformers refuses this older name here", "write longrope in its place"
+            )
         kind = "longrope"
     scaling = read_scaling(table, kind, max_positions, outer)
     return theta, scaling, partial
