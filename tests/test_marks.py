@@ -9,6 +9,7 @@ import pytest
 
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
+from sft.common.files import UNFINISHED, write_atomic
 from sft.formats.identity import NAME, read_identity, write_identity
 from sft.model.parallel import World
 from sft.runner.stage import Stage
@@ -71,3 +72,18 @@ def test_training_does_not_begin_again_beside_damaged_steps(train: Path, name: s
         step_folder.latest(train, World(0, 1, 0, None), lambda _: None)  # type: ignore[arg-type]
     with pytest.raises(SftError, match="none is whole"):  # also the next time
         step_folder.latest(train, World(0, 1, 0, None), lambda _: None)  # type: ignore[arg-type]
+
+
+def test_what_a_killed_write_left_is_removed_and_is_no_output(train: Path) -> None:
+    work = SimpleNamespace(run=train.parent, name="evaluate", identity=ME)
+    left = [train / f".LATEST.ab12{UNFINISHED}", train.parent / ".work" / f"evaluate-{ME[:16]}" / "samples"]
+    left[1].mkdir(parents=True)
+    left[1] /= f".one.jsonl.cd34{UNFINISHED}"
+    for file in left:
+        file.write_text("half")
+    open_in_place(train)
+    Stage.open_work(work)  # type: ignore[arg-type]
+    assert not any(file.exists() for file in left) and left[1].parent.is_dir()
+    with pytest.raises(OSError, match="Is a directory"):  # a write that fails removes its own
+        write_atomic(train / "step4", b"x")
+    assert sorted(p.name for p in train.iterdir()) == [NAME, "step4"]

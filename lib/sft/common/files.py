@@ -11,6 +11,9 @@ from typing import Any
 
 from sft.common.errors import SftError
 
+UNFINISHED = ".unfinished"
+"""The end of the names of the temporary files that `write_atomic` renames."""
+
 
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces, for digests. Raises ValueError for NaN and infinity."""
@@ -19,7 +22,7 @@ def canonical(value: Any) -> bytes:
 
 def write_atomic(file: Path, data: bytes) -> None:
     """Writes a temporary file, flushes it and renames it. After a crash the file has the old bytes or the new ones."""
-    fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    fd, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.", suffix=UNFINISHED)
     try:
         with os.fdopen(fd, "wb") as f:
             f.write(data)
@@ -31,6 +34,12 @@ def write_atomic(file: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     sync_folder(file.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes the temporary files of `write_atomic` that a kill left in a folder and below it."""
+    for file in folder.rglob(f".*{UNFINISHED}"):
+        file.unlink(missing_ok=True)
 
 
 def read_json(file: Path) -> dict[str, Any]:

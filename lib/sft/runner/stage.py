@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common import paths
-from sft.common.files import sync_folder
+from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.common.process import report_errors
@@ -123,6 +123,7 @@ class Stage:
             os.rename(old, self.run / self.name)  # killed between the two renames of an earlier publication
         self.out = self.run / ".work" / f"{self.name}-{self.identity[:16]}"
         self.out.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.out)
 
     def open_in_place(self) -> None:
         """Makes `out` runs/<run>/<stage>. A folder that was made from other inputs is moved to .replaced, not deleted.
@@ -137,6 +138,7 @@ class Stage:
             replaced = references.set_aside(self.out)
             self.log(f"inputs changed: the earlier {self.name} folder is now {replaced}")
         self.out.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.out)
         (self.out / manifest.NAME).unlink(missing_ok=True)
         write_identity(self.out, self.identity)
 
