@@ -160,8 +160,8 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     links = [f"{n}/ (a link to a folder)" for n in tree.linked_folders if not any(p.fullmatch(n) for p in passed)]
     _check_ignored(ignore, [*names, *tree.linked_folders, *absent(names, names)], what)
     if unread or links:
-        listed = [*unread, *tree.linked_folders]
-        example = '", "'.join(listed if len(listed) <= MOST_LISTED else listed[:1])
+        shown = [*unread, *tree.linked_folders]
+        example = '", "'.join(shown if len(shown) <= MOST_LISTED else shown[:1])
         raise SftError(
             f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {kinds()}; next: convert or remove them,"
             f' or add ignore_files = ["{example}"] to the source'
