@@ -222,6 +222,17 @@ def test_the_counts_of_fields_are_those_of_the_rows_that_are_used(tmp_path):
     (source,) = json.loads((s.out / "proof.json").read_bytes())["sources"]
     assert source["rejected"] == 2 and set(source["fields"]["read"].values()) == {20}
     assert "warning: rows.jsonl: columns reads system from sys, which holds nothing in any row" in s.said
+    assert not any("answers are empty" in line for line in s.said)
+
+
+def test_empty_answers_are_a_warning(tmp_path):
+    write_rows(
+        tmp_path / "rows.jsonl",
+        [conversation(1), {"messages": [{"role": r, "content": ""} for r in ("user", "assistant")]}],
+    )
+    s = stage(tmp_path)
+    prepare.prepare(s)
+    assert any(line.startswith("warning: rows.jsonl: 1 trained answers are empty, so ") for line in s.said)
 
 
 def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):

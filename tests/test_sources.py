@@ -239,6 +239,25 @@ def test_files_of_equal_content_are_reported(tmp_path):
     assert "mix/a.jsonl, mix/a.jsonl.gz, mix/c.jsonl; next: " in line
 
 
+def test_sources_that_read_the_same_content_are_reported(tmp_path):
+    for name, n in (("a", 1), ("b", 1), ("c", 2)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"n": n}])
+    named = (
+        Source(path="a.jsonl"),
+        Source(path="b.jsonl"),
+        Source(path="c.jsonl"),
+        Source(path="a.jsonl", columns={"prompt": "n"}),
+    )
+    found = [sources.resolve(source, lambda p: tmp_path / p, tmp_path / "cache") for source in named]
+    lines: list[str] = []
+    sources.warn_of_shared(named, found, lines.append)
+    (line,) = lines
+    assert (
+        "warning: sources 1 (a.jsonl) and 2 (b.jsonl) read files of equal content" in line
+        and ": a.jsonl; next: " in line
+    )
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n')
     (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf[{"a": 1}]')

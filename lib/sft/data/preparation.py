@@ -114,6 +114,7 @@ class Preparation:
             self.inputs = [
                 sources.resolve(s, stage.find, stage.cache, stage.sha256, self.log) for s in self.table.sources
             ]
+        sources.warn_of_shared(self.table.sources, self.inputs, self.log)
         self.encode_key = digest(self._encoding())
         self.cache = stage.cache / "tokens" / self.encode_key
         self.cache.mkdir(parents=True, exist_ok=True)

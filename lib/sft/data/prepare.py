@@ -134,8 +134,13 @@ def _write_records(
 
 
 def _log_turns(log: Callable[[str], None], proven: Proof) -> None:
-    """Logs by how much `history = "as-rendered"` grows a source."""
+    """Logs by how much `history = "as-rendered"` grows a source, and how many of its trained answers are empty."""
     for source in proven.sources:
+        if empty := source.encoded.get("empty_answers", 0):
+            log(
+                f"warning: {source.path}: {empty:,} trained answers are empty, so only their ends are trained; next:"
+                ' empty_answers = "reject" in [prepare] leaves such rows out'
+            )
         added, tokens = source.encoded.get("turns_tokens_added", 0), source.encoded.get("tokens", 0)
         if added:
             log(

@@ -122,6 +122,24 @@ def _warn_of_copies(
             )
 
 
+def warn_of_shared(sources: Sequence[Source], found: Sequence[SourceFiles], log: Callable[[str], None]) -> None:
+    """Warns of sources that read the same content with the same names of columns: its rows are in the mix several times."""
+    read: dict[tuple[str, str], dict[int, str]] = {}
+    for number, (source, files) in enumerate(zip(sources, found, strict=True)):
+        for file in files.files:
+            read.setdefault((file.sha256, repr(sorted(source.columns.items()))), {})[number] = file.name
+    shared: dict[tuple[int, ...], list[str]] = {}
+    for names in read.values():
+        if len(names) > 1:
+            shared.setdefault(tuple(names), []).append(next(iter(names.values())))
+    for numbers, files in shared.items():
+        told = " and ".join(f"{number + 1} ({sources[number].path})" for number in numbers)
+        log(
+            f"warning: sources {told} read files of equal content, and the rows of each are used: {first_names(files)}; next: remove"
+            " one, give it another weight, or set deduplicate = true"
+        )
+
+
 def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], origin: Origin) -> InputFile:
     """The file, or its copy in the cache if it is compressed, one JSON array, or CSV, which cannot be cut."""
     check_pointer(file, name)

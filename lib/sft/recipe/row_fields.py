@@ -53,7 +53,7 @@ HARMLESS: dict[str, tuple[str, ...]] = {
     ),
     "hashes": ("checksum", "hash", "md5", "sha1", "sha256"),
     "annotators": ("annotator", "annotators", "labeler", "reviewer", "worker"),
-    "hints for servers": ("cache_control",),
+    "hints for servers": ("cache_control", "parallel_tool_calls"),
 }  # fmt: skip
 """Columns, and fields of messages, that carry no training content, by kind. Capitals do not matter."""
 HARMLESS_CHARACTERS = 200
