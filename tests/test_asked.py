@@ -62,7 +62,7 @@ def test_an_override_that_no_asked_stage_reads_is_refused_with_its_table(goals: 
     assert f"override '{override}': [{table}] has this field" in message and f"make {goals} does not" in message
 
 
-def test_where_another_trainers_name_is_a_field_of_another_table_ours_is_told() -> None:
+def test_where_another_trainers_name_is_a_field_of_another_table_ours_is_reported() -> None:
     assert "here it is 'seq_len' in [train]" in refused("train", "max_length=256")
     assert "here it is 'global_batch_tokens' in [train]" in refused("train", "batch_size=8")
 

@@ -199,7 +199,7 @@ def test_a_mismatch_is_a_table_of_field_base_recipe_and_what_to_write() -> None:
     assert "intermediate_size" not in table and "init_std" not in table
 
 
-def test_the_context_is_extended_by_name_and_that_is_said() -> None:
+def test_the_context_is_extended_by_name_and_that_is_reported() -> None:
     model = schema.Model(base="b", rope_scaling=dict(YARN))
     base = read()
     assert resolve(model, 0, base).rope_scaling == Yarn(4.0, old_context=64)
@@ -303,7 +303,9 @@ def saved(folder: Path, change: Any = None, file: str = "model.safetensors") -> 
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "model-00001-of-00001.safetensors"])
-def test_weights_are_read_in_their_forms_and_that_is_said(tmp_path: Path, change: Any, note: str, file: str) -> None:
+def test_weights_are_read_in_their_forms_and_that_is_reported(
+    tmp_path: Path, change: Any, note: str, file: str
+) -> None:
     folder, wanted = saved(tmp_path, change, file)
     weights = HfFolder(folder)
     assert any(note in line for line in weights.notes), weights.notes

@@ -100,7 +100,7 @@ def skipped(written: str) -> tuple[int, bool]:
 @settings(max_examples=300, deadline=None)
 @given(value=values, indent=st.sampled_from([None, 1]))
 @example(value={"": [], "a": {"b": {}, "c": [[]]}}, indent=None)
-def test_any_value_is_skipped_and_what_holds_something_is_told(value: Any, indent: int | None) -> None:
+def test_any_value_is_skipped_and_one_that_holds_something_is_noticed(value: Any, indent: int | None) -> None:
     written = json.dumps(value, indent=indent).replace("\n", "\t")
     assert skipped(written) == (len(written.encode()), not is_empty(value))
 

@@ -103,7 +103,7 @@ def test_a_stage_with_a_lost_file_is_not_reused(workspace: Workspace, finished) 
     assert "x_limit-10/train: not made yet" in workspace.make("why", "RECIPE=x", "limit=10").stdout
 
 
-def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_told(tmp_path: Path) -> None:
+def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_reported(tmp_path: Path) -> None:
     with pytest.raises(SftError, match="it is gone; next: run the same make again"):
         references.refer(tmp_path / "a", "train", tmp_path / "b/train")
     (tmp_path / "b/train").mkdir(parents=True)
@@ -121,7 +121,7 @@ def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_told(tmp
     assert not (tmp_path / "a/train").exists() and (tmp_path / "b/train").is_dir()
 
 
-def test_a_longer_training_is_told_before_anything_is_moved_and_goes_on_if_asked(
+def test_a_longer_training_is_reported_before_anything_is_moved_and_goes_on_if_asked(
     workspace: Workspace, finished
 ) -> None:
     finished("train")

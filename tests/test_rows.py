@@ -375,7 +375,7 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
         ),
     ],
 )  # fmt: skip
-def test_fields_that_nothing_reads_are_told_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:
+def test_fields_that_nothing_reads_are_reported_until_the_recipe_ignores_them(row: Any, unread: dict[str, str]) -> None:
     assert counted(row)[1] == unread
     assert counted(row, ignore=tuple(unread))[1] == {}
 

@@ -98,7 +98,7 @@ def test_trainings_are_compared_by_step_tokens_and_time_with_the_best_first(tmp_
     assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
 
 
-def test_a_run_without_steps_is_told(tmp_path: Path) -> None:
+def test_a_run_without_steps_is_reported(tmp_path: Path) -> None:
     (tmp_path / "y").mkdir()
     with pytest.raises(SftError, match="no steps yet; next: make train for y"):
         trainings.compare([run(tmp_path, "x", 1.0), tmp_path / "y"])

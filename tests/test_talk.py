@@ -57,7 +57,7 @@ def test_the_prompt_is_what_transformers_writes_and_the_reply_what_it_generates(
     assert [m["role"] for m in talking.messages] == ["user", "assistant"]
 
 
-def test_commands_change_the_conversation_and_too_much_is_told(talking: talk.Talk) -> None:
+def test_commands_change_the_conversation_and_too_much_is_reported(talking: talk.Talk) -> None:
     out = io.StringIO()
     talk.converse(
         talking,
@@ -69,7 +69,7 @@ def test_commands_change_the_conversation_and_too_much_is_told(talking: talk.Tal
     assert ":" in text and talking.messages == [] and talking.system == "Be long."
 
 
-def test_what_cannot_be_talked_to_is_told_with_the_next_command(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_talked_to_is_reported_with_the_next_command(run: Path, tmp_path: Path) -> None:
     for step, model, message in (
         ("300", "", r"there are: none; next: one of them"),
         ("300", "x", "two models; next: give one of them"),

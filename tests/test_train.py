@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import training
+from patience import PATIENCE
 from published import step_record
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.dcp_reader import DcpReader
@@ -68,6 +69,17 @@ def test_training_learns_and_reports(folder: Path) -> None:
     }  # the ephemeral ones are gone
     assert (folder / "train" / "tokenizer" / "tokenizer.json").is_file()
     assert not step_folder.damage(folder / "train" / "step40")
+
+
+def test_processes_are_forked_with_the_modules_of_training_and_of_the_tests_loaded() -> None:
+    """A preloaded module that is not found is skipped without a word, and every process then imports it for itself."""
+    code = (
+        "import sys; sys.exit(not {'torch', 'numba', 'sft.training.train', 'training', 'pytest'} <= set(sys.modules))"
+    )
+    process = training.SERVER.Process(target=exec, args=(code,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
 
 
 @pytest.mark.processes
