@@ -13,6 +13,7 @@ import tiny_export
 from sft.evaluation import evaluate
 from sft.export import write
 from sft.formats.results import TaskResult
+from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Convert, Evaluate
 from tiny_export import OLMO3
 
@@ -44,7 +45,7 @@ metric_list:
 ANYTHING = Evaluate(tasks=("capitals",), min_stop_rate=0, max_empty_fraction=1, batch_size=3)
 
 
-def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNamespace:
+def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12, config: ModelConfig = OLMO3) -> SimpleNamespace:
     """A tiny export, two tasks (replies that end at `stops`, `choices` questions of three answers), and the model as lm-eval holds it."""
     tasks = root / "tasks"
     tasks.mkdir()
@@ -55,10 +56,10 @@ def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12) -> SimpleNam
     rows = [{"question": f"What is the capital of {c}?", "answer": "Paris"} for c in ("France", "Rome", "A", "B", "C")]
     (tasks / "capitals.jsonl").write_text("\n".join(map(json.dumps, rows)))
     facts = tiny_export.tokenizer(root / "tokenizer")
-    weights = tiny_export.weights(OLMO3)
+    weights = tiny_export.weights(config)
     options = Convert(dtype="float32", max_position_embeddings=512)
     write.export(
-        weights, OLMO3, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
+        weights, config, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
     )
     from sft.evaluation.hf_model import HfModel
 

@@ -394,7 +394,7 @@ def command_doctor(args: argparse.Namespace) -> None:
 
     red = 0
     for r in _one_or_more(args):
-        rows = doctor.examine(Context(args.place, r, args.place.load_cluster()), ask=True)
+        rows = doctor.examine(Context(args.place, r, args.place.load_cluster(), imports=True), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
         print(doctor.table([Row(OK, "recipe", r.file), *rows]))
         red += sum(row.state == RED for row in rows)

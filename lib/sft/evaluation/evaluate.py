@@ -20,11 +20,11 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
@@ -42,7 +42,7 @@ from sft.evaluation.scores import (
 from sft.evaluation.validation import validation_loss
 from sft.formats import results as results_format
 from sft.formats.lines import to_lines
-from sft.formats.results import Results, TaskResult
+from sft.formats.results import GroupResult, Results, TaskResult
 from sft.formats.samples import UnscoredReply
 from sft.recipe import inputs
 from sft.recipe.schema import Evaluate, Hardware
@@ -50,8 +50,10 @@ from sft.runner.processes import requested_gpus
 from sft.runner.stage import Result, Stage
 
 if TYPE_CHECKING:
+    from lm_eval.api.group import Group
+
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
-    from sft.evaluation.tasks import DefinitionHashes
+    from sft.evaluation.tasks import DefinitionHashes, TaskDefinition
 
 
 def evaluate(stage: Stage) -> Result:
@@ -61,14 +63,14 @@ def evaluate(stage: Stage) -> Result:
         return collected.collect(stage)
     folder = stage.folder("convert") / "model"
     tasks, data = find_tasks(options, stage.find, stage.recipe.file)
-    go_offline(options, tasks, stage.out / "work")
+    go_offline(options, tasks, stage.out / "work", stage.place.datasets)
     template = check_template(folder)
     require_gpus(stage)
     model = open_model(folder, options, stage.hardware, stage.recipe.prepare.date)
     stage.log(f"{folder} on {model.about.device} ({model.about.backend}), {len(options.tasks)} tasks")
-    task_results, broken = run_tasks(model, options, tasks, data, stage.out, stage.log)
-    if broken:
-        raise SftError("broken tasks have no score:\n  " + "\n  ".join(broken.values()))
+    scored = run_tasks(model, options, tasks, data, stage.out, stage.log)
+    if scored.broken:
+        raise SftError("broken tasks have no score:\n  " + "\n  ".join(scored.broken.values()))
     outputs, loss = [results_format.NAME, results_format.SAMPLES], None
     validation = stage.folder("prepare") / "validation"
     if options.validation_documents and validation.is_dir():
@@ -77,7 +79,8 @@ def evaluate(stage: Stage) -> Result:
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len, file)
         stage.log(f"validation: loss {loss.loss:.4f} ± {loss.stderr or math.nan:.4f} over {loss.documents} documents")
         outputs.append(file.name)
-    results = Results(template_sha256=template, **model.about._asdict(), tasks=task_results, validation=loss)
+    results = Results(template_sha256=template, **model.about._asdict(), tasks=scored.results,
+                      groups=scored.groups or None, validation=loss)  # fmt: skip
     check_finite(results)
     results.write(stage.out / results_format.NAME)
     (stage.out / results_format.SAMPLES).mkdir(exist_ok=True)
@@ -96,17 +99,21 @@ def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -
     return find(options.task_dir, "[evaluate] task_dir"), data
 
 
-def go_offline(options: Evaluate, tasks: Path, work: Path) -> None:
+def go_offline(options: Evaluate, tasks: Path, work: Path, fetched: Path | None = None) -> None:
     """Forbids the hub when every task is a local one; keeps the cache of `datasets` inside the work folder.
+
+    Data sets of the hub are kept in `fetched`, where they are found again without the hub.
 
     Must run before datasets or huggingface_hub are imported: they read these variables once.
     """
-    (work / "datasets").mkdir(parents=True, exist_ok=True)
-    os.environ["HF_DATASETS_CACHE"] = str(work / "datasets")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # our own log lines report progress
     local = {m[1] for file in tasks.rglob("*.yaml") for m in re.finditer(r"^task:\s*([\w.-]+)", file.read_text(), re.M)}
-    if set(options.tasks) <= local and not any(inputs.is_remote(path) for path in options.data.values()):
+    is_local = set(options.tasks) <= local and not any(inputs.is_remote(path) for path in options.data.values())
+    cache = work / "datasets" if is_local or fetched is None else fetched
+    cache.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
+    if is_local:
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ[name] = "1"
 
@@ -150,6 +157,14 @@ def open_model(folder: Path, options: Evaluate, hardware: Hardware, date: str, d
     return model
 
 
+class TaskScores(NamedTuple):
+    """What became of the tasks of a recipe: results and reasons of broken ones by task, and scores of groups."""
+
+    results: dict[str, TaskResult]
+    broken: dict[str, str]
+    groups: dict[str, GroupResult]
+
+
 def run_tasks(
     model: Recorder,
     options: Evaluate,
@@ -157,20 +172,55 @@ def run_tasks(
     data: Mapping[str, Path | str],
     out: Path,
     log: Callable[[str], None],
-) -> tuple[dict[str, TaskResult], dict[str, str]]:
-    """({task: result}, {broken task: reason}) of every task of the recipe."""
+) -> TaskScores:
+    """Every task of the recipe, and every task of its groups."""
+    from sft.evaluation.groups import group_results  # start-up: lm-eval takes seconds
+
     results: dict[str, TaskResult] = {}
     broken: dict[str, str] = {}
-    for number, name in enumerate(options.tasks, 1):
+    wanted, groups = _expand(options.tasks, tasks, data, broken)
+    for number, (name, definition) in enumerate(wanted.items(), 1):
         model.log = partial(_log_task, log, name)
         try:
-            results[name] = run_task(model, name, options, tasks, data, out)
+            results[name] = run_task(model, name, options, tasks, data, out, definition)
         except BrokenTask as error:
             broken[name] = str(error)
-            log(f"{number}/{len(options.tasks)} {name}: BROKEN: {error}")
+            log(f"{number}/{len(wanted)} {name}: BROKEN: {error}")
             continue
-        log(f"{number}/{len(options.tasks)} {name}: {summary(results[name])}")
-    return results, broken
+        log(f"{number}/{len(wanted)} {name}: {summary(results[name])}")
+    scores = group_results(groups, results)
+    for name, group in scores.items():
+        metric, score = next(iter(group.metrics.items()))
+        log(f"{name}: {metric} {score.value:.3f} over {len(group.tasks)} tasks, n {score.n}")
+    return TaskScores(results, broken, scores)
+
+
+def _expand(
+    names: Sequence[str], folder: Path, data: Mapping[str, Path | str], broken: dict[str, str]
+) -> tuple[dict[str, TaskDefinition | None], dict[str, Group]]:
+    """(tasks by name, with the definition of a group's member; groups). A group that cannot be loaded goes to `broken`."""
+    from sft.evaluation import tasks as lm_eval_tasks  # start-up: lm-eval takes seconds
+
+    wanted: dict[str, TaskDefinition | None] = {}
+    groups: dict[str, Group] = {}
+    for name in names:
+        members: list[tuple[str, TaskDefinition | None]] = [(name, None)]
+        try:
+            definition = lm_eval_tasks.find(name, folder, data)
+            if definition.is_group:
+                expanded, found = definition.expand()
+                members = [(d.name, d) for d in expanded]
+                groups |= found
+        except Exception as error:
+            if isinstance(error, SftError) or getattr(error, "errno", None):
+                raise
+            broken[name] = f"{name}: {type(error).__name__}: {error}"
+            continue
+        for member, of_group in members:
+            if member in wanted:
+                raise SftError(f"[evaluate] tasks: {member} is named twice, by itself or by a group; next: remove one")
+            wanted[member] = of_group
+    return wanted, groups
 
 
 def _log_task(log: Callable[[str], None], name: str, text: str) -> None:
@@ -204,7 +254,13 @@ class TaskFiles:
 
 
 def run_task(
-    model: Recorder, name: str, options: Evaluate, tasks: Path, data: Mapping[str, Path | str], out: Path
+    model: Recorder,
+    name: str,
+    options: Evaluate,
+    tasks: Path,
+    data: Mapping[str, Path | str],
+    out: Path,
+    definition: TaskDefinition | None = None,
 ) -> TaskResult:
     """The result of one task, or that of an earlier attempt. Raises BrokenTask, and SftError for what is not the task's fault."""
     from sft.evaluation import asking, harness  # start-up: lm-eval takes seconds, and go_offline must run before it
@@ -213,7 +269,7 @@ def run_task(
     began = time.monotonic()
     files = TaskFiles(out, name)
     with _broken_by_error(name, files.trace):
-        definition = lm_eval_tasks.find(name, tasks, data)
+        definition = definition or lm_eval_tasks.find(name, tasks, data)
         hashes = definition.hashes()
         if finished := files.finished(hashes):
             model.log("finished by an earlier attempt")

@@ -8,12 +8,13 @@ Out: lm-eval's Task, and hashes of its YAML with the files that it includes, of 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,10 @@ from typing import Any, NamedTuple
 import huggingface_hub
 import lm_eval.tasks
 import yaml
+from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
+from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from sft.common.errors import SftError
@@ -50,15 +53,47 @@ class TaskDefinition:
     folder: Path
     manager: TaskManager
     data: dict[str, Path]
+    loaded: Task | None = None
+    """A member of a group, with the options that the group gives it."""
 
     @property
     def file(self) -> Path | None:
         """Its YAML; None for a task that another YAML defines inline."""
-        path = self.manager.task_index[self.name].yaml_path
-        return Path(path).resolve() if path else None
+        entry = self.manager.task_index.get(self.name)
+        return Path(entry.yaml_path).resolve() if entry and entry.yaml_path else None
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the name stands for several tasks: a group, which has scores of its own, or a tag, which has none."""
+        return self.manager.task_index[self.name].kind in (Kind.GROUP, Kind.TAG)
+
+    def expand(self) -> tuple[list[TaskDefinition], dict[str, Group]]:
+        """(definitions of its tasks, its groups by name): itself and none for a single task. Loads the tasks of a group."""
+        if not self.is_group:
+            return [self], {}
+        found = self.manager.load([self.name])
+        return [replace(self, name=name, loaded=task) for name, task in found["tasks"].items()], found["groups"]
+
+    def missing_resources(self) -> str:
+        """The data of nltk that the task's code names and that are not installed; nltk would fetch them in the middle of a run."""
+        hooks = _parts(self.file)[1] if self.file else []
+        sources = [module.read_text(encoding="utf-8") for folder, hook in hooks for module in _beside(folder, hook)]
+        if not any("punkt_tab" in text for text in sources):
+            return ""
+        import nltk  # start-up: few tasks need it
+
+        try:
+            nltk.data.find("tokenizers/punkt_tab")
+        except LookupError:
+            return "punkt_tab"
+        return ""
 
     def hashes(self) -> DefinitionHashes:
         """Raises SftError for a part outside of the folder: a change of it would go unnoticed."""
+        if self.loaded is not None:
+            return DefinitionHashes(
+                json_hash({"config": self.loaded.config.to_dict(), "lm_eval": LM_EVAL}), {}, LM_EVAL
+            )
         definition: dict[str, Any] = {"config": self.manager.task_index[self.name].cfg}
         if self.file is not None:
             files, hooks = _parts(self.file)
@@ -79,19 +114,17 @@ class TaskDefinition:
         return DefinitionHashes(json_hash(definition), data, LM_EVAL)
 
     def load(self, seed: int) -> Task:
-        """lm-eval's task with its data. Raises SftError for the name of a group."""
-        if self.data:
+        """lm-eval's task with its data."""
+        if self.loaded is not None:
+            task = self.loaded
+        elif self.data:
             config = load_yaml(str(self.file))
             config["dataset_kwargs"]["data_files"] = {split: str(file) for split, file in self.data.items()}
             if all(file.suffix == ".parquet" for file in self.data.values()):
                 config["dataset_path"] = "parquet"
             task = ConfigurableTask(config=config)
         else:
-            loaded = self.manager.load([self.name])["tasks"]
-            if list(loaded) != [self.name]:
-                some = ", ".join(list(loaded)[:8])
-                raise SftError(f"[evaluate] tasks: {self.name!r} is a group; next: name its tasks: {some}")
-            task = loaded[self.name]
+            task = self.manager.load([self.name])["tasks"][self.name]
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=seed)
@@ -102,9 +135,8 @@ class TaskDefinition:
 
     def _names_stop_strings(self) -> bool:
         """Whether the task's own files say which strings end a reply."""
-        config = (
-            self.manager.task_index[self.name].cfg if self.file is None else load_yaml(self.file, resolve_func=False)
-        )
+        entry = self.manager.task_index.get(self.name)
+        config = (entry and entry.cfg) if self.file is None else load_yaml(self.file, resolve_func=False)
         return "until" in ((config or {}).get("generation_kwargs") or {})
 
 
@@ -125,9 +157,10 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinit
                 why = f"; {own} names {load_yaml(own, resolve_func=False).get('task')!r}"
             except (ValueError, yaml.YAMLError) as error:  # lm-eval skips such a file
                 why = f"; {own}: {error}"
-        known = ", ".join([t for t in manager.all_tasks if t[:4] == name[:4]][:8])
+        near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
+        hint = f"; did you mean {near[0]!r}? similar names: {', '.join(near)}" if near else ""
         raise SftError(
-            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval; similar names: {known or 'none'}{why}; next: correct the name, or add the task's file to [evaluate] task_dir"
+            f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval{hint}{why}; next: correct the name, or add the task's file to [evaluate] task_dir"
         )
     files: dict[str, str] = {}
     if entry.yaml_path and not Path(entry.yaml_path).resolve().is_relative_to(SHIPPED):

@@ -80,8 +80,8 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
             tokens = [i for i in reply.token_ids if i not in self.stop_ids]
             # Where there are thoughts, lm-eval gives vLLM no stop strings: the answer is cut here, as with the other backend.
             kept = self.end_reply(prompt, tokens, self._ended_by(reply), self.until if self.think_end_token else ())
-            if len(kept) < len(tokens):
-                reply.text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            # vLLM leaves out the bytes of a character that the limit cuts, and text behind a stop string: one rule for both backends.
+            reply.text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return outputs
 
     def _ended_by(self, reply: Any) -> str:

@@ -117,20 +117,20 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     if broken := manifest.broken_outputs(step.folder, StepManifest.read(step.folder / manifest.NAME).outputs):
         raise SftError("; ".join(broken))
     tasks, data = evaluate.find_tasks(options, stage.find, stage.recipe.file)
-    evaluate.go_offline(options, tasks, out / "work")
+    evaluate.go_offline(options, tasks, out / "work", stage.place.datasets)
     export(stage, step.folder, model_folder)
     template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
     model = evaluate.open_model(
         model_folder, options, hardware, stage.recipe.prepare.date, options.every_device.partition(":")[0]
     )
-    results, broken_tasks = evaluate.run_tasks(model, options, tasks, data, out, stage.log)
+    results, broken_tasks, groups = evaluate.run_tasks(model, options, tasks, data, out, stage.log)
     loss, validation = None, stage.dataset / "validation"
     if options.validation_documents and validation.is_dir():
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len)
     evaluation = Evaluation(
         step=step.step, checkpoint=step.digest, settings=wanted, template_sha256=template,
-        tasks={name: result.metrics for name, result in results.items()}, broken=broken_tasks, validation=loss,
+        tasks={name: result.metrics for name, result in (*groups.items(), *results.items())}, broken=broken_tasks, validation=loss,
         seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip
     check_finite(evaluation)

@@ -122,6 +122,14 @@ class TaskResult(Record):
         return next(iter(self.metrics.items()))
 
 
+@dataclass(frozen=True)
+class GroupResult:
+    """lm-eval's own mean over the tasks of a group, with its error, and their names."""
+
+    metrics: dict[str, Score]
+    tasks: tuple[str, ...]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationLoss(HasInterval):
     """Mean loss in nats of a trained token over `documents` conversations with `labels` trained tokens.
@@ -168,6 +176,7 @@ class Results(Record):
     device: str | None = None
     dtype: str | None = None
     tasks: dict[str, TaskResult]
+    groups: dict[str, GroupResult] | None = None
     validation: ValidationLoss | None = None
 
     def to_value(self) -> dict[str, Any]:
@@ -185,7 +194,7 @@ class Results(Record):
             name: TaskHashes(task_sha256=t.task_sha256, data_sha256=t.data_sha256, samples_sha256=t.samples_sha256)
             for name, t in self.tasks.items()
         }
-        scores = {name: t.metrics for name, t in self.tasks.items()}
+        scores = {name: t.metrics for name, t in (*(self.groups or {}).items(), *self.tasks.items())}
         return EvaluateMetrics(
             scores, self.validation, EvaluationHashes(template_sha256=self.template_sha256, tasks=hashes)
         )

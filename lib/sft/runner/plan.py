@@ -50,6 +50,11 @@ class Place:
     def cache(self) -> Path:
         return self.runs / ".cache"
 
+    @property
+    def datasets(self) -> Path:
+        """Data sets of the hub that evaluation tasks read. The doctor's check fetches them, and nodes without internet find them."""
+        return self.cache / "datasets"
+
     def storage(self, cluster: schema.Cluster) -> str:
         """The root of the cluster's storage, with its placeholders replaced."""
         return paths.for_user(cluster.storage.replace("{runs}", str(self.runs)))

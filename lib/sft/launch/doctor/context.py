@@ -70,6 +70,7 @@ class Context:
     recipe: recipe.Recipe
     cluster: schema.Cluster
     stages: tuple[str, ...] = schema.STAGES
+    imports: bool = False  # import tasks with their data, which may take a minute: `make doctor` and launchers do
 
     @property
     def run(self) -> Path:

@@ -3,7 +3,8 @@
     make doctor RECIPE=olmo3-7b CLUSTER=ai2-jupiter     exit status 1 when a line is red
 
 Each check is a function that returns rows (state, what, found, next command). The checks of the recipe and of this
-machine's files take well under two seconds and ask no other machine; only `make doctor` asks a scheduler. Launchers run
+machine's files take well under two seconds and ask no other machine; only `make doctor` asks a scheduler. Tasks of others than
+this repository are imported once, with their data, by `make doctor` and before a launch. Launchers run
 the same checks for their stage and refuse it on a red line. Standard library only, except for memory and hours: they need
 NumPy and are skipped without it.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sft.common.errors import SftError
-from sft.launch.doctor import cluster, inputs, training
+from sft.launch.doctor import cluster, inputs, tasks, training
 from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, SchedulerAnswer, load_checks, red
 from sft.recipe import recipe, schema
 from sft.runner import plan
@@ -31,6 +32,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (training.disk, ("train",)),
     (cluster.scheduler, schema.STAGES),
     (cluster.evaluation, ("evaluate",)),
+    (tasks.tasks, ("sync", "train", "evaluate")),
 )
 """(check, the stages that it matters for), in the order of the table."""
 
@@ -77,7 +79,9 @@ def table(rows: Sequence[Row]) -> str:
 
 def require(place: plan.Place, r: recipe.Recipe, stage: str) -> None:
     """Checks a stage before a launcher starts it. Raises SftError with every red line."""
-    found = [row for row in examine(Context(place, r, place.load_cluster(), (stage,))) if row.state == RED]
+    found = [
+        row for row in examine(Context(place, r, place.load_cluster(), (stage,), imports=True)) if row.state == RED
+    ]
     if found:
         lines = "\n".join(f"{row.what}: {row.found}; next: {row.next}" for row in found)
         raise SftError(f"{lines}\nmake doctor RECIPE={r.name} CLUSTER={place.cluster} shows all checks")

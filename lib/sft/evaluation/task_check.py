@@ -1,0 +1,89 @@
+"""Imports the tasks of a recipe and reads their data, as the evaluation will: before training, not after it.
+
+    python -m sft.evaluation.task_check '{"tasks": ["ifeval"], "folder": "recipes/tasks", "data": {}, "cache": "runs/.cache/datasets"}'
+
+Out: one JSON object a line for each task: {"task": "ifeval", "documents": 541}, or {"task": …, "problem": …, "next": …}.
+Data sets of the hub stay in `cache`, where an evaluation without internet finds them. The doctor runs this in the pinned
+environment (sft.launch.doctor.tasks).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from sft.common.errors import SftError
+
+
+class Problem(NamedTuple):
+    """Why a task cannot run, and the next step."""
+
+    problem: str
+    next: str
+
+
+def main(argv: Sequence[str]) -> int:
+    """Checks every task and prints a line for each."""
+    asked = json.loads(argv[0])
+    os.environ["HF_DATASETS_CACHE"] = asked["cache"]  # before `datasets` is imported, which reads it once
+    data = {name: path if "://" in path else Path(path) for name, path in asked["data"].items()}
+    for name in asked["tasks"]:
+        found = check(name, Path(asked["folder"]), data)
+        facts = found._asdict() if isinstance(found, Problem) else {"documents": found}
+        print(json.dumps({"task": name, **facts}), flush=True)
+    return 0
+
+
+def check(name: str, folder: Path, data: Mapping[str, Path | str]) -> int | Problem:
+    """The number of documents of a task or of all tasks of a group, or why it cannot run."""
+    from sft.evaluation import tasks  # start-up: lm-eval reads the variables that main sets
+
+    try:
+        documents = 0
+        for definition in tasks.find(name, folder, data).expand()[0]:
+            if missing := definition.missing_resources():
+                return Problem(
+                    f"nltk's {missing} is not here", f".venv/bin/python -m nltk.downloader -d .venv/nltk_data {missing}"
+                )
+            documents += len(definition.load(seed=0).eval_docs)
+        return documents if documents else Problem("it has no documents", "correct the task")
+    except SftError as error:
+        problem, _, step = str(error).rpartition("; next: ")
+        return Problem(problem or step, step)
+    except Exception as error:  # the task's own code, and what the hub client raises
+        return explain(error)
+
+
+def explain(error: BaseException) -> Problem:
+    """The problem behind an exception of a task's code or of the hub client, and the next step."""
+    chain: list[BaseException] = []
+    inner: BaseException | None = error
+    while inner is not None and inner not in chain:
+        chain.append(inner)
+        inner = inner.__cause__ or inner.__context__
+    for one in chain:
+        if isinstance(one, ModuleNotFoundError):
+            package = (one.name or str(one)).partition(".")[0]
+            return Problem(
+                f"it needs the package {package}", f"make setup, or .venv/bin/python -m pip install {package}"
+            )
+    names = {type(one).__name__ for one in chain}
+    text = " ".join(str(chain[0]).split())[:300]
+    if "GatedRepoError" in names or "gated" in text.lower():
+        return Problem(f"its data set is gated: {text}", "accept its terms on the hub, and set HF_TOKEN")
+    if names & {"ConnectError", "ConnectionError", "ConnectTimeout", "OfflineModeIsEnabled", "LocalEntryNotFoundError"}:
+        return Problem(
+            f"its data set cannot be reached: {text}",
+            "run make doctor once where the hub can be reached: data sets stay in runs/.cache/datasets",
+        )
+    if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "FileNotFoundError"}:
+        return Problem(f"its data set is not there: {text}", "correct the task's dataset_path, or set HF_TOKEN")
+    return Problem(f"{type(error).__name__}: {text}", "correct the task, or remove it from [evaluate] tasks")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
