@@ -61,9 +61,11 @@ export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-co
 	@$(foreach d,$(DIRS),$(PY) stages/export.py $d $(call quote,$(DST)) &&) true
 steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic of training, before it: packs, steps, padding, trained tokens of a step, GPU memory
 	@$(foreach d,$(DIRS),$(PY) -m sft.packing.arithmetic $d $(ARGS) &&) true
-.PHONY: watch compare
+.PHONY: watch compare baseline
 watch: | $(READY) ## evaluate checkpoints while training runs ([evaluate] every > 0; make train starts it by itself)
 	@$(foreach d,$(DIRS),$(PY) stages/watch.py $d $(ARGS) &&) true
+baseline: | $(READY) ## score the base under the tasks, template and sampling of RECIPE=, before or after training: [MODEL=folder, gs:// or hf://]
+	@$(foreach d,$(DIRS),$(PY) stages/baseline.py $d $(if $(MODEL),--model $(call quote,$(MODEL))) $(ARGS) &&) true
 preview: | $(READY) ## print conversations as they are tokenized, trained tokens colored: [SOURCE=n] [ROW=n]
 	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true
 

@@ -61,20 +61,25 @@ def evaluate(stage: Stage) -> Result:
     options = stage.recipe.evaluate
     if options.harness != "lm-eval":
         return collected.collect(stage)
-    folder = stage.folder("convert") / "model"
-    tasks, data = find_tasks(options, stage.find, stage.recipe.file)
-    go_offline(options, tasks, stage.out / "work", stage.place.datasets)
-    template = check_template(folder)
     require_gpus(stage)
-    model = open_model(folder, options, stage.hardware, stage.recipe.prepare.date)
+    return score(stage, stage.folder("convert") / "model", stage.out, stage.hardware)
+
+
+def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
+    """Scores the model in a folder and writes the files of the stage to `out`. Raises SftError that lists all broken tasks."""
+    options = stage.recipe.evaluate
+    tasks, data = find_tasks(options, stage.find, stage.recipe.file)
+    go_offline(options, tasks, out / "work", stage.place.datasets)
+    template = check_template(folder)
+    model = open_model(folder, options, hardware, stage.recipe.prepare.date)
     stage.log(f"{folder} on {model.about.device} ({model.about.backend}), {len(options.tasks)} tasks")
-    scored = run_tasks(model, options, tasks, data, stage.out, stage.log)
+    scored = run_tasks(model, options, tasks, data, out, stage.log)
     if scored.broken:
         raise SftError("broken tasks have no score:\n  " + "\n  ".join(scored.broken.values()))
     outputs, loss = [results_format.NAME, results_format.SAMPLES], None
     validation = stage.folder("prepare") / "validation"
     if options.validation_documents and validation.is_dir():
-        file = stage.out / results_format.VALIDATION
+        file = out / results_format.VALIDATION
         model.log = stage.log
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len, file)
         stage.log(f"validation: loss {loss.loss:.4f} ± {loss.stderr or math.nan:.4f} over {loss.documents} documents")
@@ -82,8 +87,8 @@ def evaluate(stage: Stage) -> Result:
     results = Results(template_sha256=template, **model.about._asdict(), tasks=scored.results,
                       groups=scored.groups or None, validation=loss)  # fmt: skip
     check_finite(results)
-    results.write(stage.out / results_format.NAME)
-    (stage.out / results_format.SAMPLES).mkdir(exist_ok=True)
+    results.write(out / results_format.NAME)
+    (out / results_format.SAMPLES).mkdir(exist_ok=True)
     return Result(outputs=outputs, metrics=results.metrics.to_value())
 
 

@@ -130,7 +130,7 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len)
     evaluation = Evaluation(
         step=step.step, checkpoint=step.digest, settings=wanted, template_sha256=template,
-        tasks={name: result.metrics for name, result in (*groups.items(), *results.items())}, broken=broken_tasks, validation=loss,
+        tasks={n: g.metrics for n, g in groups.items()} | {n: r.metrics for n, r in results.items()}, broken=broken_tasks, validation=loss,
         seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip
     check_finite(evaluation)

@@ -21,6 +21,8 @@ from sft.formats.record import Record, convert, to_json
 NAME = "results.json"
 SAMPLES = "samples"
 """The folder beside it: one JSONL file for each task (see sft.formats.samples)."""
+BASELINE = "-baseline"
+"""The end of the name of the folder, beside a run's, that has the scores of the run's base."""
 VALIDATION = "validation.jsonl"
 """The file beside it: the loss of every held-out conversation."""
 
@@ -188,13 +190,18 @@ class Results(Record):
         return value
 
     @property
+    def scored(self) -> dict[str, TaskResult | GroupResult]:
+        """Groups and tasks by name, groups first."""
+        return {**(self.groups or {}), **self.tasks}
+
+    @property
     def metrics(self) -> EvaluateMetrics:
         """The metrics for evaluate's manifest."""
         hashes = {
             name: TaskHashes(task_sha256=t.task_sha256, data_sha256=t.data_sha256, samples_sha256=t.samples_sha256)
             for name, t in self.tasks.items()
         }
-        scores = {name: t.metrics for name, t in (*(self.groups or {}).items(), *self.tasks.items())}
+        scores = {name: scored.metrics for name, scored in self.scored.items()}
         return EvaluateMetrics(
             scores, self.validation, EvaluationHashes(template_sha256=self.template_sha256, tasks=hashes)
         )

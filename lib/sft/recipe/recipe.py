@@ -28,6 +28,7 @@ from sft.recipe import chat_templates, other_names, presets, resolve, schema
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 CLUSTERS = REPO / "env"
+SUITES = REPO / "recipes" / "suites"
 FEW_ROWS = 32  # an integer weight below this is taken for a multiple written without its ".0"
 HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
 FIELDS_OF_TABLES = {f.name for cls in schema.TABLES.values() for f in dataclasses.fields(cls)}
@@ -93,6 +94,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     data = read_toml(file, "recipe")
     problems: list[str] = []
     taken = _apply(data, overrides, cluster, problems)
+    _add_suite(data, problems)
     for table in data:
         if table not in schema.TABLES and table != "on":
             problems.append(f"no table [{table}]{_did_you_mean(table, [*schema.TABLES, 'on'])}")
@@ -105,6 +107,28 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         raise SftError(f"{lines}\nnext: correct it, then `make show RECIPE={name}`; `make fields` lists every field")
     recipe = Recipe(name=name, file=str(file), on=on, **values)
     return dataclasses.replace(recipe, overrides=_changing(taken, file))
+
+
+def _add_suite(data: dict[str, Any], problems: list[str]) -> None:
+    """Gives [evaluate] the fields of its suite that it does not set itself."""
+    table = data.get("evaluate")
+    name = table.get("suite") if isinstance(table, dict) else None
+    if not isinstance(table, dict) or not isinstance(name, str) or not name:
+        return
+    known = sorted(f.stem for f in SUITES.glob("*.toml"))
+    if name not in known:
+        hint = _did_you_mean(name, known) or f"; there are: {', '.join(known)}"
+        problems.append(f"'suite' in [evaluate] = {name!r}: no such file in {SUITES}{hint}")
+        return
+    suite = read_toml(SUITES / f"{name}.toml", "suite")
+    fields = {f.name for f in dataclasses.fields(schema.Evaluate)} - {"suite"}
+    for field in suite:
+        if field not in fields:
+            problems.append(
+                f"{SUITES / name}.toml: no field {field!r} in [evaluate]{_did_you_mean(field, sorted(fields))}"
+            )
+            return
+    data["evaluate"] = {**suite, **table}
 
 
 def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:

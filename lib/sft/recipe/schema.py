@@ -368,6 +368,11 @@ class Evaluate:
     tasks: tuple[str, ...] = opt(
         REQUIRED, "names of lm-eval tasks from task_dir or from lm-eval itself, or tasks and suites of another harness"
     )
+    suite: str = opt(
+        "",
+        "a file recipes/suites/<name>.toml, whose fields this table has unless it sets them itself: quick, olmo3, tulu3-dev, safety, reasoning",
+        key=False,
+    )
     harness: str = opt(
         "lm-eval",
         "lm-eval, which this stage runs itself, or AI2's harnesses on Beaker: olmo-eval, or the older oe-eval",

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.evaluation.compare import LETTERS, footnote, p_text, show
+from sft.evaluation.compare import LETTERS, compare, footnote, p_text, show
+from sft.formats import manifest
 from sft.formats.comparison import Comparison, ScoreDifference
+from sft.formats.results import BASELINE
 from sft.reporting import charts
 from sft.reporting.page import document, table
 
@@ -106,6 +108,19 @@ def options(comparison: Comparison) -> str:
         return '<p class="none">no option differs</p>'
     rows = [[f"<code>{escape(f.field)}</code>", *(escape(show(v)) for v in f.values)] for f in comparison.fields]
     return table(["option", *LETTERS[: len(comparison.runs)]], rows)
+
+
+def with_baseline(run: Path) -> str:
+    """The differences to the model that training started from, item by item; '' without its scores (make baseline)."""
+    baseline = run.with_name(run.name + BASELINE)
+    if not (baseline / "evaluate" / manifest.NAME).is_file():
+        return ""
+    try:
+        found = compare([baseline, run])
+    except SftError as error:
+        return f'<p class="bad">{escape(str(error))}</p>'
+    notes = "".join(f'<p class="note bad">{escape(note)}</p>' for note in found.notes)
+    return notes + score_table(found)
 
 
 def in_report(run: Path) -> str:

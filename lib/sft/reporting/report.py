@@ -21,7 +21,7 @@ from sft.formats.manifest import Manifest, Provenance
 from sft.formats.metrics import LOST
 from sft.formats.results import SAMPLES
 from sft.recipe import schema
-from sft.reporting import comparison, scores, sections
+from sft.reporting import comparison, replies, scores, sections
 from sft.reporting.charts import number
 from sft.reporting.page import document, table
 from sft.reporting.run_files import RunFiles
@@ -36,8 +36,10 @@ def report(stage: Stage) -> Result:
     """The stage: writes the page."""
     text = page(stage.run)
     write_atomic(stage.out / "index.html", text.encode())
+    found = RunFiles(stage.run).results
+    pages = replies.write(stage.run, found, stage.out) if found else []
     stage.log(f"{stage.run / 'report' / 'index.html'}: {len(text):,} bytes")
-    return Result(outputs=["index.html"])
+    return Result(outputs=["index.html", *pages])
 
 
 def page(folder: Path) -> str:
@@ -50,6 +52,7 @@ def page(folder: Path) -> str:
         ("Training", sections.curves(run.steps) if run.steps else ""),
         ("Scores", scores.scores(run.results) if run.results else ""),
         ("Scores over steps", scores.over_steps(folder / "train")),
+        ("Against the baseline", comparison.with_baseline(folder) if run.results else ""),
         ("Compared", comparison.in_report(folder) if run.results else ""),
         ("Replies", scores.replies(folder / "evaluate" / SAMPLES, run.results) if run.results else ""),
         ("Export", sections.export(run.gate) if run.gate else ""),

@@ -14,7 +14,7 @@ from sft.evaluation.statistics import Z95
 from sft.formats import evaluations
 from sft.formats.evaluations import Evaluation
 from sft.formats.lines import read_lines
-from sft.formats.results import Generation, Results, Score, ValidationLoss
+from sft.formats.results import Generation, Results, Score, TaskResult, ValidationLoss
 from sft.formats.samples import Sample
 from sft.reporting import charts
 from sft.reporting.charts import Line
@@ -26,9 +26,10 @@ Bounds = tuple[float, float]
 
 
 def scores(results: Results) -> str:
-    """Every score with its interval; how replies ended, and their lengths."""
+    """Every score with its interval; how replies ended, and their lengths. Groups come before their tasks."""
     rows = []
-    for task, result in results.tasks.items():
+    for task, result in results.scored.items():
+        facts = result.generation if isinstance(result, TaskResult) else None
         for i, (name, score) in enumerate(result.metrics.items()):
             rows.append(
                 [
@@ -39,7 +40,7 @@ def scores(results: Results) -> str:
                     interval(score.bounds),
                     charts.whisker(score.value, score.low, score.high) if 0 <= score.value <= 1 else "",
                     f"{score.n:,}",
-                    endings(result.generation) if i == 0 else "",
+                    endings(facts) if i == 0 else "",
                 ]
             )
     head = ["task", "metric", "score", "standard error", "95 % interval", "0 to 1", "n", "replies"]
@@ -86,7 +87,8 @@ def replies(folder: Path, results: Results) -> str:
     for file in sorted(folder.glob("*.jsonl")) if results.harness is None else ():
         samples = [s for s in read_lines(Sample, file) if s.ended_by is not None][:SAMPLES]
         parts += [_reply(file.stem, sample) for sample in samples]
-    return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
+    note = '<p class="note">All items, with filters and a search: <code>replies/&lt;task&gt;.html</code> beside this page.</p>'
+    return f'{note}<div class="cards">{"".join(parts)}</div>' if parts else ""
 
 
 def _reply(task: str, sample: Sample) -> str:

@@ -7,6 +7,7 @@ of the recipe, or the upstream manifest) is not the one it consumed, or if its u
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -25,6 +26,7 @@ from sft.formats import run as run_format
 from sft.formats.manifest import Input, Manifest
 from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
+from sft.formats.results import BASELINE
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, clusters, inputs, recipe, schema
 from sft.runner import bases, references
@@ -306,6 +308,9 @@ def report_inputs(run: Path) -> list[Input]:
             entries.append(Input(manifest=f"../{stage}/{manifest.NAME}", sha256=digest))
         except (FileNotFoundError, SftError):
             continue
+    with contextlib.suppress(FileNotFoundError, SftError):
+        baseline = manifest.load(run.with_name(run.name + BASELINE) / "evaluate" / manifest.NAME)
+        entries.append(Input(file="baseline", sha256=baseline.digest))
     extra = [run / "train" / "evaluations.jsonl", *sorted((run / "compare").glob("*.json"))]
     entries += [
         Input(file=f.relative_to(run).as_posix(), bytes=f.stat().st_size, sha256=hash_file(f))
