@@ -217,6 +217,23 @@ def test_the_context_is_extended_by_name_and_that_is_reported() -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "model", "wanted"),
+    [({}, schema.Model(base="b"), 256), (YARN | {"factor": 8.0}, schema.Model(base="b"), 256),
+     ({}, schema.Model(base="b", rope_scaling=YARN | {"factor": 8.0}), 512),
+     (YARN, schema.Model(base="b", rope_scaling=YARN | {"factor": 8.0}), 512)],
+)  # fmt: skip
+def test_an_export_has_the_bases_longest_input_unless_the_recipe_extends_it(
+    given: dict[str, Any], model: schema.Model, wanted: int
+) -> None:
+    from sft.export.convert import with_length
+
+    base = read(rope_scaling=given or None)
+    config = resolve(model, 0, base)
+    options, lines = with_length(schema.Convert(), config, base.facts, 1024, extended=model.names_scaling)
+    assert options.max_position_embeddings == wanted and "less than the seq_len of training, 1,024" in lines[-1]
+
+
+@pytest.mark.parametrize(
     ("rows", "ids", "asked", "wanted"),
     [(100, 0, None, 128), (100, 90, None, 128), (128, 130, None, 256), (100, 90, 640, 640)],
 )

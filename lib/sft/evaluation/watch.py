@@ -178,7 +178,9 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
     config = convert.trained_config(stage.recipe.model, facts.vocab_size, step)
     kept = olmo_core.base_facts(step / "config.json")
-    options, _ = convert.with_length(options, config, kept, stage.recipe.train.seq_len)
+    options, _ = convert.with_length(
+        options, config, kept, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
+    )
     tokenizer = stage.out / "tokenizer"
     trained_template = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     template = convert.evaluation_template(options.eval_template, stage.find) or trained_template

@@ -45,7 +45,9 @@ def convert(stage: Stage) -> Result:
     trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
     template = evaluation_template(options.eval_template, stage.find) or trained
     trained_base = olmo_core.base_facts(step / "config.json")
-    options, lines = with_length(options, config, trained_base, stage.recipe.train.seq_len)
+    options, lines = with_length(
+        options, config, trained_base, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
+    )
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
     for line in lines:
         stage.log(line)
@@ -109,11 +111,16 @@ def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
 
 
 def with_length(
-    options: Convert, config: ModelConfig, base: BaseFacts | None, seq_len: int
+    options: Convert, config: ModelConfig, base: BaseFacts | None, seq_len: int, extended: bool = False
 ) -> tuple[Convert, list[str]]:
-    """The options with max_position_embeddings decided, and what is to be reported about it."""
+    """The options with max_position_embeddings decided, and what is to be reported about it.
+
+    The base's own value is the default, also where its scaling would reach further. `extended`: the recipe names another
+    scaling, whose reach is the default then.
+    """
     supported = supported_length(config, base) if base else None
-    length = options.max_position_embeddings or supported or DEFAULT_LENGTH
+    own = base.max_positions if base and base.scaled and not extended else supported
+    length = options.max_position_embeddings or own or DEFAULT_LENGTH
     lines = [
         f"max_position_embeddings = {length:,}"
         + (", the base's" if not options.max_position_embeddings and supported else "")

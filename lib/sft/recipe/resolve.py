@@ -150,8 +150,7 @@ def _differences(model: Model, base: Base) -> Iterator[_Difference]:
         ours, found = getattr(preset, name), getattr(base.config, name)
         if name not in _NOT_COMPARED and name not in given and ours != found:
             yield _Difference(name, repr(found), f"{ours!r} (preset {model.preset})", "remove preset")
-    named = model.rope_scaling is not None or model.yarn_factor is not None
-    if not named and preset.rope_scaling != base.config.rope_scaling:
+    if not model.names_scaling and preset.rope_scaling != base.config.rope_scaling:
         table = rotary.rope_parameters(preset.rope_scaling, preset.rope_theta)
         del table["rope_theta"]
         pairs = ", ".join(f"{k} = {_toml(v)}" for k, v in table.items())

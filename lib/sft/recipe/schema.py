@@ -96,6 +96,11 @@ class Model:
     )
     init_std: float | None = opt(None, "standard deviation of random initial weights (truncated normal)", above=0)
 
+    @property
+    def names_scaling(self) -> bool:
+        """Whether the recipe says itself how positions are scaled."""
+        return self.rope_scaling is not None or self.yarn_factor is not None
+
 
 @dataclass(frozen=True)
 class Source:
