@@ -60,13 +60,12 @@ class HfModel(Recorder, HFLM):  # type: ignore[misc, unused-ignore]  # lm-eval h
         return out
 
     @torch.inference_mode()
-    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
+    def target_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:
         for ids, loss_mask in documents:
             x = torch.tensor([list(ids)], device=self.device)  # [1, tokens]
             is_target = torch.tensor(list(loss_mask), device=self.device)[1:]
             if not is_target.any():
-                yield 0.0, 0
+                yield []
                 continue
             logits = self.model(input_ids=x[:, :-1], use_cache=False).logits[0][is_target].float()
-            loss = torch.nn.functional.cross_entropy(logits, x[0, 1:][is_target], reduction="sum")
-            yield loss.item(), int(is_target.sum())
+            yield torch.nn.functional.cross_entropy(logits, x[0, 1:][is_target], reduction="none").tolist()

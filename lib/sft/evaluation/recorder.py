@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -88,9 +89,13 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         """Sets the number of rows that lm-eval's code puts into one batch."""
         raise NotImplementedError
 
-    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
-        """(loss, number of targets) of each (ids, loss mask), the loss summed in fp32. (0.0, 0) without a target."""
+    def target_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:
+        """The loss of every target of each (ids, loss mask), in fp32 and in order. The first token of a document is no target."""
         raise NotImplementedError
+
+    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
+        """(sum of the losses, number of targets) of each (ids, loss mask). (0.0, 0) without a target."""
+        return ((math.fsum(losses), len(losses)) for losses in self.target_losses(documents))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """lm-eval's call for a prompt. Raises ValueError for a conversation that the template refuses.

@@ -18,19 +18,25 @@ from sft.data.dataset import Dataset
 from sft.evaluation.batches import LOG_EVERY_S
 from sft.evaluation.scores import json_hash
 from sft.evaluation.statistics import Z95
+from sft.formats.dataset import DatasetInfo
 from sft.formats.lines import to_lines
-from sft.formats.results import ValidationLoss
+from sft.formats.results import PartLoss, ValidationLoss
 from sft.formats.samples import ConversationLoss
 
 if TYPE_CHECKING:
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
 
 
+MOST_TURNS = 8
+"""Positions of answers that have a loss of their own; the last one counts all later ones, too."""
+
+
 class TokenizedConversation(NamedTuple):
-    """Token ids of a held-out conversation, and which of them are targets."""
+    """Token ids of a held-out conversation, which of them are targets, and the number of its source."""
 
     ids: list[int]
     loss_mask: list[bool]
+    source: int
 
 
 def validation_loss(
@@ -42,30 +48,72 @@ def validation_loss(
     """
     longest = min(seq_len, model.max_length - 1)  # vLLM wants to add a token: the same cut for every backend
     conversations = read_conversations(folder, limit, longest)
-    losses, logged = [], time.monotonic()
-    for conversation, (loss, num_targets) in zip(conversations, model.losses(conversations), strict=True):
-        losses.append(ConversationLoss(json_hash(conversation)[:16], loss, num_targets))
+    losses: list[ConversationLoss] = []
+    by_source: dict[int, list[ConversationLoss]] = {}
+    by_turn: dict[int, list[ConversationLoss]] = {}
+    logged = time.monotonic()
+    questions = [(c.ids, c.loss_mask) for c in conversations]
+    for c, found in zip(conversations, model.target_losses(questions), strict=True):
+        if found:
+            item = json_hash([c.ids, c.loss_mask])[:16]
+            losses.append(ConversationLoss(item, math.fsum(found), len(found)))
+            by_source.setdefault(c.source, []).append(losses[-1])
+            for turn, part in by_turns(c.loss_mask, found).items():
+                by_turn.setdefault(turn, []).append(ConversationLoss(item, math.fsum(part), len(part)))
         if time.monotonic() - logged > LOG_EVERY_S:
             logged = time.monotonic()
             model.log(f"{len(losses):,}/{len(conversations):,} held-out conversations")
-    losses = [loss for loss in losses if loss.labels]
     if not losses:
         raise SftError(f"{folder}: no trained token in the first {limit} documents; next: make prepare again")
     if file:
         write_atomic(file, to_lines(losses))
-    return summarise(losses)
+    names = source_names(folder.parent) if len(by_source) > 1 else {}
+    return replace(
+        summarise(losses),
+        by_source={names.get(n, str(n)): _part(by_source[n]) for n in sorted(by_source)}
+        if len(by_source) > 1
+        else None,
+        by_turn=tuple(_part(by_turn[k]) for k in sorted(by_turn)) if len(by_turn) > 1 else None,
+    )
+
+
+def by_turns(loss_mask: Sequence[bool], losses: Sequence[float]) -> dict[int, list[float]]:
+    """The losses of a conversation's targets by the answer that they belong to: 0 is the first one.
+
+    An answer is a run of targets: of the mask 0 1 1 0 0 1 the losses a b c give {0: [a, b], 1: [c]}.
+    """
+    found: dict[int, list[float]] = {}
+    remaining, turn, before = iter(losses), -1, False
+    for is_target in loss_mask[1:]:
+        turn += is_target and not before
+        before = is_target
+        if is_target:
+            found.setdefault(min(turn, MOST_TURNS - 1), []).append(next(remaining))
+    return found
+
+
+def source_names(prepared: Path) -> dict[int, str]:
+    """{number: path} of the mix's sources; empty without dataset.json."""
+    try:
+        return {i: source.path for i, source in enumerate(DatasetInfo.of(prepared).sources)}
+    except (OSError, SftError):
+        return {}
 
 
 def read_conversations(folder: Path, limit: int, longest: int) -> list[TokenizedConversation]:
     """The first `limit` conversations of a split, each cut at `longest` tokens."""
     dataset = Dataset.open(folder)
     conversations = []
-    for part, start, length in dataset.documents[["part", "start", "length"]][:limit].tolist():
+    for part, start, length, source in dataset.documents[["part", "start", "length", "source"]][:limit].tolist():
         end = start + min(length, longest)
-        conversations.append(
-            TokenizedConversation(dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist())
-        )
+        ids, loss_mask = dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist()
+        conversations.append(TokenizedConversation(ids, loss_mask, source))
     return conversations
+
+
+def _part(losses: Sequence[ConversationLoss]) -> PartLoss:
+    whole = summarise(losses)
+    return PartLoss(whole.loss, whole.stderr, whole.documents, whole.labels)
 
 
 def summarise(losses: Sequence[ConversationLoss]) -> ValidationLoss:

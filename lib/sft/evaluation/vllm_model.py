@@ -93,13 +93,12 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
         is_string = isinstance(reply.stop_reason, str) and reply.stop_reason not in self._stop_texts
         return "stop string" if is_string else "terminator"
 
-    def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
+    def target_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:
         outputs = self._model_generate([list(ids) for ids, _ in documents])
         for (ids, loss_mask), output in zip(documents, outputs, strict=True):
             log_probabilities = output.prompt_logprobs  # {token: log-probability} at every position but the first
-            scored = [getattr(at[token], "logprob", at[token]) for token, at, is_target in
+            yield [-getattr(at[token], "logprob", at[token]) for token, at, is_target in
                       list(zip(ids, log_probabilities, loss_mask))[1:] if is_target]  # noqa: B905  # fmt: skip
-            yield -float(sum(scored)), len(scored)
 
 
 def _dtype(folder: Path) -> str:

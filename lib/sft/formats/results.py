@@ -132,11 +132,22 @@ class GroupResult:
     tasks: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class PartLoss:
+    """Mean loss in nats of a trained token in a part of the held-out conversations; stderr is over `documents` conversations."""
+
+    loss: float
+    stderr: float | None
+    documents: int
+    labels: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidationLoss(HasInterval):
     """Mean loss in nats of a trained token over `documents` conversations with `labels` trained tokens.
 
-    stderr is over conversations. The 95 % intervals are None for a single conversation.
+    stderr is over conversations. The 95 % intervals are None for a single conversation. by_source: where there are several.
+    by_turn: of the first, second, … trained answer of a conversation, the last one with all that follow it.
     """
 
     loss: float
@@ -148,6 +159,8 @@ class ValidationLoss(HasInterval):
     high: float | None = None
     perplexity_low: float | None = None
     perplexity_high: float | None = None
+    by_source: dict[str, PartLoss] | None = None
+    by_turn: tuple[PartLoss, ...] | None = None
 
     @property
     def perplexity_bounds(self) -> tuple[float, float] | None:

@@ -52,7 +52,8 @@ def scores(results: Results) -> str:
     ]
     if lengths:
         body += f'<div class="row">{"".join(lengths)}</div>'
-    return body + (validation_sentence(results.validation) if results.validation else "")
+    loss = results.validation
+    return body + (validation_sentence(loss) + loss_parts(loss) if loss else "")
 
 
 def endings(facts: Generation | None) -> str:
@@ -70,6 +71,18 @@ def validation_sentence(loss: ValidationLoss) -> str:
         f" <b>{loss.perplexity:.2f}</b> ({interval(loss.perplexity_bounds)}), over {loss.labels:,} trained tokens of"
         f" {loss.documents:,} conversations.</p>"
     )
+
+
+def loss_parts(loss: ValidationLoss) -> str:
+    """The held-out loss by source and by the position of the answer, where there are several."""
+    parts = [(f"source {name}", part) for name, part in (loss.by_source or {}).items()]
+    parts += [(f"answer {i}", part) for i, part in enumerate(loss.by_turn or (), 1)]
+    if not parts:
+        return ""
+    rows = [[escape(name), f"{p.loss:.4f}", "–" if p.stderr is None else f"{p.stderr:.4f}", f"{p.labels:,}", f"{p.documents:,}"]
+            for name, p in parts]  # fmt: skip
+    head = ["held-out loss of", "loss", "standard error", "trained tokens", "conversations"]
+    return table(head, rows, numbers=range(1, 5))
 
 
 def length_bars(bins: Iterable[tuple[int, int]]) -> str:
