@@ -30,14 +30,13 @@ from pathlib import Path
 from sft.common import columns
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.locks import lock
 from sft.formats import manifest
 from sft.formats import run as run_format
 from sft.formats.run import RunFile
-from sft.recipe import json_schema, recipe, row_fields, schema, time_limit
+from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, completion, extension, listing, plan, references, removal, runs
+from sft.runner import asked, bases, plan, references, runs
 
 RECIPES = plan.REPO / "recipes"
 MAKE_VARIABLES = (
@@ -149,11 +148,21 @@ def command_plan(args: argparse.Namespace) -> None:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
         work = plan.work(args.place, r, goals)
         retrain = _variable(args, "RETRAIN") not in ("", "0") or "train" not in question.chain
-        if "train" in work.stale and not retrain and (found := extension.find(args.place, r)):
-            raise extension.refuse(found, r)
+        if "train" in work.stale and not retrain:
+            _refuse_to_start_again(args, r)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
         words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
     print(" ".join(words))
+
+
+def _refuse_to_start_again(args: argparse.Namespace, r: recipe.Recipe) -> None:
+    """Raises SftError where training would set a finished one aside only because it is to be longer."""
+    if not (args.place.runs / r.run / "train" / manifest.NAME).is_file():
+        return
+    from sft.runner import extension  # start-up: most trainings are new
+
+    if found := extension.find(args.place, r):
+        raise extension.refuse(found, r)
 
 
 def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
@@ -176,6 +185,8 @@ def _variable(args: argparse.Namespace, name: str) -> str:
 
 def command_show(args: argparse.Namespace) -> None:
     """The resolved recipe with the origin of each value, its model, and the state of each stage."""
+    from sft.runner import listing  # start-up: the planner does without
+
     for r in _one_or_more(args):
         print(f"# run {args.place.runs / r.run}  (recipe {r.file}, cluster {args.place.cluster})")
         raw = tomllib.loads(Path(r.file).read_text())
@@ -243,6 +254,8 @@ def command_why(args: argparse.Namespace) -> None:
 
 def command_reuse(args: argparse.Namespace) -> None:
     """Makes a stage of a run a reference to the same stage of another run, which the planner found. Make calls this."""
+    from sft.common.locks import lock  # start-up: the planner locks nothing
+
     r = plan.load_run(args.place, args.run, args.fields)
     run, origin = args.place.runs / r.run, args.place.runs / args.origin / args.stage
     (run / ".work").mkdir(parents=True, exist_ok=True)
@@ -314,11 +327,15 @@ def command_verify(args: argparse.Namespace) -> None:
 
 def command_runs(args: argparse.Namespace) -> None:
     """A table of all runs, the newest first."""
+    from sft.runner import listing  # start-up: the planner does without
+
     print(listing.listing(args.place.runs))
 
 
 def command_extend(args: argparse.Namespace) -> None:
     """Lets a finished training go on with more epochs or steps. Without --yes it only says what it would do."""
+    from sft.runner import extension  # start-up: the planner does without
+
     for r in _one_or_more(args):
         found = extension.find(args.place, r)
         if found is None:
@@ -341,6 +358,8 @@ def command_extend(args: argparse.Namespace) -> None:
 
 def command_delete(args: argparse.Namespace) -> None:
     """Deletes a run, or with a file in --dst packs it first. Without --yes it only says what it would do."""
+    from sft.runner import removal  # start-up: the planner does without
+
     found = removal.removal(runs.run_folder(args.place, args.run, "RUN"))
     print("\n".join(found.lines()))
     if args.yes and args.dst:
@@ -363,6 +382,8 @@ def command_archive(args: argparse.Namespace) -> None:
 
 def command_schema(args: argparse.Namespace) -> None:
     """Writes the JSON Schemas of recipes and of cluster files, for editors."""
+    from sft.recipe import json_schema  # start-up: the planner does without
+
     for name, text in json_schema.files().items():
         write_atomic(plan.REPO / name, text.encode())
         print(name)
@@ -370,6 +391,8 @@ def command_schema(args: argparse.Namespace) -> None:
 
 def command_completion(args: argparse.Namespace) -> None:
     """Prints a bash script that completes goals, recipes, clusters and fields. zsh reads it too."""
+    from sft.runner import completion  # start-up: the planner does without
+
     print(completion.script(plan.REPO, asked.known_goals(plan.REPO / "Makefile"), MAKE_VARIABLES))
 
 
