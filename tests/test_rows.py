@@ -67,6 +67,7 @@ LAYOUTS = {
     "alpaca with a null": {"instruction": "Hi", "output": None, "response": "Hello", "tools": " "},
     "roles in capitals": {"messages": [{**m, "role": m["role"].title()} for m in HELLO]},
     "sharegpt in capitals": {"conversations": [{"from": "Human", "value": "Hi"}, {"from": "GPT", "value": "Hello"}]},
+    "messages as a list of JSON texts": {"messages": list(map(json.dumps, HELLO))},
     "flags as numbers": {"messages": [{**HELLO[0], "train": 0}, {**HELLO[1], "train": 1, "weight": 1.0}]},
 }
 
@@ -367,6 +368,7 @@ def test_fields_are_counted_by_the_rows_in_which_they_hold_something() -> None:
         ),
         ({"messages": [{**HELLO[0], "source": "a"}, {**HELLO[1], "source": "s" * 300}]}, {"messages.source": '"' + "s" * 79 + "…"}),
         ({"messages": [{**HELLO[0], "name": "Ada"}, HELLO[1]]}, {"messages.name": '"Ada"'}),
+        ({**chat("Hi", "Hello"), "": "index"}, {"": '"index"'}),
         ({"messages": [{**HELLO[0], "name": "User"}, HELLO[1]], "system": "S"}, {}),
         ({"messages": [HELLO[0], {"role": "tool", "content": "1", "name": "f"}, HELLO[1]]}, {"messages.name": '"f"'}),
         (
@@ -453,8 +455,21 @@ def test_other_text_of_a_spoken_call_is_kept(text: str) -> None:
     assert read(spoken(text)).messages[1]["function_calls"] == text
 
 
+def test_tools_and_calls_may_be_lists_of_json_texts() -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    row = {
+        "messages": [HELLO[0], {"role": "assistant", "tool_calls": [json.dumps(CALLED)]}],
+        "tools": [json.dumps(tool)],
+    }
+    got = read(row)
+    assert (got.messages[1]["tool_calls"], got.tools) == ([CALLED], [tool])
+    assert "messages.tool_calls.function.name" in counted(row)[0]
+
+
 A, B = HELLO
 BAD: dict[str, tuple[Any, str]] = {
+    "messages that are texts": ({"messages": ["Hi", "Hello"]}, "bad_message"),
+    "a tool that is text": ({"messages": HELLO, "tools": ["f"]}, "bad_tools"),
     "a spoken call that is torn": (spoken('{"name": "f", "arguments": {"a": 1}'), "bad_tool_calls"),
     "not an object": ([1, 2], "not_an_object"),
     "a string": ("Hi", "not_an_object"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sft.common import columns
+from sft.common.strings import printable
 
 
 @pytest.mark.parametrize("goal", ["help", "fields", "show", "why", "runs"])
@@ -24,3 +25,9 @@ def test_messages_are_wrapped_on_terminals_only(monkeypatch: pytest.MonkeyPatch)
     assert columns.for_terminal(text) == text
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert max(map(len, columns.for_terminal(text).splitlines())) <= 100
+
+
+def test_data_cannot_control_a_terminal() -> None:
+    assert printable("é 👩‍👩‍👧\n\tx") == "é 👩‍👩‍👧\n\tx"
+    told = columns.for_terminal("\x1b[31mred\r\ud800 \x9b")
+    assert told == "\\x1b[31mred\\r\\ud800 \\x9b"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
+from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, parse_each, to_json
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 
@@ -27,6 +27,7 @@ def read_tool_calls(calls: Any, index: int, schemas: Mapping[str, Any]) -> list[
         calls = parse(calls, "bad_tool_calls", f"message {index}: tool_calls is text that is not JSON")
     if not isinstance(calls, (list, tuple)):
         raise BadRow("bad_tool_calls", f"message {index}: tool_calls is {kind(calls)}, not a list")
+    calls = parse_each(calls, "bad_tool_calls", f"message {index}: call {{}}")
     return [read_tool_call(call, index, schemas) for call in calls]
 
 
@@ -102,6 +103,8 @@ def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
         tools = drop_nulls(tools)
     if tools is None:
         return None
+    if isinstance(tools, (list, tuple)):
+        tools = parse_each(tools, "bad_tools", f"tool {{}} of the {column} column")
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise BadRow("bad_tools", f"the {column} column holds {kind(tools)}, not a list of objects")
     to_json(tools, f"the {column} column")

@@ -133,6 +133,7 @@ class FieldCounter:
             if isinstance(calls, str) and calls:
                 calls = json.loads(calls)  # the reader has parsed it before
             for call in calls if isinstance(calls, (list, tuple)) else (calls,):
+                call = json.loads(call) if isinstance(call, str) and call else call
                 if isinstance(call, Mapping):
                     self._add_object(f"{column}.{name}", call, CALL_FIELDS, held)
                     self._add_object(f"{column}.{name}.function", call.get("function"), FUNCTION_FIELDS, held)

@@ -16,7 +16,7 @@ from sft.chat.details import DETAIL, read_details
 from sft.chat.fields import FieldCounter, HeldFields
 from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
 from sft.chat.trace import Span
-from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, to_json
+from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, parse_each, to_json
 from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
 from sft.recipe.schema import COLUMNS, ROLES, Prepare, Source
 
@@ -152,7 +152,7 @@ class RowReader:
             row = {name: value for name, value in row.items() if name not in self.ignore}
         turns = self._read_turns(row)
         system = tools = variables = None
-        used = (*turns.used, self.group)
+        used = (*turns.used, self.group) if self.group else turns.used
         is_plain = self.beside.isdisjoint(row)
         if not is_plain:
             system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
@@ -294,7 +294,7 @@ class RowReader:
         """The messages of the first layout that the row has."""
         columns = self.columns
         items = row.get(self.messages) if self.messages else None
-        if type(items) is list and items:  # most rows
+        if type(items) is list and items and type(items[0]) is not str:  # most rows
             return Turns(items, [self.messages] * len(items), 0, (self.messages,))
         present = [name for name in self.layouts if row.get(columns[name]) is not None]
         layout = next((name for name in present if not is_empty(row[columns[name]])), present[0] if present else None)
@@ -417,4 +417,6 @@ def read_list(value: Any, column: str) -> list[Any]:
         raise BadRow("bad_messages", f"{column} is {kind(value)}, not a list of messages")
     if not value:
         raise BadRow("no_messages", f"{column} is empty")
+    if isinstance(value[0], str):
+        return parse_each(value, "bad_message", f"message {{}} of {column}")
     return list(value)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
 
@@ -90,6 +90,14 @@ def parse(text: str, reason: str, detail: str) -> Any:
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise BadRow(reason, f"{detail}: {error}") from None
+
+
+def parse_each(values: Sequence[Any], reason: str, where: str) -> list[Any]:
+    """A list in which objects may be JSON text. `where` names one by its number. Raises BadRow for other text."""
+    return [
+        parse(value, reason, f"{where.format(index)} is text that is not JSON") if isinstance(value, str) else value
+        for index, value in enumerate(values)
+    ]
 
 
 def to_json(value: Any, where: str) -> str:

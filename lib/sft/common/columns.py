@@ -6,6 +6,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from sft.common.strings import printable
+
 WIDTH = 100
 
 
@@ -56,5 +58,6 @@ def hanging(head: str, text: str, width: int = WIDTH) -> str:
 
 
 def for_terminal(text: str) -> str:
-    """A message for standard error: wrapped where that is a terminal. A file gets the lines as they are."""
+    """A message for standard error: wrapped where that is a terminal. A file gets the lines as they are. See `printable`."""
+    text = printable(text)
     return wrapped(text) if sys.stderr.isatty() else text

@@ -1,4 +1,4 @@
-"""The strings inside JSON values (`strings` lists them, `map_strings` replaces them), and lists of names in messages.
+"""The strings inside JSON values (`strings` lists them, `map_strings` replaces them), and how messages show names and values.
 
 Standard library only.
 """
@@ -32,6 +32,16 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, (list, tuple)):
         return [map_strings(item, change) for item in value]
     return value
+
+
+def printable(text: str) -> str:
+    """The text with control characters and half characters escaped, so that names and values of data cannot control a terminal. New lines and
+    tabs stay."""
+    if text.replace("\n", "").isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() or char in "\n\t\u200d" else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def first_names(names: Sequence[str], most: int = 6) -> str:

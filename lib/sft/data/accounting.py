@@ -34,7 +34,7 @@ def refuse_unread(source: Source, counts: FieldCounts, rows: int) -> None:
         return
     lines = [f"{source.path}: fields hold something, and nothing reads them; their content would be lost:"]
     lines += [
-        f"    {name} ({counts.rows[name]:,} of {rows:,} rows), e.g. {example}"
+        f"    {name or json.dumps(name)} ({counts.rows[name]:,} of {rows:,} rows), e.g. {example}"
         for name, example in sorted(counts.unread.items())
     ]
     ignore = ", ".join(json.dumps(name, ensure_ascii=False) for name in (*source.ignore, *sorted(counts.unread)))
@@ -84,6 +84,6 @@ def report(source: Source, counts: FieldCounts, written: Collection[tuple[str, s
 
 def shown(names: dict[str, int]) -> str:
     """The names with their rows, the first ones when there are many."""
-    texts = [f"{name} {rows:,}" for name, rows in names.items()]
+    texts = [f"{name or json.dumps(name)} {rows:,}" for name, rows in names.items()]
     more = len(texts) - SHOWN_NAMES
     return ", ".join(texts[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

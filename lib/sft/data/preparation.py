@@ -49,7 +49,7 @@ from sft.recipe.schema import Prepare, Source
 from sft.runner.stage import Stage
 from sft.storage import hub
 
-ENCODING_VERSION = 9
+ENCODING_VERSION = 10
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
 SKETCH_VERSION = 2
 """Raise it when a change of code gives other sketches for the same input."""

@@ -25,6 +25,7 @@ from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
 from sft.common.process import report_errors
+from sft.common.strings import printable
 from sft.formats import identity, manifest
 from sft.formats import run as run_format
 from sft.formats.identity import damaged, read_identity, write_identity
@@ -108,7 +109,7 @@ class Stage:
         return self._upstream.base()
 
     def log(self, text: str) -> None:
-        print(f"[{self.name}] {text}", flush=True)
+        print(f"[{self.name}] {printable(text)}", flush=True)
 
     def finish(self, result: Result) -> None:
         """Sets the result, which `open_stage` publishes when it closes."""
