@@ -88,3 +88,44 @@ def test_trained_tokens_are_those_of_transformers_mask_without_what_the_prompt_g
         for our, other in zip(ours, others, strict=True):
             assert other.endswith(our)
             assert prompt.endswith(other.removesuffix(our).rstrip())
+
+
+QUESTION = {"role": "user", "content": "1 + 2?"}
+THINKING = [
+    *turns(("system", "Be brief."), ("user", " hi \n")),
+    {"role": "assistant", "content": "hello\n", "reasoning_content": "they greet"},
+    QUESTION,
+    {"role": "assistant", "content": "", "reasoning_content": "add", "tool_calls": [CALL, {**CALL, "id": "call00002"}]},
+    {"role": "tool", "content": "three", "tool_call_id": "call00001", "name": "add"},
+    {"role": "tool", "content": "3", "tool_call_id": "call00002", "name": "add"},
+    {"role": "assistant", "content": "It is <|im_start 3.", "reasoning_content": "answer"},
+    *turns(("user", ""), ("assistant", "日本語 👩‍👩‍👧")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tokenizer", "history"),
+    [("qwen3", "whole"), ("qwen3", "as-rendered"), ("deepseek_v3", "whole"), ("deepseek_v3", "as-rendered")],
+)
+def test_trained_tokens_are_those_that_renderers_says_the_model_samples(tokenizer: str, history: str) -> None:
+    """`renderers` writes the templates of some models as Python code: pip install renderers==0.1.12."""
+    module = pytest.importorskip(f"renderers.{tokenizer}", reason="the package renderers is not installed")
+    folder = peers.tokenizer(tokenizer)
+    theirs = {"qwen3": "Qwen3Renderer", "deepseek_v3": "DeepSeekV3Renderer"}[tokenizer]
+    renderer = getattr(module, theirs)(AutoTokenizer.from_pretrained(folder))
+    made = encoder(folder, "tokenizer", history=history)
+    rows = [(ROWS[0], None), (ROWS[1], None)]
+    if tokenizer == "qwen3":
+        rows += [(CALLS, TOOLS)] + ([(THINKING, TOOLS)] if history == "as-rendered" else [])
+    for messages, tools in rows:
+        encoded = made.encode([{"messages": messages, **({"tools": tools} if tools else {})}], SOURCE)
+        assert not encoded.rejects
+        answered = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        documents = [answered] if history == "whole" else [[turn] for turn in answered]
+        ends = encoded.lengths.cumsum().tolist()
+        for turns_of, start, end in zip(documents, [0, *ends[:-1]], ends, strict=True):
+            rendered = renderer.render(messages[: turns_of[-1] + 1], tools=tools)
+            sampled = zip(rendered.token_ids, rendered.sampled_mask, rendered.message_indices, strict=True)
+            expected = [i for i, is_sampled, index in sampled if is_sampled and index in turns_of]
+            assert encoded.ids[start:end][encoded.loss_mask[start:end]].tolist() == expected
