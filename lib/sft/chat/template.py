@@ -117,6 +117,9 @@ TAKES_TEXTS = (
 """Goes before a template that only takes contents as lists of parts, so that an exported model can be asked with texts."""
 
 
+OTHER_HISTORY = ' and shows another history; history = "as-rendered" makes each turn a document behind its own prompt'
+
+
 class Opening(NamedTuple):
     """Where the model's own text begins in a message."""
 
@@ -452,7 +455,8 @@ class JinjaTemplate:
             return self._after_prefix(text, at, end, conversation.messages[index])
         raise BadRow(
             "template",
-            f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {(prompt or '')[-40:]!r}",
+            f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {(prompt or '')[-40:]!r}"
+            + (OTHER_HISTORY if prompt and len(common_prefix([prompt, text])) < start else ""),
         )
 
     def _asks_for(self, prompt: str, text: str, at: int, start: int) -> bool:
