@@ -132,10 +132,10 @@ def warn_of_shared(sources: Sequence[Source], found: Sequence[SourceFiles], log:
     for names in read.values():
         if len(names) > 1:
             shared.setdefault(tuple(names), []).append(next(iter(names.values())))
-    for numbers, files in shared.items():
-        told = " and ".join(f"{number + 1} ({sources[number].path})" for number in numbers)
+    for numbers, same in shared.items():
+        these = " and ".join(f"{number + 1} ({sources[number].path})" for number in numbers)
         log(
-            f"warning: sources {told} read files of equal content, and the rows of each are used: {first_names(files)}; next: remove"
+            f"warning: sources {these} read files of equal content, and the rows of each are used: {first_names(same)}; next: remove"
             " one, give it another weight, or set deduplicate = true"
         )
 
