@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 ROWS = 96
@@ -49,6 +52,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {"head_dim": 16, "tie_word_embeddings": True}),
     "qwen3 yarn": ("qwen3", {"head_dim": 16, "rope_scaling": YARN_ALL, "rope_theta": 1e6}),
     "qwen3 windows, yarn": ("qwen3", {"head_dim": 16, **WINDOWS, "max_window_layers": 1, "rope_scaling": YARN}),
+    "olmo hybrid": ("olmo_hybrid", {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": None}}),
+    "olmo hybrid, rope": ("olmo_hybrid", {"linear_num_key_heads": 2, "linear_allow_neg_eigval": False, "attention_bias": True,
+                                          "linear_conv_kernel_dim": 3, "rope_parameters": YARN | {"rope_theta": 1e4},
+                                          "layer_types": ["full_attention", "linear_attention"] * 2}),
     "mistral": ("mistral", {"sliding_window": None, "head_dim": 16}),
     "mistral window": ("mistral", {"sliding_window": 16}),
     "phi3": ("phi3", {"sliding_window": 16}),
@@ -70,6 +77,27 @@ def model(name: str, seed: int = 0) -> Any:
                 if parameter.dim() == 1:
                     parameter.add_(0.2 * torch.randn_like(parameter))
     return made
+
+
+def give_olmo_core_kernels(patch: pytest.MonkeyPatch) -> None:
+    """Gives OLMo-core, which needs Triton to build a Gated DeltaNet, transformers' versions in PyTorch of the kernels."""
+    from olmo_core.nn import convolution
+    from olmo_core.nn.attention import recurrent
+    from transformers.models.olmo_hybrid import modeling_olmo_hybrid as plain
+
+    class Norm(plain.OlmoHybridRMSNormGated):  # type: ignore[misc]
+        def __init__(self, size: int, eps: float, device: object) -> None:
+            super().__init__(size, eps)
+
+    def convolve(x: torch.Tensor, weight: torch.Tensor, activation: str, **_: object) -> list[torch.Tensor]:
+        return [plain.causal_conv1d_fn(x.transpose(1, 2), weight, None, activation).transpose(1, 2)]
+
+    for name in ("fla", "fla.modules"):
+        patch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["fla.modules"].FusedRMSNormGated = Norm  # type: ignore[attr-defined]
+    patch.setattr(recurrent, "has_fla", lambda: True)
+    patch.setattr(recurrent, "dispatch_chunk_gated_delta_rule", plain.torch_chunk_gated_delta_rule)
+    patch.setattr(convolution, "dispatch_causal_conv1d", convolve)
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:

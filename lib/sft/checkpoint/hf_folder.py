@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from sft.checkpoint.weight_files import DTYPES, Stored, open_files
+from sft.checkpoint.weight_files import DTYPES, Joined, Stored, open_files
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.model import hf
@@ -69,9 +69,24 @@ class HfFolder(Mapping[str, torch.Tensor]):
         self._where: dict[str, _Place] = {}
         names, notes = plain_names(stored, self.family, str(path))
         self.notes += notes
-        for name, key in names.items():
-            for ours, place in self._split(name, stored[key]).items():
+        for name, tensor in self._joined({name: stored[key] for name, key in names.items()}).items():
+            for ours, place in self._split(name, tensor).items():
                 self._where[ours] = place
+
+    def _joined(self, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
+        """The tensors, with a Gated DeltaNet's three convolutions as the one that transformers' class has. Its
+        save_pretrained divides that one in thirds, which are not those of queries, keys and values."""
+        found, groups = dict(tensors), {part: name for name, parts in self.family.joined.items() for part in parts}
+        for name in tensors:
+            ours = self.family.parts(name)
+            match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", ours[0])
+            if len(ours) > 1 or match is None or match[2] not in groups:
+                continue
+            module = f"model.layers.{match[1]}.{groups[match[2]]}.weight"
+            parts = [self.family.theirs(part) for part in self.family.parts(module)]
+            if all(part in found for part in parts):
+                found[module] = Joined(tuple(found.pop(part) for part in parts))
+        return found
 
     def _split(self, name: str, stored: Stored) -> dict[str, _Place]:
         """Our tensors in one of theirs: one, or those that a family stores as the rows of one."""
@@ -86,9 +101,13 @@ class HfFolder(Mapping[str, torch.Tensor]):
         }
 
     def _part_rows(self, parts: int, rows: int, name: str) -> list[int]:
-        """The rows of each part of a fused tensor: queries, keys and values, or the two factors of SwiGLU."""
+        """The rows of each part of a fused tensor: queries, keys and values, or the two factors of SwiGLU; or the channels
+        of a Gated DeltaNet's convolution."""
+        mixer = read_hf_config(self.config, str(self.path), ignore=list(self.config)).config.gated_delta
         if parts == 2:
             sizes = [rows // 2] * 2
+        elif mixer:
+            sizes = [mixer.keys, mixer.keys, mixer.values]
         else:
             heads = int(self.config["num_attention_heads"])
             kv = int(self.config.get("num_key_value_heads") or heads)
@@ -177,7 +196,7 @@ def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[di
                 " its config.json says, or one without further heads and adapters"
             )
         if plain != name:
-            renamed["with the prefix model." if plain.startswith("model.") else "under another prefix"] += 1
+            renamed[_renaming(name, plain)] += 1
         if plain in found:
             raise SftError(f"{where}: tensors {found[plain]} and {key} are both {plain}; next: name another base")
         found[plain] = key
@@ -186,12 +205,19 @@ def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[di
     return found, notes
 
 
+def _renaming(name: str, plain: str) -> str:
+    """How a tensor's name was changed, for the log."""
+    if plain in (f"model.{name}", name.removeprefix("model.")):
+        return "with the prefix model." if plain.startswith("model.") else "under another prefix"
+    return "under the names of the published folders"
+
+
 def _known(name: str, family: Family) -> str | None:
-    """transformers' name of a tensor, whose prefix `model.` may be missing or there twice."""
+    """The published name of a tensor, which may have another one, or whose prefix `model.` may be missing or there twice."""
     for candidate in (name, f"model.{name}", name.removeprefix("model.")):
         try:
-            family.parts(candidate)
+            parts = family.parts(candidate)
         except KeyError:
             continue
-        return candidate
+        return family.theirs(parts[0]) if len(parts) == 1 else candidate
     return None

@@ -18,7 +18,7 @@ from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.formats.dataset import TokenIds
 from sft.recipe import core_config
-from sft.recipe.architecture import LinearRope, Llama3Rope, ModelConfig, Yarn
+from sft.recipe.architecture import GatedDelta, LinearRope, Llama3Rope, ModelConfig, Yarn
 from sft.recipe.base_config import STEP_KEY, BaseFacts, core_facts
 from sft.recipe.core_config import NamedTokens
 
@@ -61,12 +61,14 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     }
     if config.tied:
         model["tie_word_embeddings"] = True
+    if config.gated_delta:
+        return model | _hybrid_blocks(config, config.gated_delta)
     usual = config.layer_scaling(0)
     positions = config.has_positions(0)
     others = [
         i for i in range(config.n_layers) if config.layer_scaling(i) != usual or config.has_positions(i) != positions
     ]
-    full = [i for i, window in enumerate(config.windows) if not window]
+    full = [i for i in range(config.n_layers) if not config.layer_window(i)]
     if isinstance(config.rope_scaling, Yarn) and not config.scale_windowed:
         # As OLMo-core writes it: all layers with full attention are overridden, also where no layer has a window.
         model["block"] = _block(config, scaled=False, positions=positions)
@@ -77,6 +79,25 @@ def _model(config: ModelConfig) -> dict[str, Any]:
             for i in others
         }
     return model
+
+
+def _hybrid_blocks(config: ModelConfig, mixer: GatedDelta) -> dict[str, Any]:
+    """The two kinds of layers, and their pattern."""
+    attention = _block(config, scaled=config.rope_scaling is not None, positions=any(config.rope_layers))
+    recurrent = {
+        "type": "gated_delta_net",
+        "n_heads": mixer.key_heads,
+        "n_v_heads": mixer.value_heads,
+        "head_dim": mixer.key_dim,
+        "expand_v": mixer.value_dim / mixer.key_dim,
+        "allow_neg_eigval": mixer.negative_eigenvalues,
+        "conv_size": mixer.conv_width,
+        "conv_bias": False,
+        "norm_eps": mixer.norm_eps,
+        "dtype": "float32",
+    }
+    blocks = {"gdn": attention | {"name": "default", "sequence_mixer": recurrent}, "attn": attention}
+    return {"block": blocks, "block_pattern": ["gdn" if linear else "attn" for linear in mixer.layers]}
 
 
 def _norm(config: ModelConfig) -> dict[str, Any]:
@@ -102,7 +123,7 @@ def _block(config: ModelConfig, scaled: bool, positions: bool) -> dict[str, Any]
         mixer["head_dim"] = config.head_dim
     if config.window:
         mixer["sliding_window"] = {
-            "pattern": [window or -1 for window in config.windows[: len(config.window_layers)]],
+            "pattern": [config.layer_window(i) or -1 for i in range(min(config.n_layers, len(config.window_layers)))],
             "force_full_attention_on_first_layer": False,
             "force_full_attention_on_last_layer": False,
         }

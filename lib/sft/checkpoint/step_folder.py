@@ -127,14 +127,17 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     """The state of a model and optimizer by OLMo-core's names, as a step folder stores it. The tensors are not
     copied."""
     names = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    group = optimizer.param_groups[0]
     # All options, because a reader asks for all that its optimizer has, and initial_lr, which OLMo-core's schedulers
     # start from.
-    options = {"initial_lr": group["lr"]} | {k: v for k, v in group.items() if k != "params"}
+    groups = {
+        id(p): {"initial_lr": group["lr"]} | {k: v for k, v in group.items() if k != "params"}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     return {
         "model": names,
         "optim": {f"state.{k}": v for k, v in optimizer_tensors(model, optimizer).items()}
-        | {f"param_groups.{n}.{k}": v for n in names for k, v in options.items()},
+        | {f"param_groups.{n}.{k}": v for n, p in model.named_parameters() for k, v in groups[id(p)].items()},
     }
 
 

@@ -82,6 +82,30 @@ class _InMemory:
         return self.value[start:stop].clone()
 
 
+@dataclass(frozen=True)
+class Joined:
+    """Tensors of several files as the rows of one."""
+
+    parts: tuple[Stored, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        found, first = [], 0
+        for part in self.parts:
+            low, high = (min(max(edge - first, 0), part.shape[0]) for edge in (start, stop))
+            if high > low:
+                found.append(part.rows(low, high))
+            first += part.shape[0]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
 def open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], list[str]]:
     """{name in the file: tensor} of all weights of a folder, and notes about files that were passed over.
 

@@ -191,6 +191,8 @@ def of_layers(config: ModelConfig, layers: Sequence[int]) -> ModelConfig:
         n_layers=len(layers),
         window_layers=tuple(bool(config.layer_window(i)) for i in layers) if config.window else config.window_layers,
         rope_layers=tuple(config.has_positions(i) for i in layers),
+        gated_delta=config.gated_delta
+        and replace(config.gated_delta, layers=tuple(config.layer_mixer(i) is not None for i in layers)),
     )
 
 
@@ -199,9 +201,10 @@ def hf_logits(exported: HfFolder, config: ModelConfig, pack: Pack, layers: Seque
     """fp32 logits [R, V] of transformers' model with the given layers.
 
     Scaling that depends on the length of a document is computed by transformers for the longest one of a pack, and kept for
-    later calls. Each document then has its own call of a new model.
+    later calls; the state of a Gated DeltaNet passes from document to document. Each document then has its own call of a new
+    model.
     """
-    if isinstance(config.rope_scaling, DynamicRope | LongRope):
+    if config.gated_delta or isinstance(config.rope_scaling, DynamicRope | LongRope):
         edges = pack.cu_seqlens.tolist()
         spans = list(itertools.pairwise(edges))
     else:
@@ -228,7 +231,8 @@ def streamed_hf_model(
         return lambda start, stop: exported.rows(name, start, stop).to(dtype)
 
     # Rotary frequencies are computed buffers, not weights: compute them off the meta device.
-    inner.rotary_emb = type(inner.rotary_emb)(config=model.config)
+    if inner.rotary_emb is not None:
+        inner.rotary_emb = type(inner.rotary_emb)(config=model.config)
     inner.embed_tokens = Table(rows("embeddings.weight"))
     inner.norm.load_state_dict({"weight": exported["lm_head.norm.weight"].to(dtype)}, assign=True)
     model.lm_head = Head(rows(hf.head_name(config)), int(exported.config["vocab_size"]))

@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sft.recipe.architecture import ModelConfig
+from sft.recipe.architecture import GatedDelta, ModelConfig
 
 
 def attention_pairs(lengths: ArrayLike, window: int) -> NDArray[np.float64]:
@@ -32,9 +32,19 @@ def attention_flops(lengths: ArrayLike, model: ModelConfig) -> NDArray[np.float6
 
 
 def token_flops(model: ModelConfig) -> float:
-    """Forward FLOPs of one token in all matrices except the output matrix."""
+    """Forward FLOPs of one token in all matrices except the output matrix, and in Gated DeltaNets."""
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-    return 2.0 * model.n_layers * model.d_model * (2 * q + 2 * kv + 3 * model.intermediate_size)
+    attention = 2.0 * model.d_model * (2 * q + 2 * kv)
+    mixers = sum(gated_delta_flops(mixer, model.d_model) if mixer else attention for mixer in model.mixers)
+    return mixers + 2.0 * model.n_layers * model.d_model * 3 * model.intermediate_size
+
+
+def gated_delta_flops(mixer: GatedDelta, d_model: int) -> float:
+    """Forward FLOPs of one token in a Gated DeltaNet: projections, convolutions, and four products with each head's state
+    (its decay, what it predicts, what is added, what is read), whatever the length of the document."""
+    projections = d_model * (2 * mixer.keys + 3 * mixer.values + 2 * mixer.value_heads)
+    convolutions = mixer.conv_width * (2 * mixer.keys + mixer.values)
+    return 2.0 * (projections + convolutions + 4 * mixer.value_heads * mixer.key_dim * mixer.value_dim)
 
 
 def head_flops(model: ModelConfig) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
-from sft.recipe.architecture import DynamicRope, ModelConfig
+from sft.recipe.architecture import DynamicRope, GatedDelta, ModelConfig
 from sft.recipe.base_config import find_family
 from sft.recipe.families import FAMILIES, Family, family
 from sft.recipe.rotary import rope_parameters
@@ -45,35 +45,55 @@ def without_tied_head(names: Iterable[str], config: ModelConfig) -> list[str]:
 def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by our name, in the order of the forward pass. `vocab_size` replaces the padded
     number of rows."""
-    d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-    vocab = vocab_size or config.vocab_size
-    block = {
-        "attention.w_q": (q, d),
-        "attention.w_k": (kv, d),
-        "attention.w_v": (kv, d),
-        "attention.w_out": (d, q),
-        "attention.q_norm": (q if config.qk_norm == "full" else config.head_dim,),
-        "attention.k_norm": (kv if config.qk_norm == "full" else config.head_dim,),
-        "attention_norm": (d,),
-        "feed_forward.w1": (config.intermediate_size, d),
-        "feed_forward.w2": (d, config.intermediate_size),
-        "feed_forward.w3": (config.intermediate_size, d),
-        "feed_forward_norm": (d,),
-    }
-    there = family(config).block
-    biased = {name: bool(config.qkv_bias) for name in ("attention.w_q", "attention.w_k", "attention.w_v")}
-    biased["attention.w_out"] = config.out_bias
-    biased |= {f"feed_forward.{name}": config.mlp_bias for name in ("w1", "w2", "w3")}
+    d, vocab = config.d_model, vocab_size or config.vocab_size
     result: dict[str, tuple[int, ...]] = {"embeddings.weight": (vocab, d)}
-    for layer in range(config.n_layers):
-        for name, shape in block.items():
-            if name in there:
-                result[f"blocks.{layer}.{name}.weight"] = shape
-                if biased.get(name):
-                    result[f"blocks.{layer}.{name}.bias"] = shape[:1]
+    for layer, mixer in enumerate(config.mixers):
+        inner = _gated_delta_shapes(mixer, d) if mixer else _attention_shapes(config)
+        inner = inner | _feed_forward_shapes(config)
+        result |= {f"blocks.{layer}.{name}": shape for name, shape in inner.items()}
     result["lm_head.norm.weight"] = (d,)
     result[head_name(config)] = (vocab, d)
     return result
+
+
+def _attention_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, q, kv = config.d_model, config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    matrices = {"w_q": (q, d), "w_k": (kv, d), "w_v": (kv, d), "w_out": (d, q)}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in matrices.items():
+        found |= _matrix(f"attention.{name}", shape, config.out_bias if name == "w_out" else config.qkv_bias)
+    if config.qk_norm:
+        full = config.qk_norm == "full"
+        found["attention.q_norm.weight"] = (q if full else config.head_dim,)
+        found["attention.k_norm.weight"] = (kv if full else config.head_dim,)
+    return found | {"attention_norm.weight": (d,)}
+
+
+def _gated_delta_shapes(mixer: GatedDelta, d: int) -> dict[str, tuple[int, ...]]:
+    rows = {"w_q": mixer.keys, "w_k": mixer.keys, "w_v": mixer.values, "w_a": mixer.value_heads,
+            "w_b": mixer.value_heads, "w_g": mixer.values}  # fmt: skip
+    channels = {"q_conv1d": mixer.keys, "k_conv1d": mixer.keys, "v_conv1d": mixer.values}
+    return {
+        "attention.A_log": (mixer.value_heads,),
+        "attention.dt_bias": (mixer.value_heads,),
+        **{f"attention.{name}.weight": (size, d) for name, size in rows.items()},
+        **{f"attention.{name}.weight": (size, 1, mixer.conv_width) for name, size in channels.items()},
+        "attention.o_norm.weight": (mixer.value_dim,),
+        "attention.w_out.weight": (d, mixer.values),
+        "attention_norm.weight": (d,),
+    }
+
+
+def _feed_forward_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    d, size = config.d_model, config.intermediate_size
+    found: dict[str, tuple[int, ...]] = {}
+    for name, shape in {"w1": (size, d), "w2": (d, size), "w3": (size, d)}.items():
+        found |= _matrix(f"feed_forward.{name}", shape, config.mlp_bias)
+    return found | {"feed_forward_norm.weight": (d,)}
+
+
+def _matrix(name: str, shape: tuple[int, ...], biased: bool) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": shape} | ({f"{name}.bias": shape[:1]} if biased else {})
 
 
 def exported_parts(config: ModelConfig, vocab_size: int) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
@@ -88,7 +108,14 @@ def exported_parts(config: ModelConfig, vocab_size: int) -> dict[str, list[tuple
 
 
 def layer_types(config: ModelConfig) -> list[str]:
-    return ["sliding_attention" if window else "full_attention" for window in config.windows]
+    """transformers' names of the layers' mixers."""
+
+    def kind(layer: int) -> str:
+        if config.layer_mixer(layer):
+            return "linear_attention"
+        return "sliding_attention" if config.layer_window(layer) else "full_attention"
+
+    return [kind(i) for i in range(config.n_layers)]
 
 
 def hf_config(
@@ -151,18 +178,33 @@ def _of_family(config: ModelConfig, kind: Family) -> dict[str, Any]:
         keys["sliding_window"] = config.window or None
     if "use_sliding_window" in kind.keys:
         keys["use_sliding_window"] = windowed
-    if "layer_types" in kind.keys and (windowed or kind.model_type == "olmo3"):
+    if "layer_types" in kind.keys and (windowed or kind.model_type in ("olmo3", "olmo_hybrid")):
         keys["layer_types"] = layer_types(config)
     if "no_rope_layers" in kind.keys:
         keys["no_rope_layers"] = [int(config.has_positions(i)) for i in range(config.n_layers)]
     if kind.model_type == "olmo3":
         plain = rope_parameters(config.rope_scaling if config.scale_windowed else None, config.rope_theta)
         keys["rope_parameters"] = {"full_attention": scaled, "sliding_attention": plain}
+    if config.gated_delta:
+        keys |= _of_hybrid(config, config.gated_delta)
     if "original_max_position_embeddings" in scaled and "original_max_position_embeddings" in kind.keys:
         keys["original_max_position_embeddings"] = scaled["original_max_position_embeddings"]
     if "partial_rotary_factor" in kind.keys and config.rotary_dim:
         keys["partial_rotary_factor"] = partial
     return keys
+
+
+def _of_hybrid(config: ModelConfig, mixer: GatedDelta) -> dict[str, Any]:
+    """The keys of a Gated DeltaNet. A model without positions has no base of the rotary embedding."""
+    keys: dict[str, Any] = {
+        "linear_num_key_heads": mixer.key_heads,
+        "linear_num_value_heads": mixer.value_heads,
+        "linear_key_head_dim": mixer.key_dim,
+        "linear_value_head_dim": mixer.value_dim,
+        "linear_conv_kernel_dim": mixer.conv_width,
+        "linear_allow_neg_eigval": mixer.negative_eigenvalues,
+    }
+    return keys if any(config.rope_layers) else keys | {"rope_parameters": {"rope_theta": None}}
 
 
 def config_json(config: PretrainedConfig) -> dict[str, Any]:
@@ -174,6 +216,8 @@ def config_json(config: PretrainedConfig) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     data = {name: value for name, value in data.items() if name not in _NOT_ABOUT_THE_MODEL}
     rope = data["rope_parameters"].get("full_attention", data["rope_parameters"])
+    if rope["rope_theta"] is None:  # no positions; the published form, without a type of scaling
+        return data | {"rope_parameters": {"rope_theta": None}}
     data["rope_theta"] = rope["rope_theta"]
     if rope["rope_type"] != "default":
         data["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}

@@ -12,14 +12,16 @@ layer prefetched. GB = 10^9 bytes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from sft.common.errors import SftError
 from sft.model.hf import shapes
-from sft.recipe.architecture import ModelConfig
+from sft.recipe.architecture import GatedDelta, ModelConfig
 from sft.recipe.schema import Hardware, Train
 
 LOSS_CHUNK = 1024  # rows with a target whose logits are in memory at once
+RULE_CHUNK = 64  # tokens of a chunk of the gated delta rule, whose products every token of it keeps
 QUANTISED_BLOCK = 256  # values of 8-bit optimizer state that share one fp32 scale
 # Assumed, not computed: the CUDA context, the workspaces of NCCL and other libraries, and what the allocator cannot
 # use.
@@ -102,11 +104,10 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
         return f"recompute=auto microbatch_tokens={train.seq_len}"
     if 0 < hardware.shard_degree < gpus and fits(shard_degree=0):
         return "recompute=auto shard_degree=0"
-    degree = 2 * hardware.context_degree
-    while degree <= min(gpus, model.n_heads):
-        if not (gpus % degree or model.n_heads % degree or train.seq_len % degree) and fits(context_degree=degree):
+    for degree in range(hardware.context_degree + 1, min(gpus, model.n_heads) + 1):
+        shared = (gpus, train.seq_len, model.n_heads, *model.shared_heads)
+        if not any(count % degree for count in shared) and fits(context_degree=degree):
             return f"recompute=auto context_degree={degree}"
-        degree *= 2
     for more in (2, 4, 8, 16, 32):
         if fits(gpus=gpus * more, nodes=hardware.nodes * more, shard_degree=0):
             return f"recompute=auto shard_degree=0 on {gpus * more} GPUs (nodes={hardware.nodes * more})"
@@ -147,11 +148,17 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
     # One CPU process in fp32 is not wrapped by FSDP; one GPU in bf16 is.
     wrapped = gpus > 1 or compute == 2
-    block = sum(math.prod(s) for n, s in shapes(model).items() if n.startswith("blocks.0.")) * wrapped
+    blocks = Counter[str]()
+    for name, shape in shapes(model).items():
+        blocks[".".join(name.split(".")[:2])] += math.prod(shape) * name.startswith("blocks.")
+    block = max(blocks.values()) * wrapped
     root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
     head = model.vocab_size * model.d_model
-    by_layer = [activation_bytes(model, tokens, mode, compute, hardware) for mode in modes]
-    tables = len({model.layer_scaling(i) for i in range(model.n_layers)})
+    by_layer = [
+        activation_bytes(model, tokens, mode, compute, hardware, mixer)
+        for mode, mixer in zip(modes, model.mixers, strict=True)
+    ]
+    tables = len({model.layer_scaling(i) for i in range(model.n_layers) if model.has_positions(i)})
     rotary_tables = 8 * tokens * model.rotated * tables
     outside = rotary_tables + compute * tokens * model.d_model  # activations that no layer keeps
     gathered = compute * (root + 2 * block)
@@ -161,7 +168,9 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
         "gathered weights": gathered,
         "reduced gradients": 0,
     }
-    all_of_layer = activation_bytes(model, tokens, "none", compute, hardware)
+    all_of_layer = max(
+        activation_bytes(model, tokens, "none", compute, hardware, mixer) for mixer in dict.fromkeys(model.mixers)
+    )
     last_recomputed = max((i for i, mode in enumerate(modes) if mode != "none"), default=0)
     backward = [
         {
@@ -192,10 +201,16 @@ def is_quantised(shape: tuple[int, ...]) -> bool:
     return len(shape) > 1 and shape[-1] % QUANTISED_BLOCK == 0
 
 
-def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware) -> int:
+def activation_bytes(
+    model: ModelConfig, tokens: int, mode: str, compute: int, hardware: Hardware, mixer: GatedDelta | None = None
+) -> int:
     """Bytes that one layer keeps from forward to backward for `tokens` tokens of one rank. `compute` = bytes of a
-    value."""
+    value. `mixer`: of a layer with a Gated DeltaNet."""
     d, width = model.d_model, compute
+    fused = hardware.compile == "always" or (hardware.compile == "auto" and width == 2)
+    if mixer is not None:
+        # Selective recomputation cannot keep what these kernels return: it does not see them.
+        return tokens * (width * d if mode != "none" else _gated_delta_bytes(model, mixer, width, fused))
     q, kv = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
     # If a context group has more ranks than there are key/value heads, heads are repeated before the exchange.
     exchanged = kv * max(1, hardware.context_degree // model.n_kv_heads)
@@ -207,13 +222,28 @@ def activation_bytes(model: ModelConfig, tokens: int, mode: str, compute: int, h
     attention = width * (q + 2 * exchanged + q) + statistics  # the kernel's inputs and output
     normed = 2 * d + (q + kv if model.qk_norm else 0)
     rows = 2 + {"full": 2, "head": model.n_heads + model.n_kv_heads, "": 0}[model.qk_norm]
-    if hardware.compile == "always" or (hardware.compile == "auto" and width == 2):
+    if fused:
         # Fused: a norm keeps its input and one number per row, SwiGLU keeps its factors and product.
         norms = width * normed + 4 * rows
         return tokens * (width * 2 * d + norms + attention + width * 3 * model.intermediate_size)
     # Not fused: a norm keeps its input and quotient in fp32; SwiGLU keeps both factors, SiLU's output and the product.
     norms = 8 * normed + 4 * rows
     return tokens * (width * 2 * d + norms + attention + width * 4 * model.intermediate_size)
+
+
+def _gated_delta_bytes(model: ModelConfig, mixer: GatedDelta, width: int, fused: bool) -> int:
+    """Bytes that a layer with a Gated DeltaNet keeps for a token: what flash-linear-attention's functions save for the
+    backward pass, and the tensors around them."""
+    d, values = model.d_model, mixer.values
+    channels = 2 * mixer.keys + values
+    repeated = 2 * mixer.value_heads * mixer.key_dim + values  # after key heads are repeated for their value heads
+    gates = 4 * 6 * mixer.value_heads  # decay, step size and what they are computed from
+    kernels = width * (channels + repeated + RULE_CHUNK * mixer.value_heads) + 4 * 2 * mixer.value_heads
+    if fused:
+        norms, output, swiglu = width * 2 * d + 8, width * 3 * values + 4 * mixer.value_heads, 3
+    else:
+        norms, output, swiglu = 8 * 2 * d + 8, 4 * 5 * values + width * 3 * values + 4 * mixer.value_heads, 4
+    return width * 2 * d + norms + gates + kernels + output + width * swiglu * model.intermediate_size
 
 
 def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:

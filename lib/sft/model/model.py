@@ -7,7 +7,8 @@ Out: hidden states [T, d], or the loss of the rows with a target.
 There is no batch dimension: a pack is one long row, and only attention needs to know where documents end. OLMo's block
 has the norms after attention and SwiGLU, h = x + norm(attn(x)), out = h + norm(ff(h)), and an RMS norm over the full
 query and key projections before they are split into heads. The other families have the norms before: x + attn(norm(x)).
-Biases, windows, layers without positions and tied heads are fields of ModelConfig.
+Biases, windows, layers without positions and tied heads are fields of ModelConfig. A hybrid has Gated DeltaNet layers
+(sft.model.gated_delta) between those with attention, with the norms before.
 The keys of `state_dict()` are those of an OLMo-core checkpoint, so saving needs no conversion and Hugging Face only
 other names (sft.model.hf).
 
@@ -35,6 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from sft.common.errors import SftError
 from sft.model.attention import attention
 from sft.model.context import gather_heads, gather_tokens
+from sft.model.gated_delta import GatedDeltaNet, initial_vector
 from sft.model.loss import cross_entropy
 from sft.recipe.architecture import DynamicRope, LinearRope, Llama3Rope, LongRope, ModelConfig, RopeScaling, Yarn
 
@@ -110,11 +112,12 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
+        mixer = config.layer_mixer(layer)
+        self.attention = GatedDeltaNet(config, mixer) if mixer else Attention(config, layer)
         self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.prenorm = config.prenorm
+        self.prenorm = config.is_prenorm(layer)
         self.recompute = "none"
 
     def forward(self, x: Tensor, rotary: Rotary | None, cu_seqlens: Tensor, max_len: int) -> Tensor:
@@ -281,8 +284,9 @@ def inverse_frequencies(
 
 
 def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> None:
-    """torch.compile for every block; call it before `shard`. With the fused kernel (CUDA in bf16) a block is one graph.
-    Elsewhere attention's loop over documents is not part of the graphs. On CUDA the loss is compiled too.
+    """torch.compile for every block; call it before `shard`. With the fused kernel (CUDA in bf16) a block with
+    attention is one graph. Elsewhere attention's loop over documents is not part of the graphs, and a Gated DeltaNet's
+    kernels never are. On CUDA the loss is compiled too.
 
     All blocks share the code of `Block.forward`. Its variants (windowed or not, what is recomputed, with or without
     gradients, document edges of one size or of any) therefore count together against dynamo's limit, which is 8 by
@@ -291,7 +295,8 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
     for block in model.get_submodule("blocks").children():
-        block.compile(fullgraph=device.type == "cuda" and precision == "bf16")
+        whole = device.type == "cuda" and precision == "bf16" and isinstance(block.attention, Attention)
+        block.compile(fullgraph=whole)
 
 
 def missing_compiler() -> str:
@@ -322,16 +327,18 @@ def recompute_options(mode: str) -> dict[str, Any]:
 
 
 def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, zeros for biases, else a truncated
-    normal.
+    """(name, complete fp32 tensor) for every parameter, one at a time: ones for norms, zeros for biases, `initial_vector`
+    for a Gated DeltaNet's decays, else a truncated normal.
 
     Every tensor has its own generator, seeded by (seed, name). The weights depend neither on the number of ranks nor on
     the order in which they are made.
     """
     for name, parameter in model.named_parameters():
         value = torch.zeros(parameter.shape) if name.endswith(".bias") else torch.ones(parameter.shape)
-        if parameter.dim() > 1:
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        if (vector := initial_vector(name, parameter.numel(), generator)) is not None:
+            value = vector
+        elif parameter.dim() > 1:
             nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
         yield name, value

@@ -2,7 +2,7 @@
 
     training FLOPs of a token = 6 M + 6 d V f + 12 h k sum over layers of a
 
-M = weights of all matrices in the blocks; d V = weights of the output matrix, for the share f of tokens that are
+M = weights of all matrices in the blocks, and what a Gated DeltaNet computes with its state, which depends on no length; d V = weights of the output matrix, for the share f of tokens that are
 trained (no other token reaches it); h k = heads x head width; a = mean number of keys that a token attends to in that
 layer: causal, inside its document, at most the layer's window. 6 = a multiply and an add, in the forward pass and twice
 in the backward pass. Padding, recomputation, norms and the embedding count as zero, so MFU falls when they cost time.

@@ -273,9 +273,11 @@ def context_groups(model: ModelConfig, train: Train, hardware: Hardware, ranks: 
         ("ranks", ranks),
         ("query heads of the model", model.n_heads),
         ("tokens of a microbatch", tokens),
+        *(("heads of the Gated DeltaNet", heads) for heads in model.shared_heads),
     ):
         if count % degree:
-            possible = [n for n in range(1, min(ranks, 64) + 1) if not (ranks % n or model.n_heads % n or tokens % n)]
+            all_counts = (ranks, model.n_heads, tokens, *model.shared_heads)
+            possible = [n for n in range(1, min(ranks, 64) + 1) if not any(count % n for count in all_counts)]
             raise SftError(
                 f"context_degree {degree} does not divide the {count} {what}; next: use one of {', '.join(map(str, possible))}"
             )

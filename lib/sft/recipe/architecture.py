@@ -1,6 +1,7 @@
 """What a model is: `ModelConfig`, and the kinds of rotary scaling. Standard library only.
 
 Every family of models is a decoder with RMS norms, grouped-query attention, SwiGLU, and rotary embedding or no positions.
+A hybrid has a Gated DeltaNet in place of attention in some layers.
 A family's own features are fields of `ModelConfig`, which the model (sft.model.model) reads. Presets
 (sft.recipe.presets) and configurations of bases (sft.recipe.base_config) are two ways to make one.
 """
@@ -84,6 +85,42 @@ KINDS = {"linear": LinearRope, "dynamic": DynamicRope, "yarn": Yarn, "longrope":
 """transformers' names of the kinds of scaling."""
 EVERY_FOURTH_FULL = (True, True, True, False)
 """OLMo 3's layers: three with a window, then one with full attention."""
+THREE_OF_FOUR = (True, True, True, False)
+"""Olmo Hybrid's layers: three with a Gated DeltaNet, then one with attention."""
+
+
+@dataclass(frozen=True)
+class GatedDelta:
+    """A Gated DeltaNet in place of attention (arXiv 2412.06464), whose norms come before it and before SwiGLU.
+
+    `layers` says for each layer whether it has one. It repeats from the first layer on. `key_dim` and `value_dim` are
+    those of a head.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    conv_width: int = 4  # tokens that the short convolution of queries, keys and values reads
+    negative_eigenvalues: bool = True  # beta is between 0 and 2, not between 0 and 1
+    layers: tuple[bool, ...] = THREE_OF_FOUR
+    norm_eps: float = 1e-5  # of the norm of its output
+
+    @property
+    def keys(self) -> int:
+        """Channels of queries, and of keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def values(self) -> int:
+        """Channels of values, and of the output's gate."""
+        return self.value_heads * self.value_dim
+
+    def parameters(self, d_model: int) -> int:
+        """Number of trainable values of one mixer."""
+        projections = d_model * (2 * self.keys + 3 * self.values + 2 * self.value_heads)
+        convolutions = self.conv_width * (2 * self.keys + self.values)
+        return projections + convolutions + 2 * self.value_heads + self.value_dim
 
 
 @dataclass(frozen=True)
@@ -119,6 +156,7 @@ class ModelConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
+    gated_delta: GatedDelta | None = None  # None = all layers have attention
     family: str = ""
 
     def layer_window(self, layer: int) -> int:
@@ -127,11 +165,30 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int, ...]:
-        return tuple(self.layer_window(i) for i in range(self.n_layers))
+        """The windows of the layers that have attention."""
+        return tuple(self.layer_window(i) for i in range(self.n_layers) if not self.layer_mixer(i))
+
+    def layer_mixer(self, layer: int) -> GatedDelta | None:
+        """The Gated DeltaNet of a layer; None for a layer with attention."""
+        found = self.gated_delta
+        return found if found and found.layers[layer % len(found.layers)] else None
+
+    @property
+    def mixers(self) -> tuple[GatedDelta | None, ...]:
+        return tuple(self.layer_mixer(i) for i in range(self.n_layers))
+
+    @property
+    def shared_heads(self) -> tuple[int, ...]:
+        """Numbers of heads that the ranks of a context group share evenly, beside the query heads."""
+        return (self.gated_delta.key_heads, self.gated_delta.value_heads) if self.gated_delta else ()
+
+    def is_prenorm(self, layer: int) -> bool:
+        """Whether the norms of a layer come before its mixer and SwiGLU."""
+        return self.prenorm or self.layer_mixer(layer) is not None
 
     def has_positions(self, layer: int) -> bool:
         """Whether a layer rotates queries and keys."""
-        return self.rope_layers[layer % len(self.rope_layers)]
+        return self.rope_layers[layer % len(self.rope_layers)] and not self.layer_mixer(layer)
 
     @property
     def rotated(self) -> int:
@@ -144,13 +201,15 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Number of trainable values: embedding, output matrix, four projections, three SwiGLU matrices, norms, biases."""
+        """Number of trainable values: embedding, output matrix, mixers, three SwiGLU matrices, norms, biases."""
         q, kv = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
-        norms = 2 * self.d_model + {"full": q + kv, "head": 2 * self.head_dim, "": 0}[self.qk_norm]
-        biases = self.qkv_bias * (q + 2 * kv) + self.out_bias * self.d_model
-        biases += self.mlp_bias * (2 * self.intermediate_size + self.d_model)
-        block = self.d_model * (2 * q + 2 * kv + 3 * self.intermediate_size) + norms + biases
-        return self.n_layers * block + self.d_model * ((2 - self.tied) * self.vocab_size + 1)
+        attention = self.d_model * (2 * q + 2 * kv) + {"full": q + kv, "head": 2 * self.head_dim, "": 0}[self.qk_norm]
+        attention += self.qkv_bias * (q + 2 * kv) + self.out_bias * self.d_model
+        feed_forward = 3 * self.d_model * self.intermediate_size
+        feed_forward += self.mlp_bias * (2 * self.intermediate_size + self.d_model)
+        mixers = sum(mixer.parameters(self.d_model) if mixer else attention for mixer in self.mixers)
+        layers = mixers + self.n_layers * (feed_forward + 2 * self.d_model)
+        return layers + self.d_model * ((2 - self.tied) * self.vocab_size + 1)
 
     def to_value(self) -> dict[str, Any]:
         """JSON values, without fields that have their default. The kind of scaling is its `rope_type`."""
@@ -162,6 +221,8 @@ class ModelConfig:
         if self.rope_scaling:
             kind = next(name for name, cls in KINDS.items() if isinstance(self.rope_scaling, cls))
             value["rope_scaling"] = {"rope_type": kind, **dataclasses.asdict(self.rope_scaling)}
+        if self.gated_delta:
+            value["gated_delta"] = dataclasses.asdict(self.gated_delta)
         return value
 
     @classmethod
@@ -171,6 +232,8 @@ class ModelConfig:
         if scaling := values.pop("rope_scaling", None):
             fields = {k: tuple(v) if isinstance(v, list) else v for k, v in scaling.items() if k != "rope_type"}
             values["rope_scaling"] = KINDS[scaling["rope_type"]](**fields)
+        if mixer := values.pop("gated_delta", None):
+            values["gated_delta"] = GatedDelta(**(dict(mixer) | {"layers": tuple(mixer["layers"])}))
         given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**given)
 
@@ -188,7 +251,9 @@ def summary(config: ModelConfig) -> str:
         f"rope {config.rope_theta:g}, {config.rope_scaling or 'not scaled'}",
         f"window {config.window} on {sum(map(bool, config.windows))} layers" if any(config.windows) else "no window",
     ]
-    if without := [i for i in range(config.n_layers) if not config.has_positions(i)]:
+    if linear := sum(mixer is not None for mixer in config.mixers):
+        parts.append(f"Gated DeltaNet on {linear} layers")
+    if without := [i for i, mixer in enumerate(config.mixers) if not mixer and not config.has_positions(i)]:
         parts.append(f"no positions on {len(without)} layers")
     if biases:
         parts.append(f"biases {', '.join(biases)}")

@@ -17,7 +17,7 @@ from typing import Any
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.recipe import core_config
-from sft.recipe.architecture import EVERY_FOURTH_FULL, ModelConfig, shortest_pattern
+from sft.recipe.architecture import EVERY_FOURTH_FULL, THREE_OF_FOUR, GatedDelta, ModelConfig, shortest_pattern
 from sft.recipe.config_reader import ConfigReader
 from sft.recipe.families import FAMILIES, Family, usual_family
 from sft.recipe.rotary import read_rotary
@@ -35,7 +35,7 @@ IRRELEVANT = frozenset({
     "num_beam_groups", "num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty",
     "cls_token_id", "mask_token_id", "sep_token_id", "unk_token_id", "suppress_tokens", "temperature", "top_k", "top_p", "typical_p",
     # Of some families and of tools that write their mark; no forward pass of a supported class reads them.
-    "is_llama_config", "max_window_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed", "unsloth_version",
+    "is_llama_config", "linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min", "max_window_layers", "pretraining_tp", "transformers.js_config", "unsloth_fixed", "unsloth_version",
 })  # fmt: skip
 """Keys that do not change what a model computes here."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -152,14 +152,17 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def find_family(data: dict[str, Any], where: str) -> Family:
-    """The family that a config.json names. Raises SftError for an unsupported one."""
+    """The family that a config.json names, with the layers that it lists. Raises SftError for an unsupported one."""
     kind = data.get("model_type")
     if kind not in FAMILIES:
         raise SftError(
             f"{where}: model_type: {kind!r}, expected one of {', '.join(FAMILIES)}; next: choose a base of one of these"
             " families"
         )
-    return FAMILIES[kind]
+    family = FAMILIES[kind]
+    if not family.linear:
+        return family
+    return replace(family, linear_layers=_linear_layers(ConfigReader(data, where)))
 
 
 def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = ()) -> Base:
@@ -203,8 +206,11 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
         rotary_dim=_rotary_dim(config, family, rotary.partial, head_dim),
         norm_eps=config.number("rms_norm_eps", family.norm_eps),
         tied=config.flag("tie_word_embeddings", family.tied),
+        gated_delta=_gated_delta(config, family),
         **{**does, **_windows(config, family, layers), "rope_layers": _rope_layers(config, family, layers)},
     )
+    if not rotary.positions:
+        made = replace(made, rope_layers=(False,))
     if made.window and made.rope_scaling and rotary.scale_windowed and any(made.windows):
         made = replace(made, scale_windowed=True)
     if usual_family(made) != family.model_type:
@@ -237,6 +243,40 @@ def _check_geometry(config: ConfigReader, made: ModelConfig) -> None:
         factors = getattr(made.rope_scaling, name, None)
         if factors is not None and len(factors) != made.rotated // 2:
             config.refuse(f"rope_scaling: {name}_factor", f"{len(factors)} values", f"{made.rotated // 2} values")
+
+
+def _gated_delta(config: ConfigReader, family: Family) -> GatedDelta | None:
+    """The Gated DeltaNet of a hybrid, with transformers' sizes where the config has none."""
+    if not family.linear:
+        return None
+    config.get("layer_types")  # in `find_family`
+    heads = config.whole("num_attention_heads")
+    key_heads = config.whole("linear_num_key_heads", heads)
+    value_heads = config.whole("linear_num_value_heads", heads)
+    key_dim = config.whole("linear_key_head_dim", max(1, int(0.75 * config.whole("hidden_size") / key_heads)))
+    if value_heads % key_heads:
+        config.refuse("linear_num_value_heads", value_heads, f"a multiple of linear_num_key_heads, {key_heads}")
+    return GatedDelta(
+        key_heads,
+        value_heads,
+        key_dim,
+        config.whole("linear_value_head_dim", 2 * key_dim),
+        config.whole("linear_conv_kernel_dim", 4),
+        config.flag("linear_allow_neg_eigval", True),
+        family.linear_layers,
+    )
+
+
+def _linear_layers(config: ConfigReader) -> tuple[bool, ...]:
+    """Which layers of a hybrid have a Gated DeltaNet."""
+    layers, types = config.whole("num_hidden_layers"), config.get("layer_types")
+    if types is None:  # transformers' default: at least one layer has attention
+        usual = [THREE_OF_FOUR[i % 4] for i in range(layers)]
+        return shortest_pattern(usual if not all(usual) else [*usual[:-1], False], THREE_OF_FOUR)
+    kinds = ["full_attention", "linear_attention"]
+    if not isinstance(types, list) or len(types) != layers or sorted({*types}) != kinds:
+        config.refuse("layer_types", types, f"{layers} of {' and '.join(kinds)}, each at least once")
+    return shortest_pattern([kind == "linear_attention" for kind in types], THREE_OF_FOUR)
 
 
 def _rotary_dim(config: ConfigReader, family: Family, partial: float, head_dim: int) -> int:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sft.common.errors import SftError
 from sft.recipe.architecture import (
     EVERY_FOURTH_FULL,
+    THREE_OF_FOUR,
+    GatedDelta,
     LinearRope,
     Llama3Rope,
     ModelConfig,
@@ -53,7 +55,8 @@ _RMS = ("rms", "fused_rms", "cute_rms", "qwen_rms")  # qwen_rms differs in the o
 
 @dataclass(frozen=True)
 class _Layer:
-    """What one layer does. `window`: 0 = full attention."""
+    """What one layer does. `window`: 0 = full attention. `mixer`: of a layer with a Gated DeltaNet, whose fields of attention
+    say nothing."""
 
     n_heads: int
     n_kv_heads: int
@@ -68,6 +71,7 @@ class _Layer:
     qk_norm: str
     bias: bool
     mlp_bias: bool
+    mixer: GatedDelta | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,10 @@ def _layer(block: ConfigReader, d_model: int, layer: int, count: int) -> _Layer:
     if kind not in ("default", "reordered_norm"):
         block.refuse("name", kind, "'default' or 'reordered_norm'", _NEXT)
     mixer = block.table("sequence_mixer") or block.nested("attention")
+    if mixer.get("type") == "gated_delta_net":
+        return _recurrent_layer(block, mixer, d_model, prenorm=kind == "default")
     if mixer.get("type") not in (None, "attention"):
-        mixer.refuse("type", mixer.data["type"], "'attention'", _NEXT)
+        mixer.refuse("type", mixer.data["type"], "'attention' or 'gated_delta_net'", _NEXT)
     if mixer.get("name") not in (None, "default", "fused"):
         mixer.refuse("name", mixer.data["name"], "'default'", _NEXT)
     heads = mixer.whole("n_heads")
@@ -172,14 +178,12 @@ def _layer(block: ConfigReader, d_model: int, layer: int, count: int) -> _Layer:
     window = _layer_window(mixer.table("sliding_window"), layer, count)
     if (bias := mixer.get("bias")) is None:
         mixer.refuse("bias", None, "true or false", _NEXT)
-    feed = block.nested("feed_forward")
-    if feed.get("name") not in (None, "default") or feed.get("activation") not in (None, "silu"):
-        feed.refuse("name, activation", (feed.data.get("name"), feed.data.get("activation")), "SwiGLU", _NEXT)
+    intermediate_size, mlp_bias = _feed_forward(block)
     made = _Layer(
         n_heads=heads,
         n_kv_heads=mixer.whole("n_kv_heads", heads),
         head_dim=mixer.whole("head_dim", d_model // heads),
-        intermediate_size=feed.whole("hidden_size"),
+        intermediate_size=intermediate_size,
         window=window,
         theta=theta,
         has_positions=rope is not None and not (no_global and not window),
@@ -188,12 +192,46 @@ def _layer(block: ConfigReader, d_model: int, layer: int, count: int) -> _Layer:
         prenorm=kind == "default",
         qk_norm=qk_norm,
         bias=bool(bias),
-        mlp_bias=feed.flag("bias"),
+        mlp_bias=mlp_bias,
     )
-    feed.refuse_rest(_ANY)
     mixer.refuse_rest(_ANY, _NEUTRAL)
     block.refuse_rest(_ANY, _NEUTRAL)
     return made
+
+
+def _feed_forward(block: ConfigReader) -> tuple[int, bool]:
+    """Intermediate size of a SwiGLU, and whether it has biases."""
+    feed = block.nested("feed_forward")
+    if feed.get("name") not in (None, "default") or feed.get("activation") not in (None, "silu"):
+        feed.refuse("name, activation", (feed.data.get("name"), feed.data.get("activation")), "SwiGLU", _NEXT)
+    found = feed.whole("hidden_size"), feed.flag("bias")
+    feed.refuse_rest(_ANY)
+    return found
+
+
+def _recurrent_layer(block: ConfigReader, mixer: ConfigReader, d_model: int, prenorm: bool) -> _Layer:
+    """A layer with a Gated DeltaNet, with OLMo-core's defaults."""
+    if not prenorm:
+        block.refuse("name", block.data["name"], "'default': a Gated DeltaNet's norms come before it", _NEXT)
+    heads = mixer.whole("n_heads", 16)
+    value_heads, dim = mixer.whole("n_v_heads", heads), mixer.whole("head_dim", d_model // heads)
+    made = GatedDelta(
+        heads,
+        value_heads,
+        dim,
+        round(dim * mixer.number("expand_v", 2.0)),
+        mixer.whole("conv_size", 4),
+        mixer.flag("allow_neg_eigval", True),
+    )
+    if (eps := mixer.number("norm_eps", 1e-5)) != made.norm_eps:
+        mixer.refuse("norm_eps", eps, f"{made.norm_eps}, as transformers' class has it", _NEXT)
+    if value_heads % heads:
+        mixer.refuse("n_v_heads", value_heads, f"a multiple of n_heads, {heads}", _NEXT)
+    block_eps = _norm_eps(block, "layer_norm")
+    size, mlp_bias = _feed_forward(block)
+    mixer.refuse_rest(_ANY, _NEUTRAL | {"conv_bias": (False,)})
+    block.refuse_rest(_ANY, _NEUTRAL)
+    return _Layer(0, 0, 0, size, 0, 0.0, False, None, block_eps, True, "", False, mlp_bias, made)
 
 
 def _norm_eps(at: ConfigReader, name: str) -> float:
@@ -290,6 +328,12 @@ def _one_model(
     model: ConfigReader, layers: list[_Layer], d_model: int, vocab: int, eps: float, tied: bool, std: float
 ) -> ModelConfig:
     """One ModelConfig for all layers. Raises SftError for layers that differ in more than windows, scaling and positions."""
+    everything, layers = layers, [layer for layer in layers if layer.mixer is None]
+    mixers = {layer.mixer for layer in everything} - {None}
+    if not layers or len(mixers) > 1:
+        raise SftError(
+            f"{model.where}: {'no layer has attention' if not layers else 'the Gated DeltaNets differ'}; next: {_NEXT}"
+        )
     first, last = layers[0], layers[-1]
 
     def refuse(layer: int, name: str, found: object, expected: str) -> None:
@@ -301,6 +345,12 @@ def _one_model(
                 refuse(i, name, getattr(layer, name), f"{getattr(first, name)}, as in layer 0")
         if layer.has_positions and layer.theta != next(r.theta for r in layers if r.has_positions):
             refuse(i, "rope_theta", layer.theta, f"{next(r.theta for r in layers if r.has_positions)}, as in others")
+    for i, layer in enumerate(everything):
+        for name in ("intermediate_size", "norm_eps", "mlp_bias"):
+            if getattr(layer, name) != getattr(first, name):
+                refuse(i, name, getattr(layer, name), f"{getattr(first, name)}, as in the layers with attention")
+    if mixers and first.prenorm:
+        refuse(everything.index(first), "name of the block", "'default'", "'reordered_norm', as in Olmo Hybrid")
     if eps != first.norm_eps:
         refuse(-1, "eps of the last norm", eps, f"{first.norm_eps}, as in the layers")
     windows = {layer.window for layer in layers} - {0}
@@ -319,8 +369,12 @@ def _one_model(
             and (not layer.window or layer.scaling or len(windowed) > 1)
         ):
             refuse(i, "rope scaling", layer.scaling, f"{scaling}, as in the last layer")
+    mixer = mixers.pop() if mixers else None
+    if mixer is not None:
+        pattern = shortest_pattern([layer.mixer is not None for layer in everything], THREE_OF_FOUR)
+        mixer = replace(mixer, layers=pattern)
     return ModelConfig(
-        n_layers=len(layers),
+        n_layers=len(everything),
         d_model=d_model,
         n_heads=last.n_heads,
         n_kv_heads=last.n_kv_heads,
@@ -343,4 +397,5 @@ def _one_model(
         qkv_bias=first.bias,
         out_bias=first.bias,
         mlp_bias=first.mlp_bias,
+        gated_delta=mixer,
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from sft.recipe.architecture import ModelConfig
@@ -34,6 +34,34 @@ _POST_NORMS = {"attention_norm": "post_attention_layernorm", "feed_forward_norm"
 _PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
 _OLMO_BLOCK = {**_PROJECTIONS, **_QK_NORMS, **_POST_NORMS}
 _LLAMA_BLOCK = {**_PROJECTIONS, **_PRE_NORMS}
+_GATED_DELTA = {
+    "attention.w_q": "linear_attn.q_proj",
+    "attention.w_k": "linear_attn.k_proj",
+    "attention.w_v": "linear_attn.v_proj",
+    "attention.w_a": "linear_attn.a_proj",
+    "attention.w_b": "linear_attn.b_proj",
+    "attention.w_g": "linear_attn.g_proj",
+    "attention.w_out": "linear_attn.o_proj",
+    "attention.q_conv1d": "linear_attn.q_conv1d",
+    "attention.k_conv1d": "linear_attn.k_conv1d",
+    "attention.v_conv1d": "linear_attn.v_conv1d",
+    "attention.o_norm": "linear_attn.o_norm",
+    "attention.A_log": "linear_attn.A_log",
+    "attention.dt_bias": "linear_attn.dt_bias",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    **_PRE_NORMS,
+}
+# Names of OLMo-core's converter, and those that transformers' save_pretrained gives to the norms.
+_HYBRID_ALIASES = {
+    "linear_attn.out_proj": "linear_attn.o_proj",
+    "linear_attn.norm": "linear_attn.o_norm",
+    "attention_layer_norm": "input_layernorm",
+    "feedforward_layer_norm": "post_attention_layernorm",
+}
+# A parameter of a module has a suffix; the two vectors of a Gated DeltaNet have none.
+_SUFFIX = r"(\.weight|\.bias|(?<=\.A_log)|(?<=\.dt_bias))"
 _FUSED = {
     "self_attn.qkv_proj": ("attention.w_q", "attention.w_k", "attention.w_v"),
     "mlp.gate_up_proj": ("feed_forward.w1", "feed_forward.w3"),
@@ -49,6 +77,10 @@ class Family:
     is missing. `values`: keys with the only value that the class can express. `does`: fields of ModelConfig that all models
     of the family share. `own_tokenizer`: transformers loads every tokenizer of the family with the family's class, whatever
     tokenizer_class says.
+
+    A hybrid also has names in a layer with a Gated DeltaNet (`linear`), modules of the class that published folders store
+    as several (`joined`), and other names of modules in a layer (`aliases`). `linear_layers` says for each layer whether it
+    has one, and repeats.
     """
 
     model_type: str
@@ -66,13 +98,22 @@ class Family:
     values: Mapping[str, Any] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     own_tokenizer: bool = False
+    linear: Mapping[str, str] = field(default_factory=dict)
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    linear_layers: tuple[bool, ...] = ()
+
+    def inner(self, layer: int) -> Mapping[str, str]:
+        """The names of modules inside a layer, ours first."""
+        linear = self.linear_layers
+        return self.linear if linear and linear[layer % len(linear)] else self.block
 
     def theirs(self, name: str) -> str:
         """transformers' name of our parameter. A part of a fused one has the name of the fused one. Raises KeyError for
         a name that is not ours."""
-        if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.(weight|bias)", name):
+        if match := re.fullmatch(rf"blocks\.(\d+)\.(.+?){_SUFFIX}", name):
             inner = next((theirs for theirs, parts in self.fused.items() if match[2] in parts), None)
-            return f"model.layers.{match[1]}.{inner or self.block[match[2]]}.{match[3]}"
+            return f"model.layers.{match[1]}.{inner or self.inner(int(match[1]))[match[2]]}{match[3]}"
         return _OUTER[name]
 
     def ours(self, name: str) -> str:
@@ -83,13 +124,14 @@ class Family:
     def parts(self, name: str) -> tuple[str, ...]:
         """Our names of the parameters in transformers' parameter, in the order of its rows. Raises KeyError for a name
         that is not theirs."""
-        if match := re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
-            if match[2] in self.fused:
-                return tuple(f"blocks.{match[1]}.{inner}.{match[3]}" for inner in self.fused[match[2]])
-            inner = next((ours for ours, theirs in self.block.items() if theirs == match[2]), None)
+        if match := re.fullmatch(rf"model\.layers\.(\d+)\.(.+?){_SUFFIX}", name):
+            module = self.aliases.get(match[2], match[2])
+            if several := self.fused.get(module) or self.joined.get(module):
+                return tuple(f"blocks.{match[1]}.{inner}{match[3]}" for inner in several)
+            inner = next((ours for ours, theirs in self.inner(int(match[1])).items() if theirs == module), None)
             if inner is None:
                 raise KeyError(name)
-            return (f"blocks.{match[1]}.{inner}.{match[3]}",)
+            return (f"blocks.{match[1]}.{inner}{match[3]}",)
         return (_OUTER_OURS[name],)
 
 
@@ -181,11 +223,24 @@ FAMILIES = {
         does={"prenorm": True, "qk_norm": ""},
         fused=_FUSED,
     ),
+    "olmo_hybrid": Family(
+        "olmo_hybrid",
+        "OlmoHybridForCausalLM",
+        _OLMO_BLOCK,
+        {"attention_bias": False, "layer_types": None},
+        1e-6,
+        max_positions=65536,
+        linear=_GATED_DELTA,
+        joined={"linear_attn.conv1d": ("attention.q_conv1d", "attention.k_conv1d", "attention.v_conv1d")},
+        aliases=_HYBRID_ALIASES,
+    ),
 }
 
 
 def usual_family(config: ModelConfig) -> str:
     """The model_type that the fields of an architecture determine where `family` is empty."""
+    if config.gated_delta:
+        return "olmo_hybrid"
     if not config.prenorm:
         return "olmo3" if config.window else "olmo2"
     if config.qk_norm:
@@ -201,4 +256,5 @@ def usual_family(config: ModelConfig) -> str:
 
 def family(config: ModelConfig) -> Family:
     """The family of an architecture."""
-    return FAMILIES[config.family or usual_family(config)]
+    found = FAMILIES[config.family or usual_family(config)]
+    return replace(found, linear_layers=config.gated_delta.layers) if config.gated_delta else found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sft.recipe.architecture import Llama3Rope, ModelConfig, Yarn
+from sft.recipe.architecture import GatedDelta, Llama3Rope, ModelConfig, Yarn
 
 _OLMO2_7B = ModelConfig(32, 4096, 32, 32, 128, 11008, 100352)
 _OLMO3_7B = replace(_OLMO2_7B, window=4096, rope_scaling=Yarn())
@@ -18,6 +18,9 @@ _QWEN3_8B = ModelConfig(
 _LLAMA3_8B = ModelConfig(
     32, 4096, 32, 8, 128, 14336, 128256, norm_eps=1e-5, prenorm=True, qk_norm="", rope_scaling=Llama3Rope()
 )  # fmt: skip
+_HYBRID_7B = ModelConfig(
+    32, 3840, 30, 30, 128, 11008, 100352, rope_layers=(False,), gated_delta=GatedDelta(30, 30, 96, 192)
+)  # fmt: skip
 PRESETS = {
     "olmo2-1b": ModelConfig(16, 2048, 16, 16, 128, 8192, 100352),
     "olmo2-7b": _OLMO2_7B,
@@ -25,6 +28,7 @@ PRESETS = {
     "olmo2-32b": ModelConfig(64, 5120, 40, 8, 128, 27648, 100352),
     "olmo3-7b": _OLMO3_7B,
     "olmo3-32b": ModelConfig(64, 5120, 40, 8, 128, 27648, 100352, window=4096, rope_scaling=Yarn()),
+    "olmo-hybrid-7b": _HYBRID_7B,
     "qwen3-0.6b": replace(_QWEN3_8B, n_layers=28, d_model=1024, n_heads=16, intermediate_size=3072, tied=True),
     "qwen3-1.7b": replace(_QWEN3_8B, n_layers=28, d_model=2048, n_heads=16, intermediate_size=6144, tied=True),
     "qwen3-4b": replace(_QWEN3_8B, d_model=2560, intermediate_size=9728, tied=True),
@@ -42,6 +46,17 @@ PRESETS = {
     # Tiny models for laptops. A vocab_size of 0 means the tokenizer's size, padded to a multiple of 128.
     "olmo2-tiny": ModelConfig(4, 128, 4, 4, 32, 384, 0),
     "olmo3-tiny": ModelConfig(4, 128, 4, 2, 32, 384, 0, window=64),
+    "olmo-hybrid-tiny": replace(
+        _HYBRID_7B,
+        n_layers=4,
+        d_model=128,
+        n_heads=4,
+        n_kv_heads=4,
+        head_dim=32,
+        intermediate_size=384,
+        vocab_size=0,
+        gated_delta=GatedDelta(4, 4, 24, 48),
+    ),
     "qwen3-tiny": replace(
         _QWEN3_8B,
         n_layers=4,

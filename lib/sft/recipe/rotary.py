@@ -18,20 +18,25 @@ from sft.recipe.families import Family
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _CORRECT = "correct the base's config"
+_UNUSED_THETA = 500_000.0  # ModelConfig's default, where no layer has positions
 
 
 @dataclass(frozen=True)
 class Rotary:
-    """Base, scaling and rotated share of a head. `scale_windowed`: windowed layers have the scaling, too."""
+    """Base, scaling and rotated share of a head. `scale_windowed`: windowed layers have the scaling, too. `positions`:
+    layers rotate at all."""
 
     theta: float
     scaling: RopeScaling | None
     partial: float
     scale_windowed: bool
+    positions: bool = True
 
 
 def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rotary:
     """The rotary settings of a config. Raises SftError for what is not supported."""
+    if family.linear and _no_positions(config):
+        return Rotary(_UNUSED_THETA, None, 1.0, False, positions=False)
     if "rope_theta" in config.data and config.data["rope_theta"] is None and not config.data.get("rope_parameters"):
         config.refuse("rope_theta", None, "a number above 0", "choose a base whose layers have positions")
     old, new = config.table("rope_scaling"), config.table("rope_parameters")
@@ -56,6 +61,19 @@ def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rot
         config.refuse("partial_rotary_factor", partial, f"one value, not {sorted(partials)}", _CORRECT)
     scaling = settings[0][1] if settings else None
     return Rotary(thetas.pop() if thetas else family.rope_theta, scaling, partials.pop(), True)
+
+
+def _no_positions(config: ConfigReader) -> bool:
+    """Whether a hybrid's rope_theta is null, in the new form or in the old one."""
+    named = config.table("rope_parameters")
+    found = config.data if named is None else named.data
+    if found.get("rope_theta", "") is not None:
+        return False
+    config.get("rope_theta")
+    for table in filter(None, (named, config.table("rope_scaling"))):
+        if table.data.get("rope_type") not in (None, "default") or set(table.data) - {"rope_theta", "rope_type"}:
+            table.refuse("rope_theta", None, "a number above 0, as there is a scaling", _CORRECT)
+    return True
 
 
 def _olmo3(

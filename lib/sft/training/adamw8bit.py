@@ -98,7 +98,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[Tensor],
+        parameters: Iterable[Tensor] | Iterable[dict[str, Any]],  # or groups of them
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -108,7 +108,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     ) -> None:
         """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. Raises SftError
         without torchao."""
-        super().__init__(list(parameters), {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else None
         self.compiled = compiled
         for group in self.param_groups:

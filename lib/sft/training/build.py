@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sft.checkpoint import olmo_core, step_folder
+from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.export.base_gate import check_base
 from sft.export.core_gate import check_core_base
@@ -25,6 +26,7 @@ from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
+from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
 from sft.packing.loader import Loader, Share, SpecialIds
@@ -80,6 +82,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         make_deterministic()
     hardware, missing = resolve_compile(stage, world)
     setup, tokenizer_warning = read_inputs(stage, world, hardware)
+    if world.device.type == "cuda" and train.precision == "bf16" and (problem := missing_kernels(setup.config)):
+        raise SftError(problem)
     config, info, published = setup.config, setup.info, setup.published
     data = build_data(setup)
     room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))

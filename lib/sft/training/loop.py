@@ -221,7 +221,8 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     device, and lr."""
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
-    run.optimizer.param_groups[0]["lr"] = lr
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
     total = accumulate(run, step, batches)
     if run.world.size > 1:
         dist.all_reduce(total)

@@ -18,6 +18,8 @@ from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
 
+NO_WEIGHT_DECAY = (".A_log", ".dt_bias")  # a Gated DeltaNet's decays, as in OLMo-core
+
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
     """The learning rate of step 1..steps: a linear warm-up, then a decay to `final_lr_fraction` of the peak, which step
@@ -44,19 +46,28 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if
     `compiled`."""
     parameters = list(model.parameters())
+    groups = parameter_groups(model, train.weight_decay)
     if train.gradients == "bf16":
         keep_gradients_in_bf16(parameters)
     if train.optimizer == "adamw8bit" or train.gradients == "bf16":
         eight_bit = train.optimizer == "adamw8bit"
         compiled = compiled and parameters[0].is_cuda
-        return LowMemoryAdamW(parameters, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
+        return LowMemoryAdamW(groups, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
     optimizer = torch.optim.AdamW(
-        parameters, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
+        groups, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
     )
     for p in parameters:
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     return optimizer
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The parameters in the optimizer's groups: a Gated DeltaNet's decays have no weight decay, all others have it."""
+    named = list(model.named_parameters())
+    free = [p for name, p in named if name.endswith(NO_WEIGHT_DECAY)]
+    groups = [{"params": [p for name, p in named if not name.endswith(NO_WEIGHT_DECAY)], "weight_decay": weight_decay}]
+    return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups
 
 
 def full_tensor(x: Tensor) -> Tensor:
