@@ -90,13 +90,16 @@ def give_olmo_core_kernels(patch: pytest.MonkeyPatch) -> None:
             super().__init__(size, eps)
 
     def convolve(x: torch.Tensor, weight: torch.Tensor, activation: str, **_: object) -> list[torch.Tensor]:
-        return [plain.causal_conv1d_fn(x.transpose(1, 2), weight, None, activation).transpose(1, 2)]
+        return [plain.causal_conv1d_fn(x.transpose(1, 2), weight, None, activation).transpose(1, 2).contiguous()]
+
+    def rule(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: None, **rest: Any) -> Any:
+        return [x if x is None else x.contiguous() for x in plain.torch_chunk_gated_delta_rule(q, k, v, **rest)]
 
     for name in ("fla", "fla.modules"):
         patch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["fla.modules"].FusedRMSNormGated = Norm  # type: ignore[attr-defined]
     patch.setattr(recurrent, "has_fla", lambda: True)
-    patch.setattr(recurrent, "dispatch_chunk_gated_delta_rule", plain.torch_chunk_gated_delta_rule)
+    patch.setattr(recurrent, "dispatch_chunk_gated_delta_rule", rule)
     patch.setattr(convolution, "dispatch_causal_conv1d", convolve)
 
 
