@@ -66,7 +66,9 @@ packages)
     make_venv
     rm -f .venv/ready-* .venv/tools-*
     progress "torch (about half a minute)" install_torch
-    progress "packages (about a minute)" pip -c env/lock.txt -e '.[fast]'
+    extras=fast
+    if has_gpu && [ "$(uname -s)" = Linux ]; then extras=fast,hybrid; fi
+    progress "packages (about a minute)" pip -c env/lock.txt -e ".[$extras]"
     # IFEval splits sentences with it. Without internet the doctor says what is missing.
     .venv/bin/python -m nltk.downloader -q -d .venv/nltk_data punkt_tab >/dev/null 2>&1 || true
     ;;

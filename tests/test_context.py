@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sft.common.errors import SftError
 from sft.model import context
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.steps import context_groups
+from sft.recipe.architecture import GatedDelta
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Hardware, Train
 
@@ -37,14 +39,34 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
+# A Gated DeltaNet in three of four layers.
+HYBRID: dict[str, Any] = {"model_preset": "olmo-hybrid-tiny", "model_n_kv_heads": 4, "model_window": None}
+HYBRID_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "one rank, no accumulation": (1, {"microbatch_tokens": 384}),
+    "two ranks": (2, {}),
+    "two ranks of one group, attention kept": (2, {"context_degree": 2, "recompute": "selected"}),
+    "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
+    "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": "always"}),
+}
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, Any]:
     return gradients(tmp_path_factory.mktemp("reference"), dataset, *PLANS["one rank"])
 
 
-def gradients(folder: Path, dataset: Path, ranks: int, hardware: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def hybrid_reference(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, Any]:
+    return gradients(tmp_path_factory.mktemp("reference"), dataset, *HYBRID_PLANS["one rank"], HYBRID)
+
+
+def gradients(
+    folder: Path, dataset: Path, ranks: int, hardware: dict[str, Any], model: dict[str, Any] | None = None
+) -> dict[str, Any]:
     training.run_folder(folder, dataset)
     fields = {"ranks": ranks, "hardware": hardware, "global_batch_tokens": 384, "steps": 0, "epochs": 11 / 60}
+    fields |= model or {}
     process = training.SERVER.Process(target=training.run, args=(folder, fields, training.gradients))
     process.start()
     process.join(timeout=PATIENCE)
@@ -70,6 +92,19 @@ def test_the_gradient_is_the_same_however_the_work_is_divided(
         assert len(found["labels"][0]) == 6 and found["reductions"] == 10
     if ranks == 4:
         assert 0 in (n for labels in found["labels"] for n in labels)  # a rank without a trained token
+
+
+@pytest.mark.parametrize("name", [n for n in HYBRID_PLANS if n != "one rank"])
+def test_the_gradient_of_a_hybrid_is_the_same_however_the_work_is_divided(
+    name: str, tmp_path: Path, dataset: Path, hybrid_reference: dict[str, Any]
+) -> None:
+    found = gradients(tmp_path, dataset, *HYBRID_PLANS[name], HYBRID)
+    assert any("A_log" in parameter for parameter in found["steps"][0])
+    for step, wanted in hybrid_reference["steps"].items():
+        for parameter, value in wanted.items():
+            # A decay's gradient is small beside the products that it is the sum of.
+            difference = (found["steps"][step][parameter] - value).norm() / value.norm()
+            assert difference < (2e-5 if parameter.endswith((".A_log", ".dt_bias")) else 2e-6), (step, parameter)
 
 
 def test_the_exchange_gives_every_rank_the_whole_row_of_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,3 +175,13 @@ def test_a_degree_that_does_not_divide_is_refused_with_those_that_do(ranks: int,
     # 40 query and 8 key/value heads, as in olmo3-32b: 5 ranks would share neither evenly.
     with pytest.raises(SftError, match="context_degree 5 and the 8 key/value heads of the model"):
         context_groups(PRESETS["olmo3-32b"], Train(seq_len=20), Hardware(context_degree=5), 10)
+
+
+def test_a_hybrid_s_ranks_share_30_heads() -> None:
+    hybrid, train = PRESETS["olmo-hybrid-7b"], Train(seq_len=3840)
+    assert [context_groups(hybrid, train, Hardware(context_degree=n), 30) for n in (2, 3, 5, 6)] == [15, 10, 6, 5]
+    with pytest.raises(SftError, match=r"context_degree 4 does not divide the 30 query heads .* one of 1, 2"):
+        context_groups(hybrid, train, Hardware(context_degree=4), 8)
+    fewer = replace(hybrid, gated_delta=GatedDelta(10, 30, 96, 192))
+    with pytest.raises(SftError, match=r"context_degree 3 does not divide the 10 heads of the Gated DeltaNet"):
+        context_groups(fewer, train, Hardware(context_degree=3), 30)

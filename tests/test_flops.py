@@ -6,6 +6,7 @@ import time
 import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,14 @@ from sft.checkpoint import olmo_core
 from sft.data.dataset import Dataset
 from sft.formats.dataset import TokenIds
 from sft.formats.metrics import SaveTimes, read_steps
-from sft.model import utilisation
-from sft.model.flops import head_flops, token_flops
+from sft.model import hf, utilisation
+from sft.model.flops import gated_delta_flops, head_flops, token_flops
 from sft.model.model import Transformer
 from sft.model.parallel import World
 from sft.packing.loader import Loader, SpecialIds
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
-from sft.recipe.architecture import ModelConfig
+from sft.recipe.architecture import GatedDelta, ModelConfig
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Train
 from sft.training import loop, metrics
@@ -48,6 +49,27 @@ def test_a_document_costs_what_olmo_core_says(window: int, length: int) -> None:
     )
     # They count these norms as matrices, and drop the fraction of a FLOP in every layer.
     assert ours + norms == pytest.approx(theirs.num_flops_per_token(length), abs=config.n_layers)
+
+
+def test_a_token_costs_in_a_gated_delta_net_what_olmo_core_says() -> None:
+    pytest.importorskip("olmo_core", reason="ai2-olmo-core is not installed (extra 'interop')")
+    from olmo_core.nn.attention.recurrent import GatedDeltaNet
+
+    mixer = GatedDelta(2, 4, 6, 10)
+    shapes = {
+        n: s for n, s in hf.shapes(replace(TINY, gated_delta=mixer)).items() if n.startswith("blocks.0.attention.")
+    }
+    named = {n.split(".")[3]: SimpleNamespace(weight=torch.empty(s)) for n, s in shapes.items()}
+    sizes = {"conv_size": 4, "key_dim": 12, "value_dim": 40, "n_v_heads": 4, "head_k_dim": 6, "head_v_dim": 10}
+    theirs = GatedDeltaNet.num_flops_per_token(SimpleNamespace(**named, **sizes), 100)
+    assert 3 * gated_delta_flops(mixer, TINY.d_model) == theirs
+    dense = replace(TINY, gated_delta=None)
+    hybrid = replace(TINY, gated_delta=mixer)
+    attention = 2 * TINY.d_model * (2 * 32 + 2 * 16)
+    assert token_flops(hybrid) == token_flops(dense) - 6 * attention + 6 * gated_delta_flops(mixer, TINY.d_model)
+    # Only the layers with attention cost more for a longer document.
+    one, two = (utilisation.flops_per_token(hybrid, attended, attended) for attended in (1.0, 101.0))
+    assert two - one == 3 * 4 * 32 * 100 * 2
 
 
 def test_matrices_cost_what_torch_counts_in_a_step() -> None:

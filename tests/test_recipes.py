@@ -1,6 +1,7 @@
 """Recipes: every mistake is found at once and told; keys change with what changes a result and with nothing else."""
 
 import dataclasses
+import math
 import re
 import tomllib
 
@@ -216,6 +217,24 @@ def test_smoke_is_what_the_issue_of_a_laptop_needs():
     config = resolve.resolve(recipe.load(REPO / "recipes/smoke.toml").model, 2048)
     assert data["model"]["preset"].startswith("olmo3")
     assert [w > 0 for w in config.windows] == [True, True, True, False]
+
+
+def test_a_smoke_of_a_hybrid_is_the_smoke_with_another_model():
+    data, hybrid = (tomllib.loads((REPO / f"recipes/{name}.toml").read_text()) for name in ("smoke", "smoke-hybrid"))
+    model = resolve.resolve(recipe.load(REPO / "recipes/smoke-hybrid.toml").model, 2048)
+    assert data | {"model": hybrid["model"]} == hybrid
+    assert [mixer is not None for mixer in model.mixers] == [True, True, True, False]
+
+
+def test_olmo_hybrid_has_the_published_number_of_parameters_and_no_positions_to_change():
+    from sft.model import hf
+
+    config = presets.PRESETS["olmo-hybrid-7b"]
+    assert config.parameters == 7_430_870_688 == sum(math.prod(shape) for shape in hf.shapes(config).values())
+    assert len(hf.shapes(config)) == 523
+    for field in ({"rope_theta": 1e6}, {"yarn_factor": 8.0}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}):
+        with pytest.raises(SftError, match="no layer of olmo-hybrid-7b has positions; next: remove it"):
+            resolve.resolve(schema.Model(preset="olmo-hybrid-7b", **field), 100278)
 
 
 def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> None:

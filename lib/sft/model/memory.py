@@ -247,9 +247,13 @@ def _gated_delta_bytes(model: ModelConfig, mixer: GatedDelta, width: int, fused:
 
 
 def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:
-    """Bytes of the largest set of temporary gradients in a layer's backward pass: three of SwiGLU and two of the
-    residual stream."""
-    return tokens * compute * (3 * model.intermediate_size + 2 * model.d_model)
+    """Bytes of the largest set of temporary tensors in a layer's backward pass: three gradients of SwiGLU, or those of a
+    Gated DeltaNet's channels with the states of all its chunks and their gradients; and two of the residual stream."""
+    values = 3 * model.intermediate_size
+    if mixer := model.gated_delta:
+        states = 2 * mixer.value_heads * mixer.key_dim * mixer.value_dim // RULE_CHUNK
+        values = max(values, states + 3 * (2 * mixer.keys + mixer.values))
+    return tokens * compute * (values + 2 * model.d_model)
 
 
 def _loss(model: ModelConfig, tokens: int, compute: int) -> int:

@@ -73,6 +73,10 @@ def _from_preset(model: Model) -> ModelConfig:
             f"[model] base {model.base}: its config.json is not here yet, and there is no preset; next: make sync"
         )
     config = replace(PRESETS[model.preset], **_given(model))
+    if not any(config.rope_layers):
+        given = [name for name in ("rope_theta", "yarn_factor", "rope_scaling") if getattr(model, name) is not None]
+        if given:
+            raise SftError(f"[model] {given[0]}: no layer of {model.preset} has positions; next: remove it")
     config = _with_scaling(config, _scaling(model, config, 0))
     if config.window and "sliding_window" not in families.family(config).keys:
         kind = families.family(config).model_type
