@@ -84,6 +84,8 @@ SOURCES = {
     "olmo2-32b": f"{_OLMO_CORE}, olmo2_32B",
     "olmo3-7b": f"{_OLMO_CORE}, olmo3_7B; {_YARN}",
     "olmo3-32b": f"{_OLMO_CORE}, olmo3_32B; {_YARN}",
+    "olmo-hybrid-7b": "defaults of OlmoHybridConfig in transformers 5.23.0, which names allenai/Olmo-Hybrid-7B; without"
+    " positions as src/scripts/train/sft/Olmo-3-Hybrid-7B-SFT.py in github.com/allenai/OLMo-core",
     "qwen3-0.6b": f"{_OLMO_CORE}, qwen3_0_6B",
     "qwen3-1.7b": f"{_OLMO_CORE}, qwen3_1_7B",
     "qwen3-4b": f"{_OLMO_CORE}, qwen3_4B; config.json of Qwen/Qwen3-4B, a copy in {_COPIES}",
