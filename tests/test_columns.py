@@ -16,6 +16,7 @@ from chat_samples import COMPILED, SOURCE, any_text, both_ways, encoder, make_to
 from sft.data import align, sources
 from sft.data.blocks import ColumnBlock, read_blocks
 from sft.data.fast.columns import find_roles, read_columns
+from sft.data.fast.json_rows import FieldNames
 from sft.data.fast.messages import LIST, SourceNames
 from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
@@ -38,6 +39,29 @@ def encoders(folder: Path) -> Any:
     return lambda name: made.setdefault(name, encoder(folder, name)) if name not in made else made[name]
 
 
+FUNCTION = pa.struct([("name", pa.string()), ("arguments", pa.string())])
+CALL = pa.struct([("id", pa.string()), ("type", pa.string()), ("function", FUNCTION), ("index", pa.int64())])
+calls = st.lists(
+    st.fixed_dictionaries(
+        {
+            "id": st.sampled_from(["c", "", None]),
+            "type": st.sampled_from(["function", None]),
+            "function": st.fixed_dictionaries(
+                {
+                    "name": st.sampled_from(["f", "g"]),
+                    "arguments": st.sampled_from(['{"a": "é", "b": null}', "{}", "", "{", None]),
+                }
+            ),
+            "index": st.sampled_from([None, None, 1]),
+        }
+    ),
+    max_size=2,
+)
+tools = st.one_of(st.none(), st.none(), any_text, st.just('[{"name": "f"}]'))
+TEXT_COLUMNS = ["system", "prompt", "completion", "input", "source"]
+PAIRS = [("prompt", "completion"), ("instruction", "output", "input"), ("instruction", "response", "context", "system")]
+
+
 @st.composite
 def batches(draw: Any) -> ColumnBlock:
     """A record batch of conversations, with nulls in any place, and perhaps a slice of a larger one."""
@@ -50,7 +74,8 @@ def batches(draw: Any) -> ColumnBlock:
     more = {
         "functions": (text, maybe), "function_calls": (text, maybe), "name": (text, maybe), "thinking": (text, maybe),
         "train": (pa.bool_(), st.one_of(st.none(), st.booleans())), "weight": (pa.int64(), st.one_of(st.none(), st.sampled_from([0, 1]))),
-        "tool_calls": (pa.list_(pa.string()), st.none()), "value": (pa.null(), st.none()),
+        "masked": (pa.float64(), st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.5]))),
+        "tool_calls": (pa.list_(CALL), st.one_of(st.none(), st.none(), calls)), "value": (pa.null(), st.none()),
     }  # fmt: skip
     for name in draw(st.lists(st.sampled_from(sorted(more)), unique=True, max_size=3)):
         fields[name] = more[name]
@@ -64,7 +89,12 @@ def batches(draw: Any) -> ColumnBlock:
     listed = draw(st.sampled_from([pa.list_, pa.large_list]))(struct)
     columns: dict[str, pa.Array] = {"messages": pa.array(rows, type=listed)}
     if draw(st.booleans()):
-        columns["tools"] = pa.array([draw(st.one_of(st.none(), st.none(), any_text)) for _ in rows], type=pa.string())
+        columns["tools"] = pa.array([draw(tools) for _ in rows], type=pa.string())
+    for name in draw(st.lists(st.sampled_from(TEXT_COLUMNS), unique=True, max_size=4)):
+        columns[name] = pa.array([draw(maybe) for _ in rows], type=text)
+    if draw(st.integers(0, 3)) == 0:
+        del columns["messages"]
+        columns |= {name: pa.array([draw(maybe) for _ in rows], type=text) for name in draw(st.sampled_from(PAIRS))}
     if draw(st.booleans()):
         columns["id"] = pa.array(list(range(len(rows))))
     batch = pa.RecordBatch.from_pydict(columns)
@@ -179,7 +209,7 @@ def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
     rows = [{"turns": row["messages"], "tools": None if i % 2 else "[]"} for i, row in enumerate(rows_of(6))]
     renamed = Source(path="x", columns={"messages": "turns"})
     piece = ColumnBlock(pa.RecordBatch.from_pylist(rows), 0)
-    assert encoders("olmo").encode_plain(piece, renamed)[1] == [0, 2, 4]
+    assert both_ways(encoders("olmo"), piece, renamed)[2] == 6
     assert (
         encoders("olmo").encode_plain(piece, SOURCE) == (None, list(range(6)))
         or both_ways(encoders("olmo"), piece)[2] == 0
@@ -199,19 +229,18 @@ def test_renamed_columns_and_those_that_must_be_empty(encoders: Any) -> None:
 )
 def test_columns_of_other_types_are_no_messages(encoders: Any, array: pa.Array) -> None:
     batch = pa.RecordBatch.from_arrays([array], ["messages"])
-    found = read_columns(batch, SourceNames({"messages": LIST}, {}, {}))
-    assert found is None or not (found.is_plain & (found.roles[found.first[:-1]] >= 0)).any()
+    names = SourceNames({"messages": LIST}, {}, {})
+    found = read_columns(batch, names, FieldNames.of(names))
+    assert found is None or not found.messages.is_plain.any()
     compiled, python, plain = both_ways(encoders("olmo"), ColumnBlock(batch, 0))
     assert compiled == python and plain == 0
 
 
 def test_a_column_that_is_there_twice_is_left_to_python() -> None:
     array = pa.array([[{"role": "user", "content": "x"}]])
+    names = SourceNames({"messages": LIST}, {}, {})
     assert (
-        read_columns(
-            pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), SourceNames({"messages": LIST}, {}, {})
-        )
-        is None
+        read_columns(pa.RecordBatch.from_arrays([array, array], ["messages"] * 2), names, FieldNames.of(names)) is None
     )
 
 
@@ -220,3 +249,28 @@ def test_rows_are_taken_from_columns_of_any_type() -> None:
         [pa.array(["q", "r", "s"], pa.string_view()), pa.array([1, 2, 3])], names=["prompt", "id"]
     )
     assert ColumnBlock(batch, 5).batch([2, 0]).rows == [{"prompt": "s", "id": 3}, {"prompt": "q", "id": 1}]
+
+
+CALLING = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+PLAIN: dict[str, list[dict[str, Any]]] = {
+    "calls and tools": [
+        {
+            "messages": [
+                *turns(("system", "s"), ("user", "a")),
+                {"role": "assistant", "content": None, "tool_calls": [CALLING]},
+                *turns(("tool", "r"), ("assistant", "b")),
+            ],
+            "tools": '[{"name": "f"}]',
+        }
+    ],
+    "flags": [{"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "weight": 1}]}],
+    "prompt and completion": [{"prompt": "p", "completion": "c", "system": "s"}],
+    "an instruction": [{"instruction": "i", "input": "x", "output": "o"}],
+    "ShareGPT": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}],
+}
+
+
+@pytest.mark.parametrize("rows", PLAIN.values(), ids=PLAIN.keys())
+def test_these_columns_need_no_python_objects(encoders: Any, rows: list[dict[str, Any]]) -> None:
+    compiled, python, count = both_ways(encoders("olmo"), ColumnBlock.of(rows * 2))
+    assert compiled == python and count == 2

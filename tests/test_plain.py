@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_samples import COMPILED, SOURCE, any_text, both_ways, conversations, encoder, make_tokenizer, turns
+from chat_samples import COMPILED, SOURCE, both_ways, encoder, make_tokenizer, turns
+from made_lines import lines
 from sft.data import align
 from sft.data.blocks import LineBlock
-from sft.data.compiled import compiled
+from sft.data.compiled import WORD, compiled
 from sft.data.fast import plain
 from sft.data.fast.json_rows import read_rows
 from sft.data.fast.messages import MAX_MESSAGES
@@ -38,83 +39,6 @@ def olmo(folder: Path) -> Encoder:
 
 def lines_both_ways(made: Encoder, lines: bytes, source: Source = SOURCE) -> tuple[Any, Any, int]:
     return both_ways(made, LineBlock.of(lines, 7), source)
-
-
-NAMES = [
-    "id",
-    "source",
-    "tools",
-    "system",
-    "system_prompt",
-    "prompt",
-    "completion",
-    "input",
-    "näme",
-    "weight",
-    "loss",
-    "chat_template_kwargs",
-]
-extra = st.dictionaries(
-    st.sampled_from(NAMES),
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), any_text, st.just([1]), st.just({"a": "}"}), st.just([{"name": "f"}]),
-        st.just({"a": {"b": []}, "c": ""}),
-    ),
-    max_size=2,
-)  # fmt: skip
-ARGUMENTS = [{}, {"x": 1.5, "y": ["é", None]}, {"a": None}, '{"q": "a\\n\\"b", "z": null}', "{}", "", "{", 3]
-calls = st.lists(
-    st.fixed_dictionaries(
-        {"function": st.fixed_dictionaries({"name": st.sampled_from(["f", "g", ""]), "arguments": st.sampled_from(ARGUMENTS)})},
-        optional={"id": st.sampled_from(["c", "", 1]), "type": st.sampled_from(["function", "", "custom"]), "index": st.just(1), "x": st.just(1)},
-    ),
-    max_size=2,
-)  # fmt: skip
-fields = st.dictionaries(
-    st.sampled_from(
-        [
-            "functions", "function_calls", "tool_calls", "thinking", "reasoning", "train", "weight", "masked", "name", "value", "from", "content",
-            "id", "refusal", "x",
-        ]
-    ),
-    st.one_of(st.none(), any_text, st.sampled_from([0, 1, 2.5, True, []]), calls),
-    max_size=2,
-)  # fmt: skip
-
-
-def sharegpt(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as ShareGPT files have it."""
-    speakers = {"user": "human", "assistant": "gpt", "tool": "observation"}
-    renamed = {"role": "from", "content": "value"}
-    return {renamed.get(k, k): speakers.get(v, v) if k == "role" else v for k, v in message.items()}
-
-
-@st.composite
-def lines(draw: Any) -> bytes:
-    """A row as one of the many ways to write it down."""
-    row = draw(conversations(text=any_text, roles=True, tools=True))
-    layout = draw(st.sampled_from(["messages"] * 6 + ["conversations", "pair", "instruction"]))
-    if draw(st.booleans()):
-        row["messages"] = [message | draw(fields) for message in row["messages"]]
-    if draw(st.booleans()):
-        row["messages"] = [
-            m | {"content": None} if "tool_calls" in m or "function_calls" in m else m for m in row["messages"]
-        ]
-    if layout == "conversations":
-        row["conversations"] = list(map(sharegpt, row.pop("messages")))
-    elif layout != "messages":
-        names = (
-            [("prompt", "completion"), ("prompt", "response")]
-            if layout == "pair"
-            else [("instruction", "output", "input", "system")]
-        )
-        del row["messages"]
-        row |= {name: draw(any_text) for name in draw(st.sampled_from(names))}
-    row |= draw(extra)
-    keys = draw(st.permutations(sorted(row)))
-    separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\t", " :  ")]))
-    text = json.dumps({key: row[key] for key in keys}, ensure_ascii=draw(st.booleans()), separators=separators)
-    return (draw(st.sampled_from(["", " ", "\t"])) + text + draw(st.sampled_from(["", " ", "\r"]))).encode() + b"\n"
 
 
 @settings(max_examples=150, deadline=None)
@@ -159,7 +83,6 @@ PLAINEST = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"
 CALL_AND_RESULT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "function_calls": "f()"}, {"role": "environment", "name": "f", "content": "1"}, {"role": "assistant", "content": "b"}]}'
 ODD = {
     "a name": PLAINEST.replace('"content": "b"', '"content": "b", "name": "n"') + "}",
-    "a name before the role": CALL_AND_RESULT.replace('"role": "environment", "name": "f"', '"name": "f", "role": "environment"'),
     "a result of no call": CALL_AND_RESULT.replace('"function_calls": "f()"', '"content": "f()"'),
     "a blank line": " ",
     "an empty object": "{}",
@@ -233,6 +156,7 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
         PLAINEST.replace('"content": "b"', '"content": "b", "train": true, "reasoning": "r"') + "}",
         PLAINEST.replace('"b"', 'null, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{\\"a\\": \\"é\\"}"}}]') + "}",
         CALL_AND_RESULT,
+        CALL_AND_RESULT.replace('"role": "environment", "name": "f"', '"name": "f", "role": "environment"'),
         '{"system_prompt": "s", "prompt": "p", "completion": ""}',
         '{"instruction": "i", "context": "c", "response": "o", "category": "qa"}',
         '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}], "functions": [{"name": "f"}]}',
@@ -328,6 +252,6 @@ def test_the_shortest_messages_fit_into_the_room_that_is_made(encoders: Any, nam
         room = plain.PlainRows.of(made.template, made.reader(SOURCE))
         assert room is not None
         text, _ = room.read(block)
-        assert len(text.data) + plain.WORD <= len(room.out) and len(text.run_ends) <= len(room.run_ends)
+        assert len(text.data) + WORD <= len(room.memory.text) and len(text.run_ends) <= len(room.memory.run_ends)
         compiled_way, python, _ = lines_both_ways(made, lines)
         assert compiled_way == python

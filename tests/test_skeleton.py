@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import EOS, SPECIALS, chat, conversations, plain_text, turns
-from sft.chat.named import NamedTemplate
+from jinja_samples import TEXTS, THINKER, TURNS
 from sft.chat.rows import BadRow, RowReader
 from sft.chat.skeleton import Skeletons
 from sft.chat.special_tokens import SpecialTokens
@@ -20,58 +20,10 @@ from sft.recipe.schema import Prepare, Source
 
 SOURCE = Source(path="x")
 READ = RowReader(Prepare(tokenizer="t", sources=(SOURCE,)), SOURCE).read
-THINKER = """\
-{%- if tools %}{{ '<|im_start|>system\\n' }}
-    {%- if messages[0].role == 'system' %}{{ messages[0].content + '\\n\\n' }}{% endif %}
-    {%- for tool in tools %}{{ '\\n' }}{{ tool | tojson }}{% endfor %}
-    {{- '<|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
-{%- set ns = namespace(last=messages | length - 1, open=true) %}
-{%- for message in messages[::-1] %}
-    {%- if ns.open and message.role == 'user' and not message.content.startswith('[result]') %}
-        {%- set ns.open = false %}{% set ns.last = messages | length - 1 - loop.index0 %}
-    {%- endif %}
-{%- endfor %}
-{%- for message in messages %}
-    {%- if message.role == 'assistant' %}
-        {%- set content = message.content %}
-        {%- set thought = message.reasoning_content if message.reasoning_content is string else '' %}
-        {%- if not thought and '</think>' in content %}
-            {%- set thought = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}
-            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
-        {%- endif %}
-        {{- '<|im_start|>assistant\\n' }}
-        {%- if loop.index0 > ns.last and thought %}{{ '<think>\\n' + thought.strip('\\n') + '\\n</think>\\n\\n' }}{% endif %}
-        {{- content.lstrip('\\n') }}
-        {%- for call in message.tool_calls or [] %}
-            {{- '\\n<call>{"name": "' + call.function.name + '", "arguments": ' }}
-            {{- call.function.arguments if call.function.arguments is string else call.function.arguments | tojson }}{{- '}</call>' }}
-        {%- endfor %}
-        {{- '<|im_end|>\\n' }}
-    {%- elif message.role in ('tool', 'environment') %}
-        {{- '<|im_start|>user\\n[result]' + (message.content | trim) + '<|im_end|>\\n' }}
-    {%- elif message.role == 'user' or not loop.first %}
-        {{- '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
-"""
-TURNS = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + BODY + '<|im_end|>\\n' }}{% endfor %}"
-TURNS += "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 
 
 def jinja(text: str) -> JinjaTemplate:
     return JinjaTemplate("made.jinja", text, {"eos_token": EOS}, EOS, SpecialTokens(SPECIALS))
-
-
-NAMED = {name: NamedTemplate(name, EOS, SPECIALS).text for name in ("olmo", "chatml", "tulu", "simple_chat")}
-TEXTS = {
-    "thinker": THINKER,
-    **NAMED,
-    "trims": TURNS.replace("BODY", "(m.content | trim)"),
-    "as json": TURNS.replace("BODY", "(m.content | tojson if m.role == 'user' else m.content)"),
-    "a macro": "{%- macro said(m) %}{{ m.content.strip() }}{% endmacro %}" + TURNS.replace("BODY", "said(m)"),
-}
 
 
 def rendered(template: JinjaTemplate, conversation: Any) -> Any:

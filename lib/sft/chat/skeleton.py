@@ -71,7 +71,7 @@ class Skeletons:
         self.literal_tools = False  # the template looks into the tools
         self.plans: dict[tuple[Any, ...], RenderPlan | None] = {}  # None: Jinja must render
         self.once: set[tuple[Any, ...]] = set()  # skeletons that were seen once
-        self.rendered = 0
+        self.rendered = self.version = 0
         rules = template.rules
         for text in (*THOUGHTS, rules.generation_prefix, rules.closing or "", *rules.generation_prefix.split("\n")):
             left = text
@@ -90,6 +90,17 @@ class Skeletons:
         self.starts = sorted({text[:2] for text in (*self.watch.constants, *self.specials.texts)})
         self.beginnings, self.endings = parts_of(self.watch.constants)
         self.plans, self.once = {}, set()
+        self.version += 1
+
+    def learn(self, conversation: Conversation, texts: list[str], objects: list[str]) -> RenderPlan | None:
+        """The plan of a conversation's skeleton. Fills its texts and objects. Returns None if Jinja must render. Raises Unusual; `version` then
+        says whether skeletons have changed."""
+        self._skeleton(conversation, texts, objects)
+        plan = self._learn(conversation)
+        if plan is None:
+            return None
+        runs = plan.fill(texts, objects)
+        return plan if self.agrees(conversation, runs, plan.specials, plan.answers_without_prefix) else None
 
     def render(self, conversation: Conversation) -> tuple[list[str], int] | None:
         """The result of `JinjaTemplate.render`. Returns None if Jinja must render. Raises SftError if the two differ."""
@@ -128,7 +139,10 @@ class Skeletons:
         return runs, plan.specials
 
     def _agrees(self, conversation: Conversation, runs: list[str], plan: RenderPlan) -> bool:
-        """Whether Jinja renders the same."""
+        return self.agrees(conversation, runs, plan.specials, plan.answers_without_prefix)
+
+    def agrees(self, conversation: Conversation, runs: list[str], specials: int, answers: int) -> bool:
+        """Whether Jinja renders these runs, special tokens, and answers without the generation prefix."""
         before = self.template.answers_without_prefix
         try:
             rendered = self.template.render(conversation)
@@ -137,14 +151,14 @@ class Skeletons:
         finally:
             added = self.template.answers_without_prefix - before
             self.template.answers_without_prefix = before
-        return rendered == (runs, plan.specials) and added == plan.answers_without_prefix
+        return rendered == (runs, specials) and added == answers
 
     def _skeleton(self, conversation: Conversation, texts: list[str], objects: list[str]) -> tuple[Any, ...]:
         """What identifies the skeleton. Fills the texts and the JSON of the objects that the stand-ins replace."""
         key: list[Any] = list(conversation.train)
         for message in conversation.messages:
             if len(message) == 2:
-                key += (message["role"], self._shape(message["content"], texts))
+                key += (message["role"], self.shape(message["content"], texts))
                 continue
             key.append(len(message))
             for name, value in message.items():
@@ -152,14 +166,14 @@ class Skeletons:
                 if name == "role":
                     key.append(value)
                 elif name != "tool_calls":
-                    key.append(self._shape(value, texts))
+                    key.append(self.shape(value, texts))
                 else:
                     key.append(len(value))
                     for call in value:
                         function = call["function"]
                         key += (
-                            self._shape(call["id"], texts) if "id" in call else None,
-                            self._shape(function["name"], texts),
+                            self.shape(call["id"], texts) if "id" in call else None,
+                            self.shape(function["name"], texts),
                         )
                         key.append(bool(function["arguments"]))
                         if function["arguments"]:
@@ -170,7 +184,7 @@ class Skeletons:
             objects += () if self.literal_tools else tools
         return tuple(key)
 
-    def _shape(self, text: str, texts: list[str]) -> str:
+    def shape(self, text: str, texts: list[str]) -> str:
         """A text with a place in place of each part that is neither white space at an end nor a constant. Raises Unusual."""
         if not text.isascii() and b"\xf3" in text.encode(errors="surrogatepass") and ANY.search(text):
             raise Unusual
@@ -283,7 +297,7 @@ class Skeletons:
 
         def replaced(text: str) -> str:
             first = len(texts)
-            shape = self._shape(text, texts)
+            shape = self.shape(text, texts)
             numbers = iter(range(first, len(texts)))
             return "".join(chr(FIRST + next(numbers)) if char == PLACE else char for char in shape)
 

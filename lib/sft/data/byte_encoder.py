@@ -10,6 +10,7 @@ In: a `RenderedBatch` with its byte layout. Out: `EncodedBatch`: the `Alignment`
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Container, Mapping, Sequence
 from typing import NamedTuple
 
@@ -157,6 +158,36 @@ class ByteLevelEncoder:
         found = dict(zip(escaped, self._ids_of_escaped(batch, escaped, separate=True), strict=True))
         found |= {document: np.array(ids, dtype=np.uint32) for document, ids in ids_of.items()}
         return self._replace(batch, alignment, documents, [found[document] for document in documents])
+
+    def separate(
+        self, data: bytes, first_run: Offsets, run_ends: Offsets, alignment: Alignment, documents: list[int]
+    ) -> Ids | None:
+        """The ids of all documents, with every prompt and every answer of the given ones encoded by itself. None when `tokenizers` gives
+        other ids for one of a sample."""
+        texts: list[bytes] = []
+        counts: list[int] = []
+        for document in documents:
+            first, last = first_run[document : document + 2].tolist()
+            start, end = int(run_ends[first - 1]) if first else 0, int(run_ends[last - 1])
+            cuts = [start, *run_ends[first : last - 1 : 2].tolist(), end]
+            texts += [data[a:b] for a, b in itertools.pairwise(cuts)]
+            counts.append(len(cuts) - 1)
+        ids, offsets = self.engine.encode(texts)
+        wanted = max(1, round(self.parity_sample * len(texts))) if self.parity_sample > 0 else 0
+        chosen = evenly_spaced(range(len(texts)), wanted)
+        expected = self.vocabulary.tokenizer.encode_batch_fast(
+            [texts[part].decode() for part in chosen], add_special_tokens=False
+        )
+        for part, encoding in zip(chosen, expected, strict=True):
+            if ids[offsets[part] : offsets[part + 1]].tolist() != encoding.ids:
+                return None
+        ends = offsets[np.cumsum(counts)]
+        parts: list[Ids] = []
+        position, start = 0, 0
+        for document, end in zip(documents, ends.tolist(), strict=True):
+            parts += (alignment.ids[position : alignment.offsets[document]], ids[start:end])
+            position, start = int(alignment.offsets[document + 1]), end
+        return np.concatenate([*parts, alignment.ids[position:]])
 
     def _replace(
         self, batch: RenderedBatch, alignment: Alignment, documents: list[int], ids_of: list[Ids]

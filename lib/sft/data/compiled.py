@@ -70,6 +70,13 @@ def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     return np.lib.stride_tricks.as_strided(data[:WORD].view("<u8"), shape=(len(data) - WORD + 1,), strides=(1,))
 
 
+@inlined
+def mix(key: Any, value: Any) -> Any:
+    """A 64-bit hash of a hash and a number."""
+    key = (key ^ np.uint64(value)) * np.uint64(0x9E3779B97F4A7C15)
+    return key ^ (key >> np.uint64(29))
+
+
 class GatheredBlock(NamedTuple):
     """D documents of the token cache, end to end in a block of T tokens. `gather` fills all but the first three arrays."""
 

@@ -284,12 +284,16 @@ class Encoder:
             text = text.without(changed)
         ends = text.ends
         alignment = encoder.align(encoder.encode_text(text.data, ends), text.padded, text.first_run, text.run_ends)
-        checked = None if alignment is None else encoder.parity(text.data, ends, alignment)
+        checked, num_merged = None, np.zeros(0, dtype=np.int64)
+        if alignment is not None:
+            num_merged, merged = alignment.num_merged, np.flatnonzero(alignment.num_merged).tolist()
+            checked = encoder.parity(text.data, ends, alignment, set(merged))
+            if merged and checked is not None:
+                ids = encoder.separate(text.data, text.first_run, text.run_ends, alignment, merged)
+                alignment = None if ids is None else encoder.align(ids, text.padded, text.first_run, text.run_ends)
         if alignment is None or checked is None:
             return None, sorted([*odd, *text.rows.tolist()])
-        # Rows in which a prompt and an answer share a token are encoded with the two apart.
         good = (alignment.num_targets > 0) & np.isin(alignment.last_target, self.terminator_ids)
-        good &= alignment.num_merged == 0
         if self.prepare.special_text != "token":
             good &= alignment.num_specials == text.num_specials
         if self.template.boundaries == "eos":
@@ -302,7 +306,7 @@ class Encoder:
             answers, empty = answers[good], empty[good]
         plain.count(rows)
         proof = self._proof(alignment, len(rows), 0, checked, int(answers.sum()))
-        proof |= {"redone_batches": 0, "empty_answers": int(empty.sum())}
+        proof |= {"redone_batches": 0, "empty_answers": int(empty.sum()), "merged_answers": int(num_merged[good].sum())}
         encoded = Encoded(
             alignment.tokens,
             alignment.lengths,

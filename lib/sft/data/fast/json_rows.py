@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat.messages import CALLERS, SPEAKERS
-from sft.data.compiled import compiled, inlined
+from sft.data.compiled import compiled, inlined, mix
 from sft.data.fast.json_text import (
     CLOSE_LIST,
     CLOSE_OBJECT,
@@ -56,7 +56,6 @@ from sft.data.fast.messages import (
     OUTPUT,
     PASSED,
     PROMPT,
-    QUIET,
     RESPONSE,
     ROLE,
     ROLE_NAMES,
@@ -157,27 +156,17 @@ def is_passed(data: Any, start: int, end: int, kind: int) -> bool:
 
 
 @inlined
-def follows_call(messages: Any, message: int, row: int) -> bool:
-    """Whether a message, whose role was read, is a result, and an earlier one of the row has a call."""
-    if messages.roles[message] < FIRST_RESULT:
-        return False
-    for earlier in range(messages.first[row], message):
-        if messages.spans[earlier, CALLS, START] != NONE or messages.spans[earlier, TOOL_CALLS, START] != NONE:
-            return True
-    return False
-
-
-@inlined
 def read_field(
     source: Any, at: int, field: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int
 ) -> Any:
-    """The value of a message's field. Returns where it ends, also in `target`; NONE when the row is not plain."""
-    data, start, held = source.bytes, at, False
+    """The value of a message's field. Returns where it ends, also in `target`, and what it adds to the form of the message; NONE when the
+    row is not plain."""
+    data, start, held, speaker = source.bytes, at, False, 0
     kind = names.field_kinds[field] if field != NONE else EMPTY
     is_text = data[at] == QUOTE
     if is_text and kind < NUM_TEXTS:
         if messages.spans[message, kind, START] != NONE:
-            return NONE, to
+            return NONE, to, 0
         at, end = read_string(source, at + 1, target, to)
         held = end > to
         if held or kind != THINKING:
@@ -185,10 +174,10 @@ def read_field(
         to = end
     elif is_text and kind == ROLE:
         end = end_of_plain_string(data, at + 1)
-        role = NONE if end == NONE or messages.roles[message] != NONE else find_name(data, at + 1, end, names.roles)
-        if role == NONE:
-            return NONE, to
-        messages.roles[message], held = names.role_of[role], True
+        speaker = NONE if end == NONE or messages.roles[message] != NONE else find_name(data, at + 1, end, names.roles)
+        if speaker == NONE:
+            return NONE, to, 0
+        messages.roles[message], held = names.role_of[speaker], True
         at = end + 1
     else:
         at, held = skip_value(source, at, target, to)
@@ -197,21 +186,19 @@ def read_field(
         elif held and FLAG <= kind <= LAST_FLAG:
             value, end = read_flag(data, start, kind)
             if end != at or messages.flags[message] != NONE:
-                return NONE, to
+                return NONE, to, 0
             messages.flags[message] = value
         elif at == NONE or (held and not is_passed(data, start, at, kind)):
-            is_quiet = kind == QUIET or (kind == NAME and follows_call(messages, message, row))
-            if at == NONE or not (is_text and is_quiet):
-                return NONE, to
+            return NONE, to, 0
     if field != NONE and held:
         messages.fields_held[row] |= np.uint64(1) << np.uint64(field)
-    return at, to
+    return at, to, (speaker << 8) + ((field + 1) << 2) + 2 * is_text + held
 
 
 @inlined
 def clear_message(messages: Any, message: int, role: int) -> None:
     """Makes room for a message without texts."""
-    messages.roles[message], messages.flags[message] = role, NONE
+    messages.roles[message], messages.flags[message], messages.forms[message] = role, NONE, np.uint64(0)
     messages.spans[message] = NONE
 
 
@@ -219,14 +206,15 @@ def clear_message(messages: Any, message: int, role: int) -> None:
 def read_message(source: Any, at: int, names: Any, target: Any, to: int, messages: Any, message: int, row: int) -> Any:
     """One message, after its opening brace. Returns where it ends, also in `target`; NONE when the row is not plain."""
     clear_message(messages, message, NONE)
-    seen, closed = 0, False
+    seen, closed, form = 0, False, np.uint64(1)
     while not closed:
         field, at, seen = read_name(source, at, names.fields, seen)
         if at == NONE:
             return NONE, to
-        at, to = read_field(source, at, field, names, target, to, messages, message, row)
+        at, to, added = read_field(source, at, field, names, target, to, messages, message, row)
         if at == NONE:
             return NONE, to
+        form = mix(form, added)
         at, closed = next_field(source, at)
         if at == NONE:
             return NONE, to
@@ -237,6 +225,7 @@ def read_message(source: Any, at: int, names: Any, target: Any, to: int, message
         if spans[CALLS, START] == NONE and spans[TOOL_CALLS, START] == NONE:
             return NONE, to
         spans[CONTENT, START], spans[CONTENT, END] = to, to
+    messages.forms[message] = form
     return at, to
 
 
@@ -307,6 +296,18 @@ def join_question(target: Any, spans: Any, to: int) -> int:
 
 
 @inlined
+def has_known_names(messages: Any, first: int, count: int) -> bool:
+    """Whether only results after a call have a name."""
+    calls = False
+    for message in range(first, first + count):
+        spans = messages.spans[message]
+        if spans[NAME, END] > spans[NAME, START] and not (calls and messages.roles[message] >= FIRST_RESULT):
+            return False
+        calls |= spans[CALLS, START] != NONE or spans[TOOL_CALLS, START] != NONE
+    return True
+
+
+@inlined
 def finish_row(names: Any, target: Any, to: int, messages: Any, first: int, count: int, row: int) -> Any:
     """Makes messages of the texts of a row. Returns the number of its messages, and where their texts end in `target`; NONE when the row
     is not plain. As in `sft.chat.rows`, a prompt is not trained."""
@@ -314,6 +315,8 @@ def finish_row(names: Any, target: Any, to: int, messages: Any, first: int, coun
     others = is_held(spans, INSTRUCTION) or is_held(spans, INPUT) or is_held(spans, OUTPUT)
     answer = NONE
     if count:
+        if not has_known_names(messages, first, count):
+            return NONE, to
         if others or is_held(spans, PROMPT) or is_held(spans, COMPLETION) or is_held(spans, RESPONSE):
             return NONE, to
     elif is_held(spans, PROMPT) and not others:
@@ -341,6 +344,7 @@ def finish_row(names: Any, target: Any, to: int, messages: Any, first: int, coun
         for message in range(first + count, first, -1):
             messages.roles[message] = messages.roles[message - 1]
             messages.flags[message] = messages.flags[message - 1]
+            messages.forms[message] = messages.forms[message - 1]
             for kind in range(TOOL_CALLS + 1):
                 messages.spans[message, kind, START] = messages.spans[message - 1, kind, START]
                 messages.spans[message, kind, END] = messages.spans[message - 1, kind, END]

@@ -23,16 +23,16 @@ ROLE_NAMES = ("system", "user", "assistant", *(role for role in ROLES if role no
 """A role is its index in this list."""
 FIRST_RESULT = 4
 """The roles from here on are those of results."""
-CONTENT, FUNCTIONS, CALLS, THINKING, TOOL_CALLS = range(5)
-"""What a message may hold. The first four are texts. `TOOL_CALLS` is a value that Python turns into `CALLS`."""
-NUM_TEXTS = 4
-ROLE, FLAG, WEIGHT, MASKED, QUIET, NAME, EMPTY, PASSED, HARMLESS = range(5, 14)
-"""Other kinds of fields: the role; flags; ids, which named templates do not write; names, which they do not write either, so that only a result
-after a call may have one; fields that must hold nothing; fields that are passed over, and those that are passed over where they hold a
-number or a short text."""
+CONTENT, FUNCTIONS, CALLS, THINKING, NAME, CALL_ID, TOOL_CALLS = range(7)
+"""What a message may hold. All but the last are texts. `TOOL_CALLS` is a value that Python turns into texts. Named templates do not write
+`NAME` and `CALL_ID`; templates need not write names, so that only a result after a call may have one."""
+NUM_TEXTS = 6
+ROLE, FLAG, WEIGHT, MASKED, EMPTY, PASSED, HARMLESS = range(7, 14)
+"""Other kinds of fields: the role; flags; fields that must hold nothing; fields that are passed over, and those that are passed over where
+they hold a number or a short text."""
 FIELD_KINDS = {
     "role": ROLE, "content": CONTENT, "from": ROLE, "value": CONTENT, "functions": FUNCTIONS, "function_calls": CALLS, "tool_calls": TOOL_CALLS,
-    "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": NAME, "tool_call_id": QUIET,
+    "reasoning_content": THINKING, "thinking": THINKING, "reasoning": THINKING, "name": NAME, "tool_call_id": CALL_ID,
     **dict.fromkeys(FLAGS, FLAG), "weight": WEIGHT, "masked": MASKED,
 }  # fmt: skip
 """The kind of each field of a message that is read. The others must hold nothing in a plain row."""
@@ -62,7 +62,7 @@ class Names(NamedTuple):
     @classmethod
     def of(cls, names: Sequence[str]) -> Names:
         encoded = [name.encode() for name in names]
-        joined = np.frombuffer(b"".join(encoded) + bytes(WORD), dtype=np.uint8)
+        joined = np.frombuffer(b"".join(encoded) + bytes(WORD + 1), dtype=np.uint8)  # two words or more: see `columns`
         return cls(joined, np.cumsum([0, *map(len, encoded)]), words_of(joined))
 
 
@@ -100,12 +100,29 @@ class Messages(NamedTuple):
     flags: NDArray[np.int64]
     """[messages] Whether the row itself says that the message is trained, 0 or 1; NONE when it does not; or NEVER."""
     spans: NDArray[np.int64]
-    """[messages, TEXTS and TOOL_CALLS, 2] Where each text starts and ends in the bytes of its field; NONE for an absent text."""
+    """[messages, texts and TOOL_CALLS, 2] Where each text starts and ends in `text`; NONE for an absent text. TOOL_CALLS: where the value
+    is in the lines of JSON."""
     row_spans: NDArray[np.int64]
-    """[rows, PROMPT … TOOLS, 2] Likewise the texts of columns. `TOOLS` is in the last of `texts`."""
+    """[rows, PROMPT … TOOLS, 2] Likewise the texts of columns."""
     columns_held: NDArray[np.uint64]
     """[rows] One bit for each named column: whether it holds something in the row."""
     fields_held: NDArray[np.uint64]
     """[rows] One bit for each named field: whether it holds something in a message of the row."""
-    texts: tuple[NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64], NDArray[np.uint64]]
-    """The bytes of each text field, and of tools, as `words_of` returns them."""
+    forms: NDArray[np.uint64]
+    """[messages] The same for two messages whose fields have the same names and order, and hold texts, something, or nothing."""
+    text: NDArray[np.uint64]
+    """The bytes of all texts, as `words_of` returns them."""
+    first_call: NDArray[np.int64]
+    """[messages + 1] The first call of each message, then the number of all calls."""
+    calls: NDArray[np.int64]
+    """[calls, 3, 2] Where the name, the arguments and the id of each call are in `text`; NONE for an absent one. Only for Jinja templates."""
+    first_tool: NDArray[np.int64]
+    """[rows + 1] The first tool of each row, then the number of all tools."""
+    tools: NDArray[np.int64]
+    """[tools, 2] Where the JSON of each tool is in `text`. Only for Jinja templates."""
+
+
+def no_values(rows: int, messages: int) -> tuple[NDArray[np.int64], ...]:
+    """The last four arrays of `Messages` without calls and tools."""
+    firsts = (np.zeros(messages + 1, dtype=np.int64), np.zeros(rows + 1, dtype=np.int64))
+    return firsts[0], np.empty((0, 3, 2), dtype=np.int64), firsts[1], np.empty((0, 2), dtype=np.int64)

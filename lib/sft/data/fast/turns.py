@@ -23,7 +23,6 @@ from sft.data.fast.messages import (
     FUNCTIONS,
     NEVER,
     NONE,
-    NUM_TEXTS,
     ROLE_NAMES,
     START,
     SYSTEM,
@@ -44,8 +43,6 @@ OTHERS = PARTS * len(ROLE_NAMES)
 ) = range(OTHERS, OTHERS + 12)  # fmt: skip
 NOT_LAST, LAST = range(2)
 TAB, RETURN, SPACE = 9, 13, 32
-TOOLS_TEXT = NUM_TEXTS
-"""The place of the tools in `Messages.texts`."""
 
 
 class TurnLayout(NamedTuple):
@@ -247,7 +244,7 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_b
         if spans[THINKING, START] != NONE or spans[CALLS, END] > spans[CALLS, START]:
             continue
         for at in range(spans[CONTENT, START], spans[CONTENT, END]):
-            byte = messages.texts[CONTENT][at] & np.uint64(0xFF)
+            byte = messages.text[at] & np.uint64(0xFF)
             if byte != SPACE and not TAB <= byte <= RETURN:
                 is_empty = False
                 break
@@ -259,14 +256,14 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_b
 def copy_text(target: Any, to: int, messages: Any, message: int, kind: int) -> int:
     """Copies a text of a message."""
     spans = messages.spans[message, kind]
-    return copy(target, to, messages.texts[kind], spans[START], spans[END])
+    return copy(target, to, messages.text, spans[START], spans[END])
 
 
 @inlined
 def copy_tools(target: Any, to: int, messages: Any, row: int) -> int:
     """Copies the tools of a row, as the template writes them."""
     spans = messages.row_spans[row, TOOLS]
-    return copy(target, to, messages.texts[TOOLS_TEXT], spans[START], spans[END])
+    return copy(target, to, messages.text, spans[START], spans[END])
 
 
 @inlined
@@ -274,7 +271,7 @@ def write_body(layout: Any, messages: Any, row: int, message: int, start: int, l
     """Writes a message from `start` in its content to the stop of its turn."""
     role = messages.roles[message]
     stop = PARTS * role + (LAST_STOP if last else STOP)
-    to = copy(target, to, messages.texts[CONTENT], start, messages.spans[message, CONTENT, END])
+    to = copy(target, to, messages.text, start, messages.spans[message, CONTENT, END])
     if has_text(messages, message, FUNCTIONS):
         to = copy_part(target, to, layout, BEFORE_FUNCTIONS if role == SYSTEM else BEFORE_USER_FUNCTIONS)
         to = copy_text(target, to, messages, message, FUNCTIONS)
@@ -325,7 +322,7 @@ def write_document(
             if role == ASSISTANT and has_prefix:  # it is <think>
                 if thinks:
                     to, is_written = copy_part(text, to, layout, BEFORE_THINKING), True
-                elif starts_with_prefix(messages.texts[CONTENT], start, messages.spans[message, CONTENT, END], layout):
+                elif starts_with_prefix(messages.text, start, messages.spans[message, CONTENT, END], layout):
                     to = copy_part(text, to, layout, PREFIX)
                     start += layout.texts.starts[PREFIX + 1] - layout.texts.starts[PREFIX]
                 else:
@@ -361,7 +358,7 @@ def write_hashed(messages: Any, first: int, end: int, roles: Any, hashed: Any, t
         to = copy(
             hashed,
             to + 1,
-            messages.texts[CONTENT],
+            messages.text,
             messages.spans[message, CONTENT, START],
             messages.spans[message, CONTENT, END],
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from sft.chat.calls import read_tools
 from sft.chat.named import functions
 from sft.chat.rows import RowReader
-from sft.chat.values import BadRow, may_repeat
+from sft.chat.values import BadRow, is_empty, may_repeat
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
@@ -29,12 +30,76 @@ MAX_CACHED = 1000
 """Texts of tools that are kept: many rows offer the same tools."""
 
 
-class Values:
-    """Turns the values of one source's rows into texts."""
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+Call = tuple[bytes, bytes | None, bytes | None]
+"""Name, arguments and id; or with the named templates the whole call in place of the name."""
 
-    def __init__(self, reader: RowReader) -> None:
-        self.counter = reader.counter
-        self.tools: dict[tuple[str, bytes], bytes | None] = {}
+
+class Unread(Exception):
+    """A value that `sft.chat` must read."""
+
+
+class TextBuffer:
+    """Texts behind those that a buffer holds."""
+
+    def __init__(self, buffer: NDArray[np.uint8], start: int) -> None:
+        self.buffer, self.start, self.end = buffer, start, start
+        self.texts: list[bytes] = []
+
+    def add(self, text: bytes) -> tuple[int, int]:
+        """Where the text will be."""
+        self.texts.append(text)
+        start, self.end = self.end, self.end + len(text)
+        return start, self.end
+
+    def words(self) -> NDArray[np.uint64]:
+        """All texts."""
+        buffer = self.buffer
+        if len(buffer) < self.end + WORD:
+            more = np.empty(self.end + WORD - self.start, dtype=np.uint8)
+            buffer = np.concatenate([buffer[: self.start], more])
+        buffer[self.start : self.end] = np.frombuffer(b"".join(self.texts), dtype=np.uint8)
+        return words_of(buffer)
+
+
+class LineValues:
+    """Values that are still in lines of JSON."""
+
+    def __init__(self, data: NDArray[np.uint8], names: SourceNames) -> None:
+        self.data = data
+        self.columns = [(bit, name) for bit, (name, kind) in enumerate(names.columns.items()) if kind == TOOLS]
+
+    def calls(self, spans: NDArray[np.int64]) -> list[Any]:
+        return [self.data[start:end].tobytes() for start, end in spans.tolist()]
+
+    def tools(self, row: int, messages: Messages) -> tuple[Any, str]:
+        """The tools of a row, and the name of their column."""
+        start, end = messages.row_spans[row, TOOLS].tolist()
+        held = int(messages.columns_held[row])
+        return self.data[start:end].tobytes(), next(name for bit, name in self.columns if held >> bit & 1)
+
+
+class ColumnValues:
+    """Values that are still in Arrow columns."""
+
+    def __init__(self, calls: Any, tools: Mapping[str, Any]) -> None:
+        self.array, self.columns = calls, tools
+
+    def calls(self, spans: NDArray[np.int64]) -> list[Any]:
+        return list(self.array.take(spans[:, START]).to_pylist()) if len(spans) else []
+
+    def tools(self, row: int, messages: Messages) -> tuple[Any, str]:
+        """The tools of a row, and the name of their column."""
+        held = ((column[row].as_py(), name) for name, column in self.columns.items())
+        return next((value, name) for value, name in held if not is_empty(value))
+
+
+class Values:
+    """Turns the values of one source's rows into texts: those of the named templates, or with `as_objects` JSON for Jinja templates."""
+
+    def __init__(self, reader: RowReader, as_objects: bool) -> None:
+        self.counter, self.as_objects = reader.counter, as_objects
+        self.known_tools: dict[tuple[str, str | bytes], list[bytes] | None] = {}
         self.shapes: dict[tuple[str | None, ...], tuple[str, ...] | None] = {}
         self.seen: dict[int, set[str]] = {}  # by row: the fields of its calls
 
@@ -46,90 +111,121 @@ class Values:
                     counts.update(self.seen[row])
 
     def read(
-        self, data: NDArray[np.uint8], messages: Messages, names: SourceNames, buffer: NDArray[np.uint8]
+        self, values: LineValues | ColumnValues, messages: Messages, column: str, buffer: NDArray[np.uint8]
     ) -> Messages:
-        """`data` are the lines, `buffer` holds all texts."""
+        """`column` has the messages, `buffer` holds all texts."""
         self.seen = {}
         count = int(messages.first[-1])
         calls = np.flatnonzero(messages.spans[:count, TOOL_CALLS, START] != NONE)
         tools = np.flatnonzero((messages.row_spans[:, TOOLS, START] != NONE) & messages.is_plain)
         if not len(calls) and not len(tools):
             return messages
-        raw = data.data
-        texts: list[bytes] = []
-        at = start = int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0))
-        rows = np.searchsorted(messages.first, calls, side="right") - 1
-        spans = messages.spans[calls, TOOL_CALLS]
-        for message, row, (begin, end) in zip(calls.tolist(), rows.tolist(), spans.tolist(), strict=True):
-            text = self._calls(
-                bytes(raw[begin:end]), f"{names.list_column}.tool_calls", self.seen.setdefault(row, set())
-            )
-            if text is None:
-                messages.is_plain[row] = False
-                continue
-            texts.append(text)
-            messages.spans[message, CALLS] = at, at + len(text)
-            at += len(text)
-        columns = [(bit, name) for bit, (name, kind) in enumerate(names.columns.items()) if kind == TOOLS]
-        for row in tools.tolist():
-            begin, end = messages.row_spans[row, TOOLS].tolist()
-            column = next(name for bit, name in columns if int(messages.columns_held[row]) >> bit & 1)
-            text = self._tools(bytes(raw[begin:end]), column)
-            if text is None:
-                messages.is_plain[row] = False
-                continue
-            texts.append(text)
-            messages.row_spans[row, TOOLS] = (at, at + len(text)) if text else NONE
-            at += len(text)
-        written = np.frombuffer(b"".join(texts), dtype=np.uint8)
-        if len(buffer) < at + WORD:
-            buffer = np.concatenate([buffer[:start], np.empty(at + WORD - start, dtype=np.uint8)])
-        buffer[start:at] = written
-        words = words_of(buffer)
-        return messages._replace(texts=(words, words, words, words, words))
+        texts = TextBuffer(buffer, int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0)))
+        messages = self._add_calls(values, messages, f"{column}.tool_calls", calls, texts)
+        messages = self._add_tools(values, messages, tools, texts)
+        return messages._replace(text=texts.words())
 
-    def _tools(self, raw: bytes, column: str) -> bytes | None:
-        """The text of a column of tools, "" when it offers none; None when `sft.chat` must read it."""
-        if (column, raw) not in self.tools:
-            if len(self.tools) >= MAX_CACHED:
-                self.tools.clear()
-            try:
-                value = json.loads(raw) if LONG_NUMBER.search(raw) else orjson.loads(raw)
-                tools = read_tools(value, column)
-                written = functions(tools).encode() if tools else b""
-                self.tools[column, raw] = None if may_repeat(raw, value) else written
-            except (BadRow, ValueError, RecursionError):
-                self.tools[column, raw] = None
-        return self.tools[column, raw]
+    def _add_calls(
+        self,
+        values: LineValues | ColumnValues,
+        messages: Messages,
+        column: str,
+        found: NDArray[np.int64],
+        texts: TextBuffer,
+    ) -> Messages:
+        rows = np.searchsorted(messages.first, found, side="right") - 1
+        spans: list[list[tuple[int, int]]] = []
+        counts = np.zeros(len(messages.first_call), dtype=np.int64)
+        read = values.calls(messages.spans[found, TOOL_CALLS])
+        for message, row, value in zip(found.tolist(), rows.tolist(), read, strict=True):
+            calls = self._calls(value, column, self.seen.setdefault(row, set()))
+            if calls is None:
+                messages.is_plain[row] = False
+            elif self.as_objects:
+                spans += [[texts.add(text) if text is not None else (NONE, NONE) for text in call] for call in calls]
+                counts[message + 1] = len(calls)
+            else:
+                messages.spans[message, CALLS] = texts.add(b"\n".join(name for name, *_ in calls if name is not None))
+        if not spans:
+            return messages
+        return messages._replace(first_call=np.cumsum(counts), calls=np.array(spans, dtype=np.int64))
 
-    def _calls(self, raw: bytes, column: str, seen: set[str]) -> bytes | None:
-        """The text of a list of tool calls; None when `sft.chat` must read it."""
-        if LONG_NUMBER.search(raw):
-            return None
-        has_null = b"null" in raw
-        lines = []
+    def _add_tools(
+        self, values: LineValues | ColumnValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
+    ) -> Messages:
+        spans: list[tuple[int, int]] = []
+        counts = np.zeros(len(messages.first_tool), dtype=np.int64)
+        for row in found.tolist():
+            tools = self._tools(*values.tools(row, messages))
+            if tools is None:
+                messages.is_plain[row] = False
+            elif self.as_objects:
+                spans += map(texts.add, tools)
+                counts[row + 1] = len(tools)
+            else:
+                messages.row_spans[row, TOOLS] = texts.add(tools[0]) if tools else NONE
+        if not spans:
+            return messages
+        return messages._replace(first_tool=np.cumsum(counts), tools=np.array(spans, dtype=np.int64))
+
+    def _tools(self, value: Any, column: str) -> list[bytes] | None:
+        """The tools of a column, each as a text or all as one; none when it offers none. None when `sft.chat` must read it. Bytes are JSON."""
+        if type(value) is not str and type(value) is not bytes:
+            return self._read_tools(value, column)
+        if (column, value) not in self.known_tools:
+            if len(self.known_tools) >= MAX_CACHED:
+                self.known_tools.clear()
+            self.known_tools[column, value] = self._read_tools(value, column)
+        return self.known_tools[column, value]
+
+    def _read_tools(self, value: Any, column: str) -> list[bytes] | None:
         try:
-            calls = orjson.loads(raw)
-            if may_repeat(raw, calls):
-                return None
-            for call in calls:
-                function = call["function"]
-                fields = self._fields(call, function, column)
-                arguments = function["arguments"]
-                if type(arguments) is str:
-                    text, arguments = arguments.encode(), orjson.loads(arguments)
-                    if may_repeat(text, arguments):
-                        return None
-                elif has_null:
+            if type(value) is bytes:
+                raw, value = value, json.loads(value) if LONG_NUMBER.search(value) else orjson.loads(value)
+                if may_repeat(raw, value):
                     return None
-                if fields is None or type(arguments) is not dict or call.get("type", "function") != "function":
-                    return None
-                seen.update(fields)
-                written = ", ".join([f"{name}={dump(value)}" for name, value in arguments.items()])
-                lines.append(f"{function['name']}({written})")
-            return "\n".join(lines).encode()
-        except (TypeError, KeyError, AttributeError, ValueError, RecursionError):
+            tools = read_tools(value, column)
+            if not self.as_objects:
+                return [functions(tools).encode()] if tools else []
+            return [ENCODER.encode(tool).encode() for tool in tools or ()]
+        except (BadRow, TypeError, ValueError, RecursionError):
             return None
+
+    def _calls(self, value: Any, column: str, seen: set[str]) -> list[Call] | None:
+        """A list of tool calls, or its JSON; None when `sft.chat` must read it."""
+        try:
+            calls, has_null = value, True
+            if type(value) is not list:
+                raw = value.encode() if type(value) is str else value
+                calls, has_null = orjson.loads(raw), b"null" in raw
+                if LONG_NUMBER.search(raw) or may_repeat(raw, calls):
+                    return None
+            return [self._call(call, has_null, column, seen) for call in calls]
+        except (Unread, TypeError, KeyError, AttributeError, ValueError, RecursionError):
+            return None
+
+    def _call(self, call: Any, has_null: bool, column: str, seen: set[str]) -> Call:
+        """The texts of a call. Raises Unread, and other errors for what is no call."""
+        function, arguments = call["function"], call["function"]["arguments"]
+        if has_null:  # columnar files fill every object with the fields of all others
+            call = {name: value for name, value in call.items() if value is not None}
+            function = {name: value for name, value in function.items() if value is not None}
+            if type(arguments) is not str and holds_null(arguments):
+                raise Unread  # the tool's schema decides
+        fields = self._fields(call, function, column)
+        if type(arguments) is str:
+            raw, arguments = arguments.encode(), orjson.loads(arguments)
+            if LONG_NUMBER.search(raw) or may_repeat(raw, arguments):
+                raise Unread
+        if fields is None or type(arguments) is not dict or call.get("type", "function") != "function":
+            raise Unread
+        seen.update(fields)
+        name = function["name"]
+        if not self.as_objects:
+            written = ", ".join([f"{key}={dump(value)}" for key, value in arguments.items()])
+            return f"{name}({written})".encode(), None, None
+        number = call.get("id")
+        return name.encode(), ENCODER.encode(arguments).encode() if arguments else None, number and number.encode()
 
     def _fields(self, call: dict[str, Any], function: dict[str, Any], column: str) -> tuple[str, ...] | None:
         """The names of the fields that hold something; None when one holds nothing, or nothing reads it."""
@@ -147,6 +243,13 @@ class Values:
         return self.shapes[shape]
 
 
+def holds_null(value: Any) -> bool:
+    """Whether an object or list holds a null anywhere."""
+    if type(value) is dict:
+        value = list(value.values())
+    return type(value) in (list, tuple) and any(held is None or holds_null(held) for held in value)
+
+
 def dump(value: Any) -> str:
     """A value as `sft.chat.calls.calls_text` writes it."""
-    return encode_basestring(value) if type(value) is str else json.dumps(value, ensure_ascii=False)
+    return encode_basestring(value) if type(value) is str else ENCODER.encode(value)
