@@ -94,6 +94,11 @@ class LineBlock:
         except (ValueError, RecursionError):
             return None
 
+    def _line(self, number: int) -> bytes:
+        """A line without its newline."""
+        start = int(self.ends[number - 1]) + 1 if number else 0
+        return self.padded[start : self.ends[number]].tobytes()
+
     def batch(self, wanted: Sequence[int] | None = None) -> RowBatch:
         """The rows of all lines, or of the wanted ones. `wanted` counts from 0 inside the block."""
         batch = RowBatch(count=self.first + self.count)
@@ -101,11 +106,14 @@ class LineBlock:
             batch.rejects.append(Reject(self.first, "row_too_long", f"more than {unpack.MAX_ROW_BYTES} bytes", ""))
         if self.too_long or (wanted is not None and not wanted):
             return batch
-        data = self.lines
-        lines = data.split(b"\n")[:-1]
-        numbers = list(range(len(lines))) if wanted is None else list(wanted)
-        if wanted is not None:
-            lines = [lines[i] for i in numbers]
+        if wanted is None:
+            data = self.lines
+            lines = data.split(b"\n")[:-1]
+            numbers = list(range(len(lines)))
+        else:
+            numbers = list(wanted)
+            lines = list(map(self._line, numbers))
+            data = b"\n".join(lines)
         long_numbers = _has_long_number(data)
         rows = None if long_numbers else _parse_plain(lines)
         if rows is not None:

@@ -134,7 +134,7 @@ class StructFields:
         holds: NDArray[np.bool_] = ~texts.is_null & (np.diff(texts.starts) > 0)
         if kind == ROLE:
             speakers = np.empty(len(holds), dtype=np.int64)
-            find_roles(_padded(texts.bytes), texts.starts, self.field_names.roles, speakers)
+            find_roles(_padded(texts.bytes.data), texts.starts, self.field_names.roles, speakers)
             speakers[texts.is_null] = NONE
             self.roles = np.where(speakers == NONE, NONE, self.field_names.role_of[speakers])
             self.forms = (self.forms ^ (speakers + 1).astype(np.uint64)) * FORM

@@ -104,7 +104,7 @@ class PlanTable(NamedTuple):
     """[operations] Which part of the row follows; NONE for none."""
     how: NDArray[np.int64]
     """[operations] AS_TEXT, or AS_JSON for a part that is written inside a string of JSON."""
-    ends_run: NDArray[np.uint8]
+    ends_run: NDArray[np.int64]
     """[operations] Whether a run ends after it."""
     first: NDArray[np.int64]
     """[plans + 1] The first operation of each plan, then the number of all operations."""
@@ -115,8 +115,8 @@ class PlanTable(NamedTuple):
 
 
 @inlined
-def byte_at(words: Any, at: int) -> int:
-    return int(words[U(at)] & np.uint64(0xFF))
+def byte_at(words: Any, at: int) -> Any:
+    return np.int64(words[U(at)] & np.uint64(0xFF))
 
 
 @inlined

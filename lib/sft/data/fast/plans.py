@@ -7,7 +7,8 @@ must render it to what the plan writes; so must a sample of the other rows. All 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,23 @@ Part = tuple[int, int, int, bool, int]
 """Its place: message, kind, call; whether it is an object, and its number in the plan."""
 
 
+class Operation(NamedTuple):
+    """See `PlanTable`."""
+
+    literal: str
+    part: int
+    how: int
+    ends_run: bool
+
+
+class Plan(NamedTuple):
+    """What a form renders to."""
+
+    operations: list[Operation]
+    num_specials: int
+    answers_without_prefix: int
+
+
 class FormWriter:
     """Writes plain rows as one Jinja template does."""
 
@@ -75,7 +93,7 @@ class FormWriter:
         self.layout = FormLayout.of(self.reader, found.specials.texts, found.watch.constants, found.literal_tools)
         self.plan_of: dict[int, int] = {}  # by key; NONE where Jinja must render
         self.once: set[int] = set()  # keys that were seen once
-        self.plans: list[tuple[list[str], list[int], list[int], list[int], RenderPlan]] = []
+        self.plans: list[Plan] = []
         self.table = make_table(self.plans)
 
     @property
@@ -152,7 +170,7 @@ class FormWriter:
         if wanted != read_parts(messages, forms, row) or not same_messages(conversation, messages, row):
             return NONE
         place = {(is_object, number): index for index, (*_, is_object, number) in enumerate(parts)}
-        self.plans.append((*operations(plan, place), plan))
+        self.plans.append(Plan(operations_of(plan, place), plan.specials, plan.answers_without_prefix))
         return len(self.plans) - 1
 
     def _read(self, block: Block, row: int) -> Conversation | None:
@@ -204,39 +222,31 @@ class FormWriter:
                 )
 
 
-def operations(
-    plan: RenderPlan, place: dict[tuple[bool, int], int]
-) -> tuple[list[str], list[int], list[int], list[int]]:
-    """A plan as operations: literals, which part follows each, how it is written, and whether a run ends after it."""
-    literals: list[str] = []
-    part: list[int] = []
-    how: list[int] = []
-    ends_run: list[int] = []
+def operations_of(plan: RenderPlan, place: dict[tuple[bool, int], int]) -> list[Operation]:
+    """A plan as operations. `place`: which part of the row each text and object is."""
+    made = []
     for pieces, slots in zip(plan.runs, plan.slots, strict=True):
         at = {index: (kind, number) for index, kind, number in slots}
         for index in range(0, len(pieces), 2):
-            literals.append(pieces[index])
             kind, number = at.get(index + 1, (NONE, NONE))
-            part.append(NONE if kind == NONE else place[kind == OBJECT_SLOT, number])
-            how.append(AS_JSON if kind == JSON_SLOT else AS_TEXT)
-            ends_run.append(int(index + 1 >= len(pieces)))
-    return literals, part, how, ends_run
+            part = NONE if kind == NONE else place[kind == OBJECT_SLOT, number]
+            ends_run = index + 1 >= len(pieces)
+            made.append(Operation(pieces[index], part, AS_JSON if kind == JSON_SLOT else AS_TEXT, ends_run))
+    return made
 
 
-def make_table(plans: list[tuple[list[str], list[int], list[int], list[int], RenderPlan]]) -> PlanTable:
+def make_table(plans: Sequence[Plan]) -> PlanTable:
     """All plans, for compiled code."""
-    literals, part, how, ends_run = (
-        [item for plan in plans for item in plan[which]]
-        for which in range(4)  # type: ignore[misc]
-    )
+    operations = [operation for plan in plans for operation in plan.operations]
+    part, how, ends_run = np.array([operation[1:] for operation in operations], dtype=np.int64).reshape(-1, 3).T.copy()
     return PlanTable(
-        Names.of(literals),
-        np.array(part, dtype=np.int64),
-        np.array(how, dtype=np.int64),
-        np.array(ends_run, dtype=np.uint8),
-        np.cumsum([0, *(len(plan[0]) for plan in plans)]),
-        np.array([plan[4].specials for plan in plans], dtype=np.int64),
-        np.array([plan[4].answers_without_prefix for plan in plans], dtype=np.int64),
+        Names.of([operation.literal for operation in operations]),
+        part,
+        how,
+        ends_run,
+        np.cumsum([0, *(len(plan.operations) for plan in plans)]),
+        np.array([plan.num_specials for plan in plans], dtype=np.int64),
+        np.array([plan.answers_without_prefix for plan in plans], dtype=np.int64),
     )
 
 

@@ -26,7 +26,7 @@ from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALL
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
-MAX_CACHED = 1000
+MAX_CACHED = 10_000
 """Texts of tools that are kept: many rows offer the same tools."""
 
 
