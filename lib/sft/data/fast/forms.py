@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined, mix
+from sft.data.fast.json_values import CALL_ARGUMENTS, CALL_NAME, CALL_NUMBER, write_escape
 from sft.data.fast.messages import (
     END,
     FUNCTIONS,
@@ -42,9 +43,6 @@ PLACE = 256
 """Stands for a part in a form; bytes stand for themselves."""
 PRIVATE = 0xF3
 """The first byte of private-use characters, which stand for texts in a plan."""
-CALL_NAME, CALL_ARGUMENTS, CALL_NUMBER = range(3)
-CALL_PARTS = 3
-"""What a call holds: its name, its arguments and its id."""
 UNUSUAL = np.uint64(0)
 """The key of a row whose form is not known here."""
 AS_TEXT, AS_JSON = range(2)
@@ -253,7 +251,7 @@ def find_parts(layout: Any, words: Any, start: int, end: int, key: Any, forms: A
 @inlined
 def find_calls(layout: Any, messages: Any, message: int, key: Any, forms: Any, count: int) -> Any:
     """Adds the calls of a message: the parts of names and ids, and the arguments."""
-    for call in range(messages.first_call[message], messages.first_call[message + 1]):
+    for call in range(messages.call_spans[message, START], messages.call_spans[message, END]):
         for kind in (CALL_NAME, CALL_NUMBER):
             start, end = messages.calls[call, kind, START], messages.calls[call, kind, END]
             key = mix(key, 1000 + 2 * kind + (start != NONE))
@@ -286,7 +284,7 @@ def find_object(layout: Any, words: Any, span: Any, key: Any, forms: Any, count:
 def find_form(layout: Any, messages: Any, row: int, last_by_rule: int, forms: Any, count: int) -> Any:
     """The form of a row, or UNUSUAL, and the number of parts."""
     key = mix(np.uint64(1), messages.first[row + 1] - messages.first[row])
-    has_tools = messages.first_tool[row] < messages.first_tool[row + 1]
+    has_tools = messages.tool_spans[row, START] < messages.tool_spans[row, END]
     for message in range(messages.first[row], messages.first[row + 1]):
         train = is_trained(layout, messages, message, last_by_rule)
         key = mix(mix(key, 2 * messages.roles[message] + train), messages.forms[message])
@@ -302,7 +300,7 @@ def find_form(layout: Any, messages: Any, row: int, last_by_rule: int, forms: An
         key, count = find_calls(layout, messages, message, key, forms, count)
         if key == UNUSUAL:
             return UNUSUAL, count
-    for tool in range(messages.first_tool[row], messages.first_tool[row + 1]):
+    for tool in range(messages.tool_spans[row, START], messages.tool_spans[row, END]):
         start, end = messages.tools[tool, START], messages.tools[tool, END]
         key, count = find_object(layout, messages.text, messages.tools[tool], mix(key, 3000), forms, count)
         if key == UNUSUAL:
@@ -354,23 +352,9 @@ def measure_forms(plans: Any, plan_of: Any, forms: Any) -> Any:
 def copy_escaped(target: Any, to: int, source: Any, start: int, end: int) -> int:
     """Copies text as it is written inside a string of JSON. Returns where the copy ends."""
     for at in range(start, end):
-        byte, short = byte_at(source, at), 0
-        if byte in (34, 92):
-            short = byte
-        elif byte < 32:
-            short = 117  # \\u
-            if byte in (8, 9, 10, 12, 13):
-                short = 98 if byte == 8 else 116 if byte == 9 else 110 if byte == 10 else 102 if byte == 12 else 114
-        if short:
-            target[U(to)] = np.uint64(92)
-            target[U(to + 1)] = np.uint64(short)
-            to += 2
-            if short == 117:
-                low = byte & 15
-                target[U(to)] = target[U(to + 1)] = np.uint64(48)
-                target[U(to + 2)] = np.uint64(48 + (byte >> 4))
-                target[U(to + 3)] = np.uint64(48 + low if low < 10 else 87 + low)
-                to += 4
+        byte = byte_at(source, at)
+        if byte == 34 or byte == 92 or byte < 32:
+            to = write_escape(target, to, byte)
         else:
             target[U(to)] = np.uint64(byte)
             to += 1

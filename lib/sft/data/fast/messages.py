@@ -112,17 +112,17 @@ class Messages(NamedTuple):
     """[messages] The same for two messages whose fields have the same names and order, and hold texts, something, or nothing."""
     text: NDArray[np.uint64]
     """The bytes of all texts, as `words_of` returns them."""
-    first_call: NDArray[np.int64]
-    """[messages + 1] The first call of each message, then the number of all calls."""
+    call_spans: NDArray[np.int64]
+    """[messages, 2] The calls of each message: the first of them, and the one after the last."""
     calls: NDArray[np.int64]
     """[calls, 3, 2] Where the name, the arguments and the id of each call are in `text`; NONE for an absent one. Only for Jinja templates."""
-    first_tool: NDArray[np.int64]
-    """[rows + 1] The first tool of each row, then the number of all tools."""
+    tool_spans: NDArray[np.int64]
+    """[rows, 2] Likewise the tools of each row."""
     tools: NDArray[np.int64]
     """[tools, 2] Where the JSON of each tool is in `text`. Only for Jinja templates."""
 
 
 def no_values(rows: int, messages: int) -> tuple[NDArray[np.int64], ...]:
     """The last four arrays of `Messages` without calls and tools."""
-    firsts = (np.zeros(messages + 1, dtype=np.int64), np.zeros(rows + 1, dtype=np.int64))
-    return firsts[0], np.empty((0, 3, 2), dtype=np.int64), firsts[1], np.empty((0, 2), dtype=np.int64)
+    spans = np.zeros((messages, 2), dtype=np.int64), np.zeros((rows, 2), dtype=np.int64)
+    return spans[0], np.empty((0, 3, 2), dtype=np.int64), spans[1], np.empty((0, 2), dtype=np.int64)

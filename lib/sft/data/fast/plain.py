@@ -155,7 +155,8 @@ class PlainRows:
         if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
             return None
         most = size // SHORTEST_MESSAGE + 3
-        self.text = room(self.text, 2 * len(data))  # an instruction and its input are written twice
+        # An instruction and its input are written twice; JSON gets a space after each comma and colon.
+        self.text = room(self.text, 5 * len(data))
         self.roles, self.flags, self.spans = room(self.roles, most), room(self.flags, most), room(self.spans, most)
         self.forms = room(self.forms, most)
         texts, rows = words_of(self.text), len(block.ends)

@@ -22,7 +22,9 @@ from sft.chat.named import functions
 from sft.chat.rows import RowReader
 from sft.chat.values import BadRow, is_empty, may_repeat
 from sft.data.compiled import WORD, words_of
-from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, SourceNames
+from sft.data.fast.json_text import MAX_DEPTH, Buffer
+from sft.data.fast.json_values import HAS_CALL, HAS_ID, HAS_TYPE, MOST_NAMES, SHORTEST_CALL, ValueTexts, read_values
+from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, Names, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
@@ -33,6 +35,17 @@ MAX_CACHED = 10_000
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 Call = tuple[bytes, bytes | None, bytes | None]
 """Name, arguments and id; or with the named templates the whole call in place of the name."""
+
+
+OF_CALL, OF_FUNCTION = ("id", "type", "function"), ("name", "arguments")
+OF_CALL_NAMES, OF_FUNCTION_NAMES = Names.of(OF_CALL), Names.of(OF_FUNCTION)
+TAGS = Names.of(functions([]).split("[]"))
+HELD = {
+    HAS_CALL: ("function", "function.name", "function.arguments"),
+    HAS_ID: ("id",),
+    HAS_TYPE: ("type",),
+}
+"""The fields of calls that compiled code reads."""
 
 
 class Unread(Exception):
@@ -68,6 +81,7 @@ class LineValues:
     def __init__(self, data: NDArray[np.uint8], names: SourceNames) -> None:
         self.data = data
         self.columns = [(bit, name) for bit, (name, kind) in enumerate(names.columns.items()) if kind == TOOLS]
+        self.other_columns = np.uint64(sum(1 << bit for bit, name in self.columns if name == "functions"))
 
     def calls(self, spans: NDArray[np.int64]) -> list[Any]:
         return [self.data[start:end].tobytes() for start, end in spans.tolist()]
@@ -102,9 +116,19 @@ class Values:
         self.known_tools: dict[tuple[str, str | bytes], list[bytes] | None] = {}
         self.shapes: dict[tuple[str | None, ...], tuple[str, ...] | None] = {}
         self.seen: dict[int, set[str]] = {}  # by row: the fields of its calls
+        self.held = np.zeros(0, dtype=np.uint8)  # by row: those of calls that compiled code has read
+        self.column = ""
+        self.spare = np.empty(0, dtype=np.uint8)
+        self.names = np.empty((MAX_DEPTH + 2, MOST_NAMES + 1, 2), dtype=np.int64)
+        self.found = np.empty((2, len(OF_CALL)), dtype=np.int64)
 
     def count(self, rows: NDArray[np.int64], counts: Counter[str]) -> None:
         """Counts the fields of the calls in these rows."""
+        held = self.held[rows] if len(self.held) else self.held
+        for bit, fields in HELD.items():
+            if number := int((held & bit > 0).sum()):
+                for name in fields:
+                    counts[f"{self.column}.{name}"] += number - self._seen_too(rows, bit, name)
         if self.seen:
             for row in rows.tolist():
                 if row in self.seen:
@@ -114,16 +138,49 @@ class Values:
         self, values: LineValues | ColumnValues, messages: Messages, column: str, buffer: NDArray[np.uint8]
     ) -> Messages:
         """`column` has the messages, `buffer` holds all texts."""
-        self.seen = {}
+        self.seen, self.column = {}, f"{column}.tool_calls"
+        self.held = np.zeros(0, dtype=np.uint8)
         count = int(messages.first[-1])
+        is_read = np.zeros(len(messages.is_plain), dtype=np.bool_)
+        start = int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0)) if count else 0
+        if isinstance(values, LineValues):
+            messages, start = self._read_lines(values, messages, buffer, start, is_read)
         calls = np.flatnonzero(messages.spans[:count, TOOL_CALLS, START] != NONE)
-        tools = np.flatnonzero((messages.row_spans[:, TOOLS, START] != NONE) & messages.is_plain)
+        tools = np.flatnonzero((messages.row_spans[:, TOOLS, START] != NONE) & messages.is_plain & ~is_read)
         if not len(calls) and not len(tools):
             return messages
-        texts = TextBuffer(buffer, int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0)))
-        messages = self._add_calls(values, messages, f"{column}.tool_calls", calls, texts)
+        texts = TextBuffer(buffer, start)
+        messages = self._add_calls(values, messages, self.column, calls, texts)
         messages = self._add_tools(values, messages, tools, texts)
         return messages._replace(text=texts.words())
+
+    def _read_lines(
+        self, values: LineValues, messages: Messages, buffer: NDArray[np.uint8], start: int, is_read: NDArray[np.bool_]
+    ) -> tuple[Messages, int]:
+        """Reads what compiled code can read. Returns where its texts end."""
+        count, lines = int(messages.first[-1]), len(values.data)
+        spans, rows = messages.spans[:count, TOOL_CALLS], messages.row_spans[:, TOOLS]
+        most_calls = int((spans[:, END] - spans[:, START]).sum()) // SHORTEST_CALL + count + 1
+        most_tools = int((rows[:, END] - rows[:, START]).sum()) // 2 + 1 if self.as_objects else 0
+        room_for = messages._replace(
+            calls=np.empty((most_calls, 3, 2), dtype=np.int64), tools=np.empty((most_tools, 2), dtype=np.int64)
+        )
+        if len(self.spare) < lines + 2 * WORD:
+            self.spare = np.empty(lines + 2 * WORD, dtype=np.uint8)
+        self.held = np.zeros(len(messages.is_plain), dtype=np.uint8)
+        texts = ValueTexts(
+            self.as_objects, OF_CALL_NAMES, OF_FUNCTION_NAMES, TAGS, self.held, is_read, values.other_columns, self.names, self.found
+        )  # fmt: skip
+        source, spare, target = Buffer.of(values.data), Buffer.of(self.spare), Buffer.of(buffer)
+        end, num_calls, num_tools = read_values(source, spare, target, start, texts, room_for)
+        return room_for._replace(calls=room_for.calls[:num_calls], tools=room_for.tools[:num_tools]), end
+
+    def _seen_too(self, rows: NDArray[np.int64], bit: int, name: str) -> int:
+        """In how many of the rows both compiled code and Python have found this field of calls."""
+        if not self.seen:
+            return 0
+        found = (row for row in rows.tolist() if int(self.held[row]) & bit and row in self.seen)
+        return sum(f"{self.column}.{name}" in self.seen[row] for row in found)
 
     def _add_calls(
         self,
@@ -135,7 +192,7 @@ class Values:
     ) -> Messages:
         rows = np.searchsorted(messages.first, found, side="right") - 1
         spans: list[list[tuple[int, int]]] = []
-        counts = np.zeros(len(messages.first_call), dtype=np.int64)
+        first = len(messages.calls)
         read = values.calls(messages.spans[found, TOOL_CALLS])
         for message, row, value in zip(found.tolist(), rows.tolist(), read, strict=True):
             calls = self._calls(value, column, self.seen.setdefault(row, set()))
@@ -143,30 +200,30 @@ class Values:
                 messages.is_plain[row] = False
             elif self.as_objects:
                 spans += [[texts.add(text) if text is not None else (NONE, NONE) for text in call] for call in calls]
-                counts[message + 1] = len(calls)
+                messages.call_spans[message] = first + len(spans) - len(calls), first + len(spans)
             else:
                 messages.spans[message, CALLS] = texts.add(b"\n".join(name for name, *_ in calls if name is not None))
         if not spans:
             return messages
-        return messages._replace(first_call=np.cumsum(counts), calls=np.array(spans, dtype=np.int64))
+        return messages._replace(calls=np.concatenate([messages.calls, np.array(spans, dtype=np.int64)]))
 
     def _add_tools(
         self, values: LineValues | ColumnValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
     ) -> Messages:
         spans: list[tuple[int, int]] = []
-        counts = np.zeros(len(messages.first_tool), dtype=np.int64)
+        first = len(messages.tools)
         for row in found.tolist():
             tools = self._tools(*values.tools(row, messages))
             if tools is None:
                 messages.is_plain[row] = False
             elif self.as_objects:
                 spans += map(texts.add, tools)
-                counts[row + 1] = len(tools)
+                messages.tool_spans[row] = first + len(spans) - len(tools), first + len(spans)
             else:
                 messages.row_spans[row, TOOLS] = texts.add(tools[0]) if tools else NONE
         if not spans:
             return messages
-        return messages._replace(first_tool=np.cumsum(counts), tools=np.array(spans, dtype=np.int64))
+        return messages._replace(tools=np.concatenate([messages.tools, np.array(spans, dtype=np.int64)]))
 
     def _tools(self, value: Any, column: str) -> list[bytes] | None:
         """The tools of a column, each as a text or all as one; none when it offers none. None when `sft.chat` must read it. Bytes are JSON."""

@@ -1,0 +1,570 @@
+"""Writes tool calls and tools that are still in lines of JSON as templates write them, in compiled code: `read_values`.
+
+In: `Messages` of lines. Out: the texts of calls and tools, behind the other texts: JSON with the spaces, escapes and numbers that Python's json.dumps writes.
+What json.dumps might write in another way than it stands there, and everything unusual, is left to `sft.data.fast.values`: numbers with exponents or many
+digits, nulls in objects, names that are twice in one object, fields of calls other than OpenAI's.
+
+    {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\\"x\\":1}"}}
+    ^ find_fields                               ^ find_fields                ^ write_arguments      named templates: f(x=1)     Jinja: f, {"x": 1}, c
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sft.data.compiled import WORD, compiled, inlined
+from sft.data.fast.json_text import (
+    BACKSLASH,
+    CAPITAL_E,
+    CLOSE_LIST,
+    CLOSE_OBJECT,
+    COLON,
+    COMMA,
+    LETTER_E,
+    LETTER_U,
+    MAX_DEPTH,
+    MINUS,
+    NINE,
+    OPEN_LIST,
+    OPEN_OBJECT,
+    POINT,
+    QUOTE,
+    SLASH,
+    SPACE,
+    ZERO,
+    end_of_plain_string,
+    find_name,
+    is_word,
+    read_string,
+    read_unicode_escape,
+    simple_escape,
+    skip_space,
+    skip_value,
+    write_utf8,
+)
+from sft.data.fast.messages import CALLS, END, NONE, START, TOOL_CALLS, TOOLS, Names, U
+
+MOST_NAMES = 32
+"""An object with more names is left to Python."""
+NEWLINE, EQUALS, OPEN, CLOSE = b"\n=()"
+ID, TYPE, FUNCTION = range(3)
+NAME, ARGUMENTS = range(2)
+CALL_NAME, CALL_ARGUMENTS, CALL_NUMBER = range(3)
+"""The texts of a call in `Messages.calls`."""
+HAS_CALL, HAS_ID, HAS_TYPE = 1, 2, 4
+"""Bits of `ValueTexts.held`."""
+SHORTEST_CALL = len('{"function":{"name":"f","arguments":""}}')
+
+
+class ValueTexts(NamedTuple):
+    """What `read_values` fills and needs."""
+
+    as_objects: bool
+    """Write JSON for Jinja templates, not the text of the named ones."""
+    call_fields: Names
+    function_fields: Names
+    tags: Names
+    """What the named templates write before and after tools."""
+    held: NDArray[np.uint8]
+    """[rows] The fields of its calls that hold something."""
+    tools_are_read: NDArray[np.bool_]
+    """[rows] Whether the tools of a row are texts now."""
+    other_columns: np.uint64
+    """The columns of tools whose values only Python can read."""
+    names: NDArray[np.int64]
+    """[levels, names, 2] Scratch: the names of the objects around a value."""
+    found: NDArray[np.int64]
+    """[2, fields] Scratch: where the values of a call and of its function start."""
+
+
+@inlined
+def skip_blank(data: Any, at: int) -> int:
+    """The position of the next byte that is not white space."""
+    at = skip_space(data, at)
+    while data[U(at)] == NEWLINE:
+        at = skip_space(data, at + 1)
+    return at
+
+
+@inlined
+def write_escape(text: Any, to: int, code: int) -> int:
+    """Writes a quote, a backslash or a control character as it stands in a string of JSON. Returns where it ends."""
+    short = 0
+    if code in (QUOTE, BACKSLASH):
+        short = code
+    elif code == 10:
+        short = 110
+    elif code == 9:
+        short = 116
+    elif code == 13:
+        short = 114
+    elif code == 8:
+        short = 98
+    elif code == 12:
+        short = 102
+    text[U(to)] = BACKSLASH
+    if short:
+        text[U(to + 1)] = short
+        return to + 2
+    low = code & 15
+    text[U(to + 1)] = LETTER_U
+    text[U(to + 2)] = ZERO
+    text[U(to + 3)] = ZERO
+    text[U(to + 4)] = ZERO + (code >> 4)
+    text[U(to + 5)] = ZERO + low if low < 10 else 87 + low
+    return to + 6
+
+
+@compiled
+def copy_string(source: Any, at: int, target: Any, to: int) -> Any:
+    """Writes the string after the quote at source[at - 1] with its quotes. Returns where it ends in both; NONE for a string that is no JSON."""
+    ones, highs = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
+    quotes, slashes, spaces = ones * np.uint64(QUOTE), ones * np.uint64(BACKSLASH), ones * np.uint64(SPACE)
+    data, words, text, text_words = source.bytes, source.words, target.bytes, target.words
+    text[U(to)] = QUOTE
+    to += 1
+    while True:
+        word = words[U(at)]
+        quote, slash = word ^ quotes, word ^ slashes
+        found = ((quote - ones) & ~quote | (slash - ones) & ~slash | (word - spaces) & ~word) & highs
+        text_words[U(to)] = word
+        if found == 0:
+            at += WORD
+            to += WORD
+            continue
+        while not found & np.uint64(0x80):
+            found >>= np.uint64(8)
+            at += 1
+            to += 1
+        c = data[U(at)]
+        if c == QUOTE:
+            text[U(to)] = QUOTE
+            return at + 1, to + 1
+        if c != BACKSLASH:
+            return NONE, NONE
+        c = data[U(at + 1)]
+        if c == LETTER_U:
+            code, at = read_unicode_escape(data, at + 2)
+            if code == NONE:
+                return NONE, NONE
+            is_escaped = code < SPACE or code in (QUOTE, BACKSLASH)
+            to = write_escape(text, to, code) if is_escaped else write_utf8(text, to, code)
+        elif simple_escape(c) == NONE:
+            return NONE, NONE
+        else:
+            if c != SLASH:
+                text[U(to)] = BACKSLASH
+                to += 1
+            text[U(to)] = c
+            at += 2
+            to += 1
+
+
+@inlined
+def end_of_number(data: Any, at: int) -> int:
+    """Where a number ends that json.dumps writes as it stands there; NONE for another one."""
+    is_negative = data[U(at)] == MINUS
+    start = at + is_negative
+    at = start
+    while ZERO <= data[U(at)] <= NINE:
+        at += 1
+    digits = at - start
+    if digits == 0 or digits > 15 or (data[U(start)] == ZERO and digits > 1):
+        return NONE
+    if data[U(at)] == LETTER_E or data[U(at)] == CAPITAL_E:
+        return NONE
+    if data[U(at)] != POINT:
+        return NONE if is_negative and data[U(start)] == ZERO else at
+    first = at + 1
+    at = first
+    while ZERO <= data[U(at)] <= NINE:
+        at += 1
+    if at == first or at - first + digits > 15 or data[U(at)] == LETTER_E or data[U(at)] == CAPITAL_E:
+        return NONE
+    if data[U(at - 1)] == ZERO and at - first > 1:
+        return NONE  # a zero at the end
+    if data[U(start)] == ZERO and data[U(first)] == ZERO and data[U(first + 1)] == ZERO:
+        return NONE  # a small number has an exponent
+    return at
+
+
+@inlined
+def copy_scalar(source: Any, at: int, target: Any, to: int, takes_null: bool) -> Any:
+    """Writes a string, a literal or a number. Returns where it ends in both; NONE for what is left to Python."""
+    data, end = source.bytes, NONE
+    if data[U(at)] == QUOTE:
+        return copy_string(source, at + 1, target, to)
+    if is_word(data, at, b"true") or (takes_null and is_word(data, at, b"null")):
+        end = at + 4
+    elif is_word(data, at, b"false"):
+        end = at + 5
+    else:
+        end = end_of_number(data, at)
+    if end == NONE:
+        return NONE, NONE
+    for place in range(at, end):
+        target.bytes[U(to)] = data[U(place)]
+        to += 1
+    return end, to
+
+
+@inlined
+def is_new_name(text: Any, start: int, end: int, names: Any, level: int, count: int) -> bool:
+    """Whether text[start:end] is none of the first `count` names of a level. Remembers it."""
+    if count == MOST_NAMES:
+        return False
+    for i in range(count):
+        first = names[level, i, START]
+        same = names[level, i, END] - first == end - start
+        for k in range(end - start if same else 0):
+            same &= text[U(first + k)] == text[U(start + k)]
+        if same:
+            return False
+    names[level, count, START], names[level, count, END] = start, end
+    return True
+
+
+@compiled
+def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_null: bool) -> Any:
+    """Writes a value as json.dumps does. Returns where it ends in both; NONE for what is left to Python. `names` is scratch, its first level is kept."""
+    data, text, one = source.bytes, target.bytes, np.uint64(1)
+    depth, are_objects = 0, np.uint64(0)  # one bit for each level, the innermost is the lowest
+    counts = np.uint64(0)  # names of the innermost object
+    while True:
+        c = data[U(at)]
+        is_first = c == OPEN_OBJECT
+        if c in (OPEN_OBJECT, OPEN_LIST):
+            if depth == MAX_DEPTH:
+                return NONE, NONE
+            names[depth + 1, MOST_NAMES, START] = np.int64(counts)
+            counts = np.uint64(0)
+            depth += 1
+            are_objects = are_objects << one | np.uint64(is_first)
+            text[U(to)] = c
+            to += 1
+            at = skip_blank(data, at + 1)
+            is_closed = data[U(at)] == (CLOSE_OBJECT if is_first else CLOSE_LIST)
+            if not is_closed and not is_first:
+                continue
+        else:
+            at, to = copy_scalar(source, at, target, to, takes_null)
+            if at == NONE:
+                return NONE, NONE
+            is_closed = False
+            if depth:
+                at = skip_blank(data, at)
+                is_closed = data[U(at)] != COMMA
+        while is_closed:  # the innermost level ends here, and perhaps those around it
+            close = CLOSE_OBJECT if are_objects & one else CLOSE_LIST
+            if data[U(at)] != close:
+                return NONE, NONE
+            text[U(to)] = close
+            to += 1
+            are_objects >>= one
+            counts = np.uint64(names[depth, MOST_NAMES, START])
+            depth -= 1
+            at += 1
+            is_closed = is_first = False
+            if depth:
+                at = skip_blank(data, at)
+                is_closed = data[U(at)] != COMMA
+        if depth == 0:
+            return at, to
+        if not is_first:
+            text[U(to)] = COMMA
+            text[U(to + 1)] = SPACE
+            to += 2
+            at = skip_blank(data, at + 1)
+        if are_objects & one:
+            start = to
+            if data[U(at)] != QUOTE:
+                return NONE, NONE
+            at, to = copy_string(source, at + 1, target, to)
+            if at == NONE or not is_new_name(text, start, to, names, depth, np.int64(counts)):
+                return NONE, NONE
+            counts += one
+            at = skip_blank(data, at)
+            if data[U(at)] != COLON:
+                return NONE, NONE
+            text[U(to)] = COLON
+            text[U(to + 1)] = SPACE
+            to += 2
+            at = skip_blank(data, at + 1)
+
+
+@compiled
+def write_pairs(source: Any, at: int, target: Any, to: int, names: Any, takes_null: bool) -> Any:
+    """Writes an object as the arguments of a call: name=value, … Returns where it ends in both; NONE for what is left to Python."""
+    data, text, count = source.bytes, target.bytes, 0
+    at = skip_blank(data, at + 1)
+    if data[U(at)] == CLOSE_OBJECT:
+        return at + 1, to
+    while True:
+        end = end_of_plain_string(data, at + 1) if data[U(at)] == QUOTE else NONE
+        if end == NONE:
+            return NONE, NONE
+        start = to
+        for place in range(at + 1, end):
+            text[U(to)] = data[U(place)]
+            to += 1
+        if not is_new_name(text, start, to, names, 0, count):
+            return NONE, NONE
+        count += 1
+        at = skip_blank(data, end + 1)
+        if data[U(at)] != COLON:
+            return NONE, NONE
+        text[U(to)] = EQUALS
+        at, to = copy_value(source, skip_blank(data, at + 1), target, to + 1, names, takes_null)
+        if at == NONE:
+            return NONE, NONE
+        at = skip_blank(data, at)
+        if data[U(at)] == CLOSE_OBJECT:
+            return at + 1, to
+        if data[U(at)] != COMMA:
+            return NONE, NONE
+        text[U(to)] = COMMA
+        text[U(to + 1)] = SPACE
+        to += 2
+        at = skip_blank(data, at + 1)
+
+
+@inlined
+def unescape(source: Any, at: int, spare: Any) -> int:
+    """Writes the string after the quote at source[at - 1] to the spare buffer, with a zero byte after it. Returns where it ends there; NONE
+    for a string that is no JSON."""
+    at, end = read_string(source, at, spare, 0)
+    if at != NONE:
+        spare.words[U(end)] = np.uint64(0)
+    return int(end)
+
+
+@inlined
+def write_object(source: Any, at: int, target: Any, to: int, values: Any, takes_null: bool) -> Any:
+    """Writes the arguments of a call. Returns where they end in both."""
+    if source.bytes[U(at)] != OPEN_OBJECT:
+        return NONE, NONE
+    if values.as_objects:
+        return copy_value(source, at, target, to, values.names, takes_null)
+    return write_pairs(source, at, target, to, values.names, takes_null)
+
+
+@inlined
+def write_arguments(source: Any, at: int, spare: Any, target: Any, to: int, values: Any) -> int:
+    """Writes the arguments of a call, an object or its JSON as a string. Returns where they end; NONE for what is left to Python."""
+    if source.bytes[U(at)] != QUOTE:
+        if source.bytes[U(skip_blank(source.bytes, at + 1))] == CLOSE_OBJECT:
+            return NONE
+        return int(write_object(source, at, target, to, values, False)[1])
+    end = unescape(source, at + 1, spare)
+    if end == NONE:
+        return NONE
+    at, to = write_object(spare, skip_blank(spare.bytes, 0), target, to, values, True)
+    return to if at != NONE and skip_blank(spare.bytes, at) == end else NONE
+
+
+@inlined
+def find_fields(source: Any, at: int, target: Any, to: int, names: Any, found: Any) -> int:
+    """Finds where the values of an object start. Returns where the object ends; NONE when it has other fields, or one of them twice."""
+    data = source.bytes
+    for i in range(len(names.starts) - 1):
+        found[i] = NONE
+    if data[U(at)] != OPEN_OBJECT:
+        return NONE
+    at = skip_space(data, at + 1)
+    while True:
+        end = end_of_plain_string(data, at + 1) if data[U(at)] == QUOTE else NONE
+        which = NONE if end == NONE else find_name(data, at + 1, end, names)
+        if which == NONE or found[which] != NONE:
+            return NONE
+        at = skip_space(data, end + 1)
+        if data[U(at)] != COLON:
+            return NONE
+        at = skip_space(data, at + 1)
+        found[which] = at
+        at = skip_value(source, at, target, to)[0]
+        if at == NONE:
+            return NONE
+        at = skip_space(data, at)
+        if data[U(at)] == CLOSE_OBJECT:
+            return at + 1
+        if data[U(at)] != COMMA:
+            return NONE
+        at = skip_space(data, at + 1)
+
+
+@inlined
+def is_filled_string(data: Any, at: int) -> bool:
+    """Whether a string that is not empty starts there."""
+    return bool(at != NONE and data[U(at)] == QUOTE and data[U(at + 1)] != QUOTE)
+
+
+@inlined
+def read_call(source: Any, at: int, spare: Any, target: Any, to: int, values: Any, call: Any) -> Any:
+    """Writes one call. Fills `call` [3, 2] for Jinja templates. Returns where it ends in both, and which fields it has; NONE for a call that is left to
+    Python."""
+    data = source.bytes
+    of_call, of_function = values.found[0], values.found[1]
+    after = find_fields(source, at, target, to, values.call_fields, of_call)
+    if after == NONE or of_call[FUNCTION] == NONE:
+        return NONE, NONE, 0
+    held = HAS_CALL
+    if of_call[TYPE] != NONE:
+        held |= HAS_TYPE
+        if not is_word(data, of_call[TYPE], b'"function"'):
+            return NONE, NONE, 0
+    if find_fields(source, of_call[FUNCTION], target, to, values.function_fields, of_function) == NONE:
+        return NONE, NONE, 0
+    if not is_filled_string(data, of_function[NAME]) or of_function[ARGUMENTS] == NONE:
+        return NONE, NONE, 0
+    start = to
+    to = read_string(source, of_function[NAME] + 1, target, to)[1]
+    call[CALL_NAME, START], call[CALL_NAME, END] = start, to
+    if not values.as_objects:
+        target.bytes[U(to)] = OPEN
+        to += 1
+    start = to
+    to = write_arguments(source, of_function[ARGUMENTS], spare, target, to, values)
+    if to == NONE:
+        return NONE, NONE, 0
+    call[CALL_ARGUMENTS, START], call[CALL_ARGUMENTS, END] = start, to
+    if values.as_objects and to - start == 2:  # no arguments
+        call[CALL_ARGUMENTS, START] = NONE
+    if not values.as_objects:
+        target.bytes[U(to)] = CLOSE
+        to += 1
+    call[CALL_NUMBER, START] = call[CALL_NUMBER, END] = NONE
+    if of_call[ID] != NONE:
+        held |= HAS_ID
+        if not is_filled_string(data, of_call[ID]):
+            return NONE, NONE, 0
+        if values.as_objects:
+            start = to
+            to = read_string(source, of_call[ID] + 1, target, to)[1]
+            call[CALL_NUMBER, START], call[CALL_NUMBER, END] = start, to
+    return after, to, held
+
+
+@inlined
+def read_calls(
+    source: Any, message: int, spare: Any, target: Any, to: int, values: Any, messages: Any, count: int
+) -> Any:
+    """Writes the calls of a message. Returns where they end, their number with those before them, and which fields they have; NONE for calls that are left
+    to Python."""
+    data, all_held = source.bytes, 0
+    at, end = messages.spans[message, TOOL_CALLS, START], messages.spans[message, TOOL_CALLS, END]
+    while True:
+        at = skip_space(data, at + 1)  # after the bracket or a comma
+        at, to, held = read_call(source, at, spare, target, to, values, messages.calls[count])
+        if at == NONE:
+            return NONE, 0, 0
+        count += 1
+        all_held |= held
+        at = skip_space(data, at)
+        if data[U(at)] != COMMA:
+            return (to if at + 1 == end else NONE), count, all_held
+        if not values.as_objects:
+            target.bytes[U(to)] = NEWLINE
+            to += 1
+
+
+@inlined
+def read_list(
+    source: Any, at: int, target: Any, to: int, values: Any, messages: Any, count: int, takes_null: bool
+) -> Any:
+    """Writes a list of tools. Returns where it ends in both, and the number of tools; NONE for tools that are left to Python."""
+    data, text, is_first = source.bytes, target.bytes, True
+    if data[U(at)] != OPEN_LIST:
+        return NONE, NONE, 0
+    if not values.as_objects:
+        text[U(to)] = OPEN_LIST
+        to += 1
+    while True:
+        at = skip_blank(data, at + 1)
+        if data[U(at)] != OPEN_OBJECT:
+            return NONE, NONE, 0
+        if not (is_first or values.as_objects):
+            text[U(to)] = COMMA
+            text[U(to + 1)] = SPACE
+            to += 2
+        is_first, start = False, to
+        at, to = copy_value(source, at, target, to, values.names, takes_null)
+        if at == NONE:
+            return NONE, NONE, 0
+        if values.as_objects:
+            messages.tools[count, START], messages.tools[count, END] = start, to
+            count += 1
+        at = skip_blank(data, at)
+        if data[U(at)] == CLOSE_LIST:
+            break
+        if data[U(at)] != COMMA:
+            return NONE, NONE, 0
+    if not values.as_objects:
+        text[U(to)] = CLOSE_LIST
+        to += 1
+    return at + 1, to, count
+
+
+@inlined
+def read_tools(source: Any, row: int, spare: Any, target: Any, to: int, values: Any, messages: Any, count: int) -> Any:
+    """Writes the tools of a row. Returns where they end, and their number with those before them; NONE for tools that are left to Python."""
+    at = messages.row_spans[row, TOOLS, START]
+    if source.bytes[U(at)] != QUOTE:
+        _, to, count = read_list(source, at, target, to, values, messages, count, False)
+        return to, count
+    end = unescape(source, at + 1, spare)
+    if end == NONE:
+        return NONE, 0
+    at, to, count = read_list(spare, skip_blank(spare.bytes, 0), target, to, values, messages, count, True)
+    return (to if at != NONE and skip_blank(spare.bytes, at) == end else NONE), count
+
+
+@inlined
+def copy_tag(target: Any, to: int, tags: Any, tag: int) -> int:
+    for place in range(tags.starts[tag], tags.starts[tag + 1]):
+        target.bytes[U(to)] = tags.bytes[U(place)]
+        to += 1
+    return to
+
+
+@compiled
+def read_values(source: Any, spare: Any, target: Any, to: int, values: Any, messages: Any) -> Any:
+    """Writes the calls and tools of plain rows to target[to]. In: Buffers of the lines, of scratch and of the texts, ValueTexts, Messages, whose spans of
+    calls then are NONE. Returns where they end, and the number of calls and of tools for Jinja templates."""
+    num_calls, num_tools = 0, 0
+    for row in range(len(messages.is_plain)):
+        for message in range(messages.first[row], messages.first[row + 1]):
+            messages.call_spans[message, START] = messages.call_spans[message, END] = 0
+            if messages.spans[message, TOOL_CALLS, START] == NONE:
+                continue
+            end, count, held = read_calls(source, message, spare, target, to, values, messages, num_calls)
+            if end == NONE:
+                continue
+            if values.as_objects:
+                messages.call_spans[message, START], messages.call_spans[message, END] = num_calls, count
+                num_calls = count
+            else:
+                messages.spans[message, CALLS, START], messages.spans[message, CALLS, END] = to, end
+            messages.spans[message, TOOL_CALLS, START] = NONE
+            values.held[row] |= held
+            to = end
+        messages.tool_spans[row, START] = messages.tool_spans[row, END] = 0
+        is_other = messages.columns_held[row] & values.other_columns
+        if not messages.is_plain[row] or messages.row_spans[row, TOOLS, START] == NONE or is_other:
+            continue
+        start = to if values.as_objects else copy_tag(target, to, values.tags, 0)
+        end, count = read_tools(source, row, spare, target, start, values, messages, num_tools)
+        if end == NONE:
+            continue
+        if values.as_objects:
+            messages.tool_spans[row, START], messages.tool_spans[row, END] = num_tools, count
+            num_tools = count
+            to = end
+        else:
+            end = copy_tag(target, end, values.tags, 1)
+            messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = to, end
+            to = end
+        values.tools_are_read[row] = True
+    return to, num_calls, num_tools
