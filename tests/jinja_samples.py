@@ -46,6 +46,7 @@ TURNS += "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endi
 NAMED = {name: NamedTemplate(name, EOS, SPECIALS).text for name in ("olmo", "chatml", "tulu", "simple_chat")}
 TEXTS = {
     "thinker": THINKER,
+    "names of tools": THINKER.replace("{{ tool | tojson }}", "{{ tool.function.name }}{{ tool | tojson }}"),
     **NAMED,
     "trims": TURNS.replace("BODY", "(m.content | trim)"),
     "as json": TURNS.replace("BODY", "(m.content | tojson if m.role == 'user' else m.content)"),

@@ -73,9 +73,10 @@ PLAIN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["thinker", "names of tools"])
 @pytest.mark.parametrize("row", PLAIN.values(), ids=PLAIN.keys())
-def test_these_rows_need_no_jinja(encoders: Any, row: dict[str, Any]) -> None:
-    made = encoders("thinker")
+def test_these_rows_need_no_jinja(encoders: Any, name: str, row: dict[str, Any]) -> None:
+    made = encoders(name)
     text = json.dumps(row)
     block = LineBlock.of("".join(text.replace("b", "b" * i) + "\n" for i in range(1, 5)).encode())
     for _ in range(2):

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from chat_samples import any_text
 from sft.data.compiled import WORD
+from sft.data.fast.json_copy import MOST_NAMES, copy_value
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
-from sft.data.fast.json_values import MOST_NAMES, copy_value, write_pairs
+from sft.data.fast.json_values import write_pairs
 from sft.data.fast.messages import NONE
 
 pytestmark = pytest.mark.compile

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined, mix
-from sft.data.fast.json_values import CALL_ARGUMENTS, CALL_NAME, CALL_NUMBER, write_escape
+from sft.data.fast.json_copy import write_escape
+from sft.data.fast.json_values import CALL_ARGUMENTS, CALL_NAME, CALL_NUMBER
 from sft.data.fast.messages import (
     END,
     FUNCTIONS,
@@ -301,11 +302,13 @@ def find_form(layout: Any, messages: Any, row: int, last_by_rule: int, forms: An
         if key == UNUSUAL:
             return UNUSUAL, count
     for tool in range(messages.tool_spans[row, START], messages.tool_spans[row, END]):
-        start, end = messages.tools[tool, START], messages.tools[tool, END]
-        key, count = find_object(layout, messages.text, messages.tools[tool], mix(key, 3000), forms, count)
+        key, after = find_object(layout, messages.text, messages.tools[tool], mix(key, 3000), forms, count)
         if key == UNUSUAL:
             return UNUSUAL, count
-        for place in range(start, end if layout.literal_tools else start):
+        if not layout.literal_tools:
+            count = after
+            continue
+        for place in range(messages.tools[tool, START], messages.tools[tool, END]):
             key = mix(key, byte_at(messages.text, place))
     return key, count
 

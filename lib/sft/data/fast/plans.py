@@ -120,7 +120,8 @@ class FormWriter:
         count = int(messages.first[-1])
         spans = messages.spans[:count, :NUM_TEXTS]
         most = int((spans[..., END] - spans[..., START]).sum()) // 2 + spans[..., 0].size
-        most += 3 * len(messages.calls) + len(messages.tools) + 1
+        calls = messages.calls
+        most += int((calls[..., END] - calls[..., START]).sum()) // 2 + 3 * len(calls) + len(messages.tools) + 1
         self.parts = room(self.parts, most)
         empty = np.empty(rows, dtype=np.int64)
         forms = Forms(np.empty(rows, dtype=np.uint64), np.empty(rows + 1, dtype=np.int64), self.parts, empty)

@@ -22,8 +22,9 @@ from sft.chat.named import functions
 from sft.chat.rows import RowReader
 from sft.chat.values import BadRow, is_empty, may_repeat
 from sft.data.compiled import WORD, words_of
+from sft.data.fast.json_copy import MOST_NAMES
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
-from sft.data.fast.json_values import HAS_CALL, HAS_ID, HAS_TYPE, MOST_NAMES, SHORTEST_CALL, ValueTexts, read_values
+from sft.data.fast.json_values import HAS_CALL, HAS_ID, HAS_TYPE, SHORTEST_CALL, ValueTexts, read_values
 from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, Names, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
