@@ -176,7 +176,7 @@ def copy_scalar(source: Any, at: int, target: Any, to: int, takes_null: bool) ->
 
 
 @inlined
-def is_new_name(text: Any, start: int, end: int, names: Any, level: int, count: int) -> bool:
+def is_new_name(text: Any, start: int, end: int, names: Any, level: int, count: Any) -> bool:
     """Whether text[start:end] is none of the first `count` names of a level. Remembers it."""
     if count == MOST_NAMES:
         return False

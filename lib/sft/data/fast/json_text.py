@@ -72,7 +72,7 @@ def read_hex4(data: Any, at: int) -> int:
     """The value of four hexadecimal digits; NONE when there are other characters."""
     value = 0
     for i in range(4):
-        c = np.int64(data[at + i])
+        c: Any = np.int64(data[at + i])
         if 48 <= c <= 57:  # 0 to 9
             digit = c - 48
         elif 65 <= c <= 70:  # A to F
