@@ -243,7 +243,7 @@ def _read_columns(
             texts.add(read, row_spans[:, kind])
             holds = ~read.is_null & (np.diff(read.starts) > 0)
         else:
-            holds = _valid(column) if kind == LIST else holds_something(column)
+            holds = holds_something(column)
             if kind == TOOLS:
                 is_odd |= holds & has_tools
                 has_tools |= holds
