@@ -143,3 +143,25 @@ def test_white_space_that_is_a_token_stays_white_space_to_the_template() -> None
         [chat("\n\na \n", "\n b\n\n")], READ
     )
     assert batch.runs[0][:2] == ["<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n", "b<|im_end|>"]
+
+
+def test_no_answer_begins_inside_a_token() -> None:
+    """The prompt and the history open answers with two tokens that begin with the same letters."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.role == 'assistant' %}{{ '<|talk|>' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant<|think|>' }}{% endif %}"
+    )
+    template = JinjaTemplate("made.jinja", text, {}, EOS, SpecialTokens([*SPECIALS, "<|talk|>", "<|think|>"]))
+    runs = template.render(READ(chat("a", "b")))[0]
+    assert runs[0].endswith("<|im_start|>assistant<|think|>") and runs[1] == "<|talk|>b<|im_end|>"
+
+
+def test_a_header_that_the_prompt_does_not_give_is_not_trained() -> None:
+    """Gemma's prompt goes on without a header after the result of a tool, where the history writes one."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function | tojson }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    with pytest.raises(BadRow, match=r"message 3 opens with .*, which the prompt for it does not give"):
+        trained(text, calling(tools=False))
