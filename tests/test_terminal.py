@@ -31,3 +31,16 @@ def test_data_cannot_control_a_terminal() -> None:
     assert printable("é 👩‍👩‍👧\n\tx") == "é 👩‍👩‍👧\n\tx"
     told = columns.for_terminal("\x1b[31mred\r\ud800 \x9b")
     assert told == "\\x1b[31mred\\r\\ud800 \\x9b"
+
+
+def test_warnings_of_libraries_in_a_stage_are_in_its_log(workspace) -> None:
+    (workspace.root / "stages/prepare.py").write_text(
+        "import logging, warnings\nfrom sft.runner.stage import Result, main\n"
+        "def body(stage):\n    warnings.warn('old name')\n    logging.getLogger('torchao').warning('no extension')\n"
+        "    (stage.out / 'out').write_text('x')\n    return Result(['out'])\n"
+        "main('prepare', body)\n"
+    )
+    made = workspace.make("prepare", "RECIPE=x")
+    assert "old name" not in made.stdout + made.stderr and "no extension" not in made.stdout + made.stderr
+    text = (workspace.root / "runs/x/.work/prepare.log").read_text()
+    assert "old name" in text and "torchao: WARNING: no extension" in text

@@ -23,6 +23,7 @@ from typing import Any
 from sft.common import paths
 from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
+from sft.common.library_logs import quiet_libraries
 from sft.common.locks import lock
 from sft.common.process import report_errors
 from sft.common.strings import printable
@@ -219,6 +220,8 @@ def open_stage(name: str, options: RunOptions, *, in_place: bool = False, follow
     run = place.runs / recipe.run
     (run / ".work").mkdir(parents=True, exist_ok=True)
     with lock(run / ".work" / f"{name}.lock"):
+        if name != "train":  # its processes have logs of their own
+            quiet_libraries(run / ".work" / f"{name}.log")
         stage = Stage(name, place, recipe, sys.argv)
         RunFile(recipe.name, tuple(f"{k}={v}" for k, v in recipe.overrides)).write(run / run_format.NAME)
         stage.open_in_place() if in_place else stage.open_work()

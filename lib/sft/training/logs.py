@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+from sft.common.library_logs import quiet_libraries
 
 
 def next_attempt(out: Path) -> int:
@@ -43,14 +44,6 @@ def record(out: Path, attempt: int, rank: int) -> Path:
         atexit.register(_end, number, before, tee)
     quiet_libraries(file)
     return file
-
-
-def quiet_libraries(file: Path) -> None:
-    """Warnings of Python's libraries go to the log alone. The terminal is for the training's own lines."""
-    handler = logging.FileHandler(file)
-    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    logging.captureWarnings(True)
 
 
 def _end(number: int, before: int, tee: subprocess.Popen[bytes]) -> None:

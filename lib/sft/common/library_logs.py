@@ -1,0 +1,29 @@
+"""Warnings of Python's libraries go to a file, because the terminal is for a program's own lines. Standard library only."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+OWN_HANDLERS = ("torch.utils._pytree",)
+"""Loggers whose library prints to the terminal by itself."""
+
+
+_FORMER: list[logging.Handler] = []
+"""The handler of the call before, which the next one replaces."""
+
+
+def quiet_libraries(file: Path) -> None:
+    """From now on, log records of libraries and `warnings` are appended to the file, which is made with the first of them."""
+    handler = logging.FileHandler(file, delay=True)
+    for former in _FORMER:
+        for name in ("", *OWN_HANDLERS):
+            logging.getLogger(name or None).removeHandler(former)
+        former.close()
+    _FORMER[:] = [handler]
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    for name in OWN_HANDLERS:
+        logging.getLogger(name).addHandler(handler)
+        logging.getLogger(name).propagate = False
+    logging.captureWarnings(True)
