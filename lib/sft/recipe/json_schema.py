@@ -39,6 +39,8 @@ def recipe_schema() -> dict[str, Any]:
     }
     tables = {name: _object(cls) for name, cls in schema.TABLES.items()}
     required = [name for name, table in tables.items() if table.get("required")]
+    tables["evaluate"].pop("required")
+    tables["evaluate"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["suite"]}]  # a suite names its tasks
     return _root("a recipe", {"type": "object", "properties": {**tables, "on": on}, "required": required})
 
 
