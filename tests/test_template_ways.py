@@ -11,6 +11,7 @@ from chat_samples import EOS, SOURCE, SPECIALS, chat, encoder, make_tokenizer, t
 from sft.chat.rows import BadRow, RowReader
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.template import JinjaTemplate
+from sft.data import preview
 from sft.data.normalization import Normalizer
 from sft.data.render import Renderer
 from sft.recipe.schema import Prepare
@@ -165,3 +166,24 @@ def test_a_header_that_the_prompt_does_not_give_is_not_trained() -> None:
     )
     with pytest.raises(BadRow, match=r"message 3 opens with .*, which the prompt for it does not give"):
         trained(text, calling(tools=False))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "before each answer, untrained"),
+        ({"generation_prefix": "answer"}, "begins with, trained"),
+        ({"history": "as-rendered"}, "3 of the row"),
+    ],
+)
+def test_preview_says_what_becomes_of_the_generation_prefix_and_shows_each_document(
+    tmp_path: Path, options: dict[str, str], said: str
+) -> None:
+    text = (
+        ALWAYS_PROMPTS.replace("{{ '<|im_start|>assistant", "{% if add_generation_prompt %}{{ '<|im_start|>assistant")
+        + "{% endif %}"
+    )
+    made = encoder(make_tokenizer(tmp_path / "t", text), "tokenizer", **options)
+    shown = "\n".join(preview.show(made, 0, "rows.jsonl", 1, chat("a", "b", "c", "d", "e", "f"), False))
+    assert "The generation prompt ends in '<think></think>', " in shown and said in shown
+    assert shown.count("── document ") == (3 if "history" in options else 0)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from sft.chat.named import NamedTemplate
 from sft.chat.rows import BadRow
 from sft.common.errors import SftError
 from sft.data import accounting, blocks, sources
@@ -113,6 +114,14 @@ def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, A
             before += count
 
 
+PREFIX = {
+    "prompt": "which stands before each answer, untrained",
+    "answer": "which each answer begins with, trained",
+    "rendered": "which is untrained where the template writes it, and missing where it does not",
+}
+"""What `generation_prefix` of the recipe does."""
+
+
 def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour: bool) -> Iterator[str]:
     """Lines for one row: a title, the painted document or the reason of its rejection, and how the document ends."""
     source = encoder.prepare.sources[number]
@@ -125,9 +134,18 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
         yield f"{bold}{title} · {red}rejected, {bad.reason}: {visible(bad.detail)}{reset}"
         yield visible(bad.example)
         return
-    share = encoded.num_targets[0] / encoded.lengths[0]
-    yield f"{bold}{title} · {encoded.lengths[0]:,} tokens, {encoded.num_targets[0]:,} trained ({share:.0%}){reset}"
-    yield paint(segments(encoder.vocabulary, encoded.ids, encoded.loss_mask), colour)
+    tokens, targets, documents = int(encoded.lengths.sum()), int(encoded.num_targets.sum()), len(encoded.lengths)
+    several = f" in {documents} documents" if documents > 1 else ""
+    yield f"{bold}{title} · {tokens:,} tokens{several}, {targets:,} trained ({targets / tokens:.0%}){reset}"
+    ends = encoded.lengths.cumsum().tolist()
+    for document, (start, end_at) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if documents > 1:
+            yield f"{bold}── document {document + 1} of the row{reset}"
+        yield paint(segments(encoder.vocabulary, encoded.ids[start:end_at], encoded.loss_mask[start:end_at]), colour)
+    if prefix := encoder.template.generation_prefix:
+        is_named = isinstance(encoder.template, NamedTemplate)
+        does = PREFIX["rendered" if is_named else encoder.prepare.generation_prefix]
+        yield f"The generation prompt ends in {prefix!r}, {does}."
     try:
         flagged = encoder.read(value, source).flagged
     except BadRow:
