@@ -370,7 +370,7 @@ def test_scaffold_that_opens_an_answer_only_behind_a_tool_result_is_not_trained(
 def test_special_tokens_that_the_model_opens_its_answer_with_are_trained() -> None:
     """gpt-oss names the channel of an answer itself."""
     template = jinja(LOOP.replace("BODY", TURN.replace("m.content", "'<|header|>final<|eot_id|>' + m.content")))
-    with pytest.raises(BadRow, match=r"ends without <\|im_end\|>"):
+    with pytest.raises(BadRow, match="the model would stop before it has said all"):
         jinja(LOOP.replace("BODY", TURN.replace("m.content", "'<|im_end|>' + m.content"))).render(READ(chat("a", "b")))
     assert trained(template, chat("a", "b")) == ["<|header|>final<|eot_id|>b<|im_end|>"]
 
