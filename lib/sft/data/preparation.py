@@ -57,6 +57,8 @@ SCREENING_VERSION = 2
 """Raise it when a change of code finds other copies of evaluation texts in the same input."""
 BYTES_PER_WORKER = 2 << 20  # starting a worker costs about as much as encoding this many bytes
 COMPILING_S = 2.0  # loading compiled code takes less
+COMPILED_BYTES = 8_000_000
+"""Of rows: fewer are encoded by Python, which takes seconds; compiling the code for rows takes a minute on a new machine."""
 REJECT_EXAMPLES = 5
 NEAR_EXAMPLES = 1000
 """Near-duplicates that are listed, for each pair of sources."""
@@ -169,6 +171,7 @@ class Preparation:
             self.log(f"warning: encoding with tokenizers, many times slower than gigatoken: {engine.fallback_reason}")
         self.log(f"encoding {len(missing)} chunks ({todo / 1e6:,.1f} MB) with {count} worker{'s' * (count > 1)}")
         kinds = {job.chunks[0].file.kind for job in missing}
+        self.encoder.compiles = todo >= COMPILED_BYTES
         compiling = time.monotonic()
         self.encoder.compile(kinds)
         if (took := time.monotonic() - compiling) > COMPILING_S:

@@ -123,6 +123,7 @@ class Encoder:
         self.offset_encoder = OffsetEncoder(prepare, vocabulary)
         self.readers: dict[str, RowReader] = {}
         self.plain_rows: dict[str, PlainRows | None] = {}
+        self.compiles = True  # False: rows are few, and Python encodes them sooner than their code compiles
         self.last_reader: tuple[Source, RowReader] | None = None
 
     def __reduce__(self) -> Any:
@@ -213,7 +214,7 @@ class Encoder:
     def compile(self, kinds: Container[str] = ("jsonl",)) -> None:
         """Compiles the code for files of these kinds, once on each kind of machine. Worker processes then load what was compiled."""
         row = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]}
-        for source in self.prepare.sources if self.vocabulary.byte_level else ():
+        for source in self.prepare.sources if self.compiles and self.vocabulary.byte_level else ():
             if "jsonl" in kinds:
                 self.encode_plain(LineBlock.of(json.dumps(row).encode() + b"\n"), source)
             if "parquet" in kinds or "arrow" in kinds:
@@ -324,7 +325,7 @@ class Encoder:
         key = _columns_key(source)
         if key not in self.plain_rows:
             can_count = self.renderer.countable or self.prepare.special_text == "token"
-            usable = self.engine.fast is not None and can_count
+            usable = self.compiles and self.engine.fast is not None and can_count
             self.plain_rows[key] = PlainRows.of(self.template, self.reader(source)) if usable else None
         return self.plain_rows[key]
 
