@@ -18,7 +18,7 @@ import bases
 import tiny_export
 from sft.checkpoint import olmo_core
 from sft.checkpoint.hf_folder import HfFolder, plain_names
-from sft.export import logits, write
+from sft.export import gate, logits, write
 from sft.formats.dataset import TokenIds
 from sft.model.model import Transformer
 from sft.recipe.base_config import Base, BaseFacts, find_family, read_base
@@ -194,6 +194,7 @@ def test_an_export_has_the_bits_and_the_configuration_that_transformers_writes(t
         assert ours["sliding_window"] == theirs["sliding_window"]
     assert read(tmp_path / "model").config == base.config
     exported = HfFolder(tmp_path / "model")
+    gate.check_tensors(exported, HfFolder(base_folder), replace(base.config, vocab_size=bases.ROWS), torch.float32)
     rows = [d.tolist() for d in documents()]
     check = logits.compare_logits(exported, HfFolder(base_folder), base.config, rows, range(4))
     assert check.max_difference < 1e-4 * check.max_logit

@@ -90,9 +90,7 @@ def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dty
     parameters = meta_hf_model(exported.config).named_parameters()  # lists a tied head once
     theirs = {k: tuple(v.shape) for k, v in parameters}
     rows = int(exported.config["vocab_size"])
-    parts = hf.exported_parts(config, rows)
-    ours = {name: (sum(shape[0] for _, shape in part), *part[0][1][1:]) for name, part in parts.items()}
-    hf.check_shapes(ours, theirs, f"{exported.path / 'config.json'}: transformers' model")
+    hf.check_shapes(hf.class_shapes(config, rows), theirs, f"{exported.path / 'config.json'}: transformers' model")
     wanted = hf.shapes(config, rows)
     hf.check_shapes({name: exported.shape(name) for name in exported}, wanted, str(exported.path))
 

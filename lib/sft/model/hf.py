@@ -10,6 +10,7 @@ several of ours as the rows of one. sft.checkpoint.hf_folder reads the tensors.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -104,6 +105,21 @@ def exported_parts(config: ModelConfig, vocab_size: int) -> dict[str, list[tuple
     for name in ours:
         theirs = kind.theirs(name)
         found.setdefault(theirs, [(part, ours[part]) for part in kind.parts(theirs)])
+    return found
+
+
+def class_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of transformers' class by its name there. It may hold several published tensors as the
+    rows of one."""
+    kind, found = family(config), dict[str, tuple[int, ...]]()
+    whole = {part: theirs for theirs, parts in kind.joined.items() for part in parts}
+    for name, parts in exported_parts(config, vocab_size).items():
+        rows, rest = sum(shape[0] for _, shape in parts), parts[0][1][1:]
+        match = re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", parts[0][0])
+        if match and match[2] in whole:
+            name = f"model.layers.{match[1]}.{whole[match[2]]}.weight"
+            rows += found.get(name, (0,))[0]
+        found[name] = (rows, *rest)
     return found
 
 
