@@ -33,7 +33,7 @@ ARCHIVES = {
     "trl-1.16.0-py3-none-any.whl": ("/chat_templates/",),
     "axolotl-0.19.0-py3-none-any.whl": ("/templates/",),
 }
-"""Archives, and the folders of their templates. open-instruct is in no registry."""
+"""Archives, and the folders of their templates."""
 NO_CHAT = ("/embed/", "/score/")
 """Folders of templates for models that do not chat."""
 TIMEOUT_S = 300
