@@ -61,8 +61,9 @@ def test_real_stages_run_there_and_the_real_sync_here_verifies_every_byte(place)
     assert len(place.server.experiments) == 3 and "step" in done.stdout
     made = manifest.load(place.root / "runs" / "smoke_steps-3" / "train" / "manifest.json")
     assert made.metrics and manifest.is_whole(place.root / "runs" / "smoke_steps-3" / "train")
-    done = place.workspace.make("sync", "RECIPE=smoke", "steps=3")
-    assert "env/local.sh runs/smoke_steps-3 sync" in done.stdout and "prepare.py" not in done.stdout
+    sync = [".venv/bin/python", "stages/sync.py", "runs/smoke_steps-3", "steps=3"]
+    done = subprocess.run(sync, cwd=place.root, capture_output=True, text=True)
+    assert done.returncode == 0 and "[sync] done" in done.stdout, done.stdout + done.stderr
 
 
 def test_an_earlier_stage_made_here_travels_with_the_job_and_code_as_a_dataset(place):
@@ -212,10 +213,11 @@ def test_beakers_own_retries_are_waited_for(place, capsys):
 
 
 def test_a_node_that_fails_stops_the_others_and_is_the_one_reported(place, capsys):
-    (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.prepare]\nnodes = 2\n")
+    (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.train]\nnodes = 2\n")
     place.push()
+    place.workspace.make("sync", "RECIPE=x", "CLUSTER=beaker-test")
     script = '[ "$BEAKER_REPLICA_RANK" = 0 ] && exec sleep 60; echo "rank $BEAKER_REPLICA_RANK of $BEAKER_REPLICA_COUNT breaks"; exit 9'
-    assert place.launch(script) == 9
+    assert place.launch(script, stage="train") == 9
     assert "rank 1 of 2 breaks" in capsys.readouterr().out
     task = place.experiment.body["tasks"][0]
     wanted = {"replicas": 2, "leaderSelection": True, "hostNetworking": True, "propagateFailure": True,

@@ -71,10 +71,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     nltk = pytest.importorskip("nltk")
     monkeypatch.setattr(nltk, "download", lambda *_, **__: None)
     for name, content in (("langdetect", {"detect": lambda _: "en", "LangDetectException": ValueError}), ("immutabledict", {"immutabledict": dict})):  # fmt: skip
-        if importlib.util.find_spec(name) is None:
-            fake = ModuleType(name)
-            vars(fake).update(content)
-            monkeypatch.setitem(sys.modules, name, fake)
+        fake = ModuleType(name)
+        vars(fake).update(content)
+        monkeypatch.setitem(sys.modules, name, fake)
     from lm_eval.tasks.ifeval import instructions_registry
 
     return instructions_registry.INSTRUCTION_DICT

@@ -24,10 +24,12 @@ from sft.data.fast.messages import (
     NONE,
     PASSED,
     ROLE_NAMES,
+    TOOL_CALLS,
     TOOLS,
     Messages,
     Names,
     SourceNames,
+    no_values,
 )
 
 READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
@@ -143,8 +145,8 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
     room = MAX_MESSAGES + 2
     messages = Messages(
         np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), *np.empty((2, room), dtype=np.int64),
-        np.empty((room, 5, 2), dtype=np.int64), np.empty((len(ends), 8, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
-        (target.words,) * 5,
+        np.empty((room, TOOL_CALLS + 1, 2), dtype=np.int64), np.empty((len(ends), TOOLS + 1, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
+        np.empty(room, dtype=np.uint64), target.words, *no_values(len(ends), room),
     )  # fmt: skip
     names = SourceNames({"messages": LIST, "tools": TOOLS}, {"id": PASSED}, {"score": PASSED})
     read_rows(source, ends, FieldNames.of(names), target, messages)

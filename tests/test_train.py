@@ -61,6 +61,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
     assert result["validation_loss"] < result["first_validation_loss"]
     names = {p.name for p in (folder / "train").iterdir()}
     assert names - {".steps.lock"} == {
+        ".metrics",
         "step40",
         "metrics.jsonl",
         "tokenizer",

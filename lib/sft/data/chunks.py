@@ -102,7 +102,7 @@ class EncodeChunk:
             summary.rejects.sort()
             summary.rejected = len(summary.rejects)
             counts = self.encoder.take_counts(source)
-            summary.fields, summary.unread = dict(counts.rows), counts.unread
+            summary.fields, summary.unread = dict(sorted(counts.rows.items())), dict(sorted(counts.unread.items()))
         short = dataclasses.replace(summary, lines=0, rejects=summary.rejects[:1], notes={})
         return short, WorkDone(os.getpid(), began, time.process_time() - cpu)
 

@@ -94,7 +94,10 @@ class Encoder:
         prepare: Prepare,
         find: Callable[[str], Path] | None = None,
         template_text: str | None = None,
+        compiles: bool = True,
     ) -> None:
+        """`compiles` = False: rows are few, and Python encodes them sooner than their code compiles."""
+        self.compiles = compiles
         self.folder, self.prepare = Path(tokenizer_dir), prepare
         self.vocabulary = vocabulary = Vocabulary(self.folder)
         self.engine = Engine(vocabulary, prepare.encoder if vocabulary.byte_level else "tokenizers")
@@ -123,11 +126,10 @@ class Encoder:
         self.offset_encoder = OffsetEncoder(prepare, vocabulary)
         self.readers: dict[str, RowReader] = {}
         self.plain_rows: dict[str, PlainRows | None] = {}
-        self.compiles = True  # False: rows are few, and Python encodes them sooner than their code compiles
         self.last_reader: tuple[Source, RowReader] | None = None
 
     def __reduce__(self) -> Any:
-        return Encoder, (self.folder, self.prepare, None, self.template_text)
+        return Encoder, (self.folder, self.prepare, None, self.template_text, self.compiles)
 
     def _template_text(self, name: str, find: Callable[[str], Path] | None) -> str:
         if own := own_template(name):
