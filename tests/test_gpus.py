@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sft.common.errors import SftError
+from sft.evaluation import evaluate
 from sft.model import gpus
-from sft.recipe.schema import Cluster
+from sft.recipe.schema import Cluster, Hardware
 
 FILE = "env/x.toml"
 
@@ -85,6 +86,14 @@ def test_gpus_as_planned_and_a_machine_without_gpus_pass(machine):
     gpus.check_gpus(0, Cluster(storage="x"), FILE)
     machine()
     gpus.check_gpus(0, Cluster(storage="x"), FILE)
+
+
+def test_a_model_is_scored_only_on_the_planned_gpus(machine, tmp_path):
+    machine()
+    cluster = Cluster(storage="x", gpus_per_node=2)
+    stage = SimpleNamespace(cluster=cluster, place=SimpleNamespace(cluster="x"), recipe=SimpleNamespace(evaluate=None))
+    with pytest.raises(SftError, match=r"1 requested by env/x\.toml"):
+        evaluate.score(stage, tmp_path, tmp_path, Hardware())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test does without")

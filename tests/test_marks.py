@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from published import step_record
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
 from sft.common.files import UNFINISHED, write_atomic
 from sft.formats.identity import NAME, read_identity, write_identity
 from sft.model.parallel import World
 from sft.runner.stage import Stage
+from sft.training.train import summary
 
 ME, OTHER = "0a" * 32, "1b" * 32
 
@@ -76,14 +78,22 @@ def test_training_does_not_begin_again_beside_damaged_steps(train: Path, name: s
 
 def test_what_a_killed_write_left_is_removed_and_is_no_output(train: Path) -> None:
     work = SimpleNamespace(run=train.parent, name="evaluate", identity=ME)
-    left = [train / f".LATEST.ab12{UNFINISHED}", train.parent / ".work" / f"evaluate-{ME[:16]}" / "samples"]
+    left = [train / f".BEST.ab12{UNFINISHED}", train.parent / ".work" / f"evaluate-{ME[:16]}" / "samples"]
     left[1].mkdir(parents=True)
     left[1] /= f".one.jsonl.cd34{UNFINISHED}"
     for file in left:
         file.write_text("half")
-    open_in_place(train)
+    with pytest.raises(SftError, match="none is whole"):
+        step_folder.latest(train, World(0, 1, 0, None), lambda _: None)  # type: ignore[arg-type]
     Stage.open_work(work)  # type: ignore[arg-type]
     assert not any(file.exists() for file in left) and left[1].parent.is_dir()
     with pytest.raises(OSError, match="Is a directory"):  # a write that fails removes its own
         write_atomic(train / "step4", b"x")
-    assert sorted(p.name for p in train.iterdir()) == [NAME, "step4"]
+    assert {p.name for p in train.iterdir()} == {NAME, "step4", ".steps.lock"}
+
+
+def test_a_training_whose_last_record_is_missing_is_not_published(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(step_record(1).to_bytes())
+    run = SimpleNamespace(plan=SimpleNamespace(steps=2))
+    with pytest.raises(SftError, match=r"metrics.jsonl: its last record is not of the final step 2; next: restore"):
+        summary(tmp_path, run, tmp_path / "step2", None)  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ from sft.checkpoint import gather
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.direct_io import DirectFile
 from sft.common.errors import SftError
-from sft.common.files import sync_folder, write_atomic
+from sft.common.files import UNFINISHED, sync_folder, write_atomic
 from sft.formats import manifest
 from sft.formats.manifest import Output, StepManifest
 from sft.formats.steps import (
@@ -247,6 +247,8 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     """
     for leftover in [*out.glob(".saving-step*"), *out.glob(".trash-*")] if world.is_rank0 else ():
         shutil.rmtree(leftover, ignore_errors=True)
+    if world.is_rank0:
+        _remove_unfinished_marks(out)
     for _, step in reversed(world.on_rank0(lambda: steps(out))):
         problems = [line for part in world.on_all_ranks(partial(damage, step, world)) for line in part]
         if not problems:
@@ -267,6 +269,14 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
     if world.is_rank0:
         (out / LATEST).unlink(missing_ok=True)
     return None
+
+
+def _remove_unfinished_marks(out: Path) -> None:
+    """Removes what killed writes of LATEST and BEST left. An evaluation beside training writes BEST under the same lock."""
+    with steps_lock(out):
+        for name in (LATEST, BEST):
+            for file in out.glob(f".{name}.*{UNFINISHED}"):
+                file.unlink(missing_ok=True)
 
 
 def set_aside(step: Path) -> Path:

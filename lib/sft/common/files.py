@@ -37,7 +37,7 @@ def write_atomic(file: Path, data: bytes) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes the temporary files of `write_atomic` that a kill left in a folder and below it."""
+    """Removes the temporary files of `write_atomic` that a kill left in a folder and below it. Nobody may write there."""
     for file in folder.rglob(f".*{UNFINISHED}"):
         file.unlink(missing_ok=True)
 

@@ -61,13 +61,13 @@ def evaluate(stage: Stage) -> Result:
     options = stage.recipe.evaluate
     if options.harness != "lm-eval":
         return collected.collect(stage)
-    require_gpus(stage)
     return score(stage, stage.folder("convert") / "model", stage.out, stage.hardware)
 
 
 def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
     """Scores the model in a folder and writes the files of the stage to `out`. Raises SftError that lists all broken tasks."""
     options = stage.recipe.evaluate
+    require_gpus(stage, hardware)
     tasks, data = find_tasks(options, stage.find, stage.recipe.file)
     go_offline(options, tasks, out / "work", stage.place.datasets)
     template = check_template(folder)
@@ -131,9 +131,9 @@ def check_template(folder: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def require_gpus(stage: Stage) -> None:
+def require_gpus(stage: Stage, hardware: Hardware) -> None:
     """Raises SftError where a GPU is planned or visible and torch cannot use it."""
-    requested = requested_gpus("evaluate", stage.hardware, stage.cluster)
+    requested = requested_gpus("evaluate", hardware, stage.cluster)
     if requested or visible_gpus():
         from sft.model.gpus import check_gpus  # start-up: torch takes two seconds
 

@@ -164,7 +164,7 @@ class _Streamer:
 
 def load(folder: Path, device: str, system: str = "") -> Talk:
     """The model on `device`, or on a GPU if there is one, in its own dtype; fp32 on a CPU."""
-    import torch  # start-up: wrong words are told at once
+    import torch  # start-up: a wrong command line is reported at once
     import transformers  # start-up: the same
 
     transformers.logging.set_verbosity_error()

@@ -4,7 +4,7 @@
     answer("workspace", "ai2-jupiter")   ->  "it is a field of env/ai2-jupiter.toml, not of a recipe"
     answer("nonsense", "local")          ->  ""
 
-A name that nobody here knows is left to the spelling. Standard library only: the planner uses this while Make parses.
+For other names the planner suggests the field with the nearest spelling. Standard library only: the planner uses this while Make parses.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ colon, what differs. An empty field: there is nothing to set."""
 
 
 def answer(name: str, cluster: str) -> str:
-    """Where a name that is no field of ours belongs, as the end of a sentence; empty if nobody here knows it."""
+    """Where a name that is no field of ours belongs, as the end of a sentence; empty for a name that is not in the tables."""
     plain = name.lower().lstrip("-").replace("-", "_")
     last = plain.rpartition(".")[2]
     for word in (plain, last):

@@ -140,7 +140,6 @@ class Stage:
             replaced = references.set_aside(self.out)
             self.log(f"inputs changed: the earlier {self.name} folder is now {replaced}")
         self.out.mkdir(parents=True, exist_ok=True)
-        remove_unfinished(self.out)
         (self.out / manifest.NAME).unlink(missing_ok=True)
         write_identity(self.out, self.identity)
 

@@ -55,7 +55,7 @@ def skip_blank(data: Any, at: int) -> int:
 
 @inlined
 def write_escape(text: Any, to: int, code: int) -> int:
-    """Writes a quote, a backslash or a control character as it stands in a string of JSON. Returns where it ends."""
+    """Writes a quote, a backslash or a control character with its escape of JSON. Returns where it ends."""
     short = 0
     if code in (QUOTE, BACKSLASH):
         short = code

@@ -55,7 +55,7 @@ KINDS = {
 CHECKED_EVERY = 512
 """One of so many documents of a block is rendered by Jinja too, and its first one."""
 MOST_SEARCHES = 20
-"""How often the forms of a block are found anew, because the template turned out to ask texts for one constant more."""
+"""How often the forms of a block are searched again. Each time the template compared a text with one more constant."""
 Part = tuple[int, int, int, bool, int]
 """Its place: message, kind, call; whether it is an object, and its number in the plan."""
 
@@ -87,7 +87,7 @@ class FormWriter:
         self._forget()
 
     def _forget(self) -> None:
-        """Begins anew with the constants that are known now."""
+        """Starts again with the constants that are known now."""
         found = self.skeletons
         self.version = found.version
         self.layout = FormLayout.of(self.reader, found.specials.texts, found.watch.constants, found.literal_tools)

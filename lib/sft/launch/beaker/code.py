@@ -24,7 +24,7 @@ ARCHIVE = "code.tar"
 DIFF = "uncommitted.diff"
 """In an archive of a working tree with changes: its difference from HEAD."""
 RUN_BY_JOBS = ("lib/", "stages/", "env/", "recipes/", "pyproject.toml", "Makefile")
-"""What a new file must lie in to matter to a job."""
+"""The folders whose new files matter to a job."""
 ALLOW = "ALLOW_DIRTY"
 
 
