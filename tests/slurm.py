@@ -11,10 +11,8 @@ The second partition, `urgent`, preempts the first: its jobs send those of `main
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import getpass
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -22,8 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-REPO = Path(__file__).resolve().parents[1]
-CACHE = REPO / ".venv" / "slurm"
+import debian
+
 PACKAGES = [
     "libhwloc15",
     "liblua5.1-0",
@@ -37,40 +35,9 @@ PACKAGES = [
 COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo", "sacct")
 
 
-class NoSlurm(Exception):
-    """This is no machine with Debian's packages."""
-
-
 def packages() -> Path:
-    """Debian's Slurm packages, unpacked; fetched once. Raises NoSlurm, and RuntimeError when fetching fails."""
-    root = CACHE / "root"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if root.is_dir():
-            return root
-        if not (shutil.which("apt-get") and shutil.which("dpkg")):
-            raise NoSlurm("no apt-get and dpkg here to fetch Debian's Slurm packages")
-        work = CACHE / "work"
-        shutil.rmtree(work, ignore_errors=True)
-        (work / "debs").mkdir(parents=True)
-        done = None
-        for attempt in range(3):
-            if attempt:  # a fresh machine has no package lists yet
-                subprocess.run(["apt-get", "update", "-qq"], capture_output=True, check=False)
-            done = subprocess.run(
-                ["apt-get", "download", *PACKAGES], cwd=work / "debs", capture_output=True, text=True, check=False
-            )
-            if not done.returncode:
-                break
-        assert done is not None
-        if done.returncode:
-            raise RuntimeError(f"apt-get download failed: {done.stderr.strip().splitlines()[-1:]}")
-        for deb in (work / "debs").glob("*.deb"):
-            subprocess.run(["dpkg", "-x", str(deb), str(work / "root")], check=True)
-        (work / "root").rename(root)
-        shutil.rmtree(work)
-        return root
+    """Debian's Slurm packages, unpacked. Raises NotDebian, and RuntimeError when fetching fails."""
+    return debian.unpacked("slurm", PACKAGES)
 
 
 def free_ports(count: int) -> list[int]:
@@ -191,10 +158,10 @@ def _dead(pid: int) -> bool:
 
 
 def main() -> None:
-    folder = CACHE / "up"
+    folder = debian.REPO / ".venv" / "slurm" / "up"
     try:
         slurm = Slurm(folder)
-    except (NoSlurm, RuntimeError) as e:
+    except (debian.NotDebian, RuntimeError) as e:
         sys.exit(f"error: {e}; next: install Slurm, or run the tests without it")
     match sys.argv[1:]:
         case ["up"]:
