@@ -9,7 +9,8 @@ In:  a folder with config.json and weights (sft.checkpoint.weight_files). Out: t
     weights.notes                                              # what was ignored or renamed, for the log
 
 Names may have a prefix that wrappers add, or lack `model.`, as the folder of a model without its head does. Stored rotary
-frequencies are ignored, because they are computed from config.json.
+frequencies are ignored, because they are computed from config.json. 8-bit floats with scales are read as the values that they
+stand for (sft.checkpoint.float8).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from pathlib import Path
 
 import torch
 
+from sft.checkpoint.float8 import dequantised
 from sft.checkpoint.weight_files import DTYPES, Joined, Stored, open_files
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.model import hf
 from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import find_family, read_hf_config
+from sft.recipe.config_reader import ConfigReader, EveryKey
 from sft.recipe.families import Family
+from sft.recipe.quantisation import read_quantisation
 from sft.recipe.resolve import recipe_field
 
 __all__ = ["DTYPES", "HfFolder"]
@@ -65,7 +69,11 @@ class HfFolder(Mapping[str, torch.Tensor]):
         self.config = read_json(path / "config.json")
         self.family = find_family(self.config, str(path / "config.json"))
         self._stack = ExitStack()
-        stored, self.notes = open_files(path, self._stack)
+        where = str(path / "config.json")
+        files, self.notes = open_files(path, self._stack)
+        quantised = read_quantisation(ConfigReader(self.config, where, EveryKey()))
+        stored, notes = dequantised(files, quantised, str(path))
+        self.notes += notes
         self._where: dict[str, _Place] = {}
         names, notes = plain_names(stored, self.family, str(path))
         self.notes += notes
@@ -103,7 +111,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
     def _part_rows(self, parts: int, rows: int, name: str) -> list[int]:
         """The rows of each part of a fused tensor: queries, keys and values, or the two factors of SwiGLU; or the channels
         of a Gated DeltaNet's convolution."""
-        mixer = read_hf_config(self.config, str(self.path), ignore=list(self.config)).config.gated_delta
+        mixer = read_hf_config(self.config, str(self.path), ignore=EveryKey()).config.gated_delta
         if parts == 2:
             sizes = [rows // 2] * 2
         elif mixer:
@@ -143,7 +151,7 @@ class HfFolder(Mapping[str, torch.Tensor]):
         where = str(self.path / "config.json")
         # Unsupported keys are refused where a run's architecture is resolved. A finetuning may extend the context
         # (rope_scaling), and needs no weights at random (init_std).
-        described = read_hf_config(self.config, where, ignore=list(self.config)).config
+        described = read_hf_config(self.config, where, ignore=EveryKey()).config
         for name in differing_fields(described, config, ignore=_MAY_DIFFER):
             raise SftError(
                 f"{where}: {name}: {getattr(described, name)}, the recipe's [model] says {getattr(config, name)}; correct"
@@ -187,8 +195,9 @@ def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[di
         plain = _known(name, family)
         if plain is None and _QUANTISED.fullmatch(name):
             raise SftError(
-                f"{where}: tensor {key}: belongs to quantised weights, which are not supported; next: choose the base with"
-                " weights that are not quantised, or dequantise it first"
+                f"{where}: tensor {key}: belongs to quantised weights, which are not supported without a quantization_config"
+                " in config.json that says how; next: fetch the base's own config.json, or choose the base with weights that"
+                " are not quantised"
             )
         if plain is None:
             raise SftError(

@@ -30,6 +30,7 @@ DTYPES = {
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,  # powers of two, the scales of some 8-bit floats
 }
 _QUANTISED = ("I8", "U8", "I32", "I16")
 _NEXT = "fetch the folder again, or name another base"
@@ -60,7 +61,7 @@ class _InFile:
         row = torch.Size(self.shape[1:]).numel()
         first = self.offset + start * row * self.dtype.itemsize
         values = read_values(self.file, first, (stop - start) * row, self.dtype).view(stop - start, *self.shape[1:])
-        # bfloat16 holds every value of the two 8-bit types.
+        # bfloat16 holds every value of the 8-bit types.
         return values.to(torch.bfloat16) if self.dtype.itemsize == 1 else values
 
 
@@ -79,7 +80,7 @@ class _InMemory:
         return self.value.dtype
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return self.value[start:stop].clone()
+        return (self.value if self.value.dim() else self.value[None])[start:stop].clone()
 
 
 @dataclass(frozen=True)

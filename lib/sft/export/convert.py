@@ -49,7 +49,7 @@ def convert(stage: Stage) -> Result:
         options, config, trained_base, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
     )
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
-    for line in lines:
+    for line in [*lines, *about_quantisation(options, trained_base)]:
         stage.log(line)
     model = stage.out / "model"
     shutil.rmtree(model, ignore_errors=True)
@@ -108,6 +108,16 @@ def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
             " next: make train again, or correct [model]"
         )
     return config
+
+
+def about_quantisation(options: Convert, base: BaseFacts | None) -> list[str]:
+    """What the export of a base with quantised weights has in their place."""
+    if base is None or not base.quantised:
+        return []
+    return [
+        f"the base's weights were quantised ({base.quantised}) and dequantised for training: the export is {options.dtype},"
+        " and its config.json has no quantization_config"
+    ]
 
 
 def with_length(

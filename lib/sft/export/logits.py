@@ -260,7 +260,8 @@ def meta_hf_model(
     from transformers import AutoConfig, AutoModelForCausalLM  # start-up: transformers takes a second
 
     try:
-        made = AutoConfig.for_model(**config)
+        # The weights are streamed as what they stand for, also where the folder has them quantised.
+        made = AutoConfig.for_model(**{k: v for k, v in config.items() if k != "quantization_config"})
         if layers is not None:
             for name in ("layer_types", "no_rope_layers"):
                 if listed := getattr(made, name, None):

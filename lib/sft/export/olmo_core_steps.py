@@ -27,7 +27,7 @@ from sft.checkpoint.olmo_core import base_facts, config_of_step, named_tokens, s
 from sft.common.errors import SftError
 from sft.common.files import write_json
 from sft.export import card, gate
-from sft.export.convert import with_length
+from sft.export.convert import about_quantisation, with_length
 from sft.export.logits import compare_logits, sample_layers
 from sft.export.places import Log, local_folder, new_folder, scratch_folder
 from sft.export.step_writer import check_step_weights, write_step_files, write_step_manifest, write_step_weights
@@ -63,7 +63,7 @@ def to_hf(
         config = config_of_step(step / "config.json")
         trained_base = base_facts(step / "config.json")
         options, lines = with_length(options, config, trained_base, 0)
-        for line in lines:
+        for line in [*lines, *about_quantisation(options, trained_base)]:
             log(line)
         folder = local_folder(tokenizer, cache, log) if tokenizer else _find_tokenizer(step, source, cache, log)
         encoder = Encoder(folder, Prepare(tokenizer=str(folder), sources=(), template=template), Path)

@@ -20,6 +20,7 @@ from sft.recipe import core_config
 from sft.recipe.architecture import EVERY_FOURTH_FULL, THREE_OF_FOUR, GatedDelta, ModelConfig, shortest_pattern
 from sft.recipe.config_reader import ConfigReader
 from sft.recipe.families import FAMILIES, Family, usual_family
+from sft.recipe.quantisation import read_quantisation
 from sft.recipe.rotary import read_rotary
 
 IRRELEVANT = frozenset({
@@ -83,15 +84,17 @@ class BaseFacts:
     bos_token_id: int | None = None
     scaled: bool = False  # the base has a rotary scaling of its own
     origin: str = "hf"  # or "olmo-core"
+    quantised: str = ""  # the method of its weights, which are dequantised when they are read
 
     def to_value(self) -> dict[str, Any]:
         """The fields that a step's config.json keeps."""
-        return {
+        value: dict[str, Any] = {
             "rows": self.rows,
             "max_positions": self.max_positions,
             "bos_token_id": self.bos_token_id,
             "scaled": self.scaled,
         }
+        return value | ({"quantised": self.quantised} if self.quantised else {})
 
 
 @dataclass(frozen=True)
@@ -169,11 +172,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     """The base that a Hugging Face config.json describes. Raises SftError."""
     family = find_family(data, where)
     config = ConfigReader(data, where, ignore)
-    if method := data.get("quantization_config"):
-        name = method.get("quant_method", method) if isinstance(method, dict) else method
-        config.refuse(
-            "quantization_config", name, "unquantised weights", "choose the unquantised base, or dequantise it first"
-        )
+    quantised = read_quantisation(config)
     _check_class(config, family)
     for name, value in family.values.items():
         if config.get(name) not in (None, value):
@@ -223,7 +222,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
         config.get(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
     config.refuse_rest(IRRELEVANT, NEUTRAL)
     scaled = made.rope_scaling is not None
-    facts = BaseFacts(made.vocab_size, max_positions, bos, scaled)
+    facts = BaseFacts(made.vocab_size, max_positions, bos, scaled, quantised=quantised.method if quantised else "")
     return Base(made, facts, where)
 
 

@@ -15,6 +15,13 @@ from sft.common.errors import SftError
 _REQUIRED: Any = object()
 
 
+class EveryKey(frozenset[str]):
+    """As `ignore`: every key is allowed. The planner has checked them with what the recipe ignores."""
+
+    def __contains__(self, _: object) -> bool:
+        return True
+
+
 class ConfigReader:
     """The keys of an object. `where` names it in messages. `ignore`: keys that the recipe declares irrelevant. Every method raises SftError for a missing key or a value of
     another type; null counts as missing."""
