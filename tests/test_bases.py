@@ -95,6 +95,8 @@ def test_mscale_of_both_kinds_gives_the_attention_factor_that_transformers_compu
         ({"tie_word_embeddings": None}, "tie_word_embeddings: None, expected true or false"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
          "type: 'su', expected 'longrope'"),
+        ({"model_type": "olmo_hybrid", "num_key_value_heads": 4, "rope_theta": None, "rope_parameters": None},
+         "rope_parameters: None, expected a table: no positions to some versions of transformers"),
         ({"bos_token_id": [1, 2]}, r"bos_token_id: \[1, 2\], expected one id, or null"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: finetuned: True"),
         ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "expected the same as rope_parameters"),

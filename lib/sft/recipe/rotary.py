@@ -65,6 +65,13 @@ def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rot
 
 def _no_positions(config: ConfigReader) -> bool:
     """Whether a hybrid's rope_theta is null, in the new form or in the old one."""
+    if config.data.get("rope_parameters", "") is None and config.data.get("rope_theta") is None:
+        config.refuse(
+            "rope_parameters",
+            None,
+            "a table: no positions to some versions of transformers, and rope_theta 10000 to others",
+            'write "rope_parameters": {"rope_theta": null} for no positions, or the base\'s rope_theta',
+        )
     named = config.table("rope_parameters")
     found = config.data if named is None else named.data
     if found.get("rope_theta", "") is not None:
