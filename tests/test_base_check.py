@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,3 +77,53 @@ def test_the_planner_compares_the_tokenizers_of_base_and_data(tmp_path: Path) ->
     ):
         bases_of_runs.check_base((tmp_path,), tmp_path / "runs" / "x", recipe.load(file))
     bases_of_runs.check_base((tmp_path,), tmp_path / "runs" / "x", recipe.load(file, ["tokenizer=b"]))
+
+
+def planned(folder: Path, recipe_text: str) -> None:
+    """What the planner checks of a recipe with a base b and a tokenizer t under `folder`."""
+    file = folder / "x.toml"
+    file.write_text(f'[model]\nbase = "b"\n{recipe_text}[prepare]\ntokenizer = "t"\n[[prepare.sources]]\npath = "p.jsonl"\n'
+                    '[evaluate]\ntasks = ["t"]\n')  # fmt: skip
+    bases_of_runs.check_base((folder,), folder / "runs" / "x", recipe.load(file))
+
+
+def test_the_planner_shows_in_which_parts_two_tokenizers_differ(tmp_path: Path) -> None:
+    described(tmp_path / "b", "llama")
+    tiny_export.tokenizer(tmp_path / "t", 280)
+    file = tmp_path / "t" / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFKC"}}))
+    with pytest.raises(SftError) as error:
+        planned(tmp_path, "")
+    lines = str(error.value).splitlines()
+    assert lines[1].split() == ["field", "base", "recipe"]
+    assert any(line.split() == ["number", "of", "ids", "300", "280"] for line in lines)
+    assert any(line.startswith("normalizer ") and line.endswith('{"type": "NFKC"}') for line in lines)
+
+
+def test_the_planner_refuses_a_base_whose_tokenizer_cannot_be_the_datas(tmp_path: Path) -> None:
+    described(tmp_path / "b", "llama")
+    (tmp_path / "b" / "tokenizer.json").unlink()
+    tiny_export.tokenizer(tmp_path / "t")
+    with pytest.raises(
+        SftError, match=r"x.toml: 'base' in \[model\] = 'b': no tokenizer.json, so that its tokenizer cannot"
+    ):
+        planned(tmp_path, "")
+    with pytest.raises(SftError, match=r"has more ids than .*b/config.json\n(.|\n)*vocab_size +96 +300 ids"):
+        planned(tmp_path, 'base_tokenizer = "unchecked"\n')
+    described(tmp_path / "b", "llama", vocab_size=320)
+    planned(tmp_path, 'base_tokenizer = "unchecked"\n')
+
+
+def test_the_planner_refuses_a_tokenizer_that_transformers_class_of_the_family_would_change(tmp_path: Path) -> None:
+    from transformers import Qwen2Tokenizer
+
+    described(tmp_path / "b", "qwen2")
+    tiny_export.tokenizer(tmp_path / "t")
+    with pytest.raises(SftError) as error:
+        planned(tmp_path, "")
+    assert "is not a tokenizer of qwen2: transformers loads it with that family's class" in str(error.value)
+    assert re.search(r"\nnormalizer +NFC +none\n", str(error.value))
+    # What the class itself writes is accepted, also with a vocabulary of another size.
+    for name in ("b", "t"):
+        Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]).save_pretrained(tmp_path / name)
+    planned(tmp_path, "")

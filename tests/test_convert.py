@@ -282,7 +282,7 @@ def test_the_checkpoints_own_architecture_must_agree_with_the_recipe(tmp_path: P
         (tmp_path / "config.json").write_text(json.dumps(step_config(config, TokenIds())))
         if config == trained:
             assert convert.trained_config(Model(preset="olmo3-tiny"), 300, tmp_path) == trained
-    with pytest.raises(SftError, match=rf"config.json: {field}: .*, the recipe's \[model\] says .*; next: make train"):
+    with pytest.raises(SftError, match=rf"config.json: the recipe's(.|\n)*\n{field} +\S+ +\S+\nnext: make train"):
         convert.trained_config(Model(preset="olmo3-tiny"), 300, tmp_path)
 
 

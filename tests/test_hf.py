@@ -142,9 +142,12 @@ def test_a_folder_with_another_geometry_names_field_and_both_values(
 ) -> None:
     build(TINY3).save_pretrained(tmp_path)
     weights = HfFolder(tmp_path)
-    with pytest.raises(SftError, match=r"config.json: intermediate_size: 48, the recipe's \[model\] says 64"):
+    with pytest.raises(
+        SftError,
+        match=r"config.json: the recipe's \[model\] is not the base's(.|\n)*intermediate_size +48 +64 +hidden = 48",
+    ):
         weights.check(replace(TINY3, intermediate_size=64))
-    with pytest.raises(SftError, match=r"vocab_size: 200, the recipe's \[model\] has 128 rows"):
+    with pytest.raises(SftError, match=r"vocab_size +200 +128 +vocab_size = 200"):
         weights.check(replace(TINY3, vocab_size=128))
 
 
@@ -152,9 +155,9 @@ def test_a_llama_base_under_an_olmo_preset_is_refused(tmp_path: Path) -> None:
     llama = replace(LLAMA3, rope_scaling=None)
     build(llama).save_pretrained(tmp_path)
     olmo = replace(llama, prenorm=False, qk_norm="full")
-    with pytest.raises(SftError, match=r"prenorm: True, the recipe's \[model\] says False; correct \[model\] preset"):
+    with pytest.raises(SftError, match=r"prenorm +True +False +remove preset\nqk_norm +'' +'full' +remove preset"):
         HfFolder(tmp_path).check(olmo)
-    with pytest.raises(SftError, match="qk_norm: , the recipe's"):
+    with pytest.raises(SftError, match=r"qk_norm +'' +'full'"):
         HfFolder(tmp_path).check(replace(olmo, prenorm=True))
 
 

@@ -273,10 +273,13 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
     size, end = facts.vocab_size, facts.eos_id
     for said, field in (
         ({"vocab_size": size + 8, "eos_token_id": [7, end]}, ""),  # Hugging Face pads the embedding
-        ({"vocab_size": size - 1, "eos_token_id": end}, "config.json: vocab_size is"),
-        ({"vocab_size": size, "eos_token_id": end + 1}, "config.json: eos_token_id is"),
+        ({"vocab_size": size - 1, "eos_token_id": end}, rf"vocab_size +{size - 1} +{size}"),
+        ({"vocab_size": size, "eos_token_id": end + 1}, rf"eos_token_id +{end + 1} +{end}"),
         ({"dataset": {"tokenizer": {"vocab_size": size, "eos_token_id": end}}}, ""),
-        ({"dataset": {"tokenizer": {"vocab_size": size + 8, "eos_token_id": end}}}, "dataset.tokenizer.vocab_size is"),
+        (
+            {"dataset": {"tokenizer": {"vocab_size": size + 8, "eos_token_id": end}}},
+            rf"dataset.tokenizer.vocab_size +{size + 8} +{size}",
+        ),
         ({"dataset": {"tokenizer": "dolma2"}}, "dataset: tokenizer: 'dolma2', expected a table"),
         ({"dataset": {"tokenizer": {"eos_token_id": "x"}}}, "eos_token_id: 'x', expected a whole number"),
         ([], "expected an object"),

@@ -32,6 +32,7 @@ from sft.model import hf
 from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import find_family, read_hf_config
 from sft.recipe.config_reader import ConfigReader, EveryKey
+from sft.recipe.differences import Difference, mismatch
 from sft.recipe.families import Family
 from sft.recipe.quantisation import read_quantisation
 from sft.recipe.resolve import recipe_field
@@ -152,15 +153,20 @@ class HfFolder(Mapping[str, torch.Tensor]):
         # Unsupported keys are refused where a run's architecture is resolved. A finetuning may extend the context
         # (rope_scaling), and needs no weights at random (init_std).
         described = read_hf_config(self.config, where, ignore=EveryKey()).config
-        for name in differing_fields(described, config, ignore=_MAY_DIFFER):
-            raise SftError(
-                f"{where}: {name}: {getattr(described, name)}, the recipe's [model] says {getattr(config, name)}; correct"
-                f" [model] {recipe_field(name)}"
-            )
+        different = [
+            Difference(name, repr(getattr(described, name)), repr(getattr(config, name)), _to_write(name, described))
+            for name in differing_fields(described, config, ignore=_MAY_DIFFER)
+        ]
         rows = described.vocab_size
         if rows > config.vocab_size:
+            different.append(Difference("vocab_size", str(rows), str(config.vocab_size), f"vocab_size = {rows}"))
+        if different:
             raise SftError(
-                f"{where}: vocab_size: {rows}, the recipe's [model] has {config.vocab_size} rows; next: vocab_size = {rows}"
+                mismatch(
+                    f"{where}: the recipe's [model] is not the base's architecture",
+                    different,
+                    "write what the last column says; the base decides what the model is",
+                )
             )
         found = {name: self.shape(name) for name in hf.without_tied_head(self, config)}
         if not config.tied and "lm_head.w_out.weight" not in found and len(found) == len(hf.shapes(config)) - 1:
@@ -173,6 +179,12 @@ class HfFolder(Mapping[str, torch.Tensor]):
 
     def close(self) -> None:
         self._stack.close()
+
+
+def _to_write(name: str, described: ModelConfig) -> str:
+    """What a recipe writes in [model] to agree with its base about a field."""
+    field = recipe_field(name)
+    return "remove preset" if field == "preset" else f"{field} = {getattr(described, name)!r}"
 
 
 def plain_names(stored: Collection[str], family: Family, where: str) -> tuple[dict[str, str], list[str]]:

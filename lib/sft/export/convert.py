@@ -30,6 +30,7 @@ from sft.formats.metrics import TrainMetrics
 from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import Base, BaseFacts
 from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.differences import Difference, mismatch
 from sft.recipe.inputs import is_template_file
 from sft.recipe.resolve import DEFAULT_LENGTH, resolve, supported_length
 from sft.recipe.schema import Convert, Model
@@ -102,10 +103,18 @@ def trained_config(model: Model, vocab_size: int, step: Path) -> ModelConfig:
         resolve(model, vocab_size, Base(saved, olmo_core.base_facts(file) or BaseFacts(), str(file)))
         return saved
     config = resolve(model, vocab_size)
-    for name in differing_fields(saved, config, ignore=("init_std",)):
+    rows = [
+        Difference(name, repr(getattr(saved, name)), repr(getattr(config, name)))
+        for name in differing_fields(saved, config, ignore=("init_std",))
+    ]
+    if rows:
         raise SftError(
-            f"{file}: {name}: {getattr(saved, name)}, the recipe's [model] says {getattr(config, name)};"
-            " next: make train again, or correct [model]"
+            mismatch(
+                f"{file}: the recipe's [model] is not the architecture of the step",
+                rows,
+                "make train again, or correct [model]",
+                ("field", "step"),
+            )
         )
     return config
 

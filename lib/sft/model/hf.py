@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sft.common.errors import SftError
 from sft.recipe.architecture import DynamicRope, GatedDelta, ModelConfig
 from sft.recipe.base_config import find_family
+from sft.recipe.differences import Difference, mismatch
 from sft.recipe.families import FAMILIES, Family, family
 from sft.recipe.rotary import rope_parameters
 
@@ -246,11 +247,30 @@ def check_shapes(
     where: str,
 ) -> None:
     """Raises SftError unless both name the same tensors with the same shapes."""
-    after = "next: fetch all of it again, or correct the description of the model (config.json, the recipe's [model])"
-    if missing := [name for name in wanted if name not in found]:
-        raise SftError(f"{where}: {len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}; {after}")
-    if extra := [name for name in found if name not in wanted]:
-        raise SftError(f"{where}: {len(extra)} tensors that the model does not have, the first is {extra[0]}; {after}")
-    for name, shape in wanted.items():
-        if tuple(found[name]) != tuple(shape):
-            raise SftError(f"{where}: {name}: shape {tuple(found[name])}, expected {tuple(shape)}; {after}")
+    missing = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    other = [name for name in wanted if name in found and tuple(found[name]) != tuple(wanted[name])]
+    if missing:
+        problem = f"{len(missing)} of {len(wanted)} tensors missing, the first is {missing[0]}"
+    elif extra:
+        problem = f"{len(extra)} tensors that the model does not have, the first is {extra[0]}"
+    elif other:
+        problem = f"{other[0]}: shape {tuple(found[other[0]])}, expected {tuple(wanted[other[0]])}"
+    else:
+        return
+    rows = [
+        Difference(name, _shape(found.get(name), "missing"), _shape(wanted.get(name), "none"))
+        for name in (*missing, *extra, *other)
+    ]
+    raise SftError(
+        mismatch(
+            f"{where}: {problem}",
+            rows,
+            "fetch all of it again, or correct the description of the model (config.json, the recipe's [model])",
+            ("tensor", "in the files", "in the model"),
+        )
+    )
+
+
+def _shape(shape: tuple[int, ...] | None, otherwise: str) -> str:
+    return otherwise if shape is None else " x ".join(map(str, shape))

@@ -9,7 +9,6 @@ With a base, its config.json says what the model is. What the recipe says as wel
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
@@ -18,6 +17,7 @@ from sft.common.errors import SftError
 from sft.recipe import families, rotary
 from sft.recipe.architecture import LinearRope, Llama3Rope, ModelConfig, RopeScaling, Yarn
 from sft.recipe.base_config import Base, BaseFacts
+from sft.recipe.differences import Difference, mismatch
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Model
 
@@ -113,7 +113,13 @@ def _with_scaling(config: ModelConfig, scaling: RopeScaling | None) -> ModelConf
 def _from_base(model: Model, base: Base, tokenizer_size: int) -> ModelConfig:
     rows = list(_differences(model, base))
     if rows:
-        raise SftError(_table(rows, base))
+        raise SftError(
+            mismatch(
+                f"{base.where}: the recipe's [model] is not the base's architecture",
+                rows,
+                "write what the last column says; the base decides what the model is",
+            )
+        )
     config = base.config
     if (scaling := _scaling(model, config, base.facts.max_positions or 0)) != config.rope_scaling:
         config = _with_scaling(config, scaling)
@@ -124,27 +130,17 @@ def _from_base(model: Model, base: Base, tokenizer_size: int) -> ModelConfig:
     return replace(config, vocab_size=vocab)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Difference:
-    """A row of the table of differences."""
-
-    field: str
-    base: str
-    recipe: str
-    write: str
-
-
-def _differences(model: Model, base: Base) -> Iterator[_Difference]:
+def _differences(model: Model, base: Base) -> Iterator[Difference]:
     """The fields in which the recipe contradicts its base."""
     given = _given(model)
     for name, value in given.items():
         found = getattr(base.config, name)
         if name not in _NOT_COMPARED and found != value:
             field = _RECIPE_FIELDS[name]
-            yield _Difference(name, repr(found), f"{field} = {value!r}", f"{field} = {found!r}, or remove {field}")
+            yield Difference(name, repr(found), f"{field} = {value!r}", f"{field} = {found!r}, or remove {field}")
     if model.vocab_size is not None and model.vocab_size < base.config.vocab_size:
         rows = base.config.vocab_size
-        yield _Difference(
+        yield Difference(
             "vocab_size", repr(rows), f"vocab_size = {model.vocab_size}", f"vocab_size = {rows}, or remove it"
         )
     if not model.preset:
@@ -153,12 +149,12 @@ def _differences(model: Model, base: Base) -> Iterator[_Difference]:
     for name in (f.name for f in fields(ModelConfig)):
         ours, found = getattr(preset, name), getattr(base.config, name)
         if name not in _NOT_COMPARED and name not in given and ours != found:
-            yield _Difference(name, repr(found), f"{ours!r} (preset {model.preset})", "remove preset")
+            yield Difference(name, repr(found), f"{ours!r} (preset {model.preset})", "remove preset")
     if not model.names_scaling and preset.rope_scaling != base.config.rope_scaling:
         table = rotary.rope_parameters(preset.rope_scaling, preset.rope_theta)
         del table["rope_theta"]
         pairs = ", ".join(f"{k} = {_toml(v)}" for k, v in table.items())
-        yield _Difference(
+        yield Difference(
             "rope_scaling",
             repr(base.config.rope_scaling),
             f"{preset.rope_scaling!r} (preset {model.preset})",
@@ -168,20 +164,6 @@ def _differences(model: Model, base: Base) -> Iterator[_Difference]:
 
 def _toml(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _table(rows: list[_Difference], base: Base) -> str:
-    head = _Difference("field", "base", "recipe", "write in [model]")
-    widths = [max(len(getattr(row, f.name)) for row in (head, *rows)) for f in fields(_Difference)]
-    lines = [
-        "  ".join(getattr(row, f.name).ljust(w) for f, w in zip(fields(_Difference), widths, strict=True)).rstrip()
-        for row in (head, *rows)
-    ]
-    return (
-        f"{base.where}: the recipe's [model] is not the base's architecture\n"
-        + "\n".join(lines)
-        + ("\nnext: write what the last column says; the base decides what the model is")
-    )
 
 
 def supported_length(config: ModelConfig, facts: BaseFacts) -> int | None:

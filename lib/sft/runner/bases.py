@@ -15,6 +15,9 @@ from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.recipe import recipe
 from sft.recipe.architecture import DynamicRope, LongRope, ModelConfig
 from sft.recipe.base_config import Base, read_base, tokenizer_of
+from sft.recipe.base_tokenizer import class_differences, compared, number_of_ids, read_tokenizer
+from sft.recipe.differences import Difference, mismatch
+from sft.recipe.families import family
 from sft.recipe.inputs import is_remote
 from sft.recipe.resolve import resolve
 
@@ -44,18 +47,44 @@ def _check_ranks(config: ModelConfig, r: recipe.Recipe) -> None:
             )
 
 
-def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe) -> None:
-    """Raises SftError for a base and a [prepare] tokenizer under DATA with different tokenizer.json files. Sync compares the
-    others."""
-    if is_remote(r.model.base) or is_remote(r.prepare.tokenizer):
+def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> None:
+    """Raises SftError for a [prepare] tokenizer under DATA that cannot be the base's. Sync compares the others.
+
+    It must be the base's file, have no more ids than the base has rows where the base has no such file, and be one that
+    transformers' class of the family does not change.
+    """
+    name, model = r.prepare.tokenizer, r.model
+    if is_remote(name):
         return
-    ours = paths.find(roots, r.prepare.tokenizer, f"{r.file}: [prepare] tokenizer") / "tokenizer.json"
-    theirs = tokenizer_of(paths.find(roots, r.model.base, f"{r.file}: [model] base"))
-    if theirs is not None and ours.is_file() and ours.read_bytes() != theirs.read_bytes():
-        raise SftError(
-            f"'tokenizer' in [prepare] = {r.prepare.tokenizer!r}: {ours} is not the base's {theirs};"
-            " next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
+    what = f"{r.file}: [prepare] tokenizer"
+    ours = paths.find(roots, name, what) / "tokenizer.json"
+    if not ours.is_file():
+        return
+    where = f"'tokenizer' in [prepare] = {name!r}:"
+    then = "set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
+    if not is_remote(model.base):
+        theirs = tokenizer_of(paths.find(roots, model.base, f"{r.file}: [model] base"))
+        if theirs is not None and ours.read_bytes() != theirs.read_bytes():
+            rows = compared(read_tokenizer(theirs), read_tokenizer(ours))
+            raise SftError(mismatch(f"{where} {ours} is not the base's {theirs}", rows, then))
+        if theirs is None and model.base_tokenizer != "unchecked":
+            raise SftError(
+                f"'base' in [model] = {model.base!r}: no tokenizer.json, so that its tokenizer cannot be proven to be the one"
+                " of the data; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set [model]"
+                ' base_tokenizer = "unchecked"'
+            )
+        ids, rows_of_base = number_of_ids(read_tokenizer(ours)), base.facts.rows
+        if theirs is None and rows_of_base is not None and ids > rows_of_base:
+            row = Difference("vocab_size", f"{rows_of_base:,}", f"{ids:,} ids", "another [prepare] tokenizer")
+            raise SftError(
+                mismatch(f"{where} {ours} has more ids than {base.where}", [row], then, ("field", "base", "tokenizer"))
+            )
+    kind = family(base.config)
+    if rows := class_differences(read_tokenizer(ours), kind):
+        problem = (
+            f"{where} {ours} is not a tokenizer of {kind.model_type}: transformers loads it with that family's class"
         )
+        raise SftError(mismatch(problem, rows, then, ("field", f"class of {kind.model_type}", "tokenizer")))
 
 
 def _synced(sync: Path) -> Path | None:
@@ -77,7 +106,7 @@ def check_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> None:
         base = find_base(roots, run, r)
         if base is not None:
             _check_ranks(resolve(r.model, 0, base), r)
-            _check_tokenizer(roots, r)
+            _check_tokenizer(roots, r, base)
     except SftError as error:
         text = str(error)
         raise SftError(text if text.startswith(r.file) else f"{r.file}: {text}") from error

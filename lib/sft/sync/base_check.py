@@ -15,7 +15,9 @@ from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.recipe.base_config import is_hf_folder, read_base, tokenizer_of
+from sft.recipe.base_tokenizer import compared, parse, read_tokenizer
 from sft.recipe.core_config import NamedTokens, named_tokens
+from sft.recipe.differences import Difference, mismatch
 from sft.recipe.families import family
 from sft.recipe.recipe import Recipe
 from sft.recipe.resolve import resolve
@@ -71,10 +73,7 @@ def check_base_tokenizer(
         content = found.read_bytes()
         theirs = hashlib.sha256(with_tokens(content, added, str(found))[0] if added else content).hexdigest()
         if theirs != ours:
-            raise SftError(
-                f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is"
-                f" {theirs} ({found}); next: set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
-            )
+            raise SftError(_another_tokenizer(dataset, ours, theirs, found, content))
         return ""
     _check_named_tokens(base / "config.json", facts)
     problem = (
@@ -88,6 +87,20 @@ def check_base_tokenizer(
     return problem
 
 
+def _another_tokenizer(dataset: Path, ours: str, theirs: str, found: Path, content: bytes) -> str:
+    """The message about two tokenizer.json files, with the parts in which they differ."""
+    file = dataset / "data" / "tokenizer" / "tokenizer.json"
+    rows = [Difference("tokenizer.json", f"sha256 {theirs[:16]}…", f"sha256 {ours[:16]}…")]
+    if file.is_file():
+        rows += compared(parse(content, str(found)), read_tokenizer(file))
+    return mismatch(
+        f"{dataset / 'dataset.json'}: the data were made with tokenizer.json sha256 {ours}, the base's is {theirs} ({found})",
+        rows,
+        "set [prepare] tokenizer to the base's tokenizer, or choose another [model] base",
+        ("field", "base", "data"),
+    )
+
+
 def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
     """Compares the tokens in a config.json, if there is one. OLMo-core's has the tokenizer's size, Hugging Face's the
     padded number of rows of the embedding. Raises SftError."""
@@ -99,13 +112,13 @@ def _check_named_tokens(file: Path, facts: TokenizerFacts) -> None:
         prefix, size, end = "dataset.tokenizer.", core.vocab_size, core.eos_id
     else:
         prefix, size, end = "", config.get("vocab_size"), config.get("eos_token_id")
+    rows = []
     if isinstance(size, int) and (size < facts.vocab_size or (prefix and size != facts.vocab_size)):
-        field, theirs, wanted = "vocab_size", size, facts.vocab_size
-    elif end is not None and facts.eos_id not in (end if isinstance(end, list) else [end]):
-        field, theirs, wanted = "eos_token_id", end, facts.eos_id
-    else:
-        return
-    raise SftError(
-        f"{file}: {prefix}{field} is {theirs}, the data's is {wanted};"
-        " next: set [prepare] tokenizer to the base's tokenizer"
-    )
+        rows.append(Difference(f"{prefix}vocab_size", str(size), str(facts.vocab_size)))
+    if end is not None and facts.eos_id not in (end if isinstance(end, list) else [end]):
+        rows.append(Difference(f"{prefix}eos_token_id", str(end), str(facts.eos_id)))
+    if rows:
+        problem = f"{file}: the base's tokenizer is not the one that the data were made with"
+        raise SftError(
+            mismatch(problem, rows, "set [prepare] tokenizer to the base's tokenizer", ("field", "base", "data"))
+        )

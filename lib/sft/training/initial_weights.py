@@ -24,6 +24,7 @@ from sft.model import hf
 from sft.model.model import initial_values
 from sft.model.parallel import set_parameter
 from sft.recipe.architecture import ModelConfig
+from sft.recipe.differences import Difference, mismatch
 
 NOISE = 0.2
 """Standard deviation of the noise of a new row, as a share of that of the table's values.
@@ -124,7 +125,6 @@ def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base:
 def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, base: Path) -> None:
     vocab = found.get("embeddings.weight", (config.vocab_size,))[0]
     if vocab > config.vocab_size:
-        raise SftError(
-            f"{base}: {vocab} vocabulary rows, [model] has {config.vocab_size}; next: set vocab_size = {vocab}"
-        )
+        row = Difference("vocab_size", str(vocab), str(config.vocab_size), f"vocab_size = {vocab}")
+        raise SftError(mismatch(f"{base}: the table of the vocabulary has more rows than the model", [row], "set it"))
     hf.check_shapes(found, hf.shapes(config, vocab), str(base))
