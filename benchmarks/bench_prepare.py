@@ -291,8 +291,8 @@ def compare_layouts(args: argparse.Namespace, pairs: Sequence[tuple[str, str]], 
         plain_speed = 0.0
         layout_speeds(args, tokenizer, TEMPLATE, plain(pairs[:200], random.Random(1), words))  # loads what is compiled
         for template in (TEMPLATE, "made.jinja", *(["tokenizer"] if label else [])):
-            for name, make in LAYOUTS.items():
-                layout = make(pairs, random.Random(1), words)
+            for name in args.layouts:
+                layout = LAYOUTS[name](pairs, random.Random(1), words)
                 speed, ancestor = layout_speeds(args, tokenizer, template, layout)
                 plain_speed = plain_speed or speed
                 row = {
@@ -415,6 +415,7 @@ def main() -> None:
         help="size of each layout for 'ours'; learning a template's forms takes about a second",
     )
     parser.add_argument("--layout-rounds", type=int, default=2, help="the best round counts")
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="which of them")
     parser.add_argument("--only-layouts", action="store_true", help="skip the comparison with the floors")
     parser.add_argument("--gsm8k", type=Path, default=SHARED / "gsm8k" / "train.jsonl")
     args = parser.parse_args()

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +35,30 @@ LONGEST = (
 )  # fmt: skip
 
 
+UNTRACED = ("compile", "slow", "processes", "slurm")
+"""Marks of tests whose work is in compilers, libraries and other processes, which coverage does not see. Tracing slows them."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.get_closest_marker("compile"):
-            item.add_marker("no_cover")  # what is compiled runs untraced, and tracing doubles a compiler's time
+        if any(item.get_closest_marker(name) for name in UNTRACED):
+            item.add_marker("no_cover")
     start = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: start.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """pytest-cov traces fixtures also where it does not trace the test."""
+    plugin = item.config.pluginmanager.getplugin("_cov")
+    coverage = plugin and plugin.cov_controller
+    if not coverage or not item.get_closest_marker("no_cover"):
+        return (yield)
+    coverage.pause()
+    try:
+        return (yield)
+    finally:
+        coverage.resume()
 
 
 @pytest.fixture

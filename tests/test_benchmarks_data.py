@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import runpy
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 
+import prepare_layouts
 from patience import PATIENCE
+from sft.data.tokenize import Encoder
 from sft.recipe import presets
+from sft.recipe.schema import Prepare, Source
 from training import SERVER
 
 pytestmark = pytest.mark.slow
@@ -61,31 +67,35 @@ def test_a_bench_ends_in_its_numbers(bench: str, options: list[str], keys: set[s
         assert numbers["packs_equal"] and numbers["ratio_to_olmo_core"] > 1
 
 
+PAIRS = [(f"What is {i} + {i}?", f"{i} + {i} = {2 * i}.\nThe answer is {2 * i}.\n#### {2 * i}") for i in range(300)]
+TOKENIZER = ROOT / "recipes/smoke/tokenizer"
+
+
 def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
-    rows = [
-        {"question": f"What is {i} + {i}?", "answer": f"{i} + {i} = {2 * i}.\nThe answer is {2 * i}."}
-        for i in range(300)
-    ]
+    """Two layouts, each with two tokenizers. The test after it reads every layout."""
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [
-        "--cores",
-        "1",
-        "--tokens",
-        "5e4",
-        "--rounds",
-        "1",
-        "--layout-tokens",
-        "2e4",
-        "--layout-rounds",
-        "1",
-        "--tokenizer",
-        str(ROOT / "recipes/smoke/tokenizer"),
-        "--gsm8k",
-        str(file),
-    ]
-    numbers = run("prepare", options, tmp_path / "out")
+    file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS))
+    shutil.copytree(TOKENIZER, tmp_path / "other")
+    options = {
+        "cores": "1", "tokens": "5e4", "rounds": "1", "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1",
+        "tokenizer": TOKENIZER, "qwen3": tmp_path / "other", "gsm8k": file,
+    }  # fmt: skip
+    words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split(" "))]
+    numbers = run("prepare", words, tmp_path / "out")
     assert {"ratio_to_ancestor", "share_of_floor", "share_of_floor_with_checksum", "tokens_per_s"} <= numbers.keys()
+    assert len(numbers["layouts"]) == 10
     for figures in numbers["data"].values():
         speeds = figures["clock"]["speeds"]
         assert speeds["ours"] >= speeds["ours_with_checksum"] > 0 and figures["clock"]["ratio_to_ancestor"] > 1
+
+
+@pytest.mark.parametrize("name", prepare_layouts.LAYOUTS)
+def test_every_row_of_a_layout_is_trained(name: str, tmp_path: Path):
+    layout = prepare_layouts.LAYOUTS[name](PAIRS[:12], random.Random(1), ["one", "two"])
+    file = tmp_path / f"rows.{layout.suffix}"
+    prepare_layouts.write(layout, 2, file)
+    rows = file.read_text().splitlines() if layout.suffix == "jsonl" else pq.read_table(file).to_pylist()
+    source = Source(path=file.name)
+    encoder = Encoder(TOKENIZER, Prepare(tokenizer="t", template="olmo", sources=(source,)))
+    encoded = encoder.encode([json.loads(row) if isinstance(row, str) else row for row in rows], source)
+    assert not encoded.rejects and len(encoded.lengths) == 2 * len(layout.conversations) > 0
