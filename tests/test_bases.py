@@ -97,6 +97,7 @@ def test_mscale_of_both_kinds_gives_the_attention_factor_that_transformers_compu
          "type: 'su', expected 'longrope'"),
         ({"model_type": "olmo_hybrid", "num_key_value_heads": 4, "rope_theta": None, "rope_parameters": None},
          "rope_parameters: None, expected a table: no positions to some versions of transformers"),
+        ({"max_position_embeddings": 1e30}, "max_position_embeddings: 1e.30, expected a whole number: transformers refuses"),
         ({"bos_token_id": [1, 2]}, r"bos_token_id: \[1, 2\], expected one id, or null"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: finetuned: True"),
         ({"rope_scaling": YARN, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "expected the same as rope_parameters"),
@@ -333,13 +334,35 @@ def test_weights_are_read_in_their_forms_and_that_is_reported(
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 )
 def test_every_dtype_is_read_exactly(tmp_path: Path, dtype: torch.dtype) -> None:
     folder, wanted = saved(tmp_path, lambda t: {k: v.to(dtype) for k, v in t.items()})
     weights = HfFolder(folder)
     for name, value in wanted.items():
         assert torch.equal(weights[weights.family.ours(name)].float(), value.to(dtype).float())
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder, _ = saved(tmp_path, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] * 1.5})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    base = read_base(folder)
+    assert base
+    with pytest.raises(
+        SftError, match=r"tie_word_embeddings: True, but lm_head.weight is not model.embed_tokens.weight"
+    ):
+        HfFolder(folder).check(base.config)
+
+
+def test_numbers_of_a_bin_file_that_are_not_floats_are_refused(tmp_path: Path) -> None:
+    folder, _ = saved(
+        tmp_path, lambda t: t | {"model.norm.weight": torch.ones(48, dtype=torch.int8)}, "pytorch_model.bin"
+    )
+    with pytest.raises(
+        SftError, match=r"model.norm.weight: dtype int8, packed or quantised weights, expected one of BF16"
+    ):
+        HfFolder(folder)
 
 
 def test_a_file_without_an_output_matrix_says_what_ties_it(tmp_path: Path) -> None:

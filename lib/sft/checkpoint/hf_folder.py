@@ -39,6 +39,8 @@ from sft.recipe.resolve import recipe_field
 
 __all__ = ["DTYPES", "HfFolder"]
 _MAY_DIFFER = ("rope_scaling", "scale_windowed", "init_std", "vocab_size", "family")
+_ROWS = 8192
+"""Rows of the vocabulary that are compared at once."""
 _WRAPPERS = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Prefixes of torch.compile, DDP and FSDP, which may stand anywhere in a name."""
 _IGNORED = {
@@ -176,6 +178,24 @@ class HfFolder(Mapping[str, torch.Tensor]):
                 " file"
             )
         hf.check_shapes(found, hf.shapes(config, rows), str(self.path))
+        if config.tied:
+            self._check_tied_head(where)
+
+    def _check_tied_head(self, where: str) -> None:
+        """Raises SftError for a second output matrix that is not the embedding. Versions of transformers disagree about which
+        one counts."""
+        head, table = "lm_head.w_out.weight", "embeddings.weight"
+        if head not in self:
+            return
+        same = self.shape(head) == self.shape(table)
+        for start in range(0, self.shape(table)[0] if same else 0, _ROWS):
+            stop = min(start + _ROWS, self.shape(table)[0])
+            same = same and torch.equal(self.rows(head, start, stop).float(), self.rows(table, start, stop).float())
+        if not same:
+            raise SftError(
+                f"{where}: tie_word_embeddings: True, but lm_head.weight is not model.embed_tokens.weight; next: set"
+                " tie_word_embeddings = false in it if lm_head.weight is the output matrix, or remove that tensor"
+            )
 
     def close(self) -> None:
         self._stack.close()

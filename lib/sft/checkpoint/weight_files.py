@@ -28,6 +28,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "F64": torch.float64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,  # powers of two, the scales of some 8-bit floats
@@ -181,11 +182,7 @@ def safetensors(file: Path, stack: ExitStack) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for key, (dtype, shape, offset) in _header(file).items():
         if dtype not in DTYPES:
-            what = "packed or quantised weights" if dtype in _QUANTISED else "a dtype that is not supported"
-            raise SftError(
-                f"{file}: tensor {key}: dtype {dtype}, {what}, expected one of {', '.join(DTYPES)};"
-                " next: choose the base with weights that are not quantised"
-            )
+            raise SftError(_wrong_dtype(file, key, dtype, dtype in _QUANTISED))
         found[key] = _InFile(handle, offset, shape, DTYPES[dtype])
     return found
 
@@ -204,7 +201,20 @@ def _bin(file: Path) -> dict[str, Stored]:
         ) from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise SftError(f"{file}: holds {type(state).__name__}, expected a table of tensors; next: {_NEXT}")
+    for key, value in state.items():
+        # Causal masks of older models are truth values or bytes; their names are ignored later.
+        if value.dtype not in DTYPES.values() and not str(key).endswith("bias"):
+            name = str(value.dtype).removeprefix("torch.")
+            raise SftError(_wrong_dtype(file, str(key), name, not value.dtype.is_complex))
     return {str(key): _InMemory(value) for key, value in state.items()}
+
+
+def _wrong_dtype(file: Path, key: str, dtype: str, quantised: bool) -> str:
+    what = "packed or quantised weights" if quantised else "a dtype that is not supported"
+    return (
+        f"{file}: tensor {key}: dtype {dtype}, {what}, expected one of {', '.join(DTYPES)};"
+        f" next: choose the base with weights {'that are not quantised' if quantised else 'in one of these'}"
+    )
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:

@@ -63,6 +63,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "sliding_window": (),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
     "use_sliding_window": (False,),
 }
 """Keys that are accepted with these values (and null) only: what they would do otherwise is not implemented."""
@@ -179,6 +180,15 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
             config.refuse(name, data[name], repr(value))
     heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
     max_positions = config.whole("max_position_embeddings", family.max_positions)
+    if isinstance(
+        value := data.get("max_position_embeddings"), float
+    ):  # OLMo-core's converter writes 1e30 for "not known"
+        config.refuse(
+            "max_position_embeddings",
+            value,
+            "a whole number: transformers refuses this one",
+            "write the base's longest input",
+        )
     rotary = read_rotary(config, family, max_positions)
     for name, expected in (("head_dim", "a whole number"), ("tie_word_embeddings", "true or false")):
         if name in data and data[name] is None and (name != "head_dim" or family.head_dim):
