@@ -27,6 +27,8 @@ $(if $(filter plan-ok,$(PLAN)),,$(error nothing was run))
 planned = $(patsubst $(1):%,$(2)%,$(filter $(1):%,$(PLAN)))
 
 DIRS  := $(call planned,run,$(RUNS)/)
+OTHER := $(call planned,model,$(RUNS)/)
+OWN   := $(filter-out $(OTHER),$(DIRS))
 ARGS   = $(if $(filter-out local,$(CLUSTER)),--cluster $(call quote,$(CLUSTER))) $(if $(DATA),--data $(call quote,$(DATA))) $(call planned,set)
 READY := .venv/ready-$(call planned,environment)
 TOOLS := .venv/tools-$(call planned,environment)
@@ -39,10 +41,13 @@ launch = $(if $(call reused,$(1)),@$(call SFT,reuse) --run $(notdir $*) --stage 
 start  = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
-$(DIRS:%=%/sync/manifest.json):     %/sync/manifest.json:     | %/prepare/manifest.json ; $(call launch,sync,$(PY) stages/sync.py)
-$(DIRS:%=%/train/manifest.json):    %/train/manifest.json:    | %/sync/manifest.json ; $(call launch,train,stages/train.sh)
-$(DIRS:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/train/manifest.json ; $(call launch,convert,$(PY) stages/convert.py)
-$(DIRS:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/convert/manifest.json ; $(call launch,evaluate,$(PY) stages/evaluate.py)
+$(OWN:%=%/sync/manifest.json):      %/sync/manifest.json:     | %/prepare/manifest.json ; $(call launch,sync,$(PY) stages/sync.py)
+$(OWN:%=%/train/manifest.json):     %/train/manifest.json:    | %/sync/manifest.json ; $(call launch,train,stages/train.sh)
+$(OWN:%=%/convert/manifest.json):   %/convert/manifest.json:  | %/train/manifest.json ; $(call launch,convert,$(PY) stages/convert.py)
+$(OWN:%=%/evaluate/manifest.json):  %/evaluate/manifest.json: | %/convert/manifest.json ; $(call launch,evaluate,$(PY) stages/evaluate.py)
+# A run of another model (MODEL=) trains nothing: each of the two reads that model itself.
+$(OTHER:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/prepare/manifest.json ; $(call launch,convert,$(PY) stages/convert.py)
+$(OTHER:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/prepare/manifest.json ; $(call launch,evaluate,$(PY) stages/evaluate.py)
 # `make report` shows the finished stages. With other goals it runs after them.
 BEFORE := $(if $(filter all smoke,$(GOALS)),evaluate,$(filter $(filter-out report,$(STAGES)),$(GOALS)))
 $(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(foreach s,$(BEFORE),%/$(s)/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
@@ -53,8 +58,8 @@ prepare:  $(DIRS:%=%/prepare/manifest.json)  ## chat data -> token ids, loss mas
 sync:     $(if $(CHECK),| $(READY),$(DIRS:%=%/sync/manifest.json)) ## dataset and base weights -> the cluster's storage, verified [CHECK=1 only compares]
 	$(if $(CHECK),@$(foreach d,$(DIRS),$(PY) stages/sync.py $d --check $(ARGS) &&) true)
 train:    $(DIRS:%=%/train/manifest.json)    ## packed, distributed, resumable training -> checkpoints
-convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folder, proven equal
-evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with standard errors
+convert:  $(DIRS:%=%/convert/manifest.json)  ## checkpoint -> Hugging Face folder, proven equal [MODEL=step of another run or trainer]
+evaluate: $(DIRS:%=%/evaluate/manifest.json) ## lm-eval tasks -> scores with standard errors [MODEL=runs/x/train/step300, folder, gs:// or hf://org/name]
 report:   $(DIRS:%=%/report/manifest.json)   ## one HTML page about the finished stages
 all smoke: $(DIRS:%=%/evaluate/manifest.json) $(DIRS:%=%/report/manifest.json) ## every stage and the report; make smoke = make all RECIPE=smoke
 export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-core's own scripts: make export RECIPE=x DST=folder
@@ -64,14 +69,13 @@ steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic of training, before i
 .PHONY: watch compare baseline
 watch: | $(READY) ## evaluate checkpoints while training runs ([evaluate] every > 0; make train starts it by itself)
 	@$(foreach d,$(DIRS),$(PY) stages/watch.py $d $(ARGS) &&) true
-baseline: | $(READY) ## score the base under the tasks, template and sampling of RECIPE=, before or after training: [MODEL=folder, gs:// or hf://]
-	@$(foreach d,$(DIRS),$(PY) stages/baseline.py $d $(if $(MODEL),--model $(call quote,$(MODEL))) $(ARGS) &&) true
+baseline: $(DIRS:%=%/evaluate/manifest.json) ## score the base under the tasks, template and sampling of RECIPE=; report and compare show it beside the run
 preview: | $(READY) ## print conversations as they are tokenized, trained tokens colored: [SOURCE=n] [ROW=n]
 	@$(foreach d,$(DIRS),$(PY) stages/preview.py $d $(ARGS) $(if $(SOURCE),--source $(call quote,$(SOURCE))) $(if $(ROW),--row $(call quote,$(ROW))) &&) true
 
 ## Jobs, on a CLUSTER with a scheduler. DETACH=1 does not wait for the last stage's job; the same make follows it again
 dry-run: export DRY_RUN := 1
-dry-run: $(DIRS:%=%/$(or $(STAGE),train)/manifest.json) ## print what would be submitted, up to STAGE=train
+dry-run: $(DIRS:%=%/$(or $(STAGE),$(if $(OTHER),evaluate,train))/manifest.json) ## print what would be submitted, up to STAGE=train
 jobs: | $(READY) ## list the jobs of all runs, with their attempts and states
 	@$(PY) -m sft.launch.commands jobs $(call quote,$(RUNS))
 cancel: | $(READY) ## cancel the jobs of RECIPE=

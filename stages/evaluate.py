@@ -1,6 +1,6 @@
 """Scores a run's export with lm-eval and records every score with its error, or fails saying why there is none.
 
-In:  runs/<run>/convert/model, the recipe's tasks, the validation split of runs/<run>/prepare.
+In:  runs/<run>/convert/model or [convert] model, the recipe's tasks, the validation split of runs/<run>/prepare.
 Out: runs/<run>/evaluate/results.json, samples/, manifest.json.
 Run: python stages/evaluate.py runs/<run> [--cluster local] [--data FOLDERS] [field=value ...]
 """

@@ -137,7 +137,22 @@ def test_a_signal_ends_a_program_with_its_status_after_its_cleanup(tmp_path: Pat
 def test_make_knows_the_variables_of_the_makefile() -> None:
     text = (REPO / "Makefile").read_text()
     used = set(re.findall(r"\$\((?:if |call quote,|or )?\$?\(?([A-Z_]{1,12})\)", text))
-    own = {"GOALS", "STAGES", "PLAIN", "PLAN", "DIRS", "ARGS", "READY", "TOOLS", "PY", "BEFORE", "SFT", "CURDIR"}
+    own = {
+        "GOALS",
+        "STAGES",
+        "PLAIN",
+        "PLAN",
+        "DIRS",
+        "ARGS",
+        "READY",
+        "TOOLS",
+        "PY",
+        "BEFORE",
+        "SFT",
+        "CURDIR",
+        "OTHER",
+        "OWN",
+    }
     own |= {"MAKECMDGOALS", "MAKEOVERRIDES", "PYTHONPATH"}
     assert used - own <= set(make_commands.MAKE_VARIABLES)
 

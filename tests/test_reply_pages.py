@@ -43,7 +43,7 @@ def test_a_page_shows_every_reply_and_runs_no_text_of_a_model() -> None:
 def test_what_changed_since_the_baseline_is_marked(tmp_path: Path) -> None:
     for run, samples in (
         ("x", SAMPLES),
-        ("x-baseline", [replace(SAMPLES[0], scores={"exact_match": 0}, replies=("Nice",)), *SAMPLES[1:]]),
+        ("x_baseline", [replace(SAMPLES[0], scores={"exact_match": 0}, replies=("Nice",)), *SAMPLES[1:]]),
     ):
         folder = tmp_path / run / "evaluate"
         (folder / "samples").mkdir(parents=True)
@@ -55,7 +55,7 @@ def test_what_changed_since_the_baseline_is_marked(tmp_path: Path) -> None:
     assert names == ["replies/capitals.html"]
     html = (tmp_path / "report" / names[0]).read_text()
     assert flags(html, "changed") == ["1", "0", "0"] and html.count("the baseline's reply") == 1 and "Nice" in html
-    assert "against x-baseline" in html and 'id="changed"' in html
+    assert "against x_baseline" in html and 'id="changed"' in html
 
 
 def manifest_of(folder: Path) -> None:

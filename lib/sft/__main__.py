@@ -19,7 +19,6 @@ if sys.version_info < (3, 11):  # noqa: UP036 - an old interpreter reads this fi
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import os
 import re
@@ -36,52 +35,10 @@ from sft.formats.run import RunFile
 from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
 from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, plan, references, runs
+from sft.runner import asked, bases, make_words, plan, references, runs
+from sft.runner.make_words import MAKE_VARIABLES, OF_A_RUN, split_overrides
 
 RECIPES = plan.REPO / "recipes"
-MAKE_VARIABLES = (
-    "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "YES", "GOAL", "JOBS", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
-    "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
-)  # fmt: skip
-"""The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
-OF_A_RUN = (
-    *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
-    "dry-run", "cancel", "collect", "fetch", "sweep",
-)  # fmt: skip
-"""Goals of Make that need RECIPE=."""
-
-
-def split_overrides(text: str) -> list[str]:
-    """The recipe's fields among Make's command-line variables ($(MAKEOVERRIDES)): the lower-case ones, as `field=value`.
-
-    Raises SftError for an unknown upper-case name that resembles a variable or a field.
-    """
-    fields: list[str] = []
-    for word in re.findall(r"(?:\\.|[^\s\\])+", text):
-        word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
-        name, _, value = word.partition("=")
-        name = name.rstrip(":+?!")
-        if name.upper() in MAKE_VARIABLES and name not in (*MAKE_VARIABLES, *recipe.FIELDS):
-            raise SftError(
-                f"make: {name}={value}: Make's own variables are upper case; did you mean {name.upper()}={value}?"
-            )
-        if name[:1].islower():
-            fields.append(f"{name}={value}")
-        elif name not in MAKE_VARIABLES and name.lower() in recipe.FIELDS:
-            raise SftError(
-                f"make: {name}={value}: a recipe's field is lower case; did you mean {name.lower()}={value}?"
-            )
-        elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
-            raise SftError(
-                f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)"
-            )
-        elif name not in MAKE_VARIABLES:
-            print(
-                f"note: {name}={value} is no variable of this Makefile; programs get it in their environment",
-                file=sys.stderr,
-            )
-    return fields
 
 
 def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
@@ -105,6 +62,8 @@ def command_plan(args: argparse.Namespace) -> None:
     detach:<stage>, run:<run>, stale:<run>/<stage>."""
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
+    if goals != ["sweep"]:
+        args.fields = make_words.with_model(args.overrides, goals, args.fields, args.place.runs)
     question = _question(args, goals)
     words = ["plan-ok", f"environment:{plan.environment_digest()}"]
     if question.takes_none or set(goals) <= {"new"} or set(goals) == {"sweep"}:
@@ -112,11 +71,6 @@ def command_plan(args: argparse.Namespace) -> None:
             question.resolve(args.fields)
         print(" ".join(words))
         return
-    if _variable(args, "MODEL") and not {"chat", "serve", "baseline"} & set(goals):
-        raise SftError(
-            f"make {goals[0]}: it reads no MODEL=; next: make baseline RECIPE=… MODEL=…, which scores another model under the tasks"
-            " of a recipe, or make chat MODEL=…"
-        )
     if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
         raise SftError(
             f"override {odd[0]!r}: only letters, digits and _.,+/:@- are possible on the command line; next: make new FROM=… RECIPE=…, and edit"
@@ -130,13 +84,16 @@ def command_plan(args: argparse.Namespace) -> None:
             " next: choose another folder"
         )
     wanted_runs = runs_of(args)
+    if "baseline" in goals:
+        wanted_runs, goals = _baseline(args, wanted_runs, goals), ["evaluate"]
+        words += [f"set:{recipe.MODEL}={wanted_runs[0].convert.model}"] * (not question.other_model)
     if wanted_runs:
         cluster = args.place.load_cluster()
         words += [f"launcher-{s}:{cluster.launcher if s in cluster.stages else 'local'}" for s in schema.STAGES]
         wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
-        if wanted and _variable(args, "DETACH") not in ("", "0"):
+        if wanted and make_words.variable(args.overrides, "DETACH") not in ("", "0"):
             words.append(f"detach:{wanted[-1]}")
-    shard = _variable(args, "SHARD")
+    shard = make_words.variable(args.overrides, "SHARD")
     if shard and (beyond := [g for g in needs_run if g != "prepare"]):
         raise SftError(
             f"make {beyond[0]} SHARD={shard}: SHARD is for prepare; next: make prepare … SHARD={shard}, then SHARD=merge/n"
@@ -144,15 +101,37 @@ def command_plan(args: argparse.Namespace) -> None:
     if needs_run and not wanted_runs:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
     for r in wanted_runs:
+        if r.convert.model:
+            words.append(f"model:{r.run}")
+            if others := [g for g in goals if g in ("sync", "train", "watch")]:
+                raise SftError(
+                    f"{r.file}: [convert] model = {r.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
+                )
+        for line in plan.unchecked(args.place, r, goals):
+            print(f"note: {line}", file=sys.stderr)
         if "train" in wanted and "train" in cluster.stages:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
         work = plan.work(args.place, r, goals)
-        retrain = _variable(args, "RETRAIN") not in ("", "0") or "train" not in question.chain
+        retrain = make_words.variable(args.overrides, "RETRAIN") not in ("", "0") or "train" not in question.chain
         if "train" in work.stale and not retrain:
             _refuse_to_start_again(args, r)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
         words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
     print(" ".join(words))
+
+
+def _baseline(args: argparse.Namespace, found: list[recipe.Recipe], goals: list[str]) -> list[recipe.Recipe]:
+    """The run that scores the base of a recipe, or MODEL=."""
+    if len(goals) > 1 or len(found) > 1:
+        raise SftError("make baseline: one recipe and no other goal are expected; next: make baseline RECIPE=x")
+    if not found or found[0].convert.model:
+        return found
+    r = found[0]
+    if not r.model.base:
+        raise SftError(
+            f"{r.file}: training starts from random weights, which have no baseline; next: make baseline RECIPE={r.name} MODEL=folder"
+        )
+    return [recipe.load(Path(r.file), [*args.fields, f"{recipe.MODEL}={r.model.base}"], args.place.cluster)]
 
 
 def _refuse_to_start_again(args: argparse.Namespace, r: recipe.Recipe) -> None:
@@ -168,23 +147,20 @@ def _refuse_to_start_again(args: argparse.Namespace, r: recipe.Recipe) -> None:
 def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
     """What was asked for. A recipe that is broken is reported where it is loaded."""
     cluster = args.place.load_cluster() if args.recipe else schema.Cluster(storage="")
-    dry_run = _variable(args, "STAGE") or "train"
+    other_model = any(f.startswith(f"{recipe.MODEL}=") for f in args.fields)
+    dry_run = make_words.variable(args.overrides, "STAGE") or ("evaluate" if other_model else "train")
     if "dry-run" in goals and dry_run not in schema.STAGES:
         raise SftError(f"make dry-run STAGE={dry_run}: no such stage; next: one of {', '.join(schema.STAGES)}")
-    question = asked.Asked(goals, cluster, args.place.cluster, dry_run)
+    question = asked.Asked(goals, cluster, args.place.cluster, dry_run, other_model=other_model)
     with contextlib.suppress(SftError):
         watched = any(recipe.load(recipe.find(RECIPES, name, "recipe")).evaluate.every for name in args.recipe.split())
         question = dataclasses.replace(question, watches=watched)
     return question
 
 
-def _variable(args: argparse.Namespace, name: str) -> str:
-    """The value of a variable on Make's command line, or in the environment."""
-    return next(iter(re.findall(rf"(?:^|\s){name}=(\S*)", args.overrides)), os.environ.get(name, ""))
-
-
 def command_show(args: argparse.Namespace) -> None:
     """The resolved recipe with the origin of each value, its model, and the state of each stage."""
+    args.fields = make_words.with_model(args.overrides, ["report"], args.fields, args.place.runs)
     from sft.runner import listing  # start-up: the planner does without
 
     for r in _one_or_more(args):
@@ -245,9 +221,10 @@ def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
 
 def command_why(args: argparse.Namespace) -> None:
     """Each stage of each run: done, or the reasons why it would run."""
+    args.fields = make_words.with_model(args.overrides, ["report"], args.fields, args.place.runs)
     for r in _one_or_more(args):
         work = plan.work(args.place, r, [])
-        for stage in (*schema.STAGES, "report"):
+        for stage in (*r.stages, "report"):
             reused = f"reuses {work.reused[stage]}" if stage in work.reused else "up to date"
             print(f"{r.run}/{stage}: {'; '.join(work.stale.get(stage, [])) or reused}")
 
@@ -256,7 +233,11 @@ def command_reuse(args: argparse.Namespace) -> None:
     """Makes a stage of a run a reference to the same stage of another run, which the planner found. Make calls this."""
     from sft.common.locks import lock  # start-up: the planner locks nothing
 
-    r = plan.load_run(args.place, args.run, args.fields)
+    fields = make_words.with_model(args.overrides, ["report"], args.fields, args.place.runs)
+    if args.run.endswith(recipe.BASELINE) and fields == args.fields:
+        own = plan.load_run(args.place, args.run.removesuffix(recipe.BASELINE), fields)
+        fields = [*fields, f"{recipe.MODEL}={own.model.base}"]
+    r = plan.load_run(args.place, args.run, fields)
     run, origin = args.place.runs / r.run, args.place.runs / args.origin / args.stage
     (run / ".work").mkdir(parents=True, exist_ok=True)
     with lock(run / ".work" / f"{args.stage}.lock"):
@@ -415,9 +396,10 @@ def command_doctor(args: argparse.Namespace) -> None:
     from sft.launch.doctor import doctor  # start-up: the planner launches nothing
     from sft.launch.doctor.context import OK, RED, Context, Row  # start-up: the same
 
+    args.fields = make_words.with_model(args.overrides, ["report"], args.fields, args.place.runs)
     red = 0
     for r in _one_or_more(args):
-        rows = doctor.examine(Context(args.place, r, args.place.load_cluster(), imports=True), ask=True)
+        rows = doctor.examine(Context(args.place, r, args.place.load_cluster(), r.stages, imports=True), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
         print(doctor.table([Row(OK, "recipe", r.file), *rows]))
         red += sum(row.state == RED for row in rows)
@@ -467,7 +449,7 @@ def command_sweep(args: argparse.Namespace) -> None:
         )
     file = recipe.find(RECIPES, args.recipe.strip(), "recipe")
     found = sweep.siblings(file, args.fields, args.place.cluster)
-    jobs = _variable(args, "JOBS") or "0"
+    jobs = make_words.variable(args.overrides, "JOBS") or "0"
     if not jobs.isdigit():
         raise SftError(f"JOBS={jobs}: a number of runs at a time is expected; next: correct it")
     words = [f"CLUSTER={args.place.cluster}", *([f"DATA={args.data}"] if args.data else [])]
@@ -476,7 +458,7 @@ def command_sweep(args: argparse.Namespace) -> None:
     def finish() -> None:
         print(trainings.write([runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"), flush=True)
 
-    sweep.sweep(args.place, r, found, _variable(args, "GOAL") or "train", int(jobs), words, finish)
+    sweep.sweep(args.place, r, found, make_words.variable(args.overrides, "GOAL") or "train", int(jobs), words, finish)
 
 
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:

@@ -1,6 +1,6 @@
 """The evaluate stage: scores that can be believed, or none.
 
-In:  convert's model/, the recipe's tasks (lm-eval task files under recipes/tasks or DATA), the validation split.
+In:  convert's model/ (or the model that [convert] model names), the recipe's tasks (lm-eval task files under recipes/tasks or DATA), the validation split.
 Out: results.json      every score with n, standard error and 95 % interval; how replies ended; hashes of tasks and template
      samples/          one JSONL file per task: prompt, reply, how it ended, its scores
      validation.jsonl  loss of every held-out conversation
@@ -18,6 +18,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -61,7 +62,15 @@ def evaluate(stage: Stage) -> Result:
     options = stage.recipe.evaluate
     if options.harness != "lm-eval":
         return collected.collect(stage)
-    return score(stage, stage.folder("convert") / "model", stage.out, stage.hardware)
+    if not stage.recipe.convert.model:
+        return score(stage, stage.folder("convert") / "model", stage.out, stage.hardware)
+    from sft.export.other_model import assemble  # start-up: torch takes two seconds
+
+    work = stage.out / "work"
+    files = assemble(stage, work / "model")
+    result = score(stage, work / "model", stage.out, stage.hardware)
+    shutil.rmtree(work)
+    return Result([*result.outputs, *files], result.metrics)
 
 
 def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:

@@ -12,9 +12,10 @@ Run: make convert RECIPE=…, or python stages/convert.py runs/<run>.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sft.checkpoint import olmo_core
@@ -25,7 +26,7 @@ from sft.export.gate import check
 from sft.export.write import export
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
-from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics
+from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics, GateRecord
 from sft.formats.metrics import TrainMetrics
 from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import Base, BaseFacts
@@ -42,9 +43,44 @@ def convert(stage: Stage) -> Result:
     facts = DatasetInfo.of(stage.folder("prepare")).facts
     step = final_step(stage.folder("train"))
     config = trained_config(stage.recipe.model, facts.vocab_size, step)
+    made = export_step(stage, step, config, step.parent / "tokenizer", stage.out / "model")
+    made.gate.write(stage.out / NAME)
+    (stage.out / "model" / "README.md").write_text(card.of_run(stage.run, stage.recipe, made.gate), encoding="utf-8")
+    return Result(outputs=["model", NAME], metrics=made.metrics(step).to_metrics())
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A step as a Hugging Face folder, with the record of its gate. `size`: bytes of the weights."""
+
+    gate: GateRecord
+    parameters: int
+    size: int
+    template: CarriedTemplate
+
+    def metrics(self, step: Path) -> ConvertMetrics:
+        """The metrics of convert's manifest. `step`: the step's folder, whose name has its number."""
+        number = re.search(r"step(\d+)$", step.name)
+        return ConvertMetrics(
+            step=int(number[1]) if number else 0,
+            parameters=self.parameters,
+            bytes=self.size,
+            template=self.template,
+            gate=self.gate.summary,
+        )
+
+
+def export_step(
+    stage: Stage, step: Path, config: ModelConfig, tokenizer: Path, target: Path, own_template: str = ""
+) -> Exported:
+    """Exports a step to the folder `target` and runs the gate. Raises SftError.
+
+    tokenizer: the folder that training used, with its template. own_template: the text for [convert] eval_template = "model".
+    """
+    facts = DatasetInfo.of(stage.folder("prepare")).facts
     options, weights = stage.recipe.convert, DcpReader(step)
-    trained = (step.parent / "tokenizer" / "chat_template.jinja").read_text(encoding="utf-8")
-    template = evaluation_template(options.eval_template, stage.find) or trained
+    trained = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
+    template = own_template or evaluation_template(options.eval_template, stage.find) or trained
     trained_base = olmo_core.base_facts(step / "config.json")
     options, lines = with_length(
         options, config, trained_base, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
@@ -52,22 +88,13 @@ def convert(stage: Stage) -> Result:
     stage.log(f"{step.name}: {config.parameters:,} parameters to {options.dtype}")
     for line in [*lines, *about_quantisation(options, trained_base)]:
         stage.log(line)
-    model = stage.out / "model"
-    shutil.rmtree(model, ignore_errors=True)
-    size = export(weights, config, facts, step.parent / "tokenizer", model, options, template, stage.log, trained_base)
-    gate = check(model, weights, config, facts, trained, options, stage.log)
+    shutil.rmtree(target, ignore_errors=True)
+    size = export(weights, config, facts, tokenizer, target, options, template, stage.log, trained_base)
+    record = check(target, weights, config, facts, trained, options, stage.log)
     weights.close()
-    gate.write(stage.out / NAME)
-    (model / "README.md").write_text(card.of_run(stage.run, stage.recipe, gate), encoding="utf-8")
     name = options.eval_template or "as trained"
-    metrics = ConvertMetrics(
-        step=int(step.name.removeprefix("step")),
-        parameters=config.parameters,
-        bytes=size,
-        template=CarriedTemplate(name, hashlib.sha256(template.encode()).hexdigest()),
-        gate=gate.summary,
-    )
-    return Result(outputs=["model", NAME], metrics=metrics.to_metrics())
+    carried = CarriedTemplate(name, hashlib.sha256(template.encode()).hexdigest())
+    return Exported(record, config.parameters, size, carried)
 
 
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:

@@ -21,8 +21,6 @@ from sft.formats.record import Record, convert, to_json
 NAME = "results.json"
 SAMPLES = "samples"
 """The folder beside it: one JSONL file for each task (see sft.formats.samples)."""
-BASELINE = "-baseline"
-"""The end of the name of the folder, beside a run's, that has the scores of the run's base."""
 VALIDATION = "validation.jsonl"
 """The file beside it: the loss of every held-out conversation."""
 

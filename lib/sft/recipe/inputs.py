@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.paths import REMOTE
+from sft.recipe import mounts
 from sft.recipe.dataset_files import Choice, FileSelection, candidates, check_pointer, check_single, local_tree, select
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
@@ -36,6 +37,11 @@ TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 def is_remote(path: str) -> bool:
     return REMOTE.match(path) is not None
+
+
+def is_elsewhere(path: str) -> bool:
+    """Whether the planner does not look for a path: it is remote, or on a disk of the cluster."""
+    return is_remote(path) or mounts.is_on_disk(path)
 
 
 def own_template(template: str) -> str | None:
@@ -102,12 +108,12 @@ def prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> list[tuple[s
 
 def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tuple[str, Path]]:
     for source in prepare.sources:
-        if not is_remote(source.path):
+        if not is_elsewhere(source.path):
             yield from _planned(find(source.path), source.path, choice(source))
     for path in prepare.decontaminate:
         if not is_remote(path):
             yield from _planned(find(path), path, EVERY_SPLIT, "[prepare] decontaminate")
-    if not is_remote(prepare.tokenizer):
+    if not is_elsewhere(prepare.tokenizer):
         folder = find(prepare.tokenizer)
         for name in tokenizer_files(prepare):
             if (folder / name).is_file():
@@ -117,8 +123,8 @@ def _prepare_files(prepare: Prepare, find: Callable[[str], Path]) -> Iterator[tu
 
 
 def base_files(model: Model, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
-    """The files of a base under DATA. A base on the hub or in a bucket is identified by its name."""
-    if not model.base or is_remote(model.base):
+    """The files of a base under DATA. A base on the hub, in a bucket or on a disk of the cluster is identified by its name."""
+    if not model.base or is_elsewhere(model.base):
         return []
     folder = find(model.base)
     return [(f"{model.base}/{p.relative_to(folder).as_posix()}", p) for p in sorted(folder.rglob("*")) if p.is_file()]

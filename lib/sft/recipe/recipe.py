@@ -33,6 +33,9 @@ FEW_ROWS = 32  # an integer weight below this is taken for a multiple written wi
 HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
 FIELDS_OF_TABLES = {f.name for cls in schema.TABLES.values() for f in dataclasses.fields(cls)}
 FIELDS = FIELDS_OF_TABLES | HARDWARE_FIELDS.keys()
+MODEL = "convert.model"
+BASELINE = "_baseline"
+"""What the name of a run that scores another's base ends with: the runs/x of runs/x_baseline."""
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
 
 
@@ -54,9 +57,38 @@ class Recipe:
     @property
     def run(self) -> str:
         """Folder name of the run: the recipe's name, then each override in the order of the tables."""
-        parts = [f"_{_short(path)}-{_file_safe(value)}" for path, value in self.overrides]
+        parts = [f"_{_short(path)}-{_file_safe(value)}" for path, value in self.overrides if path != MODEL]
         name = self.name + "".join(parts)
-        return name if len(name) <= 120 else f"{self.name}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        name = name if len(name) <= 120 else f"{self.name}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        return name + (self._other_model if MODEL in dict(self.overrides) else "")
+
+    @property
+    def _other_model(self) -> str:
+        """The end of a run's name for [convert] model; that of the base is BASELINE."""
+        model = self.convert.model
+        if model and model == self.model.base:
+            return BASELINE
+        words = [w for w in re.split(r"[^A-Za-z0-9.+-]+", model.partition("://")[2] or model) if w.strip(".")]
+        label = "-".join(words[-3:]).replace("..", ".")[-40:].strip(".-")
+        return f"_model-{label}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages of the run, upstream first. One that scores another model trains nothing."""
+        return tuple(s for s in schema.STAGES if not (self.convert.model and s in ("sync", "train")))
+
+    def upstream(self, stage: str) -> tuple[str, ...]:
+        """The stages whose results a stage reads directly. Another model is read as it is, by convert and by evaluate."""
+        if self.convert.model and stage in ("convert", "evaluate"):
+            return ("prepare",)
+        return schema.UPSTREAM[stage]
+
+    def chain(self, stage: str) -> tuple[str, ...]:
+        """The stage and all that it needs, upstream first."""
+        found = {stage}
+        for name in reversed(schema.STAGES):
+            found |= set(self.upstream(name)) if name in found else set()
+        return tuple(s for s in schema.STAGES if s in found)
 
     def hardware(self, cluster: str, stage: str) -> schema.Hardware:
         """[on.<cluster>.<stage>], or the defaults."""
@@ -75,6 +107,8 @@ class Recipe:
             config["base"] = self.model.base
         if stage == "train":
             config["model"] = _keyed(self.model)
+        if stage == "evaluate" and self.convert.model:  # it exports the model by itself
+            config["convert"] = self.config("convert")
         return config
 
 
@@ -377,7 +411,20 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
     if train.schedule == "wsd" and train.warmup_fraction + train.decay_fraction > 1:
         problems.append(f"'warmup_fraction' {train.warmup_fraction:g} and 'decay_fraction' {train.decay_fraction:g} in [train] are more"
                         " than the whole run: lower one of them")  # fmt: skip
+    problems += _check_other_model(values["convert"], values["evaluate"])
     return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
+
+
+def _check_other_model(convert: schema.Convert, evaluate: schema.Evaluate) -> list[str]:
+    """[convert] model, and the option that only it has."""
+    if not convert.model:
+        own = "'eval_template' in [convert] = 'model': there is no [convert] model; leave it empty for the trained template"
+        return [own] if convert.eval_template == "model" else []
+    if evaluate.harness != "lm-eval":
+        return [
+            f"'model' in [convert]: harness = {evaluate.harness!r} takes another model by [evaluate] location; set that"
+        ]
+    return []
 
 
 def _check_groups(prepare: schema.Prepare) -> list[str]:

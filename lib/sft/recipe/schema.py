@@ -357,12 +357,17 @@ class Convert:
     shard_gb: float = opt(5.0, "largest safetensors file, in GB", above=0)
     eval_template: str = opt(
         "",
-        "chat template of the export: a name (olmo_thinker starts replies with <think>) or a .jinja, .jinja2 or .j2 file under DATA; empty = the trained one",
+        "chat template of the export: a name (olmo_thinker starts replies with <think>) or a .jinja, .jinja2 or .j2 file under DATA; empty = the trained one; model = that of [convert] model",
     )
     gate: str = opt(
         "full",
         "proof before publishing: full = every layer and greedy replies, fast = a sample of four layers (for large models)",
         choices=("full", "fast"),
+    )
+    model: str = opt(
+        "",
+        "another model than this run's training, to export and score (make … MODEL=): runs/<run>[/train/step<N>], a step or Hugging Face folder under DATA or on a mount, gs://… or hf://org/name[@revision]; empty = train",
+        late=True,
     )
 
 

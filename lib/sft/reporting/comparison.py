@@ -14,7 +14,7 @@ from sft.common.files import write_atomic
 from sft.evaluation.compare import LETTERS, compare, footnote, p_text, show
 from sft.formats import manifest
 from sft.formats.comparison import Comparison, ScoreDifference
-from sft.formats.results import BASELINE
+from sft.recipe.recipe import BASELINE
 from sft.reporting import charts
 from sft.reporting.page import document, table
 

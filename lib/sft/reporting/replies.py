@@ -17,8 +17,9 @@ from sft.common.files import write_atomic
 from sft.evaluation.scores import as_tuple, is_number, json_hash
 from sft.formats import manifest
 from sft.formats.lines import read_lines
-from sft.formats.results import BASELINE, NAME, SAMPLES, Results, TaskResult
+from sft.formats.results import NAME, SAMPLES, Results, TaskResult
 from sft.formats.samples import Sample
+from sft.recipe.recipe import BASELINE
 from sft.reporting.page import STYLE
 
 FOLDER = "replies"

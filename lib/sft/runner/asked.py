@@ -88,6 +88,8 @@ class Asked:
     cluster: schema.Cluster
     cluster_name: str
     dry_run: str = "train"
+    other_model: bool = False
+    """Whether MODEL= names a model that the run does not train."""
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -103,7 +105,8 @@ class Asked:
         """The stages that the goals reach: those that were asked for, and all before them."""
         if self.goals and set(self.goals) <= {"to-hf"}:
             return ("convert",)
-        return schema.STAGES[: schema.STAGES.index(self.stages[-1]) + 1] if self.stages else ()
+        chain = schema.STAGES[: schema.STAGES.index(self.stages[-1]) + 1] if self.stages else ()
+        return tuple(s for s in chain if s not in ("sync", "train")) if self.other_model else chain
 
     @property
     def takes_none(self) -> bool:

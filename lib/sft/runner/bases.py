@@ -18,7 +18,7 @@ from sft.recipe.base_config import Base, read_base, tokenizer_of
 from sft.recipe.base_tokenizer import class_differences, compared, number_of_ids, read_tokenizer
 from sft.recipe.differences import Difference, mismatch
 from sft.recipe.families import family
-from sft.recipe.inputs import is_remote
+from sft.recipe.inputs import is_elsewhere
 from sft.recipe.resolve import resolve
 
 
@@ -30,7 +30,7 @@ def find_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> Base | None
     name, ignore = r.model.base, r.model.ignore_config
     if not name:
         return None
-    if not is_remote(name):
+    if not is_elsewhere(name):
         return read_base(paths.find(roots, name, f"{r.file}: [model] base"), ignore)
     folder = _synced(run / "sync")
     return read_base(folder, ignore) if folder else None
@@ -54,7 +54,7 @@ def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> Non
     transformers' class of the family does not change.
     """
     name, model = r.prepare.tokenizer, r.model
-    if is_remote(name):
+    if is_elsewhere(name):
         return
     what = f"{r.file}: [prepare] tokenizer"
     ours = paths.find(roots, name, what) / "tokenizer.json"
@@ -62,7 +62,7 @@ def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> Non
         return
     where = f"'tokenizer' in [prepare] = {name!r}:"
     then = "set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
-    if not is_remote(model.base):
+    if not is_elsewhere(model.base):
         theirs = tokenizer_of(paths.find(roots, model.base, f"{r.file}: [model] base"))
         if theirs is not None and ours.read_bytes() != theirs.read_bytes():
             rows = compared(read_tokenizer(theirs), read_tokenizer(ours))
@@ -105,8 +105,15 @@ def check_base(roots: Sequence[Path], run: Path, r: recipe.Recipe) -> None:
     try:
         base = find_base(roots, run, r)
         if base is not None:
-            _check_ranks(resolve(r.model, 0, base), r)
+            check_found(base, r)
             _check_tokenizer(roots, r, base)
     except SftError as error:
         text = str(error)
         raise SftError(text if text.startswith(r.file) else f"{r.file}: {text}") from error
+
+
+def check_found(base: Base, r: recipe.Recipe, tokenizer_size: int = 0) -> ModelConfig:
+    """The architecture of a base that is here, checked: by the planner, or by sync for a base that only jobs see. Raises SftError."""
+    config = resolve(r.model, tokenizer_size, base)
+    _check_ranks(config, r)
+    return config

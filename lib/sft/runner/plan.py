@@ -26,10 +26,10 @@ from sft.formats import run as run_format
 from sft.formats.manifest import Input, Manifest
 from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
-from sft.formats.results import BASELINE
 from sft.formats.run import RunFile
-from sft.recipe import chat_templates, clusters, inputs, recipe, schema
-from sft.runner import bases, references
+from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema
+from sft.recipe.recipe import BASELINE
+from sft.runner import bases, models, references
 
 REPO = paths.REPO
 VERSIONS = {"prepare": 7, "sync": 1, "train": 2, "convert": 3, "evaluate": 5, "report": 2}
@@ -117,14 +117,15 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None, *, re
     """The state of every stage of a run, upstream first. reuse: a stale stage that another run has made is not stale."""
     cache = cache or HashCache(place.cache)
     found: dict[str, State] = {}
-    for stage in schema.STAGES:
-        upstream = [found[u] for u in schema.UPSTREAM[stage]]
+    for stage in r.stages:
+        upstream = [found[u] for u in r.upstream(stage)]
         config = r.config(stage)
         state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
         files = functools.partial(input_files, place, r, stage, cache)
         _compare(state, place.runs / r.run, upstream, files)
         found[stage] = (_reused(state, place.runs, r.run, upstream, files) if reuse and state.stale else None) or state
-    _look_elsewhere(found["sync"], place, place.runs / r.run / "sync" / manifest.NAME)
+    if "sync" in found:
+        _look_elsewhere(found["sync"], place, place.runs / r.run / "sync" / manifest.NAME)
     return found
 
 
@@ -148,16 +149,14 @@ def consumed(place: Place, r: recipe.Recipe, stage: str, cache: HashCache | None
     """(state, inputs) of a stage that is about to run. Raises SftError for a stale upstream or a missing file."""
     cache = cache or HashCache(place.cache)
     found = states(place, r, cache)
-    for upstream in schema.UPSTREAM[stage]:
+    for upstream in r.upstream(stage):
         if found[upstream].stale:
             raise SftError(
                 f"{place.runs / r.run / upstream / manifest.NAME}: {upstream} is stale"
                 f" ({'; '.join(found[upstream].reasons)}); next: make {upstream} RECIPE={r.name}"
                 + "".join(f" {k}={v}" for k, v in r.overrides)
             )
-    return found[stage], [upstream_entry(found[u]) for u in schema.UPSTREAM[stage]] + input_files(
-        place, r, stage, cache
-    )
+    return found[stage], [upstream_entry(found[u]) for u in r.upstream(stage)] + input_files(place, r, stage, cache)
 
 
 def identity(key: str, entries: Sequence[Input]) -> str:
@@ -168,7 +167,10 @@ def identity(key: str, entries: Sequence[Input]) -> str:
 def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) -> list[Input]:
     """Manifest entries of the local files that a stage's recipe tables name. Raises SftError for a missing file."""
     named = named_files(place, r, stage)
-    return [Input(file=name, bytes=file.stat().st_size, sha256=cache.sha256(file)) for name, file in named]
+    found = [Input(file=name, bytes=file.stat().st_size, sha256=cache.sha256(file)) for name, file in named]
+    if stage in ("convert", "evaluate") and r.convert.model:
+        found += models.inputs(place.runs, place.roots, place.load_cluster(), r, cache)
+    return found
 
 
 def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, Path]]:
@@ -184,7 +186,8 @@ def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, P
     if stage == "convert":
         return inputs.convert_files(r.convert, find)
     if stage == "evaluate":
-        return inputs.evaluate_files(r.evaluate, find)
+        own = inputs.convert_files(r.convert, find) if r.convert.model else []
+        return [*own, *inputs.evaluate_files(r.evaluate, find)]
     return []
 
 
@@ -264,33 +267,50 @@ def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
     stage must. Raises SftError for a missing input of any stage that must run, before the first one starts.
     """
     found = states(place, r, reuse=True)
-    last = max((schema.STAGES.index(g) for g in goals if g in schema.STAGES), default=-1)
-    last = len(schema.STAGES) - 1 if not {"all", "smoke"}.isdisjoint(goals) else last
-    runs = [s for s in schema.STAGES[: last + 1] if found[s].stale]
+    last = [g for g in goals if g in schema.STAGES] + ["evaluate"] * (not {"all", "smoke"}.isdisjoint(goals))
+    wanted = [s for s in r.stages if any(s in r.chain(goal) for goal in last)]
+    runs = [s for s in wanted if found[s].stale]
     for stage in runs:
         named_files(place, r, stage)
     if not {"prepare", "sync", "train"}.isdisjoint(runs):
         bases.check_base(place.roots, place.runs / r.run, r)
-    if "prepare" in runs and not inputs.is_remote(r.prepare.tokenizer):
+    cluster = place.load_cluster()
+    for stage in runs:
+        for what, path in mounts.named(r, stage):
+            mounts.require(path, stage, cluster, place.cluster, f"{r.file}: {what}")
+        if r.convert.model and stage in ("convert", "evaluate"):
+            models.check(r, stage, place.runs, place.roots, cluster, place.cluster)
+    if "prepare" in runs and not inputs.is_elsewhere(r.prepare.tokenizer):
         _check_template(r, "template", "prepare", r.prepare.template, "tokenizer")
     if "convert" in runs:
         _check_template(r, "eval_template", "convert", r.convert.eval_template, "")
     if "evaluate" in runs:
         inputs.check_tasks(r.evaluate, lambda path: paths.find(place.roots, path, f"{r.file}: evaluate"), r.file)
-    sync = found["sync"]
-    if sync.elsewhere and (found["train"].stale or "sync" in goals):
+    sync = found.get("sync")
+    if sync and sync.elsewhere and (found["train"].stale or "sync" in goals):
         sync.reasons.append(sync.elsewhere)
     stale = {s.stage: s.reasons for s in found.values() if s.stale}
     reused = {s.stage: s.origin for s in found.values() if s.origin and not s.stale}
-    if reasons := report_reasons(
-        place.runs / r.run, bool(runs) or not reused.keys().isdisjoint(schema.STAGES[: last + 1])
-    ):
+    if reasons := report_reasons(place.runs / r.run, bool(runs) or not reused.keys().isdisjoint(wanted)):
         stale["report"] = reasons
     return Work(stale, reused)
 
 
+def unchecked(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> list[str]:
+    """One line for each input that only the jobs of the stages for these goals see."""
+    wanted = [g for g in goals if g in schema.STAGES] + ["evaluate"] * (not {"all", "smoke"}.isdisjoint(goals))
+    stages = [s for s in r.stages if any(s in r.chain(goal) for goal in wanted)]
+    found = [f"{what} = {path!r}: checked in the job of {s}" for s in stages for what, path in mounts.named(r, s)]
+    reader = next((s for s in stages if s in ("convert", "evaluate")), "")
+    if reader and r.convert.model and mounts.in_jobs(r.convert.model, place.load_cluster()):
+        found.append(f"{models.FIELD} = {r.convert.model!r}: checked in the job of {reader}")
+    return found
+
+
 def _check_template(r: recipe.Recipe, field: str, table: str, name: str, default: str) -> None:
     if name == default or inputs.is_template_file(name) or (default and inputs.own_template(name)):
+        return
+    if field == "eval_template" and name == "model":  # the recipe has checked that there is one
         return
     if name not in chat_templates.TEMPLATES:
         known = ", ".join(filter(None, (default, *chat_templates.TEMPLATES)))

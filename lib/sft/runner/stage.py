@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common import paths
+from sft.common.errors import SftError
 from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
 from sft.common.library_logs import quiet_libraries
@@ -34,6 +35,7 @@ from sft.formats.manifest import Manifest, Output
 from sft.formats.remote import Remote
 from sft.formats.run import RunFile
 from sft.formats.steps import holds_steps
+from sft.recipe import mounts
 from sft.recipe.recipe import Recipe
 from sft.runner import plan, references
 from sft.runner.cli import RunOptions, program, run_options
@@ -83,7 +85,13 @@ class Stage:
         return plan.identity(self.key, self.inputs)
 
     def find(self, path: str, what: str = "") -> Path:
-        """A recipe's relative path under the DATA roots or recipes/. Raises SftError."""
+        """A recipe's relative path under the DATA roots or recipes/, or its path on a disk of the cluster. Raises SftError."""
+        if mounts.is_on_disk(path):
+            where = f"{self.recipe.file}: {what or self.name}"
+            found = Path(mounts.require(path, self.name, self.cluster, self.place.cluster, where))
+            if not found.exists():
+                raise SftError(f"{where} = {path!r}: {found} is not there; next: correct the path")
+            return found
         return paths.find(self.place.roots, path, f"{self.recipe.file}: {what or self.name}")
 
     def sha256(self, file: Path) -> str:

@@ -21,6 +21,7 @@ from sft.recipe.differences import Difference, mismatch
 from sft.recipe.families import family
 from sft.recipe.recipe import Recipe
 from sft.recipe.resolve import resolve
+from sft.runner.bases import check_found
 
 
 def check_base(recipe: Recipe, dataset: Path, base: Path) -> None:
@@ -32,7 +33,7 @@ def check_base(recipe: Recipe, dataset: Path, base: Path) -> None:
     if published is None:
         return
     facts = DatasetInfo.of(dataset).facts
-    config = resolve(recipe.model, facts.vocab_size, published)
+    config = check_found(published, recipe, facts.vocab_size)
     unchecked = recipe.model.base_tokenizer == "unchecked"
     check_base_tokenizer(dataset, facts, base, unchecked, recipe.prepare.add_tokens)
     check_for_family(dataset / "data" / "tokenizer", facts.tokenizer.canaries, family(config))

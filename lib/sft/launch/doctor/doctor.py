@@ -22,6 +22,7 @@ from sft.runner import plan
 Check = Callable[[Context], Iterator[Row]]
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (inputs.data, ("prepare", "sync")),
+    (inputs.other_model, ("convert", "evaluate")),
     (inputs.model, ("prepare", "sync", "train")),
     (inputs.tokenizer, ("prepare", "sync", "train")),
     (inputs.storage, ("sync", "train")),

@@ -13,22 +13,37 @@ from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
 from sft.formats.elsewhere import Elsewhere
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount
-from sft.recipe import inputs
+from sft.recipe import inputs, mounts
 from sft.recipe.architecture import summary
 from sft.recipe.base_config import Base
 from sft.recipe.presets import SOURCES
 from sft.recipe.resolve import named_changes, resolve, supported_length
-from sft.runner import plan
+from sft.runner import models, plan
 
 
 def data(context: Context) -> Iterator[Row]:
     """Sources, tokenizer and base weights exist, and jobs can read them."""
     r = context.recipe
-    remote = [s.path for s in r.prepare.sources if inputs.is_remote(s.path)]
+    remote = [s.path for s in r.prepare.sources if inputs.is_elsewhere(s.path)]
     if context.needs("prepare"):
         yield from _named_files(context, "prepare", "data", remote)
     if context.needs("sync"):
         yield from _named_files(context, "sync", "base weights", [r.model.base] if r.model.base else [])
+
+
+def other_model(context: Context) -> Iterator[Row]:
+    """[convert] model is there, for the stage that reads it."""
+    r, place = context.recipe, context.place
+    if not r.convert.model:
+        return
+    models.check(r, "evaluate", place.runs, place.roots, context.cluster, place.cluster)
+    far = mounts.in_jobs(r.convert.model, context.cluster)
+    if far or inputs.is_remote(r.convert.model):
+        where = "checked in the job" if far else "not checked, evaluate fetches it"
+        yield Row(SKIPPED, "other model", f"{r.convert.model}: {where}")
+    else:
+        models.inputs(place.runs, place.roots, context.cluster, r, HashCache(place.cache))
+        yield Row(OK, "other model", r.convert.model)
 
 
 def _named_files(context: Context, stage: str, what: str, named: Sequence[str]) -> Iterator[Row]:
@@ -38,6 +53,11 @@ def _named_files(context: Context, stage: str, what: str, named: Sequence[str]) 
     except SftError as e:
         yield Row(RED, what, str(e).partition(": ")[2].partition("; next: ")[0], str(e).partition("; next: ")[2])
         return
+    disks = [path for _, path in mounts.named(context.recipe, stage)]
+    for field, path in mounts.named(context.recipe, stage):
+        mounts.require(path, stage, context.cluster, context.place.cluster, field)
+        yield Row(SKIPPED, what, f"{path}: checked in the job")
+    named = [path for path in named if path not in disks]
     unchecked = Row(SKIPPED, what, f"{', '.join(named)}: not checked, {stage} reads it")
     if files:
         yield Row(OK, what, f"{len(files)} files, {amount(sum(file.stat().st_size for _, file in files))}")
@@ -50,7 +70,7 @@ def _named_files(context: Context, stage: str, what: str, named: Sequence[str]) 
                       f"{then}gs:// or hf:// paths")  # fmt: skip
     elif named:
         yield unchecked
-    else:
+    elif not disks:
         yield Row(NOTE, what, "random weights: no [model] base")
     for path in named:
         if path.startswith("hf://") and "@" not in path:
@@ -98,7 +118,7 @@ def tokenizer(context: Context) -> Iterator[Row]:
         return
     if name == base:
         yield Row(OK, "tokenizer", f"the base's own ({name})")
-    elif inputs.is_remote(name) or inputs.is_remote(base):
+    elif inputs.is_elsewhere(name) or inputs.is_elsewhere(base):
         yield Row(NOTE, "tokenizer", f"sync will compare {name} and {base}")
     else:
         files = [paths.find(context.place.roots, f, context.recipe.file) / "tokenizer.json" for f in (name, base)]

@@ -1,0 +1,92 @@
+"""The words on Make's command line: its variables, and the fields of a recipe among them. Standard library only.
+
+split_overrides("RECIPE=x lr=1e-4")      ->  ["lr=1e-4"]
+variable("RECIPE=x", "RECIPE")           ->  "x"
+with_model(overrides, goals, fields, place)      MODEL=… as the field of a recipe that it stands for
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sft.common.errors import SftError
+from sft.recipe import recipe, schema
+from sft.runner import models
+
+MAKE_VARIABLES = (
+    "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
+    "WEIGHTS", "YES", "GOAL", "JOBS", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
+    "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT",
+)  # fmt: skip
+"""The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
+OF_A_RUN = (
+    *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
+    "dry-run", "cancel", "collect", "fetch", "sweep",
+)  # fmt: skip
+"""Goals of Make that need RECIPE=."""
+TALKING = ("chat", "serve")
+"""Goals with a MODEL= of their own."""
+WITH_MODEL = (
+    "convert", "evaluate", "all", "report", "dry-run", "baseline", "cancel", "collect", "fetch", "card", "push-hub",
+)  # fmt: skip
+"""Goals of a run that can be one of another model."""
+
+
+def split_overrides(text: str) -> list[str]:
+    """The recipe's fields among Make's command-line variables ($(MAKEOVERRIDES)): the lower-case ones, as `field=value`.
+
+    Raises SftError for an unknown upper-case name that resembles a variable or a field.
+    """
+    fields: list[str] = []
+    for word in re.findall(r"(?:\\.|[^\s\\])+", text):
+        word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
+        name, _, value = word.partition("=")
+        name = name.rstrip(":+?!")
+        if name.upper() in MAKE_VARIABLES and name not in (*MAKE_VARIABLES, *recipe.FIELDS):
+            raise SftError(
+                f"make: {name}={value}: Make's own variables are upper case; did you mean {name.upper()}={value}?"
+            )
+        if name[:1].islower():
+            fields.append(f"{name}={value}")
+        elif name not in MAKE_VARIABLES and name.lower() in recipe.FIELDS:
+            raise SftError(
+                f"make: {name}={value}: a recipe's field is lower case; did you mean {name.lower()}={value}?"
+            )
+        elif name not in MAKE_VARIABLES and (near := difflib.get_close_matches(name, MAKE_VARIABLES, n=1, cutoff=0.7)):
+            raise SftError(
+                f"make: no variable {name}={value}; did you mean {near[0]}=? (lower case names a recipe's field)"
+            )
+        elif name not in MAKE_VARIABLES:
+            print(
+                f"note: {name}={value} is no variable of this Makefile; programs get it in their environment",
+                file=sys.stderr,
+            )
+    return fields
+
+
+def variable(overrides: str, name: str) -> str:
+    """The value of a variable on Make's command line, or in the environment."""
+    return given(overrides, name) or os.environ.get(name, "")
+
+
+def given(overrides: str, name: str) -> str:
+    """The value of a variable on Make's command line; "" for one in the environment."""
+    return next(iter(re.findall(rf"(?:^|\s){name}=(\S*)", overrides)), "")
+
+
+def with_model(overrides: str, goals: Sequence[str], fields: Sequence[str], runs: Path) -> list[str]:
+    """The fields, with MODEL=… as [convert] model. Raises SftError for goals that read no other model."""
+    text = given(overrides, "MODEL")
+    if not text or not {*TALKING}.isdisjoint(goals):
+        return list(fields)
+    if other := [g for g in goals if g not in WITH_MODEL]:
+        raise SftError(
+            f"make {other[0]}: it reads no MODEL=; next: make evaluate RECIPE=… MODEL=…, which scores another model under the tasks"
+            " of a recipe, make convert with a step, or make chat MODEL=…"
+        )
+    return [*fields, f"{recipe.MODEL}={models.named(text, runs)}"]
