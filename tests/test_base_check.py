@@ -38,7 +38,7 @@ def described(folder: Path, kind: str, **changes: Any) -> Path:
 
 
 def asked(**model: Any) -> Any:
-    return SimpleNamespace(model=Model(base="b", **model), prepare=Prepare(tokenizer="t", sources=()))
+    return SimpleNamespace(model=Model(base="b", **model), prepare=Prepare(tokenizer="t", sources=()), on={})
 
 
 def test_sync_refuses_what_training_or_convert_would_refuse(tmp_path: Path) -> None:
