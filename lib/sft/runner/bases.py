@@ -47,44 +47,44 @@ def _check_ranks(config: ModelConfig, r: recipe.Recipe) -> None:
             )
 
 
-def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> None:
-    """Raises SftError for a [prepare] tokenizer under DATA that cannot be the base's. Sync compares the others.
+_OTHER_TOKENIZER = "set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
 
-    It must be the base's file, have no more ids than the base has rows where the base has no such file, and be one that
-    transformers' class of the family does not change.
-    """
-    name, model = r.prepare.tokenizer, r.model
+
+def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> None:
+    """Raises SftError for a [prepare] tokenizer under DATA that cannot be the base's. Sync compares the others."""
+    name = r.prepare.tokenizer
     if is_elsewhere(name):
         return
-    what = f"{r.file}: [prepare] tokenizer"
-    ours = paths.find(roots, name, what) / "tokenizer.json"
+    ours = paths.find(roots, name, f"{r.file}: [prepare] tokenizer") / "tokenizer.json"
     if not ours.is_file():
         return
-    where = f"'tokenizer' in [prepare] = {name!r}:"
-    then = "set [prepare] tokenizer to the base's tokenizer, or choose another [model] base"
-    if not is_elsewhere(model.base):
-        theirs = tokenizer_of(paths.find(roots, model.base, f"{r.file}: [model] base"))
-        if theirs is not None and ours.read_bytes() != theirs.read_bytes():
+    where = f"'tokenizer' in [prepare] = {name!r}: {ours}"
+    if not is_elsewhere(r.model.base):
+        theirs = tokenizer_of(paths.find(roots, r.model.base, f"{r.file}: [model] base"))
+        if theirs is None:
+            _check_unproven(r, base, ours, where)
+        elif ours.read_bytes() != theirs.read_bytes():
             rows = compared(read_tokenizer(theirs), read_tokenizer(ours))
-            raise SftError(mismatch(f"{where} {ours} is not the base's {theirs}", rows, then))
-        if theirs is None and model.base_tokenizer != "unchecked":
-            raise SftError(
-                f"'base' in [model] = {model.base!r}: no tokenizer.json, so that its tokenizer cannot be proven to be the one"
-                " of the data; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set [model]"
-                ' base_tokenizer = "unchecked"'
-            )
-        ids, rows_of_base = number_of_ids(read_tokenizer(ours)), base.facts.rows
-        if theirs is None and rows_of_base is not None and ids > rows_of_base:
-            row = Difference("vocab_size", f"{rows_of_base:,}", f"{ids:,} ids", "another [prepare] tokenizer")
-            raise SftError(
-                mismatch(f"{where} {ours} has more ids than {base.where}", [row], then, ("field", "base", "tokenizer"))
-            )
+            raise SftError(mismatch(f"{where} is not the base's {theirs}", rows, _OTHER_TOKENIZER))
     kind = family(base.config)
-    if rows := class_differences(read_tokenizer(ours), kind):
-        problem = (
-            f"{where} {ours} is not a tokenizer of {kind.model_type}: transformers loads it with that family's class"
+    if kind.own_tokenizer and (rows := class_differences(read_tokenizer(ours), kind)):
+        problem = f"{where} is not a tokenizer of {kind.model_type}: transformers loads it with that family's class"
+        raise SftError(mismatch(problem, rows, _OTHER_TOKENIZER, ("field", f"class of {kind.model_type}", "tokenizer")))
+
+
+def _check_unproven(r: recipe.Recipe, base: Base, ours: Path, where: str) -> None:
+    """Raises SftError for a base without tokenizer.json, unless the recipe says that it is the same one and its table has a
+    row for every id."""
+    if r.model.base_tokenizer != "unchecked":
+        raise SftError(
+            f"'base' in [model] = {r.model.base!r}: no tokenizer.json, so that its tokenizer cannot be proven to be the one of"
+            " the data; next: copy the base's tokenizer.json into it, or, if you know that it is the same, set [model]"
+            ' base_tokenizer = "unchecked"'
         )
-        raise SftError(mismatch(problem, rows, then, ("field", f"class of {kind.model_type}", "tokenizer")))
+    if base.facts.rows and (ids := number_of_ids(read_tokenizer(ours))) > base.facts.rows:
+        row = Difference("vocab_size", f"{base.facts.rows:,}", f"{ids:,} ids", "another [prepare] tokenizer")
+        heads = ("field", "base", "tokenizer")
+        raise SftError(mismatch(f"{where} has more ids than {base.where}", [row], _OTHER_TOKENIZER, heads))
 
 
 def _synced(sync: Path) -> Path | None:
