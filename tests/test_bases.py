@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,6 @@ def test_mscale_of_both_kinds_gives_the_attention_factor_that_transformers_compu
         ({"tie_word_embeddings": None}, "tie_word_embeddings: None, expected true or false"),
         ({"model_type": "phi3", "rope_scaling": {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
          "type: 'su', expected 'longrope'"),
-        ({"model_type": "olmo_hybrid", "num_key_value_heads": 4, "rope_theta": None, "rope_parameters": None},
-         "rope_parameters: None, expected a table: no positions to some versions of transformers"),
         ({"max_position_embeddings": 1e30}, "max_position_embeddings: 1e.30, expected a whole number: transformers refuses"),
         ({"bos_token_id": [1, 2]}, r"bos_token_id: \[1, 2\], expected one id, or null"),
         ({"rope_scaling": YARN | {"finetuned": True}}, "rope_scaling: finetuned: True"),
@@ -183,6 +182,50 @@ def test_what_an_olmo_core_base_has_beyond_is_refused(tmp_path: Path, changes: d
     (tmp_path / "config.json").write_text(json.dumps(core(**changes)))
     with pytest.raises(SftError, match=message):
         read_base(tmp_path)
+
+
+HYBRID: dict[str, Any] = {
+    "model_type": "olmo_hybrid", "hidden_size": 3840, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 30, "vocab_size": 100352, "max_position_embeddings": 32768, "rope_parameters": None,
+}  # fmt: skip
+
+
+def test_the_recipe_says_whether_a_hybrid_has_positions_where_its_config_has_null() -> None:
+    """Olmo-Hybrid-Think-SFT-7B has null, which transformers reads as a base of 10,000; it was trained without positions."""
+    base = read_hf_config(HYBRID, "b/config.json")
+    assert read_hf_config(HYBRID | {"rope_theta": None}, "b/config.json") == base  # versions of transformers differ here
+    assert resolve(schema.Model(preset="olmo-hybrid-7b", base="b"), 0, base) == PRESETS["olmo-hybrid-7b"]
+    rotated = resolve(schema.Model(base="b", rope_theta=1e4), 0, base)
+    assert rotated.has_positions(3) and rotated.rope_theta == 1e4
+    with pytest.raises(SftError, match=r"b/config.json: rope_parameters: null: .* next: .*\[model\] preset = "):
+        resolve(schema.Model(base="b"), 0, base)
+    for said in ({"rope_parameters": {"rope_theta": None}}, {"rope_theta": 1e4}):
+        named = read_hf_config(HYBRID | said, "b/config.json")
+        assert not named.positions_unsaid
+        assert resolve(schema.Model(base="b"), 0, named).has_positions(3) == (said == {"rope_theta": 1e4})
+
+
+def test_a_hybrid_without_positions_is_compared_as_the_recipe_says_it(tmp_path: Path) -> None:
+    from sft.export.base_gate import check_base
+    from sft.export.olmo_core_steps import to_core
+    from sft.export.other_model import link
+
+    facts = tiny_export.tokenizer(tmp_path / "tokenizer")
+    bases.write(tmp_path / "b", "olmo hybrid")
+    file = tmp_path / "b" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rope_parameters": None}))
+    base = read_base(tmp_path / "b")
+    assert base is not None and base.positions_unsaid
+    said = replace(base, config=replace(base.config, rope_layers=(False,), rope_theta=500_000.0))
+    for read in (base, said):  # either is right, if it is what the weights were trained with
+        HfFolder(tmp_path / "b").check(read.config)
+        check_base(tmp_path / "b", read, [list(range(5, 90))])
+    for action in (
+        lambda: to_core(str(tmp_path / "b"), str(tmp_path / "step0"), tmp_path / "cache", print),
+        lambda: link(tmp_path / "b", tmp_path / "tokenizer", facts, tmp_path / "out", ""),
+    ):
+        with pytest.raises(SftError, match=r'rope_parameters: null: .* in the file "rope_parameters"'):
+            action()
 
 
 # --- recipe and base ----------------------------------------------------------------------------------------------

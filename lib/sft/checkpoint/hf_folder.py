@@ -154,10 +154,11 @@ class HfFolder(Mapping[str, torch.Tensor]):
         where = str(self.path / "config.json")
         # Unsupported keys are refused where a run's architecture is resolved. A finetuning may extend the context
         # (rope_scaling), and needs no weights at random (init_std).
-        described = read_hf_config(self.config, where, ignore=EveryKey()).config
+        base = read_hf_config(self.config, where, ignore=EveryKey())
+        described, said_by_recipe = base.config, ("rope_layers", "rope_theta") if base.positions_unsaid else ()
         different = [
             Difference(name, repr(getattr(described, name)), repr(getattr(config, name)), _to_write(name, described))
-            for name in differing_fields(described, config, ignore=_MAY_DIFFER)
+            for name in differing_fields(described, config, ignore=(*_MAY_DIFFER, *said_by_recipe))
         ]
         rows = described.vocab_size
         if rows > config.vocab_size:

@@ -28,6 +28,8 @@ OTHERS = (256, 64)
 def check_base(folder: Path, base: Base, documents: Iterable[Sequence[int]]) -> LogitCheck:
     """Compares the logits of a base. `documents` are training data. Raises SftError if they differ."""
     weights = HfFolder(folder)
+    if base.positions_unsaid and not any(base.config.rope_layers):
+        weights.config = {**weights.config, "rope_parameters": {"rope_theta": None}}  # what the recipe says it means
     try:
         with torch.random.fork_rng(devices=[]):
             return compare_logits(

@@ -40,6 +40,7 @@ from sft.model import hf
 from sft.recipe import recipe
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import read_hf_config
+from sft.recipe.resolve import with_positions
 from sft.recipe.schema import Convert, Prepare
 from sft.runner.cli import program
 
@@ -86,7 +87,7 @@ def to_core(source: str, target: str, cache: Path, log: Log, adapter: str = "") 
     """
     with new_folder(target, cache, log) as out:
         folder = HfFolder(local_folder(source, cache, log))
-        described = read_hf_config(folder.config, str(folder.path / "config.json"))
+        described = with_positions(read_hf_config(folder.config, str(folder.path / "config.json")))
         theirs = described.config
         folder.check(theirs)
         for note in folder.notes:

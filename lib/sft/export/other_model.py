@@ -24,6 +24,9 @@ from sft.export.tokenizer_files import copy_tokenizer_files, tokenizer_beside
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.formats.gate import NAME
+from sft.recipe.base_config import read_hf_config
+from sft.recipe.config_reader import EveryKey
+from sft.recipe.resolve import with_positions
 from sft.runner import models
 from sft.runner.stage import Result, Stage
 from sft.storage.base_weights import find_base_weights
@@ -151,7 +154,10 @@ def link(
         raise SftError(
             f"{source}: neither a step (model_and_optim/) nor a Hugging Face model (config.json and *.safetensors); next: correct MODEL="
         )
-    rows = json.loads(config.read_text(encoding="utf-8")).get("vocab_size", 0)
+    described = read_json(config)
+    if described.get("model_type") == "olmo_hybrid":
+        with_positions(read_hf_config(described, str(config), EveryKey()))
+    rows = described.get("vocab_size", 0)
     if rows < facts.vocab_size:
         raise SftError(
             f"{config}: vocab_size = {rows}, and the tokenizer of training has {facts.vocab_size} ids: the model has never seen"

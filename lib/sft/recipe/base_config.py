@@ -100,11 +100,13 @@ class BaseFacts:
 
 @dataclass(frozen=True)
 class Base:
-    """A base's architecture and facts. `where`: its config.json."""
+    """A base's architecture and facts. `where`: its config.json. `positions_unsaid`: a hybrid whose rope_parameters is null,
+    of which the recipe must say whether it has positions; `config` has them, as transformers reads it."""
 
     config: ModelConfig
     facts: BaseFacts
     where: str
+    positions_unsaid: bool = False
 
 
 def read_base(folder: Path, ignore: Collection[str] = ()) -> Base | None:
@@ -233,7 +235,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     config.refuse_rest(IRRELEVANT, NEUTRAL)
     scaled = made.rope_scaling is not None
     facts = BaseFacts(made.vocab_size, max_positions, bos, scaled, quantised=quantised.method if quantised else "")
-    return Base(made, facts, where)
+    return Base(made, facts, where, rotary.unsaid)
 
 
 def _check_class(config: ConfigReader, family: Family) -> None:

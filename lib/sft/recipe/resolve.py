@@ -110,7 +110,26 @@ def _with_scaling(config: ModelConfig, scaling: RopeScaling | None) -> ModelConf
     return replace(config, rope_scaling=scaling, scale_windowed=bool(scaling and everywhere))
 
 
+def with_positions(base: Base, model: Model | None = None) -> Base:
+    """The base as the recipe says it where its config.json does not say whether a hybrid has positions: with those of the
+    preset, or with the base of rotation that the recipe gives. Raises SftError if neither says it."""
+    if not base.positions_unsaid:
+        return base
+    if model is not None and model.preset:
+        preset = PRESETS[model.preset]
+        return replace(base, config=replace(base.config, rope_layers=preset.rope_layers, rope_theta=preset.rope_theta))
+    if model is not None and model.rope_theta is not None:
+        return base
+    recipe = '[model] preset = "olmo-hybrid-7b" for weights of that size, or ' if model is not None else ""
+    raise SftError(
+        f"{base.where}: rope_parameters: null: Ai2's hybrids were trained without positions, but transformers rotates queries"
+        f" and keys with base {base.config.rope_theta:g}; next: say what it is: {recipe}in the file"
+        ' "rope_parameters": {"rope_theta": null}, which means no positions'
+    )
+
+
 def _from_base(model: Model, base: Base, tokenizer_size: int) -> ModelConfig:
+    base = with_positions(base, model)
     rows = list(_differences(model, base))
     if rows:
         raise SftError(

@@ -24,17 +24,21 @@ _UNUSED_THETA = 500_000.0  # ModelConfig's default, where no layer has positions
 @dataclass(frozen=True)
 class Rotary:
     """Base, scaling and rotated share of a head. `scale_windowed`: windowed layers have the scaling, too. `positions`:
-    layers rotate at all."""
+    layers rotate at all. `unsaid`: the config does not say it."""
 
     theta: float
     scaling: RopeScaling | None
     partial: float
     scale_windowed: bool
     positions: bool = True
+    unsaid: bool = False
 
 
 def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rotary:
     """The rotary settings of a config. Raises SftError for what is not supported."""
+    if family.linear and config.data.get("rope_parameters", "") is None and not _given(config):
+        # Ai2 has published such hybrids, which were trained without positions. transformers rotates with its default base.
+        return Rotary(family.rope_theta, None, 1.0, False, unsaid=True)
     if family.linear and _no_positions(config):
         return Rotary(_UNUSED_THETA, None, 1.0, False, positions=False)
     if "rope_theta" in config.data and config.data["rope_theta"] is None and not config.data.get("rope_parameters"):
@@ -63,15 +67,13 @@ def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rot
     return Rotary(thetas.pop() if thetas else family.rope_theta, scaling, partials.pop(), True)
 
 
+def _given(config: ConfigReader) -> bool:
+    """Whether the old form of the rotary settings says something."""
+    return any(config.get(name) is not None for name in ("rope_theta", "rope_scaling"))
+
+
 def _no_positions(config: ConfigReader) -> bool:
     """Whether a hybrid's rope_theta is null, in the new form or in the old one."""
-    if config.data.get("rope_parameters", "") is None and config.data.get("rope_theta") is None:
-        config.refuse(
-            "rope_parameters",
-            None,
-            "a table: no positions to some versions of transformers, and rope_theta 10000 to others",
-            'write "rope_parameters": {"rope_theta": null} for no positions, or the base\'s rope_theta',
-        )
     named = config.table("rope_parameters")
     found = config.data if named is None else named.data
     if found.get("rope_theta", "") is not None:

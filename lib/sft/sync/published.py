@@ -21,13 +21,13 @@ from sft.common.errors import SftError
 from sft.common.files import read_json, write_atomic
 from sft.recipe.base_config import read_hf_config
 from sft.recipe.presets import TABLE
-from sft.recipe.resolve import padded
+from sft.recipe.resolve import padded, with_positions
 from sft.storage import hub
 
 
 def entry(repo: str, revision: str, config: dict[str, Any]) -> dict[str, Any]:
     """A row of the table: the repository, its revision, and the architecture with the rows that training gives the embedding."""
-    made = read_hf_config(config, f"{repo}@{revision}/config.json").config
+    made = with_positions(read_hf_config(config, f"{repo}@{revision}/config.json")).config
     made = replace(made, vocab_size=padded(made.vocab_size))
     return {"repo": repo, "revision": revision, "architecture": made.to_value()}
 

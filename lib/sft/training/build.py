@@ -34,7 +34,7 @@ from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import Base, is_hf_folder, read_base
-from sft.recipe.resolve import named_changes, resolve, supported_length
+from sft.recipe.resolve import named_changes, resolve, supported_length, with_positions
 from sft.recipe.schema import Hardware
 from sft.runner.stage import Stage
 from sft.sync.base_check import check_base_tokenizer
@@ -144,6 +144,7 @@ def read_inputs(stage: Stage, world: World, hardware: Hardware) -> tuple[Setup, 
     dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     info = DatasetInfo.of(dataset)
     published = read_base(base, stage.recipe.model.ignore_config) if base else None
+    published = with_positions(published, stage.recipe.model) if published else None
     config = resolve(stage.recipe.model, info.facts.vocab_size, published)
     setup = Setup(stage, world, hardware, dataset, base, info, config, published)
     unchecked = stage.recipe.model.base_tokenizer == "unchecked"
