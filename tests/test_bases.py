@@ -193,7 +193,9 @@ HYBRID: dict[str, Any] = {
 def test_the_recipe_says_whether_a_hybrid_has_positions_where_its_config_has_null() -> None:
     """Olmo-Hybrid-Think-SFT-7B has null, which transformers reads as a base of 10,000; it was trained without positions."""
     base = read_hf_config(HYBRID, "b/config.json")
-    assert read_hf_config(HYBRID | {"rope_theta": None}, "b/config.json") == base  # versions of transformers differ here
+    assert (
+        read_hf_config(HYBRID | {"rope_theta": None}, "b/config.json") == base
+    )  # versions of transformers differ here
     assert resolve(schema.Model(preset="olmo-hybrid-7b", base="b"), 0, base) == PRESETS["olmo-hybrid-7b"]
     rotated = resolve(schema.Model(base="b", rope_theta=1e4), 0, base)
     assert rotated.has_positions(3) and rotated.rope_theta == 1e4
