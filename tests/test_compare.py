@@ -20,8 +20,8 @@ from sft.common.errors import SftError
 from sft.evaluation import compare
 from sft.formats import manifest
 from sft.formats.comparison import OptionDifference
-from sft.formats.lines import to_lines
-from sft.formats.results import Results, Score, TaskResult
+from sft.formats.lines import read_lines, to_lines
+from sft.formats.results import GroupResult, Results, Score, TaskResult
 from sft.formats.samples import ConversationLoss, Sample
 from sft.reporting import comparison, report
 from test_report import Strict
@@ -84,6 +84,40 @@ def test_differences_are_scipys_over_the_same_items(tmp_path: Path) -> None:
     assert found["ppl"].test == "unpaired" and found["ppl"].value == pytest.approx(2)
     assert found["ppl"].p == pytest.approx(2 * scipy.stats.norm.sf(2 / 0.5**0.5), rel=1e-6)
     assert found["loss"].n == 40 and found["loss"].higher_is_better is False
+
+
+def with_group(run: Path, by_size: bool) -> Path:
+    """Two tasks of 40 and 20 of the run's items, and their mean."""
+    folder = run / "evaluate"
+    whole = Results.read(folder / "results.json").tasks["zoo"]
+    rows = read_lines(Sample, folder / "samples" / "zoo.jsonl")
+    tasks, values = {}, []
+    for name, part in (("large", rows[:40]), ("small", rows[40:])):
+        (folder / "samples" / f"{name}.jsonl").write_bytes(to_lines(part))
+        values.append(sum(r.scores["acc"] for r in part) / len(part))
+        tasks[name] = replace(
+            whole, metrics={"acc": Score(value=values[-1], stderr=0.1, n=len(part), higher_is_better=True)}
+        )
+    mean = (values[0] * 40 + values[1] * 20) / 60 if by_size else sum(values) / 2
+    group = GroupResult({"acc": Score(value=mean, stderr=0.1, n=60, higher_is_better=True)}, ("large", "small"))
+    Results(template_sha256="f" * 64, tasks=tasks, groups={"both": group}).write(folder / "results.json")
+    publish(folder, ["results.json", "samples", "validation.jsonl"], config={"tasks": ["both"]})
+    return run
+
+
+@pytest.mark.parametrize("by_size", [True, False])
+def test_a_group_is_compared_by_the_items_of_its_tasks(tmp_path: Path, by_size: bool) -> None:
+    a, b = (with_group(evaluated(tmp_path / name, seed), by_size) for name, seed in (("a", 1), ("b", 3)))
+    row, large, small = compare.compare([a, b]).rows[:3]
+    assert (row.task, row.metric, row.test, row.n) == ("both", "acc", "stratified", 60)
+    weights = (40 / 60, 20 / 60) if by_size else (0.5, 0.5)
+    d = np.subtract(scores_of(b, "acc"), scores_of(a, "acc"))
+    assert row.value == pytest.approx(weights[0] * d[:40].mean() + weights[1] * d[40:].mean())
+    errors = [w * scipy.stats.sem(x) for w, x in zip(weights, (d[:40], d[40:]), strict=True)]
+    assert row.stderr == pytest.approx(np.hypot(*errors))
+    assert row.p == pytest.approx(2 * scipy.stats.norm.sf(abs(row.value) / row.stderr))
+    assert row.a == pytest.approx(Results.read(a / "evaluate/results.json").groups["both"].metrics["acc"].value)
+    assert (large.task, small.task) == ("large", "small")
 
 
 def test_three_runs_are_compared_with_the_first_and_marks_are_corrected_for_all(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo, TokenIds
-from sft.formats.metrics import Attempt, SourceUse, read_metrics
+from sft.formats.metrics import Attempt, SourceUse, read_metrics, validation_losses
 from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
@@ -58,7 +58,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     assert result["final_step"] == 40
     assert result["loss"] == found[-1].loss
-    assert result["validation_loss"] < result["first_validation_loss"]
+    assert result["validation_loss"] < result["first_validation_loss"] < result["initial_validation_loss"]
     names = {p.name for p in (folder / "train").iterdir()}
     assert names - {".steps.lock"} == {
         ".metrics",
@@ -192,6 +192,10 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     train(folder, status=status, fault=fault, **fields)
     assert "continuing from" in train(folder, **fields)
     assert curve(folder) == curve(whole)
+    measured = [validation_losses(read_metrics(run / "train" / "metrics.jsonl")) for run in (folder, whole)]
+    assert measured[0] == measured[1]
+    assert [step for step, _ in measured[0]] == [0, 2, 4, 6, 8]  # the starting weights once, also after a resume
+    assert len({loss for _, loss in measured[0]}) == 1
     assert named_step(folder / "train", "BEST") == folder / "train" / f"step{best}"
     assert (folder / "train" / "BEST").read_text() == (whole / "train" / "BEST").read_text()
 

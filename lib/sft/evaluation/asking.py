@@ -37,7 +37,7 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
     multiturn = options.fewshot_as_multiturn if shots else None
     thinking = thinks(task, options)
     if task.OUTPUT_TYPE != "generate_until":
-        return Asking(multiturn=multiturn)
+        return Asking(multiturn=multiturn, system_prompt=options.system_prompt or None)
     arguments = task.config.generation_kwargs
     named = [arguments.pop(name) for name in LIMITS if name in arguments]
     own = int(named[0]) if named else min(DEFAULT_REPLY, max_length // 2)
@@ -64,6 +64,7 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
         top_p=float(arguments["top_p"]) if sampled and "top_p" in arguments else None,
         samples=options.samples,
         thinking=thinking,
+        system_prompt=options.system_prompt or None,
         max_thought_tokens=thought or None,
     )
 

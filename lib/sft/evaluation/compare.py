@@ -13,20 +13,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sft.common.errors import SftError
 from sft.evaluation.scores import is_number, json_hash
-from sft.evaluation.statistics import Z95, holm, paired, paired_ratio
+from sft.evaluation.statistics import Z95, holm, paired, paired_ratio, stratified
 from sft.formats import manifest
 from sft.formats import results as results_format
 from sft.formats.comparison import Comparison, Difference, OptionDifference, ScoreDifference
 from sft.formats.lines import read_lines
 from sft.formats.results import Results, Score
-from sft.formats.samples import ConversationLoss, SampleItem
+from sft.formats.samples import ConversationLoss, PlainTextLoss, SampleItem
 from sft.recipe import schema
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -87,9 +87,15 @@ class Evaluated:
         if broken:
             raise SftError("\n".join(broken) + f"\nnext: remove {file} and make it again")
         self.results = Results.read(self.folder / results_format.NAME)
+        self._items: dict[str, dict[str, dict[str, SampleItem]]] = {}
 
     def items(self, task: str) -> dict[str, dict[str, SampleItem]]:
         """{filter: {item: sample}}. Document and target name an item; repeated items are numbered."""
+        if task not in self._items:
+            self._items[task] = self._read_items(task)
+        return self._items[task]
+
+    def _read_items(self, task: str) -> dict[str, dict[str, SampleItem]]:
         found: dict[str, dict[str, SampleItem]] = {}
         file = self.results.tasks[task].samples or f"{results_format.SAMPLES}/{task}.jsonl"
         for sample in read_lines(SampleItem, self.folder / file):
@@ -103,6 +109,13 @@ class Evaluated:
         """{item: loss} of the held-out conversations; repeated ones are numbered."""
         found: dict[str, ConversationLoss] = {}
         for loss in read_lines(ConversationLoss, self.folder / results_format.VALIDATION):
+            found[_numbered(loss.item, found)] = loss
+        return found
+
+    def texts(self) -> dict[str, PlainTextLoss]:
+        """{item: loss} of the texts that are no chat; repeated ones are numbered."""
+        found: dict[str, PlainTextLoss] = {}
+        for loss in read_lines(PlainTextLoss, self.folder / results_format.PLAIN_TEXT):
             found[_numbered(loss.item, found)] = loss
         return found
 
@@ -136,14 +149,16 @@ def _compare_runs(a: Evaluated, b: Evaluated, run: int, anyway: bool) -> _Findin
             f"{a.name} and {b.name} did not answer the same questions:\n  " + "\n  ".join(problems) + "\nnext: evaluate"
             " both on the same tasks, with one template and system prompt, or compare them nevertheless with ANYWAY=1"
         )
-    loss = _compare_losses(a, b, run)
+    groups, loss, text_loss = _compare_groups(a, b, run), _compare_losses(a, b, run), _compare_texts(a, b, run)
     notes = [
         *_unshared(a, b),
         *(note for f in found for note in f.notes),
         *(f"{b.name} did not answer the questions of {a.name}: {problem}" for problem in problems),
+        *groups.notes,
         *loss.notes,
+        *text_loss.notes,
     ]
-    return _Findings([row for f in (*found, loss) for row in f.rows], notes, problems)
+    return _Findings([row for f in (groups, *found, loss, text_loss) for row in f.rows], notes, problems)
 
 
 def _unshared(a: Evaluated, b: Evaluated) -> list[str]:
@@ -161,13 +176,8 @@ def _compare_task(task: str, a: Evaluated, b: Evaluated, run: int) -> _Findings:
     result_a, result_b = a.results.tasks[task], b.results.tasks[task]
     if result_a.task_sha256 != result_b.task_sha256:
         problems.append(f"{task}: {_hashes('task_sha256', result_a, result_b)}")
-    items_a, items_b = a.items(task), b.items(task)
     for metric in (name for name in result_a.metrics if name in result_b.metrics):
-        name, _, filter_name = metric.partition(",")
-        one, other = (
-            _MetricItems(name, result.metrics[metric], items.get(filter_name or "none", {}))
-            for result, items in ((result_a, items_a), (result_b, items_b))
-        )
+        one, other = _metric_items(task, metric, a), _metric_items(task, metric, b)
         common = [item for item in one.items if item in other.items]
         if one.items and other.items and not common:
             problems.append(f"{task}: no item in common: {_hashes('samples_sha256', result_a, result_b)}")
@@ -191,6 +201,28 @@ def _compare_task(task: str, a: Evaluated, b: Evaluated, run: int) -> _Findings:
     return _Findings(rows, notes, problems)
 
 
+def _compare_groups(a: Evaluated, b: Evaluated, run: int) -> _Findings:
+    """The mean of every group that both runs have, paired by the items of its tasks."""
+    rows, notes = [], []
+    groups_a, groups_b = a.results.groups or {}, b.results.groups or {}
+    for group in (name for name in groups_a if name in groups_b):
+        one, other = groups_a[group], groups_b[group]
+        if one.tasks != other.tasks:
+            notes.append(f"{group}: its tasks differ ({len(one.tasks)} and {len(other.tasks)}): not compared")
+            continue
+        for metric in (name for name in one.metrics if name in other.metrics):
+            members = [(_metric_items(task, metric, a), _metric_items(task, metric, b)) for task in one.tasks]
+            score_a, score_b = one.metrics[metric], other.metrics[metric]
+            tested = _paired_group(members, score_a, score_b)
+            if tested is None:
+                tested = _without_items(score_a, score_b)
+                notes.append(
+                    f"{group} {metric}: its tasks have no paired items, or their mean is of another kind: not paired"
+                )
+            rows.append(_row(group, metric, run, tested, score_a.higher_is_better))
+    return _Findings(rows, notes, [])
+
+
 def _compare_losses(a: Evaluated, b: Evaluated, run: int) -> _Findings:
     """The loss on the held-out conversations that both runs have."""
     losses_a, losses_b = a.conversations(), b.conversations()
@@ -207,6 +239,23 @@ def _compare_losses(a: Evaluated, b: Evaluated, run: int) -> _Findings:
     difference = paired_ratio(sums_a, sums_b, num_targets)
     tested = _Tested(difference, math.fsum(sums_a) / sum(num_targets), math.fsum(sums_b) / sum(num_targets))
     return _Findings([_row("validation", "loss", run, tested, False)], notes, [])
+
+
+def _compare_texts(a: Evaluated, b: Evaluated, run: int) -> _Findings:
+    """The loss on the texts that both runs have: of a token, or in bits per byte where their tokenizers differ."""
+    texts_a, texts_b = a.texts(), b.texts()
+    common = [item for item in texts_a if item in texts_b]
+    if not common:
+        return _Findings([], ["plain text: no text in common: not compared"] if texts_a and texts_b else [], [])
+    notes = []
+    if len(common) < max(len(texts_a), len(texts_b)):
+        notes.append(f"plain text: only the {len(common)} common texts of {len(texts_a)} and {len(texts_b)}")
+    same_tokens = all(texts_a[item].labels == texts_b[item].labels for item in common)
+    weights = [texts_a[i].labels if same_tokens else texts_a[i].bytes * math.log(2) for i in common]
+    sums_a, sums_b = ([texts[item].loss for item in common] for texts in (texts_a, texts_b))
+    total = math.fsum(weights)
+    tested = _Tested(paired_ratio(sums_a, sums_b, weights), math.fsum(sums_a) / total, math.fsum(sums_b) / total)
+    return _Findings([_row("plain text", "loss" if same_tokens else "bits per byte", run, tested, False)], notes, [])
 
 
 # --- one metric ---------------------------------------------------------------------------------------------------------
@@ -231,6 +280,13 @@ class _MetricItems(NamedTuple):
         )
 
 
+def _metric_items(task: str, metric: str, run: Evaluated) -> _MetricItems:
+    """A task's metric in a run, with its items where the harness left some."""
+    name, _, filter_name = metric.partition(",")
+    score = run.results.tasks[task].metrics.get(metric) or Score(value=math.nan, stderr=None, n=0)
+    return _MetricItems(name, score, run.items(task).get(filter_name or "none", {}))
+
+
 class _Tested(NamedTuple):
     """A difference, and the two scores that it is between."""
 
@@ -247,6 +303,35 @@ def _with_items(a: _MetricItems, b: _MetricItems, common: Sequence[str]) -> _Tes
     values_a, values_b = a.values(common), b.values(common)
     n = len(common)
     return _Tested(paired(values_a, values_b), math.fsum(values_a) / n, math.fsum(values_b) / n)
+
+
+def _paired_group(members: Sequence[tuple[_MetricItems, _MetricItems]], a: Score, b: Score) -> _Tested | None:
+    """A test of a group's mean on the common items of its tasks. None where the group's score is no mean of its tasks' scores."""
+    by_size = _is_weighted(members, a, b, lambda score: score.n)
+    if not by_size and not _is_weighted(members, a, b, lambda _: 1):
+        return None
+    strata = []
+    for one, other in members:
+        common = [item for item in one.items if item in other.items]
+        if not common or not (one.is_mean() and other.is_mean()):
+            return None
+        strata.append((len(common) if by_size else 1, one.values(common), other.values(common)))
+    total = sum(weight for weight, _, _ in strata)
+    difference = stratified([(weight / total, x, y) for weight, x, y in strata])
+    means = [math.fsum(w / total * math.fsum(values[i]) / len(values[i]) for w, *values in strata) for i in (0, 1)]
+    return _Tested(difference, means[0], means[1])
+
+
+def _is_weighted(
+    members: Sequence[tuple[_MetricItems, _MetricItems]], a: Score, b: Score, weight: Callable[[Score], int]
+) -> bool:
+    """Whether both scores of a group are the mean of its tasks' scores with these weights."""
+    for scores, of_group in (([m[0].score for m in members], a), ([m[1].score for m in members], b)):
+        total = sum(map(weight, scores))
+        mean = math.fsum(weight(s) * s.value for s in scores) / total if total else math.nan
+        if not math.isclose(mean, of_group.value, rel_tol=1e-9, abs_tol=1e-9):
+            return False
+    return True
 
 
 def _without_items(a: Score, b: Score) -> _Tested:
@@ -319,7 +404,8 @@ def footnote(comparison: Comparison) -> str:
     n = sum(row.p is not None for row in comparison.rows)
     return (
         "Runs are compared item by item. Right or wrong answers: McNemar's exact test and Newcombe's interval. Other scores of"
-        " items: the paired t test and its interval. Scores of a complete set, and scores without items: a z test."
+        " items: the paired t test and its interval. Groups of tasks: the paired differences of their tasks, as strata. Scores of a"
+        " complete set, and scores without items: a z test."
         f" * corrected p < 0.05, ** < 0.01, *** < 0.001 (Holm's correction for {n} comparison{'s' if n != 1 else ''})."
     )
 

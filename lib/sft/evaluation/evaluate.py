@@ -4,6 +4,7 @@ In:  convert's model/ (or the model that [convert] model names), the recipe's ta
 Out: results.json      every score with n, standard error and 95 % interval; how replies ended; hashes of tasks and template
      samples/          one JSONL file per task: prompt, reply, how it ended, its scores
      validation.jsonl  loss of every held-out conversation
+     plain_text.jsonl  loss of every text that is no chat
 
 A task is broken when it has no samples, failed items, empty replies, replies that do not stop, or a score that is not finite.
 Then the stage fails and lists the reasons; it never records a 0. The next attempt reuses finished tasks and answers. After a
@@ -31,6 +32,7 @@ from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.machine import visible_gpus
 from sft.evaluation import collected, stops
+from sft.evaluation.plain_text import plain_text_loss
 from sft.evaluation.scores import (
     check_finite,
     generation,
@@ -93,8 +95,17 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len, file)
         stage.log(f"validation: loss {loss.loss:.4f} ± {loss.stderr or math.nan:.4f} over {loss.documents} documents")
         outputs.append(file.name)
+    text_loss = None
+    if options.plain_text:
+        text_loss = plain_text_loss(
+            model, stage.find(options.plain_text, "[evaluate] plain_text"), out / results_format.PLAIN_TEXT
+        )
+        stage.log(
+            f"plain text: loss {text_loss.loss:.4f}, perplexity {text_loss.perplexity:.2f} over {text_loss.documents} texts"
+        )
+        outputs.append(results_format.PLAIN_TEXT)
     results = Results(template_sha256=template, **model.about._asdict(), tasks=scored.results,
-                      groups=scored.groups or None, validation=loss)  # fmt: skip
+                      groups=scored.groups or None, validation=loss, plain_text=text_loss)  # fmt: skip
     check_finite(results)
     results.write(out / results_format.NAME)
     (out / results_format.SAMPLES).mkdir(exist_ok=True)
@@ -193,10 +204,10 @@ def run_tasks(
     results: dict[str, TaskResult] = {}
     broken: dict[str, str] = {}
     wanted, groups = _expand(options.tasks, tasks, data, broken)
-    for number, (name, definition) in enumerate(wanted.items(), 1):
+    for number, (name, (named, definition)) in enumerate(wanted.items(), 1):
         model.log = partial(_log_task, log, name)
         try:
-            results[name] = run_task(model, name, options, tasks, data, out, definition)
+            results[name] = run_task(model, name, options.for_task(named, name), tasks, data, out, definition)
         except BrokenTask as error:
             broken[name] = str(error)
             log(f"{number}/{len(wanted)} {name}: BROKEN: {error}")
@@ -211,11 +222,14 @@ def run_tasks(
 
 def _expand(
     names: Sequence[str], folder: Path, data: Mapping[str, Path | str], broken: dict[str, str]
-) -> tuple[dict[str, TaskDefinition | None], dict[str, Group]]:
-    """(tasks by name, with the definition of a group's member; groups). A group that cannot be loaded goes to `broken`."""
+) -> tuple[dict[str, tuple[str, TaskDefinition | None]], dict[str, Group]]:
+    """(tasks by name; groups). A task has the recipe's name for it, and its definition if it is a group's member.
+
+    A group that cannot be loaded goes to `broken`.
+    """
     from sft.evaluation import tasks as lm_eval_tasks  # start-up: lm-eval takes seconds
 
-    wanted: dict[str, TaskDefinition | None] = {}
+    wanted: dict[str, tuple[str, TaskDefinition | None]] = {}
     groups: dict[str, Group] = {}
     for name in names:
         members: list[tuple[str, TaskDefinition | None]] = [(name, None)]
@@ -233,7 +247,7 @@ def _expand(
         for member, of_group in members:
             if member in wanted:
                 raise SftError(f"[evaluate] tasks: {member} is named twice, by itself or by a group; next: remove one")
-            wanted[member] = of_group
+            wanted[member] = name, of_group
     return wanted, groups
 
 

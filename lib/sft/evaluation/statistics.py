@@ -81,6 +81,22 @@ def paired_ratio(a: Sequence[float], b: Sequence[float], weights: Sequence[float
     return _with_interval(value, math.sqrt(spread * n / (n - 1)) / total, n)
 
 
+def stratified(strata: Sequence[tuple[float, Sequence[float], Sequence[float]]]) -> Difference:
+    """The weighted sum over strata (weight, a, b) of the mean of b - a over a stratum's items, which are paired.
+
+    For a group of tasks: the tasks are fixed and their items are sampled, so the squared standard errors of the tasks' mean
+    differences add up with the squared weights. The interval and p are those of a normal distribution.
+    """
+    found = [(weight, paired(a, b)) for weight, a, b in strata]
+    n = sum(d.n for _, d in found)
+    value = math.fsum(weight * d.value for weight, d in found)
+    if any(d.stderr is None for _, d in found):  # a task with a single item
+        return Difference(value, None, None, None, None, n, "none")
+    stderr = math.sqrt(math.fsum((weight * (d.stderr or 0.0)) ** 2 for weight, d in found))
+    p = math.erfc(abs(value) / stderr / math.sqrt(2)) if stderr else float(value == 0)
+    return Difference(value, stderr, value - Z95 * stderr, value + Z95 * stderr, p, n, "stratified")
+
+
 def _with_interval(value: float, stderr: float, n: int) -> Difference:
     p = t_test(value / stderr, n - 1) if stderr else (1.0 if value == 0 else 0.0)
     half = t_quantile(0.975, n - 1) * stderr

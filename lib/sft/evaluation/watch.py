@@ -25,6 +25,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.evaluation import evaluate
+from sft.evaluation.plain_text import plain_text_loss
 from sft.evaluation.scores import check_finite, json_hash
 from sft.evaluation.validation import validation_loss
 from sft.export import convert, gate, write
@@ -128,8 +129,11 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     loss, validation = None, stage.dataset / "validation"
     if options.validation_documents and validation.is_dir():
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len)
+    text_loss = None
+    if options.plain_text:
+        text_loss = plain_text_loss(model, stage.find(options.plain_text, "[evaluate] plain_text"))
     evaluation = Evaluation(
-        step=step.step, checkpoint=step.digest, settings=wanted, template_sha256=template,
+        step=step.step, checkpoint=step.digest, settings=wanted, template_sha256=template, plain_text=text_loss,
         tasks={n: g.metrics for n, g in groups.items()} | {n: r.metrics for n, r in results.items()}, broken=broken_tasks, validation=loss,
         seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 from sft.common.files import write_atomic
 from sft.formats.lines import read_lines, to_lines
 from sft.formats.record import Record
-from sft.formats.results import Score, ValidationLoss
+from sft.formats.results import Score, TextLoss, ValidationLoss
 
 NAME = "evaluations.jsonl"
 
@@ -37,6 +37,7 @@ class Evaluation(Record):
     tasks: dict[str, dict[str, Score]]
     broken: dict[str, str] = field(default_factory=dict)
     validation: ValidationLoss | None = None
+    plain_text: TextLoss | None = None
     seconds: float | None = None
     failed: str | None = None
 

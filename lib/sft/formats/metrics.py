@@ -1,10 +1,11 @@
 """train/metrics.jsonl, one record per line, and the metrics in train's manifest. Standard library only.
 
     {"attempt": 1, "from_step": 0, "ranks": 8, "device": "NVIDIA H100", "peak_tflops": 989.4, "mfu": "…formula…"}
+    {"initial_validation_loss": 2.4, "sources": {…}}
     {"step": 1, "loss": 2.1, "lr": 1e-06, …}
     {"step": 2, …}
 
-Every attempt writes a header and then its steps. A resume removes the steps after the one that it continues from, so
+Every attempt writes a header and then its steps. The validation loss of the starting weights comes before the first step. A resume removes the steps after the one that it continues from, so
 the steps read like those of an uninterrupted run. Each checkpoint has a copy of the records up to it,
 train/.metrics/step<N>-<first 16 hex digits of its sha256>.jsonl. A resume restores the records from the copy where the
 file differs. JSON has no NaN and no infinity: such numbers are written as "nan",
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, get_type_hints
@@ -27,6 +28,7 @@ from sft.formats.record import Record
 NAME = "metrics.jsonl"
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _HEADER = b'{"attempt"'
+_INITIAL = b'{"initial_validation_loss"'
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,15 @@ class Attempt(_Numbers):
     peak_tflops: float | None  # of one GPU; None = not known, or a CPU
     mfu: str  # the formula of the steps' `mfu`
     steps: int | None = None  # that the whole training will have
+
+
+@dataclass(frozen=True)
+class InitialValidation(_Numbers):
+    """The validation loss of the weights that training starts from: that of step 0."""
+
+    NEXT: ClassVar[str] = "remove this line from the file"
+    initial_validation_loss: float
+    sources: Mapping[str, float] | None = None  # loss by source
 
 
 @dataclass(frozen=True)
@@ -160,9 +171,15 @@ class TrainMetrics(_Numbers):
     data: StepSummary
     mfu: float | None = None
     validation_loss: float | None = None
-    first_validation_loss: float | None = None
+    first_validation_loss: float | None = None  # of the first step that was validated
     remote: UploadSummary | None = None
     sources: tuple[SourceUse, ...] | None = None
+    initial_validation_loss: float | None = None  # of the weights that training started from
+
+    @property
+    def validation_before(self) -> float | None:
+        """The validation loss that `validation_loss` is compared with: that of the starting weights, if it was measured."""
+        return self.first_validation_loss if self.initial_validation_loss is None else self.initial_validation_loss
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> TrainMetrics:
@@ -170,28 +187,31 @@ class TrainMetrics(_Numbers):
         return cls.from_value(made.metrics, f"{name}: metrics")
 
 
-MetricsRecord = Attempt | StepRecord
+MetricsRecord = Attempt | InitialValidation | StepRecord
 
 
 def read_metrics(file: Path, last: int | None = None) -> list[MetricsRecord]:
     """The records of a metrics file in their order; none when the file is missing.
 
-    `last`: all headers, but only the steps among that many last lines. A line that a kill cut short is not JSON and is
+    `last`: all headers and the initial validation, but only the steps among that many last lines. A line that a kill cut short is not JSON and is
     skipped. Raises SftError, with the line's number, for a wrong record.
     """
     lines = file.read_bytes().split(b"\n") if file.is_file() else []
     records: list[MetricsRecord] = []
     for number, line in enumerate(lines, 1):
-        header = line.startswith(_HEADER)
-        if last is not None and not header and number < len(lines) - last:
+        kind = _kind(line)
+        if last is not None and kind is StepRecord and number < len(lines) - last:
             continue
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        kind: type[Attempt] | type[StepRecord] = Attempt if header else StepRecord
         records.append(kind.from_value(value, f"{file}:{number}"))
     return records
+
+
+def _kind(line: bytes) -> type[Attempt] | type[InitialValidation] | type[StepRecord]:
+    return Attempt if line.startswith(_HEADER) else InitialValidation if line.startswith(_INITIAL) else StepRecord
 
 
 def read_steps(file: Path) -> list[StepRecord]:
@@ -216,3 +236,17 @@ def _from_words(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _from_words(v) for k, v in value.items()}
     return _WORDS.get(value, value) if isinstance(value, str) else value
+
+
+def initial_validation(records: Sequence[MetricsRecord]) -> InitialValidation | None:
+    """The validation of the starting weights; None where it was not measured."""
+    return next((r for r in records if isinstance(r, InitialValidation)), None)
+
+
+def validation_losses(records: Sequence[MetricsRecord]) -> list[tuple[int, float]]:
+    """(finished steps, validation loss) wherever it was measured. Step 0 is the starting weights."""
+    first = initial_validation(records)
+    measured = [
+        (r.step, r.validation_loss) for r in records if isinstance(r, StepRecord) and r.validation_loss is not None
+    ]
+    return [(0, first.initial_validation_loss), *measured] if first else measured

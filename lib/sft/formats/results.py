@@ -4,10 +4,11 @@
      "tasks": {"gsm8k": {"metrics": {"exact_match": {"value": 0.5, "stderr": 0.05, "n": 100, "low": 0.4, "high": 0.6,
                          "interval": "wilson", "higher_is_better": true}},
                          "generation": {…}, "num_fewshot": 0, "samples_sha256": "…", "task_sha256": "…", …}},
-     "validation": {"loss": 1.2, "stderr": 0.1, "perplexity": 3.3, "documents": 64, "labels": 5000, …}}
+     "validation": {"loss": 1.2, "stderr": 0.1, "perplexity": 3.3, "documents": 64, "labels": 5000, …},
+     "plain_text": {"loss": 2.9, "perplexity": 18.2, "bits_per_byte": 0.98, "by_kind": {"facts": {…}, …}, …}}
 
 One of AI2's harnesses writes {"harness": "olmo-eval", "tasks": {…}} with fewer facts. The manifest's metrics hold the same
-scores: {task: {metric: score}, "validation": {…}, "asked": {"template_sha256": "…", "tasks": {task: hashes}}}.
+scores: {task: {metric: score}, "validation": {…}, "plain_text": {…}, "asked": {"template_sha256": "…", "tasks": {task: hashes}}}.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from sft.formats.record import Record, convert, to_json
 NAME = "results.json"
 SAMPLES = "samples"
 """The folder beside it: one JSONL file for each task (see sft.formats.samples)."""
+PLAIN_TEXT = "plain_text.jsonl"
+"""The file beside it: the loss of every text that is no chat."""
 VALIDATION = "validation.jsonl"
 """The file beside it: the loss of every held-out conversation."""
 
@@ -81,6 +84,7 @@ class Asking:
     """How a task was asked. Of a task that generates nothing, only `multiturn` is known.
 
     multiturn: worked examples were turns of the conversation. until: strings that ended a reply beside the terminators.
+    system_prompt: of the recipe, None where it sets none.
     temperature: 0 is greedy. top_p: None is 1. samples: replies to each question. thinking: None as the template does.
     max_thought_tokens: None, where thoughts have no budget of their own.
     """
@@ -92,6 +96,7 @@ class Asking:
     top_p: float | None = None
     samples: int | None = None
     thinking: bool | None = None
+    system_prompt: str | None = None
     max_thought_tokens: int | None = None
 
 
@@ -168,6 +173,27 @@ class ValidationLoss(HasInterval):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextLoss(HasInterval):
+    """Mean loss in nats of a token of texts that are no chat: `labels` tokens and `bytes` bytes of `documents` texts.
+
+    Every token of a text is scored, after the tokenizer's begin-of-text or end-of-text token. `bits_per_byte` does not depend on
+    the tokenizer. stderr is over texts. by_kind: where there are several kinds.
+    """
+
+    loss: float
+    stderr: float | None
+    low: float | None = None
+    high: float | None = None
+    perplexity: float
+    bits_per_byte: float
+    documents: int
+    labels: int
+    bytes: int
+    by_kind: dict[str, PartLoss] | None = None
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskHashes:
     """What a task was scored on (see TaskResult)."""
 
@@ -191,6 +217,7 @@ class Results(Record):
     tasks: dict[str, TaskResult]
     groups: dict[str, GroupResult] | None = None
     validation: ValidationLoss | None = None
+    plain_text: TextLoss | None = None
 
     def to_value(self) -> dict[str, Any]:
         value = super().to_value()
@@ -214,7 +241,10 @@ class Results(Record):
         }
         scores = {name: scored.metrics for name, scored in self.scored.items()}
         return EvaluateMetrics(
-            scores, self.validation, EvaluationHashes(template_sha256=self.template_sha256, tasks=hashes)
+            scores,
+            self.validation,
+            EvaluationHashes(template_sha256=self.template_sha256, tasks=hashes),
+            self.plain_text,
         )
 
 
@@ -234,6 +264,7 @@ class EvaluateMetrics(Record):
     tasks: dict[str, dict[str, Score]]
     validation: ValidationLoss | None = None
     hashes: EvaluationHashes | None = None
+    plain_text: TextLoss | None = None
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> EvaluateMetrics:
@@ -243,11 +274,12 @@ class EvaluateMetrics(Record):
     @classmethod
     def parse(cls, value: Any) -> Self:
         tasks = convert(value, dict[str, Any], "metrics")
-        validation, hashes = tasks.pop("validation", None), tasks.pop("asked", None)
+        validation, hashes, plain_text = (tasks.pop(name, None) for name in ("validation", "asked", "plain_text"))
         return cls(
             convert(tasks, dict[str, dict[str, Score]], "tasks"),
             convert(validation, ValidationLoss | None, "validation"),
             convert(hashes, EvaluationHashes | None, "asked"),
+            convert(plain_text, TextLoss | None, "plain_text"),
         )
 
     def to_value(self) -> dict[str, Any]:
@@ -255,7 +287,7 @@ class EvaluateMetrics(Record):
         if self.hashes and not self.hashes.template_sha256:  # of a harness
             for metrics in value.values():
                 _drop_direction(metrics)
-        more = {"validation": self.validation, "asked": self.hashes}
+        more = {"validation": self.validation, "plain_text": self.plain_text, "asked": self.hashes}
         return {**value, **{name: to_json(part) for name, part in more.items() if part}}
 
 

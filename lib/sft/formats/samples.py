@@ -2,6 +2,7 @@
 
 evaluate/samples/<task>.jsonl    Sample, or HarnessSample by one of AI2's harnesses; SampleItem reads both
 evaluate/validation.jsonl        ConversationLoss
+evaluate/plain_text.jsonl        PlainTextLoss
 samples/<task>.incomplete.jsonl  UnscoredReply: the replies of a task that a signal interrupted
 work/<task>.replies.jsonl        Reply or Likelihood: the model's answers, which the next attempt reuses
 """
@@ -84,6 +85,18 @@ class ConversationLoss(Record):
     item: str
     loss: float
     labels: int
+
+
+@dataclass(frozen=True)
+class PlainTextLoss(Record):
+    """Loss in nats, summed over the `labels` tokens of a text of `bytes` bytes. `item` hashes the text."""
+
+    NEXT: ClassVar[str] = _NEXT
+    item: str
+    kind: str
+    loss: float
+    labels: int
+    bytes: int
 
 
 @dataclass(frozen=True)

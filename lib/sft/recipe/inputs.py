@@ -155,6 +155,7 @@ def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tupl
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
     named += [(path, find(path)) for path in evaluate.data.values() if not is_remote(path)]
+    named += [(evaluate.plain_text, find(evaluate.plain_text))] if evaluate.plain_text else []
     return [
         (name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
     ]

@@ -40,6 +40,12 @@ def recipe_schema() -> dict[str, Any]:
     tables = {name: _object(cls) for name, cls in schema.TABLES.items()}
     required = [name for name, table in tables.items() if table.get("required")]
     tables["evaluate"].pop("required")
+    per_task = {name: tables["evaluate"]["properties"][name] for name in schema.PER_TASK}
+    tables["evaluate"]["properties"]["by_task"]["additionalProperties"] = {
+        "type": "object",
+        "properties": {name: {k: v for k, v in field.items() if k != "default"} for name, field in per_task.items()},
+        "additionalProperties": False,
+    }
     tables["evaluate"]["anyOf"] = [{"required": ["tasks"]}, {"required": ["suite"]}]  # a suite names its tasks
     return _root("a recipe", {"type": "object", "properties": {**tables, "on": on}, "required": required})
 

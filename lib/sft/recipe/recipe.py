@@ -133,6 +133,8 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         if table not in schema.TABLES and table != "on":
             problems.append(f"no table [{table}]{_did_you_mean(table, [*schema.TABLES, 'on'])}")
     values = {t: build(cls, data.get(t, {}), t, problems) for t, cls in schema.TABLES.items()}
+    if values["evaluate"] is not None:
+        values["evaluate"] = _with_task_options(values["evaluate"], problems)
     on = _hardware(data.get("on", {}), problems)
     if not problems:
         problems += _check(values, on)
@@ -163,6 +165,41 @@ def _add_suite(data: dict[str, Any], problems: list[str]) -> None:
             )
             return
     data["evaluate"] = {**suite, **table}
+    if "by_task" in suite and isinstance(own := table.get("by_task", {}), dict):
+        tasks = data["evaluate"]["tasks"]  # a recipe may name other tasks than its suite
+        shared = {
+            task: options for task, options in suite["by_task"].items() if isinstance(tasks, list) and task in tasks
+        }
+        data["evaluate"]["by_task"] = {**own, **{t: {**shared[t], **own.get(t, {})} for t in shared}}
+
+
+def _with_task_options(evaluate: schema.Evaluate, problems: list[str]) -> schema.Evaluate:
+    """[evaluate] with the values of [evaluate.by_task.<task>] converted like its own fields."""
+    fields = {f.name: f for f in dataclasses.fields(schema.Evaluate)}
+    hints = typing.get_type_hints(schema.Evaluate)
+    found: dict[str, dict[str, Any]] = {}
+    for task, options in evaluate.by_task.items():
+        where = f"in [evaluate.by_task.{task}]"
+        if task not in evaluate.tasks:
+            problems.append(f"[evaluate.by_task.{task}]: no such entry in 'tasks'{_did_you_mean(task, evaluate.tasks)}")
+        found[task] = {}
+        for name, value in options.items():
+            if name not in schema.PER_TASK:
+                hint = (
+                    f"; write thinking = {{ {task} = true }} in [evaluate]"
+                    if name == "thinking"
+                    else _did_you_mean(name, schema.PER_TASK)
+                )
+                problems.append(
+                    f"'{name}' {where}: not a field of one task{hint}; there are: {', '.join(schema.PER_TASK)}"
+                )
+                continue
+            try:
+                found[task][name] = _convert(value, hints[name], f"evaluate.by_task.{task}.{name}", problems)
+                _bounds(found[task][name], fields[name].metadata)
+            except (TypeError, ValueError) as e:
+                problems.append(f"'{name}' {where} = {value!r}: {e}")
+    return dataclasses.replace(evaluate, by_task=found)
 
 
 def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
@@ -279,6 +316,10 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         return tuple(
             _convert(v, k, f"{where}.{i}", problems) for i, (v, k) in enumerate(zip(value, kinds, strict=True))
         )
+    if origin is dict and typing.get_origin(args[1]) is dict:
+        if not isinstance(value, dict):
+            raise TypeError("a table of tables is expected")
+        return {k: _convert(v, args[1], f"{where}.{k}", problems) for k, v in value.items()}
     if origin is dict and args[1] is Any:
         if not isinstance(value, dict):
             raise TypeError("a table is expected")
@@ -301,6 +342,8 @@ def _convert(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
 
 def _bounds(value: Any, rule: typing.Mapping[str, Any]) -> None:
     for v in value if isinstance(value, (tuple, dict)) else (value,):
+        if isinstance(v, dict):
+            continue
         if rule["choices"] and v not in rule["choices"]:
             raise ValueError(f"one of {', '.join(rule['choices'])} is expected{_did_you_mean(str(v), rule['choices'])}")
         if isinstance(v, str) and "\0" in v:
@@ -453,20 +496,29 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
             problems.append(
                 f"'thinking' in [evaluate]: no task {task!r} among {', '.join(evaluate.tasks)}, and it is not '*'"
             )
-    thoughts = evaluate.process_output != "none" or any(evaluate.thinking.values())
-    if evaluate.max_thought_tokens and not thoughts:
-        problems.append(
-            f"'max_thought_tokens' in [evaluate] = {evaluate.max_thought_tokens}: no task has thoughts; set thinking = {{ \"*\" = true }}"
-            " or process_output = 'r1_style'"
-        )
-    if evaluate.samples > 1 and evaluate.temperature == 0:
-        problems.append(
-            f"'samples' in [evaluate] = {evaluate.samples}: temperature = 0 gives as many equal replies; set one above 0"
-        )
+    problems += _check_asking(evaluate, "[evaluate]")
+    for task in evaluate.by_task:
+        problems += _check_asking(evaluate.for_task(task), f"[evaluate.by_task.{task}]")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
     if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
         problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
+    return problems
+
+
+def _check_asking(options: schema.Evaluate, table: str) -> list[str]:
+    """How tasks are asked: [evaluate], or what counts for one task."""
+    problems = []
+    thoughts = options.process_output != "none" or any(options.thinking.values())
+    if options.max_thought_tokens and not thoughts:
+        problems.append(
+            f"'max_thought_tokens' in {table} = {options.max_thought_tokens}: no task has thoughts; set thinking = {{ \"*\" = true }}"
+            " or process_output = 'r1_style'"
+        )
+    if options.samples > 1 and options.temperature == 0:
+        problems.append(
+            f"'samples' in {table} = {options.samples}: temperature = 0 gives as many equal replies; set one above 0"
+        )
     return problems
 
 

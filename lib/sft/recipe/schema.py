@@ -7,7 +7,7 @@ the planner reads this before the environment exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 REQUIRED: Any = object()
@@ -334,6 +334,9 @@ class Train:
     validate_every: int = opt(
         100, "steps between evaluations of the validation loss; 0 = only at the end", min=0, key=False
     )
+    validate_start: bool = opt(
+        True, "measure the validation loss of the starting weights as well, before the first step", key=False
+    )
     log_every: int = opt(1, "steps between records in metrics.jsonl and lines on the terminal", min=1, key=False)
     wandb_project: str = opt("", "Weights & Biases project; offline without an API key; empty = off", key=False)
     tensorboard: bool = opt(False, "write TensorBoard event files to train/tensorboard/", key=False)
@@ -369,6 +372,13 @@ class Convert:
         "another model than this run's training, to export and score (make … MODEL=): runs/<run>[/train/step<N>], a step or Hugging Face folder under DATA or on a mount, gs://… or hf://org/name[@revision]; empty = train",
         late=True,
     )
+
+
+PER_TASK = (
+    "num_fewshot", "fewshot_as_multiturn", "system_prompt", "process_output", "max_reply_tokens", "temperature", "top_p",
+    "samples", "max_thought_tokens", "min_stop_rate",
+)  # fmt: skip
+"""The fields of [evaluate] that [evaluate.by_task.<task>] can set for one task. `thinking` names its tasks itself."""
 
 
 @dataclass(frozen=True)
@@ -428,6 +438,11 @@ class Evaluate:
     max_thought_tokens: int = opt(
         0, "longest thought in tokens, beside max_reply_tokens for the answer; 0 = one limit for both", min=0
     )
+    by_task: dict[str, dict[str, Any]] = opt(
+        {},
+        "[evaluate.by_task.<task>]: values for one task or group of `tasks`, of the fields " + ", ".join(PER_TASK),
+        late=True,
+    )
     min_stop_rate: float = opt(
         0.95,
         "a task is broken if a smaller fraction of its replies stops by itself; the others are cut by length",
@@ -436,6 +451,11 @@ class Evaluate:
     )
     max_empty_fraction: float = opt(0.1, "a task is broken if a larger fraction of its replies is empty", min=0, max=1)
     validation_documents: int = opt(256, "number of held-out conversations whose loss is measured; 0 = none", min=0)
+    plain_text: str = opt(
+        "plain_text.jsonl",
+        "texts that are no chat, whose perplexity shows what training made the model forget: a JSONL file under DATA or recipes/ with `text` and perhaps `kind`; empty = none",
+        late=True,
+    )
     every: int = opt(
         0, "during training, evaluate the first kept step at or after each multiple of this; 0 = none", min=0, key=False
     )
@@ -448,6 +468,13 @@ class Evaluate:
         "score by which BEST is chosen during training: task/metric or validation/loss; empty = the first task's first metric",
         key=False,
     )
+
+    def for_task(self, named: str, task: str = "") -> Evaluate:
+        """The options of a task. `named` is the entry of `tasks` that it comes from; a group's `task` has another name."""
+        thinking = self.thinking
+        if named in thinking and task:
+            thinking = {**thinking, task: thinking[named]}
+        return replace(self, **{"thinking": thinking, **self.by_task.get(named, {})})
 
 
 LAUNCHERS = ("local", "slurm", "beaker")

@@ -83,7 +83,7 @@ def _loss_tiles(run: RunFiles) -> Iterator[Tile]:
             if use.lost >= LOST:
                 yield f"{use.lost:.0%} lost", use.source, "of its trained tokens, to seq_len or to skipped steps"
         if train.validation_loss is not None:
-            yield "validation loss", f"{train.validation_loss:.3f}", f"from {train.first_validation_loss:.3f}"
+            yield "validation loss", f"{train.validation_loss:.3f}", f"from {train.validation_before:.3f}"
 
 
 def _score_tiles(run: RunFiles) -> Iterator[Tile]:

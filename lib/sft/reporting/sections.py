@@ -12,7 +12,7 @@ from html import escape
 
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import GateRecord
-from sft.formats.metrics import Attempt, MetricsRecord, StepRecord
+from sft.formats.metrics import Attempt, MetricsRecord, StepRecord, validation_losses
 from sft.formats.packs import StepSummary
 from sft.formats.preview import Preview, Segment
 from sft.reporting import charts
@@ -31,7 +31,8 @@ def curves(records: Sequence[MetricsRecord]) -> str:
         found = ((r.step, getattr(r, name)) for r in steps)
         return [(step, value) for step, value in found if value is not None and math.isfinite(value)]
 
-    loss, validation = points("loss"), points("validation_loss")
+    loss = points("loss")
+    validation: list[tuple[float, float]] = [(x, y) for x, y in validation_losses(records) if math.isfinite(y)]
     series = [Line("training loss", "raw", loss), Line("smoothed", "one", charts.smooth(loss))]
     if validation:
         series.append(Line("validation loss", "two", validation, dots=True))

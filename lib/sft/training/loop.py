@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from sft.checkpoint import step_folder
-from sft.formats.metrics import SourceUse, StepRecord, read_steps
+from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
 from sft.model.parallel import SharedError, World
 from sft.model.utilisation import mfu
@@ -237,6 +237,10 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
     world, saver = run.world, run.saver
     if metrics is not None:
         mark_restored(run, start, metrics)
+    if start == 0 and run.validation is not None and run.stage.recipe.train.validate_start:
+        before = validate(run)
+        if metrics is not None:
+            metrics.start(InitialValidation(before.loss, before.sources))
     loader = run.loader(start)
     pending: Readback | None = None
     began = mark(world.device)

@@ -14,7 +14,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import metrics as metrics_format
-from sft.formats.metrics import Attempt, StepRecord, read_metrics
+from sft.formats.metrics import Attempt, InitialValidation, MetricsRecord, StepRecord, read_metrics
 from sft.training.trackers import Trackers
 
 COPIES = ".metrics"
@@ -37,7 +37,7 @@ class MetricsWriter:
         self.file = out / metrics_format.NAME
         self.steps, self.log = steps, log
         restore_records(out, start, log)
-        records = [r for r in read_metrics(self.file) if isinstance(r, Attempt) or r.step <= start]
+        records = [r for r in read_metrics(self.file) if _stays(r, start)]
         records += [header] if header else []
         write_atomic(self.file, b"".join(r.to_bytes() for r in records))
         self._stream = self.file.open("ab")
@@ -45,6 +45,13 @@ class MetricsWriter:
         self._seconds = 0.0
         self._timed = 0
         self._sealed = ""
+
+    def start(self, record: InitialValidation) -> None:
+        """Writes the validation of the starting weights, before the first step."""
+        self._stream.write(record.to_bytes())
+        self._stream.flush()
+        self._trackers.record({"step": 0, "validation_loss": record.initial_validation_loss})
+        self.log(f"validation loss of the starting weights: {record.initial_validation_loss:.4f}")
 
     def write(self, record: StepRecord) -> None:
         self._stream.write(record.to_bytes())
@@ -79,6 +86,13 @@ class MetricsWriter:
         os.fsync(self._stream.fileno())
         self._stream.close()
         self._trackers.close()
+
+
+def _stays(record: MetricsRecord, start: int) -> bool:
+    """Whether a record of an earlier attempt stays in the file of one that starts after `start` steps."""
+    if isinstance(record, InitialValidation):
+        return start > 0  # an attempt from step 0 measures it again
+    return isinstance(record, Attempt) or record.step <= start
 
 
 def restore_records(out: Path, start: int, log: Callable[[str], None]) -> None:

@@ -32,7 +32,15 @@ from sft.common.files import write_atomic
 from sft.common.process import AGAIN, report_errors
 from sft.formats import manifest
 from sft.formats import metrics as metrics_format
-from sft.formats.metrics import Attempt, SourceUse, StepRecord, TrainMetrics, UploadSummary, read_metrics
+from sft.formats.metrics import (
+    Attempt,
+    SourceUse,
+    StepRecord,
+    TrainMetrics,
+    UploadSummary,
+    initial_validation,
+    read_metrics,
+)
 from sft.model import utilisation
 from sft.model.parallel import SharedError, World, join
 from sft.runner.cli import RunOptions, parse_run
@@ -111,6 +119,7 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
     seconds = sum(r.seconds for r in timed)
     used = [(r.mfu, r.seconds) for r in timed if r.mfu is not None]
     validation = [r.validation_loss for r in steps if r.validation_loss is not None]
+    before = initial_validation(records)
     return TrainMetrics(
         final_step=run.plan.steps,
         checkpoint=final.name,
@@ -119,13 +128,14 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
         tokens=steps[-1].tokens,
         tokens_per_s=sum(r.tokens_per_s * r.seconds for r in timed) / seconds if seconds else 0.0,
         skipped_steps=sum(1 for r in steps if r.skipped),
-        attempts=len(records) - len(steps),
+        attempts=sum(isinstance(r, Attempt) for r in records),
         data=run.plan.describe(),
         mfu=sum(mfu * s for mfu, s in used) / sum(s for _, s in used) if used else None,
         validation_loss=validation[-1] if validation else None,
         first_validation_loss=validation[0] if validation else None,
         remote=uploaded,
         sources=tuple(run.labels),
+        initial_validation_loss=before.initial_validation_loss if before else None,
     )
 
 

@@ -69,7 +69,7 @@ CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")
 TOOLS = "bfcl_all::std"
 LM_EVAL_ONLY = (
     "system_prompt", "seed", "validation_documents", "backend", "task_dir", "data", "num_fewshot", "fewshot_as_multiturn",
-    "max_reply_tokens", "temperature", "top_p", "samples", "thinking", "max_thought_tokens",
+    "max_reply_tokens", "temperature", "top_p", "samples", "thinking", "max_thought_tokens", "by_task", "plain_text",
 )  # fmt: skip
 REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_ONLY, "min_stop_rate")}
 """Options that a harness would silently ignore: its tasks decide the matter, or its records do not contain it."""
