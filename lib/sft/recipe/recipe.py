@@ -663,8 +663,12 @@ def _file_safe(text: str) -> str:
     return text if safe else hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata["key"])
-        return {f.name: _keyed(v) for f, v in fields if not (f.metadata["late"] and v == f.default)}
+        return {f.name: _keyed(v) for f, v in fields if not (f.metadata["late"] and v == _default(f))}
     return [_keyed(v) for v in value] if isinstance(value, tuple) else value
