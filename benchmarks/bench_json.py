@@ -82,7 +82,7 @@ def readers(tokenizer: Path) -> dict[str, Reader]:
         import msgspec
 
         message = msgspec.defstruct("Message", [("role", str), ("content", str | None, None)])
-        row = msgspec.defstruct("Row", [("messages", list[message])])
+        row = msgspec.defstruct("Row", [("messages", list[message])])  # type: ignore[valid-type]  # made at run time: msgspec is no package of ours
         decode = msgspec.json.Decoder(row).decode
         made["msgspec"] = lambda lines: [[(m.role, m.content) for m in decode(line).messages] for line in lines]
     except ImportError:
