@@ -126,7 +126,7 @@ def test_every_other_name_has_a_field_of_ours() -> None:
         ("learning_rate", "'lr' in [train]"), ("num_train_epochs", "'epochs' in [train]"), ("base_model", "'base' in [model]"),
         ("val_set_size", "'validation_fraction' in [prepare]"), ("--learning-rate", "'lr' in [train]"),
         ("step_scheduler.global_batch_size", "'global_batch_tokens' in [train]"), ("optimizer.lr", "'lr' in [train]"),
-        ("gradient_checkpointing", "'recompute' in [on.<cluster>.train]"), ("lora_r", "all weights are trained"),
+        ("gradient_checkpointing", "'recompute' in [on.<cluster>.train]"), ("lora_r", "'lora_rank' in [train]"),
         ("workspace", "it is a field of env/mine.toml, not of a recipe"),
     ],
 )  # fmt: skip

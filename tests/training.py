@@ -120,6 +120,9 @@ class FakeStage:
     def log(self, text: str) -> None:
         print(f"[train] {text}", flush=True)
 
+    def sha256(self, file: Path) -> str:
+        return hash_file(file)
+
 
 def train_here(folder: Path, fields: dict[str, Any]) -> int:
     """The stage on this rank; exit status as sft.training.train's."""
@@ -176,7 +179,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     weights, into <folder>/gradients.pt."""
     import torch
 
-    from sft.model.parallel import join
+    from sft.model.parallel import join, set_parameter
     from sft.training.build import build_run
     from sft.training.loop import accumulate
     from sft.training.optim import full_tensor
@@ -197,6 +200,9 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     try:
         stage = FakeStage(folder, None, fields.pop("hardware", None), **fields)
         run, _ = build_run(stage, world)  # type: ignore[arg-type]
+        for name, parameter in run.model.named_parameters():
+            if name.endswith("lora_b"):  # at zero, its partner has no gradient
+                set_parameter(parameter, torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
         found: dict[int, dict[str, Any]] = {}
         labels = []
         for step, batches in run.loader(0):
@@ -321,7 +327,7 @@ def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
 
 
 def tensors(step: Path) -> dict[str, torch.Tensor]:
-    return dict(DcpReader(step)) | {f"optim {k}": v for k, v in DcpReader(step, "optim.state.").items()}
+    return dict(DcpReader(step, adapters=True)) | {f"optim {k}": v for k, v in DcpReader(step, "optim.state.").items()}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:

@@ -103,9 +103,12 @@ class Weights(Protocol):
 
 
 class DcpReader(Mapping[str, Tensor]):
-    """The tensors of a DCP folder whose names start with `prefix`, under their names without it."""
+    """The tensors of a DCP folder whose names start with `prefix`, under their names without it.
 
-    def __init__(self, step: Path, prefix: str = "model.") -> None:
+    Raises SftError for a step that holds LoRA adapters without their base, unless the caller asks for `adapters`.
+    """
+
+    def __init__(self, step: Path, prefix: str = "model.", adapters: bool = False) -> None:
         self.folder = weights_folder(step)
         self.prefix = prefix
         found = read_metadata(step)
@@ -115,6 +118,11 @@ class DcpReader(Mapping[str, Tensor]):
             for name, entry in found.state_dict_metadata.items()
             if name.startswith(prefix) and isinstance(entry, metadata.TensorStorageMetadata)
         }
+        if not adapters and any(name.endswith(".lora_a") for name in self._entries):
+            raise SftError(
+                f"{step}: holds LoRA adapters and not the model that they belong to; next: make convert RECIPE=<its run>, whose"
+                " model/ has them merged"
+            )
         self._files: dict[str, BinaryIO] = {}
         self._opened: tuple[str, dict[torch.Size, _Chunk]] = ("", {})  # the chunks of the tensor read last
 

@@ -60,6 +60,7 @@ from sft.formats.steps import (
     named_step,
     write_latest,
 )
+from sft.model.adapters import saved_parameters, trained_parameters
 from sft.model.parallel import SharedError, World
 
 
@@ -119,14 +120,14 @@ class _Writer(FileSystemWriter):
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<name>.<moment>": tensor} for every parameter."""
-    return {f"{n}.{s}": value for n, p in model.named_parameters() for s, value in optimizer.state[p].items()}
+    """{"<name>.<moment>": tensor} for every trained parameter."""
+    return {f"{n}.{s}": value for n, p in trained_parameters(model).items() for s, value in optimizer.state[p].items()}
 
 
 def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of a model and optimizer by OLMo-core's names, as a step folder stores it. The tensors are not
-    copied."""
-    names = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """The state of a model and optimizer by OLMo-core's names, as a step folder stores it: of a model with adapters, the
+    adapters alone. The tensors are not copied."""
+    names = {name: parameter.detach() for name, parameter in saved_parameters(model).items()}
     # All options, because a reader asks for all that its optimizer has, and initial_lr, which OLMo-core's schedulers
     # start from.
     groups = {
@@ -137,7 +138,7 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     return {
         "model": names,
         "optim": {f"state.{k}": v for k, v in optimizer_tensors(model, optimizer).items()}
-        | {f"param_groups.{n}.{k}": v for n, p in model.named_parameters() for k, v in groups[id(p)].items()},
+        | {f"param_groups.{n}.{k}": v for n, p in trained_parameters(model).items() for k, v in groups[id(p)].items()},
     }
 
 
@@ -314,8 +315,8 @@ def damage(step: Path, world: World | None = None) -> list[str]:
 def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
     """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state.
     Raises SftError."""
-    weights, moments = DcpReader(step), DcpReader(step, "optim.state.")
-    for name, parameter in model.named_parameters():
+    weights, moments = DcpReader(step, adapters=True), DcpReader(step, "optim.state.")
+    for name, parameter in saved_parameters(model).items():
         weights.read_into(name, parameter)
     for name, tensor in optimizer_tensors(model, optimizer).items():
         moments.read_into(name, tensor)

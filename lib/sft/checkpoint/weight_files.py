@@ -138,6 +138,11 @@ def open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], list[st
     return found, notes
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files with the weights of a folder. Raises SftError for a folder without any."""
+    return [path / name for name in _weight_files(path)[1]]
+
+
 def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
     """(the index's tensors by file, file names, kind): an index, one file, or shards whose names say how many there are."""
     for kind, stem in (("safetensors", "model"), ("bin", "pytorch_model")):

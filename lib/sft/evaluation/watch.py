@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft.checkpoint import olmo_core, step_folder
-from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.lora_step import open_step
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.evaluation import evaluate
@@ -192,7 +192,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     def quiet(_: str) -> None:
         pass
 
-    weights = DcpReader(step)
+    weights = open_step(step, lambda: stage.base, config, stage.recipe.train.seed, stage.sha256)
     try:
         write.export(weights, config, facts, tokenizer, target, options, template, quiet, kept)
         gate.check(target, weights, config, facts, trained_template, options, quiet)

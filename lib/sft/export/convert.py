@@ -1,8 +1,10 @@
 """The convert stage: a training checkpoint to a Hugging Face folder that is checked before it is published.
 
-In:  the final step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json.
+In:  the final step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json; the base for a
+     step with LoRA adapters.
 Out: model/     sharded safetensors (vocabulary cut to the tokenizer), config.json, generation_config.json, the tokenizer
                 with its chat template, README.md; AutoModelForCausalLM and AutoTokenizer load it
+     adapter/   LoRA only: the adapter in PEFT's format; model/ has it merged into the base
      gate.json  what was compared before publishing (sft.export.gate)
 
 Weights are read, cast and written in blocks of rows, so memory does not grow with the model.
@@ -20,9 +22,11 @@ from pathlib import Path
 
 from sft.checkpoint import olmo_core
 from sft.checkpoint.dcp_reader import DcpReader
+from sft.checkpoint.lora_step import Merged, open_step
 from sft.common.errors import SftError
 from sft.export import card
 from sft.export.gate import check
+from sft.export.peft_adapter import FOLDER, write_adapter
 from sft.export.write import export
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
@@ -46,17 +50,19 @@ def convert(stage: Stage) -> Result:
     made = export_step(stage, step, config, step.parent / "tokenizer", stage.out / "model")
     made.gate.write(stage.out / NAME)
     (stage.out / "model" / "README.md").write_text(card.of_run(stage.run, stage.recipe, made.gate), encoding="utf-8")
-    return Result(outputs=["model", NAME], metrics=made.metrics(step).to_metrics())
+    return Result(outputs=["model", NAME, *made.more], metrics=made.metrics(step).to_metrics())
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A step as a Hugging Face folder, with the record of its gate. `size`: bytes of the weights."""
+    """A step as a Hugging Face folder, with the record of its gate. `size`: bytes of the weights. `more`: names of folders
+    beside it."""
 
     gate: GateRecord
     parameters: int
     size: int
     template: CarriedTemplate
+    more: tuple[str, ...] = ()
 
     def metrics(self, step: Path) -> ConvertMetrics:
         """The metrics of convert's manifest. `step`: the step's folder, whose name has its number."""
@@ -78,7 +84,8 @@ def export_step(
     tokenizer: the folder that training used, with its template. own_template: the text for [convert] eval_template = "model".
     """
     facts = DatasetInfo.of(stage.folder("prepare")).facts
-    options, weights = stage.recipe.convert, DcpReader(step)
+    options = stage.recipe.convert
+    weights = open_step(step, lambda: stage.base, config, stage.recipe.train.seed, lambda file: stage.sha256(file))
     trained = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
     template = own_template or evaluation_template(options.eval_template, stage.find) or trained
     trained_base = olmo_core.base_facts(step / "config.json")
@@ -91,10 +98,24 @@ def export_step(
     shutil.rmtree(target, ignore_errors=True)
     size = export(weights, config, facts, tokenizer, target, options, template, stage.log, trained_base)
     record = check(target, weights, config, facts, trained, options, stage.log)
+    more = write_peft(stage, weights, target.parent / FOLDER)
     weights.close()
     name = options.eval_template or "as trained"
     carried = CarriedTemplate(name, hashlib.sha256(template.encode()).hexdigest())
-    return Exported(record, config.parameters, size, carried)
+    return Exported(record, config.parameters, size, carried, more)
+
+
+def write_peft(stage: Stage, weights: DcpReader | Merged, folder: Path) -> tuple[str, ...]:
+    """Writes the adapter in PEFT's format. Returns the folder's name, or nothing for a step without one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if not isinstance(weights, Merged):
+        return ()
+    if why := write_adapter(weights, stage.recipe.model.base, folder):
+        stage.log(f"no adapter in PEFT's format: {why}; model/ has it merged")
+        return ()
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    stage.log(f"{folder}: the adapter in PEFT's format, {size / 1e6:.1f} MB")
+    return (folder.name,)
 
 
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:

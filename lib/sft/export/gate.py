@@ -9,7 +9,8 @@ Out: `GateRecord` (gate.json), which lists what was compared; SftError at the fi
    generate() stops on every trained terminator.
 3. Logits: the training code's model agrees with transformers on packed conversations, the first longer than the sliding window
    (sft.export.logits).
-4. Greedy replies to fixed questions (sft.export.chats). They are reported only: an undertrained model may not stop.
+4. LoRA: the merged weights give the logits of base and adapters apart (sft.export.merge_gate).
+5. Greedy replies to fixed questions (sft.export.chats). They are reported only: an undertrained model may not stop.
 
 `gate = "fast"` compares the logits over a sample of four layers (`sample_layers`), does not measure the cost of rounding, and
 generates no replies.
@@ -18,6 +19,7 @@ generates no replies.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,13 @@ from torch import Tensor
 from sft.chat.loaded_tokenizer import check_canaries, remedy
 from sft.checkpoint.dcp_reader import Weights
 from sft.checkpoint.hf_folder import HfFolder
+from sft.checkpoint.lora_step import Merged
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.export.blocks import DTYPES, all_finite, row_blocks
 from sft.export.chats import greedy_replies, trained_chats
 from sft.export.logits import compare_logits, meta_hf_model, sample_layers
+from sft.export.merge_gate import check_merge
 from sft.export.stream import prefetched
 from sft.formats.dataset import TokenizerFacts
 from sft.formats.gate import GateRecord, GreedyReply, TensorCheck, TokenizerCheck
@@ -78,8 +82,15 @@ def check(
             f"gate: {stopped} of {len(replies)} greedy replies stop by themselves; the first: {replies[0].reply[:80]!r}"
         )
     exported.close()
+    merge = None
+    if isinstance(weights, Merged):
+        merge = check_merge(weights, trained_chats(tokenizer, template, config), layers, str(folder))
+        log(
+            f"gate: merged and unmerged logits agree to {merge.max_difference:.1e} of {merge.max_logit:.1f},"
+            f" {merge.matrices} matrices with adapters"
+        )
     about_tokenizer = TokenizerCheck(len(facts.tokenizer.canaries), tuple(stops))
-    return GateRecord.of(options.gate, tensors, about_tokenizer, logits, replies)
+    return replace(GateRecord.of(options.gate, tensors, about_tokenizer, logits, replies), merge=merge)
 
 
 def check_tensors(exported: HfFolder, weights: Weights, config: ModelConfig, dtype: torch.dtype) -> TensorCheck:

@@ -11,7 +11,7 @@ import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from sft.export.stream import Head, Table, stream
 from sft.formats.gate import LogitCheck
 from sft.model import hf
 from sft.recipe.architecture import DynamicRope, LongRope, ModelConfig
+
+if TYPE_CHECKING:
+    from sft.model.model import Transformer
 
 FAST_LAYERS = 4
 """Layers of the fast gate. Windowed and full layers alternate in groups of four."""
@@ -166,8 +169,14 @@ def _kl(exact: Tensor, rounded: Tensor) -> float:
 
 
 @torch.inference_mode()
-def native_logits(config: ModelConfig, weights: Weights, pack: Pack, layers: Sequence[int]) -> Tensor:
-    """fp32 logits [R, V] of sft.model.model with the given layers."""
+def native_logits(
+    config: ModelConfig,
+    weights: Weights,
+    pack: Pack,
+    layers: Sequence[int],
+    change: Callable[[Transformer], None] = lambda _: None,
+) -> Tensor:
+    """fp32 logits [R, V] of sft.model.model with the given layers. `change`: what is done with the model before it runs."""
     from sft.model.model import Transformer  # start-up: only a part of the commands compares logits
 
     def tensor(name: str) -> Tensor:
@@ -175,6 +184,7 @@ def native_logits(config: ModelConfig, weights: Weights, pack: Pack, layers: Seq
 
     with torch.device("meta"):
         model = Transformer(of_layers(config, layers)).eval()
+        change(model)
     model.embeddings = Table(lambda a, b: weights.rows("embeddings.weight", a, b).float())  # type: ignore[assignment]
     stream(list(model.blocks), lambda i, name: tensor(f"blocks.{layers[i]}.{name}"))
     hidden = model.hidden_states(pack.ids, pack.positions, pack.cu_seqlens, pack.longest)

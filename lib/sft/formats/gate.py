@@ -57,6 +57,15 @@ class LogitCheck:
 
 
 @dataclass(frozen=True)
+class MergeCheck:
+    """The logits of the merged weights against those of base and adapters apart, both in fp32. `matrices` have an adapter."""
+
+    max_difference: float
+    max_logit: float
+    matrices: int
+
+
+@dataclass(frozen=True)
 class GreedyReply:
     """A greedy reply to one of the fixed questions. `tokens` is its length; `stopped`: it ends with a stop id."""
 
@@ -91,6 +100,7 @@ class GateRecord(Record):
     logits: LogitCheck
     chats: tuple[GreedyReply, ...] | None = None
     summary: GateSummary
+    merge: MergeCheck | None = None
 
     @classmethod
     def of(

@@ -16,7 +16,9 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from sft.common.errors import SftError
+from sft.model import hf
 from sft.model.hf import shapes
+from sft.model.trained import Shapes, frozen_shapes, lora_shapes, lora_targets, trained_shapes
 from sft.recipe.architecture import GatedDelta, ModelConfig
 from sft.recipe.schema import Hardware, Train
 
@@ -127,35 +129,73 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
 
 def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
     """Bytes of what stays in memory, of a model that `ranks` share."""
-    owned = sum(_shard_size(shape, ranks) for shape in shapes(model).values())
+    trained = trained_shapes(model, train).values()
+    owned = sum(_shard_size(shape, ranks) for shape in trained)
     moments = 8 * owned
     if train.optimizer == "adamw8bit":
-        quantised = sum(_shard_size(shape, ranks) for shape in shapes(model).values() if is_quantised(shape))
+        quantised = sum(_shard_size(shape, ranks) for shape in trained if is_quantised(shape))
         moments = 8 * (owned - quantised) + 2 * quantised + 8 * quantised // QUANTISED_BLOCK
     return {
-        "parameters": 4 * owned,
+        "parameters": 4 * owned + _frozen_bytes(model, train, ranks),
         "gradients": (2 if train.gradients == "bf16" else 4) * owned,
         "optimizer state": moments,
     }
+
+
+def _frozen_bytes(model: ModelConfig, train: Train, ranks: int) -> int:
+    """Bytes of the parameters that no step changes. Every rank holds all quantised matrices."""
+    replicated, width = _replicated(model, train), _width(train)
+    frozen = frozen_shapes(model, train)
+    divided = sum(_shard_size(shape, ranks) for name, shape in frozen.items() if name not in replicated)
+    return width * divided + sum(_quantised_bytes(shape, train.base_dtype) for shape in replicated.values())
+
+
+def _replicated(model: ModelConfig, train: Train) -> dict[str, tuple[int, ...]]:
+    """The quantised matrices."""
+    if train.base_dtype == "compute":
+        return {}
+    every = shapes(model)
+    return {name: every[name] for name in lora_targets(model, train)}
+
+
+def _quantised_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """nf4: half a byte for a value, and one for the scale of 64; else one for a value, and four for the scale of a row."""
+    values = math.prod(shape)
+    return values // 2 + values // 64 if dtype == "nf4" else values + 4 * shape[0]
+
+
+def _width(train: Train) -> int:
+    """Bytes of a value in computations."""
+    return 2 if train.precision == "bf16" else 4
+
+
+def step_bytes(model: ModelConfig, train: Train) -> int:
+    """Bytes of a step folder: fp32 weights and moments."""
+    moments = 2 if train.optimizer == "adamw8bit" else 8
+    if train.method == "full":
+        return (4 + moments) * model.parameters
+    return (4 + moments) * sum(math.prod(shape) for shape in trained_shapes(model, train).values())
 
 
 def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) -> list[dict[str, int]]:
     """Bytes at the moments of a step that may need most: the end of the forward pass in the loss, the backward pass of
     the last layer and of the last recomputed one, and the reduction of the gradients of embedding and head at the
     end."""
-    compute = 2 if train.precision == "bf16" else 4
+    compute = _width(train)
     tokens = (hardware.microbatch_tokens or train.seq_len) // hardware.context_degree
     modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
     # One CPU process in fp32 is not wrapped by FSDP; one GPU in bf16 is.
     wrapped = gpus > 1 or compute == 2
-    blocks = Counter[str]()
-    for name, shape in shapes(model).items():
-        blocks[".".join(name.split(".")[:2])] += math.prod(shape) * name.startswith("blocks.")
-    block = max(blocks.values()) * wrapped
-    root = sum(math.prod(s) for n, s in shapes(model).items() if not n.startswith("blocks.")) * wrapped
+    replicated, adapters = _replicated(model, train), lora_shapes(model, train)
+    block, root = _groups({n: s for n, s in (shapes(model) | adapters).items() if n not in replicated}, wrapped)
+    trained_block, trained_root = _groups(trained_shapes(model, train), wrapped)
     head = model.vocab_size * model.d_model
+    head_gradient = head if hf.head_name(model) in trained_shapes(model, train) else 0
+    # The input of an adapter's second factor, and a matrix that is made from its codes.
+    low_rank = tokens * compute * train.lora_rank * len(adapters) // (2 * model.n_layers)
+    made = compute * max((math.prod(s) for s in replicated.values()), default=0)
     by_layer = [
-        activation_bytes(model, tokens, mode, compute, hardware, mixer)
+        activation_bytes(model, tokens, mode, compute, hardware, mixer) + (low_rank if mode == "none" else 0)
         for mode, mixer in zip(modes, model.mixers, strict=True)
     ]
     tables = len({model.layer_scaling(i) for i in range(model.n_layers) if model.has_positions(i)})
@@ -164,20 +204,22 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     gathered = compute * (root + 2 * block)
     loss = {
         "activations": sum(by_layer) + outside,
-        "logits and loss": _loss(model, tokens, compute) + 4 * head + (compute * head if compute == 2 else 0),
+        "logits and loss": _loss(model, tokens, compute)
+        + 4 * head_gradient
+        + (compute * head_gradient if compute == 2 else 0),
         "gathered weights": gathered,
         "reduced gradients": 0,
     }
-    all_of_layer = max(
+    all_of_layer = low_rank + max(
         activation_bytes(model, tokens, "none", compute, hardware, mixer) for mixer in dict.fromkeys(model.mixers)
     )
     last_recomputed = max((i for i, mode in enumerate(modes) if mode != "none"), default=0)
     backward = [
         {
-            "activations": sum(by_layer[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute),
-            "logits and loss": compute * head,
+            "activations": sum(by_layer[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute) + made,
+            "logits and loss": compute * head_gradient,
             "gathered weights": gathered + compute * block,
-            "reduced gradients": (compute + 8) * block,
+            "reduced gradients": (compute + 8) * trained_block,
         }
         for layer in {model.n_layers - 1, last_recomputed}
     ]
@@ -185,9 +227,20 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
         "activations": 0,
         "logits and loss": 0,
         "gathered weights": compute * root,
-        "reduced gradients": (compute + 4) * root,
+        "reduced gradients": (compute + 4) * trained_root,
     }
     return [loss, *backward, reduction]
+
+
+def _groups(found: Shapes, wrapped: bool) -> tuple[int, int]:
+    """Values of the largest block and of all that is in no block, which FSDP2 gathers and reduces together."""
+    blocks, root = Counter[str](), 0
+    for name, shape in found.items():
+        if name.startswith("blocks."):
+            blocks[".".join(name.split(".")[:2])] += math.prod(shape)
+        else:
+            root += math.prod(shape)
+    return max(blocks.values(), default=0) * wrapped, root * wrapped
 
 
 def _shard_size(shape: tuple[int, ...], ranks: int) -> int:

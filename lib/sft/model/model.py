@@ -334,11 +334,16 @@ def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[st
     the order in which they are made.
     """
     for name, parameter in model.named_parameters():
-        value = torch.zeros(parameter.shape) if name.endswith(".bias") else torch.ones(parameter.shape)
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        if (vector := initial_vector(name, parameter.numel(), generator)) is not None:
-            value = vector
-        elif parameter.dim() > 1:
-            nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
-        yield name, value
+        yield name, initial_value(name, tuple(parameter.shape), std, seed)
+
+
+def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
+    """The complete initial tensor of a parameter."""
+    value = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    if (vector := initial_vector(name, value.numel(), generator)) is not None:
+        return vector
+    if value.dim() > 1:
+        nn.init.trunc_normal_(value, std=std, a=-3 * std, b=3 * std, generator=generator)
+    return value

@@ -20,7 +20,7 @@ _OUTER = {
     "lm_head.w_out.weight": "lm_head.weight",
 }
 _OUTER_OURS = {theirs: ours for ours, theirs in _OUTER.items()}
-_PROJECTIONS = {
+PROJECTIONS = {
     "attention.w_q": "self_attn.q_proj",
     "attention.w_k": "self_attn.k_proj",
     "attention.w_v": "self_attn.v_proj",
@@ -32,8 +32,8 @@ _PROJECTIONS = {
 _QK_NORMS = {"attention.q_norm": "self_attn.q_norm", "attention.k_norm": "self_attn.k_norm"}
 _POST_NORMS = {"attention_norm": "post_attention_layernorm", "feed_forward_norm": "post_feedforward_layernorm"}
 _PRE_NORMS = {"attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm"}
-_OLMO_BLOCK = {**_PROJECTIONS, **_QK_NORMS, **_POST_NORMS}
-_LLAMA_BLOCK = {**_PROJECTIONS, **_PRE_NORMS}
+_OLMO_BLOCK = {**PROJECTIONS, **_QK_NORMS, **_POST_NORMS}
+_LLAMA_BLOCK = {**PROJECTIONS, **_PRE_NORMS}
 _GATED_DELTA = {
     "attention.w_q": "linear_attn.q_proj",
     "attention.w_k": "linear_attn.k_proj",

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from sft.recipe import schema
 
 _BATCH = "tokens of one optimizer step = rows of a GPU x accumulation x GPUs x seq_len"
-_LORA = "all weights are trained; an adapter can be merged into a base with make to-core SRC=… ADAPTER=…"
 _PACKED = "documents are always packed, and attention stays inside each of them"
 
 OTHER_NAMES: dict[str, str] = {
@@ -107,15 +106,17 @@ OTHER_NAMES: dict[str, str] = {
     "bf16": 'train.precision: "bf16" or "fp32"',
     "fp16": 'train.precision: "bf16" or "fp32"',
     "torch_dtype": 'train.precision: "bf16" or "fp32"; the export has [convert] dtype',
-    "load_in_4bit": f": {_LORA}",
-    "load_in_8bit": f": {_LORA}",
-    "use_peft": f": {_LORA}",
-    "adapter": f": {_LORA}",
-    "lora_r": f": {_LORA}",
-    "lora_rank": f": {_LORA}",
-    "lora_alpha": f": {_LORA}",
-    "lora_dropout": f": {_LORA}",
-    "lora_target_modules": f": {_LORA}",
+    "load_in_4bit": 'train.base_dtype: "nf4", with method = "lora"',
+    "load_in_8bit": 'train.base_dtype: "int8", with method = "lora"',
+    "use_peft": 'train.method: "lora"',
+    "adapter": 'train.method: "lora"',
+    "finetuning_type": 'train.method: "full" or "lora"',
+    "lora_r": "train.lora_rank",
+    "peft_r": "train.lora_rank",
+    "lora_target_modules": "train.lora_targets: names such as attention.w_q; empty = all matrices of the blocks",
+    "lora_target_linear": "train.lora_targets: empty = all matrices of the blocks",
+    "use_rslora": "train.lora_rslora",
+    "peft_use_rslora": "train.lora_rslora",
     "neftune_noise_alpha": ": no noise is added to embeddings",
     # Data
     "dataset_name": "prepare.sources: one [[prepare.sources]] table for each, in the recipe's file",

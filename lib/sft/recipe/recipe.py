@@ -129,6 +129,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     problems: list[str] = []
     taken = _apply(data, overrides, cluster, problems)
     _add_suite(data, problems)
+    _add_method(data, taken)
     for table in data:
         if table not in schema.TABLES and table != "on":
             problems.append(f"no table [{table}]{_did_you_mean(table, [*schema.TABLES, 'on'])}")
@@ -200,6 +201,16 @@ def _with_task_options(evaluate: schema.Evaluate, problems: list[str]) -> schema
             except (TypeError, ValueError) as e:
                 problems.append(f"'{name}' {where} = {value!r}: {e}")
     return dataclasses.replace(evaluate, by_task=found)
+
+
+def _add_method(data: dict[str, Any], taken: dict[str, tuple[str, Any]]) -> None:
+    """Gives [train] the learning rate of LoRA if it sets none itself. `taken`: the overrides and the values before them."""
+    table = data.get("train")
+    if not isinstance(table, dict) or table.get("method") != "lora":
+        return
+    if "train.lr" in taken and taken["train.lr"][1] is None:
+        taken["train.lr"] = (taken["train.lr"][0], schema.LORA_LR)
+    table.setdefault("lr", schema.LORA_LR)
 
 
 def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str = "") -> list[str]:
@@ -455,6 +466,7 @@ def _check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) ->
         problems.append(f"'warmup_fraction' {train.warmup_fraction:g} and 'decay_fraction' {train.decay_fraction:g} in [train] are more"
                         " than the whole run: lower one of them")  # fmt: skip
     problems += _check_other_model(values["convert"], values["evaluate"])
+    problems += _check_method(train, values["prepare"])
     return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
 
 
@@ -466,6 +478,23 @@ def _check_other_model(convert: schema.Convert, evaluate: schema.Evaluate) -> li
     if evaluate.harness != "lm-eval":
         return [
             f"'model' in [convert]: harness = {evaluate.harness!r} takes another model by [evaluate] location; set that"
+        ]
+    return []
+
+
+def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
+    """Options that only LoRA reads, and those that it cannot train with."""
+    default = schema.Train()
+    if train.method != "lora":
+        return [
+            f"'{name}' in [train] = {getattr(train, name)!r}: for method = 'lora' only, and this is {train.method!r}; remove it"
+            for name in schema.LORA_FIELDS
+            if getattr(train, name) != getattr(default, name)
+        ]
+    if prepare.add_tokens:
+        return [
+            f"'add_tokens' in [prepare] = {list(prepare.add_tokens)!r}: their rows of the embedding would stay as they are with"
+            " method = 'lora'; use method = 'full', or remove them"
         ]
     return []
 

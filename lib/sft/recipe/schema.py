@@ -7,7 +7,7 @@ the planner reads this before the environment exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 REQUIRED: Any = object()
@@ -267,7 +267,29 @@ class Train:
     long_documents: str = opt(
         "truncate", "treatment of a document longer than seq_len", choices=("truncate", "drop", "split")
     )
-    lr: float = opt(8e-5, "peak learning rate", above=0)
+    method: str = opt(
+        "full",
+        "full = every weight is trained; lora = low-rank adapters on a frozen base (arXiv 2106.09685)",
+        choices=("full", "lora"),
+        late=True,
+    )
+    lora_rank: int = opt(32, "lora: rank of every adapter", min=1, late=True)
+    lora_alpha: float = opt(32.0, "lora: an adapter is multiplied by lora_alpha / lora_rank", above=0, late=True)
+    lora_rslora: bool = opt(
+        False, "lora: divide lora_alpha by the square root of the rank (arXiv 2312.03732)", late=True
+    )
+    lora_targets: tuple[str, ...] = opt(
+        (),
+        'lora: matrices that get an adapter, e.g. ["attention", "feed_forward.w2", "blocks.0-7"]; empty = all in the blocks',
+        late=True,
+    )
+    base_dtype: str = opt(
+        "compute",
+        "lora: how the frozen matrices of the blocks are stored: compute = as `precision` says; int8, fp8 and nf4 (QLoRA, arXiv 2305.14314) need torchao",
+        choices=("compute", "int8", "fp8", "nf4"),
+        late=True,
+    )
+    lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0)
     schedule: str = opt(
         "linear",
         "learning rate after warm-up; wsd stays at lr and decays at the end",
@@ -476,6 +498,11 @@ class Evaluate:
             thinking = {**thinking, task: thinking[named]}
         return replace(self, **{"thinking": thinking, **self.by_task.get(named, {})})
 
+
+LORA_LR = 10 * Train.lr
+"""The learning rate of method "lora" if the recipe sets none: about ten times that of full finetuning is the best one over
+models and data sets ("LoRA Without Regret", Thinking Machines 2025, thinkingmachines.ai/blog/lora)."""
+LORA_FIELDS = tuple(f.name for f in fields(Train) if f.name.startswith("lora_") or f.name == "base_dtype")
 
 LAUNCHERS = ("local", "slurm", "beaker")
 """Each is a module sft.launch.<name> and a script env/<name>.sh; see sft.launch.launcher."""

@@ -6,6 +6,7 @@ In:  the stage and the process group. Out: a `Run` (sft.training.loop) and the n
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,25 +18,29 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sft.checkpoint import olmo_core, step_folder
+from sft.checkpoint.lora_step import adapter_of, base_digest, require_base
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.export.base_gate import check_base
 from sft.export.core_gate import check_core_base
 from sft.formats import manifest
+from sft.formats.adapter import KEY, Adapter
 from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
+from sft.model.adapters import FLOATS, add_adapters, start_adapters
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
+from sft.model.trained import lora_targets, trained_shapes
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import Base, is_hf_folder, read_base
 from sft.recipe.resolve import named_changes, resolve, supported_length, with_positions
-from sft.recipe.schema import Hardware
+from sft.recipe.schema import Hardware, Train
 from sft.runner.stage import Stage
 from sft.sync.base_check import check_base_tokenizer
 from sft.training import evaluations, initial_weights
@@ -89,7 +94,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))
     if hardware.recompute == "auto":
         memory.require(room, config, train, hardware, world.size)
-    model = build_model(setup, room)
+    adapter = build_adapter(setup)
+    model = build_model(setup, room, adapter)
     sources = [source.path for source in info.sources] or ["data"]
     compiled = hardware.compile == "always"
     run = Run(
@@ -106,7 +112,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         saver=Saver(
             stage.out,
             train,
-            olmo_core.step_config(config, info.facts.ids, published.facts if published else None),
+            olmo_core.step_config(config, info.facts.ids, published.facts if published else None)
+            | ({KEY: adapter.to_value()} if adapter else {}),
             world,
             setup.log,
         ),
@@ -126,10 +133,10 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         )
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
     connect_saver(setup, run.saver)
-    start, origin = resume(setup, run, step)
+    start, origin = resume(setup, run, step, adapter)
     plan, summary = data.plan, data.plan.describe()
     setup.log(
-        f"{config.parameters:,} parameters, {origin}; {world.size} x {world.device.type}, {train.precision};"
+        f"{counted(config, train)}, {origin}; {world.size} x {world.device.type}, {train.precision};"
         f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {summary.epochs:.2f} epochs,"
         f" padding {summary.padding_fraction:.1%}, tokens lost to seq_len {summary.tokens_lost_fraction:.1%}"
     )
@@ -216,11 +223,41 @@ def labels_by_source(sources: Sequence[str], documents: NDArray[Any], segments: 
     return [SourceUse(name, a, a - b, 0, 0) for name, a, b in zip(sources, all_labels, packed, strict=True)]
 
 
-def build_model(setup: Setup, room: memory.Plan) -> nn.Module:
+def counted(config: ModelConfig, train: Train) -> str:
+    """The number of parameters in words."""
+    if train.method == "full":
+        return f"{config.parameters:,} parameters"
+    trained = trained_shapes(config, train)
+    count = sum(math.prod(shape) for shape in trained.values())
+    return (
+        f"{config.parameters:,} parameters, frozen; {count:,} in {len(trained) // 2} adapters of rank {train.lora_rank}"
+    )
+
+
+def build_adapter(setup: Setup) -> Adapter | None:
+    """What a step says about its adapters; None where all weights are trained. Raises SftError for a base without rows for
+    all of the tokenizer's ids: they would never be trained."""
+    stage, train = setup.stage, setup.stage.recipe.train
+    if train.method != "lora":
+        return None
+    ids, published = setup.info.facts.vocab_size, setup.published
+    if published is not None and ids > published.config.vocab_size:
+        raise SftError(
+            f"[train] method = 'lora': the tokenizer has {ids:,} ids, the base {published.config.vocab_size:,} rows of the"
+            " embedding, and new rows would stay as they are; next: method = 'full', or the base's tokenizer"
+        )
+    base = setup.world.on_rank0(lambda: base_digest(setup.base, setup.config, train.seed, stage.sha256))
+    dtype = train.precision if train.base_dtype == "compute" else train.base_dtype
+    return Adapter(base, train.lora_rank, train.lora_alpha, train.lora_rslora, dtype)
+
+
+def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.Module:
     """The sharded model on its device, with memory that is not initialised. `room` says what is recomputed."""
     hardware, world, train = setup.hardware, setup.world, setup.stage.recipe.train
     with torch.device("meta"):
         model: nn.Module = Transformer(setup.config)
+    if adapter:
+        add_adapters(model, lora_targets(setup.config, train), adapter, FLOATS[train.precision])
     modes = memory.layer_modes(setup.config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, hardware.context_degree)
     for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):
@@ -272,14 +309,22 @@ def connect_saver(setup: Setup, saver: Saver) -> None:
         saver.waiting = functools.partial(evaluations.held, stage.out, every)
 
 
-def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
+def resume(setup: Setup, run: Run, step: Path | None, adapter: Adapter | None = None) -> tuple[int, str]:
     """Fills model, optimizer, guard, counters and random generators from a step, or the model from its first weights.
-    Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
+    A step with adapters has no base, which is read again. Returns the number of finished steps and the origin of the weights
+    in words. Raises SftError."""
+    origin = ""
     if step is None:
         check_published(setup)
+    elif adapter:
+        check_adapter(step, adapter, setup.base)
+    if step is None or adapter:
         seed, ids = setup.stage.recipe.train.seed, setup.info.facts.vocab_size
         added = len(setup.stage.recipe.prepare.add_tokens)
-        return 0, initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log, added)
+        origin = initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log, added)
+    if step is None:
+        start_adapters(run.model, setup.stage.recipe.train.seed)
+        return 0, origin
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
@@ -289,7 +334,21 @@ def resume(setup: Setup, run: Run, step: Path | None) -> tuple[int, str]:
     torch.set_rng_state(state["rng"])
     if "rng_cuda" in state and run.world.device.type == "cuda":
         torch.cuda.set_rng_state(state["rng_cuda"])
-    return start, f"continuing from {step}"
+    return start, f"continuing from {step}" + (f" on {origin}" if origin else "")
+
+
+def check_adapter(step: Path, adapter: Adapter, base: Path | None) -> None:
+    """Raises SftError for a step whose adapters have another base or another form than those of this run."""
+    found = adapter_of(step)
+    if found is None:
+        raise SftError(
+            f"{step}: holds a complete model, and method = 'lora' continues from adapters; next: method = 'full', or remove {step}"
+        )
+    require_base(step, found.base, adapter.base, base)
+    if found != adapter:
+        raise SftError(
+            f"{step}: adapters of {found}, the recipe has {adapter}; next: correct [train], or remove {step}"
+        )
 
 
 def check_published(setup: Setup) -> None:

@@ -21,8 +21,8 @@ from sft.checkpoint.dcp_reader import DcpReader, weights_folder
 from sft.checkpoint.hf_folder import HfFolder
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.model.model import initial_values
-from sft.model.parallel import set_parameter
+from sft.model.adapters import set_base
+from sft.model.model import initial_value
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.differences import Difference, mismatch
 
@@ -45,27 +45,26 @@ def initialise(
     log: Callable[[str], None] = print,
     added: int = 0,
 ) -> str:
-    """Fills every parameter, one complete tensor at a time. Returns the origin of the weights in words.
+    """Fills every tensor of the model but its adapters, one complete tensor at a time. Returns the origin of the weights in words.
 
     `ids` is the number of the tokenizer's ids; the last `added` of them are new to the base, even if its table is padded and
     has their rows. Raises SftError.
     """
-    parameters = dict(model.named_parameters())
     if base is None:
-        for name, value in initial_values(model, config.init_std, seed):
-            set_parameter(parameters[name], value)
+        for name, shape in hf.shapes(config).items():
+            set_base(model, name, initial_value(name, shape, config.init_std, seed))
         return f"random weights, seed {seed}"
     if (weights_folder(base) / ".metadata").is_file():
         tensors = DcpReader(base)
         _check_shapes({name: tensors.shape(name) for name in hf.without_tied_head(tensors, config)}, config, base)
-        _fill(parameters, tensors.__getitem__, base, New(ids, added, seed, log))
+        _fill(model, config, tensors.__getitem__, base, New(ids, added, seed, log))
         return f"weights of the OLMo-core checkpoint {base}"
     if (base / "config.json").is_file():
         folder = HfFolder(base)
         folder.check(config)
         for note in folder.notes:
             log(f"{base}: {note}")
-        _fill(parameters, folder.__getitem__, base, New(ids, added, seed, log))
+        _fill(model, config, folder.__getitem__, base, New(ids, added, seed, log))
         folder.close()
         return f"weights of the Hugging Face folder {base}"
     raise SftError(
@@ -110,16 +109,16 @@ def new_rows(name: str, table: Tensor, count: int, seed: int) -> Tensor:
     return mean + NOISE * deviation * torch.randn(count, *table.shape[1:], generator=generator)
 
 
-def _fill(parameters: Mapping[str, Tensor], read: Callable[[str], Tensor], base: Path, new: New) -> None:
+def _fill(model: nn.Module, config: ModelConfig, read: Callable[[str], Tensor], base: Path, new: New) -> None:
     """Copies every tensor, and makes the rows of the vocabulary that the base does not have. Raises SftError for values
     that are not finite."""
-    for name, parameter in parameters.items():
+    for name, shape in hf.shapes(config).items():
         value = read(name)
         if not value.isfinite().all():
             raise SftError(f"{base}: {name} has values that are not finite; next: fetch the weights again")
         if name in hf.VOCAB_ROWS:
-            value = new.fill(name, value, parameter.shape[0])
-        set_parameter(parameter, value)
+            value = new.fill(name, value, shape[0])
+        set_base(model, name, value)
 
 
 def _check_shapes(found: Mapping[str, tuple[int, ...]], config: ModelConfig, base: Path) -> None:

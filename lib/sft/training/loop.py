@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule
 from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
+from sft.model.adapters import trained_parameters
 from sft.model.parallel import SharedError, World
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
@@ -390,7 +391,8 @@ def validate(run: Run) -> Validation:
 def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
     """Starts a checkpoint after `done` steps. `best`: what BEST gets if the step is the best. Raises SharedError, on
     every rank, when a weight is not finite."""
-    bad = torch.stack([p.detach().isfinite().all().logical_not() for p in local(run.model.parameters())]).any()
+    trained = local(trained_parameters(run.model).values())
+    bad = torch.stack([p.detach().isfinite().all().logical_not() for p in trained]).any()
     if run.world.any(bool(bad)):
         good = run.saver.newest_complete() or "none"
         raise SharedError(

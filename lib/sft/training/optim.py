@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sft.model.adapters import trained_parameters
 from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
@@ -45,7 +46,7 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
 def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:
     """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if
     `compiled`."""
-    parameters = list(model.parameters())
+    parameters = list(trained_parameters(model).values())
     groups = parameter_groups(model, train.weight_decay)
     if train.gradients == "bf16":
         keep_gradients_in_bf16(parameters)
@@ -64,7 +65,7 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """The parameters in the optimizer's groups: a Gated DeltaNet's decays have no weight decay, all others have it."""
-    named = list(model.named_parameters())
+    named = list(trained_parameters(model).items())
     free = [p for name, p in named if name.endswith(NO_WEIGHT_DECAY)]
     groups = [{"params": [p for name, p in named if not name.endswith(NO_WEIGHT_DECAY)], "weight_decay": weight_decay}]
     return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups

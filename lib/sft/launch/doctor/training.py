@@ -186,8 +186,9 @@ def disk(context: Context) -> Iterator[Row]:
     if model is None:
         yield Row(SKIPPED, "checkpoints", "unknown before prepare, which reads the vocabulary")
         return
-    moments = 2 if train.optimizer == "adamw8bit" else 8  # bytes per parameter
-    one = model.parameters * (4 + moments)
+    from sft.model import memory  # start-up: NumPy, which may be absent
+
+    one = memory.step_bytes(model, train)
     if steps is None:
         yield Row(SKIPPED, "checkpoints", f"{amount(one)} each; how many is unknown before prepare")
         return

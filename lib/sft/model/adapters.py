@@ -1,0 +1,173 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on a frozen model, whose matrices may be quantised (QLoRA, arXiv 2305.14314).
+
+In:  a Transformer on the meta device and the names of the matrices that get an adapter (sft.model.trained).
+Out: the same model, whose matrices compute x W^T + scale (x A^T) B^T. Only A and B have gradients. All other parameters have
+     the compute dtype; A and B are fp32, and FSDP2 casts them as every parameter.
+
+Quantised matrices are no parameters: every rank holds all of them, where FSDP2 divides the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sft.common.errors import SftError
+from sft.formats.adapter import Adapter
+from sft.model.parallel import set_parameter
+from sft.model.trained import LORA_A, LORA_B
+
+FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class LoraLinear(nn.Linear):
+    """A frozen matrix with an adapter. `quantised` takes the place of `weight` where the base has fewer bits."""
+
+    weight: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(self, base: nn.Linear, adapter: Adapter) -> None:
+        super().__init__(base.in_features, base.out_features, base.bias is not None, base.weight.device)
+        self.scale = adapter.scale
+        empty = partial(torch.empty, device=base.weight.device, dtype=torch.float32)
+        self.lora_a = nn.Parameter(empty(adapter.rank, base.in_features))
+        self.lora_b = nn.Parameter(empty(base.out_features, adapter.rank))
+        self.base_dtype = adapter.base_dtype
+        self.register_buffer("quantised", None, persistent=False)
+        if self.base_dtype not in FLOATS:
+            self.weight = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight is not None:
+            base = F.linear(input, self.weight, self.bias)
+        else:
+            base = quantised_linear(input, self.quantised)
+            base = base if self.bias is None else base + self.bias
+        return base + self.scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
+
+    def load_base(self, value: Tensor) -> None:
+        """Quantises the complete fp32 matrix on this module's device."""
+        self.quantised = quantise(value.to(self.lora_a.device), self.base_dtype)
+
+
+class _QuantisedLinear(torch.autograd.Function):
+    """x W^T. W is made from its codes again for the backward pass, so that no layer keeps it in full precision."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, quantised: Tensor) -> Tensor:
+        ctx.quantised = quantised
+        return x @ dequantise(quantised, x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = outputs
+        return gradient @ dequantise(ctx.quantised, gradient.dtype), None
+
+
+def quantised_linear(x: Tensor, quantised: Tensor) -> Tensor:
+    apply: Callable[..., Tensor] = _QuantisedLinear.apply
+    return apply(x, quantised)
+
+
+def quantise(value: Tensor, dtype: str) -> Tensor:
+    """A matrix in torchao's tensor of this dtype: int8 and fp8 with a scale for each row, nf4 with one for 64 values, whose
+    scales have 8 bits. Raises SftError without torchao, and for rows that nf4 cannot divide."""
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every kernel that this machine cannot load
+    try:
+        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow  # start-up: torchao takes a second
+        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
+    except ImportError as error:
+        raise SftError(
+            f"[train] base_dtype {dtype!r} needs the package torchao ({error}); next: pip install -e '.[lowbit]', or"
+            " base_dtype=compute"
+        ) from error
+    if dtype == "nf4":
+        if value.numel() % NF4_BLOCK:
+            raise SftError(
+                f"[train] base_dtype 'nf4': a matrix of {tuple(value.shape)} is not a multiple of {NF4_BLOCK} values; next:"
+                " base_dtype=int8, or lora_targets without it"
+            )
+        blocks = value.numel() // NF4_BLOCK
+        made: Tensor = to_nf4(value.float(), NF4_BLOCK, math.gcd(blocks, NF4_SCALES))
+        return made
+    kind = Int8Tensor if dtype == "int8" else Float8Tensor
+    made = kind.from_hp(value.float(), granularity=PerRow())
+    return made
+
+
+NF4_BLOCK = 64  # values that share a scale
+NF4_SCALES = 256  # scales that share one, as far as they divide
+
+
+def dequantise(quantised: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix that the codes stand for, rounded to `dtype`."""
+    made: Tensor = (
+        quantised.get_original_weight() if hasattr(quantised, "get_original_weight") else quantised.dequantize()
+    )
+    return made.to(dtype)
+
+
+def rounded_base(value: Tensor, base_dtype: str) -> Tensor:
+    """What training computes with in place of a base's matrix, in fp32."""
+    if base_dtype in FLOATS:
+        return value.to(FLOATS[base_dtype]).float()
+    return dequantise(quantise(value, base_dtype), torch.float32)
+
+
+def add_adapters(model: nn.Module, targets: Iterable[str], adapter: Adapter, frozen: torch.dtype) -> None:
+    """Freezes the model, whose parameters get the dtype `frozen`, and puts an adapter on the matrices that `targets` name."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=frozen), requires_grad=False))
+    for target in targets:
+        parent, _, name = target.removesuffix(".weight").rpartition(".")
+        owner = model.get_submodule(parent)
+        made = LoraLinear(owner.get_submodule(name), adapter)  # type: ignore[arg-type]
+        for base in (p for n, p in made.named_parameters() if n not in (LORA_A, LORA_B)):
+            base.requires_grad_(False).data = base.data.to(frozen)
+        setattr(owner, name, made)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+def saved_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a checkpoint: all of them, or the adapters alone."""
+    every = dict(model.named_parameters())
+    return {n: p for n, p in every.items() if p.requires_grad} if has_adapters(model) else every
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer changes."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def set_base(model: nn.Module, name: str, value: Tensor) -> None:
+    """Copies a complete tensor, which every rank has, into the model. Nothing is sent."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, LoraLinear) and module.weight is None and leaf == "weight":
+        module.load_base(value)
+    else:
+        set_parameter(getattr(module, leaf), value)
+
+
+def start_adapters(model: nn.Module, seed: int) -> None:
+    """A is uniform within 1 / sqrt(columns) (Kaiming, as PEFT has it), from a generator for each (seed, name); B is zero, so
+    that training starts from the base's own outputs. No rank and no order of modules changes them."""
+    for name, parameter in model.named_parameters():
+        if name.endswith(f".{LORA_B}"):
+            set_parameter(parameter, torch.zeros(parameter.shape))
+        elif name.endswith(f".{LORA_A}"):
+            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            bound = 1 / math.sqrt(parameter.shape[1])
+            set_parameter(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

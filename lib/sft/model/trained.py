@@ -1,0 +1,93 @@
+"""Which parameters a training changes, by name and shape, and which it only reads. No torch.
+
+In:  an architecture and [train]. Out: `trained_shapes`, `frozen_shapes` and `lora_shapes`, {name: shape}.
+
+A pattern of a recipe names parts of a parameter's name: `attention` and `attention.w_q` in every block, `blocks.0-7` the first
+eight blocks, `*_norm` all norms of that name. Its parts must match consecutive parts of the name; `*` and `?` stand for any
+characters within a part.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from sft.common.errors import SftError
+from sft.model.hf import shapes
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.families import PROJECTIONS
+from sft.recipe.schema import Train
+
+Shapes = Mapping[str, tuple[int, ...]]
+LORA_A, LORA_B = "lora_a", "lora_b"
+"""Names of an adapter's factors, beside `weight`: A [rank, columns] and B [rows, rank]."""
+_PUBLISHED = {theirs.rpartition(".")[2]: ours for ours, theirs in PROJECTIONS.items()}
+"""{"q_proj": "attention.w_q", …}: transformers' and PEFT's names of the matrices."""
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the parts of a pattern match consecutive parts of a name."""
+    wanted, parts = pattern.split("."), name.split(".")
+    starts = range(len(parts) - len(wanted) + 1)
+    return any(all(map(_matches_part, wanted, parts[start:])) for start in starts)
+
+
+def _matches_part(wanted: str, part: str) -> bool:
+    if (span := re.fullmatch(r"(\d+)-(\d+)", wanted)) and part.isdecimal():
+        return int(span[1]) <= int(part) <= int(span[2])
+    return fnmatchcase(part, wanted)
+
+
+def select(patterns: Sequence[str], names: Iterable[str], field: str) -> list[str]:
+    """The names that one of the patterns matches. Raises SftError for a pattern that matches none. `field`: of [train]."""
+    names = list(names)
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            known = sorted({part for name in names for part in _runs(name)})
+            near = [_PUBLISHED.get(pattern.rpartition(".")[2], "")]
+            near = [n for n in near if n] or difflib.get_close_matches(pattern, known, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            example = ", ".join(dict.fromkeys(re.sub(r"^blocks\.\d+\.|\.weight$", "", name) for name in names))
+            raise SftError(
+                f"[train] {field}: {pattern!r} matches no parameter{hint} (there are {example}); next: correct it"
+            )
+    return [name for name in names if any(matches(pattern, name) for pattern in patterns)]
+
+
+def _runs(name: str) -> Iterable[str]:
+    """Consecutive parts of a name, joined: what a pattern without wildcards can be."""
+    parts = name.removesuffix(".weight").split(".")
+    return (".".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1))
+
+
+def lora_targets(config: ModelConfig, train: Train) -> list[str]:
+    """Names of the matrices that get an adapter: `blocks.0.attention.w_q.weight` … Empty for another method.
+
+    Raises SftError for a target that no matrix has.
+    """
+    if train.method != "lora":
+        return []
+    # A convolution's weights have three dimensions.
+    found = {name: shape for name, shape in shapes(config).items() if name.startswith("blocks.") and len(shape) == 2}
+    return select(train.lora_targets, found, "lora_targets") if train.lora_targets else list(found)
+
+
+def lora_shapes(config: ModelConfig, train: Train) -> dict[str, tuple[int, ...]]:
+    """The shapes of all adapters."""
+    every, found = shapes(config), dict[str, tuple[int, ...]]()
+    for name in lora_targets(config, train):
+        (rows, columns), module = every[name], name.removesuffix("weight")
+        found |= {module + LORA_A: (train.lora_rank, columns), module + LORA_B: (rows, train.lora_rank)}
+    return found
+
+
+def trained_shapes(config: ModelConfig, train: Train) -> Shapes:
+    """What the optimizer changes."""
+    return lora_shapes(config, train) if train.method == "lora" else shapes(config)
+
+
+def frozen_shapes(config: ModelConfig, train: Train) -> Shapes:
+    """What stays as it is."""
+    return shapes(config) if train.method == "lora" else {}
