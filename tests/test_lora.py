@@ -23,7 +23,7 @@ from sft.export.merge_gate import check_merge
 from sft.export.peft_adapter import write_adapter
 from sft.export.write import write_weights
 from sft.model import hf, memory
-from sft.model.adapters import dequantise, quantise, quantised_linear
+from sft.model.quantised import dequantise, quantise, quantised_linear
 from sft.model.trained import lora_shapes, lora_targets, select
 from sft.recipe import recipe
 from sft.recipe.presets import PRESETS
@@ -128,7 +128,7 @@ def test_a_quantised_matrix_gives_the_products_and_gradients_of_what_its_codes_s
     pytest.importorskip("torchao")
     value = torch.randn(48, 64, generator=torch.Generator().manual_seed(1))
     codes = quantise(value, dtype)
-    stands_for = dequantise(codes, torch.float32)
+    stands_for = dequantise(codes, 64, torch.float32)
     assert 0 < (stands_for - value).norm() / value.norm() < error
     x = torch.randn(5, 64, requires_grad=True)
     out = quantised_linear(x, codes)
@@ -136,6 +136,27 @@ def test_a_quantised_matrix_gives_the_products_and_gradients_of_what_its_codes_s
     assert x.grad is not None
     torch.testing.assert_close(out, x @ stands_for.T)
     torch.testing.assert_close(x.grad, 2 * out.detach() @ stands_for)
+
+
+def test_adapters_stay_fp32_where_the_frozen_base_is_bf16(tmp_path: Path, dataset: Path) -> None:
+    said = train(run_folder(tmp_path / "bf16", dataset), **LORA, precision="bf16", base_dtype="int8", steps=2)
+    assert "parameters, frozen; 8,192 in 28 adapters of rank 4" in said
+    found = tensors(tmp_path / "bf16" / "train" / "step2")
+    assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+def test_the_codes_stand_for_what_torchao_says() -> None:
+    workflows = "torchao.quantization.quantize_.workflows"
+    nf4 = pytest.importorskip(f"{workflows}.nf4.nf4_tensor")
+    quantisation = pytest.importorskip("torchao.quantization")
+    value = torch.randn(48, 128, generator=torch.Generator().manual_seed(1))
+    theirs = {
+        "nf4": nf4.to_nf4(value, 64, 32).get_original_weight(),
+        "int8": quantisation.Int8Tensor.from_hp(value, granularity=quantisation.PerRow()).dequantize(),
+        "fp8": quantisation.Float8Tensor.from_hp(value, granularity=quantisation.PerRow()).dequantize(),
+    }
+    for dtype, wanted in theirs.items():
+        torch.testing.assert_close(dequantise(quantise(value, dtype), 128, torch.float32), wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_merged_weights_give_the_logits_of_base_and_adapter_apart(merged: Merged) -> None:
@@ -164,7 +185,7 @@ def test_a_quantised_base_is_merged_as_training_computed_with_it(merged: Merged)
         merged.__dict__, adapter=replace(merged.adapter, base_dtype="nf4"), _made=("", torch.empty(0))
     )
     a, b = merged.pair(name)
-    codes = dequantise(quantise(merged.base.rows(name, 0, 32).float(), "nf4"), torch.float32)
+    codes = dequantise(quantise(merged.base.rows(name, 0, 32).float(), "nf4"), 32, torch.float32)
     torch.testing.assert_close(coarse[name], codes + 2.0 * b @ a)
 
 

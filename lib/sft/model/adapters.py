@@ -10,26 +10,24 @@ Quantised matrices are no parameters: every rank holds all of them, where FSDP2 
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sft.common.errors import SftError
 from sft.formats.adapter import Adapter
 from sft.model.parallel import set_parameter
+from sft.model.quantised import Codes, dequantise, quantise, quantised_linear
 from sft.model.trained import LORA_A, LORA_B
 
 FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class LoraLinear(nn.Linear):
-    """A frozen matrix with an adapter. `quantised` takes the place of `weight` where the base has fewer bits."""
+    """A frozen matrix with an adapter. `codes` take the place of `weight` where the base has fewer bits."""
 
     weight: nn.Parameter | None  # type: ignore[assignment]
 
@@ -40,7 +38,7 @@ class LoraLinear(nn.Linear):
         self.lora_a = nn.Parameter(empty(adapter.rank, base.in_features))
         self.lora_b = nn.Parameter(empty(base.out_features, adapter.rank))
         self.base_dtype = adapter.base_dtype
-        self.register_buffer("quantised", None, persistent=False)
+        self.codes: Codes = ()
         if self.base_dtype not in FLOATS:
             self.weight = None
 
@@ -48,77 +46,20 @@ class LoraLinear(nn.Linear):
         if self.weight is not None:
             base = F.linear(input, self.weight, self.bias)
         else:
-            base = quantised_linear(input, self.quantised)
+            base = quantised_linear(input, self.codes)
             base = base if self.bias is None else base + self.bias
         return base + self.scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
 
     def load_base(self, value: Tensor) -> None:
         """Quantises the complete fp32 matrix on this module's device."""
-        self.quantised = quantise(value.to(self.lora_a.device), self.base_dtype)
-
-
-class _QuantisedLinear(torch.autograd.Function):
-    """x W^T. W is made from its codes again for the backward pass, so that no layer keeps it in full precision."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, quantised: Tensor) -> Tensor:
-        ctx.quantised = quantised
-        return x @ dequantise(quantised, x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = outputs
-        return gradient @ dequantise(ctx.quantised, gradient.dtype), None
-
-
-def quantised_linear(x: Tensor, quantised: Tensor) -> Tensor:
-    apply: Callable[..., Tensor] = _QuantisedLinear.apply
-    return apply(x, quantised)
-
-
-def quantise(value: Tensor, dtype: str) -> Tensor:
-    """A matrix in torchao's tensor of this dtype: int8 and fp8 with a scale for each row, nf4 with one for 64 values, whose
-    scales have 8 bits. Raises SftError without torchao, and for rows that nf4 cannot divide."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every kernel that this machine cannot load
-    try:
-        from torchao.quantization import Float8Tensor, Int8Tensor, PerRow  # start-up: torchao takes a second
-        from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-    except ImportError as error:
-        raise SftError(
-            f"[train] base_dtype {dtype!r} needs the package torchao ({error}); next: pip install -e '.[lowbit]', or"
-            " base_dtype=compute"
-        ) from error
-    if dtype == "nf4":
-        if value.numel() % NF4_BLOCK:
-            raise SftError(
-                f"[train] base_dtype 'nf4': a matrix of {tuple(value.shape)} is not a multiple of {NF4_BLOCK} values; next:"
-                " base_dtype=int8, or lora_targets without it"
-            )
-        blocks = value.numel() // NF4_BLOCK
-        made: Tensor = to_nf4(value.float(), NF4_BLOCK, math.gcd(blocks, NF4_SCALES))
-        return made
-    kind = Int8Tensor if dtype == "int8" else Float8Tensor
-    made = kind.from_hp(value.float(), granularity=PerRow())
-    return made
-
-
-NF4_BLOCK = 64  # values that share a scale
-NF4_SCALES = 256  # scales that share one, as far as they divide
-
-
-def dequantise(quantised: Any, dtype: torch.dtype) -> Tensor:
-    """The matrix that the codes stand for, rounded to `dtype`."""
-    made: Tensor = (
-        quantised.get_original_weight() if hasattr(quantised, "get_original_weight") else quantised.dequantize()
-    )
-    return made.to(dtype)
+        self.codes = quantise(value.to(self.lora_a.device), self.base_dtype)
 
 
 def rounded_base(value: Tensor, base_dtype: str) -> Tensor:
     """What training computes with in place of a base's matrix, in fp32."""
     if base_dtype in FLOATS:
         return value.to(FLOATS[base_dtype]).float()
-    return dequantise(quantise(value, base_dtype), torch.float32)
+    return dequantise(quantise(value, base_dtype), value.shape[1], torch.float32)
 
 
 def add_adapters(model: nn.Module, targets: Iterable[str], adapter: Adapter, frozen: torch.dtype) -> None:

@@ -164,6 +164,11 @@ def _quantised_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return values // 2 + values // 64 if dtype == "nf4" else values + 4 * shape[0]
 
 
+def _dequantised_bytes(compute: int, dtype: str) -> int:
+    """Bytes for each value of a matrix that is made from its codes, with those in between: fp32, and indices of nf4."""
+    return compute + (12 if dtype == "nf4" else 4)
+
+
 def _width(train: Train) -> int:
     """Bytes of a value in computations."""
     return 2 if train.precision == "bf16" else 4
@@ -193,7 +198,7 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     head_gradient = head if hf.head_name(model) in trained_shapes(model, train) else 0
     # The input of an adapter's second factor, and a matrix that is made from its codes.
     low_rank = tokens * compute * train.lora_rank * len(adapters) // (2 * model.n_layers)
-    made = compute * max((math.prod(s) for s in replicated.values()), default=0)
+    made = _dequantised_bytes(compute, train.base_dtype) * max((math.prod(s) for s in replicated.values()), default=0)
     by_layer = [
         activation_bytes(model, tokens, mode, compute, hardware, mixer) + (low_rank if mode == "none" else 0)
         for mode, mixer in zip(modes, model.mixers, strict=True)
