@@ -147,7 +147,7 @@ def test_a_backend_that_is_not_installed_names_the_extra(
 
 def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -> None:
     options = Evaluate(tasks=("x",), backend="vllm", seed=7, max_length=300, process_output="r1_style")
-    model: Any = evaluate.open_model(place.root / "model", options, Hardware(processes=4), "")
+    model: Any = evaluate.open_model(place.root / "model", options, Hardware(tensor_parallel=4), "")
     given = fake_vllm.CALLS[-1]
     assert (
         given["model"] == str(place.root / "model")

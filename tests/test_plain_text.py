@@ -19,10 +19,9 @@ from sft.evaluation.plain_text import plain_text_loss, read_texts
 from sft.formats.lines import read_lines, to_lines
 from sft.formats.results import Results
 from sft.formats.samples import PlainTextLoss
+from sft.recipe.inputs import SHIPPED_TEXTS as SHIPPED
 from test_compare import evaluated
 
-REPO = Path(__file__).resolve().parents[1]
-SHIPPED = REPO / "recipes/plain_text.jsonl"
 place = plain_place
 
 

@@ -12,7 +12,8 @@ from lm_eval.api.task import Task
 from sft.chat.trace import GenerationTag
 from sft.common.errors import SftError
 from sft.evaluation import stops
-from sft.evaluation.recorder import Budget, Recorder
+from sft.evaluation.recorder import Recorder
+from sft.evaluation.workers import Budget
 from sft.formats.results import Asking
 from sft.recipe.schema import Evaluate
 

@@ -18,13 +18,22 @@ def open_model(
     think_end: str | None,
     device: str,
     seed: int,
-    gpus: int,
+    gpus: int = 1,
+    base_url: str = "",
+    served_model: str = "",
 ) -> Recorder:
     """The model in a Hugging Face folder. Raises SftError when the backend is 'vllm' and vllm is not installed.
 
     `batch_size` and `max_length` = 0 are automatic; `think_end` is the text that ends a thought, None without thoughts. Only
-    'hf' uses `device`, where '' takes a GPU if there is one; only 'vllm' uses `seed` and `gpus`.
+    'hf' uses `device`, where '' takes a GPU if there is one; 'vllm' and 'server' use `seed`; only 'vllm' uses `gpus`, and only
+    'server' the names of the server and of the model there.
     """
+    if backend == "server":
+        from sft.evaluation.server_model import ServerModel  # start-up: other backends need no client
+
+        return ServerModel(
+            folder, base_url, served_model, batch_size=batch_size, max_length=max_length, think_end=think_end, seed=seed
+        )
     if backend == "hf":
         return HfModel(folder, batch_size=batch_size, max_length=max_length, think_end=think_end, device=device)
     try:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import math
 import os
 import re
@@ -30,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.machine import visible_gpus
+from sft.common.machine import cores, visible_gpus
 from sft.evaluation import collected, stops
 from sft.evaluation.plain_text import plain_text_loss
 from sft.evaluation.scores import (
@@ -43,13 +44,14 @@ from sft.evaluation.scores import (
     summary,
 )
 from sft.evaluation.validation import validation_loss
+from sft.evaluation.workers import Worker
 from sft.formats import results as results_format
 from sft.formats.lines import to_lines
 from sft.formats.results import GroupResult, Results, TaskResult
 from sft.formats.samples import UnscoredReply
 from sft.recipe import inputs
 from sft.recipe.schema import Evaluate, Hardware
-from sft.runner.processes import requested_gpus
+from sft.runner.processes import evaluation_backend, requested_gpus
 from sft.runner.stage import Result, Stage
 
 if TYPE_CHECKING:
@@ -83,7 +85,11 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
     go_offline(options, tasks, out / "work", stage.place.datasets)
     template = check_template(folder)
     model = open_model(folder, options, hardware, stage.recipe.prepare.date)
-    stage.log(f"{folder} on {model.about.device} ({model.about.backend}), {len(options.tasks)} tasks")
+    count = 1 + len(model.workers)
+    stage.log(
+        f"{folder} on {model.about.device} ({model.about.backend}, {model.choice.reason}), {len(options.tasks)} tasks"
+        + (f", {count} processes" if count > 1 else "")
+    )
     scored = run_tasks(model, options, tasks, data, out, stage.log)
     if scored.broken:
         raise SftError("broken tasks have no score:\n  " + "\n  ".join(scored.broken.values()))
@@ -96,15 +102,13 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
         stage.log(f"validation: loss {loss.loss:.4f} ± {loss.stderr or math.nan:.4f} over {loss.documents} documents")
         outputs.append(file.name)
     text_loss = None
-    if options.plain_text:
-        text_loss = plain_text_loss(
-            model, stage.find(options.plain_text, "[evaluate] plain_text"), out / results_format.PLAIN_TEXT
-        )
+    if texts := inputs.plain_text(options, lambda path: stage.find(path, "[evaluate] plain_text")):
+        text_loss = plain_text_loss(model, texts, out / results_format.PLAIN_TEXT)
         stage.log(
             f"plain text: loss {text_loss.loss:.4f}, perplexity {text_loss.perplexity:.2f} over {text_loss.documents} texts"
         )
         outputs.append(results_format.PLAIN_TEXT)
-    results = Results(template_sha256=template, **model.about._asdict(), tasks=scored.results,
+    results = Results(template_sha256=template, **model.about._asdict(), backend_reason=model.choice.reason, processes=count, tasks=scored.results,
                       groups=scored.groups or None, validation=loss, plain_text=text_loss)  # fmt: skip
     check_finite(results)
     results.write(out / results_format.NAME)
@@ -164,21 +168,37 @@ def open_model(folder: Path, options: Evaluate, hardware: Hardware, date: str, d
     """The model with the recipe's backend, and the day that its template writes. `device` = '' takes a GPU if there is one."""
     from sft.evaluation import backends  # start-up: lm-eval takes seconds, and go_offline must run before it
 
-    if hardware.threads:
-        import torch  # start-up: torch takes two seconds
-
-        torch.set_num_threads(hardware.threads)
-    model = backends.open_model(
+    found = [] if device == "cpu" else visible_gpus()
+    choice = evaluation_backend(options.backend, len(found), importlib.util.find_spec("vllm") is not None)
+    per_process = hardware.tensor_parallel if choice.backend == "vllm" else 1
+    count = 1 if device or choice.backend == "server" else hardware.processes or max(1, len(found) // per_process)
+    if found and count * per_process > len(found):
+        raise SftError(
+            f"[on.<cluster>.evaluate] processes = {count} x tensor_parallel = {per_process}: {len(found)} GPUs are visible; next: lower one of them"
+        )
+    threads = hardware.threads or (max(1, cores() // count) if count > 1 else 0)
+    opener = partial(
+        backends.open_model,
         folder,
-        options.backend,
+        choice.backend,
         batch_size=options.batch_size,
         max_length=options.max_length,
         think_end=stops.THINK_ENDS[options.process_output],
         device=device,
-        seed=options.seed,
-        gpus=max(1, hardware.processes),
+        gpus=per_process,
+        base_url=options.base_url,
+        served_model=options.served_model,
     )
-    model.date = date
+    workers = []
+    for number in range(1, count):
+        gpus = ",".join(found[number * per_process : (number + 1) * per_process]) if found else None
+        workers.append(Worker(number, partial(opener, seed=options.seed + number), threads, gpus))
+    if threads:
+        import torch  # start-up: torch takes two seconds
+
+        torch.set_num_threads(threads)
+    model = opener(seed=options.seed)
+    model.date, model.workers, model.choice = date, workers, choice
     return model
 
 

@@ -11,7 +11,6 @@ import random
 from typing import Any
 
 import numpy as np
-import torch
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 from transformers.utils.logging import disable_progress_bar
@@ -42,7 +41,8 @@ def run_task(
 def _run_once(model: Recorder, task: Task, limit: int, seed: int, system_prompt: str, multiturn: bool) -> LmEvalOutput:
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed + model.answers.reused)  # what an earlier attempt sampled must not come again
+    model.sampling_seed = seed + model.answers.reused
+    model.seed_sampling(model.sampling_seed)  # what an earlier attempt sampled must not come again
     name = task.config.task
     found: Any = evaluate(
         lm=model,

@@ -1,6 +1,6 @@
 """The loss of a model on texts that are no chat: what it knew before it was trained on conversations, and may forget.
 
-In:  a JSONL file of `text` and perhaps `kind`: recipes/plain_text.jsonl, or one of the recipe's. Out: the mean loss of a token, its
+In:  a JSONL file of `text` and perhaps `kind`: plain_text.jsonl beside this module, or one of the recipe's. Out: the mean loss of a token, its
 perplexity and bits per byte, by kind too, and the loss of every text.
 
 Every token of a text is scored, in lm-eval's windows where a text is longer than the model's context.

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jinja2
 import torch
@@ -27,9 +27,12 @@ from sft.evaluation import stops
 from sft.evaluation.answers import Answers
 from sft.evaluation.batches import Batches
 from sft.evaluation.scores import UNCLOSED, request_key
+from sft.evaluation.workers import Budget, Job, KeyedRequest, Likelihoods, Losses, Replies, Worker, deal
 from sft.formats.samples import Likelihood, Reply
+from sft.runner.processes import Choice
 from sft.training.metrics import clock
 
+T = TypeVar("T")
 NEXT = "next: raise [evaluate] max_length or [convert] max_position_embeddings"
 
 
@@ -48,13 +51,6 @@ class Ending(NamedTuple):
     tokens: int
     repeats: bool
     thought: str | None
-
-
-class Budget(NamedTuple):
-    """Tokens of the longest thought and of the longest answer behind it. 0 and 0: one limit for both, which lm-eval sets."""
-
-    thought: int = 0
-    reply: int = 0
 
 
 class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
@@ -77,6 +73,10 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         self.template_values: dict[str, Any] = {}  # variables of the chat template
         self.budget = Budget()
         self.draw, self.draws = 0, 1  # which of how many replies to each question lm-eval asks for now
+        self.choice = Choice(self.__class__.__name__, "")  # why it is this backend
+        self.workers: list[Worker] = []  # further processes, which answer a part of the requests
+        self.sampling_seed = 0
+        self._busy: list[Worker] = []
         self._endings: list[Ending] = []  # of the rows of the current batch, in the order of the backend
         self._ending_of: dict[str, list[Ending]] = {}  # the same by prompt
 
@@ -95,7 +95,7 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
 
     def losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[tuple[float, int]]:
         """(sum of the losses, number of targets) of each (ids, loss mask). (0.0, 0) without a target."""
-        return ((math.fsum(losses), len(losses)) for losses in self.target_losses(documents))
+        return ((math.fsum(losses), len(losses)) for losses in self.shared_losses(documents))
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """lm-eval's call for a prompt. Raises ValueError for a conversation that the template refuses.
@@ -164,19 +164,36 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
             for i, (key, n) in enumerate(zip(keys, numbers, strict=True))
             if n >= len(self.answers.replies.get(key, ()))
         ]
-        self._in_batches(
-            [self._length(wanted[i]) for i in missing],
-            lambda chosen: self._generate([(keys[missing[j]], wanted[missing[j]]) for j in chosen]),
-            "replies",
-            len(wanted),
+        asked = [(keys[i], *wanted[i].args) for i in missing]
+        for request in asked if self.workers else ():
+            self._length(request)  # a prompt that does not fit is found before anything is computed
+        parts = self._started(
+            asked,
+            lambda request: len(request[1]),
+            lambda part, number: Replies(part, self.think_end_token, self.budget, self.sampling_seed + number),
         )
+        self.compute_replies(parts, len(wanted))
+        self._finish_workers()
         texts = [self.answers.replies[key][n].text for key, n in zip(keys, numbers, strict=True)]
         return texts[self.draw :: self.draws]
 
-    def _length(self, request: Instance) -> int:
+    def compute_replies(self, asked: Sequence[KeyedRequest], total: int) -> None:
+        """Computes and stores the replies to requests. `total` counts those of earlier attempts and of other processes, too."""
+        self._in_batches(
+            [self._length(request) for request in asked],
+            lambda chosen: self._generate([asked[i] for i in chosen]),
+            "replies",
+            total,
+        )
+
+    def seed_sampling(self, seed: int) -> None:
+        """Seeds what samples the next replies."""
+        torch.manual_seed(seed)
+
+    def _length(self, request: KeyedRequest) -> int:
         """Tokens of a prompt and its longest reply. Raises SftError for a prompt that leaves no room for the reply."""
-        prompt, arguments = request.args
-        reply = int(arguments.get("max_gen_toks", self.max_gen_toks))
+        _, prompt, arguments = request
+        reply = int(arguments.get("max_gen_toks") or self.max_gen_toks)
         length = len(self.tok_encode(prompt))
         if length > self.max_length - reply:
             raise SftError(
@@ -184,16 +201,18 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
             )
         return length + reply
 
-    def _generate(self, batch: Sequence[tuple[str, Instance]]) -> None:
-        """Computes and stores the replies to one batch of (key, request)."""
+    def _generate(self, batch: Sequence[KeyedRequest]) -> None:
+        """Computes and stores the replies to one batch."""
         self._endings, self._ending_of = [], {}
-        requests = [request for _, request in batch]
-        until = requests[0].args[1].get("until") or []
+        requests = [
+            Instance("generate_until", {}, (prompt, arguments), i) for i, (_, prompt, arguments) in enumerate(batch)
+        ]
+        until = batch[0][2].get("until") or []
         self.until = [until] if isinstance(until, str) else list(until)
         texts = super().generate_until(requests, disable_tqdm=True)
         replies = []
-        for (key, request), text in zip(batch, texts, strict=True):
-            ending = self._ending_of[request.args[0]].pop(0)
+        for (key, prompt, _), text in zip(batch, texts, strict=True):
+            ending = self._ending_of[prompt].pop(0)
             replies.append(Reply(key, "" if ending.ended_by == UNCLOSED else text, *ending))
         self.answers.add(replies)
 
@@ -219,20 +238,67 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         stored = self.answers.likelihoods
         found: dict[int, tuple[float, bool]] = {i: stored[k][0].likelihood for i, k in enumerate(keys) if k in stored}
         missing = [i for i in range(len(requests)) if i not in found]
-        lengths = [len(requests[i][1]) + len(requests[i][2]) for i in missing]
+        if self.workers and all(keys[i] for i in missing):  # an answer without a key could not be told from others
+            mine = self._started(
+                [requests[i] for i in missing], lambda r: len(r[1]) + len(r[2]), lambda part, _: Likelihoods(part)
+            )
+            self.compute_likelihoods(mine, len(requests))
+            self._finish_workers()
+            found.update((i, stored[keys[i]][0].likelihood) for i in missing)
+        else:
+            found.update(
+                zip(missing, self.compute_likelihoods([requests[i] for i in missing], len(requests)), strict=True)
+            )
+        return [found[i] for i in range(len(requests))]
+
+    def compute_likelihoods(self, requests: Sequence[Any], total: int) -> list[tuple[float, bool]]:
+        """Computes and stores likelihoods, and returns them in order. `total` as in `compute_replies`."""
+        found: dict[int, tuple[float, bool]] = {}
+        lengths = [len(context) + len(continuation) for _, context, continuation in requests]
         if lengths and max(lengths) > self.max_length + 1:
             raise SftError(
                 f"a prompt with its continuation of {max(lengths)} tokens does not fit max_length {self.max_length}; {NEXT}"
             )
 
         def score(chosen: list[int]) -> None:
-            batch = [missing[j] for j in chosen]
-            answers = super(Recorder, self)._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True)
-            found.update(zip(batch, map(tuple, answers), strict=True))
-            self.answers.add([Likelihood(keys[i], found[i]) for i in batch if keys[i]])
+            answers = super(Recorder, self)._loglikelihood_tokens([requests[i] for i in chosen], disable_tqdm=True)
+            found.update(zip(chosen, map(tuple, answers), strict=True))
+            self.answers.add([Likelihood(request_key(requests[i][0]), found[i]) for i in chosen if requests[i][0]])
 
-        self._in_batches(lengths, score, "likelihoods", len(requests))
+        self._in_batches(lengths, score, "likelihoods", total)
         return [found[i] for i in range(len(requests))]
+
+    # --- further processes --------------------------------------------------------------------------------------------
+
+    def _started(self, items: Sequence[T], length: Callable[[T], int], job: Callable[[list[T], int], Job]) -> list[T]:
+        """Deals out items among the workers, which start with theirs, and returns those of this process."""
+        mine, *theirs = deal(items, 1 + len(self.workers), length)
+        for number, (worker, part) in enumerate(zip(self.workers, theirs, strict=True), 1):
+            worker.send(job(part, number))
+        self._busy = list(self.workers)
+        return mine
+
+    def _collect(self) -> None:
+        """Stores the answers that workers have sent so far."""
+        self._busy = [worker for worker in self._busy if worker.receive(self.answers.add, wait=False) is None]
+
+    def _finish_workers(self) -> None:
+        """Waits for the workers, and stores their answers."""
+        for worker in self._busy:
+            worker.receive(self.answers.add, wait=True)
+        self._busy = []
+
+    def shared_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:
+        """`target_losses`, computed by all processes."""
+        if not self.workers:
+            yield from self.target_losses(documents)
+            return
+        count = 1 + len(self.workers)
+        for number, worker in enumerate(self.workers, 1):
+            worker.send(Losses(documents[number::count]))
+        parts = [list(self.target_losses(documents[::count]))]
+        parts += [worker.receive(self.answers.add, wait=True) or [] for worker in self.workers]
+        yield from (parts[i % count][i // count] for i in range(len(documents)))
 
     # --- batches ------------------------------------------------------------------------------------------------------
 
@@ -259,6 +325,7 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
                 continue
             sizes.done(len(chosen), len(chosen) * lengths[chosen[0]], time.monotonic() - started)
             at += len(chosen)
+            self._collect()
             progress.add(sum(lengths[i] for i in chosen), len(order) - at, len(chosen))
 
 

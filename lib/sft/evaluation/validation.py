@@ -53,7 +53,7 @@ def validation_loss(
     by_turn: dict[int, list[ConversationLoss]] = {}
     logged = time.monotonic()
     questions = [(c.ids, c.loss_mask) for c in conversations]
-    for c, found in zip(conversations, model.target_losses(questions), strict=True):
+    for c, found in zip(conversations, model.shared_losses(questions), strict=True):
         if found:
             item = json_hash([c.ids, c.loss_mask])[:16]
             losses.append(ConversationLoss(item, math.fsum(found), len(found)))

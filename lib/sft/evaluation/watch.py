@@ -35,6 +35,7 @@ from sft.formats.evaluations import Evaluation
 from sft.formats.identity import read_identity
 from sft.formats.manifest import StepManifest
 from sft.formats.record import to_json
+from sft.recipe import inputs
 from sft.recipe.recipe import Recipe
 from sft.recipe.schema import Evaluate
 from sft.runner import plan
@@ -130,8 +131,8 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     if options.validation_documents and validation.is_dir():
         loss = validation_loss(model, validation, options.validation_documents, stage.recipe.train.seq_len)
     text_loss = None
-    if options.plain_text:
-        text_loss = plain_text_loss(model, stage.find(options.plain_text, "[evaluate] plain_text"))
+    if texts := inputs.plain_text(options, lambda path: stage.find(path, "[evaluate] plain_text")):
+        text_loss = plain_text_loss(model, texts)
     evaluation = Evaluation(
         step=step.step, checkpoint=step.digest, settings=wanted, template_sha256=template, plain_text=text_loss,
         tasks={n: g.metrics for n, g in groups.items()} | {n: r.metrics for n, r in results.items()}, broken=broken_tasks, validation=loss,

@@ -204,7 +204,10 @@ class TaskHashes:
 
 @dataclass(frozen=True, kw_only=True)
 class Results(Record):
-    """All scores of a model. `harness` is None for lm-eval, which runs in this environment."""
+    """All scores of a model. `harness` is None for lm-eval, which runs in this environment.
+
+    `backend_reason` says why it was that backend; `processes` each held a copy of the model.
+    """
 
     NEXT: ClassVar[str] = "make evaluate again"
     INDENT: ClassVar[int | None] = 2
@@ -214,6 +217,8 @@ class Results(Record):
     backend: str | None = None
     device: str | None = None
     dtype: str | None = None
+    backend_reason: str | None = None
+    processes: int | None = None
     tasks: dict[str, TaskResult]
     groups: dict[str, GroupResult] | None = None
     validation: ValidationLoss | None = None

@@ -19,6 +19,8 @@ from sft.recipe.dataset_files import Choice, FileSelection, candidates, check_po
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
 SOURCES = "[prepare] sources"
+SHIPPED_TEXTS = Path(__file__).resolve().parents[1] / "evaluation" / "plain_text.jsonl"
+"""The texts of `[evaluate] plain_text = "shipped"`."""
 OWN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 OTHER_TEMPLATES = "additional_chat_templates"
 """Where transformers saves a tokenizer's templates other than the default one."""
@@ -147,6 +149,17 @@ def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> N
             )
 
 
+def plain_text(evaluate: Evaluate, find: Callable[[str], Path]) -> Path | None:
+    """The file of texts that are no chat, or None where the recipe wants none."""
+    return (
+        SHIPPED_TEXTS
+        if evaluate.plain_text == "shipped"
+        else find(evaluate.plain_text)
+        if evaluate.plain_text
+        else None
+    )
+
+
 def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tuple[str, Path]]:
     """The task files and their data files. Harnesses other than lm-eval have their own."""
     if evaluate.harness != "lm-eval":
@@ -155,7 +168,7 @@ def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tupl
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
     named += [(path, find(path)) for path in evaluate.data.values() if not is_remote(path)]
-    named += [(evaluate.plain_text, find(evaluate.plain_text))] if evaluate.plain_text else []
+    named += [(texts.name, texts)] if (texts := plain_text(evaluate, find)) else []
     return [
         (name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
     ]

@@ -356,7 +356,8 @@ def _bounds(value: Any, rule: typing.Mapping[str, Any]) -> None:
         if isinstance(v, dict):
             continue
         if rule["choices"] and v not in rule["choices"]:
-            raise ValueError(f"one of {', '.join(rule['choices'])} is expected{_did_you_mean(str(v), rule['choices'])}")
+            hint = rule["hints"].get(v) or _did_you_mean(str(v), rule["choices"])
+            raise ValueError(f"one of {', '.join(rule['choices'])} is expected{hint}")
         if isinstance(v, str) and "\0" in v:
             raise ValueError("a NUL character is not allowed")
         if not isinstance(v, int | float) or isinstance(v, bool):
@@ -528,11 +529,32 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
     problems += _check_asking(evaluate, "[evaluate]")
     for task in evaluate.by_task:
         problems += _check_asking(evaluate.for_task(task), f"[evaluate.by_task.{task}]")
+    problems += _check_server(evaluate)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
     if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
         problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
     return problems
+
+
+def _check_server(evaluate: schema.Evaluate) -> list[str]:
+    """The fields of backend = "server"."""
+    named = [name for name in ("base_url", "served_model") if getattr(evaluate, name)]
+    if evaluate.backend != "server":
+        return [f"'{name}' in [evaluate]: only backend = 'server' reads it; remove it" for name in named]
+    url, example = evaluate.base_url, "http://127.0.0.1:8000/v1/completions"
+    if not url:
+        return [
+            f"'base_url' in [evaluate] is missing: backend = 'server' needs the address of the server, e.g. {example}"
+        ]
+    if url.endswith("/chat/completions"):
+        return [
+            f"'base_url' in [evaluate] = {url!r}: the server would write prompts with a template of its own, and has no likelihoods there; write"
+            f" {url.removesuffix('/chat/completions')}/completions"
+        ]
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?/completions", url):
+        return [f"'base_url' in [evaluate] = {url!r}: an address such as {example} is expected"]
+    return []
 
 
 def _check_asking(options: schema.Evaluate, table: str) -> list[str]:

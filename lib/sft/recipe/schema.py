@@ -29,12 +29,14 @@ def opt(
     selects: bool = False,
     launchers: tuple[str, ...] = (),
     stages: tuple[str, ...] = (),
+    hints: dict[str, str] | None = None,
 ) -> Any:
     """Declares a field. min, max: inclusive bounds. above: exclusive lower bound. choices: allowed values, or the allowed keys
     of a table. late: the key leaves the field out while it has its default, so that runs from before it existed stay up to
     date. selects: an option of prepare that chooses documents and does not change their tokens, so the key of the token cache
     leaves it out. launchers: those that read the field (empty = all); with any other launcher it is refused. stages: those that
-    read a field of [on.<cluster>.<stage>] (empty = all); for any other stage it is refused."""
+    read a field of [on.<cluster>.<stage>] (empty = all); for any other stage it is refused. hints: what the error says for a
+    value that others would write."""
     metadata = {
         "doc": doc,
         "min": min,
@@ -46,6 +48,7 @@ def opt(
         "selects": selects,
         "launchers": launchers,
         "stages": stages,
+        "hints": hints or {},
     }
     if default is REQUIRED:
         return field(metadata={**metadata, "required": True}, default=None)
@@ -432,7 +435,18 @@ class Evaluate:
         "data files of tasks, by the name that their data_files use: paths under DATA or hf://org/name[@revision]/file",
     )
     backend: str = opt(
-        "hf", "hf = transformers, vllm = vLLM (needs a GPU and the extra 'vllm')", choices=("hf", "vllm")
+        "auto",
+        "hf = transformers; vllm = vLLM (needs the extra 'vllm'); server = a running server with OpenAI's API (vllm serve, SGLang, …), see base_url; auto = vllm where a GPU is planned and vLLM is installed, otherwise hf",
+        choices=("auto", "hf", "vllm", "server"),
+        hints={"sglang": "; SGLang: start its server, and write backend = 'server' with its base_url"},
+    )
+    base_url: str = opt(
+        "", "server: the address of its completions, e.g. http://127.0.0.1:8000/v1/completions", key=False
+    )
+    served_model: str = opt(
+        "",
+        "server: the model's name there; empty = the one that has the export's folder as its name or root",
+        key=False,
     )
     batch_size: int = opt(0, "sequences in a batch; 0 = as many as memory and time allow", min=0, key=False)
     seed: int = opt(1234, "seed of few-shot examples and sampling", min=0)
@@ -474,8 +488,8 @@ class Evaluate:
     max_empty_fraction: float = opt(0.1, "a task is broken if a larger fraction of its replies is empty", min=0, max=1)
     validation_documents: int = opt(256, "number of held-out conversations whose loss is measured; 0 = none", min=0)
     plain_text: str = opt(
-        "plain_text.jsonl",
-        "texts that are no chat, whose perplexity shows what training made the model forget: a JSONL file under DATA or recipes/ with `text` and perhaps `kind`; empty = none",
+        "shipped",
+        "texts that are no chat, whose perplexity shows what training made the model forget: shipped = 32 short ones of this project; or a JSONL file under DATA or recipes/ with `text` and perhaps `kind`; empty = none",
         late=True,
     )
     every: int = opt(
@@ -517,6 +531,7 @@ class Hardware:
     processes: int = opt(
         0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0, stages=("train", "evaluate")
     )
+    tensor_parallel: int = opt(1, "vllm: GPUs that hold one copy of the model", min=1, stages=("evaluate",))
     microbatch_tokens: int = opt(
         0, "tokens in a forward pass of one rank or context group; 0 = seq_len", min=0, stages=("train",)
     )

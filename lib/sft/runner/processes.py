@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from sft.common.machine import cores, gpus, in_job
 from sft.recipe.schema import Cluster, Hardware
 
@@ -12,6 +14,26 @@ def requested_gpus(stage: str, hardware: Hardware, cluster: Cluster) -> int:
     if hardware.gpus >= 0:
         return hardware.gpus
     return {"train": cluster.gpus_per_node, "evaluate": min(1, cluster.gpus_per_node)}.get(stage, 0)
+
+
+class Choice(NamedTuple):
+    """A backend of evaluate, and why it is that one."""
+
+    backend: str
+    reason: str
+
+
+def evaluation_backend(backend: str, gpus: int, has_vllm: bool) -> Choice:
+    """What [evaluate] backend means. `gpus`: those of the plan, or those that a running stage sees."""
+    if backend != "auto":
+        return Choice(backend, "named by the recipe")
+    if not gpus:
+        return Choice("hf", "auto: no GPU")
+    return (
+        Choice("vllm", "auto: a GPU, and vLLM is installed")
+        if has_vllm
+        else Choice("hf", "auto: vLLM is not installed")
+    )
 
 
 def processes(hardware: Hardware, cluster: Cluster | None = None) -> tuple[int, int]:
