@@ -150,10 +150,14 @@ class Browser:
             raise AssertionError(json.dumps(done["exceptionDetails"])[:1000])
         return done["result"].get("value")
 
-    def tap(self, x: float, y: float) -> None:
-        """A finger touches the page for a moment."""
-        self.call("Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}])
+    def touch(self, path: Sequence[tuple[float, float]]) -> None:
+        """A finger goes along these points of the page."""
+        for i, (x, y) in enumerate(path):
+            self.call(
+                "Input.dispatchTouchEvent", type="touchMove" if i else "touchStart", touchPoints=[{"x": x, "y": y}]
+            )
         self.call("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+        self.evaluate("new Promise(done => setTimeout(done, 100))")  # what the page does after its own timers
 
     def screenshot(self, file: Path, *, whole: bool = True) -> None:
         found = self.call("Page.captureScreenshot", captureBeyondViewport=whole)

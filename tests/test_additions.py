@@ -133,8 +133,8 @@ WRITE = """
 import sys
 from pathlib import Path
 from published import step_record
-from sft.formats.metrics import read_steps
-from sft.reporting import sections
+from sft.formats.metrics import read_metrics
+from sft.reporting import trainings
 from sft.training.metrics import MetricsWriter
 from sft.training.trackers import Trackers
 
@@ -147,7 +147,7 @@ trackers.add("printer", Printer)
 writer = MetricsWriter(out, 0, 2, print, None, trackers)
 for step in (1, 2): writer.write(step_record(step, weight_norm=3.5 * step))
 writer.close()
-print(sections.curves(read_steps(out / "metrics.jsonl")))
+print([chart["title"] for chart in trainings.of_one(read_metrics(out / "metrics.jsonl"))["small"]])
 """
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,8 +24,9 @@ from sft.formats.comparison import OptionDifference
 from sft.formats.lines import read_lines, to_lines
 from sft.formats.results import GroupResult, Results, Score, TaskResult
 from sft.formats.samples import ConversationLoss, Sample
+from sft.reporting import __main__ as drawing
 from sft.reporting import comparison, report
-from test_report import Strict
+from test_report import SCRIPTS, Strict, charts_of
 
 N = 60
 
@@ -230,15 +232,28 @@ def test_options_that_differ_are_named_and_those_that_do_not_are_not(tmp_path: P
 
 def test_the_page_is_whole_and_the_report_shows_the_comparison(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / n, seed, lr=seed) for n, seed in (("a", 0), ("b<i>", 7), ("c", 2))]
-    file = comparison.write(compare.compare(runs), runs[0] / "compare")
-    text = file.read_text()
-    parsed = Strict(text.split("<script>")[0].replace("<!doctype html>", "") + "</body></html>")
-    assert "b<i>" in parsed.text and "***\xa0better" in parsed.text and "train.lr" in parsed.text
-    assert (
-        text.count('class="point') == 8
-        and "default-src 'none'" in text
-        and "http" not in text.replace("http-equiv", "")
-    )
+    file = comparison.save(found := compare.compare(runs), runs[0] / "compare")
+    drawing.main([str(file), *map(str, runs)])
+    text = SCRIPTS.sub("", file.read_text())
+    parsed = Strict(text.replace("<!doctype html>", ""))
+    assert "b<i>" in parsed.text and '<td class="good">*** better</td>' in text and "train.lr" in parsed.text
+    charts = charts_of(text)
+    assert sum(len(chart["points"]) for chart in charts) == sum(row.bounds is not None for row in found.rows) == 8
+    assert "default-src 'none'" in text and "http" not in text.replace("http-equiv", "")
     for run in runs[:2]:
         (run / "train/manifest.json").unlink()  # the report shows its metrics, which these runs do not have
     assert "<h2>Compared</h2>" in report.page(runs[0]) and "<h2>Compared</h2>" not in report.page(runs[1])
+
+
+def test_replies_stand_side_by_side_and_those_that_changed_come_first(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / n, seed) for n, seed in (("a", 1), ("b", 3))]
+    page = drawing.page(runs, compare.compare(runs))
+    shown = json.loads(re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.S)[1])
+    assert shown["columns"] == ["a", "b"] and [t["name"] for t in shown["tasks"]] == ["zoo"]
+    items = shown["tasks"][0]["items"]
+    changed = [item["changed"] for item in items]
+    scores = {item["rows"][0]["doc_id"]: [row["scores"]["acc"] for row in item["rows"]] for item in items}
+    assert scores == {
+        i: [x, y] for i, (x, y) in enumerate(zip(scores_of(runs[0], "acc"), scores_of(runs[1], "acc"), strict=True))
+    }
+    assert changed == sorted(changed, reverse=True) and sum(changed) == sum(x != y for x, y in scores.values()) > 0

@@ -1,16 +1,23 @@
-"""The page of a task's replies: what it shows, that it runs no text of a model, and its filters in the order of its items."""
+"""The page of a task's replies: what its script reads, that it runs no text of a model, and what it may run (tests/test_pages.py opens it)."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from sft.common.files import write_atomic
 from sft.formats.lines import to_lines
 from sft.formats.results import Results, Score, TaskResult
 from sft.formats.samples import Sample
+from sft.reporting import page as page_module
 from sft.reporting import replies
 
 SCORE = Score(value=0.5, stderr=0.1, n=4, higher_is_better=True)
@@ -26,18 +33,57 @@ def sample(i: int, text: str, right: int, ended_by: str = "terminator", thought:
 SAMPLES = [sample(0, "Paris", 1), sample(1, EVIL, 0), sample(2, "Rome", 0, "length", f"hm {EVIL}")]
 
 
-def flags(html: str, name: str) -> list[str]:
-    return re.findall(rf'data-{name}="(\d)"', html)
+def shown(html: str) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r'<script type="application/json" id="items">(.*?)</script>', html, re.S)
+    assert found
+    return json.loads(found[1])
 
 
-def test_a_page_shows_every_reply_and_runs_no_text_of_a_model() -> None:
-    html = replies.page("run", "capitals", RESULT, SAMPLES, "", {})
-    assert (flags(html, "wrong"), flags(html, "cut")) == (["0", "1", "1"], ["0", "0", "1"])
-    assert html.count("<script") == 2 and "<img" not in html and html.count("alert(1)") > 3
-    assert "<summary>thought</summary>" in html and "hm &lt;/script&gt;" in html and "default-src 'none'" in html
+def page(samples: list[Sample], before: list[Sample] | None = None) -> str:
+    keyed = [{str(s.doc_id): s for s in found} for found in (samples, before or [])]
+    return replies.page("run", "capitals", RESULT, *keyed)
+
+
+def test_a_page_has_every_reply_and_runs_no_text_of_a_model() -> None:
+    html = page(SAMPLES)
+    task = shown(html)["tasks"][0]
+    assert [i["rows"][0]["doc_id"] for i in task["items"]] == [
+        2,
+        1,
+        0,
+    ]  # the worst first, of these the one that was cut
+    assert ([i["wrong"] for i in task["items"]], [i["cut"] for i in task["items"]]) == (
+        [True, True, False],
+        [True, False, False],
+    )
+    assert html.count("<script") == html.count("</script") == 2 and "<img" not in html and "default-src 'none'" in html
     assert 'name="viewport"' in html and 'id="changed"' not in html
-    rows = re.search(r'<script type="application/json" id="rows">(.*?)</script>', html, re.S)
-    assert rows and json.loads(rows[1]) == [json.loads(line) for line in to_lines(SAMPLES).decode().splitlines()]
+    rows = [i["rows"][0] for i in sorted(task["items"], key=lambda i: i["rows"][0]["doc_id"])]
+    assert rows == [json.loads(line) for line in to_lines(SAMPLES).decode().splitlines()]
+
+
+@pytest.mark.parametrize("text", [EVIL, "<!--<script>", "]]>", "a\u2028b\u2029c", "'\"&", "\ud800"], ids=str)
+def test_no_text_ends_the_script_that_holds_it(text: str) -> None:
+    data = page_module.embedded({text: [text]})
+    assert data.isascii() and not set("<>&'") & set(data) and json.loads(data) == {text: [text]}
+    assert json.loads(page_module.embedded([math.nan, {"a": (math.inf, 1.5)}])) == ["nan", {"a": ["inf", 1.5]}]
+
+
+def test_only_the_styles_and_scripts_of_the_page_may_run() -> None:
+    html = page(SAMPLES)
+    policy = re.search(r'Content-Security-Policy" content="(.*?)">', html)
+    assert policy and "unsafe" not in policy[1]
+    inline = re.findall(r"<(?:style|script)>(.*?)</(?:style|script)>", html, re.S)
+    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in inline]
+    assert len(inline) == 2 and re.findall(r"sha256-([\w+/=]+)", policy[1]) == hashes
+    assert " style=" not in html and not re.search(r" on\w+=", html.split("<script")[0])
+
+
+def test_a_large_page_leaves_out_the_best_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replies, "MOST_BYTES", 700)
+    task = shown(page(SAMPLES))["tasks"][0]
+    assert 0 < len(task["items"]) < 3 and task["left"] == 3 - len(task["items"]) and task["items"][0]["wrong"]
 
 
 def test_what_changed_since_the_baseline_is_marked(tmp_path: Path) -> None:
@@ -51,11 +97,14 @@ def test_what_changed_since_the_baseline_is_marked(tmp_path: Path) -> None:
         results = Results(template_sha256="0", backend="hf", device="cpu", dtype="float32", tasks={"capitals": RESULT})
         results.write(folder / "results.json")
         manifest_of(folder)
-    names = replies.write(tmp_path / "x", results, tmp_path / "report")
+    names = replies.write(tmp_path / "x", tmp_path / "report")
     assert names == ["replies/capitals.html"]
     html = (tmp_path / "report" / names[0]).read_text()
-    assert flags(html, "changed") == ["1", "0", "0"] and html.count("the baseline's reply") == 1 and "Nice" in html
-    assert "against x_baseline" in html and 'id="changed"' in html
+    data = shown(html)
+    items = data["tasks"][0]["items"]
+    assert data["columns"] == ["x", "x_baseline"] and [i["changed"] for i in items] == [True, False, False]
+    assert items[0]["rows"][1]["replies"] == ["Nice"] and "doc" not in items[0]["rows"][1] and 'id="changed"' in html
+    assert [i["wrong"] for i in items] == [False, True, True]  # of the run, not of its baseline
 
 
 def manifest_of(folder: Path) -> None:

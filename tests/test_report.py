@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -26,15 +27,16 @@ from sft.formats.gate import (
     TensorCheck,
     TokenizerCheck,
 )
-from sft.formats.lines import to_lines
-from sft.formats.metrics import Attempt, read_steps
+from sft.formats.lines import read_lines, to_lines
+from sft.formats.metrics import Attempt, InitialValidation, read_steps
 from sft.formats.preview import Preview, Segment
-from sft.formats.results import Generation, Results, Score, TaskResult, TokenCounts, ValidationLoss
+from sft.formats.results import Generation, PartLoss, Results, Score, TaskResult, TextLoss, TokenCounts, ValidationLoss
 from sft.formats.samples import Sample
 from sft.formats.steps import Best
 from sft.reporting import charts, report
 
-VOID = {"meta", "link", "br", "line", "circle", "polyline", "rect"}
+VOID = {"meta", "link", "br", "input"}
+SCRIPTS = re.compile(r"<script>.*?</script>", re.S)
 
 
 class Strict(HTMLParser):
@@ -50,7 +52,7 @@ class Strict(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
             assert name not in ("src", "srcset", "action", "data", "poster") and not name.startswith("on")
-            assert name != "href" or (value or "").startswith(("#", "data:,"))
+            assert name != "href" or re.fullmatch(r"#[\w-]+|data:,|(\.\./|replies/)[\w%.-]+\.html", value or "")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -159,13 +161,76 @@ def results(up_to: tuple[tuple[int, int], ...] | None = None) -> Results:
 
 def test_the_page_is_whole_and_asks_nothing_of_the_network(tmp_path: Path) -> None:
     text = report.page(whole_run(tmp_path / "smoke"))
-    parsed = Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
+    parsed = Strict(SCRIPTS.sub("", text.replace("<!doctype html>", "")))
     assert "default-src 'none'" in text
-    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"https?://|@import|url\(", SCRIPTS.sub("", text))
     for section in ("Training", "Scores", "Replies", "Export", "Data", "Trained tokens", "Chain", "Recipe"):
-        assert f"<h2>{section}</h2>" in text
+        assert f"<h2>{section}</h2>" in text and f'href="#{section.lower().replace(" ", "-")}"' in text
+    assert [chart["title"] for chart in charts_of(text)][:2] == ["loss", "learning rate"]
     assert "0.8125" in parsed.text and "0.647 to 0.911" in parsed.text and "97% stop" in parsed.text
     assert "changed since" not in text
+
+
+def charts_of(text: str) -> list[dict[str, Any]]:
+    """The data of a page's charts."""
+    found = re.findall(r'<script type="application/json">(.*?)</script>', text, re.S)
+    return [json.loads(data) for data in found]
+
+
+def test_the_header_says_what_was_trained_on_what_and_when(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    for stage, config in (
+        ("prepare", {"template": "<olmo>"}),
+        ("train", {"model": {"preset": "olmo3-7b", "base": "gs://b/step0"}}),
+    ):
+        file = run / stage / "manifest.json"
+        replace(manifest.load(file), config=config).write(file)
+    (run / "train/metrics.jsonl").write_bytes(Attempt(1, 0, 8, "H100", 989.4, "6 N").to_bytes())
+    facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", report.page(run))
+    assert facts == [("preset", "olmo3-7b"), ("base", "gs://b/step0"), ("template", "&lt;olmo&gt;"), ("data", "smoke/&lt;train&gt;.jsonl"),
+                     ("trained on", "8 × H100"), ("finished", "2026-01-01 00:01")]  # fmt: skip
+
+
+def test_every_source_has_a_curve_of_its_training_and_of_its_validation_loss(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    file = run / "train" / "metrics.jsonl"
+    steps = [
+        replace(s, sources={"a": 1.0, "b": 2.0}, validation_sources={"a": 3.0} if s.step % 40 == 0 else None)
+        for s in read_steps(file)
+    ]
+    file.write_bytes(b"".join(s.to_bytes() for s in steps))
+    found = {c["title"]: c for c in charts_of(report.page(run))}
+    training, validation = found["training loss by source, smoothed"], found["validation loss by source"]
+    assert [line["name"] for line in training["lines"]] == ["a", "b"] and [
+        line["name"] for line in validation["lines"]
+    ] == ["a"]
+    assert [view["name"] for view in training["views"]] == ["step", "tokens", "hours of training"]
+    assert validation["views"][0]["x"] == [40, 80, 120, 160, 200, 240] and set(training["views"][0]["y"][1]) == {2.0}
+
+
+def test_validation_curves_begin_with_the_starting_weights_and_plain_text_has_its_loss(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    file = run / "train" / "metrics.jsonl"
+    file.write_bytes(InitialValidation(3.5, {"a": 4.5}).to_bytes() + file.read_bytes())
+    text = TextLoss(loss=2.0, stderr=0.1, perplexity=7.4, bits_per_byte=0.987, documents=5, labels=1000, bytes=4000, sha256="a",
+                    by_kind={"facts": PartLoss(1.5, None, 2, 400)})  # fmt: skip
+    replace(results(), plain_text=text).write(run / "evaluate" / "results.json")
+    page = report.page(run)
+    view = next(c for c in charts_of(page) if c["title"] == "loss")["views"][1]
+    assert view["name"] == "tokens" and view["x"][0] == 0 and [y[0] for y in view["y"]] == [None, None, 3.5]
+    assert "plain text, which is no chat: 0.987 bits a byte" in page and '<td class="">plain text: facts</td>' in page
+
+
+def test_the_worst_replies_come_first(tmp_path: Path) -> None:
+    run = whole_run(tmp_path / "smoke")
+    file = run / "evaluate/samples/smoke_generate.jsonl"
+    good = read_lines(Sample, file)[0]
+    rows = [replace(good, doc_id=i, scores={"exact_match": score}, ended_by=end) for i, (score, end) in enumerate(
+        [(1.0, "terminator"), (0.0, "terminator"), (1.0, "length"), (0.0, "length"), (1.0, "terminator")])]  # fmt: skip
+    file.write_bytes(to_lines(rows))
+    section = report.page(run).split('id="replies"')[1].split("</section>")[0]
+    assert re.findall(r"<header>(\d) · ", section) == ["3", "1", "2", "0"] and "the worst of 5" in section
+    assert 'href="replies/smoke_generate.html"' in section
 
 
 def test_what_packing_loses_is_reported_of_tokens_and_of_trained_tokens(tmp_path: Path) -> None:
@@ -197,9 +262,14 @@ def test_scores_over_steps_name_best_and_what_was_broken(tmp_path: Path) -> None
     ])  # fmt: skip
     Best(300, "zoo/acc", 0.625).write(run / "train")
     text = report.page(run)
-    parsed = Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
+    parsed = Strict(SCRIPTS.sub("", text.replace("<!doctype html>", "")))
     section = text.split('id="scores-over-steps"')[1].split("</section>")[0]
-    assert section.count('class="error one"') == 2 and section.count('class="error two"') == 1
+    scores, losses = charts_of(section)
+    assert (
+        scores["views"][0]["low"] == [0.3, 0.3]
+        and losses["views"][0]["high"][1] is None
+        and losses["views"][0]["high"][0] > 0.75
+    )
     assert "300 <b>BEST</b>" in section and "BEST: step300, zoo/acc 0.625" in section
     assert 'title="zoo: 0% of 25 replies &lt;stop&gt;">broken<' in section and "0.6250 ± 0.1000" in parsed.text
 
@@ -222,7 +292,7 @@ def test_what_only_some_machines_measure_is_drawn_where_it_is_there(tmp_path: Pa
 def test_data_cannot_write_markup(tmp_path: Path) -> None:
     text = report.page(whole_run(tmp_path / "smoke"))
     assert "&lt;b&gt;the otter&lt;/b&gt;" in text and "smoke/&lt;train&gt;.jsonl" in text
-    assert text.count("</script>") == 1
+    assert text.count("</script") == text.count("<script") == 2 + len(charts_of(text))
 
 
 def test_trained_tokens_are_marked_and_others_are_not(tmp_path: Path) -> None:
@@ -249,7 +319,7 @@ def test_any_subset_of_stages_has_a_page(tmp_path: Path, last: int) -> None:
     for stage in stages[last + 1 :]:
         (run / stage / "manifest.json").unlink()
     text = report.page(run)
-    Strict(re.sub(r"<script>.*?</script>", "", text.replace("<!doctype html>", "")))
+    Strict(SCRIPTS.sub("", text.replace("<!doctype html>", "")))
     assert ("Not done yet: " in text) == (last < 4)
     assert ("<h2>Scores</h2>" in text) == (last == 4)
 
@@ -266,17 +336,12 @@ def test_a_result_made_from_something_else_is_marked(tmp_path: Path) -> None:
     assert report.page(run).count("changed since") == 1
 
 
-def test_ticks_are_round_and_cover_the_range() -> None:
-    assert charts.ticks(0.37, 4.62, 5) == [0, 1, 2, 3, 4, 5]
-    assert charts.ticks(0, 0.0013, 5) == [0, 0.0005, 0.001, 0.0015]
-    assert charts.ticks(3, 3, 5) == [3]
-
-
 def test_long_curves_are_thinned_and_keep_their_end() -> None:
     points = [(float(i), float(i % 7)) for i in range(100_000)]
-    thinned = charts.thin(points)
-    assert len(thinned) <= charts.MAX_POINTS + 1 and thinned[-1] == points[-1]
-    assert abs(sum(y for _, y in thinned) / len(thinned) - 3) < 0.05
+    xs, (ys, others) = charts.columns([points, points[::10]])
+    assert len(xs) <= charts.MAX_POINTS + 1 and (xs[-1], ys[-1]) == points[-1]
+    assert abs(sum(y for y in ys if y is not None) / len(ys) - 3) < 0.05
+    assert len(others) == len(xs) and others[-1] is None  # lines share their x
 
 
 def test_smoothing_starts_at_the_first_value_and_survives_not_a_number() -> None:

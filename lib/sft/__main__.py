@@ -414,7 +414,7 @@ def _has(module: str) -> bool:
 def command_compare(args: argparse.Namespace) -> None:
     """The scores of A against those of B (and C), item by item. Writes a page into A's folder."""
     from sft.evaluation import compare  # start-up: the planner compares nothing
-    from sft.reporting import comparison  # start-up: the same
+    from sft.reporting import comparison, trainings  # start-up: the same
 
     names = [("A", args.a), ("B", args.b), *(("C", name) for name in args.c.split())]
     folders = [runs.run_folder(args.place, name, variable) for variable, name in names]
@@ -423,25 +423,19 @@ def command_compare(args: argparse.Namespace) -> None:
             f"{', '.join(f'{v}={n}' for v, n in names)}: a run cannot be compared with itself; next: name another run"
         )
     if not all((folder / "evaluate" / manifest.NAME).is_file() for folder in folders):
-        from sft.reporting import trainings  # start-up: the same
-
-        curves = trainings.compare(folders)
-        page = folders[0] / "compare" / f"{'+'.join(f.name for f in folders[1:])[:150]}-training.html"
-        page.parent.mkdir(exist_ok=True)
-        write_atomic(page, trainings.html(curves).encode())
-        print(
-            f"{trainings.text(curves)}\n\n{page}\nnot all of them have scores: make evaluate, then compare them again"
-        )
+        print(trainings.text(trainings.compare(folders)))
+        print(f"\n{comparison.draw(comparison.curves_page(folders), folders)}")
+        print("not all of them have scores: make evaluate, then compare them again")
         return
     found = compare.compare(folders, anyway=args.anyway)
     print(compare.text(found, colour=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
-    print(f"\n{comparison.write(found, folders[0] / 'compare')}")
+    print(f"\n{comparison.draw(comparison.save(found, folders[0] / 'compare'), folders)}")
 
 
 def command_sweep(args: argparse.Namespace) -> None:
     """Makes sibling runs of all combinations of values, and compares them."""
     from sft.launch import sweep  # start-up: the planner launches nothing
-    from sft.reporting import trainings  # start-up: the same
+    from sft.reporting import comparison  # start-up: the same
 
     if len(args.recipe.split()) != 1:
         raise SftError(
@@ -456,7 +450,10 @@ def command_sweep(args: argparse.Namespace) -> None:
     runs, r = args.place.runs, args.recipe.strip()
 
     def finish() -> None:
-        print(trainings.write([runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"), flush=True)
+        print(
+            comparison.of_trainings([runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"),
+            flush=True,
+        )
 
     sweep.sweep(args.place, r, found, make_words.variable(args.overrides, "GOAL") or "train", int(jobs), words, finish)
 

@@ -1,73 +1,89 @@
-"""The HTML page of a comparison of runs, and its short form in the report.
+"""The page of a comparison of runs: scores item by item, curves over each other, replies side by side; and its short form in the report.
 
-In: a Comparison of sft.evaluation.compare. Out: HTML text that loads nothing from the network. Standard library only.
+In:  the folders of the runs, and the Comparison of their scores where all have some.
+Out: one HTML page. `save` and `draw` need the standard library only; the page is drawn by the environment's Python.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
+from sft.common.paths import REPO
 from sft.evaluation.compare import LETTERS, compare, footnote, p_text, show
-from sft.formats import manifest
-from sft.formats.comparison import Comparison, ScoreDifference
+from sft.formats import manifest, metrics
+from sft.formats.comparison import Comparison, OptionDifference, ScoreDifference
 from sft.recipe.recipe import BASELINE
-from sft.reporting import charts
-from sft.reporting.page import document, table
+from sft.reporting import charts, trainings
+from sft.reporting.charts import Chart
 
 KINDS = {"better": "good", "worse": "bad"}
 """CSS class of each verdict."""
+CURVES = "-training"
+"""The end of the name of a page without scores."""
 
 
-def write(comparison: Comparison, folder: Path) -> Path:
-    """Writes <others>.json and <others>.html into the folder; returns the page."""
-    folder.mkdir(exist_ok=True)
-    name = "+".join(comparison.runs[1:])
-    if len(name) > 150:
-        name = name[:130] + f"+{len(comparison.runs) - 1}-runs"
-    comparison.write(folder / f"{name}.json")
-    page = folder / f"{name}.html"
-    write_atomic(page, html(comparison).encode())
-    return page
+def save(comparison: Comparison, folder: Path) -> Path:
+    """Writes <others>.json into the folder. Returns the page that belongs to it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{_name(comparison.runs[1:])}.json"
+    comparison.write(file)
+    return file.with_suffix(".html")
 
 
-def html(comparison: Comparison) -> str:
-    """The complete page."""
-    names = comparison.runs
-    sections = [("Runs", runs(names)), ("Differences", differences(comparison)), ("Options", options(comparison))]
-    notes = "".join(f'<p class="note bad">{escape(note)}</p>' for note in comparison.notes)
-    return document(f"{', '.join(names[1:])} against {names[0]}", sections, notes)
+def curves_page(runs: Sequence[Path]) -> Path:
+    """The page of runs of which not all have scores."""
+    return runs[0] / "compare" / f"{_name([run.name for run in runs[1:]])}{CURVES}.html"
 
 
-def runs(names: Sequence[str]) -> str:
-    """The letter of each run."""
-    rows = [[LETTERS[i], escape(name) + (" (the baseline)" if i == 0 else "")] for i, name in enumerate(names)]
-    return table(["", "run"], rows)
+def _name(others: Sequence[str]) -> str:
+    name = "+".join(others)
+    return name if len(name) <= 150 else f"{name[:130]}+{len(others)}-runs"
 
 
-def differences(comparison: Comparison) -> str:
-    """Plots of the differences with their intervals, one of shares and one of losses and other scales, then the table."""
-    many = len(comparison.runs) > 2
-    plots = ""
+def draw(page: Path, runs: Sequence[Path]) -> str:
+    """Has the environment write the page; returns its name, or why there is none. Raises SftError where that fails."""
+    python = REPO / ".venv" / "bin" / "python"
+    if not python.exists():
+        return f"no page: it is drawn by the packages of .venv, which is not there; next: make setup, then compare again ({page})"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    command = [str(python), "-m", "sft.reporting", str(page), *map(str, runs)]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SftError(f"{page}: not drawn: {done.stderr.strip()[-2000:]}")
+    return str(page)
+
+
+def of_trainings(runs: Sequence[Path], page: Path) -> str:
+    """What a terminal shows of the runs that have steps, with the name of their page; "" for fewer than two of them."""
+    trained = with_steps(runs)
+    return f"{trainings.text(trainings.compare(trained))}\n\n{draw(page, trained)}" if len(trained) > 1 else ""
+
+
+def with_steps(runs: Sequence[Path]) -> list[Path]:
+    return [run for run in runs if (run / "train" / metrics.NAME).is_file()]
+
+
+# --- parts of pages -----------------------------------------------------------------------------------------------------
+
+
+def difference_charts(comparison: Comparison) -> list[Chart]:
+    """The differences with their intervals: those of shares, and those of losses and other scales."""
+    many, found = len(comparison.runs) > 2, []
     for title, are_shares in (("Scores from 0 to 1", True), ("Losses and other scales", False)):
         points = [
-            charts.Interval(
-                f"{r.task} {r.metric}" + (f" · {LETTERS[r.run]}" if many else ""),
-                r.value,
-                *r.bounds,
-                KINDS.get(r.verdict, ""),
-            )
+            charts.Interval(f"{r.task} {r.metric}" + (f" · {LETTERS[r.run]}" if many else ""), r.value, *r.bounds, KINDS.get(r.verdict, ""))
             for r in comparison.rows
             if r.bounds and is_share(r) == are_shares
-        ]
-        if points:
-            plots += f"<h3>{title}: difference from A with its 95 % interval</h3>" + charts.intervals(
-                points, width=1040
-            )
-    return plots + score_table(comparison) + f'<p class="note">{escape(footnote(comparison))}</p>'
+        ]  # fmt: skip
+        found.append(charts.intervals(f"{title}: difference from A with its 95 % interval", points))
+    return [chart for chart in found if chart]
 
 
 def is_share(row: ScoreDifference) -> bool:
@@ -75,63 +91,34 @@ def is_share(row: ScoreDifference) -> bool:
     return row.task != "validation" and min(row.a, row.b) >= 0 and max(row.a, row.b) <= 1
 
 
-def score_table(comparison: Comparison) -> str:
+def score_rows(comparison: Comparison) -> list[list[str]]:
     """One row for each metric and run; a task's name is only in its first row."""
     rows = []
-    before = ""
-    for r in comparison.rows:
-        kind = KINDS.get(r.verdict, "")
-        verdict = f'<b class="{kind}">{escape(r.mark)}&nbsp;{r.verdict}</b>' if kind else escape(r.mark)
-        rows.append(
-            [
-                "" if r.task == before else escape(r.task),
-                escape(r.metric),
-                LETTERS[r.run],
-                f"{r.n:,}",
-                f"{r.a:.4f}",
-                f"{r.b:.4f}",
-                f"<b>{r.value:+.4f}</b>",
-                "–" if r.stderr is None else f"{r.stderr:.4f}",
-                "–" if r.bounds is None else f"{r.low:+.4f} to {r.high:+.4f}",
-                p_text(r.p),
-                verdict,
-            ]
-        )
-        before = r.task
-    head = ["task", "metric", "run", "n", "A", "run’s", "difference", "standard error", "95 % interval", "p", ""]
-    return table(head, rows, numbers=(3, 4, 5, 6, 7, 8, 9))
+    for task, found in itertools.groupby(comparison.rows, key=lambda row: row.task):
+        for i, r in enumerate(found):
+            error = "–" if r.stderr is None else f"{r.stderr:.4f}"
+            bounds = "–" if r.bounds is None else f"{r.low:+.4f} to {r.high:+.4f}"
+            rows.append([task if i == 0 else "", r.metric, LETTERS[r.run], f"{r.n:,}", f"{r.a:.4f}", f"{r.b:.4f}", f"{r.value:+.4f}", error,
+                         bounds, p_text(r.p), f"{r.mark} {r.verdict}".strip()])  # fmt: skip
+    return rows
 
 
-def options(comparison: Comparison) -> str:
-    """The options that differ, with one column for each run."""
-    if not comparison.fields:
-        return '<p class="none">no option differs</p>'
-    rows = [[f"<code>{escape(f.field)}</code>", *(escape(show(v)) for v in f.values)] for f in comparison.fields]
-    return table(["option", *LETTERS[: len(comparison.runs)]], rows)
+def option_rows(options: Sequence[OptionDifference]) -> list[list[str]]:
+    return [[option.field, *map(show, option.values)] for option in options]
 
 
-def with_baseline(run: Path) -> str:
-    """The differences to the model that training started from, item by item; '' without its scores (make baseline)."""
+def of_scores(comparison: Comparison, *, plots: bool = True) -> dict[str, object]:
+    """What the page and the report show of the differences of scores."""
+    return {"notes": comparison.notes, "charts": difference_charts(comparison) if plots else [], "rows": score_rows(comparison),
+            "footnote": footnote(comparison)}  # fmt: skip
+
+
+def with_baseline(run: Path) -> Comparison | None:
+    """The differences to the model that training started from, item by item; None without its scores (make baseline)."""
     baseline = run.with_name(run.name + BASELINE)
-    if not (baseline / "evaluate" / manifest.NAME).is_file():
-        return ""
-    try:
-        found = compare([baseline, run])
-    except SftError as error:
-        return f'<p class="bad">{escape(str(error))}</p>'
-    notes = "".join(f'<p class="note bad">{escape(note)}</p>' for note in found.notes)
-    return notes + score_table(found)
+    return compare([baseline, run]) if (baseline / "evaluate" / manifest.NAME).is_file() else None
 
 
-def in_report(run: Path) -> str:
-    """The comparisons with this run as the baseline: the scores and options of each, for its report."""
-    parts = []
-    for file in sorted((run / "compare").glob("*.json")):
-        try:
-            found = Comparison.read(file)
-        except (OSError, SftError) as error:
-            parts.append(f'<p class="bad">{escape(str(error))}</p>')
-            continue
-        names = ", ".join(f"{LETTERS[i]} = {name}" for i, name in enumerate(found.runs))
-        parts.append(f"<h3>{escape(names)}</h3>" + score_table(found) + options(found))
-    return "".join(parts)
+def in_report(run: Path) -> list[Comparison]:
+    """The comparisons with this run as the first one. Raises SftError for a damaged one."""
+    return [Comparison.read(file) for file in sorted((run / "compare").glob("*.json"))]

@@ -1,17 +1,15 @@
-"""A page for each task to read its replies: prompts, thoughts, scores, how replies ended, and what changed since the baseline.
+"""Replies to read: a page for each task of a run, and those of several runs side by side.
 
-In:  evaluate's results.json and samples of a run, and of its baseline if it has one.
-Out: replies/<task>.html in the report's folder: filters, a search, and an export of the shown items as JSONL. It loads nothing.
+In:  evaluate's results.json and samples of a run, and of its baseline or of other runs.
+Out: replies/<task>.html in the report's folder, and the data of the viewer in a page: the browser filters, searches and exports it.
 """
 
 from __future__ import annotations
 
-import functools
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import jinja2
+from typing import Any
 
 from sft.common.files import write_atomic
 from sft.evaluation.scores import as_tuple, is_number, json_hash
@@ -20,132 +18,136 @@ from sft.formats.lines import read_lines
 from sft.formats.results import NAME, SAMPLES, Results, TaskResult
 from sft.formats.samples import Sample
 from sft.recipe.recipe import BASELINE
-from sft.reporting.page import STYLE
+from sft.reporting.page import render
 
 FOLDER = "replies"
-MOST = 2000
-"""Items on a page; more would make a browser slow."""
+MOST_BYTES = 24_000_000
+"""Of a page's items. What comes last in their order is left out, which the page says."""
 CUT = ("length", "unclosed thought")
+Samples = Mapping[str, Sample]
+"""By question."""
 
 
-@dataclass(frozen=True)
-class Reply:
-    """One reply as the page shows it."""
+class Scored:
+    """The results and samples of a run; none of a run that is not evaluated, or by a harness of AI2, whose records are others."""
 
-    text: str
-    ended: str
-    tokens: int | None
-    repeats: bool
-    thought: str
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        found = Results.read(run / "evaluate" / NAME) if (run / "evaluate" / manifest.NAME).is_file() else None
+        self.tasks: Mapping[str, TaskResult] = found.tasks if found and found.harness is None else {}
 
-
-@dataclass(frozen=True)
-class Item:
-    """One question with its replies. `before` is the baseline's reply, where it differs."""
-
-    id: int
-    prompt: str
-    target: str
-    replies: tuple[Reply, ...]
-    scores: tuple[tuple[str, str], ...]
-    wrong: bool
-    cut: bool
-    changed: bool
-    before: str | None
+    def samples(self, task: str) -> Samples:
+        """Those of the primary metric's filter."""
+        if task not in self.tasks:
+            return {}
+        result = self.tasks[task]
+        wanted = result.primary[0].partition(",")[2] or "none"
+        file = self.run / "evaluate" / (result.samples or f"{SAMPLES}/{task}.jsonl")
+        return {_key(s): s for s in read_lines(Sample, file) if s.filter == wanted}
 
 
-def write(run: Path, results: Results, target: Path) -> list[str]:
-    """Writes the pages of a run's tasks under `target` and returns their names. AI2's harnesses have records of their own."""
-    if results.harness is not None:
-        return []
-    baseline = run.with_name(run.name + BASELINE)
-    before = _results(baseline)
+def write(run: Path, target: Path) -> list[str]:
+    """Writes the pages of a run's tasks under `target` and returns their names."""
+    scored, baseline = Scored(run), Scored(run.with_name(run.name + BASELINE))
     names = []
-    for task, result in results.tasks.items():
-        earlier = _samples(baseline, task, before.tasks[task]) if before and task in before.tasks else {}
-        samples = _samples(run, task, result)
-        if not samples:
-            continue
-        text = page(run.name, task, result, list(samples.values()), baseline.name if earlier else "", earlier)
-        name = f"{FOLDER}/{task}.html"
-        (target / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_atomic(target / name, text.encode())
-        names.append(name)
+    for task, result in scored.tasks.items():
+        if samples := scored.samples(task):
+            name = f"{FOLDER}/{task}.html"
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(target / name, page(run.name, task, result, samples, baseline.samples(task)).encode())
+            names.append(name)
     return names
 
 
-def page(
-    run: str, task: str, result: TaskResult, samples: Sequence[Sample], baseline: str, before: Mapping[str, Sample]
-) -> str:
-    """The HTML of one task."""
-    shown = samples[:MOST]
-    items = [_item(sample, result, before.get(_key(sample))) for sample in shown]
-    rows = [s.to_value() for s in shown]
-    return _template().render(
-        run=run, task=task, baseline=baseline, items=items, rows=rows, total=len(samples), style=STYLE
+def page(run: str, task: str, result: TaskResult, samples: Samples, before: Samples) -> str:
+    """The HTML of one task, beside the baseline's replies where there are some."""
+    columns = [samples, before] if before else [samples]
+    found = items(task, result, columns, flagged=1)
+    names = [run, run + BASELINE][: len(columns)]
+    facts = [("run", run), *([("against", run + BASELINE)] if before else [])]
+    data = {"columns": names, "changed": "changed since the baseline", "tasks": [found]}
+    return render("replies.html.jinja", ["replies.js"], title=task, facts=facts, items=data)
+
+
+def side_by_side(runs: Sequence[Path]) -> dict[str, Any] | None:
+    """The replies of several runs to the tasks that two or more of them have; None where there are none."""
+    scored = [Scored(run) for run in runs]
+    found: dict[str, list[TaskResult]] = {}
+    for s in scored:
+        for task, result in s.tasks.items():
+            found.setdefault(task, []).append(result)
+    shared = {task: results[0] for task, results in found.items() if len(results) > 1}
+    tasks = [
+        items(task, result, [s.samples(task) for s in scored], flagged=len(scored), share=1 / len(shared))
+        for task, result in shared.items()
+    ]
+    return (
+        {"columns": [run.name for run in runs], "changed": "not the same score in all", "tasks": tasks}
+        if tasks
+        else None
     )
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    """The page. Every text of a model or data set is escaped."""
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.get_template("replies.html.jinja")
+def items(
+    task: str, result: TaskResult, columns: Sequence[Samples], *, flagged: int, share: float = 1.0
+) -> dict[str, Any]:
+    """The items of a task: those that changed first, then the worst. `flagged`: how many columns make an item wrong or cut.
+
+    The first column of a page of one run has its samples whole, so that its export is theirs. Others leave out the documents.
+    """
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    rows = {key: [column.get(key) for column in columns] for key in keys}
+    order = sorted(range(len(keys)), key=lambda i: _order(result, rows[keys[i]]))
+    shown, left = [], MOST_BYTES * share
+    for place in order:
+        row = rows[keys[place]]
+        known = [s for s in row[:flagged] if s]
+        item = {
+            "rows": [_row(s, whole=flagged == 1 and i == 0) for i, s in enumerate(row)],
+            "wrong": any(is_wrong(result, s) for s in known), "cut": any(map(is_cut, known)), "changed": _changed(result, row),
+        }  # fmt: skip
+        left -= len(json.dumps(item))
+        if left < 0:
+            break
+        shown.append(item)
+    return {"name": task, "items": shown, "left": len(keys) - len(shown)}
 
 
-def _item(sample: Sample, result: TaskResult, before: Sample | None) -> Item:
-    primary, score = result.primary
-    metric = primary.partition(",")[0]
-    value = sample.scores.get(metric)
-    wrong = is_number(value) and (value < 1 if score.higher_is_better is not False else value > 0)
-    changed = before is not None and before.scores.get(metric) != value
-    endings = as_tuple(sample.ended_by) if sample.ended_by is not None else ()
-    return Item(
-        id=sample.doc_id,
-        prompt=sample.prompt,
-        target=str(sample.target),
-        replies=_replies(sample),
-        scores=tuple((k, f"{v:g}") for k, v in sample.scores.items() if is_number(v)),
-        wrong=wrong,
-        cut=any(e in CUT for e in endings),
-        changed=changed,
-        before=" / ".join(map(str, before.replies))
-        if before is not None and before.replies != sample.replies
-        else None,
-    )
-
-
-def _replies(sample: Sample) -> tuple[Reply, ...]:
-    """The replies with their facts; choices of given texts with their likelihoods as one text."""
-    if sample.ended_by is None:
-        return (Reply("\n".join(map(str, sample.replies)), "likelihoods", None, False, ""),)
-    count = len(sample.replies)
-    facts = (sample.ended_by, sample.tokens, sample.repeats, sample.thought)
-    columns = [as_tuple(f) if f is not None else (None,) * count for f in facts]
-    return tuple(
-        Reply(str(text), ended, tokens, bool(repeats), thought or "")
-        for text, ended, tokens, repeats, thought in zip(sample.replies, *columns, strict=True)
-    )
-
-
-def _results(run: Path) -> Results | None:
-    """A run's results; None where it has none."""
-    folder = run / "evaluate"
-    if not manifest.is_whole(folder):
+def _row(sample: Sample | None, *, whole: bool) -> dict[str, Any] | None:
+    if sample is None:
         return None
-    return Results.read(folder / NAME)
+    return {k: v for k, v in sample.to_value().items() if whole or k not in ("doc", "filtered", "of_replies")}
 
 
-def _samples(run: Path, task: str, result: TaskResult) -> dict[str, Sample]:
-    """The samples of the primary metric's filter, by question."""
-    wanted = result.primary[0].partition(",")[2] or "none"
-    file = run / "evaluate" / (result.samples or f"{SAMPLES}/{task}.jsonl")
-    found: dict[str, Sample] = {}
-    for sample in read_lines(Sample, file):
-        if sample.filter == wanted:
-            found[_key(sample)] = sample
-    return found
+def score(result: TaskResult, sample: Sample) -> float | None:
+    """The primary metric of an item, signed so that more is better."""
+    name, about = result.primary
+    value = sample.scores.get(name.partition(",")[0])
+    return (float(value) if about.higher_is_better is not False else -float(value)) if is_number(value) else None
+
+
+def is_wrong(result: TaskResult, sample: Sample) -> bool:
+    value = score(result, sample)
+    return value is not None and value < (1 if result.primary[1].higher_is_better is not False else 0)
+
+
+def is_cut(sample: Sample) -> bool:
+    return sample.ended_by is not None and any(end in CUT for end in as_tuple(sample.ended_by))
+
+
+def worst(result: TaskResult, samples: Samples) -> list[Sample]:
+    """The samples of generated replies, those with the lowest score first, of these the ones that were cut."""
+    found = [s for s in samples.values() if s.ended_by is not None]
+    return sorted(found, key=lambda s: _order(result, [s]))
+
+
+def _changed(result: TaskResult, row: Sequence[Sample | None]) -> bool:
+    return len({score(result, s) for s in row if s}) > 1
+
+
+def _order(result: TaskResult, row: Sequence[Sample | None]) -> tuple[bool, float, bool]:
+    values = [value for s in row if s and (value := score(result, s)) is not None]
+    return not _changed(result, row), min(values, default=0.0), not any(is_cut(s) for s in row if s)
 
 
 def _key(sample: Sample) -> str:

@@ -1,43 +1,46 @@
-"""The report: one HTML page on the stages of a run that are done.
+"""The report: one HTML page on the stages of a run that are done, and a page for each task's replies.
 
-In:  runs/<run>/*/manifest.json, and beside them dataset.json, preview.json, metrics.jsonl, gate.json, results.json.
-Out: index.html: figures, loss curve, data and packing, trained tokens, scores with their intervals, the chain of manifests.
-     It loads nothing from the network (its content security policy forbids it), works from file:// and follows the reader's
-     light or dark theme.
+In:  runs/<run>/*/manifest.json, and beside them dataset.json, preview.json, metrics.jsonl, gate.json, results.json, samples.
+Out: index.html: figures, curves, data and packing, trained tokens, scores with their intervals, the worst replies, the chain of
+     manifests. It loads nothing (its content security policy forbids it), works from file:// and follows the reader's theme.
 Run: make report RECIPE=…, or python stages/report.py runs/<run>.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from html import escape
 from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats.manifest import Manifest, Provenance
-from sft.formats.metrics import LOST
-from sft.formats.results import SAMPLES
+from sft.formats.metrics import LOST, Attempt
+from sft.formats.packs import StepSummary
+from sft.formats.preview import Segment
 from sft.recipe import schema
-from sft.reporting import comparison, replies, scores, sections
-from sft.reporting.charts import number
-from sft.reporting.page import document, table
+from sft.reporting import charts, comparison, replies, scores, trainings
+from sft.reporting.charts import Chart, number
+from sft.reporting.page import TEXT, document, interval, part
 from sft.reporting.run_files import RunFiles
-from sft.reporting.scores import interval
 from sft.runner.stage import Result, Stage
 
 Tile = tuple[str, str, str]
 """Name, value and detail of a figure."""
+PREVIEWS = 6
+"""Conversations shown with their trained tokens."""
 
 
 def report(stage: Stage) -> Result:
-    """The stage: writes the page."""
+    """The stage: writes the pages."""
     text = page(stage.run)
     write_atomic(stage.out / "index.html", text.encode())
-    found = RunFiles(stage.run).results
-    pages = replies.write(stage.run, found, stage.out) if found else []
+    pages = replies.write(stage.run, stage.out) if RunFiles(stage.run).results else []
     stage.log(f"{stage.run / 'report' / 'index.html'}: {len(text):,} bytes")
     return Result(outputs=["index.html", *pages])
 
@@ -47,33 +50,42 @@ def page(folder: Path) -> str:
     run = RunFiles(folder)
     if not run.done:
         raise SftError(f"{folder}: no stage is done, so there is nothing to report; next: make prepare")
-    parts = [
-        ("Summary", tiles(run)),
-        ("Training", sections.curves(run.steps) if run.steps else ""),
-        ("Scores", scores.scores(run.results) if run.results else ""),
-        ("Scores over steps", scores.over_steps(folder / "train")),
-        ("Against the baseline", comparison.with_baseline(folder) if run.results else ""),
-        ("Compared", comparison.in_report(folder) if run.results else ""),
-        ("Replies", scores.replies(folder / "evaluate" / SAMPLES, run.results) if run.results else ""),
-        ("Export", sections.export(run.gate) if run.gate else ""),
-        ("Data", sections.data(run.dataset, run.train.data if run.train else None) if run.dataset else ""),
-        ("Trained tokens", sections.previews(run.preview) if run.preview else ""),
-        ("Chain", chain(run.done)),
-        ("Recipe", recipe(run.done)),
-    ]
+    found, packs = run.results, run.train.data if run.train else None
     missing = [s for s in schema.STAGES if s not in run.done]
-    note = f'<p class="note">Not done yet: {", ".join(missing)}.</p>' if missing else ""
-    return document(folder.name, [(title, body) for title, body in parts if body], note)
+    figures = [*_loss_tiles(run), *_score_tiles(run), *_size_tiles(run)]
+    steps = scores.over_steps(folder / "train")
+    sections = {
+        "Summary": part("tiles", figures, f"Not done yet: {', '.join(missing)}." if missing else ""),
+        "Training": part("training", trainings.of_one(run.steps)) if run.steps else "",
+        "Scores": part("scores", scores.rows(found), scores.points(found), scores.lengths(found), scores.losses(found)) if found else "",
+        "Scores over steps": part("over_steps", steps) if steps else "",
+        "Against the baseline": _against_baseline(folder) if found else "",
+        "Compared": _compared(folder) if found else "",
+        "Replies": part("replies", worst) if found and (worst := scores.replies(folder)) else "",
+        "Export": part("export", run.gate) if run.gate else "",
+        "Data": part("data", run.dataset, _lengths(run), packs, _held(packs)) if run.dataset else "",
+        "Trained tokens": part("previews", list(map(_preview, run.preview.documents[:PREVIEWS]))) if run.preview else "",
+        "Chain": part("table", ["stage", "digest", "made from", "#bytes", "#time", "host", "commit"], _chain(run.done)),
+        "Recipe": part("folded", [(s, json.dumps(m.config, indent=2, ensure_ascii=False)) for s, m in run.done.items()]),
+    }  # fmt: skip
+    return document(folder.name, sections, facts=list(_facts(run)))
 
 
-def tiles(run: RunFiles) -> str:
-    """The most important figures: (name, value, detail) of each."""
-    found = [*_loss_tiles(run), *_score_tiles(run), *_size_tiles(run)]
-    cells = "".join(
-        f'<div class="tile"><b>{escape(value)}</b><i>{escape(name)}</i><small>{escape(detail)}</small></div>'
-        for name, value, detail in found
+def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
+    """The header: what was trained on what, when and where."""
+    config = {stage: made.config for stage, made in run.done.items()}
+    model = config.get("train", {}).get("model", {})
+    base = (
+        config.get("sync", {}).get("base")
+        or model.get("base")
+        or ("" if "train" not in config else "none: random weights")
     )
-    return f'<div class="tiles">{cells}</div>' if cells else f"<p>{escape(str(run.folder))}</p>"
+    data = ", ".join(s.path for s in run.dataset.sources) if run.dataset else ""
+    headers = [r for r in run.steps if isinstance(r, Attempt)]
+    last = max((m.provenance.finished for m in run.done.values() if m.provenance), default="")
+    about = {"preset": model.get("preset", ""), "base": base, "template": config.get("prepare", {}).get("template", ""), "data": data,
+             "trained on": f"{headers[-1].ranks} × {headers[-1].device}" if headers else "", "finished": last[:16].replace("T", " ")}  # fmt: skip
+    yield from ((name, str(value)) for name, value in about.items() if value)
 
 
 def _loss_tiles(run: RunFiles) -> Iterator[Tile]:
@@ -112,43 +124,86 @@ def _size_tiles(run: RunFiles) -> Iterator[Tile]:
         yield "export check", "passed", f"logits within {gate.max_difference:.0e} of {gate.max_logit:.1f}"
 
 
-def chain(done: Mapping[str, Manifest]) -> str:
+def _against_baseline(folder: Path) -> Markup:
+    try:
+        found = comparison.with_baseline(folder)
+    except SftError as error:
+        return part("note", str(error), "bad")
+    return part("differences", comparison.of_scores(found)) if found else Markup()
+
+
+def _compared(folder: Path) -> Markup:
+    """The comparisons with this run as the first one: the scores and options of each."""
+    try:
+        found = comparison.in_report(folder)
+    except (OSError, SftError) as error:
+        return part("note", str(error), "bad")
+    parts = [
+        part(
+            "heading",
+            ", ".join(f"{letter} = {name}" for letter, name in zip(trainings.letters(), c.runs, strict=False)),
+        )
+        + part("differences", comparison.of_scores(c, plots=False))
+        + part("options", comparison.option_rows(c.fields), list(itertools.islice(trainings.letters(), len(c.runs))))
+        for c in found
+    ]
+    return Markup("").join(parts)
+
+
+def _lengths(run: RunFiles) -> Chart | None:
+    up_to = run.dataset.lengths.up_to if run.dataset else ()
+    bars = [(f"≤{limit:,}", n, f"{n:,} conversations, {tokens:,} tokens") for limit, n, tokens in up_to]
+    return charts.bars("conversations by length", "tokens", bars)
+
+
+def _held(packs: StepSummary | None) -> Chart | None:
+    """What the positions of the packs hold."""
+    if packs is None:
+        return None
+    trained = packs.trained_tokens / max(1, packs.tokens + packs.padding)
+    shares = {
+        "trained tokens": trained,
+        "context": 1 - packs.padding_fraction - trained,
+        "padding": packs.padding_fraction,
+    }
+    points = [charts.Interval(f"{name} {value:.1%}", value, 0, value) for name, value in shares.items()]
+    return charts.intervals("what the positions of the run's packs hold, as shares", points, (0, 1))
+
+
+def _preview(segments: Sequence[Segment]) -> tuple[Any, bool]:
+    """The first characters of a conversation: [(is trained, [(text, is special), …]), …], and whether that is all of it."""
+    left, runs = TEXT, []
+    for trained, run in itertools.groupby(segments, key=lambda segment: segment.trained):
+        shown = []
+        for segment in run:
+            if left > 0:
+                shown.append((segment.text[:left], segment.special))
+            left -= len(segment.text)
+        if shown:
+            runs.append((trained, shown))
+    return runs, left >= 0 and bool(segments and segments[-1].end)
+
+
+def _chain(done: Mapping[str, Manifest]) -> list[list[str]]:
     """The digest of every stage's result, the results that it was made from, and when and where it was made."""
-    rows = []
+    code, rows = Markup("<code>{}</code>"), []
     for stage, made in done.items():
         about = made.provenance or Provenance()
-        size = sum(o.bytes for o in made.outputs)
         inputs = []
         for entry in made.inputs:
             upstream = entry.manifest.split("/")[1] if entry.manifest else ""
             unchanged = not upstream or (upstream in done and done[upstream].digest == entry.sha256)
-            mark = "" if unchanged else ' <b class="bad">changed since</b>'
-            inputs.append(f"<code>{escape(upstream or entry.name)}</code> <code>{entry.sha256[:10]}</code>{mark}")
-        commit = escape(about.git[:10])
-        rows.append(
-            [
-                f"<b>{stage}</b>",
-                f"<code>{made.digest[:10]}</code>",
-                "<br>".join(inputs) or "–",
-                number(size),
-                duration(about),
-                escape(about.host),
-                f"<code>{commit}</code>" + (" + edits" if about.dirty else ""),
-            ]
-        )
-    return table(["stage", "digest", "made from", "bytes", "time", "host", "commit"], rows, numbers=(3, 4))
+            mark = Markup("" if unchanged else ' <b class="bad">changed since</b>')
+            inputs.append(
+                Markup("{} {}{}").format(code.format(upstream or entry.name), code.format(entry.sha256[:10]), mark)
+            )
+        commit = code.format(about.git[:10]) + (" + edits" if about.dirty else "")
+        rows.append([stage, code.format(made.digest[:10]), Markup("<br>").join(inputs) or "–", number(sum(o.bytes for o in made.outputs)),
+                     _duration(about), about.host, commit])  # fmt: skip
+    return rows
 
 
-def recipe(done: Mapping[str, Manifest]) -> str:
-    """The options of every stage."""
-    parts = []
-    for stage, made in done.items():
-        text = json.dumps(made.config, indent=2, ensure_ascii=False)
-        parts.append(f"<details><summary>{stage}</summary><pre>{escape(text)}</pre></details>")
-    return "".join(parts)
-
-
-def duration(about: Provenance) -> str:
+def _duration(about: Provenance) -> str:
     """The hours, minutes and seconds that a stage took."""
     try:
         seconds = (datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds()

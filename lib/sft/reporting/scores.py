@@ -1,59 +1,55 @@
-"""The report's sections about scores: final ones, replies, and those of checkpoints during training.
+"""The report's sections about scores: final ones, the worst replies, and those of checkpoints during training.
 
-In: evaluate's results.json and samples, training's evaluations.jsonl and BEST. Out: the HTML of a section, '' if there is nothing.
+In: evaluate's results.json and samples, training's evaluations.jsonl and BEST. Out: what the templates show of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from markupsafe import Markup
+
+from sft.evaluation.scores import as_tuple, is_number
 from sft.evaluation.statistics import Z95
 from sft.formats import evaluations
 from sft.formats.evaluations import Evaluation
-from sft.formats.lines import read_lines
-from sft.formats.results import Generation, Results, Score, TaskResult, ValidationLoss
+from sft.formats.results import Generation, PartLoss, Results, TaskResult, TextLoss, ValidationLoss
 from sft.formats.samples import Sample
 from sft.reporting import charts
-from sft.reporting.charts import Line
-from sft.reporting.page import clip, table
+from sft.reporting.charts import Chart, Line
+from sft.reporting.page import interval
+from sft.reporting.replies import FOLDER, Scored, worst
 
-SAMPLES = 4
-"""Sample replies shown of a task."""
+WORST = 4
+"""Replies shown of a task."""
 Bounds = tuple[float, float]
 
 
-def scores(results: Results) -> str:
-    """Every score with its interval; how replies ended, and their lengths. Groups come before their tasks."""
-    rows = []
+def rows(results: Results) -> list[list[str]]:
+    """Every score with its interval, and how replies ended. Groups come before their tasks."""
+    found = []
     for task, result in results.scored.items():
         facts = result.generation if isinstance(result, TaskResult) else None
         for i, (name, score) in enumerate(result.metrics.items()):
-            rows.append(
-                [
-                    escape(task) if i == 0 else "",
-                    escape(name),
-                    f"<b>{score.value:.4f}</b>",
-                    "–" if score.stderr is None else f"{score.stderr:.4f}",
-                    interval(score.bounds),
-                    charts.whisker(score.value, score.low, score.high) if 0 <= score.value <= 1 else "",
-                    f"{score.n:,}",
-                    endings(facts) if i == 0 else "",
-                ]
-            )
-    head = ["task", "metric", "score", "standard error", "95 % interval", "0 to 1", "n", "replies"]
-    body = table(head, rows, numbers=(2, 3, 4, 6))
-    lengths = [
-        f"<div><h3>{escape(task)}: replies by length</h3>{length_bars(tokens.up_to)}</div>"
-        for task, result in results.tasks.items()
-        if result.generation and (tokens := result.generation.tokens) and tokens.up_to
+            error = "–" if score.stderr is None else f"{score.stderr:.4f}"
+            found.append([task if i == 0 else "", name, f"{score.value:.4f}", error, interval(score.bounds), f"{score.n:,}",
+                          endings(facts) if i == 0 else ""])  # fmt: skip
+    return found
+
+
+def points(results: Results) -> Chart | None:
+    """The scores between 0 and 1 with their intervals."""
+    found = [
+        charts.Interval(f"{task} {name}", score.value, *(score.bounds or (score.value, score.value)))
+        for task, result in results.scored.items()
+        for name, score in result.metrics.items()
+        if 0 <= score.value <= 1
     ]
-    if lengths:
-        body += f'<div class="row">{"".join(lengths)}</div>'
-    loss = results.validation
-    return body + (validation_sentence(loss) + loss_parts(loss) if loss else "")
+    return charts.intervals("scores with their 95 % intervals", found, (0, 1))
 
 
 def endings(facts: Generation | None) -> str:
@@ -64,99 +60,90 @@ def endings(facts: Generation | None) -> str:
     return ", ".join(f"{share:.0%} {word}" for share, word in shares if share is not None)
 
 
-def validation_sentence(loss: ValidationLoss) -> str:
-    """One sentence on the loss of the validation split."""
-    return (
-        f"<p>Validation split: loss <b>{loss.loss:.4f}</b> ± {loss.stderr or 0:.4f} ({interval(loss.bounds)}), perplexity"
-        f" <b>{loss.perplexity:.2f}</b> ({interval(loss.perplexity_bounds)}), over {loss.labels:,} trained tokens of"
-        f" {loss.documents:,} conversations.</p>"
+def lengths(results: Results) -> list[Chart | None]:
+    """A chart of the replies' lengths for each task that has them."""
+    found = []
+    for task, result in results.tasks.items():
+        if result.generation and (tokens := result.generation.tokens) and tokens.up_to:
+            bars = [(f"≤{top:,}", n, f"{n:,} replies of at most {top:,} tokens") for top, n in tokens.up_to]
+            found.append(charts.bars(f"{task}: replies by length", "tokens", bars))
+    return found
+
+
+def losses(results: Results) -> list[list[str]]:
+    """The losses of held-out conversations and of plain text: of all, then of their sources, answers and kinds."""
+    found: list[tuple[str, ValidationLoss | TextLoss | PartLoss]] = []
+    if loss := results.validation:
+        found += [
+            ("validation split", loss),
+            *((f"source {name}", part) for name, part in (loss.by_source or {}).items()),
+        ]
+        found += [(f"answer {i}", part) for i, part in enumerate(loss.by_turn or (), 1)]
+    if text := results.plain_text:
+        name = f"plain text, which is no chat: {text.bits_per_byte:.3f} bits a byte"
+        found += [(name, text), *((f"plain text: {kind}", part) for kind, part in (text.by_kind or {}).items())]
+    return [
+        [name, f"{p.loss:.4f}", "–" if p.stderr is None else f"{p.stderr:.4f}", f"{math.exp(min(p.loss, 99)):.3g}", f"{p.labels:,}", f"{p.documents:,}"]
+        for name, p in found
+    ]  # fmt: skip
+
+
+def replies(run: Path) -> list[dict[str, Any]]:
+    """The worst replies of every task that generates, and the page with all. AI2's harnesses have records of their own."""
+    scored, found = Scored(run), []
+    for task, result in scored.tasks.items():
+        samples = worst(result, scored.samples(task))
+        if samples:
+            found.append({"name": task, "count": f"{len(samples):,}", "page": quote(f"{FOLDER}/{task}.html"),
+                          "worst": [_reply(s) for s in samples[:WORST]]})  # fmt: skip
+    return found
+
+
+def _reply(sample: Sample) -> dict[str, str]:
+    values = ", ".join(f"{k} {v:g}" for k, v in sample.scores.items() if is_number(v))
+    ended, tokens = (
+        " / ".join(map(str, as_tuple(v))) if v is not None else "?" for v in (sample.ended_by, sample.tokens)
     )
-
-
-def loss_parts(loss: ValidationLoss) -> str:
-    """The held-out loss by source and by the position of the answer, where there are several."""
-    parts = [(f"source {name}", part) for name, part in (loss.by_source or {}).items()]
-    parts += [(f"answer {i}", part) for i, part in enumerate(loss.by_turn or (), 1)]
-    if not parts:
-        return ""
-    rows = [[escape(name), f"{p.loss:.4f}", "–" if p.stderr is None else f"{p.stderr:.4f}", f"{p.labels:,}", f"{p.documents:,}"]
-            for name, p in parts]  # fmt: skip
-    head = ["held-out loss of", "loss", "standard error", "trained tokens", "conversations"]
-    return table(head, rows, numbers=range(1, 5))
-
-
-def length_bars(bins: Iterable[tuple[int, int]]) -> str:
-    """A bar chart of (upper end in tokens, replies)."""
-    bars = [(f"≤{top:,}", n, f"{n:,} replies of at most {top:,} tokens") for top, n in bins]
-    return charts.bars(bars, width=max(320, 56 * len(bars)), height=190, x_name="tokens")
-
-
-def replies(folder: Path, results: Results) -> str:
-    """The first few samples of every task that generates, right and wrong ones alike.
-
-    AI2's harnesses have records of their own, which are not shown.
-    """
-    parts = []
-    for file in sorted(folder.glob("*.jsonl")) if results.harness is None else ():
-        samples = [s for s in read_lines(Sample, file) if s.ended_by is not None][:SAMPLES]
-        parts += [_reply(file.stem, sample) for sample in samples]
-    note = '<p class="note">All items, with filters and a search: <code>replies/&lt;task&gt;.html</code> beside this page.</p>'
-    return f'{note}<div class="cards">{"".join(parts)}</div>' if parts else ""
-
-
-def _reply(task: str, sample: Sample) -> str:
-    shown = ", ".join(f"{k} {v:g}" for k, v in sample.scores.items() if isinstance(v, (int, float)))
-    return (
-        f'<article class="chat"><header>{escape(task)} · {escape(shown)} · {escape(_joined(sample.ended_by))},'
-        f" {_joined(sample.tokens)} tokens</header><pre>{clip(sample.prompt)}<mark>{clip(str(sample.replies[0]))}</mark></pre>"
-        f"<footer>target: {clip(str(sample.target))}</footer></article>"
-    )
-
-
-def _joined(value: Any) -> str:
-    """A fact about one reply, or those about several."""
-    return " / ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return {"header": f"{sample.doc_id} · {values} · {ended}, {tokens} tokens", "prompt": sample.prompt, "reply": str(sample.replies[0]),
+            "target": str(sample.target)}  # fmt: skip
 
 
 # --- during training ----------------------------------------------------------------------------------------------------
 
 
-def over_steps(train: Path) -> str:
+def over_steps(train: Path) -> dict[str, Any] | None:
     """Every task's primary score, and the held-out loss, at the checkpoints that were evaluated."""
     found = evaluations.read(train)
     if not found:
-        return ""
-    columns = [*_task_columns(found), *_loss_column(found)]
+        return None
+    columns = [*_task_columns(found), *_loss_columns(found)]
     best = (train / "BEST").read_text().splitlines() if (train / "BEST").is_file() else []
-    rows = []
-    for evaluation in found:
-        is_best = best[:1] == [f"step{evaluation.step}"]
-        rows.append(
-            [
-                f"{evaluation.step:,}" + (" <b>BEST</b>" if is_best else ""),
-                *(column.cell(evaluation) for column in columns),
-            ]
-        )
-    note = f'<p class="note">BEST: {escape(", ".join(best))}</p>' if best else ""
-    charts_ = "".join(f"<div>{column.chart()}</div>" for column in columns)
-    body = table(["step", *(column.name for column in columns)], rows, numbers=range(len(columns) + 1))
-    return f'<div class="row">{charts_}</div>{body}{note}'
+    marked = Markup("{:,} <b>BEST</b>")
+    table = [
+        [marked.format(e.step) if best[:1] == [f"step{e.step}"] else f"{e.step:,}", *(column.cell(e) for column in columns)] for e in found
+    ]  # fmt: skip
+    head = ["#step", *(f"#{column.name}" for column in columns)]
+    return {
+        "charts": [c.chart() for c in columns],
+        "head": head,
+        "rows": table,
+        "best": f"BEST: {', '.join(best)}" if best else "",
+    }
 
 
 class _Column:
     """A score over the steps. `points` is {step: (value, standard error, interval)}."""
 
     def __init__(
-        self, task: str, name: str, kind: str, points: Mapping[int, tuple[float, float | None, Bounds | None]]
+        self, task: str, name: str, colour: int, points: Mapping[int, tuple[float, float | None, Bounds | None]]
     ) -> None:
-        self.task, self.name, self.kind, self.points = task, name, kind, points
+        self.task, self.name, self.colour, self.points = task, name, colour, points
 
-    def chart(self) -> str:
+    def chart(self) -> Chart | None:
         """The score over the steps with its intervals."""
         spread = [(step, *bounds) for step, (_, _, bounds) in self.points.items() if bounds]
-        points = [(step, value) for step, (value, _, _) in self.points.items()]
-        line = Line(self.name, self.kind, points, True, spread)
-        return charts.lines([line], width=360, height=190, x_name="step")
+        values = [(float(step), value) for step, (value, _, _) in self.points.items()]
+        return charts.lines(self.name, [Line(self.name, {"step": values}, self.colour, "dots", spread)])
 
     def cell(self, evaluation: Evaluation) -> str:
         """The cell of one step: the score with its error, or "broken" with the reason as its tooltip."""
@@ -164,31 +151,28 @@ class _Column:
             value, stderr, _ = point
             return f"{value:.4f}" + ("" if stderr is None else f" ± {stderr:.4f}")
         reason = evaluation.broken.get(self.task, evaluation.failed)
-        return f'<b class="bad" title="{escape(reason)}">broken</b>' if reason else "–"
+        return Markup('<b class="bad" title="{}">broken</b>').format(reason) if reason else "–"
 
 
 def _task_columns(found: Sequence[Evaluation]) -> list[_Column]:
     columns = []
     for task in dict.fromkeys(task for e in found for task in e.tasks):
-        primary: list[tuple[int, str, Score]] = [
-            (e.step, *next(iter(e.tasks[task].items()))) for e in found if e.tasks.get(task)
-        ]
+        primary = [(e.step, *next(iter(e.tasks[task].items()))) for e in found if e.tasks.get(task)]
         points = {step: (score.value, score.stderr, score.bounds) for step, _, score in primary}
-        columns.append(_Column(task, f"{task} {primary[0][1]}", "one", points))
+        columns.append(_Column(task, f"{task} {primary[0][1]}", 0, points))
     return columns
 
 
-def _loss_column(found: Sequence[Evaluation]) -> list[_Column]:
-    """The held-out loss with value ± 1.96 standard errors."""
-    points = {}
-    for e in found:
-        if loss := e.validation:
-            half = Z95 * loss.stderr if loss.stderr else None
-            bounds = (loss.loss - half, loss.loss + half) if half else None
-            points[e.step] = (loss.loss, loss.stderr, bounds)
-    return [_Column("validation", "validation loss", "two", points)] if points else []
-
-
-def interval(bounds: Bounds | None) -> str:
-    """A 95 % interval with three digits."""
-    return f"{bounds[0]:.3f} to {bounds[1]:.3f}" if bounds else "no interval"
+def _loss_columns(found: Sequence[Evaluation]) -> list[_Column]:
+    """The losses of held-out conversations and of plain text with value ± 1.96 standard errors."""
+    columns = []
+    for colour, (name, title) in enumerate(
+        (("validation", "validation loss"), ("plain_text", "loss of plain text")), 1
+    ):
+        points = {}
+        for e in found:
+            if loss := getattr(e, name):
+                half = Z95 * loss.stderr if loss.stderr else None
+                points[e.step] = (loss.loss, loss.stderr, (loss.loss - half, loss.loss + half) if half else None)
+        columns += [_Column(name, title, colour, points)] if points else []
+    return columns

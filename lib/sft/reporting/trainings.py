@@ -1,32 +1,32 @@
-"""Compares trainings: their loss and validation curves over each other, and the options that differ. No scores are needed.
+"""The curves of trainings: of one for its report, and of several over each other, with the options that differ. No scores are needed.
 
 In:  train/metrics.jsonl of each run, also of one that still trains; the manifests of finished stages.
-Out: `compare` the numbers, `text` a table for a terminal, `html` a page that loads nothing from the network. Standard library only.
+Out: `compare` the numbers, `text` a table for a terminal, charts for pages. Standard library only.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+from typing import Any
 
 from sft.common import columns
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
 from sft.evaluation.compare import LETTERS, differing_options, show
 from sft.formats import metrics
 from sft.formats.comparison import OptionDifference
-from sft.formats.metrics import StepRecord
+from sft.formats.metrics import Attempt, InitialValidation, MetricsRecord, StepRecord
 from sft.reporting import charts
-from sft.reporting.charts import Line
-from sft.reporting.page import document, table
+from sft.reporting.charts import Chart, Line, Points
 
-COLOURS = 8
-"""Runs with a colour of their own; more runs begin with the first colour again."""
-AXES: dict[str, str] = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
+AXES: Mapping[str, str] = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
+MOST_SOURCES = 24
+"""Sources with a curve. The table of a comparison has all."""
+Value = Callable[[StepRecord], float | None]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,36 @@ class Training:
     name: str
     steps: Sequence[StepRecord]
     hours: Sequence[float]
+    start: InitialValidation | None = None
 
-    def points(self, axis: str, value: Callable[[StepRecord], float | None]) -> list[tuple[float, float]]:
+    def over(self, value: Value, *, smoothed: bool = False, start: float | None = None) -> dict[str, Points]:
+        """The points over each axis. `start` is the value of the weights that training started from."""
+        first = [] if start is None or not math.isfinite(start) else [(0.0, start)]
+        found = {title: [*first, *self.points(axis, value)] for axis, title in AXES.items()}
+        return {title: charts.smooth(points) if smoothed else points for title, points in found.items()}
+
+    def losses(self, source: str = "", *, smoothed: bool = True) -> dict[str, Points]:
+        """The training loss of all data or of a source."""
+        return self.over(lambda s: (s.sources or {}).get(source) if source else s.loss, smoothed=smoothed)
+
+    def validations(self, source: str = "") -> dict[str, Points]:
+        """The validation loss of all data or of a source, from the starting weights on."""
+        first = self.start
+        start = (
+            None if first is None else (first.sources or {}).get(source) if source else first.initial_validation_loss
+        )
+        return self.over(
+            lambda s: (s.validation_sources or {}).get(source) if source else s.validation_loss, start=start
+        )
+
+    @property
+    def sources(self) -> list[str]:
+        """The sources with a loss of their own."""
+        return list(
+            dict.fromkeys(name for s in self.steps for name in {**(s.sources or {}), **(s.validation_sources or {})})
+        )
+
+    def points(self, axis: str, value: Value) -> list[tuple[float, float]]:
         """(x, y) of the steps that have the value."""
         xs = self.hours if axis == "hours" else [float(getattr(s, axis)) for s in self.steps]
         found = ((x, value(s)) for x, s in zip(xs, self.steps, strict=True))
@@ -73,10 +101,16 @@ def _last(points: Sequence[tuple[float, float]]) -> float:
 
 def training(run: Path) -> Training:
     """The training of a run. Raises SftError where it has no steps yet."""
-    steps = metrics.read_steps(run / "train" / metrics.NAME)
-    if not steps:
+    found = of_records(run.name, metrics.read_metrics(run / "train" / metrics.NAME))
+    if not found.steps:
         raise SftError(f"{run / 'train' / metrics.NAME}: no steps yet; next: make train for {run.name}")
-    return Training(run.name, steps, [s / 3600 for s in itertools.accumulate(r.seconds for r in steps)])
+    return found
+
+
+def of_records(name: str, records: Sequence[MetricsRecord]) -> Training:
+    steps = [r for r in records if isinstance(r, StepRecord)]
+    hours = [seconds / 3600 for seconds in itertools.accumulate(step.seconds for step in steps)]
+    return Training(name, steps, hours, metrics.initial_validation(records))
 
 
 def compare(runs: Sequence[Path]) -> Compared:
@@ -92,7 +126,7 @@ def _order(value: float) -> float:
 def text(compared: Compared) -> str:
     """A table for a terminal, then the options that differ."""
     rows = [("RUN", "", "STEP", "LOSS", "VALIDATION", "TOKENS/S")]
-    for letter, t in zip(_letters(), compared.trainings, strict=False):
+    for letter, t in zip(letters(), compared.trainings, strict=False):
         rows.append(
             (t.name, letter, str(t.steps[-1].step), f"{t.loss:.4f}", _number(t.validation), f"{_speed(t):,.0f}")
         )
@@ -102,72 +136,65 @@ def text(compared: Compared) -> str:
     return "\n".join(lines)
 
 
-def html(compared: Compared) -> str:
-    """The page: tables, then curves over steps, tokens and time."""
-    title = (
-        f"{len(compared.trainings)} trainings"
-        if len(compared.trainings) > 2
-        else " and ".join(t.name for t in compared.trainings)
-    )
-    sections = [
-        ("Trainings", _table(compared)),
-        *((f"Over {name}", _curves(compared.trainings, axis)) for axis, name in AXES.items()),
+def over_each_other(trainings: Sequence[Training]) -> list[Chart]:
+    """Training losses, smoothed, and validation losses, of all data and of every source, with a line for each training."""
+    found = []
+    for source in ["", *dict.fromkeys(name for t in trainings for name in t.sources)][: MOST_SOURCES + 1]:
+        of = f" of {source}" if source else ""
+        losses = [Line(t.name, t.losses(source), i) for i, t in enumerate(trainings)]
+        validations = [Line(t.name, t.validations(source), i, "dots") for i, t in enumerate(trainings)]
+        found += [charts.lines(f"training loss{of}, smoothed", losses, zoom=not source),
+                  charts.lines(f"validation loss{of}", validations, zoom=not source)]  # fmt: skip
+    return [chart for chart in found if chart]
+
+
+def of_one(records: Sequence[MetricsRecord]) -> dict[str, Any]:
+    """The charts of one training: losses, losses by source, and the other numbers of a step. What was not measured has none."""
+    t = of_records("", records)
+    sources = list(enumerate(t.sources[:MOST_SOURCES]))
+    lines = [Line("training loss", t.losses(smoothed=False), 0, "thin"), Line("smoothed", t.losses()),
+             Line("validation loss", t.validations(), 1, "dots")]  # fmt: skip
+    by_source = [charts.lines("training loss by source, smoothed", [Line(s, t.losses(s), i) for i, s in sources]),
+                 charts.lines("validation loss by source", [Line(s, t.validations(s), i, "dots") for i, s in sources])]  # fmt: skip
+    small = [
+        charts.lines(title, [Line(title, {"step": t.points("step", operator.attrgetter(name))})])
+        for name, title in StepRecord.charts().items()
     ]
-    if sources := _sources(compared.trainings):
-        sections.append(("By source", sources))
-    sections.append(("Options", _options(compared)))
-    return document(title, sections)
+    return {"loss": charts.lines("loss", lines, zoom=True), "sources": [c for c in by_source if c], "small": [c for c in small if c],
+            "notes": list(_notes(records, t))}  # fmt: skip
 
 
-def _table(compared: Compared) -> str:
-    rows = [
-        [
-            f'<span class="key c{i % COLOURS}">{letter}</span>', escape(t.name), f"{t.steps[-1].step:,}", f"{t.steps[-1].tokens:,}",
-            f"{t.loss:.4f}", _number(t.validation), f"{_speed(t):,.0f}", f"{t.hours[-1]:.2f}",
-        ]
-        for i, (letter, t) in enumerate(zip(_letters(), compared.trainings, strict=False))
+def _notes(records: Sequence[MetricsRecord], t: Training) -> Iterable[str]:
+    if (count := len(t.steps)) > charts.MAX_POINTS:
+        yield f"Of {count:,} steps each point of a curve is the mean of {math.ceil(count / charts.MAX_POINTS)}."
+    if len(t.sources) > MOST_SOURCES:
+        yield f"{MOST_SOURCES} of {len(t.sources)} sources have a curve."
+    if skipped := sum(1 for r in t.steps if r.skipped):
+        yield f"Steps skipped because their loss or gradient was a spike or not finite: {skipped}."
+    if resumed := [r.from_step for r in records if isinstance(r, Attempt) and r.attempt > 1]:
+        yield f"Attempts: {len(resumed) + 1}, continued from step {', '.join(f'{n:,}' for n in resumed)}."
+
+
+HEAD = ["", "run", "#steps", "#tokens", "#loss", "#validation loss", "#tokens/s", "#hours"]
+
+
+def table(trainings: Sequence[Training], marks: Mapping[str, str]) -> list[list[str]]:
+    """A row for each training with the letter of its run."""
+    return [
+        [marks[t.name], t.name, f"{t.steps[-1].step:,}", f"{t.steps[-1].tokens:,}", f"{t.loss:.4f}", _number(t.validation), f"{_speed(t):,.0f}",
+         f"{t.hours[-1]:.2f}"]
+        for t in trainings
     ]  # fmt: skip
-    head = ["", "run, the best first", "steps", "tokens", "loss", "validation loss", "tokens/s", "hours"]
-    return table(head, rows, numbers=range(2, 8))
 
 
-def _curves(trainings: Sequence[Training], axis: str) -> str:
-    """Smoothed training losses, and validation losses where there are some."""
-    parts = ""
-    losses = [
-        Line(t.name, f"c{i % COLOURS}", charts.smooth(t.points(axis, lambda s: s.loss)))
-        for i, t in enumerate(trainings)
-    ]
-    validation = [
-        Line(t.name, f"c{i % COLOURS}", t.points(axis, lambda s: s.validation_loss), dots=True)
-        for i, t in enumerate(trainings)
-    ]
-    for title, lines in (("training loss, smoothed", losses), ("validation loss", validation)):
-        if any(line.points for line in lines):
-            parts += f"<h3>{title}</h3>" + charts.lines(lines, width=1040, height=320, x_name=AXES[axis], digits=4)
-    return parts
-
-
-def _sources(trainings: Sequence[Training]) -> str:
-    """The validation loss of every source at the end, one column for each training; "" where sources were not measured."""
+def sources(trainings: Sequence[Training]) -> list[list[str]]:
+    """The last validation loss of every source, a column for each training; empty where sources were not measured."""
     last = [next((s.validation_sources for s in reversed(t.steps) if s.validation_sources), {}) for t in trainings]
-    names = list(dict.fromkeys(name for found in last for name in found))
-    rows = [[escape(name), *(_number(found.get(name, math.nan)) for found in last)] for name in names]
-    return (
-        table(["source", *itertools.islice(_letters(), len(trainings))], rows, numbers=range(1, len(trainings) + 1))
-        if rows
-        else ""
-    )
+    names = dict.fromkeys(name for found in last for name in found)
+    return [[name, *(_number(found.get(name, math.nan)) for found in last)] for name in names]
 
 
-def _options(compared: Compared) -> str:
-    if not compared.options:
-        return '<p class="none">no option differs in the finished stages</p>'
-    rows = [[f"<code>{escape(o.field)}</code>", *(escape(show(v)) for v in o.values)] for o in compared.options]
-    return table(["option", *itertools.islice(_letters(), len(compared.trainings))], rows)
-
-
-def _letters() -> Iterable[str]:
+def letters() -> Iterable[str]:
     """A, B, … Z, A2, B2, …"""
     yield from LETTERS
     for number in itertools.count(2):
@@ -182,14 +209,3 @@ def _speed(t: Training) -> float:
 
 def _number(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "–"
-
-
-def write(runs: Sequence[Path], page: Path) -> str:
-    """Writes the page of the runs that have steps. Returns what a terminal shows; "" for fewer than two of them."""
-    trained = [run for run in runs if (run / "train" / metrics.NAME).is_file()]
-    if len(trained) < 2:
-        return ""
-    compared = compare(trained)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, html(compared).encode())
-    return f"{text(compared)}\n\n{page}"
