@@ -162,6 +162,7 @@ def test_an_export_is_not_quantised_and_says_so(tmp_path: Path) -> None:
     [
         ({"quant_method": "gptq", "bits": 4}, "quantization_config: 'gptq', expected unquantised weights, or 8-bit floats of"),
         ({"quant_method": "awq", "bits": 4}, "'awq', expected"),
+        ({}, "quantization_config: {}, expected unquantised"),
         ({"quant_method": "mxfp4"}, "'mxfp4', expected"),
         ({"quant_method": "modelopt"}, "'modelopt', expected .*; next: choose the base whose weights are not quantised"),
         ({"load_in_8bit": True}, "{'load_in_8bit': True}, expected"),

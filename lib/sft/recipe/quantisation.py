@@ -32,7 +32,7 @@ class Float8:
 def read_quantisation(config: ConfigReader) -> Float8 | None:
     """How the weights of a config are quantised. Raises SftError for a form that is not read."""
     found = config.get(_KEY)
-    if found in (None, {}):
+    if found is None:
         return None
     method = found.get("quant_method", found) if isinstance(found, dict) else found
     if method not in ("fp8", "compressed-tensors"):
