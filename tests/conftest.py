@@ -20,6 +20,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin while t
 os.environ.setdefault(
     "PYTHON", sys.executable
 )  # what make plans with; a wrapper around python3 doubles the time of a start
+# Images of Python often forbid bytecode. Every process of a test would then compile the whole library from its source.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
 

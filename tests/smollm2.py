@@ -57,9 +57,9 @@ def make(folder: Path, packages: Path) -> Path:
     import gguf
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    gguf.GGUFReader = functools.cache(
-        gguf.GGUFReader
-    )  # transformers reads the file's 150,000 texts anew for each of its parts
+    # transformers reads the file's 150,000 texts for each of its parts, and makes the table of names for each layer.
+    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
     read = AutoModelForCausalLM.from_pretrained(str(packages), gguf_file=file.name, dtype="float32")
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}

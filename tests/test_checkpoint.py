@@ -84,13 +84,25 @@ def test_equal_states_give_equal_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in (tmp_path / "a" / "step3" / "model_and_optim" / ".metadata").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with step3 and step7, to copy from."""
+    folder = tmp_path_factory.mktemp("saved")
+    for number in (3, 7):
+        save(folder, number)
+    return folder
+
+
 @pytest.mark.parametrize(
     "file", ["model_and_optim/__0_0.distcp", "model_and_optim/.metadata", "train/rank0.pt", "config.json"]
 )
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
-def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> None:
-    good = save(tmp_path, 3)
-    path = save(tmp_path, 7) / file
+def test_a_damaged_step_is_passed_over(tmp_path: Path, saved: Path, file: str, how: str) -> None:
+    def place(number: int) -> Path:
+        return shutil.copytree(saved / f"step{number}", tmp_path / f"step{number}")
+
+    good = place(3)
+    path = place(7) / file
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     if how == "remove":
@@ -105,7 +117,7 @@ def test_a_damaged_step_is_passed_over(tmp_path: Path, file: str, how: str) -> N
     assert f"renamed to {aside}" in said[0]
     assert (aside / file).is_file() == (how != "remove")
     assert [n for n, _ in step_folder.steps(tmp_path)] == [3]
-    step_folder.mark_latest(save(tmp_path, 7))  # trained again: with two to keep, the damaged one takes no place
+    step_folder.mark_latest(place(7))  # trained again: with two to keep, the damaged one takes no place
     assert step_folder.prune(tmp_path, 2) == []
     (tmp_path / "step7" / "config.json").write_text("{}")
     assert step_folder.latest(tmp_path, ALONE, said.append) == good

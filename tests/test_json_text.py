@@ -32,6 +32,8 @@ from sft.data.fast.messages import (
     no_values,
 )
 
+pytestmark = pytest.mark.compile
+
 READ_STRING, SKIP_VALUE, FIND_NAME = (json_text.read_string, json_text.skip_value, json_text.find_name)
 
 

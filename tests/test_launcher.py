@@ -56,6 +56,7 @@ def test_the_doctor_uses_the_checks_of_a_new_launcher(flux: Workspace) -> None:
     assert "harness = 'olmo-eval' runs on Beaker, env/here.toml has launcher = 'flux'" in doctor(False)
 
 
+@pytest.mark.slow
 def test_stages_run_as_jobs_of_a_new_launcher(flux: Workspace) -> None:
     done = flux.make("sync", "RECIPE=x", "CLUSTER=here").stdout
     assert flux.ran() == ["prepare x", "sync x"] and "submitted to here" in done and "[sync] done in" in done

@@ -76,6 +76,7 @@ def test_a_table_fits_a_terminal(tmp_path: Path) -> None:
     assert all(len(line) <= columns.WIDTH for line in listing.listing(tmp_path).splitlines())
 
 
+@pytest.mark.slow
 def test_show_tells_the_progress_of_a_training(workspace: Workspace, finished) -> None:
     finished("sync")
     run = workspace.root / "runs/x"

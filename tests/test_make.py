@@ -8,6 +8,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from conftest import REPO, STAGES, Workspace
 
 
@@ -119,6 +121,7 @@ def test_runs_names_the_folder_of_runs(workspace):
     assert not (workspace.root / "runs").exists()
 
 
+@pytest.mark.slow
 def test_two_recipes_in_parallel_each_run_once(workspace):
     workspace.recipe("y", "lr = 1e-3", "lr = 3e-3")
     workspace.make("-j8", "evaluate", "RECIPE=x y")
@@ -130,6 +133,7 @@ def test_two_recipes_in_parallel_each_run_once(workspace):
     workspace.make("verify", "RUN=x")
 
 
+@pytest.mark.slow
 def test_the_report_follows_whatever_stages_are_done(workspace, finished):
     finished("prepare")
     workspace.make("report", "RECIPE=x")
@@ -281,6 +285,7 @@ def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace,
     assert (workspace.root / "runs/x/train/out").read_text() == first, "the identity that training continues by changed"
 
 
+@pytest.mark.slow
 def test_a_report_made_with_other_goals_comes_after_them(workspace):
     workspace.make("-j4", "evaluate", "report", "RECIPE=x")
     assert names(workspace.ran()) == [*STAGES, "report"]
@@ -303,6 +308,7 @@ def test_what_a_later_stage_lacks_is_reported_before_the_first_starts(workspace)
     assert workspace.ran() == []
 
 
+@pytest.mark.slow
 def test_broken_records_are_as_good_as_none(workspace, finished):
     finished("prepare")
     workspace.make("prepare", "RECIPE=x", "prepare.seed=7")

@@ -27,7 +27,7 @@ from sft.training.optim import build_adamw, clip
 SMALL = ModelConfig(
     n_layers=4, d_model=256, n_heads=4, n_kv_heads=2, head_dim=64, intermediate_size=640, vocab_size=1024
 )
-TOKENS = 1024
+TOKENS = 256
 
 
 @pytest.fixture
@@ -111,10 +111,10 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["none", "budget", "selected", "full"])
 def test_the_peak_is_within_an_eighth_of_what_torch_counts(precision: str, mode: str, no_group: None) -> None:
-    train = Train(seq_len=1024, precision=precision)
+    train = Train(seq_len=512, precision=precision)
     hardware = Hardware(recompute=mode, compile="never")
     model = shard(build(SMALL, layer_modes(SMALL.n_layers, mode, 0.5)), World(0, 1, 0, torch.device("cpu")), precision)
     optimizer = build_adamw(model, train)

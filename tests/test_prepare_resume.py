@@ -19,6 +19,7 @@ from sft.data import preparation, prepare, sources
 from sft.recipe.schema import Source
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(tmp_path, small_chunks):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(120)] + ["torn {"])
     one, three = stage(tmp_path, 1, "one", "cache1"), stage(tmp_path, 3, "three", "cache3")

@@ -88,6 +88,7 @@ def test_ids_and_masks_are_those_of_tokenizers_offsets(name: str, templates: Pat
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.slow
 def test_texts_that_the_tokenizer_changes_are_counted(name: str, templates: Path) -> None:
     encoder = made(name, templates)
     changed = sum(
@@ -128,6 +129,7 @@ def test_a_space_before_each_text_depends_on_the_text_before_it() -> None:
     assert Normalizer.of({"normalizer": {"type": "Sequence", "normalizers": []}}) == Normalizer.of({}) == Normalizer()
 
 
+@pytest.mark.slow
 def test_the_bytes_of_a_token_are_what_it_decodes_to() -> None:
     vocabulary = Vocabulary(peers.tokenizer("gemma3"))
     assert vocabulary.token_bytes[vocabulary.tokenizer.token_to_id("<0x0A>")] == b"\n"

@@ -64,6 +64,7 @@ def test_no_field_of_convert_or_evaluate_trains_again(workspace: Workspace, fini
             assert stale == reused == [], name
 
 
+@pytest.mark.slow
 def test_a_sibling_run_makes_only_what_is_new_and_says_what_it_reuses(workspace: Workspace, finished) -> None:
     finished("evaluate")
     assert "x_limit-10/train: reuses runs/x/train" in workspace.make("why", "RECIPE=x", "limit=10").stdout

@@ -80,6 +80,7 @@ def test_a_shared_result_that_was_damaged_is_made_again(workspace, finished):
     assert json.loads((workspace.root / "runs/x/prepare/manifest.json").read_text())["outputs"] == made["outputs"]
 
 
+@pytest.mark.slow
 def test_training_in_place_continues_its_folder_and_moves_a_foreign_one_aside(workspace):
     (workspace.root / "stages/train.py").write_text(
         STAGE + "with open_stage('train', parse_run('train', sys.argv[1:]), in_place=True) as stage:\n"

@@ -41,6 +41,7 @@ def test_a_sweep_that_cannot_be_meant_is_refused_before_anything_runs(fields: li
         sweep.siblings(SMOKE, fields, "local")
 
 
+@pytest.mark.slow
 def test_a_sweep_shares_its_data_and_makes_nothing_twice(workspace: Workspace) -> None:
     made = workspace.make("sweep", "RECIPE=x", "lr=1e-4 2e-4", timeout=300)
     assert workspace.ran() == ["prepare x", "sync x", "train x_lr-1e-4", "train x_lr-2e-4"]

@@ -81,6 +81,7 @@ def test_what_cannot_be_talked_to_is_reported_with_the_next_command(run: Path, t
         talk.model_folder(tmp_path / "y", "", "", tmp_path, print)
 
 
+@pytest.mark.slow
 def test_serve_prints_the_command_of_vllm_and_start_says_what_is_missing(run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs/x/convert"
     shutil.copytree(run / "convert", folder)

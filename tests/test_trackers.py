@@ -82,6 +82,7 @@ def test_comet_archives_what_was_logged_and_nothing_about_the_machine(tmp_path: 
         assert b'"metricValue":7.0' in z.read("messages.json")
 
 
+@pytest.mark.slow
 def test_wandb_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.delenv("WANDB_MODE", raising=False)
