@@ -34,7 +34,7 @@ from sft.common.files import hash_file
 from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import SplitSize
 from sft.formats.metrics import StepRecord, read_metrics, read_steps
-from sft.recipe import schema
+from sft.recipe import presets, schema
 
 VOCAB, EOS, PAD = 120, 1, 0
 MODEL: dict[str, Any] = {
@@ -250,13 +250,17 @@ def fork(ranks: int, action: Callable[[], int]) -> int:
 
 
 def run(folder: Path, fields: dict[str, Any], action: Callable[[Path, dict[str, Any]], int] | None = None) -> None:
-    """A whole training run, or another `action`, as a process group of its own; its words go to <folder>/log."""
+    """A whole training run, or another `action`, as a process group of its own; its words go to <folder>/log. `config`: a
+    ModelConfig in place of the tiny model's fields."""
     os.setsid()
     os.fsync = lambda _: None  # a killed process loses nothing that it wrote, and a busy disk takes its time
     with (folder / "log").open("w") as log:
         for stream in (1, 2):
             os.dup2(log.fileno(), stream)
     ranks = fields.pop("ranks", 1)
+    if config := fields.pop("config", None):
+        presets.PRESETS["given"] = config
+        fields |= {f"model_{name}": None for name in MODEL} | {"model_preset": "given"}
     os.environ.update(fields.pop("environment", {}))  # the server of processes was started before
     if fields.pop("device", "cpu") == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

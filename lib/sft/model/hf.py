@@ -30,6 +30,7 @@ _NOT_ABOUT_THE_MODEL = {
     "_name_or_path", "chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "problem_type", "return_dict",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
+DECAYS = (".A_log", ".dt_bias")  # a Gated DeltaNet's vectors: fp32, whole on every rank, without weight decay
 VOCAB_ROWS = ("embeddings.weight", "lm_head.w_out.weight")  # the two tensors with one row per token id
 
 

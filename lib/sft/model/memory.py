@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from sft.common.errors import SftError
 from sft.model import hf
-from sft.model.hf import shapes
+from sft.model.hf import DECAYS, shapes
 from sft.model.trained import Shapes, frozen_shapes, lora_shapes, lora_targets, trained_shapes
 from sft.recipe.architecture import GatedDelta, ModelConfig
 from sft.recipe.schema import Hardware, Train
@@ -128,16 +128,18 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
 
 
 def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
-    """Bytes of what stays in memory, of a model that `ranks` share."""
-    trained = trained_shapes(model, train).values()
-    owned = sum(_shard_size(shape, ranks) for shape in trained)
+    """Bytes of what stays in memory, of a model that `ranks` share. Every rank has a Gated DeltaNet's decays whole."""
+    named = trained_shapes(model, train)
+    whole = sum(shape[0] for name, shape in named.items() if name.endswith(DECAYS))
+    trained = [shape for name, shape in named.items() if not name.endswith(DECAYS)]
+    owned = whole + sum(_shard_size(shape, ranks) for shape in trained)
     moments = 8 * owned
     if train.optimizer == "adamw8bit":
         quantised = sum(_shard_size(shape, ranks) for shape in trained if is_quantised(shape))
         moments = 8 * (owned - quantised) + 2 * quantised + 8 * quantised // QUANTISED_BLOCK
     return {
         "parameters": 4 * owned + _frozen_bytes(model, train, ranks),
-        "gradients": (2 if train.gradients == "bf16" else 4) * owned,
+        "gradients": (2 if train.gradients == "bf16" else 4) * (owned - whole) + 4 * whole,
         "optimizer state": moments,
     }
 

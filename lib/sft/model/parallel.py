@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.common.errors import SftError
 from sft.common.machine import cores
+from sft.model.gated_delta import GatedDeltaNet
 
 
 class SharedError(SftError):
@@ -165,8 +166,9 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
     Parameters are fp32, compute is `precision`, reduction is fp32. Gradients are SUMMED: the loss is already divided by
     the number of targets in the global batch. Inputs keep their types: hidden states are `precision` from the embedding
     on, rotary tables are fp32. `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies
-    are kept equal. A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not divide the
-    number of ranks.
+    are kept equal. A mixer's `replicated()` parameters stay whole and fp32 on every rank; `sum_replicated_gradients`
+    adds up their gradients. A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not
+    divide the number of ranks.
     """
     if world.size == 1 and precision == "fp32":
         return model
@@ -176,13 +178,31 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.get_submodule("blocks").children():
-        fully_shard(block, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(_replicated(block)))
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     return model
+
+
+def sum_replicated_gradients(model: nn.Module, world: World) -> None:
+    """Replaces the gradients of parameters that no rank shards by their sum over ranks, in one exchange of fp32 values.
+    Call it once a step, after the last microbatch."""
+    grads = [p.grad for p in _replicated(model) if p.grad is not None]
+    if world.size == 1 or not grads:
+        return
+    total = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(total)
+    for grad, value in zip(grads, total.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(value.view_as(grad))
+
+
+def _replicated(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that every rank keeps whole, of all mixers in a module."""
+    found = (part for part in module.modules() if isinstance(part, GatedDeltaNet))
+    return [parameter for part in found for parameter in part.replicated()]
 
 
 def context_group(world: World, degree: int) -> tuple[str, int] | None:

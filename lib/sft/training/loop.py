@@ -24,7 +24,7 @@ from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
 from sft.model.adapters import trained_parameters
-from sft.model.parallel import SharedError, World
+from sft.model.parallel import SharedError, World, sum_replicated_gradients
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
@@ -213,6 +213,7 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
         loss, sums = forward(run, batch, loss_denominator)
         loss.backward()
         total = sums if total is None else total.add_(sums)
+    sum_replicated_gradients(run.model, run.world)
     assert total is not None
     return total
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from sft.model.adapters import trained_parameters
+from sft.model.hf import DECAYS
 from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
-
-NO_WEIGHT_DECAY = (".A_log", ".dt_bias")  # a Gated DeltaNet's decays, as in OLMo-core
 
 
 def learning_rate(step: int, steps: int, train: Train) -> float:
@@ -49,7 +49,8 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     parameters = list(trained_parameters(model).values())
     groups = parameter_groups(model, train.weight_decay)
     if train.gradients == "bf16":
-        keep_gradients_in_bf16(parameters)
+        # A decay's gradient is summed over ranks after the last microbatch, and rounding before would depend on their number.
+        keep_gradients_in_bf16(p for name, p in trained_parameters(model).items() if not name.endswith(DECAYS))
     if train.optimizer == "adamw8bit" or train.gradients == "bf16":
         eight_bit = train.optimizer == "adamw8bit"
         compiled = compiled and parameters[0].is_cuda
@@ -64,10 +65,11 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in the optimizer's groups: a Gated DeltaNet's decays have no weight decay, all others have it."""
+    """The parameters in the optimizer's groups: a Gated DeltaNet's decays have no weight decay, as in OLMo-core; all others
+    have it."""
     named = list(trained_parameters(model).items())
-    free = [p for name, p in named if name.endswith(NO_WEIGHT_DECAY)]
-    groups = [{"params": [p for name, p in named if not name.endswith(NO_WEIGHT_DECAY)], "weight_decay": weight_decay}]
+    free = [p for name, p in named if name.endswith(DECAYS)]
+    groups = [{"params": [p for name, p in named if not name.endswith(DECAYS)], "weight_decay": weight_decay}]
     return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups
 
 
@@ -80,15 +82,23 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Scales the gradients so that their global norm is at most `max_norm` (0 = no limit). Returns the norm before
     scaling."""
     parameters = [p for p in parameters if p.grad is not None]
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if all(g.dtype == torch.float32 for g in grads):
-        norm = full_tensor(nn.utils.get_total_norm(grads, foreach=True))
-    else:  # get_total_norm would compute the norm of bfloat16 gradients in bfloat16
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-        norm = full_tensor(torch.linalg.vector_norm(torch.stack(norms)))
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    parts = [part for part in (sharded, [p for p in parameters if not isinstance(p, DTensor)]) if part]
+    norms = [_norm([p.grad for p in part if p.grad is not None]) for part in parts]
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if max_norm:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        for part in parts:
+            nn.utils.clip_grads_with_norm_(part, max_norm, norm, foreach=True)
     return norm.detach()
+
+
+def _norm(grads: list[Tensor]) -> Tensor:
+    """The norm of gradients that are all sharded, or all whole."""
+    if all(g.dtype == torch.float32 for g in grads):
+        return full_tensor(nn.utils.get_total_norm(grads, foreach=True))
+    # get_total_norm would compute the norm of bfloat16 gradients in bfloat16.
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    return full_tensor(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 class Guard:
