@@ -51,6 +51,9 @@ class Scaled:
         first, last = start // height, -(-stop // height)
         grid = self.scales.rows(first, last).float().view(last - first, -1)
         of_rows = grid[torch.arange(start, stop) // height - first]
+        if found.shape[1] % width == 0:
+            found.view(stop - start, -1, width).mul_(of_rows[:, :, None])
+            return found
         for column, part in enumerate(found.split(width, dim=1)):
             part.mul_(of_rows[:, column, None])
         return found
