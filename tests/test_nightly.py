@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -51,11 +52,20 @@ class Night:
 
     @staticmethod
     def kill(running: subprocess.Popen[bytes]) -> None:
-        """The whole session: timeout runs make in a process group of its own."""
-        listed = subprocess.run(["ps", "-eo", "pgid=,sid="], capture_output=True, text=True).stdout.splitlines()
-        for group in {int(line.split()[0]) for line in listed if line.split()[1] == str(running.pid)}:
-            os.killpg(group, signal.SIGKILL)
+        """The whole session, until none of it is left: timeout runs make in a process group of its own."""
+        while groups := Night.living_groups(running.pid):
+            for group in groups:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
+            time.sleep(0.05)
         running.wait()
+
+    @staticmethod
+    def living_groups(session: int) -> set[int]:
+        """The process groups of a session that have a process, zombies aside."""
+        listed = subprocess.run(["ps", "-eo", "pgid=,sid=,stat="], capture_output=True, text=True).stdout.splitlines()
+        rows = [line.split() for line in listed]
+        return {int(group) for group, of, state, *_ in rows if int(of) == session and not state.startswith("Z")}
 
     def logs(self) -> str:
         return "".join(p.read_text() for p in sorted((self.root / "logs").glob("*.log")))
