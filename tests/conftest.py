@@ -34,7 +34,7 @@ LONGEST = (
     "test_smoke", "test_slurm", "test_kill", "test_bucket_runs", "test_slurm_stages", "test_benchmarks_data", "test_smollm2", "test_beaker",
     "test_make", "test_context", "test_beaker_evaluation", "test_watch", "test_model", "test_adamw8bit", "test_train",
     "test_core_trainer", "test_real_templates", "test_plain", "test_memory", "test_real_tokenizers", "test_saving", "test_uploads", "test_sync",
-    "test_prepare", "test_forms", "test_columns", "test_checkpoint", "test_families", "test_olmo_core_steps",
+    "test_prepare", "test_prepare_runs", "test_forms", "test_columns", "test_checkpoint", "test_families", "test_olmo_core_steps",
 )  # fmt: skip
 
 
