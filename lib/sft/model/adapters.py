@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sft.formats.adapter import Adapter
+from sft.model.hf import DECAYS
 from sft.model.parallel import set_parameter
 from sft.model.quantised import Codes, dequantise, quantise, quantised_linear
 from sft.model.trained import LORA_A, LORA_B
@@ -63,10 +64,11 @@ def rounded_base(value: Tensor, base_dtype: str) -> Tensor:
 
 
 def add_adapters(model: nn.Module, targets: Iterable[str], adapter: Adapter, frozen: torch.dtype) -> None:
-    """Freezes the model, whose parameters get the dtype `frozen`, and puts an adapter on the matrices that `targets` name."""
+    """Freezes the model, whose parameters but a Gated DeltaNet's decays get the dtype `frozen`, and puts an adapter on the matrices that `targets` name."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=frozen), requires_grad=False))
+            dtype = torch.float32 if f".{name}" in DECAYS else frozen
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, dtype=dtype), requires_grad=False))
     for target in targets:
         parent, _, name = target.removesuffix(".weight").rpartition(".")
         owner = model.get_submodule(parent)
@@ -74,6 +76,13 @@ def add_adapters(model: nn.Module, targets: Iterable[str], adapter: Adapter, fro
         for base in (p for n, p in made.named_parameters() if n not in (LORA_A, LORA_B)):
             base.requires_grad_(False).data = base.data.to(frozen)
         setattr(owner, name, made)
+
+
+def freeze(model: nn.Module, trained: Iterable[str]) -> None:
+    """Lets no step change the other parameters."""
+    trained = set(trained)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
 
 
 def has_adapters(model: nn.Module) -> bool:

@@ -146,7 +146,7 @@ def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
 
 def _frozen_bytes(model: ModelConfig, train: Train, ranks: int) -> int:
     """Bytes of the parameters that no step changes. Every rank holds all quantised matrices."""
-    replicated, width = _replicated(model, train), _width(train)
+    replicated, width = _replicated(model, train), _width(train) if train.method == "lora" else 4
     frozen = frozen_shapes(model, train)
     divided = sum(_shard_size(shape, ranks) for name, shape in frozen.items() if name not in replicated)
     return width * divided + sum(_quantised_bytes(shape, train.base_dtype) for shape in replicated.values())
@@ -179,9 +179,10 @@ def _width(train: Train) -> int:
 def step_bytes(model: ModelConfig, train: Train) -> int:
     """Bytes of a step folder: fp32 weights and moments."""
     moments = 2 if train.optimizer == "adamw8bit" else 8
-    if train.method == "full":
+    if train.method == "full" and not (train.freeze or train.train_only):
         return (4 + moments) * model.parameters
-    return (4 + moments) * sum(math.prod(shape) for shape in trained_shapes(model, train).values())
+    trained = sum(math.prod(shape) for shape in trained_shapes(model, train).values())
+    return 4 * (model.parameters if train.method == "full" else trained) + moments * trained
 
 
 def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) -> list[dict[str, int]]:
@@ -207,7 +208,8 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     ]
     tables = len({model.layer_scaling(i) for i in range(model.n_layers) if model.has_positions(i)})
     rotary_tables = 8 * tokens * model.rotated * tables
-    outside = rotary_tables + compute * tokens * model.d_model  # activations that no layer keeps
+    # Activations that no layer keeps. NEFTune's noise is there until it is added.
+    outside = rotary_tables + compute * tokens * model.d_model * (2 if train.neftune_alpha else 1)
     gathered = compute * (root + 2 * block)
     loss = {
         "activations": sum(by_layer) + outside,

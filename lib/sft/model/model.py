@@ -156,9 +156,13 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.lm_head = LMHead(config)
 
-    def hidden_states(self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        """[T] ids to [T, d], before the final norm."""
+    def hidden_states(
+        self, input_ids: Tensor, positions: Tensor, cu_seqlens: Tensor, max_len: int, noise_TD: Tensor | None = None
+    ) -> Tensor:
+        """[T] ids to [T, d], before the final norm. `noise_TD` is added to the embeddings."""
         x: Tensor = self.embeddings(input_ids)
+        if noise_TD is not None:
+            x = x + noise_TD.to(x.dtype)
         # OLMo 3's YaRN applies to full-attention layers only: windowed layers attend to no distance that they were not
         # trained on.
         tables: dict[RopeScaling | None, Rotary] = {}
@@ -182,12 +186,13 @@ class Transformer(nn.Module):
         target_ids: Tensor | None = None,
         loss_denominator: float = 1.0,
         z_loss: float = 0.0,
+        noise_TD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, losses by target row), or (logits [T, V], hidden [T, d]) without targets.
 
         The output matrix is read here, in the root's forward, because FSDP gathers it only while this runs.
         """
-        x = self.hidden_states(input_ids, positions, cu_seqlens, max_len)
+        x = self.hidden_states(input_ids, positions, cu_seqlens, max_len, noise_TD)
         head = (self.lm_head.w_out or self.embeddings).weight
         if target_rows is None or target_ids is None:
             h = self.lm_head.norm(x)

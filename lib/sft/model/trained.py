@@ -10,6 +10,7 @@ characters within a part.
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -83,11 +84,47 @@ def lora_shapes(config: ModelConfig, train: Train) -> dict[str, tuple[int, ...]]
     return found
 
 
+def trained_names(config: ModelConfig, train: Train) -> list[str]:
+    """The model's own parameters that are trained, all of them with another method than LoRA. Raises SftError for an unknown
+    pattern, and where nothing is left to train."""
+    names = list(shapes(config))
+    if train.train_only:
+        return select(train.train_only, names, "train_only")
+    frozen = set(select(train.freeze, names, "freeze"))
+    if len(frozen) == len(names):
+        raise SftError(f"[train] freeze = {list(train.freeze)}: nothing is left to train; next: remove a pattern")
+    return [name for name in names if name not in frozen]
+
+
 def trained_shapes(config: ModelConfig, train: Train) -> Shapes:
     """What the optimizer changes."""
-    return lora_shapes(config, train) if train.method == "lora" else shapes(config)
+    if train.method == "lora":
+        return lora_shapes(config, train)
+    every = shapes(config)
+    return {name: every[name] for name in trained_names(config, train)}
 
 
 def frozen_shapes(config: ModelConfig, train: Train) -> Shapes:
     """What stays as it is."""
-    return shapes(config) if train.method == "lora" else {}
+    trained = {} if train.method == "lora" else trained_shapes(config, train)
+    return {name: shape for name, shape in shapes(config).items() if name not in trained}
+
+
+def matched(table: Mapping[str, float], names: Sequence[str], default: float, field: str) -> dict[str, float]:
+    """{name: the value of the last pattern that matches it, or the default}. Raises SftError for a pattern without a match."""
+    found = dict.fromkeys(names, default)
+    for pattern, value in table.items():
+        found |= dict.fromkeys(select([pattern], names, field), value)
+    return found
+
+
+def selection_lines(config: ModelConfig, train: Train) -> list[str]:
+    """What every pattern of [train] matched, for the log."""
+    names, lines = list(shapes(config)), list[str]()
+    trained = list(trained_shapes(config, train))
+    every = {name: math.prod(shape) for name, shape in {**shapes(config), **lora_shapes(config, train)}.items()}
+    for field, among in (("freeze", names), ("train_only", names), ("lr_factors", trained), ("weight_decays", trained)):
+        for pattern in getattr(train, field):
+            found = select([pattern], among, field)
+            lines.append(f"{field}: {pattern!r} is {len(found)} tensors, {sum(every[n] for n in found):,} parameters")
+    return lines

@@ -71,6 +71,10 @@ class Microbatch:
     """L of this part; 0 for a rank that gets no packs of a smaller last batch."""
     num_tokens: int
     """Tokens of documents, padding excluded."""
+    token_numbers: torch.Tensor | None = None
+    """int64 [T]: a number for every token of the dataset, for noise; those of padding are not unique. None unless asked for."""
+    document_lengths: torch.Tensor | None = None
+    """fp32 [T]: the length of the token's document in its pack. None unless asked for."""
 
     def to(self, device: torch.device | str) -> Microbatch:
         """A copy on a device; does not wait for pinned memory."""
@@ -110,6 +114,7 @@ class PackedRow(NamedTuple):
     ends: NDArray[np.int64]  # [D]
     longest: int
     num_tokens: int  # padding excluded
+    starts: NDArray[np.int64]  # of the documents that are no padding, in the dataset
 
 
 def bucket(value: int, least: int = 64) -> int:
@@ -130,6 +135,7 @@ class Loader:
         microbatch_tokens: int = 0,
         start_step: int = 0,
         threads: int = 2,
+        numbers: bool = False,
     ) -> None:
         """Raises SftError for a rank or step out of range, a plan without exact counts of targets, and a batch that the
         ranks or parts do not divide.
@@ -144,7 +150,7 @@ class Loader:
                 " next: pack the dataset itself"
             )
         self.plan, self.dataset, self.special_ids, self.model, self.share = plan, dataset, special_ids, model, share
-        self.start_step, self.threads = start_step, max(threads, 1)
+        self.start_step, self.threads, self.numbers = start_step, max(threads, 1), numbers
         self.microbatches, self.packs_each = accumulation(
             plan.batch_packs, plan.seq_len, share.ranks, microbatch_tokens
         )
@@ -227,6 +233,7 @@ class Loader:
         # Targets are assigned by the row that predicts them: the last row of a part predicts the next part's first token.
         mine = slice(*np.searchsorted(targets, [tokens.start + 1, tokens.stop + 1]))
         target_rows, target_ids, target_sources = self._targets(row, targets[mine], sources[mine], tokens.start)
+        numbers, lengths = self._numbers(row, tokens) if self.numbers else (None, None)
         return Microbatch(
             input_ids=row.input_ids[tokens],
             positions=row.positions[tokens],
@@ -237,7 +244,18 @@ class Loader:
             target_sources=target_sources,
             num_targets=len(targets[mine]),
             num_tokens=row.num_tokens,
+            token_numbers=numbers,
+            document_lengths=lengths,
         )
+
+    def _numbers(self, row: PackedRow, tokens: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """token_numbers and document_lengths of a part of the row."""
+        lengths = np.diff(row.ends, prepend=0)
+        starts = np.zeros(len(lengths), dtype=np.int64)
+        starts[: len(row.starts)] = row.starts
+        numbers = torch.from_numpy(np.repeat(starts, lengths)[tokens]) + row.positions[tokens]
+        of_each = torch.from_numpy(np.repeat(lengths, lengths)[tokens].astype(np.float32))
+        return (numbers.pin_memory(), of_each.pin_memory()) if self.pin else (numbers, of_each)
 
     def _gather(self, segments: NDArray[Any], rows: NDArray[Any]) -> PackedRow:
         """Copies the segments one after another and adds padding. `rows` are their documents' DOCUMENT records."""
@@ -265,7 +283,8 @@ class Loader:
             last = ends[: len(lengths)][rows["length"] > segments["length"]] - 1
             ids[last] = self.special_ids.eos
             loss_mask[last] = False
-        return PackedRow(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used)
+        numbers = first + (rows["part"].astype(np.int64) << 40)
+        return PackedRow(input_ids, positions, loss_mask, ends, int(all_lengths.max()), used, numbers)
 
     def _padding(self, tokens: int) -> NDArray[np.int64]:
         """Lengths of the documents that fill this many tokens."""

@@ -117,7 +117,12 @@ OTHER_NAMES: dict[str, str] = {
     "lora_target_linear": "train.lora_targets: empty = all matrices of the blocks",
     "use_rslora": "train.lora_rslora",
     "peft_use_rslora": "train.lora_rslora",
-    "neftune_noise_alpha": ": no noise is added to embeddings",
+    "neftune_noise_alpha": "train.neftune_alpha",
+    "noisy_embedding_alpha": "train.neftune_alpha",
+    "freeze_trainable_layers": "train.freeze",
+    "freeze_params": "train.freeze",
+    "unfrozen_parameters": "train.train_only",
+    "group_overrides": "train.weight_decays or train.lr_factors",
     # Data
     "dataset_name": "prepare.sources: one [[prepare.sources]] table for each, in the recipe's file",
     "dataset_mixer_list": "prepare.sources: one [[prepare.sources]] table for each, with its weight",

@@ -484,13 +484,23 @@ def _check_other_model(convert: schema.Convert, evaluate: schema.Evaluate) -> li
 
 
 def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
-    """Options that only LoRA reads, and those that it cannot train with."""
+    """Options that only LoRA reads, those that it cannot train with, and bounds of tables."""
     default = schema.Train()
+    for field in ("lr_factors", "weight_decays"):
+        for pattern, value in getattr(train, field).items():
+            if not 0 <= value < float("inf"):
+                return [f"'{field}' in [train]: {pattern} = {value}: at least 0 is expected"]
+    if train.freeze and train.train_only:
+        return ["'freeze' and 'train_only' in [train]: one of them says what is trained; remove the other"]
     if train.method != "lora":
         return [
             f"'{name}' in [train] = {getattr(train, name)!r}: for method = 'lora' only, and this is {train.method!r}; remove it"
             for name in schema.LORA_FIELDS
             if getattr(train, name) != getattr(default, name)
+        ]
+    if chosen := [name for name in ("freeze", "train_only") if getattr(train, name)]:
+        return [
+            f"'{chosen[0]}' in [train]: method = 'lora' trains adapters alone; say with lora_targets which matrices get one"
         ]
     if prepare.add_tokens:
         return [

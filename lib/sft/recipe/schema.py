@@ -292,6 +292,18 @@ class Train:
         choices=("compute", "int8", "fp8", "nf4"),
         late=True,
     )
+    freeze: tuple[str, ...] = opt(
+        (), 'parameters that stay as they are, by parts of their names, e.g. ["embeddings", "blocks.0-7"]', late=True
+    )
+    train_only: tuple[str, ...] = opt(
+        (), 'parameters that are trained while all others stay as they are, e.g. ["attention"]; empty = all', late=True
+    )
+    neftune_alpha: float = opt(
+        0.0,
+        "NEFTune: uniform noise on the embeddings, of this / sqrt(tokens of the document x d_model); 0 = none",
+        min=0,
+        late=True,
+    )
     lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0)
     schedule: str = opt(
         "linear",
@@ -311,6 +323,18 @@ class Train:
     )
     gradients: str = opt("fp32", "dtype of stored gradients; they are reduced in fp32", choices=("fp32", "bf16"))
     weight_decay: float = opt(0.0, "AdamW's decoupled weight decay", min=0)
+    lr_factors: dict[str, float | int] = opt(
+        {},
+        'factors on the learning rate, by parts of parameters\' names, e.g. { embeddings = 0.1, "blocks.0-7" = 0.5 }; the last match counts',
+        min=0,
+        late=True,
+    )
+    weight_decays: dict[str, float | int] = opt(
+        {},
+        'weight decay of some parameters in place of weight_decay, e.g. { "*norm" = 0.0, bias = 0.0, embeddings = 0.0 }; the last match counts',
+        min=0,
+        late=True,
+    )
     max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = no clipping", min=0)
     z_loss: float = opt(
         0.0, "coefficient of the z-loss, the mean squared log-partition of trained tokens; 0 = none", min=0

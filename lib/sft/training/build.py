@@ -29,11 +29,11 @@ from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
-from sft.model.adapters import FLOATS, add_adapters, start_adapters
+from sft.model.adapters import FLOATS, add_adapters, freeze, start_adapters
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
-from sft.model.trained import lora_targets, trained_shapes
+from sft.model.trained import lora_targets, selection_lines, trained_names, trained_shapes
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
@@ -122,6 +122,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         if world.size > 1 and not compiled
         else None,
         peak_tflops=peak(stage, world),
+        width=config.d_model,
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     for line in notes(setup, room, tokenizer_warning, missing):
@@ -201,6 +202,7 @@ def build_data(setup: Setup) -> Data:
             packs_each * train.seq_len,
             start,
             workers,
+            numbers=bool(train.neftune_alpha),
         )
 
     validation = None
@@ -225,10 +227,12 @@ def labels_by_source(sources: Sequence[str], documents: NDArray[Any], segments: 
 
 def counted(config: ModelConfig, train: Train) -> str:
     """The number of parameters in words."""
-    if train.method == "full":
-        return f"{config.parameters:,} parameters"
     trained = trained_shapes(config, train)
     count = sum(math.prod(shape) for shape in trained.values())
+    if train.method == "full":
+        return f"{config.parameters:,} parameters" + (
+            f", {count:,} trained" if train.freeze or train.train_only else ""
+        )
     return (
         f"{config.parameters:,} parameters, frozen; {count:,} in {len(trained) // 2} adapters of rank {train.lora_rank}"
     )
@@ -258,6 +262,8 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
         model: nn.Module = Transformer(setup.config)
     if adapter:
         add_adapters(model, lora_targets(setup.config, train), adapter, FLOATS[train.precision])
+    else:
+        freeze(model, trained_names(setup.config, train))
     modes = memory.layer_modes(setup.config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, hardware.context_degree)
     for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):
@@ -270,6 +276,7 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
 
 def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str) -> Iterator[str]:
     """The lines that are logged before training starts."""
+    yield from selection_lines(setup.config, setup.stage.recipe.train)
     if setup.published is not None:
         yield from named_changes(setup.stage.recipe.model, setup.published)
         supported, seq_len = supported_length(setup.config, setup.published.facts), setup.stage.recipe.train.seq_len

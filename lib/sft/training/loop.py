@@ -24,6 +24,7 @@ from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
 from sft.model.adapters import trained_parameters
+from sft.model.noise import neftune
 from sft.model.parallel import SharedError, World, sum_replicated_gradients
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
@@ -59,6 +60,7 @@ class Run:
     marks_best: bool = False  # the step with the lowest validation loss is named in BEST
     tokens: int = 0  # consumed so far, padding excluded
     skipped: int = 0  # steps in a row that the guard skipped
+    width: int = 0  # of the model
     labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
 
     def count(self, counts: Sequence[float], skipped: bool) -> None:
@@ -182,9 +184,9 @@ class Readback:
         return StepNumbers(norm, bool(skipped), sums[:count], sums[count:])
 
 
-def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tensor, Tensor]:
+def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | None = None) -> tuple[Tensor, Tensor]:
     """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of
-    targets)."""
+    targets). `step`: in training, which noise depends on."""
     b = batch.to(run.world.device)
     loss, rows = run.model(
         b.input_ids,
@@ -195,6 +197,7 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tenso
         b.target_ids,
         loss_denominator,
         run.stage.recipe.train.z_loss,
+        embedding_noise(run, b, step),
     )
     count = len(run.sources)
     sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=rows.device)
@@ -204,13 +207,22 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float) -> tuple[Tenso
     return loss, sums
 
 
+def embedding_noise(run: Run, batch: Microbatch, step: int | None) -> Tensor | None:
+    """NEFTune's noise, a function of seed, step and token; None in validation and without it."""
+    train = run.stage.recipe.train
+    if step is None or batch.token_numbers is None or batch.document_lengths is None:
+        return None
+    seed = (train.data_seed << 32) + step
+    return neftune(batch.token_numbers, batch.document_lengths, run.width, train.neftune_alpha, seed)
+
+
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     """Adds up the gradients of this rank's microbatches of a step. Returns the sum of their statistics."""
     loss_denominator, total = float(run.plan.num_targets(step)), None
     for number, batch in enumerate(batches, 1):
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
             run.model.set_requires_all_reduce(number == len(batches))
-        loss, sums = forward(run, batch, loss_denominator)
+        loss, sums = forward(run, batch, loss_denominator, step)
         loss.backward()
         total = sums if total is None else total.add_(sums)
     sum_replicated_gradients(run.model, run.world)
@@ -224,7 +236,7 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
     for group in run.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
     total = accumulate(run, step, batches)
     if run.world.size > 1:
         dist.all_reduce(total)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from sft.model.adapters import trained_parameters
 from sft.model.hf import DECAYS
+from sft.model.trained import matched
 from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
@@ -47,7 +48,7 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if
     `compiled`."""
     parameters = list(trained_parameters(model).values())
-    groups = parameter_groups(model, train.weight_decay)
+    groups = parameter_groups(model, train)
     if train.gradients == "bf16":
         # A decay's gradient is summed over ranks after the last microbatch, and rounding before would depend on their number.
         keep_gradients_in_bf16(p for name, p in trained_parameters(model).items() if not name.endswith(DECAYS))
@@ -64,13 +65,21 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     return optimizer
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The parameters in the optimizer's groups: a Gated DeltaNet's decays have no weight decay, as in OLMo-core; all others
-    have it."""
-    named = list(trained_parameters(model).items())
-    free = [p for name, p in named if name.endswith(DECAYS)]
-    groups = [{"params": [p for name, p in named if not name.endswith(DECAYS)], "weight_decay": weight_decay}]
-    return [*groups, {"params": free, "weight_decay": 0.0}] if free else groups
+def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
+    """The trained parameters in the optimizer's groups, one for each weight decay and factor on the learning rate. A Gated
+    DeltaNet's decays have no weight decay."""
+    named = trained_parameters(model)
+    decays = matched(train.weight_decays, list(named), train.weight_decay, "weight_decays")
+    decays |= {name: 0.0 for name in named if name.endswith(DECAYS)}
+    factors = matched(train.lr_factors, list(named), 1.0, "lr_factors")
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in named.items():
+        groups.setdefault((float(decays[name]), float(factors[name])), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0] != (train.weight_decay, 1.0))
+    return [
+        {"params": parameters, "weight_decay": decay, **({"lr_factor": factor} if train.lr_factors else {})}
+        for (decay, factor), parameters in ordered
+    ]
 
 
 def full_tensor(x: Tensor) -> Tensor:
