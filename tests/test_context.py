@@ -122,7 +122,7 @@ def test_the_gradient_of_a_hybrid_is_the_same_however_the_work_is_divided(
 
 
 def test_the_gradient_of_a_hybrid_in_bf16_is_that_of_one_rank(tmp_path: Path, dataset: Path) -> None:
-    """Two ranks with the same microbatches as one. Their sums are fp32, and a decay's gradient is fp32 throughout."""
+    """Two ranks with the same microbatches as one, whose sums are fp32."""
     (tmp_path / "one").mkdir()
     found = {
         ranks: gradients(
@@ -131,8 +131,6 @@ def test_the_gradient_of_a_hybrid_in_bf16_is_that_of_one_rank(tmp_path: Path, da
         for ranks in (1, 2)
     }
     assert largest_difference(found[2], found[1]) < 2e-6
-    decays = [gradient for name, gradient in found[2]["steps"][0].items() if name.endswith(DECAYS)]
-    assert len(decays) == 6 and not any(torch.equal(gradient, gradient.bfloat16().float()) for gradient in decays)
 
 
 def test_the_exchange_gives_every_rank_the_whole_row_of_its_heads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,33 @@ def test_decays_and_step_sizes_are_fp32_in_bf16(monkeypatch: pytest.MonkeyPatch)
     assert (row.decay < 0).all() and (row.beta.min() > 0) and (1 < row.beta.max() < 2)
 
 
+def test_sharded_in_bf16_the_gates_are_computed_from_fp32_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP casts what it shards to bf16, which would change a decay by up to 1.6 %."""
+    from sft.model.model import Transformer
+    from sft.model.parallel import World, shard
+
+    seen: list[Tensor] = []  # no weights: their memory is FSDP's, and free after the forward pass
+
+    def watched(row: Row, *rest: Any) -> Tensor:
+        assert row.q.dtype == torch.bfloat16
+        seen.append(row.decay.detach().clone())
+        return mix(row, *rest)
+
+    monkeypatch.setattr(gated_delta, "mix", watched)
+    model = Transformer(replace(TINY, n_layers=2, vocab_size=16))
+    model.load_state_dict(dict(initial_values(model, 0.02, 0)))
+    mixer = model.blocks[0].attention
+    torch.nn.init.zeros_(mixer.w_a.weight)  # type: ignore[union-attr,arg-type]
+    wanted = -mixer.A_log.detach().exp() * F.softplus(mixer.dt_bias.detach())  # type: ignore[union-attr,operator,arg-type]
+    try:
+        sharded = shard(model, World(0, 1, 0, torch.device("cpu")), "bf16")
+        sharded(torch.tensor([1, 2, 3]), torch.arange(3), torch.tensor([0, 3], dtype=torch.int32), 3)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    assert torch.equal(seen[0], wanted.expand(3, -1))
+
+
 def test_initial_decays_are_those_that_olmo_core_draws() -> None:
     from sft.model.model import Transformer
 
