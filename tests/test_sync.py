@@ -18,6 +18,7 @@ from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.manifest import FileList
 from sft.formats.remote import Remote, SyncMetrics
+from sft.recipe.schema import Cluster
 from sft.storage import base_weights, localise
 from sft.storage import hub as hub_storage
 from sft.sync import sync
@@ -263,7 +264,8 @@ def test_the_commit_of_a_base_is_in_the_manifest_and_not_in_the_outputs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sync, "copy_inputs", lambda *_, **__: (Remote("d", "b", ()), "f" * 40))
-    result = sync.sync(SimpleNamespace(out=tmp_path, storage="s"))  # type: ignore[arg-type]
+    stage = SimpleNamespace(out=tmp_path, storage="s", place=None, recipe=None, cluster=Cluster(storage="s"), log=print)
+    result = sync.sync(stage)  # type: ignore[arg-type]
     assert result.metrics["base_commit"] == "f" * 40
     assert "ffff" not in (tmp_path / "remote.json").read_text()
 

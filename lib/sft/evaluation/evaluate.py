@@ -53,6 +53,7 @@ from sft.recipe import inputs
 from sft.recipe.schema import Evaluate, Hardware
 from sft.runner.processes import evaluation_backend, requested_gpus
 from sft.runner.stage import Result, Stage
+from sft.sync import task_data
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -82,7 +83,7 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
     options = stage.recipe.evaluate
     require_gpus(stage, hardware)
     tasks, data = find_tasks(options, stage.find, stage.recipe.file)
-    go_offline(options, tasks, out / "work", stage.place.datasets)
+    go_offline(options, tasks, out / "work", task_data.bring(stage.place, stage.recipe, stage.cluster, stage.log))
     template = check_template(folder)
     model = open_model(folder, options, hardware, stage.recipe.prepare.date)
     count = 1 + len(model.workers)
@@ -131,7 +132,8 @@ def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -
 def go_offline(options: Evaluate, tasks: Path, work: Path, fetched: Path | None = None) -> None:
     """Forbids the hub when every task is a local one; keeps the cache of `datasets` inside the work folder.
 
-    Data sets of the hub are kept in `fetched`, where they are found again without the hub.
+    Data sets of the hub are kept in `fetched`, where they are found again without the hub. What came there from the cluster's storage
+    is complete, so the hub is not asked.
 
     Must run before datasets or huggingface_hub are imported: they read these variables once.
     """
@@ -142,7 +144,9 @@ def go_offline(options: Evaluate, tasks: Path, work: Path, fetched: Path | None 
     cache = work / "datasets" if is_local or fetched is None else fetched
     cache.mkdir(parents=True, exist_ok=True)
     os.environ["HF_DATASETS_CACHE"] = str(cache)
-    if is_local:
+    if any(inputs.is_remote(path) for path in options.data.values()):
+        os.environ["HF_HUB_CACHE"] = str(cache / "hub")
+    if is_local or (cache / task_data.BROUGHT).is_file():
         for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
             os.environ[name] = "1"
 

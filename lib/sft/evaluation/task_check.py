@@ -29,7 +29,10 @@ class Problem(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Checks every task and prints a line for each."""
     asked = json.loads(argv[0])
+    Path(asked["cache"]).mkdir(parents=True, exist_ok=True)
     os.environ["HF_DATASETS_CACHE"] = asked["cache"]  # before `datasets` is imported, which reads it once
+    if any("://" in path for path in asked["data"].values()):
+        os.environ["HF_HUB_CACHE"] = str(Path(asked["cache"]) / "hub")  # the same for files of the hub
     data = {name: path if "://" in path else Path(path) for name, path in asked["data"].items()}
     for name in asked["tasks"]:
         found = check(name, Path(asked["folder"]), data)

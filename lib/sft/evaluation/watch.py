@@ -41,6 +41,7 @@ from sft.recipe.schema import Evaluate
 from sft.runner import plan
 from sft.runner.plan import Place
 from sft.runner.stage import Stage
+from sft.sync import task_data
 from sft.training.evaluations import DueStep, chosen
 
 PAUSE = 5.0
@@ -119,7 +120,8 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     if broken := manifest.broken_outputs(step.folder, StepManifest.read(step.folder / manifest.NAME).outputs):
         raise SftError("; ".join(broken))
     tasks, data = evaluate.find_tasks(options, stage.find, stage.recipe.file)
-    evaluate.go_offline(options, tasks, out / "work", stage.place.datasets)
+    fetched = task_data.bring(stage.place, stage.recipe, stage.cluster, stage.log)
+    evaluate.go_offline(options, tasks, out / "work", fetched)
     export(stage, step.folder, model_folder)
     template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")

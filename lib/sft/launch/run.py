@@ -28,6 +28,7 @@ from sft.launch.doctor import doctor
 from sft.launch.job import CANCELLED, WATCH, Job, LostConnection, SubmittedJob, retried
 from sft.launch.launcher import Scheduler, load_launcher, open_scheduler
 from sft.runner import plan
+from sft.sync import task_data
 
 Log = Callable[[str], None]
 VISIBLE_S = 10.0
@@ -114,6 +115,8 @@ def find_or_submit(job: Job, scheduler: Scheduler, log: Log) -> SubmittedJob | N
         if known and not known.record.ended and is_current(known, job, scheduler, log):
             return known
         doctor.require(job.place, job.recipe, job.stage)
+        if job.stage == "evaluate" or (job.stage == "train" and job.recipe.evaluate.every):
+            task_data.send(job.place, job.recipe, job.cluster, log)
         submitted = submit(job, scheduler)
         log(f"job {submitted.id} submitted to {job.place.cluster}: {describe(job)}")
         return submitted

@@ -191,6 +191,13 @@ def named_files(place: Place, r: recipe.Recipe, stage: str) -> list[tuple[str, P
     return []
 
 
+def task_data(place: Place, r: recipe.Recipe) -> Path:
+    """Where the data sets of the recipe's tasks are on this machine: named by the tasks, their files and their data."""
+    files = to_json(input_files(place, r, "evaluate", HashCache(place.cache)))
+    asked = [list(r.evaluate.tasks), sorted(r.evaluate.data.items()), files]
+    return place.datasets / hashlib.sha256(canonical(asked)).hexdigest()[:16]
+
+
 def _compare(state: State, run: Path, upstream: list[State], files: Callable[[], list[Input]]) -> None:
     """Sets the manifest, inputs and reasons of a state. `files` hashes the stage's files, which is done only if needed."""
     file = run / state.stage / manifest.NAME

@@ -14,30 +14,27 @@ Folders are named by their content: runs share them, and nothing overwrites othe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import canonical
 from sft.formats import manifest
-from sft.formats.manifest import FileList, Output
+from sft.formats.manifest import FileList
 from sft.formats.record import to_json
 from sft.formats.remote import NAME, Remote, SyncMetrics
 from sft.runner.stage import Result, Stage
 from sft.storage.base_weights import find_base_weights
-from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage
-from sft.storage.localise import same_files, writer_lock
-from sft.storage.transfer import open_storage, transfer
+from sft.sync import task_data
 from sft.sync.base_check import check_base, check_weights
+from sft.sync.folders import FolderCopier
 
 
 def sync(stage: Stage) -> Result:
     """The stage: copies, verifies, writes remote.json."""
     remote, commit = copy_inputs(stage, check_only=False)
     remote.write(stage.out / NAME)
+    task_data.send(stage.place, stage.recipe, stage.cluster, stage.log)
     metrics = SyncMetrics(
         storage=stage.storage,
         dataset=f"{stage.storage}/{remote.dataset}",
@@ -76,36 +73,3 @@ def copy_inputs(stage: Stage, check_only: bool) -> tuple[Remote, str]:
         base = f"base/{found.label}-{hashlib.sha256(canonical(to_json(listed))).hexdigest()[:16]}"
         files += copier.copy(source, base, listed, FileList(listed).to_bytes(), f"{base}.json")
     return Remote(dataset, base, tuple(files)), commit
-
-
-@dataclass(frozen=True)
-class FolderCopier:
-    """Copies folders with a list of their files to a storage root, or only compares them."""
-
-    root: str
-    cache: Path
-    log: Callable[[str], None]
-    check_only: bool = False
-
-    def copy(
-        self, source: LocalStorage, name: str, listed: Sequence[Output], list_bytes: bytes, list_name: str
-    ) -> list[Output]:
-        """Copies the listed files to <root>/<name>, then writes the list. Returns the files with paths relative to the root."""
-        top, target = open_storage(self.root, self.cache), open_storage(f"{self.root}/{name}", self.cache)
-        copies = [FileCopy(o.path, o.path, o.bytes, o.sha256) for o in listed]
-        self.log(f"{target.where}: {len(copies)} files, {size(sum(c.bytes for c in copies))}")
-        if self.check_only:
-            if not same_files(top.read(list_name), list_bytes):
-                raise SftError(
-                    f"{self.root}/{list_name} is missing or damaged: the copy is not complete; next: make sync"
-                )
-            transfer(copies, source, target, self.log, check_only=True)
-        else:
-            with writer_lock(top, name):
-                found = top.read(list_name)
-                if found is not None and not same_files(found, list_bytes):
-                    top.remove(list_name)  # it is damaged: no list may be present before the files are verified
-                transfer(copies, source, target, self.log)
-                if not same_files(found, list_bytes):
-                    top.write(list_name, list_bytes)
-        return [replace(o, path=f"{name}/{o.path}") for o in listed]

@@ -44,17 +44,20 @@ def tasks(context: Context) -> Iterator[Row]:
         yield from _static(context, folder)
         return
     done = context.place.cache / "tasks" / f"{_key(context)}.json"
-    if not done.is_file() and not context.imports:
+    data = plan.task_data(context.place, context.recipe)
+    is_done = done.is_file() and data.is_dir()
+    if not is_done and not context.imports:
         yield Row(
             SKIPPED, "tasks", f"{', '.join(options.tasks)}: not imported", f"make doctor RECIPE={context.recipe.name}"
         )
         return
-    if not done.is_file():
+    if not is_done:
         problems = list(_imported(context, folder))
         if problems:
             yield from problems
             return
-        done.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (data, done.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         write_atomic(done, canonical(list(options.tasks)))
     yield Row(OK, "tasks", f"{', '.join(options.tasks)}: imported with their data")
 
@@ -123,7 +126,12 @@ def _imported(context: Context, folder: Path) -> Iterator[Row]:
         name: path if inputs.is_remote(path) else str(paths.find(roots, path, f"{context.recipe.file}: [evaluate] data.{name}"))
         for name, path in options.data.items()
     }  # fmt: skip
-    asked = {"tasks": list(options.tasks), "folder": str(folder), "data": data, "cache": str(context.place.datasets)}
+    asked = {
+        "tasks": list(options.tasks),
+        "folder": str(folder),
+        "data": data,
+        "cache": str(plan.task_data(context.place, context.recipe)),
+    }
     command = [str(PYTHON), "-m", "sft.evaluation.task_check", json.dumps(asked)]
     environment = {**os.environ, "PYTHONPATH": str(paths.REPO / "lib"), "TQDM_DISABLE": "1"}
     try:
