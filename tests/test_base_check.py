@@ -123,6 +123,7 @@ def test_the_planner_refuses_a_tokenizer_that_transformers_class_of_the_family_w
         planned(tmp_path, "")
     assert "is not a tokenizer of qwen2: transformers loads it with that family's class" in str(error.value)
     assert re.search(r"\nnormalizer +NFC +none\n", str(error.value))
+    assert "next: choose another [model] base" in str(error.value)  # the tokenizer is the base's own
     # What the class itself writes is accepted, also with a vocabulary of another size.
     for name in ("b", "t"):
         Qwen2Tokenizer(vocab={"<|endoftext|>": 0, "a": 1}, merges=[]).save_pretrained(tmp_path / name)

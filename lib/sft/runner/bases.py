@@ -58,18 +58,22 @@ def _check_tokenizer(roots: Sequence[Path], r: recipe.Recipe, base: Base) -> Non
     ours = paths.find(roots, name, f"{r.file}: [prepare] tokenizer") / "tokenizer.json"
     if not ours.is_file():
         return
-    where = f"'tokenizer' in [prepare] = {name!r}: {ours}"
+    where, then = f"'tokenizer' in [prepare] = {name!r}: {ours}", _OTHER_TOKENIZER
     if not is_elsewhere(r.model.base):
         theirs = tokenizer_of(paths.find(roots, r.model.base, f"{r.file}: [model] base"))
         if theirs is None:
             _check_unproven(r, base, ours, where)
         elif ours.read_bytes() != theirs.read_bytes():
             rows = compared(read_tokenizer(theirs), read_tokenizer(ours))
-            raise SftError(mismatch(f"{where} is not the base's {theirs}", rows, _OTHER_TOKENIZER))
+            raise SftError(mismatch(f"{where} is not the base's {theirs}", rows, then))
+        else:
+            then = (
+                "choose another [model] base: an export of this one would encode otherwise than its own tokenizer.json"
+            )
     kind = family(base.config)
     if kind.own_tokenizer and (rows := class_differences(read_tokenizer(ours), kind)):
         problem = f"{where} is not a tokenizer of {kind.model_type}: transformers loads it with that family's class"
-        raise SftError(mismatch(problem, rows, _OTHER_TOKENIZER, ("field", f"class of {kind.model_type}", "tokenizer")))
+        raise SftError(mismatch(problem, rows, then, ("field", f"class of {kind.model_type}", "tokenizer")))
 
 
 def _check_unproven(r: recipe.Recipe, base: Base, ours: Path, where: str) -> None:
