@@ -204,8 +204,9 @@ def test_every_source_has_a_curve_of_its_training_and_of_its_validation_loss(tmp
     assert [line["name"] for line in training["lines"]] == ["a", "b"] and [
         line["name"] for line in validation["lines"]
     ] == ["a"]
-    assert [view["name"] for view in training["views"]] == ["step", "tokens", "hours of training"]
-    assert validation["views"][0]["x"] == [40, 80, 120, 160, 200, 240] and set(training["views"][0]["y"][1]) == {2.0}
+    assert training["axes"] == ["step", "tokens", "hours of training"]
+    assert [p[0] for p in validation["lines"][0]["points"]] == [40, 80, 120, 160, 200, 240]
+    assert {p[-1] for p in training["lines"][1]["points"]} == {2.0}
 
 
 def test_validation_curves_begin_with_the_starting_weights_and_plain_text_has_its_loss(tmp_path: Path) -> None:
@@ -216,8 +217,8 @@ def test_validation_curves_begin_with_the_starting_weights_and_plain_text_has_it
                     by_kind={"facts": PartLoss(1.5, None, 2, 400)})  # fmt: skip
     replace(results(), plain_text=text).write(run / "evaluate" / "results.json")
     page = report.page(run)
-    view = next(c for c in charts_of(page) if c["title"] == "loss")["views"][1]
-    assert view["name"] == "tokens" and view["x"][0] == 0 and [y[0] for y in view["y"]] == [None, None, 3.5]
+    lines = next(c for c in charts_of(page) if c["title"] == "loss")["lines"]
+    assert [line["points"][0][0] for line in lines] == [1, 1, 0] and lines[2]["points"][0] == [0, 0, 0, 3.5]
     assert "plain text, which is no chat: 0.987 bits a byte" in page and '<td class="">plain text: facts</td>' in page
 
 
@@ -265,11 +266,8 @@ def test_scores_over_steps_name_best_and_what_was_broken(tmp_path: Path) -> None
     parsed = Strict(SCRIPTS.sub("", text.replace("<!doctype html>", "")))
     section = text.split('id="scores-over-steps"')[1].split("</section>")[0]
     scores, losses = charts_of(section)
-    assert (
-        scores["views"][0]["low"] == [0.3, 0.3]
-        and losses["views"][0]["high"][1] is None
-        and losses["views"][0]["high"][0] > 0.75
-    )
+    assert scores["lines"][0]["spread"] == [[200, 0.3, 0.7], [300, 0.3, 0.7]] and len(losses["lines"][0]["points"]) == 2
+    assert [(x, low < 0.75 < high) for x, low, high in losses["lines"][0]["spread"]] == [(200, True)]
     assert "300 <b>BEST</b>" in section and "BEST: step300, zoo/acc 0.625" in section
     assert 'title="zoo: 0% of 25 replies &lt;stop&gt;">broken<' in section and "0.6250 ± 0.1000" in parsed.text
 
@@ -338,10 +336,9 @@ def test_a_result_made_from_something_else_is_marked(tmp_path: Path) -> None:
 
 def test_long_curves_are_thinned_and_keep_their_end() -> None:
     points = [(float(i), float(i % 7)) for i in range(100_000)]
-    xs, (ys, others) = charts.columns([points, points[::10]])
-    assert len(xs) <= charts.MAX_POINTS + 1 and (xs[-1], ys[-1]) == points[-1]
-    assert abs(sum(y for y in ys if y is not None) / len(ys) - 3) < 0.05
-    assert len(others) == len(xs) and others[-1] is None  # lines share their x
+    thinned = charts.thin(points)
+    assert len(thinned) <= charts.MAX_POINTS + 1 and thinned[-1] == points[-1]
+    assert abs(sum(y for _, y in thinned) / len(thinned) - 3) < 0.05
 
 
 def test_smoothing_starts_at_the_first_value_and_survives_not_a_number() -> None:

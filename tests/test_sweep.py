@@ -100,7 +100,7 @@ def test_trainings_are_compared_by_step_tokens_and_time_with_the_best_first(tmp_
         "validation loss",
         "validation loss of <b>a</b>.jsonl",
     ]
-    assert all([v["name"] for v in c["views"]] == ["step", "tokens", "hours of training"] for c in curves)
+    assert all(c["axes"] == ["step", "tokens", "hours of training"] for c in curves)
     assert [line["name"] for line in curves[0]["lines"]] == [t.name for t in found.trainings]
     for title in ("Trainings", "Curves", "By source"):
         assert f"<h2>{title}</h2>" in page

@@ -27,9 +27,6 @@ def page(runs: Sequence[Path], scores: Comparison | None) -> str:
     options = scores.fields if scores else trained.options if trained else ()
     found = replies.side_by_side(runs)
     sections = {
-        "Runs": part("table", ["", "run"], [[letters[n], f"{n} (the baseline)" if scores and n == names[0] else n] for n in names])
-        if scores
-        else "",
         "Differences": part("differences", comparison.of_scores(scores)) if scores else "",
         "Trainings": part("table", trainings.HEAD, trainings.table(curves, letters)) if curves else "",
         "Curves": part("charts", trainings.over_each_other(curves)) if curves else "",
@@ -37,14 +34,9 @@ def page(runs: Sequence[Path], scores: Comparison | None) -> str:
         "Replies": part("viewer", found) if found else "",
         "Options": part("options", comparison.option_rows(options), itertools.islice(letters.values(), len(names))),
     }  # fmt: skip
-    title = (
-        f"{', '.join(names[1:])} against {names[0]}"
-        if scores
-        else " and ".join(names)
-        if len(names) < 3
-        else f"{len(names)} trainings"
-    )
-    return document(title, sections, facts=[])
+    title = f"{len(names)} trainings" if len(names) > 2 else " and ".join(names)
+    facts = [(letters[name], f"{name} (the baseline)" if scores and name == names[0] else name) for name in names]
+    return document(f"{', '.join(names[1:])} against {names[0]}" if scores else title, sections, facts=facts)
 
 
 def main(arguments: Sequence[str]) -> None:

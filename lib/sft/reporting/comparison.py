@@ -23,8 +23,6 @@ from sft.reporting.charts import Chart
 
 KINDS = {"better": "good", "worse": "bad"}
 """CSS class of each verdict."""
-CURVES = "-training"
-"""The end of the name of a page without scores."""
 
 
 def save(comparison: Comparison, folder: Path) -> Path:
@@ -37,7 +35,7 @@ def save(comparison: Comparison, folder: Path) -> Path:
 
 def curves_page(runs: Sequence[Path]) -> Path:
     """The page of runs of which not all have scores."""
-    return runs[0] / "compare" / f"{_name([run.name for run in runs[1:]])}{CURVES}.html"
+    return runs[0] / "compare" / f"{_name([run.name for run in runs[1:]])}-training.html"
 
 
 def _name(others: Sequence[str]) -> str:
@@ -70,9 +68,6 @@ def with_steps(runs: Sequence[Path]) -> list[Path]:
     return [run for run in runs if (run / "train" / metrics.NAME).is_file()]
 
 
-# --- parts of pages -----------------------------------------------------------------------------------------------------
-
-
 def difference_charts(comparison: Comparison) -> list[Chart]:
     """The differences with their intervals: those of shares, and those of losses and other scales."""
     many, found = len(comparison.runs) > 2, []
@@ -88,7 +83,7 @@ def difference_charts(comparison: Comparison) -> list[Chart]:
 
 def is_share(row: ScoreDifference) -> bool:
     """Whether the two scores are between 0 and 1."""
-    return row.task != "validation" and min(row.a, row.b) >= 0 and max(row.a, row.b) <= 1
+    return row.task not in ("validation", "plain text") and min(row.a, row.b) >= 0 and max(row.a, row.b) <= 1
 
 
 def score_rows(comparison: Comparison) -> list[list[str]]:

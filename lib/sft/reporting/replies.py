@@ -72,14 +72,11 @@ def page(run: str, task: str, result: TaskResult, samples: Samples, before: Samp
 def side_by_side(runs: Sequence[Path]) -> dict[str, Any] | None:
     """The replies of several runs to the tasks that two or more of them have; None where there are none."""
     scored = [Scored(run) for run in runs]
-    found: dict[str, list[TaskResult]] = {}
-    for s in scored:
-        for task, result in s.tasks.items():
-            found.setdefault(task, []).append(result)
-    shared = {task: results[0] for task, results in found.items() if len(results) > 1}
+    results = {task: result for s in scored for task, result in s.tasks.items()}
+    shared = [task for task in results if sum(task in s.tasks for s in scored) > 1]
     tasks = [
-        items(task, result, [s.samples(task) for s in scored], flagged=len(scored), share=1 / len(shared))
-        for task, result in shared.items()
+        items(task, results[task], [s.samples(task) for s in scored], flagged=len(scored), share=1 / len(shared))
+        for task in shared
     ]
     return (
         {"columns": [run.name for run in runs], "changed": "not the same score in all", "tasks": tasks}
@@ -95,12 +92,10 @@ def items(
 
     The first column of a page of one run has its samples whole, so that its export is theirs. Others leave out the documents.
     """
-    keys = list(dict.fromkeys(key for column in columns for key in column))
-    rows = {key: [column.get(key) for column in columns] for key in keys}
-    order = sorted(range(len(keys)), key=lambda i: _order(result, rows[keys[i]]))
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = sorted(([column.get(key) for column in columns] for key in keys), key=lambda row: _order(result, row))
     shown, left = [], MOST_BYTES * share
-    for place in order:
-        row = rows[keys[place]]
+    for row in rows:
         known = [s for s in row[:flagged] if s]
         item = {
             "rows": [_row(s, whole=flagged == 1 and i == 0) for i, s in enumerate(row)],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
+from sft.evaluation.compare import LETTERS
 from sft.formats.manifest import Manifest, Provenance
 from sft.formats.metrics import LOST, Attempt
 from sft.formats.packs import StepSummary
@@ -30,8 +31,7 @@ from sft.reporting.page import TEXT, document, interval, part
 from sft.reporting.run_files import RunFiles
 from sft.runner.stage import Result, Stage
 
-Tile = tuple[str, str, str]
-"""Name, value and detail of a figure."""
+Tile = tuple[str, str, str]  # name, value and detail of a figure
 PREVIEWS = 6
 """Conversations shown with their trained tokens."""
 
@@ -75,11 +75,8 @@ def _facts(run: RunFiles) -> Iterator[tuple[str, str]]:
     """The header: what was trained on what, when and where."""
     config = {stage: made.config for stage, made in run.done.items()}
     model = config.get("train", {}).get("model", {})
-    base = (
-        config.get("sync", {}).get("base")
-        or model.get("base")
-        or ("" if "train" not in config else "none: random weights")
-    )
+    random = "none: random weights" if "train" in config else ""
+    base = config.get("sync", {}).get("base") or model.get("base") or random
     data = ", ".join(s.path for s in run.dataset.sources) if run.dataset else ""
     headers = [r for r in run.steps if isinstance(r, Attempt)]
     last = max((m.provenance.finished for m in run.done.values() if m.provenance), default="")
@@ -138,16 +135,13 @@ def _compared(folder: Path) -> Markup:
         found = comparison.in_report(folder)
     except (OSError, SftError) as error:
         return part("note", str(error), "bad")
-    parts = [
-        part(
-            "heading",
-            ", ".join(f"{letter} = {name}" for letter, name in zip(trainings.letters(), c.runs, strict=False)),
-        )
-        + part("differences", comparison.of_scores(c, plots=False))
-        + part("options", comparison.option_rows(c.fields), list(itertools.islice(trainings.letters(), len(c.runs))))
-        for c in found
-    ]
-    return Markup("").join(parts)
+    body = Markup()
+    for c in found:
+        letters = LETTERS[: len(c.runs)]
+        body += part("heading", ", ".join(f"{letter} = {name}" for letter, name in zip(letters, c.runs, strict=True)))
+        body += part("differences", comparison.of_scores(c, plots=False))
+        body += part("options", comparison.option_rows(c.fields), letters)
+    return body
 
 
 def _lengths(run: RunFiles) -> Chart | None:
@@ -209,6 +203,4 @@ def _duration(about: Provenance) -> str:
         seconds = (datetime.fromisoformat(about.finished) - datetime.fromisoformat(about.started)).total_seconds()
     except (ValueError, TypeError):
         return "–"
-    minutes, left = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{left:02}"
+    return str(timedelta(seconds=round(seconds)))

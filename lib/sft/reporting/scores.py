@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,7 +27,6 @@ from sft.reporting.replies import FOLDER, Scored, worst
 
 WORST = 4
 """Replies shown of a task."""
-Bounds = tuple[float, float]
 
 
 def rows(results: Results) -> list[list[str]]:
@@ -74,10 +74,8 @@ def losses(results: Results) -> list[list[str]]:
     """The losses of held-out conversations and of plain text: of all, then of their sources, answers and kinds."""
     found: list[tuple[str, ValidationLoss | TextLoss | PartLoss]] = []
     if loss := results.validation:
-        found += [
-            ("validation split", loss),
-            *((f"source {name}", part) for name, part in (loss.by_source or {}).items()),
-        ]
+        found.append(("validation split", loss))
+        found += [(f"source {name}", part) for name, part in (loss.by_source or {}).items()]
         found += [(f"answer {i}", part) for i, part in enumerate(loss.by_turn or (), 1)]
     if text := results.plain_text:
         name = f"plain text, which is no chat: {text.bits_per_byte:.3f} bits a byte"
@@ -108,9 +106,6 @@ def _reply(sample: Sample) -> dict[str, str]:
             "target": str(sample.target)}  # fmt: skip
 
 
-# --- during training ----------------------------------------------------------------------------------------------------
-
-
 def over_steps(train: Path) -> dict[str, Any] | None:
     """Every task's primary score, and the held-out loss, at the checkpoints that were evaluated."""
     found = evaluations.read(train)
@@ -123,27 +118,24 @@ def over_steps(train: Path) -> dict[str, Any] | None:
         [marked.format(e.step) if best[:1] == [f"step{e.step}"] else f"{e.step:,}", *(column.cell(e) for column in columns)] for e in found
     ]  # fmt: skip
     head = ["#step", *(f"#{column.name}" for column in columns)]
-    return {
-        "charts": [c.chart() for c in columns],
-        "head": head,
-        "rows": table,
-        "best": f"BEST: {', '.join(best)}" if best else "",
-    }
+    note = f"BEST: {', '.join(best)}" if best else ""
+    return {"charts": [c.chart() for c in columns], "head": head, "rows": table, "best": note}
 
 
+@dataclass(frozen=True)
 class _Column:
     """A score over the steps. `points` is {step: (value, standard error, interval)}."""
 
-    def __init__(
-        self, task: str, name: str, colour: int, points: Mapping[int, tuple[float, float | None, Bounds | None]]
-    ) -> None:
-        self.task, self.name, self.colour, self.points = task, name, colour, points
+    task: str
+    name: str
+    colour: int
+    points: Mapping[int, tuple[float, float | None, tuple[float, float] | None]]
 
     def chart(self) -> Chart | None:
         """The score over the steps with its intervals."""
         spread = [(step, *bounds) for step, (_, _, bounds) in self.points.items() if bounds]
         values = [(float(step), value) for step, (value, _, _) in self.points.items()]
-        return charts.lines(self.name, [Line(self.name, {"step": values}, self.colour, "dots", spread)])
+        return charts.lines(self.name, [Line(self.name, values, self.colour, "dots", spread)])
 
     def cell(self, evaluation: Evaluation) -> str:
         """The cell of one step: the score with its error, or "broken" with the reason as its tooltip."""
@@ -166,13 +158,8 @@ def _task_columns(found: Sequence[Evaluation]) -> list[_Column]:
 def _loss_columns(found: Sequence[Evaluation]) -> list[_Column]:
     """The losses of held-out conversations and of plain text with value ± 1.96 standard errors."""
     columns = []
-    for colour, (name, title) in enumerate(
-        (("validation", "validation loss"), ("plain_text", "loss of plain text")), 1
-    ):
-        points = {}
-        for e in found:
-            if loss := getattr(e, name):
-                half = Z95 * loss.stderr if loss.stderr else None
-                points[e.step] = (loss.loss, loss.stderr, (loss.loss - half, loss.loss + half) if half else None)
-        columns += [_Column(name, title, colour, points)] if points else []
+    for name, title in (("validation", "validation loss"), ("plain_text", "loss of plain text")):
+        losses = [(e.step, loss.loss, loss.stderr) for e in found if (loss := getattr(e, name))]
+        points = {n: (x, error, (x - Z95 * error, x + Z95 * error) if error else None) for n, x, error in losses}
+        columns += [_Column(name, title, 1, points)] if points else []
     return columns

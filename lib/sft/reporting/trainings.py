@@ -23,7 +23,7 @@ from sft.formats.metrics import Attempt, InitialValidation, MetricsRecord, StepR
 from sft.reporting import charts
 from sft.reporting.charts import Chart, Line, Points
 
-AXES: Mapping[str, str] = {"step": "step", "tokens": "tokens", "hours": "hours of training"}
+AXES = ("step", "tokens", "hours of training")
 MOST_SOURCES = 24
 """Sources with a curve. The table of a comparison has all."""
 Value = Callable[[StepRecord], float | None]
@@ -38,48 +38,37 @@ class Training:
     hours: Sequence[float]
     start: InitialValidation | None = None
 
-    def over(self, value: Value, *, smoothed: bool = False, start: float | None = None) -> dict[str, Points]:
-        """The points over each axis. `start` is the value of the weights that training started from."""
-        first = [] if start is None or not math.isfinite(start) else [(0.0, start)]
-        found = {title: [*first, *self.points(axis, value)] for axis, title in AXES.items()}
-        return {title: charts.smooth(points) if smoothed else points for title, points in found.items()}
+    def points(self, value: Value, start: float | None = None) -> Points:
+        """(step, tokens, hours, value) where it was measured. `start` is that of the weights that training started from."""
+        first = [] if start is None else [(0, 0, 0.0, start)]
+        found = [*first, *((s.step, s.tokens, h, value(s)) for s, h in zip(self.steps, self.hours, strict=True))]
+        return [(step, tokens, hours, y) for step, tokens, hours, y in found if y is not None and math.isfinite(y)]
 
-    def losses(self, source: str = "", *, smoothed: bool = True) -> dict[str, Points]:
+    def losses(self, source: str = "") -> Points:
         """The training loss of all data or of a source."""
-        return self.over(lambda s: (s.sources or {}).get(source) if source else s.loss, smoothed=smoothed)
+        return self.points(lambda s: (s.sources or {}).get(source) if source else s.loss)
 
-    def validations(self, source: str = "") -> dict[str, Points]:
+    def validations(self, source: str = "") -> Points:
         """The validation loss of all data or of a source, from the starting weights on."""
-        first = self.start
-        start = (
-            None if first is None else (first.sources or {}).get(source) if source else first.initial_validation_loss
-        )
-        return self.over(
-            lambda s: (s.validation_sources or {}).get(source) if source else s.validation_loss, start=start
+        start = {**(self.start.sources or {}), "": self.start.initial_validation_loss} if self.start else {}
+        return self.points(
+            lambda s: (s.validation_sources or {}).get(source) if source else s.validation_loss, start.get(source)
         )
 
     @property
     def sources(self) -> list[str]:
         """The sources with a loss of their own."""
-        return list(
-            dict.fromkeys(name for s in self.steps for name in {**(s.sources or {}), **(s.validation_sources or {})})
-        )
-
-    def points(self, axis: str, value: Value) -> list[tuple[float, float]]:
-        """(x, y) of the steps that have the value."""
-        xs = self.hours if axis == "hours" else [float(getattr(s, axis)) for s in self.steps]
-        found = ((x, value(s)) for x, s in zip(xs, self.steps, strict=True))
-        return [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+        return list(dict.fromkeys(n for s in self.steps for n in (*(s.sources or ()), *(s.validation_sources or ()))))
 
     @property
     def loss(self) -> float:
         """The smoothed training loss at the end."""
-        return _last(charts.smooth(self.points("step", lambda s: s.loss)))
+        return _last(charts.smooth(self.losses()))
 
     @property
     def validation(self) -> float:
         """The last validation loss; NaN if there is none."""
-        return _last(self.points("step", lambda s: s.validation_loss))
+        return _last(self.points(lambda s: s.validation_loss))
 
     @property
     def best(self) -> float:
@@ -95,8 +84,8 @@ class Compared:
     options: Sequence[OptionDifference]
 
 
-def _last(points: Sequence[tuple[float, float]]) -> float:
-    return points[-1][1] if points else math.nan
+def _last(points: Points) -> float:
+    return points[-1][-1] if points else math.nan
 
 
 def training(run: Path) -> Training:
@@ -115,12 +104,8 @@ def of_records(name: str, records: Sequence[MetricsRecord]) -> Training:
 
 def compare(runs: Sequence[Path]) -> Compared:
     """The trainings of these runs, the best first. Raises SftError."""
-    found = sorted(((training(run), run) for run in runs), key=lambda item: _order(item[0].best))
+    found = sorted(((training(run), run) for run in runs), key=lambda item: (math.isnan(item[0].best), item[0].best))
     return Compared([t for t, _ in found], differing_options([run for _, run in found]))
-
-
-def _order(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def text(compared: Compared) -> str:
@@ -141,10 +126,10 @@ def over_each_other(trainings: Sequence[Training]) -> list[Chart]:
     found = []
     for source in ["", *dict.fromkeys(name for t in trainings for name in t.sources)][: MOST_SOURCES + 1]:
         of = f" of {source}" if source else ""
-        losses = [Line(t.name, t.losses(source), i) for i, t in enumerate(trainings)]
+        losses = [Line(t.name, charts.smooth(t.losses(source)), i) for i, t in enumerate(trainings)]
         validations = [Line(t.name, t.validations(source), i, "dots") for i, t in enumerate(trainings)]
-        found += [charts.lines(f"training loss{of}, smoothed", losses, zoom=not source),
-                  charts.lines(f"validation loss{of}", validations, zoom=not source)]  # fmt: skip
+        found += [charts.lines(f"training loss{of}, smoothed", losses, AXES, zoom=not source),
+                  charts.lines(f"validation loss{of}", validations, AXES, zoom=not source)]  # fmt: skip
     return [chart for chart in found if chart]
 
 
@@ -152,16 +137,20 @@ def of_one(records: Sequence[MetricsRecord]) -> dict[str, Any]:
     """The charts of one training: losses, losses by source, and the other numbers of a step. What was not measured has none."""
     t = of_records("", records)
     sources = list(enumerate(t.sources[:MOST_SOURCES]))
-    lines = [Line("training loss", t.losses(smoothed=False), 0, "thin"), Line("smoothed", t.losses()),
+    lines = [Line("training loss", t.losses(), 0, "thin"), Line("smoothed", charts.smooth(t.losses())),
              Line("validation loss", t.validations(), 1, "dots")]  # fmt: skip
-    by_source = [charts.lines("training loss by source, smoothed", [Line(s, t.losses(s), i) for i, s in sources]),
-                 charts.lines("validation loss by source", [Line(s, t.validations(s), i, "dots") for i, s in sources])]  # fmt: skip
+    by_source = [charts.lines("training loss by source, smoothed", [Line(s, charts.smooth(t.losses(s)), i) for i, s in sources], AXES),
+                 charts.lines("validation loss by source", [Line(s, t.validations(s), i, "dots") for i, s in sources], AXES)]  # fmt: skip
     small = [
-        charts.lines(title, [Line(title, {"step": t.points("step", operator.attrgetter(name))})])
+        charts.lines(title, [Line(title, t.points(operator.attrgetter(name)))])
         for name, title in StepRecord.charts().items()
     ]
-    return {"loss": charts.lines("loss", lines, zoom=True), "sources": [c for c in by_source if c], "small": [c for c in small if c],
-            "notes": list(_notes(records, t))}  # fmt: skip
+    return {
+        "loss": charts.lines("loss", lines, AXES, zoom=True),
+        "sources": by_source,
+        "small": small,
+        "notes": list(_notes(records, t)),
+    }
 
 
 def _notes(records: Sequence[MetricsRecord], t: Training) -> Iterable[str]:

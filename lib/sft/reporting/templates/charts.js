@@ -4,22 +4,22 @@ const short = v => v == null ? '–' : Number.isInteger(v) ? v.toLocaleString('e
 const make = (tag, text = '', kind = '') => Object.assign(document.createElement(tag), {textContent: text, className: kind});
 
 function lines(chart, state, width) {
-  const view = chart.views[state.view], keys = chart.lines.map((_, i) => 's' + i);
-  const shown = keys.filter((_, i) => !state.hidden.has(i)), of = kind => shown.filter(k => chart.lines[k.slice(1)].kind === kind);
-  const rows = view.x.map((x, i) => ({x, i, lo: view.low?.[i], hi: view.high?.[i], ...Object.fromEntries(keys.map((k, j) => [k, view.y[j][i]]))}));
-  const last = (k, i) => { while (i > 0 && rows[i][k] == null) i--; return rows[i]; };
-  const tip = ({i}, safe) => `<table><tr><td>${safe(view.name)}</td><td>${short(rows[i].x)}</td></tr>` + shown.map(k => [chart.lines[k.slice(1)].name, last(k, i)]).map(([name, row], j) =>
-    `<tr><td class="key">${safe(name)}</td><td>${short(row[shown[j]])}${row.i < i && row[shown[j]] != null ? ` at ${short(row.x)}` : ''}</td></tr>`).join('') + '</table>';
-  const x = {field: 'x', type: 'quantitative', title: view.name, scale: {zero: false, nice: false}, axis: {grid: false, tickCount: width > 500 ? 8 : 4, labelOverlap: true}};
+  const name = chart.axes[state.view], keys = chart.lines.map((_, i) => i), shown = keys.filter(k => !state.hidden.has(k)), of = kind => shown.filter(k => chart.lines[k].kind === kind);
+  const rows = shown.flatMap(k => chart.lines[k].points.map(p => ({k, x: p[state.view], v: p.at(-1)})));
+  const tip = (value, safe) => {
+    const x = Number(value.x), found = shown.map(k => [chart.lines[k].name, chart.lines[k].points.findLast(p => p[state.view] <= x)]);
+    return `<table><tr><td>${safe(name)}</td><td>${short(x)}</td></tr>` + found.map(([line, p]) =>
+      `<tr><td class="key">${safe(line)}</td><td>${short(p?.at(-1))}${p && p[state.view] < x ? ` at ${short(p[state.view])}` : ''}</td></tr>`).join('') + '</table>';
+  };
+  const x = {field: 'x', type: 'quantitative', title: name, scale: {zero: false, nice: false}, axis: {grid: false, tickCount: width > 500 ? 8 : 4, labelOverlap: true}};
   const y = {field: 'v', type: 'quantitative', title: null, scale: state.log ? {type: 'log', nice: false} : {zero: false}};
   const paint = {field: 'k', type: 'nominal', legend: null, scale: {domain: keys, range: chart.lines.map(l => colour('c' + l.colour))}};
-  const layer = (names, mark, more) => names.length ? [{transform: [{fold: names, as: ['k', 'v']}, {filter: 'isValid(datum.v)' + (state.log ? ' && datum.v > 0' : '')}],
-    mark: {clip: true, ...mark}, encoding: {x, y, color: paint, ...more}}] : [];
+  const layer = (names, mark) => names.length ? [{transform: [{filter: {field: 'k', oneOf: names}}, ...state.log ? [{filter: 'datum.v > 0'}] : []], mark: {clip: true, ...mark}, encoding: {x, y, color: paint}}] : [];
   const curves = [...layer(of('thin'), {type: 'line', strokeWidth: 1, opacity: .4}), ...layer(of('line'), {type: 'line', strokeWidth: 2}),
     ...layer(of('dots'), {type: 'line', strokeWidth: 1.5, point: {size: 34}})];
-  const spread = view.low ? [{transform: [{filter: 'isValid(datum.lo)'}], mark: {type: 'rule', strokeWidth: 4, opacity: .3, color: colour('c' + chart.lines[0].colour)},
-    encoding: {x, y: {...y, field: 'lo'}, y2: {field: 'hi'}}}] : [];
-  const tooltip = [{field: 'i', type: 'quantitative', format: 'd'}];
+  const bars = shown.flatMap(k => chart.lines[k].spread.map(([x, v, high]) => ({k, x, v, high})));
+  const spread = bars.length ? [{data: {values: bars}, mark: {type: 'rule', strokeWidth: 4, opacity: .3}, encoding: {x, y, y2: {field: 'high'}, color: paint}}] : [];
+  const tooltip = [{field: 'x', type: 'quantitative', format: '.12~g', title: 'x'}];
   const near = {params: [{name: 'near', select: {type: 'point', fields: ['x'], nearest: true, on: 'pointerover', clear: 'pointerout'}}],
     mark: {type: 'rule', color: colour('soft')}, encoding: {x, opacity: {condition: {param: 'near', empty: false, value: .6}, value: 0}, tooltip}};
   const inner = width - 56, axis = {minExtent: 44, maxExtent: 44};
@@ -65,14 +65,14 @@ function figure(element) {
     view?.finalize();
     view = await vegaEmbed(plot, themed(spec), {actions: false, ast: true, renderer: 'canvas', defaultStyle: false, logLevel: 1, tooltip});
   }
-  if (chart.views?.length > 1) {
+  if (chart.axes?.length > 1) {
     const choice = make('select');
     choice.setAttribute('aria-label', 'horizontal axis');
-    chart.views.forEach((v, i) => choice.append(Object.assign(make('option', 'over ' + v.name), {value: i})));
+    chart.axes.forEach((name, i) => choice.append(Object.assign(make('option', 'over ' + name), {value: i})));
     choice.onchange = () => { state.view = Number(choice.value); draw(); };
     caption.append(choice);
   }
-  if (chart.zoom && chart.views.some(v => v.y.some(c => c.some(n => n > 0)))) {
+  if (chart.zoom && chart.lines.some(line => line.points.some(p => p.at(-1) > 0))) {
     const box = Object.assign(make('input'), {type: 'checkbox'}), label = make('label');
     box.onchange = () => { state.log = box.checked; draw(); };
     label.append(box, 'log');
