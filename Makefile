@@ -38,6 +38,7 @@ PY    := .venv/bin/python
 # only referred to.
 reused = $(patsubst reuse:$(notdir $*)/$(1):%,%,$(filter reuse:$(notdir $*)/$(1):%,$(PLAN)))
 launch = $(if $(call reused,$(1)),@$(call SFT,reuse) --run $(notdir $*) --stage $(1) --origin $(call reused,$(1)),$(call start,$(1),$(2)))
+tool   = $(if $(call planned,tool),$(PY) -m sft.launch.tools $(call quote,$(CLUSTER)) $(call quote,$(RUNS)) $(1),$(PY) stages/$(subst -,_,$(1)).py)
 start  = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
@@ -109,10 +110,10 @@ cp: | $(READY) ## copy files: make cp SRC=gs://b/x DST=folder [NO_CLOBBER=1] [DE
 	@$(PY) stages/cp.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(CHECK),--check) $(if $(NO_CLOBBER),--no-clobber) $(if $(DELETE),--delete)
 fetch: | $(READY) ## copy stages of a run from CLUSTER=c, verified: [STAGE=train] [FROM=gs://b/runs] [CHECK=1 only compares] [PUSH=1 sends them there]
 	@$(foreach d,$(DIRS),$(PY) -m sft.sync.fetch $d $(ARGS) --stage $(call quote,$(STAGE)) --from $(call quote,$(FROM)) $(if $(PUSH),--push) $(if $(CHECK),--check) &&) true
-to-hf: | $(READY) ## convert any OLMo-core step to a Hugging Face folder, proven equal: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…]
-	@$(PY) stages/to_hf.py $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(TOKENIZER),--tokenizer $(call quote,$(TOKENIZER))) $(if $(TEMPLATE),--template $(call quote,$(TEMPLATE))) $(call planned,set)
-to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0 [ADAPTER=folder, LoRA to merge]
-	@$(PY) stages/to_core.py $(call quote,$(SRC)) $(call quote,$(DST)) --adapter $(call quote,$(ADAPTER))
+to-hf: | $(READY) ## convert any OLMo-core step to a Hugging Face folder, proven equal: make to-hf SRC=stepN DST=folder [TOKENIZER=folder TEMPLATE=olmo dtype=…; with CLUSTER= one job]
+	@$(call tool,to-hf) $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(TOKENIZER),--tokenizer $(call quote,$(TOKENIZER))) $(if $(TEMPLATE),--template $(call quote,$(TEMPLATE))) $(call planned,set)
+to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to an OLMo-core step for [model] base: make to-core SRC=… DST=step0 [ADAPTER=folder, LoRA to merge; with CLUSTER= one job]
+	@$(call tool,to-core) $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(ADAPTER),--adapter $(call quote,$(ADAPTER))) $(call planned,set)
 soup: | $(READY) ## average checkpoints into a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
 	@$(PY) stages/soup.py $(call quote,$(DST)) $(foreach s,$(STEPS),$(call quote,$s)) --run $(call quote,$(RUN)) --runs $(call quote,$(RUNS)) --weights $(call quote,$(WEIGHTS))
 chat serve: | $(READY) ## talk to RUN= in the terminal [STEP=300] [MODEL=folder|hf://org/name] [TOKENS=1]; serve: print vLLM's command [START=1]

@@ -76,5 +76,5 @@ forward_signals "$@" || status=$?
 case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
     forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;;
 esac
-[ "$status" -eq 0 ] || exit "$status"
+[ "$status" -eq 0 ] && [ -z "${SFT_TOOL:-}" ] || exit "$status"
 .venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}

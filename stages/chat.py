@@ -14,6 +14,7 @@ import click
 
 from sft.common.errors import SftError
 from sft.common.files import read_json
+from sft.common.library_logs import quiet_libraries
 from sft.evaluation import talk
 from sft.formats import manifest
 from sft.runner.cli import program
@@ -44,6 +45,7 @@ def main(run: str, step: str, model: str, device: str, tokens: bool, serve: bool
     if not run and not model:
         raise SftError("RUN= or MODEL= is missing; next: make chat RUN=<name of a run>, or MODEL=folder")
     cache = (Path(run).parent if run else Path("runs")) / ".cache"
+    quiet_libraries(cache / "chat.log")
     folder = talk.model_folder(Path(run), step, model, cache, log)
     if serve:
         config = read_json(folder / "config.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from conftest import REPO
 from sft.common.errors import SftError
 from sft.recipe import clusters, other_names, recipe, schema
-from sft.runner import asked
+from sft.runner import asked, make_words
 
 LOCAL = schema.Cluster(storage="s")
 JOBS = schema.Cluster(storage="s", launcher="slurm", stages=("train", "evaluate"))
@@ -53,7 +54,7 @@ def test_every_goal_of_the_makefile_is_known_and_every_answer_is_a_goal() -> Non
     ("goals", "override", "table"),
     [
         ("train", "max_length=256", "evaluate"), ("train", "batch_size=8", "evaluate"), ("train", "convert.dtype=float32", "convert"),
-        ("prepare", "lr=1e-4", "train"), ("prepare sync", "steps=3", "train"), ("preview", "lr=1", "train"),
+        ("prepare", "lr=1e-4", "train"), ("prepare sync", "steps=3", "train"), ("sync", "steps=3", "train"), ("preview", "lr=1", "train"),
         ("convert", "limit=3", "evaluate"), ("steps", "limit=3", "evaluate"),
     ],
 )  # fmt: skip
@@ -70,7 +71,7 @@ def test_where_another_trainers_name_is_a_field_of_another_table_ours_is_reporte
 @pytest.mark.parametrize(
     ("goals", "override"),
     [
-        ("train", "lr=1"), ("evaluate", "lr=1"), ("all", "limit=1"), ("report", "limit=1"), ("fetch", "limit=1"), ("sync", "base=x"),
+        ("train", "lr=1"), ("evaluate", "lr=1"), ("all", "limit=1"), ("report", "limit=1"), ("fetch", "limit=1"), ("sync", "base=x"), ("sync train", "steps=3"),
         ("train", "every=10"), ("train", "evaluate.best=x"), ("show", "lr=1"), ("to-hf", "dtype=float32"), ("steps", "seq_len=8"),
     ],
 )  # fmt: skip
@@ -168,3 +169,17 @@ def test_make_refuses_before_anything_runs(workspace) -> None:
     noted = workspace.make("-n", "train", "RECIPE=x", "NCCL_DEBUG=INFO").stderr
     assert "note: NCCL_DEBUG=INFO is no variable of this Makefile" in noted
     assert workspace.ran() == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("soup", "make soup: STEPS= and DST= are missing; next: make soup RUN=x"), ("cp SRC=a", "make cp: DST= is missing"),
+     ("export RECIPE=x", "make export: DST= is missing"), ("diff A=x", "make diff: B= is missing"), ("serve", "make serve: RUN= or MODEL= is missing"),
+     ("to-core DST=x", "make to-core: SRC= is missing")],
+    ids=["soup", "cp", "export", "diff", "serve", "to-core"],
+)  # fmt: skip
+def test_a_goal_without_a_variable_that_it_needs_is_refused_before_anything_runs(words: str, message: str) -> None:
+    goal, *given = words.split()
+    with pytest.raises(SftError, match=re.escape(message)):
+        make_words.check_needs(" ".join(given), [goal])
+    make_words.check_needs("A=x B=y SRC=a DST=b STEPS=1 RUN=x MODEL=y", [goal])

@@ -12,13 +12,16 @@ import pytest
 from conftest import REPO, Workspace
 from sft.common import columns
 from sft.common.errors import SftError
+from sft.formats.comparison import Comparison
 from sft.formats.metrics import Attempt, StepRecord
+from sft.formats.results import Results, Score, TaskResult
 from sft.launch import sweep
 from sft.reporting import __main__ as drawing
 from sft.reporting import trainings
 from test_report import SCRIPTS, charts_of
 
 SMOKE = REPO / "recipes/smoke.toml"
+EMPTY = Comparison(runs=("b", "c", "a"), rows=(), notes=(), fields=())
 
 
 def test_every_combination_is_a_run_and_seed_means_the_seeds_of_training() -> None:
@@ -121,3 +124,62 @@ def test_make_compare_shows_curves_where_there_are_no_scores(workspace: Workspac
     told = workspace.make("compare", "A=x", "B=x_lr-2e-4").stdout
     assert told.splitlines()[1].startswith("x_lr-2e-4  A") and "not all of them have scores: make evaluate" in told
     assert (workspace.root / "runs/x/compare/x_lr-2e-4-training.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("local", "gpus", "jobs", "expected"),
+    [(True, [], 0, [""]), (True, [], 2, ["", ""]), (True, ["0"], 0, [""]), (True, ["0"], 3, [""]), (True, list("0123"), 0, list("0123")),
+     (True, ["GPU-a", "GPU-b"], 1, ["GPU-a"]), (False, ["0"], 0, [""] * 6), (False, [], 2, ["", ""])],
+    ids=["cpu", "cpu-2", "one", "one-3", "four", "one-of-two", "jobs", "two-jobs"],
+)  # fmt: skip
+def test_runs_are_dealt_to_gpus_one_each_and_to_a_cpu_one_at_a_time(
+    local: bool, gpus: list[str], jobs: int, expected: list[str]
+) -> None:
+    assert sweep.slots(local, gpus, jobs, 6) == expected
+
+
+def test_more_runs_at_a_time_than_gpus_are_refused() -> None:
+    with pytest.raises(SftError, match="JOBS=3: this machine shows 2 GPUs, and each run takes one; next: JOBS=2"):
+        sweep.slots(True, ["0", "1"], 3, 6)
+
+
+def test_two_runs_train_at_once_on_a_gpu_each(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,9")  # two GPUs that are not there: the stages are a few lines
+    monkeypatch.setenv("SFT_LOCKS", str(tmp_path_factory.mktemp("locks")))
+    file = workspace.root / "stages/train.py"
+    meet = (
+        "    import os, time\n    name = os.environ['CUDA_VISIBLE_DEVICES']\n    open(f'at-{name}', 'w').close()\n"
+        "    until = time.monotonic() + 60\n    while not all(os.path.exists(f'at-{n}') for n in '79') and time.monotonic() < until:\n"
+        "        time.sleep(0.02)\n    open('gpus', 'a').write(name + ' ' + str(time.monotonic() < until) + chr(10))\n"
+    )
+    file.write_text(file.read_text().replace("def body(stage):\n", "def body(stage):\n" + meet))
+    made = workspace.make("sweep", "RECIPE=x", "lr=1e-4 2e-4", timeout=300)
+    assert "2 runs of x, 2 at a time" in made.stdout
+    assert sorted((workspace.root / "gpus").read_text().split("\n")[:-1]) == ["7 True", "9 True"]
+
+
+def test_the_scores_of_a_sweep_are_compared_with_the_best_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sft.reporting import sweeps
+
+    values = {"a": 0.25, "b": 0.75, "c": 0.5}
+    for name, value in values.items():
+        folder = tmp_path / name / "evaluate"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{}")
+        score = Score(value=value, stderr=None, n=8, higher_is_better=True)
+        task = TaskResult(metrics={"acc": score}, samples_sha256="1", task_sha256="2")
+        Results(template_sha256="0", backend="hf", device="cpu", dtype="float32", tasks={"t": task}).write(
+            folder / "results.json"
+        )
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sweeps.compare, "compare", lambda runs: seen.append([r.name for r in runs]) or EMPTY)
+    monkeypatch.setattr(sweeps.compare, "text", lambda _: "table")
+    monkeypatch.setattr(sweeps.comparison, "draw", lambda page, runs: f"{page.name} of {len(runs)}")
+    page = tmp_path / "x.html"
+    assert sweeps.best_first([tmp_path / n for n in values], page) == "table\n\nx.html of 3"
+    assert seen == [["b", "c", "a"]] and page.with_suffix(".json").is_file()
+    assert sweeps.best_first([tmp_path / "a"], page) == "" and not page.with_suffix(".json").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from sft.common import columns
@@ -25,6 +27,7 @@ def test_messages_are_wrapped_on_terminals_only(monkeypatch: pytest.MonkeyPatch)
     assert columns.for_terminal(text) == text
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert max(map(len, columns.for_terminal(text).splitlines())) <= 100
+    assert columns.for_terminal(text, io.StringIO()) == text  # a stage's log goes to another stream
 
 
 def test_data_cannot_control_a_terminal() -> None:

@@ -242,6 +242,24 @@ def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
     assert records(folder) == before
 
 
+def test_an_epoch_that_is_extended_by_another_ends_in_the_bits_of_two(folder: Path, dataset: Path) -> None:
+    """What `make extend` lets go on: the schedule must not depend on the length, so it is constant and has no warm-up."""
+    fields: dict[str, Any] = {
+        "steps": 0, "schedule": "constant", "warmup_fraction": 0.0, "epoch_tail": "drop", "global_batch_tokens": 1024,
+        "ephemeral_every": 0, "validate_every": 0,
+    }  # fmt: skip
+    whole = run_folder(folder / "whole", dataset)
+    train(whole, epochs=2.0, **fields)
+    train(folder, epochs=1.0, **fields)
+    steps = json.loads((folder / "result.json").read_text())["final_step"]
+    assert f"continuing from {folder / 'train' / f'step{steps}'}" in train(folder, epochs=2.0, **fields)
+    ours, theirs = (
+        [{**r, "validation_loss": 0} for r in curve(f)] for f in (folder, whole)
+    )  # the first ended with one
+    assert ours == theirs and len(ours) == 2 * steps
+    assert_same_bits(folder / "train" / f"step{2 * steps}", whole / "train" / f"step{2 * steps}")
+
+
 def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path, dataset: Path) -> None:
     first = run_folder(folder / "first", dataset)
     train(first, lr=1e-2)

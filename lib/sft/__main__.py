@@ -23,7 +23,6 @@ import importlib.util
 import os
 import re
 import signal
-import tomllib
 from pathlib import Path
 
 from sft.common import columns
@@ -34,8 +33,7 @@ from sft.formats import run as run_format
 from sft.formats.run import RunFile
 from sft.recipe import recipe, row_fields, schema, time_limit
 from sft.recipe.edit import set_field, to_toml
-from sft.recipe.resolve import resolve
-from sft.runner import asked, bases, make_words, plan, references, runs
+from sft.runner import asked, make_words, plan, references, runs
 from sft.runner.make_words import MAKE_VARIABLES, OF_A_RUN, split_overrides
 
 RECIPES = plan.REPO / "recipes"
@@ -62,10 +60,15 @@ def command_plan(args: argparse.Namespace) -> None:
     detach:<stage>, run:<run>, stale:<run>/<stage>."""
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
+    make_words.check_needs(args.overrides, goals)
     if goals != ["sweep"]:
         args.fields = make_words.with_model(args.overrides, goals, args.fields, args.place.runs)
     question = _question(args, goals)
     words = ["plan-ok", f"environment:{plan.environment_digest()}"]
+    if {"to-hf", "to-core"} & set(goals):
+        words += _words_of_tool(args, goals, question)
+        print(" ".join(words))
+        return
     if question.takes_none or set(goals) <= {"new"} or set(goals) == {"sweep"}:
         if goals != ["sweep"]:  # its fields have several values each
             question.resolve(args.fields)
@@ -84,7 +87,7 @@ def command_plan(args: argparse.Namespace) -> None:
             " next: choose another folder"
         )
     wanted_runs = runs_of(args)
-    if "baseline" in goals:
+    if "baseline" in goals and wanted_runs:
         wanted_runs, goals = _baseline(args, wanted_runs, goals), ["evaluate"]
         words += [f"set:{recipe.MODEL}={wanted_runs[0].convert.model}"] * (not question.other_model)
     if wanted_runs:
@@ -107,17 +110,28 @@ def command_plan(args: argparse.Namespace) -> None:
                 raise SftError(
                     f"{r.file}: [convert] model = {r.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
                 )
-        for line in plan.unchecked(args.place, r, goals):
-            print(f"note: {line}", file=sys.stderr)
         if "train" in wanted and "train" in cluster.stages:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
-        work = plan.work(args.place, r, goals)
+        work = plan.work(args.place, r, [question.dry_run if g == "dry-run" else g for g in goals])
+        for line in work.unchecked:
+            print(columns.for_terminal(f"note: {line}"), file=sys.stderr)
         retrain = make_words.variable(args.overrides, "RETRAIN") not in ("", "0") or "train" not in question.chain
         if "train" in work.stale and not retrain:
             _refuse_to_start_again(args, r)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
         words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
     print(" ".join(words))
+
+
+def _words_of_tool(args: argparse.Namespace, goals: list[str], question: asked.Asked) -> list[str]:
+    """Words for make to-hf and to-core: with a CLUSTER that has a scheduler, they are jobs. Raises SftError."""
+    if len(goals) > 1:
+        raise SftError(f"make {' '.join(goals)}: {goals[0]} takes no other goal; next: make them one by one")
+    cluster = args.place.load_cluster()
+    launched = cluster.launcher != "local"
+    numbers = [f for f in args.fields if launched and f.partition("=")[0] in recipe.HARDWARE_FIELDS]
+    others = [f for f in args.fields if f not in numbers]
+    return [*(f"set:{f}" for f in (*numbers, *question.resolve(others))), *["tool:job"] * launched]
 
 
 def _baseline(args: argparse.Namespace, found: list[recipe.Recipe], goals: list[str]) -> list[recipe.Recipe]:
@@ -160,63 +174,11 @@ def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
 
 def command_show(args: argparse.Namespace) -> None:
     """The resolved recipe with the origin of each value, its model, and the state of each stage."""
+    from sft.runner.show import show  # start-up: the planner does without
+
     args.fields = make_words.with_model(args.overrides, ["report"], args.fields, args.place.runs)
-    from sft.runner import listing  # start-up: the planner does without
-
     for r in _one_or_more(args):
-        print(f"# run {args.place.runs / r.run}  (recipe {r.file}, cluster {args.place.cluster})")
-        raw = tomllib.loads(Path(r.file).read_text())
-        overridden = dict(r.overrides)
-        for table in schema.TABLES:
-            print(f"\n[{table}]")
-            value = getattr(r, table)
-            for f in dataclasses.fields(value):
-                v = getattr(value, f.name)
-                if v is None:
-                    continue
-                origin = (
-                    "override"
-                    if f"{table}.{f.name}" in overridden
-                    else ""
-                    if f.name in raw.get(table, {})
-                    else "default"
-                )
-                if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
-                    for item in v:
-                        changed = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
-                        given = ", ".join(f"{k} = {to_toml(x)}" for k, x in changed.items())
-                        print(columns.wrapped(f"  {f.name}: {given}"))
-                    continue
-                line = f"{f.name} = {to_toml(v)}"
-                print(f"{line:47} # {origin}" if origin else line)
-        print()
-        for stage in schema.STAGES:
-            given = _given_hardware(r.hardware(args.place.cluster, stage))
-            print(columns.wrapped(f"[on.{args.place.cluster}.{stage}]  {given or '# defaults'}"))
-        print()
-        print(f"# model: {_model(args, r)}")
-        print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
-        for stage, state in plan.states(args.place, r, reuse=True).items():
-            print(f"# {stage:9}{'; '.join(state.reasons) or (f'reuses {state.origin}' if state.origin else 'done')}")
-            going = listing.progress(args.place.runs / r.run / stage) if stage == "train" and state.stale else None
-            if going:
-                print(f"# {'':9}{going.line(listing.is_running(args.place.runs / r.run, stage))}")
-
-
-def _given_hardware(hardware: schema.Hardware) -> str:
-    """The numbers that are not the defaults."""
-    given = {f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware)}
-    return ", ".join(f"{k} = {to_toml(v)}" for k, v in given.items() if v != recipe.HARDWARE_FIELDS[k].default)
-
-
-def _model(args: argparse.Namespace, r: recipe.Recipe) -> str:
-    """The architecture in a line."""
-    base = bases.find_base(args.place.roots, args.place.runs / r.run, r)
-    if base is None and not r.model.preset:
-        return f"that of the base {r.model.base}, which make sync brings"
-    model = resolve(r.model, 0, base)
-    size = "vocabulary of the tokenizer" if not model.vocab_size else f"{model.parameters:,} parameters"
-    return f"{model.n_layers} layers x {model.d_model}, {model.n_heads} heads ({model.n_kv_heads} kv), {size}"
+        show(args.place, r)
 
 
 def command_why(args: argparse.Namespace) -> None:
@@ -401,7 +363,7 @@ def command_doctor(args: argparse.Namespace) -> None:
     for r in _one_or_more(args):
         rows = doctor.examine(Context(args.place, r, args.place.load_cluster(), r.stages, imports=True), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
-        print(doctor.table([Row(OK, "recipe", r.file), *rows]))
+        print(columns.for_terminal(doctor.table([Row(OK, "recipe", r.file), *rows]), sys.stdout))
         red += sum(row.state == RED for row in rows)
     if red:
         raise SftError(f"{red} red line{'s' * (red > 1)}; next: correct them before launching anything")
@@ -435,7 +397,7 @@ def command_compare(args: argparse.Namespace) -> None:
 def command_sweep(args: argparse.Namespace) -> None:
     """Makes sibling runs of all combinations of values, and compares them."""
     from sft.launch import sweep  # start-up: the planner launches nothing
-    from sft.reporting import comparison  # start-up: the same
+    from sft.reporting import comparison, sweeps  # start-up: the same
 
     if len(args.recipe.split()) != 1:
         raise SftError(
@@ -450,10 +412,8 @@ def command_sweep(args: argparse.Namespace) -> None:
     runs, r = args.place.runs, args.recipe.strip()
 
     def finish() -> None:
-        print(
-            comparison.of_trainings([runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"),
-            flush=True,
-        )
+        folders, page = [runs / sibling.run for sibling in found], runs / ".sweeps" / f"{r}.html"
+        print(sweeps.best_first(folders, page) or comparison.of_trainings(folders, page), flush=True)
 
     sweep.sweep(args.place, r, found, make_words.variable(args.overrides, "GOAL") or "train", int(jobs), words, finish)
 

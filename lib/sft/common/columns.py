@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
+from typing import IO
 
 from sft.common.strings import printable
 
@@ -57,7 +58,10 @@ def hanging(head: str, text: str, width: int = WIDTH) -> str:
     return "\n".join([*first, *(" " * indent + line for line in lines[1:])]).rstrip()
 
 
-def for_terminal(text: str) -> str:
-    """A message for standard error: wrapped where that is a terminal. A file gets the lines as they are. See `printable`."""
+def for_terminal(text: str, stream: IO[str] | None = None) -> str:
+    """A message for standard error, or another stream: wrapped where that is a terminal. A file gets the lines as they are.
+
+    See `printable`.
+    """
     text = printable(text)
-    return wrapped(text) if sys.stderr.isatty() else text
+    return wrapped(text) if (stream or sys.stderr).isatty() else text

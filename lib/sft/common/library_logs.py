@@ -15,6 +15,7 @@ _FORMER: list[logging.Handler] = []
 
 def quiet_libraries(file: Path) -> None:
     """From now on, log records of libraries and `warnings` are appended to the file, which is made with the first of them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, delay=True)
     for former in _FORMER:
         for name in ("", *OWN_HANDLERS):

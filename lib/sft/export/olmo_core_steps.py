@@ -26,6 +26,7 @@ from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import base_facts, config_of_step, named_tokens, step_config
 from sft.common.errors import SftError
 from sft.common.files import write_json
+from sft.common.library_logs import quiet_libraries
 from sft.export import card, gate
 from sft.export.convert import about_quantisation, with_length
 from sft.export.logits import compare_logits, sample_layers
@@ -208,6 +209,7 @@ def to_hf_program(
     """Converts the OLMo-core step SOURCE (folder or gs://…) to the new Hugging Face folder TARGET. FIELD=VALUE sets a
     field of [convert]."""
     log = _logger("to-hf")
+    quiet_libraries(cache / "to-hf.log")
     report = to_hf(source, target, _options(options), tokenizer, template, cache, log)
     log(f"{target}: {json.dumps(to_json(report.summary))}")
 
@@ -220,6 +222,7 @@ def to_hf_program(
 def to_core_program(source: str, target: str, cache: Path, adapter: str) -> None:
     """Converts the Hugging Face folder SOURCE (also gs://… or hf://org/name[@revision]) to the new OLMo-core step TARGET."""
     log = _logger("to-core")
+    quiet_libraries(cache / "to-core.log")
     to_core(source, target, cache, log, adapter)
     log(f"{target}: a base for [model] base, here or in OLMo-core")
 

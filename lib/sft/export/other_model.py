@@ -24,6 +24,7 @@ from sft.export.tokenizer_files import copy_tokenizer_files, tokenizer_beside
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.formats.gate import NAME
+from sft.formats.manifest import StepManifest
 from sft.recipe.base_config import read_hf_config
 from sft.recipe.config_reader import EveryKey
 from sft.recipe.resolve import with_positions
@@ -89,11 +90,16 @@ def find(stage: Stage) -> Path:
         return find_base_weights(name, stage.find, stage.cache, stage.log).folder.root
     place = stage.place
     folder = models.folder(stage.recipe, place.runs, place.roots, stage.cluster, place.cluster, stage.name)
-    listed = folder if (folder / manifest.NAME).is_file() else folder.parent
-    if name.startswith(models.RUNS) or listed == folder:
-        broken = manifest.broken_outputs(listed, manifest.load(listed / manifest.NAME).outputs)
-        if broken:
-            raise SftError("\n".join(broken) + f"\nnext: make that step again, or name another with MODEL= ({name})")
+    if is_step(folder):
+        file = folder / manifest.NAME
+        broken = manifest.broken_outputs(folder, StepManifest.read(file).outputs) if file.is_file() else []
+    elif name.startswith(models.RUNS):  # an export
+        export = folder.parent
+        broken = manifest.broken_outputs(export, manifest.load(export / manifest.NAME).outputs)
+    else:
+        broken = []
+    if broken:
+        raise SftError("\n".join(broken) + f"\nnext: make it again, or name another model than MODEL={name}")
     return folder
 
 

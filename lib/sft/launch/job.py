@@ -30,6 +30,8 @@ ACTIVE = ("pending", "running")
 STATES = (*ACTIVE, "done", "failed", "cancelled", "timeout", "gone")
 WATCH = "watch"
 """The job that evaluates the checkpoints of a running training job. It is not a stage, and no make waits for it."""
+TOOLS = ("to-hf", "to-core")
+"""Programs that run as a job of their own, which belongs to no run; see sft.launch.tools."""
 T = TypeVar("T")
 
 
@@ -99,6 +101,12 @@ class Job:
     def folder(self) -> Path:
         """runs/<run>/.jobs."""
         return self.run / FOLDER
+
+    @property
+    def earlier(self) -> tuple[str, ...]:
+        """The stages before this one. A tool has none; an evaluation of checkpoints has those of training."""
+        made = "train" if self.stage == WATCH else self.stage
+        return schema.STAGES[: schema.STAGES.index(made)] if made in schema.STAGES else ()
 
     @property
     def record_file(self) -> Path:
@@ -183,7 +191,8 @@ class SubmittedJob:
 
 def submitted_jobs(runs: Path) -> list[SubmittedJob]:
     """The recorded jobs of every run, sorted by run and stage."""
-    found = [SubmittedJob.load(file) for file in sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json"))]
+    files = [*sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json")), *sorted(runs.glob(f".tools/*/{FOLDER}/*.json"))]
+    found = [SubmittedJob.load(file) for file in files]
     return [job for job in found if job is not None]
 
 

@@ -3,8 +3,8 @@
     make sweep RECIPE=x lr="1e-5 3e-5 1e-4" seed="1 2"        six runs; GOAL=train (default), evaluate or all; JOBS=n at a time
 
 A field with several values, separated by spaces, makes a dimension. `seed` means [train] seed and data_seed. The data is
-synced first, so that the others refer to its data. On this machine each run gets a GPU of its own where there are several; with a
-scheduler all runs are submitted and followed at once. What is finished is not made again, so the same command resumes a sweep.
+synced first, so that the others refer to its data. On this machine each run gets a GPU of its own (CUDA_VISIBLE_DEVICES) where there are
+several; with a scheduler all runs are submitted and followed at once. What is finished is not made again, so the same command resumes a sweep.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from sft.common import columns
 from sft.common.errors import SftError
-from sft.common.machine import gpus
+from sft.common.machine import visible_gpus
 from sft.recipe import recipe
 from sft.runner import asked, plan
 
@@ -62,6 +62,23 @@ def siblings(file: Path, fields: Sequence[str], cluster: str) -> list[Sibling]:
     return list(found.values())
 
 
+def slots(local: bool, gpus: Sequence[str], jobs: int, runs: int) -> list[str]:
+    """The GPU of each run that goes at the same time; "" for one that keeps what it sees. Raises SftError.
+
+    On this machine there are as many as it has GPUs, or one on a CPU; jobs of a cluster all go at once. `jobs` is JOBS=, 0 where it is
+    not given.
+    """
+    if not local:
+        return [""] * (jobs or runs)
+    if len(gpus) < 2:
+        return [""] * (jobs if jobs and not gpus else 1)
+    if jobs > len(gpus):
+        raise SftError(
+            f"make sweep JOBS={jobs}: this machine shows {len(gpus)} GPUs, and each run takes one; next: JOBS={len(gpus)} or less"
+        )
+    return list(gpus[: jobs or len(gpus)])
+
+
 def sweep(
     place: plan.Place,
     r: str,
@@ -74,16 +91,15 @@ def sweep(
     """Makes all runs, then calls `finish`, which compares them. Raises SftError with the runs that failed, after the others have ended."""
     if goal not in GOALS:
         raise SftError(f"make sweep GOAL={goal}: none of {', '.join(GOALS)}; next: correct it")
-    local = place.load_cluster().launcher == "local"
-    count = gpus() if local else 0
-    slots = jobs or (max(1, count) if local else len(found))
+    places = slots(place.load_cluster().launcher == "local", visible_gpus(), jobs, len(found))
     free: queue.Queue[str] = queue.Queue()
-    for number in range(slots):
-        free.put(str(number % count) if count > 1 else "")
+    for gpu in places:
+        free.put(gpu)
     logs = place.runs / ".sweeps"
     logs.mkdir(parents=True, exist_ok=True)
     print(
-        f"[sweep] {len(found)} runs of {r}, {min(slots, len(found))} at a time; their output is in {logs}", flush=True
+        f"[sweep] {len(found)} runs of {r}, {min(len(places), len(found))} at a time; their output is in {logs}",
+        flush=True,
     )
     data = tuple(o for o in found[0].overrides if _is_of_data(o, place.cluster))
     if _make(place, r, Sibling(found[0].run, data), "sync", "", logs, words):
@@ -102,7 +118,7 @@ def sweep(
             failed.append(f"{sibling.run} (exit status {code}, {logs / sibling.run}.log)")
         print(f"[sweep] {sibling.run}: {'failed' if code else 'done'}", flush=True)
 
-    with ThreadPoolExecutor(slots) as pool:
+    with ThreadPoolExecutor(len(places)) as pool:
         list(pool.map(one, found))
     finish()
     if failed:

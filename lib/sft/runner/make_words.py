@@ -26,9 +26,23 @@ MAKE_VARIABLES = (
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
 OF_A_RUN = (
     *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
-    "dry-run", "cancel", "collect", "fetch", "sweep",
+    "dry-run", "baseline", "cancel", "collect", "fetch", "sweep",
 )  # fmt: skip
 """Goals of Make that need RECIPE=."""
+NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "soup": (("STEPS", "DST"), 'make soup RUN=x STEPS="100 200" DST=folder'),
+    "cp": (("SRC", "DST"), "make cp SRC=gs://bucket/prefix DST=folder"),
+    "to-hf": (("SRC", "DST"), "make to-hf SRC=runs/x/train/step300 DST=folder"),
+    "to-core": (("SRC", "DST"), "make to-core SRC=hf://org/name DST=step0"),
+    "export": (("DST",), "make export RECIPE=x DST=folder"),
+    "verify": (("RUN",), "make verify RUN=x; make runs lists them"),
+    "delete": (("RUN",), "make delete RUN=x; make runs lists them"),
+    "archive": (("RUN", "DST"), "make archive RUN=x DST=x.tar"),
+    "diff": (("A", "B"), "make diff A=x B=y; make runs lists them"),
+    "compare": (("A", "B"), "make compare A=x B=y; make runs lists them"),
+    "push-hub": (("REPO",), "make push-hub RECIPE=x REPO=org/name"),
+}
+"""The variables that a goal cannot do without, and a command that has them."""
 TALKING = ("chat", "serve")
 """Goals with a MODEL= of their own."""
 WITH_MODEL = (
@@ -77,6 +91,17 @@ def variable(overrides: str, name: str) -> str:
 def given(overrides: str, name: str) -> str:
     """The value of a variable on Make's command line; "" for one in the environment."""
     return next(iter(re.findall(rf"(?:^|\s){name}=(\S*)", overrides)), "")
+
+
+def check_needs(overrides: str, goals: Sequence[str]) -> None:
+    """Raises SftError for a goal whose variables are missing, before the environment is set up or a stage runs."""
+    for goal in goals:
+        names, example = NEEDS.get(goal, ((), ""))
+        if missing := [f"{name}=" for name in names if not variable(overrides, name)]:
+            verb = "is" if len(missing) == 1 else "are"
+            raise SftError(f"make {goal}: {' and '.join(missing)} {verb} missing; next: {example}")
+        if goal in TALKING and not (variable(overrides, "RUN") or variable(overrides, "MODEL")):
+            raise SftError(f"make {goal}: RUN= or MODEL= is missing; next: make {goal} RUN=x; make runs lists them")
 
 
 def with_model(overrides: str, goals: Sequence[str], fields: Sequence[str], runs: Path) -> list[str]:

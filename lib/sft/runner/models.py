@@ -90,6 +90,10 @@ def folder(r: Recipe, runs: Path, roots: Sequence[Path], cluster: Cluster, clust
         found = Path(name) if name.startswith("/") else paths.find(roots, name, f"{r.file}: {FIELD}")
     if not found.is_dir():
         raise SftError(f"{r.file}: {FIELD} = {name!r}: {found} is no folder; next: correct MODEL=")
+    if not (found / "config.json").is_file():
+        raise SftError(
+            f"{r.file}: {FIELD} = {name!r}: neither a step nor a Hugging Face model: {found} has no config.json; next: correct MODEL="
+        )
     return found
 
 

@@ -256,10 +256,14 @@ def _look_elsewhere(sync: State, place: Place, file: Path) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """What the goals need: {stage: reasons} of the stages that must run, and {stage: folder} of those that another run has."""
+    """What the goals need: {stage: reasons} of the stages that must run, and {stage: folder} of those that another run has.
+
+    unchecked: a line for each input that only jobs see.
+    """
 
     stale: dict[str, list[str]]
     reused: dict[str, Path]
+    unchecked: tuple[str, ...] = ()
 
 
 def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
@@ -281,12 +285,7 @@ def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
         named_files(place, r, stage)
     if not {"prepare", "sync", "train"}.isdisjoint(runs):
         bases.check_base(place.roots, place.runs / r.run, r)
-    cluster = place.load_cluster()
-    for stage in runs:
-        for what, path in mounts.named(r, stage):
-            mounts.require(path, stage, cluster, place.cluster, f"{r.file}: {what}")
-        if r.convert.model and stage in ("convert", "evaluate"):
-            models.check(r, stage, place.runs, place.roots, cluster, place.cluster)
+    unchecked = _on_disks_of_jobs(place, r, runs)
     if "prepare" in runs and not inputs.is_elsewhere(r.prepare.tokenizer):
         _check_template(r, "template", "prepare", r.prepare.template, "tokenizer")
     if "convert" in runs:
@@ -300,17 +299,20 @@ def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
     reused = {s.stage: s.origin for s in found.values() if s.origin and not s.stale}
     if reasons := report_reasons(place.runs / r.run, bool(runs) or not reused.keys().isdisjoint(wanted)):
         stale["report"] = reasons
-    return Work(stale, reused)
+    return Work(stale, reused, tuple(unchecked))
 
 
-def unchecked(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> list[str]:
-    """One line for each input that only the jobs of the stages for these goals see."""
-    wanted = [g for g in goals if g in schema.STAGES] + ["evaluate"] * (not {"all", "smoke"}.isdisjoint(goals))
-    stages = [s for s in r.stages if any(s in r.chain(goal) for goal in wanted)]
-    found = [f"{what} = {path!r}: checked in the job of {s}" for s in stages for what, path in mounts.named(r, s)]
-    reader = next((s for s in stages if s in ("convert", "evaluate")), "")
-    if reader and r.convert.model and mounts.in_jobs(r.convert.model, place.load_cluster()):
-        found.append(f"{models.FIELD} = {r.convert.model!r}: checked in the job of {reader}")
+def _on_disks_of_jobs(place: Place, r: recipe.Recipe, stages: Sequence[str]) -> list[str]:
+    """One line for each input of these stages that only their jobs see. Raises SftError for one that they would not see."""
+    cluster, found = place.load_cluster(), []
+    for stage in stages:
+        for what, path in mounts.named(r, stage):
+            mounts.require(path, stage, cluster, place.cluster, f"{r.file}: {what}")
+            found.append(f"{what} = {path!r}: checked in the job of {stage}")
+        if r.convert.model and stage in ("convert", "evaluate"):
+            models.check(r, stage, place.runs, place.roots, cluster, place.cluster)
+            if mounts.in_jobs(r.convert.model, cluster):
+                found.append(f"{models.FIELD} = {r.convert.model!r}: checked in the job of {stage}")
     return found
 
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from sft.common import paths
+from sft.common.columns import for_terminal
 from sft.common.errors import SftError
 from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
 from sft.common.library_logs import quiet_libraries
 from sft.common.locks import lock
 from sft.common.process import report_errors
-from sft.common.strings import printable
 from sft.formats import identity, manifest
 from sft.formats import run as run_format
 from sft.formats.identity import damaged, read_identity, write_identity
@@ -118,7 +118,7 @@ class Stage:
         return self._upstream.base()
 
     def log(self, text: str) -> None:
-        print(f"[{self.name}] {printable(text)}", flush=True)
+        print(for_terminal(f"[{self.name}] {text}", sys.stdout), flush=True)
 
     def finish(self, result: Result) -> None:
         """Sets the result, which `open_stage` publishes when it closes."""

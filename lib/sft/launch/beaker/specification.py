@@ -22,7 +22,7 @@ from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest
 from sft.formats.remote import SyncMetrics
 from sft.launch.beaker import code
-from sft.launch.job import WATCH, Job
+from sft.launch.job import TOOLS, WATCH, Job
 from sft.recipe import recipe, schema
 from sft.runner import plan, references
 
@@ -136,6 +136,8 @@ def stored_stage(job: Job) -> str:
 def remote_command(job: Job) -> list[str]:
     """The stage's command with the run's folder and DATA as jobs see them. Raises SftError for a DATA that they cannot see."""
     words = [remote_run(job) if word == str(job.run) else word for word in job.command]
+    if job.stage in TOOLS:
+        return words
     if "--data" in words:
         if not job.cluster.data:
             raise SftError(
@@ -163,7 +165,7 @@ def inputs_of(job: Job) -> dict[str, InputDataset]:
     found: dict[str, InputDataset] = {}
     if job.stage == WATCH:
         return found  # the training job has them
-    for stage in schema.STAGES[: schema.STAGES.index(job.stage)]:
+    for stage in job.earlier:
         folder = job.run / stage
         try:
             made = manifest.load(folder / manifest.NAME)
@@ -215,7 +217,7 @@ def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
 def addresses(job: Job) -> dict[str, str]:
     """The earlier stages that a job reads from a bucket, {stage: gs://…}. Those of `inputs_of` are uploaded with it."""
     found = {}
-    for stage in schema.STAGES[: schema.STAGES.index(job.stage)] if in_bucket(job.cluster) else ():
+    for stage in job.earlier if in_bucket(job.cluster) else ():
         folder = job.run / stage
         with contextlib.suppress(FileNotFoundError, SftError):
             made = manifest.load(folder / manifest.NAME)
@@ -238,10 +240,12 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
         mounts[CODE] = f"{user}/{shipped.dataset}"
     else:
         variables["SFT_REPOSITORY"] = shipped.repository
-    if in_bucket(job.cluster):
+    if job.stage in TOOLS:
+        variables["SFT_TOOL"] = "1"  # it leaves its result where it was told to, and nothing to fetch
+    elif in_bucket(job.cluster):
         variables |= {f"SFT_INPUT_{stage}": address for stage, address in addresses(job).items()}
         variables["SFT_STAGE_ADDRESS"] = stored_stage(job)
-    for stage in schema.STAGES[: schema.STAGES.index("train" if job.stage == WATCH else job.stage)]:
+    for stage in job.earlier:
         if reference := reference_of(job, stage):
             variables[f"SFT_REFERENCE_{stage}"] = reference
     for stage, (dataset, _) in inputs_of(job).items():
