@@ -7,54 +7,14 @@ the planner reads this before the environment exists.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-REQUIRED: Any = object()
+from sft.recipe.options import REQUIRED, opt
+
 ROLES = ("system", "developer", "user", "assistant", "tool", "environment", "function", "ipython")
 COLUMNS = ("messages", "conversations", "prompt", "instruction", "completion", "input", "output", "tools", "system")
 """The roles of messages, and the names that columns of a row can have."""
-
-
-def opt(
-    default: Any,
-    doc: str,
-    *,
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    choices: tuple[str, ...] | None = None,
-    key: bool = True,
-    late: bool = False,
-    selects: bool = False,
-    launchers: tuple[str, ...] = (),
-    stages: tuple[str, ...] = (),
-    hints: dict[str, str] | None = None,
-) -> Any:
-    """Declares a field. min, max: inclusive bounds. above: exclusive lower bound. choices: allowed values, or the allowed keys
-    of a table. late: the key leaves the field out while it has its default, so that runs from before it existed stay up to
-    date. selects: an option of prepare that chooses documents and does not change their tokens, so the key of the token cache
-    leaves it out. launchers: those that read the field (empty = all); with any other launcher it is refused. stages: those that
-    read a field of [on.<cluster>.<stage>] (empty = all); for any other stage it is refused. hints: what the error says for a
-    value that others would write."""
-    metadata = {
-        "doc": doc,
-        "min": min,
-        "max": max,
-        "above": above,
-        "choices": choices,
-        "key": key,
-        "late": late,
-        "selects": selects,
-        "launchers": launchers,
-        "stages": stages,
-        "hints": hints or {},
-    }
-    if default is REQUIRED:
-        return field(metadata={**metadata, "required": True}, default=None)
-    if isinstance(default, dict):
-        return field(metadata=metadata, default_factory=lambda: dict(default))
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)

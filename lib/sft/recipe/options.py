@@ -1,0 +1,46 @@
+"""How a field of a recipe or of a cluster file is declared: `opt`, with the rules that `sft.recipe.recipe` checks. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any, TypedDict, Unpack
+
+REQUIRED: Any = object()
+"""In place of the default of a field that must be given."""
+
+
+class Rules(TypedDict, total=False):
+    """What a field is checked by, and who reads it. Bounds are inclusive, except `above`."""
+
+    min: float | None
+    max: float | None
+    above: float | None
+    choices: tuple[str, ...] | None
+    """Allowed values, or the allowed keys of a table."""
+    key: bool
+    """Whether the field is in the key of its stage. False: an edit makes nothing stale."""
+    late: bool
+    """The key leaves the field out while it has its default, so runs from before it existed stay up to date."""
+    selects: bool
+    """The option chooses documents and does not change their tokens, so the key of the token cache leaves it out."""
+    launchers: tuple[str, ...]
+    """Those that read the field; empty = all. With any other launcher it is refused."""
+    stages: tuple[str, ...]
+    """Those that read a field of [on.<cluster>.<stage>]; empty = all. For any other stage it is refused."""
+    hints: dict[str, str]
+    """What the error says for a value that others would write."""
+
+
+NO_RULES = Rules(
+    min=None, max=None, above=None, choices=None, key=True, late=False, selects=False, launchers=(), stages=(), hints={}
+)
+
+
+def opt(default: Any, doc: str, **rules: Unpack[Rules]) -> Any:
+    """Declares a field with its default and its meaning."""
+    metadata = {"doc": doc, **NO_RULES, **rules}
+    if default is REQUIRED:
+        return field(metadata={**metadata, "required": True}, default=None)
+    if isinstance(default, dict):
+        return field(metadata=metadata, default_factory=lambda: dict(default))
+    return field(default=default, metadata=metadata)
