@@ -76,6 +76,7 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in PAIRS))
     shutil.copytree(TOKENIZER, tmp_path / "other")
+    (tmp_path / "other/chat_template.jinja").write_text(prepare_layouts.JINJA)
     options = {
         "cores": "1", "tokens": "5e4", "rounds": "1", "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1",
         "tokenizer": TOKENIZER, "qwen3": tmp_path / "other", "gsm8k": file,
