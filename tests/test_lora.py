@@ -23,8 +23,10 @@ from sft.export.merge_gate import check_merge
 from sft.export.peft_adapter import write_adapter
 from sft.export.write import write_weights
 from sft.model import hf, memory
+from sft.model.flops import token_flops
+from sft.model.noise import dropped, token_keys
 from sft.model.quantised import dequantise, quantise, quantised_linear
-from sft.model.trained import lora_shapes, lora_targets, select
+from sft.model.trained import flops_change, lora_shapes, lora_targets, select
 from sft.recipe import recipe
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import LORA_LR, Hardware, Train
@@ -143,6 +145,45 @@ def test_adapters_stay_fp32_where_the_frozen_base_is_bf16(tmp_path: Path, datase
     assert "parameters, frozen; 8,192 in 28 adapters of rank 4" in said
     found = tensors(tmp_path / "bf16" / "train" / "step2")
     assert {value.dtype for value in found.values()} == {torch.float32}
+
+
+@pytest.mark.processes
+def test_dropout_is_the_same_however_the_work_is_divided(tmp_path: Path, dataset: Path) -> None:
+    fields, found = LORA | {"lora_dropout": 0.3}, []
+    for name in ("one rank", "two of one group, compiled"):
+        (tmp_path / name[:3]).mkdir()
+        found.append(test_context.gradients(tmp_path / name[:3], dataset, *test_context.PLANS[name], fields)["steps"])
+    for step, wanted in found[0].items():
+        for name, value in wanted.items():
+            assert (found[1][step][name] - value).norm() / value.norm() < 5e-6, name
+
+
+def test_dropout_changes_training_and_neither_the_first_loss_nor_validation(
+    trained: Path, tmp_path: Path, dataset: Path
+) -> None:
+    folder = run_folder(tmp_path / "dropout", dataset)
+    train(folder, **LORA, lora_dropout=0.5, steps=1, validate_every=1)
+    plain = run_folder(tmp_path / "plain", dataset)
+    train(plain, **LORA, steps=1, validate_every=1)
+    ours, theirs = records(folder)[0], records(plain)[0]
+    assert ours.loss == theirs.loss  # B is zero
+    assert abs(ours.grad_norm - theirs.grad_norm) > 0.01 * theirs.grad_norm
+
+
+def test_dropout_drops_its_share_and_differs_by_token_column_and_place() -> None:
+    keys = token_keys(torch.arange(2000), 3)
+    first = dropped(torch.ones(2000, 32), keys, torch.tensor(0), 0.25)
+    assert abs((first == 0).float().mean() - 0.25) < 0.01 and first.max() == pytest.approx(1 / 0.75)
+    other = dropped(torch.ones(2000, 32), keys, torch.tensor(1), 0.25)
+    assert abs(((first == 0) & (other == 0)).float().mean() - 0.0625) < 0.01
+    assert torch.equal(dropped(torch.ones(5, 32), keys[100:105], torch.tensor(0), 0.25), first[100:105])
+
+
+def test_the_flops_of_lora_leave_out_the_gradients_of_frozen_matrices() -> None:
+    config = PRESETS["olmo2-7b"]
+    assert flops_change(config, Train()) == 0
+    change = flops_change(config, Train(method="lora", lora_rank=1))
+    assert change == pytest.approx(-token_flops(config), rel=0.01)
 
 
 def test_the_codes_stand_for_what_torchao_says() -> None:

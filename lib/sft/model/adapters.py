@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,11 +21,20 @@ from torch import Tensor, nn
 
 from sft.formats.adapter import Adapter
 from sft.model.hf import DECAYS
+from sft.model.noise import dropped
 from sft.model.parallel import set_parameter
 from sft.model.quantised import Codes, dequantise, quantise, quantised_linear
 from sft.model.trained import LORA_A, LORA_B
 
 FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Dropout:
+    """What all adapters of a model share. `keys` [T]: of the tokens of the microbatch (sft.model.noise); None in validation."""
+
+    rate: float
+    keys: Tensor | None = None
 
 
 class LoraLinear(nn.Linear):
@@ -40,6 +50,8 @@ class LoraLinear(nn.Linear):
         self.lora_b = nn.Parameter(empty(base.out_features, adapter.rank))
         self.base_dtype = adapter.base_dtype
         self.codes: Codes = ()
+        self.dropout: Dropout | None = None
+        self.salt: Tensor | None = None
         if self.base_dtype not in FLOATS:
             self.weight = None
 
@@ -49,7 +61,10 @@ class LoraLinear(nn.Linear):
         else:
             base = quantised_linear(input, self.codes)
             base = base if self.bias is None else base + self.bias
-        return base + self.scale * F.linear(F.linear(input, self.lora_a), self.lora_b)
+        x = input
+        if self.dropout is not None and self.dropout.keys is not None and self.salt is not None:
+            x = dropped(input, self.dropout.keys, self.salt, self.dropout.rate)
+        return base + self.scale * F.linear(F.linear(x, self.lora_a), self.lora_b)
 
     def load_base(self, value: Tensor) -> None:
         """Quantises the complete fp32 matrix on this module's device."""
@@ -76,6 +91,16 @@ def add_adapters(model: nn.Module, targets: Iterable[str], adapter: Adapter, fro
         for base in (p for n, p in made.named_parameters() if n not in (LORA_A, LORA_B)):
             base.requires_grad_(False).data = base.data.to(frozen)
         setattr(owner, name, made)
+
+
+def add_dropout(model: nn.Module, rate: float, device: torch.device) -> Dropout | None:
+    """Gives all adapters their dropout; None for a rate of 0. A tensor for each place, as a number would be compiled in."""
+    if not rate:
+        return None
+    shared = Dropout(rate)
+    for number, module in enumerate(m for m in model.modules() if isinstance(m, LoraLinear)):
+        module.dropout, module.salt = shared, torch.tensor(number, device=device)
+    return shared
 
 
 def freeze(model: nn.Module, trained: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from sft.common.errors import SftError
 from sft.model import hf
 from sft.model.hf import DECAYS, shapes
-from sft.model.trained import Shapes, frozen_shapes, lora_shapes, lora_targets, trained_shapes
+from sft.model.trained import LORA_A, Shapes, frozen_shapes, lora_shapes, lora_targets, trained_shapes
 from sft.recipe.architecture import GatedDelta, ModelConfig
 from sft.recipe.schema import Hardware, Train
 
@@ -201,6 +201,10 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     head_gradient = head if hf.head_name(model) in trained_shapes(model, train) else 0
     # The input of an adapter's second factor, and a matrix that is made from its codes.
     low_rank = tokens * compute * train.lora_rank * len(adapters) // (2 * model.n_layers)
+    if train.lora_dropout:  # a copy of the inputs and its mask
+        low_rank += (
+            tokens * (compute + 1) * sum(s[1] for n, s in adapters.items() if n.endswith(LORA_A)) // model.n_layers
+        )
     made = _dequantised_bytes(compute, train.base_dtype) * max((math.prod(s) for s in replicated.values()), default=0)
     by_layer = [
         activation_bytes(model, tokens, mode, compute, hardware, mixer) + (low_rank if mode == "none" else 0)

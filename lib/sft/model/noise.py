@@ -2,7 +2,7 @@
 
 In:  numbers of tokens, a seed. Out: values in (-1, 1) from a hash of (seed, token, column).
 
-NEFTune (arXiv 2310.05914) adds such values times alpha / sqrt(tokens of the document x width) to the embeddings in training.
+Dropout of adapters is such a mask. NEFTune (arXiv 2310.05914) adds such values times alpha / sqrt(tokens of the document x width) to the embeddings in training.
 """
 
 from __future__ import annotations
@@ -21,15 +21,25 @@ def _mixed(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
-def uniform(tokens_T: Tensor, columns: int, seed: int) -> Tensor:
-    """fp32 [T, columns] between -1 and 1. `tokens_T`: int64, not negative."""
+def token_keys(tokens_T: Tensor, seed: int) -> Tensor:
+    """int64 [T]: a hash of each token and the seed. `tokens_T`: int64, not negative."""
     start = _mixed(torch.tensor((seed ^ (seed >> 32)) & MASK)).item()
-    keys = _mixed(_mixed((tokens_T & MASK) ^ start) ^ (tokens_T >> 32))
+    return _mixed(_mixed((tokens_T & MASK) ^ start) ^ (tokens_T >> 32))
+
+
+def uniform(tokens_T: Tensor, columns: int, seed: int) -> Tensor:
+    """fp32 [T, columns] between -1 and 1."""
+    keys = token_keys(tokens_T, seed)
     column = _mixed(torch.arange(1, columns + 1, device=keys.device))
-    rows = []
-    for part in keys.split(ROWS):
-        rows.append((_mixed(part[:, None] ^ column).float() + 0.5) * 2.0**-31 - 1)
+    rows = [(_mixed(part[:, None] ^ column).float() + 0.5) * 2.0**-31 - 1 for part in keys.split(ROWS)]
     return torch.cat(rows) if rows else torch.empty(0, columns, device=keys.device)
+
+
+def dropped(x_TD: Tensor, keys_T: Tensor, salt: Tensor, rate: float) -> Tensor:
+    """Dropout whose mask is a function of `token_keys`, the column and `salt`, a number of the place in the model."""
+    column = _mixed(torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) ^ _mixed(salt))
+    kept = _mixed(keys_T[:, None] ^ column) >= int(rate * (MASK + 1))
+    return torch.where(kept, x_TD * (1 / (1 - rate)), torch.zeros((), dtype=x_TD.dtype, device=x_TD.device))
 
 
 def neftune(tokens_T: Tensor, lengths_T: Tensor, columns: int, alpha: float, seed: int) -> Tensor:

@@ -110,6 +110,14 @@ def frozen_shapes(config: ModelConfig, train: Train) -> Shapes:
     return {name: shape for name, shape in shapes(config).items() if name not in trained}
 
 
+def flops_change(config: ModelConfig, train: Train) -> float:
+    """Training FLOPs of a token beyond those of full training: three passes of the adapters, less the gradients of the frozen
+    matrices in the blocks."""
+    frozen = (s for name, s in frozen_shapes(config, train).items() if name.startswith("blocks.") and len(s) == 2)
+    added = sum(math.prod(shape) for shape in lora_shapes(config, train).values())
+    return 6.0 * added - 2.0 * sum(math.prod(shape) for shape in frozen)
+
+
 def matched(table: Mapping[str, float], names: Sequence[str], default: float, field: str) -> dict[str, float]:
     """{name: the value of the last pattern that matches it, or the default}. Raises SftError for a pattern without a match."""
     found = dict.fromkeys(names, default)

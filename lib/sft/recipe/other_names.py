@@ -114,6 +114,8 @@ OTHER_NAMES: dict[str, str] = {
     "lora_r": "train.lora_rank",
     "peft_r": "train.lora_rank",
     "lora_target_modules": "train.lora_targets: names such as attention.w_q; empty = all matrices of the blocks",
+    "adapter_dropout": "train.lora_dropout",
+    "peft_lora_dropout": "train.lora_dropout",
     "lora_target_linear": "train.lora_targets: empty = all matrices of the blocks",
     "use_rslora": "train.lora_rslora",
     "peft_use_rslora": "train.lora_rslora",

@@ -241,6 +241,13 @@ class Train:
     lora_rslora: bool = opt(
         False, "lora: divide lora_alpha by the square root of the rank (arXiv 2312.03732)", late=True
     )
+    lora_dropout: float = opt(
+        0.0,
+        "lora: share of an adapter's inputs that are dropped in training; a function of the token",
+        min=0,
+        max=0.9,
+        late=True,
+    )
     lora_targets: tuple[str, ...] = opt(
         (),
         'lora: matrices that get an adapter, e.g. ["attention", "feed_forward.w2", "blocks.0-7"]; empty = all in the blocks',

@@ -29,11 +29,11 @@ from sft.formats.dataset import DatasetInfo
 from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
-from sft.model.adapters import FLOATS, add_adapters, freeze, start_adapters
+from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
-from sft.model.trained import lora_targets, selection_lines, trained_names, trained_shapes
+from sft.model.trained import flops_change, lora_targets, selection_lines, trained_names, trained_shapes
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
@@ -123,6 +123,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         else None,
         peak_tflops=peak(stage, world),
         width=config.d_model,
+        dropout=add_dropout(model, train.lora_dropout, world.device),
+        flops_change=flops_change(config, train),
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     for line in notes(setup, room, tokenizer_warning, missing):
@@ -202,7 +204,7 @@ def build_data(setup: Setup) -> Data:
             packs_each * train.seq_len,
             start,
             workers,
-            numbers=bool(train.neftune_alpha),
+            numbers=bool(train.neftune_alpha or train.lora_dropout),
         )
 
     validation = None

@@ -23,8 +23,8 @@ from torch.distributed.fsdp import FSDPModule
 from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
 from sft.formats.steps import Best
-from sft.model.adapters import trained_parameters
-from sft.model.noise import neftune
+from sft.model.adapters import Dropout, trained_parameters
+from sft.model.noise import neftune, token_keys
 from sft.model.parallel import SharedError, World, sum_replicated_gradients
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
@@ -61,6 +61,8 @@ class Run:
     tokens: int = 0  # consumed so far, padding excluded
     skipped: int = 0  # steps in a row that the guard skipped
     width: int = 0  # of the model
+    dropout: Dropout | None = None  # of adapters
+    flops_change: float = 0.0  # for each token: adapters' FLOPs, less the gradients of frozen matrices
     labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
 
     def count(self, counts: Sequence[float], skipped: bool) -> None:
@@ -188,6 +190,7 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | No
     """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of
     targets). `step`: in training, which noise depends on."""
     b = batch.to(run.world.device)
+    set_dropout(run, b, step)
     loss, rows = run.model(
         b.input_ids,
         b.positions,
@@ -210,10 +213,18 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | No
 def embedding_noise(run: Run, batch: Microbatch, step: int | None) -> Tensor | None:
     """NEFTune's noise, a function of seed, step and token; None in validation and without it."""
     train = run.stage.recipe.train
-    if step is None or batch.token_numbers is None or batch.document_lengths is None:
+    if step is None or batch.token_numbers is None or batch.document_lengths is None or not train.neftune_alpha:
         return None
     seed = (train.data_seed << 32) + step
     return neftune(batch.token_numbers, batch.document_lengths, run.width, train.neftune_alpha, seed)
+
+
+def set_dropout(run: Run, batch: Microbatch, step: int | None) -> None:
+    """Tells the adapters which tokens come: their dropout is a function of seed, step and token. None drops in validation."""
+    if run.dropout is not None:
+        seed = ((run.stage.recipe.train.data_seed + 1) << 32) + (step or 0)
+        numbers = batch.token_numbers if step is not None else None
+        run.dropout.keys = None if numbers is None else token_keys(numbers, seed)
 
 
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
@@ -324,7 +335,7 @@ def step_facts(run: Run, loader: Loader, step: int, lr: float) -> StepFacts:
         step_tokens=tokens,
         padding=padding / (padding + tokens),
         imbalance_expected=imbalance,
-        flops=flops,
+        flops=flops + run.flops_change * tokens,
         lap=run.stopwatch.lap() if run.stopwatch is not None else None,
     )
 
