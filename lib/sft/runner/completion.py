@@ -29,6 +29,7 @@ _olmo_sft_make() {{
     RECIPE=* | FROM=*) values=$(cd "$root/recipes" && printf '%s\n' *.toml) ;;
     CLUSTER=*) values=$(cd "$root/env" && printf '%s\n' *.toml) ;;
     RUN=* | A=* | B=* | C=*) values=$(cd "$root/runs" 2>/dev/null && printf '%s\n' */ | tr -d /) ;;
+    MODEL=*) values=$(cd "$root" && for one in 'runs/*/train/step*' 'runs/*/convert'; do compgen -G "$one"; done) ;;
     STAGE=*) values={stages} ;;
 {choices}
     *=*) return ;;
