@@ -244,3 +244,24 @@ def test_require_names_every_red_line(examine):
         and "storage:" in str(error.value)
         and "make doctor RECIPE=y CLUSTER=here" in str(error.value)
     )
+
+
+@pytest.mark.parametrize(
+    ("model", "state", "said"),
+    [("weka://b/m", "-", "checked in the job"), ("hf://a/b@c", "-", "not checked, evaluate fetches it"), ("hf://a/b", "note", "has no revision"),
+     ("/tmp", "RED", "do not see this machine's disks"), ("weka://other/m", "RED", "on none of the mounts")],
+    ids=["mount", "pinned", "unpinned", "here", "unmounted"],
+)  # fmt: skip
+def test_another_model_is_examined_or_left_to_the_job(examine, model: str, state: str, said: str) -> None:
+    found = examine(CLUSTER, 'tasks = ["one"]\n', f'tasks = ["one"]\n[convert]\nmodel = "{model}"\n')
+    rows = [row for what, group in found.items() if what.replace("_", " ") == "other model" for row in group]
+    assert any(row.state == state and said in row.found for row in rows), rows
+
+
+def test_data_and_base_on_a_disk_of_jobs_are_left_to_the_job(examine) -> None:
+    found = examine(CLUSTER, 'preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "/weka/b/base"')
+    assert [row.state for row in found["base weights"]] == ["-"] and "checked in the job" in found["base weights"][
+        0
+    ].found
+    red = examine(CLUSTER, 'preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "/weka/c/base"')
+    assert any(row.state == "RED" and "on none of the mounts" in row.found for rows in red.values() for row in rows)

@@ -145,7 +145,7 @@ def check(r: Recipe, stage: str, runs: Path, roots: Sequence[Path], cluster: Clu
     if paths.REMOTE.match(name):
         return
     far = cluster.launcher != "local" and not cluster.shared_disk and stage in cluster.stages
-    if mounts.in_jobs(name, cluster):
+    if name.startswith(mounts.WEKA) or mounts.in_jobs(name, cluster):
         mounts.require(name, stage, cluster, cluster_name, f"{r.file}: {FIELD}")
     elif not far:
         folder(r, runs, roots, cluster, cluster_name, stage)

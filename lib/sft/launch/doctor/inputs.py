@@ -41,6 +41,13 @@ def other_model(context: Context) -> Iterator[Row]:
     if far or inputs.is_remote(r.convert.model):
         where = "checked in the job" if far else "not checked, evaluate fetches it"
         yield Row(SKIPPED, "other model", f"{r.convert.model}: {where}")
+        if r.convert.model.startswith("hf://") and "@" not in r.convert.model:
+            yield Row(
+                NOTE,
+                "other model",
+                f"{r.convert.model} has no revision: it may change on the hub",
+                f"MODEL={r.convert.model}@<commit>",
+            )
     else:
         models.inputs(place.runs, place.roots, context.cluster, r, HashCache(place.cache))
         yield Row(OK, "other model", r.convert.model)
