@@ -182,15 +182,10 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
             config.refuse(name, data[name], repr(value))
     heads, d_model = config.whole("num_attention_heads"), config.whole("hidden_size")
     max_positions = config.whole("max_position_embeddings", family.max_positions)
-    if isinstance(
-        value := data.get("max_position_embeddings"), float
-    ):  # OLMo-core's converter writes 1e30 for "not known"
-        config.refuse(
-            "max_position_embeddings",
-            value,
-            "a whole number: transformers refuses this one",
-            "write the base's longest input",
-        )
+    longest = data.get("max_position_embeddings")
+    if isinstance(longest, float):  # OLMo-core's converter writes 1e30 where it does not know
+        expected = "a whole number: transformers refuses this one"
+        config.refuse("max_position_embeddings", longest, expected, "write the base's longest input")
     rotary = read_rotary(config, family, max_positions)
     for name, expected in (("head_dim", "a whole number"), ("tie_word_embeddings", "true or false")):
         if name in data and data[name] is None and (name != "head_dim" or family.head_dim):
