@@ -2,7 +2,8 @@
 
 In:  nothing; a step with random weights is written first (29 GB; fewer layers where the disk is short) and removed at the end.
 Out: a table, and one JSON object on the last line.
-Run: make bench-convert    (or: python benchmarks/bench_convert.py --layers 8 --folder /a/large/disk)
+Run: make bench-convert    (or: python benchmarks/bench_convert.py --layers 8 --folder /a/large/disk; a hybrid:
+     --preset olmo-hybrid-7b --other none)
 
 Copy and export take turns, both from a cold page cache, as often as --minutes allows, and the best of each counts. The gate runs once:
 every tensor, the logits over the layers that `gate = "fast"` takes (--gate full: all, which is hours on two cores), tokens of replies.
@@ -233,7 +234,7 @@ def fitting_layers(config: ModelConfig, free: int) -> int:
 
 def run(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     began = time.monotonic()
-    result = compare(folder / "small", args.other, args.minutes, args.vocab)
+    result = compare(folder / "small", args.other, args.minutes, args.vocab) if args.other != "none" else {}
     full = replace(PRESETS[args.preset], vocab_size=-(-args.vocab // 128) * 128)
     layers = args.layers or fitting_layers(full, shutil.disk_usage(folder).free)
     if not layers:
@@ -281,7 +282,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where to work; default: a temporary folder")
     parser.add_argument("--preset", choices=tuple(PRESETS), default="olmo3-7b", help="the geometry")
     parser.add_argument(
-        "--other", choices=tuple(PRESETS), default="olmo2-1b", help="compared with OLMo-core, two layers"
+        "--other", choices=("none", *PRESETS), default="olmo2-1b", help="compared with OLMo-core, two layers"
     )
     parser.add_argument("--vocab", type=int, default=VOCAB, help="tokens of the vocabulary")
     parser.add_argument("--part", default="", help=argparse.SUPPRESS)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import sys
 import types
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -221,6 +223,57 @@ def test_the_gpu_s_kernels_get_the_row_and_edges_without_empty_documents(fla: li
     edges[1] = 6
     gated_delta._mix_fused(row, edges, MIXER)
     assert fla[-1]["cu_seqlens"].tolist() == [0, 6, 8, 20]
+
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
+
+
+def test_the_installed_kernels_take_the_arguments_that_they_get(fla: list[dict[str, Any]]) -> None:
+    """By their source, which needs no Triton: flash-linear-attention imports only where there is a GPU."""
+    folders = [Path(entry) / "fla" for entry in sys.path if (Path(entry) / "fla" / "ops").is_dir()]
+    if not folders:
+        pytest.skip("flash-linear-attention is not installed (extra 'hybrid')")
+    sources = {
+        "causal_conv1d": (folders[0] / "modules" / "conv" / "causal_conv1d.py", {"x", "weight", "bias", "activation"}),
+        "chunk_gated_delta_rule": (
+            folders[0] / "ops" / "gated_delta_rule" / "chunk.py",
+            {"q", "k", "v", "g", "beta", "use_qk_l2norm_in_kernel"},
+        ),
+    }
+    for name, (file, given) in sources.items():
+        [function] = [n for n in ast.parse(file.read_text()).body if isinstance(n, ast.FunctionDef) and n.name == name]
+        assert {*given, "cu_seqlens"} <= {a.arg for a in function.args.args}
+
+
+@pytest.mark.gpu
+@NO_GPU
+@pytest.mark.parametrize("lengths", [(1, 3, 70, 130), (64, 128), (257,)], ids=str)
+def test_on_a_gpu_the_kernels_compute_what_pytorch_does(lengths: tuple[int, ...]) -> None:
+    """In bf16, outputs and gradients of packed documents, also of those that are shorter than the convolution."""
+    config = replace(TINY, d_model=128, gated_delta=GatedDelta(key_heads=2, value_heads=2, key_dim=32, value_dim=64))
+    mixer = mixer_of(config).cuda().bfloat16()
+    x = torch.randn(sum(lengths), 128, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    edges = torch.tensor([0, *lengths, 0]).cumsum(0).int().cuda()
+    found = []
+    for exact in (False, True):
+        used = mixer.float() if exact else mixer
+        out = used(x.float() if exact else x, None, edges, max(lengths))
+        gradients = torch.autograd.grad(out.float().square().sum(), list(used.parameters()))
+        found.append([y.float() for y in (out, *gradients)])
+    for fused, plain in zip(*found, strict=True):
+        assert F.cosine_similarity(fused.flatten(), plain.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.gpu
+@NO_GPU
+def test_on_a_gpu_a_packed_document_does_not_see_its_neighbours() -> None:
+    config = replace(TINY, d_model=128, gated_delta=GatedDelta(key_heads=2, value_heads=2, key_dim=32, value_dim=64))
+    mixer = mixer_of(config).cuda().bfloat16()
+    x = torch.randn(200, 128, generator=torch.Generator().manual_seed(0)).cuda().bfloat16()
+    edges = torch.tensor([0, 3, 70, 200], dtype=torch.int32).cuda()
+    other = x.clone()
+    other[:3], other[70:] = 0, 0
+    assert torch.equal(mixer(x, None, edges, 130)[3:70], mixer(other, None, edges, 130)[3:70])
 
 
 def test_a_gpu_without_the_kernels_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

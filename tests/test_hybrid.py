@@ -28,7 +28,7 @@ from sft.model.flops import head_flops, token_flops
 from sft.model.gated_delta import GatedDeltaNet
 from sft.model.model import Transformer, initial_values
 from sft.recipe.architecture import GatedDelta, ModelConfig
-from sft.recipe.base_config import read_base, read_hf_config
+from sft.recipe.base_config import find_family, read_base, read_hf_config
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Convert, Hardware, Train
 from sft.training.optim import build_adamw
@@ -166,6 +166,45 @@ def test_the_config_of_an_export_has_every_key_of_olmo_cores_converter(monkeypat
     theirs |= ids | {"rope_parameters": {"rope_theta": theirs.pop("rope_theta")}}  # as it is published since
     assert theirs == {key: ours[key] for key in theirs}
     assert read_hf_config(ours, "").config == read_hf_config(theirs, "").config == SEVEN
+
+
+ODD: dict[str, dict[str, Any]] = {
+    "three heads": {"num_attention_heads": 3, "num_key_value_heads": 3},
+    "five heads of values": {"num_attention_heads": 3, "num_key_value_heads": 1, "linear_num_key_heads": 1,
+                             "linear_num_value_heads": 5, "linear_key_head_dim": 7, "linear_value_head_dim": 3},
+    "attention first": {"layer_types": ["full_attention", "full_attention", "linear_attention", "full_attention"]},
+    "attention in the middle": {"layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"]},
+    "a convolution of one token": {"linear_conv_kernel_dim": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_documents_of_any_length_compute_what_transformers_computes_alone(name: str) -> None:
+    """Shorter than the convolution, longer than two chunks of the rule, and a row that is padded after them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = bases.SIZES | {"num_key_value_heads": 4, "rope_parameters": {"rope_theta": None}, **ODD[name]}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("olmo_hybrid", **json.loads(json.dumps(sizes)))
+        )
+    described = theirs.config.to_dict()
+    family, base = find_family(described, ""), read_hf_config(described, "")
+    model = Transformer(base.config)
+    for key, value in theirs.state_dict().items():
+        parts = [model.get_parameter(part) for part in family.parts(key)]
+        for part, rows in zip(parts, value.split([len(p) for p in parts]), strict=True):
+            part.data.copy_(rows)
+    lengths = (1, 3, 130, 2)
+    documents = [torch.randint(5, bases.ROWS, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
+    padding = torch.full((8,), 4)
+    ids, edges = torch.cat([*documents, padding]), torch.tensor([0, *lengths, len(padding), 0, 0]).cumsum(0).int()
+    positions = torch.cat([torch.arange(len(d)) for d in (*documents, padding)])
+    with torch.no_grad():
+        found, _ = model(ids, positions, edges, max(lengths))
+        wanted = torch.cat([theirs(input_ids=d[None], use_cache=False).logits[0] for d in documents])
+    torch.testing.assert_close(found[: sum(lengths)], wanted, atol=2e-5, rtol=1e-4)
 
 
 # --- what is refused

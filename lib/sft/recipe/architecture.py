@@ -242,18 +242,20 @@ def summary(config: ModelConfig) -> str:
     """An architecture in a line."""
     norms = {"full": "QK norm", "head": "QK norm per head", "": "no QK norm"}[config.qk_norm]
     biases = [n for n in ("qkv", "out", "mlp") if getattr(config, f"{n}_bias")]
+    rotates = any(map(config.has_positions, range(config.n_layers)))
     parts = [
         f"{config.n_layers} layers x {config.d_model}",
         f"{config.n_heads} heads ({config.n_kv_heads} kv) x {config.head_dim}",
         f"MLP {config.intermediate_size}",
         f"{config.vocab_size:,} rows" if config.vocab_size else "rows of the tokenizer",
         f"norms {'before' if config.prenorm else 'after'}, {norms}, eps {config.norm_eps:g}",
-        f"rope {config.rope_theta:g}, {config.rope_scaling or 'not scaled'}",
+        f"rope {config.rope_theta:g}, {config.rope_scaling or 'not scaled'}" if rotates else "no positions",
         f"window {config.window} on {sum(map(bool, config.windows))} layers" if any(config.windows) else "no window",
     ]
     if linear := sum(mixer is not None for mixer in config.mixers):
-        parts.append(f"Gated DeltaNet on {linear} layers")
-    if without := [i for i, mixer in enumerate(config.mixers) if not mixer and not config.has_positions(i)]:
+        parts.append(f"Gated DeltaNet on {linear} layers, whose norms are before")
+    without = [i for i, mixer in enumerate(config.mixers) if not mixer and not config.has_positions(i)]
+    if without and rotates:
         parts.append(f"no positions on {len(without)} layers")
     if biases:
         parts.append(f"biases {', '.join(biases)}")
