@@ -40,11 +40,14 @@ def require(path: str, stage: str, cluster: Cluster, name: str, what: str) -> st
     """
     if not (found := in_jobs(path, cluster)):
         there = ", ".join(cluster.mounts) or "it has none"
-        local = (
-            "" if path.startswith(WEKA) else "; or write it relative to a folder and name that with DATA=/that/folder"
+        plain, local = (
+            "not a plain relative path, and ",
+            "; or write it relative to a folder and name that with DATA=/that/folder",
         )
+        if path.startswith(WEKA):
+            plain = local = ""
         raise SftError(
-            f"{what} = {path!r}: on none of the mounts in env/{name}.toml ({there}); next: CLUSTER= with a cluster that has it{local}"
+            f"{what} = {path!r}: {plain}on none of the mounts in env/{name}.toml ({there}); next: CLUSTER= with a cluster that has it{local}"
         )
     if stage not in cluster.stages:
         raise SftError(
