@@ -65,7 +65,7 @@ def read_texts(file: Path) -> list[_Text]:
 def _windows(model: Recorder, text: str) -> list[Window]:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # start-up: lm-eval takes seconds
 
-    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    ids = model.tokenizer.encode(text, add_special_tokens=False, verbose=False)  # a long text has several windows
     pairs = get_rolling_token_windows(
         ids,
         prefix_token=model.prefix_token_id,
