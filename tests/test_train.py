@@ -24,7 +24,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo, TokenIds
-from sft.formats.metrics import Attempt, SourceUse, read_metrics, validation_losses
+from sft.formats.metrics import Attempt, InitialValidation, SourceUse, read_metrics, validation_losses
 from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
@@ -518,3 +518,14 @@ def test_what_each_source_lost_is_reported() -> None:
         "warning: rare lost 83%",
         "warning: long lost 30%",
     ]
+
+
+@pytest.mark.parametrize(("start", "kept"), [(0, 0), (3, 1)])
+def test_the_validation_of_the_starting_weights_is_measured_again_only_by_an_attempt_from_step_0(
+    tmp_path: Path, start: int, kept: int
+) -> None:
+    first = metrics.MetricsWriter(tmp_path, 0, 8, print, Attempt(1, 0, 1, "cpu", None, "formula"))
+    first.start(InitialValidation(2.5, {"a": 2.5}))
+    first.close()
+    metrics.MetricsWriter(tmp_path, start, 8, print).close()
+    assert sum(isinstance(r, InitialValidation) for r in read_metrics(tmp_path / "metrics.jsonl")) == kept
