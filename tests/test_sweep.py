@@ -143,6 +143,7 @@ def test_more_runs_at_a_time_than_gpus_are_refused() -> None:
         sweep.slots(True, ["0", "1"], 3, 6)
 
 
+@pytest.mark.slow
 def test_two_runs_train_at_once_on_a_gpu_each(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -33,6 +33,7 @@ def scored(place: SimpleNamespace, out: Path, processes: int) -> tuple[Any, Any]
     return found, losses
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_scores_replies_and_losses_of_one(place: SimpleNamespace, tmp_path: Path) -> None:
     (one, losses), (two, of_two) = scored(place, tmp_path / "one", 1), scored(place, tmp_path / "two", 2)
     assert one.results.keys() == two.results.keys() and not one.broken and not two.broken
