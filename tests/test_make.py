@@ -362,7 +362,7 @@ def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace, fini
 def test_unknown_names_of_runs_recipes_and_fields_are_reported(workspace, finished):
     finished("prepare")
     assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
-    assert "next: make … RUN=" in workspace.make("verify", ok=False).stderr
+    assert "RUN= is missing; next: make verify RUN=x" in workspace.make("verify", ok=False).stderr
     assert "B=nothing" in workspace.make("diff", "A=x", "B=nothing", ok=False).stderr
     assert "did you mean lr=3?" in workspace.make("train", "RECIPE=x", "LR=3", ok=False).stderr
     assert "did you mean 'x'?" in workspace.make("train", "RECIPE=x.toml", ok=False).stderr
