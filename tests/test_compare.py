@@ -247,6 +247,12 @@ def test_the_page_is_whole_and_the_report_shows_the_comparison(tmp_path: Path) -
 
 def test_replies_stand_side_by_side_and_those_that_changed_come_first(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / n, seed) for n, seed in (("a", 1), ("b", 3))]
+    for run in runs:  # a task whose samples are elsewhere has no replies
+        found = Results.read(run / "evaluate/results.json")
+        replace(found, tasks={"none": found.tasks["zoo"], **found.tasks}).write(run / "evaluate/results.json")
+        file = run / "evaluate/manifest.json"
+        outputs = manifest.describe(run / "evaluate", ["results.json", "samples", "validation.jsonl"])
+        replace(manifest.load(file), outputs=outputs).write(file)
     page = drawing.page(runs, compare.compare(runs))
     shown = json.loads(re.search(r'<script type="application/json" id="items">(.*?)</script>', page, re.S)[1])
     assert shown["columns"] == ["a", "b"] and [t["name"] for t in shown["tasks"]] == ["zoo"]

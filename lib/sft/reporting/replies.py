@@ -74,19 +74,14 @@ def side_by_side(runs: Sequence[Path]) -> dict[str, Any] | None:
     scored = [Scored(run) for run in runs]
     results = {task: result for s in scored for task, result in s.tasks.items()}
     shared = [task for task in results if sum(task in s.tasks for s in scored) > 1]
-    tasks = [
-        items(task, results[task], [s.samples(task) for s in scored], flagged=len(scored), share=1 / len(shared))
-        for task in shared
-    ]
-    return (
-        {"columns": [run.name for run in runs], "changed": "not the same score in all", "tasks": tasks}
-        if tasks
-        else None
-    )
+    found = (items(t, results[t], [s.samples(t) for s in scored], len(scored), 1 / len(shared)) for t in shared)
+    tasks = [task for task in found if task["items"]]
+    columns = {"columns": [run.name for run in runs], "changed": "not the same score in all"}
+    return {**columns, "tasks": tasks} if tasks else None
 
 
 def items(
-    task: str, result: TaskResult, columns: Sequence[Samples], *, flagged: int, share: float = 1.0
+    task: str, result: TaskResult, columns: Sequence[Samples], flagged: int, share: float = 1.0
 ) -> dict[str, Any]:
     """The items of a task: those that changed first, then the worst. `flagged`: how many columns make an item wrong or cut.
 
