@@ -9,7 +9,6 @@ In:  the table, and config.json of each repository at its revision, from the hub
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -17,11 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
+
 from sft.common.errors import SftError
 from sft.common.files import read_json, write_atomic
 from sft.recipe.base_config import read_hf_config
 from sft.recipe.presets import TABLE
 from sft.recipe.resolve import padded, with_positions
+from sft.runner.cli import program
 from sft.storage import hub
 
 
@@ -54,14 +56,9 @@ def _config(repo: str, revision: str) -> dict[str, Any]:
     return read_json(hub.cached(url, url, print, ["config.json"]) / "config.json")
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sft.sync.published", description=(__doc__ or "").partition("\n")[0]
-    )
-    parser.add_argument("presets", nargs="*", metavar="name=org/name@commit")
-    options = parser.parse_args(arguments)
+def main(presets: Sequence[str]) -> int:
     try:
-        table = generate(TABLE, options.presets)
+        table = generate(TABLE, presets)
     except SftError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -70,5 +67,12 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+@program("presets", "python -m sft.sync.published", signals=False)
+@click.argument("presets", nargs=-1, metavar="[NAME=ORG/NAME@COMMIT]...")
+def command(presets: tuple[str, ...]) -> int:
+    """Writes the table of presets from the config.json files of published models."""
+    return main(presets)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(command())
