@@ -208,6 +208,14 @@ def test_make_compare_needs_no_environment_and_writes_the_page(tmp_path: Path) -
     assert done.returncode == 1 and "B=d: no such run" in done.stderr
 
 
+def test_without_an_environment_the_comparison_says_what_its_page_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "REPO", tmp_path)
+    told = comparison.draw(tmp_path / "a/compare/b.html", [tmp_path / "a", tmp_path / "b"])
+    assert told.startswith("no page: ") and "next: make setup" in told and not (tmp_path / "a").exists()
+
+
 def test_scores_that_were_altered_or_are_not_there_are_refused(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3)
     (b / "evaluate/samples/zoo.jsonl").write_text("")
