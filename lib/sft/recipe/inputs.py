@@ -169,6 +169,11 @@ def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tupl
     named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
     named += [(path, find(path)) for path in evaluate.data.values() if not is_remote(path)]
     named += [(texts.name, texts)] if (texts := plain_text(evaluate, find)) else []
+    for name, file in named:
+        if file.is_dir():
+            raise SftError(
+                f"[evaluate] data and plain_text: {name!r}: a file is expected, not the folder {file}; next: name a file in it"
+            )
     return [
         (name, p) for name, p in named if not any(part.startswith((".", "__pycache__")) for part in name.split("/"))
     ]
