@@ -10,7 +10,7 @@ import pytest
 
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.recipe import clusters, other_names, recipe, schema
+from sft.recipe import clusters, other_names, recipe, schema, typed
 from sft.runner import asked, make_words
 
 LOCAL = schema.Cluster(storage="s")
@@ -116,7 +116,7 @@ def test_every_other_name_has_a_field_of_ours() -> None:
     for word, text in other_names.OTHER_NAMES.items():
         for place in filter(None, text.partition(":")[0].split(" or ")):
             table, _, name = place.rpartition(".")
-            stages = recipe.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES if table.startswith("on.") else ()
+            stages = typed.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES if table.startswith("on.") else ()
             assert table[3:] in stages if stages else name in fields[table], f"{word}: {place}"
     assert len(other_names.OTHER_NAMES) >= 40
 

@@ -9,7 +9,7 @@ import pytest
 
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.recipe import clusters, presets, recipe, resolve, schema
+from sft.recipe import clusters, presets, recipe, resolve, rules, schema, typed
 
 MINIMAL = (
     '[model]\npreset = "olmo3-tiny"\n[prepare]\ntokenizer = "tok"\nsources = [{path = "rows.jsonl"}]\n'
@@ -121,7 +121,7 @@ def test_sources_with_and_without_a_group_are_refused_where_validation_is_held_o
         tmp_path, named.replace(two, '{path = "a.jsonl", validation_group = "gid"}, {path = "b.jsonl"}')
     )
     problems = [
-        recipe._check_groups(schema.Prepare(tokenizer="t", sources=sources, validation_fraction=fraction))
+        rules._check_groups(schema.Prepare(tokenizer="t", sources=sources, validation_fraction=fraction))
         for sources, fraction in (
             ((schema.Source(path="a", validation_group="gid"), schema.Source(path="b")), 0.0),
             ((schema.Source(path="a", validation_group="gid"), schema.Source(path="b", validation_group="g")), 0.1),
@@ -176,7 +176,7 @@ def test_the_key_config_has_what_changes_a_result_and_nothing_else(tmp_path):
 @pytest.mark.parametrize("name", ["../x", "X", "a_b", "", "a b", "x\0"])
 def test_names_that_could_leave_the_folder_are_refused(tmp_path, name):
     with pytest.raises(SftError):
-        recipe.find(tmp_path, name, "recipe")
+        typed.find(tmp_path, name, "recipe")
 
 
 @pytest.mark.parametrize("run", ["../x", "x/../y", "x_..", "", "x_a/b", "X"])
@@ -209,7 +209,7 @@ def test_every_option_has_a_meaning_and_defaults_within_its_bounds():
         for f in dataclasses.fields(cls):
             assert f.metadata["doc"], f"{cls.__name__}.{f.name}"
             if f.default is not dataclasses.MISSING and f.default is not None:
-                recipe._bounds(f.default, f.metadata)
+                typed.check_bounds(f.default, f.metadata)
 
 
 def test_smoke_is_what_the_issue_of_a_laptop_needs():

@@ -31,7 +31,7 @@ from sft.common.files import write_atomic
 from sft.formats import manifest
 from sft.formats import run as run_format
 from sft.formats.run import RunFile
-from sft.recipe import recipe, row_fields, schema, time_limit
+from sft.recipe import recipe, row_fields, schema, time_limit, typed
 from sft.recipe.edit import set_field, to_toml
 from sft.runner import asked, make_words, plan, references, runs
 from sft.runner.make_words import MAKE_VARIABLES, OF_A_RUN, split_overrides
@@ -44,7 +44,7 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
     place = args.place
     found = {}
     for name in args.recipe.split():
-        r = recipe.load(recipe.find(RECIPES, name, "recipe"), args.fields, place.cluster)
+        r = recipe.load(typed.find(RECIPES, name, "recipe"), args.fields, place.cluster)
         found[r.run] = r
     root = os.path.normpath(place.runs) + "/"
     for goal in (os.path.normpath(g) for g in args.goals.split()):
@@ -129,7 +129,7 @@ def _words_of_tool(args: argparse.Namespace, goals: list[str], question: asked.A
         raise SftError(f"make {' '.join(goals)}: {goals[0]} takes no other goal; next: make them one by one")
     cluster = args.place.load_cluster()
     launched = cluster.launcher != "local"
-    numbers = [f for f in args.fields if launched and f.partition("=")[0] in recipe.HARDWARE_FIELDS]
+    numbers = [f for f in args.fields if launched and f.partition("=")[0] in typed.HARDWARE_FIELDS]
     others = [f for f in args.fields if f not in numbers]
     return [*(f"set:{f}" for f in (*numbers, *question.resolve(others))), *["tool:job"] * launched]
 
@@ -167,7 +167,7 @@ def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
         raise SftError(f"make dry-run STAGE={dry_run}: no such stage; next: one of {', '.join(schema.STAGES)}")
     question = asked.Asked(goals, cluster, args.place.cluster, dry_run, other_model=other_model)
     with contextlib.suppress(SftError):
-        watched = any(recipe.load(recipe.find(RECIPES, name, "recipe")).evaluate.every for name in args.recipe.split())
+        watched = any(recipe.load(typed.find(RECIPES, name, "recipe")).evaluate.every for name in args.recipe.split())
         question = dataclasses.replace(question, watches=watched)
     return question
 
@@ -212,8 +212,8 @@ def command_new(args: argparse.Namespace) -> None:
     """Copies a recipe to a new name with changed fields. Comments and layout stay."""
     if not args.copy_from or not args.recipe:
         raise SftError("make new: FROM= and RECIPE= are needed; next: make new FROM=smoke RECIPE=my-exp lr=1e-4")
-    source = recipe.find(RECIPES, args.copy_from, "recipe")
-    if not recipe.NAME.fullmatch(args.recipe):
+    source = typed.find(RECIPES, args.copy_from, "recipe")
+    if not typed.NAME.fullmatch(args.recipe):
         raise SftError(
             f"make new RECIPE={args.recipe!r}: a name is lower-case letters, digits, '.' and '-'; next: choose another"
         )
@@ -403,7 +403,7 @@ def command_sweep(args: argparse.Namespace) -> None:
         raise SftError(
             f'make sweep RECIPE={args.recipe}: one recipe is expected; next: make sweep RECIPE=x lr="1e-5 3e-5"'
         )
-    file = recipe.find(RECIPES, args.recipe.strip(), "recipe")
+    file = typed.find(RECIPES, args.recipe.strip(), "recipe")
     found = sweep.siblings(file, args.fields, args.place.cluster)
     jobs = make_words.variable(args.overrides, "JOBS") or "0"
     if not jobs.isdigit():

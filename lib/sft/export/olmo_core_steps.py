@@ -38,7 +38,7 @@ from sft.formats.dataset import TokenIds, TokenizerFacts
 from sft.formats.gate import GateRecord, LogitCheck
 from sft.formats.record import to_json
 from sft.model import hf
-from sft.recipe import recipe
+from sft.recipe import typed
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import read_hf_config
 from sft.recipe.resolve import with_positions
@@ -238,8 +238,8 @@ def _options(fields: Sequence[str]) -> Convert:
     hints = typing.get_type_hints(Convert)
     for text in fields:
         name, _, value = text.partition("=")
-        data[name] = recipe.parse_value(value, hints.get(name, str))
-    made: Convert = recipe.build(Convert, data, "convert", problems)
+        data[name] = typed.parse_value(value, hints.get(name, str))
+    made: Convert = typed.build(Convert, data, "convert", problems)
     if problems:
         raise SftError("\n".join(problems) + "\nnext: correct it; `make fields` lists every field")
     return made

@@ -24,7 +24,7 @@ from sft.common.locks import lock
 from sft.launch.job import TOOLS, Job, SubmittedJob, retried
 from sft.launch.launcher import Scheduler, load_launcher
 from sft.launch.run import follow, logger, submit
-from sft.recipe import mounts, recipe, schema
+from sft.recipe import mounts, recipe, schema, typed
 from sft.runner import plan
 from sft.runner.cli import COMMAND, program
 
@@ -95,12 +95,12 @@ def _numbers(fields: Sequence[str], cluster: schema.Cluster) -> tuple[schema.Har
         name, _, value = text.partition("=")
         if name in ("cpus", "memory_gb", "time", "partition", "priority", "gpus"):
             kind = int if name in ("cpus", "memory_gb", "gpus") else str
-            asked[name] = recipe.parse_value(value, kind)
+            asked[name] = typed.parse_value(value, kind)
         else:
             others.append(text)
     problems: list[str] = []
-    made: schema.Hardware = recipe.build(schema.Hardware, asked, "job", problems)
-    problems += recipe.unread(schema.Hardware, asked, cluster.launcher)
+    made: schema.Hardware = typed.build(schema.Hardware, asked, "job", problems)
+    problems += typed.unread(schema.Hardware, asked, cluster.launcher)
     if problems:
         raise SftError("\n".join(problems) + "\nnext: correct it")
     return made, others

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
-from sft.recipe import recipe, schema
+from sft.recipe import schema, typed
 
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)S?$", re.IGNORECASE)  # a variable whose value is not printed
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
@@ -22,12 +22,12 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 def load_cluster(file: Path) -> schema.Cluster:
     """Reads and checks env/<cluster>.toml, with the user's own values for launching in it. Raises SftError."""
     problems: list[str] = []
-    data = {**recipe.read_toml(file, "cluster"), **_own_values(file, problems)}
-    cluster: schema.Cluster = recipe.build(schema.Cluster, data, "", problems)
+    data = {**typed.read_toml(file, "cluster"), **_own_values(file, problems)}
+    cluster: schema.Cluster = typed.build(schema.Cluster, data, "", problems)
     shared = [
         name for name in data if f"SFT_{name.upper()}" not in os.environ
     ]  # a variable is for every cluster that reads it
-    problems = problems or _check_cluster(cluster) + recipe.unread(schema.Cluster, shared, cluster.launcher)
+    problems = problems or _check_cluster(cluster) + typed.unread(schema.Cluster, shared, cluster.launcher)
     if problems:
         raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
     return cluster
@@ -36,7 +36,7 @@ def load_cluster(file: Path) -> schema.Cluster:
 def _own_values(file: Path, problems: list[str]) -> dict[str, Any]:
     """A user's values of a cluster: env/mine/<cluster>.toml, which git ignores, then variables such as SFT_WORKSPACE."""
     own = file.parent / "mine" / file.name
-    data = recipe.read_toml(own, "cluster") if own.is_file() else {}
+    data = typed.read_toml(own, "cluster") if own.is_file() else {}
     problems += [
         f"'{name}' in {own}: only {', '.join(schema.OWN)} can be set there: the others decide where stages run and what"
         " jobs see"
@@ -46,7 +46,7 @@ def _own_values(file: Path, problems: list[str]) -> dict[str, Any]:
     hints = typing.get_type_hints(schema.Cluster)
     for name in schema.OWN:
         if (text := os.environ.get(f"SFT_{name.upper()}")) is not None:
-            data[name] = recipe.parse_value(text, hints[name])
+            data[name] = typed.parse_value(text, hints[name])
     return {name: value for name, value in data.items() if name in schema.OWN}
 
 
@@ -66,7 +66,7 @@ def find_cluster(folder: Path, name: str) -> Path:
     """The file of a cluster, by its name. Raises SftError, with the file that has the scheduler's name for it."""
     names = sorted(p.stem for p in folder.glob("*.toml"))
     if name in names or not (near := _alias(folder, names, name)):
-        return recipe.find(folder, name, "cluster")
+        return typed.find(folder, name, "cluster")
     raise SftError(f"CLUSTER={name}: no file env/{name}.toml; did you mean CLUSTER={near}? next: correct the name")
 
 

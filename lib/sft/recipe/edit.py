@@ -10,7 +10,7 @@ import tomllib
 import typing
 from typing import Any
 
-from sft.recipe import recipe, schema
+from sft.recipe import schema, typed
 
 
 def to_toml(value: Any) -> str:
@@ -32,7 +32,7 @@ def set_field(text: str, table: str, name: str, value: str) -> str:
     The comment behind the old value is deleted, because it explained that value.
     """
     cls = schema.Hardware if table.startswith("on.") else schema.TABLES[table]
-    literal = to_toml(recipe.parse_value(value, typing.get_type_hints(cls)[name]))
+    literal = to_toml(typed.parse_value(value, typing.get_type_hints(cls)[name]))
     lines, inside, header = text.splitlines(), False, -1
     for i, line in enumerate(lines):
         if match := re.match(r"\s*\[+([^\]]+)\]+", line):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.formats import manifest
-from sft.recipe import other_names, recipe, schema
+from sft.recipe import other_names, recipe, schema, typed
 
 READS: dict[str, tuple[str, ...]] = {
     "prepare": ("prepare",),
@@ -129,7 +129,7 @@ class Asked:
         name, sign, text = override.partition("=")
         if not sign or not self.chain:
             return override  # the goals only name a run, or the recipe reports it
-        if name in recipe.HARDWARE_FIELDS and name not in recipe.FIELDS_OF_TABLES:
+        if name in typed.HARDWARE_FIELDS and name not in recipe.FIELDS_OF_TABLES:
             return self._hardware(name, text, problems)
         path = recipe.locate(name, self.cluster_name, [])
         if path is None:
@@ -167,7 +167,7 @@ class Asked:
 
     def _hardware(self, name: str, text: str, problems: list[str]) -> str:
         """A word such as cpus=8, for the one stage that it can mean."""
-        readers = recipe.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES
+        readers = typed.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES
         asked = [s for s in self.stages if s in readers] or [s for s in self.chain if s in readers]
         if len(asked) == 1:
             self._check_hardware(asked[0], name, f"{name}={text}", problems)
@@ -184,7 +184,7 @@ class Asked:
 
     def _check_hardware(self, stage: str, name: str, override: str, problems: list[str]) -> None:
         """A number of a stage that is not reached, or of a job where the stage runs without one."""
-        readers = recipe.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES
+        readers = typed.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES
         if stage not in self.chain:
             problems.append(
                 f"override '{override}': make {' '.join(self.goals)} does not reach {stage}; next: remove it"
@@ -193,7 +193,7 @@ class Asked:
             problems.append(
                 f"override '{override}': {stage} does not read it, {' and '.join(readers)} would; next: remove it"
             )
-        elif recipe.HARDWARE_FIELDS[name].metadata["launchers"] and stage not in self.cluster.stages:
+        elif typed.HARDWARE_FIELDS[name].metadata["launchers"] and stage not in self.cluster.stages:
             there = ", ".join(self.cluster.stages)
             problems.append(
                 f"override '{override}': {stage} is no job with CLUSTER={self.cluster_name}, whose file has"

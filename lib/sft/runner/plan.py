@@ -27,7 +27,7 @@ from sft.formats.manifest import Input, Manifest
 from sft.formats.record import NewerError, to_json
 from sft.formats.remote import SyncMetrics
 from sft.formats.run import RunFile
-from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema
+from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema, typed
 from sft.recipe.recipe import BASELINE
 from sft.runner import bases, models, references
 
@@ -97,7 +97,7 @@ def load_run(place: Place, run: str, overrides: Sequence[str] = ()) -> recipe.Re
 
     Raises SftError if they do not make this run, or if run.json is needed and damaged.
     """
-    file = recipe.find(REPO / "recipes", recipe.from_run(run), "recipe")
+    file = typed.find(REPO / "recipes", recipe.from_run(run), "recipe")
     loaded = recipe.load(file, overrides, place.cluster)
     if loaded.run != run:
         try:

@@ -7,7 +7,7 @@ import tomllib
 from pathlib import Path
 
 from sft.common import columns
-from sft.recipe import recipe, schema
+from sft.recipe import recipe, schema, typed
 from sft.recipe.edit import to_toml
 from sft.recipe.resolve import resolve
 from sft.runner import bases, listing, plan
@@ -53,7 +53,7 @@ def show(place: plan.Place, r: recipe.Recipe) -> None:
 def _given_hardware(hardware: schema.Hardware) -> str:
     """The numbers that are not the defaults."""
     given = {f.name: getattr(hardware, f.name) for f in dataclasses.fields(hardware)}
-    return ", ".join(f"{k} = {to_toml(v)}" for k, v in given.items() if v != recipe.HARDWARE_FIELDS[k].default)
+    return ", ".join(f"{k} = {to_toml(v)}" for k, v in given.items() if v != typed.HARDWARE_FIELDS[k].default)
 
 
 def _model(place: plan.Place, r: recipe.Recipe) -> str:
