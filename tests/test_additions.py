@@ -147,7 +147,7 @@ trackers.add("printer", Printer)
 writer = MetricsWriter(out, 0, 2, print, None, trackers)
 for step in (1, 2): writer.write(step_record(step, weight_norm=3.5 * step))
 writer.close()
-print([chart["title"] for chart in trainings.of_one(read_metrics(out / "metrics.jsonl"))["small"]])
+print([chart["title"] for chart in trainings.of_one(read_metrics(out / "metrics.jsonl"))["small"] if chart])
 """
 
 

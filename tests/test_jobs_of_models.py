@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,7 @@ def test_a_base_that_only_jobs_see_is_planned_by_name_and_checked_in_the_job(pla
     here = place.workspace.make("sync", "RECIPE=z", ok=False).stderr
     assert "on none of the mounts in env/local.toml" in here
     place.edit("shared_disk = false", 'stages = ["train"]\nshared_disk = false')
+    shutil.rmtree(place.root / "runs/z/sync")  # what is done needs no disk
     assert (
         "sync runs on this machine; next: put 'sync' among stages"
         in place.workspace.make("sync", "RECIPE=z", ON, ok=False).stderr
@@ -102,4 +104,4 @@ def test_to_hf_is_one_job_that_is_found_again_and_refuses_disks_of_this_machine(
     assert "to-hf" in place.workspace.make("jobs").stdout
     here = place.workspace.make("to-core", ON, "SRC=/tmp/x", "DST=gs://b/x", ok=False).stderr
     assert "SRC=/tmp/x: jobs on beaker-test do not see it; next: gs://, or a path on a mount" in here
-    assert "SRC= and DST= are needed" in place.workspace.make("to-core", ON, ok=False).stderr
+    assert "SRC= and DST= are missing" in place.workspace.make("to-core", ON, ok=False).stderr

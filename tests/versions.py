@@ -46,7 +46,14 @@ WHERE = {
 """The file of each version that is not in VERSIONS."""
 PLUMBING = ("common", "runner", "storage", "launch")
 """Layers that move bytes and do not decide what they are."""
-KEYED = ("sft.recipe.recipe", "sft.recipe.typed", "sft.recipe.schema", "sft.formats.record", "sft.formats.manifest", "sft.formats.run")
+KEYED = (
+    "sft.recipe.recipe",
+    "sft.recipe.typed",
+    "sft.recipe.schema",
+    "sft.formats.record",
+    "sft.formats.manifest",
+    "sft.formats.run",
+)
 """Modules whose effect on a result is in its key, or that only read and write."""
 LOGGING = ("log", "print", "warn", "warning")
 

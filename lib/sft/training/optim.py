@@ -67,18 +67,19 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
 
 def parameter_groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
     """The trained parameters in the optimizer's groups, one for each weight decay and factor on the learning rate. A Gated
-    DeltaNet's decays have no weight decay."""
+    DeltaNet's decays have no weight decay, and a group of their own: they are whole tensors on every rank, and the fused AdamW takes no
+    group with whole and sharded ones."""
     named = trained_parameters(model)
     decays = matched(train.weight_decays, list(named), train.weight_decay, "weight_decays")
     decays |= {name: 0.0 for name in named if name.endswith(DECAYS)}
     factors = matched(train.lr_factors, list(named), 1.0, "lr_factors")
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in named.items():
-        groups.setdefault((float(decays[name]), float(factors[name])), []).append(parameter)
-    ordered = sorted(groups.items(), key=lambda group: group[0] != (train.weight_decay, 1.0))
+        groups.setdefault((float(decays[name]), float(factors[name]), name.endswith(DECAYS)), []).append(parameter)
+    ordered = sorted(groups.items(), key=lambda group: group[0] != (train.weight_decay, 1.0, False))
     return [
         {"params": parameters, "weight_decay": decay, **({"lr_factor": factor} if train.lr_factors else {})}
-        for (decay, factor), parameters in ordered
+        for (decay, factor, _), parameters in ordered
     ]
 
 
