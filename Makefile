@@ -38,8 +38,9 @@ PY    := .venv/bin/python
 # only referred to.
 reused = $(patsubst reuse:$(notdir $*)/$(1):%,%,$(filter reuse:$(notdir $*)/$(1):%,$(PLAN)))
 launch = $(if $(call reused,$(1)),@$(call SFT,reuse) --run $(notdir $*) --stage $(1) --origin $(call reused,$(1)),$(call start,$(1),$(2)))
-tool   = $(if $(call planned,tool),$(PY) -m sft.launch.tools $(call quote,$(CLUSTER)) $(call quote,$(RUNS)) $(1),$(PY) stages/$(subst -,_,$(1)).py)
-start  = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
+tool   = $(if $(call planned,tool),$(call detach,$(1))$(PY) -m sft.launch.tools $(call quote,$(CLUSTER)) $(call quote,$(RUNS)) $(1),$(PY) stages/$(subst -,_,$(1)).py)
+detach = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )
+start  = $(call detach,$(1))env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
 $(OWN:%=%/sync/manifest.json):      %/sync/manifest.json:     | %/prepare/manifest.json ; $(call launch,sync,$(PY) stages/sync.py)

@@ -183,3 +183,25 @@ def test_a_goal_without_a_variable_that_it_needs_is_refused_before_anything_runs
     with pytest.raises(SftError, match=re.escape(message)):
         make_words.check_needs(" ".join(given), [goal])
     make_words.check_needs("A=x B=y SRC=a DST=b STEPS=1 RUN=x MODEL=y", [goal])
+
+
+def test_variables_are_read_as_make_reads_them() -> None:
+    text = r"TESTS=a\ MODEL=hf://q/r DETACH:=1 SRC=my\ folder DST=a$$b"
+    assert make_words.given(text, "MODEL") == "" and make_words.given(text, "TESTS") == "a MODEL=hf://q/r"
+    assert make_words.given(text, "DETACH") == "1" and make_words.given(text, "SRC") == "my folder"
+    assert make_words.given(text, "DST") == "a$b"
+    assert make_words.with_model("MODEL:=hf://a/b", ["evaluate"], [], Path("runs")) == ["convert.model=hf://a/b"]
+
+
+@pytest.mark.parametrize("value", ["`touch x`", "$(touch x)", "a b", "a'b", 'a"b', "a;b", "a&b"])
+def test_what_a_shell_would_read_otherwise_is_no_override(value: str) -> None:
+    with pytest.raises(SftError, match="only letters, digits"):
+        make_words.check_characters([f"dtype={value}"])
+    with pytest.raises(SftError, match=r"MODEL=.*only letters, digits .*next: name a link to it"):
+        make_words.with_model(f"MODEL={value}".replace(" ", r"\ "), ["evaluate"], [], Path("runs"))
+    make_words.check_characters(["lr=1e-4", "convert.model=hf://org/name@rev", "tasks=a,b"])
+
+
+def test_a_sweep_reads_no_model() -> None:
+    with pytest.raises(SftError, match="make sweep: it reads no MODEL="):
+        make_words.with_model("MODEL=hf://a/b", ["sweep"], [], Path("runs"))

@@ -102,14 +102,17 @@ def test_convert_takes_a_step_and_baseline_the_base(workspace: Workspace) -> Non
     [(["train", "MODEL=runs/y"], "make train: it reads no MODEL="), (["evaluate", "MODEL=~/x"], "write it without '~'"),
      (["evaluate", "MODEL=runs/y/prepare"], "neither a step nor an export"), (["evaluate", "MODEL=runs/y/train/step7"], "there are: step300"),
      (["evaluate", "MODEL=none"], "no file or folder 'none'"), (["evaluate", "MODEL=runs/y/train/step300", "lr=1"], "does not"),
+     (["evaluate", "convert.model=hf://a/b", "lr=1"], "[train] has this field"), (["evaluate", "model=hf://a/b", "lr=1"], "[train] has this field"),
+     (["sweep", "MODEL=hf://a/b", "lr=1 2"], "make sweep: it reads no MODEL="),
+     (["to-hf", "SRC=a", "DST=b", "dtype=`touch pwned`"], "only letters, digits"),
      (["evaluate", "MODEL=weka://data/x"], "on none of the mounts in env/local.toml"),
      (["evaluate", "eval_template=model"], "there is no [convert] model")],
-    ids=["train", "home", "prepare", "step", "none", "unread", "weka", "template"],
+    ids=["train", "home", "prepare", "step", "none", "unread", "field", "word", "sweep", "shell", "weka", "template"],
 )  # fmt: skip
 def test_a_model_that_cannot_be_meant_is_refused(workspace: Workspace, words: list[str], message: str) -> None:
     step(workspace.root / "runs")
     assert message in workspace.make(*words, "RECIPE=x", ok=False).stderr
-    assert workspace.ran() == []
+    assert workspace.ran() == [] and not (workspace.root / "pwned").exists()
 
 
 def test_a_step_is_identified_alike_here_and_where_jobs_see_it(tmp_path: Path) -> None:

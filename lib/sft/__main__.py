@@ -23,6 +23,7 @@ import importlib.util
 import os
 import re
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.common import columns
@@ -57,15 +58,15 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
 
 def command_plan(args: argparse.Namespace) -> None:
     """One line of words for Make: plan-ok, environment:<digest>, set:<override>, launcher-<stage>:<launcher>,
-    detach:<stage>, run:<run>, stale:<run>/<stage>."""
+    detach:<stage>, tool:job, run:<run>, model:<run>, stale:<run>/<stage>, reuse:<run>/<stage>:<origin>."""
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
     make_words.check_needs(args.overrides, goals)
-    if goals != ["sweep"]:
-        args.fields = make_words.with_model(args.overrides, goals, args.fields, args.place.runs)
+    args.fields = make_words.with_model(args.overrides, goals, args.fields, args.place.runs)
     question = _question(args, goals)
     words = ["plan-ok", f"environment:{plan.environment_digest()}"]
     if {"to-hf", "to-core"} & set(goals):
+        make_words.check_characters(args.fields)
         words += _words_of_tool(args, goals, question)
         print(" ".join(words))
         return
@@ -74,10 +75,7 @@ def command_plan(args: argparse.Namespace) -> None:
             question.resolve(args.fields)
         print(" ".join(words))
         return
-    if odd := [f for f in args.fields if not re.fullmatch(r"[A-Za-z0-9_.,+/:@=-]+", f)]:
-        raise SftError(
-            f"override {odd[0]!r}: only letters, digits and _.,+/:@- are possible on the command line; next: make new FROM=… RECIPE=…, and edit"
-        )
+    make_words.check_characters(args.fields)
     args.fields = question.resolve(args.fields)
     words += [f"set:{f}" for f in args.fields]
     needs_run = [g for g in goals if g in OF_A_RUN]
@@ -94,8 +92,7 @@ def command_plan(args: argparse.Namespace) -> None:
         cluster = args.place.load_cluster()
         words += [f"launcher-{s}:{cluster.launcher if s in cluster.stages else 'local'}" for s in schema.STAGES]
         wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
-        if wanted and make_words.variable(args.overrides, "DETACH") not in ("", "0"):
-            words.append(f"detach:{wanted[-1]}")
+        words += _detached(args, wanted)
     shard = make_words.variable(args.overrides, "SHARD")
     if shard and (beyond := [g for g in needs_run if g != "prepare"]):
         raise SftError(
@@ -131,7 +128,14 @@ def _words_of_tool(args: argparse.Namespace, goals: list[str], question: asked.A
     launched = cluster.launcher != "local"
     numbers = [f for f in args.fields if launched and f.partition("=")[0] in typed.HARDWARE_FIELDS]
     others = [f for f in args.fields if f not in numbers]
-    return [*(f"set:{f}" for f in (*numbers, *question.resolve(others))), *["tool:job"] * launched]
+    job = ["tool:job", *_detached(args, goals)] * launched
+    return [*(f"set:{f}" for f in (*numbers, *question.resolve(others))), *job]
+
+
+def _detached(args: argparse.Namespace, wanted: Sequence[str]) -> list[str]:
+    """detach:<stage> for the last of them, where DETACH= asks for it."""
+    asked_for = make_words.variable(args.overrides, "DETACH") not in ("", "0")
+    return [f"detach:{wanted[-1]}"] if wanted and asked_for else []
 
 
 def _baseline(args: argparse.Namespace, found: list[recipe.Recipe], goals: list[str]) -> list[recipe.Recipe]:
@@ -161,15 +165,15 @@ def _refuse_to_start_again(args: argparse.Namespace, r: recipe.Recipe) -> None:
 def _question(args: argparse.Namespace, goals: list[str]) -> asked.Asked:
     """What was asked for. A recipe that is broken is reported where it is loaded."""
     cluster = args.place.load_cluster() if args.recipe else schema.Cluster(storage="")
-    other_model = any(f.startswith(f"{recipe.MODEL}=") for f in args.fields)
+    found: list[recipe.Recipe] = []
+    with contextlib.suppress(SftError):
+        found = runs_of(args) if goals != ["sweep"] else []
+    other_model = bool(found) and all(r.convert.model for r in found)
     dry_run = make_words.variable(args.overrides, "STAGE") or ("evaluate" if other_model else "train")
     if "dry-run" in goals and dry_run not in schema.STAGES:
         raise SftError(f"make dry-run STAGE={dry_run}: no such stage; next: one of {', '.join(schema.STAGES)}")
-    question = asked.Asked(goals, cluster, args.place.cluster, dry_run, other_model=other_model)
-    with contextlib.suppress(SftError):
-        watched = any(recipe.load(typed.find(RECIPES, name, "recipe")).evaluate.every for name in args.recipe.split())
-        question = dataclasses.replace(question, watches=watched)
-    return question
+    watches = any(r.evaluate.every for r in found)
+    return asked.Asked(goals, cluster, args.place.cluster, dry_run, other_model=other_model, watches=watches)
 
 
 def command_show(args: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 split_overrides("RECIPE=x lr=1e-4")      ->  ["lr=1e-4"]
 variable("RECIPE=x", "RECIPE")           ->  "x"
-with_model(overrides, goals, fields, place)      MODEL=… as the field of a recipe that it stands for
+with_model(overrides, goals, fields, runs)       MODEL=… as the field of a recipe that it stands for
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.common.errors import SftError
@@ -43,6 +43,10 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "push-hub": (("REPO",), "make push-hub RECIPE=x REPO=org/name"),
 }
 """The variables that a goal cannot do without, and a command that has them."""
+_PLAIN, _ONLY = (
+    re.compile(r"[A-Za-z0-9_.,+/:@=-]+"),
+    "only letters, digits and _.,+/:@=- are possible on the command line",
+)
 TALKING = ("chat", "serve")
 """Goals with a MODEL= of their own."""
 WITH_MODEL = (
@@ -51,16 +55,20 @@ WITH_MODEL = (
 """Goals of a run that can be one of another model."""
 
 
+def _words(text: str) -> Iterator[tuple[str, str]]:
+    """(name, value) of each word of $(MAKEOVERRIDES), in which Make escapes spaces and doubles dollar signs."""
+    for word in re.findall(r"(?:\\.|[^\s\\])+", text):
+        name, _, value = re.sub(r"\\(.)", r"\1", word).replace("$$", "$").partition("=")
+        yield name.rstrip(":+?!"), value
+
+
 def split_overrides(text: str) -> list[str]:
     """The recipe's fields among Make's command-line variables ($(MAKEOVERRIDES)): the lower-case ones, as `field=value`.
 
     Raises SftError for an unknown upper-case name that resembles a variable or a field.
     """
     fields: list[str] = []
-    for word in re.findall(r"(?:\\.|[^\s\\])+", text):
-        word = re.sub(r"\\(.)", r"\1", word).replace("$$", "$")
-        name, _, value = word.partition("=")
-        name = name.rstrip(":+?!")
+    for name, value in _words(text):
         if name.upper() in MAKE_VARIABLES and name not in (*MAKE_VARIABLES, *recipe.FIELDS):
             raise SftError(
                 f"make: {name}={value}: Make's own variables are upper case; did you mean {name.upper()}={value}?"
@@ -90,7 +98,7 @@ def variable(overrides: str, name: str) -> str:
 
 def given(overrides: str, name: str) -> str:
     """The value of a variable on Make's command line; "" for one in the environment."""
-    return next(iter(re.findall(rf"(?:^|\s){name}=(\S*)", overrides)), "")
+    return dict(_words(overrides)).get(name, "")
 
 
 def check_needs(overrides: str, goals: Sequence[str]) -> None:
@@ -104,6 +112,12 @@ def check_needs(overrides: str, goals: Sequence[str]) -> None:
             raise SftError(f"make {goal}: RUN= or MODEL= is missing; next: make {goal} RUN=x; make runs lists them")
 
 
+def check_characters(fields: Sequence[str]) -> None:
+    """Raises SftError for an override that the shell would read otherwise: the Makefile does not quote them."""
+    if odd := [f for f in fields if not _PLAIN.fullmatch(f)]:
+        raise SftError(f"override {odd[0]!r}: {_ONLY}; next: make new FROM=… RECIPE=…, and edit")
+
+
 def with_model(overrides: str, goals: Sequence[str], fields: Sequence[str], runs: Path) -> list[str]:
     """The fields, with MODEL=… as [convert] model. Raises SftError for goals that read no other model."""
     text = given(overrides, "MODEL")
@@ -114,4 +128,6 @@ def with_model(overrides: str, goals: Sequence[str], fields: Sequence[str], runs
             f"make {other[0]}: it reads no MODEL=; next: make evaluate RECIPE=… MODEL=…, which scores another model under the tasks"
             " of a recipe, make convert with a step, or make chat MODEL=…"
         )
-    return [*fields, f"{recipe.MODEL}={models.named(text, runs)}"]
+    if not _PLAIN.fullmatch(named := models.named(text, runs)):
+        raise SftError(f"MODEL={named}: {_ONLY}; next: name a link to it")
+    return [*fields, f"{recipe.MODEL}={named}"]
