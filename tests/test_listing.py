@@ -15,7 +15,7 @@ from sft.common.locks import lock
 from sft.formats.job import JobRecord
 from sft.formats.metrics import Attempt, StepRecord
 from sft.formats.run import RunFile
-from sft.runner import listing, removal
+from sft.runner import listing, models, removal
 
 
 def manifest(stage: str, **metrics: object) -> str:
@@ -109,6 +109,21 @@ def test_several_runs_that_share_a_stage_go_on_sharing_it(tmp_path: Path) -> Non
     assert not (tmp_path / "x_limit-1/train").is_symlink()
     assert (tmp_path / "x_limit-2/train").readlink() == Path("../x_limit-1/train")
     assert (tmp_path / "x_limit-2/train/out").read_text() == "weights"
+
+
+@pytest.mark.parametrize("model", ["runs/x", "runs/x/train/step3"])
+def test_a_run_that_another_run_scores_is_not_deleted_before_it(tmp_path: Path, model: str) -> None:
+    run, scorer = make_run(tmp_path, "x", "train"), make_run(tmp_path, "z_model-x", "evaluate")
+    RunFile("z", (f"convert.model={model}",)).write(scorer / "run.json")
+    with pytest.raises(SftError, match=r"z_model-x scored it .*next: make delete RUN=z_model-x first"):
+        removal.removal(run)
+    RunFile("z", ("convert.model=runs/x_limit-1",)).write(scorer / "run.json")
+    removal.removal(run)  # another run, whose name begins alike
+    file = scorer / "evaluate/manifest.json"  # its recipe's file names the model
+    file.write_text(
+        file.read_text().replace('"config": {}', json.dumps({"config": {"convert": {"model": model}}})[1:-1])
+    )
+    assert models.scored_by(run) == ["z_model-x"]
 
 
 def test_an_archive_holds_the_run_and_replaces_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
     make evaluate RECIPE=x MODEL=runs/y/train/step300        the step of another run
     named("/data/runs/y/train/step300", place.runs)          -> "runs/y/train/step300": the folder of runs has one name everywhere
     inputs(…)                                                what identifies it in a manifest
+    scored_by(place.runs / "y")                              -> ["x_model-…"]: the runs that need y for it
 
 A step that has a manifest is identified by it, a folder by the hashes of its files. Names with a revision identify themselves. Of a
 model in a bucket, on the hub without a revision, or on a disk that only jobs see, the planner knows the name only.
@@ -10,19 +11,23 @@ model in a bucket, on the hub without a revision, or on a disk that only jobs se
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.formats import manifest
+from sft.formats import run as run_format
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Input
+from sft.formats.run import RunFile
 from sft.recipe import mounts
-from sft.recipe.recipe import Recipe
+from sft.recipe.recipe import MODEL, Recipe
 from sft.recipe.schema import Cluster
+from sft.runner import references
 
 RUNS = "runs/"
 FIELD = "'model' in [convert]"
@@ -158,8 +163,25 @@ def check(r: Recipe, stage: str, runs: Path, roots: Sequence[Path], cluster: Clu
                 f" RECIPE=… CLUSTER={cluster_name} PUSH=1, or name a copy with gs://"
             )
     else:
-        mounts_text = ", ".join(cluster.mounts) or "it has none"
         raise SftError(
             f"{r.file}: {FIELD} = {name!r}: jobs on {cluster_name} do not see this machine's disks; next: gs://, hf://org/name, or"
-            f" a path on a mount of env/{cluster_name}.toml ({mounts_text})"
+            f" a path on a mount of env/{cluster_name}.toml ({mounts.listed(cluster)})"
         )
+
+
+def scored_by(run: Path) -> list[str]:
+    """The names of the runs whose [convert] model is a step or the export of this run."""
+    own = f"{RUNS}{run.name}/"
+    others = [other for other in references.runs_in(run.parent) if other != run]
+    return [other.name for other in others if any(f"{name}/".startswith(own) for name in _models_of(other))]
+
+
+def _models_of(run: Path) -> Iterator[str]:
+    """[convert] model as the run's overrides and its finished stages have it."""
+    with contextlib.suppress(OSError, SftError):
+        words = RunFile.read(run / run_format.NAME).overrides
+        yield from (word.removeprefix(f"{MODEL}=") for word in words if word.startswith(f"{MODEL}="))
+    for stage in ("convert", "evaluate"):
+        with contextlib.suppress(OSError, SftError):
+            config = manifest.load(run / stage / manifest.NAME).config
+            yield str((config if stage == "convert" else config.get("convert", {})).get("model", ""))

@@ -17,7 +17,7 @@ from sft.common.errors import SftError
 from sft.formats import job
 from sft.formats.job import JobRecord
 from sft.recipe import schema
-from sft.runner import references
+from sft.runner import models, references
 from sft.runner.listing import is_running, size_text
 
 
@@ -44,7 +44,7 @@ class Removal:
 
 
 def removal(run: Path) -> Removal:
-    """What removing a run means. Raises SftError while a stage of it runs or a job is not reported."""
+    """What removing a run means. Raises SftError while a stage of it runs, a job is not reported, or another run scores it."""
     if busy := [s for s in (*schema.STAGES, "report") if is_running(run, s)]:
         raise SftError(f"{run}: {', '.join(busy)} is running; next: stop it, or wait for it")
     for file in sorted((run / job.FOLDER).glob("*.json")):
@@ -56,6 +56,11 @@ def removal(run: Path) -> Removal:
             raise SftError(
                 f"{file}: the end of job {record.job} was not reported; next: make cancel or make collect, then this again"
             )
+    if scorers := models.scored_by(run):
+        raise SftError(
+            f"{run}: {', '.join(scorers)} scored it (MODEL=), and no make reaches {'that' if len(scorers) == 1 else 'those'} without it;"
+            f" next: make delete RUN={scorers[0]} first"
+        )
     links = references.referrers(run)
     stay = [run / stage for stage in links]
     files = (Path(folder) / name for folder, _, names in os.walk(run) for name in names)
