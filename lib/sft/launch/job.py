@@ -32,6 +32,8 @@ WATCH = "watch"
 """The job that evaluates the checkpoints of a running training job. It is not a stage, and no make waits for it."""
 TOOLS = ("to-hf", "to-core")
 """Programs that run as a job of their own, which belongs to no run; see sft.launch.tools."""
+TOOL_RUNS = ".tools"
+"""The folder beside the runs in which each job of a tool has one of its own."""
 T = TypeVar("T")
 
 
@@ -191,7 +193,7 @@ class SubmittedJob:
 
 def submitted_jobs(runs: Path) -> list[SubmittedJob]:
     """The recorded jobs of every run, sorted by run and stage."""
-    files = [*sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json")), *sorted(runs.glob(f".tools/*/{FOLDER}/*.json"))]
+    files = [*sorted(runs.glob(f"[a-z0-9]*/{FOLDER}/*.json")), *sorted(runs.glob(f"{TOOL_RUNS}/*/{FOLDER}/*.json"))]
     found = [SubmittedJob.load(file) for file in files]
     return [job for job in found if job is not None]
 

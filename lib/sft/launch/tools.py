@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -21,14 +22,12 @@ import click
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.locks import lock
-from sft.launch.job import TOOLS, Job, SubmittedJob, retried
+from sft.launch.job import TOOL_RUNS, TOOLS, Job, SubmittedJob, retried
 from sft.launch.launcher import Scheduler, load_launcher
 from sft.launch.run import follow, logger, submit
 from sft.recipe import mounts, recipe, schema, typed
 from sft.runner import plan
-from sft.runner.cli import COMMAND, program
-
-FOLDER = ".tools"
+from sft.runner.cli import program
 
 
 def in_job(text: str, cluster: schema.Cluster, name: str, what: str) -> str:
@@ -38,29 +37,32 @@ def in_job(text: str, cluster: schema.Cluster, name: str, what: str) -> str:
     if text.startswith(mounts.WEKA) or not cluster.shared_disk:
         if found := mounts.in_jobs(text, cluster):
             return found
-        there = ", ".join(cluster.mounts) or "it has none"
         raise SftError(
-            f"{what}={text}: jobs on {name} do not see it; next: gs://, or a path on a mount of env/{name}.toml ({there})"
+            f"{what}={text}: jobs on {name} do not see it; next: gs://, or a path on a mount of env/{name}.toml"
+            f" ({mounts.listed(cluster)})"
         )
     return os.path.abspath(text)
 
 
-def tool_job(place: plan.Place, tool: str, words: Sequence[str], numbers: schema.Hardware) -> Job:
-    """The job of `tool SRC DST OPTIONS…`. Raises SftError."""
+def tool_job(
+    place: plan.Place,
+    tool: str,
+    source: str,
+    target: str,
+    options: Mapping[str, str],
+    fields: Sequence[str],
+    numbers: schema.Hardware,
+) -> Job:
+    """The job of `tool SRC DST OPTIONS… FIELDS…`. Raises SftError."""
     cluster, name = place.load_cluster(), place.cluster
-    if len(words) < 2 or not all(words[:2]):
-        raise SftError(f"make {tool}: SRC= and DST= are needed; next: make {tool} SRC=… DST=… CLUSTER={name}")
-    source, target, *rest = words
-    source, target = in_job(source, cluster, name, "SRC"), in_job(target, cluster, name, "DST")
-    for option in ("--tokenizer", "--adapter"):
-        if option in rest:
-            at = rest.index(option) + 1
-            rest[at] = in_job(rest[at], cluster, name, option[2:].upper())
+    words = [in_job(source, cluster, name, "SRC"), in_job(target, cluster, name, "DST")]
+    for option, value in options.items():
+        words += [f"--{option}", value if option == "template" else in_job(value, cluster, name, option.upper())]
     if cluster.shared_disk:
-        rest += ["--cache", str(place.cache.absolute())]
-    command = [".venv/bin/python", f"stages/{tool.replace('-', '_')}.py", source, target, *rest]
+        words += ["--cache", str(place.cache.absolute())]
+    command = [".venv/bin/python", f"stages/{tool.replace('-', '_')}.py", *words, *fields]
     identity = hashlib.sha256("\0".join(command).encode()).hexdigest()
-    run = place.runs / FOLDER / f"{tool}-{identity[:10]}"
+    run = place.runs / TOOL_RUNS / f"{tool}-{identity[:10]}"
     return Job(run, tool, command, place, cluster, _no_recipe(tool, name, numbers), identity)
 
 
@@ -88,36 +90,39 @@ def run_tool(job: Job, scheduler: Scheduler) -> int:
     return follow(known, scheduler, log)
 
 
-def _numbers(fields: Sequence[str], cluster: schema.Cluster) -> tuple[schema.Hardware, list[str]]:
+def _numbers(fields: Sequence[str], tool: str, cluster: schema.Cluster) -> tuple[schema.Hardware, list[str]]:
     """(what the job requests, the other fields) of FIELD=VALUE words. Raises SftError for one that no job of a tool has."""
+    hints = typing.get_type_hints(schema.Hardware)
     asked, others = {}, []
     for text in fields:
         name, _, value = text.partition("=")
-        if name in ("cpus", "memory_gb", "time", "partition", "priority", "gpus"):
-            kind = int if name in ("cpus", "memory_gb", "gpus") else str
-            asked[name] = typed.parse_value(value, kind)
+        if name in typed.HARDWARE_FIELDS:
+            asked[name] = typed.parse_value(value, hints[name])
         else:
             others.append(text)
-    problems: list[str] = []
-    made: schema.Hardware = typed.build(schema.Hardware, asked, "job", problems)
+    problems = typed.of_other_stages(asked, tool)
+    made: schema.Hardware = typed.build(schema.Hardware, asked, "", problems)
     problems += typed.unread(schema.Hardware, asked, cluster.launcher)
     if problems:
         raise SftError("\n".join(problems) + "\nnext: correct it")
     return made, others
 
 
-@program("launch", "python -m sft.launch.tools", settings=COMMAND)
+@program("launch", "python -m sft.launch.tools")
 @click.argument("cluster", metavar="CLUSTER")
 @click.argument("runs", type=click.Path(path_type=Path), metavar="RUNS")
 @click.argument("tool", type=click.Choice(TOOLS), metavar="TOOL")
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SRC DST [OPTIONS]")
-def main(cluster: str, runs: Path, tool: str, words: tuple[str, ...]) -> int:
-    """Runs TOOL as one job on CLUSTER."""
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@click.argument("fields", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--tokenizer", default="", metavar="FOLDER", help="to-hf: the tokenizer of the step.")
+@click.option("--template", default="", metavar="NAME", help="to-hf: the chat template that was trained.")
+@click.option("--adapter", default="", metavar="FOLDER", help="to-core: the LoRA adapter that is merged.")
+def main(cluster: str, runs: Path, tool: str, source: str, target: str, fields: tuple[str, ...], **options: str) -> int:
+    """Runs TOOL as one job on CLUSTER. FIELD=VALUE is what the job requests, such as cpus=8, or a field of [convert]."""
     place = plan.Place(runs, (), cluster)
-    fields = [w for w in words[2:] if "=" in w and not w.startswith("-")]
-    numbers, others = _numbers(fields, place.load_cluster())
-    kept = [w for w in words[2:] if w not in fields] if len(words) > 2 else []
-    job = tool_job(place, tool, [*words[:2], *kept, *others], numbers)
+    numbers, others = _numbers(fields, tool, place.load_cluster())
+    job = tool_job(place, tool, source, target, {k: v for k, v in options.items() if v}, others, numbers)
     scheduler = load_launcher(job.cluster.launcher).open_scheduler(job.folder, job.cluster)
     if os.environ.get("DRY_RUN"):
         print(scheduler.render(job))

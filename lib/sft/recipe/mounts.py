@@ -33,13 +33,17 @@ def in_jobs(path: str, cluster: Cluster) -> str:
     return ""
 
 
+def listed(cluster: Cluster) -> str:
+    """The mounts of a cluster, for messages."""
+    return ", ".join(cluster.mounts) or "it has none"
+
+
 def require(path: str, stage: str, cluster: Cluster, name: str, what: str) -> str:
     """The path in jobs of one that is written as on a disk of the cluster. Raises SftError where the stage cannot read it.
 
     name: that of the cluster's file. what: the file and the field, for messages.
     """
     if not (found := in_jobs(path, cluster)):
-        there = ", ".join(cluster.mounts) or "it has none"
         plain, local = (
             "not a plain relative path, and ",
             "; or write it relative to a folder and name that with DATA=/that/folder",
@@ -47,7 +51,7 @@ def require(path: str, stage: str, cluster: Cluster, name: str, what: str) -> st
         if path.startswith(WEKA):
             plain = local = ""
         raise SftError(
-            f"{what} = {path!r}: {plain}on none of the mounts in env/{name}.toml ({there}); next: CLUSTER= with a cluster that has it{local}"
+            f"{what} = {path!r}: {plain}on none of the mounts in env/{name}.toml ({listed(cluster)}); next: CLUSTER= with a cluster that has it{local}"
         )
     if stage not in cluster.stages:
         raise SftError(

@@ -238,13 +238,7 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
             on[cluster][stage] = typed.build(schema.Hardware, numbers, f"on.{cluster}.{stage}", problems)
             if isinstance(numbers, dict) and (launcher := _launcher(cluster)):
                 problems += typed.unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
-            problems += [
-                f"'{name}' in [on.{cluster}.{stage}]: {stage} does not read it, only {' and '.join(readers)}; remove it"
-                for name in numbers
-                if name in typed.HARDWARE_FIELDS
-                and (readers := typed.HARDWARE_FIELDS[name].metadata["stages"])
-                and stage not in readers
-            ]
+            problems += typed.of_other_stages(numbers, stage, f" in [on.{cluster}.{stage}]")
     return on
 
 

@@ -159,6 +159,15 @@ def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str =
     ]
 
 
+def of_other_stages(present: typing.Iterable[str], stage: str, where: str = "") -> list[str]:
+    """One line for each number of [on.<cluster>.<stage>] that this stage does not read."""
+    return [
+        f"'{name}'{where}: {stage} does not read it, only {' and '.join(readers)}; remove it"
+        for name in present
+        if name in HARDWARE_FIELDS and (readers := HARDWARE_FIELDS[name].metadata["stages"]) and stage not in readers
+    ]
+
+
 def hint_for(name: str, known: typing.Iterable[str], cluster: str = "<cluster>") -> str:
     """What a name that is no field here probably means: another trainer's name for one, or one that is spelled like it."""
     if name in HARDWARE_FIELDS:

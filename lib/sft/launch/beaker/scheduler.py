@@ -23,7 +23,7 @@ from sft.launch.beaker import code, connection, harnesses, requirements, returne
 from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import NodeGpus
-from sft.launch.job import Job, Status
+from sft.launch.job import TOOL_RUNS, Job, Status
 from sft.launch.launcher import TAIL_LINES
 from sft.recipe.schema import Cluster
 from sft.runner import plan
@@ -107,8 +107,8 @@ class BeakerScheduler:
                 printed = str(status)
             time.sleep(pause)
             pause = min(1.5 * pause, POLL_S)
-        if status.state != "done" or self.folder.parent.parent.name == ".tools":
-            return status.code
+        if status.state != "done" or self.folder.parent.parent.name == TOOL_RUNS:
+            return status.code  # a tool leaves its result where it was told to
         with client_errors():
             job = returned.submitted_job(self.folder, id, self._address(id))
             return returned.fetch(self.client, self.client.workload.get(id), job, out)
