@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from patience import PATIENCE
 from sft.common import columns
 from sft.common.strings import printable
 
@@ -47,3 +51,16 @@ def test_warnings_of_libraries_in_a_stage_are_in_its_log(workspace) -> None:
     assert "old name" not in made.stdout + made.stderr and "no extension" not in made.stdout + made.stderr
     text = (workspace.root / "runs/x/.work/prepare.log").read_text()
     assert "old name" in text and "torchao: WARNING: no extension" in text
+
+
+def test_warnings_of_transformers_are_in_the_log_though_it_prints_by_itself(tmp_path: Path) -> None:
+    """When it is imported, it gives its logger a handler that prints."""
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom sft.common.library_logs import quiet_libraries\n"
+        "quiet_libraries(Path(sys.argv[1]))\nfrom transformers.utils import logging\n"
+        "logging.get_logger('transformers.models.x').warning('falls back')\n"
+    )
+    log = tmp_path / "log"
+    made = subprocess.run([sys.executable, "-c", code, str(log)], capture_output=True, text=True, timeout=PATIENCE)
+    assert (made.returncode, made.stdout, made.stderr) == (0, "", "")
+    assert set(log.read_text().splitlines()) == {"transformers.models.x: WARNING: falls back"}

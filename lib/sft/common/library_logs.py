@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-OWN_HANDLERS = ("torch.utils._pytree",)
+OWN_HANDLERS = ("torch.utils._pytree", "transformers")
 """Loggers whose library prints to the terminal by itself."""
 
 
@@ -17,14 +17,18 @@ def quiet_libraries(file: Path) -> None:
     """From now on, log records of libraries and `warnings` are appended to the file, which is made with the first of them."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(file, delay=True)
+    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
     for former in _FORMER:
-        for name in ("", *OWN_HANDLERS):
-            logging.getLogger(name or None).removeHandler(former)
+        logging.getLogger().removeHandler(former)
         former.close()
     _FORMER[:] = [handler]
-    handler.setFormatter(logging.Formatter("%(name)s: %(levelname)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     for name in OWN_HANDLERS:
-        logging.getLogger(name).addHandler(handler)
-        logging.getLogger(name).propagate = False
+        logger = logging.getLogger(name)
+        logger.handlers[:], logger.propagate = [handler], False
+        logger.addHandler = _ignore  # type: ignore[method-assign]  # transformers adds its own one when it is imported
     logging.captureWarnings(True)
+
+
+def _ignore(_: logging.Handler) -> None:
+    """In place of a logger's addHandler."""

@@ -167,7 +167,6 @@ def load(folder: Path, device: str, system: str = "") -> Talk:
     import torch  # start-up: a wrong command line is reported at once
     import transformers  # start-up: the same
 
-    transformers.logging.set_verbosity_error()
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind: Any = torch.float32 if where == "cpu" else "auto"
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
