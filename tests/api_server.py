@@ -1,6 +1,6 @@
 """A loopback server with OpenAI's API for completions, which transformers computes: what vllm serve answers, in its form.
 
-Prompts are lists of token ids. `echo` with `logprobs` returns the log-probabilities of the prompt, unless the server is told not to.
+Prompts are lists of token ids. `echo` with `logprobs` returns the log-probabilities of the prompt. With `scores_prompts=False` there are none.
 """
 
 from __future__ import annotations

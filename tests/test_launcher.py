@@ -20,7 +20,7 @@ def flux(workspace: Workspace) -> Workspace:
     """A copy of the repository with the launcher `flux` and a cluster that uses it."""
     root = workspace.root
     shutil.copy(REPO / "tests/flux.py", root / "lib/sft/launch/flux.py")
-    file = root / "lib/sft/recipe/schema.py"
+    file = root / "lib/sft/recipe/cluster_schema.py"
     line = f"LAUNCHERS = {json.dumps(schema.LAUNCHERS).replace('[', '(').replace(']', ')')}"
     assert line in file.read_text()
     file.write_text(file.read_text().replace(line, f'{line[:-1]}, "flux")'))

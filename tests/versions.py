@@ -50,6 +50,8 @@ KEYED = (
     "sft.recipe.recipe",
     "sft.recipe.typed",
     "sft.recipe.schema",
+    "sft.recipe.train_schema",
+    "sft.recipe.cluster_schema",
     "sft.formats.record",
     "sft.formats.manifest",
     "sft.formats.run",

@@ -30,5 +30,5 @@ def quiet_libraries(file: Path) -> None:
     logging.captureWarnings(True)
 
 
-def _ignore(_: logging.Handler) -> None:
+def _ignore(hdlr: logging.Handler) -> None:
     """In place of a logger's addHandler."""

@@ -1,4 +1,4 @@
-"""Compares the merged weights of a step with adapters with the model that was trained, whose adapters stand beside the base.
+"""Compares the merged weights of a LoRA step with the trained model, which adds the adapters to the base in every forward pass.
 
 In:  the merged weights (sft.checkpoint.lora_step), documents as token ids, layers. Out: `MergeCheck`; SftError if the logits
      differ by more than rounding. Both are computed in fp32.

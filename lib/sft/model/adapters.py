@@ -9,7 +9,6 @@ Quantised matrices are no parameters: every rank holds all of them, where FSDP2 
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from sft.formats.adapter import Adapter
 from sft.model.hf import DECAYS
-from sft.model.noise import dropped
+from sft.model.noise import dropped, named_generator
 from sft.model.parallel import set_parameter
 from sft.model.quantised import Codes, dequantise, quantise, quantised_linear
 from sft.model.trained import LORA_A, LORA_B
@@ -142,7 +141,6 @@ def start_adapters(model: nn.Module, seed: int) -> None:
         if name.endswith(f".{LORA_B}"):
             set_parameter(parameter, torch.zeros(parameter.shape))
         elif name.endswith(f".{LORA_A}"):
-            digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+            generator = named_generator(seed, name)
             bound = 1 / math.sqrt(parameter.shape[1])
             set_parameter(parameter, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))

@@ -18,7 +18,6 @@ The ranks of a context group have consecutive parts of the row. Attention exchan
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import math
 import os
@@ -38,6 +37,7 @@ from sft.model.attention import attention
 from sft.model.context import gather_heads, gather_tokens
 from sft.model.gated_delta import GatedDeltaNet, initial_vector
 from sft.model.loss import cross_entropy
+from sft.model.noise import named_generator
 from sft.recipe.architecture import DynamicRope, LinearRope, Llama3Rope, LongRope, ModelConfig, RopeScaling, Yarn
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin, fp32 [T, 1, rotated dimensions of a head]
@@ -345,8 +345,7 @@ def initial_values(model: nn.Module, std: float, seed: int) -> Iterator[tuple[st
 def initial_value(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     """The complete initial tensor of a parameter."""
     value = torch.zeros(shape) if name.endswith(".bias") else torch.ones(shape)
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = named_generator(seed, name)
     if (vector := initial_vector(name, value.numel(), generator)) is not None:
         return vector
     if value.dim() > 1:

@@ -1,11 +1,14 @@
 """Noise that depends on which token it is for, and not on the rank, microbatch or order in which it is made.
 
 In:  numbers of tokens, a seed. Out: values in (-1, 1) from a hash of (seed, token, column).
+     A tensor's own random numbers come from a generator that its name and the seed choose.
 
 Dropout of adapters is such a mask. NEFTune (arXiv 2310.05914) adds such values times alpha / sqrt(tokens of the document x width) to the embeddings in training.
 """
 
 from __future__ import annotations
+
+import hashlib
 
 import torch
 from torch import Tensor
@@ -25,6 +28,12 @@ def token_keys(tokens_T: Tensor, seed: int) -> Tensor:
     """int64 [T]: a hash of each token and the seed. `tokens_T`: int64, not negative."""
     start = _mixed(torch.tensor((seed ^ (seed >> 32)) & MASK)).item()
     return _mixed(_mixed((tokens_T & MASK) ^ start) ^ (tokens_T >> 32))
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator that (seed, name) chooses. What it gives depends neither on the number of ranks nor on the order of tensors."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
 
 
 def uniform(tokens_T: Tensor, columns: int, seed: int) -> Tensor:

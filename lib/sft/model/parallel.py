@@ -190,8 +190,10 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
 def sum_replicated_gradients(model: nn.Module, world: World) -> None:
     """Replaces the gradients of parameters that no rank shards by their sum over ranks, in one exchange of fp32 values.
     Call it once a step, after the last microbatch."""
+    if world.size == 1:
+        return
     grads = [p.grad for p in _replicated(model) if p.grad is not None]
-    if world.size == 1 or not grads:
+    if not grads:
         return
     total = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(total)

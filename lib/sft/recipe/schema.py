@@ -1,16 +1,44 @@
 """Every option of a recipe and of a cluster file, once: its table, type, default, bounds and meaning.
 
-`sft.recipe.recipe` checks a recipe's TOML against these dataclasses, and `make fields` prints them. An option declared with
-`key=False` changes how or where a stage runs but not its result, so editing it makes nothing stale. Standard library only:
+The options of [train] are declared in `train_schema.py`, those of clusters and hardware in `cluster_schema.py`. Import all of them
+from here. `sft.recipe.recipe` checks a recipe's TOML against these dataclasses, and `make fields` prints them. An option declared
+with `key=False` changes how or where a stage runs but not its result, so editing it makes nothing stale. Standard library only:
 the planner reads this before the environment exists.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sft.recipe.cluster_schema import BEAKER, JOBS, LAUNCHERS, OWN, SLURM, STAGES, UPSTREAM, Cluster, Hardware
 from sft.recipe.options import REQUIRED, opt
+from sft.recipe.train_schema import LORA_FIELDS, LORA_LR, Train
+
+__all__ = [
+    "BEAKER",
+    "COLUMNS",
+    "JOBS",
+    "LAUNCHERS",
+    "LORA_FIELDS",
+    "LORA_LR",
+    "OWN",
+    "PER_TASK",
+    "ROLES",
+    "SLURM",
+    "STAGES",
+    "TABLES",
+    "UPSTREAM",
+    "Cluster",
+    "Convert",
+    "Evaluate",
+    "Hardware",
+    "Model",
+    "Prepare",
+    "Source",
+    "Sync",
+    "Train",
+]
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "environment", "function", "ipython")
 COLUMNS = ("messages", "conversations", "prompt", "instruction", "completion", "input", "output", "tools", "system")
@@ -220,146 +248,6 @@ class Sync:
 
 
 @dataclass(frozen=True)
-class Train:
-    """[train]: packing, optimization, checkpoints. The defaults are those of the ancestor's SFT script."""
-
-    seq_len: int = opt(16384, "tokens of a pack", min=2)
-    global_batch_tokens: int = opt(1_048_576, "tokens of one optimizer step, over all ranks and microbatches", min=2)
-    epochs: float = opt(3.0, "passes over the data; ignored if steps is set", above=0)
-    steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0)
-    long_documents: str = opt(
-        "truncate", "treatment of a document longer than seq_len", choices=("truncate", "drop", "split")
-    )
-    method: str = opt(
-        "full",
-        "full = every weight is trained; lora = low-rank adapters on a frozen base (arXiv 2106.09685)",
-        choices=("full", "lora"),
-        late=True,
-    )
-    lora_rank: int = opt(32, "lora: rank of every adapter", min=1, late=True)
-    lora_alpha: float = opt(32.0, "lora: an adapter is multiplied by lora_alpha / lora_rank", above=0, late=True)
-    lora_rslora: bool = opt(
-        False, "lora: divide lora_alpha by the square root of the rank (arXiv 2312.03732)", late=True
-    )
-    lora_dropout: float = opt(
-        0.0,
-        "lora: share of an adapter's inputs that are dropped in training; a function of the token",
-        min=0,
-        max=0.9,
-        late=True,
-    )
-    lora_targets: tuple[str, ...] = opt(
-        (),
-        'lora: matrices that get an adapter, e.g. ["attention", "feed_forward.w2", "blocks.0-7"]; empty = all in the blocks',
-        late=True,
-    )
-    base_dtype: str = opt(
-        "compute",
-        "lora: how the frozen matrices of the blocks are stored: compute = as `precision` says; int8, fp8 and nf4 (QLoRA, arXiv 2305.14314) need torchao",
-        choices=("compute", "int8", "fp8", "nf4"),
-        late=True,
-    )
-    freeze: tuple[str, ...] = opt(
-        (), 'parameters that stay as they are, by parts of their names, e.g. ["embeddings", "blocks.0-7"]', late=True
-    )
-    train_only: tuple[str, ...] = opt(
-        (), 'parameters that are trained while all others stay as they are, e.g. ["attention"]; empty = all', late=True
-    )
-    neftune_alpha: float = opt(
-        0.0,
-        "NEFTune: uniform noise on the embeddings, of this / sqrt(tokens of the document x d_model); 0 = none",
-        min=0,
-        late=True,
-    )
-    lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0)
-    schedule: str = opt(
-        "linear",
-        "learning rate after warm-up; wsd stays at lr and decays at the end",
-        choices=("linear", "cosine", "wsd", "constant"),
-    )
-    decay_fraction: float = opt(0.1, "wsd: fraction of the steps in the decay", above=0, max=1)
-    decay_shape: str = opt(
-        "linear", "wsd: shape of the decay; sqrt falls fast at first", choices=("linear", "cosine", "sqrt")
-    )
-    final_lr_fraction: float = opt(0.0, "learning rate at the end of the decay, as a fraction of lr", min=0, max=1)
-    warmup_fraction: float = opt(0.03, "fraction of the steps in the warm-up from 0 to lr", min=0, max=1)
-    betas: tuple[float, float] = opt((0.9, 0.95), "AdamW's betas, below 1", min=0, max=0.999999)
-    eps: float = opt(1e-8, "AdamW's epsilon", above=0)
-    optimizer: str = opt(
-        "adamw", "adamw8bit stores its moments in 8 bits (needs torchao)", choices=("adamw", "adamw8bit")
-    )
-    gradients: str = opt("fp32", "dtype of stored gradients; they are reduced in fp32", choices=("fp32", "bf16"))
-    weight_decay: float = opt(0.0, "AdamW's decoupled weight decay", min=0)
-    lr_factors: dict[str, float | int] = opt(
-        {},
-        'factors on the learning rate, by parts of parameters\' names, e.g. { embeddings = 0.1, "blocks.0-7" = 0.5 }; the last match counts',
-        min=0,
-        late=True,
-    )
-    weight_decays: dict[str, float | int] = opt(
-        {},
-        'weight decay of some parameters in place of weight_decay, e.g. { "*norm" = 0.0, bias = 0.0, embeddings = 0.0 }; the last match counts',
-        min=0,
-        late=True,
-    )
-    max_grad_norm: float = opt(1.0, "clip the global gradient norm to this; 0 = no clipping", min=0)
-    z_loss: float = opt(
-        0.0, "coefficient of the z-loss, the mean squared log-partition of trained tokens; 0 = none", min=0
-    )
-    skip_sigmas: float = opt(
-        6.0,
-        "skip a step whose loss or gradient norm is this many standard deviations above the last 128 steps; 0 = never",
-        min=0,
-    )
-    max_skipped: int = opt(10, "training stops after this many skipped steps in a row", min=1, key=False)
-    precision: str = opt(
-        "bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32")
-    )
-    deterministic: bool = opt(False, "bitwise reproducible on the same GPUs, but slower; a CPU always is", key=False)
-    seed: int = opt(33333, "seed of random initial weights", min=0)
-    data_seed: int = opt(34521, "seed of the order of packs", min=0)
-    order: str = opt(
-        "shuffled",
-        "order of packs; olmo-core = the order of its loader, for comparisons",
-        choices=("shuffled", "olmo-core"),
-    )
-    epoch_tail: str = opt(
-        "next",
-        "an epoch's incomplete last batch: next = filled from the next epoch, drop = dropped (always for order olmo-core)",
-        choices=("next", "drop"),
-    )
-    save_every: int = opt(1000, "steps between permanent checkpoints; the last step is always saved", min=1, key=False)
-    ephemeral_every: int = opt(
-        500, "steps between ephemeral checkpoints, which the next checkpoint replaces; 0 = none", min=0, key=False
-    )
-    keep: int = opt(
-        0,
-        "number of newest permanent checkpoints to keep; 0 = all; those that LATEST and BEST name are always kept",
-        min=0,
-        key=False,
-    )
-    best_metric: str = opt(
-        "validation_loss",
-        "BEST names the saved step with the lowest validation loss; with [evaluate] every, the one with the best score",
-        choices=("validation_loss", "none"),
-        key=False,
-    )
-    async_save: bool = opt(
-        True, "write checkpoints in the background, from a copy in host memory; false = training waits", key=False
-    )
-    validate_every: int = opt(
-        100, "steps between evaluations of the validation loss; 0 = only at the end", min=0, key=False
-    )
-    validate_start: bool = opt(
-        True, "measure the validation loss of the starting weights as well, before the first step", key=False
-    )
-    log_every: int = opt(1, "steps between records in metrics.jsonl and lines on the terminal", min=1, key=False)
-    wandb_project: str = opt("", "Weights & Biases project; offline without an API key; empty = off", key=False)
-    tensorboard: bool = opt(False, "write TensorBoard event files to train/tensorboard/", key=False)
-    comet_project: str = opt("", "Comet project; offline without an API key; empty = off", key=False)
-
-
-@dataclass(frozen=True)
 class Convert:
     """[convert]: a checkpoint to a Hugging Face folder, proven equal."""
 
@@ -503,187 +391,6 @@ class Evaluate:
             thinking = {**thinking, task: thinking[named]}
         return replace(self, **{"thinking": thinking, **self.by_task.get(named, {})})
 
-
-LORA_LR = 10 * Train.lr
-"""The learning rate of method "lora" if the recipe sets none: about ten times that of full finetuning is the best one over
-models and data sets ("LoRA Without Regret", Thinking Machines 2025, thinkingmachines.ai/blog/lora)."""
-LORA_FIELDS = tuple(f.name for f in fields(Train) if f.name.startswith("lora_") or f.name == "base_dtype")
-
-LAUNCHERS = ("local", "slurm", "beaker")
-"""Each is a module sft.launch.<name> and a script env/<name>.sh; see sft.launch.launcher."""
-JOBS, SLURM, BEAKER = LAUNCHERS[1:], ("slurm",), ("beaker",)
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """[on.<cluster>.<stage>]: numbers that depend on the cluster and never change a result's key."""
-
-    nodes: int = opt(1, "number of machines", min=1, stages=("train",))
-    processes: int = opt(
-        0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0, stages=("train", "evaluate")
-    )
-    tensor_parallel: int = opt(1, "vllm: GPUs that hold one copy of the model", min=1, stages=("evaluate",))
-    microbatch_tokens: int = opt(
-        0, "tokens in a forward pass of one rank or context group; 0 = seq_len", min=0, stages=("train",)
-    )
-    threads: int = opt(
-        0,
-        "CPU threads or workers per process; 0 = the machine's cores divided among the processes",
-        min=0,
-        stages=("prepare", "train", "evaluate"),
-    )
-    cache_gb: int = opt(
-        0,
-        "limit of prepare's cache of encoded chunks in GB; the least recently used are deleted; 0 = no limit",
-        min=0,
-        stages=("prepare",),
-    )
-    shard_degree: int = opt(
-        0,
-        "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks",
-        min=0,
-        stages=("train",),
-    )
-    context_degree: int = opt(
-        1,
-        "ranks that divide the tokens of a microbatch (Ulysses), for packs too long for one GPU",
-        min=1,
-        stages=("train",),
-    )
-    recompute: str = opt(
-        "auto",
-        "activations recomputed in the backward pass; selected = all but attention's, budget = that in some layers, auto = the least that fits",
-        choices=("none", "selected", "budget", "full", "auto"),
-        stages=("train",),
-    )
-    recompute_budget: float = opt(
-        0.5,
-        "budget: fraction of the layers that keep all activations; the others keep attention's",
-        min=0,
-        max=1,
-        stages=("train",),
-    )
-    compile: str = opt(
-        "auto",
-        "torch.compile for every block; auto = on CUDA in bf16, if there is a C compiler",
-        choices=("auto", "always", "never"),
-        stages=("train",),
-    )
-    gpus: int = opt(
-        -1,
-        "GPUs that a job requests on each machine; -1 = all for train, one for evaluate, otherwise none",
-        min=-1,
-        launchers=JOBS,
-    )
-    cpus: int = opt(
-        0, "CPU cores that a job requests on each machine; 0 = the scheduler's default", min=0, launchers=JOBS
-    )
-    memory_gb: int = opt(
-        0, "host memory that a job requests on each machine, in GB; 0 = the scheduler's default", min=0, launchers=JOBS
-    )
-    time: str = opt(
-        "",
-        "time limit of a job, in the scheduler's notation, e.g. 24:00:00; empty = the cluster's",
-        launchers=JOBS,
-    )
-    gpu: str = opt(
-        "",
-        "GPU type that the doctor plans with, e.g. A100 80GB; empty = the cluster's, or what Beaker reports",
-        launchers=JOBS,
-        stages=("train",),
-    )
-    partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
-    priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
-
-
-STAGES = ("prepare", "sync", "train", "convert", "evaluate")
-UPSTREAM = {"prepare": (), "sync": ("prepare",), "train": ("sync",), "convert": ("train",), "evaluate": ("convert",)}
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """env/<cluster>.toml: a cluster where stages run."""
-
-    storage: str = opt(
-        REQUIRED,
-        "root of the data that training reads: a folder or gs://…; {runs} = the folder of runs, {user} = the user's name",
-    )
-    launcher: str = opt(
-        "local",
-        "how a stage starts: on this machine, or as a job of a scheduler",
-        choices=LAUNCHERS,
-    )
-    stages: tuple[str, ...] = opt(STAGES, "stages that run there; the others run on this machine", choices=STAGES)
-    runs: str = opt("", "path of the folder of runs in jobs; empty = the same as here")
-    shared_disk: bool = opt(True, "jobs see this machine's repository and folder of runs", launchers=JOBS)
-    gpu: str = opt("", "GPU type, e.g. H100; empty = any")
-    gpu_memory_gb: float = opt(0.0, "memory of one GPU in GB; 0 = unknown", min=0)
-    gpu_tflops: float = opt(0.0, "dense bf16 peak of one GPU in TFLOP/s; 0 = unknown", min=0)
-    gpus_per_node: int = opt(0, "GPUs of one machine; 0 = none, or those found if stages run on this machine", min=0)
-    time: str = opt(
-        "", "time limit of a job, in the scheduler's notation; empty = the scheduler's default", launchers=JOBS
-    )
-    partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
-    account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
-    qos: str = opt("", "Slurm quality of service; empty = the account's default", launchers=SLURM)
-    sbatch: tuple[str, ...] = opt((), 'more sbatch options, e.g. ["--constraint=ib", "--exclusive"]', launchers=SLURM)
-    notice_s: int = opt(
-        120,
-        "seconds before a Slurm job's time limit at which training saves and the job is requeued",
-        min=1,
-        launchers=SLURM,
-    )
-    clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]', launchers=BEAKER)
-    workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default", launchers=BEAKER)
-    budget: str = opt("", "Beaker budget, org/name", launchers=BEAKER)
-    priority: str = opt(
-        "normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"), launchers=BEAKER
-    )
-    preemptible: bool = opt(True, "a Beaker job may be preempted; it saves and resumes", launchers=BEAKER)
-    min_runtime: str = opt(
-        "", "time for which a Beaker job cannot be preempted, e.g. 1h; empty = none", launchers=BEAKER
-    )
-    image: str = opt("", "Beaker image, user/name", launchers=BEAKER)
-    install: tuple[str, ...] = opt(
-        (), "shell lines that prepare the repository's environment in a new container", launchers=BEAKER
-    )
-    mounts: tuple[str, ...] = opt(
-        (),
-        "Weka buckets and their mount points in jobs, e.g. oe-training-default:/weka/oe-training-default",
-        launchers=BEAKER,
-    )
-    env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
-    data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER)
-    code: str = opt(
-        "git",
-        "how a Beaker job gets the code: git = a pushed commit, dataset = an archive of HEAD",
-        choices=("git", "dataset"),
-        launchers=BEAKER,
-    )
-    retries: int = opt(0, "how often Beaker restarts a failed task", min=0, launchers=BEAKER)
-    evaluate_image: str = opt(
-        "", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness", launchers=BEAKER
-    )
-    evaluate_install: tuple[str, ...] = opt((), "shell lines that install the harness in that image", launchers=BEAKER)
-    evaluate_harness: str = opt(
-        "olmo-eval",
-        "the harness of evaluate_image and evaluate_install; the other one is refused",
-        choices=("olmo-eval", "oe-eval"),
-        launchers=BEAKER,
-    )
-    evaluate_secrets: dict[str, str] = opt({}, "secrets of the harnesses, in addition to `secrets`", launchers=BEAKER)
-    optional_secrets: dict[str, str] = opt(
-        {}, "like `secrets`, but those that the workspace does not have are omitted", launchers=BEAKER
-    )
-    secrets: dict[str, str] = opt(
-        {},
-        "secrets of the workspace by environment variable, e.g. {HF_TOKEN = \"HF_TOKEN\"}; '{user}' is the user's name",
-        launchers=BEAKER,
-    )
-
-
-OWN = ("account", "partition", "qos", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
-"""Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""
 
 TABLES: dict[str, type] = {
     "model": Model,

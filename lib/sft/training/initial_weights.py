@@ -9,7 +9,6 @@ that only pad the table start as zeros.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from sft.common.errors import SftError
 from sft.model import hf
 from sft.model.adapters import set_base
 from sft.model.model import initial_value
+from sft.model.noise import named_generator
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.differences import Difference, mismatch
 
@@ -104,8 +104,7 @@ def new_rows(name: str, table: Tensor, count: int, seed: int) -> Tensor:
     exact = table.double()
     mean = exact.mean(0).bfloat16().float()
     deviation = exact.std().bfloat16().float()
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    generator = named_generator(seed, name)
     return mean + NOISE * deviation * torch.randn(count, *table.shape[1:], generator=generator)
 
 

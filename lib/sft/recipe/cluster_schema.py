@@ -1,0 +1,186 @@
+"""The options of a cluster file and of [on.<cluster>.<stage>], and the names of launchers and stages: part of `sft.recipe.schema`.
+
+Import them from there. Standard library only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sft.recipe.options import REQUIRED, opt
+
+LAUNCHERS = ("local", "slurm", "beaker")
+"""Each is a module sft.launch.<name> and a script env/<name>.sh; see sft.launch.launcher."""
+JOBS, SLURM, BEAKER = LAUNCHERS[1:], ("slurm",), ("beaker",)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """[on.<cluster>.<stage>]: numbers that depend on the cluster and never change a result's key."""
+
+    nodes: int = opt(1, "number of machines", min=1, stages=("train",))
+    processes: int = opt(
+        0, "processes per machine; 0 = one per GPU, or 1 without a GPU", min=0, stages=("train", "evaluate")
+    )
+    tensor_parallel: int = opt(1, "vllm: GPUs that hold one copy of the model", min=1, stages=("evaluate",))
+    microbatch_tokens: int = opt(
+        0, "tokens in a forward pass of one rank or context group; 0 = seq_len", min=0, stages=("train",)
+    )
+    threads: int = opt(
+        0,
+        "CPU threads or workers per process; 0 = the machine's cores divided among the processes",
+        min=0,
+        stages=("prepare", "train", "evaluate"),
+    )
+    cache_gb: int = opt(
+        0,
+        "limit of prepare's cache of encoded chunks in GB; the least recently used are deleted; 0 = no limit",
+        min=0,
+        stages=("prepare",),
+    )
+    shard_degree: int = opt(
+        0,
+        "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks",
+        min=0,
+        stages=("train",),
+    )
+    context_degree: int = opt(
+        1,
+        "ranks that divide the tokens of a microbatch (Ulysses), for packs too long for one GPU",
+        min=1,
+        stages=("train",),
+    )
+    recompute: str = opt(
+        "auto",
+        "activations recomputed in the backward pass; selected = all but attention's, budget = that in some layers, auto = the least that fits",
+        choices=("none", "selected", "budget", "full", "auto"),
+        stages=("train",),
+    )
+    recompute_budget: float = opt(
+        0.5,
+        "budget: fraction of the layers that keep all activations; the others keep attention's",
+        min=0,
+        max=1,
+        stages=("train",),
+    )
+    compile: str = opt(
+        "auto",
+        "torch.compile for every block; auto = on CUDA in bf16, if there is a C compiler",
+        choices=("auto", "always", "never"),
+        stages=("train",),
+    )
+    gpus: int = opt(
+        -1,
+        "GPUs that a job requests on each machine; -1 = all for train, one for evaluate, otherwise none",
+        min=-1,
+        launchers=JOBS,
+    )
+    cpus: int = opt(
+        0, "CPU cores that a job requests on each machine; 0 = the scheduler's default", min=0, launchers=JOBS
+    )
+    memory_gb: int = opt(
+        0, "host memory that a job requests on each machine, in GB; 0 = the scheduler's default", min=0, launchers=JOBS
+    )
+    time: str = opt(
+        "",
+        "time limit of a job, in the scheduler's notation, e.g. 24:00:00; empty = the cluster's",
+        launchers=JOBS,
+    )
+    gpu: str = opt(
+        "",
+        "GPU type that the doctor plans with, e.g. A100 80GB; empty = the cluster's, or what Beaker reports",
+        launchers=JOBS,
+        stages=("train",),
+    )
+    partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
+    priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
+
+
+STAGES = ("prepare", "sync", "train", "convert", "evaluate")
+UPSTREAM = {"prepare": (), "sync": ("prepare",), "train": ("sync",), "convert": ("train",), "evaluate": ("convert",)}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """env/<cluster>.toml: a cluster where stages run."""
+
+    storage: str = opt(
+        REQUIRED,
+        "root of the data that training reads: a folder or gs://…; {runs} = the folder of runs, {user} = the user's name",
+    )
+    launcher: str = opt(
+        "local",
+        "how a stage starts: on this machine, or as a job of a scheduler",
+        choices=LAUNCHERS,
+    )
+    stages: tuple[str, ...] = opt(STAGES, "stages that run there; the others run on this machine", choices=STAGES)
+    runs: str = opt("", "path of the folder of runs in jobs; empty = the same as here")
+    shared_disk: bool = opt(True, "jobs see this machine's repository and folder of runs", launchers=JOBS)
+    gpu: str = opt("", "GPU type, e.g. H100; empty = any")
+    gpu_memory_gb: float = opt(0.0, "memory of one GPU in GB; 0 = unknown", min=0)
+    gpu_tflops: float = opt(0.0, "dense bf16 peak of one GPU in TFLOP/s; 0 = unknown", min=0)
+    gpus_per_node: int = opt(0, "GPUs of one machine; 0 = none, or those found if stages run on this machine", min=0)
+    time: str = opt(
+        "", "time limit of a job, in the scheduler's notation; empty = the scheduler's default", launchers=JOBS
+    )
+    partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
+    account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
+    qos: str = opt("", "Slurm quality of service; empty = the account's default", launchers=SLURM)
+    sbatch: tuple[str, ...] = opt((), 'more sbatch options, e.g. ["--constraint=ib", "--exclusive"]', launchers=SLURM)
+    notice_s: int = opt(
+        120,
+        "seconds before a Slurm job's time limit at which training saves and the job is requeued",
+        min=1,
+        launchers=SLURM,
+    )
+    clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]', launchers=BEAKER)
+    workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default", launchers=BEAKER)
+    budget: str = opt("", "Beaker budget, org/name", launchers=BEAKER)
+    priority: str = opt(
+        "normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"), launchers=BEAKER
+    )
+    preemptible: bool = opt(True, "a Beaker job may be preempted; it saves and resumes", launchers=BEAKER)
+    min_runtime: str = opt(
+        "", "time for which a Beaker job cannot be preempted, e.g. 1h; empty = none", launchers=BEAKER
+    )
+    image: str = opt("", "Beaker image, user/name", launchers=BEAKER)
+    install: tuple[str, ...] = opt(
+        (), "shell lines that prepare the repository's environment in a new container", launchers=BEAKER
+    )
+    mounts: tuple[str, ...] = opt(
+        (),
+        "Weka buckets and their mount points in jobs, e.g. oe-training-default:/weka/oe-training-default",
+        launchers=BEAKER,
+    )
+    env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
+    data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER)
+    code: str = opt(
+        "git",
+        "how a Beaker job gets the code: git = a pushed commit, dataset = an archive of HEAD",
+        choices=("git", "dataset"),
+        launchers=BEAKER,
+    )
+    retries: int = opt(0, "how often Beaker restarts a failed task", min=0, launchers=BEAKER)
+    evaluate_image: str = opt(
+        "", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness", launchers=BEAKER
+    )
+    evaluate_install: tuple[str, ...] = opt((), "shell lines that install the harness in that image", launchers=BEAKER)
+    evaluate_harness: str = opt(
+        "olmo-eval",
+        "the harness of evaluate_image and evaluate_install; the other one is refused",
+        choices=("olmo-eval", "oe-eval"),
+        launchers=BEAKER,
+    )
+    evaluate_secrets: dict[str, str] = opt({}, "secrets of the harnesses, in addition to `secrets`", launchers=BEAKER)
+    optional_secrets: dict[str, str] = opt(
+        {}, "like `secrets`, but those that the workspace does not have are omitted", launchers=BEAKER
+    )
+    secrets: dict[str, str] = opt(
+        {},
+        "secrets of the workspace by environment variable, e.g. {HF_TOKEN = \"HF_TOKEN\"}; '{user}' is the user's name",
+        launchers=BEAKER,
+    )
+
+
+OWN = ("account", "partition", "qos", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
+"""Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""
