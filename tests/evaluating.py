@@ -58,9 +58,8 @@ def make_place(root: Path, stops: str = '"ZZZ"', choices: int = 12, config: Mode
     facts = tiny_export.tokenizer(root / "tokenizer")
     weights = tiny_export.weights(config)
     options = Convert(dtype="float32", max_position_embeddings=512)
-    write.export(
-        weights, config, facts, root / "tokenizer", root / "model", options, tiny_export.TEMPLATE, lambda _: None
-    )
+    trained = write.Trained(weights, config, facts, root / "tokenizer")
+    write.export(trained, tiny_export.TEMPLATE, options, root / "model", lambda _: None)
     from sft.evaluation.hf_model import HfModel
 
     model = HfModel(root / "model", batch_size=4, max_length=0, think_end=None)

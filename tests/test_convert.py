@@ -33,7 +33,8 @@ def export(
     options = options or Convert(max_position_embeddings=4096)
     facts = tiny_export.tokenizer(tmp / "tokenizer")
     weights = tiny_export.Held(tiny_export.weights(config) if weights is None else weights)
-    write.export(weights, config, facts, tmp / "tokenizer", tmp / "model", options, tiny_export.TEMPLATE, quiet)
+    trained = write.Trained(weights, config, facts, tmp / "tokenizer")
+    write.export(trained, tiny_export.TEMPLATE, options, tmp / "model", quiet)
     return tmp / "model", weights, facts, options
 
 
@@ -231,17 +232,9 @@ def test_a_missing_an_extra_and_a_misshapen_tensor_are_refused(tmp_path: Path) -
 def test_another_tokenizer_than_the_trained_one_is_refused(tmp_path: Path) -> None:
     facts = tiny_export.tokenizer(tmp_path / "tokenizer")
     tiny_export.tokenizer(tmp_path / "tokenizer", size=290)
+    trained = write.Trained(tiny_export.weights(OLMO2), OLMO2, facts, tmp_path / "tokenizer")
     with pytest.raises(SftError, match=r"tokenizer.json: sha256 .* not what the model was trained with"):
-        write.export(
-            tiny_export.weights(OLMO2),
-            OLMO2,
-            facts,
-            tmp_path / "tokenizer",
-            tmp_path / "model",
-            Convert(),
-            tiny_export.TEMPLATE,
-            quiet,
-        )
+        write.export(trained, tiny_export.TEMPLATE, Convert(), tmp_path / "model", quiet)
 
 
 @pytest.mark.parametrize(

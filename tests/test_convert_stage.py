@@ -35,9 +35,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = types.SimpleNamespace(dtype="float32", max_position_embeddings=64, shard_gb=1.0)
     weights = tiny_export.weights(CONFIG)
     made: Any = options
-    write.export(
-        weights, CONFIG, facts, run / "train" / "tokenizer", run / "hf", made, tiny_export.TEMPLATE, lambda _: None
-    )
+    model = write.Trained(weights, CONFIG, facts, run / "train" / "tokenizer")
+    write.export(model, tiny_export.TEMPLATE, made, run / "hf", lambda _: None)
     olmo_core_steps.to_core(str(run / "hf"), str(run / "train" / "step7"), run / "cache", lambda _: None)
     published.publish(run / "train", [], metrics=published.train_metrics(7).to_value())
     return run

@@ -175,9 +175,8 @@ def test_an_export_has_the_bits_and_the_configuration_that_transformers_writes(t
     facts = replace(tiny_export.tokenizer(tmp_path / "tokenizer"), vocab_size=bases.ROWS - 5, eos_id=3, pad_id=4)
     weights = HfFolder(base_folder)
     options = Convert(dtype="float32", max_position_embeddings=base.facts.max_positions)
-    write.export(
-        weights, base.config, facts, tmp_path / "tokenizer", tmp_path / "model", options, "", lambda _: None, base.facts
-    )
+    trained = write.Trained(weights, base.config, facts, tmp_path / "tokenizer", base.facts)
+    write.export(trained, "", options, tmp_path / "model", lambda _: None)
     weights.close()
     ours, theirs = (load_file(at / "model.safetensors") for at in (tmp_path / "model", base_folder))
     names, _ = plain_names(theirs, find_family(json.loads((base_folder / "config.json").read_text()), ""), "")

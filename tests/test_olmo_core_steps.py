@@ -158,11 +158,12 @@ def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
 
 
 def export(root: Path, config: ModelConfig) -> Path:
-    from sft.export.write import export
+    from sft.export.write import Trained, export
 
     facts = tiny_export.tokenizer(root / "tok")
     options = Convert(dtype="float32", max_position_embeddings=512)
-    export(tiny_export.weights(config), config, facts, root / "tok", root / "hf", options, tiny_export.TEMPLATE, quiet)
+    trained = Trained(tiny_export.weights(config), config, facts, root / "tok")
+    export(trained, tiny_export.TEMPLATE, options, root / "hf", quiet)
     return root / "hf"
 
 

@@ -154,7 +154,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weights = tiny_export.weights(OLMO2)
     (run / "convert").mkdir(parents=True)
     folder = run / "convert" / "model"
-    write.export(weights, OLMO2, facts, run / "tok", folder, options, tiny_export.TEMPLATE, lambda _: None)
+    trained = write.Trained(weights, OLMO2, facts, run / "tok")
+    write.export(trained, tiny_export.TEMPLATE, options, folder, lambda _: None)
     report = gate.check(folder, weights, OLMO2, facts, tiny_export.TEMPLATE, options, lambda _: None)
     report.write(run / "convert" / "gate.json")
     (run / "prepare").mkdir()

@@ -27,10 +27,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     facts = tiny_export.tokenizer(run / "train/tokenizer")
     options = Convert(dtype="float32", max_position_embeddings=64)
     (run / "convert").mkdir(parents=True)
-    write.export(
-        tiny_export.weights(tiny_export.OLMO2), tiny_export.OLMO2, facts, run / "train/tokenizer", run / "convert/model",
-        options, tiny_export.TEMPLATE, lambda _: None,
-    )  # fmt: skip
+    weights = tiny_export.weights(tiny_export.OLMO2)
+    trained = write.Trained(weights, tiny_export.OLMO2, facts, run / "train/tokenizer")
+    write.export(trained, tiny_export.TEMPLATE, options, run / "convert/model", lambda _: None)
     return run
 
 

@@ -197,7 +197,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
 
     weights = open_step(step, lambda: stage.base, config, stage.recipe.train.seed, stage.sha256)
     try:
-        write.export(weights, config, facts, tokenizer, target, options, template, quiet, kept)
+        write.export(write.Trained(weights, config, facts, tokenizer, kept), template, options, target, quiet)
         gate.check(target, weights, config, facts, trained_template, options, quiet)
     finally:
         weights.close()

@@ -27,7 +27,7 @@ from sft.common.errors import SftError
 from sft.export import card
 from sft.export.gate import check
 from sft.export.peft_adapter import FOLDER, write_adapter
-from sft.export.write import export
+from sft.export.write import Trained, export
 from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics, GateRecord
@@ -96,7 +96,7 @@ def export_step(
     for line in [*lines, *about_quantisation(options, trained_base)]:
         stage.log(line)
     shutil.rmtree(target, ignore_errors=True)
-    size = export(weights, config, facts, tokenizer, target, options, template, stage.log, trained_base)
+    size = export(Trained(weights, config, facts, tokenizer, trained_base), template, options, target, stage.log)
     record = check(target, weights, config, facts, trained, options, stage.log)
     more = write_peft(stage, weights, target.parent / FOLDER)
     weights.close()

@@ -33,7 +33,7 @@ from sft.export.logits import compare_logits, sample_layers
 from sft.export.places import Log, local_folder, new_folder, scratch_folder
 from sft.export.step_writer import check_step_weights, write_step_files, write_step_manifest, write_step_weights
 from sft.export.tokenizer_files import tokenizer_beside
-from sft.export.write import export
+from sft.export.write import Trained, export
 from sft.formats.dataset import TokenIds, TokenizerFacts
 from sft.formats.gate import GateRecord, LogitCheck
 from sft.formats.record import to_json
@@ -74,7 +74,7 @@ def to_hf(
         weights = DcpReader(step)
         with scratch_folder(cache) as work:
             encoder.save_tokenizer(work)
-            export(weights, config, facts, work, out, options, text, log, trained_base)
+            export(Trained(weights, config, facts, work, trained_base), text, options, out, log)
         record = gate.check(out, weights, config, facts, text, options, log)
         weights.close()
         (out / "README.md").write_text(card.of_checkpoint(source, facts, record), encoding="utf-8")

@@ -46,29 +46,32 @@ class _Entry:
     bytes: int
 
 
-def export(
-    weights: Weights,
-    config: ModelConfig,
-    facts: TokenizerFacts,
-    tokenizer: Path,
-    target: Path,
-    options: Convert,
-    template: str,
-    log: Callable[[str], None] = print,
-    base: BaseFacts | None = None,
-) -> int:
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, and what it was trained with."""
+
+    weights: Weights
+    config: ModelConfig
+    facts: TokenizerFacts
+    tokenizer: Path
+    """The folder that training used. Its own template is the trained one."""
+    base: BaseFacts | None = None
+    """What the export keeps of a Hugging Face base."""
+
+
+def export(trained: Trained, template: str, options: Convert, target: Path, log: Callable[[str], None] = print) -> int:
     """Writes the new folder `target` and returns the size of the weights in bytes. Raises SftError for an unusable checkpoint.
 
-    `base` is what the export keeps of a Hugging Face base. `template` is the chat template of the exported folder. `tokenizer` is the folder that the model was trained with; its own
-    template must be the trained one.
+    `template` is the chat template of the exported folder.
     """
+    config, facts, base = trained.config, trained.facts, trained.base
     vocab = exported_rows(config, facts, options, base)
     if vocab != facts.vocab_size:
         log(f"{vocab:,} rows of the vocabulary, as the base's table has; the tokenizer has {facts.vocab_size:,} ids")
     length = options.max_position_embeddings or DEFAULT_LENGTH
     target.mkdir(parents=True)
-    size = write_weights(weights, config, vocab, target, options.dtype, int(options.shard_gb * 1e9), log)
-    stops = stop_ids(facts, tokenizer)
+    size = write_weights(trained.weights, config, vocab, target, options.dtype, int(options.shard_gb * 1e9), log)
+    stops = stop_ids(facts, trained.tokenizer)
     made = hf.hf_config(
         config,
         vocab_size=vocab,
@@ -87,7 +90,7 @@ def export(
     if base and base.bos_token_id is not None:
         generation["bos_token_id"] = base.bos_token_id
     write_json(target / "generation_config.json", generation)
-    copy_tokenizer(tokenizer, target, facts)
+    copy_tokenizer(trained.tokenizer, target, facts)
     file = target / "tokenizer_config.json"
     if file.is_file() and read_json(file).get("model_max_length") != length:
         write_json(file, {**read_json(file), "model_max_length": length})
