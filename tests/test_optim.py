@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,53 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(loss: flo
         assert all(torch.equal(before[k], after[k]) for k in before)
 
 
-def spiky(guard: Guard, losses: list[float]) -> list[int]:
+def spiky(guard: Guard, losses: list[float], targets: Sequence[list[float]] | None = None) -> list[int]:
+    """Which steps are skipped. `targets`: the trained tokens of each source in each step."""
     m = model()
     optimizer = build_adamw(m, Train())
     m(torch.ones(2, 6)).sum().backward()
-    return [int(guard.step(optimizer, torch.tensor(x), torch.tensor(1.0)).item()) for x in losses]
+    counts = [None if targets is None else torch.tensor(t) for t in targets or losses]  # type: ignore[arg-type]
+    steps = zip(losses, counts, strict=True)
+    return [int(guard.step(optimizer, torch.tensor(x), torch.tensor(1.0), n).item()) for x, n in steps]
+
+
+QUIET = [1.0 + 0.01 * (i % 5) for i in range(64)]
+
+
+def rare(losses: list[float]) -> list[int]:
+    """Steps that are skipped of a source that comes once in eight steps with these losses. Other steps are quiet."""
+    every = [*QUIET, *(x for loss in losses for x in [*QUIET[:7], loss])]
+    counts = [[10.0, 0.0]] * 64 + ([[10.0, 0.0]] * 7 + [[10.0, 5.0]]) * len(losses)
+    return spiky(Guard(6.0, torch.device("cpu"), 2), every, counts)[64 + 7 :: 8]
+
+
+def test_of_a_source_no_more_than_a_few_steps_in_a_row_are_skipped() -> None:
+    rising = [10.0**i for i in range(1, 11)]  # each one is a spike, whatever the history
+    assert rare(rising) == [1, 1, 1, 1, 0, 1, 1, 1, 1, 0]
+    assert rare([*rising[:3], math.nan, math.inf, math.nan, 1e4]) == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0,
+    ]  # never one that is not finite
+
+
+def test_spikes_without_a_trained_step_between_stay_skipped() -> None:
+    """Training itself is ill then, and max_skipped ends it."""
+    found = spiky(Guard(6.0, torch.device("cpu"), 2), [*QUIET, *(10.0**i for i in range(1, 11))], [[10.0, 5.0]] * 74)
+    assert found[64:] == [1] * 10
+
+
+def test_the_steps_in_a_row_survive_a_reload() -> None:
+    guard, again = (Guard(6.0, torch.device("cpu"), 2) for _ in range(2))
+    losses, counts = [*QUIET, 9.0, 1.0, 90.0, 1.0], [*[[10.0, 0.0]] * 64, *([[10.0, 5.0], [10.0, 0.0]] * 2)]
+    assert spiky(guard, losses, counts)[64:] == [1, 0, 1, 0]
+    again.load(guard.state())
+    assert again.in_row.tolist() == [0, 0, 2]
+    again.load({k: v for k, v in guard.state().items() if k != "in_row"})  # of an earlier version
 
 
 def test_a_spike_is_skipped_once_enough_steps_are_known() -> None:

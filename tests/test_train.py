@@ -33,8 +33,8 @@ from sft.recipe.base_config import read_base
 from sft.recipe.schema import Hardware, Train
 from sft.sync import base_check
 from sft.training import build, initial_weights, metrics
+from sft.training.sources import lost_sources
 from sft.training.stopwatch import Stopwatch
-from sft.training.train import lost_sources
 from training import assert_same_bits, curve, finish, kill, records, run_folder, start, tensors, train, wait_for
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")

@@ -92,6 +92,7 @@ class FakeRecipe:
     evaluate: schema.Evaluate = dataclasses.field(default_factory=schema.Evaluate)
     prepare: schema.Prepare = dataclasses.field(default_factory=lambda: schema.Prepare(tokenizer="tok", sources=()))
     run: str = "fake"
+    loss_weights: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 class FakeStage:
@@ -106,7 +107,9 @@ class FakeStage:
         **fields: Any,
     ) -> None:
         model = {k.removeprefix("model_"): fields.pop(k) for k in list(fields) if k.startswith("model_")}
-        self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), schema.Train(**(TRAIN | fields)))
+        weights = fields.pop("loss_weights", {})
+        table = schema.Train(**(TRAIN | fields))
+        self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), table, loss_weights=weights)
         self.hardware = schema.Hardware(**(HARDWARE if hardware is None else hardware))
         self.cluster = schema.Cluster(storage="")
         self.dataset = folder / "dataset"

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -48,3 +49,13 @@ def first_names(names: Sequence[str], most: int = 6) -> str:
     """The first names for a message, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with a number behind those that are there before: a, b, a (2)."""
+    seen: Counter[str] = Counter()
+    found = []
+    for name in names:
+        seen[name] += 1
+        found.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return found

@@ -95,7 +95,7 @@ class StepRecord(_Numbers):
 
     NEXT: ClassVar[str] = "remove this line from the file"
     step: int  # number of finished steps
-    loss: float  # mean over the trained tokens of the global batch
+    loss: float  # mean over the trained tokens of the global batch, without the sources' weights
     lr: Annotated[float, Chart("learning rate")]
     grad_norm: Annotated[float, Chart("gradient norm")]  # before clipping
     labels: int  # trained tokens of the global batch
@@ -108,7 +108,10 @@ class StepRecord(_Numbers):
     validation_sources: Mapping[str, float] | None = None
     imbalance: Annotated[float | None, Chart("idle share of ranks")] = None  # the same share, measured
     skipped: bool | None = None  # True when the guard kept the weights unchanged
-    sources: Mapping[str, float] | None = None  # loss by source
+    sources: Mapping[str, float] | None = None  # loss by source, without weights
+    weighted_loss: Annotated[float | None, Chart("weighted loss")] = (
+        None  # with the sources' loss_weight: what is minimised
+    )
     mfu: Annotated[float | None, Chart("model FLOPs utilisation")] = None
     memory_gb: Annotated[float | None, Chart("peak memory of a GPU, GB")] = None  # allocated on rank 0, 10^9 bytes
     memory_reserved_gb: float | None = None
@@ -145,6 +148,10 @@ class SourceUse:
     truncated: int  # of these, how many packing left out
     seen: int  # in the steps of the run, over all epochs
     skipped: int  # of these, how many were in steps that the guard skipped
+    documents: int = 0  # in the dataset
+    loss_weight: float = 1.0  # the factor on the loss of its trained tokens
+    first_loss: float | None = None  # mean over its trained tokens in the first step that had some
+    last_loss: float | None = None
 
     @property
     def lost(self) -> float:

@@ -3,8 +3,9 @@
 In:  hidden [L, d] (rows whose next token is trained, already normalised), the output matrix [V, d], target ids [L]
      (-100 = padding), and the loss denominator: the number of targets in the GLOBAL batch, over all ranks and
      microbatches.
+     Optional: a weight for each row [L].
 Out: the sum of the rows' losses / loss denominator (fp32, differentiable), and the rows' own losses (fp32, for
-     reports).
+     reports, without weights).
 
 The logits of a chunk are turned into their gradient and dropped, so memory holds [chunk, V] and never [T, V]. The loss
 is fp32 with any compute dtype. Gradients of the output matrix are summed over chunks in fp32. See docs/loss.md for the
@@ -25,10 +26,16 @@ CHUNK = 1024
 
 
 def chunk_losses(
-    logits: Tensor, target_ids: Tensor, loss_denominator: Tensor, z_loss: float, train: bool
+    logits: Tensor,
+    target_ids: Tensor,
+    loss_denominator: Tensor,
+    z_loss: float,
+    train: bool,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The losses of a chunk's rows [rows], the sum of their z-losses, and, if `train`, the gradient of both sums / loss
-    denominator with respect to the logits, in their dtype.
+    denominator with respect to the logits, in their dtype. `row_weights` [rows] multiply the z-losses and the gradient; the
+    losses of the rows are returned without them.
 
     `logits` [rows, V] may be overwritten. Compiled, this is two passes over the logits without an fp32 copy of them.
     """
@@ -37,10 +44,11 @@ def chunk_losses(
     values = logits.float()
     lse = values.logsumexp(1, keepdim=True)
     nll = (lse - values.gather(1, target)) * is_target
-    penalty = z_loss * (lse * lse * is_target).sum()
+    weighted = is_target if row_weights is None else is_target * row_weights.unsqueeze(1)
+    penalty = z_loss * (lse * lse * weighted).sum()
     if not train:
         return nll.squeeze(1), penalty, None
-    scale = is_target / loss_denominator
+    scale = weighted / loss_denominator
     weight = scale * (1 + 2 * z_loss * lse) if z_loss else scale
     # softmax(logits) * scale - onehot(target) * scale
     if torch.compiler.is_compiling():  # a scatter would be a pass of its own
@@ -67,6 +75,7 @@ class _CrossEntropy(torch.autograd.Function):
         z_loss: float,
         chunk: int,
         compiled: bool,
+        row_weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         rows = torch.empty(len(target_ids), dtype=torch.float32, device=hidden.device)
@@ -77,9 +86,10 @@ class _CrossEntropy(torch.autograd.Function):
         losses, train = _compiled_chunk_losses() if compiled else chunk_losses, needs_hidden or needs_weight
         for start in range(0, len(target_ids), chunk):
             part = slice(start, start + chunk)
-            nll, penalty, grad = losses(hidden[part] @ weight.T, target_ids[part], denominator, z_loss, train)
+            weights = None if row_weights is None else row_weights[part]
+            nll, penalty, grad = losses(hidden[part] @ weight.T, target_ids[part], denominator, z_loss, train, weights)
             rows[part] = nll
-            total += nll.sum() + penalty
+            total += (nll if weights is None else nll * weights).sum() + penalty
             if grad is not None and grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[part])
             if grad is not None and grad_weight is not None:
@@ -93,7 +103,7 @@ class _CrossEntropy(torch.autograd.Function):
         # The loss is the last node of the graph: its incoming gradient is 1, or a scalar that the caller chose.
         scale = outputs[0]
         grads, ctx.grads = ctx.grads, None
-        return (*(None if g is None else g.mul_(scale.to(g.dtype)) for g in grads), None, None, None, None, None)
+        return (*(None if g is None else g.mul_(scale.to(g.dtype)) for g in grads), *[None] * 6)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -114,10 +124,15 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk: int = CHUNK,
     compiled: bool = False,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(sum of losses / loss denominator, losses by row [L]). A row with target id -100 has no loss and no gradient.
+
+    `row_weights`, fp32 [L], multiply the loss and the z-loss of each row in the sum. The denominator and the losses by row
+    stay as they are.
 
     `compiled`: with torch.compile, and twice as many rows at a time, which need no more memory.
     """
     apply: Callable[..., tuple[Tensor, Tensor]] = _CrossEntropy.apply
-    return apply(hidden, weight, target_ids, loss_denominator, z_loss, 2 * chunk if compiled else chunk, compiled)
+    chunk = 2 * chunk if compiled else chunk
+    return apply(hidden, weight, target_ids, loss_denominator, z_loss, chunk, compiled, row_weights)

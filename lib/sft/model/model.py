@@ -187,8 +187,9 @@ class Transformer(nn.Module):
         loss_denominator: float = 1.0,
         z_loss: float = 0.0,
         noise_TD: Tensor | None = None,
+        row_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, losses by target row), or (logits [T, V], hidden [T, d]) without targets.
+        """(loss, losses by target row), or (logits [T, V], hidden [T, d]) without targets. `row_weights`: of the target rows.
 
         The output matrix is read here, in the root's forward, because FSDP gathers it only while this runs.
         """
@@ -198,7 +199,8 @@ class Transformer(nn.Module):
             h = self.lm_head.norm(x)
             return F.linear(h, head), h
         h = self.lm_head.norm(x.index_select(0, target_rows))
-        return cross_entropy(h, head, target_ids, loss_denominator, z_loss, compiled=self.compiled_loss)
+        compiled = self.compiled_loss
+        return cross_entropy(h, head, target_ids, loss_denominator, z_loss, compiled=compiled, row_weights=row_weights)
 
 
 def rotate(x_THD: Tensor, rotary: Rotary | None) -> Tensor:

@@ -23,6 +23,8 @@ class Rules(TypedDict, total=False):
     """The key leaves the field out while it has its default, so runs from before it existed stay up to date."""
     selects: bool
     """The option chooses documents and does not change their tokens, so the key of the token cache leaves it out."""
+    stage: str
+    """The later stage whose key has the field, in place of the key of its own table's stage; "" = none."""
     launchers: tuple[str, ...]
     """Those that read the field; empty = all. With any other launcher it is refused."""
     stages: tuple[str, ...]
@@ -32,7 +34,17 @@ class Rules(TypedDict, total=False):
 
 
 NO_RULES = Rules(
-    min=None, max=None, above=None, choices=None, key=True, late=False, selects=False, launchers=(), stages=(), hints={}
+    min=None,
+    max=None,
+    above=None,
+    choices=None,
+    key=True,
+    late=False,
+    selects=False,
+    stage="",
+    launchers=(),
+    stages=(),
+    hints={},
 )
 
 

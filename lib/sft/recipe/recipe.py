@@ -20,6 +20,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.paths import REPO
+from sft.common.strings import distinct
 from sft.recipe import chat_templates, rules, schema, typed
 
 CLUSTERS = REPO / "env"
@@ -66,6 +67,13 @@ class Recipe:
         return f"_model-{label}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
 
     @property
+    def loss_weights(self) -> dict[str, float]:
+        """{name of the source: factor on its loss}; empty where no source has another factor than 1."""
+        sources = self.prepare.sources
+        weights = dict(zip(distinct([s.path for s in sources]), [s.loss_weight for s in sources], strict=True))
+        return weights if any(w != 1.0 for w in weights.values()) else {}
+
+    @property
     def stages(self) -> tuple[str, ...]:
         """The stages of the run, upstream first. One that scores another model trains nothing."""
         return tuple(s for s in schema.STAGES if not (self.convert.model and s in ("sync", "train")))
@@ -100,6 +108,8 @@ class Recipe:
             config["base"] = self.model.base
         if stage == "train":
             config["model"] = _keyed(self.model)
+            if weights := self.loss_weights:
+                config["loss_weights"] = weights
         if stage == "evaluate" and self.convert.model:  # it exports the model by itself
             config["convert"] = self.config("convert")
         return config
@@ -360,8 +370,12 @@ def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
+def _in_key(f: dataclasses.Field[Any]) -> bool:
+    return bool(f.metadata["key"] and not f.metadata["stage"])
+
+
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata["key"])
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if _in_key(f))
         return {f.name: _keyed(v) for f, v in fields if not (f.metadata["late"] and v == _default(f))}
     return [_keyed(v) for v in value] if isinstance(value, tuple) else value

@@ -120,6 +120,13 @@ class Source:
     max_tokens: int = opt(
         0, "largest number of tokens from this source, after its weight; 0 = no limit", min=0, selects=True
     )
+    loss_weight: float = opt(
+        1.0,
+        "training multiplies the loss of this source's trained tokens by it; see docs/loss.md",
+        above=0,
+        selects=True,
+        stage="train",
+    )
     columns: dict[str, str] = opt(
         {}, 'renames columns, e.g. {prompt = "question", completion = "answer"}', choices=COLUMNS
     )

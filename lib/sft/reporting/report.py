@@ -57,6 +57,7 @@ def page(folder: Path) -> str:
     sections = {
         "Summary": part("tiles", figures, f"Not done yet: {', '.join(missing)}." if missing else ""),
         "Training": part("training", trainings.of_one(run.steps)) if run.steps else "",
+        "Sources": part("sources", run.train.sources, LOST) if run.train and run.train.sources else "",
         "Scores": part("scores", scores.rows(found), scores.points(found), scores.lengths(found), scores.losses(found)) if found else "",
         "Scores over steps": part("over_steps", steps) if steps else "",
         "Against the baseline": _against_baseline(folder) if found else "",

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -20,13 +19,13 @@ from torch import nn
 from sft.checkpoint import olmo_core, step_folder
 from sft.checkpoint.lora_step import adapter_of, base_digest, require_base
 from sft.common.errors import SftError
+from sft.common.strings import distinct
 from sft.data.dataset import Dataset
 from sft.export.base_gate import check_base
 from sft.export.core_gate import check_core_base
 from sft.formats import manifest
 from sft.formats.adapter import KEY, Adapter
 from sft.formats.dataset import DatasetInfo
-from sft.formats.metrics import SourceUse
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters
@@ -47,6 +46,7 @@ from sft.training import evaluations, initial_weights
 from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
+from sft.training.sources import before_training, source_weights
 from sft.training.stopwatch import Stopwatch
 from sft.training.uploads import Uploads, destination
 
@@ -96,19 +96,21 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         memory.require(room, config, train, hardware, world.size)
     adapter = build_adapter(setup)
     model = build_model(setup, room, adapter)
-    sources = [source.path for source in info.sources] or ["data"]
+    sources = distinct([source.path for source in info.sources]) or ["data"]
+    weights = source_weights(stage.recipe.loss_weights, sources)
     compiled = hardware.compile == "always"
     run = Run(
         stage=stage,
         world=world,
         model=model,
         optimizer=build_adamw(model, train, compiled),
-        guard=Guard(train.skip_sigmas, world.device),
+        guard=Guard(train.skip_sigmas, world.device, len(sources)),
         plan=data.plan,
         loader=data.loader,
         validation=data.validation,
         sources=sources,
-        labels=labels_by_source(sources, data.documents, data.plan.index.segments),
+        labels=before_training(sources, weights, data.documents, data.plan.index.segments),
+        loss_weights=torch.tensor(weights, device=world.device) if stage.recipe.loss_weights else None,
         saver=Saver(
             stage.out,
             train,
@@ -213,18 +215,6 @@ def build_data(setup: Setup) -> Data:
         if len(held_out_index):
             validation = loader(StepPlan.once(held_out_index, groups * packs_each), held_out, 0)
     return Data(dataset.documents, plan, lambda start: loader(plan, dataset, start), validation)
-
-
-def labels_by_source(sources: Sequence[str], documents: NDArray[Any], segments: NDArray[Any]) -> list[SourceUse]:
-    """The trained tokens of each source before the first step. `documents` is of DOCUMENT, `segments` of SEGMENT."""
-
-    def count(numbers: NDArray[Any], labels: NDArray[Any]) -> list[int]:
-        sums: list[int] = np.bincount(numbers, weights=labels, minlength=len(sources)).astype(np.int64).tolist()
-        return sums
-
-    all_labels = count(documents["source"], documents["labels"])
-    packed = count(documents["source"][segments["document"]], segments["labels"])
-    return [SourceUse(name, a, a - b, 0, 0) for name, a, b in zip(sources, all_labels, packed, strict=True)]
 
 
 def counted(config: ModelConfig, train: Train) -> str:
@@ -338,7 +328,11 @@ def resume(setup: Setup, run: Run, step: Path | None, adapter: Adapter | None = 
     start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
     run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
     if len(counts := state.get("labels", [])) == len(run.labels):
-        run.labels = [replace(use, seen=a, skipped=b) for use, (a, b) in zip(run.labels, counts, strict=True)]
+        losses = state.get("losses") or [(None, None)] * len(counts)
+        run.labels = [
+            replace(use, seen=seen, skipped=skipped, first_loss=first, last_loss=last)
+            for use, (seen, skipped), (first, last) in zip(run.labels, counts, losses, strict=True)
+        ]
     run.guard.load(state["guard"])
     torch.set_rng_state(state["rng"])
     if "rng_cuda" in state and run.world.device.type == "cuda":

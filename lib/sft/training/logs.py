@@ -18,6 +18,14 @@ from pathlib import Path
 
 from sft.common.library_logs import quiet_libraries
 
+_printed_on = {"terminal": False}
+"""Whether the standard output that `record` copies is a terminal."""
+
+
+def colour() -> bool:
+    """Whether lines may have colours: where a terminal shows them, and NO_COLOR is not set."""
+    return (_printed_on["terminal"] or sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
+
 
 def next_attempt(out: Path) -> int:
     """1 for a first attempt, else one more than the highest number of a log."""
@@ -31,6 +39,7 @@ def record(out: Path, attempt: int, rank: int) -> Path:
     file = out / "logs" / f"attempt-{attempt:03}-rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
+    _printed_on["terminal"] = sys.stdout.isatty()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         number = stream.fileno()

@@ -34,6 +34,7 @@ from sft.runner.stage import Stage
 from sft.training.metrics import MetricsWriter
 from sft.training.optim import Guard, clip, learning_rate
 from sft.training.saving import Saver
+from sft.training.sources import after_step
 from sft.training.stopwatch import Lap, Mark, Stopwatch, between, mark
 
 
@@ -62,15 +63,9 @@ class Run:
     skipped: int = 0  # steps in a row that the guard skipped
     width: int = 0  # of the model
     dropout: Dropout | None = None  # of adapters
+    loss_weights: Tensor | None = None  # fp32 [S] on the device: factors on the losses of the sources
     flops_change: float = 0.0  # for each token: adapters' FLOPs, less the gradients of frozen matrices
     labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
-
-    def count(self, counts: Sequence[float], skipped: bool) -> None:
-        """Counts the trained tokens of a step, by source."""
-        self.labels = [
-            replace(use, seen=use.seen + int(n), skipped=use.skipped + int(n) * skipped)
-            for use, n in zip(self.labels, counts, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -125,6 +120,7 @@ class TrainState(TypedDict):
     ranks: int
     rng_cuda: NotRequired[Tensor]
     labels: NotRequired[list[tuple[int, int]]]  # seen and skipped of each source; early versions did not record it
+    losses: NotRequired[list[tuple[float | None, float | None]]]  # the first and the last loss of each source so far
 
 
 class Validation(NamedTuple):
@@ -188,7 +184,7 @@ class Readback:
 
 def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | None = None) -> tuple[Tensor, Tensor]:
     """(loss, statistics [1 + 2 S] float64: the loss, then for each of S sources the sum of losses, then the number of
-    targets). `step`: in training, which noise depends on."""
+    targets). `step`: in training, which noise depends on. The loss has the weights of the sources, the sums do not."""
     b = batch.to(run.world.device)
     set_dropout(run, b, step)
     loss, rows = run.model(
@@ -201,6 +197,7 @@ def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | No
         loss_denominator,
         run.stage.recipe.train.z_loss,
         embedding_noise(run, b, step),
+        None if run.loss_weights is None else run.loss_weights[b.target_sources],
     )
     count = len(run.sources)
     sums = torch.zeros(1 + 2 * count, dtype=torch.float64, device=rows.device)
@@ -252,7 +249,7 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     if run.world.size > 1:
         dist.all_reduce(total)
     norm = clip(run.model.parameters(), train.max_grad_norm)
-    skipped = run.guard.step(run.optimizer, total[0], norm)
+    skipped = run.guard.step(run.optimizer, total[0], norm, total[1 + len(run.sources) :])
     run.optimizer.zero_grad(set_to_none=True)
     return torch.cat((norm.double().view(1), skipped.double().view(1), total)), lr
 
@@ -344,7 +341,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
     """Writes a finished step's record. Raises SharedError after too many skipped steps in a row."""
     numbers, facts = pending.read(), pending.facts
     run.skipped = run.skipped + 1 if numbers.skipped else 0
-    run.count(numbers.target_counts, numbers.skipped)
+    run.labels = after_step(run.labels, numbers.loss_sums, numbers.target_counts, numbers.skipped)
     imbalance = run.stopwatch.imbalance(facts.lap) if run.stopwatch is not None and facts.lap is not None else None
     saved = run.saver.finished()
     if metrics is not None:
@@ -366,6 +363,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             imbalance=imbalance,
             skipped=numbers.skipped or None,
             sources=by_source(run.sources, numbers.loss_sums, numbers.target_counts),
+            weighted_loss=weighted_loss(run, numbers),
             mfu=mfu(facts.flops, seconds, run.world.size, run.peak_tflops) if run.peak_tflops else None,
             memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
             memory_reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
@@ -383,6 +381,14 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             f" or a spike (last: loss {numbers.loss}, gradient norm {numbers.grad_norm}); last good checkpoint: {good};"
             " next: look at metrics.jsonl, lower [train] lr or raise skip_sigmas, and run train again"
         )
+
+
+def weighted_loss(run: Run, numbers: StepNumbers) -> float | None:
+    """The loss with the weights of the sources, over the number of trained tokens; None where all weights are 1."""
+    if run.loss_weights is None:
+        return None
+    weighted = [use.loss_weight * loss for use, loss in zip(run.labels, numbers.loss_sums, strict=True)]
+    return sum(weighted) / numbers.num_targets
 
 
 def by_source(
@@ -430,6 +436,7 @@ def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
         "rng": torch.get_rng_state(),
         "ranks": run.world.size,
         "labels": [(use.seen, use.skipped) for use in run.labels],
+        "losses": [(use.first_loss, use.last_loss) for use in run.labels],
     }
     if run.world.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state()

@@ -118,20 +118,33 @@ class Guard:
     than the rest raises the bound and is trained from then on. The deviation counts as at least `FLOOR` of the mean, so
     a loss that hardly varies makes no spike of a small change.
 
+    A source keeps its tokens: after `LIMIT` spikes in a row among the steps that have tokens of a source, while steps without
+    such tokens were trained in between, the next spike with them is trained. Where no step is trained in between, training itself is
+    ill, and the spikes stay skipped.
+
     The optimizer reads `found_inf` on the device, and changes neither weights, moments nor step count where it is 1.
     """
 
     HISTORY = 128
     WARM = 64
     FLOOR = 0.1
+    LIMIT = 4
 
-    def __init__(self, sigmas: float, device: torch.device) -> None:
+    def __init__(self, sigmas: float, device: torch.device, sources: int = 1) -> None:
         self.sigmas = sigmas
+        self.in_row = torch.zeros(1 + sources, dtype=torch.int64, device=device)
+        """Skipped steps in a row: of all steps, then of the steps that have tokens of each source."""
         self.history = torch.zeros(2, self.HISTORY, dtype=torch.float64, device=device)
         self.seen = torch.zeros((), dtype=torch.int64, device=device)
 
-    def step(self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> Tensor:
-        """Steps the optimizer unless the step is bad. Returns 1.0 on the device if it was skipped, else 0.0."""
+    def step(
+        self, optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor, num_targets: Tensor | None = None
+    ) -> Tensor:
+        """Steps the optimizer unless the step is bad. Returns 1.0 on the device if it was skipped, else 0.0.
+
+        `num_targets` [S]: trained tokens of each source in the step.
+        """
+        present = self.in_row[1:] >= 0 if num_targets is None else num_targets > 0
         now = torch.stack((loss.double(), norm.double()))
         finite = now.isfinite().all()
         bad = ~finite
@@ -142,7 +155,8 @@ class Guard:
             variance = ((self.history - mean[:, None]).square() * known).sum(1) / (count - 1).clamp(min=1)
             deviation = torch.maximum(variance.sqrt(), self.FLOOR * mean)
             spike = (now > mean + self.sigmas * deviation).any()
-            bad |= spike & (count >= self.WARM)
+            due = present & (self.in_row[1:] >= self.LIMIT) & (self.in_row[1:] > self.in_row[0])
+            bad |= spike & (count >= self.WARM) & ~due.any()
         skipped = bad.float()
         fused: Any = optimizer
         fused.found_inf = skipped
@@ -151,13 +165,18 @@ class Guard:
         entry = torch.where(finite, now[:, None], self.history.gather(1, slot))
         self.history.scatter_(1, slot, entry)
         self.seen += finite
+        concerned = torch.cat((torch.ones_like(present[:1]), present))
+        self.in_row = torch.where(concerned, (self.in_row + 1) * bad, self.in_row)
         return skipped
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the history on the host."""
-        return {"history": self.history.to("cpu", copy=True), "taken": self.seen.to("cpu", copy=True)}
+        kept = {"history": self.history, "taken": self.seen, "in_row": self.in_row}
+        return {name: value.to("cpu", copy=True) for name, value in kept.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores a history that `state` returned."""
         self.history.copy_(state["history"])
         self.seen.copy_(state["taken"])
+        if "in_row" in state:  # early versions did not record it
+            self.in_row.copy_(state["in_row"])

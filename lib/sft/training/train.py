@@ -21,7 +21,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from sft.formats import manifest
 from sft.formats import metrics as metrics_format
 from sft.formats.metrics import (
     Attempt,
-    SourceUse,
     StepRecord,
     TrainMetrics,
     UploadSummary,
@@ -49,6 +48,7 @@ from sft.training import logs
 from sft.training.build import build_run
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import MetricsWriter
+from sft.training.sources import lost_sources, table
 from sft.training.trackers import Trackers
 from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
@@ -79,8 +79,8 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
     final = stage.out / f"step{run.plan.steps}"
     found = summary(stage.out, run, final, uploaded).to_value() if world.is_rank0 else {}
     if world.is_rank0:
-        for warning in lost_sources(run.labels):
-            stage.log(warning)
+        for line in (*table(run.labels), *lost_sources(run.labels, logs.colour())):
+            stage.log(line)
     return Result([final.name, "tokenizer", metrics_format.NAME], found)
 
 
@@ -137,16 +137,6 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
         sources=tuple(run.labels),
         initial_validation_loss=before.initial_validation_loss if before else None,
     )
-
-
-def lost_sources(uses: Iterable[SourceUse]) -> list[str]:
-    """A warning for each source that lost a tenth of its trained tokens or more to seq_len or to skipped steps."""
-    return [
-        f"warning: {use.source} lost {use.lost:.0%} of its trained tokens: {use.truncated:,} of {use.labels:,} to seq_len,"
-        f" {use.skipped:,} of {use.seen:,} in steps that the guard skipped; next: raise [train] seq_len or skip_sigmas"
-        for use in uses
-        if use.lost >= metrics_format.LOST
-    ]
 
 
 def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
