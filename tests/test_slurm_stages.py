@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import re
 import shutil
@@ -125,6 +126,42 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     resumed = int(re.search(r"continuing from \S*step(\d+)", out)[1])
     assert 0 < resumed < 40
     assert final_weights(folder) == whole
+
+
+RANK_WITHOUT_TORCHRUN = """#!/bin/sh
+export RANK=$SFT_NODE_RANK WORLD_SIZE=2 LOCAL_RANK=0 LOCAL_WORLD_SIZE=1 MASTER_ADDR=localhost MASTER_PORT=${SFT_HEAD##*:}
+exec .venv/bin/python -m sft.training "$@"
+"""
+SLOW_HASH = """
+quick = hash_file
+def hash_file(file):
+    if "train/step" in str(file) and file.suffix == ".distcp":
+        raise OSError(f"{file} is hashed a second time")
+    if file.name == "metrics.jsonl":
+        import time
+        time.sleep(8)
+    return quick(file)
+"""
+
+
+def test_a_publication_that_is_longer_than_srun_waits_is_finished(real, tmp_path):
+    """srun kills rank 0 when the other rank has left for longer than --wait. torchrun would leave after 300 s."""
+    copied = copy.copy(real)
+    copied.root = tmp_path / "copy"
+    shutil.copytree(real.root, copied.root, symlinks=True, ignore=shutil.ignore_patterns("train", "*.attempt-*"))
+    script = copied.root / "lib/sft/launch/slurm/script.py"
+    assert "--wait=120" in script.read_text()
+    script.write_text(script.read_text().replace("--wait=120", "--wait=1"))
+    (copied.root / "stages/train.sh").write_text(RANK_WITHOUT_TORCHRUN)
+    with (copied.root / "lib/sft/common/files.py").open("a") as files:
+        files.write(SLOW_HASH)
+    (copied.root / "recipes/x.toml").write_text(RECIPE.replace("steps = 40", "steps = 2"))
+    out = copied.make("train", "RECIPE=x", "CLUSTER=slurm", "nodes=2").stdout
+    assert "2 x cpu, fp32; 2 steps" in out and "[train] done in" in out
+    made = manifest.load(copied.root / "runs/x/train/manifest.json")
+    step = manifest.StepManifest.read(copied.root / "runs/x/train/step2/manifest.json")
+    published = {o.path: o.sha256 for o in made.outputs}
+    assert step.outputs and all(published[f"step2/{o.path}"] == o.sha256 for o in step.outputs)
 
 
 def ranks_in(root):

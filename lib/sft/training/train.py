@@ -54,6 +54,8 @@ from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
 
 REQUEUE_MARK = ".requeue"
+PUBLICATION_S = 7 * 24 * 3600
+"""How long the other ranks wait until rank 0 has sent and published the training. A scheduler's time limit is shorter."""
 
 
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
@@ -77,11 +79,28 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         if metrics is not None:
             metrics.close()
     final = stage.out / f"step{run.plan.steps}"
-    found = summary(stage.out, run, final, uploaded).to_value() if world.is_rank0 else {}
-    if world.is_rank0:
-        for line in (*table(run.labels), *lost_sources(run.labels, logs.colour())):
-            stage.log(line)
-    return Result([final.name, "tokenizer", metrics_format.NAME], found)
+    outputs = [final.name, "tokenizer", metrics_format.NAME]
+    if not world.is_rank0:
+        return Result(outputs)
+    found = summary(stage.out, run, final, uploaded).to_value()
+    for line in (*table(run.labels), *lost_sources(run.labels, logs.colour())):
+        stage.log(line)
+    return Result(outputs, found, step_hashes(final))
+
+
+def step_hashes(step: Path) -> dict[str, str]:
+    """{file, relative to the training folder: sha256} of a step. They were computed while it was written, or verified when
+    it was restored, so that publication does not read hundreds of GB again."""
+    return {f"{step.name}/{o.path}": o.sha256 for o in manifest.StepManifest.read(step / manifest.NAME).outputs}
+
+
+def wait_for_publication(world: World) -> None:
+    """Keeps every rank until rank 0 has published, however long that takes: srun, torchrun and Beaker end a job whose other
+    ranks have left. Ends a rank with status 1 when rank 0 fails. `world` has a group of its own, which waits so long."""
+    try:
+        world.sum(torch.zeros(1))
+    except RuntimeError:  # rank 0 has printed its error, and its connection is closed
+        sys.exit(1)
 
 
 def open_metrics(stage: Stage, run: Run, start: int, attempt: int) -> MetricsWriter:
@@ -151,6 +170,7 @@ def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
         with report_errors("train") if world.is_rank0 else other_rank(), ExitStack() as stack:
             stage = open_on_all_ranks(options, world, stack)
             attempt = prepare_attempt(stage, world)
+            patient = world.with_own_group(PUBLICATION_S)
             if world.is_rank0:
                 watcher = start_watcher(stage, words)
             result = train_stage(stage, world, lambda: bool(signals), attempt)
@@ -158,6 +178,7 @@ def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
                 stage.finish(result)
         if world.is_rank0:
             stage.log(f"done in {time.monotonic() - began:.1f} s: {stage.out / manifest.NAME}")
+        wait_for_publication(patient)
         if watcher is not None:
             watcher.finish(lambda: bool(signals))
     except Requeue:
