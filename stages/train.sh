@@ -19,6 +19,11 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that spin while t
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # torchrun's 30 s would kill a large model in the middle of its save
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1
 
+if [ "${SFT_NODES:-1}" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then # a node's own name may resolve to 127.0.1.1
+    interface=$(.venv/bin/python -m sft.launch.interface)
+    export GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-=$interface}" # '=': this name, not a prefix
+    echo "[train] node $SFT_NODE_RANK of $SFT_NODES: gloo uses $interface, NCCL $NCCL_SOCKET_IFNAME"
+fi
 if [ "${SFT_NODES:-1}" -gt 1 ]; then # ranks follow the nodes' numbers, so that a resumed run deals them as before
     command=(.venv/bin/python -m sft.launch.torchrun --nnodes "$SFT_NODES" --node-rank "$SFT_NODE_RANK" --nproc-per-node "$processes"
         --master-addr "${SFT_HEAD%:*}" --master-port "${SFT_HEAD##*:}")
