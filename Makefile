@@ -145,5 +145,5 @@ slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to tr
 lock: ; env/setup.sh lock ## resolve the newest allowed packages and pin them in env/lock.txt
 help: ; @$(call SFT,help) ## this page
 
-$(READY): ; @env/setup.sh packages $@
+$(READY): ; @TORCH=$(or $(TORCH),$(call planned,torch)) PYTHON=$(or $(call planned,python),$(PYTHON)) env/setup.sh packages $@
 $(TOOLS): | $(READY) ; @env/setup.sh tools $@

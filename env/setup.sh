@@ -2,14 +2,15 @@
 # Makes .venv from the pins in env/lock.txt. Idempotent: the stamp names the pins it was made from.
 # Usage: env/setup.sh packages|tools STAMP   (what runs need | what tests and checks need as well)
 #        env/setup.sh lock                    (resolve again and rewrite env/lock.txt)
-# PYTHON=python3.12 chooses the interpreter, TORCH=2.13.0+cu126 another build of torch.
+# PYTHON=python3.12 chooses the interpreter, TORCH=2.13.0+cu129 another build of torch, TORCH=image the one that PYTHON has.
+# Make passes `python` and `torch` of the cluster's file.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONPATH # pip must not take the checkout for an installed package
 
 python="${PYTHON:-python3}"
 torch=2.13.0
-cpu_index=https://download.pytorch.org/whl/cpu
+index=https://download.pytorch.org/whl # has a folder for each kind of build: cpu, cu129, rocm7.1 …
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 progress() { # progress WHAT COMMAND…: one line with the seconds gone by, output only on failure
@@ -37,14 +38,17 @@ pip() { .venv/bin/python -m pip install --quiet "$@"; }
 
 has_gpu() { [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ] || [ "$(uname -s)" != Linux ]; }
 
+build() { # build VERSION+KIND: from the configured index, else from torch's own
+    pip "torch===$1" || pip --retries 1 --timeout 15 --index-url "$index/${1#*+}" "torch===$1"
+}
+
 install_torch() { # a GPU gets PyPI's CUDA build ('===': never a local CPU wheel); others a CPU build where one is offered
-    if [ -n "${TORCH:-}" ]; then
-        pip "torch===$TORCH"
-    elif has_gpu; then
-        pip "torch===$torch"
-    else
-        pip "torch===$torch+cpu" || pip --retries 1 --timeout 15 --index-url "$cpu_index" "torch===$torch+cpu" || pip "torch===$torch"
-    fi
+    case "${TORCH:-}" in
+    image) .venv/bin/python -c 'import torch; print(torch.__version__)' ;;
+    *+*) build "$TORCH" ;;
+    ?*) pip "torch===$TORCH" ;;
+    *) if has_gpu; then pip "torch===$torch"; else build "$torch+cpu" || pip "torch===$torch"; fi ;;
+    esac
 }
 
 make_venv() {
@@ -52,7 +56,9 @@ make_venv() {
         echo "error: $python is older than 3.11; next: make PYTHON=python3.11 …" >&2
         exit 1
     }
-    [ -x .venv/bin/python ] || "$python" -m venv .venv
+    local options=()
+    [ "${TORCH:-}" != image ] || options=(--system-site-packages)
+    [ -x .venv/bin/python ] || "$python" -m venv "${options[@]}" .venv
 }
 
 if [ -n "${2:-}" ] && command -v flock >/dev/null; then # two makes on a fresh clone: the second finds the work done
@@ -69,6 +75,10 @@ packages)
     extras=fast
     if has_gpu && [ "$(uname -s)" = Linux ]; then extras=fast,hybrid; fi
     progress "packages (about a minute)" pip -c env/lock.txt -e ".[$extras]"
+    if [ "${TORCH:-}" = image ] && compgen -G '.venv/lib/python3*/site-packages/torch' >/dev/null; then
+        echo "error: $python has no torch that pyproject.toml allows, so another one was installed; next: another image, or a version as torch" >&2
+        exit 1
+    fi
     # IFEval splits sentences with it. Without internet the doctor says what is missing.
     .venv/bin/python -m nltk.downloader -q -d .venv/nltk_data punkt_tab >/dev/null 2>&1 || true
     ;;
@@ -81,7 +91,7 @@ lock)
     exit
     ;;
 *)
-    sed -n '2,5s/^# //p' "$0" >&2
+    sed -n '2,6s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

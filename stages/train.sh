@@ -6,31 +6,33 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whichever clone .venv was made in
+python="${SFT_PYTHON:-.venv/bin/python}" # of a copy on this node's own disk: env/scratch.sh
 case "${1:--}" in -*) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;; esac
 
 rm -f -- "$1/train/.requeue"
 notice="" child="" # a signal that comes before the training is remembered
 trap 'notice=TERM; [ -z "$child" ] || kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
 trap 'notice=USR1; [ -z "$child" ] || kill -USR1 "$child"' USR1
-numbers=$(.venv/bin/python -m sft.launch.processes train "$@")
+numbers=$("$python" -m sft.launch.processes train "$@")
 read -r processes threads <<<"$numbers"
+ulimit -n "$(ulimit -Hn)" # the usual 1,024 files of a process end at 337 ranks
 export OMP_NUM_THREADS="$threads"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}" # threads that spin while they wait cost a busy machine a factor of four
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # torchrun's 30 s would kill a large model in the middle of its save
 export TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGUSR1
 
 if [ "${SFT_NODES:-1}" -gt 1 ] && [ -z "${GLOO_SOCKET_IFNAME:-}" ]; then # a node's own name may resolve to 127.0.1.1
-    interface=$(.venv/bin/python -m sft.launch.interface)
+    interface=$("$python" -m sft.launch.interface)
     export GLOO_SOCKET_IFNAME="$interface" NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-=$interface}" # '=': this name, not a prefix
     echo "[train] node $SFT_NODE_RANK of $SFT_NODES: gloo uses $interface, NCCL $NCCL_SOCKET_IFNAME"
 fi
 if [ "${SFT_NODES:-1}" -gt 1 ]; then # ranks follow the nodes' numbers, so that a resumed run deals them as before
-    command=(.venv/bin/python -m sft.launch.torchrun --nnodes "$SFT_NODES" --node-rank "$SFT_NODE_RANK" --nproc-per-node "$processes"
+    command=("$python" -m sft.launch.torchrun --nnodes "$SFT_NODES" --node-rank "$SFT_NODE_RANK" --nproc-per-node "$processes"
         --master-addr "${SFT_HEAD%:*}" --master-port "${SFT_HEAD##*:}")
 elif [ "$processes" -gt 1 ]; then
-    command=(.venv/bin/python -m sft.launch.torchrun --standalone --nproc-per-node "$processes")
+    command=("$python" -m sft.launch.torchrun --standalone --nproc-per-node "$processes")
 else
-    command=(.venv/bin/python) # one process needs no rendezvous, and starts sooner
+    command=("$python") # one process needs no rendezvous, and starts sooner
 fi
 
 (trap '' INT USR1; exec "${command[@]}" -m sft.training "$@") & # a default action would end it: this shell passes INT on as TERM

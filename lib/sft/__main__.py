@@ -56,15 +56,23 @@ def runs_of(args: argparse.Namespace) -> list[recipe.Recipe]:
     return list(found.values())
 
 
+def _words_of_setup(place: plan.Place) -> list[str]:
+    """What the cluster's file says of the environment. Set-up reads it; the commands that need the file report its errors."""
+    with contextlib.suppress(SftError):
+        cluster = place.load_cluster()
+        return [f"{name}:{value}" for name in ("torch", "python") if (value := getattr(cluster, name))]
+    return []
+
+
 def command_plan(args: argparse.Namespace) -> None:
-    """One line of words for Make: plan-ok, environment:<digest>, set:<override>, launcher-<stage>:<launcher>,
-    detach:<stage>, tool:job, run:<run>, model:<run>, stale:<run>/<stage>, reuse:<run>/<stage>:<origin>."""
+    """One line of words for Make: plan-ok, environment:<digest>, torch:<build>, python:<program>, set:<override>,
+    launcher-<stage>:<launcher>, detach:<stage>, tool:job, run:<run>, model:<run>, stale:<run>/<stage>, reuse:<run>/<stage>:<origin>."""
     goals = [g.split("/")[-2] if g.endswith(manifest.NAME) else g for g in args.goals.split()]
     asked.check_goals(args.goals.split(), asked.known_goals(plan.REPO / "Makefile"), _recipe_names())
     make_words.check_needs(args.overrides, goals)
     args.fields = make_words.with_model(args.overrides, goals, args.fields, args.place.runs)
     question = _question(args, goals)
-    words = ["plan-ok", f"environment:{plan.environment_digest()}"]
+    words = ["plan-ok", f"environment:{plan.environment_digest()}", *_words_of_setup(args.place)]
     if {"to-hf", "to-core"} & set(goals):
         make_words.check_characters(args.fields)
         words += _words_of_tool(args, goals, question)

@@ -93,6 +93,10 @@ class Hardware:
         stages=("train",),
     )
     partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
+    account: str = opt("", "Slurm account; empty = the cluster's", launchers=SLURM)
+    qos: str = opt("", "Slurm quality of service; empty = the cluster's", launchers=SLURM)
+    constraint: str = opt("", "features that the nodes must have; empty = the cluster's", launchers=SLURM)
+    sbatch: tuple[str, ...] = opt((), "sbatch options in addition to the cluster's, which they override", launchers=SLURM)
     priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
 
 
@@ -126,7 +130,31 @@ class Cluster:
     partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
     account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
     qos: str = opt("", "Slurm quality of service; empty = the account's default", launchers=SLURM)
-    sbatch: tuple[str, ...] = opt((), 'more sbatch options, e.g. ["--constraint=ib", "--exclusive"]', launchers=SLURM)
+    constraint: str = opt("", "features that the nodes must have, in Slurm's notation, e.g. gpu&hbm80g", launchers=SLURM)
+    gres: str = opt(
+        "", "form of the request for GPUs, e.g. gpu:a100 for --gres=gpu:a100:4; empty = --gpus-per-node", launchers=SLURM
+    )
+    cores_per_node: int = opt(
+        0, "CPU cores of a node with GPUs that jobs may use; a job with some of the GPUs gets its share", min=0, launchers=SLURM
+    )
+    memory_gb_per_node: int = opt(
+        0, "host memory of a node with GPUs that jobs may use, in GB; 0 = Slurm's default for the cores", min=0, launchers=SLURM
+    )
+    sbatch: tuple[str, ...] = opt((), 'more sbatch options, e.g. ["--mail-type=END", "--exclusive"]', launchers=SLURM)
+    srun: tuple[str, ...] = opt((), "more srun options, e.g. [\"--container-image=image.sqsh\"] for pyxis", launchers=SLURM)
+    prologue: tuple[str, ...] = opt(
+        (), 'shell lines of a job before everything else, e.g. ["module load rocm"]; one that fails ends the job', launchers=SLURM
+    )
+    wrap: tuple[str, ...] = opt(
+        (),
+        'words before the command on each node, e.g. ["apptainer", "exec", "--nv", "$HOME/image.sif"]; $NAME is expanded in the job',
+        launchers=SLURM,
+    )
+    scratch: str = opt(
+        "",
+        "folder on each node's own disk, for copies of the environment and the dataset, e.g. /tmp or $TMPDIR; empty = none",
+        launchers=SLURM,
+    )
     notice_s: int = opt(
         120,
         "seconds before a Slurm job's time limit at which training saves and the job is requeued",
@@ -152,6 +180,12 @@ class Cluster:
         "Weka buckets and their mount points in jobs, e.g. oe-training-default:/weka/oe-training-default",
         launchers=BEAKER,
     )
+    torch: str = opt(
+        "",
+        "build of torch that set-up installs for this cluster, e.g. 2.13.0+cu129 or 2.13.0+rocm7.1; image = the one that"
+        " its image or module has; empty = PyPI's where make runs on a GPU, otherwise one for the CPU",
+    )
+    python: str = opt("", "Python that set-up makes the environment from, e.g. python3.12; empty = PYTHON of make")
     env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
     data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER)
     code: str = opt(
@@ -182,5 +216,5 @@ class Cluster:
     )
 
 
-OWN = ("account", "partition", "qos", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
+OWN = ("account", "partition", "qos", "constraint", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
 """Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""

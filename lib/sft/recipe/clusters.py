@@ -18,6 +18,9 @@ from sft.recipe import schema, typed
 _SECRET = re.compile(r"(TOKEN|SECRET|PASSWORD|PASSWD|KEY)S?$", re.IGNORECASE)  # a variable whose value is not printed
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 
+_TORCH = re.compile(r"|image|\d+\.\d+\.\d+(\+[a-z0-9.]+)?")
+_PROGRAM = re.compile(r"[A-Za-z0-9./_-]*")
+
 
 def load_cluster(file: Path) -> schema.Cluster:
     """Reads and checks env/<cluster>.toml, with the user's own values for launching in it. Raises SftError."""
@@ -58,6 +61,10 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
         for name in cluster.env
         if _SECRET.search(name)
     ]
+    if not _TORCH.fullmatch(cluster.torch):
+        problems.append(f"'torch' = {cluster.torch!r}: a version such as 2.13.0+cu129, or image")
+    if not _PROGRAM.fullmatch(cluster.python):
+        problems.append(f"'python' = {cluster.python!r}: a program's name or path of letters, digits and ./_-")
     problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
     return problems
 

@@ -67,13 +67,15 @@ class Upstream:
         """A folder that sync made, as this machine reads it. One in a bucket is first copied to the cache and verified."""
         file = self.run / "sync" / manifest.NAME
         root = SyncMetrics.of(manifest.load(file), str(file)).storage
-        if "://" not in root:
+        scratch = os.environ.get("SFT_SCRATCH", "") if self.stage == "train" and name == self.remote().dataset else ""
+        if "://" not in root and not scratch:
             return Path(root) / name
         from sft.storage.localise import localise  # start-up: most stages read no bucket
 
         # Rank 0 and the first rank of every other machine verify. The other ranks wait for them and read the same files.
         first = not self.follower or os.environ.get("LOCAL_RANK") == "0"
-        folder = localise(root, name, self.cache, self.log, again=first and name not in self._verified)
+        cache = Path(scratch) if scratch else self.cache
+        folder = localise(root, name, cache, self.log, again=first and name not in self._verified, copy=bool(scratch))
         self._verified.add(name)
         return folder
 

@@ -21,14 +21,16 @@ from sft.storage.local import LocalStorage, make_folders
 from sft.storage.transfer import open_storage, transfer
 
 
-def localise(root: str, name: str, cache: Path, log: Callable[[str], None], again: bool = True) -> Path:
+def localise(
+    root: str, name: str, cache: Path, log: Callable[[str], None], again: bool = True, copy: bool = False
+) -> Path:
     """The folder <root>/<name> as a local folder with every byte verified. Raises SftError.
 
     Identical files are not copied again, and processes of one machine copy one after the other. again=False trusts a local copy
-    whose list is present (another rank has just verified it).
+    whose list is present (another rank has just verified it). copy: also copies from a folder, for a `cache` on a faster disk.
     """
     top = open_storage(root, cache)
-    if isinstance(top, LocalStorage):
+    if isinstance(top, LocalStorage) and not copy:
         return top.root / name
     local = LocalStorage(cache / "local")
     lists = (f"{name}/{manifest.NAME}", f"{name}.json")

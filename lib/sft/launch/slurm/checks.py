@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Iterator
 
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, SchedulerAnswer
+from sft.launch.slurm import script
 
 ANSWER_S = 10
 
@@ -25,11 +26,9 @@ def ask(context: Context) -> SchedulerAnswer:
         return SchedulerAnswer()
     cluster, hardware = context.cluster, context.training
     gpus = hardware.gpus if hardware.gpus >= 0 else cluster.gpus_per_node
-    options = {"nodes": hardware.nodes, "gpus-per-node": gpus, "cpus-per-task": hardware.cpus, "account": cluster.account,
-               "partition": hardware.partition or cluster.partition, "qos": cluster.qos,
-               "time": hardware.time or cluster.time}  # fmt: skip
+    options = {"nodes": hardware.nodes, **script.resources(cluster, hardware, gpus)}
     words = [f"--{k}={v}" for k, v in options.items() if v]
-    command = ["sbatch", "--test-only", *words, *cluster.sbatch, "--wrap=true"]
+    command = ["sbatch", "--test-only", *words, *cluster.sbatch, *hardware.sbatch, "--wrap=true"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, check=False)
     except (subprocess.TimeoutExpired, OSError) as e:

@@ -16,19 +16,32 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.launch.job import WATCH, Job
 from sft.recipe import time_limit
+from sft.recipe.schema import Cluster, Hardware
 
-SCRIPT = r"""
-export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}"
+LOG = r"""
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1)) ended="$job.exit"
 exec >>"$job.attempt-$(printf %02d "$attempt").log" 2>&1
 rm -f "$ended" # of an attempt that Slurm itself put back into the queue
+"""
+PROLOGUE = r"""set -eE
+trap 'status=$?; echo "--- a line of the prologue failed with exit status $status"; echo "$status" >"$ended"; exit "$status"' ERR
+%s
+trap - ERR
+set +eE
+"""
+SCRIPT = r"""export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}"
 SFT_HEAD="$(hostname):$((20000 + SLURM_JOB_ID % 10000))"
 export SFT_HEAD SFT_JOB="$SLURM_JOB_ID" SFT_NODES="$SLURM_JOB_NUM_NODES"
+if [ "$SFT_NODES" -gt 1 ]; then # the first node finds its interface by its route to the last one
+    peer=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | tail -n 1)
+    SFT_PEER=$(scontrol show node --oneliner "$peer" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+    export SFT_PEER
+fi
 task=""
 trap '[ -z "$task" ] || kill -USR1 "$task"' USR1 # time is nearly up: srun forwards the signal
 echo "--- attempt $attempt of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
 # shellcheck disable=SC2016  # the inner shell is the one on each node; a node that ends first leaves the others time to save
-srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none${SLURM_CPUS_PER_TASK:+ --cpus-per-task=$SLURM_CPUS_PER_TASK} \
+srun --kill-on-bad-exit=0 --wait=120 --cpu-bind=none${SLURM_CPUS_PER_TASK:+ --cpus-per-task=$SLURM_CPUS_PER_TASK} "${srun[@]}" \
     bash -c 'SFT_NODE_RANK="$SLURM_NODEID" exec "$@"' - "${command[@]}" &
 task=$!
 trap : TERM                    # Slurm has signalled the tasks itself: wait until they have saved
@@ -47,20 +60,36 @@ echo "$status" >"$ended"
 exit "$status"
 """
 
+VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
+"""The start of a variable in a word of the shell."""
+
 
 def job_script(job: Job, name: str, folder: Path) -> str:
     """The script of a stage (`name` = its name) or of an array's part (`<stage>-part`). `folder` is runs/<run>/.jobs."""
     part = name != job.stage
     lines = [directive(f"--{option}", str(value)) for option, value in _options(job, name, folder).items() if value]
-    lines += ["#SBATCH --exclusive"] * _takes_nodes(job) + ["#SBATCH --requeue"]
-    lines += [extra_directive(text) for text in job.cluster.sbatch]
+    lines += ["#SBATCH --exclusive"] * takes_nodes(job.cluster, job.hardware, job.gpus) + ["#SBATCH --requeue"]
+    lines += [extra_directive(text) for text in (*job.cluster.sbatch, *job.hardware.sbatch)]
     number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if part else '"$SLURM_JOB_ID"'
-    body = [f"export {variable}={shlex.quote(value)}" for variable, value in job.cluster.env.items()]
-    body += [f"command=({shlex.join(job.command)})", f"job={shlex.quote(str(folder / f'{name}-'))}{number}"]
-    if job.shards:
-        body.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
+    body = [f"job={shlex.quote(str(folder / f'{name}-'))}{number}"]
     title = f"# {job.stage} of the run {job.run.name}; by hand: {_by_hand(job, name, folder)}"
-    return "\n".join(["#!/bin/bash", title, *lines, "", *body]) + SCRIPT
+    prologue = PROLOGUE % "\n".join(job.cluster.prologue) if job.cluster.prologue else ""
+    return "\n".join(["#!/bin/bash", title, *lines, "", *body]) + LOG + prologue + _commands(job, part) + SCRIPT
+
+
+def _commands(job: Job, part: bool) -> str:
+    """The lines that set the cluster's variables, srun's options and the command that each node runs."""
+    lines = [f"export {variable}={shlex.quote(value)}" for variable, value in job.cluster.env.items()]
+    if job.shards:
+        lines.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
+    for text in job.cluster.srun:
+        _option(text, "srun", "--container-image=image.sqsh")
+    words = [shell_word(word) for word in job.cluster.wrap]
+    if job.cluster.scratch and job.stage == "train":
+        lines.append('env/scratch.sh pack || { echo 1 >"$ended"; exit 1; }')
+        words += ["env/scratch.sh", shell_word(job.cluster.scratch)]
+    lines += [f"srun=({' '.join(shell_word(text) for text in job.cluster.srun)})"]
+    return "\n".join([*lines, f"command=({' '.join([*words, shlex.join(job.command)])})", ""])
 
 
 def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
@@ -77,21 +106,37 @@ def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
         "open-mode": "append",
         "nodes": 1 if part else job.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": hardware.cpus,
-        "mem": f"{hardware.memory_gb}G" if hardware.memory_gb else "0" if _takes_nodes(job) else "",
-        "gpus-per-node": job.gpus,
-        "time": hardware.time or cluster.time,
-        "partition": hardware.partition or cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
+        **resources(cluster, hardware, job.gpus),
         "array": f"0-{job.shards - 1}" if part else "",
         "signal": f"B:USR1@{cluster.notice_s}" if signalled else "",
     }
 
 
-def _takes_nodes(job: Job) -> bool:
-    """Whether the job takes its nodes with all their cores and memory: it requests all their GPUs and names no `cpus`."""
-    return bool(job.gpus) and job.gpus == job.cluster.gpus_per_node and not job.hardware.cpus
+def takes_nodes(cluster: Cluster, hardware: Hardware, gpus: int) -> bool:
+    """Whether a job takes its nodes with all their cores and memory: it requests all their GPUs and names no `cpus`."""
+    return bool(gpus) and gpus == cluster.gpus_per_node and not hardware.cpus
+
+
+def resources(cluster: Cluster, hardware: Hardware, gpus: int) -> dict[str, object]:
+    """sbatch's options for what a job with this many GPUs on each node gets, and where. Empty values are Slurm's defaults.
+
+    A job that names no cores or memory gets its GPUs' share of the node, where the cluster's file says what a node has.
+    """
+    share = gpus / cluster.gpus_per_node if cluster.gpus_per_node else 0.0
+    memory_gb = hardware.memory_gb or int(cluster.memory_gb_per_node * share)
+    whole = takes_nodes(cluster, hardware, gpus) and not hardware.memory_gb
+    by_cores = cluster.cores_per_node and not cluster.memory_gb_per_node  # the site divides memory by cores
+    return {
+        "cpus-per-task": hardware.cpus or int(cluster.cores_per_node * share),
+        "mem": ("" if by_cores else "0") if whole else f"{memory_gb}G" if memory_gb else "",
+        "gpus-per-node": "" if cluster.gres else gpus,
+        "gres": f"{cluster.gres}:{gpus}" if cluster.gres and gpus else "",
+        "time": hardware.time or cluster.time,
+        "partition": hardware.partition or cluster.partition,
+        "account": hardware.account or cluster.account,
+        "qos": hardware.qos or cluster.qos,
+        "constraint": hardware.constraint or cluster.constraint,
+    }
 
 
 def _by_hand(job: Job, name: str, folder: Path) -> str:
@@ -121,8 +166,22 @@ def directive(option: str, value: str) -> str:
 
 
 def extra_directive(text: str) -> str:
-    """An #SBATCH line for one of a cluster's `sbatch` options, '--name' or '--name=value'. Raises SftError."""
+    """An #SBATCH line for one of the `sbatch` options, '--name' or '--name=value'. Raises SftError."""
+    name, value = _option(text, "sbatch", "--mail-type=END")
+    return directive(name, value) if value else f"#SBATCH {name}"
+
+
+def _option(text: str, field: str, example: str) -> tuple[str, str]:
+    """The name and value of an option of Slurm's commands. Raises SftError for another text."""
     name, _, value = text.partition("=")
     if not re.fullmatch(r"--[a-z][a-z-]*", name):
-        raise SftError(f"'sbatch' holds {text!r}: --option or --option=value is expected, e.g. --constraint=ib")
-    return directive(name, value) if value else f"#SBATCH {name}"
+        raise SftError(f"'{field}' holds {text!r}: --option or --option=value is expected, e.g. {example}")
+    return name, value
+
+
+def shell_word(text: str) -> str:
+    """A word for the shell, in which $NAME and ${NAME} are expanded and nothing else is."""
+    if not re.search(VARIABLE, text):
+        return shlex.quote(text)
+    escaped = re.sub(rf'[\\"`]|(?!{VARIABLE})\$', lambda m: "\\" + m[0], text)
+    return f'"{escaped}"'

@@ -1,0 +1,64 @@
+"""The doctor's check of the environment that jobs use: its torch is the build that the cluster's file names.
+
+In: .venv's own packages, as files. Out: a row of the table. torch is not imported, which takes seconds. Standard library only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row
+from sft.runner import plan
+from sft.runner.processes import requested_gpus
+
+
+def environment(context: Context) -> Iterator[Row]:
+    """The build of torch that jobs on a shared disk have, against `torch` of the cluster's file and the GPUs that they request."""
+    cluster = context.cluster
+    if cluster.launcher == "local" or not cluster.shared_disk:
+        return  # a local stage asks torch itself, and another disk has an environment of its own
+    made = plan.REPO / ".venv"
+    found, wanted = installed_torch(made), cluster.torch
+    again = f"rm -rf .venv, then make setup CLUSTER={context.place.cluster}"
+    if not (made / "pyvenv.cfg").is_file():
+        yield Row(SKIPPED, "torch", f"not checked: {made} is not there", f"make setup CLUSTER={context.place.cluster}")
+    elif wanted == "image" and (found or not sees_system_packages(made)):
+        what = f"has torch {found} of its own" if found else "does not see the packages of the image's Python"
+        yield Row(RED, "torch", f'{context.file}: torch = "image", and {made} {what}', again)
+    elif wanted == "image":
+        yield Row(OK, "torch", "the image's")
+    elif wanted and not same_build(found, wanted):
+        yield Row(RED, "torch", f"{context.file}: torch = {wanted!r}, and {made} has {found or 'none'}", again)
+    elif not wanted and found.endswith("+cpu") and (stages := _with_gpus(context)):
+        yield Row(RED, "torch", f"{made} has {found}, a build for the CPU, and {', '.join(stages)} would run on GPUs",
+                  f'torch = "{found.partition("+")[0]}+cu129" (or +rocm…) in {context.file}; {again}')  # fmt: skip
+    else:
+        yield Row(OK, "torch", found or "another environment's")
+
+
+def _with_gpus(context: Context) -> list[str]:
+    """The stages that run there with GPUs."""
+    stages = [s for s in context.stages if s in context.cluster.stages]
+    return [s for s in stages if requested_gpus(s, context.recipe.hardware(context.place.cluster, s), context.cluster)]
+
+
+def installed_torch(environment: Path) -> str:
+    """The version of the torch in an environment, with its kind of build: "2.13.0+cu130"; "" for none."""
+    for file in environment.glob("lib/python3*/site-packages/torch/version.py"):
+        if found := re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text(encoding="utf-8"), re.M):
+            return found[1]
+    return ""
+
+
+def same_build(found: str, wanted: str) -> bool:
+    """Whether an installed version is the wanted one. A version without a kind is PyPI's, which names its CUDA version itself."""
+    version, _, kind = found.partition("+")
+    return found == wanted or (version == wanted and kind.startswith("cu"))
+
+
+def sees_system_packages(environment: Path) -> bool:
+    """Whether the environment has the packages of the Python that it was made from."""
+    text = (environment / "pyvenv.cfg").read_text(encoding="utf-8")
+    return re.search(r"^include-system-site-packages\s*=\s*true", text, re.M | re.I) is not None

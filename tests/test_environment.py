@@ -1,0 +1,114 @@
+"""torch is a fact of the cluster: its file names the build, set-up installs it, the doctor compares."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import Workspace
+from sft.launch.doctor.context import OK, RED, SKIPPED, Context
+from sft.launch.doctor.environment import environment
+from sft.recipe import recipe
+from sft.runner import plan
+
+SLURM = 'launcher = "slurm"\nstorage = "{runs}/.s"\n'
+FAKE_PIP = """#!/bin/sh
+echo "$0 $*" >>"$CALLS"
+case "$*" in *fail-index*) exit 1;; esac
+case "$*" in *--index-url*) exit 0;; *torch===*+*) exit 1;; esac
+"""
+
+
+@pytest.fixture
+def row(tmp_path, monkeypatch):
+    """row(lines of the cluster's file, version of the installed torch, system): the doctor's row."""
+    workspace = Workspace(tmp_path)
+    monkeypatch.setattr(plan, "REPO", workspace.root)
+    monkeypatch.setattr(recipe, "CLUSTERS", workspace.root / "env")
+    venv = workspace.root / ".venv"
+
+    def examine(cluster: str, torch: str | None = "", system: bool = False):
+        (workspace.root / "env/here.toml").write_text(cluster)
+        if torch is not None:
+            (venv / "pyvenv.cfg").write_text(f"home = /usr\ninclude-system-site-packages = {str(system).lower()}\n")
+        shutil.rmtree(venv / "lib", ignore_errors=True)
+        if torch:
+            package = venv / "lib/python3.11/site-packages/torch"
+            package.mkdir(parents=True)
+            (package / "version.py").write_text(f"from typing import Optional\n__version__ = '{torch}'\n")
+        loaded = recipe.load(workspace.root / "recipes/x.toml", cluster="here")
+        place = plan.Place(workspace.root / "runs", (), "here")
+        rows = list(environment(Context(place, loaded, place.load_cluster())))
+        return rows[0] if rows else None
+
+    return examine
+
+
+def test_the_build_of_the_cluster_is_compared_with_the_installed_one(row):
+    assert row(SLURM, None).state == SKIPPED
+    assert row('storage = "{runs}/.s"\n', "2.13.0+cpu") is None
+    assert row(SLURM, "2.13.0+cpu").state == OK
+    cpu = row(SLURM + "gpus_per_node = 8\n", "2.13.0+cpu")
+    assert cpu.state == RED and "train, evaluate would run on GPUs" in cpu.found and 'torch = "2.13.0+cu129"' in cpu.next
+    assert row(SLURM + "gpus_per_node = 8\n", "2.13.0+cu130").state == OK
+    named = SLURM + 'gpus_per_node = 8\ntorch = "2.13.0+cu129"\n'
+    other = row(named, "2.13.0+cu130")
+    assert other.state == RED and "'2.13.0+cu129'" in other.found and "make setup CLUSTER=here" in other.next
+    assert row(named, "2.13.0+cu129").state == OK
+    pypi = SLURM + 'torch = "2.13.0"\n'
+    assert [row(pypi, f"2.13.0+{kind}").state for kind in ("cu130", "cpu", "rocm7.1")] == [OK, RED, RED]
+
+
+def test_the_torch_of_the_image_is_seen_and_none_lies_over_it(row):
+    image = SLURM + 'torch = "image"\ngpus_per_node = 8\n'
+    assert row(image, "", system=True).state == OK
+    assert "does not see" in row(image, "").found and row(image, "").state == RED
+    assert "torch 2.13.0+cpu of its own" in row(image, "2.13.0+cpu", system=True).found
+
+
+@pytest.mark.parametrize("line", ['torch = "cu129"', "torch = \"2.13.0; rm\"", 'python = "python3; rm"'])
+def test_what_is_no_version_and_no_program_is_refused(row, line):
+    with pytest.raises(Exception, match=line.partition(" ")[0]):
+        row(SLURM + line)
+
+
+@pytest.mark.parametrize(
+    ("torch", "calls"),
+    [
+        ("", ["torch===2.13.0+cpu", "--index-url https://download.pytorch.org/whl/cpu torch===2.13.0+cpu"]),
+        ("2.13.0+rocm7.1", ["torch===2.13.0+rocm7.1", "--index-url https://download.pytorch.org/whl/rocm7.1 torch===2.13.0+rocm7.1"]),
+        ("2.13.0", ["torch===2.13.0"]),
+    ],
+)
+def test_set_up_installs_the_build_of_the_clusters_file(tmp_path, torch, calls):
+    """`make setup CLUSTER=here`, with a pip that only notes what it is asked for."""
+    if torch == "" and os.path.exists("/dev/nvidiactl"):
+        pytest.skip("this machine has a GPU")
+    workspace = Workspace(tmp_path)
+    (workspace.root / "env/here.toml").write_text(SLURM + (f'torch = "{torch}"\n' if torch else ""))
+    for stamp in (workspace.root / ".venv").glob("ready-*"):
+        stamp.unlink()
+    (workspace.root / ".venv/bin/python").write_text(FAKE_PIP)
+    workspace_env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable, "TORCH": ""}
+    done = subprocess.run(["make", "setup", "CLUSTER=here"], cwd=workspace.root, env=workspace_env, capture_output=True, text=True, check=False)
+    asked = [line for line in (tmp_path / "calls").read_text().splitlines() if "torch===" in line]
+    assert [line.split(" --timeout 15 ")[-1].split("--quiet ")[-1] for line in asked] == calls, done
+    assert next((workspace.root / ".venv").glob("ready-*"))
+
+
+def test_an_environment_on_the_images_torch_installs_none(tmp_path):
+    workspace = Workspace(tmp_path)
+    shutil.rmtree(workspace.root / ".venv")
+    (workspace.root / "venv").write_text(
+        '#!/bin/sh\nif [ "$1" = -c ]; then exit 0; fi\necho "$*" >>"$CALLS"\nmkdir -p .venv/bin\n'
+        'printf \'#!/bin/sh\\necho "$*" >>"$CALLS"\\n\' >.venv/bin/python\nchmod +x .venv/bin/python\n'
+    )
+    (workspace.root / "venv").chmod(0o755)
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": "./venv", "TORCH": "image"}
+    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
+    calls = (tmp_path / "calls").read_text()
+    assert calls.startswith("-m venv --system-site-packages .venv\n") and "torch===" not in calls and "import torch" in calls

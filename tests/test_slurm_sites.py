@@ -1,0 +1,154 @@
+"""What a site needs, written in the cluster's file: lines before everything, a container, its form of a request, a node's own disk."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import REPO, Workspace, files
+from published import publish
+from sft.formats.remote import Remote, SyncMetrics
+from sft.launch.slurm.script import resources, shell_word
+from sft.recipe.schema import Cluster, Hardware
+from sft.runner.upstream import Upstream
+from slurm_place import program, record, slurm, workspace
+from training import write_dataset
+
+__all__ = ["slurm", "workspace"]  # the fixtures
+
+SITE = """
+launcher = "slurm"
+storage = "{runs}/.s"
+stages = ["train"]
+prologue = ["greet() { GREETING='from the prologue'; }", "greet && export GREETING"]
+wrap = ["env", "WRAPPED=$GREETING", "PLAIN=a $5 `b`"]
+srun = ["--export=ALL", "--label"]
+"""
+
+
+def test_a_stage_of_a_site_is_requested_in_its_form():
+    cluster = Cluster(storage="", launcher="slurm", gpus_per_node=4, gres="gpu:a100", cores_per_node=64, account="a",
+                      memory_gb_per_node=480, constraint="gpu", qos="regular")  # fmt: skip
+    one = resources(cluster, Hardware(), 1)
+    assert (one["cpus-per-task"], one["mem"], one["gres"], one["gpus-per-node"]) == (16, "120G", "gpu:a100:1", "")
+    whole = resources(cluster, Hardware(), 4)
+    assert (whole["cpus-per-task"], whole["mem"]) == (64, "0")
+    own = resources(cluster, Hardware(account="b", qos="debug", constraint="cpu", cpus=3, memory_gb=7), 1)
+    assert (own["account"], own["qos"], own["constraint"]) == ("b", "debug", "cpu")
+    assert (own["cpus-per-task"], own["mem"]) == (3, "7G")
+    none = resources(cluster, Hardware(), 0)
+    assert not (none["cpus-per-task"] or none["mem"] or none["gres"])
+    by_cores = Cluster(storage="", launcher="slurm", gpus_per_node=4, cores_per_node=96)
+    assert (resources(by_cores, Hardware(), 4)["mem"], resources(by_cores, Hardware(), 1)["cpus-per-task"]) == ("", 24)
+
+
+@pytest.mark.parametrize("text", ["plain", "a b'c\"d", "$(touch x) `touch x` \\ $ $5", "$HOMEX/y"])
+def test_a_word_of_the_shell_expands_variables_and_nothing_else(text, tmp_path):
+    ran = subprocess.run(["bash", "-c", f"printf %s {shell_word('x${Y}' + text)}"], cwd=tmp_path, text=True, check=True,
+                         env={"Y": "`touch y` $HOMEX", "HOMEX": "/h"}, capture_output=True)  # fmt: skip
+    assert ran.stdout == "x`touch y` $HOMEX" + text.replace("$HOMEX", "/h")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slurm
+def test_prologue_container_and_scratch_reach_the_job(workspace, tmp_path):
+    disk = tmp_path / "node's own disk"
+    disk.mkdir()
+    (workspace.root / "env/site.toml").write_text(SITE + f'scratch = "$DISK"\n[env]\nDISK = "{disk}"\n')
+    show = "print(*(f'{n}={os.environ.get(n)}' for n in ('WRAPPED', 'PLAIN', 'SFT_PYTHON', 'SFT_SCRATCH')), sep='\\n', flush=True)"
+    program(workspace, "train", show)
+    (workspace.root / "stages/train.sh").write_text('#!/bin/sh\nexec "$SFT_PYTHON" stages/train.py "$@"\n')
+    out = workspace.make("train", "RECIPE=x", "CLUSTER=site").stdout
+    assert "0: WRAPPED=from the prologue\n" in out and "0: PLAIN=a $5 `b`\n" in out
+    folder = disk / f"olmo-sft-{os.getuid()}"
+    assert f"SFT_SCRATCH={folder}\n" in out
+    python = re.search(r"SFT_PYTHON=(.*)", out)[1]
+    assert Path(python).is_file() and Path(python).is_relative_to(folder)
+
+
+@pytest.mark.slurm
+def test_a_prologue_that_fails_ends_the_job_before_its_command(workspace):
+    (workspace.root / "env/site.toml").write_text(SITE.replace('"greet &&', '"no-such-command", "greet &&'))
+    done = workspace.make("train", "RECIPE=x", "CLUSTER=site", ok=False)
+    assert "a line of the prologue failed with exit status 127" in done.stdout and "[train] done" not in done.stdout
+    assert f"error: job {record(workspace, 'train').job} on site: failed, exit status 127" in done.stdout
+
+
+def test_scratch_that_is_not_there_is_an_error_before_the_command(tmp_path):
+    copied = Workspace(tmp_path)
+    subprocess.run(["env/scratch.sh", "pack"], cwd=copied.root, check=True)
+    done = subprocess.run(["env/scratch.sh", "/no/such", "echo", "ran"], cwd=copied.root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and "scratch = '/no/such' is no folder" in done.stderr and "ran" not in done.stdout
+
+
+def test_training_may_open_as_many_files_as_the_hard_limit_allows(tmp_path):
+    """1,024 files, the usual soft limit, end at 337 ranks."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages/train.sh").write_text((REPO / "stages/train.sh").read_text())
+    (tmp_path / "python").write_text('#!/bin/sh\n[ "$2" = sft.training ] && ulimit -n || echo 1 1\n')
+    (tmp_path / "python").chmod(0o755)
+    command = ["bash", "-c", "ulimit -Sn 99; ulimit -Hn 777; SFT_PYTHON=./python bash stages/train.sh runs/x"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.stdout.split() == ["777"], ran
+
+
+def test_training_reads_its_dataset_from_the_nodes_own_disk(tmp_path, monkeypatch):
+    """Copied once, verified, and copied again where a byte has changed."""
+    run, storage, scratch = tmp_path / "runs/x", tmp_path / "storage", tmp_path / "scratch"
+    synced = write_dataset(storage / "datasets/0123")
+    (run / "sync").mkdir(parents=True)
+    scratch.mkdir()
+    Remote("datasets/0123", None, ()).write(run / "sync/remote.json")
+    metrics = SyncMetrics(str(storage), str(synced), None, 0, 0).to_metrics()
+    publish(run / "sync", ["remote.json"], metrics=metrics)
+    logged: list[str] = []
+
+    def dataset(stage: str) -> Path:
+        return Upstream(run, stage, "x", tmp_path / "cache", False, logged.append).dataset()
+
+    assert dataset("train") == synced
+    monkeypatch.setenv("SFT_SCRATCH", str(scratch))
+    assert dataset("convert") == synced and not list(scratch.iterdir())
+    copied = dataset("train")
+    assert copied.is_relative_to(scratch) and files(copied) == files(synced)
+    assert any(str(scratch) in line for line in logged)
+    (copied / "dataset.json").write_text("damaged")
+    assert files(dataset("train")) == files(synced)
+
+
+SITES = {
+    "nersc-perlmutter": ("gpus-per-node=4", "constraint=gpu", "qos=regular", "account=m0000_g", "cpus-per-task=64", "mem=0"),
+    "csc-lumi": ("gpus-per-node=8", "partition=standard-g", "cpus-per-task=56", "mem=0"),
+    "idris-jean-zay": ("gres=gpu:4", "constraint=h100", "cpus-per-task=96", "hint=nomultithread", "account=abc@h100"),
+    "cscs-clariden": ("gpus-per-node=4", "partition=normal", "mem=0"),
+    "cineca-leonardo": ("gres=gpu:4", "partition=boost_usr_prod", "cpus-per-task=32", "mem=0"),
+}
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_the_file_of_a_site_is_planned_and_examined(site, tmp_path, monkeypatch):
+    """make dry-run prints a script with what the site's documentation asks for; make doctor has no red line but Slurm's absence."""
+    text = (REPO / f"env/{site}.toml").read_text()
+    assert "https://" in text or "http://" in text, "the file names no source"
+    site_workspace = Workspace(tmp_path)
+    monkeypatch.setenv("PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists()))
+    out = site_workspace.make("dry-run", "RECIPE=x", f"CLUSTER={site}", "STAGE=train").stdout
+    script = out[out.index("# train of the run x") :]
+    for option in (*SITES[site], "exclusive"):
+        assert f"#SBATCH --{option}\n" in script, option
+    assert ("#SBATCH --mem" in script) == (site != "idris-jean-zay")
+    part = site_workspace.make("dry-run", "RECIPE=x", f"CLUSTER={site}", "STAGE=evaluate").stdout
+    part = part[part.index("# evaluate of the run x") :]
+    cores = {"nersc-perlmutter": 16, "csc-lumi": 7, "idris-jean-zay": 24, "cineca-leonardo": 8}.get(site)
+    assert (f"#SBATCH --cpus-per-task={cores}\n" in part) == bool(cores) and "--exclusive" not in part
+    (site_workspace.root / "script").write_text("#!/bin/bash\n" + script)
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    subprocess.run([shellcheck, "-e", "SC1090,SC1091", "script"], cwd=site_workspace.root, check=True)
+    examined = site_workspace.make("doctor", "RECIPE=x", f"CLUSTER={site}", ok=None).stdout
+    red = [line for line in examined.splitlines() if line.startswith("RED")]
+    assert all("sbatch" in line for line in red), examined
