@@ -87,7 +87,17 @@ os.execv({sys.executable!r}, [{sys.executable!r}, *words])
     for rank, node in enumerate(nodes):
         own = {"SFT_NODES": "2", "SFT_NODE_RANK": str(rank), "SFT_HEAD": f"{nodes[0]}:29411", "SFT_PEER": "10.77.7.2",
                "PYTHONPATH": str(REPO / "lib"), "OMP_NUM_THREADS": "1", **env}  # fmt: skip
-        command = ["ip", "netns", "exec", node, "unshare", "-u", "sh", "-c", f"hostname {node}; exec timeout -k 1 60 stages/train.sh runs/x"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            node,
+            "unshare",
+            "-u",
+            "sh",
+            "-c",
+            f"hostname {node}; exec timeout -k 1 60 stages/train.sh runs/x",
+        ]
         started.append(subprocess.Popen(command, cwd=root, env={**os.environ, **own}, text=True,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT))  # fmt: skip
     out = [process.communicate(timeout=PATIENCE)[0] for process in started]

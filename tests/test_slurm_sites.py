@@ -82,7 +82,9 @@ def test_a_prologue_that_fails_ends_the_job_before_its_command(workspace):
 def test_scratch_that_is_not_there_is_an_error_before_the_command(tmp_path):
     copied = Workspace(tmp_path)
     subprocess.run(["env/scratch.sh", "pack"], cwd=copied.root, check=True)
-    done = subprocess.run(["env/scratch.sh", "/no/such", "echo", "ran"], cwd=copied.root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["env/scratch.sh", "/no/such", "echo", "ran"], cwd=copied.root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and "scratch = '/no/such' is no folder" in done.stderr and "ran" not in done.stdout
 
 
@@ -122,7 +124,14 @@ def test_training_reads_its_dataset_from_the_nodes_own_disk(tmp_path, monkeypatc
 
 
 SITES = {
-    "nersc-perlmutter": ("gpus-per-node=4", "constraint=gpu", "qos=regular", "account=m0000_g", "cpus-per-task=64", "mem=0"),
+    "nersc-perlmutter": (
+        "gpus-per-node=4",
+        "constraint=gpu",
+        "qos=regular",
+        "account=m0000_g",
+        "cpus-per-task=64",
+        "mem=0",
+    ),
     "csc-lumi": ("gpus-per-node=8", "partition=standard-g", "cpus-per-task=56", "mem=0"),
     "idris-jean-zay": ("gres=gpu:4", "constraint=h100", "cpus-per-task=96", "hint=nomultithread", "account=abc@h100"),
     "cscs-clariden": ("gpus-per-node=4", "partition=normal", "mem=0"),
@@ -136,7 +145,9 @@ def test_the_file_of_a_site_is_planned_and_examined(site, tmp_path, monkeypatch)
     text = (REPO / f"env/{site}.toml").read_text()
     assert "https://" in text or "http://" in text, "the file names no source"
     site_workspace = Workspace(tmp_path)
-    monkeypatch.setenv("PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists()))
+    monkeypatch.setenv(
+        "PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if not (Path(p) / "sbatch").exists())
+    )
     out = site_workspace.make("dry-run", "RECIPE=x", f"CLUSTER={site}", "STAGE=train").stdout
     script = out[out.index("# train of the run x") :]
     for option in (*SITES[site], "exclusive"):

@@ -79,7 +79,9 @@ def main() -> int:
     with report_errors("train"):
         # The first node's own name may resolve to loopback there, so its route to another node decides.
         head = os.environ["SFT_HEAD"].rpartition(":")[0]
-        print(interface_to(*((os.environ.get("SFT_PEER", ""), head) if os.environ["SFT_NODE_RANK"] == "0" else (head,))))
+        print(
+            interface_to(*((os.environ.get("SFT_PEER", ""), head) if os.environ["SFT_NODE_RANK"] == "0" else (head,)))
+        )
     return 0
 
 

@@ -96,7 +96,9 @@ class Hardware:
     account: str = opt("", "Slurm account; empty = the cluster's", launchers=SLURM)
     qos: str = opt("", "Slurm quality of service; empty = the cluster's", launchers=SLURM)
     constraint: str = opt("", "features that the nodes must have; empty = the cluster's", launchers=SLURM)
-    sbatch: tuple[str, ...] = opt((), "sbatch options in addition to the cluster's, which they override", launchers=SLURM)
+    sbatch: tuple[str, ...] = opt(
+        (), "sbatch options in addition to the cluster's, which they override", launchers=SLURM
+    )
     priority: str = opt("", "Beaker priority; empty = the cluster's", launchers=BEAKER)
 
 
@@ -130,20 +132,34 @@ class Cluster:
     partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
     account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
     qos: str = opt("", "Slurm quality of service; empty = the account's default", launchers=SLURM)
-    constraint: str = opt("", "features that the nodes must have, in Slurm's notation, e.g. gpu&hbm80g", launchers=SLURM)
+    constraint: str = opt(
+        "", "features that the nodes must have, in Slurm's notation, e.g. gpu&hbm80g", launchers=SLURM
+    )
     gres: str = opt(
-        "", "form of the request for GPUs, e.g. gpu:a100 for --gres=gpu:a100:4; empty = --gpus-per-node", launchers=SLURM
+        "",
+        "form of the request for GPUs, e.g. gpu:a100 for --gres=gpu:a100:4; empty = --gpus-per-node",
+        launchers=SLURM,
     )
     cores_per_node: int = opt(
-        0, "CPU cores of a node with GPUs that jobs may use; a job with some of the GPUs gets its share", min=0, launchers=SLURM
+        0,
+        "CPU cores of a node with GPUs that jobs may use; a job with some of the GPUs gets its share",
+        min=0,
+        launchers=SLURM,
     )
     memory_gb_per_node: int = opt(
-        0, "host memory of a node with GPUs that jobs may use, in GB; 0 = Slurm's default for the cores", min=0, launchers=SLURM
+        0,
+        "host memory of a node with GPUs that jobs may use, in GB; 0 = Slurm's default for the cores",
+        min=0,
+        launchers=SLURM,
     )
     sbatch: tuple[str, ...] = opt((), 'more sbatch options, e.g. ["--mail-type=END", "--exclusive"]', launchers=SLURM)
-    srun: tuple[str, ...] = opt((), "more srun options, e.g. [\"--container-image=image.sqsh\"] for pyxis", launchers=SLURM)
+    srun: tuple[str, ...] = opt(
+        (), 'more srun options, e.g. ["--container-image=image.sqsh"] for pyxis', launchers=SLURM
+    )
     prologue: tuple[str, ...] = opt(
-        (), 'shell lines of a job before everything else, e.g. ["module load rocm"]; one that fails ends the job', launchers=SLURM
+        (),
+        'shell lines of a job before everything else, e.g. ["module load rocm"]; one that fails ends the job',
+        launchers=SLURM,
     )
     wrap: tuple[str, ...] = opt(
         (),
@@ -216,5 +232,17 @@ class Cluster:
     )
 
 
-OWN = ("account", "partition", "qos", "constraint", "time", "workspace", "budget", "priority", "preemptible", "clusters", "image")
+OWN = (
+    "account",
+    "partition",
+    "qos",
+    "constraint",
+    "time",
+    "workspace",
+    "budget",
+    "priority",
+    "preemptible",
+    "clusters",
+    "image",
+)
 """Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""

@@ -232,7 +232,9 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     # Two jobs may share a host and its network, so the port depends on the job's identity.
     variables = {"SFT_PORT": str(20000 + int(job.identity[:8], 16) % 10000)} if job.nodes > 1 else {}
     variables |= {"SFT_JOB": "beaker", "SFT_USER": user, "SFT_COMMIT": shipped.commit, "SFT_RESULTS": RESULTS}
-    variables |= {k: v for k, v in (("TORCH", job.cluster.torch), ("PYTHON", job.cluster.python)) if v}  # env/setup.sh reads them
+    variables |= {
+        k: v for k, v in (("TORCH", job.cluster.torch), ("PYTHON", job.cluster.python)) if v
+    }  # env/setup.sh reads them
     mounts = {}
     if shipped.edits:
         variables["SFT_EDITS"] = shipped.edits
