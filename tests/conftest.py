@@ -130,7 +130,7 @@ class Workspace:
             "    if stage.name == 'sync':\n"
             "        folder = stage.run / '..' / '.storage' / stage.recipe.run\n"
             "        folder.mkdir(parents=True, exist_ok=True)\n"
-            "        (folder / 'manifest.json').write_text('{}')\n"
+            "        (folder / 'manifest.json').write_bytes((stage.run / 'prepare' / 'manifest.json').read_bytes())\n"
             "        metrics = SyncMetrics(stage.storage, str(folder), None, 0, 0).to_metrics()\n"
             "    return Result(['out'], metrics)\n"
             f"main({name!r}, body, shared={name == 'prepare'})\n"

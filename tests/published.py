@@ -35,6 +35,11 @@ def publish(
     return made
 
 
+def rewrite(file: Path, **changes: Any) -> None:
+    """Changes fields of a stage's manifest, which gets the seal of its new content."""
+    dataclasses.replace(manifest.load(file), **changes).write(file)
+
+
 def upstream(folder: Path) -> Input:
     """The input that names an earlier stage's manifest."""
     return Input(manifest=f"../{folder.name}/{manifest.NAME}", sha256=manifest.load(folder / manifest.NAME).digest)

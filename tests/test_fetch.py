@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO, files
 from gcs_server import Server
 from patience import PATIENCE
-from published import publish, publish_step
+from published import publish, publish_step, rewrite
 from sft.common.errors import SftError
 from sft.formats import elsewhere, manifest
 from sft.formats.elsewhere import Elsewhere
@@ -129,9 +129,9 @@ def test_a_local_result_of_other_content_is_not_overwritten(tmp_path: Path) -> N
 
 def test_names_in_a_remote_manifest_do_not_leave_the_folder(tmp_path: Path) -> None:
     make_train(tmp_path / "there")
-    record = json.loads((tmp_path / "there/manifest.json").read_text())
-    record["outputs"][0]["path"] = "../../outside"
-    (tmp_path / "there/manifest.json").write_text(json.dumps(record))
+    file = tmp_path / "there/manifest.json"
+    first, *rest = manifest.load(file).outputs
+    rewrite(file, outputs=(replace(first, path="../../outside"), *rest))
     with pytest.raises(SftError, match="relative path"):
         fetch.copy_stage(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
     assert not (tmp_path / "outside").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import Workspace
+from published import rewrite
 from sft.common.errors import SftError
 from sft.formats.identity import read_identity
 from sft.runner import references
@@ -132,7 +133,7 @@ def test_a_longer_training_is_reported_before_anything_is_moved_and_goes_on_if_a
     finished("train")
     run = workspace.root / "runs/x"
     file = run / "train/manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": {"final_step": 8}}))
+    rewrite(file, metrics={"final_step": 8})
     (run / "train/step8").mkdir()
     (run / "train/step8/manifest.json").write_text("{}")
     workspace.recipe("x", "lr = 1e-3  # why", "lr = 1e-3\nepochs = 6.0")
@@ -152,7 +153,7 @@ def test_a_longer_training_is_reported_before_anything_is_moved_and_goes_on_if_a
 def test_training_from_step_0_again_is_possible_where_it_is_asked_for(workspace: Workspace, finished) -> None:
     finished("train")
     file = workspace.root / "runs/x/train/manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": {"final_step": 8}}))
+    rewrite(file, metrics={"final_step": 8})
     workspace.recipe("x", "lr = 1e-3  # why", "lr = 1e-3\nsteps = 9")
     workspace.make("train", "RECIPE=x", "RETRAIN=1")
     assert workspace.ran() == ["train x"]

@@ -277,7 +277,9 @@ def command_help(args: argparse.Namespace) -> None:
 
 def command_verify(args: argparse.Namespace) -> None:
     """Hashes every output of a run and follows its manifests."""
-    runs.verify(runs.run_folder(args.place, args.run, "RUN"))
+    from sft.runner.verify import verify  # start-up: the planner does without
+
+    verify(runs.run_folder(args.place, args.run, "RUN"), args.place.cache)
 
 
 def command_runs(args: argparse.Namespace) -> None:

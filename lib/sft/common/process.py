@@ -27,7 +27,7 @@ INTERRUPTED = 130
 TERMINATED = 143
 """128 + SIGTERM."""
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 PATH_ERRORS = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.EISDIR)
 
 

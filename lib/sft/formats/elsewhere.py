@@ -37,7 +37,7 @@ class Elsewhere(Record):
         except FileNotFoundError:
             return cls()
 
-    def here(self, outputs: Iterable[Output]) -> list[Output]:
-        """The outputs that are on this machine, which can be verified here."""
+    def here(self, folder: Path, outputs: Iterable[Output]) -> list[Output]:
+        """The outputs in `folder` on this machine, which can be verified here: those that are not elsewhere, and those that came here too."""
         absent = set(self.outputs)
-        return [o for o in outputs if o.path not in absent]
+        return [o for o in outputs if o.path not in absent or (folder / o.path).is_file()]

@@ -4,14 +4,17 @@
      "config": {…exactly what the key hashed…},
      "inputs": [{"manifest": "../sync/manifest.json", "sha256": "…"}, {"file": "smoke/train.jsonl", "bytes": 1, "sha256": "…"}],
      "outputs": [{"path": "data/token_ids_part_0000.npy", "bytes": 1, "sha256": "…"}],
-     "metrics": {…}, "provenance": {"git", "dirty", "argv", "host", "started", "finished", "versions"}}
+     "metrics": {…}, "provenance": {"git", "dirty", "argv", "host", "started", "finished", "versions"}, "seal": "…"}
 
 Paths are relative to the manifest, so that a copied run still verifies. A manifest's digest covers what was made and
-from what (stage, key, inputs, outputs). It leaves out time and place, so equal content has an equal digest on every machine.
+from what (stage, key, inputs, outputs). It leaves out time and place, so equal content has an equal digest on every machine. An output that is `measured` has times in
+it, and the digest leaves it out too. The seal is the sha256 of everything else in the file, so a changed figure is found. Manifests without
+a seal, which older versions wrote, are read.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
@@ -35,6 +38,8 @@ class Output:
     path: str
     bytes: int
     sha256: str
+    measured: bool | None = None
+    """True for a file with times in it, which differ between two runs of the same work."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,14 @@ class Manifest(Record):
     cluster: str | None = None
     version: int | None = None
     provenance: Provenance | None = None
+    seal: str | None = None
 
     @classmethod
     def parse(cls, value: Any) -> Self:
         check_schema(cls, value)
         made = super().parse(value)
+        if made.seal is not None and made.seal != seal(value):
+            raise FormatError("its seal is not that of its content: a value was changed after it was written")
         for entry in made.inputs:
             if not entry.name or not entry.sha256:
                 raise FormatError(f"input {to_json(entry)} has no name or no sha256")
@@ -97,6 +105,7 @@ class Manifest(Record):
     def digest(self) -> str:
         """sha256 (hex) of what was made and from what."""
         value = to_json(self)
+        value["outputs"] = [entry for entry in value["outputs"] if not entry.get("measured")]
         return hashlib.sha256(
             canonical({k: value[k] for k in ("schema", "stage", "key", "inputs", "outputs")})
         ).hexdigest()
@@ -105,7 +114,13 @@ class Manifest(Record):
         order = ("schema", "stage", "run", "cluster", "key", "version", "config", "inputs", "outputs", "metrics",
                  "provenance")  # fmt: skip
         value = to_json(self)
-        return {k: value[k] for k in order if k in value}
+        value = {k: value[k] for k in order if k in value}
+        return {**value, "seal": seal(value)}
+
+
+def seal(value: Mapping[str, Any]) -> str:
+    """sha256 (hex) of a manifest's JSON value without its seal."""
+    return hashlib.sha256(canonical({k: v for k, v in value.items() if k != "seal"})).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -191,6 +206,27 @@ def is_whole(folder: Path) -> bool:
         return not broken_outputs(folder, load(folder / NAME).outputs)
     except (FileNotFoundError, SftError):
         return False
+
+
+def strays(folder: Path, outputs: Iterable[Output], beside: Iterable[str] = ()) -> list[str]:
+    """Files of a stage's folder that its manifest does not list, relative to the folder.
+
+    `beside`: patterns of names at the top of the folder that the stage keeps there, also folders. Names of the operating system are left out.
+    """
+    listed, patterns = {o.path for o in outputs}, (NAME, *beside)
+    found = []
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        kept = any(fnmatch.fnmatchcase(name.partition("/")[0], pattern) for pattern in patterns)
+        if (
+            name not in listed
+            and not kept
+            and not path.is_dir()
+            and path.name != ".DS_Store"
+            and path.name[:4] != ".nfs"
+        ):
+            found.append(name)
+    return found
 
 
 def broken_outputs(folder: Path, outputs: Iterable[Output]) -> list[str]:

@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from sft.formats.manifest import Manifest, Output
+from sft.common.errors import SftError
+from sft.formats import manifest
+from sft.formats.manifest import FileList, Manifest, Output
 from sft.formats.record import Record, to_json
 
 NAME = "remote.json"
@@ -53,3 +56,21 @@ class SyncMetrics(Record):
 
     def to_metrics(self) -> dict[str, Any]:
         return dict(to_json(self))
+
+
+def list_problems(dataset: Path, base: Path | None, prepared: str) -> list[str]:
+    """What is wrong with the lists of files of a synced dataset and base, which prove that the copies are complete.
+
+    `prepared`: the digest of prepare's manifest, of which the dataset's list is a copy.
+    """
+    file, problems = dataset / manifest.NAME, []
+    try:
+        if manifest.load(file).digest != prepared:
+            problems.append(f"{file}: it is of another dataset")
+        if base:
+            FileList.read(base.with_name(f"{base.name}.json"))
+    except SftError as error:
+        problems.append(str(error).partition("; next:")[0])
+    except OSError as error:
+        problems.append(f"{error.filename}: {error.strerror}")
+    return problems

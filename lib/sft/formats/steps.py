@@ -22,6 +22,12 @@ STEP = re.compile(r"step(\d+)")
 DAMAGED = ".damaged-"
 """Before the name of a step folder whose bytes differ from its manifest."""
 
+BESIDE = (
+    "step*", LATEST, BEST, "evaluations.jsonl", ".identity", ".metrics", ".steps.lock", ".requeue", ".restarts", "SAVE", "logs", "tensorboard",
+    "wandb", "comet", ".finished-step*", ".damaged-*", ".trash-*",
+)  # fmt: skip
+"""Patterns of the names that training keeps in its folder and that its manifest does not list. Each step has a manifest of its own."""
+
 
 @dataclass(frozen=True)
 class StepMetadata(Record):

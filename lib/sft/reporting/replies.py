@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.evaluation.scores import as_tuple, is_number, json_hash
 from sft.formats import manifest
@@ -33,7 +34,11 @@ class Scored:
 
     def __init__(self, run: Path) -> None:
         self.run = run
-        found = Results.read(run / "evaluate" / NAME) if (run / "evaluate" / manifest.NAME).is_file() else None
+        found = None
+        if (file := run / "evaluate" / manifest.NAME).is_file():
+            if broken := manifest.broken_outputs(file.parent, manifest.load(file).outputs):
+                raise SftError(f"{broken[0]}; next: make verify RUN={run.name}")
+            found = Results.read(file.with_name(NAME))
         self.tasks: Mapping[str, TaskResult] = found.tasks if found and found.harness is None else {}
 
     def samples(self, task: str) -> Samples:

@@ -51,7 +51,10 @@ class RunFiles:
     @cached_property
     def steps(self) -> list[MetricsRecord]:
         """Steps and headers of attempts; empty when train is not done."""
-        return metrics.read_metrics(self.folder / "train" / metrics.NAME) if "train" in self.done else []
+        if "train" not in self.done:
+            return []
+        self.check("train", metrics.NAME)
+        return metrics.read_metrics(self.folder / "train" / metrics.NAME)
 
     @cached_property
     def convert(self) -> ConvertMetrics | None:
@@ -71,8 +74,11 @@ class RunFiles:
     def _read(self, kind: type[R], stage: str, name: str) -> R | None:
         if stage not in self.done:
             return None
-        file = self.folder / stage / name
-        try:
-            return kind.read(file)
-        except OSError as error:
-            raise SftError(f"{file}: {error.strerror}; next: make verify") from None
+        self.check(stage, name)
+        return kind.read(self.folder / stage / name)
+
+    def check(self, stage: str, top: str) -> None:
+        """Compares a file of a stage, or a folder's files, with the stage's manifest. Raises SftError: what is damaged is not shown."""
+        listed = [o for o in self.done[stage].outputs if o.path == top or o.path.startswith(f"{top}/")]
+        if broken := manifest.broken_outputs(self.folder / stage, listed):
+            raise SftError(f"{broken[0]}; next: make verify RUN={self.folder.name}")

@@ -25,7 +25,7 @@ from sft.formats import manifest
 from sft.formats import run as run_format
 from sft.formats.manifest import Input, Manifest
 from sft.formats.record import NewerError, to_json
-from sft.formats.remote import SyncMetrics
+from sft.formats.remote import SyncMetrics, list_problems
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema, typed
 from sft.recipe.recipe import BASELINE
@@ -252,6 +252,10 @@ def _look_elsewhere(sync: State, place: Place, file: Path) -> None:
         return  # jobs check this themselves: their disk is not here
     elif "://" not in storage and not (Path(made.dataset) / manifest.NAME).is_file():
         sync.elsewhere = f"the dataset is gone from {storage}"
+    elif "://" not in storage and (
+        problems := list_problems(Path(made.dataset), Path(made.base) if made.base else None, sync.inputs[0].sha256)
+    ):
+        sync.elsewhere = problems[0]
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def find_origin(
 
 def missing(folder: Path, made: Manifest) -> str:
     """A listed file that is not there or has another size; empty if all are there. Files elsewhere are not looked for."""
-    for output in Elsewhere.of(folder).here(made.outputs):
+    for output in Elsewhere.of(folder).here(folder, made.outputs):
         file = folder / output.path
         if not file.is_file() or file.stat().st_size != output.bytes:
             return str(file)

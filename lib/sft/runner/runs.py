@@ -1,17 +1,14 @@
-"""Commands about finished runs: make verify, make diff, make clean-cache. Standard library only."""
+"""Commands about finished runs: make diff, make clean-cache. Standard library only."""
 
 from __future__ import annotations
 
 import difflib
 import fcntl
-import re
 import shutil
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.common.strings import first_names
 from sft.formats import manifest
-from sft.formats.elsewhere import Elsewhere
 from sft.recipe import recipe, schema
 from sft.runner import plan
 
@@ -28,46 +25,6 @@ def run_folder(place: plan.Place, run: str, variable: str) -> Path:
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
         raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}")
     return folder
-
-
-def verify(run: Path) -> None:
-    """Hashes every output of a run, follows its manifests and prints a line for each stage. Raises SftError for damage."""
-    found = []
-    for stage in (*schema.STAGES, "report"):
-        if not (run / stage / manifest.NAME).exists():
-            print(f"{stage:9}not made")
-            continue
-        problems = _verify_stage(run / stage)
-        found += problems
-    if found:
-        raise SftError(
-            f"{run}: {len(found)} problem(s); next: remove the manifest of the broken stage and run it again"
-        )
-
-
-def _verify_stage(folder: Path) -> list[str]:
-    """Prints the line of one stage. Returns its problems."""
-    made, away = manifest.load(folder / manifest.NAME), Elsewhere.of(folder)
-    problems = manifest.broken_outputs(folder, away.here(made.outputs))
-    for entry in made.inputs:
-        if entry.manifest:
-            upstream = folder / ".." / _upstream_manifest(entry.manifest)
-            if not upstream.is_file():
-                problems.append(f"{upstream} is missing")
-            elif manifest.load(upstream).digest != entry.sha256:
-                problems.append(f"{upstream} is not the one that {folder.name} consumed")
-    absent = sorted(away.outputs)
-    rest = f"; {len(absent)} are elsewhere: {away.where} ({first_names(absent, 3)})" if absent else ""
-    result = f"{len(made.outputs) - len(absent)} files verified" if not problems else "; ".join(problems)
-    print(f"{folder.name:9}{result}{rest}")
-    return problems
-
-
-def _upstream_manifest(entry: str) -> str:
-    """`prepare/manifest.json` from `../prepare/manifest.json`. Raises SftError for any other form."""
-    if not re.fullmatch(r"\.\./[a-z]+/manifest\.json", entry):
-        raise SftError(f"manifest input {entry!r} is not ../<stage>/manifest.json")
-    return entry.removeprefix("../")
 
 
 def diff(first: Path, second: Path) -> None:

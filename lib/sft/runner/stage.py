@@ -15,7 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Result:
     metrics: dict[str, Any] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     """sha256 (hex) of the output files that were hashed while they were written. The others are read again and hashed."""
+    measured: Sequence[str] = ()
+    """Outputs with times in them, which the manifest's digest leaves out."""
 
 
 class Stage:
@@ -191,6 +193,7 @@ class Stage:
     def _describe(self, result: Result, *, delete_others: bool, in_cache: bool = False) -> Manifest:
         """The manifest of the outputs in `out`, which are flushed. in_cache: a result that belongs to no run."""
         outputs = manifest.describe(self.out, result.outputs, result.hashes)
+        outputs = tuple(replace(o, measured=True) if o.path in result.measured else o for o in outputs)
         names = [o.path for o in outputs]
         if delete_others:
             keep_only(self.out, set(names))

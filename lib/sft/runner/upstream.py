@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.formats import elsewhere, manifest, remote
+from sft.common.strings import first_names
+from sft.formats import elsewhere, manifest, remote, steps
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Output
 from sft.formats.remote import Remote, SyncMetrics
@@ -89,8 +90,15 @@ class Upstream:
                 f" CLUSTER that made them, or copy them here and remove {folder / elsewhere.NAME}"
             )
         try:
-            broken = manifest.broken_outputs(folder, listed or manifest.load(folder / manifest.NAME).outputs)
+            listed = listed or manifest.load(folder / manifest.NAME).outputs
         except FileNotFoundError:
             raise SftError(f"{folder / manifest.NAME}: not there; next: {again}") from None
+        broken = manifest.broken_outputs(folder, listed)
+        beside = (elsewhere.NAME, *(steps.BESIDE if folder.name == "train" else ()))
+        if others := manifest.strays(folder, listed, beside):
+            raise SftError(
+                f"{folder}: no stage made {first_names(others)}, and {self.stage} could read"
+                f" {'it' if len(others) == 1 else 'them'}; next: remove {'it' if len(others) == 1 else 'them'}"
+            )
         if broken:
             raise SftError("\n".join(broken) + f"\nnext: {again}")

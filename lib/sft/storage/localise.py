@@ -62,7 +62,7 @@ def same_files(found: bytes | None, wanted: bytes) -> bool:
         if "stage" not in value:
             return bool(json.loads(found) == value)
         return Manifest.from_bytes(found, "").digest == Manifest.from_bytes(wanted, "").digest
-    except (ValueError, SftError):
+    except (ValueError, RecursionError, SftError):
         return False
 
 

@@ -83,6 +83,9 @@ class Data:
 def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest complete step. Returns the run and the number of finished steps."""
     train = stage.recipe.train
+    torch.manual_seed(
+        train.data_seed
+    )  # its state is in every step, whose bytes must not depend on the machine's entropy
     if train.deterministic:
         make_deterministic()
     hardware, missing = resolve_compile(stage, world)
@@ -139,6 +142,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
     connect_saver(setup, run.saver)
     start, origin = resume(setup, run, step, adapter)
+    if world.is_rank0:
+        run.saver.prune()  # a kill may have come between the last save and its retention
     plan, summary = data.plan, data.plan.describe()
     setup.log(
         f"{counted(config, train)}, {origin}; {world.size} x {world.device.type}, {train.precision};"

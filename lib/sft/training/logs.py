@@ -44,8 +44,9 @@ def record(out: Path, attempt: int, rank: int) -> Path:
         stream.flush()
         number = stream.fileno()
         before = os.dup(number)
-        # A signal to the terminal's group, or by Slurm to every process, must not end tee before the last lines.
-        command = ["sh", "-c", "trap '' TERM INT HUP QUIT USR1; exec tee -a \"$1\"", "tee", str(file)]
+        # A signal to the terminal's group, or by Slurm to every process, must not end tee before the last lines. With PIPE ignored, tee
+        # goes on with the file where whoever reads the output has ended.
+        command = ["sh", "-c", "trap '' TERM INT HUP QUIT USR1 PIPE; exec tee -a \"$1\"", "tee", str(file)]
         tee = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=before, start_new_session=True)
         assert tee.stdin is not None
         os.dup2(tee.stdin.fileno(), number)

@@ -138,9 +138,10 @@ class Saver:
             (self.out / REQUEST).unlink(missing_ok=True)
         if self.uploads is not None and not save.ephemeral:
             self.uploads.add(folder)
-        self._prune()
+        self.prune()
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Moves superfluous steps to the trash and removes them in a thread. Rank 0 only."""
         busy = self.uploads.busy if self.uploads is not None else ()
         for trash in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
             self._remover.submit(shutil.rmtree, trash, ignore_errors=True)
@@ -150,7 +151,7 @@ class Saver:
         if self.uploads is None:
             return None
         sent = self.uploads.finish()
-        self._prune()  # steps that stayed only until they were sent
+        self.prune()  # steps that stayed only until they were sent
         return sent
 
     def wait(self) -> None:

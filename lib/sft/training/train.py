@@ -85,7 +85,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
     found = summary(stage.out, run, final, uploaded).to_value()
     for line in (*table(run.labels), *lost_sources(run.labels, logs.colour())):
         stage.log(line)
-    return Result(outputs, found, step_hashes(final))
+    return Result(outputs, found, step_hashes(final), measured=[metrics_format.NAME])
 
 
 def step_hashes(step: Path) -> dict[str, str]:

@@ -90,7 +90,7 @@ def accept(arrived: Path, final: Path, key: str) -> Manifest:
         raise SftError(f"{arrived}: the job returned no {manifest.NAME}; next: read its log") from None
     if made.key != key:
         raise SftError(f"{arrived}: the job made {made.key[:20]}…, the recipe wants {key[:20]}…; next: make it again")
-    if broken := manifest.broken_outputs(arrived, Elsewhere.of(arrived).here(made.outputs)):
+    if broken := manifest.broken_outputs(arrived, Elsewhere.of(arrived).here(arrived, made.outputs)):
         raise SftError("\n".join(broken) + "\nnext: collect it again")
     for file in [p for p in arrived.rglob("*") if p.is_file()]:
         fd = os.open(file, os.O_RDONLY)
