@@ -25,6 +25,12 @@ if sys.argv[2] == "warn":
     logging.getLogger("torchao").warning("no C++ extension")
     sys.exit(0)
 subprocess.run(["sh", "-c", "echo from a library >&2"])
+if sys.argv[2] == "go on":
+    sys.stdin.read()
+    for number in range(2000):
+        print("step", number, flush=True)
+        print("warning", number, file=sys.stderr, flush=True)
+    sys.exit(0)
 if sys.argv[2] == "kill":
     os.killpg(0, signal.SIGKILL)
 sys.exit("failed: why")
@@ -65,3 +71,15 @@ def test_other_files_are_not_counted_as_attempts(tmp_path: Path) -> None:
     for name in ("attempt-x.log", "attempt-007-rank0.log.gz", "attempt-004-rank11.log"):
         (tmp_path / "logs" / name).touch()
     assert logs.next_attempt(tmp_path) == 5
+
+
+def test_training_goes_on_with_its_log_where_the_reader_of_its_output_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "go on"]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdin and process.stdout
+    assert process.stdout.readline() == b"said\n"
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(timeout=PATIENCE) == 0
+    lines = (tmp_path / "logs/attempt-001-rank3.log").read_text().splitlines()
+    assert {"step 0", "step 1999", "warning 1999"} <= set(lines)
