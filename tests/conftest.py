@@ -123,7 +123,7 @@ class Workspace:
 
     def _stage(self, name: str) -> None:
         program = (
-            "import json\nfrom sft.formats.remote import SyncMetrics\nfrom sft.runner.stage import Result, main\n"
+            "import json\nfrom sft.formats.remote import Remote, SyncMetrics\nfrom sft.runner.stage import Result, main\n"
             f"def body(stage):\n    open('log', 'a').write({name!r} + ' ' + stage.recipe.run + chr(10))\n"
             "    (stage.out / 'out').write_text(stage.identity)\n"
             "    metrics = {}\n"
@@ -131,7 +131,9 @@ class Workspace:
             "        folder = stage.run / '..' / '.storage' / stage.recipe.run\n"
             "        folder.mkdir(parents=True, exist_ok=True)\n"
             "        (folder / 'manifest.json').write_bytes((stage.run / 'prepare' / 'manifest.json').read_bytes())\n"
+            "        Remote(stage.recipe.run, None, ()).write(stage.out / 'remote.json')\n"
             "        metrics = SyncMetrics(stage.storage, str(folder), None, 0, 0).to_metrics()\n"
+            "        return Result(['out', 'remote.json'], metrics)\n"
             "    return Result(['out'], metrics)\n"
             f"main({name!r}, body, shared={name == 'prepare'})\n"
         )

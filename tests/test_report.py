@@ -186,6 +186,7 @@ def test_the_header_says_what_was_trained_on_what_and_when(tmp_path: Path) -> No
         file = run / stage / "manifest.json"
         replace(manifest.load(file), config=config).write(file)
     (run / "train/metrics.jsonl").write_bytes(Attempt(1, 0, 8, "H100", 989.4, "6 N").to_bytes())
+    published.publish_again(run / "train")
     facts = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", report.page(run))
     assert facts == [("preset", "olmo3-7b"), ("base", "gs://b/step0"), ("template", "&lt;olmo&gt;"), ("data", "smoke/&lt;train&gt;.jsonl"),
                      ("trained on", "8 × H100"), ("finished", "2026-01-01 00:01")]  # fmt: skip
@@ -199,6 +200,7 @@ def test_every_source_has_a_curve_of_its_training_and_of_its_validation_loss(tmp
         for s in read_steps(file)
     ]
     file.write_bytes(b"".join(s.to_bytes() for s in steps))
+    published.publish_again(run / "train")
     found = {c["title"]: c for c in charts_of(report.page(run))}
     training, validation = found["training loss by source, smoothed"], found["validation loss by source"]
     assert [line["name"] for line in training["lines"]] == ["a", "b"] and [
@@ -216,6 +218,8 @@ def test_validation_curves_begin_with_the_starting_weights_and_plain_text_has_it
     text = TextLoss(loss=2.0, stderr=0.1, perplexity=7.4, bits_per_byte=0.987, documents=5, labels=1000, bytes=4000, sha256="a",
                     by_kind={"facts": PartLoss(1.5, None, 2, 400)})  # fmt: skip
     replace(results(), plain_text=text).write(run / "evaluate" / "results.json")
+    for stage in ("train", "evaluate"):
+        published.publish_again(run / stage)
     page = report.page(run)
     lines = next(c for c in charts_of(page) if c["title"] == "loss")["lines"]
     assert [line["points"][0][0] for line in lines] == [1, 1, 0] and lines[2]["points"][0] == [0, 0, 0, 3.5]
@@ -229,6 +233,7 @@ def test_the_worst_replies_come_first(tmp_path: Path) -> None:
     rows = [replace(good, doc_id=i, scores={"exact_match": score}, ended_by=end) for i, (score, end) in enumerate(
         [(1.0, "terminator"), (0.0, "terminator"), (1.0, "length"), (0.0, "length"), (1.0, "terminator")])]  # fmt: skip
     file.write_bytes(to_lines(rows))
+    published.publish_again(run / "evaluate")
     section = report.page(run).split('id="replies"')[1].split("</section>")[0]
     assert re.findall(r"<header>(\d) · ", section) == ["3", "1", "2", "0"] and "the worst of 5" in section
     assert 'href="replies/smoke_generate.html"' in section
@@ -281,6 +286,8 @@ def test_what_only_some_machines_measure_is_drawn_where_it_is_there(tmp_path: Pa
     headers = [Attempt(number, start, 8, "H100", 989.4, "6 N") for number, start in ((1, 0), (2, 120))]
     file.write_bytes(b"".join(r.to_bytes() for r in (headers[0], *records[:9], headers[1], *records[9:])))
     results(up_to=((8, 30), (16, 2))).write(run / "evaluate" / "results.json")
+    for stage in ("train", "evaluate"):
+        published.publish_again(run / stage)
     text = report.page(run)
     assert "model FLOPs utilisation" in text and "peak memory of a GPU, GB" in text
     assert "Attempts: 2, continued from step 120." in text

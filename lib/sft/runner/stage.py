@@ -182,6 +182,7 @@ class Stage:
                 shutil.rmtree(shared, ignore_errors=True)
                 self._describe(result, delete_others=True, in_cache=True).write(self.out / manifest.NAME)
                 os.rename(self.out, shared)
+                sync_folder(shared.parent)
             else:
                 self.log(f"the same result is in {shared}: linked, not made again")
             made = manifest.load(shared / manifest.NAME)
