@@ -47,7 +47,7 @@ class ServerModel(Recorder, LocalCompletionsAPI):  # type: ignore[misc, unused-i
     ) -> None:
         """See sft.evaluation.backends.open_model. Raises SftError for a server that is out of reach or has another model."""
         name, self._is_vllm = find_served(folder, base_url, served_model)
-        longest = max_length or AutoConfig.from_pretrained(folder).max_position_embeddings
+        longest = max_length or AutoConfig.from_pretrained(folder, trust_remote_code=False).max_position_embeddings
         super().__init__(
             model=name,
             tokenizer=str(folder),

@@ -169,8 +169,10 @@ def load(folder: Path, device: str, system: str = "") -> Talk:
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind: Any = torch.float32 if where == "cpu" else "auto"
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
-    return Talk(model.to(where).eval(), transformers.AutoTokenizer.from_pretrained(folder), system)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind, trust_remote_code=False)
+    return Talk(
+        model.to(where).eval(), transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False), system
+    )
 
 
 def converse(talk: Talk, lines: Iterable[str], out: IO[str]) -> None:

@@ -103,5 +103,5 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
 
 def _dtype(folder: Path) -> str:
     """The export's dtype. "auto" would run an fp32 export in bf16."""
-    dtype = AutoConfig.from_pretrained(folder).dtype
+    dtype = AutoConfig.from_pretrained(folder, trust_remote_code=False).dtype
     return str(dtype).removeprefix("torch.") if dtype else "auto"
