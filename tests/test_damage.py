@@ -149,13 +149,25 @@ def test_a_damaged_file_that_is_here_is_not_excused_by_elsewhere(run: Path, caps
     assert "0 files verified; 1 are elsewhere: /there (data)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("damage", ["changed", "missing", "torn manifest"])
+def test_a_stage_refuses_damage_in_what_it_reads(run: Path, damage: str) -> None:
+    if damage == "changed":
+        (run / "prepare/data").write_text("tokenz")
+    elif damage == "missing":
+        (run / "prepare/data").unlink()
+    else:
+        (run / "prepare/manifest.json").write_text("{")
+    with pytest.raises(SftError, match=r"(?s)prepare/(data|manifest\.json).*next: "):
+        Upstream(run, "sync", "x", run.parent / ".cache", False, print).folder("prepare")
+
+
 def test_a_stage_refuses_a_file_that_no_stage_made(run: Path) -> None:
     upstream = Upstream(run, "convert", "x", run.parent / ".cache", False, print)
     assert upstream.folder("prepare") == run / "prepare"
     (run / "prepare/special_tokens_map.json").write_text("{}")
     upstream = Upstream(run, "convert", "x", run.parent / ".cache", False, print)
     with pytest.raises(
-        SftError, match=r"no stage made special_tokens_map.json, and convert could read it; next: remove it"
+        SftError, match=r"no stage made special_tokens_map\.json, and convert could read it; next: remove it"
     ):
         upstream.folder("prepare")
     assert upstream.folder("train") == run / "train", "training keeps steps and marks that its manifest does not list"
@@ -180,7 +192,7 @@ def test_the_report_does_not_show_a_damaged_file(run: Path) -> None:
     assert len(RunFiles(run).steps) == 2
     file = run / "train/metrics.jsonl"
     file.write_text(file.read_text().replace("0.5", "0.4"))
-    with pytest.raises(SftError, match=r"metrics.jsonl has sha256 .*; next: make verify RUN=x"):
+    with pytest.raises(SftError, match=r"metrics\.jsonl has sha256 .*; next: make verify RUN=x"):
         _ = RunFiles(run).steps
 
 

@@ -1,0 +1,192 @@
+"""make mutants: every protection is removed once, and a test must fail. [ONLY="part of a name"]
+
+    .venv/bin/python tests/mutants.py [part of a name]
+
+In:  MUTANTS, the protections as changes of one place of the code, each with the tests that hold it.
+Out: a table of protection, test, and whether it was caught, and the time. Exit status 1 if one was not caught, if its text is not in the
+     code exactly once, or if the tests fail without any change.
+
+The changes are made in a copy of the tracked files, so that the checkout stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from patience import PATIENCE
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A protection's name, the file below lib/sft, its text, what stands there without it, and tests of which one must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+ORDER, DAMAGE, HELD, MANIFEST = "test_order.py", "test_damage.py", "test_protections.py", "test_manifest.py"
+FILE_ORDER = f"{ORDER}::test_a_file_is_flushed_before_its_name_and_the_name_after"
+STEP_ORDER = f"{ORDER}::test_a_checkpoint_is_on_the_disk_before_it_has_its_name"
+STAGE_ORDER = f"{ORDER}::test_a_stage_is_on_the_disk_before_it_is_published_and_its_manifest_comes_last"
+NOTHING_RUNS = f"{HELD}::test_no_code_of_a_model_a_pickle_or_a_data_set_is_run"
+
+MUTANTS = (
+    # --- the order of writes
+    Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
+    Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),
+    Mutant("write_atomic renames", "common/files.py", "os.replace(temporary, file)", "file.write_bytes(data)", f"{MANIFEST}::test_kill_during_a_write_leaves_the_old_or_the_new_file_whole {FILE_ORDER}"),
+    Mutant("a failed write leaves nothing", "common/files.py", "        Path(temporary).unlink(missing_ok=True)\n", "", f"{HELD}::test_a_failed_write_leaves_no_temporary_file"),
+    Mutant("a direct file is flushed", "common/direct_io.py", "            os.fsync(self._file)\n", "", FILE_ORDER),
+    Mutant("a copy is flushed", "storage/local.py", "os.fsync(out.fileno())", "pass", FILE_ORDER),
+    Mutant("a storage's small file is flushed", "storage/local.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
+    Mutant("a storage flushes the folder of a rename", "storage/local.py", "        self._renamed_in.add(folder) if deferred else sync_folder(folder)\n", "", FILE_ORDER),
+    Mutant("deferred renames are flushed", "storage/local.py", "            sync_folder(folder)\n        return {}", "            pass\n        return {}", FILE_ORDER),
+    Mutant("a step's small files are flushed", "checkpoint/step_folder.py", "        f.flush()\n        os.fsync(f.fileno())", "        f.flush()", STEP_ORDER),
+    Mutant("a step's metadata is flushed", "checkpoint/step_folder.py", "                os.fsync(stream.fileno())\n", "", STEP_ORDER),
+    Mutant("a step's folders are flushed", "checkpoint/step_folder.py", "        sync_folder(folder)\n    if final", "        pass\n    if final", STEP_ORDER),
+    Mutant("a step's new name is flushed", "checkpoint/step_folder.py", "    work.rename(final)\n    sync_folder(final.parent)", "    work.rename(final)", STEP_ORDER),
+    Mutant("a stage's files are flushed", "runner/publish.py", "            os.fsync(fd)\n", "            pass\n", STAGE_ORDER),
+    Mutant("a stage's folders are flushed", "runner/publish.py", "        sync_folder(parent)\n", "        pass\n", STAGE_ORDER),
+    Mutant("a stage's new name is flushed", "runner/stage.py", "            sync_folder(self.run)\n", "", STAGE_ORDER),
+    Mutant("a shared result's new name is flushed", "runner/stage.py", "                sync_folder(shared.parent)\n", "", STAGE_ORDER),
+    Mutant("records are flushed before their step", "training/metrics.py", "        os.fsync(self._stream.fileno())\n        folder, records", "        folder, records", FILE_ORDER),
+    # --- hashes, sizes and seals
+    Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
+    Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),
+    Mutant("a manifest's seal is compared", "formats/manifest.py", "made.seal != seal(value)", "False", DAMAGE),
+    Mutant("verify recomputes the key", "runner/verify.py", "made.key == wanted", "True", DAMAGE),
+    Mutant("verify looks at every step", "runner/verify.py", 'yield _guarded(f" {step.name}", step_problems, step)', "pass", DAMAGE),
+    Mutant("verify looks at the synced copy", "runner/verify.py", "    problems = manifest.broken_outputs(root, synced.files)", "    problems: list[str] = []", DAMAGE),
+    Mutant("verify looks at the list of the synced copy", "formats/remote.py", "manifest.load(file).digest != prepared", "not file.is_file()", DAMAGE),
+    Mutant("verify names strays", "runner/verify.py", "for name in manifest.strays(folder, made.outputs, beside)", "for name in ()", DAMAGE),
+    Mutant("verify looks at BEST", "runner/verify.py", "best.value not in measured", "False", DAMAGE),
+    Mutant("elsewhere.json excuses no file that is here", "formats/elsewhere.py", " or (folder / o.path).is_file()", "", DAMAGE),
+    Mutant("a stage hashes what it reads", "runner/upstream.py", "        if broken:\n", "        if False:\n", DAMAGE),
+    Mutant("a stage refuses strays", "runner/upstream.py", "if others := manifest.strays(folder, listed, beside):", "if others := []:", DAMAGE),
+    Mutant("the report shows no damaged file", "reporting/run_files.py", "        if broken := ", "        if False and ", DAMAGE),
+    Mutant("the cache of hashes believes no damaged entry", "common/hashcache.py", " and entry == _sealed(name, entry[:-1])", "", DAMAGE),
+    Mutant("a mark's CRC is compared", "formats/identity.py", "words[1] == _crc(words[0])", "len(words[1]) == 8", "test_marks.py"),
+    Mutant("a changed record of training is restored", "training/metrics.py", "        write_atomic(file, whole[-1])\n", "        pass\n", "test_train.py::test_records_before_a_checkpoint_are_restored_from_its_copy"),
+    Mutant("a copy is compared with its manifest", "storage/contract.py", "expected.sha256 and found.sha256 != expected.sha256", "False", "test_storage.py::test_a_source_that_is_not_what_its_manifest_says_fails_and_the_others_arrive"),
+    Mutant("a copy is read back", "storage/local.py", "checksums_of(target) != written", "False", f"{HELD}::test_a_copy_is_read_back"),
+    Mutant("an identical size is not enough", "storage/local.py", "return checksums_of(self.path(name)).sha256 == (expected.sha256 or sums().sha256)", "return True", "test_storage.py::test_a_bit_flip_at_the_target_is_found_and_repaired"),
+    Mutant("a step's bytes are compared before a resume", "checkpoint/step_folder.py", "        return manifest.broken_outputs(step, entries)\n", "        return []\n", "test_checkpoint.py::test_a_damaged_step_is_passed_over"),
+    Mutant("training does not begin again beside damaged steps", "checkpoint/step_folder.py", "if world.on_rank0(lambda: holds_steps(out)):", "if False:", "test_marks.py"),
+    # --- pickles and code
+    Mutant("metadata goes through the restricted unpickler", "checkpoint/dcp_reader.py", "            return _ALLOWED[module, name]\n", "            return super().find_class(module, name)\n", "test_checkpoint.py::test_a_metadata_pickle_runs_nothing"),
+    Mutant("a location cannot leave the step", "checkpoint/dcp_reader.py", ' or not re.fullmatch(r"[\\w.-]+", info.relative_path)', "", "test_checkpoint.py::test_a_location_that_leaves_the_folder_is_refused"),
+    Mutant("shards are read with weights_only", "checkpoint/dcp_reader.py", '            self.loaded = torch.load(view, map_location="cpu", weights_only=True)', '            self.loaded = torch.load(view, map_location="cpu", weights_only=False)', NOTHING_RUNS),
+    Mutant("rank0.pt is read with weights_only", "checkpoint/step_folder.py", 'torch.load(file, map_location="cpu", weights_only=True)', 'torch.load(file, map_location="cpu", weights_only=False)', NOTHING_RUNS),
+    Mutant("a base's .bin is read with weights_only", "checkpoint/weight_files.py", "weights_only=True, mmap=True", "weights_only=False, mmap=True", NOTHING_RUNS),
+    Mutant("hf trusts no remote code", "evaluation/hf_model.py", "trust_remote_code=False", "trust_remote_code=True", HELD),
+    Mutant("vllm trusts no remote code", "evaluation/vllm_model.py", "            trust_remote_code=False,", "            trust_remote_code=True,", HELD),
+    Mutant("the gate trusts no remote code", "export/gate.py", "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)", "AutoTokenizer.from_pretrained(folder)", NOTHING_RUNS),
+    Mutant("templates run in the sandbox", "chat/probe.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", HELD),
+    # --- paths, links, quoting
+    Mutant("no path has '..'", "common/paths.py", 'p in ("", ".", "..")', 'p in ("", ".")', MANIFEST),
+    Mutant("no path is absolute", "common/paths.py", 'path.startswith(("/", "~"))', 'path.startswith("~")', f"{MANIFEST} {HELD}"),
+    Mutant("no path has a NUL", "common/paths.py", '        or "\\0" in path\n', "", MANIFEST),
+    Mutant("a link does not leave DATA", "common/paths.py", "if not candidate.resolve().is_relative_to(root.resolve()):", "if False:", MANIFEST),
+    Mutant("a link does not leave a stage", "common/paths.py", "if not joined.resolve().is_relative_to(root.resolve()):", "if False:", f"{HELD} {MANIFEST}"),
+    Mutant("outputs are no links", "formats/manifest.py", "if links := [str(p) for p in found if p.is_symlink()]:", "if links := []:", MANIFEST),
+    Mutant("a manifest reads nothing outside", "formats/manifest.py", '        file = inside(folder, entry.path, f"{folder / NAME}: outputs")', "        file = folder / entry.path", HELD),
+    Mutant("a storage follows no link", "storage/local.py", "            if path.is_symlink():\n", "            if False:\n", "test_storage.py::test_links_are_reported_and_not_followed"),
+    Mutant("a source that became a link is not read", "storage/local.py", "os.O_RDONLY | os.O_NOFOLLOW", "os.O_RDONLY", HELD),
+    Mutant("a line of sbatch is one line", "launch/slurm/script.py", 'if re.search(r"[\\x00-\\x1f\\x7f\\\\]", value):', "if False:", HELD),
+    Mutant("a value of sbatch is quoted", "launch/slurm/script.py", """        value = '"' + value""", """        value = "" + value""", HELD),
+    Mutant("only what a stage names is published", "runner/publish.py", "            path.unlink()\n", "            pass\n", HELD),
+    Mutant("unfinished files are swept", "common/files.py", "        file.unlink(missing_ok=True)\n", "        pass\n", HELD),
+    # --- locks, errors, redaction, escaping, formats
+    Mutant("a second writer is refused", "common/locks.py", "fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass", HELD),
+    Mutant("a file that is too large is an error of the disk", "common/process.py", ", errno.EFBIG)", ")", HELD),
+    Mutant("signatures are redacted", "storage/retries.py", 'r"\\1…", text)', 'r"\\g<0>", text)', "test_gcs.py::test_sessions_and_signatures_are_in_no_message"),
+    Mutant("pages escape text", "reporting/page.py", "autoescape=True", "autoescape=False", "test_report.py::test_data_cannot_write_markup"),
+    Mutant("an unknown field is refused", "formats/record.py", 'if unknown and not getattr(cls, "SKIPS_UNKNOWN", False):', "if False:", "test_formats.py"),
+    Mutant("a newer file is not taken for a damaged one", "formats/record.py", "self.newer = type(found) is int and found > reads", "self.newer = False", "test_formats.py"),
+    Mutant("training survives the reader of its output", "training/logs.py", "QUIT USR1 PIPE;", "QUIT USR1;", "test_logs.py"),
+    Mutant("LATEST and BEST are never removed", "checkpoint/step_folder.py", "{latest_step, named_step(out, BEST), *protected,", "{*protected,", "test_saving.py::test_retention_keeps_the_newest_and_whatever_latest_or_best_names"),
+)  # fmt: skip
+
+
+def copied(target: Path) -> None:
+    """The tracked and new files of the checkout, as they are, with its environment."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for name in names.stdout.splitlines():
+        if (REPO / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, target / name)
+            shutil.copymode(REPO / name, target / name)
+    (target / ".venv").symlink_to((REPO / ".venv").resolve())
+
+
+def passes(place: Path, tests: str) -> tuple[bool, str]:
+    """Whether tests pass in a copy, and their last lines."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{place / 'lib'}:{place / 'benchmarks'}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    paths = [f"tests/{name}" for name in tests.split() if (place / "tests" / name.partition("::")[0]).is_file()]
+    done = subprocess.run(
+        [place / ".venv/bin/python", "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *paths],
+        cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    if done.returncode not in (0, 1):
+        raise SystemExit(f"pytest ended with {done.returncode}: {done.stdout}{done.stderr}")
+    return done.returncode == 0, done.stdout[-3000:]
+
+
+def caught(place: Path, mutant: Mutant) -> str:
+    """ "caught", or what is wrong."""
+    file = place / "lib/sft" / mutant.file
+    text = file.read_text(encoding="utf-8")
+    if (count := text.count(mutant.old)) != 1:
+        return f"its text is in {mutant.file} {count} times"
+    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
+    try:
+        return "NOT CAUGHT" if passes(place, mutant.tests)[0] else "caught"
+    finally:
+        file.write_text(text, encoding="utf-8")
+
+
+def main(words: Sequence[str]) -> int:
+    chosen = [m for m in MUTANTS if " ".join(words) in m.name]
+    wrong = 0
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        place = Path(folder)
+        copied(place)
+        ok, shown = passes(place, " ".join(sorted({test for m in chosen for test in m.tests.split()})))
+        if not ok:
+            print(f"the tests fail without any change:\n{shown}")
+            return 1
+        print(f"{'protection':62}{'result':12}seconds", flush=True)
+        for mutant in chosen:
+            began = time.monotonic()
+            result = caught(place, mutant)
+            wrong += result != "caught"
+            print(f"{mutant.name:62}{result:12}{time.monotonic() - began:6.1f}", flush=True)
+    print(f"{len(chosen) - wrong} of {len(chosen)} protections are held by a test")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
