@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,9 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkout import copied
 from patience import PATIENCE
-
-REPO = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,23 +117,6 @@ MUTANTS = (
     Mutant("training survives the reader of its output", "training/logs.py", "QUIT USR1 PIPE;", "QUIT USR1;", "test_logs.py"),
     Mutant("LATEST and BEST are never removed", "checkpoint/step_folder.py", "{latest_step, named_step(out, BEST), *protected,", "{*protected,", "test_saving.py::test_retention_keeps_the_newest_and_whatever_latest_or_best_names"),
 )  # fmt: skip
-
-
-def copied(target: Path) -> None:
-    """The tracked and new files of the checkout, as they are, with its environment."""
-    names = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    for name in names.stdout.splitlines():
-        if (REPO / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(REPO / name, target / name)
-            shutil.copymode(REPO / name, target / name)
-    (target / ".venv").symlink_to((REPO / ".venv").resolve())
 
 
 def passes(place: Path, tests: str) -> tuple[bool, str]:
