@@ -25,7 +25,8 @@ RECORDS = [
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("WANDB_API_KEY", "COMET_API_KEY"):
+    monkeypatch.setenv("TRACKIO_DIR", "")  # so that it is as before after the test
+    for name in ("WANDB_API_KEY", "COMET_API_KEY", "TRACKIO_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -54,6 +55,9 @@ def test_tensorboard_reads_back_what_was_logged_also_over_a_resume(tmp_path: Pat
     again = [step_record(2, loss=7.0), step_record(3, loss=8.0)]  # from the checkpoint of step 1
     assert logged(tmp_path, start=1, records=again, tensorboard=True) == []
     assert scalars(tmp_path / "tensorboard", "loss") == [(1, 4.0), (2, 7.0), (3, 8.0)]
+    for _ in range(2):  # killed before the first checkpoint: the starting weights are measured again
+        logged(tmp_path / "b", records=[step_record(0, loss=9.0)], tensorboard=True)
+    assert scalars(tmp_path / "b" / "tensorboard", "loss") == [(0, 9.0)]
 
 
 def test_comet_archives_what_was_logged_and_nothing_about_the_machine(tmp_path: Path) -> None:
@@ -80,6 +84,26 @@ def test_comet_archives_what_was_logged_and_nothing_about_the_machine(tmp_path: 
     with zipfile.ZipFile(again) as z:
         assert json.loads(z.read("experiment.json"))["offline_id"] == IDENTITY[:40]
         assert b'"metricValue":7.0' in z.read("messages.json")
+
+
+@pytest.mark.slow
+def test_trackio_keeps_all_steps_of_two_attempts_once_in_a_local_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("gradio_client", reason="trackio is not installed (extra 'trackers')")
+    zero = step_record(0, loss=9.0)
+    assert logged(tmp_path, records=[zero, *RECORDS], trackio_project="my.project") == []
+    logged(tmp_path, records=[zero, *RECORDS], trackio_project="my.project")  # killed before its first checkpoint
+    again = [step_record(2, loss=7.0), step_record(3, loss=8.0)]  # from the checkpoint of step 1
+    assert logged(tmp_path, start=1, records=again, trackio_project="my.project") == []
+    assert (tmp_path / "trackio").is_dir() and capfd.readouterr().out == ""
+    from trackio.sqlite_storage import SQLiteStorage
+
+    found = SQLiteStorage.get_logs("my.project", "run")
+    assert [(row["step"], row["loss"]) for row in found] == [(0, 9.0), (1, 4.0), (2, 7.0), (3, 8.0)]
+    assert found[1]["sources/b"] == 2.0
+    config = SQLiteStorage.get_run_config("my.project", "run")
+    assert config is not None and config["train"] == {"lr": 1e-4}
 
 
 @pytest.mark.slow
@@ -128,7 +152,12 @@ def test_a_tracker_that_fails_is_reported_once_and_left_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("fields", "package"),
-    [({"wandb_project": "x"}, "wandb"), ({"tensorboard": True}, "tensorboard"), ({"comet_project": "x"}, "comet_ml")],
+    [
+        ({"wandb_project": "x"}, "wandb"),
+        ({"tensorboard": True}, "tensorboard"),
+        ({"comet_project": "x"}, "comet_ml"),
+        ({"trackio_project": "x"}, "trackio"),
+    ],
 )
 def test_a_missing_package_is_reported_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], package: str

@@ -81,7 +81,7 @@ class SaveTimes:
 
 @dataclass(frozen=True)
 class Chart:
-    """Marks a number of a step that the report draws under this title."""
+    """Marks a number of a step, or several by name, that the report draws under this title."""
 
     title: str
 
@@ -116,6 +116,8 @@ class StepRecord(_Numbers):
     memory_gb: Annotated[float | None, Chart("peak memory of a GPU, GB")] = None  # allocated on rank 0, 10^9 bytes
     memory_reserved_gb: float | None = None
     checkpoint: SaveTimes | None = None  # a save that ended since the last record
+    grad_norms: Annotated[Mapping[str, float] | None, Chart("gradient norm by group of layers")] = None
+    update_ratios: Annotated[Mapping[str, float] | None, Chart("update-to-weight ratio by group of layers")] = None
 
     @classmethod
     def charts(cls) -> dict[str, str]:

@@ -120,7 +120,10 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
 
 
 def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, limit: int) -> Plan:
-    peak = max(_moments(model, train, hardware, gpus), key=lambda moment: sum(moment.values()))
+    moments = _moments(model, train, hardware, gpus)
+    if train.telemetry_every:
+        moments.append({"weights before the step": 4 * _owned(model, train, hardware.shard_degree or gpus)})
+    peak = max(moments, key=lambda moment: sum(moment.values()))
     parts = _resident(model, train, hardware.shard_degree or gpus) | peak
     parts["context and fragmentation"] = int(RESERVED + FRAGMENTATION * sum(parts.values()))
     total = sum(parts.values())
@@ -130,9 +133,9 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
 def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
     """Bytes of what stays in memory, of a model that `ranks` share. Every rank has a Gated DeltaNet's decays whole."""
     named = trained_shapes(model, train)
-    whole = sum(shape[0] for name, shape in named.items() if name.endswith(DECAYS))
+    whole = _whole(named)
     trained = [shape for name, shape in named.items() if not name.endswith(DECAYS)]
-    owned = whole + sum(_shard_size(shape, ranks) for shape in trained)
+    owned = _owned(model, train, ranks)
     moments = 8 * owned
     if train.optimizer == "adamw8bit":
         quantised = sum(_shard_size(shape, ranks) for shape in trained if is_quantised(shape))
@@ -142,6 +145,17 @@ def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
         "gradients": (2 if train.gradients == "bf16" else 4) * (owned - whole) + 4 * whole,
         "optimizer state": moments,
     }
+
+
+def _whole(named: Shapes) -> int:
+    """Values of a Gated DeltaNet's decays."""
+    return sum(shape[0] for name, shape in named.items() if name.endswith(DECAYS))
+
+
+def _owned(model: ModelConfig, train: Train, ranks: int) -> int:
+    """Trained values on the first of `ranks` ranks that share a model."""
+    named = trained_shapes(model, train)
+    return _whole(named) + sum(_shard_size(s, ranks) for name, s in named.items() if not name.endswith(DECAYS))
 
 
 def _frozen_bytes(model: ModelConfig, train: Train, ranks: int) -> int:

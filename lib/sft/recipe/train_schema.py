@@ -145,9 +145,16 @@ class Train:
         True, "measure the validation loss of the starting weights as well, before the first step", key=False
     )
     log_every: int = opt(1, "steps between records in metrics.jsonl and lines on the terminal", min=1, key=False)
+    telemetry_every: int = opt(
+        0,
+        "steps between records of gradient norms and update-to-weight ratios by group of layers; 0 = none",
+        min=0,
+        key=False,
+    )
     wandb_project: str = opt("", "Weights & Biases project; offline without an API key; empty = off", key=False)
     tensorboard: bool = opt(False, "write TensorBoard event files to train/tensorboard/", key=False)
     comet_project: str = opt("", "Comet project; offline without an API key; empty = off", key=False)
+    trackio_project: str = opt("", "trackio project, in train/trackio/ on this machine; empty = off", key=False)
 
 
 LORA_LR = 10 * Train.lr

@@ -141,16 +141,22 @@ def of_one(records: Sequence[MetricsRecord]) -> dict[str, Any]:
              Line("validation loss", t.validations(), 1, "dots")]  # fmt: skip
     by_source = [charts.lines("training loss by source, smoothed", [Line(s, charts.smooth(t.losses(s)), i) for i, s in sources], AXES),
                  charts.lines("validation loss by source", [Line(s, t.validations(s), i, "dots") for i, s in sources], AXES)]  # fmt: skip
-    small = [
-        charts.lines(title, [Line(title, t.points(operator.attrgetter(name)))])
-        for name, title in StepRecord.charts().items()
-    ]
+    small = [charts.lines(title, _lines(t, name, title)) for name, title in StepRecord.charts().items()]
     return {
         "loss": charts.lines("loss", lines, AXES, zoom=True),
         "sources": by_source,
         "small": small,
         "notes": list(_notes(records, t)),
     }
+
+
+def _lines(t: Training, field: str, title: str) -> list[Line]:
+    """The line of a number of a step, or one for each name of a mapping."""
+    values = [getattr(step, field) for step in t.steps]
+    names = list(dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in value))
+    if not names:
+        return [Line(title, t.points(operator.attrgetter(field)))]
+    return [Line(n, t.points(lambda s, n=n: (getattr(s, field) or {}).get(n)), i) for i, n in enumerate(names)]
 
 
 def _notes(records: Sequence[MetricsRecord], t: Training) -> Iterable[str]:

@@ -48,6 +48,7 @@ from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
 from sft.training.sources import before_training, source_weights
 from sft.training.stopwatch import Stopwatch
+from sft.training.telemetry import layer_groups
 from sft.training.uploads import Uploads, destination
 
 
@@ -130,6 +131,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         width=config.d_model,
         dropout=add_dropout(model, train.lora_dropout, world.device),
         flops_change=flops_change(config, train),
+        groups=layer_groups(model) if train.telemetry_every else {},
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     for line in notes(setup, room, tokenizer_warning, missing):

@@ -36,6 +36,7 @@ from sft.training.optim import Guard, clip, learning_rate
 from sft.training.saving import Saver
 from sft.training.sources import after_step
 from sft.training.stopwatch import Lap, Mark, Stopwatch, between, mark
+from sft.training.telemetry import Groups, Watched
 
 
 class Requeue(Exception):
@@ -66,6 +67,12 @@ class Run:
     loss_weights: Tensor | None = None  # fp32 [S] on the device: factors on the losses of the sources
     flops_change: float = 0.0  # for each token: adapters' FLOPs, less the gradients of frozen matrices
     labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
+    groups: Groups = field(default_factory=dict)  # of layers, that telemetry_every watches; empty without it
+
+    def watched(self, step: int) -> Groups:
+        """The groups of layers whose numbers the step after `step` finished ones records."""
+        every = self.stage.recipe.train.telemetry_every
+        return self.groups if every and (step + 1) % every == 0 else {}
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,7 @@ class StepFacts:
     imbalance_expected: float
     flops: float  # of all ranks
     lap: Lap | None  # of the stopwatch
+    groups: tuple[str, ...] = ()  # of layers, whose numbers the step has
     validation: Validation | None = None
 
 
@@ -152,6 +160,8 @@ class StepNumbers(NamedTuple):
     skipped: bool
     loss_sums: list[float]
     target_counts: list[float]
+    grad_norms: dict[str, float]  # by group of layers, where the step was watched
+    update_ratios: dict[str, float]
 
     @property
     def num_targets(self) -> float:
@@ -168,7 +178,8 @@ class Readback:
     keeps the GPU busy."""
 
     def __init__(self, values: Tensor, facts: StepFacts) -> None:
-        """`values` [3 + 2 S]: gradient norm, skipped, then the statistics of `forward`."""
+        """`values` [3 + 2 S + 2 G]: gradient norm, skipped, the statistics of `forward`, then gradient norms and update-to-weight
+        ratios of the G groups of layers that `facts` names."""
         self.facts = facts
         self.host = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
         self.host.copy_(values, non_blocking=True)
@@ -177,9 +188,15 @@ class Readback:
     def read(self) -> StepNumbers:
         if isinstance(self.ended, torch.cuda.Event):
             self.ended.synchronize()
-        norm, skipped, _, *sums = [float(x) for x in self.host.tolist()]
-        count = len(sums) // 2
-        return StepNumbers(norm, bool(skipped), sums[:count], sums[count:])
+        norm, skipped, _, *rest = [float(x) for x in self.host.tolist()]
+        names = self.facts.groups
+        end = len(rest) - 2 * len(names)
+        grads, ratios = (dict(zip(names, values, strict=True)) for values in _halves(rest[end:]))
+        return StepNumbers(norm, bool(skipped), *_halves(rest[:end]), grads, ratios)
+
+
+def _halves(values: list[float]) -> tuple[list[float], list[float]]:
+    return values[: len(values) // 2], values[len(values) // 2 :]
 
 
 def forward(run: Run, batch: Microbatch, loss_denominator: float, step: int | None = None) -> tuple[Tensor, Tensor]:
@@ -239,8 +256,8 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
 
 
 def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, float]:
-    """One update. Returns (gradient norm, skipped, then the statistics of `forward` over the global batch) on the
-    device, and lr."""
+    """One update. Returns (gradient norm, skipped, the statistics of `forward` over the global batch, then the numbers of
+    watched groups of layers) on the device, and lr."""
     train = run.stage.recipe.train
     lr = learning_rate(step + 1, run.plan.steps, train)
     for group in run.optimizer.param_groups:
@@ -248,10 +265,12 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     total = accumulate(run, step, batches)
     if run.world.size > 1:
         dist.all_reduce(total)
+    watched = Watched(groups) if (groups := run.watched(step)) else None
     norm = clip(run.model.parameters(), train.max_grad_norm)
     skipped = run.guard.step(run.optimizer, total[0], norm, total[1 + len(run.sources) :])
     run.optimizer.zero_grad(set_to_none=True)
-    return torch.cat((norm.double().view(1), skipped.double().view(1), total)), lr
+    values = (norm.double().view(1), skipped.double().view(1), total, *([watched.numbers()] if watched else []))
+    return torch.cat(values), lr
 
 
 def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[], bool]) -> None:
@@ -334,6 +353,7 @@ def step_facts(run: Run, loader: Loader, step: int, lr: float) -> StepFacts:
         imbalance_expected=imbalance,
         flops=flops + run.flops_change * tokens,
         lap=run.stopwatch.lap() if run.stopwatch is not None else None,
+        groups=tuple(run.watched(step)),
     )
 
 
@@ -368,10 +388,12 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
             memory_gb=torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
             memory_reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if cuda else None,
             checkpoint=saved,
+            grad_norms=numbers.grad_norms or None,
+            update_ratios=numbers.update_ratios or None,
         )
         metrics.count(seconds)
         logged = facts.step % run.stage.recipe.train.log_every == 0 or facts.step == run.plan.steps
-        if logged or numbers.skipped or saved or validation:
+        if logged or numbers.skipped or saved or validation or facts.groups:
             metrics.write(record)
             metrics.show(record)
     if run.skipped >= run.stage.recipe.train.max_skipped:

@@ -1,15 +1,18 @@
-"""Sends metrics to Weights & Biases, TensorBoard and Comet, as the recipe asks.
+"""Sends metrics to Weights & Biases, TensorBoard, Comet and trackio, as the recipe asks.
 
 In:  the recipe's [train] table, then one flat dict of numbers per step, on rank 0.
 Out: a W&B or Comet run (offline, in the train folder, if the environment has no key), event files in
-     train/tensorboard/.
+     train/tensorboard/, a trackio database in train/trackio/.
 
 A tracker that cannot start, or fails later, is logged once and dropped. Training continues.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,7 +51,7 @@ class TensorBoard:
         """`start`: the last finished step. TensorBoard drops what an earlier attempt logged after it."""
         from torch.utils.tensorboard import SummaryWriter  # start-up: optional, and takes a second
 
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else 0)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         for name, value in values.items():
@@ -97,6 +100,31 @@ class Comet:
         self._run.end()
 
 
+class Trackio:
+    def __init__(self, project: str, name: str, config: Mapping[str, Any], out: Path, start: int) -> None:
+        """Continues the run of this name. `start`: the last finished step. What an earlier attempt logged after it is removed."""
+        os.environ.setdefault("TRACKIO_DIR", str(out / "trackio"))  # read when it is imported
+        import trackio  # start-up: optional, and takes a second
+        from trackio.sqlite_storage import SQLiteStorage
+
+        if (file := SQLiteStorage.get_project_db_path(project)).is_file():
+            keep = start if start else -1  # an attempt from the start measures the starting weights again
+            with contextlib.closing(sqlite3.connect(file)) as database, database:
+                database.execute("DELETE FROM metrics WHERE run_name = ? AND step > ?", (name, keep))
+        self._finish = trackio.finish
+        with contextlib.redirect_stdout(io.StringIO()):  # the report and make runs show the training
+            self._run = trackio.init(
+                project, name, config=dict(config), resume="allow", auto_log_gpu=False, auto_log_cpu=False, embed=False
+            )
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        self._run.log({key: value for key, value in values.items() if key != "step"}, step=step)
+
+    def close(self) -> None:
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._finish()
+
+
 class Trackers:
     """The trackers that the recipe names and that could start."""
 
@@ -125,6 +153,12 @@ class Trackers:
         if train.comet_project:
             self._check_key("comet_project", "COMET_API_KEY", "comet upload")
             self.add("comet_project", lambda: Comet(train.comet_project, name, identity, config, out))
+        if train.trackio_project:
+            if start and (remote := [v for v in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL") if os.environ.get(v)]):
+                self.log(
+                    f"trackio_project: {remote[0]} is set, so steps that ran after step {start} before appear twice there"
+                )
+            self.add("trackio_project", lambda: Trackio(train.trackio_project, name, config, out, start))
         return self
 
     def _check_key(self, field: str, variable: str, upload: str) -> None:
