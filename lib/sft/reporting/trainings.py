@@ -6,6 +6,7 @@ Out: `compare` the numbers, `text` a table for a terminal, charts for pages. Sta
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import operator
@@ -156,7 +157,13 @@ def _lines(t: Training, field: str, title: str) -> list[Line]:
     names = list(dict.fromkeys(name for value in values if isinstance(value, Mapping) for name in value))
     if not names:
         return [Line(title, t.points(operator.attrgetter(field)))]
-    return [Line(n, t.points(lambda s, n=n: (getattr(s, field) or {}).get(n)), i) for i, n in enumerate(names)]
+    return [Line(name, t.points(functools.partial(_named, field, name)), i) for i, name in enumerate(names)]
+
+
+def _named(field: str, name: str, step: StepRecord) -> float | None:
+    """A value of a mapping of a step."""
+    value: float | None = (getattr(step, field) or {}).get(name)
+    return value
 
 
 def _notes(records: Sequence[MetricsRecord], t: Training) -> Iterable[str]:

@@ -81,4 +81,5 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _square(tensor: Tensor) -> Tensor:
     """The sum of squares, in float64."""
-    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32).double().square()
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
+    return norm.double().square()

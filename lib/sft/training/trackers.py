@@ -111,7 +111,7 @@ class Trackio:
             keep = start if start else -1  # an attempt from the start measures the starting weights again
             with contextlib.closing(sqlite3.connect(file)) as database, database:
                 database.execute("DELETE FROM metrics WHERE run_name = ? AND step > ?", (name, keep))
-        self._finish = trackio.finish
+        self._finish: Callable[[], None] = trackio.finish
         with contextlib.redirect_stdout(io.StringIO()):  # the report and make runs show the training
             self._run = trackio.init(
                 project, name, config=dict(config), resume="allow", auto_log_gpu=False, auto_log_cpu=False, embed=False
