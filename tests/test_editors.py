@@ -78,7 +78,8 @@ def complete(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "found"),
     [
-        ("make tra", {"train", "train_roles=", "train_turns=", "train_only="}), ("make train RECIPE=smol", {"smollm2-gsm8k"}),
+        ("make tra", {"train", "train_roles=", "train_turns=", "train_only=", "trackio_project="}),
+        ("make train RECIPE=smol", {"smollm2-gsm8k", "smollm2-methods"}),
         ("make train schedule=co", {"cosine", "constant"}), ("make train CLUSTER=loc", {"local"}),
     ],
 )  # fmt: skip
