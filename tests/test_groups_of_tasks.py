@@ -56,6 +56,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "    return {'test': datasets.Dataset.from_list(rows)}\n"
         "def score():\n    import nltk\n    nltk.download('punkt_tab')\n"
     )
+    for name, line in (("late", "import no_such_package"), ("picky", "raise ValueError(results)")):
+        (folder / f"{name}.yaml").write_text(
+            f"task: {name}\ncustom_dataset: !function {name}.rows\ntest_split: test\noutput_type: generate_until\n"
+            f"doc_to_text: question\ndoc_to_target: question\nprocess_results: !function {name}.score\n"
+            "metric_list: [{metric: right, aggregation: mean, higher_is_better: true}]\n"
+        )
+        (folder / f"{name}.py").write_text(
+            "import datasets\ndef rows(**_):\n    return {'test': datasets.Dataset.from_list([{'question': 'x'}])}\n"
+            f"def score(doc, results):\n    {line}\n"
+        )
     return folder
 
 
@@ -122,11 +132,21 @@ def test_data_of_nltk_that_would_be_fetched_in_the_middle_of_a_run_is_found_miss
 ) -> None:
     import nltk
 
+    from sft.evaluation import tasks
+
     monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
     problem = task_check.check("splits", folder, {})
     assert isinstance(problem, task_check.Problem) and problem.problem == "nltk's punkt_tab is not here"
+    shipped = task_check.check("ifeval", tasks.SHIPPED / "ifeval", {})  # before its data set is asked for
+    assert shipped == problem
     (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
     assert task_check.check("splits", folder, {}) == 1
+
+
+def test_what_only_scoring_needs_is_found_before_it_runs(folder: Path) -> None:
+    problem = task_check.check("late", folder, {})
+    assert isinstance(problem, task_check.Problem) and problem.problem == "it needs the package no_such_package"
+    assert task_check.check("picky", folder, {}) == 1  # its code refuses the reply of the check, and no package
 
 
 def test_a_group_is_checked_as_its_tasks(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

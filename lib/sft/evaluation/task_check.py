@@ -14,9 +14,16 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sft.common.errors import SftError
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task  # importing it takes seconds, and reads the variables that main sets
+
+
+REPLIES = {"generate_until": "1", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
+"""An answer of lm-eval's form to each kind of request."""
 
 
 class Problem(NamedTuple):
@@ -52,13 +59,39 @@ def check(name: str, folder: Path, data: Mapping[str, Path | str]) -> int | Prob
                 return Problem(
                     f"nltk's {missing} is not here", f".venv/bin/python -m nltk.downloader -d .venv/nltk_data {missing}"
                 )
-            documents += len(definition.load(seed=0).eval_docs)
+            task = definition.load(seed=0)
+            documents += len(task.eval_docs)
+            if lacks := missing_to_score(task):
+                return lacks
         return documents if documents else Problem("it has no documents", "correct the task")
     except SftError as error:
         problem, _, step = str(error).rpartition("; next: ")
         return Problem(problem or step, step)
     except Exception as error:  # the task's own code, and what the hub client raises
         return explain(error)
+
+
+def missing_to_score(task: Task) -> Problem | None:
+    """What lm-eval or the task's own code lacks when it scores a reply: a package or data that only scoring reads.
+
+    Other errors are no problem yet: code may refuse this reply and accept the model's.
+    """
+    document = next(iter(task.eval_docs), None)
+    if document is None:
+        return None
+    try:
+        requests = task.construct_requests(document, "", metadata=(task.config.task, 0, 1), doc_id=0)
+        requests = requests if isinstance(requests, list) else [requests]
+        for request in requests:
+            request.resps = [REPLIES[request.request_type]]
+        task._instances = requests
+        task.apply_filters()
+        for name in requests[0].filtered_resps:
+            task.process_results(document, [request.filtered_resps[name] for request in requests])
+    except Exception as error:
+        lacks = isinstance(error, (ImportError, OSError)) or type(error) is LookupError  # nltk raises a bare LookupError
+        return explain(error) if lacks else None
+    return None
 
 
 def explain(error: BaseException) -> Problem:

@@ -7,13 +7,14 @@ Out: lm-eval's Task, and hashes of its YAML with the files that it includes, of 
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import functools
 import importlib.metadata
 import importlib.util
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from modulefinder import ModuleFinder
 from pathlib import Path
@@ -34,6 +35,7 @@ from sft.evaluation.scores import json_hash
 from sft.storage.hub import reaching
 
 SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent
+PACKAGE = f"{lm_eval.tasks.__name__}."
 LM_EVAL = importlib.metadata.version("lm_eval")
 
 
@@ -77,7 +79,8 @@ class TaskDefinition:
     def missing_resources(self) -> str:
         """The data of nltk that the task's code names and that are not installed; nltk would fetch them in the middle of a run."""
         hooks = _parts(self.file)[1] if self.file else []
-        sources = [module.read_text(encoding="utf-8") for folder, hook in hooks for module in _beside(folder, hook)]
+        beside = {module for folder, hook in hooks for module in _beside(folder, hook)}
+        sources = [module.read_text(encoding="utf-8") for module in _with_shipped(beside)]
         if not any("punkt_tab" in text for text in sources):
             return ""
         import nltk  # start-up: few tasks need it
@@ -212,6 +215,24 @@ def _beside(folder: Path, hook: str) -> set[Path]:
     finder.run_script(str(file))
     found = [getattr(module, "__file__", None) for module in finder.modules.values()]
     return {Path(name).resolve() for name in found if name}
+
+
+def _with_shipped(modules: Iterable[Path]) -> set[Path]:
+    """The modules, and those of lm-eval's tasks that they import: IFEval's functions import the rest of it by such names."""
+    found, waiting = set(), list(modules)
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{name}" for name in names)]
+            shipped = [name.removeprefix(PACKAGE) for name in names if name.startswith(PACKAGE)]
+            candidates = [SHIPPED / f"{name.replace('.', '/')}.py" for name in shipped]
+            waiting += [candidate for candidate in candidates if candidate.is_file()]
+    return found
 
 
 def _installed(folder: Path, hook: str) -> set[Path]:
