@@ -87,3 +87,12 @@ def load(name: str, tasks: Path, data: dict[str, Any], seed: int = 1) -> Any:
 
 def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def forget_hub_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsets what `evaluate.go_offline` sets, and sets it back after the test."""
+    for name in evaluate.OFFLINE:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name in ("HF_DATASETS_CACHE", "TOKENIZERS_PARALLELISM", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")

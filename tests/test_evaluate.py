@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from evaluating import ANYTHING, CHOICE, REPLY, lines, load, plain_place, run
+from evaluating import ANYTHING, CHOICE, REPLY, forget_hub_settings, lines, load, plain_place, run
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.evaluation import evaluate
@@ -190,15 +190,11 @@ def test_the_format_task_scores_a_reply_by_its_instructions(place: SimpleNamespa
 def test_local_tasks_never_ask_the_hub_and_others_may(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HF_DATASETS_CACHE", "TOKENIZERS_PARALLELISM", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "")
+    forget_hub_settings(monkeypatch)
     evaluate.go_offline(Evaluate(tasks=("colours", "arc_easy")), place.tasks, tmp_path)
     assert "HF_HUB_OFFLINE" not in os.environ
     evaluate.go_offline(Evaluate(tasks=("colours", "capitals")), place.tasks, tmp_path)
-    offline = [os.environ.pop(name) for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")]
-    assert offline == ["1", "1", "1"] and os.environ.pop("HF_EVALUATE_OFFLINE") == "1"
+    assert [os.environ[name] for name in evaluate.OFFLINE] == ["1"] * 4
 
 
 def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> None:

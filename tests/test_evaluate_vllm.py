@@ -196,5 +196,5 @@ def test_a_reply_that_vllm_gave_up_breaks_the_task(
     gone = SimpleNamespace(outputs=[output], prompt_logprobs=None)
     monkeypatch.setattr(fake_vllm.LLM, "generate", lambda self, prompts, **_: [gone] * len(prompts))
     model = evaluate.open_model(place.root / "model", Evaluate(**{**vars(OPTIONS), "backend": "vllm"}), Hardware(), "")
-    with pytest.raises(evaluate.BrokenTask, match=f"capitals: RuntimeError: vLLM ended a reply with '{reason}'"):
+    with pytest.raises(evaluate.BrokenTask, match=f"capitals: RuntimeError: vllm ended a reply with '{reason}'"):
         evaluate.run_task(model, "capitals", OPTIONS, place.tasks, place.data, tmp_path)

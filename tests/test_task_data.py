@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from evaluating import forget_hub_settings
 from gcs_server import Server
 from patience import PATIENCE
 from sft.evaluation import evaluate
@@ -89,10 +90,7 @@ def test_a_data_set_that_was_fetched_here_is_read_there_without_the_hub(bucket: 
 def test_the_hub_is_turned_off_only_where_the_data_came_from_the_storage(
     bucket: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    for name in ("HF_DATASETS_CACHE", "TOKENIZERS_PARALLELISM", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, "")
+    forget_hub_settings(monkeypatch)
     r, here, there = two_machines(tmp_path)
     (task_data(here, r) / "org___x").mkdir(parents=True)
     (task_data(here, r) / "org___x/data.arrow").write_bytes(b"arrow")
@@ -106,10 +104,7 @@ def test_the_hub_is_turned_off_only_where_the_data_came_from_the_storage(
     bucket.objects.clear()
     assert travelling.bring(there, r, THERE, print) == folder  # it is there
     evaluate.go_offline(remote.evaluate, there.data[0], tmp_path, folder)
-    assert [
-        os.environ.pop(n)
-        for n in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
-    ] == ["1"] * 4
+    assert [os.environ[name] for name in evaluate.OFFLINE] == ["1"] * 4
     assert os.environ["HF_DATASETS_CACHE"] == str(folder)
 
 

@@ -62,6 +62,10 @@ if TYPE_CHECKING:
     from sft.evaluation.tasks import DefinitionHashes, TaskDefinition
 
 
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
+"""Variables that keep the libraries from the network."""
+
+
 def evaluate(stage: Stage) -> Result:
     """The stage: every task, then the validation loss. Raises SftError that lists all broken tasks at the end."""
     options = stage.recipe.evaluate
@@ -147,8 +151,7 @@ def go_offline(options: Evaluate, tasks: Path, work: Path, fetched: Path | None 
     if any(inputs.is_remote(path) for path in options.data.values()):
         os.environ["HF_HUB_CACHE"] = str(cache / "hub")
     if is_local or (cache / task_data.BROUGHT).is_file():
-        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-            os.environ[name] = "1"
+        os.environ |= dict.fromkeys(OFFLINE, "1")
 
 
 def check_template(folder: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 
 from sft.evaluation.batches import Batches, free_memory
+from sft.evaluation.grouped import stop_ids
 from sft.evaluation.recorder import Backend, Recorder
 
 
@@ -41,8 +42,7 @@ class HfModel(Recorder, HFLM):  # type: ignore[misc, unused-ignore]  # lm-eval h
             Batches(batch_size, gpu=gpu, bytes_per_token=cached, free=free),
             Batches(batch_size, gpu=gpu, bytes_per_token=scored, free=free),
         )
-        ids = self.model.generation_config.eos_token_id
-        self.stop_ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+        self.stop_ids = stop_ids(self.model.generation_config)
         self.about = Backend("hf", str(self.device), str(self.model.dtype).removeprefix("torch."))
 
     def set_rows(self, rows: int) -> None:

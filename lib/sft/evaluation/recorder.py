@@ -12,6 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,11 +24,11 @@ from transformers.utils import chat_template_utils
 
 from sft.common.errors import SftError
 from sft.evaluation import batches as batch_sizes
-from sft.evaluation import stops
+from sft.evaluation import stops, workers
 from sft.evaluation.answers import Answers
 from sft.evaluation.batches import Batches
 from sft.evaluation.scores import UNCLOSED, request_key
-from sft.evaluation.workers import Budget, Job, KeyedRequest, Likelihoods, Losses, Replies, Worker, deal
+from sft.evaluation.workers import Budget, Job, KeyedRequest, Worker, deal
 from sft.formats.samples import Likelihood, Reply
 from sft.runner.processes import Choice
 from sft.training.metrics import clock
@@ -170,7 +171,9 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         parts = self._started(
             asked,
             lambda request: len(request[1]),
-            lambda part, number: Replies(part, self.think_end_token, self.budget, self.sampling_seed + number),
+            lambda part, number: partial(
+                workers.replies, part, self.think_end_token, self.budget, self.sampling_seed + number
+            ),
         )
         self.compute_replies(parts, len(wanted))
         self._finish_workers()
@@ -240,7 +243,9 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         missing = [i for i in range(len(requests)) if i not in found]
         if self.workers and all(keys[i] for i in missing):  # an answer without a key could not be told from others
             mine = self._started(
-                [requests[i] for i in missing], lambda r: len(r[1]) + len(r[2]), lambda part, _: Likelihoods(part)
+                [requests[i] for i in missing],
+                lambda r: len(r[1]) + len(r[2]),
+                lambda part, _: partial(workers.likelihoods, part),
             )
             self.compute_likelihoods(mine, len(requests))
             self._finish_workers()
@@ -295,7 +300,7 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
             return
         count = 1 + len(self.workers)
         for number, worker in enumerate(self.workers, 1):
-            worker.send(Losses(documents[number::count]))
+            worker.send(partial(workers.losses, documents[number::count]))
         parts = [list(self.target_losses(documents[::count]))]
         parts += [worker.receive(self.answers.add, wait=True) or [] for worker in self.workers]
         yield from (parts[i % count][i // count] for i in range(len(documents)))

@@ -18,11 +18,11 @@ from lm_eval.models import api_models
 from lm_eval.models.openai_completions import LocalCompletionsAPI
 from lm_eval.models.utils import postprocess_generated_text
 from tqdm import tqdm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from sft.common.errors import SftError
-from sft.evaluation.batches import Batches
-from sft.evaluation.recorder import Backend, Recorder
+from sft.evaluation.grouped import Grouped
+from sft.evaluation.recorder import Backend
 
 api_models.tqdm = functools.partial(tqdm, disable=True)  # its bars would be drawn over our own lines
 ENDPOINT = "/completions"
@@ -31,7 +31,7 @@ GROUP = 32
 PROBE_S = 60
 
 
-class ServerModel(Recorder, LocalCompletionsAPI):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
+class ServerModel(Grouped, LocalCompletionsAPI):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
     """A model that a server runs."""
 
     def __init__(
@@ -60,16 +60,9 @@ class ServerModel(Recorder, LocalCompletionsAPI):  # type: ignore[misc, unused-i
             seed=seed,
         )
         self.think_end_token = think_end
-        groups = Batches(batch_size or GROUP, gpu=True, bytes_per_token=0, free=lambda: 0)
-        self.start_recording(groups, groups)
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
-        self.stop_ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
-        self._stop_texts = {self.tokenizer.decode([i]) for i in self.stop_ids}
+        self.start_groups(batch_size or GROUP, folder)
         self._scores_prompts: bool | None = None
         self.about = Backend("server", base_url, f"that of the server's model {name}")
-
-    def set_rows(self, rows: int) -> None:
-        pass
 
     @property
     def max_gen_toks(self) -> int:
@@ -95,19 +88,11 @@ class ServerModel(Recorder, LocalCompletionsAPI):  # type: ignore[misc, unused-i
             )  # bytes of no character have other tokens
             tokens = [i for i in tokens if i not in self.stop_ids]
             ids = self.tok_encode(prompt[-256:])
-            kept = self.end_reply(ids, tokens, self._ended_by(choice), self.until)
+            reason = choice.get("stop_reason", choice.get("matched_stop"))  # of vLLM, of SGLang; others name none
+            kept = self.end_reply(ids, tokens, self.ending(choice["finish_reason"], reason), self.until)
             text = self.tokenizer.decode(kept, skip_special_tokens=True)
             texts.append(postprocess_generated_text(text, self.until, self.think_end_token))
         return texts
-
-    def _ended_by(self, choice: Any) -> str:
-        """vLLM and SGLang name the stop string; of other servers one cannot tell it from a terminator."""
-        if choice["finish_reason"] == "length":
-            return "length"
-        if choice["finish_reason"] != "stop":
-            raise RuntimeError(f"the server ended a reply with {choice['finish_reason']!r}")
-        reason = choice.get("stop_reason", choice.get("matched_stop"))
-        return "stop string" if isinstance(reason, str) and reason not in self._stop_texts else "terminator"
 
     # --- likelihoods --------------------------------------------------------------------------------------------------
 

@@ -89,7 +89,9 @@ def missing_to_score(task: Task) -> Problem | None:
         for name in requests[0].filtered_resps:
             task.process_results(document, [request.filtered_resps[name] for request in requests])
     except Exception as error:
-        lacks = isinstance(error, (ImportError, OSError)) or type(error) is LookupError  # nltk raises a bare LookupError
+        lacks = (
+            isinstance(error, (ImportError, OSError)) or type(error) is LookupError
+        )  # nltk raises a bare LookupError
         return explain(error) if lacks else None
     return None
 

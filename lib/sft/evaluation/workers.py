@@ -13,7 +13,6 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -51,41 +50,25 @@ Job = Callable[[Model], list[list[float]]]
 """What a worker does with its model. Its answers are sent as they come, and what it returns is sent at the end."""
 
 
-@dataclass(frozen=True)
-class Replies:
-    """Generates the replies to requests."""
-
-    requests: Sequence[KeyedRequest]
-    think_end: str | None
-    budget: Budget
-    seed: int
-
-    def __call__(self, model: Model) -> list[list[float]]:
-        model.think_end_token, model.budget = self.think_end, self.budget
-        model.seed_sampling(self.seed)
-        model.compute_replies(self.requests, len(self.requests))
-        return []
+def replies(
+    requests: Sequence[KeyedRequest], think_end: str | None, budget: Budget, seed: int, model: Model
+) -> list[list[float]]:
+    """Generates the replies to requests. All but the model make a job with functools.partial, here and below."""
+    model.think_end_token, model.budget = think_end, budget
+    model.seed_sampling(seed)
+    model.compute_replies(requests, len(requests))
+    return []
 
 
-@dataclass(frozen=True)
-class Likelihoods:
+def likelihoods(requests: Sequence[Any], model: Model) -> list[list[float]]:
     """Scores lm-eval's requests ((context, continuation), context ids, continuation ids)."""
-
-    requests: Sequence[Any]
-
-    def __call__(self, model: Model) -> list[list[float]]:
-        model.compute_likelihoods(self.requests, len(self.requests))
-        return []
+    model.compute_likelihoods(requests, len(requests))
+    return []
 
 
-@dataclass(frozen=True)
-class Losses:
+def losses(documents: Sequence[Document], model: Model) -> list[list[float]]:
     """The losses of the targets of documents."""
-
-    documents: Sequence[Document]
-
-    def __call__(self, model: Model) -> list[list[float]]:
-        return list(model.target_losses(self.documents))
+    return list(model.target_losses(documents))
 
 
 class Worker:
