@@ -117,8 +117,8 @@ to-core: | $(READY) ## convert a Hugging Face folder, gs:// or hf://org/name to 
 	@$(call tool,to-core) $(call quote,$(SRC)) $(call quote,$(DST)) $(if $(ADAPTER),--adapter $(call quote,$(ADAPTER))) $(call planned,set)
 soup: | $(READY) ## average checkpoints into a step: make soup RUN=x STEPS="100 200 other-run/300" DST=folder [WEIGHTS="1 1 2"]
 	@$(PY) stages/soup.py $(call quote,$(DST)) $(foreach s,$(STEPS),$(call quote,$s)) --run $(call quote,$(RUN)) --runs $(call quote,$(RUNS)) --weights $(call quote,$(WEIGHTS))
-chat serve: | $(READY) ## talk to RUN= in the terminal [STEP=300] [MODEL=folder|hf://org/name] [TOKENS=1]; serve: print vLLM's command [START=1]
-	@$(PY) stages/chat.py --run $(call quote,$(if $(RUN),$(RUNS)/$(RUN))) --step $(call quote,$(STEP)) --model $(call quote,$(MODEL)) $(if $(TOKENS),--tokens) $(if $(filter serve,$(GOALS)),--serve) $(if $(START),--start)
+chat serve: | $(READY) ## talk to RUN= in the terminal [STEP=300] [MODEL=folder|hf://org/name] [TOKENS=1]; serve: print vLLM's command [ADAPTER=1 base and adapter apart] [START=1]
+	@$(PY) stages/chat.py --run $(call quote,$(if $(RUN),$(RUNS)/$(RUN))) --step $(call quote,$(STEP)) --model $(call quote,$(MODEL)) $(if $(TOKENS),--tokens) $(if $(filter serve,$(GOALS)),--serve) $(if $(START),--start) $(if $(ADAPTER),--adapter) --data $(call quote,$(DATA))
 push-hub: | $(READY) ## send the export to the Hugging Face hub: make push-hub RECIPE=x REPO=org/name [PUSH=1; without it, list the files] (HF_TOKEN; private)
 	@$(foreach d,$(DIRS),$(PY) stages/push_hub.py $d --repo $(call quote,$(REPO)) --push $(call quote,$(PUSH)) $(ARGS) &&) true
 card: | $(READY) ## print the model card with the scores so far

@@ -1,6 +1,6 @@
-"""Talks to a model in the terminal (make chat RUN=x), or serves it with vLLM (make serve RUN=x); see sft.evaluation.talk.
+"""Talks to a model in the terminal (make chat RUN=x), or serves it with vLLM (make serve RUN=x); see sft.evaluation.talk and .serving.
 
-python stages/chat.py [--run runs/x] [--step 300] [--model FOLDER] [--tokens] [--serve] [--start]
+python stages/chat.py [--run runs/x] [--step 300] [--model FOLDER] [--tokens] [--serve [--adapter --data DATA] [--start]]
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 import click
 
 from sft.common.errors import SftError
-from sft.common.files import read_json
 from sft.common.library_logs import quiet_libraries
-from sft.evaluation import talk
+from sft.evaluation import serving, talk
 from sft.formats import manifest
+from sft.runner import plan
 from sft.runner.cli import program
 
 
@@ -40,17 +40,23 @@ def system_of(run: Path) -> str:
 @click.option("--tokens", is_flag=True, help="Show the tokens of replies with their ids.")
 @click.option("--serve", is_flag=True, help="Print the command of vLLM that serves the model.")
 @click.option("--start", is_flag=True, help="With --serve: start it.")
-def main(run: str, step: str, model: str, device: str, tokens: bool, serve: bool, start: bool) -> None:
+@click.option("--adapter", is_flag=True, help="With --serve: the base, and the run's adapter beside it.")
+@click.option("--data", default="", metavar="DATA", help="Folders that hold the base, separated by ':'.")
+def main(
+    run: str, step: str, model: str, device: str, tokens: bool, serve: bool, start: bool, adapter: bool, data: str
+) -> None:
     """Talks to a model in the terminal, with its own template, stop tokens, system prompt and sampling."""
+    if adapter and (not serve or step or model):
+        raise SftError("ADAPTER=1 is for make serve RUN=x, whose convert stage wrote the adapter; next: leave it out")
     if not run and not model:
         raise SftError("RUN= or MODEL= is missing; next: make chat RUN=<name of a run>, or MODEL=folder")
     cache = (Path(run).parent if run else Path("runs")) / ".cache"
     quiet_libraries(cache / "chat.log")
     folder = talk.model_folder(Path(run), step, model, cache, log)
     if serve:
-        config = read_json(folder / "config.json")
         name = Path(run).name or folder.name
-        command = talk.serve_command(folder, name, int(config.get("max_position_embeddings") or talk.LONGEST))
+        place = plan.Place.parse(str(Path(run).parent), data, "local")
+        command = serving.serve_adapter(folder, name, place) if adapter else serving.serve_export(folder, name)
         print(shlex.join(command), flush=True)
         if start:
             if not Path(command[0]).is_file():

@@ -13,11 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import tiny_export
 from evaluating import make_place
+from sft.checkpoint.lora_step import Merged
 from sft.evaluation import evaluate
-from sft.recipe.schema import Evaluate, Hardware
-from tiny_export import OLMO3
+from sft.export import write
+from sft.export.peft_adapter import write_adapter
+from sft.formats.adapter import Adapter
+from sft.model.trained import LORA_A, LORA_B, lora_targets
+from sft.recipe.architecture import ModelConfig
+from sft.recipe.schema import Convert, Evaluate, Hardware, Train
+from tiny_export import LLAMA3, OLMO3
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -53,3 +61,60 @@ def test_vllm_gives_the_losses_scores_and_replies_of_transformers(place: SimpleN
             theirs["ended_by"],
             theirs["tokens"],
         )
+
+
+class Factors(dict[str, torch.Tensor]):
+    """Random factors of adapters, read as those of a step are."""
+
+    def close(self) -> None:
+        pass
+
+
+def adapted(config: ModelConfig, base: tiny_export.Held, rank: int) -> Merged:
+    """A model with random adapters on all matrices of its blocks."""
+    generator = torch.Generator().manual_seed(7)
+    merged = Merged.__new__(Merged)
+    merged.adapter = Adapter("sha256:0", rank, 2.0 * rank, False, "fp32")
+    merged.base, merged.config, merged.factors = base, config, Factors()
+    merged.targets = lora_targets(config, Train(method="lora"))
+    merged._made = ("", torch.empty(0))
+    for name in merged.targets:
+        rows, columns = base.shape(name)
+        module = name.removesuffix("weight")
+        merged.factors[module + LORA_A] = 0.1 * torch.randn(rank, columns, generator=generator)
+        merged.factors[module + LORA_B] = 0.1 * torch.randn(rows, rank, generator=generator)
+    return merged
+
+
+@pytest.mark.parametrize("config", [OLMO3, LLAMA3], ids=["olmo3", "llama3"])
+def test_vllm_replies_with_base_and_adapter_as_transformers_with_the_merged_export(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
+
+    config = replace(config, head_dim=32)
+    facts = tiny_export.tokenizer(tmp_path / "tokenizer")
+    base = tiny_export.weights(config)
+    merged = adapted(config, base, 4)
+    options = Convert(dtype="float32", max_position_embeddings=256)
+    for name, weights in (("base", base), ("model", merged)):
+        write.export(weights, config, facts, tmp_path / "tokenizer", tmp_path / name, options, tiny_export.TEMPLATE, lambda _: None)  # fmt: skip
+    assert write_adapter(merged, str(tmp_path / "base"), tmp_path / "adapter") == ""
+    prompts = [[(11 * i + j) % 299 + 1 for j in range(5 + i)] for i in range(6)]
+
+    def transformers_replies(folder: Path) -> list[list[int]]:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        asked = [torch.tensor([ids]) for ids in prompts]
+        made = [model.generate(x, max_new_tokens=12, do_sample=False, eos_token_id=-1) for x in asked]
+        return [out[0, len(ids) :].tolist() for out, ids in zip(made, prompts, strict=True)]
+
+    vllm = LLM(str(tmp_path / "base"), dtype="float32", max_model_len=256, enable_lora=True, max_lora_rank=8)
+    sampling = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    found = {}
+    for name, adapter in (("base", None), ("model", LoRARequest("x", 1, str(tmp_path / "adapter")))):
+        outputs = vllm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, lora_request=adapter)
+        found[name] = [list(out.outputs[0].token_ids) for out in outputs]
+        assert found[name] == transformers_replies(tmp_path / name)
+    assert found["base"] != found["model"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +17,10 @@ import torch
 import tiny_export
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.evaluation import talk
+from sft.evaluation import serving, talk
 from sft.export import write
 from sft.recipe.schema import Convert
+from sft.runner.plan import Place
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +104,55 @@ def test_serve_prints_the_command_of_vllm_and_start_says_what_is_missing(run: Pa
     )
     assert words[words.index("--max-model-len") + 1] == str(config["max_position_embeddings"])
     assert done.returncode == 1 and "not installed; next: .venv/bin/pip install -e '.[vllm]'" in done.stderr
+
+
+def test_serve_can_keep_base_and_adapter_apart(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(REPO / "stages"))
+    import chat
+
+    shutil.copytree(run / "convert", tmp_path / "x/convert")
+    asked = ["--run", str(tmp_path / "x"), "--adapter"]
+    with pytest.raises(SystemExit, match="no adapter; next: make serve RUN=x"):
+        chat.main([*asked, "--serve"])
+    adapter = tmp_path / "x/convert/adapter"
+    adapter.mkdir()
+    (tmp_path / "data/my/base").mkdir(parents=True)
+    (tmp_path / "data/my/base/config.json").write_text("{}")
+    written = {"r": 32, "base_model_name_or_path": "my/base", "revision": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    assert chat.main([*asked, "--serve", "--data", str(tmp_path / "data")]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:3] == [".venv/bin/vllm", "serve", str(tmp_path / "data/my/base")]
+    found = dict(itertools.pairwise(words))
+    assert found["--max-lora-rank"] == "32" and found["--lora-modules"] == f"x={adapter}"
+    assert found["--tokenizer"] == found["--generation-config"] == str(tmp_path / "x/convert/model")
+    with pytest.raises(SystemExit, match="ADAPTER=1 is for make serve RUN=x"):
+        chat.main(asked)
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"base_model_name_or_path": None}, "its base of random weights is no Hugging Face folder"),
+        ({"base_model_name_or_path": "gs://b/step0"}, "its base gs://b/step0 is no Hugging Face folder"),
+        ({"base_model_name_or_path": "step0"}, "no file or folder 'step0'"),
+        ({"r": 600}, "rank 600: vLLM serves at most 512"),
+        ({"base_model_name_or_path": "org/name", "revision": "abc", "r": 20}, ("org/name", "--revision abc", "--max-lora-rank 32")),
+    ],
+)  # fmt: skip
+def test_a_base_that_vllm_cannot_serve_is_refused(
+    run: Path, tmp_path: Path, fields: dict[str, object], found: str | tuple[str, ...]
+) -> None:
+    export = tmp_path / "convert/model"
+    shutil.copytree(run / "convert/model", export)
+    (tmp_path / "convert/adapter").mkdir()
+    written = {"r": 8, "base_model_name_or_path": "a/b", "revision": None, **fields}
+    (tmp_path / "convert/adapter/adapter_config.json").write_text(json.dumps(written))
+    if isinstance(found, str):
+        with pytest.raises(SftError, match=re.escape(found)):
+            serving.serve_adapter(export, "x", Place(tmp_path))
+    else:
+        command = " ".join(serving.serve_adapter(export, "x", Place(tmp_path)))
+        assert all(words in command for words in found)

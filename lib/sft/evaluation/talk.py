@@ -204,11 +204,3 @@ def typed() -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print()
-
-
-def serve_command(folder: Path, name: str, context: int) -> list[str]:
-    """The command of vLLM that serves an export under the run's name."""
-    return [
-        ".venv/bin/vllm", "serve", str(folder), "--served-model-name", name, "--max-model-len", str(context),
-        "--generation-config", "auto", "--host", "127.0.0.1", "--port", "8000",
-    ]  # fmt: skip
