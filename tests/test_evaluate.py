@@ -244,6 +244,9 @@ def test_automatic_batches_keep_to_the_budget_of_tokens_and_of_memory() -> None:
     assert cpu.rows(100) == CPU_TOKENS // 100 and cpu.rows(10**6) == 1
     assert Batches(0, gpu=False, bytes_per_token=CPU_BYTES // 1000, free=lambda: 10**12).rows(100) == 10
     assert Batches(0, gpu=False, bytes_per_token=CPU_BYTES // 1000, free=lambda: CPU_BYTES).rows(100) == 2
+    replies = Batches(0, gpu=False, bytes_per_token=1000, free=lambda: 10**9, least=16)
+    assert replies.rows(1500) == 16 and replies.rows(100) == CPU_TOKENS // 100 and replies.rows(10**5) == 2
+    assert replies.too_large(16) and replies.rows(1500) == 8
     gpu = Batches(0, gpu=True, bytes_per_token=1000, free=lambda: 10**9)
     for seconds in (4, 4, 9, 1):  # twice as fast, hardly faster (stop), and no growth ever after
         gpu.done(gpu.rows(1), gpu.tokens, seconds)

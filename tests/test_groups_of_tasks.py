@@ -12,6 +12,7 @@ import pytest
 from evaluating import ANYTHING, CHOICE, plain_place
 from sft.evaluation import evaluate, task_check
 from sft.formats.results import Results
+from sft.recipe.schema import Evaluate
 
 REPO = Path(__file__).resolve().parents[1]
 place = plain_place
@@ -147,6 +148,26 @@ def test_what_only_scoring_needs_is_found_before_it_runs(folder: Path) -> None:
     problem = task_check.check("late", folder, {})
     assert isinstance(problem, task_check.Problem) and problem.problem == "it needs the package no_such_package"
     assert task_check.check("picky", folder, {}) == 1  # its code refuses the reply of the check, and no package
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "found"),
+    [
+        ("picky", {"samples": 4}, "samples = 4: task picky is greedy"),
+        ("picky", {"samples": 4, "temperature": 0.5}, None),
+        ("first", {"num_fewshot": 2}, "num_fewshot = 2: task first has no examples"),
+        ("first", {"thinking": {"first": True}}, "thinking.first = true: the task compares given texts"),
+        ("picky", {"thinking": {"*": True}}, "the chat template reads none of enable_thinking, thinking"),
+        ("first", {"thinking": {"*": True}}, None),
+        ("first", {"by_task": {"first": {"samples": 4, "top_p": 0.5}}}, "[evaluate.by_task.first] top_p, samples: the task compares given texts"),
+        ("first", {"by_task": {"first": {"system_prompt": "Hi"}}}, None),
+    ],
+)  # fmt: skip
+def test_how_a_task_is_asked_is_checked_before_it_runs(
+    folder: Path, task: str, options: dict[str, Any], found: str | None
+) -> None:
+    problem = task_check.check(task, folder, {}, Evaluate(**options), "{{ messages }}")
+    assert (found in problem.problem) if isinstance(problem, task_check.Problem) and found else found is None
 
 
 def test_a_group_is_checked_as_its_tasks(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -21,6 +21,16 @@ LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens
 """The names that lm-eval reads for the longest reply, the first before the others."""
 SWITCHES = ("enable_thinking", "thinking")
 """The variables by which chat templates turn thoughts on and off."""
+OF_REPLIES = (
+    "process_output",
+    "max_reply_tokens",
+    "temperature",
+    "top_p",
+    "samples",
+    "max_thought_tokens",
+    "min_stop_rate",
+)
+"""The fields of [evaluate.by_task.<task>] that mean something only where the model writes a reply."""
 DEFAULT_REPLY = 1024
 """Tokens of the longest reply for a task that names no limit. lm-eval would take 256, which cuts answers of chat models."""
 
@@ -38,6 +48,7 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
     multiturn = options.fewshot_as_multiturn if shots else None
     thinking = thinks(task, options)
     if task.OUTPUT_TYPE != "generate_until":
+        _check_unused(task, options)
         return Asking(multiturn=multiturn, system_prompt=options.system_prompt or None)
     arguments = task.config.generation_kwargs
     named = [arguments.pop(name) for name in LIMITS if name in arguments]
@@ -88,19 +99,21 @@ def set_thinking(model: Recorder, options: Evaluate, asked: Asking) -> None:
     thought = asked.max_thought_tokens or 0
     model.budget = Budget(thought, (asked.max_reply_tokens or 0) if thought else 0)
     model.template_values = {k: v for k, v in model.template_values.items() if k not in SWITCHES}
-    if asked.thinking is None:
-        return
-    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", GenerationTag]).parse(
-        model.tokenizer.chat_template
-    )
+    if asked.thinking is not None:
+        model.template_values[switch(model.tokenizer.chat_template, asked.thinking)] = asked.thinking
+
+
+def switch(template: str, is_on: bool) -> str:
+    """The variable by which a chat template turns thoughts on and off. Raises SftError for a template without one."""
+    tree = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", GenerationTag]).parse(template)
     reads = jinja2.meta.find_undeclared_variables(tree)
-    switch = next((name for name in SWITCHES if name in reads), None)
-    if switch is None:
+    found = next((name for name in SWITCHES if name in reads), None)
+    if found is None:
         raise SftError(
             f"[evaluate] thinking: the chat template reads none of {', '.join(SWITCHES)}, so thoughts cannot be turned"
-            f' {"on" if asked.thinking else "off"}; next: remove thinking, and set process_output = "r1_style" if the model thinks'
+            f' {"on" if is_on else "off"}; next: remove thinking, and set process_output = "r1_style" if the model thinks'
         )
-    model.template_values[switch] = asked.thinking
+    return found
 
 
 def _check_draws(task: Task, samples: int, sampled: bool) -> None:
@@ -113,6 +126,14 @@ def _check_draws(task: Task, samples: int, sampled: bool) -> None:
     if task.config.repeats > 1:
         raise SftError(
             f"[evaluate] samples = {samples}: task {name} has repeats = {task.config.repeats} of its own; next: samples = 1"
+        )
+
+
+def _check_unused(task: Task, options: Evaluate) -> None:
+    """Raises SftError for what the recipe says about the replies of a task that has none."""
+    if unused := [name for name in OF_REPLIES if name in options.by_task.get(task.config.task, {})]:
+        raise SftError(
+            f"[evaluate.by_task.{task.config.task}] {', '.join(unused)}: the task compares given texts, and the model writes nothing; next: remove it"
         )
 
 

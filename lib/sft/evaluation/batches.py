@@ -2,8 +2,8 @@
 
 In: the padded length of the longest request of the next batch, and the time that the last batch took. Out: a number of rows.
 
-On a CPU the automatic size is a budget of padded tokens, lowered where memory is short. It gives the same batches, and so
-the same rounding, every time. A GPU starts from a budget, too, and doubles it as long as that makes it at least a tenth faster
+On a CPU the automatic size is a budget of padded tokens, at least 16 replies, lowered where memory is short. It gives the same
+batches, and so the same rounding, every time. A GPU starts from a budget, too, and doubles it as long as that makes it at least a tenth faster
 and free memory allows it. Running out of memory halves the budget for good.
 """
 
@@ -15,6 +15,9 @@ from pathlib import Path
 
 CPU_TOKENS = 4096
 """Beyond this budget a CPU gains nothing: the matrix products are large enough."""
+CPU_ROWS = 16
+"""Replies at once on a CPU, at least: a step of generation reads all weights for however few rows, and most replies are far shorter than
+the longest that a task allows."""
 CPU_BYTES = 1 << 30
 GPU_TOKENS = 16384
 GAIN = 1.1
@@ -25,9 +28,12 @@ LOG_EVERY_S = 15.0
 class Batches:
     """The size of batches of one kind of request."""
 
-    def __init__(self, fixed: int, *, gpu: bool, bytes_per_token: int, free: Callable[[], int]) -> None:
-        """`fixed` = rows of every batch, 0 = automatic. `free` returns the bytes that are free now."""
-        self.fixed, self.gpu, self.free = fixed, gpu, free
+    def __init__(self, fixed: int, *, gpu: bool, bytes_per_token: int, free: Callable[[], int], least: int = 1) -> None:
+        """`fixed` = rows of every batch, 0 = automatic, and then at least `least` where memory holds them.
+
+        `free` returns the bytes that are free now.
+        """
+        self.fixed, self.gpu, self.free, self.least = fixed, gpu, free, least
         self.bytes_per_token = bytes_per_token
         self.tokens = GPU_TOKENS if gpu else CPU_TOKENS
         self.largest = 0
@@ -38,8 +44,11 @@ class Batches:
         """Rows of the next batch, whose longest request takes `length` tokens with room for its reply."""
         if self.fixed:
             return self.fixed
-        usable = self.free() // 2 if self.gpu else min(CPU_BYTES, self.free() // 4)
-        return max(1, min(self.tokens, usable // max(1, self.bytes_per_token)) // max(1, length))
+        bytes_of_row = max(1, self.bytes_per_token * length)
+        usable = self.free() // (2 if self.gpu else 4)
+        held = usable if self.gpu else min(CPU_BYTES, usable)
+        rows = min(self.tokens // max(1, length), held // bytes_of_row)
+        return max(1, rows, min(self.least, usable // bytes_of_row))
 
     def done(self, rows: int, tokens: int, seconds: float) -> None:
         """Reports a finished batch of `tokens` padded tokens. Doubles the budget as long as that pays."""
@@ -56,6 +65,7 @@ class Batches:
         self._growing = False
         if rows <= 1:
             return False
+        self.least = min(self.least, rows // 2)
         if self.fixed:
             self.fixed = max(1, rows // 2)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from sft.evaluation.batches import Batches, free_memory
+from sft.evaluation.batches import CPU_ROWS, Batches, free_memory
 from sft.evaluation.grouped import stop_ids
 from sft.evaluation.recorder import Backend, Recorder
 
@@ -39,7 +39,7 @@ class HfModel(Recorder, HFLM):  # type: ignore[misc, unused-ignore]  # lm-eval h
         cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * self.model.dtype.itemsize
         scored = 12 * config.vocab_size
         self.start_recording(
-            Batches(batch_size, gpu=gpu, bytes_per_token=cached, free=free),
+            Batches(batch_size, gpu=gpu, bytes_per_token=cached, free=free, least=1 if gpu else CPU_ROWS),
             Batches(batch_size, gpu=gpu, bytes_per_token=scored, free=free),
         )
         self.stop_ids = stop_ids(self.model.generation_config)

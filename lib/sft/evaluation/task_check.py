@@ -1,6 +1,7 @@
 """Imports the tasks of a recipe and reads their data, as the evaluation will: before training, not after it.
 
-    python -m sft.evaluation.task_check '{"tasks": ["ifeval"], "folder": "recipes/tasks", "data": {}, "cache": "runs/.cache/datasets"}'
+    python -m sft.evaluation.task_check '{"tasks": ["ifeval"], "folder": "recipes/tasks", "data": {}, "asking": {"num_fewshot": 3}, "template": "",
+        "cache": "runs/.cache/datasets"}'
 
 Out: one JSON object a line for each task: {"task": "ifeval", "documents": 541}, or {"task": …, "problem": …, "next": …}.
 Data sets of the hub stay in `cache`, where an evaluation without internet finds them. The doctor runs this in the pinned
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sft.common.errors import SftError
+from sft.recipe.schema import Evaluate
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task  # importing it takes seconds, and reads the variables that main sets
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
 
 REPLIES = {"generate_until": "1", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
 """An answer of lm-eval's form to each kind of request."""
+
+
+LONG = 1 << 20
+"""For a model whose context is not known yet."""
 
 
 class Problem(NamedTuple):
@@ -41,16 +47,22 @@ def main(argv: Sequence[str]) -> int:
     if any("://" in path for path in asked["data"].values()):
         os.environ["HF_HUB_CACHE"] = str(Path(asked["cache"]) / "hub")  # the same for files of the hub
     data = {name: path if "://" in path else Path(path) for name, path in asked["data"].items()}
+    options, template = Evaluate(**asked.get("asking", {})), asked.get("template", "")
     for name in asked["tasks"]:
-        found = check(name, Path(asked["folder"]), data)
+        found = check(name, Path(asked["folder"]), data, options, template)
         facts = found._asdict() if isinstance(found, Problem) else {"documents": found}
         print(json.dumps({"task": name, **facts}), flush=True)
     return 0
 
 
-def check(name: str, folder: Path, data: Mapping[str, Path | str]) -> int | Problem:
-    """The number of documents of a task or of all tasks of a group, or why it cannot run."""
-    from sft.evaluation import tasks  # start-up: lm-eval reads the variables that main sets
+def check(
+    name: str, folder: Path, data: Mapping[str, Path | str], options: Evaluate | None = None, template: str = ""
+) -> int | Problem:
+    """The number of documents of a task or of all tasks of a group, or why it cannot run.
+
+    `options` say how it is asked. `template` is the chat template, "" where it is not known yet.
+    """
+    from sft.evaluation import asking, tasks  # start-up: lm-eval reads the variables that main sets
 
     try:
         documents = 0
@@ -61,6 +73,9 @@ def check(name: str, folder: Path, data: Mapping[str, Path | str]) -> int | Prob
                 )
             task = definition.load(seed=0)
             documents += len(task.eval_docs)
+            asked = asking.ask(task, (options or Evaluate()).for_task(name, definition.name), LONG)
+            if template and asked.thinking is not None:
+                asking.switch(template, asked.thinking)
             if lacks := missing_to_score(task):
                 return lacks
         return documents if documents else Problem("it has no documents", "correct the task")

@@ -2,8 +2,8 @@
 
 In:  [evaluate] of a recipe, its task files. Out: rows of the table.
 
-Where every task is a file of the folder that makes its own documents, reading those files is enough: their names, and the packages
-that their modules import. Other tasks (lm-eval's own, groups, and those with a data set or data files) are imported with their
+Where every task is a file of the folder that makes its own documents, and is asked as it says, reading those files is enough: their
+names, and the packages that their modules import. Other tasks (lm-eval's own, groups, and those with a data set or data files) are imported with their
 data in the pinned environment (sft.evaluation.task_check), which takes some seconds and fills runs/.cache/datasets. What was
 found right is remembered under runs/.cache/tasks by the text of the tasks, their data and the environment. Standard library only.
 """
@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from sft.common import paths
 from sft.common.files import canonical, write_atomic
@@ -26,6 +27,8 @@ from sft.common.hashcache import HashCache
 from sft.formats.record import to_json
 from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row
 from sft.recipe import inputs
+from sft.recipe.chat_templates import TEMPLATES
+from sft.recipe.schema import PER_TASK, Evaluate
 from sft.runner import plan
 
 PYTHON = paths.REPO / ".venv" / "bin" / "python"
@@ -40,7 +43,8 @@ def tasks(context: Context) -> Iterator[Row]:
         return
     folder = paths.find(context.place.roots, options.task_dir, f"{context.recipe.file}: [evaluate] task_dir")
     own = own_tasks(folder)
-    if all(name in own for name in options.tasks) and not any(_has_data(own[name]) for name in options.tasks):
+    is_made_here = all(name in own and not _has_data(own[name]) for name in options.tasks)
+    if is_made_here and not (options.num_fewshot > 0 or options.samples > 1 or options.thinking or options.by_task):
         yield from _static(context, folder)
         return
     done = context.place.cache / "tasks" / f"{_key(context)}.json"
@@ -69,6 +73,23 @@ def own_tasks(folder: Path) -> dict[str, Path]:
         for match in re.finditer(r"^task:\s*([\w.-]+)\s*$", file.read_text(encoding="utf-8"), re.M):
             found[match[1]] = file
     return found
+
+
+def _asking(options: Evaluate) -> dict[str, Any]:
+    """The fields that say how tasks are asked, where they differ from the defaults: a task may not allow them."""
+    default = Evaluate()
+    names = (*PER_TASK, "by_task", "thinking")
+    return {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
+
+
+def _template(context: Context) -> str:
+    """The chat template of the evaluation, "" where only prepare or the model will say it."""
+    recipe = context.recipe
+    name = recipe.convert.eval_template or recipe.prepare.template
+    if name in TEMPLATES:
+        return TEMPLATES[name].jinja
+    what = f"{recipe.file}: template"
+    return paths.find(context.place.roots, name, what).read_text() if inputs.is_template_file(name) else ""
 
 
 def _has_data(file: Path) -> bool:
@@ -112,7 +133,14 @@ def _key(context: Context) -> str:
     """Names what decides whether the tasks can be imported: their text, their data files, the environment."""
     options = context.recipe.evaluate
     files = to_json(plan.input_files(context.place, context.recipe, "evaluate", HashCache(context.place.cache)))
-    asked = [list(options.tasks), sorted(options.data.items()), files, plan.environment_digest()]
+    asked = [
+        list(options.tasks),
+        sorted(options.data.items()),
+        _asking(options),
+        _template(context),
+        files,
+        plan.environment_digest(),
+    ]
     return hashlib.sha256(canonical(asked)).hexdigest()[:32]
 
 
@@ -130,6 +158,8 @@ def _imported(context: Context, folder: Path) -> Iterator[Row]:
         "tasks": list(options.tasks),
         "folder": str(folder),
         "data": data,
+        "asking": _asking(options),
+        "template": _template(context),
         "cache": str(plan.task_data(context.place, context.recipe)),
     }
     command = [str(PYTHON), "-m", "sft.evaluation.task_check", json.dumps(asked)]
