@@ -168,8 +168,13 @@ def test_training_reads_a_bucket_through_a_local_copy_that_is_verified_at_every_
         assert weights.read_bytes() == whole
         assert [name for what, name, _ in server.requests if what == "download" and "model" in name]
         server.objects = {n: o for n, o in server.objects.items() if not n.endswith(".json")}
+        server.requests.clear()
+        name = remote(place).dataset
+        assert localise.localise("gs://bucket/root", name, root.parent, print) == root / name, "it is whole here"
+        assert server.requests == [], "so that a storage that is away does not matter"
+        (root / name / "manifest.json").unlink()
         with pytest.raises(SftError, match="no list of its files: the copy is not complete"):
-            localise.localise("gs://bucket/root", remote(place).dataset, root.parent, print)
+            localise.localise("gs://bucket/root", name, root.parent, print)
         server.requests.clear()
         assert (
             localise.localise("gs://bucket/root", remote(place).base, root.parent, print, again=False) == weights.parent

@@ -136,10 +136,10 @@ def read_summary(path: Path) -> Summary | None:
             length = int.from_bytes(tail[:8], "little")
             f.seek(size - 16 - length)
             summary = Summary(**json.loads(f.read(length)))
-    except (OSError, ValueError, TypeError):
+        summary.rejects = [Reject(*r) for r in summary.rejects]
+        complete = summary.tokens * 4 + summary.documents * INDEX.itemsize + length + 16
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
-    summary.rejects = [Reject(*r) for r in summary.rejects]
-    complete = summary.tokens * 4 + summary.documents * INDEX.itemsize + length + 16
     return summary if complete == size else None
 
 

@@ -103,7 +103,8 @@ def collect(stage: Stage) -> Result:
     report = Results(harness=options.harness, tasks=results)
     check_finite(report)
     report.write(stage.out / results_format.NAME)
-    return Result(outputs=[results_format.NAME, results_format.SAMPLES], metrics=report.metrics.to_value())
+    written = sorted(name for name in files if (stage.out / name).is_file())
+    return Result(outputs=[results_format.NAME, *written], metrics=report.metrics.to_value())
 
 
 def returned(run: Path, identity: str, harness: str) -> Path:

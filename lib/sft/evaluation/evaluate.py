@@ -98,7 +98,11 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
     scored = run_tasks(model, options, tasks, data, out, stage.log)
     if scored.broken:
         raise SftError("broken tasks have no score:\n  " + "\n  ".join(scored.broken.values()))
-    outputs, loss = [results_format.NAME, results_format.SAMPLES], None
+    outputs = [
+        results_format.NAME,
+        *(r.samples or f"{results_format.SAMPLES}/{n}.jsonl" for n, r in scored.results.items()),
+    ]
+    loss = None
     validation = stage.folder("prepare") / "validation"
     if options.validation_documents and validation.is_dir():
         file = out / results_format.VALIDATION

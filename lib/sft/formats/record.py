@@ -78,6 +78,8 @@ class Record:
             return cls.parse(value)
         except FormatError as error:
             raise SftError(f"{name}: damaged: {error}; next: {cls.NEXT}") from None
+        except RecursionError:
+            raise SftError(f"{name}: damaged: nested too deeply; next: {cls.NEXT}") from None
         except VersionError as error:
             raise (NewerError if error.newer else SftError)(f"{name}: {error}") from None
 

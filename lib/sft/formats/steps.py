@@ -77,7 +77,7 @@ def write_latest(step: Path) -> None:
 def named_step(train: Path, name: str) -> Path | None:
     """The step folder that LATEST or BEST (`name`) points to, or None."""
     try:
-        step = (train / name).read_text().split("\n", 1)[0].strip()
+        step = (train / name).read_bytes().decode("latin-1").split("\n", 1)[0].strip()
     except OSError:
         return None
     return train / step if STEP.fullmatch(step) else None

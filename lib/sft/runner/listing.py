@@ -62,12 +62,15 @@ def progress(train: Path) -> Progress | None:
     headers, steps = [v for v in found if "attempt" in v], [v for v in found if "step" in v]
     if not steps:
         return None
-    wanted = next((int(h["steps"]) for h in reversed(headers) if h.get("steps")), 0)
-    last, recent = steps[-1], steps[-20:]
-    seconds = sorted(float(v.get("seconds", 0)) for v in recent)[len(recent) // 2]
-    step = int(last["step"])
-    left = (wanted - step) * seconds if wanted > step else None
-    return Progress(step, wanted, float(last.get("loss", math.nan)), float(last.get("tokens_per_s", 0)), left, age)
+    try:
+        wanted = next((int(h["steps"]) for h in reversed(headers) if h.get("steps")), 0)
+        last, recent = steps[-1], steps[-20:]
+        seconds = sorted(float(v.get("seconds", 0)) for v in recent)[len(recent) // 2]
+        step = int(last["step"])
+        left = (wanted - step) * seconds if wanted > step else None
+        return Progress(step, wanted, float(last.get("loss", math.nan)), float(last.get("tokens_per_s", 0)), left, age)
+    except (TypeError, ValueError, OverflowError):  # a damaged line: make verify names it
+        return None
 
 
 def _values(file: Path) -> Iterator[dict[str, Any]]:

@@ -8,14 +8,17 @@ Out: the folder itself if the storage is a folder. A folder in a bucket is copie
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.files import canonical
 from sft.common.locks import lock
 from sft.formats import manifest
 from sft.formats.manifest import FileList, Manifest, listed_outputs
+from sft.formats.record import to_json
 from sft.storage.contract import FileCopy, Storage, size
 from sft.storage.local import LocalStorage, make_folders
 from sft.storage.transfer import open_storage, transfer
@@ -26,7 +29,8 @@ def localise(
 ) -> Path:
     """The folder <root>/<name> as a local folder with every byte verified. Raises SftError.
 
-    Identical files are not copied again, and processes of one machine copy one after the other. again=False trusts a local copy
+    The name is a hash of the content, so a local copy that is whole needs no answer of the storage, which may be away. Identical files
+    are not copied again, and processes of one machine copy one after the other. again=False trusts a local copy
     whose list is present (another rank has just verified it). copy: also copies from a folder, for a `cache` on a faster disk.
     """
     top = open_storage(root, cache)
@@ -34,7 +38,7 @@ def localise(
         return top.root / name
     local = LocalStorage(cache / "local")
     lists = (f"{name}/{manifest.NAME}", f"{name}.json")
-    if not again and any(local.find(n) for n in lists):
+    if any(local.find(n) for n in lists) and (not again or _is_whole(local.root / name)):
         return local.root / name
     found = {n: data for n in lists if (data := top.read(n)) is not None}
     if not found:
@@ -48,6 +52,21 @@ def localise(
         transfer(copies, open_storage(f"{root}/{name}", cache), target, log)
         local.write(list_name, data)
     return target.root
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the local copy has every byte of the content that its name is a hash of."""
+    wanted = folder.name[-16:]
+    try:
+        if (folder / manifest.NAME).is_file():
+            made = manifest.load(folder / manifest.NAME)
+            found, listed = made.digest[:16], made.outputs
+        else:
+            listed = FileList.read(folder.with_name(f"{folder.name}.json")).files
+            found = hashlib.sha256(canonical(to_json(listed))).hexdigest()[:16]
+        return found == wanted and not manifest.broken_outputs(folder, listed)
+    except (OSError, SftError):
+        return False
 
 
 def same_files(found: bytes | None, wanted: bytes) -> bool:

@@ -1,0 +1,357 @@
+"""make soak N=200 [STAGE=train]: kills and failures at random events of every stage; the end has the bytes of an undisturbed run.
+
+    .venv/bin/python tests/soak.py [N] [STAGE …]
+
+In:  a tiny recipe, prepare to evaluate, in a copy of this checkout; training has two ranks. An event is a call that changes a file of the
+     runs (tests/events.c): open, write, fsync, rename, unlink. Faults: the process or its group is killed, or the call fails with EIO,
+     ENOSPC or EFBIG, or writes half.
+Out: a table of stage, events of an undisturbed run, faults, runs that ended well in spite of one, and wrong ends. Exit status 1 where the
+     bytes of an end differ, where something half done was published, or where a stage hangs.
+
+After each fault a manifest that is there is that of the undisturbed run. After up to FAULTS of them the stage runs once more without one,
+and then its digest and its files must be those of the undisturbed run. Processes are forked from a server that has imported everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import runpy
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from checkout import copied
+from events import Events
+from gcs_server import Server as Bucket
+from sft.formats import manifest
+
+RECIPE = """[model]
+preset = "olmo3-tiny"
+n_layers = 1
+d_model = 32
+n_heads = 2
+n_kv_heads = 2
+head_dim = 16
+hidden = 64
+
+[prepare]
+tokenizer = "smoke/tokenizer"
+template = "olmo"
+validation_fraction = 0.05
+[[prepare.sources]]
+path = "soak.jsonl"
+
+[train]
+seq_len = 256
+global_batch_tokens = 512
+steps = 6
+lr = 3e-3
+precision = "fp32"
+validate_every = 3
+save_every = 2
+ephemeral_every = 1
+keep = 1
+
+[convert]
+dtype = "float32"
+
+[evaluate]
+tasks = ["smoke_choice"]
+limit = 2
+validation_documents = 2
+
+[on.local.train]
+microbatch_tokens = 256
+processes = 2
+threads = 1
+
+[on.bucket.train]
+microbatch_tokens = 256
+threads = 1
+"""
+STAGES = ("prepare", "sync", "train", "convert", "evaluate")
+FAULTS = 4
+"""Faults in a row before the stage may end."""
+PATIENCE_S = 600
+RANKS = 2
+TIMES = ("seconds", "reused_replies")
+"""Fields of results.json that two runs of the same work do not share."""
+
+
+# --- the server: forks a process for each run of a stage --------------------------------------------------------------
+
+
+def serve() -> None:
+    """Runs the stages that standard input asks for, one JSON line each, and answers with their exit statuses."""
+    import torch
+
+    import sft.data.prepare
+    import sft.evaluation.backends
+    import sft.export.convert
+    import sft.sync.sync
+    import sft.training.train  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        child = os.fork()
+        if not child:
+            _stage(asked)
+        began, status = time.monotonic(), None
+        while status is None and time.monotonic() - began < PATIENCE_S:
+            pid, ended = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(ended) if pid else None
+            time.sleep(0.005)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # what a killed parent left, such as tee, or what hangs
+        if status is None:
+            os.waitpid(child, 0)
+        print(json.dumps(status), flush=True)
+
+
+def _stage(asked: dict[str, Any]) -> None:
+    os.setsid()
+    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv = [f"stages/{asked['stage']}.py", *asked["words"]]
+    status = 1
+    try:
+        status = _ranks(asked["ranks"]) if asked["stage"] == "train" else _program(asked["stage"])
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+        if not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _program(stage: str) -> int:
+    runpy.run_path(f"stages/{stage}.py", run_name="__main__")
+    return 0
+
+
+def _ranks(count: int) -> int:
+    """Training with `count` ranks. Where one ends badly the others are killed, as torchrun does."""
+    from sft.training.train import main
+
+    if count == 1:
+        return main(sys.argv[1:])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = {}
+    for rank in range(count):
+        child = os.fork()
+        if not child:
+            here = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+                "MASTER_PORT": port,
+            }
+            os.environ.update({k: str(v) for k, v in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
+            return main(sys.argv[1:])
+        children[child] = rank
+    worst = 0
+    while children:
+        pid, ended = os.wait()
+        children.pop(pid, None)
+        if status := os.waitstatus_to_exitcode(ended):
+            worst = worst or status
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return worst & 255
+
+
+# --- the soak ---------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Soak:
+    """A checkout with an undisturbed run, and the server that runs stages in it. `failures` are what went wrong."""
+
+    place: Path
+    events: Events
+    server: subprocess.Popen[str]
+    cluster: str = "local"
+    ranks: int = RANKS
+    failures: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def run(self) -> Path:
+        return self.place / "runs/soak"
+
+    def execute(self, stage: str) -> int | None:
+        """The exit status of a stage; None where it hangs."""
+        words = ["runs/soak", "--cluster", self.cluster]
+        asked = {"stage": stage, "words": words, "ranks": self.ranks, "log": str(self.place / "log")}
+        assert self.server.stdin and self.server.stdout
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        status = json.loads(self.server.stdout.readline())
+        return None if status is None else int(status)
+
+    def undisturbed(self, stage: str) -> int:
+        """Runs a stage without a fault. Returns its number of events."""
+        self.events.arm(0, "kill")
+        (self.place / "log").unlink(missing_ok=True)
+        if (status := self.execute(stage)) != 0:
+            raise SystemExit(f"{stage} without a fault: status {status}\n{self.said()}")
+        return len(self.events.calls())
+
+    def said(self) -> str:
+        file = self.place / "log"
+        return file.read_text()[-3000:] if file.is_file() else ""
+
+    def trial(self, stage: str, whole: dict[str, Any], count: int, faults: int, chance: random.Random) -> Counter[str]:
+        """Up to `faults` faults at random events, then a run without one; compares after each. Returns what happened."""
+        seen: Counter[str] = Counter()
+        for _ in range(faults):
+            fault = chance.choice(("kill", "kill", "kill group", "EIO", "ENOSPC", "EFBIG", "short"))
+            at = chance.randint(1, count)
+            self.events.arm(at, fault.partition(" ")[0], fault.endswith("group"))
+            status = self.execute(stage)
+            what = f"{stage}: {fault} at event {at}"
+            if status is None:
+                self.failures.append(f"{what}: it hangs\n{self.said()}")
+            reached = any(call.number == at for call in self.events.calls())
+            seen["faults" if reached else "not reached"] += 1
+            if (found := self.made(stage)) is not None and found != whole:
+                self.failures.append(f"{what}: something else is published: {difference(found, whole)}\n{self.said()}")
+            if status == 0:
+                seen["ended well"] += 1
+                break
+        self.events.arm(0, "kill")
+        status = self.execute(stage)
+        if status != 0:
+            self.failures.append(f"{stage} after {dict(seen)}: status {status}\n{self.said()}")
+        elif (found := self.made(stage)) != whole:
+            self.failures.append(f"{stage} after {dict(seen)}: other bytes: {difference(found, whole)}\n{self.said()}")
+        return seen
+
+    def made(self, stage: str) -> dict[str, Any] | None:
+        """What a finished stage has: the digest of its manifest, and its files. None where it is not published."""
+        folder = self.run / stage
+        if not (folder / manifest.NAME).is_file():
+            return None
+        made = manifest.load(folder / manifest.NAME)
+        files = {o.path: "measured" if o.measured else o.sha256 for o in made.outputs}
+        if broken := manifest.broken_outputs(folder, made.outputs):
+            return {"broken": broken}
+        if stage != "evaluate":
+            return {**files, "digest": made.digest}
+        return {**files, "results.json": json.dumps(_without_times(json.loads((folder / "results.json").read_text())))}
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if k not in TIMES}
+    return value
+
+
+def difference(found: dict[str, Any] | None, whole: dict[str, Any]) -> str:
+    found = found or {"nothing": ""}
+    names = [name for name in {**found, **whole} if found.get(name) != whole.get(name)]
+    return ", ".join(f"{name}: {found.get(name)} in place of {whole.get(name)}"[:200] for name in names[:4])
+
+
+@contextlib.contextmanager
+def opened(folder: Path, bucket: Bucket | None = None) -> Any:
+    """A Soak in a new copy of this checkout."""
+    place = copied((folder / "checkout").resolve())
+    rows = (place / "recipes/smoke/train.jsonl").read_text().splitlines(keepends=True)[:60]
+    (place / "recipes/soak.jsonl").write_text("".join(rows))
+    (place / "recipes/soak.toml").write_text(RECIPE)
+    (place / "env/bucket.toml").write_text('storage = "gs://soak/x"\n')
+    (place / "runs").mkdir()
+    events = Events(folder.resolve(), place / "runs")
+    environment = {
+        **os.environ, **events.environment, "PYTHONPATH": f"{place / 'lib'}:{Path(__file__).parent}", "CUDA_VISIBLE_DEVICES": "",
+        "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo", **({"STORAGE_EMULATOR_HOST": bucket.url} if bucket else {}),
+    }  # fmt: skip
+    server = subprocess.Popen(
+        [sys.executable, "-c", "import soak; soak.serve()"],
+        cwd=place,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield Soak(place, events, server, *(("bucket", 1) if bucket else ()))
+    finally:
+        assert server.stdin
+        server.stdin.close()
+        server.wait()
+
+
+def soak(
+    made: Soak, wanted: int, stages: Sequence[str], seed: int = 0, faults: int = FAULTS
+) -> list[tuple[str, int, Counter[str]]]:
+    """At least `wanted` faults in each stage. Returns (stage, events of an undisturbed run, what happened)."""
+    chance, table = random.Random(seed), []
+    for stage in STAGES:
+        before = made.place / f"before-{stage}"
+        shutil.copytree(made.place / "runs", before, symlinks=True)
+        count = made.undisturbed(stage)
+        whole = made.made(stage)
+        assert whole is not None and "broken" not in whole
+        shutil.copytree(made.place / "runs", made.place / f"after-{stage}", symlinks=True)
+        seen: Counter[str] = Counter()
+        while stage in stages and seen["faults"] < wanted and len(made.failures) < 5:
+            _replace(before, made.place / "runs")
+            seen += made.trial(stage, whole, count, faults, chance)
+        if stage in stages:
+            print(f"{stage:10}{count:>8}{seen['faults']:>8}{seen['ended well']:>12}{len(made.failures):>8}", flush=True)
+            table.append((stage, count, seen))
+        _replace(made.place / f"after-{stage}", made.place / "runs")
+    return table
+
+
+def _replace(source: Path, target: Path) -> None:
+    shutil.rmtree(target)
+    shutil.copytree(source, target, symlinks=True)
+
+
+def main(words: Sequence[str]) -> int:
+    wanted = int(words[0]) if words and words[0] else 200
+    stages = tuple(" ".join(words[1:]).split()) or STAGES
+    print(f"{'stage':10}{'events':>8}{'faults':>8}{'ended well':>12}{'wrong':>8}")
+    wrong: list[str] = []
+    for bucket in (None, Bucket()):
+        with (
+            tempfile.TemporaryDirectory(prefix="soak-") as folder,
+            bucket or contextlib.nullcontext(),
+            opened(Path(folder), bucket) as made,
+        ):
+            print("in a folder, two ranks" if bucket is None else "in a bucket, one rank", flush=True)
+            soak(made, wanted, stages if bucket is None else [s for s in stages if s in ("sync", "train")])
+            wrong += made.failures
+    print("\n".join(wrong) or "every end has the bytes of an undisturbed run")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
