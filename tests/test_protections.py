@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from conftest import REPO
+from sft.chat import bounds
 from sft.chat.template import load_template
 from sft.common import process
 from sft.common.errors import SftError
@@ -174,3 +177,27 @@ def test_a_value_cannot_write_a_second_line_of_sbatch(value: str) -> None:
 
 def test_a_value_of_sbatch_is_quoted() -> None:
     assert directive("--comment", 'a b"c') == '#SBATCH --comment="a b\\"c"'
+
+
+LOOP = "{% for message in messages %}{{ message.content }}{% endfor %}"
+ENDLESS = {
+    "nested ranges": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "a doubling text": "{% set ns = namespace(t='x') %}{% for a in range(60) %}{% set ns.t = ns.t ~ ns.t %}{% endfor %}{{ ns.t|length }}",
+    "a repeated text": "{{ ('x' * 99999999999)|length }}",
+    "a padded text": "{{ 'x'.center(99999999999)|length }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ENDLESS)
+def test_a_template_that_does_not_end_is_ended(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "SECONDS", 0.2)
+    with pytest.raises(SftError, match=r"MemoryError|takes more than"):
+        load_template("t", LOOP + ENDLESS[kind], {}, "</s>", ["</s>"])
+
+
+def test_bounds_of_a_template_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
+    with bounds.bounded():
+        assert signal.getitimer(signal.ITIMER_PROF)[0] > 0 and resource.getrlimit(resource.RLIMIT_AS)[0] < 1 << 50
+    assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF))
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0

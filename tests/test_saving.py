@@ -244,3 +244,13 @@ def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Pa
     assert asked_at < step < 600
     assert step_folder.damage(path) == []
     assert not is_ephemeral(path)
+
+
+@pytest.mark.processes
+def test_retention_catches_up_at_the_start(folder: Path) -> None:
+    """A kill may come between the last save and its retention, and no save follows."""
+    fields: dict[str, Any] = {"steps": 4, "save_every": 1, "ephemeral_every": 0, "validate_every": 0}
+    train(folder, **fields)
+    assert [n for n, _ in step_folder.steps(folder / "train")] == [1, 2, 3, 4]
+    train(folder, keep=1, **fields)
+    assert [n for n, _ in step_folder.steps(folder / "train")] == [4]

@@ -17,10 +17,12 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
+from sft.chat.bounds import OutOfTime, bounded
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.spans import common_prefix
 from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
 from sft.chat.trace import GenerationTag, Span, Trace, TraceEvent, add_trace, event, has_generation, read_trace
+from sft.common.errors import SftError
 from sft.common.strings import strings
 from sft.recipe.schema import ROLES
 
@@ -32,6 +34,8 @@ ANSWER = "qjzxanswer"
 CALL_ID, OTHER_ID = "call00001", "call00002"
 NAMED = "qjzxname"
 """The made-up name of a message."""
+MOST_LATE = 3
+"""Renderings in a row that may take too long before the template is refused."""
 Tools = list[dict[str, Any]]
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception")
 """Variables of a template that only the conversation or the program sets."""
@@ -86,6 +90,7 @@ class TemplateProbe:
         self.name, self.jinja, self.variables, self.tokens = name, text, dict(variables), tokens
         self.eos = str(self.variables.get("eos_token", ""))
         self.index_of: dict[int, int] = {}  # id of each message that is rendered now -> its index
+        self.late = [0]  # renderings in a row that took too long; shared by copies of the probe
         self.begun = [-1]  # the last message that the template has begun; shared by copies of the probe
         self.arguments_as_text = False  # the template takes the arguments of a call as JSON text
         self.way = Way()
@@ -151,9 +156,17 @@ class TemplateProbe:
         variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": prompt}
         context = self.template.new_context({**self.variables, **variables})
         try:
-            return list(self.template.root_render_func(context))
+            with bounded():
+                found = list(self.template.root_render_func(context))
+            self.late[0] = 0
+            return found
         except self.passes_on:
             raise
+        except OutOfTime as error:
+            self.late[0] += 1
+            if self.late[0] == MOST_LATE:
+                raise SftError(f"prepare.template: {self.name}: {error}; next: correct the Jinja text") from None
+            raise BadRow("template", f"template {self.name}: {error}") from None
         except Exception as error:  # Jinja text is a program: it can fail in any way, out of memory included
             where = f"template {self.name}" + (f", message {self.begun[0]}" if self.begun[0] >= 0 else "")
             raise BadRow("template", f"{where}: {type(error).__name__}: {error}") from None
