@@ -2,16 +2,23 @@
 # Trains one run: a process per GPU (or one on the CPU) under torchrun, resuming from the last valid checkpoint.
 # Usage: stages/train.sh runs/<run> [--cluster C] [--data FOLDERS] [field=value …]
 # On each of SFT_NODES machines with SFT_NODE_RANK=0… and SFT_HEAD=host:port of the first, where launchers start it so.
-# SIGTERM or SIGUSR1: saves, then exits with 75, which asks the scheduler to run the same command again.
+# SIGTERM or SIGUSR1: saves, then exits with 75, which asks the scheduler to run the same command again. What has not ended
+# SFT_GRACE_S (300) seconds after SIGTERM is killed. Where a process was killed it starts again: sft.launch.restarts.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD/lib${PYTHONPATH:+:$PYTHONPATH}" # this checkout's code, whichever clone .venv was made in
 python="${SFT_PYTHON:-.venv/bin/python}" # of a copy on this node's own disk: env/scratch.sh
-case "${1:--}" in -*) sed -n '2,5s/^# //p' "$0" >&2; exit 2 ;; esac
+case "${1:--}" in -*) sed -n '2,6s/^# //p' "$0" >&2; exit 2 ;; esac
 
 rm -f -- "$1/train/.requeue"
 notice="" child="" # a signal that comes before the training is remembered
-trap 'notice=TERM; [ -z "$child" ] || kill -TERM "$child"' TERM INT # bash starts a background child deaf to Ctrl-C
+stop() {
+    notice=TERM
+    [ -n "$child" ] || return 0
+    kill -TERM "$child"
+    (exec >/dev/null 2>&1; sleep "${SFT_GRACE_S:-300}"; kill -KILL "$child") & # a stopped process handles no signal
+}
+trap stop TERM INT # bash starts a background child deaf to Ctrl-C
 trap 'notice=USR1; [ -z "$child" ] || kill -USR1 "$child"' USR1
 numbers=$("$python" -m sft.launch.processes train "$@")
 read -r processes threads <<<"$numbers"
@@ -37,12 +44,19 @@ fi
 
 (trap '' INT USR1; exec "${command[@]}" -m sft.training "$@") & # a default action would end it: this shell passes INT on as TERM
 child=$!
-[ "$notice" != TERM ] || kill -TERM "$child"
+[ "$notice" != TERM ] || stop
 status=0
 while kill -0 "$child" 2>/dev/null; do # a signal ends a wait, not the training
     if [ "$notice" = USR1 ]; then sleep 1; kill -USR1 "$child" 2>/dev/null || true; else wait "$child" || true; fi # again, until it is handled
 done
 wait "$child" || status=$? # bash has kept it, however long ago the training ended
+case "$notice$status" in 134 | 135 | 137 | 139) # ABRT, BUS, KILL, SEGV: memory, a GPU or a node has failed
+    if "$python" -m sft.launch.restarts "$@"; then
+        [ "${SFT_NODES:-1}" -gt 1 ] || exec stages/train.sh "$@"
+        touch "$1/train/.requeue" # the other nodes must start again too
+    fi
+    ;;
+esac
 [ -e "$1/train/.requeue" ] || exit "$status"
 [ -n "${SFT_JOB:-}" ] || echo "[train] next: run the same command to resume; on this machine nothing restarts it"
 exit 75 # torchrun itself says 1

@@ -93,6 +93,8 @@ MUTANTS = (
     Mutant("vllm trusts no remote code", "evaluation/vllm_model.py", "            trust_remote_code=False,", "            trust_remote_code=True,", HELD),
     Mutant("the gate trusts no remote code", "export/gate.py", "AutoTokenizer.from_pretrained(folder, trust_remote_code=False)", "AutoTokenizer.from_pretrained(folder)", NOTHING_RUNS),
     Mutant("templates run in the sandbox", "chat/probe.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", HELD),
+    Mutant("a template's time is bounded", "chat/bounds.py", "        signal.setitimer(signal.ITIMER_PROF, SECONDS)\n", "", f"{HELD}::test_bounds_of_a_template_end_with_it"),
+    Mutant("a template's memory is bounded", "chat/bounds.py", "room = _size() + ROOM", "room = resource.RLIM_INFINITY", f"{HELD}::test_bounds_of_a_template_end_with_it"),
     # --- paths, links, quoting
     Mutant("no path has '..'", "common/paths.py", 'p in ("", ".", "..")', 'p in ("", ".")', MANIFEST),
     Mutant("no path is absolute", "common/paths.py", 'path.startswith(("/", "~"))', 'path.startswith("~")', f"{MANIFEST} {HELD}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
+from sft.formats.identity import write_identity
 from sft.formats.metrics import TrainMetrics
 from sft.formats.remote import Remote, SyncMetrics
 from sft.formats.steps import Best, write_latest
@@ -50,6 +52,10 @@ def run(tmp_path: Path) -> Path:
     losses = [step_record(step, validation_loss=1 / step).to_bytes() for step in (1, 2)]
     (train / "metrics.jsonl").write_bytes(b"".join(losses))
     write_latest(train / "step2")
+    write_identity(train, "0" * 64)
+    records = (train / "metrics.jsonl").read_bytes()
+    (train / ".metrics").mkdir()
+    (train / f".metrics/step2-{hashlib.sha256(records).hexdigest()[:16]}.jsonl").write_bytes(records)
     Best(2, "validation_loss", 0.5).write(train)
     synced = manifest.Input(manifest="../sync/manifest.json", sha256=sync.digest)
     publish(train, ["step2", "metrics.jsonl"], key=manifest.key("train", 1, {"lr": 1.0}, [key]), config={"lr": 1.0},
@@ -119,6 +125,7 @@ def test_a_step_under_another_name_is_found(run: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("mark", "text", "found"), [
     ("LATEST", "step9\n", "names no finished step"), ("BEST", "step1\n", "damaged"),
+    (".identity", "1" * 64 + " 00000000\n", "missing or damaged"), (".identity", "", "missing or damaged"),
     ("BEST", "step2\nvalidation_loss 0.4\n", "0.4 is not the validation loss of step 2")])  # fmt: skip
 def test_a_wrong_mark_is_found(run: Path, capsys: pytest.CaptureFixture[str], mark: str, text: str, found: str) -> None:
     (run / "train" / mark).write_text(text)
@@ -217,3 +224,13 @@ def test_a_torn_list_in_the_storage_makes_sync_run_again(workspace: Workspace, f
     copy.write_text(copy.read_text()[:100])
     workspace.make("sync", "RECIPE=x")
     assert workspace.ran() == ["sync x"] and manifest.load(copy)
+
+
+def test_a_missing_mark_and_a_changed_copy_of_the_records_are_found(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy,) = (run / "train/.metrics").iterdir()
+    copy.write_bytes(copy.read_bytes() + b"x")
+    (run / "train/.identity").unlink()
+    found = problems(run, capsys)
+    assert f"{copy}: its name is not the hash of its content" in found and "train/.identity: missing" in found

@@ -106,16 +106,17 @@ def test_a_stage_run_by_hand_refuses_a_stale_upstream_and_says_what_to_do(worksp
     assert "runs/x/prepare/manifest.json: prepare is stale (not made yet); next: make prepare RECIPE=x" in out
 
 
-def train_by(workspace, program: str, processes: str = "echo 1 1") -> subprocess.Popen[bytes]:
+def train_by(workspace, program: str, processes: str = "echo 1 1", **env: str) -> subprocess.Popen[bytes]:
     """Starts the real stages/train.sh, which runs this program as the training and this shell code to count processes."""
     shutil.copy(REPO / "stages/train.sh", workspace.root / "stages/train.sh")
     (workspace.root / "train.py").write_text(program)
     (workspace.root / ".venv/bin/python").write_text(
-        f'#!/bin/sh\ncase "$2" in sft.launch.processes) {processes} ;; *) shift 2; exec {sys.executable} train.py "$@" ;; esac\n'
+        f'#!/bin/sh\ncase "$2" in sft.launch.processes) {processes} ;; sft.launch.restarts) exec {sys.executable} "$@" ;; *) shift 2; exec {sys.executable} train.py "$@" ;; esac\n'
     )
     (workspace.root / "runs/x/train").mkdir(parents=True)
     (workspace.root / "runs/x/train/.requeue").touch()  # of an earlier attempt: it says nothing about this one
-    return subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True)
+    environment = {**os.environ, **env}
+    return subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True, env=environment)
 
 
 @pytest.mark.slow
@@ -152,6 +153,52 @@ def test_a_notice_that_comes_too_early_is_repeated_until_training_handles_it(wor
     wait_for(workspace.root / ("asked" if early == "before the training exists" else "begun"), process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=PATIENCE) == 75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steps", "nodes", "attempts", "status"), [(0, 1, 3, 137), (2, 1, 4, 137), (0, 2, 1, 75)])
+def test_a_training_whose_process_was_killed_starts_again_but_not_for_ever(workspace, steps, nodes, attempts, status):
+    """It makes `steps` new steps and is killed each time. By default it may start again twice without a new step between."""
+    process = train_by(
+        workspace,
+        "import os, pathlib, signal, sys\n"
+        "attempts = len(open('attempts', 'a+').write('x') and open('attempts').read())\n"
+        f"if attempts <= {steps}: pathlib.Path(sys.argv[1], 'train/LATEST').write_text(f'step{{attempts}}\\n')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n",
+        SFT_NODES=str(nodes), SFT_NODE_RANK="0", SFT_HEAD="localhost:1", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    assert process.wait(timeout=PATIENCE) == status
+    assert len((workspace.root / "attempts").read_text()) == attempts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("end", "status"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(1)", 1)])
+def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path, end, status):
+    (tmp_path / "ranks.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1': {end}\nsys.exit(1)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "sft.launch.torchrun",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(tmp_path / "ranks.py"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == status, done.stderr
+
+
+@pytest.mark.slow
+def test_a_training_that_handles_no_signal_is_killed_after_the_grace_period(workspace):
+    process = train_by(
+        workspace,
+        "import os, pathlib, signal, time\npathlib.Path('at').touch()\nos.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(60)\n",
+        SFT_GRACE_S="0.5",
+    )
+    wait_for(workspace.root / "at", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=PATIENCE) == 137 and not (workspace.root / "runs/x/train/.restarts").exists()
 
 
 @pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])

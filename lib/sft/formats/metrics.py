@@ -26,6 +26,8 @@ from sft.formats.packs import StepSummary
 from sft.formats.record import Record
 
 NAME = "metrics.jsonl"
+COPIES = ".metrics"
+"""The folder of the copies of metrics.jsonl in train's folder."""
 _WORDS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _HEADER = b'{"attempt"'
 _INITIAL = b'{"initial_validation_loss"'

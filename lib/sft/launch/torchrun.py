@@ -11,9 +11,12 @@ import sys
 from types import FrameType
 
 from torch.distributed.elastic.multiprocessing import api
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+KILLED = (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
+"""Signals that no error of a recipe sends: memory, a GPU or a node has failed. The exit status is then 128 and the signal."""
 raise_in_agent = api._terminate_process_handler
 
 
@@ -29,3 +32,8 @@ if __name__ == "__main__":
         main()
     except api.SignalException as e:  # instead of a traceback of thirty lines
         sys.exit(128 + e.sigval)
+    except ChildFailedError as e:  # a rank that was killed has made the others fail
+        killed = [f for f in e.failures.values() if -f.exitcode in KILLED]
+        if not killed:
+            raise
+        sys.exit(128 - killed[0].exitcode)

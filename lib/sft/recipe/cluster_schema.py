@@ -92,6 +92,12 @@ class Hardware:
         launchers=JOBS,
         stages=("train",),
     )
+    max_restarts: int = opt(
+        2,
+        "times that a training starts again from its last step after a process of it was killed, without a new step between",
+        min=0,
+        stages=("train",),
+    )
     partition: str = opt("", "Slurm partition; empty = the cluster's", launchers=SLURM)
     account: str = opt("", "Slurm account; empty = the cluster's", launchers=SLURM)
     qos: str = opt("", "Slurm quality of service; empty = the cluster's", launchers=SLURM)

@@ -30,7 +30,7 @@ LAST = {"all": "evaluate", "smoke": "evaluate", "preview": "prepare", "export": 
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
     "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
-    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants",
+    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip",
 )  # fmt: skip
 """Goals that read no recipe. The others name a run by all of its overrides, as `make report` does."""
 WATCHING = ("every", "every_limit", "every_device", "best")

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.files import hash_file
 from sft.common.strings import first_names
-from sft.formats import elsewhere, manifest, metrics, remote, steps
+from sft.formats import elsewhere, identity, manifest, metrics, remote, steps
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest, StepManifest
 from sft.formats.remote import Remote, SyncMetrics
@@ -117,8 +118,14 @@ def step_problems(step: Path) -> tuple[str, list[str]]:
 
 
 def _marks(train: Path) -> tuple[str, list[str]]:
-    """LATEST and BEST name finished steps, and BEST has the validation loss of its step."""
+    """LATEST and BEST name finished steps, BEST has the validation loss of its step, the mark of the inputs is there, and so are the
+    copies of the records that belong to steps."""
     problems, named = [], []
+    if steps.holds_steps(train) and identity.read_identity(train) is None:
+        problems.append(f"{train / identity.NAME}: missing")
+    for copy in sorted((train / metrics.COPIES).glob("step*-*.jsonl")):
+        if hash_file(copy)[:16] != copy.stem.partition("-")[2]:
+            problems.append(f"{copy}: its name is not the hash of its content")
     for name in (steps.LATEST, steps.BEST):
         if not (train / name).is_file():
             continue

@@ -17,9 +17,6 @@ from sft.formats import metrics as metrics_format
 from sft.formats.metrics import Attempt, InitialValidation, MetricsRecord, StepRecord, read_metrics
 from sft.training.trackers import Trackers
 
-COPIES = ".metrics"
-"""The folder of the copies of metrics.jsonl in train's folder."""
-
 
 class MetricsWriter:
     """The metrics of one attempt. A resume keeps the headers of earlier attempts and the steps up to `start`."""
@@ -62,7 +59,7 @@ class MetricsWriter:
         """Flushes the records to the disk and copies them, before the checkpoint of `step` is written."""
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        folder, records = self.file.parent / COPIES, self.file.read_bytes()
+        folder, records = self.file.parent / metrics_format.COPIES, self.file.read_bytes()
         folder.mkdir(exist_ok=True)
         write_atomic(folder / f"step{step}-{_digest(records)}.jsonl", records)
         stay, self._sealed = {f"step{step}", self._sealed}, f"step{step}"  # the save before may not be finished
@@ -102,16 +99,18 @@ def restore_records(out: Path, start: int, log: Callable[[str], None]) -> None:
     """
     file = out / metrics_format.NAME
     found = file.read_bytes() if file.is_file() else b""
-    copies = sorted((out / COPIES).glob(f"step{start}-*.jsonl")) if start else []
+    copies = sorted((out / metrics_format.COPIES).glob(f"step{start}-*.jsonl")) if start else []
     whole = [data for copy in copies if _digest(data := copy.read_bytes()) == copy.stem.partition("-")[2]]
     if any(found.startswith(records) for records in whole):
         return
     if whole:
-        log(f"warning: {file} had lost or changed records of the first {start} steps; restored from {out / COPIES}")
+        log(
+            f"warning: {file} had lost or changed records of the first {start} steps; restored from {out / metrics_format.COPIES}"
+        )
         write_atomic(file, whole[-1])
     elif start and not found:
         raise SftError(
-            f"{file}: missing, and no copy is in {out / COPIES}: the records of the first {start} steps are lost;"
+            f"{file}: missing, and no copy is in {out / metrics_format.COPIES}: the records of the first {start} steps are lost;"
             f" next: restore it from a backup, or mv {out} elsewhere, which trains from the first step"
         )
     elif copies:
