@@ -41,6 +41,9 @@ HARMLESS = {
     ".cache/prepare/*": "a hard link to the run's file, where it is found, or made again",
     ".cache/tokens/*": "every read is compared with its checksum, and made again",
     ".cache/datasets/*": "made again from the task's file",
+    ".cache/tokenizers/*": "an empty mark of a tokenizer that was checked; it is checked again",
+    "soak/train/.metrics/*": "a copy of the records, which are in the manifest",
+    "soak/train/BEST": "metrics.jsonl has the losses from which it follows",
     "soak/report/*": "made again from the run",
 }
 

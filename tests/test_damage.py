@@ -126,7 +126,8 @@ def test_a_step_under_another_name_is_found(run: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(("mark", "text", "found"), [
     ("LATEST", "step9\n", "names no finished step"), ("BEST", "step1\n", "damaged"),
     (".identity", "1" * 64 + " 00000000\n", "missing or damaged"), (".identity", "", "missing or damaged"),
-    ("BEST", "step2\nvalidation_loss 0.4\n", "0.4 is not the validation loss of step 2")])  # fmt: skip
+    ("BEST", "step2\nvalidation_loss 0.4\n", "0.4 is not the validation_loss of step 2"),
+    ("BEST", "step2\nvalidatioo_loss 0.5\n", "0.5 is not the validatioo_loss of step 2")])  # fmt: skip
 def test_a_wrong_mark_is_found(run: Path, capsys: pytest.CaptureFixture[str], mark: str, text: str, found: str) -> None:
     (run / "train" / mark).write_text(text)
     assert found in problems(run, capsys)
@@ -232,5 +233,10 @@ def test_a_missing_mark_and_a_changed_copy_of_the_records_are_found(
     (copy,) = (run / "train/.metrics").iterdir()
     copy.write_bytes(copy.read_bytes() + b"x")
     (run / "train/.identity").unlink()
+    (run / "train/LATEST").unlink()
     found = problems(run, capsys)
-    assert f"{copy}: its name is not the hash of its content" in found and "train/.identity: missing" in found
+    assert (
+        f"{copy}: its name is not the hash of its content" in found
+        and "train/.identity: missing" in found
+        and "LATEST: missing" in found
+    )

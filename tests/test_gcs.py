@@ -381,14 +381,18 @@ def test_a_small_object_that_is_replaced_meanwhile_is_read_as_it_is_then(
     assert mine.read("metrics") == b"four"
 
 
-def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", ["0", "1"])
+def test_an_independent_emulator_agrees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fast: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It leaves out a header (Last-Modified) that obstore insists on, so that Google's client takes over."""
     from gcp_storage_emulator.server import create_server
 
     peer = create_server("127.0.0.1", 0, in_memory=True, default_bucket="test")
     peer.start()
     try:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{peer._api._httpd.server_port}")
-        monkeypatch.setenv("SFT_OBSTORE", "0")  # it leaves out a header (Last-Modified) that obstore insists on
+        monkeypatch.setenv("SFT_OBSTORE", fast)
         monkeypatch.setattr(retries, "DEADLINE_S", 10.0)
         bucket = GcsStorage("gs://test/p")
         bucket.write("small", SMALL)
@@ -398,6 +402,7 @@ def test_an_independent_emulator_agrees(tmp_path: Path, monkeypatch: pytest.Monk
         assert {n: f.bytes for n, f in fresh.list().items()} == {"big": 9 << 20, "small": len(SMALL)}
         assert fresh.read("small") == SMALL
         assert fetch(fresh, tmp_path, "big") == bytes(9 << 20)
+        assert ("in place of obstore" in capsys.readouterr().out) == (fast == "1")
         fresh.remove("small")
         assert fresh.stat("small") is None
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.strings import first_names
-from sft.formats import elsewhere, identity, manifest, metrics, remote, steps
+from sft.formats import elsewhere, evaluations, identity, manifest, metrics, remote, steps
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest, StepManifest
 from sft.formats.remote import Remote, SyncMetrics
@@ -128,6 +128,8 @@ def _marks(train: Path) -> tuple[str, list[str]]:
             problems.append(f"{copy}: its name is not the hash of its content")
     for name in (steps.LATEST, steps.BEST):
         if not (train / name).is_file():
+            if name == steps.LATEST and steps.holds_steps(train):
+                problems.append(f"{train / name}: missing")
             continue
         step = steps.named_step(train, name)
         if step is None or not (step / manifest.NAME).is_file():
@@ -136,11 +138,23 @@ def _marks(train: Path) -> tuple[str, list[str]]:
     best = Best.read(train)
     if best is None and (train / steps.BEST).is_file():
         problems.append(f"{train / steps.BEST}: damaged: a step, a metric and a value are expected")
-    if best and best.metric == "validation_loss":
-        measured = [r.validation_loss for r in metrics.read_steps(train / metrics.NAME) if r.step == best.step]
-        if best.value not in measured:
-            problems.append(f"{train / steps.BEST}: {best.value} is not the validation loss of step {best.step}")
+    if best and best.value not in _measured(train, best):
+        problems.append(f"{train / steps.BEST}: {best.value} is not the {best.metric} of step {best.step}")
     return ", ".join(named) or "none", problems
+
+
+def _measured(train: Path, best: Best) -> list[float | None]:
+    """The values of BEST's metric that were measured of its step."""
+    found: list[float | None] = []
+    if best.metric == "validation_loss":
+        found += [r.validation_loss for r in metrics.read_steps(train / metrics.NAME) if r.step == best.step]
+    for scored in evaluations.read(train):
+        if scored.step == best.step:
+            found += [
+                s.value for task, all_ in scored.tasks.items() for m, s in all_.items() if best.metric == f"{task}/{m}"
+            ]
+            found += [scored.validation.loss] if scored.validation and best.metric == "validation/loss" else []
+    return found
 
 
 def _copy(sync: Path, cache: Path) -> tuple[str, list[str]]:

@@ -135,6 +135,8 @@ class ObstoreTransport:
             made = obstore.put(self.store, name, data, mode=mode, use_multipart=False)
         except (obstore.exceptions.BaseError, FileNotFoundError) as e:
             raise _as_status(e) from None
+        if not made.get("version"):
+            raise StatusError(0, "the answer to a write has no generation")
         return ObjectInfo(len(data), None, int(made["version"] or 0))
 
     def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
@@ -165,11 +167,51 @@ class TokenProvider:
         return {"token": self.credentials.token, "expires_at": expiry and expiry.replace(tzinfo=datetime.UTC)}
 
 
+class FallbackTransport:
+    """obstore until the first answer that it does not understand, then Google's client: some servers leave out headers that obstore needs.
+
+    A write whose answer was not understood may have arrived. Google's client then meets the generation that it made, which the caller
+    treats like any other writer's.
+    """
+
+    def __init__(self, fast: Transport, plain: Transport):
+        self.fast, self.plain, self.is_understood = fast, plain, True
+
+    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+        if self.is_understood:
+            try:
+                return self.fast.send(name, data, crc32c, generation)
+            except StatusError as error:
+                self._give_up(error)
+        return self.plain.send(name, data, crc32c, generation)
+
+    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+        if self.is_understood:
+            try:
+                return self.fast.fetch(name, generation, sink)
+            except StatusError as error:
+                self._give_up(error)
+            sink.seek()
+        return self.plain.fetch(name, generation, sink)
+
+    def _give_up(self, error: StatusError) -> None:
+        """Raises an error that has a status."""
+        if error.status:
+            raise error
+        if self.is_understood:  # other threads may have met it too
+            self.is_understood = False
+            print(
+                f"note: Google's client in place of obstore, which did not understand the bucket: {retries.redact(str(error))[:200]}",
+                flush=True,
+            )
+
+
 def fastest_transport(client: google.Client, bucket: google.Bucket) -> Transport:
-    """obstore if it is installed and SFT_OBSTORE is not 0, otherwise Google's client."""
+    """obstore if it is installed and SFT_OBSTORE is not 0, with Google's client behind it, otherwise Google's client alone."""
+    plain = GoogleTransport(bucket)
     if obstore is None or os.environ.get("SFT_OBSTORE") == "0":
-        return GoogleTransport(bucket)
-    return ObstoreTransport(client, bucket.name)
+        return plain
+    return FallbackTransport(ObstoreTransport(client, bucket.name), plain)
 
 
 def _as_status(error: Exception) -> Exception:
