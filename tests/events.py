@@ -105,6 +105,9 @@ def disorder(calls: Iterable[Call], leave: Iterable[str] = ()) -> list[str]:
                     for f, n in renamed.items()
                     if _within(f, top)
                 ]
+            problems += [
+                f"{n}: its folder was not flushed before {call.to}" for f, n in renamed.items() if _within(f, call.path)
+            ]
             renamed = {f.replace(call.path, call.to, 1) if _within(f, call.path) else f: n for f, n in renamed.items()}
             renamed[str(Path(call.to).parent)] = call.to
     problems += [f"{name}: its folder was never flushed" for name in renamed.values()]

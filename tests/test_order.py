@@ -86,7 +86,11 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path: Path) -> N
     events = Events(tmp_path, root)
     run(events, SAVE, str(root))
     calls = events.calls()
-    assert {Path(name).name for c in calls for name in (c.path, c.to)} >= {"rank0.pt", ".metadata", "__0_0.distcp.partial"}
+    assert {Path(name).name for c in calls for name in (c.path, c.to)} >= {
+        "rank0.pt",
+        ".metadata",
+        "__0_0.distcp.partial",
+    }
     assert disorder(calls) == []
     last = [c for c in calls if c.what == "rename"][-2:]
     assert [Path(c.to).name for c in last] == ["step1", "LATEST"]

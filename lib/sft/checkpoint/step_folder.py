@@ -207,9 +207,9 @@ def _describe(work: Path, shard_hashes: Mapping[str, str], world: World) -> tupl
 def _publish(work: Path, final: Path, step: int, described: Sequence[Sequence[Output]]) -> None:
     """Writes the manifest and renames the folder. `described`: the manifest entries of every rank."""
     outputs = sorted((output for part in described for output in part), key=lambda o: o.path)
-    StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)
-    for folder in (work / "model_and_optim", work / "train", work):
+    for folder in (work / "model_and_optim", work / "train"):
         sync_folder(folder)
+    StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)  # which flushes `work`
     if final.exists():  # an incomplete or foreign folder, which the resume skipped
         shutil.rmtree(to_trash(final))
     work.rename(final)
