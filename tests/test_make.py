@@ -303,6 +303,7 @@ def test_what_a_later_stage_lacks_is_reported_before_the_first_starts(workspace)
         ('preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nbase = "no/such"', "no file or folder 'no/such'"),
         ('tokenizer = "tok"', 'tokenizer = "tok"\ntemplate = "olmoo"', "olmoo"),
         ('tasks = ["one"]', 'tasks = ["onee"]', "did you mean 'one'?"),
+        ('tasks = ["one"]', 'tasks = ["../one"]', "'../one' is not a task name"),
     ):
         workspace.recipe("x", old, new)
         assert message in workspace.make("evaluate", "RECIPE=x", ok=False).stderr

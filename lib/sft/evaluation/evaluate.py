@@ -128,7 +128,7 @@ def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:
 def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -> tuple[Path, dict[str, Path | str]]:
     """The folder of tasks, and the data files that the recipe names (hub files as they are written). Raises SftError."""
     for name in options.tasks:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        if not inputs.TASK.fullmatch(name):
             raise SftError(f"{file}: [evaluate] tasks: {name!r} is not a task name; next: correct it")
     data = {
         name: path if inputs.is_remote(path) else find(path, f"[evaluate] data.{name}")

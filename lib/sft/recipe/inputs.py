@@ -137,10 +137,18 @@ def convert_files(convert: Convert, find: Callable[[str], Path]) -> list[tuple[s
     return [(convert.eval_template, find(convert.eval_template))] if is_template_file(convert.eval_template) else []
 
 
+TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""A task of lm-eval. Its name becomes the name of a file."""
+
+
 def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> None:
-    """Raises SftError for an unknown task that resembles one of task_dir. Other unknown names may be lm-eval's own tasks."""
+    """Raises SftError for what is no name of a task, and for an unknown task that resembles one of task_dir. Other unknown names may be
+    lm-eval's own tasks."""
     if evaluate.harness != "lm-eval":
         return
+    for task in evaluate.tasks:
+        if not TASK.fullmatch(task):
+            raise SftError(f"{file}: [evaluate] tasks: {task!r} is not a task name; next: correct it")
     local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
     for task in evaluate.tasks:
         if task not in local and (near := difflib.get_close_matches(task, local, n=1, cutoff=0.85)):
