@@ -157,9 +157,11 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
     return 0
 
 
-def arm(at: str, call: int, kind: str, thread: str = "") -> None:
-    """Makes a call of the function named `at` (in a thread whose name starts so) kill the job, send it SIGTERM first, or fail as
-    a full disk does."""
+def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None) -> None:
+    """Makes a call of the function named `at` (in a thread whose name starts so, on this rank) kill the job, send it SIGTERM first,
+    fail as a full disk does, or sleep for ever."""
+    if rank is not None and rank != int(os.environ.get("RANK", 0)):
+        return
     owner, name = at.rsplit(".", 1)
     target = pydoc.locate(owner)
     function = getattr(target, name)
@@ -169,6 +171,8 @@ def arm(at: str, call: int, kind: str, thread: str = "") -> None:
         if threading.current_thread().name.startswith(thread) and next(calls) == call:
             if kind == "kill":
                 os.killpg(0, signal.SIGKILL)
+            if kind == "sleep":
+                time.sleep(3600)
             if kind == "disk":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), signal.SIGTERM)

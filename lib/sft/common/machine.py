@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 
@@ -34,6 +35,11 @@ def visible_gpus() -> list[str]:
     else:
         devices = [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1", "NoDevFiles")]
     return [uuids[int(d)] if d.isdigit() and int(d) < len(uuids) else d for d in devices]
+
+
+def node_name() -> str:
+    """This machine as its scheduler names it, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def in_job() -> bool:

@@ -69,6 +69,13 @@ class Hardware:
         choices=("auto", "always", "never"),
         stages=("train",),
     )
+    hang_s: int = opt(
+        0,
+        "seconds without a finished step after which a training counts as hung and is run again; 0 = learnt from the run:"
+        " 10 times its longest step, 600 at least",
+        min=0,
+        stages=("train",),
+    )
     gpus: int = opt(
         -1,
         "GPUs that a job requests on each machine; -1 = all for train, one for evaluate, otherwise none",

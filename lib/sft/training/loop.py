@@ -10,6 +10,7 @@ step later.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
 from sft.recipe.schema import Train
 from sft.runner.stage import Stage
+from sft.training.hang import HangWatch
 from sft.training.metrics import MetricsWriter
 from sft.training.optim import Guard, clip, learning_rate
 from sft.training.saving import Saver
@@ -58,6 +60,7 @@ class Run:
     sources: list[str]
     saver: Saver
     stopwatch: Stopwatch | None = None  # with more than one rank
+    hang: HangWatch | None = None
     peak_tflops: float = 0.0  # of one GPU; 0 = not known, or a CPU
     marks_best: bool = False  # the step with the lowest validation loss is named in BEST
     tokens: int = 0  # consumed so far, padding excluded
@@ -245,6 +248,7 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     """Adds up the gradients of this rank's microbatches of a step. Returns the sum of their statistics."""
     loss_denominator, total = float(run.plan.num_targets(step)), None
     for number, batch in enumerate(batches, 1):
+        mark_part(run, f"microbatch {number} of {len(batches)}")
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
             run.model.set_requires_all_reduce(number == len(batches))
         loss, sums = forward(run, batch, loss_denominator, step)
@@ -263,6 +267,7 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     total = accumulate(run, step, batches)
+    mark_part(run, "update of the weights")
     if run.world.size > 1:
         dist.all_reduce(total)
     watched = Watched(groups) if (groups := run.watched(step)) else None
@@ -296,6 +301,8 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
             began = pending.ended
         pending = Readback(values, facts)
         stopping, requested, failed = (flag > 0 for flag in flags().tolist())
+        if run.hang is not None:
+            run.hang.finish_step(facts.step)
         if failed:
             saver.wait()  # raises on every rank
         due = Due.after(facts.step, run, stopping, requested)
@@ -311,12 +318,19 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
             best = find_best(run, facts.step, validation.loss) if validation and due.scheduled else None
             if metrics is not None:
                 metrics.seal(facts.step)
-            save(run, facts.step, best, ephemeral=not due.permanent)
+            with run.hang.paused() if run.hang is not None else contextlib.nullcontext():
+                save(run, facts.step, best, ephemeral=not due.permanent)
         began = mark(world.device)  # saving is not part of the next step's time
         if due.stop:
             saver.wait()
             raise Requeue
     saver.wait()
+
+
+def mark_part(run: Run, what: str) -> None:
+    """Notes what this rank does next, for the report of a hang."""
+    if run.hang is not None:
+        run.hang.mark(what)
 
 
 def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
@@ -365,6 +379,8 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
     imbalance = run.stopwatch.imbalance(facts.lap) if run.stopwatch is not None and facts.lap is not None else None
     saved = run.saver.finished()
     if metrics is not None:
+        for line in run.stopwatch.warnings(facts.step) if run.stopwatch is not None else ():
+            run.stage.log(line)
         seconds = between(began, pending.ended)
         cuda, validation = run.world.device.type == "cuda", facts.validation
         record = StepRecord(
@@ -426,10 +442,13 @@ def by_source(
 def validate(run: Run) -> Validation:
     """The loss of the held-out split."""
     assert run.validation is not None
+    mark_part(run, "validation")
     total = torch.zeros(1 + 2 * len(run.sources), dtype=torch.float64, device=run.world.device)
     for _, batches in run.validation:
         for batch in batches:
             total += forward(run, batch, 1.0)[1]
+            if run.hang is not None:
+                run.hang.finish_step(run.hang.step)  # a validation may take as long as many steps
     if isinstance(run.model, FSDPModule):
         run.model.reshard()  # the root keeps its full weights for a backward pass, which does not come here
     if run.world.size > 1:

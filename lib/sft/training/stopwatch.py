@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from sft.common.machine import node_name
 from sft.model.parallel import World
 
 Mark = float | torch.cuda.Event
@@ -41,6 +42,26 @@ def between(a: Mark, b: Mark) -> float:
     return float(a.elapsed_time(b)) / 1e3
 
 
+class Stragglers:
+    """Finds ranks that compute longer than the median rank, in the sum over WINDOW steps: packs differ from step to step, a slow
+    GPU or node does not."""
+
+    WINDOW, LIMIT = 50, 1.2
+
+    def __init__(self, ranks: int) -> None:
+        self._total, self._steps = torch.zeros(ranks), 0
+
+    def add(self, times: torch.Tensor) -> list[tuple[int, float]]:
+        """[(rank, its time over the median's)] at the end of a window, else []. `times` [ranks]: seconds of a step."""
+        self._total += times
+        self._steps += 1
+        if self._steps < self.WINDOW:
+            return []
+        ratios = (self._total / self._total.median()).tolist() if self._total.median() > 0 else []
+        self._total, self._steps = torch.zeros_like(self._total), 0
+        return [(rank, ratio) for rank, ratio in enumerate(ratios) if ratio > self.LIMIT]
+
+
 class Stopwatch:
     """Measures the forward passes of blocks."""
 
@@ -48,6 +69,9 @@ class Stopwatch:
         self.world = world
         self._open: Any = None
         self._lap: Lap = []
+        self.stragglers = Stragglers(world.size)
+        self.slow: list[tuple[int, float]] = []  # of the window that ended with the last step
+        self.hosts: list[str] = world.gather(node_name())
         for block in blocks:
             block.register_forward_pre_hook(self._start)
             block.register_forward_hook(self._stop)
@@ -66,9 +90,18 @@ class Stopwatch:
         lap, self._lap = self._lap, []
         return lap
 
+    def warnings(self, step: int) -> list[str]:
+        """A line for each rank that computed longer than the median one in the window that ended with this step."""
+        return [
+            f"warning: until step {step}, rank {rank} on {self.hosts[rank]} computed {ratio:.2f} times as long as the median rank"
+            f" in {Stragglers.WINDOW} steps; next: look at its GPU's clocks, or leave the node out"
+            for rank, ratio in self.slow
+        ]
+
     def imbalance(self, lap: Lap) -> float:
         """The imbalance of a step over all ranks. Every rank calls this, after the step has ended on its device."""
         times = torch.zeros(self.world.size)
         times[self.world.rank] = sum(between(start, end) for start, end in lap)
         self.world.sum(times)
+        self.slow = self.stragglers.add(times)
         return float(1 - times.mean() / times.max()) if times.max() else 0.0

@@ -46,6 +46,7 @@ from sft.runner.cli import RunOptions, parse_run
 from sft.runner.stage import Result, Stage, open_stage
 from sft.training import logs
 from sft.training.build import build_run
+from sft.training.hang import HangWatch
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import MetricsWriter
 from sft.training.sources import lost_sources, table
@@ -68,7 +69,9 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         save_tokenizer(stage)
         metrics = open_metrics(stage, run, start, attempt)
     try:
-        loop(run, start, metrics, stop)
+        run.hang = HangWatch(stage.out, start, world, stage.hardware.hang_s)
+        with contextlib.closing(run.hang):
+            loop(run, start, metrics, stop)
         uploaded = run.saver.send()
     except Requeue:
         if world.local_rank == 0:  # on every node, as each may have its own disk
