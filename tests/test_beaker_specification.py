@@ -178,6 +178,41 @@ def test_the_spec_says_what_gantry_run_would(place):
     assert "replicas" not in task and task["hostNetworking"] is False
 
 
+def test_a_secret_is_found_without_case_and_named_as_the_workspace_spells_it(place):
+    """OLMo-core #666: Beaker compares the names of secrets with case over gRPC, and without over HTTP."""
+    place.edit(
+        'TEST_SECRET = "{user}_SECRET"', 'TEST_SECRET = "{user}_Secret"\n[optional_secrets]\nOTHER = "{user}_NONE"'
+    )
+    assert place.launch("exit 0") in (0, 1)
+    environment = {e["name"]: e for e in place.experiment.body["tasks"][0]["envVars"]}
+    assert environment["TEST_SECRET"]["secret"] == "ann_SECRET" and "OTHER" not in environment
+    place.server.secrets["ANN_secret"] = "x"
+    with pytest.raises(SystemExit, match="has ANN_secret, ann_SECRET, which differ in case alone"):
+        place.launch("exit 1")
+
+
+def test_without_a_budget_the_workspaces_is_charged(place):
+    place.edit(f'budget = "{BUDGET}"\n', "")
+    made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
+    opened = scheduler.BeakerScheduler(made.folder, made.cluster)
+    assert "budget" not in yaml.safe_load(opened.render(made).partition("\n")[2])
+    assert not opened.missing("env/beaker-test.toml", False)
+
+
+def test_a_tracker_without_a_key_is_reported(place):
+    recipe_file = place.root / "recipes" / "x.toml"
+    recipe_file.write_text(
+        recipe_file.read_text().replace("[train]", '[train]\nwandb_project = "p"\ncomet_project = "c"')
+    )
+    place.edit('TEST_SECRET = "{user}_SECRET"', 'TEST_SECRET = "{user}_SECRET"\nCOMET_API_KEY = "{user}_secret"')
+    made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
+    rows = beaker.ask(doctor.Context(made.place, made.recipe, made.cluster)).rows
+    notes = [row for row in rows if "offline" in row.found]
+    assert [row.found for row in notes] == [
+        "no WANDB_API_KEY in ai2/team: wandb_project is recorded offline, in the training folder"
+    ]
+
+
 @pytest.mark.parametrize(
     ("written", "seconds"),
     [("24:00:00", 86400), ("1-00:00:00", 86400), ("2-03:04:05", 183845), ("24h", 86400), ("1h30m", 5400), ("90s", 90)],

@@ -79,7 +79,7 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
         ('storage = "/dev/null/none"', "", "", "storage", "cannot write to", "storage in env/here.toml"),
         ('storage = "{runs}/s"', TRAIN, TRAIN + "\nwarmup_fraction = 1.0", "warm-up", "never reached", "warmup_fraction="),
         (CLUSTER.replace("/weka/b/sft", "/other"), "", "", "storage", "none of the mounts", "env/here.toml"),
-        (CLUSTER.replace('budget = "ai2/money"', ""), "", "", "scheduler", "'budget' is missing", "env/here.toml"),
+        (CLUSTER.replace('image = "ann/image"', ""), "", "", "scheduler", "'image' is missing", "env/here.toml"),
         (CLUSTER, '"olmo3-tiny"', '"olmo3-32b"', "memory", "80.0 GB", "recompute=auto"),
         (CLUSTER, "tokens = 4096", "tokens = 5120", "batch", "8 x 512", "global_batch_tokens"),
         ('storage = "{runs}/s"', 'tasks = ["one"]', 'tasks = ["t"]\nharness = "olmo-eval"', "evaluation", "runs on Beaker", "CLUSTER"),

@@ -47,7 +47,9 @@ def test_the_bound_is_learnt_from_the_steps(tmp_path, monkeypatch):
 
 def hangs(folder, **fields):
     """Three ranks; rank 1 sleeps in the third step, where `at` is called. Returns (exit status, output)."""
-    process = start(folder, ranks=3, hardware={"microbatch_tokens": 128, "hang_s": 20}, global_batch_tokens=384, **fields)
+    process = start(
+        folder, ranks=3, hardware={"microbatch_tokens": 128, "hang_s": 20}, global_batch_tokens=384, **fields
+    )
     process.join(timeout=300)
     return process.exitcode, (folder / "log").read_text()
 
@@ -59,7 +61,9 @@ SLEEP = {"at": "sft.training.loop.clip", "call": 3, "kind": "sleep", "rank": 1}
 def test_a_rank_that_hangs_is_named_and_the_job_asks_to_be_run_again_once(folder):
     status, out = hangs(folder, fault=SLEEP, ephemeral_every=100)
     assert status == 75, out
-    assert re.search(r"hung: rank 1 on \S+: step 3, update of the weights, \S+training.py:\d+ in armed; no step for \d+ s", out)
+    assert re.search(
+        r"hung: rank 1 on \S+: step 3, update of the weights, \S+training.py:\d+ in armed; no step for \d+ s", out
+    )
     assert out.count("most recent call first") >= 3 and "it asks to be run again" in out
     assert (folder / "train/.requeue").exists() and (folder / "train/.hangs").read_text() == "0\n"
     status, out = hangs(folder, fault=SLEEP, ephemeral_every=100)
@@ -69,7 +73,9 @@ def test_a_rank_that_hangs_is_named_and_the_job_asks_to_be_run_again_once(folder
 
 @pytest.mark.processes
 def test_a_training_that_does_not_hang_is_left_alone(folder):
-    process = start(folder, ranks=2, hardware={"microbatch_tokens": 128, "hang_s": 60}, steps=4, validate_every=2, save_every=2)
+    process = start(
+        folder, ranks=2, hardware={"microbatch_tokens": 128, "hang_s": 60}, steps=4, validate_every=2, save_every=2
+    )
     out = finish(process, folder)
     assert "hung" not in out and len(records(folder)) == 4
 

@@ -163,3 +163,51 @@ def test_the_file_of_a_site_is_planned_and_examined(site, tmp_path, monkeypatch)
     examined = site_workspace.make("doctor", "RECIPE=x", f"CLUSTER={site}", ok=None).stdout
     red = [line for line in examined.splitlines() if line.startswith("RED")]
     assert all("sbatch" in line for line in red), examined
+
+
+HANGS_ON_N0 = """
+node = os.environ['SLURMD_NODENAME']
+print('attempt on', node, flush=True)
+seen = Path('seen').read_text().split() if Path('seen').exists() else []
+Path('seen').write_text(' '.join([*seen, node]))
+if node == 'n0' and len(seen) < 4:
+    print(f'[train] hung: rank 0 on {node}: step 3, update of the weights; no step for 700 s', flush=True)
+    sys.exit(75)
+"""
+
+
+@pytest.mark.slurm
+def test_a_node_that_failed_twice_is_avoided_by_the_requeued_job_and_by_the_next_one(workspace, monkeypatch):
+    program(workspace, "train", HANGS_ON_N0)
+    told = workspace.root / "told"
+    monkeypatch.setenv(
+        "SFT_ON_EVENT", f'echo "$SFT_EVENT $SFT_EVENT_RUN $SFT_EVENT_STAGE $SFT_EVENT_DETAIL" >>"{told}"'
+    )
+    out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm").stdout
+    seen = (workspace.root / "seen").read_text().split()
+    assert seen == ["n0", "n0", "n1"], out
+    assert [line for line in told.read_text().splitlines() if " x train " in line] == [
+        "start x train attempt 1 on n0", "requeue x train exit status 75, failed on n0",
+        "start x train attempt 2 on n0", "requeue x train exit status 75, failed on n0",
+        "start x train attempt 3 on n1", "end x train ",
+    ]  # fmt: skip
+    assert "told" not in (workspace.root / "runs/x/.jobs/train.sbatch").read_text()
+    failures = workspace.root / "runs/x/.jobs/failed-nodes"
+    assert f"--- without n0, which failed twice: {failures}" in out
+    assert [line.split()[0] for line in failures.read_text().splitlines()] == ["n0", "n0"]
+    (workspace.root / "runs/x/train/manifest.json").unlink()
+    assert "#SBATCH --exclude=n0\n" in workspace.make("dry-run", "RECIPE=x", "CLUSTER=slurm").stdout
+    failures.unlink()
+    assert "--exclude" not in workspace.make("dry-run", "RECIPE=x", "CLUSTER=slurm").stdout
+
+
+@pytest.mark.slurm
+def test_a_killed_task_counts_for_its_node_and_an_error_of_the_user_does_not(workspace):
+    failures = workspace.root / "runs/x/.jobs/failed-nodes"
+    program(workspace, "prepare", "sys.exit('[prepare] error: no such file; next: correct it')")
+    workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
+    assert not failures.exists()
+    program(workspace, "prepare", "os.kill(os.getpid(), signal.SIGKILL)")
+    workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
+    node, job, *rest = failures.read_text().split()
+    assert node in ("n0", "n1") and job == record(workspace, "prepare").job and rest[-1] == "137"

@@ -192,7 +192,7 @@ class Cluster:
     )
     clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]', launchers=BEAKER)
     workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default", launchers=BEAKER)
-    budget: str = opt("", "Beaker budget, org/name", launchers=BEAKER)
+    budget: str = opt("", "Beaker budget, org/name; empty = the workspace's", launchers=BEAKER)
     priority: str = opt(
         "normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"), launchers=BEAKER
     )
@@ -215,6 +215,11 @@ class Cluster:
         " its image or module has; empty = PyPI's where make runs on a GPU, otherwise one for the CPU",
     )
     python: str = opt("", "Python that set-up makes the environment from, e.g. python3.12; empty = PYTHON of make")
+    on_event: str = opt(
+        "",
+        "command, or address of a webhook, that is told when a job starts, ends, fails or is queued again; empty = none",
+        launchers=SLURM,
+    )
     env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
     data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER)
     code: str = opt(

@@ -124,7 +124,9 @@ class HangWatch:
         if mine.rank == min(r.rank for r in reports):
             for line in verdict(reports, self.world.size, waited):
                 print(f"[train] {line}", flush=True)
-            second = f"a second hang from step {self.start}: not run again; next: read the stacks in {self.out / 'logs'}"
+            second = (
+                f"a second hang from step {self.start}: not run again; next: read the stacks in {self.out / 'logs'}"
+            )
             print(f"[train] {'it asks to be run again' if again else second}", flush=True)
         time.sleep(1.0)  # all have read the list before it gets a line
         with contextlib.suppress(OSError):
@@ -188,7 +190,9 @@ def verdict(reports: Sequence[Report], ranks: int, waited_s: float) -> list[str]
     silent = sorted(set(range(ranks)) - {r.rank for r in reports})
     if silent:
         names = ", ".join(map(str, silent))
-        return [f"hung: no step for {waited_s:.0f} s; rank{'s' * (len(silent) > 1)} {names} did not answer"] + [str(r) for r in reports[:1]]
+        return [f"hung: no step for {waited_s:.0f} s; rank{'s' * (len(silent) > 1)} {names} did not answer"] + [
+            str(r) for r in reports[:1]
+        ]
     least = min(r.parts for r in reports)
     behind = [r for r in reports if r.parts == least]
     suspects = [r for r in behind if not r.waits] or behind

@@ -24,7 +24,7 @@ def check(context: Context) -> Iterator[Row]:
         specification.check_cluster(context.place.cluster, cluster)
         for stage in set(context.stages) & set(cluster.stages):
             specification.check_time(context.recipe, context.place.cluster, stage)
-        where = f"{', '.join(cluster.clusters)}, workspace {cluster.workspace}, budget {cluster.budget}"
+        where = f"{', '.join(cluster.clusters)}, workspace {cluster.workspace}, budget {cluster.budget or 'of the workspace'}"
         yield Row(OK, "scheduler", f"Beaker: {where}")
         shipped = code.describe(plan.REPO, cluster.code)
         source = f"from {shipped.repository}" if shipped.repository else "as a Beaker dataset"
@@ -48,6 +48,7 @@ def ask(context: Context) -> SchedulerAnswer:
     try:
         asked = BeakerScheduler(context.run / FOLDER, cluster)
         problems, gpus = asked.missing(context.file, harness), asked.gpus()
+        keys = asked.absent_keys(wanted_keys(context)) if context.needs("train") else []
     except (SftError, LostConnection) as e:
         return SchedulerAnswer("", (red("secrets", e),))
     kinds = {kind for _, kind in gpus.values()}
@@ -58,7 +59,19 @@ def ask(context: Context) -> SchedulerAnswer:
     if not problems:
         secrets = ", ".join(paths.for_user(s) for s in cluster.secrets.values()) or "none"
         rows.append(Row(OK, "secrets", f"{secrets}; workspace, budget, image and clusters exist"))
+    rows += [
+        Row(NOTE, "secrets", f"no {key} in {cluster.workspace}: {field} is recorded offline, in the training folder",
+            f"beaker secret write --workspace {cluster.workspace} NAME, and [optional_secrets] {key} = \"NAME\" in {context.file}")
+        for field, key in keys
+    ]  # fmt: skip
     return SchedulerAnswer(kinds.pop() if len(kinds) == 1 else "", tuple(rows))
+
+
+def wanted_keys(context: Context) -> dict[str, str]:
+    """{field of [train]: variable with its API key} of the trackers that the recipe uses."""
+    train = context.recipe.train
+    used = {"wandb_project": "WANDB_API_KEY", "comet_project": "COMET_API_KEY"}
+    return {field: key for field, key in used.items() if getattr(train, field)}
 
 
 def _gpus(context: Context, gpus: dict[str, NodeGpus]) -> list[Row]:

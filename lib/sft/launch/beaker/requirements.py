@@ -16,6 +16,7 @@ from beaker.exceptions import (
 )
 
 from sft.common import paths
+from sft.common.errors import SftError
 from sft.launch.beaker import specification
 from sft.recipe.schema import Cluster
 
@@ -43,7 +44,8 @@ def missing(client: Beaker, cluster: Cluster, file: str, harness: bool) -> Itera
         yield f"{file}: 'workspace' = {cluster.workspace!r}: no such workspace, or none that you may use"
         workspace = None
     try:
-        client.workspace.resolve_budget_id(cluster.budget)
+        if cluster.budget:  # without one, the workspace's own is charged
+            client.workspace.resolve_budget_id(cluster.budget)
     except BeakerBudgetNotFound:
         yield f"{file}: 'budget' = {cluster.budget!r}: no such budget"
     for field in ("image", *(["evaluate_image"] if harness else [])):
@@ -75,7 +77,7 @@ def _missing_secrets(
     for field in ("secrets", *(["evaluate_secrets"] if harness else [])):
         for variable, secret in getattr(cluster, field).items():
             secret = paths.for_user(secret)
-            if not has_secret(client, secret, workspace):
+            if secret_name(client, secret, workspace) is None:
                 yield (
                     f"{file}: '{field}': {variable} = {secret!r}: the workspace {cluster.workspace} has no such secret"
                     f" (beaker secret write --workspace {cluster.workspace} {secret})"
@@ -93,10 +95,21 @@ def node_gpus(client: Beaker) -> dict[str, NodeGpus]:
     return found
 
 
-def has_secret(client: Beaker, name: str, workspace: pb2.Workspace) -> bool:
-    """Whether the workspace has a secret of this name."""
+def secret_name(client: Beaker, name: str, workspace: pb2.Workspace) -> str | None:
+    """The workspace's secret of this name, as the workspace spells it; None for none.
+
+    Beaker compares names without case when it reads a value over HTTP and with case over gRPC (OLMo-core #666), so a file may
+    spell a name in a way that only one of them finds. No value is read. Raises SftError for several that differ in case alone.
+    """
     try:
-        client.secret.get(name, workspace=workspace)
+        return str(client.secret.get(name, workspace=workspace).name)
     except BeakerSecretNotFound:
-        return False
-    return True
+        found = sorted(
+            {s.name for s in client.secret.list(workspace=workspace) if s.name.casefold() == name.casefold()}
+        )
+    if len(found) > 1:
+        raise SftError(
+            f"the secret {name!r}: {workspace.name} has {', '.join(found)}, which differ in case alone; next: name one of them in"
+            " the cluster's file"
+        )
+    return found[0] if found else None

@@ -9,6 +9,7 @@ are checked before anything is uploaded.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -18,6 +19,7 @@ from beaker import beaker_pb2 as pb2
 from beaker.exceptions import BeakerWorkloadNotFound
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from sft.common import paths
 from sft.common.errors import SftError
 from sft.launch.beaker import code, connection, harnesses, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
@@ -59,6 +61,18 @@ class BeakerScheduler:
         """What the cluster's file names and Beaker does not have, one line each. Raises SftError or LostConnection."""
         with client_errors():
             return list(requirements.missing(self.client, self.cluster, file, harness))
+
+    def absent_keys(self, keys: Mapping[str, str]) -> list[tuple[str, str]]:
+        """The (field, variable) of `keys` for which the job would have no secret. Raises SftError or LostConnection."""
+        named = {**self.cluster.optional_secrets, **self.cluster.secrets}
+        with client_errors():
+            workspace = self.client.workspace.get(self.cluster.workspace)
+            return [
+                (field, key)
+                for field, key in keys.items()
+                if key not in named
+                or requirements.secret_name(self.client, paths.for_user(named[key]), workspace) is None
+            ]
 
     def gpus(self) -> dict[str, NodeGpus]:
         """The GPUs of a node of each of the file's clusters, where Beaker knows them. Raises SftError or LostConnection."""

@@ -77,7 +77,7 @@ def _bad_values(cluster: schema.Cluster) -> Iterator[str]:
             duration(getattr(cluster, field) or "0s")
         except SftError as e:
             yield f"'{field}' = {str(e).partition('; next: ')[0]}"
-    for field in ("clusters", "workspace", "budget", "image", "runs"):
+    for field in ("clusters", "workspace", "image", "runs"):
         if not getattr(cluster, field):
             yield f"'{field}' is missing: a Beaker job needs it"
     if not cluster.preemptible and not (cluster.min_runtime or cluster.time):
@@ -300,7 +300,9 @@ def task(
 def wrap(job: Job, tasks: list[BeakerTaskSpec]) -> BeakerExperimentSpec:
     """The experiment of these tasks. Its description names what is made, so that a lost submission is recognised."""
     spec = BeakerExperimentSpec(
-        budget=job.cluster.budget, tasks=tasks, description=f"olmo-sft {job.stage} of {job.run.name} {job.identity}"
+        budget=job.cluster.budget or None,
+        tasks=tasks,
+        description=f"olmo-sft {job.stage} of {job.run.name} {job.identity}",
     )
     return spec.with_retries(job.cluster.retries) if job.cluster.retries else spec
 

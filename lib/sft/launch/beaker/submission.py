@@ -9,12 +9,11 @@ from beaker import Beaker, BeakerExperimentSpec
 from beaker import beaker_pb2 as pb2
 from beaker.exceptions import BeakerExperimentConflict, BeakerWorkloadNotFound, HTTPError, RequestException
 
-from sft.common import paths
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.launch.beaker import code, harnesses, specification
 from sft.launch.beaker.datasets import DatasetUploads
-from sft.launch.beaker.requirements import has_secret
+from sft.launch.beaker.requirements import secret_name
 from sft.launch.beaker.states import has_ended
 from sft.launch.job import Job
 from sft.runner import plan
@@ -28,7 +27,7 @@ def submit(client: Beaker, job: Job, uploads: DatasetUploads) -> str:
     workspace = client.workspace.get(job.cluster.workspace)
     user = specification.user()
     spec = _upload_and_specify(job, user, uploads, workspace)
-    _leave_out_absent_secrets(client, job, spec, workspace)
+    _name_secrets(client, spec, workspace)
     for attempt in range(ATTEMPTS):
         if id := _create(client, spec, specification.name_of(job, attempt), user, workspace):
             return id
@@ -56,12 +55,18 @@ def _upload_and_specify(job: Job, user: str, uploads: DatasetUploads, workspace:
     return specification.experiment(job, shipped, user)
 
 
-def _leave_out_absent_secrets(client: Beaker, job: Job, spec: BeakerExperimentSpec, workspace: pb2.Workspace) -> None:
-    """Removes the optional secrets that the workspace does not have from the specification."""
-    names = {paths.for_user(s) for s in job.cluster.optional_secrets.values()}
-    absent = {name for name in names if not has_secret(client, name, workspace)}
+def _name_secrets(client: Beaker, spec: BeakerExperimentSpec, workspace: pb2.Workspace) -> None:
+    """Gives the secrets in the specification the workspace's spelling, and leaves out those that it does not have: optional ones,
+    since the others were checked."""
     for task in spec.tasks:
-        task.env_vars = [v for v in task.env_vars or [] if v.secret not in absent]
+        kept = []
+        for variable in task.env_vars or []:
+            if variable.secret:
+                variable.secret = secret_name(client, variable.secret, workspace)
+                if variable.secret is None:
+                    continue
+            kept.append(variable)
+        task.env_vars = kept
 
 
 def _create(client: Beaker, spec: BeakerExperimentSpec, name: str, user: str, workspace: pb2.Workspace) -> str | None:

@@ -7,7 +7,7 @@ import re
 import shlex
 import subprocess
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sft.common.errors import SftError
 from sft.common.process import AGAIN
@@ -28,9 +28,11 @@ class UnknownJob(SftError):
     """The controller never knew this job, or has forgotten it."""
 
 
-def run(*command: str) -> str:
-    """Runs one of Slurm's commands and returns what it printed. Raises LostConnection, UnknownJob, or SftError."""
+def run(*command: str, variables: Mapping[str, str] | None = None) -> str:
+    """Runs one of Slurm's commands and returns what it printed. `variables`: more of its environment, which sbatch gives to
+    the job. Raises LostConnection, UnknownJob, or SftError."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(NOT_INHERITED) or k == "SLURM_CONF"}
+    env |= variables or {}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, env=env, check=False)
     except FileNotFoundError:

@@ -20,7 +20,8 @@ from sft.recipe.schema import Cluster, Hardware
 
 LOG = r"""
 attempt=$((${SLURM_RESTART_COUNT:-0} + 1)) ended="$job.exit"
-exec >>"$job.attempt-$(printf %02d "$attempt").log" 2>&1
+log="$job.attempt-$(printf %02d "$attempt").log"
+exec >>"$log" 2>&1
 rm -f "$ended" # of an attempt that Slurm itself put back into the queue
 """
 PROLOGUE = r"""set -eE
@@ -37,6 +38,8 @@ if [ "$SFT_NODES" -gt 1 ]; then # the first node finds its interface by its rout
     SFT_PEER=$(scontrol show node --oneliner "$peer" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     export SFT_PEER
 fi
+notice() { [ -z "${SFT_ON_EVENT:-}" ] || .venv/bin/python -m sft.launch.notice "$1" "${event[@]}" "$SLURM_JOB_ID" "$2"; }
+notice start "attempt $attempt on $SLURM_JOB_NODELIST"
 task=""
 trap '[ -z "$task" ] || kill -USR1 "$task"' USR1 # time is nearly up: srun forwards the signal
 echo "--- attempt $attempt of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date -u +%FT%TZ)"
@@ -47,19 +50,37 @@ task=$!
 trap : TERM                    # Slurm has signalled the tasks itself: wait until they have saved
 status=0
 while kill -0 "$task" 2>/dev/null; do wait "$task" && status=0 || status=$?; done
+# The node that failed: where a rank hung, or, after a kill or an error of the hardware, where the first task ended.
+seek=""
+if grep -q 'hung: rank [0-9]* on ' "$log"; then
+    seek='s/.*hung: rank [0-9]+ on ([^ ,:]+):.*/\1/p'
+elif { [ "$status" -gt 128 ] && [ "$status" != 143 ]; } || { [ "$status" != 75 ] && grep -qE 'CUDA error|HIP error|uncorrectable|Bus error' "$log"; }; then
+    seek='s/^srun: error: ([^:,[]+): task.*/\1/p'
+fi
+node=$([ -z "$seek" ] || sed -nE "$seek" "$log" | head -n 1)
+[ "$status" = 0 ] || [ -z "$node" ] || echo "$node $SLURM_JOB_ID attempt $attempt exit $status" >>"$failures"
+bad=$(awk '++seen[$1] == 2 {printf "%s%s", comma, $1; comma = ","}' "$failures" 2>/dev/null)
 # 75: saved, run me again; 143: ended by SIGTERM. Requeue, unless Slurm is ending the job (cancelled, or requeued already).
 case "$status" in 75 | 143)
     for _ in 1 2 3 4 5 6; do if state=$(squeue -h -j "$SLURM_JOB_ID" -o %T); then break; else sleep 10; fi; done
     if [ "$state" = RUNNING ]; then
         echo "--- stopped early (exit status $status): back into the queue"
-        trap - TERM
-        scontrol requeue "$SLURM_JOB_ID" && sleep 600 # until Slurm ends this attempt
+        trap '' TERM # Slurm ends this attempt; only then may the nodes of the next one be changed
+        notice requeue "exit status $status${node:+, failed on $node}"
+        if scontrol requeue "$SLURM_JOB_ID"; then
+            [ -z "$bad" ] || { echo "--- without $bad, which failed twice: $failures"; scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad"; }
+            trap - TERM
+            sleep 600 # until Slurm ends this attempt
+        fi
     fi ;;
 esac
+if [ "$status" = 0 ]; then notice end ""; else notice failure "exit status $status${node:+, failed on $node}"; fi
 echo "$status" >"$ended"
 exit "$status"
 """
 
+FAILURES = "failed-nodes"
+"""In runs/<run>/.jobs: a line for each failure, "<node> <job> attempt <n> exit <status>". Jobs avoid a node with two."""
 VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
 """The start of a variable in a word of the shell."""
 
@@ -71,7 +92,10 @@ def job_script(job: Job, name: str, folder: Path) -> str:
     lines += ["#SBATCH --exclusive"] * takes_nodes(job.cluster, job.hardware, job.gpus) + ["#SBATCH --requeue"]
     lines += [extra_directive(text) for text in (*job.cluster.sbatch, *job.hardware.sbatch)]
     number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if part else '"$SLURM_JOB_ID"'
-    body = [f"job={shlex.quote(str(folder / f'{name}-'))}{number}"]
+    body = [
+        f"job={shlex.quote(str(folder / f'{name}-'))}{number}",
+        f"failures={shlex.quote(str(folder / FAILURES))}",
+    ]
     title = f"# {job.stage} of the run {job.run.name}; by hand: {_by_hand(job, name, folder)}"
     prologue = PROLOGUE % "\n".join(job.cluster.prologue) if job.cluster.prologue else ""
     return "\n".join(["#!/bin/bash", title, *lines, "", *body]) + LOG + prologue + _commands(job, part) + SCRIPT
@@ -80,6 +104,7 @@ def job_script(job: Job, name: str, folder: Path) -> str:
 def _commands(job: Job, part: bool) -> str:
     """The lines that set the cluster's variables, srun's options and the command that each node runs."""
     lines = [f"export {variable}={shlex.quote(value)}" for variable, value in job.cluster.env.items()]
+    lines.append(f"event=({shlex.join([job.run.name, job.stage])})")
     if job.shards:
         lines.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
     for text in job.cluster.srun:
@@ -107,9 +132,21 @@ def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
         "nodes": 1 if part else job.nodes,
         "ntasks-per-node": 1,
         **resources(cluster, hardware, job.gpus),
+        "exclude": ",".join(failed_nodes(folder)),
         "array": f"0-{job.shards - 1}" if part else "",
         "signal": f"B:USR1@{cluster.notice_s}" if signalled else "",
     }
+
+
+def failed_nodes(folder: Path) -> list[str]:
+    """The nodes on which jobs of this run failed twice or more. `folder` is runs/<run>/.jobs."""
+    try:
+        nodes = [
+            line.split()[0] for line in (folder / FAILURES).read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except OSError:
+        return []
+    return sorted({node for node in nodes if nodes.count(node) > 1})
 
 
 def takes_nodes(cluster: Cluster, hardware: Hardware, gpus: int) -> bool:

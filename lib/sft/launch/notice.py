@@ -1,0 +1,49 @@
+"""Tells a person what happens to a job: python -m sft.launch.notice EVENT RUN STAGE JOB [DETAIL]
+
+In:  SFT_ON_EVENT, which launchers set from `on_event` of the cluster's file: a command, or the address of a webhook.
+Out: the command runs with SFT_EVENT, SFT_EVENT_RUN, SFT_EVENT_STAGE, SFT_EVENT_JOB and SFT_EVENT_DETAIL; a webhook gets them as
+     JSON with a `text`, as Slack, Mattermost and Discord's /slack addresses read it. EVENT: start, end, failure, requeue.
+
+A notice that fails prints a warning and never fails a job: the exit status is 0. Standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+
+TIMEOUT_S = 20.0
+EVENTS = ("start", "end", "failure", "requeue")
+
+
+def send(target: str, event: str, run: str, stage: str, job: str, detail: str = "") -> str:
+    """Sends a notice. Returns the problem, or ""."""
+    facts = {"event": event, "run": run, "stage": stage, "job": job, "detail": detail}
+    try:
+        if target.startswith(("https://", "http://")):
+            text = f"olmo-sft: {stage} of {run}: {event} (job {job}{', ' + detail if detail else ''})"
+            body = json.dumps({"text": text, **facts}).encode()
+            request = urllib.request.Request(target, body, {"Content-Type": "application/json"})
+            urllib.request.urlopen(request, timeout=TIMEOUT_S).close()
+            return ""
+        variables = {"SFT_EVENT": event, **{f"SFT_EVENT_{k.upper()}": v for k, v in facts.items() if k != "event"}}
+        done = subprocess.run(["bash", "-c", target], env={**os.environ, **variables}, timeout=TIMEOUT_S, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        return f"{type(error).__name__}: {error}".replace(target, "on_event")  # the address of a webhook is a secret
+    return f"exit status {done.returncode}" if done.returncode else ""
+
+
+def main(words: list[str]) -> int:
+    if len(words) not in (4, 5) or words[0] not in EVENTS:
+        sys.exit(f"usage: python -m sft.launch.notice {'|'.join(EVENTS)} RUN STAGE JOB [DETAIL]")
+    target = os.environ.get("SFT_ON_EVENT", "")
+    if target and (problem := send(target, *words)):
+        print(f"warning: the notice of {words[0]} was not sent: {problem}; next: check on_event", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
