@@ -47,7 +47,12 @@ install_torch() { # a GPU gets PyPI's CUDA build ('===': never a local CPU wheel
     image) .venv/bin/python -c 'import torch; print(torch.__version__)' ;;
     *+*) build "$TORCH" ;;
     ?*) pip "torch===$TORCH" ;;
-    *) if has_gpu; then pip "torch===$torch"; else build "$torch+cpu" || pip "torch===$torch"; fi ;;
+    *)
+        if [ -e /dev/kfd ] && ! [ -e /dev/nvidiactl ]; then
+            echo "error: this machine has AMD's GPUs, and PyPI's torch is for NVIDIA's; next: TORCH=$torch+rocm… make setup, or TORCH=$torch+cpu" >&2
+            return 1
+        elif has_gpu; then pip "torch===$torch"; else build "$torch+cpu" || pip "torch===$torch"; fi
+        ;;
     esac
 }
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sft.common import machine as machine_facts
 from sft.common.errors import SftError
 from sft.evaluation import evaluate
 from sft.model import gpus
@@ -103,3 +104,46 @@ def test_a_cluster_of_gpus_stops_training_here_before_it_reads_data(workspace):
     env = {**os.environ, "PYTHONPATH": "lib"}
     done = subprocess.run(command, cwd=workspace.root, env=env, capture_output=True, text=True)
     assert done.returncode == 1 and "2 requested by env/node.toml" in done.stderr
+
+
+@pytest.fixture
+def amd(monkeypatch, tmp_path):
+    """amd(gpu_id of each node of the kernel's list, minors of render devices that are there): a machine with AMD's driver."""
+
+    def make(ids, devices=()):
+        for number, gpu_id in enumerate(ids):
+            node = tmp_path / "nodes" / str(number)
+            node.mkdir(parents=True)
+            (node / "gpu_id").write_text(f"{gpu_id}\n")
+            (node / "properties").write_text(f"cpu_cores_count 0\nsimd_count 440\ndrm_render_minor {128 + number}\n")
+        (tmp_path / "dri").mkdir()
+        for minor, mode in devices:
+            (tmp_path / "dri" / f"renderD{minor}").touch(mode)
+        monkeypatch.setattr(machine_facts, "KFD", tmp_path / "nodes")
+        monkeypatch.setattr(machine_facts, "NVIDIA", tmp_path / "none")
+        monkeypatch.setattr(machine_facts, "DRI", tmp_path / "dri")
+        for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+
+    return make
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has NVIDIA's GPUs")
+def test_amd_gpus_are_counted_by_the_kernels_list(amd, monkeypatch):
+    """LUMI's node: four CPU nodes, whose gpu_id is 0, and eight GPUs."""
+    amd([0, 0, 0, 0, 51234, 51235, 51236, 51237, 4, 5, 6, 7])
+    assert machine_facts.visible_gpus() == [str(n) for n in range(8)]
+    for name, value, seen in (("CUDA", "0,1,2", 3), ("ROCR", "4,5", 2), ("HIP", "", 0)):
+        monkeypatch.setenv(f"{name}_VISIBLE_DEVICES", value)
+        assert machine_facts.gpus() == seen, name
+
+
+def test_torch_for_nvidia_on_amd_is_named(machine, monkeypatch):
+    machine(visible=8, cuda="13.0")
+    monkeypatch.setattr(gpus, "amd_gpus", lambda: ["0"])
+    with pytest.raises(SftError, match=r"built for CUDA 13.0, and the GPUs are AMD's; next: name a build for ROCm"):
+        gpus.check_gpus(8, Cluster(storage=""), FILE)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.1.2")
+    with pytest.raises(SftError, match=r"built for ROCm 7.1.2; next: check rocm-smi"):
+        gpus.check_gpus(8, Cluster(storage=""), FILE)

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+NVIDIA, KFD, DRI = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes"), Path("/dev/dri")
+
 
 def cores() -> int:
     """The number of CPU cores this process may use."""
@@ -20,21 +22,44 @@ def gpus() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs this process may use: those of CUDA_VISIBLE_DEVICES, otherwise all NVIDIA devices.
+    """The GPUs this process may use: those of CUDA_VISIBLE_DEVICES (on AMD, HIP's or ROCr's variable), otherwise all.
 
-    A GPU is named by its UUID where the driver lists it, otherwise by its number.
+    A GPU is named by its UUID where NVIDIA's driver lists it, otherwise by its number.
     """
     uuids = []
-    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+    for file in sorted(NVIDIA.glob("*/information")):
         uuids += [
             line.split(":", 1)[1].strip() for line in file.read_text().splitlines() if line.startswith("GPU UUID")
         ]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    amd = amd_gpus()
+    names = ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES") if amd else ()
+    visible = next((os.environ[n] for n in (*names, "CUDA_VISIBLE_DEVICES") if n in os.environ), None)
     if visible is None:
-        devices = [device.name.removeprefix("nvidia") for device in Path("/dev").glob("nvidia[0-9]*")]
+        devices = [device.name.removeprefix("nvidia") for device in Path("/dev").glob("nvidia[0-9]*")] or amd
     else:
         devices = [d.strip() for d in visible.split(",") if d.strip() not in ("", "-1", "NoDevFiles")]
     return [uuids[int(d)] if d.isdigit() and int(d) < len(uuids) else d for d in devices]
+
+
+def amd_gpus() -> list[str]:
+    """The numbers of the AMD GPUs that this process may open: nodes of the kernel's list with a GPU, which a CPU has not.
+
+    A job's control group may hide some of them: their render devices cannot be opened then.
+    """
+    found = []
+    for node in sorted(KFD.glob("*"), key=lambda p: int(p.name) if p.name.isdigit() else -1):
+        try:
+            if int((node / "gpu_id").read_text()) == 0:
+                continue
+            facts = dict(
+                line.split(maxsplit=1) for line in (node / "properties").read_text().splitlines() if " " in line
+            )
+        except (OSError, ValueError):  # a node that this job may not read
+            continue
+        device = DRI / f"renderD{facts.get('drm_render_minor', '')}"
+        if not device.exists() or os.access(device, os.R_OK | os.W_OK):
+            found.append(str(len(found)))
+    return found
 
 
 def node_name() -> str:

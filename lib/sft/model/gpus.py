@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from sft.common.errors import SftError
-from sft.common.machine import visible_gpus
+from sft.common.machine import amd_gpus, visible_gpus
 from sft.model.utilisation import peak_tflops
 from sft.recipe.schema import Cluster
 
@@ -66,6 +66,10 @@ def _reason(visible: list[str]) -> str:
         return "it is a build for the CPU; next: delete .venv and run make setup on a machine that has the GPUs"
     if not visible:
         return "no GPU is visible to this process; next: check nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if amd_gpus():
+        if torch.version.hip:
+            return f"it is built for ROCm {built}; next: check rocm-smi, and that this user may open /dev/kfd"
+        return f"it is built for CUDA {built}, and the GPUs are AMD's; next: name a build for ROCm as torch in the cluster's file"
     driver = driver_version()
     if driver is None:
         return f"it is built for CUDA {built}, and {DRIVER} names no driver; next: check nvidia-smi"

@@ -211,7 +211,7 @@ class Cluster:
     )
     torch: str = opt(
         "",
-        "build of torch that set-up installs for this cluster, e.g. 2.13.0+cu129 or 2.13.0+rocm7.1; image = the one that"
+        "build of torch that set-up installs for this cluster, e.g. 2.13.0+cu129; image = the one that"
         " its image or module has; empty = PyPI's where make runs on a GPU, otherwise one for the CPU",
     )
     python: str = opt("", "Python that set-up makes the environment from, e.g. python3.12; empty = PYTHON of make")
