@@ -46,7 +46,7 @@ def amd_gpus() -> list[str]:
 
     A job's control group may hide some of them: their render devices cannot be opened then.
     """
-    found = []
+    found: list[str] = []
     for node in sorted(KFD.glob("*"), key=lambda p: int(p.name) if p.name.isdigit() else -1):
         try:
             if int((node / "gpu_id").read_text()) == 0:
