@@ -144,7 +144,7 @@ flip: | $(TOOLS) ## a bit, a cut and a deletion, N=3 of each, in every kind of f
 	@$(PY) tests/flip.py $(call quote,$(or $(N),3)) $(call quote,$(ONLY))
 record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a change of code that keeps bytes and files readable or raised a version number
 	@$(PY) tests/versions.py
-bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-templates bench-evaluate bench-methods; each ends in one JSON line
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line
 	$(PY) benchmarks/bench_$*.py
 nightly: ; env/nightly.sh ## what cron runs: make smoke in a clean clone, with runs of its own
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with

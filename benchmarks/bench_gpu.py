@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -34,9 +35,12 @@ from torch._dynamo.exc import TorchDynamoException
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.data.dataset_writer import DatasetWriter
+from sft.formats.adapter import Adapter
 from sft.model import attention, memory, utilisation
+from sft.model.adapters import FLOATS, add_adapters, start_adapters, trained_parameters
 from sft.model.model import Transformer, compile_blocks, initial_values
 from sft.model.parallel import World, context_group, join, shard
+from sft.model.trained import lora_targets
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, context_groups
@@ -134,6 +138,7 @@ def measure(
         steps=args.steps + 1 + args.profile,
         precision="bf16" if world.device.type == "cuda" else "fp32",
         optimizer=args.optimizer,
+        **getattr(args, "train", {}),
     )
     assert context_groups(config, train, hardware, world.size) == groups
     room = memory.plan(config, train, hardware, world.size, world.memory_gb)
@@ -147,6 +152,9 @@ def measure(
     )
     with torch.device("meta"):
         model: torch.nn.Module = Transformer(config)
+    if train.method == "lora":
+        adapter = Adapter("random", train.lora_rank, train.lora_alpha, train.lora_rslora, train.precision)
+        add_adapters(model, lora_targets(config, train), adapter, FLOATS[train.precision])
     blocks = list(model.get_submodule("blocks").children())
     modes = memory.layer_modes(config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, degree)
@@ -159,17 +167,19 @@ def measure(
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
+    start_adapters(model, train.seed)
     optimizer, guard = build_adamw(model, train, compiled), Guard(0.0, world.device)
     watch = Stopwatch(blocks, world) if world.size > 1 and not compiled else None
     cuda = world.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    totals, marks, expected, waited, kernels = [], [], [], [], []
+    totals, marks, cpu, expected, waited, kernels = [], [], [], [], [], []
     for step, batches in loader:
         if step < 2:
             wait(world)  # compiling and the first allocations; from there on the host runs ahead, as in training
         with profiler(args.profile and step == plan.steps - 1, world) as profile:  # the last step is not timed
             marks.append(mark(world.device))
+            cpu.append(time.process_time())
             total = torch.zeros((), device=world.device)
             for batch in batches:
                 b = batch.to(world.device)
@@ -185,6 +195,7 @@ def measure(
         if watch is not None:
             waited.append(watch.imbalance(watch.lap()))
     marks.append(mark(world.device))
+    cpu.append(time.process_time())
     wait(world)
     losses = [world.sum(total.cpu()).item() for total in totals]
     seconds = [between(*pair) for pair in itertools.pairwise(marks)]
@@ -203,6 +214,7 @@ def measure(
         "recompute_budget": room.recompute_budget,
         "loss": [losses[0], losses[-1]],
         "seconds": took,
+        "cpu_seconds": float(np.median(np.diff(cpu)[1 : args.steps + 1])),
         "tokens_per_s_per_gpu": speed / world.size,
         "mfu": float(np.median(used_flops)) if peak else None,
         "memory_gb": used / 1e9,
@@ -210,6 +222,7 @@ def measure(
         "imbalance_expected": float(np.mean([expected[step][0] for step in timed])),
         "imbalance": float(np.mean(waited[1:])) if waited else None,
         "kernels": kernels,
+        "trained": sum(p.numel() for p in trained_parameters(model).values()),
     }
 
 

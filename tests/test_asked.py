@@ -129,6 +129,7 @@ def test_every_other_name_has_a_field_of_ours() -> None:
         ("step_scheduler.global_batch_size", "'global_batch_tokens' in [train]"), ("optimizer.lr", "'lr' in [train]"),
         ("gradient_checkpointing", "'recompute' in [on.<cluster>.train]"), ("lora_r", "'lora_rank' in [train]"),
         ("workspace", "it is a field of env/mine.toml, not of a recipe"),
+        ("lora_dora", "DoRA (arXiv 2402.09353) is not supported"), ("train.use_dora", "DoRA (arXiv 2402.09353) is not supported"),
     ],
 )  # fmt: skip
 def test_names_of_other_trainers_are_answered_from_the_table_not_by_their_spelling(name: str, ours: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import peers
 import test_context
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.lora_step import Merged, RandomWeights, adapter_of, open_step
@@ -35,6 +37,7 @@ from training import assert_same_bits, records, run_folder, tensors, train_here
 
 LORA: dict[str, Any] = {"method": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "save_every": 6}
 SEED = Train().seed
+PEFT = ("peft", "0.21.2", "106ab6077ff72c54d21577f9af5970e34bac7582cb14209f7b2b511e322a4eae")
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [70, 71, 72, 73]]
 
 
@@ -232,9 +235,10 @@ def test_a_quantised_base_is_merged_as_training_computed_with_it(merged: Merged)
 
 @pytest.mark.parametrize("targets", [(), ("attention", "feed_forward.w2"), ("blocks.0-1",)])
 def test_peft_loads_the_adapter_to_the_same_logits(
-    targets: tuple[str, ...], merged: Merged, trained: Path, tmp_path: Path
+    targets: tuple[str, ...], merged: Merged, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    peft = pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(peers.pypi_package(*PEFT))
+    peft = importlib.import_module("peft")
     from transformers import AutoModelForCausalLM
 
     config = merged.config

@@ -15,6 +15,9 @@ from collections.abc import Iterable
 from sft.recipe import schema
 
 _BATCH = "tokens of one optimizer step = rows of a GPU x accumulation x GPUs x seq_len"
+_DORA = (
+    ": DoRA (arXiv 2402.09353) is not supported: its norms of W + B A read every matrix once more in each forward pass"
+)
 _PACKED = "documents are always packed, and attention stays inside each of them"
 
 OTHER_NAMES: dict[str, str] = {
@@ -119,6 +122,9 @@ OTHER_NAMES: dict[str, str] = {
     "lora_target_linear": "train.lora_targets: empty = all matrices of the blocks",
     "use_rslora": "train.lora_rslora",
     "peft_use_rslora": "train.lora_rslora",
+    "lora_dora": _DORA,
+    "use_dora": _DORA,
+    "peft_use_dora": _DORA,
     "neftune_noise_alpha": "train.neftune_alpha",
     "noisy_embedding_alpha": "train.neftune_alpha",
     "freeze_trainable_layers": "train.freeze",
