@@ -16,7 +16,7 @@ unexport DETACH # only the last requested stage is detached; Make waits for thos
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick lr-range overfit new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
@@ -68,6 +68,10 @@ export: $(DIRS:%=%/prepare/manifest.json) ## the dataset as a folder for OLMo-co
 	@$(foreach d,$(DIRS),$(PY) stages/export.py $d $(call quote,$(DST)) &&) true
 steps: $(DIRS:%=%/prepare/manifest.json) ## the arithmetic of training, before it: packs, steps, padding, trained tokens of a step, GPU memory
 	@$(foreach d,$(DIRS),$(PY) -m sft.packing.arithmetic $d $(ARGS) &&) true
+lr-range: $(DIRS:%=%/sync/manifest.json) ## raise the learning rate from step to step, on this machine, and suggest a range: [LOW=1e-7] [HIGH=1] [STEPS=100]; a page in runs/<run>/lr-range/
+	@$(foreach d,$(DIRS),env/local.sh $d train $(PY) stages/lr_range.py $(if $(LOW),--low $(call quote,$(LOW))) $(if $(HIGH),--high $(call quote,$(HIGH))) $(if $(STEPS),--steps $(call quote,$(STEPS))) $d $(ARGS) &&) true
+overfit: $(DIRS:%=%/sync/manifest.json) ## train one batch to a loss near 0, on this machine: do mask, loss and optimizer work? [BOUND=0.1] [STEPS=200]
+	@$(foreach d,$(DIRS),env/local.sh $d train $(PY) stages/overfit.py $(if $(BOUND),--bound $(call quote,$(BOUND))) $(if $(STEPS),--steps $(call quote,$(STEPS))) $d $(ARGS) &&) true
 .PHONY: watch compare baseline
 watch: | $(READY) ## evaluate checkpoints while training runs ([evaluate] every > 0; make train starts it by itself)
 	@$(foreach d,$(DIRS),$(PY) stages/watch.py $d $(ARGS) &&) true

@@ -98,6 +98,7 @@ def command_plan(args: argparse.Namespace) -> None:
         words += [f"set:{recipe.MODEL}={wanted_runs[0].convert.model}"] * (not question.other_model)
     if wanted_runs:
         cluster = args.place.load_cluster()
+        asked.check_here(goals, cluster, args.place.cluster)
         words += [f"launcher-{s}:{cluster.launcher if s in cluster.stages else 'local'}" for s in schema.STAGES]
         wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
         words += _detached(args, wanted)
@@ -111,7 +112,7 @@ def command_plan(args: argparse.Namespace) -> None:
     for r in wanted_runs:
         if r.convert.model:
             words.append(f"model:{r.run}")
-            if others := [g for g in goals if g in ("sync", "train", "watch")]:
+            if others := [g for g in goals if g in ("sync", "train", "watch", *asked.HERE)]:
                 raise SftError(
                     f"{r.file}: [convert] model = {r.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
                 )
@@ -121,6 +122,7 @@ def command_plan(args: argparse.Namespace) -> None:
         for line in work.unchecked:
             print(columns.for_terminal(f"note: {line}"), file=sys.stderr)
         retrain = make_words.variable(args.overrides, "RETRAIN") not in ("", "0") or "train" not in question.chain
+        retrain |= set(goals) <= {"steps", *asked.HERE}  # these do not train the run
         if "train" in work.stale and not retrain:
             _refuse_to_start_again(args, r)
         words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]

@@ -1,6 +1,6 @@
 """The data of charts, which charts.js in a page draws with Vega-Lite. Standard library only.
 
-{"kind": "lines", "title", "zoom": an overview to zoom in below it, "axes": names of the x axes,
+{"kind": "lines", "title", "zoom": an overview to zoom in below it, "axes": names of the x axes, "log_x": they are logarithmic,
  "lines": [{"name", "colour": 0 to 7, "kind": line | thin | dots, "points": [[x of each axis …, y], …], "spread": [[x, low, high], …]}]}
 {"kind": "bars", "title", "x", "bars": [{"label", "value", "title"}]}
 {"kind": "intervals", "title", "domain": of the x axis or null, "points": [{"name", "value", "low", "high", "kind"}]}
@@ -36,10 +36,20 @@ class Line:
     spread: Points = ()
 
 
-def lines(title: str, series: Sequence[Line], axes: Sequence[str] = ("step",), *, zoom: bool = False) -> Chart | None:
-    """Lines over one or several x axes. None without a point."""
+def lines(
+    title: str, series: Sequence[Line], axes: Sequence[str] = ("step",), *, zoom: bool = False, log_x: bool = False
+) -> Chart | None:
+    """Lines over one or several x axes, which are logarithmic with `log_x`. None without a point."""
     found = [{**vars(s), "colour": s.colour % COLOURS, "points": thin(s.points)} for s in series if s.points]
-    return {"kind": "lines", "title": title, "zoom": zoom, "axes": axes, "lines": found} if found else None
+    chart = {
+        "kind": "lines",
+        "title": title,
+        "zoom": zoom,
+        "axes": axes,
+        "lines": found,
+        **({"log_x": True} if log_x else {}),
+    }
+    return chart if found else None
 
 
 def bars(title: str, x: str, values: Sequence[tuple[str, float, str]]) -> Chart | None:

@@ -26,7 +26,15 @@ READS: dict[str, tuple[str, ...]] = {
     "evaluate": ("evaluate",),
 }
 """The tables that each stage reads."""
-LAST = {"all": "evaluate", "smoke": "evaluate", "preview": "prepare", "export": "prepare", "steps": "train"}
+LAST = {
+    "all": "evaluate",
+    "smoke": "evaluate",
+    "preview": "prepare",
+    "export": "prepare",
+    "steps": "train",
+    "lr-range": "train",
+    "overfit": "train",
+}
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
     "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
@@ -43,6 +51,20 @@ _VERBS = {
     "validate": "doctor", "options": "fields", "config": "show", "download": "fetch", "push": "push-hub", "average": "soup", "ls": "runs", "list": "runs", "rm": "delete", "remove": "delete", "talk": "chat", "sweeps": "sweep",
 }  # fmt: skip
 """Words of other tools."""
+
+
+HERE = ("lr-range", "overfit")
+"""Goals that train for a few steps, on this machine alone, and keep no checkpoint."""
+
+
+def check_here(goals: Sequence[str], cluster: schema.Cluster, name: str) -> None:
+    """Raises SftError for goals that run on this machine alone, with a CLUSTER whose stages are jobs."""
+    for goal in HERE:
+        if goal in goals and cluster.launcher != "local":
+            raise SftError(
+                f"make {goal} CLUSTER={name}: it runs on this machine alone, and env/{name}.toml has launcher ="
+                f" {cluster.launcher!r}; next: leave CLUSTER= out, on a machine with the GPUs"
+            )
 
 
 def known_goals(makefile: Path) -> list[str]:

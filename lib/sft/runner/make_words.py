@@ -22,10 +22,11 @@ MAKE_VARIABLES = (
     "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
     "WEIGHTS", "YES", "GOAL", "JOBS", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
     "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT", "ONLY", "N",
+    "LOW", "HIGH", "BOUND",
 )  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
 OF_A_RUN = (
-    *schema.STAGES, "report", "all", "preview", "steps", "watch", "export", "push-hub", "card",
+    *schema.STAGES, "report", "all", "preview", "steps", "lr-range", "overfit", "watch", "export", "push-hub", "card",
     "dry-run", "baseline", "cancel", "collect", "fetch", "sweep",
 )  # fmt: skip
 """Goals of Make that need RECIPE=."""

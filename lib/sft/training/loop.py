@@ -259,11 +259,13 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     return total
 
 
-def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, float]:
-    """One update. Returns (gradient norm, skipped, the statistics of `forward` over the global batch, then the numbers of
-    watched groups of layers) on the device, and lr."""
+def optimizer_step(
+    run: Run, step: int, batches: Sequence[Microbatch], lr: float | None = None
+) -> tuple[Tensor, float]:
+    """One update, at the schedule's learning rate unless `lr` is another. Returns (gradient norm, skipped, the statistics
+    of `forward` over the global batch, then the numbers of watched groups of layers) on the device, and lr."""
     train = run.stage.recipe.train
-    lr = learning_rate(step + 1, run.plan.steps, train)
+    lr = learning_rate(step + 1, run.plan.steps, train) if lr is None else lr
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     total = accumulate(run, step, batches)

@@ -11,7 +11,7 @@ function lines(chart, state, width) {
     return `<table><tr><td>${safe(name)}</td><td>${short(x)}</td></tr>` + found.map(([line, p]) =>
       `<tr><td class="key">${safe(line)}</td><td>${short(p?.at(-1))}${p && p[state.view] < x ? ` at ${short(p[state.view])}` : ''}</td></tr>`).join('') + '</table>';
   };
-  const x = {field: 'x', type: 'quantitative', title: name, scale: {zero: false, nice: false}, axis: {grid: false, tickCount: width > 500 ? 8 : 4, labelOverlap: true}};
+  const x = {field: 'x', type: 'quantitative', title: name, scale: chart.log_x ? {type: 'log', nice: false} : {zero: false, nice: false}, axis: {grid: false, ...chart.log_x && {format: '~e'}, tickCount: width > 500 ? 8 : 4, labelOverlap: true}};
   const y = {field: 'v', type: 'quantitative', title: null, scale: state.log ? {type: 'log', nice: false} : {zero: false}};
   const paint = {field: 'k', type: 'nominal', legend: null, scale: {domain: keys, range: chart.lines.map(l => colour('c' + l.colour))}};
   const layer = (names, mark) => names.length ? [{transform: [{filter: {field: 'k', oneOf: names}}, ...state.log ? [{filter: 'datum.v > 0'}] : []], mark: {clip: true, ...mark}, encoding: {x, y, color: paint}}] : [];
