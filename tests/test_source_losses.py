@@ -18,6 +18,7 @@ from sft.checkpoint.lora_step import RandomWeights
 from sft.common.errors import SftError
 from sft.common.strings import distinct
 from sft.data.dataset import Dataset
+from sft.formats.dataset import SourceMix
 from sft.formats.metrics import SourceUse, TrainMetrics
 from sft.model.loss import IGNORED, cross_entropy
 from sft.model.model import Transformer
@@ -149,6 +150,22 @@ def test_a_dataset_of_other_sources_than_the_recipes_is_refused() -> None:
     assert sources.source_weights({}, ["a", "b"]) == [1.0, 1.0]
     with pytest.raises(SftError, match="the recipe has the sources a, b, the dataset has b, a; next: make prepare"):
         sources.source_weights({"a": 0.5, "b": 1.0}, ["b", "a"])
+
+
+def test_a_part_that_every_epoch_repeats_is_told() -> None:
+    def taken(path: str, taken: int, weight: float) -> SourceMix:
+        return SourceMix(
+            path=path, weight=weight, found=100, duplicates=0, contaminated=0, validation=0, available=100, taken=taken
+        )
+
+    every = [taken("a", 250, 2.5), taken("b", 30, 0.3), taken("c", 200, 2.0)]
+    assert sources.repeated_choices(every, 1.0) == []
+    a, b = sources.repeated_choices(every, 3.0)
+    assert (
+        a.startswith("a: each epoch takes each document 2 times and the same 50 once more, of 100")
+        and "weight = 7.5" in a
+    )
+    assert b.startswith("b: each epoch takes the same 30, of 100; for 3 epochs") and "weight = 0.9 " in b
 
 
 def test_names_of_sources_are_distinct() -> None:

@@ -12,9 +12,11 @@ import pytest
 from made_data import some_lengths, write_dataset
 from sft.common.errors import SftError
 from sft.data.dataset import DOCUMENT
+from sft.data.mix import Pool, mix
+from sft.packing.balance import deal
 from sft.packing.packs import PackIndex, pack_dataset, pack_documents
 from sft.packing.steps import StepPlan, accumulation, epoch_order
-from sft.recipe.schema import Train
+from sft.recipe.schema import Source, Train
 
 SEQ, BATCH = 64, 5
 TRAIN = Train(seq_len=SEQ, global_batch_tokens=SEQ * BATCH, epochs=3.0)
@@ -40,6 +42,31 @@ def test_every_epoch_consumes_every_pack_and_a_batch_may_span_two_epochs(index: 
         assert sorted(stream[epoch * len(index) : (epoch + 1) * len(index)]) == list(range(len(index)))
     assert all(len(plan.packs(s)) == BATCH for s in range(plan.steps - 1))
     assert len(plan.packs(plan.steps - 1)) == 3 * len(index) % BATCH or BATCH
+
+
+def test_weights_are_exact_passes_whatever_the_ranks_and_the_last_batch():
+    """2.5 epochs of one source and 0.3 of another: mixed, packed, dealt to ranks and counted document by document."""
+    sizes, weights = (40, 90), (2.5, 0.3)
+    pools = [Pool.empty(n, deduplicate=False) for n in sizes]
+    for number, one in enumerate(pools):
+        one.lengths[:] = some_lengths(len(one.lengths), 60)
+        one.conversations[:] = np.random.default_rng(number).integers(0, 2**63, len(one.lengths))
+    chosen = mix(pools, [Source(path=p, weight=w) for p, w in zip("ab", weights, strict=True)], seed=3).data
+    documents = np.zeros(len(chosen), DOCUMENT)
+    documents["length"] = [pools[s].lengths[i] for s, i in zip(chosen.source, chosen.index, strict=True)]
+    documents["labels"], documents["source"] = 1, chosen.source
+    plan = StepPlan.build(pack_documents(documents, SEQ), replace(TRAIN, epochs=1.0, global_batch_tokens=SEQ * 4))
+    for ranks in (1, 2, 4):
+        seen: Counter[tuple[int, int]] = Counter()
+        for step in range(plan.steps):
+            packs = plan.packs(step)
+            costs = np.array([len(plan.index.pack(int(p))) for p in packs], dtype=np.float64)
+            for slot in deal(costs, ranks, 1).ravel():
+                for segment in plan.index.pack(int(packs[slot])) if slot >= 0 else ():
+                    number = int(segment["document"])
+                    seen[int(chosen.source[number]), int(chosen.index[number])] += 1
+        times = [Counter(seen[source, i] for i in range(size)) for source, size in enumerate(sizes)]
+        assert times == [{3: 20, 2: 20}, {1: 27, 0: 63}]
 
 
 def test_epochs_are_shuffled_differently_and_seeds_too(index: PackIndex):

@@ -46,7 +46,7 @@ from sft.training import evaluations, initial_weights
 from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, build_adamw
 from sft.training.saving import Saver
-from sft.training.sources import before_training, source_weights
+from sft.training.sources import before_training, repeated_choices, source_weights
 from sft.training.stopwatch import Stopwatch
 from sft.training.telemetry import layer_groups
 from sft.training.uploads import Uploads, destination
@@ -147,6 +147,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     if world.is_rank0:
         run.saver.prune()  # a kill may have come between the last save and its retention
     plan, summary = data.plan, data.plan.describe()
+    for line in repeated_choices(info.sources, summary.epochs):
+        setup.log(line)
     setup.log(
         f"{counted(config, train)}, {origin}; {world.size} x {world.device.type}, {train.precision};"
         f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {summary.epochs:.2f} epochs,"

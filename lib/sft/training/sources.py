@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from sft.common import columns
 from sft.common.errors import SftError
+from sft.formats.dataset import SourceMix
 from sft.formats.metrics import LOST, SourceUse
 
 RED, RESET = "\033[31m", "\033[0m"
@@ -31,6 +32,21 @@ def source_weights(weights: Mapping[str, float], sources: Sequence[str]) -> list
             f" {', '.join(sources)}; next: make prepare again"
         )
     return [weights.get(name, 1.0) for name in sources]
+
+
+def repeated_choices(sources: Sequence[SourceMix], epochs: float) -> list[str]:
+    """A line for each source of which every epoch of several takes the same part: the prepared dataset has that part alone."""
+    lines = []
+    for source in sources:
+        copies, rest = divmod(source.taken, source.available) if source.available else (0, 0)
+        if epochs > 1 and rest:
+            whole = epochs * source.taken / source.available
+            times = f"each document {copies} times and the same {rest:,} once more" if copies else f"the same {rest:,}"
+            lines.append(
+                f"{source.path}: each epoch takes {times}, of {source.available:,}; for {epochs:g} epochs as one that takes"
+                f" each document equally often, write weight = {whole:.4g} and epochs = 1, and scale the other weights likewise"
+            )
+    return lines
 
 
 def before_training(
