@@ -259,9 +259,7 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     return total
 
 
-def optimizer_step(
-    run: Run, step: int, batches: Sequence[Microbatch], lr: float | None = None
-) -> tuple[Tensor, float]:
+def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch], lr: float | None = None) -> tuple[Tensor, float]:
     """One update, at the schedule's learning rate unless `lr` is another. Returns (gradient norm, skipped, the statistics
     of `forward` over the global batch, then the numbers of watched groups of layers) on the device, and lr."""
     train = run.stage.recipe.train
