@@ -20,7 +20,8 @@ stop() {
 }
 trap stop TERM INT # bash starts a background child deaf to Ctrl-C
 trap 'notice=USR1; [ -z "$child" ] || kill -USR1 "$child"' USR1
-numbers=$("$python" -m sft.launch.processes train "$@")
+numbers=$("$python" -m sft.launch.processes train "$@") || { status=$?; [ -z "$notice" ] || exit 75; exit "$status"; }
+[ "$notice" != TERM ] || exit 75 # nothing has started, so nothing is lost
 read -r processes threads <<<"$numbers"
 ulimit -n "$(ulimit -Hn)" # the usual 1,024 files of a process end at 337 ranks
 export OMP_NUM_THREADS="$threads"
@@ -57,6 +58,7 @@ case "$notice$status" in 134 | 135 | 137 | 139) # ABRT, BUS, KILL, SEGV: memory,
     fi
     ;;
 esac
+[ "$processes$notice$status" != 1TERM143 ] || exit 75 # SIGTERM itself ended it: it came before the training could handle it
 [ -e "$1/train/.requeue" ] || exit "$status"
 [ -n "${SFT_JOB:-}" ] || echo "[train] next: run the same command to resume; on this machine nothing restarts it"
 exit 75 # torchrun itself says 1

@@ -113,7 +113,7 @@ def train_by(workspace, program: str, processes: str = "echo 1 1", **env: str) -
     (workspace.root / ".venv/bin/python").write_text(
         f'#!/bin/sh\ncase "$2" in sft.launch.processes) {processes} ;; sft.launch.restarts) exec {sys.executable} "$@" ;; *) shift 2; exec {sys.executable} train.py "$@" ;; esac\n'
     )
-    (workspace.root / "runs/x/train").mkdir(parents=True)
+    (workspace.root / "runs/x/train").mkdir(parents=True, exist_ok=True)
     (workspace.root / "runs/x/train/.requeue").touch()  # of an earlier attempt: it says nothing about this one
     environment = {**os.environ, **env}
     return subprocess.Popen(["stages/train.sh", "runs/x"], cwd=workspace.root, start_new_session=True, env=environment)
@@ -199,6 +199,23 @@ def test_a_training_that_handles_no_signal_is_killed_after_the_grace_period(work
     wait_for(workspace.root / "at", process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=PATIENCE) == 137 and not (workspace.root / "runs/x/train/.restarts").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("early", ["before the training exists", "before it handles signals"])
+def test_sigterm_that_comes_too_early_asks_to_be_run_again(workspace, early):
+    """Nothing has been trained, so nothing is to be saved. Another end by 143 is one."""
+    process = train_by(
+        workspace,
+        "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)\n",
+        "touch asked; sleep 0.5; echo 1 1",
+    )
+    wait_for(workspace.root / ("asked" if early == "before the training exists" else "begun"), process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=PATIENCE) == 75
+    assert (workspace.root / "begun").exists() == (early == "before it handles signals")
+    process = train_by(workspace, "import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    assert process.wait(timeout=PATIENCE) == 143
 
 
 @pytest.mark.parametrize("output", ["../escape", "/etc/passwd", "missing"])
