@@ -10,6 +10,7 @@ import pytest
 from conftest import REPO
 from sft.common.errors import SftError
 from sft.recipe import clusters, presets, recipe, resolve, rules, schema, typed
+from sft.recipe.options import names_of
 
 MINIMAL = (
     '[model]\npreset = "olmo3-tiny"\n[prepare]\ntokenizer = "tok"\nsources = [{path = "rows.jsonl"}]\n'
@@ -264,5 +265,5 @@ def test_every_option_is_named_in_a_document():
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", "\n".join(p.read_text() for p in pages), flags=re.S))
     words = set(re.findall(r"\w+", code))
     for cls in (*schema.TABLES.values(), schema.Source, schema.Hardware, schema.Cluster):
-        missing = [f.name for f in dataclasses.fields(cls) if f.name not in words]
+        missing = [name for name in names_of(cls) if name not in words]
         assert not missing, f"{cls.__name__}: next: describe {', '.join(missing)} in docs/, as `name`"

@@ -35,6 +35,7 @@ from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import SplitSize
 from sft.formats.metrics import StepRecord, read_metrics, read_steps
 from sft.recipe import presets, schema
+from sft.runner import plan
 
 VOCAB, EOS, PAD = 120, 1, 0
 MODEL: dict[str, Any] = {
@@ -93,6 +94,8 @@ class FakeRecipe:
     prepare: schema.Prepare = dataclasses.field(default_factory=lambda: schema.Prepare(tokenizer="tok", sources=()))
     run: str = "fake"
     loss_weights: dict[str, float] = dataclasses.field(default_factory=dict)
+    name: str = "fake"
+    file: str = "recipes/fake.toml"
 
 
 class FakeStage:
@@ -110,6 +113,7 @@ class FakeStage:
         weights = fields.pop("loss_weights", {})
         table = schema.Train(**(TRAIN | fields))
         self.recipe = FakeRecipe(schema.Model(**(MODEL | model)), table, loss_weights=weights)
+        self.place = plan.Place(folder.parent)
         self.hardware = schema.Hardware(**(HARDWARE if hardware is None else hardware))
         self.cluster = schema.Cluster(storage="")
         self.dataset = folder / "dataset"

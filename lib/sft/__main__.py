@@ -34,6 +34,7 @@ from sft.formats import run as run_format
 from sft.formats.run import RunFile
 from sft.recipe import recipe, row_fields, schema, time_limit, typed
 from sft.recipe.edit import set_field, to_toml
+from sft.recipe.options import name_of
 from sft.runner import asked, make_words, plan, references, runs
 from sft.runner.make_words import MAKE_VARIABLES, OF_A_RUN, split_overrides
 
@@ -263,7 +264,7 @@ def command_fields(args: argparse.Namespace) -> None:
             mark = "*" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else " "
             choices = f" ({' | '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             readers = "".join(f" [{reader}]" for reader in (*f.metadata["launchers"], *f.metadata["stages"]))
-            print(columns.hanging(f" {mark} {f.name:24} {default:14} ", f"{f.metadata['doc']}{choices}{readers}"))
+            print(columns.hanging(f" {mark} {name_of(f):24} {default:14} ", f"{f.metadata['doc']}{choices}{readers}"))
     print("\ncolumns and message fields that prepare passes over, because they carry no training content")
     print("\n".join(map(columns.wrapped, row_fields.describe())))
 
@@ -309,6 +310,8 @@ def command_extend(args: argparse.Namespace) -> None:
         print(
             f"{found.line}; they stay, and it goes on from step {found.step} with its optimizer state and data position"
         )
+        if found.cost:
+            print(found.cost)
         print("the learning rate follows the schedule of the new length from there")
         if args.yes:
             extension.extend(found)

@@ -370,9 +370,9 @@ def to_trash(folder: Path) -> Path:
     return trash
 
 
-def prune(out: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
+def prune(out: Path, keep: int | None, protected: Collection[Path] = ()) -> list[Path]:
     """Moves superfluous steps to the trash and returns their new folders: older ephemeral steps, and permanent ones
-    beyond the newest `keep` (0 = all stay). The steps of LATEST and BEST and the `protected` ones always stay."""
+    beyond the newest `keep` (0 = all stay, None = none). The steps of LATEST and BEST and the `protected` ones always stay."""
     with steps_lock(out):
         latest_step = named_step(out, LATEST)
         if latest_step is None:
@@ -381,5 +381,10 @@ def prune(out: Path, keep: int, protected: Collection[Path] = ()) -> list[Path]:
         # A step without a manifest was not finished. It is left for a person to look at.
         older = [step for number, step in steps(out) if number <= newest and (step / manifest.NAME).is_file()]
         permanent = [step for step in older if not is_ephemeral(step)]
-        stay = {latest_step, named_step(out, BEST), *protected, *(permanent[-keep:] if keep else permanent)}
+        stay = {
+            latest_step,
+            named_step(out, BEST),
+            *protected,
+            *(permanent[-keep:] if keep else permanent if keep == 0 else []),
+        }
         return [to_trash(step) for step in older if step not in stay]

@@ -1,6 +1,6 @@
 """The convert stage: a training checkpoint to a Hugging Face folder that is checked before it is published.
 
-In:  the final step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json; the base for a
+In:  the final or the best step folder of train (OLMo-core's layout), train's tokenizer folder, prepare's dataset.json; the base for a
      step with LoRA adapters.
 Out: model/     sharded safetensors (vocabulary cut to the tokenizer), config.json, generation_config.json, the tokenizer
                 with its chat template, README.md; AutoModelForCausalLM and AutoTokenizer load it
@@ -23,6 +23,7 @@ from pathlib import Path
 from sft.checkpoint import olmo_core
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.lora_step import Merged, open_step
+from sft.checkpoint.step_folder import damage
 from sft.common.errors import SftError
 from sft.export import card
 from sft.export.gate import check
@@ -32,6 +33,7 @@ from sft.formats import manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.gate import NAME, CarriedTemplate, ConvertMetrics, GateRecord
 from sft.formats.metrics import TrainMetrics
+from sft.formats.steps import BEST, named_step
 from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import Base, BaseFacts
 from sft.recipe.chat_templates import TEMPLATES
@@ -45,7 +47,7 @@ from sft.runner.stage import Result, Stage
 def convert(stage: Stage) -> Result:
     """The stage: writes the folder, runs the gate, writes gate.json and the model card."""
     facts = DatasetInfo.of(stage.folder("prepare")).facts
-    step = final_step(stage.folder("train"))
+    step = chosen_step(stage.folder("train"), stage.recipe.convert)
     config = trained_config(stage.recipe.model, facts.vocab_size, step)
     made = export_step(stage, step, config, step.parent / "tokenizer", stage.out / "model")
     made.gate.write(stage.out / NAME)
@@ -128,6 +130,19 @@ def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
             " next: correct it"
         )
     return TEMPLATES[name].jinja if name else ""
+
+
+def chosen_step(train: Path, options: Convert) -> Path:
+    """The step folder that [convert] checkpoint names. Raises SftError if it is not there, or damaged."""
+    final = final_step(train)
+    best = named_step(train, BEST)
+    if options.checkpoint == "final" or best == final:
+        return final
+    if best is None:  # the planner has found the file BEST
+        raise SftError(f"{train / BEST}: names no step; next: checkpoint = 'final' in [convert], or restore the file")
+    if problems := damage(best):  # train's manifest does not list its files
+        raise SftError(f"{train / BEST} names {best.name}: {problems[0]}; next: restore it, or checkpoint = 'final'")
+    return best
 
 
 def final_step(train: Path) -> Path:

@@ -61,6 +61,8 @@ class Attempt(_Numbers):
     peak_tflops: float | None  # of one GPU; None = not known, or a CPU
     mfu: str  # the formula of the steps' `mfu`
     steps: int | None = None  # that the whole training will have
+    continues: str | None = None  # the step of another run that this run goes on from, as its recipe names it
+    options: Mapping[str, Any] | None = None  # of [train], those that the state of the optimizer depends on
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class InitialValidation(_Numbers):
     NEXT: ClassVar[str] = "remove this line from the file"
     initial_validation_loss: float
     sources: Mapping[str, float] | None = None  # loss by source
+    after_step: int | None = None  # where the run continues another one: the steps and the tokens before it
+    after_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +190,9 @@ class TrainMetrics(_Numbers):
     remote: UploadSummary | None = None
     sources: tuple[SourceUse, ...] | None = None
     initial_validation_loss: float | None = None  # of the weights that training started from
+    stopped: str | None = None  # why training ended before its last step: "early_stopping" or "max_minutes"
+    max_minutes: float | None = None  # the limit that ended it
+    continues: str | None = None  # the step of another run that this one went on from
 
     @property
     def validation_before(self) -> float | None:
@@ -260,4 +267,4 @@ def validation_losses(records: Sequence[MetricsRecord]) -> list[tuple[int, float
     measured = [
         (r.step, r.validation_loss) for r in records if isinstance(r, StepRecord) and r.validation_loss is not None
     ]
-    return [(0, first.initial_validation_loss), *measured] if first else measured
+    return [(first.after_step or 0, first.initial_validation_loss), *measured] if first else measured

@@ -32,7 +32,7 @@ def main(options: RunOptions, stage: str) -> None:
         from sft.packing.arithmetic import check  # start-up: numpy and numba, not needed without data
 
         base = find_base(options.place.roots, options.run, recipe)
-        check(options.run / "prepare", recipe, hardware, cluster, base)
+        check(options.run / "prepare", recipe, hardware, cluster, base, options.place.runs)
     print(*processes(hardware, cluster))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,8 @@ class StepPlan:
     _num_targets: NDArray[np.int64]  # [packs]
     _num_tokens: NDArray[np.int64]  # [packs]
     _orders: dict[int, NDArray[np.int64]] = field(default_factory=dict)  # the last two epochs used
+    first_step: int = 0  # steps that were done, with `first_pack` packs, when a longer plan took over: see `goes_on`
+    first_pack: int = 0
 
     @classmethod
     def build(cls, index: PackIndex, train: Train) -> StepPlan:
@@ -135,14 +137,14 @@ class StepPlan:
 
     @property
     def steps(self) -> int:
-        return -(-self.total_packs // self.batch_packs)
+        return self.first_step - (-(self.total_packs - self.first_pack) // self.batch_packs)
 
     def packs(self, step: int) -> NDArray[np.int64]:
         """The packs of a step, in the order of the data. The last step may have fewer than the others."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a plan of {self.steps} steps")
-        at, end = step * self.batch_packs, min((step + 1) * self.batch_packs, self.total_packs)
-        parts = []
+        at, end = self._consumed(step), self._consumed(step + 1)
+        parts = [np.empty(0, np.int64)]
         while at < end:
             epoch, offset = divmod(at, self.epoch_packs)
             count = min(end - at, self.epoch_packs - offset)
@@ -165,9 +167,39 @@ class StepPlan:
 
     def consumed(self, steps: int) -> DataPosition:
         """The position in the data after `steps` steps. A checkpoint records it, and a resumed run compares it."""
-        packs = min(steps * self.batch_packs, self.total_packs)
+        packs = self._consumed(steps)
         epoch, offset = divmod(packs, self.epoch_packs)
         return DataPosition(step=steps, packs=packs, epoch=epoch, pack_in_epoch=offset, plan=self.digest)
+
+    def _consumed(self, steps: int) -> int:
+        """The packs that `steps` steps consume."""
+        if steps < self.first_step:
+            return min(steps * self.batch_packs, self.first_pack)
+        return min(self.first_pack + (steps - self.first_step) * self.batch_packs, self.total_packs)
+
+    def goes_on(self, position: DataPosition, train: Train) -> StepPlan:
+        """The plan from a recorded position on, as the same plan with fewer epochs or steps has left it: its last batch may
+        have been a smaller one, and the next batch begins behind it. Raises SftError for a position in other data or another
+        order, and where nothing is left."""
+        epoch, offset = divmod(position.packs, self.epoch_packs)
+        short = position.step * self.batch_packs - position.packs
+        if (position.plan, position.epoch, position.pack_in_epoch) != (self.digest, epoch, offset) or short < 0:
+            self.check(position)
+        total = position.packs + (train.steps - position.step) * self.batch_packs if train.steps else self.total_packs
+        if total < position.packs:
+            raise self.nothing_left(position, train)
+        if self._consumed(position.step) == position.packs:
+            return self
+        plan = replace(self, first_step=position.step, first_pack=position.packs, total_packs=total)
+        return replace(plan, warmup_steps=warmup_steps(train, plan.steps))
+
+    def nothing_left(self, position: DataPosition, train: Train) -> SftError:
+        """The error for a step that has all steps of this plan, or more."""
+        field, value = ("steps", str(train.steps)) if train.steps else ("epochs", f"{train.epochs:g}")
+        return SftError(
+            f"[train] {field} = {value}: they count from the start of the data, and step{position.step} has"
+            f" {position.packs / self.epoch_packs:.3g} epochs, {position.step} steps; next: raise {field}"
+        )
 
     def check(self, position: DataPosition) -> int:
         """The number of steps consumed at a recorded position. Raises SftError for a position in other data or another order."""
@@ -189,7 +221,7 @@ class StepPlan:
     def describe(self) -> StepSummary:
         """The plan in numbers, for `make show`, doctor, manifests and reports."""
         sums = np.array(list(self._sums()), dtype=np.int64).reshape(-1, 2)
-        targets, losses = sums[:, 0], self.index.losses
+        targets, losses = sums[:, 0][sums[:, 1] > 0], self.index.losses
         positions = self.total_packs * self.seq_len
         tokens = int(sums[:, 1].sum())
         return StepSummary(

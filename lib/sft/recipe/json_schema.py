@@ -15,6 +15,7 @@ import typing
 from typing import Any
 
 from sft.recipe import schema
+from sft.recipe.options import name_of
 
 RECIPE, CLUSTER = "recipes/recipe.schema.json", "env/cluster.schema.json"
 _KINDS = {int: "integer", float: "number", str: "string", bool: "boolean"}
@@ -67,7 +68,7 @@ def _object(cls: type, stage: str = "") -> dict[str, Any]:
     ]
     made: dict[str, Any] = {
         "type": "object",
-        "properties": {f.name: _field(f, hints[f.name]) for f in fields},
+        "properties": {name_of(f): _field(f, hints[f.name]) for f in fields},
         "additionalProperties": False,
     }
     if required := [f.name for f in fields if f.metadata.get("required")]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any, TypedDict, Unpack
+from dataclasses import Field, field, fields
+from typing import Any, TypedDict, Unpack, get_type_hints
 
 REQUIRED: Any = object()
 """In place of the default of a field that must be given."""
@@ -29,6 +29,8 @@ class Rules(TypedDict, total=False):
     """Those that read the field; empty = all. With any other launcher it is refused."""
     stages: tuple[str, ...]
     """Those that read a field of [on.<cluster>.<stage>]; empty = all. For any other stage it is refused."""
+    name: str
+    """The field's name in recipes, where that is a keyword of Python."""
     hints: dict[str, str]
     """What the error says for a value that others would write."""
 
@@ -44,8 +46,24 @@ NO_RULES = Rules(
     stage="",
     launchers=(),
     stages=(),
+    name="",
     hints={},
 )
+
+
+def name_of(f: Field[Any]) -> str:
+    """The name of a field in recipes and on the command line."""
+    return f.metadata.get("name") or f.name
+
+
+def names_of(cls: type) -> dict[str, Field[Any]]:
+    """{name in recipes: field} of a table."""
+    return {name_of(f): f for f in fields(cls)}
+
+
+def hint_of(cls: type, name: str) -> Any:
+    """The type of the field with this name in recipes."""
+    return get_type_hints(cls)[names_of(cls)[name].name]
 
 
 def opt(default: Any, doc: str, **rules: Unpack[Rules]) -> Any:

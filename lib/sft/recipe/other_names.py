@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from sft.recipe import schema
+from sft.recipe.options import names_of
 
 _BATCH = "tokens of one optimizer step = rows of a GPU x accumulation x GPUs x seq_len"
 _DORA = (
@@ -191,8 +192,21 @@ OTHER_NAMES: dict[str, str] = {
     "exp_name": ": a run is named by its recipe and its overrides",
     "output_dir": ": a run is in RUNS=folder (default runs), under its recipe's name",
     "save_folder": ": a run is in RUNS=folder (default runs), under its recipe's name",
-    "resume_from_checkpoint": ": the same make goes on from the last valid checkpoint by itself",
-    "load_best_model_at_end": "train.best_metric: train/BEST names that step",
+    "resume_from_checkpoint": "train.continue: a step of another run; the same make goes on with its own run by itself",
+    "auto_resume_from_checkpoints": ": the same make goes on from the last valid checkpoint by itself",
+    "load_trainer_state": "train.continue: a step of another run, with its optimizer state",
+    "load_best_model_at_end": 'convert.checkpoint: "best" exports the step that train/BEST names',
+    "metric_for_best_model": "train.best_metric or evaluate.best",
+    "save_top_k": "train.keep or train.save_best_only",
+    "save_strategy": "train.save_every or train.save_best_only or train.save_every_minutes",
+    "save_interval_minutes": "train.save_every_minutes",
+    "early_stopping": "train.early_stopping_patience: in validations",
+    "early_stopping_steps": "train.early_stopping_patience: in validations",
+    "early_stopping_min_delta": "train.early_stopping_threshold",
+    "min_delta": "train.early_stopping_threshold",
+    "max_time": "train.max_minutes",
+    "max_train_time": "train.max_minutes",
+    "eval_on_start": "train.validate_start",
     # Hardware
     "gradient_checkpointing": 'on.train.recompute: "auto" recomputes the least that fits',
     "enable_activation_checkpointing": 'on.train.recompute: "auto" recomputes the least that fits',
@@ -234,7 +248,7 @@ def answer(name: str, cluster: str) -> str:
             return translated(word)
         if word in {f.name for f in dataclasses.fields(schema.Cluster)} and "." not in plain:
             return f"it is a field of env/{cluster}.toml, not of a recipe"
-    homes = [t for t, cls in schema.TABLES.items() if last in {f.name for f in dataclasses.fields(cls)}]
+    homes = [t for t, cls in schema.TABLES.items() if last in names_of(cls)]
     return f"here it is {_places((t, last) for t in homes)}" if homes and last != plain else ""
 
 

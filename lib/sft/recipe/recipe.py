@@ -22,12 +22,13 @@ from sft.common.errors import SftError
 from sft.common.paths import REPO
 from sft.common.strings import distinct
 from sft.recipe import chat_templates, rules, schema, typed
+from sft.recipe.options import hint_of, name_of, names_of
 
 CLUSTERS = REPO / "env"
 SUITES = REPO / "recipes" / "suites"
-FIELDS_OF_TABLES = {f.name for cls in schema.TABLES.values() for f in dataclasses.fields(cls)}
+FIELDS_OF_TABLES = {name for cls in schema.TABLES.values() for name in names_of(cls)}
 FIELDS = FIELDS_OF_TABLES | typed.HARDWARE_FIELDS.keys()
-MODEL = "convert.model"
+MODEL, CONTINUE = "convert.model", "train.continue"
 BASELINE = "_baseline"
 """What the name of a run that scores another's base ends with: the runs/x of runs/x_baseline."""
 RUN = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}(_[A-Za-z0-9.+-]+)*")
@@ -51,7 +52,11 @@ class Recipe:
     @property
     def run(self) -> str:
         """Folder name of the run: the recipe's name, then each override in the order of the tables."""
-        parts = [f"_{_short(path)}-{_file_safe(value)}" for path, value in self.overrides if path != MODEL]
+        parts = [
+            f"_{_short(path)}-{_label(value) if path == CONTINUE else _file_safe(value)}"
+            for path, value in self.overrides
+            if path != MODEL
+        ]
         name = self.name + "".join(parts)
         name = name if len(name) <= 120 else f"{self.name}_{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         return name + (self._other_model if MODEL in dict(self.overrides) else "")
@@ -62,9 +67,7 @@ class Recipe:
         model = self.convert.model
         if model and model == self.model.base:
             return BASELINE
-        words = [w for w in re.split(r"[^A-Za-z0-9.+-]+", model.partition("://")[2] or model) if w.strip(".")]
-        label = "-".join(words[-3:]).replace("..", ".")[-40:].strip(".-")
-        return f"_model-{label}-{hashlib.sha256(model.encode()).hexdigest()[:6]}"
+        return f"_model-{_label(model)}"
 
     @property
     def loss_weights(self) -> dict[str, float]:
@@ -110,6 +113,8 @@ class Recipe:
             config["model"] = _keyed(self.model)
             if weights := self.loss_weights:
                 config["loss_weights"] = weights
+            if self.train.early_stopping_patience:  # which counts validations
+                config["validate_every"] = self.train.validate_every
         if stage == "evaluate" and self.convert.model:  # it exports the model by itself
             config["convert"] = self.config("convert")
         return config
@@ -287,14 +292,14 @@ def _apply(
             problems.append(f"override '{name}': given twice, as {taken['.'.join(path)][0]} and {text}")
             continue
         taken[".".join(path)] = (text, at.get(last))
-        at[last] = typed.parse_value(text, typing.get_type_hints(cls)[last])
+        at[last] = typed.parse_value(text, hint_of(cls, last))
     return taken
 
 
 def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | None:
     """The place of an override: ('train', 'lr'), or ('on', 'local', 'train', 'processes'). None if there is a problem."""
     parts = tuple(name.split("."))
-    fields = {t: [f.name for f in dataclasses.fields(c)] for t, c in schema.TABLES.items()}
+    fields = {t: list(names_of(c)) for t, c in schema.TABLES.items()}
     hardware = [f.name for f in dataclasses.fields(schema.Hardware)]
     if len(parts) == 1:
         homes = [t for t, names in fields.items() if name in names]
@@ -324,15 +329,15 @@ def locate(name: str, cluster: str, problems: list[str]) -> tuple[str, ...] | No
 
 def _changing(taken: dict[str, tuple[str, Any]], file: Path) -> tuple[tuple[str, str], ...]:
     """The overrides that change a result: those of keyed fields with another value than the recipe's own."""
-    order = [f"{t}.{f.name}" for t, c in schema.TABLES.items() for f in dataclasses.fields(c) if f.metadata["key"]]
+    order = [f"{t}.{n}" for t, c in schema.TABLES.items() for n, f in names_of(c).items() if f.metadata["key"]]
     kept = []
     for path in order:
         if path in taken:
             text, before = taken[path]
             table, name = path.split(".")
             cls = schema.TABLES[table]
-            default = next(f for f in dataclasses.fields(cls) if f.name == name).default
-            hint = typing.get_type_hints(cls)[name]
+            default = names_of(cls)[name].default
+            hint = hint_of(cls, name)
             value = typed.convert(typed.parse_value(text, hint), hint, path, [])
             try:
                 was = default if before is None else typed.convert(before, hint, path, [])
@@ -357,8 +362,15 @@ def _canonical(value: Any) -> str:
 def _short(path: str) -> str:
     """`lr` if one table has the field, `train.seed` if several have it."""
     name = path.split(".")[-1]
-    owners = sum(name in {f.name for f in dataclasses.fields(c)} for c in schema.TABLES.values())
+    owners = sum(name in names_of(c) for c in schema.TABLES.values())
     return (name if owners == 1 else path).replace("_", "-")
+
+
+def _label(path: str) -> str:
+    """The last words of a path, and a hash of it: "train-step300-1f2e3d"."""
+    words = [w for w in re.split(r"[^A-Za-z0-9.+-]+", path.partition("://")[2] or path) if w.strip(".")]
+    label = "-".join(words[-3:]).replace("..", ".")[-40:].strip(".-")
+    return f"{label}-{hashlib.sha256(path.encode()).hexdigest()[:6]}"
 
 
 def _file_safe(text: str) -> str:
@@ -377,5 +389,5 @@ def _in_key(f: dataclasses.Field[Any]) -> bool:
 def _keyed(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value) if _in_key(f))
-        return {f.name: _keyed(v) for f, v in fields if not (f.metadata["late"] and v == _default(f))}
+        return {name_of(f): _keyed(v) for f, v in fields if not (f.metadata["late"] and v == _default(f))}
     return [_keyed(v) for v in value] if isinstance(value, tuple) else value

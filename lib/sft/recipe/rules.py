@@ -49,6 +49,8 @@ def check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> 
                         " than the whole run: lower one of them")  # fmt: skip
     problems += _check_other_model(values["convert"], values["evaluate"])
     problems += _check_method(train, values["prepare"])
+    problems += _check_stopping(train, values["prepare"], values["evaluate"])
+    problems += _check_best(values)
     return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
 
 
@@ -122,6 +124,52 @@ def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
             " method = 'lora'; use method = 'full', or remove them"
         ]
     return []
+
+
+def _check_stopping(train: schema.Train, prepare: schema.Prepare, evaluate: schema.Evaluate) -> list[str]:
+    """Options that need a validation split, or another option."""
+    held_out = "set [prepare] validation_fraction, e.g. 0.01"
+    problems = []
+    if train.continue_schedule != "recipe" and not train.continue_from:
+        problems.append(
+            f"'continue_schedule' in [train] = {train.continue_schedule!r}: only a run with 'continue' reads it; remove it"
+        )
+    if train.early_stopping_threshold and not train.early_stopping_patience:
+        problems.append(
+            "'early_stopping_threshold' in [train]: only early_stopping_patience reads it; set that, or remove it"
+        )
+    for field in ("early_stopping_patience", "save_best_only"):
+        if not getattr(train, field):
+            continue
+        if not prepare.validation_fraction:
+            problems.append(f"'{field}' in [train]: there is no validation split, so no validation loss; {held_out}")
+        elif not train.validate_every:
+            problems.append(
+                f"'{field}' in [train]: validate_every = 0 measures the loss only at the end; set it, e.g. to 100"
+            )
+    if train.save_best_only and train.keep:
+        problems.append(
+            f"'save_best_only' and 'keep' in [train] = {train.keep}: both say which checkpoints stay; remove one"
+        )
+    if train.save_best_only and (train.best_metric == "none" or evaluate.every):
+        why = "[evaluate] every chooses BEST by a score" if evaluate.every else "best_metric = 'none'"
+        problems.append(f"'save_best_only' in [train] follows the validation loss, and {why}; remove one of them")
+    return problems
+
+
+def _check_best(values: dict[str, Any]) -> list[str]:
+    """[convert] checkpoint = "best" needs something that chooses BEST."""
+    convert, train, evaluate = values["convert"], values["train"], values["evaluate"]
+    if convert.checkpoint != "best":
+        return []
+    if convert.model:
+        return ["'checkpoint' in [convert] = 'best': this run exports [convert] model and trains nothing; remove it"]
+    if evaluate.every or (train.best_metric == "validation_loss" and values["prepare"].validation_fraction):
+        return []
+    return [
+        "'checkpoint' in [convert] = 'best': nothing chooses the best step; set [prepare] validation_fraction, e.g. 0.01, with"
+        " best_metric = 'validation_loss', or [evaluate] every"
+    ]
 
 
 def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from sft.recipe.cluster_schema import BEAKER, JOBS, LAUNCHERS, OWN, SLURM, STAGES, UPSTREAM, Cluster, Hardware
 from sft.recipe.options import REQUIRED, opt
-from sft.recipe.train_schema import LORA_FIELDS, LORA_LR, Train
+from sft.recipe.train_schema import LORA_FIELDS, LORA_LR, STATE_FIELDS, Train
 
 __all__ = [
     "BEAKER",
@@ -27,6 +27,7 @@ __all__ = [
     "ROLES",
     "SLURM",
     "STAGES",
+    "STATE_FIELDS",
     "TABLES",
     "UPSTREAM",
     "Cluster",
@@ -266,6 +267,12 @@ class Convert:
         "base",
         "rows of the exported embedding: base = as many as the base's published table, if that has more than the tokenizer; tokenizer = one for each id",
         choices=("base", "tokenizer"),
+        late=True,
+    )
+    checkpoint: str = opt(
+        "final",
+        "step of the training to export: final = its last one, best = the one that train/BEST names",
+        choices=("final", "best"),
         late=True,
     )
     shard_gb: float = opt(5.0, "largest safetensors file, in GB", above=0)

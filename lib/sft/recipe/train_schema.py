@@ -62,6 +62,19 @@ class Train:
         min=0,
         late=True,
     )
+    continue_from: str = opt(
+        "",
+        'go on from a step of another run with its optimizer state and data position, e.g. "runs/x/train/step300"',
+        name="continue",
+        late=True,
+    )
+    continue_schedule: str = opt(
+        "recipe",
+        "continue: learning rate from there; recipe = `schedule` over all steps; rewarmed = warm-up and `schedule` over the remaining steps;"
+        " constant = the rate of that step; decayed = from the rate of that step to final_lr_fraction of it, in `decay_shape`",
+        choices=("recipe", "constant", "rewarmed", "decayed"),
+        late=True,
+    )
     lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0)
     schedule: str = opt(
         "linear",
@@ -70,7 +83,9 @@ class Train:
     )
     decay_fraction: float = opt(0.1, "wsd: fraction of the steps in the decay", above=0, max=1)
     decay_shape: str = opt(
-        "linear", "wsd: shape of the decay; sqrt falls fast at first", choices=("linear", "cosine", "sqrt")
+        "linear",
+        "wsd, and continue_schedule = 'decayed': shape of the decay; sqrt falls fast at first",
+        choices=("linear", "cosine", "sqrt"),
     )
     final_lr_fraction: float = opt(0.0, "learning rate at the end of the decay, as a fraction of lr", min=0, max=1)
     warmup_fraction: float = opt(0.03, "fraction of the steps in the warm-up from 0 to lr", min=0, max=1)
@@ -129,6 +144,14 @@ class Train:
         min=0,
         key=False,
     )
+    save_best_only: bool = opt(
+        False,
+        "save a step whose validation loss is the lowest so far, and keep only the steps that LATEST and BEST name",
+        key=False,
+    )
+    save_every_minutes: float = opt(
+        0.0, "minutes between ephemeral checkpoints, besides those by steps; 0 = none", min=0, key=False
+    )
     best_metric: str = opt(
         "validation_loss",
         "BEST names the saved step with the lowest validation loss; with [evaluate] every, the one with the best score",
@@ -143,6 +166,21 @@ class Train:
     )
     validate_start: bool = opt(
         True, "measure the validation loss of the starting weights as well, before the first step", key=False
+    )
+    early_stopping_patience: int = opt(
+        0,
+        "training ends after this many validations in a row (of validate_every) without a lower loss; 0 = never",
+        min=0,
+        late=True,
+    )
+    early_stopping_threshold: float = opt(
+        0.0, "early stopping: how much lower than the lowest loss before a validation loss must be", min=0, late=True
+    )
+    max_minutes: float = opt(
+        0.0,
+        "training ends after this many minutes over all attempts; it goes on if raised; 0 = no limit",
+        min=0,
+        key=False,
     )
     log_every: int = opt(1, "steps between records in metrics.jsonl and lines on the terminal", min=1, key=False)
     telemetry_every: int = opt(
@@ -160,4 +198,9 @@ class Train:
 LORA_LR = 10 * Train.lr
 """The learning rate of method "lora" if the recipe sets none: about ten times that of full finetuning is the best one over
 models and data sets ("LoRA Without Regret", Thinking Machines 2025, thinkingmachines.ai/blog/lora)."""
+STATE_FIELDS = (
+    "method", "optimizer", "gradients", "precision", "freeze", "train_only", "lora_rank", "lora_alpha", "lora_rslora",
+    "lora_targets", "base_dtype",
+)  # fmt: skip
+"""The fields that decide which state the optimizer has. A run that continues another one has the same values."""
 LORA_FIELDS = tuple(f.name for f in fields(Train) if f.name.startswith("lora_") or f.name == "base_dtype")

@@ -17,6 +17,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.recipe import other_names, schema
+from sft.recipe.options import names_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
@@ -53,18 +54,19 @@ def build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
     if not isinstance(data, dict):
         problems.append(f"[{table}] must be a table, not {data!r}")
         return None
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    fields = names_of(cls)
     hints = typing.get_type_hints(cls)
     values = {}
     for name, value in data.items():
         if name not in fields:
-            home = next((t for t, c in schema.TABLES.items() if name in {f.name for f in dataclasses.fields(c)}), None)
+            home = next((t for t, c in schema.TABLES.items() if name in names_of(c)), None)
             hint = f"; it belongs to [{home}]" if home else hint_for(name, fields)
             problems.append(f"no field '{name}'{where}{hint}")
             continue
         try:
-            values[name] = convert(value, hints[name], f"{table}.{name}".lstrip("."), problems)
-            check_bounds(values[name], fields[name].metadata)
+            f = fields[name]
+            values[f.name] = convert(value, hints[f.name], f"{table}.{name}".lstrip("."), problems)
+            check_bounds(values[f.name], f.metadata)
         except (TypeError, ValueError) as e:
             problems.append(f"'{name}'{where} = {value!r}: {e}")
     for name, f in fields.items():

@@ -110,6 +110,9 @@ def _size_tiles(run: RunFiles) -> Iterator[Tile]:
         yield "parameters", number(convert.parameters), "in the checkpoint"
     if train := run.train:
         attempts = f", {train.attempts} attempts" if train.attempts > 1 else ""
+        if train.stopped:
+            why = f"{train.max_minutes:g} minutes" if train.max_minutes else "early stopping: no lower validation loss"
+            yield "stopped early", f"{train.final_step:,}", f"of {train.data.steps:,} steps: {why}"
         yield "tokens trained on", number(train.tokens), f"{train.final_step:,} steps{attempts}"
         mfu = f", MFU {train.mfu:.1%}" if train.mfu is not None else ""
         yield "speed", number(train.tokens_per_s), f"tokens per second{mfu}"

@@ -19,6 +19,7 @@ from sft.formats.preview import Preview
 from sft.formats.record import Record
 from sft.formats.results import Results
 from sft.recipe import schema
+from sft.reporting import trainings
 
 R = TypeVar("R", bound=Record)
 
@@ -50,11 +51,11 @@ class RunFiles:
 
     @cached_property
     def steps(self) -> list[MetricsRecord]:
-        """Steps and headers of attempts; empty when train is not done."""
+        """Steps and headers of attempts, and the steps of the run that training continued; empty when train is not done."""
         if "train" not in self.done:
             return []
         self.check("train", metrics.NAME)
-        return metrics.read_metrics(self.folder / "train" / metrics.NAME)
+        return trainings.joined(self.folder)
 
     @cached_property
     def convert(self) -> ConvertMetrics | None:

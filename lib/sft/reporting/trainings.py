@@ -41,7 +41,8 @@ class Training:
 
     def points(self, value: Value, start: float | None = None) -> Points:
         """(step, tokens, hours, value) where it was measured. `start` is that of the weights that training started from."""
-        first = [] if start is None else [(0, 0, 0.0, start)]
+        before = self.start or InitialValidation(0.0)
+        first = [] if start is None else [(before.after_step or 0, before.after_tokens or 0, 0.0, start)]
         found = [*first, *((s.step, s.tokens, h, value(s)) for s, h in zip(self.steps, self.hours, strict=True))]
         return [(step, tokens, hours, y) for step, tokens, hours, y in found if y is not None and math.isfinite(y)]
 
@@ -91,10 +92,25 @@ def _last(points: Points) -> float:
 
 def training(run: Path) -> Training:
     """The training of a run. Raises SftError where it has no steps yet."""
-    found = of_records(run.name, metrics.read_metrics(run / "train" / metrics.NAME))
+    found = of_records(run.name, joined(run))
     if not found.steps:
         raise SftError(f"{run / 'train' / metrics.NAME}: no steps yet; next: make train for {run.name}")
     return found
+
+
+def joined(run: Path) -> list[MetricsRecord]:
+    """The records of a run's training, behind those of the trainings that it continues with the same data, as far as they are
+    on this machine: their steps, and the validation of their starting weights."""
+    records = metrics.read_metrics(run / "train" / metrics.NAME)
+    first = next((r for r in records if isinstance(r, Attempt)), None)
+    if first is None or not first.continues or not first.from_step:
+        return records
+    words = first.continues.split("/")
+    earlier = joined(run.parent / words[1]) if len(words) == 4 and ".." not in words else []
+    before = [r for r in earlier if isinstance(r, InitialValidation) or (isinstance(r, StepRecord) and r.step <= first.from_step)]  # fmt: skip
+    if not any(isinstance(r, StepRecord) for r in before):
+        return records
+    return [*before, *(r for r in records if not isinstance(r, InitialValidation))]
 
 
 def of_records(name: str, records: Sequence[MetricsRecord]) -> Training:
@@ -173,6 +189,14 @@ def _notes(records: Sequence[MetricsRecord], t: Training) -> Iterable[str]:
         yield f"{MOST_SOURCES} of {len(t.sources)} sources have a curve."
     if skipped := sum(1 for r in t.steps if r.skipped):
         yield f"Steps skipped because their loss or gradient was a spike or not finite: {skipped}."
+    first = next((r for r in records if isinstance(r, Attempt)), None)
+    if first and first.continues:
+        if not first.from_step:
+            yield f"It continues {first.continues} with other data or another order of them: its steps count from 0."
+        elif t.steps and t.steps[0].step <= first.from_step:
+            yield f"It continues {first.continues}: the curves up to step {first.from_step:,} are of that run."
+        else:
+            yield f"It continues {first.continues}, whose metrics are not here: the curves begin there."
     if resumed := [r.from_step for r in records if isinstance(r, Attempt) and r.attempt > 1]:
         yield f"Attempts: {len(resumed) + 1}, continued from step {', '.join(f'{n:,}' for n in resumed)}."
 

@@ -8,12 +8,12 @@ when a word is completed; goals and fields are those of the moment when the scri
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
 from sft.recipe import schema
+from sft.recipe.options import names_of
 
 _SCRIPT = r"""# olmo-sft: completion of make in {root}
 _olmo_sft_make() {{
@@ -49,9 +49,9 @@ def script(root: Path, goals: Iterable[str], variables: Iterable[str]) -> str:
     """The script for the checkout in `root`."""
     fields: dict[str, tuple[str, ...]] = {}
     for cls in (*schema.TABLES.values(), schema.Hardware):
-        for f in dataclasses.fields(cls):
+        for name, f in names_of(cls).items():
             choices = f.metadata["choices"] or (("true", "false") if f.type == "bool" else ())
-            fields[f.name] = tuple(dict.fromkeys((*fields.get(f.name, ()), *choices)))
+            fields[name] = tuple(dict.fromkeys((*fields.get(name, ()), *choices)))
     words = [*goals, *(f"{v}=" for v in variables), *(f"{name}=" for name in fields)]
     lines = [f"    {name}=*) values={shlex.quote(' '.join(found))} ;;" for name, found in fields.items() if found]
     return _SCRIPT.format(

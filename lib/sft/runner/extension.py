@@ -1,4 +1,4 @@
-"""make extend: lets a finished training go on after its epochs or steps were raised. Standard library only.
+"""make extend: lets a finished training go on after its epochs, its steps or its patience were raised. Standard library only.
 
     found = find(place, recipe)          what differs and from which step it would go on; None if there is nothing to extend
     extend(found)                        from now on `make train` continues that folder, with its optimizer state and data position
@@ -10,18 +10,23 @@ In:  runs/<run>/train of the options before. Out: the same folder, whose manifes
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.identity import write_identity
+from sft.formats.manifest import Manifest
 from sft.recipe import recipe
 from sft.runner import plan, references
+from sft.runner.listing import span
 
-LENGTH = ("epochs", "steps")
-"""The fields of [train] that may differ: they say how long it trains, and with it the schedule of the learning rate."""
+LENGTH = ("epochs", "steps", "early_stopping_patience", "early_stopping_threshold", "validate_every")
+"""The fields of [train] that may differ: they say how long it trains, and with it the schedule of the learning rate.
+`validate_every` is in the key only where early stopping counts validations."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Extension:
     step: int
     differences: tuple[str, ...]
     identity: str
+    cost: str = ""  # of the ways to go on, as far as the manifest tells
 
     @property
     def line(self) -> str:
@@ -44,9 +50,8 @@ def find(place: plan.Place, r: recipe.Recipe) -> Extension | None:
     folder, made = place.runs / r.run / "train", state.manifest
     if made is None or made.key == state.key or made.version != plan.VERSIONS["train"] or folder.is_symlink():
         return None
-    config = {**state.config, **{name: made.config.get(name) for name in LENGTH}}
     step = made.metrics.get("final_step")
-    if config != made.config or not isinstance(step, int):
+    if _apart_from_length(state.config) != _apart_from_length(made.config) or not isinstance(step, int):
         return None
     try:
         ready, inputs = plan.consumed(place, r, "train")
@@ -55,13 +60,32 @@ def find(place: plan.Place, r: recipe.Recipe) -> Extension | None:
     if list(made.inputs) != inputs:
         return None
     lines = plan.differences(made.config, state.config)
-    return Extension(folder, step, tuple(lines), plan.identity(ready.key, inputs))
+    return Extension(folder, step, tuple(lines), plan.identity(ready.key, inputs), _cost(made, r, step))
+
+
+def _apart_from_length(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in config.items() if name not in LENGTH}
+
+
+def _cost(made: Manifest, r: recipe.Recipe, step: int) -> str:
+    """The steps and the hours of training from step 0 and from the last step, at the speed so far; "" if it is not known."""
+    try:
+        steps, epochs = int(made.metrics["data"]["steps"]), float(made.metrics["data"]["epochs"])
+        hours = float(made.metrics["tokens"]) / float(made.metrics["tokens_per_s"]) / 3600 / step
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return ""
+    total = r.train.steps or round(steps * r.train.epochs / epochs)
+
+    def text(count: int) -> str:
+        return f"about {count:,} steps, {span(3600 * hours * count)}"
+
+    return f"from step 0: {text(total)}; going on: {text(max(0, total - step))}"
 
 
 def refuse(found: Extension, r: recipe.Recipe) -> SftError:
     """What make train says instead of moving the finished training away and starting from step 0."""
     return SftError(
-        f"{found.line}, and make train would set them aside and start from step 0; next: make extend RECIPE={r.name}"
+        f"{found.line}, and make train would set them aside and start from step 0{f' ({found.cost})' if found.cost else ''}; next: make extend RECIPE={r.name}"
         f" goes on from step {found.step}, make train RECIPE={r.name} RETRAIN=1 starts from step 0"
     )
 

@@ -29,7 +29,7 @@ from sft.formats.remote import SyncMetrics, list_problems
 from sft.formats.run import RunFile
 from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema, typed
 from sft.recipe.recipe import BASELINE
-from sft.runner import bases, models, references
+from sft.runner import bases, continuation, ended, models, references
 
 REPO = paths.REPO
 VERSIONS = {"prepare": 7, "sync": 1, "train": 3, "convert": 3, "evaluate": 6, "report": 3}
@@ -123,14 +123,16 @@ def states(place: Place, r: recipe.Recipe, cache: HashCache | None = None, *, re
         state = State(stage, manifest.key(stage, VERSIONS[stage], config, [u.key for u in upstream]), config)
         files = functools.partial(input_files, place, r, stage, cache)
         _compare(state, place.runs / r.run, upstream, files)
-        found[stage] = (_reused(state, place.runs, r.run, upstream, files) if reuse and state.stale else None) or state
+        if stage == "train" and state.manifest and not state.reasons:
+            state.reasons += ended.reasons(state.manifest, r)
+        found[stage] = (_reused(state, place.runs, r, upstream, files) if reuse and state.stale else None) or state
     if "sync" in found:
         _look_elsewhere(found["sync"], place, place.runs / r.run / "sync" / manifest.NAME)
     return found
 
 
 def _reused(
-    state: State, runs: Path, run: str, upstream: list[State], files: Callable[[], list[Input]]
+    state: State, runs: Path, r: recipe.Recipe, upstream: list[State], files: Callable[[], list[Input]]
 ) -> State | None:
     """The state with another run's result: one with the same key, made from the same inputs. None if there is none."""
     if any(u.stale for u in upstream):
@@ -139,7 +141,11 @@ def _reused(
         wanted = [upstream_entry(u) for u in upstream] + files()
     except SftError:
         return None  # a missing file, which is reported before anything runs
-    found = references.find_origin(runs, run, state.stage, state.key, lambda made: list(made.inputs) == wanted)
+
+    def is_current(made: Manifest) -> bool:
+        return list(made.inputs) == wanted and not (state.stage == "train" and ended.reasons(made, r))
+
+    found = references.find_origin(runs, r.run, state.stage, state.key, is_current)
     if found is None:
         return None
     return State(state.stage, state.key, state.config, found[1], wanted, origin=found[0])
@@ -168,6 +174,10 @@ def input_files(place: Place, r: recipe.Recipe, stage: str, cache: HashCache) ->
     """Manifest entries of the local files that a stage's recipe tables name. Raises SftError for a missing file."""
     named = named_files(place, r, stage)
     found = [Input(file=name, bytes=file.stat().st_size, sha256=cache.sha256(file)) for name, file in named]
+    if stage == "train" and (origin := continuation.named(r, place.runs)):
+        found += continuation.inputs(origin, r, cache)
+    if stage == "convert" and r.convert.checkpoint == "best":
+        found += ended.best_inputs(place.runs / r.run / "train", r)
     if stage in ("convert", "evaluate") and r.convert.model:
         found += models.inputs(place.runs, place.roots, place.load_cluster(), r, cache)
     return found
@@ -262,7 +272,7 @@ def _look_elsewhere(sync: State, place: Place, file: Path) -> None:
 class Work:
     """What the goals need: {stage: reasons} of the stages that must run, and {stage: folder} of those that another run has.
 
-    unchecked: a line for each input that only jobs see.
+    unchecked: a line for each input that only jobs see, and for the step that training goes on from.
     """
 
     stale: dict[str, list[str]]
@@ -307,8 +317,13 @@ def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
 
 
 def _on_disks_of_jobs(place: Place, r: recipe.Recipe, stages: Sequence[str]) -> list[str]:
-    """One line for each input of these stages that only their jobs see. Raises SftError for one that they would not see."""
+    """One line for each input of these stages that only their jobs see, and for the step that a training goes on from. Raises
+    SftError for one that they would not see."""
     cluster, found = place.load_cluster(), []
+    if "train" in stages and (origin := continuation.named(r, place.runs)):
+        base = bases.find_base(place.roots, place.runs / r.run, r)
+        continuation.check(origin, r, cluster, place.cluster, base)
+        found.append(continuation.line(origin, r))
     for stage in stages:
         for what, path in mounts.named(r, stage):
             mounts.require(path, stage, cluster, place.cluster, f"{r.file}: {what}")

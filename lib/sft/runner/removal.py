@@ -17,7 +17,7 @@ from sft.common.errors import SftError
 from sft.formats import job
 from sft.formats.job import JobRecord
 from sft.recipe import schema
-from sft.runner import models, references
+from sft.runner import continuation, models, references
 from sft.runner.listing import is_running, size_text
 
 
@@ -44,7 +44,8 @@ class Removal:
 
 
 def removal(run: Path) -> Removal:
-    """What removing a run means. Raises SftError while a stage of it runs, a job is not reported, or another run scores it."""
+    """What removing a run means. Raises SftError while a stage of it runs, a job is not reported, or another run scores it or
+    goes on from it."""
     if busy := [s for s in (*schema.STAGES, "report") if is_running(run, s)]:
         raise SftError(f"{run}: {', '.join(busy)} is running; next: stop it, or wait for it")
     for file in sorted((run / job.FOLDER).glob("*.json")):
@@ -60,6 +61,11 @@ def removal(run: Path) -> Removal:
         raise SftError(
             f"{run}: {', '.join(scorers)} scored it (MODEL=), and no make reaches {'that' if len(scorers) == 1 else 'those'} without it;"
             f" next: make delete RUN={scorers[0]} first"
+        )
+    if successors := continuation.continued_by(run):
+        raise SftError(
+            f"{run}: {', '.join(successors)} go{'es' * (len(successors) == 1)} on from a step of it ([train] continue), and no make reaches"
+            f" {'that' if len(successors) == 1 else 'those'} without it; next: make delete RUN={successors[0]} first"
         )
     links = references.referrers(run)
     stay = [run / stage for stage in links]

@@ -9,8 +9,9 @@ from pathlib import Path
 from sft.common import columns
 from sft.recipe import recipe, schema, typed
 from sft.recipe.edit import to_toml
+from sft.recipe.options import name_of
 from sft.recipe.resolve import resolve
-from sft.runner import bases, listing, plan
+from sft.runner import bases, continuation, listing, plan
 
 
 def show(place: plan.Place, r: recipe.Recipe) -> None:
@@ -22,19 +23,17 @@ def show(place: plan.Place, r: recipe.Recipe) -> None:
         print(f"\n[{table}]")
         value = getattr(r, table)
         for f in dataclasses.fields(value):
-            v = getattr(value, f.name)
+            v, name = getattr(value, f.name), name_of(f)
             if v is None:
                 continue
-            origin = (
-                "override" if f"{table}.{f.name}" in overridden else "" if f.name in raw.get(table, {}) else "default"
-            )
+            origin = "override" if f"{table}.{name}" in overridden else "" if name in raw.get(table, {}) else "default"
             if v and isinstance(v, tuple) and dataclasses.is_dataclass(v[0]):
                 for item in v:
                     changed = {k: x for k, x in dataclasses.asdict(item).items() if x not in (None, {})}
                     given = ", ".join(f"{k} = {to_toml(x)}" for k, x in changed.items())
-                    print(columns.wrapped(f"  {f.name}: {given}"))
+                    print(columns.wrapped(f"  {name}: {given}"))
                 continue
-            line = f"{f.name} = {to_toml(v)}"
+            line = f"{name} = {to_toml(v)}"
             print(f"{line:47} # {origin}" if origin else line)
     print()
     for stage in schema.STAGES:
@@ -43,6 +42,8 @@ def show(place: plan.Place, r: recipe.Recipe) -> None:
     print()
     print(f"# model: {_model(place, r)}")
     print(f"# batch: {r.train.global_batch_tokens // r.train.seq_len} packs of {r.train.seq_len} tokens in a step")
+    if continued := continuation.named(r, place.runs):
+        print(columns.wrapped(f"# {continuation.line(continued, r)}"))
     for stage, state in plan.states(place, r, reuse=True).items():
         print(f"# {stage:9}{'; '.join(state.reasons) or (f'reuses {state.origin}' if state.origin else 'done')}")
         going = listing.progress(place.runs / r.run / stage) if stage == "train" and state.stale else None

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from sft.checkpoint import olmo_core, step_folder
-from sft.checkpoint.lora_step import adapter_of, base_digest, require_base
+from sft.checkpoint.lora_step import base_digest
 from sft.common.errors import SftError
 from sft.common.strings import distinct
 from sft.data.dataset import Dataset
@@ -40,13 +40,16 @@ from sft.recipe.architecture import ModelConfig
 from sft.recipe.base_config import Base, is_hf_folder, read_base
 from sft.recipe.resolve import named_changes, resolve, supported_length, with_positions
 from sft.recipe.schema import Hardware, Train
+from sft.runner import continuation
 from sft.runner.stage import Stage
 from sft.sync.base_check import check_base_tokenizer
 from sft.training import evaluations, initial_weights
+from sft.training.continuing import check_adapter, check_state, open_origin
 from sft.training.loop import Run, TrainState
-from sft.training.optim import Guard, build_adamw
+from sft.training.optim import Guard, Start, build_adamw
 from sft.training.saving import Saver
 from sft.training.sources import before_training, repeated_choices, source_weights
+from sft.training.stopping import Stopping
 from sft.training.stopwatch import Stopwatch
 from sft.training.telemetry import layer_groups
 from sft.training.uploads import Uploads, destination
@@ -77,7 +80,7 @@ class Data:
 
     documents: NDArray[Any]  # DOCUMENT
     plan: StepPlan
-    loader: Callable[[int], Loader]  # from the number of finished steps
+    loader: Callable[[StepPlan, int], Loader]  # from the number of finished steps
     validation: Loader | None
 
 
@@ -110,7 +113,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         optimizer=build_adamw(model, train, compiled),
         guard=Guard(train.skip_sigmas, world.device, len(sources)),
         plan=data.plan,
-        loader=data.loader,
+        loader=functools.partial(data.loader, data.plan),
         validation=data.validation,
         sources=sources,
         labels=before_training(sources, weights, data.documents, data.plan.index.segments),
@@ -132,6 +135,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         dropout=add_dropout(model, train.lora_dropout, world.device),
         flops_change=flops_change(config, train),
         groups=layer_groups(model) if train.telemetry_every else {},
+        stopping=Stopping(train),
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
     )
     for line in notes(setup, room, tokenizer_warning, missing):
@@ -143,10 +147,10 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         )
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
     connect_saver(setup, run.saver)
-    start, origin = resume(setup, run, step, adapter)
+    start, origin = resume(setup, run, step, data.loader, adapter)
     if world.is_rank0:
         run.saver.prune()  # a kill may have come between the last save and its retention
-    plan, summary = data.plan, data.plan.describe()
+    plan, summary = run.plan, run.plan.describe()
     for line in repeated_choices(info.sources, summary.epochs):
         setup.log(line)
     setup.log(
@@ -221,9 +225,29 @@ def build_data(setup: Setup) -> Data:
     validation = None
     if (setup.dataset / "validation" / "documents.npy").is_file():
         held_out, held_out_index = packed("validation")
+        for problem in held_out_problems(held_out_index, train):
+            setup.log(problem)
         if len(held_out_index):
             validation = loader(StepPlan.once(held_out_index, groups * packs_each), held_out, 0)
-    return Data(dataset.documents, plan, lambda start: loader(plan, dataset, start), validation)
+    return Data(dataset.documents, plan, lambda plan, start: loader(plan, dataset, start), validation)
+
+
+def held_out_problems(index: PackIndex, train: Train) -> list[str]:
+    """Warnings about validation documents that lose every trained token to seq_len. Raises SftError where all of them do, and an
+    option needs the validation loss."""
+    losses = index.losses
+    if len(index) and not losses.unlabelled_pieces:
+        return []
+    lost = losses.documents if not len(index) else losses.unlabelled_pieces
+    text = (
+        f"{lost:,} of {losses.documents:,} validation documents lose every trained token to seq_len {train.seq_len:,}"
+    )
+    needs = [name for name in ("early_stopping_patience", "save_best_only") if getattr(train, name)]
+    if not len(index) and needs:
+        raise SftError(
+            f"[train] {text}, so there is no validation loss, which {needs[0]} needs; next: raise [train] seq_len"
+        )
+    return [f"warning: {text}; {'there is no validation loss' if not len(index) else 'they are left out'}"]
 
 
 def counted(config: ModelConfig, train: Train) -> str:
@@ -313,29 +337,54 @@ def connect_saver(setup: Setup, saver: Saver) -> None:
     where = destination(stage.storage, stage.recipe.run, stage.identity)
     if setup.world.is_rank0 and where:
         saver.uploads = Uploads(stage.out, where, stage.cache, stage.log)
-    if every := stage.recipe.evaluate.every:
-        saver.waiting = functools.partial(evaluations.held, stage.out, every)
+    every = stage.recipe.evaluate.every
+
+    def waiting() -> list[Path]:
+        held = evaluations.held(stage.out, every) if every else ()
+        return [*held, *continuation.steps_in_use(stage.out)]
+
+    saver.waiting = waiting
 
 
-def resume(setup: Setup, run: Run, step: Path | None, adapter: Adapter | None = None) -> tuple[int, str]:
-    """Fills model, optimizer, guard, counters and random generators from a step, or the model from its first weights.
-    A step with adapters has no base, which is read again. Returns the number of finished steps and the origin of the weights
-    in words. Raises SftError."""
-    origin = ""
-    if step is None:
+def resume(
+    setup: Setup, run: Run, step: Path | None, loader: Callable[[StepPlan, int], Loader], adapter: Adapter | None = None
+) -> tuple[int, str]:
+    """Fills model, optimizer, guard, counters and random generators from a step: the newest one of this run, or the one of
+    another run that it continues; or the model from its first weights. A step with adapters has no base, which is read again.
+    Returns the number of finished steps and the origin of the weights in words. Raises SftError."""
+    train, origin, lr = setup.stage.recipe.train, "", 0.0
+    other = step is None and bool(train.continue_from)
+    if other:
+        data = (setup.dataset, setup.info)
+        step, lr = open_origin(setup.stage, setup.world, setup.config, data, adapter, setup.base)
+        check_state(step, run.model, run.optimizer, train)
+    elif step is None:
         check_published(setup)
     elif adapter:
-        check_adapter(step, adapter, setup.base)
+        check_adapter(step, adapter, setup.base, f"remove {step}")
     if step is None or adapter:
-        seed, ids = setup.stage.recipe.train.seed, setup.info.facts.vocab_size
+        seed, ids = train.seed, setup.info.facts.vocab_size
         added = len(setup.stage.recipe.prepare.add_tokens)
         origin = initial_weights.initialise(run.model, setup.config, setup.base, seed, ids, setup.log, added)
     if step is None:
-        start_adapters(run.model, setup.stage.recipe.train.seed)
+        start_adapters(run.model, train.seed)
         return 0, origin
     state = cast(TrainState, step_folder.restore(step, run.model, run.optimizer, run.world))
-    start = run.plan.check(DataPosition.from_value(state["position"], f"{step}: position"))
-    run.tokens, run.skipped, run.saver.last = state["tokens"], state["skipped"], step
+    position = DataPosition.from_value(state["position"], f"{step}: position")
+    run.saver.last = step
+    torch.set_rng_state(state["rng"])
+    if "rng_cuda" in state and run.world.device.type == "cuda":
+        torch.cuda.set_rng_state(state["rng_cuda"])
+    on_base = f" on {origin}" if origin else ""
+    if other and position.plan != run.plan.digest:
+        run.rate = Start(0, lr)
+        return 0, (
+            f"weights and optimizer state of {step}{on_base}; the data or their order are not those of that run, so both start anew,"
+            " and steps count from 0"
+        )
+    run.plan = run.plan.goes_on(position, train)
+    run.loader = functools.partial(loader, run.plan)
+    run.tokens, run.skipped = state["tokens"], state["skipped"]
     if len(counts := state.get("labels", [])) == len(run.labels):
         losses = state.get("losses") or [(None, None)] * len(counts)
         run.labels = [
@@ -343,24 +392,16 @@ def resume(setup: Setup, run: Run, step: Path | None, adapter: Adapter | None = 
             for use, (seen, skipped), (first, last) in zip(run.labels, counts, losses, strict=True)
         ]
     run.guard.load(state["guard"])
-    torch.set_rng_state(state["rng"])
-    if "rng_cuda" in state and run.world.device.type == "cuda":
-        torch.cuda.set_rng_state(state["rng_cuda"])
-    return start, f"continuing from {step}" + (f" on {origin}" if origin else "")
-
-
-def check_adapter(step: Path, adapter: Adapter, base: Path | None) -> None:
-    """Raises SftError for a step whose adapters have another base or another form than those of this run."""
-    found = adapter_of(step)
-    if found is None:
-        raise SftError(
-            f"{step}: holds a complete model, and method = 'lora' continues from adapters; next: method = 'full', or remove {step}"
-        )
-    require_base(step, found.base, adapter.base, base)
-    if found != adapter:
-        raise SftError(
-            f"{step}: adapters of {found}, the recipe has {adapter}; next: correct [train], or remove {step}"
-        )
+    if other:
+        if position.step >= run.plan.steps:
+            raise run.plan.nothing_left(position, train)
+        run.rate = Start(position.step, lr)
+    else:
+        run.rate = Start.of(state["start"]) if "start" in state else None
+        if "stopping" in state:
+            run.stopping.load(state["stopping"])
+    run.first = run.rate.step if run.rate else 0
+    return position.step, f"continuing from {step}" + on_base
 
 
 def check_published(setup: Setup) -> None:

@@ -30,13 +30,13 @@ from sft.model.parallel import SharedError, World, sum_replicated_gradients
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
-from sft.recipe.schema import Train
 from sft.runner.stage import Stage
 from sft.training.hang import HangWatch
 from sft.training.metrics import MetricsWriter
-from sft.training.optim import Guard, clip, learning_rate
+from sft.training.optim import Guard, Start, clip, learning_rate
 from sft.training.saving import Saver
 from sft.training.sources import after_step
+from sft.training.stopping import Due, Stopping, already_ended, clock, may_be_best
 from sft.training.stopwatch import Lap, Mark, Stopwatch, between, mark
 from sft.training.telemetry import Groups, Watched
 
@@ -59,6 +59,11 @@ class Run:
     validation: Loader | None
     sources: list[str]
     saver: Saver
+    stopping: Stopping
+    first: int = 0  # finished steps at which this run begins: 0, or those of the step that it continues from
+    rate: Start | None = None  # of the learning rate, in a run that continues another one
+    ended: str = ""  # why training ended before the last step of the plan
+    last: int = 0  # the step that training ended with
     stopwatch: Stopwatch | None = None  # with more than one rank
     hang: HangWatch | None = None
     peak_tflops: float = 0.0  # of one GPU; 0 = not known, or a CPU
@@ -78,47 +83,6 @@ class Run:
         return self.groups if every and (step + 1) % every == 0 else {}
 
 
-@dataclass(frozen=True)
-class Due:
-    """What follows a step.
-
-    With save_every = 4, ephemeral_every = 2 and validate_every = 3: step 2 is saved for a while, step 3 is validated,
-    step 4 is saved for good. A signal to stop, and a request for a checkpoint, make a step due at once.
-    """
-
-    permanent: bool  # a checkpoint that stays
-    ephemeral: bool  # a checkpoint that is deleted when a newer one is complete
-    validation: bool
-    stop: bool  # save and end, because a signal asked for it
-
-    @classmethod
-    def after(cls, done: int, run: Run, stop: bool, requested: bool) -> Due:
-        """After `done` steps. `stop`: a signal came. `requested`: someone asked for a checkpoint. The same on every
-        rank."""
-        train, last = run.stage.recipe.train, done == run.plan.steps
-        validates = train.validate_every > 0 and done % train.validate_every == 0
-        return cls(
-            permanent=last or requested or done % train.save_every == 0,
-            ephemeral=ephemeral_due(train, done),
-            validation=run.validation is not None and (last or validates),
-            stop=stop and not last,
-        )
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether an uninterrupted run has a checkpoint here too."""
-        return self.permanent or self.ephemeral
-
-    @property
-    def any(self) -> bool:
-        return self.scheduled or self.validation or self.stop
-
-
-def ephemeral_due(train: Train, done: int) -> bool:
-    """Whether the step gets an ephemeral checkpoint, unless it gets a permanent one."""
-    return train.ephemeral_every > 0 and done % train.ephemeral_every == 0
-
-
 class TrainState(TypedDict):
     """What a step folder stores for a resume besides model and optimizer, for each rank."""
 
@@ -129,6 +93,8 @@ class TrainState(TypedDict):
     rng: Tensor
     ranks: int
     rng_cuda: NotRequired[Tensor]
+    stopping: NotRequired[dict[str, float]]  # Stopping.state, unless it is empty
+    start: NotRequired[dict[str, float]]  # Start, in a run that continues another one
     labels: NotRequired[list[tuple[int, int]]]  # seen and skipped of each source; early versions did not record it
     losses: NotRequired[list[tuple[float | None, float | None]]]  # the first and the last loss of each source so far
 
@@ -154,6 +120,7 @@ class StepFacts:
     lap: Lap | None  # of the stopwatch
     groups: tuple[str, ...] = ()  # of layers, whose numbers the step has
     validation: Validation | None = None
+    saved: bool = False  # a checkpoint of the step follows
 
 
 class StepNumbers(NamedTuple):
@@ -263,7 +230,7 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch], lr: float
     """One update, at the schedule's learning rate unless `lr` is another. Returns (gradient norm, skipped, the statistics
     of `forward` over the global batch, then the numbers of watched groups of layers) on the device, and lr."""
     train = run.stage.recipe.train
-    lr = learning_rate(step + 1, run.plan.steps, train) if lr is None else lr
+    lr = learning_rate(step + 1, run.plan.steps, train, run.rate) if lr is None else lr
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     total = accumulate(run, step, batches)
@@ -283,15 +250,22 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
     world, saver = run.world, run.saver
     if metrics is not None:
         mark_restored(run, start, metrics)
-    if start == 0 and run.validation is not None and run.stage.recipe.train.validate_start:
+    train = run.stage.recipe.train
+    if start == run.first and run.validation is not None and train.validate_start:
         before = validate(run)
         if metrics is not None:
-            metrics.start(InitialValidation(before.loss, before.sources))
+            metrics.start(InitialValidation(before.loss, before.sources, start or None, run.tokens or None))
+    run.stopping.begin()
+    if run.first < start < run.plan.steps and (ended := already_ended(run.stopping, world)):
+        run.ended, run.last = ended, start
+        return
     loader = run.loader(start)
     pending: Readback | None = None
     began = mark(world.device)
     for step, batches in loader:
-        flags = world.sum_async(torch.tensor([stop(), saver.requested(), saver.failed], dtype=torch.float32))
+        flags = world.sum_async(
+            torch.tensor([stop(), saver.requested(), saver.failed, *clock(run.stopping, world)], dtype=torch.float32)
+        )
         if run.stopwatch is not None:
             run.stopwatch.lap()  # a validation in between does not count
         values, lr = optimizer_step(run, step, batches)
@@ -300,20 +274,31 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
             report_step(run, metrics, pending, began)
             began = pending.ended
         pending = Readback(values, facts)
-        stopping, requested, failed = (flag > 0 for flag in flags().tolist())
+        stopping, requested, failed, timed, out_of_time = (flag > 0 for flag in flags().tolist())
         if run.hang is not None:
             run.hang.finish_step(facts.step)
         if failed:
             saver.wait()  # raises on every rank
-        due = Due.after(facts.step, run, stopping, requested)
+        due = Due.after(
+            facts.step,
+            run.plan.steps,
+            train,
+            held_out=run.validation is not None,
+            stop=stopping,
+            requested=requested,
+            timed=timed,
+            out_of_time=out_of_time,
+        )
         if not (due.any or world.device.type == "cpu"):
             continue
         # The host must know this step's numbers before it saves: a step that stops the run is not worth keeping.
         validation = validate(run) if due.validation else None
-        pending.facts = replace(facts, validation=validation)
+        if validation is not None:
+            due = due.validated(facts.step, run.plan.steps, run.stopping, validation.loss)
+        pending.facts = replace(facts, validation=validation, saved=due.saves)
         report_step(run, metrics, pending, began)
         pending = None
-        if due.scheduled or due.stop:
+        if due.saves:
             # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
             best = find_best(run, facts.step, validation.loss) if validation and due.scheduled else None
             if metrics is not None:
@@ -324,6 +309,11 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         if due.stop:
             saver.wait()
             raise Requeue
+        if due.ended:
+            run.ended, run.last = due.ended, facts.step
+            break
+    else:
+        run.last = run.plan.steps
     saver.wait()
 
 
@@ -337,7 +327,7 @@ def mark_restored(run: Run, start: int, metrics: MetricsWriter) -> None:
     """Names the restored step in BEST where it is the best: a kill may have come between the step and BEST. Rank 0
     only."""
     train = run.stage.recipe.train
-    if not start or not (start % train.save_every == 0 or ephemeral_due(train, start)):
+    if start == run.first or not may_be_best(train, start):
         return
     losses = [r.validation_loss for r in read_steps(metrics.file) if r.step == start and r.validation_loss is not None]
     if losses and (best := find_best(run, start, losses[-1])):
@@ -409,7 +399,7 @@ def report_step(run: Run, metrics: MetricsWriter | None, pending: Readback, bega
         )
         metrics.count(seconds)
         logged = facts.step % run.stage.recipe.train.log_every == 0 or facts.step == run.plan.steps
-        if logged or numbers.skipped or saved or validation or facts.groups:
+        if logged or numbers.skipped or saved or validation or facts.groups or facts.saved:
             metrics.write(record)
             metrics.show(record)
     if run.skipped >= run.stage.recipe.train.max_skipped:
@@ -479,8 +469,13 @@ def save(run: Run, done: int, best: Best | None, *, ephemeral: bool) -> None:
         "labels": [(use.seen, use.skipped) for use in run.labels],
         "losses": [(use.first_loss, use.last_loss) for use in run.labels],
     }
+    if stopping := run.stopping.state():
+        state["stopping"] = stopping
+    if run.rate is not None:
+        state["start"] = run.rate.to_value()
     if run.world.device.type == "cuda":
         state["rng_cuda"] = torch.cuda.get_rng_state()
+    run.stopping.saved()
     run.saver.begin(done, run.model, run.optimizer, state, ephemeral=ephemeral, best=best)
 
 

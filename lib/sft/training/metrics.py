@@ -29,12 +29,14 @@ class MetricsWriter:
         log: Callable[[str], None],
         header: Attempt | None = None,
         trackers: Trackers | None = None,
+        first: int = 0,
     ) -> None:
-        """`start`: the last finished step. Later steps are removed from the file. `steps`: of the complete run."""
+        """`start`: the last finished step. Later steps are removed from the file. `steps`: of the complete run. `first`: the
+        step at which the run begins, if it continues another one."""
         self.file = out / metrics_format.NAME
         self.steps, self.log = steps, log
-        restore_records(out, start, log)
-        records = [r for r in read_metrics(self.file) if _stays(r, start)]
+        restore_records(out, start if start > first else 0, log)
+        records = [r for r in read_metrics(self.file) if _stays(r, start, first)]
         records += [header] if header else []
         write_atomic(self.file, b"".join(r.to_bytes() for r in records))
         self._stream = self.file.open("ab")
@@ -47,7 +49,7 @@ class MetricsWriter:
         """Writes the validation of the starting weights, before the first step."""
         self._stream.write(record.to_bytes())
         self._stream.flush()
-        self._trackers.record({"step": 0, "validation_loss": record.initial_validation_loss})
+        self._trackers.record({"step": record.after_step or 0, "validation_loss": record.initial_validation_loss})
         self.log(f"validation loss of the starting weights: {record.initial_validation_loss:.4f}")
 
     def write(self, record: StepRecord) -> None:
@@ -85,10 +87,11 @@ class MetricsWriter:
         self._trackers.close()
 
 
-def _stays(record: MetricsRecord, start: int) -> bool:
-    """Whether a record of an earlier attempt stays in the file of one that starts after `start` steps."""
+def _stays(record: MetricsRecord, start: int, first: int) -> bool:
+    """Whether a record of an earlier attempt stays in the file of one that starts after `start` steps, of a run that begins
+    after `first`."""
     if isinstance(record, InitialValidation):
-        return start > 0  # an attempt from step 0 measures it again
+        return start > first  # an attempt from the first step measures it again
     return isinstance(record, Attempt) or record.step <= start
 
 

@@ -8,7 +8,8 @@ Out: an AdamW whose state exists from the start, so that a checkpoint can be loa
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,14 +24,42 @@ from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
 
 
-def learning_rate(step: int, steps: int, train: Train) -> float:
+@dataclass(frozen=True)
+class Start:
+    """Where a run that continues another one begins: the number of finished steps, and the learning rate of the last of
+    them (0 where no schedule reads it)."""
+
+    step: int
+    lr: float
+
+    def to_value(self) -> dict[str, float]:
+        return {"step": self.step, "lr": self.lr}
+
+    @classmethod
+    def of(cls, value: Mapping[str, float]) -> Start:
+        """From what `to_value` returned."""
+        return cls(int(value["step"]), value["lr"])
+
+
+def learning_rate(step: int, steps: int, train: Train, start: Start | None = None) -> float:
     """The learning rate of step 1..steps: a linear warm-up, then a decay to `final_lr_fraction` of the peak, which step
     `steps + 1` would reach. "wsd" stays at the peak until the last `decay_fraction` of the steps (arXiv 2404.06395;
     shape "sqrt": 1 - sqrt, arXiv 2405.18392).
 
     OLMo-core's schedulers reach the end at the last step, which then learns nothing at a rate of 0. In the decay a step
     here has the rate that the step before it has there.
+
+    start: of a run that continues another one. `continue_schedule` says what follows: "constant" stays at its rate,
+    "decayed" falls from its rate to `final_lr_fraction` of that, "rewarmed" has a warm-up and `schedule` over the
+    remaining steps (arXiv 2308.04014), and "recipe" has `schedule` over all steps.
     """
+    if start is not None and train.continue_schedule == "rewarmed":
+        step, steps = step - start.step, steps - start.step
+    if start is not None and train.continue_schedule == "constant":
+        return start.lr
+    if start is not None and train.continue_schedule == "decayed":
+        left = _left((step - 1 - start.step) / (steps - start.step), train.decay_shape)
+        return start.lr * (train.final_lr_fraction + (1 - train.final_lr_fraction) * left)
     warmup = warmup_steps(train, steps)
     if step <= warmup:
         return train.lr * step / warmup
@@ -39,9 +68,14 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
     done = (step - 1 - (steps - decay)) / decay
     if train.schedule == "constant" or done <= 0:
         return train.lr
-    shapes = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "sqrt": 1 - math.sqrt(done)}
-    left = shapes[train.decay_shape if wsd else train.schedule]
+    left = _left(done, train.decay_shape if wsd else train.schedule)
     return train.lr * (train.final_lr_fraction + (1 - train.final_lr_fraction) * left)
+
+
+def _left(done: float, shape: str) -> float:
+    """The share of the decay that is left where the share `done` of its steps has gone."""
+    shapes = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "sqrt": 1 - math.sqrt(done)}
+    return shapes[shape]
 
 
 def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:

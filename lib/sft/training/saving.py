@@ -143,7 +143,8 @@ class Saver:
     def prune(self) -> None:
         """Moves superfluous steps to the trash and removes them in a thread. Rank 0 only."""
         busy = self.uploads.busy if self.uploads is not None else ()
-        for trash in step_folder.prune(self.out, self.train.keep, {*busy, *self.waiting()}):
+        keep = None if self.train.save_best_only else self.train.keep
+        for trash in step_folder.prune(self.out, keep, {*busy, *self.waiting()}):
             self._remover.submit(shutil.rmtree, trash, ignore_errors=True)
 
     def send(self) -> UploadSummary | None:

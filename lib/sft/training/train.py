@@ -42,6 +42,7 @@ from sft.formats.metrics import (
 )
 from sft.model import utilisation
 from sft.model.parallel import SharedError, World, join
+from sft.recipe.schema import STATE_FIELDS
 from sft.runner.cli import RunOptions, parse_run
 from sft.runner.stage import Result, Stage, open_stage
 from sft.training import logs
@@ -50,6 +51,7 @@ from sft.training.hang import HangWatch
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import MetricsWriter
 from sft.training.sources import lost_sources, table
+from sft.training.stopping import EARLY_STOPPING, MAX_MINUTES
 from sft.training.trackers import Trackers
 from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
@@ -81,12 +83,12 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         run.saver.close()
         if metrics is not None:
             metrics.close()
-    final = stage.out / f"step{run.plan.steps}"
+    final = stage.out / f"step{run.last}"
     outputs = [final.name, "tokenizer", metrics_format.NAME]
     if not world.is_rank0:
         return Result(outputs)
     found = summary(stage.out, run, final, uploaded).to_value()
-    for line in (*table(run.labels), *lost_sources(run.labels, logs.colour())):
+    for line in (*about_end(run), *table(run.labels), *lost_sources(run.labels, logs.colour())):
         stage.log(line)
     return Result(outputs, found, step_hashes(final), measured=[metrics_format.NAME])
 
@@ -113,9 +115,17 @@ def open_metrics(stage: Stage, run: Run, start: int, attempt: int) -> MetricsWri
     trackers = Trackers.start(train, stage.recipe.run, stage.identity, options, stage.out, start, stage.log)
     device = torch.cuda.get_device_name() if run.world.device.type == "cuda" else "cpu"
     header = Attempt(
-        attempt, start, run.world.size, device, run.peak_tflops or None, utilisation.FORMULA, run.plan.steps
+        attempt,
+        start,
+        run.world.size,
+        device,
+        run.peak_tflops or None,
+        utilisation.FORMULA,
+        run.plan.steps,
+        train.continue_from or None,
+        {name: options["train"][name] for name in STATE_FIELDS},
     )
-    return MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers)
+    return MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers, run.first)
 
 
 def save_tokenizer(stage: Stage) -> None:
@@ -130,11 +140,11 @@ def save_tokenizer(stage: Stage) -> None:
 
 def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) -> TrainMetrics:
     """The metrics of the manifest. The first step includes start-up, so it counts for no speed."""
-    records = read_metrics(out / metrics_format.NAME)
+    records, train = read_metrics(out / metrics_format.NAME), run.stage.recipe.train
     steps = [r for r in records if isinstance(r, StepRecord)]
-    if not steps or steps[-1].step != run.plan.steps:
+    if not steps or steps[-1].step != run.last:
         raise SftError(
-            f"{out / metrics_format.NAME}: its last record is not of the final step {run.plan.steps}; next: restore the file"
+            f"{out / metrics_format.NAME}: its last record is not of the final step {run.last}; next: restore the file"
             " and run train again"
         )
     timed = steps[1:] or steps
@@ -143,7 +153,7 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
     validation = [r.validation_loss for r in steps if r.validation_loss is not None]
     before = initial_validation(records)
     return TrainMetrics(
-        final_step=run.plan.steps,
+        final_step=run.last,
         checkpoint=final.name,
         loss=steps[-1].loss,
         first_loss=steps[0].loss,
@@ -158,7 +168,26 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
         remote=uploaded,
         sources=tuple(run.labels),
         initial_validation_loss=before.initial_validation_loss if before else None,
+        stopped=run.ended or None,
+        max_minutes=train.max_minutes if run.ended == MAX_MINUTES else None,
+        continues=train.continue_from or None,
     )
+
+
+def about_end(run: Run) -> list[str]:
+    """What is said of a training that ended before its last step."""
+    train, at = run.stage.recipe.train, f"step {run.last:,} of {run.plan.steps:,}"
+    if run.ended == EARLY_STOPPING:
+        return [
+            f"stopped early at {at}: {run.stopping.misses} validations in a row had no lower loss than"
+            f" {run.stopping.lowest:.4f} (early_stopping_patience = {train.early_stopping_patience}); BEST names the best step"
+        ]
+    if run.ended == MAX_MINUTES:
+        return [
+            f"stopped early at {at}: {train.max_minutes:g} minutes have passed (max_minutes); with a larger max_minutes the"
+            " same command goes on"
+        ]
+    return []
 
 
 def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:

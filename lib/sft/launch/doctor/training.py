@@ -44,8 +44,12 @@ def batch(context: Context) -> Iterator[Row]:
         try:
             from sft.packing.arithmetic import check  # start-up: NumPy, which may be absent
 
-            found = check(context.run / "prepare", context.recipe, hardware, context.cluster, context.base)
-            yield Row(OK, "steps", f"{found.steps.steps:,}, {found.steps.warmup_steps:,} of them warm-up")
+            runs = context.place.runs
+            found = check(context.run / "prepare", context.recipe, hardware, context.cluster, context.base, runs)
+            left = (
+                f", {found.steps.steps - found.done:,} of them after {train.continue_from}" if found.continues else ""
+            )
+            yield Row(OK, "steps", f"{found.steps.steps:,}{left}, {found.steps.warmup_steps:,} of them warm-up")
         except SftError as e:
             yield red("steps", e)
         except ImportError:
