@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import Workspace
-from published import step_record
+from published import rewrite, step_record
 from sft.common.errors import SftError
 from sft.formats.identity import write_identity
 from sft.formats.metrics import Attempt
@@ -22,11 +22,6 @@ from sft.runner import continuation, ended, extension, plan, removal
 
 STEP = "runs/x/train/step8"
 HERE = Path(__file__).resolve()
-
-
-def set_metrics(run: Path, **metrics: Any) -> None:
-    file = run / "train/manifest.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "metrics": metrics}))
 
 
 def identity(workspace: Workspace) -> str:
@@ -161,7 +156,7 @@ def test_a_step_that_jobs_do_not_see_is_refused(trained: Workspace) -> None:
 
 def test_a_higher_limit_on_minutes_makes_a_training_go_on_in_its_folder(trained: Workspace) -> None:
     run = trained.root / "runs/x"
-    set_metrics(run, final_step=8, stopped="max_minutes", max_minutes=60.0)
+    rewrite(run / "train/manifest.json", metrics={"final_step": 8, "stopped": "max_minutes", "max_minutes": 60.0})
     assert "x/train: up to date" in trained.make("why", "RECIPE=x", "max_minutes=60").stdout
     assert "x/train: up to date" in trained.make("why", "RECIPE=x", "max_minutes=30").stdout
     more = "x/train: it stopped at step 8 after 60 minutes, and max_minutes is now 90"
@@ -192,9 +187,8 @@ def test_more_patience_goes_on_with_extend_and_the_cost_is_told(trained: Workspa
     trained.make("train", "RECIPE=x", "RETRAIN=1")
     (run / "train/step8").mkdir()
     (run / "train/step8/manifest.json").write_text("{}")
-    set_metrics(
-        run, final_step=8, stopped="early_stopping", tokens=7200, tokens_per_s=2.0, data={"steps": 24, "epochs": 3.0}
-    )
+    figures = {"tokens": 7200, "tokens_per_s": 2.0, "data": {"steps": 24, "epochs": 3.0}}
+    rewrite(run / "train/manifest.json", metrics={"final_step": 8, "stopped": "early_stopping", **figures})
     (trained.root / "recipes/x.toml").write_text(text.replace("patience = 2", "patience = 5"))
     said = trained.make("train", "RECIPE=x", ok=False).stderr
     assert "early_stopping_patience 2 -> 5; it has finished 8 steps" in said
