@@ -128,3 +128,23 @@ def test_an_environment_on_the_images_torch_installs_none(tmp_path):
         and "torch===" not in calls
         and "import torch" in calls
     )
+
+
+def test_uv_installs_the_same_pins(tmp_path):
+    workspace = Workspace(tmp_path)
+    (workspace.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uv").write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n')
+    (tmp_path / "bin/uv").chmod(0o755)
+    env = {
+        **os.environ,
+        "CALLS": str(tmp_path / "calls"),
+        "PYTHON": sys.executable,
+        "TORCH": "2.13.0+cu129",
+        "INSTALLER": "uv",
+    }
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
+    torch, packages = (tmp_path / "calls").read_text().splitlines()
+    assert torch == "pip install --quiet --python .venv/bin/python torch===2.13.0+cu129"
+    assert packages.startswith("pip install --quiet --python .venv/bin/python -c env/lock.txt -e .[fast")

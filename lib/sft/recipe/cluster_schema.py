@@ -215,6 +215,9 @@ class Cluster:
         " its image or module has; empty = PyPI's where make runs on a GPU, otherwise one for the CPU",
     )
     python: str = opt("", "Python that set-up makes the environment from, e.g. python3.12; empty = PYTHON of make")
+    internet: bool = opt(
+        True, "jobs reach the internet; false = what one would fetch is refused before it is submitted", launchers=SLURM
+    )
     on_event: str = opt(
         "",
         "command, or address of a webhook, that is told when a job starts, ends, fails or is queued again; empty = none",

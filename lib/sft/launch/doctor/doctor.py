@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from sft.common.errors import SftError
-from sft.launch.doctor import backend, cluster, environment, inputs, tasks, training
+from sft.launch.doctor import backend, cluster, environment, inputs, internet, tasks, training
 from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, SchedulerAnswer, load_checks, red
 from sft.recipe import recipe, schema
 from sft.runner import plan
@@ -33,6 +33,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (training.disk, ("train",)),
     (cluster.scheduler, schema.STAGES),
     (environment.environment, schema.STAGES),
+    (internet.internet, schema.STAGES),
     (cluster.evaluation, ("evaluate",)),
     (backend.backend, ("train", "evaluate")),
     (tasks.tasks, ("sync", "train", "evaluate")),

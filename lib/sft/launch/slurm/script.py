@@ -79,6 +79,10 @@ echo "$status" >"$ended"
 exit "$status"
 """
 
+OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1") | {
+    "WANDB_MODE": "offline"
+}
+"""Variables of jobs that reach no internet: libraries then fail at once, or write to files, instead of waiting."""
 FAILURES = "failed-nodes"
 """In runs/<run>/.jobs: a line for each failure, "<node> <job> attempt <n> exit <status>". Jobs avoid a node with two."""
 VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
@@ -103,7 +107,8 @@ def job_script(job: Job, name: str, folder: Path) -> str:
 
 def _commands(job: Job, part: bool) -> str:
     """The lines that set the cluster's variables, srun's options and the command that each node runs."""
-    lines = [f"export {variable}={shlex.quote(value)}" for variable, value in job.cluster.env.items()]
+    variables = ({} if job.cluster.internet else OFFLINE) | job.cluster.env
+    lines = [f"export {variable}={shlex.quote(value)}" for variable, value in variables.items()]
     lines.append(f"event=({shlex.join([job.run.name, job.stage])})")
     if job.shards:
         lines.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
