@@ -14,6 +14,7 @@ endif
 unexport DETACH # only the last requested stage is detached; Make waits for those before it
 # Run this checkout's code, also if .venv is a link or was made in another clone.
 export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
 .PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick lr-range overfit new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
@@ -40,7 +41,7 @@ reused = $(patsubst reuse:$(notdir $*)/$(1):%,%,$(filter reuse:$(notdir $*)/$(1)
 launch = $(if $(call reused,$(1)),@$(call SFT,reuse) --run $(notdir $*) --stage $(1) --origin $(call reused,$(1)),$(call start,$(1),$(2)))
 tool   = $(if $(call planned,tool),$(call detach,$(1))$(PY) -m sft.launch.tools $(call quote,$(CLUSTER)) $(call quote,$(RUNS)) $(1),$(PY) stages/$(subst -,_,$(1)).py)
 detach = $(if $(filter $(1),$(call planned,detach)),DETACH=1 )
-start  = $(call detach,$(1))env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
+start  = @$(call detach,$(1))env/$(call planned,launcher-$(1)).sh $* $(1) $(2) $* $(ARGS)
 
 $(DIRS:%=%/prepare/manifest.json):  %/prepare/manifest.json:  | $(READY) ; $(call launch,prepare,$(PY) stages/prepare.py)
 $(OWN:%=%/sync/manifest.json):      %/sync/manifest.json:     | %/prepare/manifest.json ; $(call launch,sync,$(PY) stages/sync.py)
@@ -52,7 +53,7 @@ $(OTHER:%=%/convert/manifest.json):  %/convert/manifest.json:  | %/prepare/manif
 $(OTHER:%=%/evaluate/manifest.json): %/evaluate/manifest.json: | %/prepare/manifest.json ; $(call launch,evaluate,$(PY) stages/evaluate.py)
 # `make report` shows the finished stages. With other goals it runs after them.
 BEFORE := $(if $(filter all smoke,$(GOALS)),evaluate,$(filter $(filter-out report,$(STAGES)),$(GOALS)))
-$(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(foreach s,$(BEFORE),%/$(s)/manifest.json) ; $(PY) stages/report.py $* $(ARGS)
+$(DIRS:%=%/report/manifest.json):   %/report/manifest.json:   | $(READY) $(foreach s,$(BEFORE),%/$(s)/manifest.json) ; @$(PY) stages/report.py $* $(ARGS)
 $(patsubst %,$(RUNS)/%/manifest.json,$(call planned,stale)): FORCE
 
 ## The pipeline, for RECIPE=name (several: RECIPE="a b"), on CLUSTER=local, with data under DATA=folder[:folder]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import click
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.library_logs import quiet_libraries
 from sft.evaluation import serving, talk
@@ -21,7 +22,7 @@ from sft.runner.cli import program
 
 
 def log(text: str) -> None:
-    print(f"[chat] {text}", file=sys.stderr, flush=True)
+    say(f"[chat] {text}", sys.stderr)
 
 
 def system_of(run: Path) -> str:
@@ -67,7 +68,8 @@ def main(
         return
     talking = talk.load(folder, device, "" if model else system_of(Path(run)))
     talking.show_tokens = tokens
-    log(f"{folder} on {talking.model.device}; {talk.HELP}")
+    log(f"{folder} on {talking.model.device}; {talking.settings()}")
+    log(talk.HELP)
     talk.converse(talking, talk.typed(), sys.stdout)
 
 

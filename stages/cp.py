@@ -17,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.runner.cli import program
@@ -84,7 +85,7 @@ def delete_others(target: Storage, names: set[str], dst: str, check: bool) -> No
 
 
 def log(text: str) -> None:
-    print(f"[cp] {text}", flush=True)
+    say(f"[cp] {text}")
 
 
 @program("cp", "stages/cp.py")

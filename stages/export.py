@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.data.interop import olmo_core_export
 from sft.runner.cli import program
@@ -23,7 +24,7 @@ def main(run: Path, dst: str) -> None:
     if not dst:
         raise SftError("DST= is missing; next: make export RECIPE=x DST=folder")
     size = olmo_core_export(run / "prepare", Path(dst))
-    print(f"[export] {dst}: {size:,} bytes for OLMo-core")
+    say(f"[export] {dst}: {size:,} bytes for OLMo-core")
 
 
 if __name__ == "__main__":

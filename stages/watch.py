@@ -15,6 +15,7 @@ import time
 
 import click
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.locks import lock
 from sft.common.process import AGAIN
@@ -48,7 +49,7 @@ def main(options: RunOptions, until_end_of_input: bool, beside: str) -> None:
                 if not beside or ended():
                     raise
                 time.sleep(watch.PAUSE)
-        stage.log = lambda text: print(f"[watch] {text}", flush=True)  # type: ignore[method-assign]
+        stage.log = lambda text: say(f"[watch] {text}")  # type: ignore[method-assign]
         evaluate, published = stage.recipe.evaluate, watch.trained(stage)
         if not evaluate.every:
             raise SftError("[evaluate] every = 0: no step is due for evaluation; next: make watch … every=1000")

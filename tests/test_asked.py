@@ -165,11 +165,21 @@ def test_make_refuses_before_anything_runs(workspace) -> None:
         (["train", "max_length=256"], "[evaluate] has this field"),
         (["train", "recipe=x"], "did you mean RECIPE=x?"),
         (["dry-run", "STAGE=nope"], "no such stage; next: one of prepare"),
+        (["delete", "RUN=x", "YES=no"], "nothing here reads RECIPE=x"),
     ):
         assert message in workspace.make(*words, "RECIPE=x", ok=False).stderr
     noted = workspace.make("-n", "train", "RECIPE=x", "NCCL_DEBUG=INFO").stderr
     assert "note: NCCL_DEBUG=INFO is no variable of this Makefile" in noted
+    for goal in ("show", "why", "doctor", "extend", "sweep", "new"):
+        told = workspace.make(goal, ok=False).stderr
+        assert (
+            f"make {goal}: " in told and "next: make " + goal in told and told.endswith("*** nothing was run.  Stop.\n")
+        )
     assert workspace.ran() == []
+
+
+def test_make_alone_prints_the_goals(workspace) -> None:
+    assert workspace.make().stdout == workspace.make("help").stdout != ""
 
 
 @pytest.mark.parametrize(
@@ -183,7 +193,30 @@ def test_a_goal_without_a_variable_that_it_needs_is_refused_before_anything_runs
     goal, *given = words.split()
     with pytest.raises(SftError, match=re.escape(message)):
         make_words.check_needs(" ".join(given), [goal])
-    make_words.check_needs("A=x B=y SRC=a DST=b STEPS=1 RUN=x MODEL=y", [goal])
+    every = ("A=x", "B=y", "SRC=a", "DST=b", "STEPS=1", "RUN=x", "MODEL=y")
+    read = [word for word in every if goal in make_words.READERS[word.partition("=")[0]] or word.startswith("MODEL")]
+    make_words.check_needs(" ".join(read), [goal])
+
+
+@pytest.mark.parametrize(
+    ("goals", "words", "message"),
+    [("why", "RECIPE=x STAGE=train", "make why: nothing here reads STAGE=train; next: remove it (it is for make dry-run, fetch)"),
+     ("train", "RECIPE=x CHECK=1", "reads CHECK=1"), ("jobs", "RECIPE=x", "nothing here reads RECIPE=x"), ("chat", "RECIPE=x RUN=x", "next: RUN=, the name of a run"),
+     ("runs", "CLUSTER=slurm", "reads CLUSTER=slurm"), ("sweep", "RECIPE=x DETACH=1", "reads DETACH=1"), ("verify", "RUN=x YES=1", "reads YES=1"),
+     ("delete", "RUN=x YES=0", "YES=0: 1 is expected; next: YES=1, or leave it out"), ("fetch", "RECIPE=x PUSH=no", "1 or public is expected"),
+     ("to-hf", "SRC=a DST=b RECIPE=x", "reads RECIPE=x")],
+)  # fmt: skip
+def test_a_variable_that_no_goal_reads_and_a_flag_that_is_not_1_are_refused(
+    goals: str, words: str, message: str
+) -> None:
+    with pytest.raises(SftError, match=re.escape(message)):
+        make_words.check_needs(words, goals.split())
+
+
+def test_a_variable_that_one_of_the_goals_reads_is_taken() -> None:
+    make_words.check_needs("RECIPE=x CLUSTER=slurm DATA=d RUNS=r CHECK=1 DETACH=1", ["sync", "train"])
+    make_words.check_needs("PUSH=public REPO=a/b RECIPE=x", ["push-hub"])
+    assert {goal for goals in make_words.READERS.values() for goal in goals} <= set(GOALS)
 
 
 def test_variables_are_read_as_make_reads_them() -> None:

@@ -51,6 +51,13 @@ print(json.dumps(found))
 """
 
 
+def test_a_dry_run_says_what_it_would_reuse_and_writes_nothing(workspace: Workspace, finished) -> None:
+    finished("evaluate")
+    told = workspace.make("dry-run", "RECIPE=x", "STAGE=evaluate", "limit=3").stdout
+    assert "[train] would reuse runs/x/train" in told and "stages/evaluate.py runs/x_limit-3" in told
+    assert [p.name for p in (workspace.root / "runs").glob("x*")] == ["x"]
+
+
 def test_no_field_of_convert_or_evaluate_trains_again(workspace: Workspace, finished) -> None:
     finished("evaluate")
     (workspace.root / "recipes/other").mkdir()  # a task_dir, and a model

@@ -44,6 +44,14 @@ def test_a_sweep_that_cannot_be_meant_is_refused_before_anything_runs(fields: li
         sweep.siblings(SMOKE, fields, "local")
 
 
+def test_a_field_that_the_goal_of_a_sweep_does_not_read_is_refused_before_anything_runs(workspace: Workspace) -> None:
+    told = workspace.make("sweep", "RECIPE=x", "limit=3 4", ok=False).stderr
+    assert "[evaluate] has this field" in told and "or make sweep GOAL=convert or GOAL=evaluate or GOAL=all" in told
+    assert not (workspace.root / "runs").exists()
+    refused = workspace.make("sweep", "RECIPE=x", "lr=1e-4 2e-4", "GOAL=nope", ok=False).stderr
+    assert "GOAL=nope: none of train, convert, evaluate, all" in refused
+
+
 @pytest.mark.slow
 def test_a_sweep_shares_its_data_and_makes_nothing_twice(workspace: Workspace) -> None:
     made = workspace.make("sweep", "RECIPE=x", "lr=1e-4 2e-4", timeout=300)

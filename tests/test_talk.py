@@ -59,6 +59,78 @@ def test_the_prompt_is_what_transformers_writes_and_the_reply_what_it_generates(
     assert [m["role"] for m in talking.messages] == ["user", "assistant"]
 
 
+class Pieces(io.StringIO):
+    """What was written, piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def generated(talking: talk.Talk, text: str, seed: int, **arguments: object) -> str:
+    """What transformers generates by itself."""
+    ids = talking.prompt(text)
+    torch.manual_seed(seed)
+    reply = talking.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64 - ids.shape[1], **arguments
+    )
+    return str(talking.tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def test_replies_are_sampled_as_generation_config_says_and_streamed(run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(run / "convert/model", tmp_path / "model")
+    config = json.loads((folder / "generation_config.json").read_text())
+    own = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20}
+    (folder / "generation_config.json").write_text(json.dumps({**config, **own}))
+    talking = talk.load(folder, "cpu")
+    assert talking.settings().endswith("sampling: temperature 0.7, top_p 0.9, top_k 20")
+    wanted = generated(talking, "Who?", 5)
+    assert wanted != generated(talking, "Who?", 6) and wanted != generated(talking, "Who?", 5, do_sample=False)
+    torch.manual_seed(5)
+    out = Pieces()
+    assert talking.reply("Who?", out) == wanted
+    assert len([p for p in out.pieces if p.strip()]) > 5  # as it comes, not at once
+    talking.messages.clear()
+    talk.converse(talking, ["/sampling greedy", "Who?"], out)
+    assert talking.messages[1]["content"] == generated_alone(talking, do_sample=False)
+    talk.converse(talking, ["/clear", "/sampling own"], out)
+    assert talking.sampling == {}
+
+
+def generated_alone(talking: talk.Talk, **arguments: object) -> str:
+    talking.messages.clear()
+    return generated(talking, "Who?", 0, **arguments)
+
+
+def test_a_greedy_export_can_be_sampled_with_a_seed(talking: talk.Talk) -> None:
+    talking.messages.clear()
+    assert talking.settings().endswith("sampling: greedy")
+    out = io.StringIO()
+    talk.converse(talking, ["/sampling temperature=1.5 top_k=30 seed=9", "Who?"], out)
+    assert "sampling: temperature 1.5, top_k 30" in out.getvalue()
+    reply = talking.messages[1]["content"]
+    talking.messages.clear()
+    assert reply == generated(talking, "Who?", 9, do_sample=True, temperature=1.5, top_k=30)
+    assert reply != generated(talking, "Who?", 9, do_sample=False)
+    talk.converse(talking, ["/sampling greedy"], out)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [("top_p=7", "0.001 to 1 is possible"), ("temperature=0", "0.001 to 100"), ("top_k=x", "a number is expected"), ("temp=1", "no such setting"),
+     ("temperature=nan", "is possible"), ("greedy top_k=1", "no such setting")],
+)  # fmt: skip
+def test_sampling_that_is_not_possible_is_refused(talking: talk.Talk, words: str, message: str) -> None:
+    before = dict(talking.sampling)
+    with pytest.raises(SftError, match=message):
+        talking.set_sampling(words)
+    assert talking.sampling == before
+
+
 def test_commands_change_the_conversation_and_too_much_is_reported(talking: talk.Talk) -> None:
     out = io.StringIO()
     talk.converse(
@@ -79,6 +151,9 @@ def test_what_cannot_be_talked_to_is_reported_with_the_next_command(run: Path, t
     ):
         with pytest.raises(SftError, match=message):
             talk.model_folder(run, step, model, tmp_path, print)
+    with pytest.raises(SftError, match=r"RUN=y: no such run in .*; next: make runs lists them"):
+        talk.model_folder(tmp_path / "y", "", "", tmp_path, print)
+    (tmp_path / "y").mkdir()
     with pytest.raises(SftError, match="next: make convert for y, or STEP=n"):
         talk.model_folder(tmp_path / "y", "", "", tmp_path, print)
 

@@ -34,6 +34,29 @@ def test_messages_are_wrapped_on_terminals_only(monkeypatch: pytest.MonkeyPatch)
     assert columns.for_terminal(text, io.StringIO()) == text  # a stage's log goes to another stream
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_command_line_can_be_copied_from_a_terminal_and_fits_it() -> None:
+    words = ["env/local.sh", *(f"--option-{n}" for n in range(20)), "it's one word"]
+    shown = columns.command(words, Terminal())
+    assert len(shown.splitlines()) > 2 and max(map(len, shown.splitlines())) <= columns.WIDTH
+    done = subprocess.run(
+        ["bash", "-c", shown.replace("env/local.sh", "printf '%s\\n'", 1)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == words[1:]
+    assert columns.command(words, io.StringIO()).count("\n") == 0
+
+
+def test_a_table_that_is_too_wide_has_its_first_and_last_columns_cut() -> None:
+    job = "01JQABCDEFGHJKMNPQRSTVWXYZ"
+    rows = [("RUN", "JOB", "STATE"), ("r" * 90, job, "failed " * 20), ("x", job, "done")]
+    lines = columns.table(rows).splitlines()
+    assert max(map(len, lines)) <= columns.WIDTH and job in lines[1] and "…" in lines[1] and lines[2].endswith("done")
+
+
 def test_data_cannot_control_a_terminal() -> None:
     assert printable("é 👩‍👩‍👧\n\tx") == "é 👩‍👩‍👧\n\tx"
     told = columns.for_terminal("\x1b[31mred\r\ud800 \x9b")

@@ -214,6 +214,9 @@ def command_reuse(args: argparse.Namespace) -> None:
     if args.run.endswith(recipe.BASELINE) and fields == args.fields:
         own = plan.load_run(args.place, args.run.removesuffix(recipe.BASELINE), fields)
         fields = [*fields, f"{recipe.MODEL}={own.model.base}"]
+    if os.environ.get("DRY_RUN"):
+        print(f"[{args.stage}] would reuse {args.place.runs / args.origin / args.stage}")
+        return
     r = plan.load_run(args.place, args.run, fields)
     run, origin = args.place.runs / r.run, args.place.runs / args.origin / args.stage
     (run / ".work").mkdir(parents=True, exist_ok=True)
@@ -225,8 +228,6 @@ def command_reuse(args: argparse.Namespace) -> None:
 
 def command_new(args: argparse.Namespace) -> None:
     """Copies a recipe to a new name with changed fields. Comments and layout stay."""
-    if not args.copy_from or not args.recipe:
-        raise SftError("make new: FROM= and RECIPE= are needed; next: make new FROM=smoke RECIPE=my-exp lr=1e-4")
     source = typed.find(RECIPES, args.copy_from, "recipe")
     if not typed.NAME.fullmatch(args.recipe):
         raise SftError(
@@ -382,7 +383,8 @@ def command_doctor(args: argparse.Namespace) -> None:
     for r in _one_or_more(args):
         rows = doctor.examine(Context(args.place, r, args.place.load_cluster(), r.stages, imports=True), ask=True)
         print(f"# {args.place.runs / r.run} on {args.place.cluster}")
-        print(columns.for_terminal(doctor.table([Row(OK, "recipe", r.file), *rows]), sys.stdout))
+        width = columns.WIDTH if sys.stdout.isatty() else sys.maxsize  # a file has each row on one line
+        print(doctor.table([Row(OK, "recipe", r.file), *rows], width))
         red += sum(row.state == RED for row in rows)
     if red:
         raise SftError(f"{red} red line{'s' * (red > 1)}; next: correct them before launching anything")
@@ -418,9 +420,9 @@ def command_sweep(args: argparse.Namespace) -> None:
     from sft.launch import sweep  # start-up: the planner launches nothing
     from sft.reporting import comparison, sweeps  # start-up: the same
 
-    if len(args.recipe.split()) != 1:
+    if len(args.recipe.split()) > 1:
         raise SftError(
-            f'make sweep RECIPE={args.recipe}: one recipe is expected; next: make sweep RECIPE=x lr="1e-5 3e-5"'
+            f'make sweep RECIPE="{args.recipe}": one recipe is expected; next: make sweep RECIPE=x lr="1e-5 3e-5"'
         )
     file = typed.find(RECIPES, args.recipe.strip(), "recipe")
     found = sweep.siblings(file, args.fields, args.place.cluster)
@@ -440,7 +442,7 @@ def command_sweep(args: argparse.Namespace) -> None:
 def _one_or_more(args: argparse.Namespace) -> list[recipe.Recipe]:
     found = runs_of(args)
     if not found:
-        raise SftError(f"which recipe? next: make … RECIPE=NAME (one of {_recipes()})")
+        raise SftError(f"which recipe? next: --recipe NAME (one of {_recipes()})")
     return found
 
 
@@ -482,6 +484,8 @@ def main() -> None:
         commands[args.command](args)
     except SftError as e:
         sys.exit(columns.for_terminal(f"error: {e}"))
+    except KeyboardInterrupt:
+        sys.exit(130)  # see sft.common.process, which this start-up does without
     except OSError as e:
         sys.exit(f"error: {e.filename}: {e.strerror}; next: correct that path or its permissions")
 

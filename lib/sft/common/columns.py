@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -13,18 +14,20 @@ WIDTH = 100
 
 
 def table(rows: Sequence[Sequence[str]], right: Sequence[int] = (), width: int = WIDTH) -> str:
-    """Rows in aligned columns; the first row is the head. The first column is cut in its middle where a row is too wide.
+    """Rows in aligned columns; the first row is the head. Where a row is too wide, the first column is cut in its middle, and
+    where that is not enough the last one too.
 
     right: the columns that are aligned to the right.
     """
     if not rows:
         return ""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    room = max(12, width - sum(widths[1:]) - 2 * (len(widths) - 1))
-    widths[0] = min(widths[0], room)
+    for i, least in ((0, 16), (-1, 12)):
+        beyond = sum(widths) + 2 * (len(widths) - 1) - width
+        widths[i] = min(widths[i], max(least, widths[i] - max(0, beyond)))
     lines = []
     for row in rows:
-        cells = [cut(row[0], widths[0]), *row[1:]]
+        cells = [cut(cell, w) for cell, w in zip(row, widths, strict=True)]
         lines.append(
             "  ".join(
                 c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))
@@ -56,6 +59,23 @@ def hanging(head: str, text: str, width: int = WIDTH) -> str:
     lines = textwrap.wrap(text, width - indent, break_long_words=False, break_on_hyphens=False) or [""]
     first = [head + lines[0]] if len(head) <= indent else [head.rstrip(), " " * indent + lines[0]]
     return "\n".join([*first, *(" " * indent + line for line in lines[1:])]).rstrip()
+
+
+def command(words: Sequence[str], stream: IO[str], width: int = WIDTH) -> str:
+    """A command line that can be copied: on a terminal its lines end in a backslash where it is wider than that."""
+    lines = [""]
+    for word in map(shlex.quote, words):
+        if lines[-1] and stream.isatty() and len(f"{lines[-1]} {word} \\") > width:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}" if lines[-1] else word
+    return "\n".join(lines)
+
+
+def say(text: str, stream: IO[str] | None = None) -> None:
+    """Prints a line of a log; see `for_terminal`."""
+    stream = stream or sys.stdout
+    print(for_terminal(text, stream), file=stream, flush=True)
 
 
 def for_terminal(text: str, stream: IO[str] | None = None) -> str:

@@ -4,7 +4,7 @@ In:  a Hugging Face folder: the export of a run, one of its steps, or any folder
 Out: replies as they are generated. Standard input that is no terminal is read as one message per line.
 
 The template, the tokens that end a reply and the sampling are the folder's own: chat_template.jinja and generation_config.json.
-Words that begin with "/" are commands: /system TEXT, /tokens, /clear, /help, /quit. Ctrl-C ends a reply, Ctrl-D the conversation.
+Words that begin with "/" are commands: /system TEXT, /sampling temperature=0.7, /tokens, /clear, /help, /quit. Ctrl-C ends a reply, Ctrl-D the conversation.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.export.olmo_core_steps import to_hf
 from sft.export.places import local_folder
@@ -25,7 +26,12 @@ if TYPE_CHECKING:
     import torch
 
 Log = Callable[[str], None]
-HELP = "/system TEXT  /tokens  /clear  /quit"
+HELP = "/system TEXT  /sampling temperature=0.7 top_p=0.9 | greedy | own  /tokens  /clear  /quit"
+SAMPLING: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 1e-3, 100), "top_p": (float, 1e-3, 1), "top_k": (int, 1, 1e9), "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 1e-3, 100), "seed": (int, 0, 2**63 - 1),
+}  # fmt: skip
+"""What /sampling sets, with the smallest and the largest value: arguments of transformers' `generate`, and a seed."""
 LONGEST = 4096
 """Tokens of a reply, where the context has room for more."""
 
@@ -35,8 +41,10 @@ def model_folder(run: Path, step: str, model: str, cache: Path, log: Log) -> Pat
     if model:
         if step:
             raise SftError(f"STEP={step} and MODEL={model}: two models; next: give one of them")
-        found = local_folder(model, cache, log)
+        found = local_folder(model, cache, log, "MODEL")
         return _exported(found, cache, log) if (found / "model_and_optim").is_dir() else _checked(found)
+    if not run.is_dir():
+        raise SftError(f"RUN={run.name}: no such run in {run.parent}; next: make runs lists them")
     if step:
         folder = run / "train" / f"step{step.removeprefix('step')}"
         if not (folder / manifest.NAME).is_file():
@@ -79,13 +87,17 @@ def _digest(step: Path) -> str:
 
 @dataclass
 class Talk:
-    """A conversation with a loaded model. `messages` holds it so far; `show_tokens` prints ids instead of text."""
+    """A conversation with a loaded model. `messages` holds it so far; `show_tokens` prints ids instead of text.
+
+    `sampling` holds arguments of `generate` that replace those of generation_config.json.
+    """
 
     model: Any
     tokenizer: Any
     system: str = ""
     show_tokens: bool = False
     messages: list[dict[str, str]] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def context(self) -> int:
@@ -108,7 +120,9 @@ class Talk:
         streamer = _Streamer(self.tokenizer, out, self.show_tokens)
         room = min(LONGEST, self.context - ids.shape[1])
         try:
-            self.model.generate(ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=room)
+            self.model.generate(
+                ids, attention_mask=ids.new_ones(ids.shape), streamer=streamer, max_new_tokens=room, **self.sampling
+            )
         except KeyboardInterrupt:
             streamer.end()
         answer = str(self.tokenizer.decode(streamer.ids, skip_special_tokens=True))
@@ -127,10 +141,46 @@ class Talk:
         elif name == "/system":
             self.system = rest.strip()
             self.messages.clear()
+        elif name == "/sampling":
+            self.set_sampling(rest)
         elif name != "/help":
-            print(f"no command {name}", file=out)
-        print(HELP if name == "/help" else f"system: {self.system or 'the template’s own'}", file=out, flush=True)
+            raise SftError(f"no command {name}; next: one of {HELP}")
+        say(HELP if name == "/help" else self.settings(), out)
         return True
+
+    def set_sampling(self, text: str) -> None:
+        """Obeys `/sampling`: "temperature=0.7 top_p=0.9", "greedy", or "own" for what generation_config.json says. "" changes nothing.
+
+        Raises SftError for another name or value.
+        """
+        if text in ("", "greedy", "own"):
+            self.sampling = {"do_sample": False} if text == "greedy" else {} if text == "own" else self.sampling
+            return
+        found: dict[str, Any] = {"do_sample": True}
+        for word in text.split():
+            name, _, value = word.partition("=")
+            if name not in SAMPLING:
+                raise SftError(f"/sampling {word}: no such setting; next: one of {', '.join(SAMPLING)}, greedy or own")
+            kind, least, most = SAMPLING[name]
+            try:
+                found[name] = kind(value)
+            except ValueError:
+                raise SftError(f"/sampling {word}: a number is expected; next: /sampling {name}=…") from None
+            if not least <= found[name] <= most:
+                raise SftError(f"/sampling {word}: {least:g} to {most:g} is possible; next: correct it")
+        seed = found.pop("seed", None)
+        self.sampling = found
+        if seed is not None:
+            import torch  # start-up: a wrong command line is reported at once
+
+            torch.manual_seed(seed)
+
+    def settings(self) -> str:
+        """The system prompt and the sampling, for people."""
+        own = self.model.generation_config.to_diff_dict()
+        used = {**own, **self.sampling}
+        names = [f"{n} {used[n]}" for n in SAMPLING if used.get(n) is not None] if used.get("do_sample") else ["greedy"]
+        return f"system: {self.system or 'the template’s own'}; sampling: {', '.join(names) or 'temperature 1'}"
 
 
 class _Streamer:
@@ -179,14 +229,14 @@ def converse(talk: Talk, lines: Iterable[str], out: IO[str]) -> None:
     """Answers each line until they end or one says /quit."""
     for line in lines:
         text = line.strip()
-        if text.startswith("/"):
-            if not talk.command(text, out):
-                return
-        elif text:
-            try:
+        try:
+            if text.startswith("/"):
+                if not talk.command(text, out):
+                    return
+            elif text:
                 talk.reply(text, out)
-            except SftError as error:
-                print(f"error: {error}", file=out, flush=True)
+        except SftError as error:
+            say(f"error: {error}", out)
 
 
 def typed() -> Iterator[str]:

@@ -24,6 +24,7 @@ from sft.checkpoint.adapter import Merged
 from sft.checkpoint.dcp_reader import DcpReader, Weights
 from sft.checkpoint.hf_folder import HfFolder
 from sft.checkpoint.olmo_core import base_facts, config_of_step, named_tokens, step_config
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import write_json
 from sft.common.library_logs import quiet_libraries
@@ -67,7 +68,9 @@ def to_hf(
         options, lines = with_length(options, config, trained_base, 0)
         for line in [*lines, *about_quantisation(options, trained_base)]:
             log(line)
-        folder = local_folder(tokenizer, cache, log) if tokenizer else _find_tokenizer(step, source, cache, log)
+        folder = (
+            local_folder(tokenizer, cache, log, "TOKENIZER") if tokenizer else _find_tokenizer(step, source, cache, log)
+        )
         encoder = Encoder(folder, Prepare(tokenizer=str(folder), sources=(), template=template), Path)
         facts, text = encoder.identity, encoder.template.text
         _check_ids(step / "config.json", facts, config)
@@ -95,7 +98,7 @@ def to_core(source: str, target: str, cache: Path, log: Log, adapter: str = "") 
             log(note)
         weights: Weights = folder
         if adapter:
-            weights = Merged(folder, local_folder(adapter, cache, log))
+            weights = Merged(folder, local_folder(adapter, cache, log, "ADAPTER"))
             log(f"{adapter}: merged into {len(weights.pairs)} matrices, scale {weights.scale:g}")
         config = replace(theirs, vocab_size=-(-theirs.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
         out.mkdir(parents=True)
@@ -228,7 +231,7 @@ def to_core_program(source: str, target: str, cache: Path, adapter: str) -> None
 
 
 def _logger(name: str) -> Log:
-    return lambda text: print(f"[{name}] {text}", flush=True)
+    return lambda text: say(f"[{name}] {text}")
 
 
 def _options(fields: Sequence[str]) -> Convert:

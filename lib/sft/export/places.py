@@ -24,12 +24,12 @@ from sft.storage.transfer import open_storage, transfer
 Log = Callable[[str], None]
 
 
-def local_folder(source: str, cache: Path, log: Log) -> Path:
-    """The source, or its copy in the cache if it is remote. Raises SftError."""
+def local_folder(source: str, cache: Path, log: Log, variable: str = "SRC") -> Path:
+    """The source, or its copy in the cache if it is remote. Raises SftError naming the Make variable."""
 
     def find(path: str, _: str) -> Path:
         if not Path(path).is_dir():
-            raise SftError(f"{path}: no such folder; next: correct SRC=")
+            raise SftError(f"{variable}={path}: no such folder; next: correct {variable}=")
         return Path(path)
 
     return find_base_weights(source, find, cache, log).folder.root

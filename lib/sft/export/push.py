@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 import huggingface_hub
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.export import card
 from sft.formats import gate, manifest
@@ -104,7 +105,7 @@ def main(options: RunOptions, repo: str, visibility: str, card: bool) -> None:
         return
 
     def log(line: str) -> None:
-        print(f"[push-hub] {line}", flush=True)
+        say(f"[push-hub] {line}")
 
     if url := push(options.place, options.run.name, repo, visibility, log, options.overrides):
         log(f"uploaded, every file's hash compared: {url}")

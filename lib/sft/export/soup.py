@@ -22,6 +22,7 @@ from torch import Tensor
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.checkpoint.olmo_core import compared_config
 from sft.checkpoint.step_folder import damage
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.paths import inside
@@ -152,4 +153,4 @@ def main(target: str, words: tuple[str, ...], run: str, runs: Path, weights: str
         numbers = [float(w) for w in weights.split()] or [1.0] * len(steps)
     except ValueError:
         raise SftError(f"WEIGHTS={weights}: not numbers; next: write one for each step") from None
-    soup(steps, numbers, target, runs / ".cache", lambda text: print(f"[soup] {text}", flush=True))
+    soup(steps, numbers, target, runs / ".cache", lambda text: say(f"[soup] {text}"))

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
+from sft.common import columns
 from sft.common.errors import SftError
 from sft.common.process import until_reader_stops
 from sft.formats.job import FOLDER
@@ -20,24 +22,28 @@ from sft.launch.job import LostConnection, SubmittedJob, T, retried, submitted_j
 from sft.launch.run import follow, logger, scheduler_of
 from sft.runner import plan
 from sft.runner.cli import program
+from sft.runner.listing import span
 
 PATIENCE_S = 60.0
 
 
 def list_jobs(runs: Path) -> None:
-    """Prints a table of the jobs of all runs."""
+    """Prints a table of the jobs of all runs, the newest first."""
     place = plan.Place(runs)
-    rows = [("RUN", "STAGE", "CLUSTER", "JOB", "SUBMITTED", "ATTEMPTS", "STATE")]
-    for job in submitted_jobs(runs):
+    rows = [("RUN", "STAGE", "CLUSTER", "JOB", "AGE", "TRIES", "STATE")]
+    for job in sorted(submitted_jobs(runs), key=lambda job: job.record.submitted, reverse=True):
         state, attempts = state_of(job, place)
-        submitted = job.record.submitted
-        rows.append((job.run.name, job.stage, job.cluster, job.id, submitted, str(attempts or "-"), state))
-    if len(rows) == 1:
-        print(f"no jobs in {runs}")
-        return
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        rows.append((job.run.name, job.stage, job.cluster, job.id, age(job), str(attempts or "-"), state))
+    print(columns.table(rows, right=(4, 5)) if len(rows) > 1 else f"no jobs in {runs}")
+
+
+def age(job: SubmittedJob) -> str:
+    """How long ago the job was submitted, for people; "-" where the record holds no time."""
+    try:
+        submitted = datetime.fromisoformat(job.record.submitted)
+    except ValueError:
+        return "-"
+    return span(max(0.0, (datetime.now(UTC) - submitted).total_seconds())) if submitted.tzinfo else "-"
 
 
 def state_of(job: SubmittedJob, place: plan.Place) -> tuple[str, int]:

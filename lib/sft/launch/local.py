@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.machine import visible_gpus
 from sft.common.process import report_errors
@@ -110,7 +111,7 @@ def lock_gpus(gpus: Sequence[str], what: str, wait: bool) -> list[int]:
     held = []
     folder, shared = lock_folder()
     if not shared:
-        print(f"warning: only this user sees the locks in {folder}: runs of other users are not waited for", flush=True)
+        say(f"warning: only this user sees the locks in {folder}: runs of other users are not waited for")
     for gpu in sorted(set(gpus)):
         safe = gpu if re.fullmatch(r"[A-Za-z0-9-]{1,80}", gpu) else hashlib.sha256(gpu.encode()).hexdigest()[:16]
         file = folder / f"olmo-sft-gpu-{safe}.lock"
@@ -133,7 +134,7 @@ def _lock_gpu(fd: int, file: Path, gpu: str, wait: bool) -> None:
         if not wait:
             raise SftError(f"{file}: GPU {gpu} is busy with {holder}; next: wait for it, stop it, or choose others with"
                            f" CUDA_VISIBLE_DEVICES") from None  # fmt: skip
-        print(f"waiting for GPU {gpu}: busy with {holder}", flush=True)
+        say(f"waiting for GPU {gpu}: busy with {holder}")
         fcntl.flock(fd, fcntl.LOCK_EX)
 
 
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
         print(shlex.join(command))
         return 0
     if os.environ.get("DETACH"):
-        print(f"[{stage}] warning: DETACH is ignored on this machine, which has no scheduler", flush=True)
+        say(f"[{stage}] warning: DETACH is ignored on this machine, which has no scheduler")
     with report_errors(stage):
         if run in command:
             from sft.runner.cli import parse_run  # start-up: click is not there yet when the doctor loads a launcher

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.locks import lock
 from sft.common.process import AGAIN, report_errors
@@ -237,4 +238,4 @@ def end_job(job: SubmittedJob, scheduler: Scheduler, log: Log) -> None:
 
 def logger(stage: str) -> Log:
     """A function that prints a line with the stage's name in front."""
-    return lambda text: print(f"[{stage}] {text}", flush=True)
+    return lambda text: say(f"[{stage}] {text}")

@@ -14,6 +14,7 @@ import os
 import queue
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -91,38 +92,62 @@ def sweep(
     """Makes all runs, then calls `finish`, which compares them. Raises SftError with the runs that failed, after the others have ended."""
     if goal not in GOALS:
         raise SftError(f"make sweep GOAL={goal}: none of {', '.join(GOALS)}; next: correct it")
+    check_read(place, r, found, goal)
     places = slots(place.load_cluster().launcher == "local", visible_gpus(), jobs, len(found))
     free: queue.Queue[str] = queue.Queue()
     for gpu in places:
         free.put(gpu)
     logs = place.runs / ".sweeps"
     logs.mkdir(parents=True, exist_ok=True)
-    print(
-        f"[sweep] {len(found)} runs of {r}, {min(len(places), len(found))} at a time; their output is in {logs}",
-        flush=True,
-    )
+    columns.say(f"[sweep] {len(found)} runs of {r}, {min(len(places), len(found))} at a time; output: {logs}")
     data = tuple(o for o in found[0].overrides if _is_of_data(o, place.cluster))
     if _make(place, r, Sibling(found[0].run, data), "sync", "", logs, words):
+        print(_last_lines(logs / f"{found[0].run}.log"), file=sys.stderr, flush=True)
         raise SftError(
             f"{logs / found[0].run}.log: the data cannot be prepared; next: read it, then the same make sweep"
         )
     failed: list[str] = []
+    stopped = threading.Event()
 
     def one(sibling: Sibling) -> None:
         gpu = free.get()
+        if stopped.is_set():
+            free.put(gpu)
+            return
         try:
             code = _make(place, r, sibling, goal, gpu, logs, words)
         finally:
             free.put(gpu)
+        if stopped.is_set():
+            return
         if code:
+            print(_last_lines(logs / f"{sibling.run}.log"), file=sys.stderr, flush=True)
             failed.append(f"{sibling.run} (exit status {code}, {logs / sibling.run}.log)")
-        print(f"[sweep] {sibling.run}: {'failed' if code else 'done'}", flush=True)
+        columns.say(f"[sweep] {sibling.run}: {'failed' if code else 'done'}")
 
     with ThreadPoolExecutor(len(places)) as pool:
-        list(pool.map(one, found))
+        try:
+            list(pool.map(one, found))
+        except KeyboardInterrupt:  # the makes have got it too: trainings here save, jobs go on
+            stopped.set()
+            jobs_go_on = "" if place.load_cluster().launcher == "local" else " jobs go on;"
+            columns.say(f"[sweep] stopped;{jobs_go_on} next: the same make sweep resumes")
+            raise
     finish()
     if failed:
         raise SftError("failed: " + "; ".join(failed) + "\nnext: read the logs, then the same make sweep resumes")
+
+
+def check_read(place: plan.Place, r: str, found: Sequence[Sibling], goal: str) -> None:
+    """Raises SftError for a field that no stage up to the goal reads, before anything runs."""
+    watches = bool(recipe.load(plan.REPO / "recipes" / f"{r}.toml", found[0].overrides, place.cluster).evaluate.every)
+    question = asked.Asked([goal], place.load_cluster(), place.cluster, watches=watches)
+    for sibling in found:
+        try:
+            question.resolve(sibling.overrides)
+        except SftError as error:
+            reaching = " or ".join(f"GOAL={g}" for g in GOALS[GOALS.index(goal) + 1 :])
+            raise SftError(f"{error}, or make sweep {reaching}" if reaching else str(error)) from None
 
 
 def _is_of_data(override: str, cluster: str) -> bool:
@@ -143,7 +168,10 @@ def _make(place: plan.Place, r: str, sibling: Sibling, goal: str, gpu: str, logs
         done = subprocess.run(
             command, cwd=plan.REPO, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
         )
-    if done.returncode:
-        tail = (logs / f"{sibling.run}.log").read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
-        print("\n".join(f"[sweep] {columns.cut(line, 90)}" for line in tail), file=sys.stderr, flush=True)
     return done.returncode
+
+
+def _last_lines(log: Path) -> str:
+    """The end of a run's output, which says why it failed."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:]
+    return "\n".join(f"[sweep] {columns.cut(line, 90)}" for line in lines)

@@ -15,21 +15,39 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.strings import first_names
 from sft.recipe import recipe, schema
 from sft.runner import models
 
-MAKE_VARIABLES = (
-    "RECIPE", "CLUSTER", "RUNS", "DATA", "FROM", "A", "B", "C", "ANYWAY", "RUN", "STEPS",
-    "WEIGHTS", "YES", "GOAL", "JOBS", "RETRAIN", "ALLOW_DIRTY", "STEP", "MODEL", "TOKENS", "START", "ADAPTER", "SOURCE", "ROW", "SHARD", "TOKENIZER", "TEMPLATE", "REPO", "PUSH", "PYTHON", "TORCH", "SRC",
-    "DST", "CHECK", "DELETE", "NO_CLOBBER", "TESTS", "DETACH", "DRY_RUN", "SHARDS", "STAGE", "GPU_WAIT", "ONLY", "N",
-    "LOW", "HIGH", "BOUND",
-)  # fmt: skip
-"""The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares)."""
 OF_A_RUN = (
     *schema.STAGES, "report", "all", "preview", "steps", "lr-range", "overfit", "watch", "export", "push-hub", "card",
-    "dry-run", "baseline", "cancel", "collect", "fetch", "sweep",
+    "dry-run", "baseline", "cancel", "collect", "fetch", "sweep", "show", "why", "doctor", "extend",
 )  # fmt: skip
 """Goals of Make that need RECIPE=."""
+_MADE = (*schema.STAGES, "all", "smoke")
+"""Goals that make stages."""
+READERS: dict[str, tuple[str, ...]] = {
+    "RECIPE": (*OF_A_RUN, "smoke", "new"), "CLUSTER": (*OF_A_RUN, "smoke", "new", "to-hf", "to-core"), "DATA": (*OF_A_RUN, "smoke", "new"),
+    "RUNS": (), "PYTHON": (), "TORCH": (), "DRY_RUN": (), "MODEL": (),
+    "ALLOW_DIRTY": (*_MADE, "sweep", "baseline", "watch", "dry-run", "doctor", "to-hf", "to-core"),
+    "GPU_WAIT": (*_MADE, "sweep", "baseline", "watch", "lr-range", "overfit"), "RETRAIN": (*_MADE, "sweep"), "DETACH": (*_MADE, "baseline", "to-hf", "to-core"),
+    "SHARDS": (*_MADE, "sweep"), "SHARD": _MADE, "CHECK": ("sync", "cp", "fetch"), "STAGE": ("dry-run", "fetch"), "FROM": ("new", "fetch"),
+    "A": ("diff", "compare"), "B": ("diff", "compare"), "C": ("compare",), "ANYWAY": ("compare",),
+    "RUN": ("verify", "delete", "archive", "soup", "chat", "serve"), "YES": ("delete", "archive", "extend"), "GOAL": ("sweep",), "JOBS": ("sweep",),
+    "STEPS": ("soup", "lr-range", "overfit"), "WEIGHTS": ("soup",), "STEP": ("chat", "serve"), "TOKENS": ("chat",), "START": ("serve",), "SOURCE": ("preview",), "ROW": ("preview",),
+    "SRC": ("cp", "to-hf", "to-core"), "DST": ("cp", "to-hf", "to-core", "export", "archive", "soup"), "ADAPTER": ("to-core",),
+    "TOKENIZER": ("to-hf",), "TEMPLATE": ("to-hf",), "REPO": ("push-hub",), "PUSH": ("push-hub", "fetch"), "DELETE": ("cp",), "NO_CLOBBER": ("cp",),
+    "TESTS": ("test", "test-quick"), "ONLY": ("mutants", "soak", "flip"), "N": ("soak", "flip"),
+    "LOW": ("lr-range",), "HIGH": ("lr-range",), "BOUND": ("overfit",),
+}  # fmt: skip
+"""The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares), each with the goals that read it;
+() for those that every goal takes."""
+MAKE_VARIABLES = tuple(READERS)
+FLAGS = {
+    **dict.fromkeys(("YES", "ANYWAY", "TOKENS", "START", "CHECK", "DELETE", "NO_CLOBBER"), ("1",)),
+    "PUSH": ("1", "public"),
+}
+"""The values of variables that only ask for something: `YES=0` must not delete."""
 NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "soup": (("STEPS", "DST"), 'make soup RUN=x STEPS="100 200" DST=folder'),
     "cp": (("SRC", "DST"), "make cp SRC=gs://bucket/prefix DST=folder"),
@@ -42,6 +60,8 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "diff": (("A", "B"), "make diff A=x B=y; make runs lists them"),
     "compare": (("A", "B"), "make compare A=x B=y; make runs lists them"),
     "push-hub": (("REPO",), "make push-hub RECIPE=x REPO=org/name"),
+    "new": (("FROM", "RECIPE"), "make new FROM=smoke RECIPE=my-exp lr=1e-4"),
+    "sweep": (("RECIPE",), 'make sweep RECIPE=x lr="1e-5 3e-5"'),
 }
 """The variables that a goal cannot do without, and a command that has them."""
 _PLAIN, _ONLY = (
@@ -51,7 +71,7 @@ _PLAIN, _ONLY = (
 TALKING = ("chat", "serve")
 """Goals with a MODEL= of their own."""
 WITH_MODEL = (
-    "convert", "evaluate", "all", "report", "dry-run", "baseline", "cancel", "collect", "fetch", "card", "push-hub",
+    "convert", "evaluate", "all", "report", "dry-run", "baseline", "cancel", "collect", "fetch", "card", "push-hub", "show", "why", "doctor",
 )  # fmt: skip
 """Goals of a run that can be one of another model."""
 
@@ -103,7 +123,16 @@ def given(overrides: str, name: str) -> str:
 
 
 def check_needs(overrides: str, goals: Sequence[str]) -> None:
-    """Raises SftError for a goal whose variables are missing, before the environment is set up or a stage runs."""
+    """Raises SftError before the environment is set up or a stage runs: for a goal whose variables are missing, and for a
+    variable that no goal reads."""
+    for name, value in _words(overrides):
+        readers = READERS.get(name, ())
+        if readers and set(readers).isdisjoint(goals):
+            of_run = name == "RECIPE" and not set(goals).isdisjoint(READERS["RUN"])
+            meant = "RUN=, the name of a run" if of_run else f"remove it (it is for make {first_names(readers)})"
+            raise SftError(f"make {' '.join(goals)}: nothing here reads {name}={value}; next: {meant}")
+        if value and value not in FLAGS.get(name, (value,)):
+            raise SftError(f"{name}={value}: {' or '.join(FLAGS[name])} is expected; next: {name}=1, or leave it out")
     for goal in goals:
         names, example = NEEDS.get(goal, ((), ""))
         if missing := [f"{name}=" for name in names if not variable(overrides, name)]:

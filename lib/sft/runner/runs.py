@@ -23,7 +23,7 @@ def run_folder(place: plan.Place, run: str, variable: str) -> Path:
         known = sorted(p.name for p in place.runs.glob("[a-z0-9]*") if p.is_dir()) if place.runs.is_dir() else []
         near = difflib.get_close_matches(run, known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known) or 'none'}"
-        raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}")
+        raise SftError(f"{variable}={run}: no such run in {place.runs}; {hint}; next: correct {variable}=")
     return folder
 
 

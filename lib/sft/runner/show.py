@@ -16,7 +16,7 @@ from sft.runner import bases, continuation, listing, plan
 
 def show(place: plan.Place, r: recipe.Recipe) -> None:
     """Prints the run."""
-    print(f"# run {place.runs / r.run}  (recipe {r.file}, cluster {place.cluster})")
+    print(f"# run {place.runs / r.run}\n# recipe {r.file}, cluster {place.cluster}")
     raw = tomllib.loads(Path(r.file).read_text())
     overridden = dict(r.overrides)
     for table in schema.TABLES:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common import paths
-from sft.common.columns import for_terminal
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import remove_unfinished, sync_folder
 from sft.common.hashcache import HashCache
@@ -120,7 +120,7 @@ class Stage:
         return self._upstream.base()
 
     def log(self, text: str) -> None:
-        print(for_terminal(f"[{self.name}] {text}", sys.stdout), flush=True)
+        say(f"[{self.name}] {text}")
 
     def finish(self, result: Result) -> None:
         """Sets the result, which `open_stage` publishes when it closes."""

@@ -34,7 +34,7 @@ def open_storage(where: str, cache: Path | None = None) -> Storage:
         return GcsStorage(where, cache)
     if "://" in where:
         raise SftError(
-            f"{where}: storage is a folder or gs://bucket/prefix; next: correct `storage` in env/<cluster>.toml"
+            f"{where}: a folder or gs://bucket/prefix is expected; next: correct it (SRC= and DST= of make cp, `storage` in env/<cluster>.toml)"
         )
     return LocalStorage(Path(where))
 

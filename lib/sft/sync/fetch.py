@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from sft.common import paths
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
 from sft.common.locks import lock
@@ -177,7 +178,7 @@ def fetch(place: plan.Place, run: Path, stages: Sequence[str], runs_folder: str,
 
 
 def log(text: str) -> None:
-    print(f"[fetch] {text}", flush=True)
+    say(f"[fetch] {text}")
 
 
 @program("fetch", "python -m sft.sync.fetch")

@@ -79,6 +79,8 @@ class MetricsWriter:
 
     def show(self, record: StepRecord) -> None:
         self.log(progress_line(record, self.steps, self._seconds / max(1, self._timed - 1)))
+        if record.validation_loss is not None:
+            self.log(f"step {record.step}: validation loss {record.validation_loss:.4f}")
 
     def close(self) -> None:
         self._stream.flush()
@@ -128,20 +130,17 @@ def _digest(records: bytes) -> str:
 
 
 def progress_line(record: StepRecord, steps: int, seconds_per_step: float) -> str:
-    """The line of a step on the terminal. `steps`: of the complete run."""
+    """The line of a step on the terminal, which fits it. `steps`: of the complete run."""
     width = len(str(steps))
     parts = [
         f"step {record.step:>{width}}/{steps}",
-        f"loss {record.loss:7.4f}",
+        f"loss {record.loss:6.4f}",
         f"lr {record.lr:.2e}",
-        f"grad {record.grad_norm:6.3f}",
+        f"grad {record.grad_norm:5.3f}",
         f"{record.tokens_per_s:>9,.0f} tok/s",
-        f"padding {record.padding:5.1%}",
     ]
     if record.mfu is not None:
-        parts.append(f"MFU {record.mfu:.1%}")
-    if record.validation_loss is not None:
-        parts.append(f"validation {record.validation_loss:.4f}")
+        parts.append(f"MFU {record.mfu:.0%}")
     if record.skipped:
         parts.append("SKIPPED")
     if seconds_per_step:

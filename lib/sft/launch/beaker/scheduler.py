@@ -20,6 +20,7 @@ from beaker.exceptions import BeakerWorkloadNotFound
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from sft.common import paths
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.launch.beaker import code, connection, harnesses, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
@@ -116,8 +117,7 @@ class BeakerScheduler:
             if not status.active:
                 break
             if str(status) != printed:
-                out.write(f"[beaker] {self._address(id)} is {status}\n")
-                out.flush()
+                say(f"[beaker] {self._address(id)} is {status}", out)
                 printed = str(status)
             time.sleep(pause)
             pause = min(1.5 * pause, POLL_S)
@@ -167,7 +167,6 @@ class BeakerScheduler:
     def _print_log(self, job: pb2.Job, out: IO[str]) -> None:
         """Prints a job's log until the job ends, from the first line that was not printed yet."""
         for line in self.client.job.logs(job, follow=True, since=self._printed.get(job.id)):
-            out.write(line.message.decode(errors="replace").rstrip("\n") + "\n")
-            out.flush()
+            say(line.message.decode(errors="replace").rstrip("\n"), out)
             after = line.timestamp.ToNanoseconds() + 1  # the client, too, resumes a broken stream from here
             self._printed[job.id] = Timestamp(seconds=after // 10**9, nanos=after % 10**9)

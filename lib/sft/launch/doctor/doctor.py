@@ -13,7 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
+from sft.common import columns
 from sft.common.errors import SftError
+from sft.common.strings import printable
 from sft.launch.doctor import backend, cluster, environment, inputs, internet, tasks, training
 from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row, SchedulerAnswer, load_checks, red
 from sft.recipe import recipe, schema
@@ -70,14 +72,14 @@ def _not_installed(what: str, e: ModuleNotFoundError) -> Row:
     return Row(SKIPPED, what, f"not checked: {e.name} is not installed", "make setup")
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned lines. A row that is not OK has its next command below it."""
-    width = max((len(r.what) for r in rows), default=0)
+def table(rows: Sequence[Row], width: int = columns.WIDTH) -> str:
+    """The rows as aligned lines of at most `width`. A row that is not OK has its next command below it."""
+    longest = max((len(r.what) for r in rows), default=0)
     lines = []
     for r in rows:
-        lines.append(f"{r.state:4}  {r.what:{width}}  {r.found}")
+        lines.append(columns.hanging(f"{r.state:4}  {r.what:{longest}}  ", printable(r.found), width))
         if r.next and r.state != OK:
-            lines.append(f"{'':4}  {'':{width}}  next: {r.next}")
+            lines.append(columns.hanging(f"{'':4}  {'':{longest}}  ", f"next: {printable(r.next)}", width))
     return "\n".join(lines)
 
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from sft.common.columns import say
+
 LONG_LOG = 16384  # bytes
 JOBS_SHOWN = 3
 
@@ -44,7 +46,7 @@ class LogFollower:
         self.offsets[file] += len(lines)
         part = re.search(r"-\d+_(\d+)\.(?:attempt-\d+\.)?log$", file.name)
         for line in lines.decode(errors="replace").splitlines():
-            print(f"part {part[1]}: {line}" if part else line, file=out)
+            say(f"part {part[1]}: {line}" if part else line, out)
 
     @staticmethod
     def _start(f: IO[bytes], file: Path, out: IO[str]) -> int:
@@ -54,7 +56,7 @@ class LogFollower:
             return 0
         f.seek(size - LONG_LOG // 4)
         f.readline()
-        print(f"… earlier lines are in {file}", file=out)
+        say(f"… earlier lines are in {file}", out)
         return f.tell()
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import IO
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.launch.job import Job, LostConnection, Status, retried
@@ -127,10 +128,10 @@ class Slurm:
     def follow(self, id: str, out: IO[str]) -> int:
         follower, printed, pause = LogFollower(id.split("+"), self.folder), "", SHORTEST_POLL_S
         while True:
-            status = retried(lambda: self.status(id), lambda text: print(text, file=out, flush=True))
+            status = retried(lambda: self.status(id), lambda text: say(text, out))
             if str(status) != printed and status.active:
                 printed = str(status)
-                print(f"job {id}: {printed}", file=out, flush=True)
+                say(f"job {id}: {printed}", out)
             wake = time.monotonic() + pause
             while True:  # the log is read more often than Slurm is asked
                 follower.print_new(out)
