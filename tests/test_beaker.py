@@ -294,6 +294,26 @@ def test_an_upload_by_another_is_waited_for_and_one_that_was_killed_is_replaced(
     assert (other.message.id in place.server.datasets) == (hours == 0)
 
 
+def test_a_job_runs_the_working_tree_as_it_is_where_edits_are_allowed_and_its_diff_is_recorded(place, monkeypatch):
+    place.edit('launcher = "beaker"', 'launcher = "beaker"\ncode = "dataset"\nstages = ["prepare"]')
+    (place.root / "lib/sft/edited.py").write_text("TEXT = 'from a new file'\n")
+    file = place.root / "stages/prepare.py"
+    file.write_text(file.read_text().replace("stage.identity)", "__import__('sft.edited').edited.TEXT)"))
+    refused = place.workspace.make("prepare", "RECIPE=x", "CLUSTER=beaker-test", ok=False)
+    assert (
+        "without the changes in stages/prepare.py, lib/sft/edited.py" in refused.stderr
+        and "ALLOW_DIRTY=1" in refused.stderr
+    )
+    place.workspace.make("prepare", "RECIPE=x", "CLUSTER=beaker-test", "ALLOW_DIRTY=1")
+    assert (place.run / "prepare/out").read_text() == "from a new file"
+    made = manifest.load(place.run / "prepare/manifest.json").provenance
+    assert made.dirty and made.git == place.git("rev-parse", "HEAD")
+    shutil.copy(place.run / ".jobs/prepare.diff", place.root / ".git/edits")
+    place.git("stash", "--include-untracked")
+    place.git("apply", "--index", str(place.root / ".git/edits"))
+    assert place.git("diff", "--cached", "--name-only").split() == ["lib/sft/edited.py", "stages/prepare.py"]
+
+
 def test_files_over_32_mib_travel_in_pieces_both_ways(place):
     """The code as an archive, an earlier stage, and a result; one piece's answer never comes, and the client sends it again."""
     place.edit('launcher = "beaker"', 'launcher = "beaker"\ncode = "dataset"\nstages = ["sync"]')

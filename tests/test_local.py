@@ -32,6 +32,7 @@ def launch(tmp_path):
             [*LAUNCH, "runs/x", stage, *command], cwd=REPO, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )  # fmt: skip
         started.append(process)
+        assert process.stdout.readline().startswith("env/local.sh runs/x ")
         return process
 
     yield start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tarfile
 from pathlib import Path
@@ -89,11 +90,61 @@ def test_a_working_tree_with_edits_travels_as_it_is_with_its_diff(
     with tarfile.open(code.archive(checkout, shipped, tmp_path)) as packed:
         found = {m.name: (packed.extractfile(m) or pytest.fail(m.name)).read().decode() for m in packed}
     assert found["lib/a.py"] == "a = 2\n" and found["lib/new.py"] == "n = 1\n" and "notes.txt" not in found
-    assert "-a = 1\n+a = 2\n" in found[code.DIFF] and "+++ new file lib/new.py" in found[code.DIFF]
+    assert "-a = 1\n+a = 2\n" in found[code.DIFF]
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(checkout), str(clone))
+    (tmp_path / "edits").write_text(found[code.DIFF])
+    git(clone, "apply", str(tmp_path / "edits"))  # git itself takes the patch, and it gives what was shipped
+    assert {p: (clone / p).read_text() for p in ("lib/a.py", "lib/new.py")} == {
+        p: found[p] for p in ("lib/a.py", "lib/new.py")
+    }
     (checkout / "lib/a.py").write_text("a = 3\n")
     assert code.describe(checkout, "dataset").dataset != shipped.dataset
     with pytest.raises(SftError, match="without the changes"):  # a git commit cannot carry them
         code.describe(checkout, "git")
+
+
+def test_edits_of_every_kind_are_in_the_patch(checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, data in (("lib/gone.py", b"x\n"), ("lib/tool.sh", b"echo\n"), ("lib/odd '\"$ [*]ü.bin", b"\0a")):
+        (checkout / name).write_bytes(data)
+    git(checkout, "add", "-A")
+    git(checkout, "-c", "user.name=x", "-c", "user.email=x@example.org", "commit", "--quiet", "-m", "b")
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "--quiet", str(checkout), str(clone))
+    (checkout / "lib/gone.py").unlink()
+    (checkout / "lib/tool.sh").chmod(0o755)
+    (checkout / "lib/odd '\"$ [*]ü.bin").write_bytes(b"\0b\xff")
+    (checkout / "lib/end").write_text("no new line at the end")
+    (checkout / "lib/[a]*.py").write_text("")
+    (checkout / "lib/link").symlink_to("a.py")
+    before = subprocess.run(
+        ["git", "-C", str(checkout), "status", "--porcelain"], capture_output=True, check=True
+    ).stdout
+    (tmp_path / "edits").write_bytes(code.edits(checkout))
+    git(clone, "apply", str(tmp_path / "edits"))
+    kept = {
+        p.name: os.readlink(p) if p.is_symlink() else (p.read_bytes(), p.stat().st_mode)
+        for p in (checkout / "lib").iterdir()
+    }
+    assert kept == {
+        p.name: os.readlink(p) if p.is_symlink() else (p.read_bytes(), p.stat().st_mode)
+        for p in (clone / "lib").iterdir()
+    }
+    after = subprocess.run(
+        ["git", "-C", str(checkout), "status", "--porcelain"], capture_output=True, check=True
+    ).stdout
+    assert before == after
+
+
+def test_files_that_change_while_they_are_packed_are_reported(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "lib/a.py").write_text("a = 2\n")
+    monkeypatch.setenv(code.ALLOW, "1")
+    shipped = code.describe(checkout, "dataset")
+    (checkout / "lib/a.py").write_text("a = 3\n")
+    with pytest.raises(SftError, match="changed while they were packed; next: run the same make again"):
+        code.archive(checkout, shipped, tmp_path)
 
 
 def test_a_clean_tree_is_its_commit_also_where_edits_are_allowed(

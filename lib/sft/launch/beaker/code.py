@@ -13,6 +13,8 @@ import os
 import re
 import subprocess
 import tarfile
+import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -70,7 +72,7 @@ def describe(root: Path, how: str, strict: bool = True) -> Code:
         raise SftError(f"{root}: jobs need the code in a git repository ({e}); next: git init, commit") from None
     files = changed(root)
     if files and how == "dataset" and os.environ.get(ALLOW, "0") not in ("", "0"):
-        return Code(commit, edits=hashlib.sha256(_edits(root)).hexdigest()[:8])
+        return Code(commit, edits=_digest(edits(root)))
     if strict and files:
         shown = first_names(files)
         other = f"; or {ALLOW}=1, which ships them as they are" if how == "dataset" else ""
@@ -101,7 +103,7 @@ def public_url(url: str) -> str:
 
 
 def archive(root: Path, code: Code, target: Path) -> Path:
-    """Writes the commit's files, or those of the working tree where it has edits, as target/code.tar."""
+    """Writes the commit's files, or those of the working tree where it has edits, as target/code.tar. Raises SftError."""
     file = target / ARCHIVE
     if not code.edits:
         git(root, "archive", "--format=tar", f"--output={file}", code.commit)
@@ -109,27 +111,49 @@ def archive(root: Path, code: Code, target: Path) -> Path:
     with tarfile.open(file, "w") as packed:
         for name in _files(root):
             packed.add(root / name, name, recursive=False)
-        edits = _edits(root)
+        difference = edits(root)
         member = tarfile.TarInfo(DIFF)
-        member.size = len(edits)
-        packed.addfile(member, io.BytesIO(edits))
+        member.size = len(difference)
+        packed.addfile(member, io.BytesIO(difference))
+    if _digest(difference) != code.edits:
+        raise SftError(f"{root}: its files changed while they were packed; next: run the same make again")
     return file
+
+
+def _digest(difference: bytes) -> str:
+    """8 hex digits that name the edits of a working tree."""
+    return hashlib.sha256(difference).hexdigest()[:8]
 
 
 def _files(root: Path) -> list[str]:
     """The tracked files that exist, and the new ones in the folders that jobs run."""
     tracked = git(root, "ls-files", "-z").split("\0")
-    new = git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
-    names = {n for n in tracked if n} | {n for n in new if n.startswith(RUN_BY_JOBS)}
+    names = {n for n in tracked if n} | set(_new_files(root))
     return sorted(n for n in names if os.path.lexists(root / n))
 
 
-def _edits(root: Path) -> bytes:
-    """The difference of the working tree from HEAD as a patch, with new files in it."""
-    new = [
-        n
-        for n in git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
-        if n.startswith(RUN_BY_JOBS)
-    ]
-    text = git(root, "diff", "--binary", "HEAD").encode()
-    return text + b"".join(f"\n+++ new file {n}\n".encode() + (root / n).read_bytes() for n in sorted(new))
+def _new_files(root: Path) -> list[str]:
+    """The files that are not tracked, not ignored, and in the folders that jobs run."""
+    found = git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
+    return sorted(n for n in found if n.startswith(RUN_BY_JOBS))
+
+
+def edits(root: Path) -> bytes:
+    """The difference of the working tree from HEAD, with the new files that travel, as a patch that `git apply` takes."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {**os.environ, "GIT_INDEX_FILE": f"{folder}/index"}  # the user's own index stays
+
+        def run(*command: str, names: Sequence[str] = ()) -> bytes:
+            given = "\0".join(names).encode()
+            done = subprocess.run(
+                ["git", "-C", str(root), *command], input=given, capture_output=True, env=environment, check=False
+            )
+            if done.returncode:
+                raise SftError(f"git {' '.join(command)} in {root}: {done.stderr.decode(errors='replace').strip()}")
+            return done.stdout
+
+        run("read-tree", "HEAD")
+        run("add", "--update", ".")
+        if new := _new_files(root):
+            run("add", "--pathspec-from-file=-", "--pathspec-file-nul", names=[f":(literal){name}" for name in new])
+        return run("diff", "--cached", "--binary", "--no-ext-diff", "--no-color", "HEAD")

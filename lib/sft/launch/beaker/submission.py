@@ -10,6 +10,7 @@ from beaker import beaker_pb2 as pb2
 from beaker.exceptions import BeakerExperimentConflict, BeakerWorkloadNotFound, HTTPError, RequestException
 
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.formats import manifest
 from sft.launch.beaker import code, harnesses, specification
 from sft.launch.beaker.datasets import DatasetUploads
@@ -46,6 +47,8 @@ def _upload_and_specify(job: Job, user: str, uploads: DatasetUploads, workspace:
         with tempfile.TemporaryDirectory(prefix="olmo-sft-") as folder:
             archive = Path(folder)
             uploads.upload(shipped.dataset, lambda: code.archive(plan.REPO, shipped, archive), workspace)
+    if shipped.edits:  # it stays here when the archive is deleted from Beaker
+        write_atomic(job.folder / f"{job.stage}.diff", code.edits(plan.REPO))
     for stage, (dataset, path) in specification.inputs_of(job).items():
         size = sum(o.bytes for o in manifest.load(path / manifest.NAME).outputs)
         if size > INPUT_BYTES:
