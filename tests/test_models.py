@@ -15,13 +15,18 @@ from conftest import REPO, Workspace
 from evaluating import plain_place
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
+from sft.evaluation import evaluate
 from sft.export import other_model
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest, Output
+from sft.formats.results import EvaluateMetrics
 from sft.recipe import mounts, recipe
 from sft.recipe.schema import Cluster
 from sft.runner import models, plan
+from sft.runner.stage import Result
+from sft.storage.base_weights import BaseWeights
+from sft.storage.local import LocalStorage
 
 SMOKE = REPO / "recipes/smoke.toml"
 place = plain_place
@@ -224,6 +229,21 @@ def test_a_models_own_template_is_told_of_and_taken_where_it_is_asked_for(
     (model / "chat_template.jinja").unlink()
     with pytest.raises(SftError, match=r"no chat template .*next: eval_template= a name"):
         other_model.assemble(stage(tmp_path, model, monkeypatch, "model"), folder)
+
+
+def test_the_commit_of_a_hub_model_is_in_the_metrics_of_its_evaluation(
+    place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = BaseWeights(LocalStorage(place.root / "model"), "m", "f" * 40)
+    monkeypatch.setattr(other_model, "find_base_weights", lambda *_: found)
+    asked = stage(tmp_path, Path("x"), monkeypatch)
+    asked.recipe, asked.cache = scored("hf://org/name"), tmp_path
+    scores = EvaluateMetrics(tasks={}).to_value()
+    monkeypatch.setattr(evaluate, "score", lambda *_: Result(["results.json"], scores))
+    made = evaluate.evaluate(asked)
+    assert EvaluateMetrics.parse(made.metrics).model_commit == "f" * 40
+    assert EvaluateMetrics.parse(made.metrics).to_value() == made.metrics
+    assert "model_commit" not in scores  # of a model that is no commit of the hub
 
 
 def test_a_model_that_cannot_be_scored_is_refused(

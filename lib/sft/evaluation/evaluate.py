@@ -76,10 +76,10 @@ def evaluate(stage: Stage) -> Result:
     from sft.export.other_model import assemble  # start-up: torch takes two seconds
 
     work = stage.out / "work"
-    files = assemble(stage, work / "model")
+    files, commit = assemble(stage, work / "model")
     result = score(stage, work / "model", stage.out, stage.hardware)
     shutil.rmtree(work)
-    return Result([*result.outputs, *files], result.metrics)
+    return Result([*result.outputs, *files], {**result.metrics, **({"model_commit": commit} if commit else {})})
 
 
 def score(stage: Stage, folder: Path, out: Path, hardware: Hardware) -> Result:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from sft.checkpoint import olmo_core
@@ -40,7 +41,7 @@ def convert_any(stage: Stage) -> Result:
     """The convert stage: exports the final step of this run's training, or the step that [convert] model names."""
     if not (name := stage.recipe.convert.model):
         return convert(stage)
-    step = find(stage)
+    step, commit = find(stage)
     if not is_step(step):
         raise SftError(
             f"{stage.recipe.file}: [convert] model = {name!r}: a Hugging Face folder already; next: make evaluate RECIPE="
@@ -54,12 +55,14 @@ def convert_any(stage: Stage) -> Result:
     made = export_step(stage, step, config, tokenizer, model, _own_template(stage, step))
     made.gate.write(stage.out / NAME)
     (model / "README.md").write_text(card.of_checkpoint(name, facts, made.gate), encoding="utf-8")
-    return Result(outputs=["model", NAME], metrics=made.metrics(Path(name)).to_metrics())
+    metrics = replace(made.metrics(Path(name)), model_commit=commit)
+    return Result(outputs=["model", NAME], metrics=metrics.to_metrics())
 
 
-def assemble(stage: Stage, target: Path) -> list[str]:
-    """Makes the folder `target` that evaluate scores. Returns the files that it wrote to `stage.out` beside it. Raises SftError."""
-    found = find(stage)
+def assemble(stage: Stage, target: Path) -> tuple[list[str], str]:
+    """Makes the folder `target` that evaluate scores. Returns the files that it wrote to `stage.out` beside it, and the hub's
+    commit of the model ("" for other places). Raises SftError."""
+    found, commit = find(stage)
     prepared = stage.folder("prepare")
     facts = DatasetInfo.of(prepared).facts
     _check_tokenizer(stage, found, facts)
@@ -68,14 +71,14 @@ def assemble(stage: Stage, target: Path) -> list[str]:
         config = olmo_core.config_of_step(found / "config.json")
         made = export_step(stage, found, config, tokenizer, target, _own_template(stage, found))
         made.gate.write(stage.out / NAME)
-        return [NAME]
+        return [NAME], commit
     own = _own_template(stage, found)
     template = own or evaluation_template(stage.recipe.convert.eval_template, stage.find)
     trained = (tokenizer / TEMPLATE).read_text(encoding="utf-8")
     if not own and (theirs := template_of(found)) and theirs.strip() != (template or trained).strip():
         stage.log('its own chat template differs from the one it is asked with; eval_template="model" takes its own')
     link(found, tokenizer, facts, target, template, _own_stops(found) if own else ())
-    return []
+    return [], commit
 
 
 def is_step(folder: Path) -> bool:
@@ -83,11 +86,14 @@ def is_step(folder: Path) -> bool:
     return (folder / "model_and_optim" / ".metadata").is_file()
 
 
-def find(stage: Stage) -> Path:
-    """The model's folder, verified where a manifest lists its files. A remote one is fetched to the cache. Raises SftError."""
+def find(stage: Stage) -> tuple[Path, str]:
+    """The model's folder, verified where a manifest lists its files, and its commit on the hub ("" for other places).
+
+    A remote one is fetched to the cache. Raises SftError."""
     name = stage.recipe.convert.model
     if paths.REMOTE.match(name):
-        return find_base_weights(name, stage.find, stage.cache, stage.log).folder.root
+        fetched = find_base_weights(name, stage.find, stage.cache, stage.log)
+        return fetched.folder.root, fetched.commit
     place = stage.place
     folder = models.folder(stage.recipe, place.runs, place.roots, stage.cluster, place.cluster, stage.name)
     if is_step(folder):
@@ -100,7 +106,7 @@ def find(stage: Stage) -> Path:
         broken = []
     if broken:
         raise SftError("\n".join(broken) + f"\nnext: make it again, or name another model than MODEL={name}")
-    return folder
+    return folder, ""
 
 
 def _check_tokenizer(stage: Stage, model: Path, facts: TokenizerFacts) -> None:

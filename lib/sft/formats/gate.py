@@ -134,7 +134,10 @@ class CarriedTemplate:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertMetrics(Record):
-    """The metrics in convert's manifest. `parameters` counts the checkpoint's, `bytes` is the size of the exported weights."""
+    """The metrics in convert's manifest. `parameters` counts the checkpoint's, `bytes` is the size of the exported weights.
+
+    `model_commit`: the hub's commit of the step that was converted, where MODEL= names one there.
+    """
 
     NEXT: ClassVar[str] = "make convert again"
     step: int
@@ -142,6 +145,7 @@ class ConvertMetrics(Record):
     bytes: int
     template: CarriedTemplate
     gate: GateSummary
+    model_commit: str = ""
 
     @classmethod
     def of(cls, made: Manifest, name: str | Path) -> ConvertMetrics:

@@ -263,13 +263,17 @@ class EvaluationHashes:
 
 @dataclass(frozen=True)
 class EvaluateMetrics(Record):
-    """The metrics in evaluate's manifest. `hashes` is the key `asked`, which manifests of the first version do not have."""
+    """The metrics in evaluate's manifest. `hashes` is the key `asked`, which manifests of the first version do not have.
+
+    `model_commit`: the hub's commit of the model that was scored, where MODEL= names one there.
+    """
 
     NEXT: ClassVar[str] = "make evaluate again"
     tasks: dict[str, dict[str, Score]]
     validation: ValidationLoss | None = None
     hashes: EvaluationHashes | None = None
     plain_text: TextLoss | None = None
+    model_commit: str = ""
 
     @classmethod
     def of(cls, made: Manifest, name: str) -> EvaluateMetrics:
@@ -280,11 +284,13 @@ class EvaluateMetrics(Record):
     def parse(cls, value: Any) -> Self:
         tasks = convert(value, dict[str, Any], "metrics")
         validation, hashes, plain_text = (tasks.pop(name, None) for name in ("validation", "asked", "plain_text"))
+        commit = convert(tasks.pop("model_commit", ""), str, "model_commit")
         return cls(
             convert(tasks, dict[str, dict[str, Score]], "tasks"),
             convert(validation, ValidationLoss | None, "validation"),
             convert(hashes, EvaluationHashes | None, "asked"),
             convert(plain_text, TextLoss | None, "plain_text"),
+            commit,
         )
 
     def to_value(self) -> dict[str, Any]:
@@ -292,7 +298,12 @@ class EvaluateMetrics(Record):
         if self.hashes and not self.hashes.template_sha256:  # of a harness
             for metrics in value.values():
                 _drop_direction(metrics)
-        more = {"validation": self.validation, "plain_text": self.plain_text, "asked": self.hashes}
+        more = {
+            "validation": self.validation,
+            "plain_text": self.plain_text,
+            "asked": self.hashes,
+            "model_commit": self.model_commit,
+        }
         return {**value, **{name: to_json(part) for name, part in more.items() if part}}
 
 
