@@ -237,7 +237,7 @@ def test_the_commit_of_a_hub_model_is_in_the_metrics_of_its_evaluation(
     found = BaseWeights(LocalStorage(place.root / "model"), "m", "f" * 40)
     monkeypatch.setattr(other_model, "find_base_weights", lambda *_: found)
     asked = stage(tmp_path, Path("x"), monkeypatch)
-    asked.recipe, asked.cache = scored("hf://org/name"), tmp_path
+    asked.recipe, asked.cache, asked.hardware = scored("hf://org/name"), tmp_path, None
     scores = EvaluateMetrics(tasks={}).to_value()
     monkeypatch.setattr(evaluate, "score", lambda *_: Result(["results.json"], scores))
     made = evaluate.evaluate(asked)
