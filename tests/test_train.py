@@ -332,7 +332,7 @@ def test_progress_and_clock_read_well() -> None:
         7, loss=1.5, lr=1e-4, grad_norm=0.5, tokens_per_s=12345.6, padding=0.02, skipped=True, validation_loss=1.25
     )
     line = metrics.progress_line(record, 300, 12.0)
-    assert line == "step   7/300  loss 1.5000  lr 1.00e-04  grad 0.500     12,346 tok/s  SKIPPED  ETA 0:58:36"
+    assert line == "step   7/300  loss 1.5000  lr 1.0e-04  grad 0.50     12,346 tok/s  SKIPPED  ETA 0:58:36"
     large = replace(record, loss=12.5, grad_norm=99.5, tokens_per_s=1.5e6, mfu=0.401, skipped=False)
     assert len("[train] " + metrics.progress_line(large, 9999, 4.0)) <= columns.WIDTH
     assert metrics.clock(90061) == "25:01:01"

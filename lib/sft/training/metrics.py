@@ -135,8 +135,8 @@ def progress_line(record: StepRecord, steps: int, seconds_per_step: float) -> st
     parts = [
         f"step {record.step:>{width}}/{steps}",
         f"loss {record.loss:6.4f}",
-        f"lr {record.lr:.2e}",
-        f"grad {record.grad_norm:5.3f}",
+        f"lr {record.lr:.1e}",
+        f"grad {record.grad_norm:4.2f}",
         f"{record.tokens_per_s:>9,.0f} tok/s",
     ]
     if record.mfu is not None:
