@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -247,3 +248,6 @@ def test_a_task_of_the_folder_whose_code_needs_a_package_is_refused_without_an_i
     loaded = recipe.load(REPO / "recipes/smoke.toml", overrides=["tasks=needs"])
     (row,) = tasks.tasks(doctor.Context(place, loaded, place.load_cluster(), ("train",), imports=True))
     assert row.state == context.RED and "imports no_such_package, which is not installed" in row.found
+    loaded = replace(loaded, evaluate=replace(loaded.evaluate, tasks=("first",), data={"frist_rows": "rows.jsonl"}))
+    first, *_ = tasks.tasks(doctor.Context(place, loaded, place.load_cluster(), ("train",), imports=True))
+    assert first.state == context.RED and "data.frist_rows: no task file of" in first.found

@@ -89,6 +89,7 @@ def test_hashes_do_not_depend_on_where_the_folder_is(folder: Path, tmp_path: Pat
         ('{until: ["ZZZ"], max_gen_toks: 6, do_sample: false}', ["ZZZ"]),
         ("{until: [], max_gen_toks: 6}", []),
         ("{max_gen_toks: 6}", []),
+        ("{until: null, max_gen_toks: 6}", []),
         ("null", []),
     ],
 )

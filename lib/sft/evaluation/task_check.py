@@ -28,6 +28,8 @@ REPLIES = {"generate_until": "1", "loglikelihood": (-1.0, False), "loglikelihood
 """An answer of lm-eval's form to each kind of request."""
 
 
+OTHER_NAMES = {"pkg_resources": "'setuptools<81'", "sklearn": "scikit-learn"}
+"""Packages that PyPI knows by another name, of those that lm-eval's tasks import."""
 LONG = 1 << 20
 """For a model whose context is not known yet."""
 
@@ -121,9 +123,8 @@ def explain(error: BaseException) -> Problem:
     for one in chain:
         if isinstance(one, ModuleNotFoundError):
             package = (one.name or str(one)).partition(".")[0]
-            return Problem(
-                f"it needs the package {package}", f"make setup, or .venv/bin/python -m pip install {package}"
-            )
+            install = f".venv/bin/python -m pip install {OTHER_NAMES.get(package, package)}"
+            return Problem(f"it needs the package {package}", f"make setup, or {install}")
     names = {type(one).__name__ for one in chain}
     text = " ".join(str(chain[0]).split())[:300]
     if "GatedRepoError" in names or "gated" in text.lower():

@@ -140,7 +140,7 @@ class TaskDefinition:
         """Whether the task's own files say which strings end a reply."""
         entry = self.manager.task_index.get(self.name)
         config = (entry and entry.cfg) if self.file is None else load_yaml(self.file, resolve_func=False)
-        return "until" in ((config or {}).get("generation_kwargs") or {})
+        return ((config or {}).get("generation_kwargs") or {}).get("until") is not None
 
 
 def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinition:

@@ -43,6 +43,7 @@ def tasks(context: Context) -> Iterator[Row]:
         return
     folder = paths.find(context.place.roots, options.task_dir, f"{context.recipe.file}: [evaluate] task_dir")
     own = own_tasks(folder)
+    yield from _unread(options, folder)
     is_made_here = all(name in own and not _has_data(own[name]) for name in options.tasks)
     if is_made_here and not (options.num_fewshot > 0 or options.samples > 1 or options.thinking or options.by_task):
         yield from _static(context, folder)
@@ -73,6 +74,20 @@ def own_tasks(folder: Path) -> dict[str, Path]:
         for match in re.finditer(r"^task:\s*([\w.-]+)\s*$", file.read_text(encoding="utf-8"), re.M):
             found[match[1]] = file
     return found
+
+
+def _unread(options: Evaluate, folder: Path) -> Iterator[Row]:
+    """A red row for every entry of `data` that no task file of the folder names."""
+    text = "\n".join(file.read_text(encoding="utf-8") for file in folder.rglob("*.yaml"))
+    names = set(re.findall(r"[\w.-]+", text))
+    for name in options.data:
+        if name not in names:
+            yield Row(
+                RED,
+                "tasks",
+                f"[evaluate] data.{name}: no task file of {folder} reads it",
+                "correct the name, or remove it",
+            )
 
 
 def _asking(options: Evaluate) -> dict[str, Any]:
