@@ -108,8 +108,11 @@ def test_vllm_replies_with_base_and_adapter_as_transformers_with_the_merged_expo
 
     def transformers_replies(folder: Path) -> list[list[int]]:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        asked = [torch.tensor([ids]) for ids in prompts]
-        made = [model.generate(x, max_new_tokens=12, do_sample=False, eos_token_id=-1) for x in asked]
+        model.generation_config.eos_token_id = None
+        asked = [
+            torch.tensor([ids]) for ids in prompts
+        ]  # with a mask: without one, transformers hides the padding's id
+        made = [model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False) for x in asked]
         return [out[0, len(ids) :].tolist() for out, ids in zip(made, prompts, strict=True)]
 
     vllm = LLM(str(tmp_path / "base"), dtype="float32", max_model_len=256, enable_lora=True, max_lora_rank=8)
