@@ -68,10 +68,12 @@ static const char *whole(int folder, const char *path, char *buffer) {
 #define MODE() va_list rest; va_start(rest, flags); int mode = (flags & O_CREAT) ? va_arg(rest, int) : 0; va_end(rest)
 #define WRITES(flags) ((flags) & (O_WRONLY | O_RDWR))
 
+static const char *opens(const char *path, int flags) { return (flags & O_CREAT) && access(path, F_OK) ? "create" : "open"; }
+
 #define OPEN(name) int name(const char *path, int flags, ...) { MODE(); REAL(int, name, const char *, int, ...); char b[8192]; \
-    if (WRITES(flags)) FAIL("open", whole(AT_FDCWD, path, b), NULL); return real(path, flags, mode); }
+    if (WRITES(flags)) { const char *w = whole(AT_FDCWD, path, b); FAIL(opens(w, flags), w, NULL); } return real(path, flags, mode); }
 #define OPENAT(name) int name(int folder, const char *path, int flags, ...) { MODE(); REAL(int, name, int, const char *, int, ...); char b[8192]; \
-    if (WRITES(flags)) FAIL("open", whole(folder, path, b), NULL); return real(folder, path, flags, mode); }
+    if (WRITES(flags)) { const char *w = whole(folder, path, b); FAIL(opens(w, flags), w, NULL); } return real(folder, path, flags, mode); }
 OPEN(open) OPEN(open64) OPENAT(openat) OPENAT(openat64)
 
 #define WRITE(name, type, extra, pass) ssize_t name(int fd, const void *data, size_t size extra) { \

@@ -77,42 +77,43 @@ class Events:
 def disorder(calls: Iterable[Call], leave: Iterable[str] = ()) -> list[str]:
     """What a power failure could lose although a later call relies on it. `leave`: parts of paths that need not last.
 
-    A file is renamed after it was flushed. A folder is renamed after all files in it were. The folder of a rename is flushed before
-    a manifest appears in it or above it, and before the end.
+    A file is flushed before it gets another name. All in a folder is, before the folder gets another name, and before a manifest appears in
+    it or above it. At the end everything is.
     """
-    dirty: set[str] = set()
-    renamed: dict[str, str] = {}  # the folder that must be flushed -> a new name in it
+    dirty: set[str] = set()  # files with bytes that were not flushed
+    new: dict[str, set[str]] = {}  # folder -> names in it that were not flushed
     problems = []
+
+    def unflushed(top: str, when: str) -> list[str]:
+        files = [f"{path} was not flushed {when}" for path in sorted(dirty) if _within(path, top)]
+        return files + [
+            f"{n}: its folder was not flushed {when}" for f, ns in new.items() for n in sorted(ns) if _within(f, top)
+        ]
+
     for call in calls:
         if any(part in call.path or part in call.to for part in leave):
             continue
-        if call.what in ("open", "write"):
+        folder = str(Path(call.to or call.path).parent)
+        if call.what in ("open", "create", "write"):
             dirty.add(call.path)
-        elif call.what == "fsync":
+        if call.what == "fsync":
             dirty.discard(call.path)
-            renamed.pop(call.path, None)
+            new.pop(call.path, None)
+        elif call.what in ("create", "link"):
+            new.setdefault(str(Path(call.path).parent), set()).add(call.path)
         elif call.what == "unlink":
             dirty = {p for p in dirty if not _within(p, call.path)}
+            new = {f: {n for n in ns if n != call.path} for f, ns in new.items() if not _within(f, call.path)}
         elif call.what == "rename":
-            lost = sorted(p for p in dirty if _within(p, call.path))
-            problems += [f"{p} was not flushed before {call.path} became {call.to}" for p in lost]
-            dirty = {p for p in dirty if p not in lost}
+            new.get(str(Path(call.path).parent), set()).discard(call.path)
+            problems += unflushed(call.path, f"before {call.path} became {call.to}")
             if call.to.endswith("manifest.json"):
-                top = str(Path(call.to).parent)
-                problems += [f"{p} was not flushed before the manifest" for p in sorted(dirty) if _within(p, top)]
-                problems += [
-                    f"{n}: its folder was not flushed before the manifest"
-                    for f, n in renamed.items()
-                    if _within(f, top)
-                ]
-            problems += [
-                f"{n}: its folder was not flushed before {call.to}" for f, n in renamed.items() if _within(f, call.path)
-            ]
-            renamed = {f.replace(call.path, call.to, 1) if _within(f, call.path) else f: n for f, n in renamed.items()}
-            renamed[str(Path(call.to).parent)] = call.to
-    problems += [f"{name}: its folder was never flushed" for name in renamed.values()]
-    return problems + [f"{path} was never flushed" for path in sorted(dirty)]
+                problems += unflushed(folder, "before the manifest")
+            dirty = {p for p in dirty if not _within(p, call.path)}
+            new = {f: ns for f, ns in new.items() if not _within(f, call.path)}
+            new.setdefault(folder, set()).add(call.to)
+    return problems + unflushed("/", "at all")
 
 
 def _within(path: str, top: str) -> bool:
-    return path == top or path.startswith(f"{top}/")
+    return path == top or path.startswith(f"{top.rstrip('/')}/")

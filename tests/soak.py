@@ -234,21 +234,26 @@ class Soak:
             status = self.execute(stage)
             what = f"{stage}: {fault} at event {at}"
             if status is None:
-                self.failures.append(f"{what}: it hangs\n{self.said()}")
+                self.fail(f"{what}: it hangs\n{self.said()}")
             reached = any(call.number == at for call in self.events.calls())
             seen["faults" if reached else "not reached"] += 1
             if (found := self.made(stage)) is not None and found != whole:
-                self.failures.append(f"{what}: something else is published: {difference(found, whole)}\n{self.said()}")
+                self.fail(f"{what}: something else is published: {difference(found, whole)}\n{self.said()}")
             if status == 0:
                 seen["ended well"] += 1
                 break
         self.events.arm(0, "kill")
         status = self.execute(stage)
         if status != 0:
-            self.failures.append(f"{stage} after {dict(seen)}: status {status}\n{self.said()}")
+            self.fail(f"{stage} after {dict(seen)}: status {status}\n{self.said()}")
         elif (found := self.made(stage)) != whole:
-            self.failures.append(f"{stage} after {dict(seen)}: other bytes: {difference(found, whole)}\n{self.said()}")
+            self.fail(f"{stage} after {dict(seen)}: other bytes: {difference(found, whole)}\n{self.said()}")
         return seen
+
+    def fail(self, text: str) -> None:
+        """Notes what went wrong, and shows it at once."""
+        self.failures.append(text)
+        print(text, flush=True)
 
     def made(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage has: the digest of its manifest, and its files. None where it is not published."""
@@ -322,6 +327,7 @@ def soak(
         seen: Counter[str] = Counter()
         while stage in stages and seen["faults"] < wanted and len(made.failures) < 5:
             _replace(before, made.place / "runs")
+            (made.place / "log").unlink(missing_ok=True)
             seen += made.trial(stage, whole, count, faults, chance)
         if stage in stages:
             print(f"{stage:10}{count:>8}{seen['faults']:>8}{seen['ended well']:>12}{len(made.failures):>8}", flush=True)

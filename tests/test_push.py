@@ -20,8 +20,9 @@ import yaml
 import made_data
 import tiny_export
 from sft.common.errors import SftError
-from sft.export import gate, push, write
+from sft.export import card, gate, push, write
 from sft.formats import manifest
+from sft.formats.gate import GateRecord
 from sft.formats.manifest import Manifest
 from sft.formats.remote import SyncMetrics
 from sft.recipe import recipe
@@ -210,6 +211,15 @@ def test_a_push_brings_every_file_and_compares_its_hash(exported: Path, hub: Hub
     assert f"| convert | `{digest}` |" in card and 'preset = "olmo3-tiny"' in card
     assert hub.private == (mode == "1")
     assert TOKEN not in done.stdout + done.stderr
+
+
+def test_an_export_says_nothing_of_the_one_in_its_place(exported: Path) -> None:
+    """Its bytes would depend on what was made before."""
+    run = exported / "smoke"
+    made = recipe.load(plan.REPO / "recipes/smoke.toml"), GateRecord.read(run / "convert/gate.json")
+    after, before = card.of_run(run, *made), card.of_run(run, *made, published=False)
+    assert "| convert |" in after and "| zoo |" in after and "| train |" in before
+    assert "| convert |" not in before and "| evaluate |" not in before and "| zoo |" not in before
 
 
 def test_other_bytes_on_the_hub_are_an_error(exported: Path, hub: Hub) -> None:

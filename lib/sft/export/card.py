@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.common.errors import SftError
@@ -19,11 +20,15 @@ from sft.recipe import schema
 from sft.recipe.recipe import Recipe
 from sft.runner import plan
 
+BEFORE = schema.STAGES[: schema.STAGES.index("convert")]
+"""The stages before an export."""
 _HUB = re.compile(r"hf://([\w.-]+/[\w.-]+)")
 
 
-def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
-    """README.md of a run's export. It has scores if evaluate has run on this export."""
+def of_run(run: Path, recipe: Recipe, gate: GateRecord, published: bool = True) -> str:
+    """README.md of a run's export. It has scores if evaluate has run on this export. published: False while convert makes the export;
+    what is in its place then is an earlier one, and the card says nothing of it.
+    """
     info = DatasetInfo.of(run / "prepare")
     front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["sft"]}
     front["tags"] = ["sft", recipe.model.preset] if recipe.model.preset else ["sft"]
@@ -35,13 +40,13 @@ def of_run(run: Path, recipe: Recipe, gate: GateRecord) -> str:
     start = f"`{recipe.model.base}`" if recipe.model.base else "random weights"
     geometry = f", geometry `{recipe.model.preset}`" if recipe.model.preset else ""
     lines += [f"Supervised finetuning of {start}{geometry}.", ""]
-    lines += _scores(run) + _data(info)
+    lines += (_scores(run) if published else []) + _data(info)
     if recipe.convert.eval_template:
         lines += [f"The folder carries another template, to evaluate with: `{recipe.convert.eval_template}`.", ""]
     lines += _gate(gate)
     lines += ["## Recipe", "", *[f"* override: `{key} = {value}`" for key, value in recipe.overrides]]
     text = (plan.REPO / recipe.file).read_text(encoding="utf-8").rstrip()
-    lines += ["", "```toml", text, "```", "", *_chain(run)]
+    lines += ["", "```toml", text, "```", "", *_chain(run, schema.STAGES if published else BEFORE)]
     return "\n".join(lines) + "\n"
 
 
@@ -99,10 +104,10 @@ def _gate(gate: GateRecord) -> list[str]:
     return [*lines, ""]
 
 
-def _chain(run: Path) -> list[str]:
+def _chain(run: Path, stages: Sequence[str]) -> list[str]:
     """The digests of the stages' manifests. Each manifest names its inputs by hash, so the last one covers them all."""
     lines = ["## Provenance", "", "| stage | sha256 of what was made, and from what |", "| --- | --- |"]
-    for stage in schema.STAGES:
+    for stage in stages:
         try:
             lines.append(f"| {stage} | `{manifest.load(run / stage / manifest.NAME).digest}` |")
         except (FileNotFoundError, SftError):

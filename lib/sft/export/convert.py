@@ -51,7 +51,9 @@ def convert(stage: Stage) -> Result:
     config = trained_config(stage.recipe.model, facts.vocab_size, step)
     made = export_step(stage, step, config, step.parent / "tokenizer", stage.out / "model")
     made.gate.write(stage.out / NAME)
-    (stage.out / "model" / "README.md").write_text(card.of_run(stage.run, stage.recipe, made.gate), encoding="utf-8")
+    (stage.out / "model" / "README.md").write_text(
+        card.of_run(stage.run, stage.recipe, made.gate, published=False), encoding="utf-8"
+    )
     return Result(outputs=["model", NAME, *made.more], metrics=made.metrics(step).to_metrics())
 
 
