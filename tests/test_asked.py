@@ -11,6 +11,7 @@ import pytest
 from conftest import REPO
 from sft.common.errors import SftError
 from sft.recipe import clusters, other_names, recipe, schema, typed
+from sft.recipe.options import names_of
 from sft.runner import asked, make_words
 
 LOCAL = schema.Cluster(storage="s")
@@ -107,12 +108,15 @@ def test_a_hardware_word_of_no_or_several_stages_is_refused() -> None:
     assert "prepare is no job with CLUSTER=c, whose file has stages = train, evaluate" in refused(
         "prepare", "cpus=8", cluster=JOBS
     )
+    for goal in ("doctor", "show", "report"):
+        assert "for which stage? next: write evaluate.cpus=8" in refused(goal, "cpus=8", cluster=JOBS)
+    assert resolve("doctor", "evaluate.cpus=8", cluster=JOBS) == ["evaluate.cpus=8"]
     assert "make train does not reach evaluate" in refused("train", "evaluate.cpus=8", cluster=JOBS)
     assert "prepare does not read it, train would" in refused("train", "prepare.nodes=2")
 
 
 def test_every_other_name_has_a_field_of_ours() -> None:
-    fields = {t: {f.name for f in dataclasses.fields(cls)} for t, cls in schema.TABLES.items()}
+    fields = {t: set(names_of(cls)) for t, cls in schema.TABLES.items()}
     for word, text in other_names.OTHER_NAMES.items():
         for place in filter(None, text.partition(":")[0].split(" or ")):
             table, _, name = place.rpartition(".")
@@ -217,6 +221,10 @@ def test_a_variable_that_one_of_the_goals_reads_is_taken() -> None:
     make_words.check_needs("RECIPE=x CLUSTER=slurm DATA=d RUNS=r CHECK=1 DETACH=1", ["sync", "train"])
     make_words.check_needs("PUSH=public REPO=a/b RECIPE=x", ["push-hub"])
     assert {goal for goals in make_words.READERS.values() for goal in goals} <= set(GOALS)
+
+
+def test_words_with_dashes_are_fields_and_none_is_passed_over() -> None:
+    assert make_words.split_overrides("--learning_rate=1 -lr=2 .lr=3 _x=4") == ["learning_rate=1", "lr=2", "lr=3"]
 
 
 def test_variables_are_read_as_make_reads_them() -> None:

@@ -24,6 +24,25 @@ def test_every_suite_is_a_valid_evaluate_table(file: Path) -> None:
             assert getattr(loaded.evaluate, name) == value
 
 
+def test_a_suite_on_the_command_line_comes_before_the_recipes_own_fields_and_names_another_run() -> None:
+    smoke = REPO / "recipes/smoke.toml"
+    loaded = recipe.load(smoke, ["suite=quick"])
+    assert (loaded.evaluate.tasks, loaded.evaluate.limit) == (("format_following",), 60)
+    assert loaded.run.startswith("smoke_tasks-") and "limit-60" in loaded.run
+    again = recipe.load(smoke, [f"{name}={value}" for name, value in loaded.overrides])  # as run.json records them
+    assert again.run == loaded.run and again.config("evaluate") == loaded.config("evaluate")
+    own = recipe.load(smoke, ["evaluate.suite=quick", "limit=3", "evaluate.tasks=smoke_choice"])
+    assert (own.evaluate.tasks, own.evaluate.limit) == (("smoke_choice",), 3)
+
+
+@pytest.mark.parametrize("file", SUITES, ids=lambda f: f.stem)
+def test_every_suite_on_the_command_line_is_the_run_that_its_overrides_name(file: Path) -> None:
+    loaded = recipe.load(REPO / "recipes/smoke.toml", [f"suite={file.stem}"])
+    again = recipe.load(REPO / "recipes/smoke.toml", [f"{name}={value}" for name, value in loaded.overrides])
+    assert again.run == loaded.run and again.config("evaluate") == loaded.config("evaluate")
+    assert list(loaded.evaluate.tasks) == tomllib.loads(file.read_text())["tasks"]
+
+
 def test_a_recipes_own_fields_win_over_its_suite_and_the_key_holds_the_fields(tmp_path: Path) -> None:
     text = (REPO / "recipes/smoke.toml").read_text()
     file = tmp_path / "mine.toml"

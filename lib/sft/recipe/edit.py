@@ -22,7 +22,8 @@ def to_toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{k} = {to_toml(v)}" for k, v in value.items()) + "}"
+        keys = {k: k if re.fullmatch(r"[A-Za-z0-9_-]+", k) else to_toml(k) for k in value}
+        return "{" + ", ".join(f"{keys[k]} = {to_toml(v)}" for k, v in value.items()) + "}"
     return repr(value)
 
 

@@ -22,6 +22,7 @@ from sft.common.errors import SftError
 from sft.common.paths import REPO
 from sft.common.strings import distinct
 from sft.recipe import chat_templates, rules, schema, typed
+from sft.recipe.edit import to_toml
 from sft.recipe.options import hint_of, name_of, names_of
 
 CLUSTERS = REPO / "env"
@@ -135,7 +136,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         )
     data = typed.read_toml(file, "recipe")
     problems: list[str] = []
-    taken = _apply(data, overrides, cluster, problems)
+    taken = _apply(data, [*overrides, *_fields_of_suite(overrides)], cluster, problems)
     _add_suite(data, problems)
     _add_method(data, taken)
     for table in data:
@@ -152,6 +153,23 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
         raise SftError(f"{lines}\nnext: correct it, then `make show RECIPE={name}`; `make fields` lists every field")
     recipe = Recipe(name=name, file=str(file), on=on, **values)
     return dataclasses.replace(recipe, overrides=_changing(taken, file))
+
+
+def _fields_of_suite(overrides: typing.Sequence[str]) -> list[str]:
+    """The fields of a suite that is named on the command line, as overrides: they come before those of the recipe's file.
+
+    Those that are overridden themselves are left out. A suite that does not exist is reported where it is added.
+    """
+    given = dict(o.partition("=")[::2] for o in overrides)
+    file = SUITES / f"{given.get('evaluate.suite', given.get('suite', ''))}.toml"
+    if not file.is_file():
+        return []
+    fields = typed.read_toml(file, "suite").items()
+    return [
+        f"evaluate.{name}={value if isinstance(value, str) else to_toml(value)}"
+        for name, value in fields
+        if given.keys().isdisjoint((name, f"evaluate.{name}"))
+    ]
 
 
 def _add_suite(data: dict[str, Any], problems: list[str]) -> None:

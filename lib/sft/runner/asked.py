@@ -149,6 +149,11 @@ class Asked:
 
     def _resolve(self, override: str, fields: Sequence[str], problems: list[str]) -> str:
         name, sign, text = override.partition("=")
+        if name in typed.HARDWARE_FIELDS and name not in recipe.FIELDS_OF_TABLES and not self.chain:
+            stages = typed.HARDWARE_FIELDS[name].metadata["stages"] or schema.STAGES
+            problems.append(
+                f"override '{override}': for which stage? next: write {stages[-1]}.{override}, or remove it"
+            )
         if not sign or not self.chain:
             return override  # the goals only name a run, or the recipe reports it
         if name in typed.HARDWARE_FIELDS and name not in recipe.FIELDS_OF_TABLES:

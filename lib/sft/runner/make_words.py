@@ -94,8 +94,8 @@ def split_overrides(text: str) -> list[str]:
             raise SftError(
                 f"make: {name}={value}: Make's own variables are upper case; did you mean {name.upper()}={value}?"
             )
-        if name[:1].islower():
-            fields.append(f"{name}={value}")
+        if name[:1].islower() or (not name[:1].isalpha() and name[:1] != "_"):
+            fields.append(f"{name.lstrip('-.')}={value}")  # other trainers write --learning_rate=…
         elif name not in MAKE_VARIABLES and name.lower() in recipe.FIELDS:
             raise SftError(
                 f"make: {name}={value}: a recipe's field is lower case; did you mean {name.lower()}={value}?"
