@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def train_to(run: Path, step: int, steps: int | None = 300) -> None:
     (run / "train/metrics.jsonl").write_bytes(b"".join(lines) + b'{"step": 99, "lo')
 
 
+def row(runs: Path, name: str) -> list[str]:
+    return next(line.split() for line in listing.listing(runs).splitlines() if line.startswith(f"{name} "))
+
+
 def test_every_run_is_a_line_with_its_stage_step_loss_job_and_size(tmp_path: Path) -> None:
     done = make_run(tmp_path, "a-recipe_lr-1e-4", "prepare", "sync", "train", "convert")
     (done / "train/step300").write_bytes(b"x" * 5_000_000)
@@ -52,7 +57,13 @@ def test_every_run_is_a_line_with_its_stage_step_loss_job_and_size(tmp_path: Pat
     assert rows["RUN"].split() == list(listing.HEAD)
     assert rows["a-recipe_lr-1e-4"].split()[1:6] == ["convert", "300", "1.250", "5,000", "-"]
     assert "01ABC ai2-jupiter" in rows["a-recipe_lr-1e-4"] and "5.0 MB" in rows["a-recipe_lr-1e-4"]
-    assert rows["b"].split()[1:8] == ["train", "…", "100/300", "0.025", "1,000", "7", "min"]
+    assert rows["b"].split()[1:8] == ["train", "stopped", "100/300", "0.025", "1,000", "-", "-"]
+    (tmp_path / "b/.jobs").mkdir()
+    submitted = JobRecord("7", "i", "slurm", (), "2026-01-01T00:00:00")
+    submitted.write(tmp_path / "b/.jobs/train.json")  # a node whose locks this machine does not see
+    assert row(tmp_path, "b")[1:8] == ["train", "…", "100/300", "0.025", "1,000", "7", "min"]
+    replace(submitted, ended="cancelled").write(tmp_path / "b/.jobs/train.json")
+    assert row(tmp_path, "b")[1:3] == ["train", "stopped"]
     assert rows["c"].split()[1:6] == ["prepare", "-", "-", "-", "-"]
     assert listing.listing(tmp_path / "no") == f"no runs in {tmp_path / 'no'}; next: make smoke"
 

@@ -28,7 +28,7 @@ from sft.runner import references
 TAIL = 1 << 16
 """Bytes at the end of metrics.jsonl that hold the newest steps."""
 FRESH_S = 600.0
-"""A training whose last step is older than this, and which nobody here runs, is told as stopped."""
+"""A job's training whose last step is older than this is shown as stopped."""
 HEAD = ("RUN", "STAGE", "STEP", "LOSS", "TOKENS/S", "LEFT", "JOB", "AGE", "SIZE")
 
 
@@ -101,6 +101,17 @@ def is_running(run: Path, stage: str) -> bool:
     return False
 
 
+def is_alive(run: Path, going: Progress) -> bool:
+    """Whether a training goes on: here, or in a job whose end was not reported and whose last step is recent."""
+    if is_running(run, "train"):
+        return True
+    try:
+        ended = JobRecord.read(run / job.FOLDER / "train.json").ended
+    except (OSError, SftError):
+        return False
+    return not ended and going.age_s < FRESH_S
+
+
 def listing(runs: Path) -> str:
     """The table of all runs, the newest first."""
     found = [(run, _age(run)) for run in references.runs_in(runs) if (run / "run.json").is_file() or _done(run)]
@@ -120,7 +131,7 @@ def _row(run: Path, age: float) -> tuple[str, ...]:
         numbers = (str(trained.step), f"{trained.loss:.3f}", f"{trained.tokens_per_s:,.0f}", "-")
     elif going:
         at = f"{going.step}/{going.steps}" if going.steps else str(going.step)
-        alive = running == "train" or going.age_s < FRESH_S
+        alive = is_alive(run, going)
         numbers = (
             at,
             f"{going.loss:.3f}",
@@ -132,7 +143,7 @@ def _row(run: Path, age: float) -> tuple[str, ...]:
     if running:
         stage = f"{running} …"
     elif going and "train" not in done:
-        stage = "train …" if going.age_s < FRESH_S else "train stopped"
+        stage = "train …" if is_alive(run, going) else "train stopped"
     return (run.name, stage, *numbers, _job(run), span(age), size_text(_size(run)))
 
 

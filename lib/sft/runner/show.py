@@ -48,7 +48,7 @@ def show(place: plan.Place, r: recipe.Recipe) -> None:
         print(f"# {stage:9}{'; '.join(state.reasons) or (f'reuses {state.origin}' if state.origin else 'done')}")
         going = listing.progress(place.runs / r.run / stage) if stage == "train" and state.stale else None
         if going:
-            print(f"# {'':9}{going.line(listing.is_running(place.runs / r.run, stage))}")
+            print(f"# {'':9}{going.line(listing.is_alive(place.runs / r.run, going))}")
 
 
 def _given_hardware(hardware: schema.Hardware) -> str:

@@ -153,9 +153,9 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     plan, summary = run.plan, run.plan.describe()
     for line in repeated_choices(info.sources, summary.epochs):
         setup.log(line)
+    setup.log(f"{counted(config, train)}, {origin}; {world.size} x {world.device.type}, {train.precision}")
     setup.log(
-        f"{counted(config, train)}, {origin}; {world.size} x {world.device.type}, {train.precision};"
-        f" {plan.steps} steps of {train.global_batch_tokens:,} tokens, {summary.epochs:.2f} epochs,"
+        f"{plan.steps} steps of {train.global_batch_tokens:,} tokens, {summary.epochs:.2f} epochs,"
         f" padding {summary.padding_fraction:.1%}, tokens lost to seq_len {summary.tokens_lost_fraction:.1%}"
     )
     return run, start
