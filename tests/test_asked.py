@@ -181,6 +181,13 @@ def test_make_refuses_before_anything_runs(workspace) -> None:
     assert workspace.ran() == []
 
 
+def test_a_time_that_sbatch_would_refuse_and_numbers_of_a_job_that_is_none_are_refused_first(workspace) -> None:
+    refused = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "time=24h", ok=False).stderr
+    assert "time = '24h': no time limit of Slurm" in refused and "nothing was run" in refused
+    refused = workspace.make("to-hf", "SRC=a", "DST=b", "cpus=4", ok=False).stderr
+    assert "override 'cpus=4': to-hf is no job with CLUSTER=local; next: remove it" in refused
+
+
 def test_make_alone_prints_the_goals(workspace) -> None:
     assert workspace.make().stdout == workspace.make("help").stdout != ""
 

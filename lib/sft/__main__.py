@@ -117,6 +117,8 @@ def command_plan(args: argparse.Namespace) -> None:
                 raise SftError(
                     f"{r.file}: [convert] model = {r.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
                 )
+        for stage in set(wanted) & set(cluster.stages):
+            time_limit.check_limit(cluster, r.hardware(args.place.cluster, stage))
         if "train" in wanted and "train" in cluster.stages:
             time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
         work = plan.work(args.place, r, [question.dry_run if g == "dry-run" else g for g in goals])
@@ -139,6 +141,10 @@ def _words_of_tool(args: argparse.Namespace, goals: list[str], question: asked.A
     launched = cluster.launcher != "local"
     numbers = [f for f in args.fields if launched and f.partition("=")[0] in typed.HARDWARE_FIELDS]
     others = [f for f in args.fields if f not in numbers]
+    if unread := [f for f in others if f.partition("=")[0] in typed.HARDWARE_FIELDS]:
+        raise SftError(
+            f"override {unread[0]!r}: {goals[0]} is no job with CLUSTER={args.place.cluster}; next: remove it, or name a CLUSTER with a scheduler"
+        )
     job = ["tool:job", *_detached(args, goals)] * launched
     return [*(f"set:{f}" for f in (*numbers, *question.resolve(others))), *job]
 

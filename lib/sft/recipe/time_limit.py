@@ -29,6 +29,20 @@ def seconds(limit: str) -> int | None:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + rest
 
 
+def check_limit(cluster: Cluster, hardware: Hardware) -> None:
+    """Raises SftError for a time that sbatch would refuse, before the stages that come first have run."""
+    limit = hardware.time or cluster.time
+    if (
+        cluster.launcher in SLURM
+        and limit
+        and seconds(limit) is None
+        and limit.lower() not in ("infinite", "unlimited")
+    ):
+        raise SftError(
+            f"time = {limit!r}: no time limit of Slurm, which are minutes, 24:00:00, 1-12:00:00 or infinite; next: correct it"
+        )
+
+
 def check_notice(cluster: Cluster, hardware: Hardware) -> None:
     """Raises SftError for a training that Slurm would tell to save before it trains. `hardware`: of the train stage."""
     limit = hardware.time or cluster.time

@@ -125,6 +125,7 @@ def _commands(job: Job, part: bool) -> str:
 def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
     part = name != job.stage
     cluster, hardware = job.cluster, job.hardware
+    time_limit.check_limit(cluster, hardware)
     if signalled := job.stage in ("train", WATCH):
         time_limit.check_notice(cluster, hardware)
     log = str(folder / f"{name}-").replace("%", "%%") + ("%A_%a.log" if part else "%j.log")
