@@ -17,10 +17,12 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.metrics import Attempt, read_metrics
+from sft.formats.packs import PackingLosses
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan
 from sft.recipe.schema import Train
 from sft.reporting import trainings
+from sft.training.build import held_out_problems
 from sft.training.optim import Start, learning_rate
 from training import TRAIN, assert_same_bits, curve, kill, records, run_folder, start, train, wait_for
 
@@ -251,3 +253,24 @@ def test_what_is_refused_where_nothing_is_left(dataset: Path) -> None:
     other = StepPlan.build(index, replace(options, data_seed=1))
     with pytest.raises(SftError, match="data position differs"):
         other.goes_on(plan.consumed(1), options)
+
+
+def test_held_out_documents_that_lose_every_trained_token_are_told_and_refused_where_their_loss_is_needed() -> None:
+    """The case of prompts that are all too long, in the validation split alone."""
+    none = PackingLosses(4, 400, 40, 4, 0, 4, 400, 40, True, 100)
+    some = replace(none, pieces=3, unlabelled_pieces=1)
+
+    class Packs(list[int]):
+        losses = some
+
+    class Nothing(Packs):
+        losses = none
+
+    lost: Any = Nothing()
+    left: Any = Packs([1])
+    text = "of 4 validation documents lose every trained token to seq_len 64"
+    assert held_out_problems(left, Train(seq_len=64)) == [f"warning: 1 {text}; they are left out"]
+    assert held_out_problems(lost, Train(seq_len=64)) == [f"warning: 4 {text}; there is no validation loss"]
+    for field in ("early_stopping_patience", "save_best_only"):
+        with pytest.raises(SftError, match=f"4 {text}, so there is no validation loss, which {field} needs"):
+            held_out_problems(lost, Train(seq_len=64, **{field: 1}))

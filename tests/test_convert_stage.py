@@ -15,10 +15,12 @@ import tiny_export
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.export import convert, olmo_core_steps, write
+from sft.formats import manifest
 from sft.formats.gate import GateRecord
 from sft.recipe import recipe
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.presets import PRESETS
+from sft.recipe.schema import Convert
 from sft.runner import plan
 
 CONFIG = replace(PRESETS["olmo3-tiny"], vocab_size=384)
@@ -101,3 +103,27 @@ def test_a_step_that_train_names_and_that_is_gone_is_refused(trained: Path, tmp_
     published.publish(run / "train", [], metrics=published.train_metrics(9).to_value())
     with pytest.raises(SftError, match=r"step9: no checkpoint"):
         convert.final_step(run / "train")
+
+
+def test_the_best_step_is_exported_where_the_recipe_says_so_and_verified(tmp_path: Path) -> None:
+    run = tmp_path / "smoke"
+    for number in (4, 9):
+        step = run / "train" / f"step{number}"
+        (step / "model_and_optim").mkdir(parents=True)
+        for name in ("model_and_optim/.metadata", "train/rank0.pt", "config.json", ".metadata.json"):
+            (step / name).parent.mkdir(exist_ok=True)
+            (step / name).write_text("{}")
+        files = ["model_and_optim/.metadata", "train/rank0.pt", "config.json", ".metadata.json"]
+        manifest.StepManifest(manifest.SCHEMA, number, manifest.describe(step, files)).write(step / manifest.NAME)
+    published.publish(run / "train", ["step9"], metrics=published.train_metrics(9).to_value())
+    final, best = Convert(), Convert(checkpoint="best")
+    with pytest.raises(SftError, match="BEST: names no step"):
+        convert.chosen_step(run / "train", best)
+    (run / "train" / "BEST").write_text("step4\nvalidation_loss 0.5\n")
+    assert convert.chosen_step(run / "train", final).name == "step9"
+    assert convert.chosen_step(run / "train", best).name == "step4"
+    (run / "train/step4/config.json").write_text("[]")  # train's manifest does not list this step
+    with pytest.raises(
+        SftError, match=r"BEST names step4: .*config.json has sha256 .*; next: restore it, or checkpoint"
+    ):
+        convert.chosen_step(run / "train", best)
