@@ -82,9 +82,9 @@ def test_a_torn_manifest_is_never_success(tmp_path, text):
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x", "a/../../x", "a//b", "", ".", "a/./b", "~/x", "a\0b", "a\\b"])
 def test_paths_of_manifests_and_recipes_cannot_leave_their_root(tmp_path, path):
-    with pytest.raises(SftError):
+    with pytest.raises(SftError, match="is not a plain relative path"):
         paths.inside(tmp_path, path, "test")
-    with pytest.raises(SftError):
+    with pytest.raises(SftError, match="is not a plain relative path"):
         paths.find([tmp_path], path, "test")
 
 
@@ -96,6 +96,10 @@ def test_links_that_leave_the_root_are_refused(tmp_path):
         paths.find([tmp_path / "root"], "link", "test")
     with pytest.raises(SftError):
         manifest.describe(tmp_path / "root", ["link"])
+    (tmp_path / "root/data").mkdir()
+    (tmp_path / "root/data/same").symlink_to("../link")
+    with pytest.raises(SftError, match="outputs must not be links"):
+        manifest.describe(tmp_path / "root", ["data"])
 
 
 def test_kill_during_a_write_leaves_the_old_or_the_new_file_whole(tmp_path):

@@ -198,6 +198,6 @@ def test_a_template_that_does_not_end_is_ended(kind: str, monkeypatch: pytest.Mo
 def test_bounds_of_a_template_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF)
     with bounds.bounded():
-        assert signal.getitimer(signal.ITIMER_PROF)[0] > 0 and resource.getrlimit(resource.RLIMIT_AS)[0] < 1 << 50
+        assert signal.getitimer(signal.ITIMER_PROF)[0] > 0 and 0 < resource.getrlimit(resource.RLIMIT_AS)[0] < 1 << 50
     assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF))
     assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
