@@ -15,6 +15,7 @@ import pytest
 import browser
 import test_compare
 from browser import Browser, NoBrowser
+from published import publish_again
 from sft.evaluation import compare
 from sft.formats import evaluations
 from sft.formats.evaluations import Evaluation
@@ -51,6 +52,7 @@ def trained(run: Path) -> None:
         for s in read_steps(file)
     ]
     file.write_bytes(b"".join(s.to_bytes() for s in steps))
+    publish_again(run / "train")
 
 
 def samples(count: int) -> list[Sample]:
@@ -105,6 +107,14 @@ def test_nothing_overflows_and_nothing_is_logged_at_any_width_or_theme(
         "[...document.querySelectorAll('figure.chart')].map(f => f.querySelectorAll('canvas').length)"
     )
     assert set(drawn) <= {1} and (drawn or name == "replies")
+
+
+def test_on_a_phone_a_number_is_seen_beside_its_name(opened: Browser, pages: dict[str, Path]) -> None:
+    opened.look(pages["report"], width=390)
+    rights = opened.evaluate(
+        "[...document.querySelectorAll('td:first-child + td.num')].map(c => c.getBoundingClientRect().right)"
+    )
+    assert len(rights) > 3 and max(rights) <= 390
 
 
 def test_a_finger_reads_a_point_and_zooms_and_the_axis_becomes_logarithmic(
