@@ -171,6 +171,9 @@ def test_what_is_due_after_a_step() -> None:
     timed = due(4, stop=True, out_of_time=True)
     assert timed.ended == MAX_MINUTES and timed.permanent and timed.validation and not timed.stop
     # A validation that only the limit has brought counts for nothing: with a higher limit it would not have been there.
-    assert due(4, loss=0.1, out_of_time=True, early_stopping_patience=1).ended == MAX_MINUTES
+    state = Stopping(Train(validate_every=3, early_stopping_patience=2))
+    at_limit = Due.after(4, 12, state.train, held_out=True, stop=False, requested=False, timed=False, out_of_time=True)
+    assert at_limit.validation and at_limit.validated(4, 12, state, 0.1).ended == MAX_MINUTES
+    assert (state.lowest, state.misses) == (float("inf"), 0)
     assert due(6, loss=0.4, save_best_only=True).permanent and not due(6, save_best_only=True).permanent
     assert not Stopping(Train()).state()  # bytes of checkpoints without these options stay as they were
