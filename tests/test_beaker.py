@@ -325,7 +325,7 @@ def test_files_over_32_mib_travel_in_pieces_both_ways(place):
         file.write_text(
             file.read_text()
             .replace(body, body + "\n    (stage.out / 'big').write_bytes(open('big', 'rb').read())")
-            .replace("Result(['out']", "Result(['out', 'big']")
+            .replace("Result(['out'", "Result(['big', 'out'")
         )
     (place.root / "big").write_bytes(big)
     place.push()
