@@ -107,6 +107,7 @@ def test_set_up_installs_the_build_of_the_clusters_file(tmp_path, torch, calls):
         text=True,
         check=False,
     )
+    assert (tmp_path / "calls").exists(), done
     asked = [line for line in (tmp_path / "calls").read_text().splitlines() if "torch===" in line]
     assert [line.split(" --timeout 15 ")[-1].split("--quiet ")[-1] for line in asked] == calls, done
     assert next((workspace.root / ".venv").glob("ready-*"))

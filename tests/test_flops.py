@@ -18,7 +18,7 @@ import training
 from sft.checkpoint import olmo_core
 from sft.data.dataset import Dataset
 from sft.formats.dataset import TokenIds
-from sft.formats.metrics import SaveTimes, read_steps
+from sft.formats.metrics import SaveTimes, SourceUse, read_steps
 from sft.model import hf, utilisation
 from sft.model.flops import gated_delta_flops, head_flops, token_flops
 from sft.model.model import Transformer
@@ -140,8 +140,7 @@ def test_a_record_tells_mfu_where_a_peak_is_known_and_the_checkpoint_that_ended(
     stage = types.SimpleNamespace(recipe=types.SimpleNamespace(train=Train()), out=tmp_path)
     saved = [SaveTimes(4, 2.0, 0.1), None]
     run: Any = types.SimpleNamespace(
-        count=lambda counts, skipped: None,
-        stage=stage, world=World(0, 2, 0, torch.device("cpu")), sources=["a"], stopwatch=None, skipped=0,
+        labels=[SourceUse("a", 100, 0, 0, 0)], stage=stage, world=World(0, 2, 0, torch.device("cpu")), sources=["a"], stopwatch=None, skipped=0,
         saver=types.SimpleNamespace(finished=lambda: saved.pop(0)), plan=types.SimpleNamespace(steps=9), peak_tflops=50.0,
     )  # fmt: skip
     facts = loop.StepFacts(5, 1e-4, 900, 100, padding=0.0, imbalance_expected=0.0, flops=2e13, lap=None)

@@ -273,7 +273,8 @@ def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(client:
         credentials = Credentials()  # type: ignore[no-untyped-call]
         googles = storage.Client("p", credentials, client_options={"api_endpoint": server.url})
         carrier = transport.fastest_transport(googles, googles.bucket("test"))
-        assert type(carrier).__name__.lower() == f"{client}transport"
+        first = carrier.fast if isinstance(carrier, transport.FallbackTransport) else carrier
+        assert type(first).__name__.lower() == f"{client}transport"
         for name in ("a", "b"):
             carrier.send(name, SMALL, google_crc32c.value(SMALL), 0)
         assert all((a or "").startswith("Bearer t") for a in server.authorizations)

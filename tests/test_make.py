@@ -369,7 +369,7 @@ def test_unknown_names_of_runs_recipes_and_fields_are_reported(workspace, finish
     assert "B=nothing" in workspace.make("diff", "A=x", "B=nothing", ok=False).stderr
     assert "did you mean lr=3?" in workspace.make("train", "RECIPE=x", "LR=3", ok=False).stderr
     assert "did you mean 'x'?" in workspace.make("train", "RECIPE=x.toml", ok=False).stderr
-    assert "FROM= and RECIPE= are needed" in workspace.make("new", "RECIPE=z", ok=False).stderr
+    assert "FROM= is missing" in workspace.make("new", "RECIPE=z", ok=False).stderr
     assert "SHARD is for prepare" in workspace.make("train", "RECIPE=x", "SHARD=0/2", ok=False).stderr
     workspace.make("-n", "./runs/x/prepare/manifest.json")
 

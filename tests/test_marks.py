@@ -13,6 +13,7 @@ from sft.common.errors import SftError
 from sft.common.files import UNFINISHED, write_atomic
 from sft.formats.identity import NAME, read_identity, write_identity
 from sft.model.parallel import World
+from sft.recipe.schema import Train
 from sft.runner.stage import Stage
 from sft.training.train import summary
 
@@ -94,6 +95,6 @@ def test_what_a_killed_write_left_is_removed_and_is_no_output(train: Path) -> No
 
 def test_a_training_whose_last_record_is_missing_is_not_published(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(step_record(1).to_bytes())
-    run = SimpleNamespace(plan=SimpleNamespace(steps=2))
+    run = SimpleNamespace(last=2, stage=SimpleNamespace(recipe=SimpleNamespace(train=Train())))
     with pytest.raises(SftError, match=r"metrics.jsonl: its last record is not of the final step 2; next: restore"):
         summary(tmp_path, run, tmp_path / "step2", None)  # type: ignore[arg-type]

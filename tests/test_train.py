@@ -128,7 +128,9 @@ def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
         times[1] = 3 * times[0]
         return times
 
-    world = types.SimpleNamespace(size=2, rank=0, device=torch.device("cpu"), sum=three_times_mine)
+    world = types.SimpleNamespace(
+        size=2, rank=0, device=torch.device("cpu"), sum=three_times_mine, gather=lambda name: [name] * 2
+    )
     block = torch.nn.Linear(256, 256)
     watch = Stopwatch([block], cast(World, world))
     block(torch.randn(4096, 256))

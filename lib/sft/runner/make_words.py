@@ -27,7 +27,7 @@ OF_A_RUN = (
 _MADE = (*schema.STAGES, "all", "smoke")
 """Goals that make stages."""
 READERS: dict[str, tuple[str, ...]] = {
-    "RECIPE": (*OF_A_RUN, "smoke", "new"), "CLUSTER": (*OF_A_RUN, "smoke", "new", "to-hf", "to-core"), "DATA": (*OF_A_RUN, "smoke", "new"),
+    "RECIPE": (*OF_A_RUN, "smoke", "new"), "CLUSTER": (*OF_A_RUN, "smoke", "new", "setup", "to-hf", "to-core"), "DATA": (*OF_A_RUN, "smoke", "new", "chat", "serve"),
     "RUNS": (), "PYTHON": (), "TORCH": (), "DRY_RUN": (), "MODEL": (),
     "ALLOW_DIRTY": (*_MADE, "sweep", "baseline", "watch", "dry-run", "doctor", "to-hf", "to-core"),
     "GPU_WAIT": (*_MADE, "sweep", "baseline", "watch", "lr-range", "overfit"), "RETRAIN": (*_MADE, "sweep"), "DETACH": (*_MADE, "baseline", "to-hf", "to-core"),
@@ -35,7 +35,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "A": ("diff", "compare"), "B": ("diff", "compare"), "C": ("compare",), "ANYWAY": ("compare",),
     "RUN": ("verify", "delete", "archive", "soup", "chat", "serve"), "YES": ("delete", "archive", "extend"), "GOAL": ("sweep",), "JOBS": ("sweep",),
     "STEPS": ("soup", "lr-range", "overfit"), "WEIGHTS": ("soup",), "STEP": ("chat", "serve"), "TOKENS": ("chat",), "START": ("serve",), "SOURCE": ("preview",), "ROW": ("preview",),
-    "SRC": ("cp", "to-hf", "to-core"), "DST": ("cp", "to-hf", "to-core", "export", "archive", "soup"), "ADAPTER": ("to-core",),
+    "SRC": ("cp", "to-hf", "to-core"), "DST": ("cp", "to-hf", "to-core", "export", "archive", "soup"), "ADAPTER": ("to-core", "serve"),
     "TOKENIZER": ("to-hf",), "TEMPLATE": ("to-hf",), "REPO": ("push-hub",), "PUSH": ("push-hub", "fetch"), "DELETE": ("cp",), "NO_CLOBBER": ("cp",),
     "TESTS": ("test", "test-quick"), "ONLY": ("mutants", "soak", "flip"), "N": ("soak", "flip"),
     "LOW": ("lr-range",), "HIGH": ("lr-range",), "BOUND": ("overfit",),
