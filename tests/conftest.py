@@ -22,6 +22,8 @@ os.environ.setdefault(
 )  # what make plans with; a wrapper around python3 doubles the time of a start
 # Images of Python often forbid bytecode. Every process of a test would then compile the whole library from its source.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+for _name in [n for n in os.environ if n.startswith("MAKE") or n == "MFLAGS"]:
+    del os.environ[_name]  # `make test TESTS=…` gives its words to every make that a test calls
 sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -163,7 +165,7 @@ class Workspace:
         ).stdout
 
     def make(self, *args: str, ok: bool | None = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+        env = dict(os.environ)
         done = subprocess.run(["make", *args], cwd=self.root, capture_output=True, text=True, timeout=timeout, env=env)
         assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
