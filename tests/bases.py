@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from sft.recipe.base_config import Base, read_hf_config
+
 ROWS = 96
 SIZES: dict[str, Any] = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -20,6 +22,10 @@ SIZES: dict[str, Any] = {
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 5e5,
+}  # fmt: skip
 YARN_ALL = YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "mscale": 0.8, "mscale_all_dim": 1.2, "truncate": False}
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2], "long_factor": [1.0, 2.0, 4.0],
         "original_max_position_embeddings": 64}  # fmt: skip
@@ -126,3 +132,8 @@ def write(folder: Path, name: str, old_form: bool = False) -> Any:
         file = folder / "config.json"
         file.write_text(json.dumps(flat(json.loads(file.read_text()))))
     return made
+
+
+def read(**changes: Any) -> Base:
+    """What the config.json LLAMA says with these changes."""
+    return read_hf_config(LLAMA | changes, "base/config.json")

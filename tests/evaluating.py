@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import tiny_export
+from sft.common import machine
 from sft.evaluation import evaluate
 from sft.export import write
 from sft.formats.results import TaskResult
@@ -91,7 +92,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 def forget_hub_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unsets what `evaluate.go_offline` sets, and sets it back after the test."""
-    for name in evaluate.OFFLINE:
+    for name in machine.OFFLINE:
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name in ("HF_DATASETS_CACHE", "TOKENIZERS_PARALLELISM", "HF_DATASETS_DISABLE_PROGRESS_BARS"):

@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_a_step_by_its_recipe_or_by_an_override(trained: Work
 def test_what_is_no_step_of_another_run_is_refused_before_anything_runs(trained: Workspace) -> None:
     for value, expected in (
         ("runs/x/train/step9", "is no whole step; there are: step8; next"),
-        ("runs/nobody/train/step9", "make runs lists the runs"),
+        ("runs/absent/train/step9", "make runs lists the runs"),
         ("runs/../x/train/step8", "a step of a run is expected, as runs/<run>/train/step<N>"),
         ("/etc/passwd", "a step of a run is expected"),
         ("runs/x/train", "a step of a run is expected"),

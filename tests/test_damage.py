@@ -14,7 +14,7 @@ from published import publish, publish_step, rewrite, step_record, train_metrics
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
-from sft.formats import manifest
+from sft.formats import manifest, steps
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.identity import write_identity
 from sft.formats.metrics import TrainMetrics
@@ -155,6 +155,18 @@ def test_a_damaged_file_that_is_here_is_not_excused_by_elsewhere(run: Path, caps
     (run / "prepare/data").unlink()
     verify(run, run.parent / ".cache")
     assert "0 files verified; 1 are elsewhere: /there (data)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [steps.REQUEUE, steps.RESTARTS, steps.HANGS, *(f"{t}/file" for t in steps.TRACKERS)])
+def test_what_training_keeps_beside_its_outputs_is_accepted(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    file = run / "train" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("x")
+    assert Upstream(run, "convert", "x", run.parent / ".cache", False, print).folder("train") == run / "train"
+    verify(run, run.parent / ".cache")
+    assert name not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "torn manifest"])

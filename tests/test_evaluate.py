@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from evaluating import ANYTHING, CHOICE, REPLY, forget_hub_settings, lines, load, plain_place, run
+from sft.common import machine
 from sft.common.errors import SftError
 from sft.common.files import read_json
 from sft.evaluation import evaluate
@@ -194,7 +195,7 @@ def test_local_tasks_never_ask_the_hub_and_others_may(
     evaluate.go_offline(Evaluate(tasks=("colours", "arc_easy")), place.tasks, tmp_path)
     assert "HF_HUB_OFFLINE" not in os.environ
     evaluate.go_offline(Evaluate(tasks=("colours", "capitals")), place.tasks, tmp_path)
-    assert [os.environ[name] for name in evaluate.OFFLINE] == ["1"] * 4
+    assert [os.environ[name] for name in machine.OFFLINE] == ["1"] * 4
 
 
 def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> None:

@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 
+from sft.formats import manifest
+from sft.formats.steps import BESIDE
 from sft.training import hang, stopwatch
 from sft.training.hang import HangWatch, Report, verdict
 from training import finish, records, start
@@ -66,6 +68,7 @@ def test_a_rank_that_hangs_is_named_and_the_job_asks_to_be_run_again_once(folder
     )
     assert out.count("most recent call first") >= 3 and "it asks to be run again" in out
     assert (folder / "train/.requeue").exists() and (folder / "train/.hangs").read_text() == "0\n"
+    assert {".requeue", ".hangs"}.isdisjoint(manifest.strays(folder / "train", (), BESIDE)), "convert would refuse them"
     status, out = hangs(folder, fault=SLEEP, ephemeral_every=100)
     assert status == 1 and "a second hang from step 0: not run again" in out
     assert not (folder / "train/.requeue").exists()

@@ -1,4 +1,4 @@
-"""What a person is told of a job: by a command, or by a webhook on loopback."""
+"""Notices about a job: by a command, or by a webhook on loopback."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import mutants
 from conftest import REPO
 from sft.chat import bounds
 from sft.chat.template import load_template
@@ -201,3 +202,10 @@ def test_bounds_of_a_template_end_with_it(monkeypatch: pytest.MonkeyPatch) -> No
         assert signal.getitimer(signal.ITIMER_PROF)[0] > 0 and 0 < resource.getrlimit(resource.RLIMIT_AS)[0] < 1 << 50
     assert before == (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGPROF))
     assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+@pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.name)
+def test_a_protection_of_make_mutants_is_in_the_code_once(mutant: mutants.Mutant) -> None:
+    """`make mutants` takes an hour: a row that the code has outgrown is found here."""
+    assert (REPO / "lib/sft" / mutant.file).read_text(encoding="utf-8").count(mutant.old) == 1
+    assert all((REPO / "tests" / name.partition("::")[0]).is_file() for name in mutant.tests.split())

@@ -16,6 +16,7 @@ from conftest import REPO
 from evaluating import forget_hub_settings
 from gcs_server import Server
 from patience import PATIENCE
+from sft.common import machine
 from sft.evaluation import evaluate
 from sft.recipe import recipe
 from sft.recipe.schema import Cluster
@@ -104,7 +105,7 @@ def test_the_hub_is_turned_off_only_where_the_data_came_from_the_storage(
     bucket.objects.clear()
     assert travelling.bring(there, r, THERE, print) == folder  # it is there
     evaluate.go_offline(remote.evaluate, there.data[0], tmp_path, folder)
-    assert [os.environ[name] for name in evaluate.OFFLINE] == ["1"] * 4
+    assert [os.environ[name] for name in machine.OFFLINE] == ["1"] * 4
     assert os.environ["HF_DATASETS_CACHE"] == str(folder)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from published import step_record
 from sft.formats.metrics import StepRecord, read_steps
+from sft.formats.steps import TRACKERS
 from sft.recipe.schema import Train
 from sft.training import metrics
 from sft.training.trackers import Trackers
@@ -36,6 +37,7 @@ def logged(out: Path, start: int = 0, records: list[StepRecord] = RECORDS, **fie
     for record in records:
         trackers.record(record.to_value())
     trackers.close()
+    assert {p.name for p in out.glob("*")} <= set(TRACKERS), "other names in train's folder are refused by convert"
     return said
 
 

@@ -381,10 +381,6 @@ def prune(out: Path, keep: int | None, protected: Collection[Path] = ()) -> list
         # A step without a manifest was not finished. It is left for a person to look at.
         older = [step for number, step in steps(out) if number <= newest and (step / manifest.NAME).is_file()]
         permanent = [step for step in older if not is_ephemeral(step)]
-        stay = {
-            latest_step,
-            named_step(out, BEST),
-            *protected,
-            *(permanent[-keep:] if keep else permanent if keep == 0 else []),
-        }
+        newest_ones = [] if keep is None else permanent[-keep:]  # [-0:] is all of them
+        stay = {latest_step, named_step(out, BEST), *protected, *newest_ones}
         return [to_trash(step) for step in older if step not in stay]

@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
+"""Variables that keep Hugging Face's libraries from the network."""
 NVIDIA, KFD, DRI = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes"), Path("/dev/dri")
 
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.machine import cores, visible_gpus
+from sft.common.machine import OFFLINE, cores, visible_gpus
 from sft.evaluation import collected, stops
 from sft.evaluation.plain_text import plain_text_loss
 from sft.evaluation.scores import (
@@ -60,10 +60,6 @@ if TYPE_CHECKING:
 
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
     from sft.evaluation.tasks import DefinitionHashes, TaskDefinition
-
-
-OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
-"""Variables that keep the libraries from the network."""
 
 
 def evaluate(stage: Stage) -> Result:

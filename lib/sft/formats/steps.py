@@ -22,9 +22,13 @@ STEP = re.compile(r"step(\d+)")
 DAMAGED = ".damaged-"
 """Before the name of a step folder whose bytes differ from its manifest."""
 
+REQUEUE, RESTARTS, HANGS = ".requeue", ".restarts", ".hangs"
+"""In the training folder: a request to run it again, the restarts since the last step, the first steps of attempts that hung."""
+TRACKERS = ("tensorboard", "wandb", "comet", "trackio")
+"""Folders of trackers in the training folder."""
 BESIDE = (
-    "step*", LATEST, BEST, "evaluations.jsonl", ".identity", ".metrics", ".steps.lock", ".requeue", ".restarts", "SAVE", "logs", "tensorboard",
-    "wandb", "comet", ".finished-step*", ".damaged-*", ".trash-*",
+    "step*", LATEST, BEST, "evaluations.jsonl", ".identity", ".metrics", ".steps.lock", REQUEUE, RESTARTS, HANGS, "SAVE", "logs",
+    *TRACKERS, ".tokenizer", ".saving-step*", ".finished-step*", ".damaged-*", ".trash-*",
 )  # fmt: skip
 """Patterns of the names that training keeps in its folder and that its manifest does not list. Each step has a manifest of its own."""
 

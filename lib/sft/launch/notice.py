@@ -1,4 +1,4 @@
-"""Tells a person what happens to a job: python -m sft.launch.notice EVENT RUN STAGE JOB [DETAIL]
+"""Reports what happens to a job: python -m sft.launch.notice EVENT RUN STAGE JOB [DETAIL]
 
 In:  SFT_ON_EVENT, which launchers set from `on_event` of the cluster's file: a command, or the address of a webhook.
 Out: the command runs with SFT_EVENT, SFT_EVENT_RUN, SFT_EVENT_STAGE, SFT_EVENT_JOB and SFT_EVENT_DETAIL; a webhook gets them as

@@ -9,10 +9,8 @@ from __future__ import annotations
 import sys
 
 from sft.common.files import write_atomic
-from sft.formats.steps import LATEST, named_step
+from sft.formats.steps import LATEST, RESTARTS, named_step
 from sft.runner.cli import RunOptions, program, run_options
-
-NAME = ".restarts"
 
 
 @program("train", "python -m sft.launch.restarts", signals=False)
@@ -24,7 +22,7 @@ def main(options: RunOptions) -> int:
     step = named_step(train, LATEST)
     name = step.name if step else "step0"
     try:
-        before, count = (train / NAME).read_bytes().decode("latin-1").split()
+        before, count = (train / RESTARTS).read_bytes().decode("latin-1").split()
         done = int(count) if before == name else 0
     except (OSError, ValueError):
         done = 0
@@ -33,7 +31,7 @@ def main(options: RunOptions) -> int:
             f"[train] error: a process was killed, {done} times since {name}; next: read train/logs, then run it again"
         )
         return 1
-    write_atomic(train / NAME, f"{name} {done + 1}\n".encode())
+    write_atomic(train / RESTARTS, f"{name} {done + 1}\n".encode())
     print(f"[train] a process was killed; it starts again from {name}, {done + 1} of {most} times", flush=True)
     return 0
 

@@ -12,10 +12,11 @@ import signal
 import sys
 from types import FrameType
 
+from sft.common.process import AGAIN
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 KILLED = (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
 """Signals that no error of a recipe sends: memory, a GPU or a node has failed. The exit status is then 128 and the signal."""
-AGAIN = 75
 if __name__ == "__main__":  # importing torch takes seconds, and no rank has begun: nothing is lost by starting again
     for early in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(early, lambda *_: os._exit(AGAIN))

@@ -220,7 +220,7 @@ class Cluster:
     )
     on_event: str = opt(
         "",
-        "command, or address of a webhook, that is told when a job starts, ends, fails or is queued again; empty = none",
+        "command or webhook address to call when a job starts, ends, fails or is requeued; empty = none",
         launchers=SLURM,
     )
     env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')

@@ -23,6 +23,7 @@ from sft.formats.comparison import OptionDifference
 from sft.formats.metrics import Attempt, InitialValidation, MetricsRecord, StepRecord
 from sft.reporting import charts
 from sft.reporting.charts import Chart, Line, Points
+from sft.runner import continuation
 
 AXES = ("step", "tokens", "hours of training")
 MOST_SOURCES = 24
@@ -105,8 +106,8 @@ def joined(run: Path) -> list[MetricsRecord]:
     first = next((r for r in records if isinstance(r, Attempt)), None)
     if first is None or not first.continues or not first.from_step:
         return records
-    words = first.continues.split("/")
-    earlier = joined(run.parent / words[1]) if len(words) == 4 and ".." not in words else []
+    other = continuation.run_of(first.continues)
+    earlier = joined(run.parent / other) if other else []
     before = [r for r in earlier if isinstance(r, InitialValidation) or (isinstance(r, StepRecord) and r.step <= first.from_step)]  # fmt: skip
     if not any(isinstance(r, StepRecord) for r in before):
         return records

@@ -63,7 +63,7 @@ def named(r: Recipe, runs: Path) -> Origin | None:
     if not (name := r.train.continue_from):
         return None
     match = _NAME.fullmatch(name)
-    if match is None or ".." in match[1] or not recipe.RUN.fullmatch(match[1]):
+    if match is None or run_of(name) is None:
         raise SftError(f"{r.file}: {FIELD} = {name!r}: a step of a run is expected, as {PLAIN}; next: correct the path")
     if match[1] == r.run:
         raise SftError(
@@ -71,6 +71,12 @@ def named(r: Recipe, runs: Path) -> Origin | None:
             f" steps were raised: make extend RECIPE={r.name}"
         )
     return Origin(name, match[1], int(match[2]), runs / match[1] / "train" / f"step{match[2]}")
+
+
+def run_of(name: str) -> str | None:
+    """The run of a step's name; None for another form of path."""
+    match = _NAME.fullmatch(name)
+    return match[1] if match and ".." not in match[1] and recipe.RUN.fullmatch(match[1]) else None
 
 
 def missing(found: Origin, r: Recipe) -> SftError:
@@ -214,15 +220,18 @@ def line(found: Origin, r: Recipe) -> str:
 def continued_by(run: Path) -> list[str]:
     """The names of the runs that go on from a step of this run."""
     own = f"runs/{run.name}/train/"
-    others = [other for other in references.runs_in(run.parent) if other != run]
-    return [other.name for other in others if any(name.startswith(own) for name in _continued(other))]
+    return [other.name for other in references.others(run) if any(name.startswith(own) for name in _continued(other))]
 
 
 def steps_in_use(train: Path) -> list[Path]:
     """The steps in the folder of a training that other runs go on from."""
     run = train.parent
-    others = [other for other in references.runs_in(run.parent) if other != run]
-    names = {name for other in others for name in _continued(other) if name.startswith(f"runs/{run.name}/train/")}
+    names = {
+        name
+        for other in references.others(run)
+        for name in _continued(other)
+        if name.startswith(f"runs/{run.name}/train/")
+    }
     return [train / name.rpartition("/")[2] for name in sorted(names)]
 
 

@@ -172,8 +172,9 @@ def check(r: Recipe, stage: str, runs: Path, roots: Sequence[Path], cluster: Clu
 def scored_by(run: Path) -> list[str]:
     """The names of the runs whose [convert] model is a step or the export of this run."""
     own = f"{RUNS}{run.name}/"
-    others = [other for other in references.runs_in(run.parent) if other != run]
-    return [other.name for other in others if any(f"{name}/".startswith(own) for name in _models_of(other))]
+    return [
+        other.name for other in references.others(run) if any(f"{name}/".startswith(own) for name in _models_of(other))
+    ]
 
 
 def _models_of(run: Path) -> Iterator[str]:

@@ -26,6 +26,11 @@ def runs_in(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("[a-z0-9]*") if p.is_dir()) if folder.is_dir() else []
 
 
+def others(run: Path) -> list[Path]:
+    """The folders of the other runs beside this one, sorted."""
+    return [other for other in runs_in(run.parent) if other != run]
+
+
 def find_origin(
     runs: Path, run: str, stage: str, key: str, is_current: Callable[[Manifest], bool]
 ) -> tuple[Path, Manifest] | None:
@@ -99,8 +104,8 @@ def owner(folder: Path) -> str:
 def referrers(run: Path) -> dict[str, list[Path]]:
     """{stage: the links of other runs to it} of a run."""
     found: dict[str, list[Path]] = {}
-    for other in runs_in(run.parent):
+    for other in others(run):
         for link in (p for p in other.iterdir() if p.is_symlink()):
-            if other != run and Path(os.readlink(link)).parts[-2:] == (run.name, link.name):
+            if Path(os.readlink(link)).parts[-2:] == (run.name, link.name):
                 found.setdefault(link.name, []).append(link)
     return found

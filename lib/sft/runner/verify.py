@@ -9,7 +9,7 @@ is in its folder, and the stages that it was made from are those that are there 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.common.errors import SftError
@@ -55,9 +55,8 @@ def _lines(run: Path, cache: Path) -> Iterator[Line]:
             yield _guarded(" marks", _marks, folder)
 
 
-def _guarded(name: str, check: object, *arguments: Path) -> Line:
+def _guarded(name: str, check: Callable[..., tuple[str, list[str]]], *arguments: Path) -> Line:
     """The line of a check. A file that cannot be read is a problem like any other."""
-    assert callable(check)
     try:
         result, problems = check(*arguments)
     except SftError as error:

@@ -87,9 +87,7 @@ class Data:
 def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     """Builds everything and restores the newest complete step. Returns the run and the number of finished steps."""
     train = stage.recipe.train
-    torch.manual_seed(
-        train.data_seed
-    )  # its state is in every step, whose bytes must not depend on the machine's entropy
+    torch.manual_seed(train.data_seed)  # its state is in every step, whose bytes are then the same in every run
     if train.deterministic:
         make_deterministic()
     hardware, missing = resolve_compile(stage, world)
@@ -379,8 +377,8 @@ def resume(
     if other and position.plan != run.plan.digest:
         run.rate = Start(0, lr)
         return 0, (
-            f"weights and optimizer state of {step}{on_base}; the data or their order are not those of that run, so both start anew,"
-            " and steps count from 0"
+            f"weights and optimizer state of {step}{on_base}; the data or their order differ from that run's, so training starts at the"
+            " beginning of the data, and steps count from 0"
         )
     run.plan = run.plan.goes_on(position, train)
     run.loader = functools.partial(loader, run.plan)

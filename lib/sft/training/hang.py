@@ -30,13 +30,12 @@ from torch.distributed import TCPStore
 from sft.common.files import write_atomic
 from sft.common.machine import node_name
 from sft.common.process import AGAIN
+from sft.formats.steps import HANGS, REQUEUE
 from sft.model.parallel import World
 
 FACTOR, LEAST_S, STEPS = 10.0, 600.0, 5
 ANSWER_S = 15.0
 """How long the ranks wait for each other's reports."""
-HANGS = ".hangs"
-"""In the training folder: the first step of each attempt that hung, one a line."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +133,7 @@ class HangWatch:
                 with (self.out / HANGS).open("a") as file:
                     file.write(f"{self.start}\n")
             if again:
-                write_atomic(self.out / ".requeue", b"")
+                write_atomic(self.out / REQUEUE, b"")
         sys.stderr.flush()
         os._exit(AGAIN if again else 1)
 

@@ -40,6 +40,7 @@ from sft.formats.metrics import (
     initial_validation,
     read_metrics,
 )
+from sft.formats.steps import REQUEUE
 from sft.model import utilisation
 from sft.model.parallel import SharedError, World, join
 from sft.recipe.schema import STATE_FIELDS
@@ -56,7 +57,6 @@ from sft.training.trackers import Trackers
 from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
 
-REQUEUE_MARK = ".requeue"
 PUBLICATION_S = 7 * 24 * 3600
 """How long the other ranks wait until rank 0 has sent and published the training. A scheduler's time limit is shorter."""
 
@@ -64,7 +64,7 @@ PUBLICATION_S = 7 * 24 * 3600
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
     """The stage on every rank. Raises Requeue, with the state saved, when `stop` returns True."""
     if world.is_rank0:
-        (stage.out / REQUEUE_MARK).unlink(missing_ok=True)
+        (stage.out / REQUEUE).unlink(missing_ok=True)
     run, start = build_run(stage, world)
     metrics = None
     if world.is_rank0:
@@ -77,7 +77,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         uploaded = run.saver.send()
     except Requeue:
         if world.local_rank == 0:  # on every node, as each may have its own disk
-            write_atomic(stage.out / REQUEUE_MARK, b"")
+            write_atomic(stage.out / REQUEUE, b"")
         raise
     finally:
         run.saver.close()

@@ -14,6 +14,7 @@ import shlex
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.machine import OFFLINE
 from sft.launch.job import WATCH, Job
 from sft.recipe import time_limit
 from sft.recipe.schema import Cluster, Hardware
@@ -79,9 +80,7 @@ echo "$status" >"$ended"
 exit "$status"
 """
 
-OFFLINE = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1") | {
-    "WANDB_MODE": "offline"
-}
+NO_INTERNET = {**dict.fromkeys(OFFLINE, "1"), "WANDB_MODE": "offline"}
 """Variables of jobs that reach no internet: libraries then fail at once, or write to files, instead of waiting."""
 FAILURES = "failed-nodes"
 """In runs/<run>/.jobs: a line for each failure, "<node> <job> attempt <n> exit <status>". Jobs avoid a node with two."""
@@ -107,7 +106,7 @@ def job_script(job: Job, name: str, folder: Path) -> str:
 
 def _commands(job: Job, part: bool) -> str:
     """The lines that set the cluster's variables, srun's options and the command that each node runs."""
-    variables = ({} if job.cluster.internet else OFFLINE) | job.cluster.env
+    variables = ({} if job.cluster.internet else NO_INTERNET) | job.cluster.env
     lines = [f"export {variable}={shlex.quote(value)}" for variable, value in variables.items()]
     lines.append(f"event=({shlex.join([job.run.name, job.stage])})")
     if job.shards:
