@@ -8,11 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from patience import PATIENCE
 from sft.training import logs
 
 PROGRAM = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from sft.training import logs
 out = Path(sys.argv[1])
@@ -30,6 +32,16 @@ if sys.argv[2] == "go on":
     for number in range(2000):
         print("step", number, flush=True)
         print("warning", number, file=sys.stderr, flush=True)
+    sys.exit(0)
+if sys.argv[2] == "both":
+    class Slow(int):
+        def __str__(self):
+            time.sleep(0.05)
+            print("warning", int(self), file=sys.stderr, flush=True)
+            time.sleep(0.05)
+            return repr(int(self))
+    for number in range(3):
+        print("step", Slow(number), flush=True)
     sys.exit(0)
 if sys.argv[2] == "kill":
     os.killpg(0, signal.SIGKILL)
@@ -83,5 +95,16 @@ def test_training_goes_on_with_its_log_where_the_reader_of_its_output_ends(tmp_p
     process.stdout.close()
     process.stdin.close()
     assert process.wait(timeout=PATIENCE) == 0
+    said = ["said", "from a library", *(f"{word} {number}" for word in ("step", "warning") for number in range(2000))]
+    text = (tmp_path / "logs/attempt-001-rank3.log").read_text()
+    # tee copies blocks, so a burst of one stream may be cut by a line of the other: nothing is lost of either.
+    assert sorted(text) == sorted("".join(f"{line}\n" for line in said))
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_lines_of_the_two_streams_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unbuffered: str) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    assert speak(tmp_path, "both").returncode == 0
     lines = (tmp_path / "logs/attempt-001-rank3.log").read_text().splitlines()
-    assert {"step 0", "step 1999", "warning 1999"} <= set(lines)
+    said = ["said", "from a library", *(f"{word} {number}" for word in ("step", "warning") for number in range(3))]
+    assert sorted(lines) == sorted(said)

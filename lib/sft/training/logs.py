@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import re
 import subprocess
@@ -35,13 +36,15 @@ def next_attempt(out: Path) -> int:
 
 def record(out: Path, attempt: int, rank: int) -> Path:
     """Copies standard output and error into this rank's log until the process ends. Returns the log. Both are still
-    printed."""
+    printed. Each line is one write, so that lines of the two streams do not mix in the log."""
     file = out / "logs" / f"attempt-{attempt:03}-rank{rank}.log"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.touch()
     _printed_on["terminal"] = sys.stdout.isatty()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+        if isinstance(stream, io.TextIOWrapper):  # with PYTHONUNBUFFERED a print is several writes
+            stream.reconfigure(line_buffering=True, write_through=False)
         number = stream.fileno()
         before = os.dup(number)
         # A signal to the terminal's group, or by Slurm to every process, must not end tee before the last lines. With PIPE ignored, tee
