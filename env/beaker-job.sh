@@ -69,12 +69,12 @@ if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # stages/train.sh passes them to
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
 export PYTHONPATH="$PWD/lib"
-[ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs fetch "$run" "$stage" "$@"
+[ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?
 [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
 case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
-    forward_signals .venv/bin/python -m sft.launch.beaker.bucket_runs send "$run" "$stage" "$status" ;;
+    forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac
 [ "$status" -eq 0 ] && [ -z "${SFT_TOOL:-}" ] || exit "$status"
-.venv/bin/python -m sft.launch.beaker.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}
+.venv/bin/python -m sft.launch.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}

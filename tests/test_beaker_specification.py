@@ -301,7 +301,7 @@ def test_a_commit_of_another_remote_is_not_pushed(place):
 
 
 def test_a_hub_of_ssh_is_fetched_by_https():
-    from sft.launch.beaker.code import public_url
+    from sft.launch.code import public_url
 
     assert public_url("git@github.com:org/x.git") == "https://github.com/org/x.git"
     assert public_url("https://github.com/org/x") == "https://github.com/org/x"

@@ -15,7 +15,7 @@ from conftest import REPO
 from gcs_server import Server as Bucket
 from sft.common.errors import SftError
 from sft.formats import manifest
-from sft.launch.beaker import bucket_runs
+from sft.launch import bucket_runs
 from sft.storage.transfer import open_storage
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]

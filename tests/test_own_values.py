@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sft.common.errors import SftError
-from sft.launch.beaker import code
+from sft.launch import code
 from sft.recipe import clusters, schema
 
 

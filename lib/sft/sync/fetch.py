@@ -130,7 +130,7 @@ def cluster_folder(place: plan.Place, run: Path, stage: str, runs_folder: str) -
 def single_result(folder: str, cache: Path) -> str:
     """The result in a bucket's folder of a stage. Raises SftError for several results.
 
-    Jobs store each result in a folder named by its identity (sft.launch.beaker.bucket_runs). Without such a folder, the result is
+    Jobs store each result in a folder named by its identity (sft.launch.bucket_runs). Without such a folder, the result is
     the folder itself.
     """
     names = sorted({m[1] for n in open_storage(folder, cache).list() if (m := re.match(r"([0-9a-f]{16})/", n))})

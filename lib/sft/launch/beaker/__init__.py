@@ -1,8 +1,4 @@
-"""Stages as Beaker experiments.
-
-Modules that a job runs in its container (results, bucket_runs) are in this package too, so it imports Beaker's client only
-when a launcher asks for it.
-"""
+"""Stages as Beaker experiments. Beaker's client is imported only when a launcher asks for it."""
 
 from __future__ import annotations
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.formats.job import FOLDER
-from sft.launch.beaker import code, connection, specification
+from sft.launch import code
+from sft.launch.beaker import connection, specification
 from sft.launch.beaker.requirements import NodeGpus
 from sft.launch.beaker.scheduler import BeakerScheduler
 from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, SchedulerAnswer, red

@@ -23,6 +23,7 @@ from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.harness import ASKED, IDENTITY, RETURNED, AskedTasks
+from sft.launch import far
 from sft.launch.beaker import specification
 from sft.launch.job import Job
 from sft.recipe.base_config import longest_input
@@ -135,7 +136,7 @@ def _exported_model(job: Job, user: str) -> HarnessModel:
     folder = job.run / "convert"
     elsewhere = Elsewhere.of(folder)
     where = elsewhere.where
-    remote = f"{specification.stored_run(job)}/convert"
+    remote = f"{far.stored_run(job)}/convert"
     if where.startswith("gs://") or remote in (where, str(folder.absolute())):
         return HarnessModel(f"{where or remote}/model", {}, {})
     if elsewhere.outputs:

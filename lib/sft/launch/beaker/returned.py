@@ -11,7 +11,8 @@ from beaker import beaker_pb2 as pb2
 
 from sft.common.errors import SftError
 from sft.formats.elsewhere import Elsewhere
-from sft.launch.beaker import harnesses, results
+from sft.launch import results
+from sft.launch.beaker import harnesses
 from sft.launch.beaker.datasets import download_results
 from sft.launch.job import WATCH, Job, SubmittedJob
 from sft.runner import plan

@@ -22,7 +22,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sft.common import paths
 from sft.common.columns import say
 from sft.common.errors import SftError
-from sft.launch.beaker import code, connection, harnesses, requirements, returned, specification, states, submission
+from sft.launch import code
+from sft.launch.beaker import connection, harnesses, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import NodeGpus

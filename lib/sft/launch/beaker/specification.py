@@ -6,25 +6,19 @@ against patterns. Values travel as arguments or variables and are never part of 
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
 from sft.common import paths
 from sft.common.errors import SftError
-from sft.formats import manifest
-from sft.formats.elsewhere import Elsewhere
-from sft.formats.manifest import Manifest
-from sft.formats.remote import SyncMetrics
-from sft.launch.beaker import code
-from sft.launch.job import TOOLS, WATCH, Job
+from sft.launch import code, far
+from sft.launch.job import TOOLS, Job
 from sft.recipe import recipe, schema
-from sft.runner import plan, references
+from sft.runner import plan
 
 SCRIPT = plan.REPO / "env" / "beaker-job.sh"
 RESULTS, CODE, INPUTS = "/results", "/sft-code", "/sft-inputs"
@@ -84,7 +78,7 @@ def _bad_values(cluster: schema.Cluster) -> Iterator[str]:
         yield "'preemptible' = false needs 'time' or 'min_runtime': how long a job must not be interrupted"
     mounted = [m.partition(":")[2] for m in cluster.mounts]
     runs = paths.for_user(cluster.runs)
-    if runs and not in_bucket(cluster) and not any(runs == m or runs.startswith(m + "/") for m in mounted):
+    if runs and not far.in_bucket(cluster) and not any(runs == m or runs.startswith(m + "/") for m in mounted):
         yield f"'runs' = {runs!r} is on none of the mounts ({', '.join(mounted) or 'none'}): it would be lost with the job"
 
 
@@ -112,120 +106,6 @@ def name_of(job: Job, attempt: int = 0) -> str:
     return f"{name}-{job.identity[:10]}" + (f"-{attempt}" if attempt else "")
 
 
-def in_bucket(cluster: schema.Cluster) -> bool:
-    """Whether runs are stored in a bucket, because no disk outlives a job; see sft.launch.beaker.bucket_runs."""
-    return cluster.runs.startswith("gs://")
-
-
-def remote_run(job: Job) -> str:
-    """The run's folder as jobs see it: the stored one, or a folder on the job's own disk where runs are in a bucket."""
-    return f"runs/{job.run.name}" if in_bucket(job.cluster) else stored_run(job)
-
-
-def stored_run(job: Job) -> str:
-    """Where the cluster stores the run."""
-    return f"{paths.for_user(job.cluster.runs)}/{job.run.name}"
-
-
-def stored_stage(job: Job) -> str:
-    """Where the cluster stores the stage's folder. In a bucket each result has a folder of its own."""
-    name = f"{stored_run(job)}/{job.stage}"
-    return f"{name}/{job.identity[:16]}" if in_bucket(job.cluster) else name
-
-
-def remote_command(job: Job) -> list[str]:
-    """The stage's command with the run's folder and DATA as jobs see them. Raises SftError for a DATA that they cannot see."""
-    words = [remote_run(job) if word == str(job.run) else word for word in job.command]
-    if job.stage in TOOLS:
-        return words
-    if "--data" in words:
-        if not job.cluster.data:
-            raise SftError(
-                f"DATA={words[words.index('--data') + 1]}: a folder of this machine, which jobs on {job.place.cluster} do not"
-                f' see; next: name the folder that they see: data = "/…" in env/{job.place.cluster}.toml'
-            )
-        words[words.index("--data") + 1] = paths.for_user(job.cluster.data)
-    elif job.cluster.data:
-        words += ["--data", paths.for_user(job.cluster.data)]
-    return words
-
-
-class InputDataset(NamedTuple):
-    """An earlier stage's folder on this machine, and the Beaker dataset that it is uploaded as."""
-
-    dataset: str
-    folder: Path
-
-
-def inputs_of(job: Job) -> dict[str, InputDataset]:
-    """The earlier stages that were made on this machine and are uploaded with the job, {stage: dataset}.
-
-    Raises SftError for one whose outputs are on a third machine.
-    """
-    found: dict[str, InputDataset] = {}
-    if job.stage == WATCH:
-        return found  # the training job has them
-    for stage in job.earlier:
-        folder = job.run / stage
-        try:
-            made = manifest.load(folder / manifest.NAME)
-        except (FileNotFoundError, SftError):
-            continue  # the planner reports a stale upstream
-        elsewhere = Elsewhere.of(folder)
-        where = elsewhere.where
-        if in_bucket(job.cluster):
-            if _bucket_address(job, stage, made, where):
-                continue
-        elif f"{stored_run(job)}/{stage}" in (where, str(folder.absolute())) or reference_of(job, stage):
-            continue
-        if elsewhere.outputs:
-            raise SftError(
-                f"{folder}: its outputs are in {where}, which jobs on {job.place.cluster} cannot read; next: remove"
-                f" {folder / manifest.NAME} and make {stage} RECIPE={job.recipe.name} CLUSTER={job.place.cluster}"
-            )
-        found[stage] = InputDataset(f"olmo-sft-{stage}-{made.digest[:16]}", folder)
-    return found
-
-
-def reference_of(job: Job, stage: str) -> str:
-    """Another run's folder on the cluster's disk that holds an earlier stage of this run, or ""."""
-    where = Elsewhere.of(job.run / stage).where
-    stored = paths.for_user(job.cluster.runs).rstrip("/")
-    same = where == f"{stored}/{references.owner(job.run / stage)}/{stage}" and where != f"{stored_run(job)}/{stage}"
-    return where if stored and same and not in_bucket(job.cluster) else ""
-
-
-def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
-    """The address in a bucket of an earlier stage, or "" where no bucket has it.
-
-    It is the stage's own, `where`, or for prepare that of the dataset that sync made from it.
-    """
-    if where.startswith("gs://"):
-        return where
-    if stage != "prepare":
-        return ""
-    try:
-        file = job.run / "sync" / manifest.NAME
-        synced = SyncMetrics.of(manifest.load(file), str(file)).dataset
-    except (FileNotFoundError, SftError):
-        return ""
-    storage = job.place.storage(job.cluster).rstrip("/")
-    same = synced == f"{storage}/datasets/{made.digest[:16]}" and storage.startswith("gs://")
-    return synced if same else ""
-
-
-def addresses(job: Job) -> dict[str, str]:
-    """The earlier stages that a job reads from a bucket, {stage: gs://…}. Those of `inputs_of` are uploaded with it."""
-    found = {}
-    for stage in job.earlier if in_bucket(job.cluster) else ():
-        folder = job.run / stage
-        with contextlib.suppress(FileNotFoundError, SftError):
-            made = manifest.load(folder / manifest.NAME)
-            if address := _bucket_address(job, stage, made, Elsewhere.of(folder).where):
-                found[stage] = address
-    return found
-
-
 def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     """The experiment of a stage's job. Raises SftError for a cluster's file or a path that cannot work."""
     check_cluster(job.place.cluster, job.cluster)
@@ -245,19 +125,19 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
         variables["SFT_REPOSITORY"] = shipped.repository
     if job.stage in TOOLS:
         variables["SFT_TOOL"] = "1"  # it leaves its result where it was told to, and nothing to fetch
-    elif in_bucket(job.cluster):
-        variables |= {f"SFT_INPUT_{stage}": address for stage, address in addresses(job).items()}
-        variables["SFT_STAGE_ADDRESS"] = stored_stage(job)
+    elif far.in_bucket(job.cluster):
+        variables |= {f"SFT_INPUT_{stage}": address for stage, address in far.addresses(job).items()}
+        variables["SFT_STAGE_ADDRESS"] = far.stored_stage(job)
     for stage in job.earlier:
-        if reference := reference_of(job, stage):
+        if reference := far.reference_of(job, stage):
             variables[f"SFT_REFERENCE_{stage}"] = reference
-    for stage, (dataset, _) in inputs_of(job).items():
+    for stage, (dataset, _) in far.inputs_of(job).items():
         variables[f"SFT_INPUT_{stage}"] = f"{INPUTS}/{stage}"
         mounts[f"{INPUTS}/{stage}"] = f"{user}/{dataset}"
     install = job.cluster.install
     made = task(job, job.stage, variables, mounts)
     made.command = ["bash", "-c", SCRIPT.read_text(encoding="utf-8"), SCRIPT.name]
-    made.arguments = [remote_run(job), job.stage, str(len(install)), *install, *remote_command(job)]
+    made.arguments = [far.remote_run(job), job.stage, str(len(install)), *install, *far.remote_command(job)]
     return wrap(job, [made])
 
 

@@ -12,7 +12,8 @@ from beaker.exceptions import BeakerExperimentConflict, BeakerWorkloadNotFound, 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.formats import manifest
-from sft.launch.beaker import code, harnesses, specification
+from sft.launch import code, far
+from sft.launch.beaker import harnesses, specification
 from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import secret_name
 from sft.launch.beaker.states import has_ended
@@ -49,7 +50,7 @@ def _upload_and_specify(job: Job, user: str, uploads: DatasetUploads, workspace:
             uploads.upload(shipped.dataset, lambda: code.archive(plan.REPO, shipped, archive), workspace)
     if shipped.edits:  # it stays here when the archive is deleted from Beaker
         write_atomic(job.folder / f"{job.stage}.diff", code.edits(plan.REPO))
-    for stage, (dataset, path) in specification.inputs_of(job).items():
+    for stage, (dataset, path) in far.inputs_of(job).items():
         size = sum(o.bytes for o in manifest.load(path / manifest.NAME).outputs)
         if size > INPUT_BYTES:
             raise SftError(f"{path}: {size:,} bytes are too many to upload with a job; next: remove its manifest"

@@ -43,7 +43,7 @@ class Code:
 
     @property
     def dataset(self) -> str:
-        """The name of the Beaker dataset with the archive of the code; empty when a repository has it."""
+        """The name of the dataset with the archive of the code; empty when a repository has it."""
         return "" if self.repository else f"olmo-sft-{self.commit[:16]}" + (f"-{self.edits}" if self.edits else "")
 
 

@@ -1,6 +1,6 @@
 """The files that a job on other disks returns, and the note of those that stay there.
 
-In the job:  python -m sft.launch.beaker.results runs/<run>/<stage> RESULTS [WHERE]  copies the stage's small files to RESULTS
+In the job:  python -m sft.launch.results runs/<run>/<stage> RESULTS [WHERE]  copies the stage's small files to RESULTS
 Here:        accept(folder, runs/<run>/<stage>, key)                    checks them and renames them into place
 
 elsewhere.json (sft.formats.elsewhere) beside the manifest names the stage's folder and the outputs that are only there.
@@ -104,7 +104,7 @@ def accept(arrived: Path, final: Path, key: str) -> Manifest:
     return made
 
 
-@program("results", "python -m sft.launch.beaker.results")
+@program("results", "python -m sft.launch.results")
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("results", type=click.Path(path_type=Path))
 @click.argument("where", default="")

@@ -1,7 +1,7 @@
 """Runs in a bucket, for clusters whose disks end with a job: a stage's inputs are fetched before it, its outputs sent after.
 
-    python -m sft.launch.beaker.bucket_runs fetch runs/<run> <stage> COMMAND…    the earlier stages that it reads
-    python -m sft.launch.beaker.bucket_runs send runs/<run> <stage> STATUS       the finished stage; with status 75, the saved step
+    python -m sft.launch.bucket_runs fetch runs/<run> <stage> COMMAND…    the earlier stages that it reads
+    python -m sft.launch.bucket_runs send runs/<run> <stage> STATUS       the finished stage; with status 75, the saved step
 
 env/beaker-job.sh calls it around the stage's command. SFT_INPUT_<stage>=gs://… is the address of an earlier stage.
 SFT_STAGE_ADDRESS=gs://…/runs/<run>/<stage>/<16 hex of its identity> is the address of this one, so that no result replaces
@@ -133,4 +133,4 @@ def _send(run: Path, stage: str, status: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(program("bucket", "python -m sft.launch.beaker.bucket_runs")(group)())
+    sys.exit(program("bucket", "python -m sft.launch.bucket_runs")(group)())
