@@ -218,7 +218,7 @@ def measure(
         "tokens_per_s_per_gpu": speed / world.size,
         "mfu": float(np.median(used_flops)) if peak else None,
         "memory_gb": used / 1e9,
-        "planned_gb": (room.total - room.parts["context and fragmentation"]) / 1e9,
+        "planned_gb": (room.total - room.parts[memory.LIBRARIES]) / 1e9,
         "imbalance_expected": float(np.mean([expected[step][0] for step in timed])),
         "imbalance": float(np.mean(waited[1:])) if waited else None,
         "kernels": kernels,

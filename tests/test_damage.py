@@ -157,7 +157,9 @@ def test_a_damaged_file_that_is_here_is_not_excused_by_elsewhere(run: Path, caps
     assert "0 files verified; 1 are elsewhere: /there (data)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [steps.REQUEUE, steps.RESTARTS, steps.HANGS, *(f"{t}/file" for t in steps.TRACKERS)])
+@pytest.mark.parametrize(
+    "name", [steps.REQUEUE, steps.RESTARTS, steps.HANGS, steps.OUT_OF_MEMORY, *(f"{t}/file" for t in steps.TRACKERS)]
+)
 def test_what_training_keeps_beside_its_outputs_is_accepted(
     run: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

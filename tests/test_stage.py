@@ -12,6 +12,7 @@ import pytest
 
 from conftest import REPO
 from patience import PATIENCE
+from sft.common.process import OUT_OF_MEMORY
 
 STAGE = "import os, sys, time\nfrom pathlib import Path\nfrom sft.runner.cli import parse_run\n"
 STAGE += "from sft.runner.stage import Result, main, open_stage\n"
@@ -172,7 +173,21 @@ def test_a_training_whose_process_was_killed_starts_again_but_not_for_ever(works
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("end", "status"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(1)", 1)])
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_training_that_ran_out_of_gpu_memory_starts_again_once(workspace, nodes):
+    process = train_by(
+        workspace,
+        f"import sys\nopen('attempts', 'a').write('x')\nsys.exit({OUT_OF_MEMORY})\n",
+        SFT_NODES=str(nodes), SFT_NODE_RANK="0", SFT_HEAD="localhost:1", GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    assert process.wait(timeout=PATIENCE) == (OUT_OF_MEMORY if nodes == 1 else 75)
+    assert (workspace.root / "attempts").read_text() == ("xx" if nodes == 1 else "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "status"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(1)", 1), ("sys.exit(12)", OUT_OF_MEMORY)]
+)
 def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path, end, status):
     (tmp_path / "ranks.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1': {end}\nsys.exit(1)\n")
     command = [

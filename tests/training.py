@@ -134,9 +134,10 @@ class FakeStage:
 def train_here(folder: Path, fields: dict[str, Any]) -> int:
     """The stage on this rank; exit status as sft.training.train's."""
     from sft.common.errors import SftError
-    from sft.common.process import AGAIN
+    from sft.common.process import AGAIN, OUT_OF_MEMORY
     from sft.model.parallel import SharedError, join
     from sft.training.loop import Requeue
+    from sft.training.out_of_memory import StartAgain
     from sft.training.train import train_stage
 
     asked: list[int] = []
@@ -152,6 +153,9 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
             (folder / "result.json").write_text(json.dumps(result.metrics))
     except Requeue:
         return AGAIN
+    except StartAgain as again:
+        print(f"[train] warning: {again}", flush=True)
+        return OUT_OF_MEMORY
     except SftError as error:
         if world.is_rank0 or not isinstance(error, SharedError):
             print(f"[train] error: {error}", flush=True)
@@ -163,7 +167,7 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
 
 def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None) -> None:
     """Makes a call of the function named `at` (in a thread whose name starts so, on this rank) kill the job, send it SIGTERM first,
-    fail as a full disk does, or sleep for ever."""
+    fail as a full disk or a full GPU does, or sleep for ever."""
     if rank is not None and rank != int(os.environ.get("RANK", 0)):
         return
     owner, name = at.rsplit(".", 1)
@@ -177,6 +181,8 @@ def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None
                 os.killpg(0, signal.SIGKILL)
             if kind == "sleep":
                 time.sleep(3600)
+            if kind == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
             if kind == "disk":
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.kill(os.getpid(), signal.SIGTERM)

@@ -20,6 +20,8 @@ from sft.common.errors import SftError
 
 USAGE = 2
 """The words on the command line are wrong."""
+OUT_OF_MEMORY = 12
+"""ENOMEM: a GPU had too little memory for a step of training; run the same command again, which recomputes more."""
 AGAIN = 75
 """EX_TEMPFAIL: the stage saved its work; run the same command again."""
 INTERRUPTED = 130

@@ -63,6 +63,8 @@ class Attempt(_Numbers):
     steps: int | None = None  # that the whole training will have
     continues: str | None = None  # the step of another run that this run goes on from, as its recipe names it
     options: Mapping[str, Any] | None = None  # of [train], those that the state of the optimizer depends on
+    recompute: str | None = None  # what the backward pass computes again
+    out_of_memory: str | None = None  # the step of an earlier attempt after which it computes more of it again
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class TrainMetrics(_Numbers):
     stopped: str | None = None  # why training ended before its last step: "early_stopping" or "max_minutes"
     max_minutes: float | None = None  # the limit that ended it
     continues: str | None = None  # the step of another run that this one went on from
+    out_of_memory: str | None = None  # the step after which training started again with more recomputation
 
     @property
     def validation_before(self) -> float | None:

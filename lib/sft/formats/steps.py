@@ -22,13 +22,14 @@ STEP = re.compile(r"step(\d+)")
 DAMAGED = ".damaged-"
 """Before the name of a step folder whose bytes differ from its manifest."""
 
-REQUEUE, RESTARTS, HANGS = ".requeue", ".restarts", ".hangs"
-"""In the training folder: a request to run it again, the restarts since the last step, the first steps of attempts that hung."""
+REQUEUE, RESTARTS, HANGS, OUT_OF_MEMORY = ".requeue", ".restarts", ".hangs", ".out-of-memory"
+"""In the training folder: a request to run it again, the restarts since the last step, the first steps of attempts that hung, and the
+step that ran out of a GPU's memory."""
 TRACKERS = ("tensorboard", "wandb", "comet", "trackio")
 """Folders of trackers in the training folder."""
 BESIDE = (
-    "step*", LATEST, BEST, "evaluations.jsonl", ".identity", ".metrics", ".steps.lock", REQUEUE, RESTARTS, HANGS, "SAVE", "logs",
-    *TRACKERS, ".tokenizer", ".saving-step*", ".finished-step*", ".damaged-*", ".trash-*",
+    "step*", LATEST, BEST, "evaluations.jsonl", ".identity", ".metrics", ".steps.lock", REQUEUE, RESTARTS, HANGS,
+    OUT_OF_MEMORY, "SAVE", "logs", *TRACKERS, ".tokenizer", ".saving-step*", ".finished-step*", ".damaged-*", ".trash-*",
 )  # fmt: skip
 """Patterns of the names that training keeps in its folder and that its manifest does not list. Each step has a manifest of its own."""
 

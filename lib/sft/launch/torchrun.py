@@ -12,7 +12,7 @@ import signal
 import sys
 from types import FrameType
 
-from sft.common.process import AGAIN
+from sft.common.process import AGAIN, OUT_OF_MEMORY
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 KILLED = (signal.SIGKILL, signal.SIGBUS, signal.SIGSEGV, signal.SIGABRT)
@@ -40,7 +40,9 @@ if __name__ == "__main__":
         main()
     except api.SignalException as e:  # instead of a traceback of thirty lines
         sys.exit(128 + e.sigval)
-    except ChildFailedError as e:  # a rank that was killed has made the others fail
+    except ChildFailedError as e:  # a rank that was killed, or had too little memory, has made the others fail
+        if any(f.exitcode == OUT_OF_MEMORY for f in e.failures.values()):
+            sys.exit(OUT_OF_MEMORY)
         killed = [f for f in e.failures.values() if -f.exitcode in KILLED]
         if not killed:
             raise

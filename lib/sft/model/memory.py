@@ -25,10 +25,15 @@ from sft.recipe.schema import Hardware, Train
 LOSS_CHUNK = 1024  # rows with a target whose logits are in memory at once
 RULE_CHUNK = 64  # tokens of a chunk of the gated delta rule, whose products every token of it keeps
 QUANTISED_BLOCK = 256  # values of 8-bit optimizer state that share one fp32 scale
-# Assumed, not computed: the CUDA context, the workspaces of NCCL and other libraries, and what the allocator cannot
-# use.
-RESERVED = 2.0e9
-FRAGMENTATION = 0.06
+SHARE = 0.92
+"""The part of a GPU's memory that a plan may use. The allocator loses some of the rest to fragments (expandable segments keep
+them small), and CUDA reports less memory than it has."""
+# Assumed, not computed: CUDA's context with the workspaces of cuBLAS, and the buffers of one NCCL communicator.
+CONTEXT = 0.8e9
+COMMUNICATOR = 0.5e9
+LIBRARIES = "CUDA and NCCL"
+RETRY_SHARE = 0.9
+"""After an out-of-memory error, the next plan needs at most this part of the bytes of the one that failed."""
 
 
 @dataclass(frozen=True)
@@ -38,18 +43,23 @@ class Plan:
     fits: bool
     recompute: str  # 'none', 'selected', 'budget' or 'full'; 'auto' is resolved
     recompute_budget: float
-    limit: int  # bytes of a GPU; 0 = not known
+    limit: int  # bytes of a GPU, of which a plan may use SHARE; 0 = not known
+
+    @property
+    def mode(self) -> str:
+        """The recomputation in words."""
+        kept = f", {self.recompute_budget:.0%} of the layers keep all activations"
+        return self.recompute + (kept if self.recompute == "budget" else "")
 
     def table(self) -> list[tuple[str, str]]:
         """(part, GB) rows to print, the total and the limit last."""
         rows = [(name, f"{size / 1e9:9.2f} GB") for name, size in self.parts.items()]
-        limit = f" of {self.limit / 1e9:.0f} GB" if self.limit else ""
+        limit = (
+            f" of {SHARE * self.limit / 1e9:.1f} GB ({SHARE:.0%} of {self.limit / 1e9:.0f} GB)" if self.limit else ""
+        )
         verdict = "" if self.fits else ": DOES NOT FIT"
         rows.append(("total", f"{self.total / 1e9:9.2f} GB{limit} per GPU{verdict}"))
-        budget = (
-            f", {self.recompute_budget:.0%} of the layers keep all activations" if self.recompute == "budget" else ""
-        )
-        return [*rows, ("recomputation", f"{self.recompute}{budget}")]
+        return [*rows, ("recomputation", self.mode)]
 
 
 def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
@@ -83,6 +93,16 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     return chosen if chosen.fits else _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
 
 
+def plan_again(
+    model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, gpu_memory_gb: float, failed: int
+) -> Plan:
+    """The plan after a step ran out of memory with one that needs `failed` bytes: the least recomputation that needs at
+    most RETRY_SHARE of them, whatever `recompute` says; full where none does."""
+    found = plan(model, train, replace(hardware, recompute="auto"), gpus_total, RETRY_SHARE / SHARE * failed / 1e9)
+    limit = int(gpu_memory_gb * 1e9)
+    return replace(found, limit=limit, fits=not limit or found.total <= SHARE * limit)
+
+
 def require(found: Plan, model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int) -> Plan:
     """The plan if it fits. Raises SftError with its numbers and the first change of hardware numbers that would fit."""
     if found.fits:
@@ -90,7 +110,7 @@ def require(found: Plan, model: ModelConfig, train: Train, hardware: Hardware, g
     sizes = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in found.parts.items())
     raise SftError(
         f"[on.<cluster>.train] recompute {hardware.recompute!r}: {found.total / 1e9:.1f} GB per GPU are needed"
-        f" on {gpus_total} GPUs of {found.limit / 1e9:.1f} GB ({sizes});"
+        f" on {gpus_total} GPUs of {found.limit / 1e9:.1f} GB, of which a plan may use {SHARE:.0%} ({sizes});"
         f" next: {_remedy(model, train, hardware, gpus_total, found.limit)}"
     )
 
@@ -125,9 +145,17 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
         moments.append({"weights before the step": 4 * _owned(model, train, hardware.shard_degree or gpus)})
     peak = max(moments, key=lambda moment: sum(moment.values()))
     parts = _resident(model, train, hardware.shard_degree or gpus) | peak
-    parts["context and fragmentation"] = int(RESERVED + FRAGMENTATION * sum(parts.values()))
+    parts[LIBRARIES] = int(CONTEXT + COMMUNICATOR * communicators(hardware, gpus))
     total = sum(parts.values())
-    return Plan(parts, total, not limit or total <= limit, hardware.recompute, hardware.recompute_budget, limit)
+    fits = not limit or total <= SHARE * limit
+    return Plan(parts, total, fits, hardware.recompute, hardware.recompute_budget, limit)
+
+
+def communicators(hardware: Hardware, gpus: int) -> int:
+    """NCCL communicators of a rank that have buffers: all ranks, which also shard the weights; with copies of the weights
+    those of a copy and those between copies; and a context group."""
+    copies = 0 < hardware.shard_degree < gpus
+    return int(gpus > 1) + 2 * copies + (hardware.context_degree > 1)
 
 
 def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:

@@ -26,6 +26,7 @@ from sft.export.core_gate import check_core_base
 from sft.formats import manifest
 from sft.formats.adapter import KEY, Adapter
 from sft.formats.dataset import DatasetInfo
+from sft.formats.out_of_memory import OutOfMemory
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters
@@ -43,7 +44,7 @@ from sft.recipe.schema import Hardware, Train
 from sft.runner import continuation
 from sft.runner.stage import Stage
 from sft.sync.base_check import check_base_tokenizer
-from sft.training import evaluations, initial_weights
+from sft.training import evaluations, initial_weights, out_of_memory
 from sft.training.continuing import check_adapter, check_state, open_origin
 from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, Start, build_adamw
@@ -96,9 +97,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         raise SftError(problem)
     config, info, published = setup.config, setup.info, setup.published
     data = build_data(setup)
-    room = memory.plan(config, train, hardware, world.size, min(world.gather(world.memory_gb)))
-    if hardware.recompute == "auto":
-        memory.require(room, config, train, hardware, world.size)
+    room, short = plan_memory(setup)
     adapter = build_adapter(setup)
     model = build_model(setup, room, adapter)
     sources = distinct([source.path for source in info.sources]) or ["data"]
@@ -135,8 +134,10 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         groups=layer_groups(model) if train.telemetry_every else {},
         stopping=Stopping(train),
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
+        room=room,
+        short=short,
     )
-    for line in notes(setup, room, tokenizer_warning, missing):
+    for line in notes(setup, run, tokenizer_warning, missing):
         setup.log(line)
     if untrained := data.plan.index.losses.unlabelled_pieces:
         long = data.plan.index.losses.long_documents
@@ -278,6 +279,19 @@ def build_adapter(setup: Setup) -> Adapter | None:
     return Adapter(base, train.lora_rank, train.lora_alpha, train.lora_rslora, dtype)
 
 
+def plan_memory(setup: Setup) -> tuple[memory.Plan, OutOfMemory | None]:
+    """What this attempt recomputes, and the earlier step that ran out of memory, after which it is more. Raises SftError for
+    recompute = "auto" where nothing fits."""
+    config, train, hardware, world = setup.config, setup.stage.recipe.train, setup.hardware, setup.world
+    memory_gb = min(world.gather(world.memory_gb))
+    if short := out_of_memory.earlier(setup.stage, world):
+        return memory.plan_again(config, train, hardware, world.size, memory_gb, short.planned), short
+    room = memory.plan(config, train, hardware, world.size, memory_gb)
+    if hardware.recompute == "auto":
+        memory.require(room, config, train, hardware, world.size)
+    return room, None
+
+
 def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.Module:
     """The sharded model on its device, with memory that is not initialised. `room` says what is recomputed."""
     hardware, world, train = setup.hardware, setup.world, setup.stage.recipe.train
@@ -297,8 +311,10 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
     return shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
 
 
-def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str) -> Iterator[str]:
+def notes(setup: Setup, run: Run, tokenizer_warning: str, missing: str) -> Iterator[str]:
     """The lines that are logged before training starts."""
+    assert run.room is not None
+    room = run.room
     yield from selection_lines(setup.config, setup.stage.recipe.train)
     if setup.published is not None:
         yield from named_changes(setup.stage.recipe.model, setup.published)
@@ -318,14 +334,13 @@ def notes(setup: Setup, room: memory.Plan, tokenizer_warning: str, missing: str)
         yield "deterministic: every sum has one order, which costs time (attention's backward pass most)"
     if not room.fits:
         yield (
-            f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB;"
-            " recompute=auto may fit"
+            f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB, of which a plan may use"
+            f" {memory.SHARE:.0%}; recompute=auto may fit"
         )
-    if setup.hardware.recompute == "auto" and room.limit:
-        budget = (
-            f", {room.recompute_budget:.0%} of the layers keep all activations" if room.recompute == "budget" else ""
-        )
-        yield f"recomputation: {room.recompute}{budget}"
+    if run.short is not None:
+        yield f"warning: {run.short}; recomputation is now: {room.mode}"
+    elif setup.hardware.recompute == "auto" and room.limit:
+        yield f"recomputation: {room.mode}"
 
 
 def connect_saver(setup: Setup, saver: Saver) -> None:

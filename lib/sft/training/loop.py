@@ -23,8 +23,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
+from sft.formats.out_of_memory import OutOfMemory
 from sft.formats.steps import Best
 from sft.model.adapters import Dropout, trained_parameters
+from sft.model.memory import Plan
 from sft.model.noise import neftune, token_keys
 from sft.model.parallel import SharedError, World, sum_replicated_gradients
 from sft.model.utilisation import mfu
@@ -66,6 +68,8 @@ class Run:
     last: int = 0  # the step that training ended with
     stopwatch: Stopwatch | None = None  # with more than one rank
     hang: HangWatch | None = None
+    room: Plan | None = None  # of the GPU's memory
+    short: OutOfMemory | None = None  # what ran out of memory in an earlier attempt, so that this one recomputes more
     peak_tflops: float = 0.0  # of one GPU; 0 = not known, or a CPU
     marks_best: bool = False  # the step with the lowest validation loss is named in BEST
     tokens: int = 0  # consumed so far, padding excluded

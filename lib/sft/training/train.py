@@ -8,7 +8,8 @@ Out: runs/<run>/train/: stepN/ (OLMo-core's layout, see sft.checkpoint.step_fold
     torchrun --nproc-per-node 8 -m sft.training runs/<run> [--cluster C] [field=value …]
 
 After a kill at any moment, the same command continues from the newest complete step. SIGTERM or SIGUSR1 saves and exits
-with status 75 (EX_TEMPFAIL), which asks a scheduler to run it again. Status 1 is an error with a message.
+with status 75 (EX_TEMPFAIL), which asks a scheduler to run it again. Status 12: a GPU ran out of memory, and the next start
+recomputes more. Status 1 is an error with a message.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.common.process import AGAIN, report_errors
+from sft.common.process import AGAIN, OUT_OF_MEMORY, report_errors
 from sft.formats import manifest
 from sft.formats import metrics as metrics_format
 from sft.formats.metrics import (
@@ -51,6 +52,7 @@ from sft.training.build import build_run
 from sft.training.hang import HangWatch
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import MetricsWriter
+from sft.training.out_of_memory import StartAgain, starts_again
 from sft.training.sources import lost_sources, table
 from sft.training.stopping import EARLY_STOPPING, MAX_MINUTES
 from sft.training.trackers import Trackers
@@ -72,7 +74,7 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
         metrics = open_metrics(stage, run, start, attempt)
     try:
         run.hang = HangWatch(stage.out, start, world, stage.hardware.hang_s)
-        with contextlib.closing(run.hang):
+        with contextlib.closing(run.hang), starts_again(run):
             loop(run, start, metrics, stop)
         uploaded = run.saver.send()
     except Requeue:
@@ -124,6 +126,8 @@ def open_metrics(stage: Stage, run: Run, start: int, attempt: int) -> MetricsWri
         run.plan.steps,
         train.continue_from or None,
         {name: options["train"][name] for name in STATE_FIELDS},
+        run.room.mode if run.room is not None else None,
+        str(run.short) if run.short is not None else None,
     )
     return MetricsWriter(stage.out, start, run.plan.steps, stage.log, header, trackers, run.first)
 
@@ -171,6 +175,7 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
         stopped=run.ended or None,
         max_minutes=train.max_minutes if run.ended == MAX_MINUTES else None,
         continues=train.continue_from or None,
+        out_of_memory=next((r.out_of_memory for r in records if isinstance(r, Attempt) and r.out_of_memory), None),
     )
 
 
@@ -213,6 +218,9 @@ def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
         wait_for_publication(patient)
         if watcher is not None:
             watcher.finish(lambda: bool(signals))
+    except StartAgain as error:
+        print(f"[train] warning: {error}", file=sys.stderr, flush=True)
+        return OUT_OF_MEMORY
     except Requeue:
         if world.is_rank0 and stage is not None:
             stage.log(f"stopped by a signal and saved; exit status {AGAIN} asks to be run again")

@@ -129,7 +129,10 @@ def memory(context: Context) -> Iterator[Row]:
         yield dataclasses.replace(row, found=row.found.replace("<cluster>", context.place.cluster))
     else:
         yield Row(
-            OK, "memory", f"{text}, of {limit:g} GB" + (f" ({context.cluster.gpu})" if context.cluster.gpu else "")
+            OK,
+            "memory",
+            f"{text}, of {memory.SHARE:.0%} of {limit:g} GB"
+            + (f" ({context.cluster.gpu})" if context.cluster.gpu else ""),
         )
 
 
