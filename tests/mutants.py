@@ -119,6 +119,17 @@ MUTANTS = (
     Mutant("a newer file is not taken for a damaged one", "formats/record.py", "self.newer = type(found) is int and found > reads", "self.newer = False", "test_formats.py"),
     Mutant("training survives the reader of its output", "training/logs.py", "QUIT USR1 PIPE;", "QUIT USR1;", "test_logs.py"),
     Mutant("LATEST and BEST are never removed", "checkpoint/step_folder.py", "{latest_step, named_step(out, BEST), *protected,", "{*protected,", "test_saving.py::test_retention_keeps_the_newest_and_whatever_latest_or_best_names"),
+    # --- faulty hardware
+    Mutant("a replay that differs stops training", "training/loop.py", "        run.replay.check(run.stage.out, run.stage.log)\n", "        pass\n", "test_replay.py::test_a_wrong_bit_without_a_third_rank"),
+    Mutant("a replay leaves no gradient", "training/replay.py", "            drop()\n", "", "test_replay.py::test_replays_change_no_byte_and_agree"),
+    Mutant("a replay compares every bit", "training/replay.py", "found[number] = bits(gradient).sum(dtype=torch.int64).view(1)", "found[number] = gradient.sum().view(1).long()", "test_replay.py::test_bits_differ_by_any_bit_and_bounds_by_what_matters"),
+    Mutant("a third rank decides", "training/replay.py", "    if owner == other or vote.same(theirs):\n", "    if owner == other:\n", "test_replay.py::test_the_vote_names_the_rank_that_is_alone"),
+    Mutant("a preflight refuses wrong values", "training/preflight.py", "    if problems := wrong(found):\n", "    if problems := []:\n", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
+    Mutant("a preflight compares products of ranks", "training/preflight.py", "                if f.product != usual\n", "                if False\n", "test_preflight.py::test_a_wrong_product_is_named_by_the_majority_of_the_same_device"),
+    Mutant("a preflight compares the products of a rank", "training/preflight.py", "            differ |= bits(result) != first\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
+    Mutant("a preflight reads memory back", "training/preflight.py", "            kept &= (block == value).all()\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
+    Mutant("a preflight compares messages", "training/preflight.py", "whole = bool((theirs == numbers ^ (other * 0x10001)).all())", "whole = True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
+    Mutant("a preflight compares the sum of the ranks", "training/preflight.py", "return bool((value == expected).all())", "return True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
 )  # fmt: skip
 
 

@@ -211,3 +211,7 @@ def test_a_killed_task_counts_for_its_node_and_an_error_of_the_user_does_not(wor
     workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
     node, job, *rest = failures.read_text().split()
     assert node in ("n0", "n1") and job == record(workspace, "prepare").job and rest[-1] == "137"
+    failures.unlink()
+    program(workspace, "prepare", "sys.exit('corrupt: rank 5 on n7: step 12, microbatch 1 of rank 5')")
+    workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
+    assert failures.read_text().split()[0] == "n7"

@@ -167,7 +167,8 @@ def train_here(folder: Path, fields: dict[str, Any]) -> int:
 
 def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None) -> None:
     """Makes a call of the function named `at` (in a thread whose name starts so, on this rank) kill the job, send it SIGTERM first,
-    fail as a full disk or a full GPU does, or sleep for ever."""
+    fail as a full disk or a full GPU does, sleep for ever or for a tenth of a second, or return another bit in its largest number. Call 0
+    is every call."""
     if rank is not None and rank != int(os.environ.get("RANK", 0)):
         return
     owner, name = at.rsplit(".", 1)
@@ -176,7 +177,12 @@ def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None
     calls = itertools.count(1)
 
     def armed(*args: Any, **kwargs: Any) -> Any:
-        if threading.current_thread().name.startswith(thread) and next(calls) == call:
+        if threading.current_thread().name.startswith(thread) and (next(calls) == call or not call):
+            if kind == "slow":
+                time.sleep(0.1)
+                return function(*args, **kwargs)
+            if kind == "flip":
+                return flipped(function(*args, **kwargs))
             if kind == "kill":
                 os.killpg(0, signal.SIGKILL)
             if kind == "sleep":
@@ -189,6 +195,14 @@ def arm(at: str, call: int, kind: str, thread: str = "", rank: int | None = None
         return function(*args, **kwargs)
 
     setattr(target, name, armed)
+
+
+def flipped(value: torch.Tensor) -> torch.Tensor:
+    """The same fp32 tensor with another bit in its largest number, as a processor may compute it."""
+    with torch.no_grad():
+        bits = value.detach().view(torch.int32).view(-1)
+        bits[value.detach().view(-1).abs().argmax()] ^= 1 << 16
+    return value
 
 
 def gradients(folder: Path, fields: dict[str, Any]) -> int:

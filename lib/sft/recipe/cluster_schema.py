@@ -76,6 +76,12 @@ class Hardware:
         min=0,
         stages=("train",),
     )
+    preflight: str = opt(
+        "auto",
+        "before a training, products, memory and links of all ranks are compared for some seconds; auto = with GPUs",
+        choices=("auto", "always", "never"),
+        stages=("train",),
+    )
     gpus: int = opt(
         -1,
         "GPUs that a job requests on each machine; -1 = all for train, one for evaluate, otherwise none",

@@ -189,6 +189,12 @@ class Train:
         min=0,
         key=False,
     )
+    replay_every: int = opt(
+        0,
+        "steps between comparisons of a microbatch that two ranks compute, which find faulty hardware; 0 = none",
+        min=0,
+        key=False,
+    )
     wandb_project: str = opt("", "Weights & Biases project; offline without an API key; empty = off", key=False)
     tensorboard: bool = opt(False, "write TensorBoard event files to train/tensorboard/", key=False)
     comet_project: str = opt("", "Comet project; offline without an API key; empty = off", key=False)

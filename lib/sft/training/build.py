@@ -48,6 +48,8 @@ from sft.training import evaluations, initial_weights, out_of_memory
 from sft.training.continuing import check_adapter, check_state, open_origin
 from sft.training.loop import Run, TrainState
 from sft.training.optim import Guard, Start, build_adamw
+from sft.training.preflight import preflight
+from sft.training.replay import Replay
 from sft.training.saving import Saver
 from sft.training.sources import before_training, repeated_choices, source_weights
 from sft.training.stopping import Stopping
@@ -91,6 +93,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     torch.manual_seed(train.data_seed)  # its state is in every step, whose bytes are then the same in every run
     if train.deterministic:
         make_deterministic()
+    if stage.hardware.preflight == "always" or (stage.hardware.preflight == "auto" and world.device.type == "cuda"):
+        preflight(stage.out, world, stage.log)
     hardware, missing = resolve_compile(stage, world)
     setup, tokenizer_warning = read_inputs(stage, world, hardware)
     if world.device.type == "cuda" and train.precision == "bf16" and (problem := missing_kernels(setup.config)):
@@ -132,6 +136,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         dropout=add_dropout(model, train.lora_dropout, world.device),
         flops_change=flops_change(config, train),
         groups=layer_groups(model) if train.telemetry_every else {},
+        replay=Replay(train.replay_every, train.deterministic, world) if train.replay_every else None,
         stopping=Stopping(train),
         marks_best=train.best_metric == "validation_loss" and not stage.recipe.evaluate.every,
         room=room,

@@ -36,6 +36,7 @@ from sft.runner.stage import Stage
 from sft.training.hang import HangWatch
 from sft.training.metrics import MetricsWriter
 from sft.training.optim import Guard, Start, clip, learning_rate
+from sft.training.replay import Replay
 from sft.training.saving import Saver
 from sft.training.sources import after_step
 from sft.training.stopping import Due, Stopping, already_ended, clock, may_be_best
@@ -80,6 +81,7 @@ class Run:
     flops_change: float = 0.0  # for each token: adapters' FLOPs, less the gradients of frozen matrices
     labels: list[SourceUse] = field(default_factory=list)  # of each source, so far
     groups: Groups = field(default_factory=dict)  # of layers, that telemetry_every watches; empty without it
+    replay: Replay | None = None  # with replay_every
 
     def watched(self, step: int) -> Groups:
         """The groups of layers whose numbers the step after `step` finished ones records."""
@@ -223,7 +225,7 @@ def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
         if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
             run.model.set_requires_all_reduce(number == len(batches))
         loss, sums = forward(run, batch, loss_denominator, step)
-        loss.backward()
+        loss.backward() if run.replay is None else run.replay.backward(number - 1, loss, sums)
         total = sums if total is None else total.add_(sums)
     sum_replicated_gradients(run.model, run.world)
     assert total is not None
@@ -238,6 +240,8 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch], lr: float
     for group in run.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
     total = accumulate(run, step, batches)
+    if run.replay is not None:
+        run.replay.check(run.stage.out, run.stage.log)
     mark_part(run, "update of the weights")
     if run.world.size > 1:
         dist.all_reduce(total)
@@ -247,6 +251,15 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch], lr: float
     run.optimizer.zero_grad(set_to_none=True)
     values = (norm.double().view(1), skipped.double().view(1), total, *([watched.numbers()] if watched else []))
     return torch.cat(values), lr
+
+
+def begin_replay(run: Run, replay: Replay, loader: Loader, step: int) -> None:
+    """Computes another rank's microbatch of a step that replay_every samples."""
+    mark_part(run, "replay")
+    if isinstance(run.model, FSDPModule):  # a sum over copies that is put off would be part of the step's
+        run.model.set_requires_all_reduce(True)
+    denominator = float(run.plan.num_targets(step))
+    replay.begin(loader, step, lambda batch: forward(run, batch, denominator, step), run.model.zero_grad)
 
 
 def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[], bool]) -> None:
@@ -270,8 +283,10 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         flags = world.sum_async(
             torch.tensor([stop(), saver.requested(), saver.failed, *clock(run.stopping, world)], dtype=torch.float32)
         )
+        if run.replay is not None:
+            begin_replay(run, run.replay, loader, step)
         if run.stopwatch is not None:
-            run.stopwatch.lap()  # a validation in between does not count
+            run.stopwatch.lap()  # a validation or a replay in between does not count
         values, lr = optimizer_step(run, step, batches)
         facts = step_facts(run, loader, step, lr)
         if pending is not None:

@@ -180,6 +180,19 @@ def summary(out: Path, run: Run, final: Path, uploaded: UploadSummary | None) ->
 
 
 def about_end(run: Run) -> list[str]:
+    """What is said of replays, and of a training that ended before its last step."""
+    return [*about_replays(run), *about_early_end(run)]
+
+
+def about_replays(run: Run) -> list[str]:
+    """How many microbatches were computed twice, and how they were compared."""
+    if run.replay is None:
+        return []
+    how = "in every bit" if run.replay.exact else "within their bounds"
+    return [f"replay: {run.replay.count:,} microbatches of this attempt were computed twice and agree {how}"]
+
+
+def about_early_end(run: Run) -> list[str]:
     """What is said of a training that ended before its last step."""
     train, at = run.stage.recipe.train, f"step {run.last:,} of {run.plan.steps:,}"
     if run.ended == EARLY_STOPPING:

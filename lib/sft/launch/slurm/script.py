@@ -51,10 +51,10 @@ task=$!
 trap : TERM                    # Slurm has signalled the tasks itself: wait until they have saved
 status=0
 while kill -0 "$task" 2>/dev/null; do wait "$task" && status=0 || status=$?; done
-# The node that failed: where a rank hung, or, after a kill or an error of the hardware, where the first task ended.
+# The node that failed: where a rank hung or computed wrongly, or, after a kill or an error of the hardware, where the first task ended.
 seek=""
-if grep -q 'hung: rank [0-9]* on ' "$log"; then
-    seek='s/.*hung: rank [0-9]+ on ([^ ,:]+):.*/\1/p'
+if grep -qE '(hung|corrupt): rank [0-9]+ on [^ ,:]+:' "$log"; then
+    seek='s/.*(hung|corrupt): rank [0-9]+ on ([^ ,:]+):.*/\2/p'
 elif { [ "$status" -gt 128 ] && [ "$status" != 143 ]; } || { [ "$status" != 75 ] && grep -qE 'CUDA error|HIP error|uncorrectable|Bus error' "$log"; }; then
     seek='s/^srun: error: ([^:,[]+): task.*/\1/p'
 fi
