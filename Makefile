@@ -102,6 +102,9 @@ diff:   ; @$(call SFT,diff) --a $(call quote,$(A)) --b $(call quote,$(B)) ## the
 
 sweep: | $(READY) ## sibling runs of all combinations, compared: make sweep RECIPE=x lr="1e-5 3e-5" seed="1 2" [GOAL=train|evaluate|all] [JOBS=n at a time]
 	@$(call SFT,sweep)
+.PHONY: import-config
+import-config: | $(READY) ## a recipe from another trainer's configuration, and what is not carried over: make import-config FROM=axolotl.yml [RECIPE=name] [GPUS=8] [TRAINER=trl]
+	@$(PY) stages/import_config.py $(call quote,$(FROM)) --recipe $(call quote,$(RECIPE)) --trainer $(call quote,$(TRAINER)) $(if $(GPUS),--gpus $(call quote,$(GPUS))) --cluster $(call quote,$(CLUSTER))
 runs:   ; @$(call SFT,runs) ## all runs in a table: stage, step, loss, tokens/s, time left, job, age, size
 extend: ; @$(call SFT,extend) $(if $(YES),--yes) ## let the finished training of RECIPE= go on after its epochs or steps were raised [YES=1; without it, say how]
 delete: ; @$(call SFT,delete) --run $(call quote,$(RUN)) $(if $(YES),--yes) ## delete RUN=; stages that other runs refer to stay [YES=1; without it, say what goes]

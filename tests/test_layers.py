@@ -11,7 +11,7 @@ import pytest
 
 LIB = Path(__file__).resolve().parents[1] / "lib"
 LAYERS = (
-    "common", "formats", "recipe", "storage", "runner", "chat", "model", "checkpoint", "sync", "data", "packing", "export",
+    "common", "formats", "recipe", "storage", "runner", "importing", "chat", "model", "checkpoint", "sync", "data", "packing", "export",
     "training", "evaluation", "launch", "reporting", "__main__",
 )  # fmt: skip
 """From the bottom to the top: a module imports from its own folder and from the folders before it."""

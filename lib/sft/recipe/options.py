@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import Field, field, fields
+from functools import cache
 from typing import Any, TypedDict, Unpack, get_type_hints
 
 REQUIRED: Any = object()
@@ -63,7 +64,12 @@ def names_of(cls: type) -> dict[str, Field[Any]]:
 
 def hint_of(cls: type, name: str) -> Any:
     """The type of the field with this name in recipes."""
-    return get_type_hints(cls)[names_of(cls)[name].name]
+    return _hints(cls)[names_of(cls)[name].name]
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)  # it compiles every annotation anew
 
 
 def opt(default: Any, doc: str, **rules: Unpack[Rules]) -> Any:

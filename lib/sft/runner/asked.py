@@ -38,7 +38,7 @@ LAST = {
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
     "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
-    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip",
+    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip", "import-config",
 )  # fmt: skip
 """Goals that read no recipe. The others name a run by all of its overrides, as `make report` does."""
 WATCHING = ("every", "every_limit", "every_device", "best")
@@ -48,7 +48,7 @@ _VERBS = {
     "submit": "train", "run": "train", "resume": "train", "tokenize": "prepare", "tokenise": "prepare", "data": "prepare",
     "upload": "sync", "export-hf": "convert", "hf": "convert", "status": "jobs", "ps": "jobs", "queue": "jobs", "stop": "cancel",
     "kill": "cancel", "lint": "check", "tests": "test", "install": "setup", "init": "setup", "clean": "clean-cache",
-    "validate": "doctor", "options": "fields", "config": "show", "download": "fetch", "push": "push-hub", "average": "soup", "ls": "runs", "list": "runs", "rm": "delete", "remove": "delete", "talk": "chat", "sweeps": "sweep",
+    "validate": "doctor", "options": "fields", "config": "show", "download": "fetch", "push": "push-hub", "average": "soup", "ls": "runs", "list": "runs", "rm": "delete", "remove": "delete", "talk": "chat", "sweeps": "sweep", "import": "import-config", "convert-config": "import-config",
 }  # fmt: skip
 """Words of other tools."""
 

@@ -27,11 +27,11 @@ OF_A_RUN = (
 _MADE = (*schema.STAGES, "all", "smoke")
 """Goals that make stages."""
 READERS: dict[str, tuple[str, ...]] = {
-    "RECIPE": (*OF_A_RUN, "smoke", "new"), "CLUSTER": (*OF_A_RUN, "smoke", "new", "setup", "to-hf", "to-core"), "DATA": (*OF_A_RUN, "smoke", "new", "chat", "serve"),
+    "RECIPE": (*OF_A_RUN, "smoke", "new", "import-config"), "CLUSTER": (*OF_A_RUN, "smoke", "new", "import-config", "setup", "to-hf", "to-core"), "DATA": (*OF_A_RUN, "smoke", "new", "chat", "serve"),
     "RUNS": (), "PYTHON": (), "TORCH": (), "DRY_RUN": (), "MODEL": (),
     "ALLOW_DIRTY": (*_MADE, "sweep", "baseline", "watch", "dry-run", "doctor", "to-hf", "to-core"),
     "GPU_WAIT": (*_MADE, "sweep", "baseline", "watch", "lr-range", "overfit"), "RETRAIN": (*_MADE, "sweep"), "DETACH": (*_MADE, "baseline", "to-hf", "to-core"),
-    "SHARDS": (*_MADE, "sweep"), "SHARD": _MADE, "CHECK": ("sync", "cp", "fetch"), "STAGE": ("dry-run", "fetch"), "FROM": ("new", "fetch"),
+    "SHARDS": (*_MADE, "sweep"), "SHARD": _MADE, "CHECK": ("sync", "cp", "fetch"), "STAGE": ("dry-run", "fetch"), "FROM": ("new", "fetch", "import-config"), "TRAINER": ("import-config",), "GPUS": ("import-config",),
     "A": ("diff", "compare"), "B": ("diff", "compare"), "C": ("compare",), "ANYWAY": ("compare",),
     "RUN": ("verify", "delete", "archive", "soup", "chat", "serve"), "YES": ("delete", "archive", "extend"), "GOAL": ("sweep",), "JOBS": ("sweep",),
     "STEPS": ("soup", "lr-range", "overfit"), "WEIGHTS": ("soup",), "STEP": ("chat", "serve"), "TOKENS": ("chat",), "START": ("serve",), "SOURCE": ("preview",), "ROW": ("preview",),
@@ -61,6 +61,7 @@ NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "compare": (("A", "B"), "make compare A=x B=y; make runs lists them"),
     "push-hub": (("REPO",), "make push-hub RECIPE=x REPO=org/name"),
     "new": (("FROM", "RECIPE"), "make new FROM=smoke RECIPE=my-exp lr=1e-4"),
+    "import-config": (("FROM",), "make import-config FROM=axolotl.yml RECIPE=my-exp GPUS=8"),
     "sweep": (("RECIPE",), 'make sweep RECIPE=x lr="1e-5 3e-5"'),
 }
 """The variables that a goal cannot do without, and a command that has them."""
