@@ -36,10 +36,18 @@ else
     done
     git checkout --quiet FETCH_HEAD
 fi
-for ((; count > 0; count--)); do
-    bash -euo pipefail -c "$1"
-    shift
-done
+sft_kept=("$PWD" "$run" "$stage" "${@:count + 1}") sft_lines=("${@:1:count}")
+set -- # the lines run in this shell, so that what one exports, sources or defines is there for the next and for the stage
+for sft_line in "${sft_lines[@]}"; do eval "$sft_line"; done
+set -euo pipefail # a line may have changed these, and the folder
+set -- "${sft_kept[@]}"
+cd "$1"
+run="$2" stage="$3"
+shift 3
+if [ -n "${SFT_TCPXO:-}" ]; then
+    # shellcheck source=/dev/null
+    source env/tcpxo.sh "$SFT_TCPXO" "${BEAKER_ASSIGNED_GPU_COUNT:-1}"
+fi
 
 mkdir -p "$run"
 # GOOGLE_CREDENTIALS holds a key, but Google's clients read a file.
@@ -69,6 +77,9 @@ if [ "${BEAKER_REPLICA_COUNT:-1}" -gt 1 ]; then # stages/train.sh passes them to
     export SFT_NODES="$BEAKER_REPLICA_COUNT" SFT_NODE_RANK="$BEAKER_REPLICA_RANK" SFT_HEAD="$BEAKER_LEADER_REPLICA_HOSTNAME:$SFT_PORT"
 fi
 export PYTHONPATH="$PWD/lib"
+if [ -n "${SFT_NODES:-}" ] && [ -n "${SFT_TCPXO:-}" ]; then
+    SFT_NODE_RANK=$(.venv/bin/python -m sft.launch.beaker.node_order)
+fi
 [ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?

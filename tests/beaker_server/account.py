@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 from beaker import beaker_pb2 as pb2
 
-from beaker_server.state import BUDGET, ORG, USER, WORKSPACE, State
+from beaker_server.state import BUDGET, ORG, USER, WORKSPACE, State, now
 
 
 class AccountCalls(State):
@@ -54,6 +54,21 @@ class AccountCalls(State):
             pb2.Cluster(id=f"01{n}", name=n.partition("/")[2], organization_name=ORG,
                         node_shape=shape(gpu_count=g, gpu_type=pb2.GpuType.GPU_TYPE_NVIDIA_H100))
             for n, g in self.clusters.items()])  # fmt: skip
+
+    def _node(self, host: str) -> pb2.Node:
+        node = pb2.Node(id=f"01NODE-{host}", hostname=host, cluster_id=f"01{self.nodes[host]}")
+        if host in self.cordoned:
+            node.cordon_details.cordoned.CopyFrom(now())
+        return node
+
+    def ListNodes(self, request, context):
+        self._begin("ListNodes", context)
+        there = [host for host, cluster in self.nodes.items() if request.options.cluster_id in ("", f"01{cluster}")]
+        return pb2.ListNodesResponse(nodes=[self._node(host) for host in there])
+
+    def GetNode(self, request, context):
+        self._begin("GetNode", context)
+        return pb2.GetNodeResponse(node=self._node(request.node_id.removeprefix("01NODE-")))
 
     def GetSecret(self, request, context):
         self._begin("GetSecret", context)

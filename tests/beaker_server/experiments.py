@@ -94,8 +94,13 @@ class ExperimentCalls(Jobs):
 
     def ListJobs(self, request, context):
         self._begin("ListJobs", context)
+        asked = request.options
         jobs = [
-            r for r in self.runs.values() if request.options.task_id in ("", r.task.message.id)
+            r
+            for r in self.runs.values()
+            if asked.task_id in ("", r.task.message.id)
+            and asked.scheduled_on_node_id in ("", r.message.assignment_details.node_id)
+            and not (asked.HasField("finalized") and asked.finalized != r.message.status.HasField("finalized"))
         ]  # newest first, as asked
         return pb2.ListJobsResponse(jobs=[r.message for r in reversed(jobs)][: request.options.page_size or 50])
 

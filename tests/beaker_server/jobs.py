@@ -24,6 +24,15 @@ class Jobs(DatasetCalls):
         dataset = self.make_dataset(f"results-{key}")
         message = pb2.Job(id=key, task_id=task.message.id, workload_id=task.experiment.message.id, status=status)
         message.assignment_details.result_dataset_id = dataset.message.id
+        constraints = task.spec.constraints
+        allowed = [
+            host
+            for host, cluster in self.nodes.items()
+            if host not in self.cordoned
+            and (host in (constraints.hostname or ()) or cluster in (constraints.cluster or ()))
+        ]
+        if allowed:  # replicas get different ones
+            message.assignment_details.node_id = f"01NODE-{allowed[task.rank % len(allowed)]}"
         run = Run(message, task, dataset.message.id)
         task.runs.append(run)
         self.runs[key] = run

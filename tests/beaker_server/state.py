@@ -75,6 +75,8 @@ class State:
         self.secrets: dict[str, str] = {}
         self.images = {"ann/image"}
         self.clusters = {"ai2/jupiter": 8, "ai2/ceres": 8}
+        self.nodes: dict[str, str] = {}  # host name: the cluster that it belongs to
+        self.cordoned: set[str] = set()
         self.experiments: dict[str, Experiment] = {}
         self.runs: dict[str, Run] = {}
         self.datasets: dict[str, Dataset] = {}

@@ -215,6 +215,17 @@ class Cluster:
         "Weka buckets and their mount points in jobs, e.g. oe-training-default:/weka/oe-training-default",
         launchers=BEAKER,
     )
+    tcpxo: str = opt(
+        "",
+        "folder of Google's GPUDirect-TCPXO on each node: jobs with GPUs set NCCL up with it and use the host's network, and the"
+        " ranks of several nodes follow the topology; empty = none",
+        launchers=BEAKER,
+    )
+    google_zone: str = opt(
+        "",
+        "project/zone of the nodes on Google Cloud: a job of several nodes gets hosts of one block; empty = Beaker chooses",
+        launchers=BEAKER,
+    )
     torch: str = opt(
         "",
         "build of torch that set-up installs for this cluster, e.g. 2.13.0+cu129; image = the one that"

@@ -32,9 +32,11 @@ from sft.runner import plan
 
 MODEL = "/model"
 INSTALL = (
-    'for ((count = $1; count > 0; count--)); do bash -euo pipefail -c "$2"; set -- "$1" "${@:3}"; done; exec "${@:2}"'
+    'set -euo pipefail; sft_home="$PWD" sft_lines=("${@:2:$1}") sft_command=("${@:2+$1}"); set --;'
+    ' for sft_line in "${sft_lines[@]}"; do eval "$sft_line"; done; cd "$sft_home"; exec "${sft_command[@]}"'
 )
-"""Runs COUNT LINE… COMMAND…: the lines that prepare the image, then the harness. The arguments are never pasted into it."""
+"""Runs COUNT LINE… COMMAND…: the lines that prepare the image, in the shell that becomes the harness. The arguments are never
+pasted into it."""
 _TASK = r"[A-Za-z0-9][A-Za-z0-9_.:@+-]*"
 SUITES = {
     "OLMO_3": (

@@ -23,7 +23,7 @@ from sft.common import paths
 from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.launch import code
-from sft.launch.beaker import connection, harnesses, requirements, returned, specification, states, submission
+from sft.launch.beaker import connection, harnesses, hosts, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import NodeGpus
@@ -90,6 +90,8 @@ class BeakerScheduler:
         head = f"# beaker experiment create --workspace {self.cluster.workspace} --name {specification.name_of(job)} FILE\n"
         if optional := ", ".join(self.cluster.optional_secrets):
             head += f"# left out where the workspace has no such secret: {optional}\n"
+        if hosts.are_chosen(job):
+            head += "# constraints: hosts take the place of clusters; they are chosen at submission\n"
         return head + specification.text(spec)
 
     def submit(self, job: Job) -> str:

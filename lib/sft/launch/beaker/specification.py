@@ -32,6 +32,8 @@ NAMES = {
     "evaluate_image": r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+",
     "mounts": r"[A-Za-z0-9_.-]+:(/[A-Za-z0-9_.-]+)+",
     "runs": r"(/[A-Za-z0-9_.-]+|gs://[a-z0-9_.-]+)(/[A-Za-z0-9_.-]+)*",
+    "tcpxo": r"(/[A-Za-z0-9_.-]+)+",
+    "google_zone": r"[a-z0-9-]+/[a-z0-9-]+",
     "data": r"(/[A-Za-z0-9_.-]+)+(:(/[A-Za-z0-9_.-]+)+)*",
 }
 _VARIABLE, _SECRET = r"[A-Za-z_][A-Za-z0-9_]*", r"[A-Za-z0-9_.-]+"
@@ -134,8 +136,12 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     for stage, (dataset, _) in far.inputs_of(job).items():
         variables[f"SFT_INPUT_{stage}"] = f"{INPUTS}/{stage}"
         mounts[f"{INPUTS}/{stage}"] = f"{user}/{dataset}"
+    if job.cluster.tcpxo and job.gpus:
+        variables["SFT_TCPXO"] = job.cluster.tcpxo
     install = job.cluster.install
     made = task(job, job.stage, variables, mounts)
+    # TCPXO's names of interfaces are the host's, and NCCL reads them on one node, too.
+    made.host_networking = made.host_networking or "SFT_TCPXO" in variables
     made.command = ["bash", "-c", SCRIPT.read_text(encoding="utf-8"), SCRIPT.name]
     made.arguments = [far.remote_run(job), job.stage, str(len(install)), *install, *far.remote_command(job)]
     return wrap(job, [made])

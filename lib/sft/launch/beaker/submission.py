@@ -5,15 +5,17 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from beaker import Beaker, BeakerExperimentSpec
+from beaker import Beaker, BeakerConstraints, BeakerExperimentSpec
 from beaker import beaker_pb2 as pb2
 from beaker.exceptions import BeakerExperimentConflict, BeakerWorkloadNotFound, HTTPError, RequestException
 
+from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
+from sft.common.strings import first_names
 from sft.formats import manifest
 from sft.launch import code, far
-from sft.launch.beaker import harnesses, specification
+from sft.launch.beaker import harnesses, hosts, specification
 from sft.launch.beaker.datasets import DatasetUploads
 from sft.launch.beaker.requirements import secret_name
 from sft.launch.beaker.states import has_ended
@@ -29,6 +31,10 @@ def submit(client: Beaker, job: Job, uploads: DatasetUploads) -> str:
     workspace = client.workspace.get(job.cluster.workspace)
     user = specification.user()
     spec = _upload_and_specify(job, user, uploads, workspace)
+    if found := hosts.allowed(client, job):  # a list of hosts takes the place of that of clusters
+        say(f"[{job.stage}] on one or more of {len(found)} hosts: {first_names(found)}")
+        for task in spec.tasks:
+            task.constraints = BeakerConstraints(hostname=list(found))
     _name_secrets(client, spec, workspace)
     for attempt in range(ATTEMPTS):
         if id := _create(client, spec, specification.name_of(job, attempt), user, workspace):

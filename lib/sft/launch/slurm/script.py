@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.machine import OFFLINE
+from sft.launch import failed
 from sft.launch.job import WATCH, Job
 from sft.recipe import time_limit
 from sft.recipe.schema import Cluster, Hardware
@@ -82,8 +83,6 @@ exit "$status"
 
 NO_INTERNET = {**dict.fromkeys(OFFLINE, "1"), "WANDB_MODE": "offline"}
 """Variables of jobs that reach no internet: libraries then fail at once, or write to files, instead of waiting."""
-FAILURES = "failed-nodes"
-"""In runs/<run>/.jobs: a line for each failure, "<node> <job> attempt <n> exit <status>". Jobs avoid a node with two."""
 VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
 """The start of a variable in a word of the shell."""
 
@@ -97,7 +96,7 @@ def job_script(job: Job, name: str, folder: Path) -> str:
     number = '"${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"' if part else '"$SLURM_JOB_ID"'
     body = [
         f"job={shlex.quote(str(folder / f'{name}-'))}{number}",
-        f"failures={shlex.quote(str(folder / FAILURES))}",
+        f"failures={shlex.quote(str(folder / failed.NAME))}",
     ]
     title = f"# {job.stage} of the run {job.run.name}; by hand: {_by_hand(job, name, folder)}"
     prologue = PROLOGUE % "\n".join(job.cluster.prologue) if job.cluster.prologue else ""
@@ -137,21 +136,10 @@ def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
         "nodes": 1 if part else job.nodes,
         "ntasks-per-node": 1,
         **resources(cluster, hardware, job.gpus),
-        "exclude": ",".join(failed_nodes(folder)),
+        "exclude": ",".join(failed.failed_twice(folder)),
         "array": f"0-{job.shards - 1}" if part else "",
         "signal": f"B:USR1@{cluster.notice_s}" if signalled else "",
     }
-
-
-def failed_nodes(folder: Path) -> list[str]:
-    """The nodes on which jobs of this run failed twice or more. `folder` is runs/<run>/.jobs."""
-    try:
-        nodes = [
-            line.split()[0] for line in (folder / FAILURES).read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except OSError:
-        return []
-    return sorted({node for node in nodes if nodes.count(node) > 1})
 
 
 def takes_nodes(cluster: Cluster, hardware: Hardware, gpus: int) -> bool:
