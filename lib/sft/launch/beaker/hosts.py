@@ -134,9 +134,9 @@ def blocks(zone: str) -> Iterator[tuple[str, str]]:
 
 
 def _session(zone: str) -> Any:
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.auth.transport.requests import AuthorizedSession
+    import google.auth  # start-up: only a few clusters are on Google Cloud
+    from google.auth.exceptions import DefaultCredentialsError  # start-up: as above
+    from google.auth.transport.requests import AuthorizedSession  # start-up: as above
 
     try:
         credentials, _ = google.auth.default(scopes=[SCOPE])
@@ -146,8 +146,8 @@ def _session(zone: str) -> Any:
 
 
 def _page(session: Any, zone: str, address: str, page: str) -> dict[str, Any]:
-    import requests
-    from google.auth.exceptions import GoogleAuthError
+    import requests  # start-up: as above
+    from google.auth.exceptions import GoogleAuthError  # start-up: as above
 
     try:
         answer = session.get(address, params={"pageToken": page} if page else {}, timeout=ANSWER_S)
