@@ -109,6 +109,13 @@ def freeze(model: nn.Module, trained: Iterable[str]) -> None:
         parameter.requires_grad_(name in trained)
 
 
+def store_in_bf16(model: nn.Module) -> None:
+    """Gives all parameters but a Gated DeltaNet's decays the dtype bfloat16."""
+    for name, parameter in model.named_parameters():
+        if not name.endswith(DECAYS):
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, LoraLinear) for module in model.modules())
 

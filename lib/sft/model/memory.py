@@ -136,13 +136,17 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
     small = replace(train, optimizer="adamw8bit", gradients="bf16")
     if fits(train=small):
         return "recompute=auto optimizer=adamw8bit gradients=bf16 (changes the result)"
+    if train.precision == "bf16" and train.method == "full" and fits(train=replace(small, weights="bf16")):
+        return "recompute=auto optimizer=adamw8bit gradients=bf16 weights=bf16 (changes the result)"
     return "GPUs with more memory, a smaller seq_len, or a smaller model"
 
 
 def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, limit: int) -> Plan:
     moments = _moments(model, train, hardware, gpus)
     if train.telemetry_every:
-        moments.append({"weights before the step": 4 * _owned(model, train, hardware.shard_degree or gpus)})
+        moments.append(
+            {"weights before the step": _stored(train) * _owned(model, train, hardware.shard_degree or gpus)}
+        )
     peak = max(moments, key=lambda moment: sum(moment.values()))
     parts = _resident(model, train, hardware.shard_degree or gpus) | peak
     parts[LIBRARIES] = int(CONTEXT + COMMUNICATOR * communicators(hardware, gpus))
@@ -169,7 +173,7 @@ def _resident(model: ModelConfig, train: Train, ranks: int) -> dict[str, int]:
         quantised = sum(_shard_size(shape, ranks) for shape in trained if is_quantised(shape))
         moments = 8 * (owned - quantised) + 2 * quantised + 8 * quantised // QUANTISED_BLOCK
     return {
-        "parameters": 4 * owned + _frozen_bytes(model, train, ranks),
+        "parameters": _stored(train) * (owned - whole) + 4 * whole + _frozen_bytes(model, train, ranks),
         "gradients": (2 if train.gradients == "bf16" else 4) * (owned - whole) + 4 * whole,
         "optimizer state": moments,
     }
@@ -188,7 +192,7 @@ def _owned(model: ModelConfig, train: Train, ranks: int) -> int:
 
 def _frozen_bytes(model: ModelConfig, train: Train, ranks: int) -> int:
     """Bytes of the parameters that no step changes. Every rank holds all quantised matrices."""
-    replicated, width = _replicated(model, train), _width(train) if train.method == "lora" else 4
+    replicated, width = _replicated(model, train), _width(train) if train.method == "lora" else _stored(train)
     frozen = frozen_shapes(model, train)
     divided = sum(_shard_size(shape, ranks) for name, shape in frozen.items() if name not in replicated)
     return width * divided + sum(_quantised_bytes(shape, train.base_dtype) for shape in replicated.values())
@@ -218,13 +222,18 @@ def _width(train: Train) -> int:
     return 2 if train.precision == "bf16" else 4
 
 
+def _stored(train: Train) -> int:
+    """Bytes of a stored value of a trained parameter."""
+    return 2 if train.weights == "bf16" else 4
+
+
 def step_bytes(model: ModelConfig, train: Train) -> int:
-    """Bytes of a step folder: fp32 weights and moments."""
-    moments = 2 if train.optimizer == "adamw8bit" else 8
+    """Bytes of a step folder: weights and moments."""
+    moments, stored = 2 if train.optimizer == "adamw8bit" else 8, _stored(train)
     if train.method == "full" and not (train.freeze or train.train_only):
-        return (4 + moments) * model.parameters
+        return (stored + moments) * model.parameters
     trained = sum(math.prod(shape) for shape in trained_shapes(model, train).values())
-    return 4 * (model.parameters if train.method == "full" else trained) + moments * trained
+    return stored * (model.parameters if train.method == "full" else trained) + moments * trained
 
 
 def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) -> list[dict[str, int]]:

@@ -17,7 +17,7 @@ MASK = 0xFFFFFFFF
 ROWS = 1024  # tokens whose hashes, 8 bytes a value, are in memory at once
 
 
-def _mixed(x: Tensor) -> Tensor:
+def mixed(x: Tensor) -> Tensor:
     """A hash of the low 32 bits (lowbias32), in int64: products overflow, and their low bits are right."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK
@@ -26,8 +26,8 @@ def _mixed(x: Tensor) -> Tensor:
 
 def token_keys(tokens_T: Tensor, seed: int) -> Tensor:
     """int64 [T]: a hash of each token and the seed. `tokens_T`: int64, not negative."""
-    start = _mixed(torch.tensor((seed ^ (seed >> 32)) & MASK)).item()
-    return _mixed(_mixed((tokens_T & MASK) ^ start) ^ (tokens_T >> 32))
+    start = mixed(torch.tensor((seed ^ (seed >> 32)) & MASK)).item()
+    return mixed(mixed((tokens_T & MASK) ^ start) ^ (tokens_T >> 32))
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
@@ -39,15 +39,15 @@ def named_generator(seed: int, name: str) -> torch.Generator:
 def uniform(tokens_T: Tensor, columns: int, seed: int) -> Tensor:
     """fp32 [T, columns] between -1 and 1."""
     keys = token_keys(tokens_T, seed)
-    column = _mixed(torch.arange(1, columns + 1, device=keys.device))
-    rows = [(_mixed(part[:, None] ^ column).float() + 0.5) * 2.0**-31 - 1 for part in keys.split(ROWS)]
+    column = mixed(torch.arange(1, columns + 1, device=keys.device))
+    rows = [(mixed(part[:, None] ^ column).float() + 0.5) * 2.0**-31 - 1 for part in keys.split(ROWS)]
     return torch.cat(rows) if rows else torch.empty(0, columns, device=keys.device)
 
 
 def dropped(x_TD: Tensor, keys_T: Tensor, salt: Tensor, rate: float) -> Tensor:
     """Dropout whose mask is a function of `token_keys`, the column and `salt`, a number of the place in the model."""
-    column = _mixed(torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) ^ _mixed(salt))
-    kept = _mixed(keys_T[:, None] ^ column) >= int(rate * (MASK + 1))
+    column = mixed(torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) ^ mixed(salt))
+    kept = mixed(keys_T[:, None] ^ column) >= int(rate * (MASK + 1))
     return torch.where(kept, x_TD * (1 / (1 - rate)), torch.zeros((), dtype=x_TD.dtype, device=x_TD.device))
 
 

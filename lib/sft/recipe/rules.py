@@ -106,6 +106,8 @@ def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
         for pattern, value in getattr(train, field).items():
             if not 0 <= value < float("inf"):
                 return [f"'{field}' in [train]: {pattern} = {value}: at least 0 is expected"]
+    if train.weights == "bf16" and (problem := _needs_for_bf16_weights(train)):
+        return [problem]
     if train.freeze and train.train_only:
         return ["'freeze' and 'train_only' in [train]: one of them says what is trained; remove the other"]
     if train.method != "lora":
@@ -124,6 +126,16 @@ def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
             " method = 'lora'; use method = 'full', or remove them"
         ]
     return []
+
+
+def _needs_for_bf16_weights(train: schema.Train) -> str:
+    """What weights = "bf16" needs beside it and does not have; empty if nothing."""
+    if train.method == "lora":
+        return "'weights' in [train] = 'bf16': method = 'lora' stores the frozen base as base_dtype says, and adapters in fp32; remove it"
+    for name in ("precision", "gradients"):
+        if getattr(train, name) != "bf16":
+            return f"'weights' in [train] = 'bf16' needs {name} = 'bf16', and it is {getattr(train, name)!r}; set it, or weights = 'fp32'"
+    return ""
 
 
 def _check_stopping(train: schema.Train, prepare: schema.Prepare, evaluate: schema.Evaluate) -> list[str]:

@@ -95,6 +95,12 @@ class Train:
         "adamw", "adamw8bit stores its moments in 8 bits (needs torchao)", choices=("adamw", "adamw8bit")
     )
     gradients: str = opt("fp32", "dtype of stored gradients; they are reduced in fp32", choices=("fp32", "bf16"))
+    weights: str = opt(
+        "fp32",
+        "dtype of stored weights; bf16 rounds an update up or down at random, by a hash, so that small ones count (arXiv 2010.06192)",
+        choices=("fp32", "bf16"),
+        late=True,
+    )
     weight_decay: float = opt(0.0, "AdamW's decoupled weight decay", min=0)
     lr_factors: dict[str, float | int] = opt(
         {},
@@ -119,7 +125,9 @@ class Train:
     )
     max_skipped: int = opt(10, "training stops after this many skipped steps in a row", min=1, key=False)
     precision: str = opt(
-        "bf16", "compute dtype; parameters, reductions and the loss stay fp32", choices=("bf16", "fp32")
+        "bf16",
+        "compute dtype; reductions and the loss stay fp32, and parameters are stored as `weights` says",
+        choices=("bf16", "fp32"),
     )
     deterministic: bool = opt(False, "bitwise reproducible on the same GPUs, but slower; a CPU always is", key=False)
     seed: int = opt(33333, "seed of random initial weights", min=0)
@@ -205,7 +213,7 @@ LORA_LR = 10 * Train.lr
 """The learning rate of method "lora" if the recipe sets none: about ten times that of full finetuning is the best one over
 models and data sets ("LoRA Without Regret", Thinking Machines 2025, thinkingmachines.ai/blog/lora)."""
 STATE_FIELDS = (
-    "method", "optimizer", "gradients", "precision", "freeze", "train_only", "lora_rank", "lora_alpha", "lora_rslora",
+    "method", "optimizer", "gradients", "weights", "precision", "freeze", "train_only", "lora_rank", "lora_alpha", "lora_rslora",
     "lora_targets", "base_dtype",
 )  # fmt: skip
 """The fields that decide which state the optimizer has. A run that continues another one has the same values."""

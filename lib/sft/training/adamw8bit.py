@@ -1,13 +1,13 @@
-"""AdamW with less memory: moments in 8 bits, gradients stored in bfloat16.
+"""AdamW with less memory: moments in 8 bits, gradients and weights stored in bfloat16.
 
-In:  fp32 parameters, plain or sharded by rows.
+In:  fp32 or bfloat16 parameters, plain or sharded by rows.
 Out: `LowMemoryAdamW`, which is used like the fused AdamW and skips steps on the device like it (`found_inf`);
      `keep_gradients_in_bf16`, after which a parameter's gradient is rounded once it is reduced.
 
 8-bit moments (arXiv 2110.02861, with torchao's scale): 256 values of a row share one fp32 scale, and each is a code for
 one of 256 values of a dynamic scale. A block never crosses a row, and ranks divide matrices by rows, so the state, its
 checkpoint and the training are the same on any number of ranks. Vectors, and matrices whose rows 256 does not divide,
-keep fp32 moments.
+keep fp32 moments. A step computes in fp32, and rounds a weight that is stored in bfloat16 by `sft.training.rounding`.
 
 Compiled, a step is one pass over a matrix. Otherwise it updates a part at a time, so that its fp32 temporaries stay
 small.
@@ -16,7 +16,7 @@ small.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from sft.common.errors import SftError
 from sft.model.memory import QUANTISED_BLOCK, is_quantised
+from sft.training.rounding import Place, bits, round_to_bf16
 
 CHUNK = 1 << 24  # values of a parameter that are updated at once, unless compiled
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -55,13 +56,18 @@ class Operands(NamedTuple):
     gradient: Tensor
     first: Moment
     second: Moment
+    place: Place | None = None  # of a parameter in bfloat16
 
     def chunks(self) -> Iterator[Operands]:
         """Parts of at most CHUNK values, in their order."""
         step = max(1, CHUNK // self.parameter[0].numel())
         for start in range(0, len(self.parameter), step):
             rows = slice(start, start + step)
-            yield Operands(self.parameter[rows], self.gradient[rows], self.first.part(rows), self.second.part(rows))
+            place = self.place
+            if place is not None:
+                place = Place(place.salt, place.first + start * self.parameter[0].numel())
+            moments = (self.first.part(rows), self.second.part(rows))
+            yield Operands(self.parameter[rows], self.gradient[rows], *moments, place)
 
 
 class Options(NamedTuple):
@@ -92,7 +98,7 @@ def _scales(device: torch.device) -> tuple[Scale, Scale]:
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
-    """AdamW over fp32 parameters whose gradients may have any dtype. A step with `found_inf` = 1 changes nothing."""
+    """AdamW over parameters whose gradients may have any dtype. A step with `found_inf` = 1 changes nothing."""
 
     found_inf: Tensor | None = None
 
@@ -105,20 +111,25 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         weight_decay: float,
         eight_bit: bool,
         compiled: bool = False,
+        places: Mapping[Tensor, Place] | None = None,
     ) -> None:
-        """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. Raises SftError
-        without torchao."""
+        """`eight_bit`: moments of matrices are stored in 8 bits. `compiled`: the update is compiled. `places`: of the
+        parameters in bfloat16. Raises SftError without torchao."""
         super().__init__(parameters, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.scales = _scales(self.param_groups[0]["params"][0].device) if eight_bit else None
         self.compiled = compiled
+        self.places = places or {}
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=p.device), **self._moments(p)}
 
     def _moments(self, p: Tensor) -> dict[str, Tensor]:
         if self.scales is None or not is_quantised(tuple(p.shape)):
-            return {name: torch.zeros_like(p) for name in MOMENTS}
-        blocks = torch.zeros_like(p[..., ::QUANTISED_BLOCK]) if not isinstance(p, DTensor) else _scales_like(p)
+            return {name: torch.zeros_like(p, dtype=torch.float32) for name in MOMENTS}
+        if isinstance(p, DTensor):
+            blocks: Tensor = _scales_like(p)
+        else:
+            blocks = torch.zeros_like(p[..., ::QUANTISED_BLOCK], dtype=torch.float32)
         return {name: torch.zeros_like(p, dtype=torch.uint8) for name in MOMENTS} | {
             f"{name}_scale": torch.zeros_like(blocks) for name in MOMENTS
         }
@@ -144,7 +155,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             for chunk in operands.chunks():
                 update(chunk, scales, step, skip, lr, options)
             return
-        for tensor in (*operands[:2], *operands.first, *operands.second):
+        for tensor in (operands.parameter, operands.gradient, *operands.first, *operands.second):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         _compiled_update()(operands, scales, step, skip, lr, options)
@@ -160,7 +171,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
             Moment(state[name].view(shape), state[f"{name}_scale"].view(-1, 1) if eight_bit else None)
             for name in MOMENTS
         )
-        return Operands(_local(p).detach().view(shape), _local(p.grad).reshape(shape), first, second)
+        place = self.places.get(p)
+        return Operands(_local(p).detach().view(shape), _local(p.grad).reshape(shape), first, second, place)
 
 
 def update(
@@ -175,7 +187,10 @@ def update(
     count = step.clamp(min=1)
     denominator = second.sqrt() / (1 - options.beta2**count).sqrt() + options.eps
     change = (first / denominator) * (lr / (1 - options.beta1**count))
-    _put(p, p * (1 - lr * options.weight_decay) - change, skip)
+    value = p.float() * (1 - lr * options.weight_decay) - change
+    if operands.place is not None:
+        value = round_to_bf16(value, bits(operands.place, step, value))
+    _put(p, value, skip)
 
 
 def _update_moment(moment: Moment, new: Tensor, beta: float, scale: Scale | None, skip: Tensor) -> Tensor:
@@ -209,7 +224,7 @@ def _scales_like(p: DTensor) -> DTensor:
     """A zero for every block of a sharded matrix, on the rank that has the block's row."""
     local = p.to_local()
     shape = torch.Size((*p.shape[:-1], p.shape[-1] // QUANTISED_BLOCK))
-    values = local.new_zeros((*local.shape[:-1], shape[-1]))
+    values = local.new_zeros((*local.shape[:-1], shape[-1]), dtype=torch.float32)
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(values, p.device_mesh, p.placements, run_check=False, shape=shape, stride=stride)
 

@@ -29,7 +29,7 @@ from sft.formats.dataset import DatasetInfo
 from sft.formats.out_of_memory import OutOfMemory
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
-from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters
+from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters, store_in_bf16
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard
@@ -306,6 +306,8 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
         add_adapters(model, lora_targets(setup.config, train), adapter, FLOATS[train.precision])
     else:
         freeze(model, trained_names(setup.config, train))
+    if train.weights == "bf16":
+        store_in_bf16(model)
     modes = memory.layer_modes(setup.config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, hardware.context_degree)
     for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):

@@ -22,6 +22,7 @@ from sft.model.trained import matched
 from sft.packing.steps import warmup_steps
 from sft.recipe.schema import Train
 from sft.training.adamw8bit import LowMemoryAdamW, keep_gradients_in_bf16
+from sft.training.rounding import Place, place_of
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _left(done: float, shape: str) -> float:
 
 
 def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch.optim.Optimizer:
-    """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments or bf16 gradients, which is compiled on CUDA if
+    """The fused AdamW, or `LowMemoryAdamW` for 8-bit moments, bf16 gradients or bf16 weights, which is compiled on CUDA if
     `compiled`."""
     parameters = list(trained_parameters(model).values())
     groups = parameter_groups(model, train)
@@ -89,7 +90,12 @@ def build_adamw(model: nn.Module, train: Train, compiled: bool = False) -> torch
     if train.optimizer == "adamw8bit" or train.gradients == "bf16":
         eight_bit = train.optimizer == "adamw8bit"
         compiled = compiled and parameters[0].is_cuda
-        return LowMemoryAdamW(groups, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled)
+        places: dict[Tensor, Place] = {
+            p: place_of(p, name, train.seed)
+            for name, p in trained_parameters(model).items()
+            if p.dtype == torch.bfloat16
+        }
+        return LowMemoryAdamW(groups, train.lr, train.betas, train.eps, train.weight_decay, eight_bit, compiled, places)
     optimizer = torch.optim.AdamW(
         groups, lr=train.lr, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay, fused=True
     )
