@@ -50,11 +50,14 @@ if [ -n "${SFT_TCPXO:-}" ]; then
 fi
 
 mkdir -p "$run"
-# GOOGLE_CREDENTIALS holds a key, but Google's clients read a file.
-if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then
-    export GOOGLE_APPLICATION_CREDENTIALS="$PWD/.google.json"
-    (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
-fi
+secret_file() { # SECRET VARIABLE FILE: the text of a secret in a file, whose path is in the variable that clients read
+    [ -n "${!1:-}" ] && [ -z "${!2:-}" ] || return 0
+    (umask 077 && printenv "$1" >"$3")
+    export "$2=$PWD/$3"
+}
+secret_file GOOGLE_CREDENTIALS GOOGLE_APPLICATION_CREDENTIALS .google.json
+secret_file AWS_CONFIG AWS_CONFIG_FILE .aws-config
+secret_file AWS_CREDENTIALS AWS_SHARED_CREDENTIALS_FILE .aws-credentials
 if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ]; then # earlier stages that this run shares with another one on the same disk
     for variable in "${!SFT_REFERENCE_@}"; do
         name="${variable#SFT_REFERENCE_}"
@@ -83,9 +86,10 @@ fi
 [ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?
-[ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || exit "$status"
-case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
+rank="${BEAKER_REPLICA_RANK:-0}"
+case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # each node has a part of a checkpoint
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac
+[ "$rank" -eq 0 ] || exit "$status"
 [ "$status" -eq 0 ] && [ -z "${SFT_TOOL:-}" ] || exit "$status"
 .venv/bin/python -m sft.launch.results "$run/$stage" "$SFT_RESULTS" ${SFT_STAGE_ADDRESS:+"$SFT_STAGE_ADDRESS"}

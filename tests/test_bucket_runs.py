@@ -87,7 +87,10 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
     made = manifest.load(folder / manifest.NAME)
     assert there.read(manifest.NAME) == (folder / manifest.NAME).read_bytes()
     assert {e.path for e in made.outputs} <= set(there.list())
-    # Each node has written to a disk of its own; the step is whole all the same.
+    # Each node has written to a disk of its own and sent its part; the step is whole all the same.
+    parts = {n.split("/parts/")[1].split("/")[0] for n in bucket.objects if "/parts/" in n}
+    assert {p.partition("-")[0] for p in parts} >= {"step4", f"step{begins[1]}", "step16"}
+    assert f"uploaded step16 to {where}" in done.stdout or "this node's part of step16" in done.stdout
     shards = {f"step16/model_and_optim/__{rank}_0.distcp" for rank in (0, 1)}
     assert shards <= {e.path for e in made.outputs} and "2 x cpu" in done.stdout
 

@@ -180,6 +180,70 @@ def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path
     assert [r.step for r in read_steps(tmp_path / "sent.jsonl")] == [1, 2, 3, 4, 5, 6]  # never older than the steps are
 
 
+def split(step: Path, other: Path) -> None:
+    """Moves the shards of a step to another disk, which gets the manifest too."""
+    for file in [p for p in step.rglob("*") if p.suffix == ".distcp"]:
+        to = other / step.name / file.relative_to(step)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(to)
+    (other / step.name / manifest.NAME).write_bytes((step / manifest.NAME).read_bytes())
+
+
+def test_a_step_whose_files_are_on_two_nodes_is_complete_when_both_have_sent_theirs(
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    nodes[0].mkdir()
+    whole = {p.relative_to(nodes[0]).as_posix(): p.read_bytes() for p in save(nodes[0], 4).rglob("*") if p.is_file()}
+    split(nodes[0] / "step4", nodes[1])
+    (nodes[0] / "metrics.jsonl").write_bytes(step_record(1).to_bytes())
+    said: list[str] = []
+    there = open_storage("gs://test/c/step4")
+    for node, beside in ((1, ()), (0, ("metrics.jsonl",)), (1, ())):
+        sending = Uploads(nodes[node], "gs://test/c", tmp_path / f"cache{node}", said.append, beside)
+        assert sending.finish() == UploadSummary("gs://test/c", ("step4",), ())
+        sending.close()
+        # The manifest is there once all files are, and not before.
+        assert (there.read(manifest.NAME) is None) == (len(said) == 1)
+    assert said == ["uploaded this node's part of step4 to gs://test/c", "uploaded step4 to gs://test/c"]
+    assert stored(server, "gs://test/c") == set(whole)
+    assert open_storage("gs://test/c").read("metrics.jsonl") == step_record(1).to_bytes()
+    third = tmp_path / "node2"
+    third.mkdir()
+    alone = World(0, 1, 0, torch.device("cpu"))
+    uploads.bring_checkpoint(third, "gs://test/c", tmp_path / "cache2", alone, said.append)
+    assert {n: (third / n).read_bytes() for n in whole} == whole
+
+
+def test_a_list_of_another_attempt_completes_no_step(tmp_path: Path, server: Server) -> None:
+    """An attempt that was killed has sent its part of a step 4 with other bytes."""
+    for attempt in ("first", "second"):
+        nodes = [tmp_path / attempt / name for name in ("node0", "node1")]
+        nodes[0].mkdir(parents=True)
+        split(save(nodes[0], 4, seed=len(attempt)), nodes[1])
+        if attempt == "second":
+            file = nodes[0] / "step4" / manifest.NAME
+            assert file.read_bytes() != (tmp_path / "first" / "node0" / "step4" / manifest.NAME).read_bytes()
+        uploads.send(nodes[attempt == "first"] / "step4", "gs://test/c", tmp_path / "cache", ())
+    assert open_storage("gs://test/c/step4").read(manifest.NAME) is None
+    uploads.send(nodes[1] / "step4", "gs://test/c", tmp_path / "cache", ())
+    there = open_storage("gs://test/c/step4")
+    assert there.read(manifest.NAME) == (nodes[0] / "step4" / manifest.NAME).read_bytes()
+
+
+def test_a_restart_on_the_same_nodes_first_sends_the_part_that_is_there(tmp_path: Path, server: Server) -> None:
+    nodes = [tmp_path / "node0", tmp_path / "node1"]
+    nodes[0].mkdir()
+    split(save(nodes[0], 4, ephemeral=True), nodes[1])
+    alone = World(0, 1, 0, torch.device("cpu"))
+    said: list[str] = []
+    for node in (1, 0, 1):
+        uploads.bring_checkpoint(nodes[node], "gs://test/c", tmp_path / f"cache{node}", alone, said.append)
+    assert [line for line in said if "continuing" in line] == ["continuing from step 4 of gs://test/c"] * 2
+    for node in nodes:
+        assert not step_folder.damage(node / "step4")
+
+
 # --- back -------------------------------------------------------------------------------------------------------------
 
 ADDRESS = "gs://test/runs/x/train/0123456789abcdef"

@@ -1,4 +1,6 @@
-"""Gathers a step's files on rank 0's disk, where the nodes of a training have no common disk.
+"""Gathers a step's files on rank 0's disk, where the nodes of a training have no common disk, and finds out whether they have one.
+
+Where a bucket takes the checkpoints, nothing is gathered: each node uploads its own files (sft.training.uploads).
 
 In:  a work folder of the same name on every node with the files that its ranks wrote, and the manifest entries of every
      rank's files.
@@ -14,6 +16,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +28,22 @@ from sft.formats.manifest import Output
 from sft.model.parallel import World
 
 BLOCK = 64 << 20  # bytes sent at once
+
+
+def apart(folder: Path, world: World) -> list[bool]:
+    """For every rank, whether its disk is another one than rank 0's. `folder` exists on every node. Every rank calls this."""
+    word = world.on_rank0(lambda: uuid.uuid4().hex)
+    mark = folder / f".saving-step-{word}-{world.rank}"  # a name that `step_folder.latest` removes after a kill
+    world.on_all_ranks(mark.mkdir)
+    marks = [mark.with_name(f".saving-step-{word}-{rank}") for rank in range(world.size)]
+    found: list[bool] = world.on_rank0(lambda: [not one.is_dir() for one in marks])
+    world.on_all_ranks(mark.rmdir)
+    return found
+
+
+def leads_disk(apart: Sequence[bool], world: World) -> bool:
+    """Whether this rank acts for a disk: rank 0, and the first rank of every node whose disk is another one."""
+    return world.is_rank0 or (any(apart) and apart[world.rank] and world.local_rank == 0)
 
 
 def gather_files(work: Path, described: Sequence[Sequence[Output]], world: World) -> bool:

@@ -151,15 +151,18 @@ def save(
     world: World,
     *,
     ephemeral: bool,
+    apart: Sequence[bool] = (),
 ) -> Path:
     """Writes a `snapshot` as out/stepN and returns the folder. Every rank calls this.
 
-    `train_state`: of this rank. `config`: the content of config.json. Uses the group of `world` only, so a thread with
+    `train_state`: of this rank. `config`: the content of config.json. `apart` (gather.apart): the files of these ranks
+    stay on their nodes, in a folder of the same name with the same manifest; without, rank 0's disk gets them. Uses the group of `world` only, so a thread with
     a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
     """
     final, work = out / f"step{step}", out / f".saving-step{step}"
+    leads = gather.leads_disk(apart, world)
     try:
-        world.on_rank0(lambda: shutil.rmtree(work, ignore_errors=True))
+        world.on_all_ranks(lambda: shutil.rmtree(work, ignore_errors=True) if leads else None)
         world.on_all_ranks(lambda: _write_small_files(work, train_state, config, ephemeral, world))
         writer = _Writer(work / "model_and_optim")
         with warnings.catch_warnings():  # one process without a group is intended
@@ -168,12 +171,12 @@ def save(
                 dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized()
             )
         described = world.on_all_ranks(lambda: _describe(work, writer.files.hashes, world))
-        sent = gather.gather_files(work, described, world)
-        world.on_rank0(lambda: _publish(work, final, step, described))
+        sent = not any(apart) and gather.gather_files(work, described, world)
+        world.on_all_ranks(lambda: _publish(work, final, step, described) if leads else None)
         if sent:
             gather.remove_copies(work)
     except (OSError, RuntimeError, SftError, CheckpointException) as error:
-        if world.is_rank0:
+        if leads:
             shutil.rmtree(work, ignore_errors=True)
         raise SharedError(
             f"{final}: could not be saved ({_reason(error)}); a step needs about {_stored_bytes(state):,} bytes there;"

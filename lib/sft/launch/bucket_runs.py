@@ -29,6 +29,7 @@ from sft.storage.contract import Storage
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage, transfer
 from sft.sync.fetch import listed_copies
+from sft.sync.send import send as send_step
 
 READS = {"sync": {"prepare"}, "train": {"sync"}, "convert": {"prepare", "train"}, "evaluate": {"prepare", "convert"}}
 """The earlier stages whose files a stage reads. Of the others it needs the manifests only."""
@@ -85,26 +86,29 @@ def fetch_stage(address: str, folder: Path, cache: Path, manifest_only: bool = F
 
 
 def send(run: Path, stage: str, status: int) -> None:
-    """Sends the finished stage, its manifest last; with exit status 75, the newest step of a training that is to resume."""
+    """Sends the finished stage, its manifest last; with exit status 75, the newest step of a training that is to resume, or
+    the part of it that this node has."""
     address, folder = os.environ["SFT_STAGE_ADDRESS"], run / stage
+    first = os.environ.get("BEAKER_REPLICA_RANK", "0") == "0"
     bucket = open_storage(address, cache(run))
-    for name in UNLISTED:  # before the step, so that they are never older
+    for name in UNLISTED if first else ():  # before the step, so that they are never older
         if (folder / name).is_file():
             bucket.write(name, (folder / name).read_bytes())
-    if status == AGAIN and stage == "train":
-        steps = {int(p.parent.name[4:]): p.parent for p in folder.glob(f"step*/{manifest.NAME}")}
-        if steps:
-            step = steps[max(steps)]
-            _send_folder(step, open_storage(f"{address}/{step.name}", cache(run)))
-    if status == 0:
+    steps = {int(p.parent.name[4:]): p.parent for p in folder.glob(f"step*/{manifest.NAME}")}
+    if status == AGAIN and stage == "train" and steps:
+        send_step(steps[max(steps)], address, cache(run), ())
+    if status == 0 and first:
         _send_folder(folder, bucket)
 
 
 def _send_folder(folder: Path, target: Storage) -> None:
+    """Sends what this disk has of a stage; other nodes have sent the rest of a training's last step."""
     text = (folder / manifest.NAME).read_bytes()
     if target.read(manifest.NAME) == text:
         return
-    transfer(listed_copies(text, str(folder)), LocalStorage(folder), target, log)
+    absent = set(Elsewhere.of(folder).outputs)
+    copies = [copy for copy in listed_copies(text, str(folder)) if copy.source not in absent]
+    transfer(copies, LocalStorage(folder), target, log)
     target.write(manifest.NAME, text)
     log(f"{folder} is stored in {target.where}")
 

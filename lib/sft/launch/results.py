@@ -59,7 +59,7 @@ def copy_results(folder: Path, results: Path, where: str = "") -> None:
         raise SftError(
             f"{folder / manifest.NAME}: the stage succeeded but left no manifest; next: read the job's log"
         ) from None
-    small = small_outputs(made.outputs)
+    small = small_outputs(Elsewhere.of(folder).here(folder, made.outputs))
     for name in [*sorted(small), *(n for n in UNLISTED if (folder / n).is_file())]:
         target = inside(results, name, "results")
         target.parent.mkdir(parents=True, exist_ok=True)

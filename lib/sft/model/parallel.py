@@ -126,6 +126,11 @@ class World:
             dist.destroy_process_group()
 
 
+def transfer_s(count: int) -> int:
+    """Seconds that ranks wait for each other while `count` bytes are written or sent: half an hour, and 10 MB/s."""
+    return 1800 + count // 10**7
+
+
 def join(threads: int = 0, timeout_s: int = 1800) -> World:
     """Joins the process group. `threads` = CPU threads of this process; 0 divides the cores among the local
     processes."""

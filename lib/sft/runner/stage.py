@@ -28,8 +28,9 @@ from sft.common.hashcache import HashCache
 from sft.common.library_logs import quiet_libraries
 from sft.common.locks import lock
 from sft.common.process import report_errors
-from sft.formats import identity, manifest
+from sft.formats import elsewhere, identity, manifest
 from sft.formats import run as run_format
+from sft.formats.elsewhere import Elsewhere
 from sft.formats.identity import damaged, read_identity, write_identity
 from sft.formats.manifest import Manifest, Output
 from sft.formats.remote import Remote
@@ -53,6 +54,9 @@ class Result:
     """sha256 (hex) of the output files that were hashed while they were written. The others are read again and hashed."""
     measured: Sequence[str] = ()
     """Outputs with times in them, which the manifest's digest leaves out."""
+    absent: Sequence[Output] = ()
+    """Outputs that are not in the folder but in the folder `where`, which elsewhere.json then names."""
+    where: str = ""
 
 
 class Stage:
@@ -157,6 +161,9 @@ class Stage:
         """Hashes the outputs, flushes them to disk, writes the manifest and renames the folder into place."""
         assert self.result is not None
         made = self._describe(self.result, delete_others=not in_place)
+        if self.result.absent:
+            absent = tuple(o.path for o in self.result.absent)
+            Elsewhere(self.result.where, absent).write(self.out / elsewhere.NAME)
         made.write(self.out / manifest.NAME)
         if not in_place:
             final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old"
@@ -199,6 +206,7 @@ class Stage:
         if delete_others:
             keep_only(self.out, set(names))
         flush(self.out, names)
+        outputs = tuple(sorted((*outputs, *result.absent), key=lambda o: o.path)) if result.absent else outputs
         return self._manifest(result, outputs, in_cache)
 
     def _manifest(self, result: Result, outputs: tuple[Output, ...], in_cache: bool) -> Manifest:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sft.checkpoint import olmo_core, step_folder
+from sft.checkpoint import gather, olmo_core, step_folder
 from sft.checkpoint.lora_step import base_digest
 from sft.common.errors import SftError
 from sft.common.strings import distinct
@@ -26,6 +26,7 @@ from sft.export.core_gate import check_core_base
 from sft.formats import manifest
 from sft.formats.adapter import KEY, Adapter
 from sft.formats.dataset import DatasetInfo
+from sft.formats.elsewhere import UNLISTED
 from sft.formats.out_of_memory import OutOfMemory
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
@@ -126,6 +127,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
             | ({KEY: adapter.to_value()} if adapter else {}),
             world,
             setup.log,
+            step_bytes=12 * sum(p.numel() for p in model.parameters()),  # fp32 weights and two moments
         ),
         # A compiled block would take the hooks into its graph.
         stopwatch=Stopwatch(model.get_submodule("blocks").children(), world)
@@ -152,7 +154,7 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
     connect_saver(setup, run.saver)
     start, origin = resume(setup, run, step, data.loader, adapter)
-    if world.is_rank0:
+    if run.saver.leads:
         run.saver.prune()  # a kill may have come between the last save and its retention
     plan, summary = run.plan, run.plan.describe()
     for line in repeated_choices(info.sources, summary.epochs):
@@ -352,12 +354,18 @@ def notes(setup: Setup, run: Run, tokenizer_warning: str, missing: str) -> Itera
 
 def connect_saver(setup: Setup, saver: Saver) -> None:
     """Starts uploads and makes retention wait for evaluations. Call it after `step_folder.latest`, which sets damaged
-    steps aside."""
-    stage = setup.stage
+    steps aside. Every rank calls this.
+
+    Nodes without a common disk upload the parts of a step that they have. With [evaluate] every, rank 0's disk gets the
+    whole step instead, because evaluations beside training read it there.
+    """
+    stage, world = setup.stage, setup.world
     where = destination(stage.storage, stage.recipe.run, stage.identity)
-    if setup.world.is_rank0 and where:
-        saver.uploads = Uploads(stage.out, where, stage.cache, stage.log)
     every = stage.recipe.evaluate.every
+    if where and not every and any(apart := gather.apart(stage.out, world)):
+        saver.keep_apart(apart)
+    if where and saver.leads:
+        saver.uploads = Uploads(stage.out, where, stage.cache, stage.log, UNLISTED if world.is_rank0 else ())
 
     def waiting() -> list[Path]:
         held = evaluations.held(stage.out, every) if every else ()

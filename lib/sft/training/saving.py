@@ -15,23 +15,25 @@ import contextlib
 import copy
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from sft.checkpoint import step_folder
+from sft.checkpoint import gather, step_folder
 from sft.formats.metrics import SaveTimes, UploadSummary
 from sft.formats.steps import Best
-from sft.model.parallel import World
+from sft.model.parallel import World, transfer_s
 from sft.recipe.schema import Train
 from sft.training.host_copy import HostCopy
 from sft.training.uploads import Uploads
 
+PUBLICATION_S = 7 * 24 * 3600
+"""How long ranks wait for the uploads of others, and for the publication. A scheduler's time limit is shorter."""
 REQUEST = "SAVE"  # touch runs/<run>/train/SAVE: a permanent checkpoint after the step that is running
 
 
@@ -57,13 +59,15 @@ class Saver:
         config: Mapping[str, Any],
         world: World,
         log: Callable[[str], None],
+        step_bytes: int = 0,
     ) -> None:
-        """`config`: the content of config.json of a step. `log` prints on rank 0 only."""
+        """`config`: the content of config.json of a step. `log` prints on rank 0 only. `step_bytes`: about the size of a step."""
         self.out, self.train, self.config, self.world, self.log = out, train, config, world, log
-        self.uploads: Uploads | None = None  # of permanent steps (rank 0 only)
+        self.uploads: Uploads | None = None  # of permanent steps, on ranks that lead a disk
+        self.apart: Sequence[bool] = ()  # ranks whose files stay on their node, which uploads them (gather.apart)
         self.last: Path | None = None  # the newest complete step of this run
         self.waiting: Callable[[], Collection[Path]] = tuple  # steps that must stay until they are evaluated
-        self._save_world = world.with_own_group()
+        self._save_world = world.with_own_group(transfer_s(step_bytes))
         cuda = world.device.type == "cuda"
         self._copy = HostCopy()
         # A new thread would use GPU 0 and not this rank's GPU.
@@ -73,6 +77,15 @@ class Saver:
         self._pending: Future[tuple[int, float]] | None = None  # (step, seconds)
         self._blocked = 0.0
         self._ended: tuple[int, float] | None = None
+
+    def keep_apart(self, apart: Sequence[bool]) -> None:
+        """Leaves each node's files on its own disk. Every rank calls this, with the same list (gather.apart)."""
+        self.apart, self._patient = apart, self.world.with_own_group(PUBLICATION_S)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank names, uploads and removes the steps of a disk."""
+        return gather.leads_disk(self.apart, self.world)
 
     @property
     def failed(self) -> bool:
@@ -120,16 +133,17 @@ class Saver:
         writing."""
         began = time.monotonic()
         self.last = step_folder.save(
-            self.out, save.step, save.state, save.train_state, self.config, self._save_world, ephemeral=save.ephemeral
-        )
+            self.out, save.step, save.state, save.train_state, self.config, self._save_world,
+            ephemeral=save.ephemeral, apart=self.apart,
+        )  # fmt: skip
         seconds = time.monotonic() - began
-        self._save_world.on_rank0(lambda: self._name(save), share=False)
+        self._save_world.on_all_ranks(lambda: self._name(save) if self.leads else None)
         if self.world.is_rank0:
             self.log(f"saved {self.last} in {seconds:.1f} s")
         return save.step, seconds
 
     def _name(self, save: _Save) -> None:
-        """On rank 0: LATEST, BEST, the request file, the upload and retention."""
+        """On ranks that lead a disk: LATEST, BEST, the request file, the upload and retention."""
         folder, best = self.out / f"step{save.step}", save.best
         step_folder.mark_latest(folder)
         if best and step_folder.mark_best(self.out, best.step, best.metric, best.value, higher_is_better=False):
@@ -141,18 +155,22 @@ class Saver:
         self.prune()
 
     def prune(self) -> None:
-        """Moves superfluous steps to the trash and removes them in a thread. Rank 0 only."""
+        """Moves superfluous steps to the trash and removes them in a thread. Ranks that lead a disk only."""
         busy = self.uploads.busy if self.uploads is not None else ()
         keep = None if self.train.save_best_only else self.train.keep
         for trash in step_folder.prune(self.out, keep, {*busy, *self.waiting()}):
             self._remover.submit(shutil.rmtree, trash, ignore_errors=True)
 
     def send(self) -> UploadSummary | None:
-        """Waits for uploads (rank 0, after the last step). None without uploads."""
-        if self.uploads is None:
-            return None
-        sent = self.uploads.finish()
-        self.prune()  # steps that stayed only until they were sent
+        """Waits for uploads, after the last step. None without uploads, and on ranks that lead no disk. Every rank calls this."""
+        sent = self.uploads.finish() if self.uploads is not None else None
+        if sent is not None:
+            self.prune()  # steps that stayed only until they were sent
+        if any(self.apart):  # a step is uploaded when every node has sent its part
+            parts = [part for part in self._patient.gather(sent) if part is not None]
+            missing = sorted({step for part in parts for step in part.missing})
+            if sent is not None:
+                sent = replace(sent, steps=tuple(s for s in sent.steps if s not in missing), missing=tuple(missing))
         return sent
 
     def wait(self) -> None:

@@ -33,6 +33,7 @@ from sft.common.files import write_atomic
 from sft.common.process import AGAIN, OUT_OF_MEMORY, report_errors
 from sft.formats import manifest
 from sft.formats import metrics as metrics_format
+from sft.formats.manifest import Output
 from sft.formats.metrics import (
     Attempt,
     StepRecord,
@@ -53,14 +54,12 @@ from sft.training.hang import HangWatch
 from sft.training.loop import Requeue, Run, loop
 from sft.training.metrics import MetricsWriter
 from sft.training.out_of_memory import StartAgain, starts_again
+from sft.training.saving import PUBLICATION_S
 from sft.training.sources import lost_sources, table
 from sft.training.stopping import EARLY_STOPPING, MAX_MINUTES
 from sft.training.trackers import Trackers
 from sft.training.uploads import bring_checkpoint
 from sft.training.watcher import Watcher, start_watcher
-
-PUBLICATION_S = 7 * 24 * 3600
-"""How long the other ranks wait until rank 0 has sent and published the training. A scheduler's time limit is shorter."""
 
 
 def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
@@ -92,13 +91,28 @@ def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: i
     found = summary(stage.out, run, final, uploaded).to_value()
     for line in (*about_end(run), *table(run.labels), *lost_sources(run.labels, logs.colour())):
         stage.log(line)
-    return Result(outputs, found, step_hashes(final), measured=[metrics_format.NAME])
+    files = step_files(final)
+    absent = tuple(o for o in files if not (stage.out / o.path).is_file())  # they are on other nodes' disks
+    if absent and (uploaded is None or final.name not in uploaded.steps):
+        raise SftError(
+            f"{final}: {absent[0].path} and {len(absent) - 1} more of its files are on other nodes, and they could not be sent;"
+            " next: run train again, which sends them, or continues from the newest step that was sent"
+        )
+    return Result(
+        outputs,
+        found,
+        {o.path: o.sha256 for o in files},
+        measured=[metrics_format.NAME],
+        absent=absent,
+        where=uploaded.where if uploaded else "",
+    )
 
 
-def step_hashes(step: Path) -> dict[str, str]:
-    """{file, relative to the training folder: sha256} of a step. They were computed while it was written, or verified when
+def step_files(step: Path) -> list[Output]:
+    """The files of a step, relative to the training folder. Their hashes were computed while it was written, or verified when
     it was restored, so that publication does not read hundreds of GB again."""
-    return {f"{step.name}/{o.path}": o.sha256 for o in manifest.StepManifest.read(step / manifest.NAME).outputs}
+    files = manifest.StepManifest.read(step / manifest.NAME).outputs
+    return [dataclasses.replace(o, path=f"{step.name}/{o.path}") for o in files]
 
 
 def wait_for_publication(world: World) -> None:

@@ -1,6 +1,7 @@
 """Uploads permanent checkpoints to the cluster's bucket beside training, and fetches them where disks end with the job.
 
-In:  complete step folders, on rank 0. Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file
+In:  complete step folders, on rank 0; where nodes have no common disk, on the first rank of each, with the files of its ranks.
+Out: <storage>/checkpoints/<run>-<identity>/stepN/, its manifest last, every file
 verified. `bring_checkpoint` is the way back: it copies a step that rank 0 chooses to the disk of every machine.
 
 Upload failures never stop training. sft.storage retries, and the step is retried after every later step and at the end.
@@ -29,18 +30,22 @@ from sft.formats import metrics as metrics_format
 from sft.formats.elsewhere import UNLISTED
 from sft.formats.metrics import UploadSummary, read_attempts
 from sft.formats.steps import BEST, Best, is_ephemeral
-from sft.model.parallel import World
+from sft.model.parallel import World, transfer_s
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
+from sft.sync.send import send
 
 
 class Uploads:
-    """A queue of steps, and the thread that uploads them one after the other. Rank 0 only."""
+    """A queue of steps, and the thread that uploads them one after the other. One for each disk."""
 
-    def __init__(self, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> None:
-        """`out`: train's folder. `where`: the address of this run's steps, gs://bucket/…"""
-        self.out, self.where, self.cache, self.log = out, where, cache, log
+    def __init__(
+        self, out: Path, where: str, cache: Path, log: Callable[[str], None], beside: Sequence[str] = UNLISTED
+    ) -> None:
+        """`out`: train's folder. `where`: the address of this run's steps in a bucket. `beside`: files of `out` that are
+        sent with every step."""
+        self.out, self.where, self.cache, self.log, self.beside = out, where, cache, log, beside
         self._queue: queue.Queue[Path] = queue.Queue()
         self._lock = threading.Lock()
         self._closed = False
@@ -88,7 +93,7 @@ class Uploads:
 
     def _run(self, step: Path) -> tuple[int, str]:
         """(exit status, output) of the process that sends a step."""
-        command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *UNLISTED]
+        command = [sys.executable, "-m", "sft.sync.send", str(step), self.where, str(self.cache), *self.beside]
         with self._lock:
             if self._closed:
                 return 1, ""
@@ -113,10 +118,10 @@ class Uploads:
             self._queue.put(step)
         self._queue.join()
         for step, why in self._missing.items():
-            self.log(
-                f"warning: {step.name} could not be sent to {self.where}: {why};"
-                f" next: make cp SRC={step} DST={self.where}/{step.name}"
+            copy = (
+                "run train again, on all nodes" if is_part(step) else f"make cp SRC={step} DST={self.where}/{step.name}"
             )
+            self.log(f"warning: {step.name} could not be sent to {self.where}: {why}; next: {copy}")
         return UploadSummary(self.where, tuple(self._uploaded), tuple(step.name for step in self._missing))
 
     def close(self) -> None:
@@ -139,22 +144,29 @@ def destination(storage: str, run: str, identity: str) -> str:
 
 # --- the way back -----------------------------------------------------------------------------------------------------
 
-TIMEOUT_S = 4 * 3600  # 400 GB of a 32B step over a slow network
-
 
 def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Callable[[str], None]) -> None:
     """Copies the newest complete step of the bucket to every machine's disk, and to rank 0's disk also the step of BEST
     and the records of earlier attempts. Does nothing if the bucket has no step. Every rank calls this. Raises
     SharedError.
 
+    Each machine first sends its part of the newest step that an earlier attempt has left on the disks.
     Rank 0 chooses the step, because the bucket may still change: an earlier attempt may still upload its last step.
     """
-    world = world.with_own_group(TIMEOUT_S)
+    left = None if world.local_rank else _newest_left(out)
+    size = max(world.gather(sum(p.stat().st_size for p in left.rglob("*")) if left else 0))
+    patient = world.with_own_group(transfer_s(size))
+    beside = UNLISTED if world.is_rank0 else ()
+    for problem in patient.on_all_ranks(lambda: _send_left(left, where, cache, beside) if left else ""):
+        if problem:
+            log(f"warning: {problem}")
 
     def bring(number: int) -> str:
         return "" if world.local_rank else _bring_step(number, out, where, cache, log)
 
-    numbers = world.on_rank0(lambda: _complete_steps(where, cache))
+    steps = patient.on_rank0(lambda: _complete_steps(where, cache))
+    numbers = sorted(steps, reverse=True)
+    world = world.with_own_group(transfer_s(max(steps.values(), default=0)))
     for number in numbers:
         problem = next(filter(None, world.on_all_ranks(partial(bring, number))), "")
         if not problem:
@@ -166,10 +178,31 @@ def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Call
     log(f"continuing from step {number} of {where}")
 
 
-def _complete_steps(where: str, cache: Path) -> list[int]:
-    """The numbers of the steps with a manifest, newest first."""
-    found = (fetch.STEP_MANIFEST.fullmatch(name) for name in open_storage(where, cache).list())
-    return sorted((int(m[1]) for m in found if m), reverse=True)
+def _newest_left(out: Path) -> Path | None:
+    """The newest finished step on this disk, if other nodes have some of its files; otherwise None."""
+    done = [step for _, step in step_folder.steps(out) if (step / manifest.NAME).is_file()] if out.is_dir() else []
+    return done[-1] if done and is_part(done[-1]) else None
+
+
+def is_part(step: Path) -> bool:
+    """Whether this disk has only some of the files of a step: those of its node's ranks."""
+    return not all((step / o.path).is_file() for o in manifest.StepManifest.read(step / manifest.NAME).outputs)
+
+
+def _send_left(step: Path, where: str, cache: Path, beside: Sequence[str]) -> str:
+    """Sends a step, or the part of it that this disk has. Returns the problem, or ""."""
+    try:
+        send(step, where, cache, beside)
+    except (SftError, OSError) as error:
+        return f"{step.name} of an earlier attempt could not be sent: {error}"
+    return ""
+
+
+def _complete_steps(where: str, cache: Path) -> dict[int, int]:
+    """{number: bytes} of the steps with a manifest."""
+    files = open_storage(where, cache).list()
+    found = [m for name in files if (m := fetch.STEP_MANIFEST.fullmatch(name))]
+    return {int(m[1]): sum(f.bytes for name, f in files.items() if name.startswith(f"step{m[1]}/")) for m in found}
 
 
 def _bring_step(number: int, out: Path, where: str, cache: Path, log: Callable[[str], None]) -> str:
