@@ -267,3 +267,19 @@ def test_every_option_is_named_in_a_document():
     for cls in (*schema.TABLES.values(), schema.Source, schema.Hardware, schema.Cluster):
         missing = [name for name in names_of(cls) if name not in words]
         assert not missing, f"{cls.__name__}: next: describe {', '.join(missing)} in docs/, as `name`"
+
+
+@pytest.mark.parametrize(("nodes", "groups", "accumulated"), [(4, 16, 2), (1, 4, 8)])
+def test_the_reference_recipe_has_the_reference_runs_step(nodes: int, groups: int, accumulated: int) -> None:
+    """open-instruct's oc_sft_olmo3_7b_full.sh: 1 pack x 2 accumulated x 32 / 2 ranks; on one node 8 are accumulated."""
+    from sft.model import memory
+    from sft.packing.steps import accumulation, context_groups
+
+    loaded = recipe.load(REPO / "recipes/olmo3-7b-reference.toml")
+    model, train = resolve.resolve(loaded.model, 100278), loaded.train
+    hardware = dataclasses.replace(loaded.hardware("ai2-jupiter", "train"), nodes=nodes)
+    assert context_groups(model, train, hardware, 8 * nodes) == groups
+    packs = train.global_batch_tokens // train.seq_len
+    assert accumulation(packs, train.seq_len, groups, hardware.microbatch_tokens) == (accumulated, 1)
+    assert memory.plan(model, train, hardware, 8 * nodes, 80).fits
+    assert (train.seq_len, train.lr, train.epochs, train.seed, train.data_seed) == (32768, 8e-5, 2.0, 33333, 34521)
