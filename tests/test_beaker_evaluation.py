@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from beaker_place import Place, place  # noqa: F401 - a fixture
+from conftest import REPO
 from published import publish
 from sft.common.errors import SftError
 from sft.evaluation import collected, compare
@@ -26,6 +27,7 @@ from sft.formats.job import FOLDER
 from sft.formats.results import EvaluateMetrics, Results
 from sft.launch import job
 from sft.launch.beaker import harnesses, scheduler
+from sft.recipe.clusters import load_cluster
 
 pytestmark = pytest.mark.server
 
@@ -103,6 +105,77 @@ def test_oe_eval_is_the_ancestors_documented_command_field_by_field(place):  # n
     )
 
 
+def test_olmo_evals_revision_and_longest_reply_are_the_scripts_flags(place):  # noqa: F811
+    """--location allenai/OLMo-2 --revision v1.0/a --sampling_max_tokens 512: -o provider.revision=, -o max_tokens= after each -t"""
+    fields = 'location = "hf://allenai/OLMo-2@v1.0/a"\nmax_length = 4096\nmax_reply_tokens = 512'
+    task = spec_of(place, f'tasks = ["aime", "gsm8k"]\nharness = "olmo-eval"\n{fields}')["tasks"][0]
+    words = task["command"] + task["arguments"]
+    assert words[2:] == [
+        "-m", "allenai/OLMo-2", "--harness", "default", "-o", "provider.kind=vllm_server", "-o", "provider.max_model_len=4096",
+        "-o", "provider.revision=v1.0/a", "-t", "aime", "-o", "max_tokens=512", "-t", "gsm8k", "-o", "max_tokens=512",
+        "--num-gpus", "1", "--output-dir", "/results",
+    ]  # fmt: skip
+    assert "timeout" not in task
+
+
+def test_oe_evals_defaults_are_those_of_open_instructs_script(place):  # noqa: F811
+    """--process_output r1_style by default, --beaker-timeout 48h, --beaker-retries 2, --push-datalake, twice the GPUs for reasoning."""
+    plain = 'harness = "oe-eval"\nlocation = "allenai/OLMo-2@main"\nmax_length = 4096'
+    body = spec_of(place, f'tasks = ["SAFETY_EVAL_REASONING", "gsm8k::tulu"]\n{plain}')
+    safety, words = (task["arguments"] for task in body["tasks"])
+    assert body["retry"] == {"allowedTaskRetries": 2}
+    assert {task["timeout"] for task in body["tasks"]} == {48 * 3600 * 10**9}
+    assert [task["resources"]["gpuCount"] for task in body["tasks"]] == [2, 1] and safety[
+        safety.index("--gpus") + 1
+    ] == "2"
+    assert json.loads(words[words.index("--model-args") + 1])["process_output"] == "r1_style"
+    assert words[words.index("--revision") + 1] == "main"
+    assert "--push-datalake" in words and "--datalake-tags" not in words
+    more = 'process_output = "none"\nstop_sequences = ["</a>", "\\n\\n"]\nmax_reply_tokens = 99\ndatalake_tags = {run_id = "r1", step = "7"}'
+    (task,) = spec_of(place, f'tasks = ["gsm8k::tulu"]\n{plain}\n{more}')["tasks"]
+    words = task["arguments"]
+    assert "process_output" not in json.loads(words[words.index("--model-args") + 1])
+    assert json.loads(words[words.index("--task-args") + 1]) == {
+        "generation_kwargs": {"max_gen_toks": 99, "truncate_context": False, "stop_sequences": ["</a>", "\n\n"]}
+    }
+    assert words[words.index("--datalake-tags") + 1] == "run_id=r1,step=7"
+    place.edit('workspace = "ai2/team"', 'time = "2h"\nevaluate_retries = 0\nworkspace = "ai2/team"')
+    body = spec_of(place, f'tasks = ["gsm8k::tulu"]\n{plain}\ndatalake = false')
+    assert body["tasks"][0]["timeout"] == 7200 * 10**9 and "retry" not in body
+    assert "--push-datalake" not in body["tasks"][0]["arguments"]
+
+
+@pytest.mark.parametrize("file", sorted((REPO / "env").glob("ai2-*.toml")), ids=lambda f: f.stem)
+def test_the_shipped_clusters_install_olmo_eval_as_open_instruct_does(file):
+    cluster = load_cluster(file)
+    weka = "oe-eval-default:/weka/oe-eval-default" in cluster.mounts
+    assert weka == (file.stem != "ai2-augusta")
+    cache = " --cache-dir /weka/oe-eval-default/olmo-eval-pypi-cache" if weka else ""
+    assert cluster.evaluate_install[-2:] == (
+        f"uv pip install{cache} -e '.[vllm]'",
+        f"uv pip install{cache} --upgrade 'vllm[runai]>=0.19.0' 'transformers>=5.4.0'",
+    )
+    assert cluster.evaluate_install[-3] == "cd /opt/olmo-eval && git checkout --quiet main"
+    assert cluster.evaluate_retries == 2 and cluster.budget == "ai2/oe-other"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            'harness = "lm-eval"\nstop_sequences = ["x"]',
+            "'stop_sequences' in [evaluate]: only harness = 'oe-eval' reads it",
+        ),
+        ('harness = "olmo-eval"\ndatalake = false', "'datalake' in [evaluate]: only harness = 'oe-eval' reads it"),
+        ('harness = "oe-eval"\ndatalake_tags = {run_id = "a,b"}', "'a,b' is not a word without spaces, ',' and '='"),
+        ('harness = "oe-eval"\ndatalake = false\ndatalake_tags = {a = "b"}', "datalake = false pushes nothing"),
+    ],
+)
+def test_fields_of_oe_eval_are_refused_where_nothing_reads_them(place, fields, message):  # noqa: F811
+    with pytest.raises(SftError, match=re.escape(message)):
+        spec_of(place, f'tasks = ["gsm8k"]\n{fields}')
+
+
 @pytest.mark.parametrize(
     ("location", "path", "mounted"),
     [
@@ -133,6 +206,7 @@ def test_every_kind_of_location(place, location, path, mounted):  # noqa: F811
         ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nlocation = "/x $(id)"', "a path, gs://"),
         ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nlocation = "/weka/other/m"', "do not see it"),
         ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nlocation = "../m"', "a path, gs://"),
+        ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nlocation = "a/b@-o"\nmax_length = 9', "a path, gs://"),
         ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nprocess_output = "r1_style"', "decide that themselves"),
         ('tasks = ["gsm8k"]\nharness = "olmo-eval"\nsystem_prompt = "Be terse."', "system_prompt: olmo-eval's tasks"),
         ('tasks = ["gsm8k"]\nharness = "oe-eval"\nsystem_prompt = "Be terse."', "system_prompt: oe-eval's tasks"),

@@ -253,6 +253,9 @@ class Cluster:
         "", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness", launchers=BEAKER
     )
     evaluate_install: tuple[str, ...] = opt((), "shell lines that install the harness in that image", launchers=BEAKER)
+    evaluate_retries: int = opt(
+        2, "how often Beaker restarts a failed task of an evaluation harness", min=0, launchers=BEAKER
+    )
     evaluate_harness: str = opt(
         "olmo-eval",
         "the harness of evaluate_image and evaluate_install; the other one is refused",

@@ -139,6 +139,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     taken = _apply(data, [*overrides, *_fields_of_suite(overrides)], cluster, problems)
     _add_suite(data, problems)
     _add_method(data, taken)
+    _add_defaults_of_harness(data)
     for table in data:
         if table not in schema.TABLES and table != "on":
             problems.append(f"no table [{table}]{typed.did_you_mean(table, [*schema.TABLES, 'on'])}")
@@ -170,6 +171,13 @@ def _fields_of_suite(overrides: typing.Sequence[str]) -> list[str]:
         for name, value in fields
         if given.keys().isdisjoint((name, f"evaluate.{name}"))
     ]
+
+
+def _add_defaults_of_harness(data: dict[str, Any]) -> None:
+    """oe-eval processes replies like open-instruct's submission, which says r1_style for every model, if nothing is said."""
+    table = data.get("evaluate")
+    if isinstance(table, dict) and table.get("harness") == "oe-eval":
+        data["evaluate"] = {"process_output": "r1_style", **table}
 
 
 def _add_suite(data: dict[str, Any], problems: list[str]) -> None:

@@ -194,6 +194,7 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
         problems.append(
             f"'every' in [evaluate] = {evaluate.every}: evaluating during training needs harness = 'lm-eval'"
         )
+    problems += _check_oe_eval(evaluate)
     for task in evaluate.thinking:
         if task != "*" and task not in evaluate.tasks:
             problems.append(
@@ -207,6 +208,22 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
     if evaluate.every and evaluate.backend == "vllm" and evaluate.every_device == "cpu":
         problems.append("'every_device' in [evaluate] = 'cpu': backend = 'vllm' needs a GPU of its own, such as cuda:1")
+    return problems
+
+
+def _check_oe_eval(evaluate: schema.Evaluate) -> list[str]:
+    """The fields that only oe-eval reads; the tags are one word of its command line."""
+    if evaluate.harness != "oe-eval":
+        only = {"stop_sequences": (), "datalake": True, "datalake_tags": {}}
+        given = [name for name, default in only.items() if getattr(evaluate, name) != default]
+        return [f"'{name}' in [evaluate]: only harness = 'oe-eval' reads it; remove it" for name in given]
+    words = [word for pair in evaluate.datalake_tags.items() for word in pair if not re.fullmatch(r"[^\s,=]+", word)]
+    problems = [
+        f"'datalake_tags' in [evaluate]: {word!r} is not a word without spaces, ',' and '='; change it"
+        for word in words
+    ]
+    if evaluate.datalake_tags and not evaluate.datalake:
+        problems.append("'datalake_tags' in [evaluate]: datalake = false pushes nothing; remove one of them")
     return problems
 
 

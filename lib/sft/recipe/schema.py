@@ -318,9 +318,14 @@ class Evaluate:
     )
     location: str = opt(
         "",
-        "AI2's harnesses: another model than the run's export: a path on a mount, gs://…, org/name, beaker://dataset",
+        "AI2's harnesses: another model than the run's export: a path on a mount, gs://…, org/name[@revision], beaker://dataset",
     )
     model_name: str = opt("", "oe-eval: the model's name in its records; empty = the run's name", key=False)
+    stop_sequences: tuple[str, ...] = opt((), "oe-eval: texts that end a reply, beside the task's own", late=True)
+    datalake: bool = opt(True, "oe-eval: push the scores to AI2's datalake, as open-instruct does", key=False)
+    datalake_tags: dict[str, str] = opt(
+        {}, 'oe-eval: tags of the scores in the datalake, e.g. {run_id = "…", step = "100"}', key=False
+    )
     task_dir: str = opt("tasks", "folder of lm-eval task files under DATA or recipes/")
     limit: int = opt(0, "documents per task; 0 = all", min=0)
     data: dict[str, str] = opt(
@@ -345,7 +350,9 @@ class Evaluate:
     seed: int = opt(1234, "seed of few-shot examples and sampling", min=0)
     system_prompt: str = opt("", "system message before every conversation; empty = the task's own description, if any")
     process_output: str = opt(
-        "none", "r1_style removes everything up to </think> before scoring", choices=("none", "r1_style")
+        "none",
+        "r1_style removes everything up to </think> before scoring; oe-eval: r1_style unless set",
+        choices=("none", "r1_style"),
     )
     max_length: int = opt(0, "longest prompt plus reply in tokens; 0 = the export's max_position_embeddings", min=0)
     num_fewshot: int = opt(-1, "worked examples before each question; -1 = the task's own number", min=-1)

@@ -37,6 +37,7 @@ INSTALL = (
 )
 """Runs COUNT LINE… COMMAND…: the lines that prepare the image, in the shell that becomes the harness. The arguments are never
 pasted into it."""
+_HUB = r"[A-Za-z0-9_.-]+(?:/[A-Za-z0-9_.-]+)?"
 _TASK = r"[A-Za-z0-9][A-Za-z0-9_.:@+-]*"
 SUITES = {
     "OLMO_3": (
@@ -69,10 +70,14 @@ SUITES = {
 """oe-eval's task suites as scripts/eval/oe-eval.sh lists them. The name of a suite in [evaluate] tasks stands for its tasks."""
 CHOICE = ("mmlu:mc::tulu", "truthfulqa::tulu")
 """Multiple choice, which runs without vLLM: batches of 1 on twice the GPUs."""
+LONG_REPLIES = SUITES["SAFETY_EVAL_REASONING"]
+"""They run on twice the GPUs, too."""
 TOOLS = "bfcl_all::std"
+OE_EVAL_HOURS = 48
+"""The time limit of a task of oe-eval, where neither the recipe nor the cluster's file has one. Beaker counts nanoseconds."""
 LM_EVAL_ONLY = (
     "system_prompt", "seed", "validation_documents", "backend", "task_dir", "data", "num_fewshot", "fewshot_as_multiturn",
-    "max_reply_tokens", "temperature", "top_p", "samples", "thinking", "max_thought_tokens", "by_task", "plain_text",
+    "temperature", "top_p", "samples", "thinking", "max_thought_tokens", "by_task", "plain_text",
 )  # fmt: skip
 REFUSED = {"olmo-eval": (*LM_EVAL_ONLY, "process_output"), "oe-eval": (*LM_EVAL_ONLY, "min_stop_rate")}
 """Options that a harness would silently ignore: its tasks decide the matter, or its records do not contain it."""
@@ -84,6 +89,7 @@ class HarnessModel(NamedTuple):
     name: str  # as the harness names it
     mounts: dict[str, str]  # {path: Beaker dataset}
     uploads: dict[str, Path]  # {name of a Beaker dataset: the folder to upload before submission}
+    revision: str = ""  # of a model on the hub
 
 
 class HarnessTask(NamedTuple):
@@ -113,7 +119,7 @@ def tasks_of(job: Job) -> list[str]:
 
 
 def model_of(job: Job, user: str) -> HarnessModel:
-    """The model at [evaluate] location: a path on a mount, gs://…, org/name on the hub, or beaker://dataset.
+    """The model at [evaluate] location: a path on a mount, gs://…, org/name[@revision] on the hub, or beaker://dataset.
 
     An empty location is the run's own export. Raises SftError for any other form, and for a path that jobs do not see.
     """
@@ -123,9 +129,11 @@ def model_of(job: Job, user: str) -> HarnessModel:
         return HarnessModel(MODEL, {MODEL: match[1] or match[2]}, {})
     if place:
         place = paths.for_user(place).removeprefix("hf://")
-        if not re.fullmatch(r"(/|gs://)?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*", place) or ".." in place.split("/"):
+        if match := re.fullmatch(rf"({_HUB})@([A-Za-z0-9_.][A-Za-z0-9_./-]*)", place):
+            return HarnessModel(match[1], {}, {}, match[2])
+        if not re.fullmatch(rf"(/|gs://)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*|{_HUB}", place) or ".." in place.split("/"):
             raise SftError(
-                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name or beaker://… is expected; next: correct it"
+                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name[@revision] or beaker://… is expected; next: correct it"
             )
         if place.startswith("/"):
             _check_mounted(job, place)
@@ -180,13 +188,16 @@ def harness_experiment(job: Job, user: str) -> BeakerExperimentSpec | None:
     _check_supported(job)
     model, gpus = model_of(job, user), max(1, job.gpus)
     planned = _olmo_eval if options.harness == "olmo-eval" else _oe_eval
-    return specification.wrap(job, [_beaker_task(job, task, model) for task in planned(job, model.name, gpus)])
+    tasks = [_beaker_task(job, task, model) for task in planned(job, model, gpus)]
+    return specification.wrap(job, tasks, cluster.evaluate_retries)
 
 
 def _beaker_task(job: Job, planned: HarnessTask, model: HarnessModel) -> BeakerTaskSpec:
     cluster, words = job.cluster, planned.command
     task = specification.task(job, planned.name, planned.variables, model.mounts, planned.gpus)
     task.image.beaker = cluster.evaluate_image
+    if task.timeout is None and job.recipe.evaluate.harness == "oe-eval":
+        task.timeout = OE_EVAL_HOURS * 3600 * 10**9
     for variable, secret in cluster.evaluate_secrets.items():
         task = task.with_env_var(variable, secret=paths.for_user(secret))
     if install := cluster.evaluate_install:
@@ -232,42 +243,51 @@ def _exported_length(job: Job) -> int:
     return longest_input(file)
 
 
-def _olmo_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
+def _olmo_eval(job: Job, model: HarnessModel, gpus: int) -> list[HarnessTask]:
     """One Beaker task for all tasks."""
     options = job.recipe.evaluate
-    command = ["olmo-eval", "run", "-m", model, "--harness", "default", "-o", "provider.kind=vllm_server",
+    command = ["olmo-eval", "run", "-m", model.name, "--harness", "default", "-o", "provider.kind=vllm_server",
                "-o", f"provider.max_model_len={_max_length(job)}"]  # fmt: skip
+    command += ["-o", f"provider.revision={model.revision}"] if model.revision else []
     for task in tasks_of(job):
         command += ["-t", task, *(["-o", f"limit={options.limit}"] if options.limit else [])]
+        command += ["-o", f"max_tokens={options.max_reply_tokens}"] if options.max_reply_tokens else []
     command += ["--num-gpus", str(gpus), "--output-dir", specification.RESULTS]
     return [HarnessTask("evaluate", gpus, {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}, command)]
 
 
-def _oe_eval(job: Job, model: str, gpus: int) -> list[HarnessTask]:
+def _oe_eval(job: Job, model: HarnessModel, gpus: int) -> list[HarnessTask]:
     """One Beaker task for each of oe-eval's tasks."""
     options, made = job.recipe.evaluate, []
     length = _max_length(job)
-    task_args = {"generation_kwargs": {"max_gen_toks": length, "truncate_context": False}}
+    generation: dict[str, Any] = {"max_gen_toks": options.max_reply_tokens or length, "truncate_context": False}
+    if options.stop_sequences:
+        generation["stop_sequences"] = list(options.stop_sequences)
+    pushed = ["--push-datalake"] if options.datalake else []
+    if options.datalake_tags:
+        pushed += ["--datalake-tags", ",".join(f"{name}={value}" for name, value in options.datalake_tags.items())]
     for number, name in enumerate(tasks_of(job)):
         choice = name in CHOICE
-        model_args: dict[str, Any] = {"model_path": model, "max_length": length}
+        wanted = gpus * 2 if choice or name in LONG_REPLIES else gpus
+        model_args: dict[str, Any] = {"model_path": model.name, "max_length": length}
         if options.process_output != "none":
             model_args["process_output"] = options.process_output
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
         if name == TOOLS:
-            if not model.startswith(("/", "gs://")):
+            if not model.name.startswith(("/", "gs://")):
                 raise SftError(
-                    f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model!r}; next: a path or gs://… as location"
+                    f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model.name!r}; next: a path or gs://… as location"
                 )
             model_args["metadata"] = {"extra_eval_config": {"model_name": "allenai/general-tool-use-dev"}}
             variables["MAX_TOKENS"] = str(length)
         command = ["oe-eval", "--model", options.model_name or job.run.name, "--task", name]
         command += [] if choice else ["--model-type", "vllm"]
         command += ["--batch-size", "1" if choice else "10000", "--model-args", json.dumps(model_args),
-                    "--task-args", json.dumps(task_args), "--gpus", str(gpus * 2 if choice else gpus)]  # fmt: skip
+                    "--task-args", json.dumps({"generation_kwargs": generation}), "--gpus", str(wanted)]  # fmt: skip
+        command += ["--revision", model.revision] if model.revision else []
         command += ["--limit", str(options.limit)] if options.limit else []
-        command += ["--run-local", "--output-dir", specification.RESULTS]
-        made.append(HarnessTask(f"{number:03d}-{name}", gpus * 2 if choice else gpus, variables, command))
+        command += [*pushed, "--run-local", "--output-dir", specification.RESULTS]
+        made.append(HarnessTask(f"{number:03d}-{name}", wanted, variables, command))
     return made
 
 

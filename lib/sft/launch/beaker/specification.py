@@ -144,7 +144,7 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     made.host_networking = made.host_networking or "SFT_TCPXO" in variables
     made.command = ["bash", "-c", SCRIPT.read_text(encoding="utf-8"), SCRIPT.name]
     made.arguments = [far.remote_run(job), job.stage, str(len(install)), *install, *far.remote_command(job)]
-    return wrap(job, [made])
+    return wrap(job, [made], job.cluster.retries)
 
 
 def task(
@@ -183,14 +183,14 @@ def task(
     return made
 
 
-def wrap(job: Job, tasks: list[BeakerTaskSpec]) -> BeakerExperimentSpec:
+def wrap(job: Job, tasks: list[BeakerTaskSpec], retries: int) -> BeakerExperimentSpec:
     """The experiment of these tasks. Its description names what is made, so that a lost submission is recognised."""
     spec = BeakerExperimentSpec(
         budget=job.cluster.budget or None,
         tasks=tasks,
         description=f"olmo-sft {job.stage} of {job.run.name} {job.identity}",
     )
-    return spec.with_retries(job.cluster.retries) if job.cluster.retries else spec
+    return spec.with_retries(retries) if retries else spec
 
 
 def text(spec: BeakerExperimentSpec) -> str:
