@@ -131,7 +131,9 @@ def model_of(job: Job, user: str) -> HarnessModel:
         place = paths.for_user(place).removeprefix("hf://")
         if match := re.fullmatch(rf"({_HUB})@([A-Za-z0-9_.][A-Za-z0-9_./-]*)", place):
             return HarnessModel(match[1], {}, {}, match[2])
-        if not re.fullmatch(rf"(/|gs://)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*|{_HUB}", place) or ".." in place.split("/"):
+        if not re.fullmatch(rf"(/|gs://)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*|{_HUB}", place) or ".." in place.split(
+            "/"
+        ):
             raise SftError(
                 f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name[@revision] or beaker://… is expected; next: correct it"
             )
