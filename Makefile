@@ -143,13 +143,15 @@ test: check ## all tests, and the branches of lib/sft that they take; TESTS="tes
 	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"
 test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one process, in about three minutes on two cores
 	.venv/bin/python -m pytest -n 2 -m "not (slurm or server or compile or processes or slow)" $(TESTS)
-.PHONY: mutants soak flip
+.PHONY: mutants soak flip fuzz
 mutants: | $(TOOLS) ## remove every protection once, in a copy, and look whether a test fails [ONLY=part of a name]
 	@$(PY) tests/mutants.py $(call quote,$(ONLY))
 soak: | $(TOOLS) ## N=200 kills and failures at random calls of each stage; every end has the bytes of an undisturbed run [ONLY="train convert"]
 	@$(PY) tests/soak.py $(call quote,$(or $(N),200)) $(call quote,$(ONLY))
 flip: | $(TOOLS) ## a bit, a cut and a deletion, N=3 of each, in every kind of file of a run: found and named, or harmless [ONLY=part of a name]
 	@$(PY) tests/flip.py $(call quote,$(or $(N),3)) $(call quote,$(ONLY))
+fuzz: | $(TOOLS) ## N=1000 inputs of every kind, made and damaged by hypothesis: used, or refused with an error of ours [ONLY=part of a name]
+	@$(PY) tests/fuzz.py $(call quote,$(or $(N),1000)) $(call quote,$(ONLY))
 record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a change of code that keeps bytes and files readable or raised a version number
 	@$(PY) tests/versions.py
 bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line

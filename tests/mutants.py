@@ -119,6 +119,9 @@ MUTANTS = (
     Mutant("a newer file is not taken for a damaged one", "formats/record.py", "self.newer = type(found) is int and found > reads", "self.newer = False", "test_formats.py"),
     Mutant("training survives the reader of its output", "training/logs.py", "QUIT USR1 PIPE;", "QUIT USR1;", "test_logs.py"),
     Mutant("LATEST and BEST are never removed", "checkpoint/step_folder.py", "{latest_step, named_step(out, BEST), *protected,", "{*protected,", "test_saving.py::test_retention_keeps_the_newest_and_whatever_latest_or_best_names"),
+    # --- damaged inputs (tests/fuzz.py)
+    Mutant("a damaged list of numbers is an error", "data/dataset.py", '        raise ValueError(f"{type(error).__name__}: {error}") from None\n', "        raise\n", "test_fuzz.py::test_a_list_of_numbers_that_numpy_cannot_parse_is_refused"),
+    Mutant("documents tile their parts", "data/dataset.py", "if not length.all() or too_far or not _same_numbers(starts, ends):", "if False:", "test_fuzz.py test_dataset.py"),
     # --- faulty hardware
     Mutant("a replay that differs stops training", "training/loop.py", "        run.replay.check(run.stage.out, run.stage.log)\n", "        pass\n", "test_replay.py::test_a_wrong_bit_without_a_third_rank"),
     Mutant("a replay leaves no gradient", "training/replay.py", "            drop()\n", "", "test_replay.py::test_replays_change_no_byte_and_agree"),

@@ -38,6 +38,20 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     raise SftError(f"vocab_size {vocab_size} does not fit 64 bits")
 
 
+def map_array(path: Path) -> NDArray[Any]:
+    """Maps a .npy file with a list of numbers or records. Raises OSError, or ValueError for a damaged one: numpy parses the header as
+    Python, and what then fails has many types."""
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from None
+    if not isinstance(found, np.ndarray) or found.ndim != 1:
+        raise ValueError("it is no list of numbers")
+    return found
+
+
 def trained_runs(mask: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The begin and the end (exclusive) of each run of trained tokens."""
     edges = np.flatnonzero(mask[1:] != mask[:-1]) + 1
@@ -89,7 +103,7 @@ class Dataset:
         folder = Path(folder)
         path = folder / "documents.npy"
         try:
-            documents = np.load(path, mmap_mode="r", allow_pickle=False)
+            documents = map_array(path)
         except (OSError, ValueError) as error:
             raise SftError(f"{path}: cannot be read ({error}); run make prepare again") from None
         if documents.dtype != DOCUMENT:

@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
-from sft.data.dataset import Dataset
+from sft.data.dataset import Dataset, map_array
 from sft.formats.packs import PackHeader, PackingLosses
 from sft.formats.record import to_json
 
@@ -96,8 +96,8 @@ class PackIndex:
         folder = Path(folder)
         try:
             header = PackHeader.read(folder / "index.json")
-            offsets = np.load(folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
-            segments = np.load(folder / "pieces.npy", mmap_mode="r", allow_pickle=False)
+            offsets = map_array(folder / "offsets.npy")
+            segments = map_array(folder / "pieces.npy")
         except (OSError, ValueError) as error:
             raise SftError(f"{folder}: not a pack index ({error}); next: delete the folder and run it again") from None
         digest = _digest(header.seq_len, header.policy, offsets, segments, header.losses)
