@@ -154,8 +154,8 @@ fuzz: | $(TOOLS) ## N=1000 inputs of every kind, made and damaged by hypothesis:
 	@$(PY) tests/fuzz.py $(call quote,$(or $(N),1000)) $(call quote,$(ONLY))
 record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a change of code that keeps bytes and files readable or raised a version number
 	@$(PY) tests/versions.py
-bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line
-	$(PY) benchmarks/bench_$*.py
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-first-steps bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line
+	$(PY) benchmarks/bench_$(subst -,_,$*).py
 nightly: ; env/nightly.sh ## what cron runs: make smoke in a clean clone, with runs of its own
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with
 	@$(PY) tests/slurm.py $*
