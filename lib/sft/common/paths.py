@@ -10,8 +10,10 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 
-REPO = Path(__file__).resolve().parents[3]
-"""The root of this checkout."""
+PACKAGED = Path(__file__).resolve().parents[1] / "project"
+"""The files of the project in an installed package (setup.py puts them there). A checkout has none."""
+REPO = Path(os.environ.get("SFT_PROJECT") or (PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[2])).absolute()
+"""The root of this checkout, or the folder that the installed command `sft` lays out like one (sft.command)."""
 REMOTE = re.compile(r"(gs|hf|s3)://")
 
 

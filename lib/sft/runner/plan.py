@@ -396,11 +396,11 @@ def _show(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value)
 
 
-def environment_digest() -> str:
-    """12 hex digits that name the pinned environment, so that it is installed again after an edited pin."""
+def environment_digest(root: Path = REPO) -> str:
+    """12 hex digits that name the pinned environment of a checkout, so that it is installed again after an edited pin."""
     h = hashlib.sha256()
     for name in ("pyproject.toml", "env/lock.txt", "env/setup.sh"):
-        h.update((REPO / name).read_bytes())
+        h.update((root / name).read_bytes())
     return h.hexdigest()[:12] + (
         "-" + "".join(c for c in os.environ["TORCH"] if c.isalnum()) if os.environ.get("TORCH") else ""
     )

@@ -45,9 +45,9 @@ def provenance(argv: Sequence[str], started: datetime) -> Provenance:
 
 
 def packages() -> list[str]:
-    """The packages that pyproject.toml names for running the stages: the dependencies, and the extras without `dev`."""
+    """The packages that pyproject.toml names for running the stages: the dependencies, and the extras without `dev` and `docs`."""
     project = tomllib.loads((plan.REPO / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra != "dev"]
+    extras = [lines for extra, lines in project["optional-dependencies"].items() if extra not in ("dev", "docs")]
     return [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in itertools.chain(project["dependencies"], *extras)]
 
 
