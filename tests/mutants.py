@@ -133,6 +133,12 @@ MUTANTS = (
     Mutant("a preflight reads memory back", "training/preflight.py", "            kept &= (block == value).all()\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
     Mutant("a preflight compares messages", "training/preflight.py", "whole = bool((theirs == numbers ^ (other * 0x10001)).all())", "whole = True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     Mutant("a preflight compares the sum of the ranks", "training/preflight.py", "return bool((value == expected).all())", "return True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
+    # --- configurations of other trainers
+    Mutant("import-config replaces no recipe", "importing/importer.py", "    if target.exists():\n", "    if False:\n", "tests/test_import_config.py::test_the_program_writes_the_recipe_once_and_lists_every_key"),
+    Mutant("import-config takes a field from one key", "importing/options.py", "draft.tables[table][field] != before", "False", "tests/test_import_config.py::test_the_page_of_commands_is_one_recipe"),
+    Mutant("import-config takes no text for another's text", "importing/options.py", "hint_of(cls, field) in (int, float, bool)", "True", "tests/test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
+    Mutant("import-config refuses other methods", "importing/importer.py", "    _refuse_other_methods(file, config)\n", "", "tests/test_import_config.py::test_what_gives_no_recipe_is_an_error"),
+    Mutant("import-config lists keys that it does not know", "importing/options.py", "            _explain(rest, key, name, cluster)", "            pass", "tests/test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
 )  # fmt: skip
 
 
