@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +98,92 @@ def test_a_group_has_lm_evals_own_mean_and_error(place: SimpleNamespace, folder:
     results.write(tmp_path / "results.json")
     assert Results.read(tmp_path / "results.json") == results
     assert list(results.metrics.tasks) == ["both", "first", "second"]
+
+
+REPLIES = """
+task: {name}
+custom_dataset: !function asks.{rows}
+test_split: test
+output_type: generate_until
+doc_to_text: question
+doc_to_target: question
+generation_kwargs: {{until: ["{until}"], max_gen_toks: 6, {sampling}}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+ASKS = """
+import datasets
+def rows(names):
+    return {"test": datasets.Dataset.from_list([{"question": f"Where is {name}?"} for name in names])}
+def some(**_):
+    return rows("abcde")
+def others(**_):
+    return rows("defg")
+def fail(doc):
+    if "g" in doc["question"]:
+        raise KeyError("no question")
+    return doc["question"]
+"""
+
+
+@pytest.fixture
+def asking(tmp_path: Path, folder: Path) -> Path:
+    """Tasks of both kinds: two that share questions, one with another stop string, a sampled one, and two that compare texts."""
+    tasks = tmp_path / "tasks"
+    shutil.copytree(folder, tasks)
+    (tasks / "asks.py").write_text(ASKS)
+    for name, rows, until, sampled in (
+        ("some", "some", "ZZZ", False), ("others", "others", "ZZZ", False), ("until", "some", "a", False), ("sampled", "some", "ZZZ", True),
+    ):  # fmt: skip
+        sampling = "do_sample: true, temperature: 1.0" if sampled else "do_sample: false"
+        text = REPLIES.format(name=name, rows=rows, until=until, sampling=sampling)
+        (tasks / f"{name}.yaml").write_text(text)
+    (tasks / "all.yaml").write_text("group: all\ntask: [first, some, second, others, until, sampled]\n")
+    (tasks / "broken.yaml").write_text("group: broken\ntask: [some, fails, first]\n")
+    fails = REPLIES.format(name="fails", rows="others", until="x", sampling="do_sample: false")
+    (tasks / "fails.yaml").write_text(fails.replace("doc_to_text: question", "doc_to_text: !function asks.fail"))
+    return tasks
+
+
+def test_the_tasks_of_a_group_share_batches_and_are_scored_as_if_each_was_alone(
+    place: SimpleNamespace, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[tuple[str, int]] = []
+    in_batches = place.model._in_batches
+
+    def counting(lengths: list[int], compute: Any, kind: str, total: int) -> None:
+        if lengths:
+            computed.append((kind, len(lengths)))
+        in_batches(lengths, compute, kind, total)
+
+    monkeypatch.setattr(place.model, "_in_batches", counting)
+    options = replace(ANYTHING, tasks=("all",), batch_size=1)  # each row alone, so that a batch changes no rounding
+    together = evaluate.run_tasks(place.model, options, asking, {}, tmp_path / "together", print)
+    assert not together.broken and set(together.results) == {"first", "some", "second", "others", "until", "sampled"}
+    # 5 + 4 replies with two of them shared, 5 with another stop string, (8 + 5) x 3 likelihoods with shared ones; then the sampled task.
+    assert sorted(computed[:3]) == [("likelihoods", 24), ("replies", 5), ("replies", 7)] and computed[3:] == [
+        ("replies", 5)
+    ]
+    for name, result in together.results.items():
+        alone = evaluate.run_task(place.model, name, options, asking, {}, tmp_path / "alone")
+        assert (alone.metrics, alone.samples_sha256, alone.generation, alone.reused_replies) == (
+            result.metrics, result.samples_sha256, result.generation, result.reused_replies,
+        )  # fmt: skip
+    shutil.rmtree(tmp_path / "together/samples")
+    again = evaluate.run_tasks(place.model, options, asking, {}, tmp_path / "together", print)
+    assert {name: r.reused_replies for name, r in again.results.items()} == {
+        "first": 24, "second": 15, "some": 5, "others": 4, "until": 5, "sampled": 5,
+    }  # fmt: skip
+
+
+def test_a_broken_task_leaves_the_others_of_its_group_their_scores(
+    place: SimpleNamespace, asking: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    options = replace(ANYTHING, tasks=("broken",))
+    scored = evaluate.run_tasks(place.model, options, asking, {}, tmp_path / "out", said.append)
+    assert set(scored.results) == {"some", "first"} and list(scored.broken) == ["fails"], scored.broken
+    assert "no question" in scored.broken["fails"]
+    assert said[0].startswith("each task is answered by itself: broken: KeyError: 'no question'")
 
 
 def test_a_group_without_all_of_its_tasks_has_no_score(place: SimpleNamespace, folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,11 @@ from sft.formats.samples import Answer, Likelihood, Reply
 class Answers:
     """Answers by the key of their request (see sft.evaluation.scores.request_key), in the order of the requests."""
 
-    def __init__(self, journal: Path | None = None) -> None:
-        """With a journal, starts with the answers of an earlier attempt; `reused` is their number."""
+    def __init__(self, journal: Path | None = None, ahead: Answers | None = None) -> None:
+        """With a journal, starts with the answers of an earlier attempt; `reused` is their number, and `earlier` their keys.
+
+        `ahead`: answers that the tasks of a group share. Those of the journal go before them.
+        """
         self.journal = journal
         self.replies: dict[str, list[Reply]] = {}
         self.likelihoods: dict[str, list[Likelihood]] = {}
@@ -24,6 +27,10 @@ class Answers:
         for entry in earlier:
             self._store(entry.answer)
         self.reused = len(earlier)
+        self.earlier = {entry.answer.key for entry in earlier}
+        if ahead is not None:
+            self.replies = {**ahead.replies, **self.replies}
+            self.likelihoods = {**ahead.likelihoods, **self.likelihoods}
 
     def add(self, answers: Sequence[Reply | Likelihood]) -> None:
         """Stores answers and appends them to the journal."""

@@ -24,7 +24,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -47,7 +47,7 @@ from sft.evaluation.validation import validation_loss
 from sft.evaluation.workers import Worker
 from sft.formats import results as results_format
 from sft.formats.lines import to_lines
-from sft.formats.results import GroupResult, Results, TaskResult
+from sft.formats.results import Asking, GroupResult, Results, TaskResult
 from sft.formats.samples import UnscoredReply
 from sft.recipe import inputs
 from sft.recipe.schema import Evaluate, Hardware
@@ -57,7 +57,9 @@ from sft.sync import task_data
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
 
+    from sft.evaluation.answers import Answers
     from sft.evaluation.recorder import Recorder  # imports torch and lm-eval
     from sft.evaluation.tasks import DefinitionHashes, TaskDefinition
 
@@ -231,10 +233,14 @@ def run_tasks(
     results: dict[str, TaskResult] = {}
     broken: dict[str, str] = {}
     wanted, groups = _expand(options.tasks, tasks, data, broken)
+    loaded, ahead = _answer_groups(model, options, wanted, tasks, data, out, log)
     for number, (name, (named, definition)) in enumerate(wanted.items(), 1):
         model.log = partial(_log_task, log, name)
         try:
-            results[name] = run_task(model, name, options.for_task(named, name), tasks, data, out, definition)
+            found = loaded.get(name) or load_task(
+                model, name, options.for_task(named, name), tasks, data, out, definition
+            )
+            results[name] = found if isinstance(found, TaskResult) else score_task(model, found, ahead.get(named))
         except BrokenTask as error:
             broken[name] = str(error)
             log(f"{number}/{len(wanted)} {name}: BROKEN: {error}")
@@ -278,6 +284,45 @@ def _expand(
     return wanted, groups
 
 
+def _answer_groups(
+    model: Recorder,
+    options: Evaluate,
+    wanted: Mapping[str, tuple[str, TaskDefinition | None]],
+    tasks: Path,
+    data: Mapping[str, Path | str],
+    out: Path,
+    log: Callable[[str], None],
+) -> tuple[dict[str, LoadedTask | TaskResult], dict[str, Answers]]:
+    """(the tasks of groups that could be loaded, answers by the recipe's name of the group). See sft.evaluation.ahead."""
+    from sft.evaluation import ahead  # start-up: lm-eval takes seconds
+
+    loaded: dict[str, LoadedTask | TaskResult] = {}
+    answers: dict[str, Answers] = {}
+    for group in dict.fromkeys(named for named, definition in wanted.values() if definition is not None):
+        model.log = partial(_log_task, log, group)
+        members = []
+        for name, (named, definition) in wanted.items():
+            if named == group:
+                with contextlib.suppress(BrokenTask):  # its own turn says so
+                    found = loaded[name] = load_task(
+                        model, name, options.for_task(named, name), tasks, data, out, definition
+                    )
+                    if isinstance(found, LoadedTask):
+                        members.append(found)
+        files = TaskFiles(out, group)
+        if reused := model.open_journal(files.journal):
+            model.log(f"{reused:,} answers of an earlier attempt are reused")
+        try:
+            documents = sum(task.documents for task in members)
+            with _broken_by_error(group, files.trace), _keep_answers(model, files.incomplete, documents):
+                ahead.answer(model, [ahead.Member(m.task, m.options, m.asked) for m in members])
+        except BrokenTask as error:
+            log(f"each task is answered by itself: {error}")
+        files.incomplete.unlink(missing_ok=True)
+        answers[group] = model.answers
+    return loaded, answers
+
+
 def _log_task(log: Callable[[str], None], name: str, text: str) -> None:
     log(f"{name}: {text}")
 
@@ -308,7 +353,32 @@ class TaskFiles:
         return found if same else None
 
 
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its data, and with the recipe's options set in it."""
+
+    name: str
+    options: Evaluate
+    files: TaskFiles
+    hashes: DefinitionHashes
+    task: Task
+    asked: Asking
+
+    @property
+    def documents(self) -> int:
+        """How many of its questions are asked."""
+        return min(len(self.task.eval_docs), self.options.limit or len(self.task.eval_docs))
+
+
 def run_task(
+    model: Recorder, name: str, options: Evaluate, tasks: Path, data: Mapping[str, Path | str], out: Path
+) -> TaskResult:
+    """The result of one task, or that of an earlier attempt. Raises as `load_task` and `score_task`."""
+    found = load_task(model, name, options, tasks, data, out)
+    return found if isinstance(found, TaskResult) else score_task(model, found)
+
+
+def load_task(
     model: Recorder,
     name: str,
     options: Evaluate,
@@ -316,12 +386,11 @@ def run_task(
     data: Mapping[str, Path | str],
     out: Path,
     definition: TaskDefinition | None = None,
-) -> TaskResult:
-    """The result of one task, or that of an earlier attempt. Raises BrokenTask, and SftError for what is not the task's fault."""
-    from sft.evaluation import asking, harness  # start-up: lm-eval takes seconds, and go_offline must run before it
+) -> LoadedTask | TaskResult:
+    """A task, or its result by an earlier attempt. Raises BrokenTask, and SftError for what is not the task's fault."""
+    from sft.evaluation import asking  # start-up: lm-eval takes seconds, and go_offline must run before it
     from sft.evaluation import tasks as lm_eval_tasks  # start-up: the same
 
-    began = time.monotonic()
     files = TaskFiles(out, name)
     with _broken_by_error(name, files.trace):
         definition = definition or lm_eval_tasks.find(name, tasks, data)
@@ -329,13 +398,21 @@ def run_task(
         if finished := files.finished(hashes):
             model.log("finished by an earlier attempt")
             return finished
-        if reused := model.open_journal(files.journal):
-            model.log(f"{reused:,} answers of an earlier attempt are reused")
         task = definition.load(options.seed)
-        asked = asking.ask(task, options, model.max_length)
+        return LoadedTask(name, options, files, hashes, task, asking.ask(task, options, model.max_length))
+
+
+def score_task(model: Recorder, loaded: LoadedTask, ahead: Answers | None = None) -> TaskResult:
+    """Answers and scores a task. `ahead`: answers to requests of its group. Raises as `load_task`."""
+    from sft.evaluation import asking, harness  # start-up: lm-eval takes seconds, and go_offline must run before it
+
+    began = time.monotonic()
+    name, options, files, task, asked = loaded.name, loaded.options, loaded.files, loaded.task, loaded.asked
+    with _broken_by_error(name, files.trace):
+        if reused := model.open_journal(files.journal, ahead):
+            model.log(f"{reused:,} answers of an earlier attempt are reused")
         asking.set_thinking(model, options, asked)
-        documents = min(len(task.eval_docs), options.limit or len(task.eval_docs))
-        with _keep_answers(model, files.incomplete, documents):
+        with _keep_answers(model, files.incomplete, loaded.documents):
             output = harness.run_task(
                 model,
                 task,
@@ -345,6 +422,8 @@ def run_task(
                 multiturn=options.fewshot_as_multiturn,
                 draws=asked.samples or 1,
             )
+    if ahead:
+        reused += len({key for key, _ in model.requested} & ahead.earlier)
     samples = sample_records(output.samples, model.answers.replies)
     write_atomic(files.samples, to_lines(samples))
     files.incomplete.unlink(missing_ok=True)
@@ -354,10 +433,10 @@ def run_task(
         num_fewshot=output.config.get("num_fewshot"),
         asking=asked,
         samples_sha256=samples_hash(output.samples),
-        **hashes._asdict(),
+        **loaded.hashes._asdict(),
         reused_replies=reused,
     )
-    if problems := problems_of(result, samples, options, documents):
+    if problems := problems_of(result, samples, options, loaded.documents):
         raise BrokenTask(f"{name}: {'; '.join(problems)}; its samples are in {files.samples}")
     result = replace(result, seconds=round(time.monotonic() - began, 1))
     result.write(files.result)

@@ -81,9 +81,9 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         self._endings: list[Ending] = []  # of the rows of the current batch, in the order of the backend
         self._ending_of: dict[str, list[Ending]] = {}  # the same by prompt
 
-    def open_journal(self, file: Path) -> int:
-        """Starts a task. Returns the number of answers that an earlier attempt left in the journal."""
-        self.answers, self.requested = Answers(file), []
+    def open_journal(self, file: Path, ahead: Answers | None = None) -> int:
+        """Starts a task. Returns the number of answers that an earlier attempt left in the journal. `ahead`: those of its group."""
+        self.answers, self.requested = Answers(file, ahead), []
         return self.answers.reused
 
     def set_rows(self, rows: int) -> None:
