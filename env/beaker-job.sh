@@ -67,7 +67,7 @@ fi
 if [ "${BEAKER_REPLICA_RANK:-0}" -eq 0 ] || [ -n "${SFT_STAGE_ADDRESS:-}" ]; then # nodes without a shared disk need it on each
     for variable in "${!SFT_INPUT_@}"; do # earlier stages that were uploaded with the job
         name="${variable#SFT_INPUT_}" folder="${!variable}"
-        case "$folder" in gs://*) continue ;; esac
+        case "$folder" in gs://* | s3://*) continue ;; esac
         if ! cmp -s "$folder/manifest.json" "$run/$name/manifest.json"; then
             rm -rf "${run:?}/.arriving-$name" && cp -rL "$folder" "$run/.arriving-$name"
             [ ! -e "$run/$name" ] || { mkdir -p "$run/.replaced" && mv "$run/$name" "$run/.replaced/$name-$(date +%s)"; }

@@ -36,7 +36,9 @@ def system_of(run: Path) -> str:
 @program("chat", "stages/chat.py", signals=False)
 @click.option("--run", default="", metavar="RUN", help="Folder of a run; its export, and its system prompt.")
 @click.option("--step", default="", metavar="N", help="A kept step of the run's training instead of its export.")
-@click.option("--model", default="", metavar="WHERE", help="Another model: a folder, a step, gs://… or hf://org/name.")
+@click.option(
+    "--model", default="", metavar="WHERE", help="Another model: a folder, a step, gs://…, s3://… or hf://org/name."
+)
 @click.option("--device", default="", metavar="NAME", help="cpu or cuda. Default: a GPU if there is one.")
 @click.option("--tokens", is_flag=True, help="Show the tokens of replies with their ids.")
 @click.option("--serve", is_flag=True, help="Print the command of vLLM that serves the model.")

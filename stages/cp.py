@@ -1,8 +1,8 @@
-"""Copies files between folders and gs://, every file verified (make cp SRC=… DST=…).
+"""Copies files between folders and buckets (gs://, s3://), every file verified (make cp SRC=… DST=…).
 
     python stages/cp.py SRC DST [--check] [--no-clobber] [--delete]
 
-SRC is a file, a folder or a gs:// prefix. A folder's content goes to DST/…, whether DST exists or not. A single file goes to
+SRC is a file, a folder or a prefix of a bucket. A folder's content goes to DST/…, whether DST exists or not. A single file goes to
 the name DST, or into DST when that ends in "/". Files named manifest.json are copied last. --check copies nothing and
 reports what is missing or different. --no-clobber keeps files with other bytes and reports them. --delete then deletes from the
 folder DST what SRC does not have, and prints each name (with --check it only prints them); without it nothing is ever deleted.
@@ -20,6 +20,7 @@ import click
 from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.hashcache import HashCache
+from sft.common.paths import BUCKETS
 from sft.runner.cli import program
 from sft.storage.contract import FileCopy, Storage
 from sft.storage.local import LocalStorage
@@ -29,7 +30,7 @@ from sft.storage.transfer import open_storage, transfer
 def split(where: str) -> tuple[str, str]:
     """(folder or prefix, name) of a single file. Raises SftError."""
     folder, _, name = where.rpartition("/")
-    if not name or folder == "gs:/":
+    if not name or f"{folder}/" in BUCKETS:
         raise SftError(f"{where}: this is not the name of a file")
     return folder or ("/" if where.startswith("/") else "."), name
 
@@ -38,7 +39,7 @@ def plan(src: str, dst: str, cache: Path) -> tuple[Storage, Storage, list[FileCo
     """(source, target, copies). Raises SftError if SRC is not a file and has none."""
     if not src or not dst:
         raise SftError(f"SRC={src} DST={dst}: both are needed; next: make cp SRC=gs://bucket/prefix DST=folder")
-    is_file = not src.endswith("/") and "/" in src[5:] if src.startswith("gs://") else Path(src).is_file()
+    is_file = not src.endswith("/") and "/" in src[5:] if src.startswith(BUCKETS) else Path(src).is_file()
     if is_file:
         folder, name = split(src)
         source = open_storage(folder, cache)
@@ -96,7 +97,7 @@ def log(text: str) -> None:
 @click.option("--delete", is_flag=True, help="Delete from DST what SRC does not have.")
 @click.option("--cache", type=click.Path(path_type=Path), default="runs/.cache", help="State of unfinished uploads.")
 def main(src: str, dst: str, check: bool, no_clobber: bool, delete: bool, cache: Path) -> None:
-    """Copies files between folders and gs://, every file verified."""
+    """Copies files between folders and buckets (gs://, s3://), every file verified."""
     copy(src, dst, cache, check, not no_clobber, delete)
 
 

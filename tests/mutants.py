@@ -42,6 +42,12 @@ STAGE_ORDER = f"{ORDER}::test_a_stage_is_on_the_disk_before_it_is_published_and_
 NOTHING_RUNS = f"{HELD}::test_no_code_of_a_model_a_pickle_or_a_data_set_is_run"
 
 MUTANTS = (
+    # --- buckets
+    Mutant("a step on two nodes is complete when both have sent", "sync/send.py", "if not {copy.target for copy in listed} <= _arrived(parts, [copy.target for copy in here], cache):", "if _arrived(parts, [], cache) is None:", "test_uploads.py::test_a_step_whose_files_are_on_two_nodes_is_complete_when_both_have_sent_theirs"),
+    Mutant("a list of sent files is of one attempt", "sync/send.py", "{folder.name}-{_digest(record)}", "{folder.name}", "test_uploads.py::test_a_list_of_another_attempt_completes_no_step"),
+    Mutant("an object without a CRC32C is compared by its ETag", "storage/transport.py", "sums.bytes == self.bytes and sums.etag == str(self.generation).strip('\"')", "sums.bytes == self.bytes", "test_s3.py::test_an_object_without_a_crc32c_is_compared_by_its_etag"),
+    Mutant("a write to S3 states what it replaces", "storage/s3.py", 'return {"IfMatch": str(generation)} if generation else {"IfNoneMatch": "*"}', "return {}", "test_s3.py::test_another_writers_object_is_left_alone"),
+    Mutant("a bucket with steps that is away starts nothing anew", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away"),
     # --- the order of writes
     Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
     Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),

@@ -1,4 +1,4 @@
-"""Files of other projects that tests compare with, fetched from the package registries: `npm_package`, `pypi_package`.
+"""Files of other projects that tests compare with, fetched from the package registries: `npm_package`, `pypi_package`, `environment`.
 
 In: a package, its exact version, and the sha256 of its archive. Out: the folder of its content in .peers/, which git ignores. A test
 that cannot get a package is skipped with the reason. `SFT_PEERS=none` fetches nothing; what was fetched before is used.
@@ -6,12 +6,14 @@ that cannot get a package is skipped with the reason. `SFT_PEERS=none` fetches n
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import venv
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,3 +87,24 @@ def _fetch(name: str, version: str, sha256: str, command: Sequence[str]) -> Path
                     unpacked.extractall(content, filter="data")
             content.rename(folder)
     return folder
+
+
+def environment(name: str, *requirements: str) -> Path:
+    """The Python of an environment of its own with these packages of PyPI, each with its exact version."""
+    key = hashlib.sha256("\n".join(requirements).encode()).hexdigest()[:8]
+    folder = FOLDER / f"{name}-{key}"
+    FOLDER.mkdir(exist_ok=True)
+    with lock(FOLDER / f"{folder.name}.lock", wait=True):
+        if not folder.is_dir():
+            if os.environ.get("SFT_PEERS") == "none":
+                pytest.skip(f"{name} was not fetched, and SFT_PEERS=none")
+            work = folder.with_suffix(".new")
+            shutil.rmtree(work, ignore_errors=True)
+            try:
+                venv.create(work, with_pip=True)
+                install = [work / "bin" / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:"]
+                subprocess.run([*install, *requirements], check=True, capture_output=True, timeout=5 * TIMEOUT_S)
+            except (OSError, subprocess.SubprocessError) as error:
+                pytest.skip(f"{name} cannot be fetched: {error}")
+            work.rename(folder)
+    return folder / "bin" / "python"

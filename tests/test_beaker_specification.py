@@ -241,6 +241,15 @@ def test_a_recipes_time_is_the_specs_timeout_and_one_that_would_be_misread_is_re
     assert not place.server.experiments
 
 
+def test_a_job_waits_for_a_bucket_before_its_stage_starts(place):
+    place.edit('clusters = ["ai2/jupiter"]', 'clusters = ["ai2/jupiter"]\nstorage_wait_s = 3600')
+    made = job.Job.parse(["runs/x", "train", "stages/train.sh", "runs/x", "--cluster", "beaker-test"], strict=False)
+    (task,) = yaml.safe_load(scheduler.BeakerScheduler(made.folder, made.cluster).render(made).partition("\n")[2])[
+        "tasks"
+    ]
+    assert {e["name"]: e.get("value") for e in task["envVars"]}["SFT_STORAGE_WAIT_S"] == "3600"
+
+
 @pytest.mark.parametrize("file", sorted((REPO / "env").glob("ai2-*.toml")), ids=lambda f: f.stem)
 def test_every_shipped_beaker_cluster_makes_a_spec(place, file):
     shutil.copy(file, place.root / "env")

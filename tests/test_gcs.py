@@ -25,7 +25,8 @@ from google.cloud import storage
 
 from patience import PATIENCE
 from sft.common.errors import SftError
-from sft.storage import download, gcs, retries, transport, upload
+from sft.storage import bucket as bucket_storage
+from sft.storage import download, retries, transport, upload
 from sft.storage.contract import FileCopy, FileInfo, Meter
 from sft.storage.gcs import GcsStorage
 from sft.storage.local import LocalStorage, is_partial
@@ -56,7 +57,7 @@ def server(client: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     with Server() as server:
         monkeypatch.setattr(transport, "CHUNK", 1 << 14)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
-        monkeypatch.setattr(gcs, "LARGE", 1 << 20)
+        monkeypatch.setattr(bucket_storage, "LARGE", 1 << 20)
         monkeypatch.setattr("sft.storage.transfer.RESUMABLE", 1 << 20)
         monkeypatch.setattr(download, "SLICE", 1 << 20)
         monkeypatch.setattr(upload, "CHUNK", 1 << 18)
@@ -284,10 +285,10 @@ def test_both_clients_send_the_token_of_googles_credentials_and_renew_it(client:
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from sft.storage import download, gcs, transfer as storage
+from sft.storage import bucket, download, transfer as storage
 from sft.storage.contract import FileCopy
 from sft.storage.transfer import open_storage, transfer
-gcs.LARGE = storage.RESUMABLE = download.SLICE = 1 << 20
+bucket.LARGE = storage.RESUMABLE = download.SLICE = 1 << 20
 download.THREADS = 2
 for line in sys.stdin:  # a process for each line, so that the libraries are imported once
     if not (child := os.fork()):

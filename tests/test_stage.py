@@ -61,6 +61,21 @@ def test_work_survives_kill_9_and_nothing_is_published_before_it_is_whole(worksp
     assert sorted(p.name for p in folder.iterdir()) == ["first", "manifest.json", "second"]
 
 
+def test_a_stage_and_its_children_wait_for_a_bucket_as_long_as_the_cluster_says(workspace):
+    file = workspace.root / "env/local.toml"
+    file.write_text(file.read_text() + "storage_wait_s = 3600\n")
+    program(
+        workspace,
+        "prepare",
+        "import subprocess\n"
+        "ask = 'from sft.storage.retries import Deadline, wait_s; print(Deadline(0, None, wait_s()).seconds)'\n"
+        "(stage.out / 'waits').write_bytes(subprocess.check_output([sys.executable, '-c', ask]))\n"
+        "return Result(['waits'])",
+    )
+    assert start(workspace, "prepare").wait() == 0
+    assert float((workspace.root / "runs/x/prepare/waits").read_text()) == 300 + 3600
+
+
 def test_sigterm_ends_with_143_and_publishes_nothing(workspace):
     program(workspace, "prepare", "Path('at').touch()\ntime.sleep(60)")
     process = start(workspace, "prepare")

@@ -23,6 +23,7 @@ from peers import FOLDER
 from published import publish_step
 from sft.formats import manifest
 from sft.formats.manifest import FileList
+from sft.storage import bucket as bucket_storage
 from sft.storage import download, gcs, retries, transport
 from sft.storage.contract import FileCopy
 from sft.storage.gcs import GcsStorage
@@ -82,7 +83,7 @@ def faults(
         pytest.importorskip("obstore")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", testbench)
     monkeypatch.setenv("SFT_OBSTORE", str(int(request.param == "obstore")))
-    monkeypatch.setattr(gcs, "LARGE", 1 << 20)
+    monkeypatch.setattr(bucket_storage, "LARGE", 1 << 20)
     monkeypatch.setattr(download, "SLICE", 1 << 20)
     monkeypatch.setattr(retries, "BACKOFF_S", (0.01, 0.05))
     monkeypatch.setattr(retries, "TIMEOUT_S", (10.0, 1.0))

@@ -23,9 +23,12 @@ import uploading
 from patience import PATIENCE
 from published import publish_step, step_record
 from sft.checkpoint import step_folder
+from sft.common.errors import SftError
+from sft.common.paths import STORAGE_WAIT
 from sft.formats import manifest
 from sft.formats.metrics import Attempt, UploadSummary, read_steps
-from sft.model.parallel import World
+from sft.model.parallel import World, transfer_s
+from sft.storage import retries
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.training import logs, uploads
@@ -311,3 +314,52 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
     assert said[0].endswith(f"continuing from step 6 of {ADDRESS}\n") and not said[1]
     assert ("step8 is skipped" in said[0]) == (ahead == 0)  # rank 0 chose it, and node 1 could not have it
     assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))
+
+
+# --- a bucket that is away ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retries, "DEADLINE_S", 0.3)
+    monkeypatch.setattr(retries, "BACKOFF_S", (0.01, 0.05))
+
+
+def test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step(
+    tmp_path: Path, server: Server, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep(server, tmp_path / "there", 6)
+    alone, out = World(0, 1, 0, torch.device("cpu")), tmp_path / "train"
+    out.mkdir()
+    server.fault("list", "reset", times=10_000)
+    with pytest.raises(SftError, match="not done within 0 s"):  # never from the first weights
+        uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, print)
+    assert not list(out.iterdir())
+    monkeypatch.setenv(STORAGE_WAIT, str(int(PATIENCE)))
+    server.faults[0].times = 40  # beyond the 0.3 s
+    said: list[str] = []
+    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
+    assert said[-1] == f"continuing from step 6 of {ADDRESS}"
+
+
+def test_a_bucket_that_is_away_is_not_waited_for_where_the_disk_has_a_whole_step(
+    tmp_path: Path, server: Server, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STORAGE_WAIT, "100000")
+    out = tmp_path / "train"
+    out.mkdir()
+    save(out, 4)
+    server.fault("list", 503, times=10_000)
+    said: list[str] = []
+    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", World(0, 1, 0, torch.device("cpu")), said.append)
+    assert len(said) == 1 and said[0].startswith(
+        "warning: the bucket did not answer, training continues from what is on"
+    )
+    assert not step_folder.damage(out / "step4")
+
+
+def test_ranks_wait_for_each_other_as_long_as_for_the_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(STORAGE_WAIT, raising=False)
+    assert transfer_s(400 * 10**9) == 1800 + 40_000
+    monkeypatch.setenv(STORAGE_WAIT, "3600")
+    assert transfer_s(0) == 1800 + 3600

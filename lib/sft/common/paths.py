@@ -15,6 +15,10 @@ PACKAGED = Path(__file__).resolve().parents[1] / "project"
 REPO = Path(os.environ.get("SFT_PROJECT") or (PACKAGED if PACKAGED.is_dir() else PACKAGED.parents[2])).absolute()
 """The root of this checkout, or the folder that the installed command `sft` lays out like one (sft.command)."""
 REMOTE = re.compile(r"(gs|hf|s3)://")
+STORAGE_WAIT = "SFT_STORAGE_WAIT_S"
+"""The variable that has `storage_wait_s` of the cluster's file, for every process of a stage."""
+BUCKETS = ("gs://", "s3://")
+"""How the address of a folder in a bucket begins."""
 
 
 def check_relative(path: str, what: str) -> str:

@@ -92,7 +92,10 @@ def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], Non
     entries = {name: listed[name] for name in chosen.files}
     found = {f"{bucket.where}/{name}": file for name, file in bucket.fetch(entries).items()}
     origins: dict[str, Origin] = {
-        f"{bucket.where}/{name}": (("crc32c", f"{entry.crc32c or 0:08x}"), ("generation", str(entry.generation)))
+        f"{bucket.where}/{name}": (
+            ("crc32c", entry.content if entry.crc32c is not None else ""),
+            ("generation", str(entry.generation)),
+        )
         for name, entry in entries.items()
     }
     return found, chosen, origins
@@ -109,7 +112,7 @@ class _Bucket:
         """{name: copy} of these objects."""
         copies, found = [], {}
         for name, entry in entries.items():
-            content = f"{entry.crc32c or 0:08x}-{entry.bytes}/{self.where.removeprefix('gs://')}/{name}"
+            content = f"{entry.content}-{entry.bytes}/{self.where.partition('://')[2]}/{name}"
             copies.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
             found[name] = self.cache / content
         storage.transfer(copies, self.storage, storage.open_storage(str(self.cache)), self.log)

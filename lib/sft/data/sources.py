@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
+from sft.common.paths import BUCKETS
 from sft.common.strings import first_names
 from sft.data import remote_sources
 from sft.data.remote_sources import Origin
@@ -92,11 +93,11 @@ def resolve(
     origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
         found, chosen, origins = remote_sources.from_hub(source.path, wanted, cache / "hub", log)
-    elif source.path.startswith("gs://"):
-        found, chosen, origins = remote_sources.from_bucket(source.path, wanted, cache / "gs", log)
+    elif source.path.startswith(BUCKETS):
+        found, chosen, origins = remote_sources.from_bucket(source.path, wanted, cache / source.path[:2], log)
     elif inputs.is_remote(source.path):
         raise SftError(
-            f"[prepare] sources: {source.path!r}: prepare reads local paths, gs:// and hf://; next: copy it to one of them"
+            f"[prepare] sources: {source.path!r}: prepare reads local paths, gs://, s3:// and hf://; next: copy it to one of them"
         )
     else:
         found, chosen = inputs.dataset_files(find(source.path), source.path, wanted)

@@ -1,6 +1,6 @@
 """make chat: talks to a model in the terminal, with its own template, stop tokens, system prompt and sampling.
 
-In:  a Hugging Face folder: the export of a run, one of its steps, or any folder, gs:// or hf://org/name (see `model_folder`).
+In:  a Hugging Face folder: the export of a run, one of its steps, or any folder, gs://, s3:// or hf://org/name (see `model_folder`).
 Out: replies as they are generated. Standard input that is no terminal is read as one message per line.
 
 The template, the tokens that end a reply and the sampling are the folder's own: chat_template.jinja and generation_config.json.

@@ -3,7 +3,7 @@
     make to-hf   SRC=stepN DST=folder     the architecture is in its config.json; the tokenizer is in it or beside it
     make to-core SRC=folder DST=step0     fp32, vocabulary padded to a multiple of 128
 
-SRC and DST may be gs://…, and SRC of to-core also hf://org/name[@revision]; remote folders pass through the cache. Both directions
+SRC and DST may be gs://… or s3://…, and SRC of to-core also hf://org/name[@revision]; remote folders pass through the cache. Both directions
 stream, so memory does not grow with the model, and verify what they wrote before it gets its final name. They need no process
 group and no GPU.
 """
@@ -28,6 +28,7 @@ from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.files import write_json
 from sft.common.library_logs import quiet_libraries
+from sft.common.paths import BUCKETS
 from sft.export import card, gate
 from sft.export.convert import about_quantisation, with_length
 from sft.export.logits import compare_logits, sample_layers
@@ -187,7 +188,7 @@ def _find_tokenizer(step: Path, source: str, cache: Path, log: Log) -> Path:
         return step
     if found := tokenizer_beside(step):
         return found
-    if source.startswith("gs://"):
+    if source.startswith(BUCKETS):
         return local_folder(source.rstrip("/").rsplit("/", 1)[0] + "/tokenizer", cache, log)
     raise SftError(f"{step}: no tokenizer/ in it or beside it; next: name its folder with TOKENIZER=")
 

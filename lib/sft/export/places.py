@@ -1,6 +1,6 @@
 """SRC and DST of make to-hf, to-core and soup: folders, or remote ones that pass through the cache.
 
-In:  a folder, gs://…, or (as a source) hf://org/name[@revision]; the cache.
+In:  a folder, gs://…, s3://…, or (as a source) hf://org/name[@revision]; the cache.
 Out: `local_folder`: a source as a local folder, verified if it was remote
      `new_folder`: a target to write into, which gets its final name only after the body succeeded
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
+from sft.common.paths import BUCKETS
 from sft.formats import manifest
 from sft.storage.base_weights import find_base_weights
 from sft.storage.contract import FileCopy
@@ -41,7 +42,7 @@ def new_folder(target: str, cache: Path, log: Log) -> Iterator[Path]:
 
     Raises SftError for a target that exists.
     """
-    remote = target.startswith("gs://")
+    remote = target.startswith(BUCKETS)
     if not target or (not remote and Path(target).exists()):
         raise SftError(f"DST={target}: {'exists already' if target else 'missing'}; next: name a new folder with DST=")
     if remote:

@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from sft.common.errors import SftError
+from sft.common.paths import BUCKETS
 from sft.common.process import AGAIN
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
@@ -50,7 +51,7 @@ def cache(run: Path) -> Path:
 def fetch(run: Path, stage: str, command: Sequence[str]) -> None:
     """Fetches what the stage reads into `run`. Raises SftError, also where the job would make something else."""
     addresses = {s: os.environ.get(f"SFT_INPUT_{s}", "") for s in schema.STAGES[: schema.STAGES.index(stage)]}
-    addresses = {earlier: address for earlier, address in addresses.items() if address.startswith("gs://")}
+    addresses = {earlier: address for earlier, address in addresses.items() if address.startswith(BUCKETS)}
     for earlier, address in addresses.items():
         fetch_stage(address, run / earlier, cache(run), manifest_only=earlier not in READS[stage])
     job = Job.parse([str(run), stage, *command])

@@ -22,7 +22,7 @@ from sft.runner import references
 
 def in_bucket(cluster: schema.Cluster) -> bool:
     """Whether runs are stored in a bucket, because no disk outlives a job; see sft.launch.bucket_runs."""
-    return cluster.runs.startswith("gs://")
+    return cluster.runs.startswith(paths.BUCKETS)
 
 
 def remote_run(job: Job) -> str:
@@ -108,7 +108,7 @@ def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
 
     It is the stage's own, `where`, or for prepare that of the dataset that sync made from it.
     """
-    if where.startswith("gs://"):
+    if where.startswith(paths.BUCKETS):
         return where
     if stage != "prepare":
         return ""
@@ -118,7 +118,7 @@ def _bucket_address(job: Job, stage: str, made: Manifest, where: str) -> str:
     except (FileNotFoundError, SftError):
         return ""
     storage = job.place.storage(job.cluster).rstrip("/")
-    same = synced == f"{storage}/datasets/{made.digest[:16]}" and storage.startswith("gs://")
+    same = synced == f"{storage}/datasets/{made.digest[:16]}" and storage.startswith(paths.BUCKETS)
     return synced if same else ""
 
 

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from sft.common.columns import say
 from sft.common.errors import SftError
 from sft.common.locks import lock
+from sft.common.paths import BUCKETS
 from sft.common.process import AGAIN, report_errors
 from sft.formats import manifest
 from sft.formats.job import JobRecord
@@ -196,7 +197,7 @@ def watch_job(job: Job, training: str) -> Job | None:
 
     Where no disk outlives a job (`runs` in a bucket), training starts it as a process of its own job.
     """
-    if job.stage != "train" or not job.recipe.evaluate.every or job.cluster.runs.startswith("gs://"):
+    if job.stage != "train" or not job.recipe.evaluate.every or job.cluster.runs.startswith(BUCKETS):
         return None
     words = job.command[job.command.index(str(job.run)) :]
     return replace(job, stage=WATCH, command=[".venv/bin/python", "stages/watch.py", "--beside", training, *words])

@@ -38,7 +38,7 @@ def in_job(text: str, cluster: schema.Cluster, name: str, what: str) -> str:
         if found := mounts.in_jobs(text, cluster):
             return found
         raise SftError(
-            f"{what}={text}: jobs on {name} do not see it; next: gs://, or a path on a mount of env/{name}.toml"
+            f"{what}={text}: jobs on {name} do not see it; next: gs://, s3://, or a path on a mount of env/{name}.toml"
             f" ({mounts.listed(cluster)})"
         )
     return os.path.abspath(text)

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sft.common.errors import SftError
 from sft.common.machine import cores
+from sft.common.paths import STORAGE_WAIT
 from sft.model.gated_delta import GatedDeltaNet
 
 
@@ -127,8 +128,9 @@ class World:
 
 
 def transfer_s(count: int) -> int:
-    """Seconds that ranks wait for each other while `count` bytes are written or sent: half an hour, and 10 MB/s."""
-    return 1800 + count // 10**7
+    """Seconds that ranks wait for each other while `count` bytes are written or sent: half an hour, 10 MB/s, and as long as
+    the cluster's file says for a bucket that is away."""
+    return 1800 + count // 10**7 + int(os.environ.get(STORAGE_WAIT, 0))
 
 
 def join(threads: int = 0, timeout_s: int = 1800) -> World:

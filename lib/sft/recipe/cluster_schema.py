@@ -131,7 +131,12 @@ class Cluster:
 
     storage: str = opt(
         REQUIRED,
-        "root of the data that training reads: a folder or gs://…; {runs} = the folder of runs, {user} = the user's name",
+        "root of the data that training reads: a folder, gs://… or s3://…; {runs} = the folder of runs, {user} = the user's name",
+    )
+    storage_wait_s: int = opt(
+        0,
+        "seconds that a stage waits for a bucket that is away, after the first 5 minutes; 0 = the stage then fails",
+        min=0,
     )
     launcher: str = opt(
         "local",

@@ -1,7 +1,7 @@
 """The local files that a recipe's tables name, which the planner hashes. Standard library only.
 
 In:  a table, and `find`, which turns a relative path of the recipe into a file or folder.
-Out: (relative path, file), in a fixed order. `gs://` and `hf://` sources are not listed: a commit in the name determines
+Out: (relative path, file), in a fixed order. `gs://`, `s3://` and `hf://` sources are not listed: a commit in the name determines
      the content. Without a commit the planner cannot see a change; prepare warns and records in dataset.json what it read.
 """
 

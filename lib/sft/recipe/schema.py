@@ -56,7 +56,7 @@ class Model:
     )
     base: str = opt(
         "",
-        "initial weights: a path under DATA, gs://… or hf://org/name[@revision]; its config.json is the architecture; empty = random",
+        "initial weights: a path under DATA, gs://…, s3://… or hf://org/name[@revision]; its config.json is the architecture; empty = random",
     )
     base_tokenizer: str = opt(
         "same",
@@ -100,7 +100,7 @@ class Source:
 
     path: str = opt(
         REQUIRED,
-        "a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) or a folder of them under DATA, gs://…, or"
+        "a file of rows (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow) or a folder of them under DATA, gs://…, s3://…, or"
         " hf://org/name[@revision]",
         selects=True,
     )
@@ -287,7 +287,7 @@ class Convert:
     )
     model: str = opt(
         "",
-        "another model than this run's training, to export and score (make … MODEL=): runs/<run>[/train/step<N>], a step or Hugging Face folder under DATA or on a mount, gs://… or hf://org/name[@revision]; empty = train",
+        "another model than this run's training, to export and score (make … MODEL=): runs/<run>[/train/step<N>], a step or Hugging Face folder under DATA or on a mount, gs://…, s3://… or hf://org/name[@revision]; empty = train",
         late=True,
     )
 

@@ -57,7 +57,7 @@ def _stored(name: str, runs: Path) -> str:
     part = _Part(name, runs)
     where = Elsewhere.of(part.stage).where
     inner = part.folder.relative_to(part.stage).as_posix()
-    return f"{where}/{inner}" if where.startswith("gs://") and not part.folder.is_dir() else name
+    return f"{where}/{inner}" if where.startswith(paths.BUCKETS) and not part.folder.is_dir() else name
 
 
 class _Part:
@@ -160,11 +160,11 @@ def check(r: Recipe, stage: str, runs: Path, roots: Sequence[Path], cluster: Clu
         if str(part.stage.absolute()) != stored and Elsewhere.of(part.stage).where != stored:
             raise SftError(
                 f"{r.file}: {FIELD} = {name!r}: it is not in {stored}, where jobs on {cluster_name} look; next: make fetch"
-                f" RECIPE=… CLUSTER={cluster_name} PUSH=1, or name a copy with gs://"
+                f" RECIPE=… CLUSTER={cluster_name} PUSH=1, or name a copy with gs:// or s3://"
             )
     else:
         raise SftError(
-            f"{r.file}: {FIELD} = {name!r}: jobs on {cluster_name} do not see this machine's disks; next: gs://, hf://org/name, or"
+            f"{r.file}: {FIELD} = {name!r}: jobs on {cluster_name} do not see this machine's disks; next: gs://, s3://, hf://org/name, or"
             f" a path on a mount of env/{cluster_name}.toml ({mounts.listed(cluster)})"
         )
 

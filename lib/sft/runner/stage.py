@@ -69,6 +69,8 @@ class Stage:
         self.name, self.place, self.recipe, self.argv, self.follower = name, place, recipe, list(argv), follower
         self.cluster = place.load_cluster()
         self.storage = place.storage(self.cluster)
+        if self.cluster.storage_wait_s:
+            os.environ[paths.STORAGE_WAIT] = str(self.cluster.storage_wait_s)  # also for processes that this one starts
         self.hardware = recipe.hardware(place.cluster, name)
         self.run = place.runs / recipe.run
         self.cache = place.cache

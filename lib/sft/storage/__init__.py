@@ -1,1 +1,1 @@
-"""Verified copies between folders, buckets (gs://) and the Hugging Face hub (hf://)."""
+"""Verified copies between folders, buckets (gs://, s3://) and the Hugging Face hub (hf://)."""

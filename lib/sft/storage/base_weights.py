@@ -1,6 +1,6 @@
 """Base weights as a local folder.
 
-In:  [model] base of a recipe: a folder under DATA, gs://… or hf://org/name[@revision].
+In:  [model] base of a recipe: a folder under DATA, gs://…, s3://… or hf://org/name[@revision].
 Out: `BaseWeights`. Remote weights are downloaded to the cache and verified.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sft.common.paths import BUCKETS
 from sft.storage import hub
 from sft.storage.contract import FileCopy, size
 from sft.storage.local import LocalStorage, make_folders
@@ -44,7 +45,7 @@ def find_base_weights(
         log(f"{base}: commit {repo.commit}, to {folder}")
         hub.snapshot(repo, folder, f"[model] base {base}", check)
         return BaseWeights(LocalStorage(folder), f"{_label(repo.name)}-{repo.commit[:8]}", repo.commit)
-    if base.startswith("gs://"):
+    if base.startswith(BUCKETS):
         bucket = open_storage(base, cache)
         storage = LocalStorage(cache / "base" / hashlib.sha256(base.encode()).hexdigest()[:16])
         copies = [FileCopy(n, n, f.bytes, crc32c=f.crc32c) for n, f in bucket.list().items()]

@@ -1,6 +1,6 @@
 """The interface of a storage, the files that are copied between storages, and a progress meter.
 
-A storage is a local folder (`sft.storage.local`) or a prefix in a bucket (`sft.storage.gcs`). For both:
+A storage is a local folder (`sft.storage.local`) or a prefix in a bucket (`sft.storage.bucket`). For both:
 
 * `put` and `get` return only after the finished bytes are verified. Until then the file has a temporary name.
 * A file with the same content is recognised and not copied again. Modification times are never compared.
@@ -20,6 +20,8 @@ from sft.storage.checksums import Checksums
 
 RESUMABLE = 8 << 20
 """Interrupted downloads of at least this many bytes are resumed."""
+Generation = int | str
+"""The name of one write of an object: Google's generation, or S3's ETag. 0: there is no object."""
 COPY_AGAIN = "next: copy that file again, or make it again"
 
 
@@ -39,11 +41,16 @@ class FileCopy:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """A file in a listing. Only buckets report a CRC32C and a generation (the number of this write of the object)."""
+    """A file in a listing. Only buckets report a CRC32C and a generation."""
 
     bytes: int
     crc32c: int | None = None
-    generation: int | None = field(default=None, compare=False)
+    generation: Generation | None = field(default=None, compare=False)
+
+    @property
+    def content(self) -> str:
+        """A name of the content in a bucket: the CRC32C in hex, or the ETag of an object that has none."""
+        return f"{self.crc32c:08x}" if self.crc32c is not None else str(self.generation).strip('"')
 
 
 @dataclass(frozen=True)

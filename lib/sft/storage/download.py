@@ -40,10 +40,11 @@ class Download:
         found: ObjectInfo,
         file: Path,
         meter: Meter,
+        deadline: Deadline,
     ):
         self.transport, self.pool, self.name, self.what = transport, pool, name, what
         self.found, self.file, self.meter = found, file, meter
-        self.deadline = Deadline(found.bytes, meter.stop)
+        self.deadline = deadline
 
     def run(self, large: bool, sha256: bool) -> Checksums:
         """Downloads until the CRC32C of the file is the bucket's, at most twice. large: in slices, and resumable."""
@@ -54,13 +55,15 @@ class Download:
                 except BlockingIOError:
                     raise SftError(f"{self.file}: another process downloads this file; next: wait for it") from None
             for _ in range(2):
-                hasher = Hasher(crc=True, sha=sha256)
+                hasher = Hasher(
+                    crc=True, sha=sha256, etag_part=0 if self.found.crc32c is not None else self.found.etag_part
+                )
                 try:
                     (self._in_slices if large else self._in_one_request)(f, hasher)
                 except PermanentError as e:
                     raise e.error(self.what) from None
                 sums = hasher.sums()
-                if (sums.bytes, sums.crc32c) == (self.found.bytes, self.found.crc32c):
+                if self.found.describes(sums):
                     os.fsync(f.fileno())
                     if large:
                         record_file(self.file).unlink(missing_ok=True)
@@ -68,9 +71,11 @@ class Download:
                 f.truncate(0)
                 record_file(self.file).unlink(missing_ok=True)
             self.file.unlink()
+        by_crc = self.found.crc32c is not None
+        got = f"crc32c {sums.crc32c:08x}" if by_crc else f"ETag {sums.etag}"
+        said = f"{self.found.crc32c:08x}" if by_crc else self.found.generation
         raise SftError(
-            f"{self.what}: downloaded twice with crc32c {sums.crc32c:08x}, the bucket says {self.found.crc32c or 0:08x};"
-            " next: check the network, run it again"
+            f"{self.what}: downloaded twice with {got}, the bucket says {said}; next: check the network, run it again"
         )
 
     def _in_one_request(self, f: IO[bytes], hasher: Hasher) -> None:

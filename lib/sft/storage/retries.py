@@ -1,6 +1,6 @@
-"""Retries requests to Google Cloud Storage until they succeed, fail permanently, or pass their deadline.
+"""Retries requests to a bucket until they succeed, fail permanently, or pass their deadline.
 
-In:  a call of google-cloud-storage without the client's own retries and checksums, and a deadline scaled to its bytes.
+In:  a call of the service's client without the client's own retries and checksums, and a deadline scaled to its bytes.
 Out: the call's result; `PermanentError` for a status that another attempt does not change; SftError for a passed deadline or
      unusable credentials. Messages never contain signed URLs, upload sessions or tokens.
 """
@@ -8,6 +8,7 @@ Out: the call's result; `PermanentError` for a status that another attempt does 
 from __future__ import annotations
 
 import http.client
+import os
 import random
 import re
 import threading
@@ -22,6 +23,7 @@ from google.auth.exceptions import GoogleAuthError, TransportError
 from google.cloud.storage.exceptions import InvalidResponse
 
 from sft.common.errors import SftError
+from sft.common.paths import STORAGE_WAIT
 
 T = TypeVar("T")
 TIMEOUT_S = (10.0, 60.0)  # to connect, and between two bytes
@@ -33,9 +35,10 @@ CONNECTION_ERRORS = (
     requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, ConnectionError, TimeoutError,
     TransportError,
 )  # fmt: skip
+LOGIN = {"gs": "gcloud auth application-default login", "s3": "aws configure, or aws sso login"}
 HINTS = {
     0: "obstore did not understand the response; next: set SFT_OBSTORE=0 to use Google's client instead",
-    401: "the credentials were not accepted; next: gcloud auth application-default login",
+    401: "the credentials were not accepted; next: {login}",
     403: "no permission; next: ask for access to the bucket, or use other credentials",
     404: "no such bucket or object; next: correct the name",
 }
@@ -50,7 +53,11 @@ class PermanentError(Exception):
 
     def error(self, what: str) -> SftError:
         """The SftError to raise for it; `what` names the object."""
-        return SftError(f"{what}: {redact(str(self))}: {HINTS.get(self.status, 'next: run it again')}")
+        return SftError(f"{what}: {redact(str(self))}: {_hint(what, self.status)}")
+
+
+def _hint(what: str, status: int) -> str:
+    return HINTS.get(status, "next: run it again").format(login=LOGIN.get(what.partition("://")[0], LOGIN["gs"]))
 
 
 class StatusError(Exception):
@@ -61,14 +68,20 @@ class StatusError(Exception):
         self.status = status
 
 
+def wait_s() -> float:
+    """Seconds for which this process waits for a bucket that is away, beyond DEADLINE_S: `storage_wait_s` of the cluster's file."""
+    return float(os.environ.get(STORAGE_WAIT, 0))
+
+
 class Deadline:
-    """A deadline over all attempts and pauses for `count` bytes. (The client's own deadlines cover only some of them.)
+    """A deadline over all attempts and pauses for `count` bytes, and `wait_s` more for a bucket that is away. (The client's own
+    deadlines cover only some of them.)
 
     Setting `stop` cancels the attempts.
     """
 
-    def __init__(self, count: int, stop: threading.Event | None = None):
-        self.seconds = DEADLINE_S + count / MIN_BYTES_PER_S
+    def __init__(self, count: int, stop: threading.Event | None = None, wait_s: float = 0.0):
+        self.seconds = DEADLINE_S + wait_s + count / MIN_BYTES_PER_S
         self.stop = stop or threading.Event()
         self._end = time.monotonic() + self.seconds
 

@@ -1,4 +1,4 @@
-"""Copies files between folders and gs://. No partial or wrong file ever has its final name.
+"""Copies files between folders and buckets (gs://, s3://). No partial or wrong file ever has its final name.
 
 In:  `FileCopy`s: a name at the source, a name at the target, and what is known about the content (bytes; sha256 or crc32c).
 Out: `transfer` returns what was copied and what the target already had, or raises SftError with a line for every file that
@@ -26,15 +26,20 @@ from sft.storage.contract import RESUMABLE, CopyResult, FileCopy, Meter, Storage
 from sft.storage.local import LocalStorage
 
 
-def open_storage(where: str, cache: Path | None = None) -> Storage:
-    """The storage at a folder or gs://bucket/prefix. Upload sessions are stored in `cache`. Raises SftError for other URLs."""
+def open_storage(where: str, cache: Path | None = None, wait: bool = True) -> Storage:
+    """The storage at a folder, gs://bucket/prefix or s3://bucket/prefix. Upload sessions are stored in `cache`. wait=False: a bucket
+    that is away is not waited for as long as the cluster's file says. Raises SftError for other URLs."""
     if where.startswith("gs://"):
         from sft.storage.gcs import GcsStorage  # start-up: a folder does not need the Google client
 
-        return GcsStorage(where, cache)
+        return GcsStorage(where, cache, wait)
+    if where.startswith("s3://"):
+        from sft.storage.s3 import S3Storage
+
+        return S3Storage(where, cache, wait)
     if "://" in where:
         raise SftError(
-            f"{where}: a folder or gs://bucket/prefix is expected; next: correct it (SRC= and DST= of make cp, `storage` in env/<cluster>.toml)"
+            f"{where}: a folder, gs://bucket/prefix or s3://bucket/prefix is expected; next: correct it (SRC= and DST= of make cp, `storage` in env/<cluster>.toml)"
         )
     return LocalStorage(Path(where))
 

@@ -24,8 +24,8 @@ from google.cloud import storage as google
 
 from sft.common.errors import SftError
 from sft.storage import retries
-from sft.storage.checksums import decode_crc32c, encode_crc32c
-from sft.storage.contract import Meter
+from sft.storage.checksums import Checksums, decode_crc32c, encode_crc32c
+from sft.storage.contract import Generation, Meter
 from sft.storage.retries import Deadline, StatusError
 
 try:
@@ -40,11 +40,24 @@ CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class ObjectInfo:
-    """What a bucket reports about an object. `generation` is the number of this write. crc32c=None: not reported."""
+    """What a bucket reports about an object. crc32c=None: not reported. etag_part: S3's ETag, the generation, can be computed
+    from the bytes (sft.storage.checksums.Etag), with parts of this size; 0 = it cannot."""
 
     bytes: int
     crc32c: int | None
-    generation: int
+    generation: Generation
+    etag_part: int = 0
+
+    @property
+    def provable(self) -> bool:
+        """Whether a copy can be compared with what the bucket reports."""
+        return self.crc32c is not None or bool(self.etag_part)
+
+    def describes(self, sums: Checksums) -> bool:
+        """Whether these are the checksums of the object. Only for one that is `provable`."""
+        if self.crc32c is not None:
+            return (sums.bytes, sums.crc32c) == (self.bytes, self.crc32c)
+        return sums.bytes == self.bytes and sums.etag == str(self.generation).strip('"')
 
     @classmethod
     def of(cls, blob: google.Blob) -> ObjectInfo:
@@ -77,11 +90,11 @@ class RangeSink:
 class Transport(Protocol):
     """Sends and fetches the bytes of one object with one request."""
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+    def send(self, name: str, data: bytes, crc32c: int, generation: Generation) -> ObjectInfo:
         """Writes a complete object. The result has no crc32c if the bucket did not report it."""
         ...
 
-    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+    def fetch(self, name: str, generation: Generation, sink: RangeSink) -> None:
         """Reads from the sink's position to its end."""
         ...
 
@@ -92,7 +105,7 @@ class GoogleTransport:
     def __init__(self, bucket: google.Bucket):
         self.bucket = bucket
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+    def send(self, name: str, data: bytes, crc32c: int, generation: Generation) -> ObjectInfo:
         blob = self.bucket.blob(name)
         blob.crc32c = encode_crc32c(crc32c)
         blob.upload_from_string(
@@ -101,7 +114,7 @@ class GoogleTransport:
         )  # fmt: skip
         return ObjectInfo.of(blob)
 
-    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+    def fetch(self, name: str, generation: Generation, sink: RangeSink) -> None:
         blob = self.bucket.blob(name, generation=generation)
         blob.download_to_file(
             sink, start=sink.position, end=sink.end - 1, raw_download=True, checksum=None, timeout=retries.TIMEOUT_S,
@@ -129,7 +142,7 @@ class ObstoreTransport:
             retry_config={"max_retries": 0},
         )
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+    def send(self, name: str, data: bytes, crc32c: int, generation: Generation) -> ObjectInfo:
         mode: Any = {"version": str(generation)} if generation else "create"
         try:
             made = obstore.put(self.store, name, data, mode=mode, use_multipart=False)
@@ -139,7 +152,7 @@ class ObstoreTransport:
             raise StatusError(0, "the answer to a write has no generation")
         return ObjectInfo(len(data), None, int(made["version"] or 0))
 
-    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+    def fetch(self, name: str, generation: Generation, sink: RangeSink) -> None:
         options: Any = {"range": (sink.position, sink.end), "version": str(generation)}
         try:
             got = obstore.get(self.store, name, options=options)
@@ -177,7 +190,7 @@ class FallbackTransport:
     def __init__(self, fast: Transport, plain: Transport):
         self.fast, self.plain, self.is_understood = fast, plain, True
 
-    def send(self, name: str, data: bytes, crc32c: int, generation: int) -> ObjectInfo:
+    def send(self, name: str, data: bytes, crc32c: int, generation: Generation) -> ObjectInfo:
         if self.is_understood:
             try:
                 return self.fast.send(name, data, crc32c, generation)
@@ -185,7 +198,7 @@ class FallbackTransport:
                 self._give_up(error)
         return self.plain.send(name, data, crc32c, generation)
 
-    def fetch(self, name: str, generation: int, sink: RangeSink) -> None:
+    def fetch(self, name: str, generation: Generation, sink: RangeSink) -> None:
         if self.is_understood:
             try:
                 return self.fast.fetch(name, generation, sink)

@@ -24,7 +24,7 @@ from google.cloud.storage.exceptions import InvalidResponse
 from sft.common.errors import SftError
 from sft.storage import retries
 from sft.storage.checksums import Checksums, checksums_of, decode_crc32c, encode_crc32c
-from sft.storage.contract import FileCopy, Meter, check
+from sft.storage.contract import FileCopy, Generation, Meter, check
 from sft.storage.retries import Deadline, PermanentError, retry
 from sft.storage.transport import ObjectInfo
 
@@ -32,6 +32,35 @@ CHUNK = 1 << 20
 """Bytes that are passed to the connection at a time."""
 SESSIONS = 3
 """An upload that needs more sessions than this fails."""
+
+
+class StoredSession:
+    """The session of an upload in a file that only its owner can read. `key`: what is uploaded. Without a cache nothing is stored."""
+
+    def __init__(self, cache: Path | None, key: object):
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        self.file = cache / "uploads" / name if cache else None
+
+    def read(self) -> str:
+        """The session of an interrupted upload, or ""."""
+        if self.file:
+            with contextlib.suppress(OSError, ValueError):
+                return self.file.read_text()
+        return ""
+
+    def write(self, session: str) -> None:
+        if not self.file:
+            return
+        self.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        new = self.file.with_suffix(".new")
+        new.unlink(missing_ok=True)
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
+            f.write(session)
+        os.replace(new, self.file)
+
+    def remove(self) -> None:
+        if self.file:
+            self.file.unlink(missing_ok=True)
 
 
 class Upload:
@@ -47,7 +76,7 @@ class Upload:
         name: str,
         sums: Checksums,
         sha256: str,
-        generation: int,
+        generation: Generation,
         cache: Path | None,
         meter: Meter,
     ):
@@ -55,9 +84,10 @@ class Upload:
         self.sha256, self.generation, self.meter = sha256, generation, meter
         self.position = self.counted = 0
         self.made: ObjectInfo | None = None
-        key = json.dumps([bucket.name, name, sums.crc32c, sums.bytes, generation])
-        self.session_file = cache / "uploads" / hashlib.sha256(key.encode()).hexdigest()[:32] if cache else None
-        self.session = self._stored_session()
+        self.stored = StoredSession(cache, [bucket.name, name, sums.crc32c, sums.bytes, generation])
+        session = self.stored.read()
+        # Never send the file to another host than the client's own.
+        self.session = session if session.startswith(bucket.client._connection.API_BASE_URL) else ""
         self.ask_position = bool(self.session)  # only the server knows how many bytes have arrived
 
     def run(self, deadline: Deadline) -> ObjectInfo:
@@ -99,13 +129,7 @@ class Upload:
             if_generation_match=self.generation, retry=None,
         )  # fmt: skip
         self.session = str(session)
-        if self.session_file:
-            self.session_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            new = self.session_file.with_suffix(".new")
-            new.unlink(missing_ok=True)
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as f:
-                f.write(self.session)
-            os.replace(new, self.session_file)
+        self.stored.write(self.session)
 
     def _send(self, data: bytes | UploadBody, content_range: str) -> None:
         response = self.bucket.client._http.request(
@@ -126,20 +150,9 @@ class Upload:
         self.meter.add(position - self.counted)
         self.position = self.counted = position
 
-    def _stored_session(self) -> str:
-        """The session of an interrupted upload, or ""."""
-        if self.session_file:
-            with contextlib.suppress(OSError, ValueError):
-                session = self.session_file.read_text()
-                # Never send the file to another host than the client's own.
-                if session.startswith(self.bucket.client._connection.API_BASE_URL):
-                    return session
-        return ""
-
     def _discard_session(self) -> None:
         self.session, self.ask_position = "", False
-        if self.session_file:
-            self.session_file.unlink(missing_ok=True)
+        self.stored.remove()
 
 
 class UploadBody:

@@ -124,7 +124,7 @@ def cluster_folder(place: plan.Place, run: Path, stage: str, runs_folder: str) -
     cluster = place.load_cluster()
     runs = runs_folder or paths.for_user(cluster.runs) or f"{place.storage(cluster).rstrip('/')}/runs"
     folder = f"{runs.rstrip('/')}/{references.owner(run / stage)}/{stage}"
-    return single_result(folder, place.cache) if folder.startswith("gs://") else folder
+    return single_result(folder, place.cache) if folder.startswith(paths.BUCKETS) else folder
 
 
 def single_result(folder: str, cache: Path) -> str:

@@ -1,6 +1,6 @@
 """The sync stage: puts a run's dataset and base weights under the storage root that training reads from.
 
-In:  prepare's published folder; [model] base (a folder under DATA, gs://… or hf://org/name[@revision]); the storage root.
+In:  prepare's published folder; [model] base (a folder under DATA, gs://…, s3://… or hf://org/name[@revision]); the storage root.
 Out: <root>/datasets/<16 hex of the prepare manifest's digest>/…, with prepare's manifest.json
      <root>/base/<name>-<16 hex of its content>/…, with <that>.json, the list of its files
      remote.json in the stage's folder (sft.formats.remote); its paths are relative to the root. Only the metrics in the manifest

@@ -33,7 +33,7 @@ from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters, store_in_bf16
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
-from sft.model.parallel import World, context_group, make_deterministic, shard
+from sft.model.parallel import World, context_group, make_deterministic, shard, transfer_s
 from sft.model.trained import flops_change, lora_targets, selection_lines, trained_names, trained_shapes
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
@@ -171,8 +171,10 @@ def read_inputs(stage: Stage, world: World, hardware: Hardware) -> tuple[Setup, 
     """The dataset, the base and the architecture. Returns also a warning about the base's tokenizer, or "". Raises SftError."""
     # Rank 0 hashes every byte before another rank reads it. Where the storage is a bucket, each machine then fetches
     # its own copy.
-    world.on_rank0(lambda: [stage.dataset, stage.base], share=False)
-    dataset, base = world.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
+    count = world.on_rank0(lambda: sum(file.bytes for file in stage.remote.files))
+    patient = world.with_own_group(transfer_s(count))
+    patient.on_rank0(lambda: [stage.dataset, stage.base], share=False)
+    dataset, base = patient.on_all_ranks(lambda: (stage.dataset, stage.base))[world.rank]
     info = DatasetInfo.of(dataset)
     published = read_base(base, stage.recipe.model.ignore_config) if base else None
     published = with_positions(published, stage.recipe.model) if published else None

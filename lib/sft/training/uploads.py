@@ -25,6 +25,7 @@ from pathlib import Path
 
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
+from sft.common.paths import BUCKETS
 from sft.formats import evaluations, manifest
 from sft.formats import metrics as metrics_format
 from sft.formats.elsewhere import UNLISTED
@@ -137,7 +138,7 @@ def destination(storage: str, run: str, identity: str) -> str:
     where the storage is a disk that training writes to itself."""
     if address := os.environ.get("SFT_STAGE_ADDRESS"):
         return address
-    if not storage.startswith("gs://"):
+    if not storage.startswith(BUCKETS):
         return ""
     return f"{storage.rstrip('/')}/checkpoints/{run}-{identity[:16]}"
 
@@ -164,7 +165,16 @@ def bring_checkpoint(out: Path, where: str, cache: Path, world: World, log: Call
     def bring(number: int) -> str:
         return "" if world.local_rank else _bring_step(number, out, where, cache, log)
 
-    steps = patient.on_rank0(lambda: _complete_steps(where, cache))
+    here = world.gather(_newest_whole(out))
+    whole = bool(here[0]) and len(set(here)) == 1
+    try:
+        # What is here can be continued at once, so a bucket that is away is not waited for.
+        steps = patient.on_rank0(lambda: _complete_steps(where, cache, wait=not whole))
+    except SftError as error:
+        if not whole:
+            raise
+        log(f"warning: the bucket did not answer, training continues from what is on this machine's disk: {error}")
+        return
     numbers = sorted(steps, reverse=True)
     world = world.with_own_group(transfer_s(max(steps.values(), default=0)))
     for number in numbers:
@@ -198,9 +208,15 @@ def _send_left(step: Path, where: str, cache: Path, beside: Sequence[str]) -> st
     return ""
 
 
-def _complete_steps(where: str, cache: Path) -> dict[int, int]:
+def _newest_whole(out: Path) -> int:
+    """The number of the newest step that this disk has whole, by the names in its manifest; 0 without one."""
+    found = step_folder.steps(out) if out.is_dir() else []
+    return max((n for n, step in found if (step / manifest.NAME).is_file() and not is_part(step)), default=0)
+
+
+def _complete_steps(where: str, cache: Path, wait: bool = True) -> dict[int, int]:
     """{number: bytes} of the steps with a manifest."""
-    files = open_storage(where, cache).list()
+    files = open_storage(where, cache, wait).list()
     found = [m for name in files if (m := fetch.STEP_MANIFEST.fullmatch(name))]
     return {int(m[1]): sum(f.bytes for name, f in files.items() if name.startswith(f"step{m[1]}/")) for m in found}
 

@@ -149,7 +149,7 @@ def _exported_model(job: Job, user: str) -> HarnessModel:
     elsewhere = Elsewhere.of(folder)
     where = elsewhere.where
     remote = f"{far.stored_run(job)}/convert"
-    if where.startswith("gs://") or remote in (where, str(folder.absolute())):
+    if where.startswith(paths.BUCKETS) or remote in (where, str(folder.absolute())):
         return HarnessModel(f"{where or remote}/model", {}, {})
     if elsewhere.outputs:
         _check_mounted(job, where)

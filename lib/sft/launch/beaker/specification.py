@@ -31,7 +31,7 @@ NAMES = {
     "image": r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+",
     "evaluate_image": r"([A-Za-z0-9_.-]+/)?[A-Za-z0-9_.-]+",
     "mounts": r"[A-Za-z0-9_.-]+:(/[A-Za-z0-9_.-]+)+",
-    "runs": r"(/[A-Za-z0-9_.-]+|gs://[a-z0-9_.-]+)(/[A-Za-z0-9_.-]+)*",
+    "runs": r"(/[A-Za-z0-9_.-]+|(gs|s3)://[a-z0-9_.-]+)(/[A-Za-z0-9_.-]+)*",
     "tcpxo": r"(/[A-Za-z0-9_.-]+)+",
     "google_zone": r"[a-z0-9-]+/[a-z0-9-]+",
     "data": r"(/[A-Za-z0-9_.-]+)+(:(/[A-Za-z0-9_.-]+)+)*",
@@ -130,6 +130,8 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     elif far.in_bucket(job.cluster):
         variables |= {f"SFT_INPUT_{stage}": address for stage, address in far.addresses(job).items()}
         variables["SFT_STAGE_ADDRESS"] = far.stored_stage(job)
+    if job.cluster.storage_wait_s:  # before the stage runs, its inputs are fetched
+        variables[paths.STORAGE_WAIT] = str(job.cluster.storage_wait_s)
     for stage in job.earlier:
         if reference := far.reference_of(job, stage):
             variables[f"SFT_REFERENCE_{stage}"] = reference
