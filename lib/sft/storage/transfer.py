@@ -34,7 +34,7 @@ def open_storage(where: str, cache: Path | None = None, wait: bool = True) -> St
 
         return GcsStorage(where, cache, wait)
     if where.startswith("s3://"):
-        from sft.storage.s3 import S3Storage
+        from sft.storage.s3 import S3Storage  # start-up: boto3, too
 
         return S3Storage(where, cache, wait)
     if "://" in where:
