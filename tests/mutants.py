@@ -68,7 +68,7 @@ MUTANTS = (
     Mutant("a shared result's new name is flushed", "runner/stage.py", "                sync_folder(shared.parent)\n", "", STAGE_ORDER),
     Mutant("records are flushed before their step", "training/metrics.py", "        os.fsync(self._stream.fileno())\n        folder, records", "        folder, records", FILE_ORDER),
     # --- hashes, sizes and seals
-    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "tests/test_out_of_memory.py::test_a_second_time_ends_training_and_other_hardware_numbers_begin_afresh"),
+    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "test_out_of_memory.py::test_a_second_time_ends_training_and_other_hardware_numbers_begin_afresh"),
     Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a manifest's seal is compared", "formats/manifest.py", "made.seal != seal(value)", "False", DAMAGE),
@@ -140,11 +140,11 @@ MUTANTS = (
     Mutant("a preflight compares messages", "training/preflight.py", "whole = bool((theirs == numbers ^ (other * 0x10001)).all())", "whole = True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     Mutant("a preflight compares the sum of the ranks", "training/preflight.py", "return bool((value == expected).all())", "return True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     # --- configurations of other trainers
-    Mutant("import-config replaces no recipe", "importing/importer.py", "    if target.exists():\n", "    if False:\n", "tests/test_import_config.py::test_the_program_writes_the_recipe_once_and_lists_every_key"),
-    Mutant("import-config takes a field from one key", "importing/options.py", "draft.tables[table][field] != before", "False", "tests/test_import_config.py::test_the_page_of_commands_is_one_recipe"),
-    Mutant("import-config takes no text for another's text", "importing/options.py", "hint_of(cls, field) in (int, float, bool)", "True", "tests/test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
-    Mutant("import-config refuses other methods", "importing/importer.py", "    _refuse_other_methods(file, config)\n", "", "tests/test_import_config.py::test_what_gives_no_recipe_is_an_error"),
-    Mutant("import-config lists keys that it does not know", "importing/options.py", "            _explain(rest, key, name, cluster)", "            pass", "tests/test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
+    Mutant("import-config replaces no recipe", "importing/importer.py", "    if target.exists():\n", "    if False:\n", "test_import_config.py::test_the_program_writes_the_recipe_once_and_lists_every_key"),
+    Mutant("import-config takes a field from one key", "importing/options.py", "draft.tables[table][field] != before", "False", "test_import_config.py::test_the_page_of_commands_is_one_recipe"),
+    Mutant("import-config takes no text for another's text", "importing/options.py", "hint_of(cls, field) in (int, float, bool)", "True", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
+    Mutant("import-config refuses other methods", "importing/importer.py", "    _refuse_other_methods(file, config)\n", "", "test_import_config.py::test_what_gives_no_recipe_is_an_error"),
+    Mutant("import-config lists keys that it does not know", "importing/options.py", "            _explain(rest, key, name, cluster)", "            pass", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
 )  # fmt: skip
 
 
