@@ -156,6 +156,9 @@ record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a cha
 	@$(PY) tests/versions.py
 bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-first-steps bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line
 	$(PY) benchmarks/bench_$(subst -,_,$*).py
+.PHONY: docs
+docs: | $(TOOLS) ## the documentation as a site: site/index.html, with the reference made from the schema and this file
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict && echo site/index.html
 nightly: ; env/nightly.sh ## what cron runs: make smoke in a clean clone, with runs of its own
 slurm-%: | $(TOOLS) ## slurm-up, slurm-down: a real Slurm on this machine, to try CLUSTER=slurm with
 	@$(PY) tests/slurm.py $*

@@ -95,11 +95,11 @@ packages)
     # IFEval splits sentences with it. Without internet the doctor says what is missing.
     .venv/bin/python -m nltk.downloader -q -d .venv/nltk_data punkt_tab >/dev/null 2>&1 || true
     ;;
-tools) progress "test tools (about half a minute)" pip -c env/lock.txt -e '.[fast,trackers,lowbit,dev,interop]' ;;
+tools) progress "test tools (about half a minute)" pip -c env/lock.txt -e '.[fast,trackers,lowbit,dev,interop,docs]' ;;
 lock)
     make_venv
     progress torch install_torch
-    progress "newest allowed packages" .venv/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[fast,trackers,lowbit,dev,interop]'
+    progress "newest allowed packages" .venv/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[fast,trackers,lowbit,dev,interop,docs]'
     .venv/bin/python -m pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-.*|cuda-.*)==' >env/lock.txt
     exit
     ;;

@@ -38,7 +38,7 @@ LAST = {
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
     "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
-    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip", "import-config",
+    "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip", "import-config", "docs",
 )  # fmt: skip
 """Goals that read no recipe. The others name a run by all of its overrides, as `make report` does."""
 WATCHING = ("every", "every_limit", "every_device", "best")
@@ -71,7 +71,7 @@ def known_goals(makefile: Path) -> list[str]:
     """The goals of a Makefile: the targets of its rules. Those with % stand for one goal for each of benchmarks/bench_*.py."""
     found = re.findall(r"^([a-z][a-z0-9 %-]*):(?!=)", makefile.read_text(encoding="utf-8"), re.MULTILINE)
     goals = [name for names in found for name in names.split() if "%" not in name]
-    benches = (p.stem.removeprefix("bench_") for p in sorted((makefile.parent / "benchmarks").glob("bench_*.py")))
+    benches = (p.stem.removeprefix("bench_").replace("_", "-") for p in sorted((makefile.parent / "benchmarks").glob("bench_*.py")))
     return [*dict.fromkeys(goals), "slurm-up", "slurm-down", *(f"bench-{name}" for name in benches)]
 
 
