@@ -71,7 +71,10 @@ def known_goals(makefile: Path) -> list[str]:
     """The goals of a Makefile: the targets of its rules. Those with % stand for one goal for each of benchmarks/bench_*.py."""
     found = re.findall(r"^([a-z][a-z0-9 %-]*):(?!=)", makefile.read_text(encoding="utf-8"), re.MULTILINE)
     goals = [name for names in found for name in names.split() if "%" not in name]
-    benches = (p.stem.removeprefix("bench_").replace("_", "-") for p in sorted((makefile.parent / "benchmarks").glob("bench_*.py")))
+    benches = (
+        p.stem.removeprefix("bench_").replace("_", "-")
+        for p in sorted((makefile.parent / "benchmarks").glob("bench_*.py"))
+    )
     return [*dict.fromkeys(goals), "slurm-up", "slurm-down", *(f"bench-{name}" for name in benches)]
 
 
