@@ -128,6 +128,8 @@ MUTANTS = (
     # --- damaged inputs (tests/fuzz.py)
     Mutant("a damaged list of numbers is an error", "data/dataset.py", '        raise ValueError(f"{type(error).__name__}: {error}") from None\n', "        raise\n", "test_fuzz.py::test_a_list_of_numbers_that_numpy_cannot_parse_is_refused"),
     Mutant("documents tile their parts", "data/dataset.py", "if not length.all() or too_far or not _same_numbers(starts, ends):", "if False:", "test_fuzz.py test_dataset.py"),
+    Mutant("an empty compressed file is broken", "data/unpack.py", "        if not file.stat().st_size:", "        if False:", "test_sources.py"),
+    Mutant("metadata of a checkpoint has its fields", "checkpoint/dcp_reader.py", "            _check_fields(found)\n", "            pass\n", "test_checkpoint.py::test_metadata_without_its_fields_is_refused"),
     # --- faulty hardware
     Mutant("a replay that differs stops training", "training/loop.py", "        run.replay.check(run.stage.out, run.stage.log)\n", "        pass\n", "test_replay.py::test_a_wrong_bit_without_a_third_rank"),
     Mutant("a replay leaves no gradient", "training/replay.py", "            drop()\n", "", "test_replay.py::test_replays_change_no_byte_and_agree"),

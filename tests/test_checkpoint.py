@@ -157,16 +157,40 @@ def test_a_disk_that_is_full_leaves_the_earlier_step_and_says_what_is_needed(
 
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.system, ("touch /tmp/should-not-exist",))
+        return (os.system, ("touch should-not-exist",))
 
 
 @pytest.mark.parametrize("payload", [Evil(), {"a": Evil()}, print, Path, "just text", pickle.Pickler])
-def test_a_metadata_pickle_runs_nothing(tmp_path: Path, payload: Any) -> None:
+def test_a_metadata_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, payload: Any) -> None:
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "model_and_optim").mkdir()
     (tmp_path / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(payload))
     with pytest.raises(SftError, match="metadata"):
         read_metadata(tmp_path)
-    assert not Path("/tmp/should-not-exist").exists()
+    assert not Path("should-not-exist").exists()
+
+
+@pytest.mark.parametrize("kind", ["TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"])
+def test_metadata_without_its_fields_is_refused(tmp_path: Path, kind: str) -> None:
+    """A damaged name of a field in a pickle leaves an object without it."""
+    found = read_metadata(step := save(tmp_path))
+    entry = found.state_dict_metadata["model.embeddings.weight"]
+    ((index, info), *_) = found.storage_data.items()
+    for object_, field in ((entry, "properties"), (entry.chunks[0], "sizes"), (index, "fqn"), (info, "length")):
+        if type(object_).__name__ == kind:
+            object.__delattr__(object_, field)
+    (step / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(SftError, match=r"\.metadata: not readable as checkpoint metadata: .*; next: fetch"):
+        read_metadata(step)
+
+
+@pytest.mark.parametrize("size", [[128, 31], [1 << 40, 1 << 20], [-1, 32]])
+def test_chunks_that_are_not_the_tensor_are_refused_before_memory_is_taken(tmp_path: Path, size: list[int]) -> None:
+    found = read_metadata(step := save(tmp_path))
+    object.__setattr__(found.state_dict_metadata["model.embeddings.weight"], "size", torch.Size(size))
+    (step / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(found))
+    with pytest.raises(SftError, match=r"'model\.embeddings\.weight' of \(.*\) has chunks of 4096 values"):
+        read_metadata(step)
 
 
 def test_a_location_that_leaves_the_folder_is_refused(tmp_path: Path) -> None:

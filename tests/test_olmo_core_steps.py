@@ -238,13 +238,14 @@ def test_a_config_of_another_model_is_refused(step: Path, change: Any, message: 
 
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, ("/tmp/sft-should-not-exist",))
+        return (os.mkdir, ("should-not-exist",))
 
 
-def test_a_malicious_metadata_runs_nothing(step: Path) -> None:
+def test_a_malicious_metadata_runs_nothing(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (step / "model_and_optim" / ".metadata").write_bytes(pickle.dumps(Evil()))
     refuses(step, r"\.metadata: not readable as checkpoint metadata.*posix\.mkdir")
-    assert not Path("/tmp/sft-should-not-exist").exists()
+    assert not Path("should-not-exist").exists()
 
 
 def test_a_step_without_a_tokenizer_says_how_to_name_one(step: Path) -> None:

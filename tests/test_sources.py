@@ -287,7 +287,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_row(tmp_path):
         ("x.jsonl.xz", TWO["xz"], "broken xz file"),
         ("x.jsonl.gz", TWO["gz"], "broken gz file"),
         ("x.jsonl.zst", TWO["zst"], "broken zst file"),
-        ("x.jsonl.bz2", b"", "broken bz2 file"),
+        *((f"x.jsonl.{kind}", b"", rf"broken {kind} file \(it is empty\)") for kind in ("gz", "zst", "bz2", "xz")),
         ("x.jsonl.xz", lzma.compress(b"{}\n") + b"rest", "broken xz file"),
         ("x.tsv", b"", "name each column once"),
         ("x.parquet", b"PAR1 and nothing else", "broken parquet"),

@@ -70,6 +70,8 @@ def read_metadata(step: Path) -> metadata.Metadata:
     try:
         with file.open("rb") as f:
             found = _Restricted(f).load()
+        if isinstance(found, metadata.Metadata):
+            _check_fields(found)
     except FileNotFoundError:
         raise SftError(f"{file}: no such file; {step} is not a checkpoint; next: name a step folder") from None
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -82,6 +84,34 @@ def read_metadata(step: Path) -> metadata.Metadata:
             f"{file}: holds {type(found).__name__}, expected a DCP Metadata with storage data; next: fetch it again"
         )
     return found
+
+
+def _check_fields(found: metadata.Metadata) -> None:
+    """Raises ValueError, or what a missing field raises, unless every tensor and every location has its fields: unpickling sets
+    whichever fields a file names."""
+    for index, info in found.storage_data.items():
+        numbers = (info.offset, info.length, *(index.offset or ()))
+        if not isinstance(index.fqn, str) or not isinstance(info.relative_path, str) or not all(map(_is_size, numbers)):
+            raise ValueError(f"the location of {index.fqn!r} is {info!r}")
+    for name, entry in found.state_dict_metadata.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            continue
+        held = 0
+        for chunk in entry.chunks:
+            if not len(chunk.offsets) == len(chunk.sizes) == len(entry.size):
+                raise ValueError(f"{name!r} of {tuple(entry.size)} has a chunk of {tuple(chunk.sizes)}")
+            held += math.prod(chunk.sizes)
+        sizes = [*entry.size, *(n for chunk in entry.chunks for n in (*chunk.offsets, *chunk.sizes))]
+        if (
+            not isinstance(entry.properties.dtype, torch.dtype)
+            or not all(map(_is_size, sizes))
+            or held != math.prod(entry.size)
+        ):
+            raise ValueError(f"{name!r} of {tuple(entry.size)} has chunks of {held} values")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
 
 
 def weights_folder(step: Path) -> Path:

@@ -32,7 +32,7 @@ from sft.recipe.schema import Source
 
 CHUNK_BYTES = 8 << 20
 """Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
-UNPACKING = 2
+UNPACKING = 3
 """Raise it where unpacked files get another content or more is refused: the copies in a cache have it in their names."""
 MIN_CHUNK_BYTES = 1 << 20
 CHUNKS = 64

@@ -58,6 +58,8 @@ class new_file:
 def decompress(name: str, file: Path, compression: str, out: IO[bytes]) -> None:
     """Writes the content of a compressed file: gz, zst, xz or bz2. `name` opens the error message of a broken file."""
     try:
+        if not file.stat().st_size:  # Python's gzip and pyarrow take no bytes for no rows
+            raise EOFError("it is empty")
         if compression in ("bz2", "xz"):
             with file.open("rb") as packed:
                 _write_streams(packed, bz2.BZ2Decompressor if compression == "bz2" else lzma.LZMADecompressor, out)
