@@ -204,6 +204,9 @@ def measure(
     speed = float(np.median([plan.tokens(step) / seconds[step] for step in timed]))
     peak = utilisation.peak_tflops(torch.cuda.get_device_name()) if cuda else 0.0
     used_flops = [utilisation.mfu(expected[step][1], seconds[step], world.size, peak) for step in timed] if peak else []
+    trained = float(np.median([plan.num_targets(step) / seconds[step] for step in timed]))
+    tflops = float(np.median([expected[step][1] / seconds[step] for step in timed])) / 1e12
+    padding = [plan.padding(step) / (plan.padding(step) + plan.tokens(step)) for step in timed]
     used = max(world.gather(torch.cuda.max_memory_allocated() if cuda else 0))
     if not np.isfinite(losses).all():
         raise NotANumber(f"losses {losses}")
@@ -216,6 +219,10 @@ def measure(
         "seconds": took,
         "cpu_seconds": float(np.median(np.diff(cpu)[1 : args.steps + 1])),
         "tokens_per_s_per_gpu": speed / world.size,
+        "trained_tokens_per_s_per_gpu": trained / world.size,
+        "tflops_per_gpu": tflops / world.size,
+        "padding": float(np.mean(padding)),
+        "first_step_ended": time.time() - sum(seconds[1:]),
         "mfu": float(np.median(used_flops)) if peak else None,
         "memory_gb": used / 1e9,
         "planned_gb": (room.total - room.parts[memory.LIBRARIES]) / 1e9,

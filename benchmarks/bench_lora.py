@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 import bench_gpu
-from bench_peers import taken
+from peer_ways import PACKAGES, fetch, memory_gb, package, taken
 from sft.data.dataset import Dataset
 from sft.model.hf import hf_config
 from sft.model.parallel import join
@@ -43,28 +43,9 @@ from sft.recipe import presets
 from sft.recipe.architecture import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
-PEERS = {"trl": "1.16.0", "peft": "0.21.2"}
+PEERS = ("trl", "peft")
 RATE, BETAS = 1e-3, (0.9, 0.95)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def folder(name: str) -> Path:
-    return REPO / ".peers" / f"{name}-{PEERS[name]}"
-
-
-def fetch() -> None:
-    """Unpacks the wheels; nothing is installed. Their other requirements are those of the environment."""
-    for name, version in PEERS.items():
-        if not folder(name).is_dir():
-            options = ["--quiet", "--no-deps", "--no-compile", "--target", str(folder(name))]
-            subprocess.run([sys.executable, "-m", "pip", "install", *options, f"{name}=={version}"], check=True)
-
-
-def memory_gb(before: int) -> float:
-    """10^9 bytes at the peak."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
 
 
 def ours(config: ModelConfig, dataset: Dataset, args: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +71,7 @@ def ours(config: ModelConfig, dataset: Dataset, args: argparse.Namespace) -> dic
 
 def theirs(config: ModelConfig, dataset: Dataset, args: argparse.Namespace) -> dict[str, Any]:
     """SFTTrainer over the documents of the first `packs` packs, an epoch a step."""
-    sys.path[:0] = [str(folder(name)) for name in PEERS]
+    sys.path[:0] = [str(package(name)) for name in PEERS]
     import datasets
     import transformers
     from peft import LoraConfig
@@ -181,8 +162,8 @@ def main() -> int:
         one_way(args)
         return 0
     if args.fetch:
-        fetch()
-    if not all(folder(name).is_dir() for name in PEERS):
+        fetch(PEERS)
+    if not all(package(name).is_dir() for name in PEERS):
         print(f"TRL and PEFT are not in {REPO / '.peers'}; next: run it with --fetch", file=sys.stderr)
         return 2
     ways = ["ours", *(f"TRL, {n} a batch" for n in args.batch), "TRL, packed"]
@@ -203,7 +184,7 @@ def main() -> int:
             {
                 "bench": "lora",
                 **settings,
-                "peers": PEERS,
+                "peers": {name: PACKAGES[name] for name in PEERS},
                 "torch": torch.__version__,
                 "ratio_of": speed,
                 "ratio_to": ratios,

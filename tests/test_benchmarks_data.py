@@ -56,7 +56,7 @@ def run(bench: str, options: list[str], out: Path) -> dict[str, Any]:
         ("balance", ["--steps", "2"], {"idle_8x8", "idle_32x4"}),
         ("loader", ["--tokens", "2000000"], {"tokens_per_s"}),
         ("gpu", [*CPU, "--presets", "olmo3-tiny", "--steps", "2", "--microbatches", "1", "--no-tests"], {"models", "failed", "attention_error", "loss_error"}),
-        ("peers", [*CPU, "--preset", "olmo3-tiny", "--batch", "1", "2", "--packs", "2"], {"ratio_to", "ways"}),
+        ("peers", [*CPU, "--preset", "olmo3-tiny", "--packs", "2", "--way", "ours, eager"], {"trained_tokens_per_s", "tflops", "start_s"}),
         ("convert", ["--preset", "olmo3-tiny", "--other", "olmo2-tiny", "--minutes", "0", "--vocab", "2000"], {"peak_rss_gb", "ratio_to_copy", "ratio_to_olmo_core"}),
     ],
 )  # fmt: skip
