@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import faulthandler
 import functools
 import gzip
 import importlib
@@ -675,6 +676,7 @@ def fuzz(target: Target, count: int, folder: Path, stop: Callable[[], bool] = la
 def main(words: Sequence[str]) -> int:
     """`words`: the number of cases, then a part of a target's name."""
     count, only = int(words[0]), " ".join(words[1:])
+    faulthandler.enable()
     failed = 0
     print(f"{'input':32}{'cases':>8}{'used':>8}{'refused':>9}{'seconds':>9}", flush=True)
     for target in TARGETS:

@@ -402,3 +402,23 @@ def test_a_link_that_leaves_the_folder_is_refused(tmp_path):
     (tmp_path / "mix" / "x.jsonl").symlink_to(tmp_path / "secret.jsonl")
     with pytest.raises(SftError, match="leaves"):
         inputs.dataset_files(tmp_path / "mix", "mix", inputs.Choice())
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_arrow_file_whose_offsets_leave_its_text_is_refused_and_not_read(tmp_path: Path, nested: bool) -> None:
+    """pyarrow reads past its buffers. A text that is not UTF-8 costs its row alone."""
+    values = [{"content": "abc"}, {"content": "defg"}] if nested else ["abc", "defg"]
+    table = pa.table({"messages": pa.array([values, values[:1]])} if nested else {"prompt": pa.array(values)})
+    with pa.ipc.new_stream(tmp_path / "x.arrow", table.schema) as out:
+        out.write_table(table)
+    data = (tmp_path / "x.arrow").read_bytes()
+    offsets = (0).to_bytes(4, "little") + (3).to_bytes(4, "little") + (7).to_bytes(4, "little")
+    assert data.count(offsets) == 1
+    (tmp_path / "y.arrow").write_bytes(
+        data.replace(offsets, offsets[:4] + (1 << 30).to_bytes(4, "little") + offsets[8:])
+    )
+    with pytest.raises(SftError, match=r"y.arrow: broken arrow file \(.*out of bounds.*\); next: fetch"):
+        everything(tmp_path, "y.arrow")
+    (tmp_path / "z.arrow").write_bytes(data.replace(b"defg", b"de\xffg"))
+    rows, bad = everything(tmp_path, "z.arrow")
+    assert len(rows) == 1 and [b.reason for b in bad] == ["unreadable_value"]
