@@ -22,6 +22,7 @@ from pathlib import Path
 
 from checkout import copied
 from patience import PATIENCE
+from peers import FOLDER as PEERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ MUTANTS = (
     Mutant("a list of sent files is of one attempt", "sync/send.py", "{folder.name}-{_digest(record)}", "{folder.name}", "test_uploads.py::test_a_list_of_another_attempt_completes_no_step"),
     Mutant("an object without a CRC32C is compared by its ETag", "storage/transport.py", "sums.bytes == self.bytes and sums.etag == str(self.generation).strip('\"')", "sums.bytes == self.bytes", "test_s3.py::test_an_object_without_a_crc32c_is_compared_by_its_etag"),
     Mutant("a write to S3 states what it replaces", "storage/s3.py", 'return {"IfMatch": str(generation)} if generation else {"IfNoneMatch": "*"}', "return {}", "test_s3.py::test_another_writers_object_is_left_alone"),
-    Mutant("a bucket with steps that is away starts nothing anew", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away"),
+    Mutant("a bucket with steps that is away starts nothing anew", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
     # --- the order of writes
     Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
     Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),
@@ -187,6 +188,8 @@ def main(words: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         place = Path(folder)
         copied(place)
+        if PEERS.is_dir():  # what other projects' packages have brought
+            (place / PEERS.name).symlink_to(PEERS)
         ok, shown = passes(place, " ".join(sorted({test for m in chosen for test in m.tests.split()})))
         if not ok:
             print(f"the tests fail without any change:\n{shown}")

@@ -293,3 +293,19 @@ def test_processes_follow_the_visible_gpus(monkeypatch, visible, gpus):
     assert visible_count() == gpus
     assert processes(Hardware())[0] == max(1, gpus)
     assert processes(Hardware(processes=5, threads=2)) == (5, 2)
+
+
+def test_outputs_that_are_only_in_a_bucket_are_in_the_manifest_and_in_elsewhere(workspace):
+    """As of a training whose nodes have no common disk: `absent` is on another node, and was sent."""
+    program(
+        workspace,
+        "prepare",
+        "from sft.formats.manifest import Output\n"
+        "(stage.out / 'b').write_text('here')\n"
+        "return Result(['b'], absent=[Output('a/x', 3, 'f' * 64)], where='gs://b/there')",
+    )
+    assert start(workspace, "prepare").wait() == 0
+    folder = workspace.root / "runs/x/prepare"
+    made = json.loads((folder / "manifest.json").read_text())
+    assert [(o["path"], o["bytes"]) for o in made["outputs"]] == [("a/x", 3), ("b", 4)]
+    assert json.loads((folder / "elsewhere.json").read_text()) == {"where": "gs://b/there", "outputs": ["a/x"]}

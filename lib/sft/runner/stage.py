@@ -166,6 +166,8 @@ class Stage:
         if self.result.absent:
             absent = tuple(o.path for o in self.result.absent)
             Elsewhere(self.result.where, absent).write(self.out / elsewhere.NAME)
+        else:
+            (self.out / elsewhere.NAME).unlink(missing_ok=True)  # of an earlier result
         made.write(self.out / manifest.NAME)
         if not in_place:
             final, old = self.run / self.name, self.run / ".work" / f"{self.name}-old"
