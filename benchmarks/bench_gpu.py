@@ -336,7 +336,9 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     world = join()
     gpu = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-    report: dict[str, Any] = {"gpu": gpu, "ranks": world.size, "torch": torch.__version__, "models": [], "failed": []}
+    kernel = attention.choose_kernel(world.device)
+    report: dict[str, Any] = {"gpu": gpu, "attention": kernel, "ranks": world.size, "torch": torch.__version__}
+    report |= {"models": [], "failed": []}
     try:
         for name, found in run(args, world):
             if isinstance(found, dict):

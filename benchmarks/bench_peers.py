@@ -38,7 +38,7 @@ import torch
 import bench_gpu
 import peer_ways
 from peer_ways import Job, Missing
-from sft.model import utilisation
+from sft.model import attention, utilisation
 from sft.model.parallel import join
 from sft.recipe import presets
 
@@ -84,6 +84,7 @@ def ours(
         seq_len=args.seq_len, steps=args.steps, microbatches=args.packs, context_degree=1, optimizer="adamw", profile=False,
         recompute="full" if args.recompute else "none",
     )  # fmt: skip
+    kernel = attention.choose_kernel(world.device)
     found = bench_gpu.measure(args.preset, config, world, dataset, options, args.way == "ours, compiled")
     rows = peer_ways.row_flops(config, args.seq_len) * args.packs
     return {
@@ -95,7 +96,7 @@ def ours(
         "loss": found["loss"][0],
         "memory_gb": peer_ways.memory_gb(before),
         "start_s": found["first_step_ended"] - started,
-        "notes": "",
+        "notes": kernel,
     }
 
 

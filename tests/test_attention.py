@@ -90,7 +90,14 @@ def test_empty_documents_that_fill_a_bucket_change_nothing() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the fused kernel needs a CUDA device; none here")
 @pytest.mark.parametrize("window", [0, 1, 8, 63, 64, 1000])
 @pytest.mark.parametrize("kv", [4, 2])
-def test_the_fused_kernel_equals_the_documents_loop(window: int, kv: int) -> None:
+@pytest.mark.parametrize("kernel", ["flash attention 2", "flash attention 3"])
+def test_the_fused_kernel_equals_the_documents_loop(
+    window: int, kv: int, kernel: str, request: pytest.FixtureRequest
+) -> None:
+    if kernel.endswith("3"):
+        if (found := module.choose_kernel(torch.device("cuda"))) != kernel:
+            pytest.skip(f"needs a Hopper GPU and the package flash-attn-3; here is {found}")
+        request.addfinalizer(lambda: torch.nn.attention.restore_flash_attention_impl())
     q, k, v = (x.bfloat16() for x in make(LENGTHS, kv=kv, dim=64))
     wanted = reference(q.float(), k.float(), v.float(), LENGTHS, window)
     device = [x.cuda().requires_grad_() for x in (q, k, v)]
@@ -102,3 +109,48 @@ def test_the_fused_kernel_equals_the_documents_loop(window: int, kv: int) -> Non
     ours = torch.autograd.grad((out * weight.cuda()).sum(), device)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.float().cpu(), b, atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize(
+    ("capability", "torch_version", "installed", "fails", "wanted"),
+    [
+        ((9, 0), "2.13.0+cu130", True, False, "flash attention 3"),
+        ((9, 0), "2.13.0+cu130", False, False, "flash attention 2"),
+        ((9, 0), "2.12.1", True, False, "flash attention 2"),
+        ((10, 0), "2.13.0", True, False, "flash attention 2"),
+        ((8, 0), "2.13.0", True, False, "flash attention 2"),
+        (
+            (9, 0),
+            "2.13.0",
+            True,
+            True,
+            "flash attention 2; flash_attn_interface is installed and cannot be used (other)",
+        ),
+    ],
+)
+def test_flash_attention_3_is_taken_where_it_can_be(
+    capability: tuple[int, int],
+    torch_version: str,
+    installed: bool,
+    fails: bool,
+    wanted: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[str] = []
+
+    def activate(name: str) -> None:
+        if fails:
+            raise RuntimeError("other")
+        taken.append(name)
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.__version__", torch_version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object() if installed else None)
+    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", activate)
+    assert module.choose_kernel(torch.device("cuda")) == wanted
+    assert taken == (["FA3"] if wanted == "flash attention 3" else [])
+    assert module.choose_kernel(torch.device("cpu")) == "a loop over documents"
+
+
+def test_torch_knows_the_kernel_by_the_name_that_is_asked_for() -> None:
+    assert "FA3" in torch.nn.attention.list_flash_attention_impls()

@@ -11,6 +11,7 @@ alone.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,11 +20,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention as torch_attention
 from torch.nn.attention.varlen import varlen_attn
 
 # Rows of a windowed document in one masked call. Longer documents are computed block by block, so that the mask and the
 # scores are O(block * (block + window)) and not O(length^2).
 BLOCK = 512
+FLASH_3, FLASH_3_TORCH = "flash_attn_interface", (2, 13)
+"""The module of the package flash-attn-3, and the first version of torch that is taken with it."""
 _HAS_ENABLE_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -32,6 +36,22 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int,
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return _fused(q, k, v, cu_seqlens, max_len, window)
     return _documents(q, k, v, cu_seqlens, window)
+
+
+def choose_kernel(device: torch.device) -> str:
+    """Takes flash attention 3 for the fused kernel where it can be: on Hopper, with torch 2.13 or newer, whose backward pass hands it the
+    window, and the package flash-attn-3. Call it before the first attention. Returns the kernel's name for the log."""
+    if device.type != "cuda":
+        return "a loop over documents"
+    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if not hopper or version < FLASH_3_TORCH or importlib.util.find_spec(FLASH_3) is None:
+        return "flash attention 2"
+    try:
+        torch_attention.activate_flash_attention_impl("FA3")
+    except (ImportError, OSError, RuntimeError) as error:  # a build for another torch
+        return f"flash attention 2; {FLASH_3} is installed and cannot be used ({error})"
+    return "flash attention 3"
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_len: int, window: int) -> Tensor:

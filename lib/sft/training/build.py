@@ -31,6 +31,7 @@ from sft.formats.out_of_memory import OutOfMemory
 from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters, store_in_bf16
+from sft.model.attention import choose_kernel
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import World, context_group, make_deterministic, shard, transfer_s
@@ -98,7 +99,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         preflight(stage.out, world, stage.log)
     hardware, missing = resolve_compile(stage, world)
     setup, tokenizer_warning = read_inputs(stage, world, hardware)
-    if world.device.type == "cuda" and train.precision == "bf16" and (problem := missing_kernels(setup.config)):
+    fused = world.device.type == "cuda" and train.precision == "bf16"
+    if fused and (problem := missing_kernels(setup.config)):
         raise SftError(problem)
     config, info, published = setup.config, setup.info, setup.published
     data = build_data(setup)
@@ -144,6 +146,8 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         room=room,
         short=short,
     )
+    if fused:
+        setup.log(f"attention: {choose_kernel(world.device)}")
     for line in notes(setup, run, tokenizer_warning, missing):
         setup.log(line)
     if untrained := data.plan.index.losses.unlabelled_pieces:
