@@ -34,6 +34,7 @@ from sft.common.files import hash_file
 from sft.data.dataset_writer import DatasetWriter
 from sft.formats.dataset import SplitSize
 from sft.formats.metrics import StepRecord, read_metrics, read_steps
+from sft.formats.remote import Remote
 from sft.recipe import presets, schema
 from sft.runner import plan
 
@@ -123,6 +124,7 @@ class FakeStage:
         self.cache = folder / "cache"
         self.identity = "0123456789abcdef"
         self.storage = storage or str(folder)
+        self.remote = Remote("dataset", None, ())
 
     def log(self, text: str) -> None:
         print(f"[train] {text}", flush=True)
