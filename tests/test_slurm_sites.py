@@ -12,8 +12,11 @@ import pytest
 
 from conftest import REPO, Workspace, files
 from published import publish
+from sft.common.errors import SftError
 from sft.formats.remote import Remote, SyncMetrics
 from sft.launch.slurm.script import resources, shell_word
+from sft.recipe import recipe
+from sft.recipe.clusters import load_cluster
 from sft.recipe.schema import Cluster, Hardware
 from sft.runner.upstream import Upstream
 from slurm_place import program, record, slurm, workspace
@@ -45,6 +48,64 @@ def test_a_stage_of_a_site_is_requested_in_its_form():
     assert not (none["cpus-per-task"] or none["mem"] or none["gres"])
     by_cores = Cluster(storage="", launcher="slurm", gpus_per_node=4, cores_per_node=96)
     assert (resources(by_cores, Hardware(), 4)["mem"], resources(by_cores, Hardware(), 1)["cpus-per-task"]) == ("", 24)
+
+
+STAGES_OWN = """launcher = "slurm"
+storage = "{runs}/.s"
+gpus_per_node = 4
+account = "a"
+gres = "gpu"
+[on.train]
+account = "gpu-hours"
+gres = "gpu:a100"
+constraint = "a100&ib"
+qos = "long"
+sbatch = ["--mail-type=END"]
+[on.prepare]
+partition = "cpu"
+cpus = 32
+"""
+
+
+def test_a_clusters_file_has_values_of_single_stages_and_a_recipes_come_first(tmp_path, monkeypatch):
+    place = Workspace(tmp_path)
+    file = place.root / "env/own.toml"
+    file.write_text(STAGES_OWN)
+    recipe_file = place.recipe("x")
+    recipe_file.write_text(recipe_file.read_text() + "[on.own.prepare]\ncpus = 8\n")
+    monkeypatch.setattr(recipe, "CLUSTERS", place.root / "env")
+    loaded, cluster = recipe.load(recipe_file, (), "own"), load_cluster(file)
+    train = loaded.hardware("own", "train")
+    asked = resources(cluster, train, 4)
+    assert [asked[name] for name in ("account", "gres", "constraint", "qos")] == [
+        "gpu-hours",
+        "gpu:a100:4",
+        "a100&ib",
+        "long",
+    ]
+    assert train.sbatch == ("--mail-type=END",)
+    prepare = loaded.hardware("own", "prepare")
+    assert (prepare.partition, prepare.cpus) == ("cpu", 8)
+    assert resources(cluster, loaded.hardware("own", "convert"), 1)["account"] == "a"
+    typed_here = recipe.load(recipe_file, ("prepare.cpus=2",), "own").hardware("own", "prepare")
+    assert (typed_here.partition, typed_here.cpus) == ("cpu", 2)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ('[on.trian]\nqos = "x"', "'on' = "),
+        ('[on.train]\nqoss = "x"', "no field 'qoss' in [on.train]"),
+        ('[on.train]\npriority = "high"', "'priority' in [on.train]: for launcher = 'beaker' only"),
+        ("[on.prepare]\nnodes = 2", "'nodes' in [on.prepare]: prepare does not read it"),
+        ("[on.train]\nnodes = 0", "'nodes' in [on.train] = 0"),
+    ],
+)
+def test_a_wrong_value_of_a_stage_is_refused_with_the_clusters_file(tmp_path, lines, message):
+    file = tmp_path / "own.toml"
+    file.write_text(f'launcher = "slurm"\nstorage = "x"\n{lines}\n')
+    with pytest.raises(SftError, match=re.escape(str(file)) + ".*" + re.escape(message)):
+        load_cluster(file)
 
 
 @pytest.mark.parametrize("text", ["plain", "a b'c\"d", "$(touch x) `touch x` \\ $ $5", "$HOMEX/y"])
@@ -155,6 +216,7 @@ def test_the_file_of_a_site_is_planned_and_examined(site, tmp_path, monkeypatch)
     assert ("#SBATCH --mem" in script) == (site != "idris-jean-zay")
     part = site_workspace.make("dry-run", "RECIPE=x", f"CLUSTER={site}", "STAGE=evaluate").stdout
     part = part[part.index("# evaluate of the run x") :]
+    assert ("#SBATCH --partition=small-g\n" in part) == (site == "csc-lumi")
     cores = {"nersc-perlmutter": 16, "csc-lumi": 7, "idris-jean-zay": 24, "cineca-leonardo": 8}.get(site)
     assert (f"#SBATCH --cpus-per-task={cores}\n" in part) == bool(cores) and "--exclusive" not in part
     (site_workspace.root / "script").write_text("#!/bin/bash\n" + script)

@@ -6,6 +6,7 @@ Import them from there. Standard library only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sft.recipe.options import REQUIRED, opt
 
@@ -115,6 +116,7 @@ class Hardware:
     account: str = opt("", "Slurm account; empty = the cluster's", launchers=SLURM)
     qos: str = opt("", "Slurm quality of service; empty = the cluster's", launchers=SLURM)
     constraint: str = opt("", "features that the nodes must have; empty = the cluster's", launchers=SLURM)
+    gres: str = opt("", "form of the request for GPUs; empty = the cluster's", launchers=SLURM)
     sbatch: tuple[str, ...] = opt(
         (), "sbatch options in addition to the cluster's, which they override", launchers=SLURM
     )
@@ -144,6 +146,11 @@ class Cluster:
         choices=LAUNCHERS,
     )
     stages: tuple[str, ...] = opt(STAGES, "stages that run there; the others run on this machine", choices=STAGES)
+    on: dict[str, dict[str, Any]] = opt(
+        {},
+        "[on.<stage>]: numbers of one stage, of the fields of a recipe's [on.<cluster>.<stage>], which come first",
+        choices=STAGES,
+    )
     runs: str = opt("", "path of the folder of runs in jobs; empty = the same as here")
     shared_disk: bool = opt(True, "jobs see this machine's repository and folder of runs", launchers=JOBS)
     gpu: str = opt("", "GPU type, e.g. H100; empty = any")

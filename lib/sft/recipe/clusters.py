@@ -31,6 +31,7 @@ def load_cluster(file: Path) -> schema.Cluster:
         name for name in data if f"SFT_{name.upper()}" not in os.environ
     ]  # a variable is for every cluster that reads it
     problems = problems or _check_cluster(cluster) + typed.unread(schema.Cluster, shared, cluster.launcher)
+    problems = problems or _check_stages(cluster)
     if problems:
         raise SftError("\n".join(f"{file}: {p}" for p in problems) + "\nnext: correct it; env/local.toml is an example")
     return cluster
@@ -67,6 +68,23 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
         problems.append(f"'python' = {cluster.python!r}: a program's name or path of letters, digits and ./_-")
     problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
     return problems
+
+
+def _check_stages(cluster: schema.Cluster) -> list[str]:
+    problems: list[str] = []
+    for stage, numbers in cluster.on.items():
+        typed.build(schema.Hardware, numbers, f"on.{stage}", problems)
+        problems += typed.unread(schema.Hardware, numbers, cluster.launcher, f" in [on.{stage}]")
+        problems += typed.of_other_stages(numbers, stage, f" in [on.{stage}]")
+    return problems
+
+
+def numbers_of_stages(file: Path) -> dict[str, dict[str, Any]]:
+    """[on.<stage>] of a cluster's file, {stage: {field: value}}; {} if the file is not valid, which `load_cluster` reports."""
+    try:
+        return load_cluster(file).on
+    except SftError:
+        return {}
 
 
 def find_cluster(folder: Path, name: str) -> Path:

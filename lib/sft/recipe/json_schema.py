@@ -53,7 +53,10 @@ def recipe_schema() -> dict[str, Any]:
 
 def cluster_schema() -> dict[str, Any]:
     """Of env/<cluster>.toml."""
-    return _root("a cluster's file", _object(schema.Cluster))
+    made = _object(schema.Cluster)
+    stages = {stage: _object(schema.Hardware, stage=stage) for stage in schema.STAGES}
+    made["properties"]["on"] |= {"properties": stages, "additionalProperties": False}
+    return _root("a cluster's file", made)
 
 
 def _root(title: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from typing import Any
 from sft.common.errors import SftError
 from sft.common.paths import REPO
 from sft.common.strings import distinct
-from sft.recipe import chat_templates, rules, schema, typed
+from sft.recipe import chat_templates, clusters, rules, schema, typed
 from sft.recipe.edit import to_toml
 from sft.recipe.options import hint_of, name_of, names_of
 
@@ -147,6 +147,7 @@ def load(file: Path, overrides: typing.Sequence[str] = (), cluster: str = "local
     if values["evaluate"] is not None:
         values["evaluate"] = _with_task_options(values["evaluate"], problems)
     on = _hardware(data.get("on", {}), problems)
+    _add_clusters_own(on, data.get("on", {}), cluster)
     if not problems:
         problems += rules.check(values, on)
     if problems:
@@ -281,6 +282,15 @@ def _hardware(data: Any, problems: list[str]) -> dict[str, dict[str, schema.Hard
                 problems += typed.unread(schema.Hardware, numbers, launcher, f" in [on.{cluster}.{stage}]")
             problems += typed.of_other_stages(numbers, stage, f" in [on.{cluster}.{stage}]")
     return on
+
+
+def _add_clusters_own(on: dict[str, dict[str, schema.Hardware]], given: Any, cluster: str) -> None:
+    """Adds the numbers of stages that the files of these clusters have, where the recipe does not give them itself."""
+    for name in {cluster, *on}:
+        for stage, numbers in clusters.numbers_of_stages(CLUSTERS / f"{name}.toml").items():
+            own = given.get(name, {}).get(stage, {}) if isinstance(given, dict) else {}
+            if isinstance(own, dict):  # another value is a problem that was reported
+                on.setdefault(name, {})[stage] = typed.build(schema.Hardware, {**numbers, **own}, "on", [])
 
 
 def _launcher(cluster: str) -> str:

@@ -156,11 +156,12 @@ def resources(cluster: Cluster, hardware: Hardware, gpus: int) -> dict[str, obje
     memory_gb = hardware.memory_gb or int(cluster.memory_gb_per_node * share)
     whole = takes_nodes(cluster, hardware, gpus) and not hardware.memory_gb
     by_cores = cluster.cores_per_node and not cluster.memory_gb_per_node  # the site divides memory by cores
+    gres = hardware.gres or cluster.gres
     return {
         "cpus-per-task": hardware.cpus or int(cluster.cores_per_node * share),
         "mem": ("" if by_cores else "0") if whole else f"{memory_gb}G" if memory_gb else "",
-        "gpus-per-node": "" if cluster.gres else gpus,
-        "gres": f"{cluster.gres}:{gpus}" if cluster.gres and gpus else "",
+        "gpus-per-node": "" if gres else gpus,
+        "gres": f"{gres}:{gpus}" if gres and gpus else "",
         "time": hardware.time or cluster.time,
         "partition": hardware.partition or cluster.partition,
         "account": hardware.account or cluster.account,
