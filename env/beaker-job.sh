@@ -86,6 +86,9 @@ fi
 [ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?
+if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ]; then # of all nodes, so that each tells Beaker the same
+    if agreed=$(.venv/bin/python -m sft.launch.beaker.agree "$status"); then status="$agreed"; fi
+fi
 rank="${BEAKER_REPLICA_RANK:-0}"
 case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # each node has a part of a checkpoint
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;

@@ -216,6 +216,7 @@ def test_a_node_that_fails_stops_the_others_and_is_the_one_reported(place, capsy
     (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.train]\nnodes = 2\n")
     place.push()
     place.workspace.make("sync", "RECIPE=x", "CLUSTER=beaker-test")
+    place.edit("[env]\n", '[env]\nSFT_AGREE_S = "1"\n')  # the first node says nothing
     script = '[ "$BEAKER_REPLICA_RANK" = 0 ] && exec sleep 60; echo "rank $BEAKER_REPLICA_RANK of $BEAKER_REPLICA_COUNT breaks"; exit 9'
     assert place.launch(script, stage="train") == 9
     assert "rank 1 of 2 breaks" in capsys.readouterr().out

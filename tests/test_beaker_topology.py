@@ -29,6 +29,7 @@ from conftest import REPO
 from sft.common.errors import SftError
 from sft.launch import job
 from sft.launch.beaker import harnesses, hosts, node_order, scheduler
+from sft.launch.beaker.exchange import exchange
 
 __all__ = ["place"]  # the fixture
 pytestmark = pytest.mark.server
@@ -184,10 +185,10 @@ def test_each_node_learns_its_number_from_the_places_of_all(monkeypatch):
         assert node_order.place() == ""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{free.getsockname()[1] - 1}"
+        head = f"127.0.0.1:{free.getsockname()[1]}"
     places = ["/b1/s/0", "/b2/s/1", "/b1/s/2"]
     with ThreadPoolExecutor(3) as pool:
-        seen = list(pool.map(lambda rank: node_order.exchange(rank, 3, head, places[rank]), range(3)))
+        seen = list(pool.map(lambda rank: exchange(rank, 3, head, places[rank], 60), range(3)))
     assert seen == [places] * 3 and node_order.order(places) == [0, 2, 1]
 
 

@@ -132,16 +132,20 @@ class Jobs(DatasetCalls):
         preempted = run.cancelled and run.cancelled[1] == pb2.CancelationCode.CANCELATION_CODE_SYSTEM_PREEMPTION
         retry = task.experiment.spec.retry
         failures = [r for r in task.runs if r.message.status.status == pb2.WorkloadStatus.STATUS_FAILED]
-        if (preempted and context.auto_resume is not False and not self.stranded) or (
-            status.status == pb2.WorkloadStatus.STATUS_FAILED
-            and len(failures) <= (retry.allowed_task_retries if retry else 0)
-        ):
+        retried = status.status == pb2.WorkloadStatus.STATUS_FAILED and len(failures) <= (
+            retry.allowed_task_retries if retry else 0
+        )
+        attempt, codes = task.runs.index(run), pb2.CancelationCode
+        with_sibling = run.cancelled and run.cancelled[1] == codes.CANCELATION_CODE_SIBLING_TASK_RETRY
+        retried = retried and not task.experiment.cancelled
+        resumed = preempted and context.auto_resume is not False and not self.stranded
+        if resumed or retried or (with_sibling and not task.experiment.cancelled):
             self._launch(task)
-        elif status.status == pb2.WorkloadStatus.STATUS_FAILED and task.spec.propagate_failure:
+        if status.status == pb2.WorkloadStatus.STATUS_FAILED and task.spec.propagate_failure:
+            why, code = ("retry", codes.CANCELATION_CODE_SIBLING_TASK_RETRY) if retried else ("failed", codes.CANCELATION_CODE_SIBLING_TASK_FAILED)  # fmt: skip
             for other in task.experiment.tasks:
-                if other is not task:
-                    self._stop(other.runs[-1], "a sibling failed",
-                               pb2.CancelationCode.CANCELATION_CODE_SIBLING_TASK_FAILED)  # fmt: skip
+                if other is not task and attempt < len(other.runs):
+                    self._stop(other.runs[attempt], f"sibling: {why}", code)
         status.finalized.CopyFrom(now())
 
     def _stop(self, run: Run, why: str, code: int) -> None:

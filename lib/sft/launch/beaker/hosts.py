@@ -9,6 +9,7 @@ choice is that of OLMo-core (olmo_core/launch/select_beaker_hosts.py).
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -19,12 +20,18 @@ from beaker import beaker_pb2 as pb2
 
 from sft.common.errors import SftError
 from sft.launch import failed
+from sft.launch.beaker.states import SIGNALS
 from sft.launch.job import Job
 from sft.recipe.schema import Cluster
 
 COMPUTE = "https://compute.googleapis.com"
 SCOPE = "https://www.googleapis.com/auth/compute.readonly"
 ANSWER_S = 60
+LINES = 500
+SIGNS = re.compile(
+    r"\[train\] a process was killed|hung: rank \d+ on |corrupt: rank \d+ on |CUDA error|HIP error|uncorrectable|Bus error"
+)
+"""In the last lines of a job's log."""
 
 
 def allowed(client: Beaker, job: Job) -> tuple[str, ...]:
@@ -64,6 +71,14 @@ def nodes_of(client: Beaker, cluster: Cluster) -> Iterator[pb2.Node]:
     for found in client.cluster.list():
         if any(f"{found.organization_name}/{name}" in cluster.clusters for name in (found.name, *found.aliases)):
             yield from client.node.list(cluster=found)
+
+
+def is_nodes_fault(client: Beaker, job: pb2.Job) -> bool:
+    """Whether a failed job ended by a kill, a rank that hung or an error of the hardware on its node."""
+    if job.status.exit_code > SIGNALS:
+        return True
+    text = "\n".join(line.message.decode(errors="replace") for line in client.job.logs(job, tail_lines=LINES))
+    return SIGNS.search(text) is not None
 
 
 def choose(hosts: Mapping[str, str], free: AbstractSet[str], nodes: int, together: int) -> list[str]:

@@ -14,20 +14,21 @@ import os
 import sys
 import urllib.request
 from collections.abc import Sequence
-from datetime import timedelta
 
 from sft.common.process import report_errors
+from sft.launch.beaker.exchange import exchange
 
 PATH = "/computeMetadata/v1/instance/attributes/physical_host"
 ANSWER_S = 10
-WAIT = timedelta(minutes=30)
+WAIT_S = 1800.0
 """How long the nodes wait for each other: some prepare their environment more slowly."""
 
 
 def main() -> int:
     with report_errors("launch"):
         rank, nodes = int(os.environ["SFT_NODE_RANK"]), int(os.environ["SFT_NODES"])
-        places = exchange(rank, nodes, os.environ["SFT_HEAD"], place())
+        host, _, port = os.environ["SFT_HEAD"].rpartition(":")
+        places = exchange(rank, nodes, f"{host}:{int(port) + 1}", place(), WAIT_S)
         ranks = order(places)
         if rank == 0:
             how = "by their places" if all(places) else "as Beaker numbers them: the place of one is not known"
@@ -46,20 +47,6 @@ def place() -> str:
     except (OSError, ValueError):
         return ""
     return text if len(text.strip("/").split("/")) == 3 else ""
-
-
-def exchange(rank: int, nodes: int, head: str, mine: str) -> list[str]:
-    """The places of all nodes, by Beaker's number. Every node of the job calls it with its own place."""
-    from torch.distributed import TCPStore  # start-up: torch
-
-    host, _, port = head.rpartition(":")
-    store = TCPStore(host, int(port) + 1, nodes, is_master=rank == 0, timeout=WAIT)
-    store.set(f"place {rank}", mine)
-    places = [store.get(f"place {r}").decode() for r in range(nodes)]
-    store.set(f"read {rank}", "")
-    if rank == 0:  # the store ends with this process
-        store.wait([f"read {r}" for r in range(nodes)])
-    return places
 
 
 def order(places: Sequence[str]) -> list[int]:

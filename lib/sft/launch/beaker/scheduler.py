@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sft.common import paths
 from sft.common.columns import say
 from sft.common.errors import SftError
-from sft.launch import code
+from sft.launch import code, failed
 from sft.launch.beaker import connection, harnesses, hosts, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import DatasetUploads
@@ -40,6 +40,7 @@ class BeakerScheduler:
 
     def __init__(self, folder: Path, cluster: Cluster):
         self.folder, self.cluster = folder, cluster
+        self._allowed: dict[str, int] = {}  # by experiment: how often Beaker starts a failed task again
         self._printed: dict[str, Timestamp] = {}  # by job: the time just after that of its last printed line
 
     @cached_property
@@ -107,7 +108,7 @@ class BeakerScheduler:
                 jobs = self._latest_jobs(workload)
             except BeakerWorkloadNotFound:
                 return Status("gone", None, "Beaker does not know this experiment")
-            return states.experiment_status(workload, jobs, [self._job_status(job) for job in jobs])
+            return states.experiment_status(workload, jobs, [self._job_status(workload, job) for job in jobs])
 
     def follow(self, id: str, out: IO[str]) -> int:
         printed, pause = "", SHORTEST_POLL_S
@@ -122,8 +123,16 @@ class BeakerScheduler:
             if str(status) != printed:
                 say(f"[beaker] {self._address(id)} is {status}", out)
                 printed = str(status)
+                with client_errors():
+                    self._note_failures(id)
             time.sleep(pause)
             pause = min(1.5 * pause, POLL_S)
+        with client_errors():
+            self._note_failures(id)
+            workload = self.client.workload.get(id)
+            if status.state == "failed" and self._restarts(workload) and not states.has_ended(workload):
+                say("[beaker] another attempt would fail in the same way: the experiment is stopped", out)
+                self.client.workload.cancel(workload)
         if status.state != "done" or self.folder.parent.parent.name == TOOL_RUNS:
             return status.code  # a tool leaves its result where it was told to
         with client_errors():
@@ -143,8 +152,8 @@ class BeakerScheduler:
     def tail(self, id: str) -> str:
         with client_errors():
             jobs = [job for job in self._latest_jobs(self.client.workload.get(id)) if job is not None]
-            failed = [job for job in jobs if self._job_status(job).state == "failed"] or jobs
-            log = self.client.job.logs(failed[0], tail_lines=TAIL_LINES) if failed else ()
+            jobs = [job for job in jobs if states.has_failed(job)] or self._failed_jobs(id)[-1:] or jobs
+            log = self.client.job.logs(jobs[0], tail_lines=TAIL_LINES) if jobs else ()
             text = [line.message.decode(errors="replace").rstrip() for line in log]
             return "\n".join([*text[-TAIL_LINES:], f"the complete log: {self._address(id)}"])
 
@@ -159,13 +168,53 @@ class BeakerScheduler:
     def _leader(self, id: str) -> pb2.Job | None:
         return self._latest_jobs(self.client.workload.get(id))[0]
 
-    def _job_status(self, job: pb2.Job | None) -> Status:
-        return states.job_status(job, self.cluster, self._failures)
+    def _job_status(self, workload: pb2.Workload, job: pb2.Job | None) -> Status:
+        """The status of a task by its latest job. Where only some ends are tried again, an earlier one may be final."""
+        if (
+            job
+            and self._restarts(workload)
+            and (end := states.final_failure(self._attempts(job), self.cluster.retries))
+        ):
+            return end
+        return states.job_status(job, self.cluster, self._retries(workload), self._failures)
+
+    def _retries(self, workload: pb2.Workload) -> int:
+        """How often Beaker starts a failed task of the experiment again."""
+        id = workload.experiment.id
+        if id not in self._allowed:
+            spec = self.client.experiment.get_spec(workload.experiment)
+            self._allowed[id] = (spec.retry and spec.retry.allowed_task_retries) or 0
+        return self._allowed[id]
+
+    def _restarts(self, workload: pb2.Workload) -> int:
+        """How many of these are only for ends that ask for another attempt: a training's `max_restarts`."""
+        training = any(task.name == "train" for task in workload.experiment.tasks)
+        return max(0, self._retries(workload) - self.cluster.retries) if training else 0
+
+    def _attempts(self, job: pb2.Job) -> list[pb2.Job]:
+        """All jobs of the job's task."""
+        return list(self.client.job.list(task=pb2.Task(id=job.task_id)))
 
     def _failures(self, job: pb2.Job) -> int:
         """How many times the job's task has failed."""
-        jobs = self.client.job.list(task=pb2.Task(id=job.task_id))
-        return sum(j.status.HasField("failed") and not j.status.HasField("canceled") for j in jobs)
+        return sum(map(states.has_failed, self._attempts(job)))
+
+    def _failed_jobs(self, id: str) -> list[pb2.Job]:
+        """The failed jobs of an experiment, of all its attempts, the earliest first."""
+        tasks = self.client.workload.get(id).experiment.tasks
+        jobs = [job for task in tasks for job in self.client.job.list(task=task) if states.has_failed(job)]
+        return sorted(jobs, key=lambda job: (job.status.exited.seconds, job.status.exited.nanos))
+
+    def _note_failures(self, id: str) -> None:
+        """Counts failures of the hardware for their nodes, which later jobs of the run avoid after two."""
+        for job in self._failed_jobs(id):
+            if (
+                job.assignment_details.node_id
+                and states.asks_for_another(job)
+                and hosts.is_nodes_fault(self.client, job)
+            ):
+                host = self.client.node.get(job.assignment_details.node_id).hostname
+                failed.add(self.folder, host, job.id, f"exit {job.status.exit_code}")
 
     def _print_log(self, job: pb2.Job, out: IO[str]) -> None:
         """Prints a job's log until the job ends, from the first line that was not printed yet."""

@@ -146,7 +146,12 @@ def experiment(job: Job, shipped: code.Code, user: str) -> BeakerExperimentSpec:
     made.host_networking = made.host_networking or "SFT_TCPXO" in variables
     made.command = ["bash", "-c", SCRIPT.read_text(encoding="utf-8"), SCRIPT.name]
     made.arguments = [far.remote_run(job), job.stage, str(len(install)), *install, *far.remote_command(job)]
-    return wrap(job, [made], job.cluster.retries)
+    return wrap(job, [made], job.cluster.retries + restarts_of(job))
+
+
+def restarts_of(job: Job) -> int:
+    """How often Beaker starts a training again that was killed or asks to be run again, beside `retries`."""
+    return job.hardware.max_restarts if job.stage == "train" else 0
 
 
 def task(
