@@ -1,0 +1,91 @@
+"""The history of the benches: a record for each run, and a baseline that a worse number fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import history
+from conftest import REPO
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(history, "HERE", tmp_path)
+    monkeypatch.setattr(history, "HISTORY", tmp_path / "history")
+    monkeypatch.setattr(history, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.setattr(history, "machine", lambda: "a box")
+    return tmp_path
+
+
+def bench(place: Path, text: str) -> None:
+    (place / "bench_two_words.py").write_text(text)
+
+
+def test_each_run_appends_its_numbers_with_commit_and_machine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench(place, "import json, sys; print('a table'); print(json.dumps({'ratio': 2.0, 'argv': sys.argv[1:]}))")
+    assert history.main(["run", "two-words"]) == 0
+    assert history.main(["run", "two-words", "--documents", "5"]) == 0
+    assert capsys.readouterr().out.startswith("a table\n")
+    first, second = history.records("two-words")
+    assert first["numbers"]["ratio"] == 2.0 and first["machine"] == "a box" and first["options"] == []
+    assert second["numbers"]["argv"] == second["options"] == ["--documents", "5"]
+    assert set(first) == {"time", "commit", "edits", "machine", "python", "torch", "options", "numbers"}
+
+
+@pytest.mark.parametrize(
+    ("text", "status"), [("raise SystemExit(3)", 3), ("print('no numbers')", 1), ("print([1])", 1)]
+)
+def test_a_bench_that_fails_or_ends_in_no_numbers_leaves_no_record(place: Path, text: str, status: int) -> None:
+    bench(place, text)
+    assert history.main(["run", "two-words"]) == status
+    assert history.records("two-words") == []
+
+
+def keep(place: Path, machine: str = "a box", **numbers: Any) -> None:
+    (place / "history").mkdir(exist_ok=True)
+    with (place / "history" / "x.jsonl").open("a") as file:
+        file.write(json.dumps({"machine": machine, "numbers": numbers}) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("rule", "value", "status", "said"),
+    [
+        ({"value": 10, "noise": 0.1, "better": "higher"}, 9.1, 0, "ok"),
+        ({"value": 10, "noise": 0.1, "better": "higher"}, 8.9, 1, "WORSE"),
+        ({"value": 10, "noise": 0.1, "better": "higher"}, 99, 0, "ok"),
+        ({"value": 10, "noise": 0.1, "better": "lower"}, 10.9, 0, "ok"),
+        ({"value": 10, "noise": 0.1, "better": "lower"}, 11.5, 1, "WORSE"),
+        ({"value": 10, "noise": 0.1, "better": "lower", "machine": "another"}, 99, 0, "not measured here"),
+        ({"value": 10, "noise": 0.1, "better": "lower", "machine": "a box"}, 99, 1, "WORSE"),
+        ({"value": 10, "noise": 0.1, "better": "lower"}, None, 1, "GONE"),
+    ],
+)
+def test_a_number_that_is_worse_by_more_than_its_noise_fails(
+    place: Path, capsys: pytest.CaptureFixture[str], rule: dict[str, Any], value: float | None, status: int, said: str
+) -> None:
+    (place / "baseline.json").write_text(json.dumps({"x": {"a.b": rule}}))
+    keep(place, a={"b": 1000})  # an older record
+    keep(place, a={"b": value})
+    assert history.main(["check"]) == status
+    assert said in capsys.readouterr().out
+
+
+def test_a_bench_without_a_record_or_a_baseline_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "baseline.json").write_text('{"x": {"r": {"value": 1, "noise": 0, "better": "higher"}}}')
+    assert history.main(["check", "x"]) == 0 and "next: make bench-x" in capsys.readouterr().out
+    assert history.main(["check", "y"]) == 1 and "no baseline of y" in capsys.readouterr().err
+
+
+def test_the_baseline_names_benches_that_exist_and_numbers_that_they_gave() -> None:
+    folder = REPO / "benchmarks"
+    baseline = json.loads((folder / "baseline.json").read_text())
+    for name, rules in baseline.items():
+        assert (folder / f"bench_{name.replace('-', '_')}.py").is_file()
+        kept = [json.loads(line) for line in (folder / "history" / f"{name}.jsonl").read_text().splitlines()]
+        for number, rule in rules.items():
+            assert rule["better"] in ("higher", "lower") and 0 <= rule["noise"] < 1
+            assert any(history.find(r["numbers"], number) is not None for r in kept), number
