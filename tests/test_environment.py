@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from conftest import Workspace
-from sft.launch.doctor.context import OK, RED, SKIPPED, Context
+from sft.common import machine
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context
 from sft.launch.doctor.environment import environment
 from sft.recipe import recipe
 from sft.runner import plan
@@ -23,12 +24,19 @@ case "$*" in *--index-url*) exit 0;; *torch===*+*) exit 1;; esac
 """
 
 
+def cuda_line(torch: str) -> str:
+    """The line of torch/version.py that names the CUDA of a build."""
+    kind = torch.partition("+")[2]
+    return f"cuda: Optional[str] = {kind[2:4] + '.' + kind[4:] if kind.startswith('cu') else None!r}\n"
+
+
 @pytest.fixture
 def row(tmp_path, monkeypatch):
     """row(lines of the cluster's file, version of the installed torch, system): the doctor's row."""
     workspace = Workspace(tmp_path)
     monkeypatch.setattr(plan, "REPO", workspace.root)
     monkeypatch.setattr(recipe, "CLUSTERS", workspace.root / "env")
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "no-driver")
     venv = workspace.root / ".venv"
 
     def examine(cluster: str, torch: str | None = "", system: bool = False):
@@ -39,7 +47,9 @@ def row(tmp_path, monkeypatch):
         if torch:
             package = venv / "lib/python3.11/site-packages/torch"
             package.mkdir(parents=True)
-            (package / "version.py").write_text(f"from typing import Optional\n__version__ = '{torch}'\n")
+            (package / "version.py").write_text(
+                f"from typing import Optional\n__version__ = '{torch}'\n{cuda_line(torch)}"
+            )
         loaded = recipe.load(workspace.root / "recipes/x.toml", cluster="here")
         place = plan.Place(workspace.root / "runs", (), "here")
         rows = list(environment(Context(place, loaded, place.load_cluster())))
@@ -63,6 +73,22 @@ def test_the_build_of_the_cluster_is_compared_with_the_installed_one(row):
     assert row(named, "2.13.0+cu129").state == OK
     pypi = SLURM + 'torch = "2.13.0"\n'
     assert [row(pypi, f"2.13.0+{kind}").state for kind in ("cu130", "cpu", "rocm7.1")] == [OK, RED, RED]
+
+
+def test_the_driver_of_this_machine_is_compared_with_the_installed_build(row, monkeypatch, tmp_path):
+    here = 'storage = "{runs}/.s"\ngpus_per_node = 1\n'
+    monkeypatch.setattr(machine, "DRIVER", tmp_path / "version")
+    assert row(here, "2.13.0+cu130") is None  # no driver
+    machine.DRIVER.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue May 14 2024\n")
+    old = row(here, "2.13.0+cu130")
+    assert old.state == RED and old.what == "driver"
+    assert old.found == "torch 2.13.0+cu130 is built for CUDA 13.0, and the driver 550.54.15 runs builds up to CUDA 12"
+    assert old.next.startswith('torch = "2.13.0+cu129" in env/here.toml and rm -rf .venv, then make setup CLUSTER=here')
+    assert row(here, "2.13.0+cu129").state == OK and row(here, "2.13.0+cpu") is None
+    login = row(SLURM, "2.13.0+cu130")
+    assert login.state == NOTE and "a job compares before it reads data" in login.found
+    machine.DRIVER.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.82.07  Release Build\n")
+    assert row(here, "2.13.0+cu130").found == "580.82.07, for torch 2.13.0+cu130"
 
 
 def test_the_torch_of_the_image_is_seen_and_none_lies_over_it(row):

@@ -32,10 +32,10 @@ def machine(monkeypatch, tmp_path):
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda n: SimpleNamespace(name=devices[n], **vars(properties))
         )
-        monkeypatch.setattr(gpus, "DRIVER", tmp_path / "version")
+        monkeypatch.setattr(machine_facts, "DRIVER", tmp_path / "version")
         if driver:
             line = f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Tue May 14 2024\n"
-            gpus.DRIVER.write_text(line)
+            machine_facts.DRIVER.write_text(line)
 
     return make
 
@@ -50,14 +50,17 @@ def machine(monkeypatch, tmp_path):
             {"visible": 8, "driver": "550.54.15"},
             8,
             {},
-            "built for CUDA 13.0, and the driver 550 runs builds up to CUDA 12; next: install torch for CUDA 12",
+            r'built for CUDA 13.0, and the driver 550.54.15 runs builds up to CUDA 12; next: torch = "[0-9.]+\+cu129" in env/x.toml'
+            " and rm -rf .venv, then make setup CLUSTER=x",
         ),
         (
             {"visible": 8, "driver": "580.82.07"},
             8,
             {},
-            "built for CUDA 13.0, and the driver is 580; next: check nvidia-smi",
+            "built for CUDA 13.0, and the driver is 580.82.07; next: check nvidia-smi",
         ),
+        ({"visible": 8, "driver": "470.1"}, 8, {}, "the driver 470.1 runs builds up to CUDA 11; next: a newer driver"),
+        ({"visible": 8, "driver": "390.1"}, 8, {}, "the driver 390.1 runs none; next: a newer driver"),
         ({"visible": 8}, 8, {}, "names no driver"),
         ({"visible": 1, "devices": ["NVIDIA H100 80GB HBM3"]}, 2, {}, "requests 2 GPUs .* torch sees 1; next: correct"),
         (
@@ -73,7 +76,19 @@ def machine(monkeypatch, tmp_path):
             "gpu_memory_gb = 80, and GPU 0, a NVIDIA A100-SXM4-40GB, has 42.4",
         ),
     ],
-    ids=["none", "cpu-build", "cpu-build-unasked", "driver", "other", "no-driver", "fewer", "type", "memory"],
+    ids=[
+        "none",
+        "cpu-build",
+        "cpu-build-unasked",
+        "driver",
+        "other",
+        "cuda-11",
+        "older",
+        "no-driver",
+        "fewer",
+        "type",
+        "memory",
+    ],
 )
 def test_gpus_that_cannot_be_used_as_planned_are_refused(machine, facts, requested, cluster, message):
     machine(**facts)

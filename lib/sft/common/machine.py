@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from pathlib import Path
 
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_EVALUATE_OFFLINE")
 """Variables that keep Hugging Face's libraries from the network."""
+DRIVER = Path("/proc/driver/nvidia/version")
+OLDEST_DRIVERS = ((580, "13", "cu130"), (525, "12", "cu129"), (450, "11", ""))
+"""(oldest driver, CUDA's major version, build of torch for it). NVIDIA, CUDA Compatibility: minor versions of one major version
+are compatible. The pinned torch has no build for CUDA 11."""
 NVIDIA, KFD, DRI = Path("/proc/driver/nvidia/gpus"), Path("/sys/class/kfd/kfd/topology/nodes"), Path("/dev/dri")
 
 
@@ -72,3 +77,30 @@ def node_name() -> str:
 def in_job() -> bool:
     """Whether a launcher's job started this process."""
     return "SFT_JOB" in os.environ
+
+
+def driver_version() -> str:
+    """The version of NVIDIA's driver, e.g. "550.54.15"; "" where no driver is loaded."""
+    try:
+        # "… Kernel Module  550.54.15 …", or "… Open Kernel Module for x86_64  580.82.07 …"
+        found = re.search(r"Kernel Module.*?\s(\d+(\.\d+)+)", DRIVER.read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def driver_problem(cuda: str, driver: str, torch: str, file: str) -> str:
+    """Why this driver cannot run a build of torch for this CUDA, and the next command; "" if it can.
+
+    `torch` is the version of the build, e.g. "2.13.0+cu130", and `file` the cluster's file, which can name another one.
+    """
+    newest, build = next(((c, b) for oldest, c, b in OLDEST_DRIVERS if int(driver.split(".")[0]) >= oldest), ("", ""))
+    if newest and int(cuda.split(".")[0]) <= int(newest):
+        return ""
+    found = f"built for CUDA {cuda}, and the driver {driver} runs " + (
+        f"builds up to CUDA {newest}" if newest else "none"
+    )
+    if not build:
+        return f"{found}; next: a newer driver"
+    wanted, cluster = f"{torch.partition('+')[0]}+{build}", file.rpartition("/")[2].removesuffix(".toml")
+    return f'{found}; next: torch = "{wanted}" in {file} and rm -rf .venv, then make setup CLUSTER={cluster}; or a newer driver'

@@ -5,19 +5,13 @@ Called before a stage reads data: the training's processes start after it, and e
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import torch
 
 from sft.common.errors import SftError
-from sft.common.machine import amd_gpus, visible_gpus
+from sft.common.machine import DRIVER, amd_gpus, driver_problem, driver_version, visible_gpus
 from sft.model.utilisation import peak_tflops
 from sft.recipe.schema import Cluster
 
-DRIVER = Path("/proc/driver/nvidia/version")
-OLDEST_DRIVERS = ((580, "13"), (525, "12"), (450, "11"))
-"""(oldest driver, CUDA's major version). NVIDIA, CUDA Compatibility: minor versions of one major version are compatible."""
 ON_THE_CPU = "a CLUSTER without GPUs, with CUDA_VISIBLE_DEVICES= set to nothing, runs on the CPU"
 MEMORY_SHARE = 0.9
 """A GPU reports a few percent less memory than its name says."""
@@ -35,7 +29,7 @@ def check_gpus(requested: int, cluster: Cluster, file: str) -> None:
         found = f"{len(visible)} visible" if visible else "none visible"
         raise SftError(
             f"{max(requested, len(visible))} GPUs are to be used ({requested} requested by {file}, {found}), but torch"
-            f" {torch.__version__} cannot use CUDA: {_reason(visible)}; or {ON_THE_CPU}"
+            f" {torch.__version__} cannot use CUDA: {_reason(visible, file)}; or {ON_THE_CPU}"
         )
     if torch.cuda.device_count() < requested:
         raise SftError(
@@ -59,7 +53,7 @@ def _check_gpu(number: int, cluster: Cluster, file: str) -> None:
         )
 
 
-def _reason(visible: list[str]) -> str:
+def _reason(visible: list[str], file: str) -> str:
     """Why torch cannot use CUDA, and the next command."""
     built = torch.version.cuda or torch.version.hip
     if not built:
@@ -71,21 +65,8 @@ def _reason(visible: list[str]) -> str:
             return f"it is built for ROCm {built}; next: check rocm-smi, and that this user may open /dev/kfd"
         return f"it is built for CUDA {built}, and the GPUs are AMD's; next: name a build for ROCm as torch in the cluster's file"
     driver = driver_version()
-    if driver is None:
+    if not driver:
         return f"it is built for CUDA {built}, and {DRIVER} names no driver; next: check nvidia-smi"
-    newest = next((cuda for oldest, cuda in OLDEST_DRIVERS if driver >= oldest), "")
-    if newest and int(built.split(".")[0]) > int(newest):
-        return (
-            f"it is built for CUDA {built}, and the driver {driver} runs builds up to CUDA {newest}; next: install"
-            f" torch for CUDA {newest} in .venv, or a newer driver"
-        )
+    if problem := driver_problem(built, driver, torch.__version__, file):
+        return f"it is {problem}"
     return f"it is built for CUDA {built}, and the driver is {driver}; next: check nvidia-smi"
-
-
-def driver_version() -> int | None:
-    """The major version of NVIDIA's driver; None where no driver is loaded."""
-    try:
-        found = re.search(r"Kernel Module\D*(\d+)\.", DRIVER.read_text())
-    except OSError:
-        return None
-    return int(found[1]) if found else None

@@ -9,13 +9,15 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from sft.launch.doctor.context import OK, RED, SKIPPED, Context, Row
+from sft.common.machine import driver_problem, driver_version
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row
 from sft.runner import plan
 from sft.runner.processes import requested_gpus
 
 
 def environment(context: Context) -> Iterator[Row]:
     """The build of torch that jobs on a shared disk have, against `torch` of the cluster's file and the GPUs that they request."""
+    yield from _driver(context)
     cluster = context.cluster
     if cluster.launcher == "local" or not cluster.shared_disk:
         return  # a local stage asks torch itself, and another disk has an environment of its own
@@ -38,6 +40,20 @@ def environment(context: Context) -> Iterator[Row]:
         yield Row(OK, "torch", found or "another environment's")
 
 
+def _driver(context: Context) -> Iterator[Row]:
+    """This machine's driver against the CUDA of the installed torch. Another machine's driver is compared by the job itself."""
+    cluster, driver, made = context.cluster, driver_version(), plan.REPO / ".venv"
+    if not driver or not cluster.shared_disk or not (cuda := installed_cuda(made)):
+        return
+    if problem := driver_problem(cuda, driver, installed_torch(made), context.file):
+        found, _, then = problem.partition("; next: ")
+        local = cluster.launcher == "local"
+        where = "" if local else "; nodes may have another one, which a job compares before it reads data"
+        yield Row(RED if local else NOTE, "driver", f"torch {installed_torch(made)} is {found}{where}", then)
+    else:
+        yield Row(OK, "driver", f"{driver}, for torch {installed_torch(made)}")
+
+
 def _with_gpus(context: Context) -> list[str]:
     """The stages that run there with GPUs."""
     stages = [s for s in context.stages if s in context.cluster.stages]
@@ -48,6 +64,14 @@ def installed_torch(environment: Path) -> str:
     """The version of the torch in an environment, with its kind of build: "2.13.0+cu130"; "" for none."""
     for file in environment.glob("lib/python3*/site-packages/torch/version.py"):
         if found := re.search(r"^__version__ = ['\"](.+)['\"]", file.read_text(encoding="utf-8"), re.M):
+            return found[1]
+    return ""
+
+
+def installed_cuda(environment: Path) -> str:
+    """The CUDA that the torch of an environment is built for, e.g. "13.0"; "" for a build without it."""
+    for file in environment.glob("lib/python3*/site-packages/torch/version.py"):
+        if found := re.search(r"^cuda\b[^=]*= ['\"](.+)['\"]", file.read_text(encoding="utf-8"), re.M):
             return found[1]
     return ""
 
