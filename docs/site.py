@@ -75,7 +75,11 @@ def fields(title: str, tables: Any) -> str:
     ]
     for name, cls in tables:
         lines += ["", f"## `{name}`", ""]
-        lines += ["| field | default | meaning |", "| --- | --- | --- |"] if dataclasses.fields(cls) else ["It has no fields."]
+        lines += (
+            ["| field | default | meaning |", "| --- | --- | --- |"]
+            if dataclasses.fields(cls)
+            else ["It has no fields."]
+        )
         for f in dataclasses.fields(cls):
             star = " ★" if f.metadata["key"] and cls not in (schema.Hardware, schema.Cluster) else ""
             readers = ", ".join((*f.metadata["launchers"], *f.metadata["stages"]))
