@@ -3,7 +3,7 @@
     python -m sft.launch.bucket_runs fetch runs/<run> <stage> COMMAND…    the earlier stages that it reads
     python -m sft.launch.bucket_runs send runs/<run> <stage> STATUS       the finished stage; with status 75, the saved step
 
-env/beaker-job.sh calls it around the stage's command. SFT_INPUT_<stage>=gs://… is the address of an earlier stage.
+env/beaker-job.sh and env/sky-job.sh call it around the stage's command. SFT_INPUT_<stage>=gs://… is the address of an earlier stage.
 SFT_STAGE_ADDRESS=gs://…/runs/<run>/<stage>/<16 hex of its identity> is the address of this one, so that no result replaces
 another. Training sends its kept steps to it and fetches the one to resume from by itself (sft.training.uploads). Every file
 is verified; manifests come last.
@@ -100,6 +100,11 @@ def send(run: Path, stage: str, status: int) -> None:
         send_step(steps[max(steps)], address, cache(run), ())
     if status == 0 and first:
         _send_folder(folder, bucket)
+
+
+def send_folder(folder: Path, address: str, cache: Path) -> None:
+    """Sends a finished stage's folder to an address in a bucket, its manifest last."""
+    _send_folder(folder, open_storage(address, cache))
 
 
 def _send_folder(folder: Path, target: Storage) -> None:

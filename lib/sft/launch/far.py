@@ -15,7 +15,7 @@ from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest
 from sft.formats.remote import SyncMetrics
-from sft.launch.job import TOOLS, WATCH, Job
+from sft.launch.job import TOOLS, WATCH, Job, SubmittedJob
 from sft.recipe import schema
 from sft.runner import references
 
@@ -132,3 +132,20 @@ def addresses(job: Job) -> dict[str, str]:
             if address := _bucket_address(job, stage, made, Elsewhere.of(folder).where):
                 found[stage] = address
     return found
+
+
+def submitted_job(folder: Path, id: str, address: str) -> Job:
+    """The job that runs/<run>/.jobs, `folder`, records under the id `id`; `address` says where its results are.
+
+    Raises SftError when there is none, or when the recipe or its inputs have changed since.
+    """
+    found = next((j for j in map(SubmittedJob.load, sorted(folder.glob("*.json"))) if j and j.id == id), None)
+    if found is None:
+        raise SftError(f"{folder}: no record names {id}; next: make the stage again")
+    job = Job.parse([str(folder.parent), found.stage, *found.record.command])
+    if job.identity != found.record.identity:
+        raise SftError(
+            f"{found.file}: the recipe or its inputs changed since the job was submitted; its results are at"
+            f" {address}; next: restore the recipe, or remove {found.file} and make {job.stage} again"
+        )
+    return job

@@ -29,6 +29,7 @@ from sft.formats.job import JobRecord
 from sft.launch.doctor import doctor
 from sft.launch.job import CANCELLED, WATCH, Job, LostConnection, SubmittedJob, retried
 from sft.launch.launcher import Scheduler, load_launcher, open_scheduler
+from sft.recipe.schema import SKY
 from sft.runner import plan
 from sft.sync import task_data
 
@@ -195,9 +196,12 @@ def follow(job: SubmittedJob, scheduler: Scheduler, log: Log) -> int:
 def watch_job(job: Job, training: str) -> Job | None:
     """The job that evaluates the checkpoints of the training job with the id `training`, where the recipe asks for one.
 
-    Where no disk outlives a job (`runs` in a bucket), training starts it as a process of its own job.
+    Where no disk outlives a job (`runs` in a bucket), or jobs cannot ask the scheduler (SkyPilot's), training starts it as a
+    process of its own job.
     """
-    if job.stage != "train" or not job.recipe.evaluate.every or job.cluster.runs.startswith(BUCKETS):
+    if job.stage != "train" or not job.recipe.evaluate.every:
+        return None
+    if job.cluster.runs.startswith(BUCKETS) or job.cluster.launcher in SKY:
         return None
     words = job.command[job.command.index(str(job.run)) :]
     return replace(job, stage=WATCH, command=[".venv/bin/python", "stages/watch.py", "--beside", training, *words])

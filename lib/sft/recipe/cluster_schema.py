@@ -10,9 +10,11 @@ from typing import Any
 
 from sft.recipe.options import REQUIRED, opt
 
-LAUNCHERS = ("local", "slurm", "beaker")
+LAUNCHERS = ("local", "slurm", "beaker", "sky")
 """Each is a module sft.launch.<name> and a script env/<name>.sh; see sft.launch.launcher."""
-JOBS, SLURM, BEAKER = LAUNCHERS[1:], ("slurm",), ("beaker",)
+JOBS, SLURM, BEAKER, SKY = LAUNCHERS[1:], ("slurm",), ("beaker",), ("sky",)
+TIMED = tuple(name for name in JOBS if name not in SKY)
+"""Launchers whose scheduler limits the time of a job."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Hardware:
     time: str = opt(
         "",
         "time limit of a job, in the scheduler's notation, e.g. 24:00:00; empty = the cluster's",
-        launchers=JOBS,
+        launchers=TIMED,
     )
     gpu: str = opt(
         "",
@@ -158,7 +160,7 @@ class Cluster:
     gpu_tflops: float = opt(0.0, "dense bf16 peak of one GPU in TFLOP/s; 0 = unknown", min=0)
     gpus_per_node: int = opt(0, "GPUs of one machine; 0 = none, or those found if stages run on this machine", min=0)
     time: str = opt(
-        "", "time limit of a job, in the scheduler's notation; empty = the scheduler's default", launchers=JOBS
+        "", "time limit of a job, in the scheduler's notation; empty = the scheduler's default", launchers=TIMED
     )
     partition: str = opt("", "Slurm partition; empty = Slurm's default", launchers=SLURM)
     account: str = opt("", "Slurm account; empty = the user's default", launchers=SLURM)
@@ -218,9 +220,15 @@ class Cluster:
     min_runtime: str = opt(
         "", "time for which a Beaker job cannot be preempted, e.g. 1h; empty = none", launchers=BEAKER
     )
-    image: str = opt("", "Beaker image, user/name", launchers=BEAKER)
+    image: str = opt(
+        "",
+        "image of jobs: on Beaker user/name, for SkyPilot its image_id, e.g. docker:ubuntu:24.04",
+        launchers=BEAKER + SKY,
+    )
     install: tuple[str, ...] = opt(
-        (), "shell lines that prepare the repository's environment in a new container", launchers=BEAKER
+        (),
+        "shell lines that prepare the repository's environment in a new container or machine",
+        launchers=BEAKER + SKY,
     )
     mounts: tuple[str, ...] = opt(
         (),
@@ -238,6 +246,19 @@ class Cluster:
         "project/zone of the nodes on Google Cloud: a job of several nodes gets hosts of one block; empty = Beaker chooses",
         launchers=BEAKER,
     )
+    infra: tuple[str, ...] = opt(
+        (),
+        'where SkyPilot may run a job, in its notation: ["k8s/my-context"], ["ssh/my-pool"], ["runpod", "aws/us-east-1"]; the'
+        " cheapest with room is taken; empty = wherever it may",
+        launchers=SKY,
+    )
+    use_spot: bool = opt(False, "SkyPilot rents spot machines; a preempted training goes on on others", launchers=SKY)
+    disk_gb: int = opt(0, "disk of each machine that SkyPilot rents, in GB; 0 = its default", min=0, launchers=SKY)
+    volumes: tuple[str, ...] = opt(
+        (), "SkyPilot's volumes and their mount points in jobs, e.g. my-volume:/mnt/data", launchers=SKY
+    )
+    queue: str = opt("", "Kueue's local queue, for jobs of SkyPilot on Kubernetes; empty = none", launchers=SKY)
+    sky: tuple[str, ...] = opt((), 'more options of sky jobs launch, e.g. ["--network-tier=best"]', launchers=SKY)
     torch: str = opt(
         "",
         "build of torch that set-up installs for this cluster, e.g. 2.13.0+cu129; image = the one that"
@@ -253,14 +274,14 @@ class Cluster:
         launchers=SLURM,
     )
     env: dict[str, str] = opt({}, 'environment variables of jobs, e.g. {NCCL_SOCKET_IFNAME = "ib"}')
-    data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER)
+    data: str = opt("", "DATA in jobs: folders separated by ':'", launchers=BEAKER + SKY)
     code: str = opt(
         "git",
-        "how a Beaker job gets the code: git = a pushed commit, dataset = an archive of HEAD",
+        "how a job gets the code: git = a pushed commit, dataset = an archive of HEAD",
         choices=("git", "dataset"),
-        launchers=BEAKER,
+        launchers=BEAKER + SKY,
     )
-    retries: int = opt(0, "how often Beaker restarts a failed task", min=0, launchers=BEAKER)
+    retries: int = opt(0, "how often a failed job is started again", min=0, launchers=BEAKER + SKY)
     evaluate_image: str = opt(
         "", "Beaker image of AI2's evaluation harnesses, for [evaluate] harness", launchers=BEAKER
     )
@@ -276,12 +297,13 @@ class Cluster:
     )
     evaluate_secrets: dict[str, str] = opt({}, "secrets of the harnesses, in addition to `secrets`", launchers=BEAKER)
     optional_secrets: dict[str, str] = opt(
-        {}, "like `secrets`, but those that the workspace does not have are omitted", launchers=BEAKER
+        {}, "like `secrets`, but those that are missing are omitted", launchers=BEAKER + SKY
     )
     secrets: dict[str, str] = opt(
         {},
-        "secrets of the workspace by environment variable, e.g. {HF_TOKEN = \"HF_TOKEN\"}; '{user}' is the user's name",
-        launchers=BEAKER,
+        "secrets of jobs by environment variable, e.g. {HF_TOKEN = \"HF_TOKEN\"}: on Beaker the workspace's, '{user}' being the"
+        " user's name; for SkyPilot a variable of the shell that runs make",
+        launchers=BEAKER + SKY,
     )
 
 

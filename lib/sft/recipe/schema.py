@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sft.recipe.cluster_schema import BEAKER, JOBS, LAUNCHERS, OWN, SLURM, STAGES, UPSTREAM, Cluster, Hardware
+from sft.recipe.cluster_schema import BEAKER, JOBS, LAUNCHERS, OWN, SKY, SLURM, STAGES, UPSTREAM, Cluster, Hardware
 from sft.recipe.options import REQUIRED, opt
 from sft.recipe.train_schema import LORA_FIELDS, LORA_LR, STATE_FIELDS, Train
 
@@ -25,6 +25,7 @@ __all__ = [
     "OWN",
     "PER_TASK",
     "ROLES",
+    "SKY",
     "SLURM",
     "STAGES",
     "STATE_FIELDS",

@@ -57,10 +57,10 @@ class Watcher:
 
 
 def start_watcher(stage: Stage, argv: list[str]) -> Watcher | None:
-    """Starts the process, if the recipe asks for one. In a job it starts only where no other job can see the checkpoints."""
+    """Starts the process, if the recipe asks for one. In a job it starts only where no other job evaluates the checkpoints."""
     if not stage.recipe.evaluate.every:
         return None
-    if in_job() and "SFT_STAGE_ADDRESS" not in os.environ:
+    if in_job() and not {"SFT_STAGE_ADDRESS", "SFT_WATCH"} & os.environ.keys():
         stage.log("a separate job evaluates the checkpoints; next: make jobs, to see its state")
         return None
     return Watcher(stage, argv)

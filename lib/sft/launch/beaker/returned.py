@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import IO
 
 from beaker import Beaker
 from beaker import beaker_pb2 as pb2
 
-from sft.common.errors import SftError
 from sft.formats.elsewhere import Elsewhere
 from sft.launch import results
 from sft.launch.beaker import harnesses
 from sft.launch.beaker.datasets import download_results
-from sft.launch.job import WATCH, Job, SubmittedJob
+from sft.launch.job import WATCH, Job
 from sft.runner import plan
-
-
-def submitted_job(folder: Path, id: str, address: str) -> Job:
-    """The job that runs/<run>/.jobs, `folder`, records for the experiment `id` at `address`.
-
-    Raises SftError when there is none, or when the recipe or its inputs have changed since.
-    """
-    found = next((j for j in map(SubmittedJob.load, sorted(folder.glob("*.json"))) if j and j.id == id), None)
-    if found is None:
-        raise SftError(f"{folder}: no record names {id}; next: make the stage again")
-    job = Job.parse([str(folder.parent), found.stage, *found.record.command])
-    if job.identity != found.record.identity:
-        raise SftError(
-            f"{found.file}: the recipe or its inputs changed since the experiment was submitted; its results are at"
-            f" {address}; next: restore the recipe, or remove {found.file} and make {job.stage} again"
-        )
-    return job
 
 
 def fetch(client: Beaker, workload: pb2.Workload, job: Job, out: IO[str]) -> int:

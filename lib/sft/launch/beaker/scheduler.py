@@ -22,7 +22,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from sft.common import paths
 from sft.common.columns import say
 from sft.common.errors import SftError
-from sft.launch import code, failed
+from sft.launch import code, failed, far
 from sft.launch.beaker import connection, harnesses, hosts, requirements, returned, specification, states, submission
 from sft.launch.beaker.connection import client_errors
 from sft.launch.beaker.datasets import DatasetUploads
@@ -136,7 +136,7 @@ class BeakerScheduler:
         if status.state != "done" or self.folder.parent.parent.name == TOOL_RUNS:
             return status.code  # a tool leaves its result where it was told to
         with client_errors():
-            job = returned.submitted_job(self.folder, id, self._address(id))
+            job = far.submitted_job(self.folder, id, self._address(id))
             return returned.fetch(self.client, self.client.workload.get(id), job, out)
 
     def cancel(self, id: str) -> None:

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Inside a job of SkyPilot, on each node: runs a stage's command in the repository, which is the current folder.
+# Usage: env/sky-job.sh RUN STAGE COMMAND…
+# SFT_STAGE_ADDRESS=gs://… says that no disk outlives the job: earlier stages are fetched from buckets (SFT_INPUT_<stage>=gs://…)
+# before the command, and what it made is sent to that address after it. SIGTERM reaches the stage, which saves.
+set -euo pipefail
+[ $# -ge 3 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
+run="$1" stage="$2"
+shift 2
+child=
+trap '[ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
+forward_signals() { # runs a command that gets this script's SIGTERM, and returns its status
+    local status=0
+    "$@" &
+    child=$!
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a signal ends a wait, not the command
+    wait "$child" || status=$? # bash remembers it after the command has ended
+    child=
+    return "$status"
+}
+
+export PYTHONPATH="$PWD/lib"
+rank="${SKYPILOT_NODE_RANK:-0}"
+if [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ]; then # stages/train.sh passes them to torchrun; the first node's route to the last decides its interface
+    mapfile -t nodes <<<"$SKYPILOT_NODE_IPS"
+    export SFT_NODES="$SKYPILOT_NUM_NODES" SFT_NODE_RANK="$rank" SFT_HEAD="${nodes[0]}:$SFT_PORT" SFT_PEER="${nodes[-1]}"
+fi
+# GOOGLE_CREDENTIALS holds a key, but Google's clients read a file.
+if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then
+    export GOOGLE_APPLICATION_CREDENTIALS="$HOME/.olmo-sft-google.json"
+    (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
+fi
+if [ -n "${SFT_STAGE_ADDRESS:-}" ]; then
+    mkdir -p "$run"
+    forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
+fi
+status=0
+forward_signals "$@" || status=$?
+[ "$rank" -eq 0 ] || exit "$status"
+case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
+    forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
+esac
+exit "$status"
