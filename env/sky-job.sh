@@ -7,8 +7,8 @@ set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
 run="$1" stage="$2"
 shift 2
-child=
-trap '[ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
+child="" stopped=""
+trap 'stopped=1; [ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
 forward_signals() { # runs a command that gets this script's SIGTERM, and returns its status
     local status=0
     "$@" &
@@ -36,7 +36,10 @@ if [ -n "${SFT_STAGE_ADDRESS:-}" ]; then
 fi
 status=0
 forward_signals "$@" || status=$?
-[ "$rank" -eq 0 ] || exit "$status"
+if [ "$rank" -ne 0 ]; then # where the first node ends first, SkyPilot ends the others, and the first one's status says what to do
+    [ -z "$stopped" ] || exit 0
+    exit "$status"
+fi
 case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac

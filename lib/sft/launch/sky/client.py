@@ -76,7 +76,7 @@ def plain(text: str) -> str:
 def queue(*options: str) -> list[dict[str, Any]]:
     """The managed jobs of this user, as `sky jobs queue --output json` prints them. Raises LostConnection or SftError."""
     try:
-        text = run("jobs", "queue", "--all", "--output", "json", *options)
+        text = run("jobs", "queue", "--all", "--verbose", "--output", "json", *options)
     except SftError as e:
         if NO_JOBS in str(e):
             return []

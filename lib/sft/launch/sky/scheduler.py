@@ -14,7 +14,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +30,10 @@ from sft.runner import plan
 
 POLL_S = 15.0
 """Between two questions about a job: each starts a process of `sky`, which takes seconds of a core."""
-PREFIX = re.compile(r"^\((?:(head|worker\d+), rank=(\d+), |[^()]*, )?(?:pid=\d+|rank=\d+)[^()]*\) ?")
+PREFIX = re.compile(r"\((?:[^()]*?rank=(\d+), )?(?:[^(),]* )?pid=\d+[^()]*\) ?")
 """What SkyPilot writes before each line of a job: (name, pid=123), of several nodes (worker1, rank=1, pid=123, ip=10.0.0.2)."""
+OWN_LINE = re.compile(r"\s*(├──|└──|⚙|✓|📋)|Showing the last \d+ lines|Start streaming logs")
+"""What SkyPilot says about its progress."""
 
 
 class Sky:
@@ -157,13 +159,15 @@ class Sky:
         return "\n".join([*lines[-TAIL_LINES:], f"the complete log: sky jobs logs --tail 0 {id}"])
 
 
-def job_lines(lines: Iterator[str] | IO[str] | list[str]) -> Iterator[str]:
-    """The lines that the job itself printed, without SkyPilot's prefix; those of the second and later nodes have their number."""
+def job_lines(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a log without SkyPilot's prefixes and its own lines about progress. Those of later nodes have their number."""
     for raw in lines:
         line = client.plain(raw.rstrip("\r\n").rpartition("\r")[2])
         if match := PREFIX.match(line):
-            node = match[2] if match[2] not in (None, "0") else ""
+            node = match[1] if match[1] not in (None, "0") else ""
             yield (f"node {node}: " if node else "") + line[match.end() :]
+        elif line.strip() and not OWN_LINE.match(line):
+            yield line
 
 
 def missing_secrets(cluster: schema.Cluster) -> list[str]:
