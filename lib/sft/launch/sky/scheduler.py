@@ -30,7 +30,7 @@ from sft.runner import plan
 
 POLL_S = 15.0
 """Between two questions about a job: each starts a process of `sky`, which takes seconds of a core."""
-PREFIX = re.compile(r"\((?:[^()]*?rank=(\d+), )?(?:[^(),]* )?pid=\d+[^()]*\) ?")
+PREFIX = re.compile(r"\((?:[^()]*?rank=(\d+), )?(?:[^(),]*,? )?pid=\d+[^()]*\) ?")
 """What SkyPilot writes before each line of a job: (name, pid=123), of several nodes (worker1, rank=1, pid=123, ip=10.0.0.2)."""
 OWN_LINE = re.compile(r"\s*(├──|└──|⚙|✓|📋)|Showing the last \d+ lines|Start streaming logs")
 """What SkyPilot says about its progress."""
@@ -40,12 +40,13 @@ class Sky:
     """The managed jobs of one run; see sft.launch.launcher.Scheduler."""
 
     def __init__(self, folder: Path, cluster: schema.Cluster):
-        self.folder, self.cluster = folder.absolute(), cluster
+        self.folder, self.cluster = folder, cluster
 
     # --- submission -----------------------------------------------------------------------------------------------
 
     def check(self, job: Job) -> None:
         client.find()
+        task.check_cluster(job.place.cluster, self.cluster)
         if job.shards:
             raise SftError("SHARDS: jobs of SkyPilot have no arrays; next: the same make without SHARDS")
         if missing := missing_secrets(self.cluster):
@@ -70,7 +71,7 @@ class Sky:
             from sft.launch.bucket_runs import send_folder  # start-up: storages, not needed with a shared disk
 
             send_folder(folder, address, job.place.cache)
-        file = self.folder / f"{job.stage}.sky.yaml"
+        file = self.folder.absolute() / f"{job.stage}.sky.yaml"
         write_atomic(file, task.text(made).encode())
         words = ["jobs", "launch", *task.options(self.cluster), str(file)]
         values = {variable: os.environ[source] for variable, source in task.secrets(self.cluster).items()}
@@ -86,7 +87,7 @@ class Sky:
         if self.cluster.shared_disk:
             return task.task(job, None, self.folder)
         shipped = code.describe(plan.REPO, self.cluster.code, strict=strict)
-        workdir = self.folder / f"code-{shipped.commit[:12]}{shipped.edits and '-' + shipped.edits}"
+        workdir = self.folder.absolute() / f"code-{shipped.commit[:12]}{shipped.edits and '-' + shipped.edits}"
         if strict and shipped.dataset and not workdir.is_dir():
             unpack(shipped, workdir)
         return task.task(job, shipped, workdir)
