@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Inside a job of SkyPilot, on each node: runs a stage's command in the repository, which is the current folder.
 # Usage: env/sky-job.sh RUN STAGE COMMAND…
-# SFT_STAGE_ADDRESS=gs://… says that no disk outlives the job: earlier stages are fetched from buckets (SFT_INPUT_<stage>=gs://…)
+# SFT_STAGE_ADDRESS=gs://… or s3://… says that no disk outlives the job: earlier stages are fetched from buckets (SFT_INPUT_<stage>)
 # before the command, and what it made is sent to that address after it. SIGTERM reaches the stage, which saves.
 set -euo pipefail
 [ $# -ge 3 ] || { sed -n '2,5s/^# //p' "$0" >&2; exit 2; }
@@ -25,22 +25,23 @@ if [ "${SKYPILOT_NUM_NODES:-1}" -gt 1 ]; then # stages/train.sh passes them to t
     mapfile -t nodes <<<"$SKYPILOT_NODE_IPS"
     export SFT_NODES="$SKYPILOT_NUM_NODES" SFT_NODE_RANK="$rank" SFT_HEAD="${nodes[0]}:$SFT_PORT" SFT_PEER="${nodes[-1]}"
 fi
-# GOOGLE_CREDENTIALS holds a key, but Google's clients read a file.
-if [ -n "${GOOGLE_CREDENTIALS:-}" ] && [ -z "${GOOGLE_APPLICATION_CREDENTIALS:-}" ]; then
-    export GOOGLE_APPLICATION_CREDENTIALS="$HOME/.olmo-sft-google.json"
-    (umask 077 && printenv GOOGLE_CREDENTIALS >"$GOOGLE_APPLICATION_CREDENTIALS")
-fi
+secret_file() { # SECRET VARIABLE FILE: the text of a secret in a file, whose path is in the variable that clients read
+    [ -n "${!1:-}" ] && [ -z "${!2:-}" ] || return 0
+    (umask 077 && printenv "$1" >"$HOME/$3")
+    export "$2=$HOME/$3"
+}
+secret_file GOOGLE_CREDENTIALS GOOGLE_APPLICATION_CREDENTIALS .olmo-sft-google.json
+secret_file AWS_CONFIG AWS_CONFIG_FILE .olmo-sft-aws-config
+secret_file AWS_CREDENTIALS AWS_SHARED_CREDENTIALS_FILE .olmo-sft-aws-credentials
 if [ -n "${SFT_STAGE_ADDRESS:-}" ]; then
     mkdir -p "$run"
     forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 fi
 status=0
 forward_signals "$@" || status=$?
-if [ "$rank" -ne 0 ]; then # where the first node ends first, SkyPilot ends the others, and the first one's status says what to do
-    [ -z "$stopped" ] || exit 0
-    exit "$status"
-fi
-case "${SFT_STAGE_ADDRESS:+bucket}$status" in bucket0 | bucket75)
+case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # each node has a part of a checkpoint
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac
+# Where the first node ends first, SkyPilot ends the others, and the first one's status says what to do.
+[ "$rank" -eq 0 ] || [ -z "$stopped" ] || exit 0
 exit "$status"

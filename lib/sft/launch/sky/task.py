@@ -31,7 +31,7 @@ NAMES = {
     "image": r"[A-Za-z0-9_.:@/-]+",
     "queue": r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?",
     "volumes": rf"{WORD}:(/{WORD})+",
-    "runs": rf"gs://[a-z0-9_.-]+(/{WORD})*",
+    "runs": rf"(gs|s3)://[a-z0-9_.-]+(/{WORD})*",
     "data": rf"(/{WORD})+(:(/{WORD})+)*",
     "sky": r"--[a-z][a-z-]*(=.*)?",
 }
@@ -67,7 +67,7 @@ def _bad_values(cluster: schema.Cluster) -> Iterator[str]:
         yield "'gpu' is missing: SkyPilot asks for GPUs by their type, e.g. H100 (sky gpus list)"
     if not cluster.shared_disk and not far.in_bucket(cluster):
         yield (
-            "'runs' is missing: jobs that do not see this disk keep runs in a bucket, gs://…; or shared_disk = true, with a"
+            "'runs' is missing: jobs that do not see this disk keep runs in a bucket, gs://… or s3://…; or shared_disk = true, with a"
             " volume that this machine mounts at the same path"
         )
     if cluster.shared_disk:
