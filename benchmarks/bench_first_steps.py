@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -186,15 +187,17 @@ def measured(train: Path, planned: Planned, wall_s: float) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any]) -> str:
     if "skipped" in found:
-        return f"skipped: {found['skipped']}"
+        return textwrap.fill(f"skipped: {found['skipped']}", 76, subsequent_indent="    ")
     if "failed" in found:
         return "\n    ".join([f"FAILED: {found['failed']}", *found["log"]])
-    mfu = f"  MFU {found['mfu']:.1%}" if found["mfu"] is not None else ""
-    held = f"  {found['memory_gb']:.1f} GB, planned {found['planned_gb'] or 0:.1f}" if found["memory_gb"] else ""
-    return (
-        f"{found['steps']} steps  loss {found['loss'][0]:.3f} to {found['loss'][1]:.3f}  {found['tokens_per_s']:,.0f} tokens/s{mfu}{held}"
-        f"  {found['around_s']:.0f} s around the steps, first step {found['first_step_s']:.1f} s{'  made data' * found['made']}"
+    line = (
+        f"{found['steps']} steps, loss {found['loss'][0]:.2f} to {found['loss'][1]:.2f}, {found['tokens_per_s']:,.0f} tok/s"
+        f", first {found['first_step_s']:.1f} s, around {found['around_s']:.0f} s"
     )
+    more = ["over made data"] if found["made"] else []
+    if found["mfu"] is not None:
+        more += [f"MFU {found['mfu']:.1%}, {found['memory_gb']:.1f} GB, planned {found['planned_gb'] or 0:.1f}"]
+    return "\n    ".join([line, *more])
 
 
 def write(recipes: Path, name: str, planned: Planned, steps: int) -> None:

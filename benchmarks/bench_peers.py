@@ -27,6 +27,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -127,7 +128,7 @@ def main() -> int:
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         found[name] = measured(name, peak)
-        print(f"{name:24} {show(found[name])}", flush=True)
+        print(f"{name:23} {show(found[name])}", flush=True)
     return summed_up(args, found)
 
 
@@ -160,15 +161,16 @@ def summed_up(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> int
 
 def show(found: dict[str, Any]) -> str:
     if "skipped" in found:
-        return f"skipped: {found['skipped']}"
+        return textwrap.fill(f"skipped: {found['skipped']}", 76, subsequent_indent="    ")
     if "failed" in found:
         return f"FAILED\n{found['failed']}"
-    mfu = f"  MFU {found['mfu']:.1%}, by rows {found['mfu_of_rows']:.1%}" if "mfu" in found else ""
-    notes = f"  ({found['notes']})" if found["notes"] else ""
-    return (
-        f"{found['tokens_per_s']:10,.0f} tokens/s  {found['trained_tokens_per_s']:9,.0f} trained/s{mfu}  {found['memory_gb']:6.2f} GB"
-        f"  padding {found['padding']:5.1%}  start {found['start_s']:5.1f} s  loss {found['loss']:.4f}{notes}"
+    line = (
+        f"{found['tokens_per_s']:9,.0f} tok/s {found['trained_tokens_per_s']:8,.0f} trained/s {found['memory_gb']:6.2f} GB"
+        f" pad {found['padding']:3.0%} start {found['start_s']:3.0f} s loss {found['loss']:.3f}"
     )
+    more = [found["notes"]] if found["notes"] else []
+    more += [f"MFU {found['mfu']:.1%}, by rows {found['mfu_of_rows']:.1%}"] if "mfu" in found else []
+    return "\n    ".join([line, *more])
 
 
 if __name__ == "__main__":
