@@ -42,6 +42,11 @@ forward_signals "$@" || status=$?
 case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # each node has a part of a checkpoint
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac
-# Where the first node ends first, SkyPilot ends the others, and the first one's status says what to do.
+# SkyPilot ends the other nodes of one that has failed, and Slurm below it then reports 143 for all. So the nodes agree, and the first ends last.
+if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ] && agreed=$(.venv/bin/python -m sft.launch.beaker.agree "$status"); then
+    [ "$rank" -eq 0 ] || exit 0
+    status="$agreed"
+    sleep 5
+fi
 [ "$rank" -eq 0 ] || [ -z "$stopped" ] || exit 0
 exit "$status"

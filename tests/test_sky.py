@@ -180,6 +180,9 @@ def test_nodes_meet_at_the_first_one_and_the_first_one_decides_how_a_job_ends(pl
         f"\n0 of 2, 127.0.0.1:{port}, 127.0.0.1\n" in text
         and f"\nnode 1: 1 of 2, 127.0.0.1:{port}, 127.0.0.1\n" in text
     )
+    both = "read -r x < <(sleep 0.$SFT_NODE_RANK); [ -e saved$SFT_NODE_RANK ] || { touch saved$SFT_NODE_RANK; exit 75; }; exit 6"
+    assert place.launch(both, "nodes=2", stage="train") == 6 and place.jobs[-1]["recovery_count"] == 1
+    place.write(SHARED.replace("[env]", '[env]\nSFT_AGREE_S = "1"'))
     # The other node is told to stop and saves. Its 75 must not start a failed training again for ever.
     other = "trap 'exit 75' TERM; while [ $SFT_NODE_RANK = 1 ]; do sleep 0.1; done; sleep 0.5; exit 4"
     assert place.launch(other, "nodes=2", stage="train") == 4 and place.jobs[-1]["recovery_count"] == 0
