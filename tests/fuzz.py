@@ -456,22 +456,30 @@ def conversation() -> Any:
 
 
 def check_template(_: Path, text: str) -> bool:
-    """A template that is taken writes what transformers writes, and trains only what the assistant says."""
+    """A template that is taken writes what transformers writes, and trains nothing that another role says."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     from chat_samples import EOS, SPECIALS
     from sft.chat.rows import BadRow
-    from sft.chat.template import load_template
+    from sft.chat.template import TemplateOptions, load_template
 
-    made = load_template("fuzzed.jinja", text, {"eos_token": EOS}, EOS, SPECIALS)
+    options = TemplateOptions(generation_prefix="rendered")  # "prompt" writes what the generation prompt gives
+    made = load_template("fuzzed.jinja", text, {"eos_token": EOS}, EOS, SPECIALS, options=options)
     row, read = conversation()
     try:
         runs, _ = made.render(read)
     except BadRow as error:
         raise SftError(f"row: {error.reason}: {error}") from None
-    (theirs,), _ = render_jinja_template([row["messages"]], chat_template=text, eos_token=EOS)
-    written = "".join(runs)
-    assert written.removesuffix(EOS).rstrip() == theirs[: len(written)].removesuffix(EOS).rstrip(), (written, theirs)
+    render = functools.partial(render_jinja_template, chat_template=text, eos_token=EOS)
+    (theirs,), _ = render([row["messages"]])
+    rest = "".join(runs[1:]).removesuffix(EOS).rstrip()
+    if rest and not theirs.startswith(
+        runs[0]
+    ):  # a document begins as the model is asked, where that shows another history
+        (prompt,), _ = render([row["messages"][:2]], add_generation_prompt=True)
+        assert prompt.startswith(runs[0]) and rest in theirs, (runs, prompt, theirs)
+    else:
+        assert theirs.startswith(runs[0]) and theirs[len(runs[0]) :].startswith(rest), (runs, theirs)
     trained = "".join(runs[1::2])
     assert "Be brief" not in trained and "é 1" not in trained, trained
     return True
@@ -675,7 +683,11 @@ def fuzz(target: Target, count: int, folder: Path, stop: Callable[[], bool] = la
 
 def main(words: Sequence[str]) -> int:
     """`words`: the number of cases, then a part of a target's name."""
+    if not words or not words[0].isdigit():
+        sys.exit(f"fuzz: N={' '.join(words[:1])}: a whole number is expected; next: make fuzz N=1000")
     count, only = int(words[0]), " ".join(words[1:])
+    if not any(only in target.name for target in TARGETS):
+        sys.exit(f"fuzz: ONLY={only}: no such input; next: one of {', '.join(t.name for t in TARGETS)}")
     faulthandler.enable()
     failed = 0
     print(f"{'input':32}{'cases':>8}{'used':>8}{'refused':>9}{'seconds':>9}", flush=True)
