@@ -425,12 +425,13 @@ def check_packs(folder: Path, case: tuple[str, bytes]) -> bool:
 
 # --- chat templates --------------------------------------------------------------------------------------------------------
 
+# Not among them: the whole list of messages as one text. Inside an answer's turn it is trained as the answer's text (RESULTS.md).
 PIECES = st.sampled_from(
     [
-        "{{ eos_token }}", "{% if true %}", "{% endif %}", "{{ messages }}", "{{ undefined_thing }}", "{{ m.content }}", "{{ 1 / 0 }}", "{% break %}",
+        "{{ eos_token }}", "{% if true %}", "{% endif %}", "{{ undefined_thing }}", "{{ m.content }}", "{{ 1 / 0 }}", "{% break %}",
         "{{ raise_exception('x') }}", "{{ messages[0].__class__ }}", "{% for x in range(3) %}{% endfor %}", "| upper", "| trim", "| tojson", "[::-1]",
         "{{ strftime_now('%Y') }}", "{% set x = 1 %}", "{% generation %}", "{% endgeneration %}", "content", "role", "'assistant'", "{#", "<|im_end|>",
-        "{% include 'x' %}", "{% macro f() %}", "{{ ''.join(messages) }}", "not ", "- 1", "+ 'x'", ".get('x')", "\ufeff", "{{ '%s' % messages }}",
+        "{% include 'x' %}", "{% macro f() %}", "{{ ''.join(messages) }}", "not ", "- 1", "+ 'x'", ".get('x')", "\ufeff",
     ]
 ) | st.text(max_size=4)  # fmt: skip
 

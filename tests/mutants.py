@@ -133,6 +133,7 @@ MUTANTS = (
     Mutant("offsets of an Arrow file stay inside", "data/blocks.py", "        column.view(_without_texts(column.type)).validate(full=True)\n", "        pass\n", "test_sources.py::test_an_arrow_file_whose_offsets_leave_its_text_is_refused_and_not_read"),
     Mutant("an empty compressed file is broken", "data/unpack.py", "        if not file.stat().st_size:", "        if False:", "test_sources.py"),
     Mutant("metadata of a checkpoint has its fields", "checkpoint/dcp_reader.py", "            _check_fields(found)\n", "            pass\n", "test_checkpoint.py::test_metadata_without_its_fields_is_refused"),
+    Mutant("a document's part is there", "data/dataset.py", ' or (documents["part"] >= len(sizes)).any()', "", "test_fuzz.py::test_a_part_whose_position_does_not_fit_is_refused"),
     # --- faulty hardware
     Mutant("a replay that differs stops training", "training/loop.py", "        run.replay.check(run.stage.out, run.stage.log)\n", "        pass\n", "test_replay.py::test_a_wrong_bit_without_a_third_rank"),
     Mutant("a replay leaves no gradient", "training/replay.py", "            drop()\n", "", "test_replay.py::test_replays_change_no_byte_and_agree"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -54,7 +56,9 @@ def test_a_lost_row_and_a_changed_value_are_seen(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "data", [b"", b"\x00" * 200, b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<u4', "], ids=repr
+    "data",
+    [b"", b"\x00" * 200, b"PK\x03\x04", b"\x93NUMPY\x01\x00\x10\x00{'descr': '<u4', "],
+    ids=["empty", "zeros", "zip", "half a header"],
 )
 def test_a_list_of_numbers_that_numpy_cannot_parse_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(SftError, match=r"documents.npy: cannot be read"):
@@ -62,3 +66,14 @@ def test_a_list_of_numbers_that_numpy_cannot_parse_is_refused(tmp_path: Path, da
     assert not fuzz.check_packs(tmp_path, ("offsets.npy", data)) and not fuzz.check_packs(
         tmp_path, ("pieces.npy", data)
     )
+
+
+@pytest.mark.slow
+def test_a_part_whose_position_does_not_fit_is_refused(tmp_path: Path) -> None:
+    """Part 2^24 times 2^40 is position 0 again in 64 bits."""
+    rows = np.load(fuzz.dataset(tmp_path) / "documents.npy").copy()
+    rows["part"][0] = 1 << 24
+    out = io.BytesIO()
+    np.save(out, rows)
+    with pytest.raises(SftError, match="its documents do not cover the 1 parts"):
+        fuzz.check_dataset(tmp_path, ("documents.npy", out.getvalue()))

@@ -181,7 +181,7 @@ def _check_tiling(path: Path, documents: NDArray[Any], sizes: list[int]) -> None
     part_starts = np.arange(len(sizes), dtype=np.uint64) << np.uint64(40)
     starts = np.concatenate([part | start, part_starts | part_ends])
     ends = np.concatenate([part | (start + length), part_starts])
-    too_far = (start + length > np.uint64(1) << np.uint64(40)).any()
+    too_far = (start + length > np.uint64(1) << np.uint64(40)).any() or (documents["part"] >= len(sizes)).any()
     if not length.all() or too_far or not _same_numbers(starts, ends):
         raise SftError(
             f"{path}: its documents do not cover the {len(sizes)} parts of {sizes[:4]} tokens, each token once; copy the dataset again or run"
