@@ -61,8 +61,8 @@ def server(client: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         monkeypatch.setattr("sft.storage.transfer.RESUMABLE", 1 << 20)
         monkeypatch.setattr(download, "SLICE", 1 << 20)
         monkeypatch.setattr(upload, "CHUNK", 1 << 18)
-        monkeypatch.setattr(retries, "TIMEOUT_S", (2.0, 0.4))
-        monkeypatch.setattr(retries, "DEADLINE_S", 5.0)
+        monkeypatch.setattr(retries, "TIMEOUT_S", (5.0, 1.0))
+        monkeypatch.setattr(retries, "DEADLINE_S", 10.0)
         monkeypatch.setattr(retries, "BACKOFF_S", (0.01, 0.05))
         yield server
 
