@@ -104,6 +104,8 @@ MUTANTS = (
     Mutant("templates run in the sandbox", "chat/probe.py", "jinja2.sandbox.ImmutableSandboxedEnvironment(", "jinja2.Environment(", HELD),
     Mutant("a template's time is bounded", "chat/bounds.py", "        signal.setitimer(signal.ITIMER_PROF, SECONDS)\n", "", f"{HELD}::test_bounds_of_a_template_end_with_it"),
     Mutant("a template's memory is bounded", "chat/bounds.py", "room = _size() + ROOM", "room = resource.RLIM_INFINITY", f"{HELD}::test_bounds_of_a_template_end_with_it"),
+    Mutant("a lost launch of SkyPilot is found by its name", "launch/sky/scheduler.py", "        if known := self._active(name):\n            return known\n        made", "        made", "test_sky.py::test_detach_follow_cancel_and_a_lost_answer"),
+    Mutant("a secret that is not set is refused", "launch/sky/scheduler.py", "if missing := missing_secrets(self.cluster):\n            raise", "if missing := []:\n            raise", "test_sky.py::test_what_cannot_work_is_refused_before_anything_is_launched"),
     # --- paths, links, quoting
     Mutant("no path has '..'", "common/paths.py", 'p in ("", ".", "..")', 'p in ("", ".")', MANIFEST),
     Mutant("no path is in a home", "common/paths.py", 'path.startswith(("/", "~"))', 'path.startswith("/")', MANIFEST),
