@@ -7,8 +7,8 @@
 set -euo pipefail
 run="$1" stage="$2" count="$3"
 shift 3
-child=
-trap '[ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
+child='' stopped=''
+trap 'stopped=1; [ -n "$child" ] || exit 143; kill -TERM "$child"' TERM INT
 forward_signals() { # runs a command that gets this script's SIGTERM, and returns its status
     local status=0
     "$@" &
@@ -86,7 +86,7 @@ fi
 [ -z "${SFT_STAGE_ADDRESS:-}" ] || forward_signals .venv/bin/python -m sft.launch.bucket_runs fetch "$run" "$stage" "$@"
 status=0
 forward_signals "$@" || status=$?
-if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ]; then # of all nodes, so that each tells Beaker the same
+if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ] && [ -z "$stopped" ]; then # of all nodes, so that each tells Beaker the same
     if agreed=$(.venv/bin/python -m sft.launch.beaker.agree "$status"); then status="$agreed"; fi
 fi
 rank="${BEAKER_REPLICA_RANK:-0}"
