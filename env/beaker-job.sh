@@ -87,7 +87,7 @@ fi
 status=0
 forward_signals "$@" || status=$?
 if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ] && [ -z "$stopped" ]; then # of all nodes, so that each tells Beaker the same
-    if agreed=$(.venv/bin/python -m sft.launch.beaker.agree "$status"); then status="$agreed"; fi
+    if agreed=$(.venv/bin/python -m sft.launch.agree "$status"); then status="$agreed"; fi
 fi
 rank="${BEAKER_REPLICA_RANK:-0}"
 case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # each node has a part of a checkpoint

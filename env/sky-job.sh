@@ -43,7 +43,7 @@ case "${SFT_STAGE_ADDRESS:+bucket}$status-$rank" in bucket0-0 | bucket75-*) # ea
     forward_signals .venv/bin/python -m sft.launch.bucket_runs send "$run" "$stage" "$status" ;;
 esac
 # SkyPilot ends the other nodes of one that has failed, and Slurm below it then reports 143 for all. So the nodes agree, and the first ends last.
-if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ] && agreed=$(.venv/bin/python -m sft.launch.beaker.agree "$status"); then
+if [ "$status" -ne 0 ] && [ -n "${SFT_NODES:-}" ] && agreed=$(.venv/bin/python -m sft.launch.agree "$status"); then
     [ "$rank" -eq 0 ] || exit 0
     status="$agreed"
     sleep 5

@@ -10,7 +10,7 @@ import pytest
 from beaker_place import place
 from sft.launch import job
 from sft.launch.beaker import states
-from sft.launch.beaker.exchange import exchange
+from sft.launch.exchange import exchange
 from sft.recipe.schema import Cluster
 
 __all__ = ["place"]  # the fixture
@@ -34,6 +34,7 @@ def exits(place) -> list[int]:
 
 
 def test_a_training_that_asks_for_it_is_run_again_and_an_error_is_not(place, capsys):
+    place.server.slow_from = 2  # the experiment is stopped before its third attempt starts
     assert train(place, SECOND.format(first="echo saved; exit 75", then="echo no such file; exit 5")) == 5
     assert place.experiment.body["retry"] == {"allowedTaskRetries": 2}  # max_restarts
     output = capsys.readouterr().out

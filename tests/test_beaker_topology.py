@@ -29,7 +29,7 @@ from conftest import REPO
 from sft.common.errors import SftError
 from sft.launch import job
 from sft.launch.beaker import harnesses, hosts, node_order, scheduler
-from sft.launch.beaker.exchange import exchange
+from sft.launch.exchange import exchange
 
 __all__ = ["place"]  # the fixture
 pytestmark = pytest.mark.server

@@ -84,6 +84,7 @@ class State:
         self.faults: list[Fault] = []
         self.requests: list[str] = []
         self.hold = False  # jobs stay queued
+        self.slow_from = 1000  # the attempt, from 0, from which a job waits SLOW_S before it starts
         self.stranded = False  # a preempted task waits for a place and gets no new job
         self._lock = threading.RLock()
         self._count = 0

@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Sequence
 
 from sft.common.process import report_errors
-from sft.launch.beaker.exchange import exchange
+from sft.launch.exchange import exchange
 
 PATH = "/computeMetadata/v1/instance/attributes/physical_host"
 ANSWER_S = 10

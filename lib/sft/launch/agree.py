@@ -1,8 +1,8 @@
-"""The exit status of a job of several nodes: python -m sft.launch.beaker.agree STATUS
+"""The exit status of a job of several nodes: python -m sft.launch.agree STATUS
 
 In:  this node's exit status; SFT_NODE_RANK, SFT_NODES, SFT_HEAD (host:port of the first node; two ports above it are used).
 Out: the highest status of all nodes, printed, as srun has it. Where a process was killed, its node ends with 75 (run it again)
-     and the others, which only lost their peer, with 1: each alone would tell Beaker something else.
+     and the others, which only lost their peer, with 1: each alone would tell the scheduler something else.
 
 A node that says nothing for SFT_AGREE_S seconds (120, as long as srun waits) has no say.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-from sft.launch.beaker.exchange import exchange
+from sft.launch.exchange import exchange
 
 WAIT_S = 120.0
 
