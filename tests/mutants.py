@@ -151,6 +151,7 @@ MUTANTS = (
     Mutant("import-config replaces no recipe", "importing/importer.py", "    if target.exists():\n", "    if False:\n", "test_import_config.py::test_the_program_writes_the_recipe_once_and_lists_every_key"),
     Mutant("import-config takes a field from one key", "importing/options.py", "draft.tables[table][field] != before", "False", "test_import_config.py::test_the_page_of_commands_is_one_recipe"),
     Mutant("import-config takes no text for another's text", "importing/options.py", "hint_of(cls, field) in (int, float, bool)", "True", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
+    Mutant("no answer trains another message's text", "chat/learn.py", "if foreign := probe.foreign_text(turns):", "if foreign := None:", "test_chat.py::test_template_whose_masks_would_be_wrong_is_refused"),
     Mutant("import-config refuses other methods", "importing/importer.py", "    _refuse_other_methods(file, config)\n", "", "test_import_config.py::test_what_gives_no_recipe_is_an_error"),
     Mutant("import-config lists keys that it does not know", "importing/options.py", "            _explain(rest, key, name, cluster)", "            pass", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
 )  # fmt: skip

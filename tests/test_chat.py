@@ -262,7 +262,18 @@ REFUSED = {
         "{% if add_generation_prompt %}{{ 'Answer:' }}{% endif %}",
         "make the two equal",
     ),
-}
+    **{
+        f"another message's text in an answer: {leak}": (
+            "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if m.role == 'assistant' %}{{ LEAK }}{% endif %}"
+            "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}".replace("LEAK", leak),
+            f"the text of a {role} message inside of assistant message [12]",
+        )
+        for leak, role in {
+            "messages[0].content | upper": "user", "messages[0] | tojson": "user", "messages": "user",
+            "messages[0].content.encode()": "user", "messages[0].content if messages[0].role == 'system'": "system",
+        }.items()
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -53,6 +53,13 @@ def observe(probe: TemplateProbe) -> TwoTurns:
             f" does not write assistant message {turns.fault} once, so no mask can be derived from it",
             f"write the messages in a loop, or choose one of {', '.join(known_templates())}",
         )
+    if foreign := probe.foreign_text(turns):
+        role, answer = foreign
+        refuse(
+            probe,
+            f" writes the text of a {role} message inside of assistant message {answer}, where it would be trained",
+            f"let an answer's turn write the answer alone, or choose one of {', '.join(known_templates())}",
+        )
     return turns
 
 

@@ -6,6 +6,7 @@ out what the template does with turns, tool calls and fields. `sft.chat.template
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import datetime
 import json
@@ -217,6 +218,25 @@ class TemplateProbe:
         asked = self.text(messages[:1], self._tools()), self.text(messages[:1], self._tools(), prompt=True)
         return TwoTurns(trace, contents, asked, self.eos, fault)
 
+    def foreign_text(self, turns: TwoTurns) -> tuple[str, int] | None:
+        """(role of a message, number of an answer in its conversation) where the template writes the message's text inside of the answer.
+
+        Made-up results of tools have rules of their own (`sft.chat.checks`): some templates write them into the turn of the call.
+        """
+        roles = ("system", "user", "assistant", "user", "assistant")
+        contents = [chr(PRIVATE_BLOCKS[0] + BLOCK_SIZE + 4), *turns.contents]
+        messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+        traces = [(turns.trace, 1)]
+        with contextlib.suppress(BadRow):  # a template without a system message
+            traces.append((self.trace(messages, self._tools()), 0))
+        for trace, first in traces:
+            for answer in (2, 4):
+                written = trace.region_text(answer - first)
+                for other in range(first, 5):
+                    if other != answer and any(form in written for form in _forms(contents[other])):
+                        return roles[other], answer - first
+        return None
+
     def _trace_plain(self, messages: Sequence[Message], contents: Sequence[str]) -> tuple[Trace, int]:
         """The trace of a plain conversation, and the answer that is not written once. Tries the ways to render one after the other."""
         failed: BadRow | None = None
@@ -383,6 +403,11 @@ class TemplateProbe:
         messages = [dict(message) for message in conversation.messages]
         messages[index]["content"] = content
         return content, messages
+
+
+def _forms(content: str) -> tuple[str, ...]:
+    """How a template may write a text: as it is, as JSON with escapes, as Python writes a text, and its bytes."""
+    return content, json.dumps(content)[1:-1], repr(content)[1:-1], repr(content.encode())[2:-1]
 
 
 def _not_written_once(trace: Trace, contents: Sequence[str]) -> int:
