@@ -69,7 +69,7 @@ MUTANTS = (
     Mutant("a shared result's new name is flushed", "runner/stage.py", "                sync_folder(shared.parent)\n", "", STAGE_ORDER),
     Mutant("records are flushed before their step", "training/metrics.py", "        os.fsync(self._stream.fileno())\n        folder, records", "        folder, records", FILE_ORDER),
     # --- hashes, sizes and seals
-    Mutant("an update of a bf16 weight is rounded at random", "training/adamw8bit.py", "value = round_to_bf16(value, bits(operands.place, step, value))", "value = value.bfloat16()", "tests/test_rounding.py::test_small_updates_count_as_in_fp64"),
+    Mutant("an update of a bf16 weight is rounded at random", "training/adamw8bit.py", "value = round_to_bf16(value, bits(operands.place, step, value))", "value = value.bfloat16()", "test_rounding.py::test_small_updates_count_as_in_fp64"),
     Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "test_out_of_memory.py::test_a_second_time_ends_training_and_other_hardware_numbers_begin_afresh"),
     Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),

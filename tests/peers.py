@@ -55,15 +55,15 @@ def pypi_package(name: str, version: str, sha256: str, source: bool = False) -> 
     """The content of a wheel of PyPI; with `source`, of the source archive."""
     form = ["--no-binary", ":all:"] if source else ["--only-binary", ":all:"]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-build-isolation", *form]
-    return _fetch(name, version, sha256, [*command, f"{name}=={version}"])
+    return _fetch(name, version, sha256, [*command, f"{name}=={version}"], "-source" if source else "")
 
 
 def _folder(name: str, version: str) -> Path:
     return FOLDER / f"{name.replace('/', '-').strip('@')}-{version}"
 
 
-def _fetch(name: str, version: str, sha256: str, command: Sequence[str]) -> Path:
-    folder = _folder(name, version)
+def _fetch(name: str, version: str, sha256: str, command: Sequence[str], suffix: str = "") -> Path:
+    folder = FOLDER / f"{_folder(name, version).name}{suffix}"
     FOLDER.mkdir(exist_ok=True)
     with lock(FOLDER / f"{folder.name}.lock", wait=True):
         if folder.is_dir():

@@ -103,5 +103,5 @@ def test_to_hf_is_one_job_that_is_found_again_and_refuses_disks_of_this_machine(
     assert JobRecord.read(record).ended == "done"
     assert "to-hf" in place.workspace.make("jobs").stdout
     here = place.workspace.make("to-core", ON, "SRC=/tmp/x", "DST=gs://b/x", ok=False).stderr
-    assert "SRC=/tmp/x: jobs on beaker-test do not see it; next: gs://, or a path on a mount" in here
+    assert "SRC=/tmp/x: jobs on beaker-test do not see it; next: gs://, s3://, or a path on a mount" in here
     assert "SRC= and DST= are missing" in place.workspace.make("to-core", ON, ok=False).stderr

@@ -209,9 +209,12 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ('launcher = "slurm"\ninstall = ["x"]', "'install': for launcher = 'beaker' only, and this is 'slurm'"),
-        ('image = "a/b"\nmounts = ["b:/b"]', "'image', 'mounts': for launcher = 'beaker' only, and this is 'local'"),
-        ('launcher = "slurm"\n[secrets]\nA = "b"', "'secrets': for launcher = 'beaker' only"),
+        (
+            'launcher = "slurm"\ninstall = ["x"]',
+            "'install': for launcher = 'beaker' or 'sky' only, and this is 'slurm'",
+        ),
+        ('budget = "b/b"\nmounts = ["b:/b"]', "'budget', 'mounts': for launcher = 'beaker' only, and this is 'local'"),
+        ('launcher = "slurm"\n[secrets]\nA = "b"', "'secrets': for launcher = 'beaker' or 'sky' only"),
         (
             'launcher = "slurm"\nevaluate_image = "a/b"',
             "'evaluate_image': for launcher = 'beaker' only, and this is 'slurm'",
@@ -242,7 +245,9 @@ def test_a_recipes_numbers_that_its_cluster_would_ignore_are_refused(workspace):
         "recipes/x.toml: 'partition' in [on.ai2-jupiter.train]: for launcher = 'slurm' only, and this is 'beaker'"
         in message
     )
-    assert "'cpus' in [on.local.prepare]: for launcher = 'slurm' or 'beaker' only, and this is 'local'" in message
+    assert (
+        "'cpus' in [on.local.prepare]: for launcher = 'slurm', 'beaker' or 'sky' only, and this is 'local'" in message
+    )
 
 
 def test_the_clusters_variables_reach_a_stage_on_this_machine(workspace):

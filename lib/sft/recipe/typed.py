@@ -156,9 +156,15 @@ def unread(cls: type, present: typing.Iterable[str], launcher: str, where: str =
         if f.name in present and launcher not in (f.metadata["launchers"] or schema.LAUNCHERS):
             names.setdefault(f.metadata["launchers"], []).append(f"'{f.name}'")
     return [
-        f"{', '.join(fields)}{where}: for launcher = {' or '.join(map(repr, readers))} only, and this is {launcher!r}; remove it"
+        f"{', '.join(fields)}{where}: for launcher = {either(readers)} only, and this is {launcher!r}; remove it"
         for readers, fields in names.items()
     ]
+
+
+def either(names: typing.Iterable[str]) -> str:
+    """'a', 'b' or 'c'."""
+    *others, last = map(repr, names)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def of_other_stages(present: typing.Iterable[str], stage: str, where: str = "") -> list[str]:
