@@ -213,7 +213,9 @@ def test_beakers_own_retries_are_waited_for(place, capsys):
 
 
 def test_a_node_that_fails_stops_the_others_and_is_the_one_reported(place, capsys):
-    (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.train]\nnodes = 2\n")
+    # Another recipe than that of other tests with two nodes: the port of a job follows from what it makes.
+    recipe = place.workspace.recipe("x", "lr = 1e-3", "lr = 3e-3")
+    recipe.write_text(recipe.read_text() + "\n[on.beaker-test.train]\nnodes = 2\n")
     place.push()
     place.workspace.make("sync", "RECIPE=x", "CLUSTER=beaker-test")
     place.edit("[env]\n", '[env]\nSFT_AGREE_S = "1"\n')  # the first node says nothing
