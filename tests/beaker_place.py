@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from beaker_server import BUDGET, USER, Server
 from conftest import Workspace
 from patience import PATIENCE
+from pushed import Pushed
 from sft.launch import run
 from sft.launch.beaker import datasets, scheduler
 from sft.recipe import recipe
@@ -35,7 +35,7 @@ TEST_SECRET = "{{user}}_SECRET"
 """
 
 
-class Place:
+class Place(Pushed):
     """A repository with a remote, a cluster's file, and the server; what is typed is typed there."""
 
     def __init__(self, workspace: Workspace, server: Server, root: Path):
@@ -45,21 +45,7 @@ class Place:
         text = CLUSTER.replace("WEKA", self.weka)
         self.cluster = self.root / "env" / "beaker-test.toml"
         self.cluster.write_text(text.replace("VENV", str(self.root / ".venv")))
-        (self.root / ".gitignore").write_text(".venv\nruns\nlog\n__pycache__\n")
-        self.git("init", "--quiet", "--initial-branch=main")
-        self.git("init", "--quiet", "--bare", str(root / "remote.git"))
-        self.git("remote", "add", "origin", f"file://{root}/remote.git")
-        self.push()
-
-    def git(self, *command: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", *identity, *command], cwd=self.root, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    def push(self) -> None:
-        self.git("add", "-A")
-        self.git("commit", "--quiet", "--allow-empty", "-m", "x")
-        self.git("push", "--quiet", "origin", "main")
+        self.add_remote(root / "remote.git")
 
     def edit(self, old: str, new: str) -> None:
         text = self.cluster.read_text()

@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant("a list of sent files is of one attempt", "sync/send.py", "{folder.name}-{_digest(record)}", "{folder.name}", "test_uploads.py::test_a_list_of_another_attempt_completes_no_step"),
     Mutant("an object without a CRC32C is compared by its ETag", "storage/transport.py", "sums.bytes == self.bytes and sums.etag == str(self.generation).strip('\"')", "sums.bytes == self.bytes", "test_s3.py::test_an_object_without_a_crc32c_is_compared_by_its_etag"),
     Mutant("a write to S3 states what it replaces", "storage/s3.py", 'return {"IfMatch": str(generation)} if generation else {"IfNoneMatch": "*"}', "return {}", "test_s3.py::test_another_writers_object_is_left_alone"),
-    Mutant("a bucket with steps that is away starts nothing anew", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
+    Mutant("an unreachable bucket does not restart a training from its first weights", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
     # --- the order of writes
     Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
     Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),

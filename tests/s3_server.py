@@ -27,7 +27,7 @@ from peers import environment
 MOTO = ("moto[s3]==5.2.5", "flask==3.1.3", "flask-cors==6.0.5", "crc32c==2.9.post0")
 KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
-"""An environment that asks nobody else for credentials."""
+"""An environment in which no other source of credentials is used."""
 
 
 @contextmanager

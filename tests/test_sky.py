@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ import yaml
 from conftest import REPO, Workspace
 from gcs_server import Server as Bucket
 from patience import PATIENCE
+from pushed import Pushed
 from sft.common.errors import SftError
 from sft.launch import job as jobs
 from sft.launch import run
@@ -40,28 +40,14 @@ FAR = SHARED.replace("storage = \"{runs}/.storage\"", 'shared_disk = false\nstor
                      'install = ["ln -s VENV .venv", \'echo "with $ODD"\']\n')  # fmt: skip
 
 
-class Place:
+class Place(Pushed):
     """A repository with a remote and a cluster's file, and the folder of the stand-in's jobs."""
 
     def __init__(self, workspace: Workspace, root: Path):
         self.workspace, self.root, self.sky = workspace, workspace.root, root / "sky"
         self.cluster = self.root / "env" / "sky-test.toml"
         self.write(SHARED)
-        (self.root / ".gitignore").write_text(".venv\nruns\nlog\n__pycache__\n")
-        self.git("init", "--quiet", "--initial-branch=main")
-        self.git("init", "--quiet", "--bare", str(root / "remote.git"))
-        self.git("remote", "add", "origin", f"file://{root}/remote.git")
-        self.push()
-
-    def git(self, *command: str) -> str:
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        done = subprocess.run(["git", *identity, *command], cwd=self.root, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    def push(self) -> None:
-        self.git("add", "-A")
-        self.git("commit", "--quiet", "--allow-empty", "-m", "x")
-        self.git("push", "--quiet", "origin", "main")
+        self.add_remote(root / "remote.git")
 
     def write(self, text: str) -> None:
         self.cluster.write_text(text.replace("VENV", str(self.root / ".venv")))
@@ -185,7 +171,7 @@ def test_nodes_meet_at_the_first_one_and_the_first_one_decides_how_a_job_ends(pl
     both = "read -r x < <(sleep 0.$SFT_NODE_RANK); [ -e saved$SFT_NODE_RANK ] || { touch saved$SFT_NODE_RANK; exit 75; }; exit 6"
     assert place.launch(both, "nodes=2", stage="train") == 6 and place.jobs[-1]["recovery_count"] == 1
     place.write(SHARED.replace("[env]", '[env]\nSFT_AGREE_S = "1"'))
-    # The other node is told to stop and saves. Its 75 must not start a failed training again for ever.
+    # The other node is stopped and saves. Its 75 must not restart a failed training again and again.
     other = "trap 'exit 75' TERM; while [ $SFT_NODE_RANK = 1 ]; do sleep 0.1; done; sleep 0.5; exit 4"
     assert place.launch(other, "nodes=2", stage="train") == 4 and place.jobs[-1]["recovery_count"] == 0
 

@@ -5,8 +5,8 @@
     sft help                                    what verbs there are
 
 In a checkout it runs that checkout's Make. Anywhere else it runs the package's own copy of the project: .sft/ is laid out like a
-checkout of links to the package, the environment is the one that `sft` is in, runs go to ./runs, and recipes/*.toml and env/*.toml
-of the current folder stand beside the package's; those of the same name come first. Exit status: Make's.
+checkout of links to the package, the environment is the one that `sft` is in, and runs go to ./runs. recipes/*.toml and env/*.toml
+of the current folder are added to the package's and replace those of the same name. Exit status: Make's.
 Standard library only, because it starts Make and nothing else.
 """
 

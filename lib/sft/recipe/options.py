@@ -69,7 +69,7 @@ def hint_of(cls: type, name: str) -> Any:
 
 @cache
 def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)  # it compiles every annotation anew
+    return get_type_hints(cls)  # compiles every annotation at each call
 
 
 def opt(default: Any, doc: str, **rules: Unpack[Rules]) -> Any:

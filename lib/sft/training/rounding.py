@@ -22,7 +22,7 @@ from sft.model.noise import MASK, mixed
 
 
 class Place(NamedTuple):
-    """Where some values lie in a parameter."""
+    """The position of a part of a parameter in the whole."""
 
     salt: Tensor  # int64 []: of the seed and the parameter's name
     first: Tensor  # int64 []: the number of the first value in the whole parameter, row by row

@@ -15,7 +15,7 @@ from beaker import BeakerExperimentSpec, BeakerTaskSpec
 
 from sft.common import paths
 from sft.common.errors import SftError
-from sft.launch import code, far
+from sft.launch import code, far, names
 from sft.launch.job import TOOLS, Job
 from sft.recipe import recipe, schema
 from sft.runner import plan
@@ -54,17 +54,7 @@ def duration(value: str) -> str:
 
 def check_cluster(name: str, cluster: schema.Cluster) -> None:
     """Raises SftError listing every field of env/<name>.toml that Beaker would refuse."""
-    problems = [*_bad_names(cluster), *_bad_values(cluster), *_bad_variables(cluster)]
-    if problems:
-        raise SftError("\n".join(f"env/{name}.toml: {p}" for p in problems) + f"\nnext: correct env/{name}.toml")
-
-
-def _bad_names(cluster: schema.Cluster) -> Iterator[str]:
-    for field, pattern in NAMES.items():
-        value = getattr(cluster, field)
-        for text in value if isinstance(value, tuple) else [value] * bool(value):
-            if not re.fullmatch(pattern, paths.for_user(text)) or ".." in text:
-                yield f"'{field}' = {text!r} is not of the form {pattern}"
+    names.refuse(name, [*names.bad_names(cluster, NAMES), *_bad_values(cluster), *_bad_variables(cluster)])
 
 
 def _bad_values(cluster: schema.Cluster) -> Iterator[str]:

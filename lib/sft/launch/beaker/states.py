@@ -59,7 +59,7 @@ def experiment_status(workload: pb2.Workload, jobs: Sequence[pb2.Job | None], st
 
 
 def asks_for_another(job: pb2.Job) -> bool:
-    """Whether a failed job ended in a way that another attempt may mend: saved and stopped, killed, or its node was lost."""
+    """Whether a failed job ended in a way that another attempt may fix: it saved and stopped, it was killed, or its node was lost."""
     return job.status.exit_code == AGAIN or job.status.exit_code > SIGNALS or not job.status.exit_code
 
 

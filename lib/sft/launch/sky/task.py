@@ -20,7 +20,7 @@ from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.process import AGAIN
 from sft.formats import manifest
-from sft.launch import code, far
+from sft.launch import code, far, names
 from sft.launch.job import TOOLS, Job
 from sft.recipe import schema
 from sft.runner import plan
@@ -43,17 +43,10 @@ LONGEST_NAME = 60
 
 def check_cluster(name: str, cluster: schema.Cluster) -> None:
     """Raises SftError listing every field of env/<name>.toml that SkyPilot or a job could not follow."""
-    problems = [*_bad_names(cluster), *_bad_values(cluster)]
-    if problems:
-        raise SftError("\n".join(f"env/{name}.toml: {p}" for p in problems) + f"\nnext: correct env/{name}.toml")
+    names.refuse(name, [*names.bad_names(cluster, NAMES), *_bad_variables(cluster), *_bad_values(cluster)])
 
 
-def _bad_names(cluster: schema.Cluster) -> Iterator[str]:
-    for field, pattern in NAMES.items():
-        value = getattr(cluster, field)
-        for text in value if isinstance(value, tuple) else [value] * bool(value):
-            if not re.fullmatch(pattern, paths.for_user(text)) or ".." in text:
-                yield f"'{field}' = {text!r} is not of the form {pattern}"
+def _bad_variables(cluster: schema.Cluster) -> Iterator[str]:
     for field in ("secrets", "optional_secrets"):
         for variable, source in getattr(cluster, field).items():
             if not re.fullmatch(_VARIABLE, variable) or not re.fullmatch(_VARIABLE, source):
