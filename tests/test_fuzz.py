@@ -10,6 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 import fuzz
+import fuzz_files
+import fuzz_words
 from fuzz import TARGETS, Target
 from sft.common.errors import SftError
 from sft.recipe import schema
@@ -46,12 +48,14 @@ def test_another_exception_a_hang_and_a_false_use_fail(tmp_path: Path, monkeypat
 
 def test_a_lost_row_and_a_changed_value_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="39 rows, 0 rejects of 40 lines"):
-        monkeypatch.setattr(fuzz, "rows_of", lambda *_: (fuzz.ROWS[:39], 0))
-        fuzz.check_source(tmp_path, ("x.jsonl", fuzz.LINES))
+        monkeypatch.setattr(fuzz_files, "rows_of", lambda *_: (fuzz_files.ROWS[:39], 0))
+        fuzz_files.check_source(tmp_path, ("x.jsonl", fuzz_files.LINES))
     with pytest.raises(AssertionError, match="39 rows of 40"):
-        fuzz.check_source(tmp_path, ("x.jsonl.gz", b""))
-    assert fuzz.same(schema.Train(lr=1.0), {"lr": 1, "betas": [0.9, 0.95]})
-    assert not fuzz.same(schema.Train(lr=1.0), {"lr": 2}) and not fuzz.same(schema.Train(), {"betas": [0.9]})
+        fuzz_files.check_source(tmp_path, ("x.jsonl.gz", b""))
+    assert fuzz_words.same(schema.Train(lr=1.0), {"lr": 1, "betas": [0.9, 0.95]})
+    assert not fuzz_words.same(schema.Train(lr=1.0), {"lr": 2}) and not fuzz_words.same(
+        schema.Train(), {"betas": [0.9]}
+    )
 
 
 @pytest.mark.slow
@@ -62,8 +66,8 @@ def test_a_lost_row_and_a_changed_value_are_seen(tmp_path: Path, monkeypatch: py
 )
 def test_a_list_of_numbers_that_numpy_cannot_parse_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(SftError, match=r"documents.npy: cannot be read"):
-        fuzz.check_dataset(tmp_path, ("documents.npy", data))
-    assert not fuzz.check_packs(tmp_path, ("offsets.npy", data)) and not fuzz.check_packs(
+        fuzz_files.check_dataset(tmp_path, ("documents.npy", data))
+    assert not fuzz_files.check_packs(tmp_path, ("offsets.npy", data)) and not fuzz_files.check_packs(
         tmp_path, ("pieces.npy", data)
     )
 
@@ -71,9 +75,9 @@ def test_a_list_of_numbers_that_numpy_cannot_parse_is_refused(tmp_path: Path, da
 @pytest.mark.slow
 def test_a_part_whose_position_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Part 2^24 times 2^40 is position 0 again in 64 bits."""
-    rows = np.load(fuzz.dataset(tmp_path) / "documents.npy").copy()
+    rows = np.load(fuzz_files.dataset(tmp_path) / "documents.npy").copy()
     rows["part"][0] = 1 << 24
     out = io.BytesIO()
     np.save(out, rows)
     with pytest.raises(SftError, match="its documents do not cover the 1 parts"):
-        fuzz.check_dataset(tmp_path, ("documents.npy", out.getvalue()))
+        fuzz_files.check_dataset(tmp_path, ("documents.npy", out.getvalue()))
