@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuzz import FORMATS, VALUES, check_format, contents
+from fuzz_files import FORMATS, check_format, contents
+from fuzz_values import VALUES
 from sft.common.errors import SftError
 from sft.data.tokencache import MAGIC, read_summary
 from sft.formats.identity import NAME, read_identity

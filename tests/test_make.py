@@ -156,11 +156,9 @@ def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_trainin
     assert names(workspace.ran()) == ["sync", "train"]
 
 
-def test_a_broken_recipe_is_reported_in_two_seconds_with_file_field_value_and_next_command(workspace):
+def test_a_broken_recipe_is_reported_with_file_field_value_and_next_command(workspace):
     workspace.recipe("x", "lr = 1e-3", "lrr = 1e-3")
-    began = time.monotonic()
     done = workspace.make("train", "RECIPE=x", ok=False)
-    assert time.monotonic() - began < 2
     assert "recipes/x.toml: no field 'lrr' in [train]; did you mean 'lr'?" in done.stderr
     assert "make show RECIPE=x" in done.stderr
     workspace.recipe("x", "lr = 1e-3", "lr = -1.0")
@@ -265,12 +263,14 @@ def test_a_second_process_on_the_same_stage_fails_and_names_the_first(workspace,
     assert out.startswith("2 ") and "busy, held by pid" in out
 
 
-def test_the_plan_costs_little_of_a_make(workspace, finished):
+def test_the_plan_imports_no_package_that_is_slow_to_start(workspace, finished, tmp_path):
     finished("evaluate")
-    began = time.monotonic()
-    for _ in range(3):
-        workspace.make("evaluate", "RECIPE=x")
-    assert (time.monotonic() - began) / 3 < 1.0
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -X importtime "$@" 2>>{tmp_path}/imports\n')
+    python.chmod(0o755)
+    workspace.make("evaluate", "RECIPE=x", f"PYTHON={python}")
+    imported = {line.split("|")[-1].strip().split(".")[0] for line in (tmp_path / "imports").read_text().splitlines()}
+    assert "sft" in imported and not imported & {"numpy", "torch", "transformers", "pyarrow", "click", "jinja2", "google"}
 
 
 def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace, finished):
