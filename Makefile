@@ -134,10 +134,11 @@ card: | $(READY) ## print the model card with the scores so far
 
 ## The project
 setup: | $(READY) $(TOOLS) ## make .venv with the pinned packages (torch for CUDA only if there is a GPU)
-check: | $(TOOLS) ## lint, format, types, shell scripts
+check: | $(TOOLS) ## lint, format, types, shell scripts, prose
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
+	$(PY) tests/prose.py
 test: check ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
 	.venv/bin/python -m pytest --cov --cov-report= $(TESTS)
 	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"

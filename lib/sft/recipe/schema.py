@@ -81,7 +81,7 @@ class Model:
     yarn_factor: float | None = opt(None, "YaRN scaling factor of the full-attention layers; 0 = none", min=0)
     rope_scaling: dict[str, Any] | None = opt(
         None,
-        'rotary scaling in transformers\' words, in place of the base\'s, e.g. {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 8192}; {rope_type = "default"} = none',
+        'rotary scaling in transformers\' words, instead of the base\'s, e.g. {rope_type = "yarn", factor = 4.0, original_max_position_embeddings = 8192}; {rope_type = "default"} = none',
         late=True,
     )
     ignore_config: tuple[str, ...] = opt(

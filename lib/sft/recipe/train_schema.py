@@ -110,7 +110,7 @@ class Train:
     )
     weight_decays: dict[str, float | int] = opt(
         {},
-        'weight decay of some parameters in place of weight_decay, e.g. { "*norm" = 0.0, bias = 0.0, embeddings = 0.0 }; the last match counts',
+        'weight decay of some parameters instead of weight_decay, e.g. { "*norm" = 0.0, bias = 0.0, embeddings = 0.0 }; the last match counts',
         min=0,
         late=True,
     )

@@ -214,7 +214,7 @@ class FallbackTransport:
         if self.is_understood:  # other threads may have met it too
             self.is_understood = False
             print(
-                f"note: Google's client in place of obstore, which did not understand the bucket: {retries.redact(str(error))[:200]}",
+                f"note: Google's client instead of obstore, which did not understand the bucket: {retries.redact(str(error))[:200]}",
                 flush=True,
             )
 
