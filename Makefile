@@ -160,6 +160,8 @@ bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-p
 .PHONY: bench-check
 bench-check: | $(TOOLS) ## compare the newest numbers of the benches with benchmarks/baseline.json: a loss of more than the noise fails [ONLY="pack balance"]
 	@$(PY) benchmarks/history.py check $(call quote,$(ONLY))
+.PHONY: results
+results: ; @$(PYTHON) benchmarks/history.py results ## write the benches' newest numbers of benchmarks/history/ into RESULTS.md
 .PHONY: docs
 docs: | $(TOOLS) ## the documentation as a site: site/index.html, with the reference made from the schema and this file
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict && echo site/index.html

@@ -2,8 +2,10 @@
 
     python benchmarks/history.py run pack             prints what the bench prints, and appends a line to benchmarks/history/pack.jsonl
     python benchmarks/history.py check [pack …]       exit status 1 if a number is worse than its baseline by more than its noise
+    python benchmarks/history.py results              writes the newest numbers into RESULTS.md, between its two marks (make results)
 
-A line has the time, the commit, whether there were edits, the machine, and the JSON object that the bench ends in. benchmarks/baseline.json
+A line has the time, the commit, whether there were edits, the machine, and the JSON object that the bench ends in. A line with "copied" was
+written by hand from a report that is older than this history. benchmarks/baseline.json
 says which numbers are compared: {bench: {number: {"value": …, "noise": share, "better": "higher"|"lower", "machine": …}}}. A dot in a
 number's name goes into an object. Without "machine" a number is a ratio, which is compared on every machine; others only on their own.
 """
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-HISTORY, BASELINE = HERE / "history", HERE / "baseline.json"
+HISTORY, BASELINE, RESULTS = HERE / "history", HERE / "baseline.json", HERE.parent / "RESULTS.md"
+BEGIN, END = "<!-- benches: written by make results -->", "<!-- end of benches -->"
 LIST_GPUS = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
 
 
@@ -89,7 +92,50 @@ def run(bench: str, options: Sequence[str]) -> int:
     HISTORY.mkdir(exist_ok=True)
     with (HISTORY / f"{bench}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
+    return results()
+
+
+def results() -> int:
+    """Writes the table of the newest numbers into RESULTS.md. 1 if its marks are not there."""
+    text = RESULTS.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        print(f"[bench] error: {RESULTS.name} has no lines {BEGIN} and {END}; next: add both", file=sys.stderr)
+        return 1
+    RESULTS.write_text(f"{before}{BEGIN}\n{table()}{END}{after}", encoding="utf-8")
     return 0
+
+
+def table() -> str:
+    """Markdown: the newest record of every bench, for each machine and set of options."""
+    lines = ["| bench | numbers | commit | machine |", "| --- | --- | --- | --- |"]
+    for file in sorted(HISTORY.glob("*.jsonl")):
+        newest = {(r["machine"], *r["options"]): r for r in records(file.stem)}
+        for r in newest.values():
+            command = " ".join(
+                [f"`make bench-{file.stem}`", *([f"with `{' '.join(r['options'])}`"] if r["options"] else [])]
+            )
+            commit = r["commit"][:8] + (" with edits" if r["edits"] else "") + (", copied" if r.get("copied") else "")
+            numbers = ", ".join(f"{name} {value}" for name, value in flat(r["numbers"]))
+            lines.append(f"| {command} | {numbers} | {commit}, {r['time'][:10]} | {r['machine']} |")
+    return "\n".join(lines) + "\n"
+
+
+def flat(numbers: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of each number and truth value, with a dot between the names of objects."""
+    for name, value in numbers.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{before}{name}.")
+        elif isinstance(value, int | float):
+            yield before + name, shown(value)
+
+
+def shown(value: float) -> str:
+    """A number with four digits, or yes and no."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
 
 
 def records(bench: str) -> list[dict[str, Any]]:
@@ -149,11 +195,13 @@ def check(benches: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "check"))
+    parser.add_argument("command", choices=("run", "check", "results"))
     parser.add_argument("benches", nargs="*", help="run: one bench; check: some of the baseline")
     args, options = parser.parse_known_args(argv)
     if args.command == "check":
         return check([b for name in args.benches for b in name.split()])
+    if args.command == "results":
+        return results()
     if len(args.benches) != 1:
         parser.error("one bench is expected")
     return run(args.benches[0], options)

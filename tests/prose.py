@@ -112,7 +112,7 @@ def faults(path: Path) -> Iterator[str]:
     text = path.read_text(encoding="utf-8")
     record = path.name in RECORDS
     if path.suffix == ".py":
-        pieces: Iterator[tuple[int, str]] = messages(text)
+        pieces: Iterator[tuple[int, str]] = messages(text) if ANY.search(text) else iter(())
     elif path.name == "Makefile":
         pieces = ((n, line.partition("## ")[2]) for n, line in enumerate(text.splitlines(), 1) if "## " in line)
     else:

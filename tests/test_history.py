@@ -17,6 +17,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(history, "HERE", tmp_path)
     monkeypatch.setattr(history, "HISTORY", tmp_path / "history")
     monkeypatch.setattr(history, "BASELINE", tmp_path / "baseline.json")
+    monkeypatch.setattr(history, "RESULTS", tmp_path / "RESULTS.md")
+    (tmp_path / "RESULTS.md").write_text(f"above\n{history.BEGIN}\nold\n{history.END}\nbelow\n")
     monkeypatch.setattr(history, "machine", lambda: "a box")
     return tmp_path
 
@@ -33,6 +35,9 @@ def test_each_run_appends_its_numbers_with_commit_and_machine(place: Path, capsy
     first, second = history.records("two-words")
     assert first["numbers"]["ratio"] == 2.0 and first["machine"] == "a box" and first["options"] == []
     assert second["numbers"]["argv"] == second["options"] == ["--documents", "5"]
+    text = (place / "RESULTS.md").read_text()
+    assert text.startswith("above\n") and text.endswith(f"{history.END}\nbelow\n") and "old" not in text
+    assert "| `make bench-two-words` | ratio 2 |" in text and "with `--documents 5`" in text
     assert set(first) == {"time", "commit", "edits", "machine", "python", "torch", "options", "numbers"}
 
 
@@ -48,7 +53,19 @@ def test_a_bench_that_fails_or_ends_in_no_numbers_leaves_no_record(place: Path, 
 def keep(place: Path, machine: str = "a box", **numbers: Any) -> None:
     (place / "history").mkdir(exist_ok=True)
     with (place / "history" / "x.jsonl").open("a") as file:
-        file.write(json.dumps({"machine": machine, "numbers": numbers}) + "\n")
+        file.write(
+            json.dumps(
+                {
+                    "time": "2026-11-30",
+                    "commit": "0" * 40,
+                    "edits": False,
+                    "machine": machine,
+                    "options": [],
+                    "numbers": numbers,
+                }
+            )
+            + "\n"
+        )
 
 
 @pytest.mark.parametrize(
@@ -72,6 +89,23 @@ def test_a_number_that_is_worse_by_more_than_its_noise_fails(
     keep(place, a={"b": value})
     assert history.main(["check"]) == status
     assert said in capsys.readouterr().out
+
+
+def test_results_has_the_newest_numbers_of_each_machine(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keep(place, a={"b": 1000.0}, equal=True)
+    keep(place, a={"b": 2 / 3}, equal=False)
+    keep(place, machine="another", n=1234567)
+    assert history.main(["results"]) == 0
+    rows = [line for line in (place / "RESULTS.md").read_text().splitlines() if line.startswith("| `")]
+    assert [row.split(" | ")[1] for row in rows] == ["a.b 0.6667, equal no", "n 1,234,567"]
+    (place / "RESULTS.md").write_text("no marks")
+    assert history.main(["results"]) == 1 and "RESULTS.md has no lines" in capsys.readouterr().err
+
+
+def test_the_numbers_in_results_are_the_newest_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "HISTORY", REPO / "benchmarks" / "history")
+    written = (REPO / "RESULTS.md").read_text().partition(history.BEGIN)[2].partition(history.END)[0]
+    assert written == "\n" + history.table(), "next: make results"
 
 
 def test_a_bench_without_a_record_or_a_baseline_is_named(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

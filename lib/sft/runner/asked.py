@@ -37,7 +37,7 @@ LAST = {
 }
 """The last stage whose fields a goal reads, for goals that are no stages."""
 NO_FIELDS = (
-    "help", "setup", "check", "test", "test-quick", "record-versions", "fields", "verify", "diff", "compare", "soup", "lock",
+    "help", "setup", "check", "test", "test-quick", "record-versions", "results", "fields", "verify", "diff", "compare", "soup", "lock",
     "nightly", "cp", "clean-cache", "jobs", "to-core", "runs", "delete", "archive", "schema", "completion", "chat", "serve", "mutants", "soak", "flip", "import-config", "docs",
 )  # fmt: skip
 """Goals that read no recipe. The others name a run by all of its overrides, as `make report` does."""
