@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -111,14 +112,20 @@ def test_a_run_without_a_lasting_disk_survives_a_preemption_and_its_model_is_mad
     assert manifest.is_whole(folder) and {"step4", f"step{begins[1]}"} <= {p.name for p in folder.iterdir()}
 
 
-def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job_sees_them(augusta):
+def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job_sees_them(augusta, bucket):
+    """Two nodes with a disk each: the one that evaluates fetches the shards of the other, and nothing else, from the bucket."""
     words = ("steps=4", "save_every=2", "ephemeral_every=0", "validate_every=0", "every=2", "every_limit=1", "min_stop_rate=0",
-             "max_empty_fraction=1", "validation_documents=2", "keep=1", "nodes=1")  # fmt: skip
+             "max_empty_fraction=1", "validation_documents=2", "keep=1")  # fmt: skip
     done = augusta.workspace.make("train", "RECIPE=smoke", "CLUSTER=beaker-test", *words)
     assert len(augusta.server.experiments) == 1, done.stdout
     (file,) = (augusta.root / "runs").glob("smoke_*/train/evaluations.jsonl")
     found = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["step"] for r in found] == [2, 4] and all(r["validation"]["documents"] == 2 for r in found), done.stdout
+    parts = {n.split("/parts/")[1].split("/")[0] for n in bucket.objects if "/parts/" in n}
+    assert {p.partition("-")[0] for p in parts} == {"step2", "step4"}  # each node has sent its own files
+    asked = {name.split("/train/")[1].partition("/")[2] for operation, name, _ in bucket.requests if operation == "download"
+             and "/train/" in name and re.search(r"/step\d+/(model_and_optim|train)/", name)}  # fmt: skip
+    assert asked == {f"step{step}/model_and_optim/__1_0.distcp" for step in (2, 4)}
 
 
 def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(augusta, bucket, monkeypatch):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from sft.model.parallel import World, transfer_s
 from sft.storage import retries
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
+from sft.sync import parts
 from sft.training import logs, uploads
 from sft.training.uploads import Uploads, destination
 from training import train
@@ -216,6 +219,43 @@ def test_a_step_whose_files_are_on_two_nodes_is_complete_when_both_have_sent_the
     alone = World(0, 1, 0, torch.device("cpu"))
     uploads.bring_checkpoint(third, "gs://test/c", tmp_path / "cache2", alone, said.append)
     assert {n: (third / n).read_bytes() for n in whole} == whole
+
+
+def test_a_node_joins_its_files_of_a_step_with_those_of_others_that_are_in_the_bucket(
+    tmp_path: Path, server: Server
+) -> None:
+    nodes, cache = [tmp_path / "node0", tmp_path / "node1"], tmp_path / "cache"
+    nodes[0].mkdir()
+    step = save(nodes[0], 4)
+    with parts.joined(step, "gs://test/c", tmp_path / "work", cache, print) as here:
+        assert here == step  # it is whole
+    split(step, nodes[1])
+    uploads.send(step, "gs://test/c", cache, ())
+    joined = partial(parts.joined, step, "gs://test/c", tmp_path / "work", cache, print)
+    with pytest.raises(SftError, match="of its files are on other nodes, and gs://test/c does not have the whole step"):
+        joined().__enter__()
+    assert not parts.is_sent(step, "gs://test/c", cache) and not parts.is_sent(step, "", cache)
+    uploads.send(nodes[1] / "step4", "gs://test/c", cache, ())
+    before = sorted(p for p in nodes[0].rglob("*") if p.is_file())
+    server.requests.clear()
+    with joined() as here:
+        assert not manifest.broken_outputs(here, manifest.StepManifest.read(here / manifest.NAME).outputs)
+    assert downloads(server) == {p.relative_to(nodes[1]).as_posix() for p in nodes[1].rglob("*.distcp")}
+    assert not here.exists() and sorted(p for p in nodes[0].rglob("*") if p.is_file()) == before
+    shard = next(nodes[1].rglob("*.distcp")).relative_to(nodes[1]).as_posix()
+    server.objects[f"c/{shard}"] = Stored(b"x" * len(server.objects[f"c/{shard}"].data), next(server.numbers))
+    with pytest.raises(SftError, match=r"has sha256 [0-9a-f]{16}…, its manifest says"):
+        joined().__enter__()
+    assert not here.exists()
+    (step / "config.json").write_text("{}")
+    with pytest.raises(SftError, match=r"config\.json has 2 bytes, the manifest says"):
+        joined().__enter__()
+
+
+def downloads(server: Server) -> set[str]:
+    """The files of steps, lists and manifests aside, that were read."""
+    names = {name for operation, name, _ in server.requests if operation == "download"}
+    return {m[0] for name in names if (m := re.search(r"step\d+/.*", name)) and not name.endswith(manifest.NAME)}
 
 
 def test_a_list_of_another_attempt_completes_no_step(tmp_path: Path, server: Server) -> None:

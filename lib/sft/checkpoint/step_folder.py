@@ -40,7 +40,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 
-from sft.checkpoint import gather
+from sft.checkpoint import disks
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.direct_io import DirectFile
 from sft.common.errors import SftError
@@ -155,12 +155,12 @@ def save(
 ) -> Path:
     """Writes a `snapshot` as out/stepN and returns the folder. Every rank calls this.
 
-    `train_state`: of this rank. `config`: the content of config.json. `apart` (gather.apart): the files of these ranks
-    stay on their nodes, in a folder of the same name with the same manifest; without, rank 0's disk gets them. Uses the group of `world` only, so a thread with
-    a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
+    `train_state`: of this rank. `config`: the content of config.json. `apart` (disks.apart): the files of these ranks
+    are on their nodes' disks, in a folder of the same name with the same manifest. Uses the group of `world` only, so a
+    thread with a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
     """
     final, work = out / f"step{step}", out / f".saving-step{step}"
-    leads = gather.leads_disk(apart, world)
+    leads = disks.leads_disk(apart, world)
     try:
         world.on_all_ranks(lambda: shutil.rmtree(work, ignore_errors=True) if leads else None)
         world.on_all_ranks(lambda: _write_small_files(work, train_state, config, ephemeral, world))
@@ -171,10 +171,7 @@ def save(
                 dict(state), storage_writer=writer, process_group=world.group, no_dist=not dist.is_initialized()
             )
         described = world.on_all_ranks(lambda: _describe(work, writer.files.hashes, world))
-        sent = not any(apart) and gather.gather_files(work, described, world)
         world.on_all_ranks(lambda: _publish(work, final, step, described) if leads else None)
-        if sent:
-            gather.remove_copies(work)
     except (OSError, RuntimeError, SftError, CheckpointException) as error:
         if leads:
             shutil.rmtree(work, ignore_errors=True)

@@ -12,6 +12,7 @@ training's. By hand: make watch RECIPE=…
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -33,7 +34,6 @@ from sft.formats import evaluations, manifest
 from sft.formats.dataset import DatasetInfo
 from sft.formats.evaluations import Evaluation
 from sft.formats.identity import read_identity
-from sft.formats.manifest import StepManifest
 from sft.formats.record import to_json
 from sft.recipe import inputs
 from sft.recipe.recipe import Recipe
@@ -41,8 +41,9 @@ from sft.recipe.schema import Evaluate
 from sft.runner import plan
 from sft.runner.plan import Place
 from sft.runner.stage import Stage
-from sft.sync import task_data
+from sft.sync import parts, task_data
 from sft.training.evaluations import DueStep, chosen
+from sft.training.uploads import destination
 
 PAUSE = 5.0
 """Seconds between two scans of the folder."""
@@ -57,17 +58,20 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
         if ended():
             raise SftError(f"{stage.out}: not trained from this recipe; next: make train RECIPE={stage.recipe.name}")
         time.sleep(pause)
-    for folder in (stage.run / ".work").glob("watch-step*/model"):  # of an attempt that was killed
-        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("model", "whole"):  # of an attempt that was killed
+        for folder in (stage.run / ".work").glob(f"watch-step*/{name}"):
+            shutil.rmtree(folder, ignore_errors=True)
     failed: dict[tuple[int, str], str] = {}  # name of the folder by step and digest
     while True:
         last = ended()  # asked first, so that the next round finds a step that is saved after this
         waiting = [d for d in due(stage.out, stage.place, stage.recipe, last) if (d.step, d.digest) not in failed]
-        if waiting and not try_step(stage, waiting[0]):  # one step a round: newer ones may be due first
-            failed[waiting[0].step, waiting[0].digest] = waiting[0].folder.name
+        # After training all steps have been sent, or never will be.
+        step = next((d for d in waiting if last or is_here(stage, d)), None)
+        if step and not try_step(stage, step):  # one step a round: newer ones may be due first
+            failed[step.step, step.digest] = step.folder.name
         if not waiting and last:
             break
-        if not waiting:
+        if not step:
             time.sleep(pause)
     if trained(stage)():  # retention kept some steps only for their evaluation
         for doomed in step_folder.prune(stage.out, stage.recipe.train.keep):
@@ -77,6 +81,23 @@ def watch(stage: Stage, ended: Callable[[], bool], pause: float = PAUSE) -> None
             f"{len(failed)} steps have no scores: {', '.join(failed.values())}; next: fix the errors above, then make watch"
             f" RECIPE={stage.recipe.name}"
         )
+
+
+def is_here(stage: Stage, due: DueStep) -> bool:
+    """Whether a step can be read: this disk has all of it, or the bucket has what other nodes have written."""
+    try:
+        if not parts.is_part(due.folder):
+            return True
+    except (SftError, OSError):  # damaged, which the evaluation reports
+        return True
+    with contextlib.suppress(SftError, OSError):  # the bucket does not answer; the next round asks again
+        return parts.is_sent(due.folder, steps_address(stage), stage.cache, wait=False)
+    return False
+
+
+def steps_address(stage: Stage) -> str:
+    """The address of this run's steps in a bucket, or ""."""
+    return destination(stage.storage, stage.recipe.run, stage.identity)
 
 
 def due(train: Path, place: Place, recipe: Recipe, last: bool = False) -> list[DueStep]:
@@ -117,12 +138,11 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     wanted = settings(stage.place, stage.recipe)
     out = stage.run / ".work" / f"watch-{step.folder.name}-{step.digest[:8]}-{wanted[:8]}"
     model_folder = out / "model"
-    if broken := manifest.broken_outputs(step.folder, StepManifest.read(step.folder / manifest.NAME).outputs):
-        raise SftError("; ".join(broken))
     tasks, data = evaluate.find_tasks(options, stage.find, stage.recipe.file)
     fetched = task_data.bring(stage.place, stage.recipe, stage.cluster, stage.log)
     evaluate.go_offline(options, tasks, out / "work", fetched)
-    export(stage, step.folder, model_folder)
+    with parts.joined(step.folder, steps_address(stage), out / "whole", stage.cache, stage.log) as whole:
+        export(stage, whole, model_folder)
     template = evaluate.check_template(model_folder)
     hardware = stage.recipe.hardware(stage.place.cluster, "evaluate")
     model = evaluate.open_model(
@@ -143,7 +163,7 @@ def evaluate_step(stage: Stage, step: DueStep) -> None:
     check_finite(evaluation)
     best = mark_best(stage, step, evaluation, options)
     record(stage, evaluation)
-    for folder in (model_folder, out / "work"):
+    for folder in (model_folder, out / "work", out / "whole"):
         shutil.rmtree(folder, ignore_errors=True)
     stage.log(f"{step.folder.name}: evaluated in {evaluation.seconds:.0f} s{best}")
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from sft.checkpoint import gather, olmo_core, step_folder
+from sft.checkpoint import disks, olmo_core, step_folder
 from sft.checkpoint.lora_step import base_digest
 from sft.common.errors import SftError
 from sft.common.strings import distinct
@@ -34,7 +34,7 @@ from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_
 from sft.model.attention import choose_kernel
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
-from sft.model.parallel import World, context_group, make_deterministic, shard, transfer_s
+from sft.model.parallel import SharedError, World, context_group, make_deterministic, shard, transfer_s
 from sft.model.trained import flops_change, lora_targets, selection_lines, trained_names, trained_shapes
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import PackIndex, pack_dataset
@@ -362,13 +362,15 @@ def connect_saver(setup: Setup, saver: Saver) -> None:
     """Starts uploads and makes retention wait for evaluations. Call it after `step_folder.latest`, which sets damaged
     steps aside. Every rank calls this.
 
-    Nodes without a common disk upload the parts of a step that they have. With [evaluate] every, rank 0's disk gets the
-    whole step instead, because evaluations beside training read it there.
+    Nodes without a common disk upload the parts of a step that they have. Raises SharedError where no bucket takes them.
     """
     stage, world = setup.stage, setup.world
     where = destination(stage.storage, stage.recipe.run, stage.identity)
-    every = stage.recipe.evaluate.every
-    if where and not every and any(apart := gather.apart(stage.out, world)):
+    # Evaluations beside training run on rank 0's node. What it lacks of a step comes from the bucket.
+    every = stage.recipe.evaluate.every if world.is_rank0 else 0
+    if any(apart := disks.apart(stage.out, world)):
+        if not where:
+            raise no_common_disk(setup, apart.index(True))
         saver.keep_apart(apart)
     if where and saver.leads:
         saver.uploads = Uploads(stage.out, where, stage.cache, stage.log, UNLISTED if world.is_rank0 else ())
@@ -378,6 +380,16 @@ def connect_saver(setup: Setup, saver: Saver) -> None:
         return [*held, *continuation.steps_in_use(stage.out)]
 
     saver.waiting = waiting
+
+
+def no_common_disk(setup: Setup, rank: int) -> SharedError:
+    """The error of a training whose steps would be on several disks, and no attempt could read them."""
+    place = setup.stage.place
+    return SharedError(
+        f"{setup.stage.out}: rank {rank} runs on a node where this is another disk, and storage = {setup.stage.storage!r} is no"
+        f" bucket, so that no step could be continued; next: `runs` of env/{place.cluster}.toml on a disk that all nodes share,"
+        ' or storage = "gs://…" or "s3://…"'
+    )
 
 
 def resume(

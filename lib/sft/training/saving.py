@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sft.checkpoint import gather, step_folder
+from sft.checkpoint import disks, step_folder
 from sft.formats.metrics import SaveTimes, UploadSummary
 from sft.formats.steps import Best
 from sft.model.parallel import World, transfer_s
@@ -64,7 +64,7 @@ class Saver:
         """`config`: the content of config.json of a step. `log` prints on rank 0 only. `step_bytes`: about the size of a step."""
         self.out, self.train, self.config, self.world, self.log = out, train, config, world, log
         self.uploads: Uploads | None = None  # of permanent steps, on ranks that lead a disk
-        self.apart: Sequence[bool] = ()  # ranks whose files stay on their node, which uploads them (gather.apart)
+        self.apart: Sequence[bool] = ()  # ranks whose files stay on their node, which uploads them (disks.apart)
         self.last: Path | None = None  # the newest complete step of this run
         self.waiting: Callable[[], Collection[Path]] = tuple  # steps that must stay until they are evaluated
         self._save_world = world.with_own_group(transfer_s(step_bytes))
@@ -79,13 +79,13 @@ class Saver:
         self._ended: tuple[int, float] | None = None
 
     def keep_apart(self, apart: Sequence[bool]) -> None:
-        """Leaves each node's files on its own disk. Every rank calls this, with the same list (gather.apart)."""
+        """Leaves each node's files on its own disk. Every rank calls this, with the same list (disks.apart)."""
         self.apart, self._patient = apart, self.world.with_own_group(PUBLICATION_S)
 
     @property
     def leads(self) -> bool:
         """Whether this rank names, uploads and removes the steps of a disk."""
-        return gather.leads_disk(self.apart, self.world)
+        return disks.leads_disk(self.apart, self.world)
 
     @property
     def failed(self) -> bool:

@@ -35,6 +35,7 @@ from sft.model.parallel import World, transfer_s
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
+from sft.sync.parts import is_part
 from sft.sync.send import send
 
 
@@ -192,11 +193,6 @@ def _newest_left(out: Path) -> Path | None:
     """The newest finished step on this disk, if other nodes have some of its files; otherwise None."""
     done = [step for _, step in step_folder.steps(out) if (step / manifest.NAME).is_file()] if out.is_dir() else []
     return done[-1] if done and is_part(done[-1]) else None
-
-
-def is_part(step: Path) -> bool:
-    """Whether this disk has only some of the files of a step: those of its node's ranks."""
-    return not all((step / o.path).is_file() for o in manifest.StepManifest.read(step / manifest.NAME).outputs)
 
 
 def _send_left(step: Path, where: str, cache: Path, beside: Sequence[str]) -> str:
