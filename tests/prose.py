@@ -50,7 +50,6 @@ RIDDLES = {
     r"anew": "again",
     r"aloud": "say what is printed",
     r"lest": "so that … not",
-    r"save that|save for": "except",
     r"but for": "except for",
     r"with a word": "and says so",
     r"without a word": "silently",

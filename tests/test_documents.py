@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,8 @@ from sft.runner import asked
 from sft.runner.make_words import READERS
 
 PAGES = sorted([*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / ".github").rglob("*.md")])
-CODE = re.compile(r"```(?:bash|console|text|sh)?\n(.*?)```|`([^`\n]+)`", re.DOTALL)
+CODE = re.compile(r"```(\w*)\n(.*?)```|`([^`\n]+)`", re.DOTALL)
+SHELL = {"", "bash", "console", "text", "sh"}
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 PLACEHOLDERS = {"x", "…", "target", "goal"}
 MISTAKES = {"evalaute", "learning_rate=1e-4"}
@@ -30,14 +31,19 @@ OTHERS = {"RESULTS.md"}
 
 
 def code(page: Path) -> Iterator[str]:
-    """Every line of a page that is set as code."""
-    for block, span in CODE.findall(page.read_text()):
-        yield from re.sub(r"\\\n", " ", block or span).splitlines()
+    """Every line of a page that is set as code, in a block of the shell or in a sentence."""
+    for language, block, span in CODE.findall(page.read_text()):
+        if not block or language in SHELL:
+            yield from re.sub(r"\\\n", " ", block or span).splitlines()
 
 
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of each make command of a page, without what is behind it."""
-    for line in code(page):
+    return made(code(page))
+
+
+def made(lines: Iterable[str]) -> Iterator[list[str]]:
+    for line in lines:
         for found in re.findall(r"(?:^|\$ |&& |=\d+ |\w+=\S+ )make ([^#;|&<>`]*)", line):
             text = re.sub(r"\[[^\]]*\]", "", found).replace("'", "").replace("[", "").replace("]", "").rstrip(" )")
             try:

@@ -261,7 +261,7 @@ def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> Non
 
 
 def test_every_option_is_named_in_a_document():
-    pages = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+    pages = [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))]
     code = "\n".join(re.findall(r"```.*?```|`[^`]+`", "\n".join(p.read_text() for p in pages), flags=re.S))
     words = set(re.findall(r"\w+", code))
     for cls in (*schema.TABLES.values(), schema.Source, schema.Hardware, schema.Cluster):
