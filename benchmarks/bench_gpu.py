@@ -36,7 +36,7 @@ from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.data.dataset_writer import DatasetWriter
 from sft.formats.adapter import Adapter
-from sft.model import attention, memory, utilisation
+from sft.model import attention, fp8, memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, start_adapters, trained_parameters
 from sft.model.model import Transformer, compile_blocks, initial_values
 from sft.model.parallel import World, context_group, join, shard
@@ -126,9 +126,16 @@ class NotANumber(Exception):
 
 
 def measure(
-    name: str, config: ModelConfig, world: World, dataset: Dataset, args: argparse.Namespace, compiled: bool
+    name: str,
+    config: ModelConfig,
+    world: World,
+    dataset: Dataset,
+    args: argparse.Namespace,
+    compiled: bool,
+    precision: str = "",
 ) -> dict[str, Any]:
-    """Steps of one preset: seconds, MFU, memory, loss, imbalance. DoesNotFit where the plan says so."""
+    """Steps of one preset: seconds, MFU, memory, loss, imbalance. DoesNotFit where the plan says so. `precision`: bf16 on a GPU unless
+    it is given, fp32 on a CPU."""
     degree = args.context_degree
     hardware = Hardware(recompute=args.recompute, compile="always" if compiled else "never", context_degree=degree)
     groups = world.size // degree
@@ -136,7 +143,7 @@ def measure(
         seq_len=args.seq_len,
         global_batch_tokens=args.seq_len * groups * args.microbatches,
         steps=args.steps + 1 + args.profile,
-        precision="bf16" if world.device.type == "cuda" else "fp32",
+        precision=precision or ("bf16" if world.device.type == "cuda" else "fp32"),
         optimizer=args.optimizer,
         **getattr(args, "train", {}),
     )
@@ -155,6 +162,9 @@ def measure(
     if train.method == "lora":
         adapter = Adapter("random", train.lora_rank, train.lora_alpha, train.lora_rslora, train.precision)
         add_adapters(model, lora_targets(config, train), adapter, FLOATS[train.precision])
+    if train.precision == "fp8":
+        fp8.require_sizes(config, train, hardware)
+        fp8.multiply_in_fp8(model)
     blocks = list(model.get_submodule("blocks").children())
     modes = memory.layer_modes(config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, degree)
@@ -213,6 +223,7 @@ def measure(
     return {
         "preset": name,
         "compiled": compiled,
+        "precision": train.precision,
         "recompute": room.recompute,
         "recompute_budget": room.recompute_budget,
         "loss": [losses[0], losses[-1]],
@@ -268,7 +279,7 @@ def show(found: dict[str, Any]) -> str:
     kept = f" {found['recompute_budget']:.0%}" if found["recompute"] == "budget" else ""
     waited = "" if found["imbalance"] is None else f" measured {found['imbalance']:.1%}"
     return (
-        f"{found['preset']:12} {'compiled' if found['compiled'] else 'eager':8} {found['recompute'] + kept:12}"
+        f"{found['preset']:12} {'compiled' if found['compiled'] else 'eager':8} {found['precision']} {found['recompute'] + kept:12}"
         f" {found['tokens_per_s_per_gpu']:10,.0f} tokens/s/GPU{mfu}  memory {found['memory_gb']:6.1f} GB, planned"
         f" {found['planned_gb']:6.1f}  imbalance expected {found['imbalance_expected']:.1%}{waited}"
         f"  loss {found['loss'][0]:.3f} to {found['loss'][1]:.3f}{kernels}"
@@ -289,13 +300,13 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
         for name in args.presets:
             config = presets.PRESETS[name]
             config = replace(config, vocab_size=config.vocab_size or 1024)
-            for compiled in [False] * args.eager + [True] * args.compile:
+            for compiled, precision in ways(args, world):
                 torch._dynamo.reset()
                 gc.collect()
                 if world.device.type == "cuda":
                     torch.cuda.empty_cache()
                 try:
-                    yield name, measure(name, config, world, dataset, args, compiled)
+                    yield name, measure(name, config, world, dataset, args, compiled, precision)
                 except DoesNotFit as error:
                     yield name, f"skipped: {error}"
                 except Exception as error:
@@ -304,6 +315,19 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
                         raise
                     yield name, f"FAILED: {type(error).__name__}: {error}"
         world.any(False)
+
+
+def ways(args: argparse.Namespace, world: World) -> list[tuple[bool, str]]:
+    """(compiled, precision) of the rows of a preset: eager, compiled, and compiled in fp8 where the device has it."""
+    found = [(False, "")] * args.eager + [(True, "")] * args.compile
+    if args.compile and args.fp8:
+        try:
+            fp8.check_device(world.device)
+        except SftError as error:
+            print(f"no row in fp8: {error}", file=sys.stderr)
+        else:
+            found.append((True, "fp8"))
+    return found
 
 
 def documents_in(folder: Path, args: argparse.Namespace, world: World) -> Path:
@@ -325,6 +349,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-eager", dest="eager", action="store_false")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-fp8", dest="fp8", action="store_false")
     parser.add_argument("--profile", action="store_true", help="one step more, and the kernels that took longest in it")
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     args = parser.parse_args()

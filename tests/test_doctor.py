@@ -128,6 +128,22 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
     )
 
 
+def test_a_precision_that_the_gpus_do_not_have_is_red_and_not_planned(examine):
+    fp8 = TRAIN + '\nprecision = "fp8"'
+    (row,) = examine(CLUSTER, TRAIN, fp8)["precision"]
+    assert row == doctor.Row(doctor.OK, "precision", "fp8 on H100")
+    older = CLUSTER.replace("H100", "A100")
+    (row,) = examine(older, TRAIN, fp8)["precision"]
+    assert row.state == doctor.RED and "the GPUs of CLUSTER=here are A100" in row.found and "precision=bf16" in row.next
+    place = plan.Place(Path("runs"), (), "here")
+    with pytest.raises(SftError, match="the GPUs of CLUSTER=here are A100"):
+        plan.work(place, recipe.load(Path("recipes/y.toml"), cluster="here"), ["train"])
+    odd = fp8.replace("seq_len = 512\nglobal_batch_tokens = 4096", "seq_len = 24\nglobal_batch_tokens = 192")
+    (row,) = examine(CLUSTER, TRAIN, odd)["precision"]
+    assert row.state == doctor.RED and "24 tokens" in row.found
+    assert "precision" not in examine(CLUSTER)
+
+
 def test_hours_have_a_band_and_follow_a_measured_mfu(examine):
     steps = TRAIN + "\nsteps = 1000"
     vocabulary = 'preset = "olmo3-tiny"\nvocab_size = 1024'

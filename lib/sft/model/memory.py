@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 from sft.common.errors import SftError
 from sft.model import hf
+from sft.model.fp8 import fp8_matrices
 from sft.model.hf import DECAYS, shapes
 from sft.model.trained import LORA_A, Shapes, frozen_shapes, lora_shapes, lora_targets, trained_shapes
 from sft.recipe.architecture import GatedDelta, ModelConfig
@@ -136,7 +137,7 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
     small = replace(train, optimizer="adamw8bit", gradients="bf16")
     if fits(train=small):
         return "recompute=auto optimizer=adamw8bit gradients=bf16 (changes the result)"
-    if train.precision == "bf16" and train.method == "full" and fits(train=replace(small, weights="bf16")):
+    if train.precision != "fp32" and train.method == "full" and fits(train=replace(small, weights="bf16")):
         return "recompute=auto optimizer=adamw8bit gradients=bf16 weights=bf16 (changes the result)"
     return "GPUs with more memory, a smaller seq_len, or a smaller model"
 
@@ -219,7 +220,7 @@ def _dequantised_bytes(compute: int, dtype: str) -> int:
 
 def _width(train: Train) -> int:
     """Bytes of a value in computations."""
-    return 2 if train.precision == "bf16" else 4
+    return 4 if train.precision == "fp32" else 2
 
 
 def _stored(train: Train) -> int:
@@ -257,6 +258,7 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
             tokens * (compute + 1) * sum(s[1] for n, s in adapters.items() if n.endswith(LORA_A)) // model.n_layers
         )
     made = _dequantised_bytes(compute, train.base_dtype) * max((math.prod(s) for s in replicated.values()), default=0)
+    rounded = _rounded(model, tokens, hardware) if train.precision == "fp8" else 0
     by_layer = [
         activation_bytes(model, tokens, mode, compute, hardware, mixer) + (low_rank if mode == "none" else 0)
         for mode, mixer in zip(modes, model.mixers, strict=True)
@@ -280,7 +282,12 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     last_recomputed = max((i for i, mode in enumerate(modes) if mode != "none"), default=0)
     backward = [
         {
-            "activations": sum(by_layer[:layer]) + outside + all_of_layer + _scratch(model, tokens, compute) + made,
+            "activations": sum(by_layer[:layer])
+            + outside
+            + all_of_layer
+            + _scratch(model, tokens, compute)
+            + made
+            + rounded,
             "logits and loss": compute * head_gradient,
             "gathered weights": gathered + compute * block,
             "reduced gradients": (compute + 8) * trained_block,
@@ -371,6 +378,22 @@ def _scratch(model: ModelConfig, tokens: int, compute: int) -> int:
         states = 2 * mixer.value_heads * mixer.key_dim * mixer.value_dim // RULE_CHUNK
         values = max(values, states + 3 * (2 * mixer.keys + mixer.values))
     return tokens * compute * (values + 2 * model.d_model)
+
+
+def _rounded(model: ModelConfig, tokens: int, hardware: Hardware) -> int:
+    """Bytes of the 8-bit operands of a matrix's backward pass, by what torchao's function makes: the gradient of the outputs by rows and by
+    columns, the inputs, and the weights. Without compilation there are also two fp32 copies of the one that is rounded."""
+    largest = 0
+    for rows, columns in fp8_matrices(model).values():
+        operands = 2 * tokens * rows + tokens * columns + rows * columns
+        copies = 0 if _fused(hardware) else 8 * max(tokens * rows, tokens * columns, rows * columns)
+        largest = max(largest, operands + copies)
+    return largest
+
+
+def _fused(hardware: Hardware) -> bool:
+    """Whether blocks that compute in two bytes are compiled."""
+    return hardware.compile != "never"
 
 
 def _loss(model: ModelConfig, tokens: int, compute: int) -> int:

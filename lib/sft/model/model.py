@@ -302,7 +302,7 @@ def compile_blocks(model: nn.Module, device: torch.device, precision: str) -> No
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     model.compiled_loss = device.type == "cuda"  # type: ignore[assignment]
     for block in model.get_submodule("blocks").children():
-        whole = device.type == "cuda" and precision == "bf16" and isinstance(block.attention, Attention)
+        whole = device.type == "cuda" and precision != "fp32" and isinstance(block.attention, Attention)
         block.compile(fullgraph=whole)
 
 

@@ -182,7 +182,7 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     mesh = _mesh(world, shard_degree)
-    compute = torch.bfloat16 if precision == "bf16" else None
+    compute = None if precision == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(_replicated(block)))

@@ -18,6 +18,7 @@ from sft.common.process import until_reader_stops
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo
 from sft.model import memory
+from sft.model.fp8 import require_sizes
 from sft.packing.origin import position_of
 from sft.packing.packs import pack_dataset
 from sft.packing.steps import StepPlan, accumulation, context_groups
@@ -70,6 +71,7 @@ def check(
     ranks = hardware.nodes * processes(hardware, cluster)[0]
     model = resolve(recipe.model, DatasetInfo.of(prepared).facts.vocab_size, base)
     groups = context_groups(model, train, hardware, ranks)
+    require_sizes(model, train, hardware)
     found = memory.plan(model, train, hardware, ranks, cluster.gpu_memory_gb if cluster else 0.0)
     if hardware.recompute == "auto":  # for a chosen mode training only warns: the estimate has an error margin
         memory.require(found, model, train, hardware, ranks)

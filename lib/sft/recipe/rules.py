@@ -106,6 +106,11 @@ def _check_method(train: schema.Train, prepare: schema.Prepare) -> list[str]:
         for pattern, value in getattr(train, field).items():
             if not 0 <= value < float("inf"):
                 return [f"'{field}' in [train]: {pattern} = {value}: at least 0 is expected"]
+    if train.precision == "fp8" and train.method == "lora":
+        return [
+            "'precision' in [train] = 'fp8': method = 'lora' trains no matrix of the blocks; next: precision = 'bf16', and base_dtype ="
+            " 'fp8' stores the frozen base in 8 bits"
+        ]
     if train.weights == "bf16" and (problem := _needs_for_bf16_weights(train)):
         return [problem]
     if train.freeze and train.train_only:
@@ -132,8 +137,8 @@ def _needs_for_bf16_weights(train: schema.Train) -> str:
     """What weights = "bf16" needs beside it and does not have; empty if nothing."""
     if train.method == "lora":
         return "'weights' in [train] = 'bf16': method = 'lora' stores the frozen base as base_dtype says, and adapters in fp32; remove it"
-    for name in ("precision", "gradients"):
-        if getattr(train, name) != "bf16":
+    for name, possible in (("precision", ("bf16", "fp8")), ("gradients", ("bf16",))):
+        if getattr(train, name) not in possible:
             return f"'weights' in [train] = 'bf16' needs {name} = 'bf16', and it is {getattr(train, name)!r}; set it, or weights = 'fp32'"
     return ""
 

@@ -126,8 +126,9 @@ class Train:
     max_skipped: int = opt(10, "training stops after this many skipped steps in a row", min=1, key=False)
     precision: str = opt(
         "bf16",
-        "compute dtype; reductions and the loss stay fp32, and parameters are stored as `weights` says",
-        choices=("bf16", "fp32"),
+        "compute dtype; reductions and the loss stay fp32, and parameters are stored as `weights` says; fp8 = bf16, and products of"
+        " the blocks' matrices in 8-bit floats with a scale for each row (needs torchao, and an H100 or newer)",
+        choices=("bf16", "fp8", "fp32"),
     )
     deterministic: bool = opt(False, "bitwise reproducible on the same GPUs, but slower; a CPU always is", key=False)
     seed: int = opt(33333, "seed of random initial weights", min=0)

@@ -30,6 +30,7 @@ from sft.formats.run import RunFile
 from sft.recipe import chat_templates, clusters, inputs, mounts, recipe, schema, typed
 from sft.recipe.recipe import BASELINE
 from sft.runner import bases, continuation, ended, models, references
+from sft.runner.precision import check_precision
 
 REPO = paths.REPO
 VERSIONS = {"prepare": 7, "sync": 1, "train": 3, "convert": 3, "evaluate": 6, "report": 3}
@@ -299,6 +300,8 @@ def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
         named_files(place, r, stage)
     if not {"prepare", "sync", "train"}.isdisjoint(runs):
         bases.check_base(place.roots, place.runs / r.run, r)
+    if "train" in runs:
+        check_precision(r.train, r.hardware(place.cluster, "train"), place.load_cluster(), f"CLUSTER={place.cluster}")
     unchecked = _on_disks_of_jobs(place, r, runs)
     if "prepare" in runs and not inputs.is_elsewhere(r.prepare.tokenizer):
         _check_template(r, "template", "prepare", r.prepare.template, "tokenizer")

@@ -32,6 +32,7 @@ from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters, store_in_bf16
 from sft.model.attention import choose_kernel
+from sft.model.fp8 import check_device, multiply_in_fp8, require_sizes
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
 from sft.model.parallel import SharedError, World, context_group, make_deterministic, shard, transfer_s
@@ -97,9 +98,11 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         make_deterministic()
     if stage.hardware.preflight == "always" or (stage.hardware.preflight == "auto" and world.device.type == "cuda"):
         preflight(stage.out, world, stage.log)
+    if train.precision == "fp8":
+        world.on_all_ranks(lambda: check_device(world.device))
     hardware, missing = resolve_compile(stage, world)
     setup, tokenizer_warning = read_inputs(stage, world, hardware)
-    fused = world.device.type == "cuda" and train.precision == "bf16"
+    fused = world.device.type == "cuda" and train.precision != "fp32"
     if fused and (problem := missing_kernels(setup.config)):
         raise SftError(problem)
     config, info, published = setup.config, setup.info, setup.published
@@ -193,7 +196,7 @@ def resolve_compile(stage: Stage, world: World) -> tuple[Hardware, str]:
     """The hardware numbers with compile = "auto" decided, and what 'auto' did not find on one of the machines."""
     hardware, missing = stage.hardware, ""
     if hardware.compile == "auto":
-        fused = world.device.type == "cuda" and stage.recipe.train.precision == "bf16"
+        fused = world.device.type == "cuda" and stage.recipe.train.precision != "fp32"
         missing = next(filter(None, world.gather(missing_compiler() if fused else "")), "")
         hardware = replace(hardware, compile="always" if fused and not missing else "never")
     return hardware, missing
@@ -216,6 +219,7 @@ def build_data(setup: Setup) -> Data:
     dataset, index = packed("data")
     plan = StepPlan.build(index, train)
     groups = context_groups(setup.config, train, hardware, world.size)
+    require_sizes(setup.config, train, hardware)
     _, packs_each = accumulation(plan.batch_packs, train.seq_len, groups, hardware.microbatch_tokens)
     workers = hardware.threads or (1 if world.device.type == "cpu" else 2)
     facts, degree = setup.info.facts, hardware.context_degree
@@ -316,6 +320,8 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
         freeze(model, trained_names(setup.config, train))
     if train.weights == "bf16":
         store_in_bf16(model)
+    if train.precision == "fp8":
+        multiply_in_fp8(model)
     modes = memory.layer_modes(setup.config.n_layers, room.recompute, room.recompute_budget)
     group = context_group(world, hardware.context_degree)
     for block, mode in zip(model.get_submodule("blocks").children(), modes, strict=True):

@@ -29,6 +29,7 @@ CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (inputs.tokenizer, ("prepare", "sync", "train")),
     (inputs.storage, ("sync", "train")),
     (training.batch, ("train",)),
+    (training.precision, ("train",)),
     (training.intervals, ("train",)),
     (training.memory, ("train",)),
     (training.hours, ("train",)),

@@ -20,6 +20,7 @@ from sft.formats.elsewhere import Elsewhere
 from sft.formats.metrics import Attempt, StepRecord, read_metrics
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
 from sft.recipe import schema
+from sft.runner.precision import check_precision
 
 ASSUMED_MFU = (0.25, 0.40, 0.55)
 """Low, middle, high, where no earlier run on this type of GPU has measured one."""
@@ -58,6 +59,19 @@ def batch(context: Context) -> Iterator[Row]:
         yield Row(OK, "steps", f"{context.steps:,}" + ("" if train.steps else ", roughly, before packing"))
     else:
         yield Row(SKIPPED, "steps", "unknown before prepare", f"make prepare RECIPE={context.recipe.name}")
+
+
+def precision(context: Context) -> Iterator[Row]:
+    """The GPUs, and the sizes of the matrices, allow the precision."""
+    train, hardware, cluster = context.recipe.train, context.training, context.cluster
+    found = check_precision(train, hardware, cluster, f"CLUSTER={context.place.cluster}")
+    if not found:
+        return
+    if context.model is not None:
+        from sft.model.fp8 import require_sizes  # start-up: NumPy, which may be absent
+
+        require_sizes(context.model, train, hardware)
+    yield Row(OK if hardware.gpu or cluster.gpu else SKIPPED, "precision", found)
 
 
 def intervals(context: Context) -> Iterator[Row]:
@@ -154,7 +168,7 @@ def hours(context: Context) -> Iterator[Row]:
             SKIPPED, "hours", f"{total:.2g} FLOPs; the GPU's peak is unknown", f"gpu and gpu_tflops in {context.file}"
         )
         return
-    measured = measured_mfu(context.place.runs, context.recipe.model, context.cluster.gpu)
+    measured = measured_mfu(context.place.runs, context.recipe.model, context.cluster.gpu, train.precision)
     low, middle, high = (
         (measured * (1 - MEASURED_BAND), measured, measured * (1 + MEASURED_BAND)) if measured else ASSUMED_MFU
     )
@@ -165,15 +179,16 @@ def hours(context: Context) -> Iterator[Row]:
     )
 
 
-def measured_mfu(runs: Path, model: schema.Model, gpu: str) -> float | None:
-    """The median MFU of the latest run of this preset, or of this base, that measured one on this type of GPU."""
+def measured_mfu(runs: Path, model: schema.Model, gpu: str, precision: str) -> float | None:
+    """The median MFU of the latest run of this preset, or of this base, that measured one in this precision on this type of GPU."""
     wanted = set(re.findall(r"\w+", gpu.upper()))
     files = sorted(runs.glob("[a-z0-9]*/train/metrics.jsonl"), key=lambda f: f.stat().st_mtime, reverse=True)
     for file in files[:20]:
         try:
             config = manifest.load(file.parent / manifest.NAME).config
             name = "preset" if model.preset else "base"
-            if config["model"][name] != getattr(model, name):
+            same = config.get("train", {}).get("precision", schema.Train.precision) == precision
+            if config["model"][name] != getattr(model, name) or not same:
                 continue
             records = read_metrics(file, last=200)
             device = [r.device for r in records if isinstance(r, Attempt)][-1:]  # the last attempt's
