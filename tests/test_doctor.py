@@ -138,9 +138,10 @@ def test_a_precision_that_the_gpus_do_not_have_is_red_and_not_planned(examine):
     place = plan.Place(Path("runs"), (), "here")
     with pytest.raises(SftError, match="the GPUs of CLUSTER=here are A100"):
         plan.work(place, recipe.load(Path("recipes/y.toml"), cluster="here"), ["train"])
-    odd = fp8.replace("seq_len = 512\nglobal_batch_tokens = 4096", "seq_len = 24\nglobal_batch_tokens = 192")
-    (row,) = examine(CLUSTER, TRAIN, odd)["precision"]
-    assert row.state == doctor.RED and "24 tokens" in row.found
+    file = examine(CLUSTER, TRAIN, fp8.replace("512", "24").replace("4096", "192")) and Path("recipes/y.toml")
+    file.write_text(file.read_text().replace('"olmo3-tiny"', '"olmo3-tiny"\nvocab_size = 1024'))
+    with pytest.raises(SftError, match="a rank has 24 tokens of a microbatch"):
+        list(training.precision(doctor.Context(place, recipe.load(file, cluster="here"), place.load_cluster())))
     assert "precision" not in examine(CLUSTER)
 
 
