@@ -1,11 +1,12 @@
-"""make soak N=200 [STAGE=train]: kills and failures at random events of every stage; the end has the bytes of an undisturbed run.
+"""make soak N=200 [ONLY=train] [SEED=1]: kills and failures at random events of every stage; the end has the bytes of an undisturbed run.
 
-    .venv/bin/python tests/soak.py [N] [STAGE …]
+    .venv/bin/python tests/soak.py [N] [STAGE …] [--seed S]
 
 In:  a tiny recipe, prepare to evaluate, in a copy of this checkout; training has two ranks. An event is a call that changes a file of the
      runs (tests/events.c): open, write, fsync, rename, unlink. Faults: the process or its group is killed, or the call fails with EIO,
      ENOSPC or EFBIG, or writes half.
-Out: a table of stage, events of an undisturbed run, faults, runs that ended well in spite of one, and wrong ends. Exit status 1 where the
+     Each seed has other faults.
+Out: a line for each fault as it comes, and a table of stage, events of an undisturbed run, faults, runs that ended well in spite of one, and wrong ends. Exit status 1 where the
      bytes of an end differ, where something half done was published, or where a stage hangs.
 
 After each fault a manifest that is there is that of the undisturbed run. After up to FAULTS of them the stage runs once more without one,
@@ -14,6 +15,7 @@ and then its digest and its files must be those of the undisturbed run. Processe
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -239,8 +241,9 @@ class Soak:
             seen["faults" if reached else "not reached"] += 1
             if (found := self.made(stage)) is not None and found != whole:
                 self.fail(f"{what}: something else is published: {difference(found, whole)}\n{self.said()}")
+            print(f"  {what}: {f'status {status}' if reached else 'not reached'}", flush=True)
             if status == 0:
-                seen["ended well"] += 1
+                seen["ended well"] += reached
                 break
         self.events.arm(0, "kill")
         status = self.execute(stage)
@@ -342,18 +345,30 @@ def _replace(source: Path, target: Path) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    wanted = int(words[0]) if words and words[0] else 200
-    stages = tuple(" ".join(words[1:]).split()) or STAGES
+    asked = argparse.ArgumentParser()
+    asked.add_argument("wanted", type=int, nargs="?", default=200)
+    asked.add_argument("stages", nargs="*", default=STAGES)
+    asked.add_argument("--seed", type=int, default=0)
+    given = asked.parse_args(words)
+    wanted, stages = given.wanted, tuple(" ".join(given.stages).split()) or STAGES
+    if unknown := set(stages) - set(STAGES):
+        raise SystemExit(f"no stage {', '.join(sorted(unknown))}; there are {', '.join(STAGES)}")
     print(f"{'stage':10}{'events':>8}{'faults':>8}{'ended well':>12}{'wrong':>8}")
     wrong: list[str] = []
-    for bucket in (None, Bucket()):
+    with_bucket = [stage for stage in stages if stage in ("sync", "train")]
+    for where, bucket, chosen in (
+        ("in a folder, two ranks", None, stages),
+        ("in a bucket, one rank", Bucket(), with_bucket),
+    ):
+        if not chosen:
+            continue
         with (
             tempfile.TemporaryDirectory(prefix="soak-") as folder,
             bucket or contextlib.nullcontext(),
             opened(Path(folder), bucket) as made,
         ):
-            print("in a folder, two ranks" if bucket is None else "in a bucket, one rank", flush=True)
-            soak(made, wanted, stages if bucket is None else [s for s in stages if s in ("sync", "train")])
+            print(where, flush=True)
+            soak(made, wanted, chosen, given.seed)
             wrong += made.failures
     print("\n".join(wrong) or "every end has the bytes of an undisturbed run")
     return int(bool(wrong))
