@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import random
@@ -88,6 +89,12 @@ FAULTS = 4
 """Faults in a row before the stage may end."""
 PATIENCE_S = 600
 RANKS = 2
+PRELOADED = (
+    "awkward", "datasets", "gigatoken", "numba", "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.models.olmo3.modeling_olmo3", "sft.data.prepare", "sft.evaluation.backends", "sft.evaluation.evaluate",
+    "sft.evaluation.harness", "sft.export.convert", "sft.export.other_model", "sft.sync.sync", "sft.training.train",
+)  # fmt: skip
+"""What the server of stages imports, most of which stages import when they need it: it takes longer than a stage of the tiny run."""
 TIMES = ("seconds", "reused_replies")
 """Fields of results.json that two runs of the same work do not share."""
 
@@ -99,12 +106,8 @@ def serve() -> None:
     """Runs the stages that standard input asks for, one JSON line each, and answers with their exit statuses."""
     import torch
 
-    import sft.data.prepare
-    import sft.evaluation.backends
-    import sft.export.convert
-    import sft.sync.sync
-    import sft.training.train  # noqa: F401
-
+    for name in PRELOADED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     for line in sys.stdin:
         asked = json.loads(line)
