@@ -74,12 +74,21 @@ make_venv() {
     [ -x .venv/bin/python ] || "$python" -m venv "${options[@]}" .venv
 }
 
+refuse_anothers() { # an installation from here would make another checkout's environment run this one's code
+    local owner
+    owner=$(cd -P .venv/.. 2>/dev/null && pwd -P) || return 0
+    [ "$owner" != "$(pwd -P)" ] && [ -e "$owner/env/setup.sh" ] || return 0
+    echo "error: .venv is that of $owner, and it has not the packages that this checkout pins; next: make setup there, or rm .venv for one of this checkout's own" >&2
+    exit 1
+}
+
 if [ -n "${2:-}" ] && command -v flock >/dev/null; then # two makes on a fresh clone: the second finds the work done
     exec 9>.setup.lock
     flock 9
     [ ! -e "$2" ] || exit 0
 fi
 
+refuse_anothers
 case "${1:-}" in
 packages)
     make_venv

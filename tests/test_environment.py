@@ -175,3 +175,26 @@ def test_uv_installs_the_same_pins(tmp_path):
     torch, packages = (tmp_path / "calls").read_text().splitlines()
     assert torch == "pip install --quiet --python .venv/bin/python torch===2.13.0+cu129"
     assert packages.startswith("pip install --quiet --python .venv/bin/python -c env/lock.txt -e .[fast")
+
+
+def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
+    """The copies of tests/checkout.py have a link to the checkout's environment. A copy's packages would replace the checkout's."""
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "copy").mkdir()
+    owner, copy = Workspace(tmp_path / "owner"), Workspace(tmp_path / "copy")
+    (owner.root / ".venv/bin/python").write_text(FAKE_PIP)
+    for stamp in (owner.root / ".venv").glob("ready-*"):
+        stamp.rename(stamp.with_name("ready-older"))
+    shutil.rmtree(copy.root / ".venv")
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable, "TORCH": "2.13.0"}
+
+    def set_up(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=copy.root, env=env, capture_output=True, text=True, check=False)
+
+    (copy.root / ".venv").symlink_to(owner.root / ".venv")
+    for command in (["make", "setup"], ["env/setup.sh", "tools", ".venv/tools"], ["env/setup.sh", "lock"]):
+        done = set_up(*command)
+        assert done.returncode != 0 and f"error: .venv is that of {owner.root}, and it has not" in done.stderr
+        assert not (tmp_path / "calls").exists() and (owner.root / ".venv/ready-older").exists()
+    (owner.root / "env/setup.sh").unlink()  # a folder on another disk, and no other checkout
+    assert set_up("make", "setup").returncode == 0 and "-e .[fast" in (tmp_path / "calls").read_text()
