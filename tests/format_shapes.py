@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sft.formats import manifest
 from sft.formats.record import Record
 from test_layers import LIB
 
@@ -45,7 +44,7 @@ def formats() -> dict[str, type[Record]]:
 
 def version(format: type[Record]) -> int:
     """The number that a file of this format says."""
-    return manifest.SCHEMA if "schema" in {f.name for f in dataclasses.fields(format)} else format.VERSION
+    return int(getattr(format, "SCHEMA", format.VERSION))
 
 
 def shape(format: type) -> Shape:

@@ -74,6 +74,7 @@ MUTANTS = (
     Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a manifest's seal is compared", "formats/manifest.py", "made.seal != seal(value)", "False", DAMAGE),
+    Mutant("a manifest keeps its seal", "formats/manifest.py", 'made.seal is None and (made.schema > 1 or "seal" in value)', "False", f"{DAMAGE}::test_a_manifest_whose_seal_was_taken_out_is_refused"),
     Mutant("verify recomputes the key", "runner/verify.py", "made.key == wanted", "True", DAMAGE),
     Mutant("verify looks at every step", "runner/verify.py", 'yield _guarded(f" {step.name}", step_problems, step)', "pass", DAMAGE),
     Mutant("verify looks at the synced copy", "runner/verify.py", "    problems = manifest.broken_outputs(root, synced.files)", "    problems: list[str] = []", DAMAGE),
@@ -129,6 +130,7 @@ MUTANTS = (
     Mutant("a newer file is not taken for a damaged one", "formats/record.py", "self.newer = type(found) is int and found > reads", "self.newer = False", "test_formats.py"),
     Mutant("training survives the reader of its output", "training/logs.py", "QUIT USR1 PIPE;", "QUIT USR1;", "test_logs.py"),
     Mutant("LATEST and BEST are never removed", "checkpoint/step_folder.py", "{latest_step, named_step(out, BEST), *protected,", "{*protected,", "test_saving.py::test_retention_keeps_the_newest_and_whatever_latest_or_best_names"),
+    Mutant("a copy leaves the checkout's environment alone", "../../env/setup.sh", "refuse_anothers\ncase", "case", "test_environment.py::test_a_checkout_installs_nothing_into_the_environment_of_another"),
     # --- damaged inputs (tests/fuzz.py)
     Mutant("a damaged list of numbers is an error", "data/dataset.py", '        raise ValueError(f"{type(error).__name__}: {error}") from None\n', "        raise\n", "test_fuzz.py::test_a_list_of_numbers_that_numpy_cannot_parse_is_refused"),
     Mutant("documents tile their parts", "data/dataset.py", "if not length.all() or too_far or not _same_numbers(starts, ends):", "if False:", "test_fuzz.py test_dataset.py"),

@@ -28,7 +28,7 @@ def publish(
     """Writes the manifest of a stage's folder, runs/<run>/<stage>, and returns it."""
     stage = stage or folder.name
     made = Manifest(
-        manifest.SCHEMA, stage, run or folder.parent.name, key or f"sha256:{stage}", config or {}, tuple(inputs),
+        Manifest.SCHEMA, stage, run or folder.parent.name, key or f"sha256:{stage}", config or {}, tuple(inputs),
         manifest.describe(folder, outputs), metrics or {}, "local", 1, Provenance(**(provenance or {})),
     )  # fmt: skip
     made.write(folder / manifest.NAME)
@@ -53,7 +53,7 @@ def upstream(folder: Path) -> Input:
 
 def publish_step(folder: Path, number: int, outputs: Iterable[str]) -> None:
     """Writes the manifest of a checkpoint's folder."""
-    StepManifest(manifest.SCHEMA, number, manifest.describe(folder, outputs)).write(folder / manifest.NAME)
+    StepManifest(StepManifest.SCHEMA, number, manifest.describe(folder, outputs)).write(folder / manifest.NAME)
 
 
 def step_record(step: int, **changes: Any) -> StepRecord:

@@ -93,13 +93,30 @@ def test_a_changed_figure_of_a_manifest_is_found(
     assert "its seal is not that of its content" in problems(run, capsys)
 
 
-def test_a_manifest_of_a_version_without_seals_is_read(run: Path) -> None:
+def test_a_manifest_of_a_version_without_seals_is_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "train/manifest.json"
+    value = json.loads(file.read_text()) | {"schema": 1}
+    del value["seal"]
+    digest = manifest.load(file).digest
+    file.write_text(json.dumps(value))
+    assert TrainMetrics.of(manifest.load(file), "x").final_step == 2
+    assert manifest.load(file).digest == digest  # the stages after it stay current
+    verify(run, run.parent / ".cache")
+    assert "its manifest is of a version without seals" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [{"schema": 2, "seal": None}, {"schema": 1, "seal": None}, {"schema": 2}])
+def test_a_manifest_whose_seal_was_taken_out_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], change: dict[str, object]
+) -> None:
     file = run / "train/manifest.json"
     value = json.loads(file.read_text())
     del value["seal"]
-    file.write_text(json.dumps(value))
-    assert TrainMetrics.of(manifest.load(file), "x").final_step == 2
-    verify(run, run.parent / ".cache")
+    value["metrics"]["final_step"] = 1
+    file.write_text(json.dumps(value | change))
+    with pytest.raises(SftError, match=r"train/manifest\.json: damaged: it has no seal"):
+        manifest.load(file)
+    assert "it has no seal" in problems(run, capsys)
 
 
 def test_a_key_that_its_options_do_not_make_is_found(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -319,17 +319,17 @@ def test_broken_records_are_as_good_as_none(workspace, finished):
     for text in ("[]", '{"overrides": [1]}', "{"):
         (run / "run.json").write_text(text)
         workspace.make("runs/x/prepare/manifest.json")
-    record = json.loads((run / "prepare/manifest.json").read_text())
+    record = json.loads((run / "prepare/manifest.json").read_text()) | {"schema": 1}
     del record["seal"]
     for inputs in (["x"], [{"file": "a"}], [{"sha256": "0"}]):
         (run / "prepare/manifest.json").write_text(json.dumps(record | {"inputs": inputs}))
         assert "damaged" in workspace.make("why", "RECIPE=x").stdout
-    newer = record | {"schema": 2}
+    newer = record | {"schema": 3}
     (run / "prepare/manifest.json").write_text(json.dumps(newer))
     for goal in ("why", "prepare"):  # never made again by an older checkout
         refused = workspace.make(goal, "RECIPE=x", ok=False)
         assert (
-            "schema 2 is newer; this code reads schema 1; next: update this checkout" in refused.stdout + refused.stderr
+            "schema 3 is newer; this code reads schema 2; next: update this checkout" in refused.stdout + refused.stderr
         )
     assert json.loads((run / "prepare/manifest.json").read_text()) == newer
     (run / "prepare/manifest.json").write_text("{")

@@ -127,7 +127,7 @@ def test_a_step_is_identified_alike_here_and_where_jobs_see_it(tmp_path: Path) -
     folder = step(there)
     found = models.inputs(there, (), FAR, r, cache)
     made = Output("step300/manifest.json", 2, found[0].sha256)
-    record = Manifest(schema=manifest.SCHEMA, stage="train", run="y", key="k", config={}, inputs=(), outputs=(made,), metrics={},
+    record = Manifest(schema=Manifest.SCHEMA, stage="train", run="y", key="k", config={}, inputs=(), outputs=(made,), metrics={},
                       cluster="c", version=1, provenance=None)  # fmt: skip
     (here / "y/train").mkdir(parents=True)
     record.write(here / "y/train" / manifest.NAME)

@@ -111,6 +111,6 @@ def manifest_of(folder: Path) -> None:
     from sft.formats import manifest
 
     outputs = manifest.describe(folder, ["results.json", "samples"])
-    made = manifest.Manifest(schema=manifest.SCHEMA, stage="evaluate", run=folder.parent.name, key="k", config={}, inputs=(),
+    made = manifest.Manifest(schema=manifest.Manifest.SCHEMA, stage="evaluate", run=folder.parent.name, key="k", config={}, inputs=(),
                              outputs=outputs, metrics={})  # fmt: skip
     made.write(folder / manifest.NAME)

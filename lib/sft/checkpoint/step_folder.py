@@ -209,7 +209,7 @@ def _publish(work: Path, final: Path, step: int, described: Sequence[Sequence[Ou
     outputs = sorted((output for part in described for output in part), key=lambda o: o.path)
     for folder in (work / "model_and_optim", work / "train"):
         sync_folder(folder)
-    StepManifest(manifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)  # which flushes `work`
+    StepManifest(StepManifest.SCHEMA, step, tuple(outputs)).write(work / manifest.NAME)  # which flushes `work`
     if final.exists():  # an incomplete or foreign folder, which the resume skipped
         shutil.rmtree(to_trash(final))
     work.rename(final)

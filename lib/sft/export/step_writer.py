@@ -119,5 +119,5 @@ def write_step_files(step: Path, tokenizer: Path | None) -> None:
 def write_step_manifest(step: Path) -> None:
     """Writes manifest.json, with all files of the step. Training counts the step as number 0."""
     names = sorted(p.relative_to(step).as_posix() for p in step.rglob("*") if p.is_file())
-    record = StepManifest(manifest.SCHEMA, 0, manifest.describe(step, names))
+    record = StepManifest(StepManifest.SCHEMA, 0, manifest.describe(step, names))
     write_json(step / manifest.NAME, record.to_value())

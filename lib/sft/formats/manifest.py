@@ -1,6 +1,6 @@
 """manifest.json: the record that a stage writes last, and the proof that its folder is whole. Standard library only.
 
-    {"schema": 1, "stage": "train", "run": "smoke", "cluster": "local", "key": "sha256:…", "version": 1,
+    {"schema": 2, "stage": "train", "run": "smoke", "cluster": "local", "key": "sha256:…", "version": 1,
      "config": {…exactly what the key hashed…},
      "inputs": [{"manifest": "../sync/manifest.json", "sha256": "…"}, {"file": "smoke/train.jsonl", "bytes": 1, "sha256": "…"}],
      "outputs": [{"path": "data/token_ids_part_0000.npy", "bytes": 1, "sha256": "…"}],
@@ -8,8 +8,8 @@
 
 Paths are relative to the manifest, so that a copied run still verifies. A manifest's digest covers what was made and
 from what (stage, key, inputs, outputs). It leaves out time and place, so equal content has an equal digest on every machine. An output that is `measured` has times in
-it, and the digest leaves it out too. The seal is the sha256 of everything else in the file, so a changed figure is found. Manifests without
-a seal, which older versions wrote, are read.
+it, and the digest leaves it out too. The seal is the sha256 of everything else in the file, so a changed figure is found. Schema 2 has a seal.
+Manifests of schema 1 are read: the oldest have none.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from sft.common.files import canonical, hash_file
 from sft.common.paths import inside
 from sft.formats.record import FormatError, Record, VersionError, to_json
 
-SCHEMA = 1
 NAME = "manifest.json"
 
 
@@ -77,6 +76,8 @@ class Manifest(Record):
     """A stage's manifest. `config` is what the key hashed; `metrics` are the stage's figures (see the stage's format)."""
 
     NEXT: ClassVar[str] = "run the stage again"
+    SCHEMA: ClassVar[int] = 2
+    """Since 2 every manifest has a seal."""
     schema: int
     stage: str
     run: str
@@ -92,8 +93,10 @@ class Manifest(Record):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        check_schema(cls, value)
+        check_schema(cls, value, 1, cls.SCHEMA)
         made = super().parse(value)
+        if made.seal is None and (made.schema > 1 or "seal" in value):
+            raise FormatError("it has no seal: it was changed after it was written")
         if made.seal is not None and made.seal != seal(value):
             raise FormatError("its seal is not that of its content: a value was changed after it was written")
         for entry in made.inputs:
@@ -103,8 +106,8 @@ class Manifest(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of what was made and from what."""
-        value = to_json(self)
+        """sha256 (hex) of what was made and from what. It says schema 1 for every schema: equal content has an equal digest."""
+        value = {**to_json(self), "schema": 1}
         value["outputs"] = [entry for entry in value["outputs"] if not entry.get("measured")]
         return hashlib.sha256(
             canonical({k: value[k] for k in ("schema", "stage", "key", "inputs", "outputs")})
@@ -128,6 +131,7 @@ class StepManifest(Record):
     """manifest.json of a checkpoint's folder stepN: its files."""
 
     NEXT: ClassVar[str] = "copy the step again, or use another one"
+    SCHEMA: ClassVar[int] = 1
     ASCII: ClassVar[bool] = True
     schema: int
     step: int
@@ -135,16 +139,17 @@ class StepManifest(Record):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        check_schema(cls, value)
+        check_schema(cls, value, cls.SCHEMA, cls.SCHEMA)
         return super().parse(value)
 
 
-def check_schema(cls: type[Record], value: Any) -> None:
-    """Raises VersionError unless the value says the schema that this code reads."""
+def check_schema(cls: type[Record], value: Any, oldest: int, newest: int) -> None:
+    """Raises VersionError unless the value says a schema that this code reads."""
     if not isinstance(value, dict):
         raise FormatError("not an object")
-    if value.get("schema") != SCHEMA:
-        raise VersionError(cls, value.get("schema"), "schema", SCHEMA)
+    found = value.get("schema")
+    if type(found) is not int or not oldest <= found <= newest:
+        raise VersionError(cls, found, "schema", newest)
 
 
 @dataclass(frozen=True)

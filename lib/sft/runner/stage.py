@@ -215,7 +215,7 @@ class Stage:
 
     def _manifest(self, result: Result, outputs: tuple[Output, ...], in_cache: bool) -> Manifest:
         return Manifest(
-            schema=manifest.SCHEMA,
+            schema=Manifest.SCHEMA,
             stage=self.name,
             run="" if in_cache else self.recipe.run,
             key=self.key,
