@@ -114,7 +114,9 @@ def test_the_best_step_is_exported_where_the_recipe_says_so_and_verified(tmp_pat
             (step / name).parent.mkdir(exist_ok=True)
             (step / name).write_text("{}")
         files = ["model_and_optim/.metadata", "train/rank0.pt", "config.json", ".metadata.json"]
-        manifest.StepManifest(manifest.StepManifest.SCHEMA, number, manifest.describe(step, files)).write(step / manifest.NAME)
+        manifest.StepManifest(manifest.StepManifest.SCHEMA, number, manifest.describe(step, files)).write(
+            step / manifest.NAME
+        )
     published.publish(run / "train", ["step9"], metrics=published.train_metrics(9).to_value())
     final, best = Convert(), Convert(checkpoint="best")
     with pytest.raises(SftError, match="BEST: names no step"):
