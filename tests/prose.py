@@ -24,7 +24,6 @@ YET = {
     *(
         f"docs/{p}.md"
         for p in (
-            "evaluate",
             "launch",
             "sync",
             "convert",
