@@ -24,10 +24,6 @@ YET = {
     *(
         f"docs/{p}.md"
         for p in (
-            "launch",
-            "sync",
-            "convert",
-            "runs",
             "loss",
             "nightly",
             "structure",
