@@ -20,19 +20,6 @@ RELATIVES = 3
 """So many of which, whose and that in one sentence are a chain that nobody follows."""
 RECORDS = {"RESULTS.md"}
 """Records of measurements: entries keep their words, and only riddles are looked for."""
-YET = {
-    *(
-        f"docs/{p}.md"
-        for p in (
-            "loss",
-            "nightly",
-            "structure",
-            "coming-from",
-        )
-    ),
-}
-"""Documents that are to be rewritten. No other may be added."""
-
 RIDDLES = {
     r"whom": "who",
     r"that which": "what",
@@ -93,7 +80,6 @@ def main(names: list[str]) -> int:
 def sources() -> list[Path]:
     """The documents, and the code whose messages people read."""
     documents = [*REPO.glob("*.md"), *(REPO / "docs").rglob("*.md"), *(REPO / ".github").rglob("*.md")]
-    documents = [d for d in documents if str(d.relative_to(REPO)) not in YET]
     return sorted([*documents, *(REPO / "lib" / "sft").rglob("*.py"), REPO / "Makefile"])
 
 
