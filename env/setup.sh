@@ -3,7 +3,8 @@
 # Usage: env/setup.sh packages|tools STAMP   (what runs need | what tests and checks need as well)
 #        env/setup.sh lock                    (resolve again and rewrite env/lock.txt)
 # PYTHON=python3.12 chooses the interpreter, TORCH=2.13.0+cu129 another build of torch, TORCH=image the one that PYTHON has.
-# Make passes `python` and `torch` of the cluster's file. INSTALLER=uv installs the same pins with uv, in a fraction of the time.
+# Make passes `python` and `torch` of the cluster's file. uv installs the same pins in a quarter of the time. It is used where it is on the
+# PATH and pip has no configuration, because uv does not read that; INSTALLER=uv or INSTALLER=pip decides otherwise.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 unset PYTHONPATH # pip must not take the checkout for an installed package
@@ -31,14 +32,22 @@ progress() { # progress WHAT COMMAND…: one line with the seconds gone by, outp
     fi
     [ -t 2 ] && printf '\r' >&2
     printf '%s: %d s\n' "$what" $((SECONDS - started)) >&2
+    grep '^note: ' "$log" >&2 || true
     rm -f "$log"
 }
 
-pip() {
-    if [ "${INSTALLER:-pip}" = uv ]; then # it reads UV_INDEX_URL, UV_FIND_LINKS …, and not pip's configuration
+choose_installer() { # uv reads UV_INDEX_URL, UV_FIND_LINKS …, and not pip's files and variables of an index
+    [ -z "${INSTALLER:-}" ] || return 0
+    INSTALLER=pip
+    command -v uv >/dev/null || return 0
+    .venv/bin/python -m pip config list 2>&1 | grep -qv disable-pip-version-check || INSTALLER=uv
+}
+
+pip() { # bytecode is left to the first import: most modules are never imported
+    if [ "$INSTALLER" = uv ]; then
         uv pip install --quiet --python .venv/bin/python "$@"
     else
-        .venv/bin/python -m pip install --quiet "$@"
+        .venv/bin/python -m pip install --quiet --no-compile "$@"
     fi
 }
 
@@ -46,8 +55,13 @@ has_gpu() { [ -e /dev/nvidia0 ] || [ -e /dev/nvidiactl ] || [ "$(uname -s)" != L
 
 build() { # build VERSION+KIND: from the configured index, else from torch's own
     local patience=(--retries 1 --timeout 15)
-    [ "${INSTALLER:-pip}" = pip ] || patience=()
+    [ "$INSTALLER" = pip ] || patience=()
     pip "torch===$1" || pip "${patience[@]}" --index-url "$index/${1#*+}" "torch===$1"
+}
+
+instead() { # instead VERSION: PyPI's build, where no index has one for the CPU
+    echo "note: no index offered torch $1+cpu, so PyPI's build for CUDA is installed: some 3 GB"
+    pip "torch===$1"
 }
 
 install_torch() { # a GPU gets PyPI's CUDA build ('===': never a local CPU wheel); others a CPU build where one is offered
@@ -59,7 +73,7 @@ install_torch() { # a GPU gets PyPI's CUDA build ('===': never a local CPU wheel
         if [ -e /dev/kfd ] && ! [ -e /dev/nvidiactl ]; then
             echo "error: this machine has AMD's GPUs, and PyPI's torch is for NVIDIA's; next: TORCH=$torch+rocm… make setup, or TORCH=$torch+cpu" >&2
             return 1
-        elif has_gpu; then pip "torch===$torch"; else build "$torch+cpu" || pip "torch===$torch"; fi
+        elif has_gpu; then pip "torch===$torch"; else build "$torch+cpu" || instead "$torch"; fi
         ;;
     esac
 }
@@ -92,6 +106,7 @@ refuse_anothers
 case "${1:-}" in
 packages)
     make_venv
+    choose_installer
     rm -f .venv/ready-* .venv/tools-*
     progress "torch (about half a minute)" install_torch
     extras=fast
@@ -104,16 +119,20 @@ packages)
     # IFEval splits sentences with it. Without internet the doctor says what is missing.
     .venv/bin/python -m nltk.downloader -q -d .venv/nltk_data punkt_tab >/dev/null 2>&1 || true
     ;;
-tools) progress "test tools (about half a minute)" pip -c env/lock.txt -e '.[fast,trackers,lowbit,dev,interop,docs]' ;;
+tools)
+    choose_installer
+    progress "test tools (about half a minute)" pip -c env/lock.txt -e '.[fast,trackers,lowbit,dev,interop,docs]'
+    ;;
 lock)
     make_venv
+    choose_installer
     progress torch install_torch
     progress "newest allowed packages" .venv/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e '.[fast,trackers,lowbit,dev,interop,docs]'
     .venv/bin/python -m pip freeze --exclude-editable | grep -viE '^(torch|triton|nvidia-.*|cuda-.*)==' >env/lock.txt
     exit
     ;;
 *)
-    sed -n '2,6s/^# //p' "$0" >&2
+    sed -n '2,7s/^# //p' "$0" >&2
     exit 2
     ;;
 esac

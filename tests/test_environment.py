@@ -124,7 +124,13 @@ def test_set_up_installs_the_build_of_the_clusters_file(tmp_path, torch, calls):
     for stamp in (workspace.root / ".venv").glob("ready-*"):
         stamp.unlink()
     (workspace.root / ".venv/bin/python").write_text(FAKE_PIP)
-    workspace_env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable, "TORCH": ""}
+    workspace_env = {
+        **os.environ,
+        "CALLS": str(tmp_path / "calls"),
+        "PYTHON": sys.executable,
+        "TORCH": "",
+        "INSTALLER": "pip",
+    }
     done = subprocess.run(
         ["make", "setup", "CLUSTER=here"],
         cwd=workspace.root,
@@ -135,7 +141,7 @@ def test_set_up_installs_the_build_of_the_clusters_file(tmp_path, torch, calls):
     )
     assert (tmp_path / "calls").exists(), done
     asked = [line for line in (tmp_path / "calls").read_text().splitlines() if "torch===" in line]
-    assert [line.split(" --timeout 15 ")[-1].split("--quiet ")[-1] for line in asked] == calls, done
+    assert [line.split(" --timeout 15 ")[-1].split("--no-compile ")[-1] for line in asked] == calls, done
     assert next((workspace.root / ".venv").glob("ready-*"))
 
 
@@ -147,7 +153,7 @@ def test_an_environment_on_the_images_torch_installs_none(tmp_path):
         'printf \'#!/bin/sh\\necho "$*" >>"$CALLS"\\n\' >.venv/bin/python\nchmod +x .venv/bin/python\n'
     )
     (workspace.root / "venv").chmod(0o755)
-    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": "./venv", "TORCH": "image"}
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": "./venv", "TORCH": "image", "INSTALLER": "pip"}
     subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
     calls = (tmp_path / "calls").read_text()
     assert (
@@ -186,7 +192,13 @@ def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
     for stamp in (owner.root / ".venv").glob("ready-*"):
         stamp.rename(stamp.with_name("ready-older"))
     shutil.rmtree(copy.root / ".venv")
-    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable, "TORCH": "2.13.0"}
+    env = {
+        **os.environ,
+        "CALLS": str(tmp_path / "calls"),
+        "PYTHON": sys.executable,
+        "TORCH": "2.13.0",
+        "INSTALLER": "pip",
+    }
 
     def set_up(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=copy.root, env=env, capture_output=True, text=True, check=False)
@@ -198,3 +210,50 @@ def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
         assert not (tmp_path / "calls").exists() and (owner.root / ".venv/ready-older").exists()
     (owner.root / "env/setup.sh").unlink()  # a folder on another disk, and no other checkout
     assert set_up("make", "setup").returncode == 0 and "-e .[fast" in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("configuration", "asked", "calls"),
+    [
+        ("", "", "uv"),
+        (":env:.disable-pip-version-check='1'", "", "uv"),
+        ("global.index-url='https://mirror.example/simple'", "", "pip"),  # uv would not read it
+        ("global.index-url='https://mirror.example/simple'", "uv", "uv"),
+        ("", "pip", "pip"),
+    ],
+)
+def test_uv_is_used_by_itself_only_where_pip_has_no_configuration(tmp_path, configuration, asked, calls):
+    workspace = Workspace(tmp_path)
+    (workspace.root / ".venv/bin/python").write_text(
+        f'#!/bin/sh\ncase "$*" in *"config list") echo "{configuration}" | sed "/^$/d" ;; *install*) echo "pip $*" >>"$CALLS" ;; esac\n'
+    )
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/uv").write_text('#!/bin/sh\necho "uv $*" >>"$CALLS"\n')
+    (tmp_path / "bin/uv").chmod(0o755)
+    env = {
+        **os.environ,
+        "CALLS": str(tmp_path / "calls"),
+        "PYTHON": sys.executable,
+        "TORCH": "2.13.0",
+        "INSTALLER": asked,
+    }
+    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
+    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
+    assert [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()] == [calls, calls]
+
+
+def test_set_up_says_that_no_index_had_a_build_for_the_cpu(tmp_path):
+    if os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0"):
+        pytest.skip("this machine has a GPU")
+    workspace = Workspace(tmp_path)
+    (workspace.root / ".venv/bin/python").write_text('#!/bin/sh\ncase "$*" in *+cpu*) exit 1 ;; esac\n')
+    env = {**os.environ, "PYTHON": sys.executable, "TORCH": "", "INSTALLER": "pip"}
+    done = subprocess.run(
+        ["env/setup.sh", "packages", ".venv/ready"],
+        cwd=workspace.root,
+        env=env,
+        check=True,
+        text=True,
+        capture_output=True,
+    )
+    assert "note: no index offered torch 2.13.0+cpu, so PyPI's build for CUDA is installed" in done.stderr
