@@ -3,9 +3,9 @@
 In: a template by name (`sft.chat.named`), as a file of Jinja text, or the tokenizer's own. Out: `render(conversation)` returns runs
 of text, untrained and trained in turn. The runs follow from the structure of the rendering: a named template has a table of turns; a
 Jinja template is compiled with trace events (`sft.chat.trace`) at the top of its loop over the messages and at its {% generation %}
-blocks, so its output says which message wrote which part. `sft.chat.learn` finds out how a template writes a turn, and
-`sft.chat.spans` computes what is trained of a message's part. The template's text decides what a mask covers; content is only searched
-to reject a row of which something would be lost.
+blocks, so its output says which message wrote which part. `sft.chat.learn` finds out how a template writes a turn,
+`sft.chat.openings` finds where a message's own text begins, and `sft.chat.spans` computes what is trained of its part. The template's
+text decides what a mask covers; content is only searched to reject a row of which something would be lost.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jinja2
 
 from sft.chat.checks import THINKING_FIELDS, RowChecks, shown
 from sft.chat.learn import check_generation_blocks, known_templates, learn_rules, observe, refuse, scaffold_tokens
 from sft.chat.named import NamedTemplate
+from sft.chat.openings import Opening, Openings
 from sft.chat.probe import RESERVED, TemplateProbe, TwoTurns
 from sft.chat.rows import BadRow, Conversation
-from sft.chat.spans import Graft, answer_end, before_gap, common_prefix, other_end, to_runs
+from sft.chat.spans import Graft, answer_end, before_gap, other_end, to_runs
 from sft.chat.special_tokens import SpecialTokens
 from sft.chat.trace import Span, Trace
 from sft.chat.words import missing_text
@@ -35,8 +36,6 @@ __all__ = ["JinjaTemplate", "Template", "TemplateOptions", "known_templates", "l
 KWARGS = "chat_template_kwargs"
 MOST_VARIANTS = 100
 """Combinations of variables of rows that are remembered."""
-TAIL = 16
-"""Characters at the end of a prompt that must agree where turns have no header."""
 
 
 @dataclass(frozen=True)
@@ -117,17 +116,6 @@ TAKES_TEXTS = (
 """Goes before a template that only takes contents as lists of parts, so that an exported model can be asked with texts."""
 
 
-OTHER_HISTORY = ' and shows another history; history = "as-rendered" makes each turn a document behind its own prompt'
-
-
-class Opening(NamedTuple):
-    """Where the model's own text begins in a message."""
-
-    at: int
-    graft: Graft = Graft()
-    """What the generation prompt gives and the template did not write."""
-
-
 class JinjaTemplate:
     """Any Hugging Face chat template. Probe conversations show once how it writes turns.
 
@@ -173,6 +161,7 @@ class JinjaTemplate:
         eos = self.eos
         self.generation_prefix, self.needs_tools = self.rules.generation_prefix, self.probe.way.needs_tools
         self.terminators = list(self.rules.terminators)
+        self.openings = Openings(self.probe, self.rules, self.specials, self.options.generation_prefix)
         if self.probe.has_generation:
             check_generation_blocks(self.probe, self.rules, turns.trace)
         number_of_eos = turns.trace.text.count(eos)
@@ -329,12 +318,11 @@ class JinjaTemplate:
         message, text, regions = conversation.messages[index], trace.text, trace.regions.get(index, [])
         if len(regions) != 1:
             raise BadRow("template", f"message {index} is rendered {len(regions)} times by template {self.name}")
-        is_answer = message["role"] == "assistant"
-        opening = (
-            self._opening(conversation, text, regions[0], index)
-            if is_answer
-            else self._other_opening(conversation, trace, index)
-        )
+        if message["role"] == "assistant":
+            opening = self.openings.of_answer(conversation, text, regions[0], index)
+            self.answers_without_prefix += opening.lacks_prefix
+        else:
+            opening = self.openings.of_other(conversation, trace, index)
         end = self._end_of(conversation, text, regions[0], opening, index)
         spans = [(opening.at, end)]
         if self.probe.has_generation:
@@ -411,88 +399,6 @@ class JinjaTemplate:
         if demanded is not None:
             raise BadRow("template", f"message {index} ends without {demanded}: {text[opening.at : region[1]][-40:]!r}")
         return before_gap(text, opening.at, region[1], rules.gap)
-
-    def _other_opening(self, conversation: Conversation, trace: Trace, index: int) -> Opening:
-        """Where the text of a message that is not the assistant's begins: after the header of its turn."""
-        start = trace.regions[index][0][0]
-        header = self.probe.header(conversation, index)
-        if header is None:
-            raise BadRow("template", f"message {index} is not rendered with its content")
-        if not trace.text.startswith(header, start):
-            raise BadRow("template", f"message {index} does not begin with {header!r}")
-        return Opening(start + len(header))
-
-    def _opening(self, conversation: Conversation, text: str, region: Span, index: int) -> Opening:
-        """Where an answer begins: after what the generation prompt gives. No special token of a header is trained."""
-        opening = self._find_opening(conversation, text, region, index)
-        written = text[opening.at : region[1]]
-        special = self.specials.pattern.match(written.lstrip())
-        first = next((t for t in self.specials.pattern.findall(self.rules.header) if t not in self.terminators), None)
-        if special and special.group() == first:
-            raise BadRow(
-                "template", f"message {index} opens with {written[:40]!r}, which the prompt for it does not give"
-            )
-        return opening
-
-    def _find_opening(self, conversation: Conversation, text: str, region: Span, index: int) -> Opening:
-        (start, end), header = region, self.rules.header
-        at = start + len(header)
-        special = self.specials.pattern.match(text, at, end)
-        fits = text.startswith(header, start) and not (special and special.group() not in self.rules.terminators)
-        if fits and index and conversation.messages[index - 1]["role"] == "user":
-            return self._after_prefix(text, at, end, conversation.messages[index])
-        # A turn that opens differently, for example after a tool's result: the prompt for this very turn shows where it begins.
-        prompt = self.probe.prompt(conversation.messages[:index], conversation.tools)
-        if prompt is not None and prompt.strip():
-            bare = prompt.removesuffix(self.generation_prefix)
-            if text.startswith(bare) and len(bare) >= start and len(bare) < len(prompt):
-                return self._after_prefix(text, len(bare), end, conversation.messages[index])
-            if text.startswith(prompt) and len(prompt) >= start:
-                return Opening(len(prompt))
-        if text.startswith(header, start) and (
-            prompt is None or not prompt.strip() or self._asks_for(prompt, text, at, start)
-        ):
-            return self._after_prefix(text, at, end, conversation.messages[index])
-        raise BadRow(
-            "template",
-            f"message {index} opens with {text[start : start + 40]!r}, but the prompt for it ends in {(prompt or '')[-40:]!r}"
-            + (OTHER_HISTORY if prompt and len(common_prefix([prompt, text])) < start else ""),
-        )
-
-    def _asks_for(self, prompt: str, text: str, at: int, start: int) -> bool:
-        """Whether a prompt ends in the header that ends at `at`, where the prompt shows another history than the text."""
-        if len(common_prefix([prompt, text])) >= start:
-            return False
-        bare = prompt.removesuffix(self.generation_prefix)
-        length = min(len(self.rules.header) or TAIL, len(bare), at)
-        return bare[len(bare) - length :] == text[at - length : at]
-
-    def _after_prefix(self, text: str, at: int, end: int, message: Mapping[str, Any]) -> Opening:
-        """Where an answer begins. Its header ends at `at`. The opening also holds the text of the generation prompt that the template
-        did not write."""
-        prefix, choice = self.generation_prefix, self.options.generation_prefix
-        if not prefix:
-            return Opening(at)
-        if text.startswith(prefix, at):
-            return Opening(at if choice == "answer" else at + len(prefix))
-        graft = Graft() if choice == "rendered" else self._graft(text[at:end])
-        if graft == ("", ""):
-            self.answers_without_prefix += 1
-            return Opening(at)
-        written = prefix.rstrip()
-        if text.startswith(written, at):
-            at += len(written) if choice != "answer" else 0
-            return Opening(at, Graft(prefix[len(written) :]) if choice != "answer" else Graft())
-        return Opening(at, graft if choice == "prompt" else Graft("", graft.untrained + graft.trained))
-
-    def _graft(self, answer: str) -> Graft:
-        """The generation prefix for an answer that the template wrote without it; empty when the two do not go together."""
-        prefix, closing = self.generation_prefix, self.rules.closing
-        if answer.startswith(prefix.rstrip()):
-            return Graft(prefix)
-        if (first := prefix.strip().split("\n")[0]) and answer.startswith(first):
-            return Graft()  # it thinks, where the prompt says that it does not
-        return Graft(prefix, closing if closing.strip() not in answer else "")
 
 
 def with_defaults(text: str, variables: Mapping[str, Any]) -> str:
