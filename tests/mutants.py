@@ -87,7 +87,7 @@ MUTANTS = (
     Mutant("the report shows no damaged file", "reporting/run_files.py", "        if broken := ", "        if False and ", DAMAGE),
     Mutant("the cache of hashes believes no damaged entry", "common/hashcache.py", " and entry == _sealed(name, entry[:-1])", "", DAMAGE),
     Mutant("a mark's CRC is compared", "formats/identity.py", "words[1] == _crc(words[0])", "len(words[1]) == 8", "test_marks.py"),
-    Mutant("a changed record of training is restored", "training/metrics.py", "        write_atomic(file, whole[-1])\n", "        pass\n", "test_train.py::test_records_before_a_checkpoint_are_restored_from_its_copy"),
+    Mutant("a changed record of training is restored", "training/metrics.py", "        write_atomic(file, whole[-1])\n", "        pass\n", "test_metrics.py::test_records_before_a_checkpoint_are_restored_from_its_copy"),
     Mutant("a copy is compared with its manifest", "storage/contract.py", "expected.sha256 and found.sha256 != expected.sha256", "False", "test_storage.py::test_a_source_that_is_not_what_its_manifest_says_fails_and_the_others_arrive"),
     Mutant("a copy is read back", "storage/local.py", "checksums_of(target) != written", "False", f"{HELD}::test_a_copy_is_read_back"),
     Mutant("an identical size is not enough", "storage/local.py", "return checksums_of(self.path(name)).sha256 == (expected.sha256 or sums().sha256)", "return True", "test_storage.py::test_a_bit_flip_at_the_target_is_found_and_repaired"),
@@ -153,7 +153,7 @@ MUTANTS = (
     Mutant("import-config replaces no recipe", "importing/importer.py", "    if target.exists():\n", "    if False:\n", "test_import_config.py::test_the_program_writes_the_recipe_once_and_lists_every_key"),
     Mutant("import-config takes a field from one key", "importing/options.py", "draft.tables[table][field] != before", "False", "test_import_config.py::test_the_page_of_commands_is_one_recipe"),
     Mutant("import-config takes no text for another's text", "importing/options.py", "hint_of(cls, field) in (int, float, bool)", "True", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
-    Mutant("no answer trains another message's text", "chat/learn.py", "if foreign := probe.foreign_text(turns):", "if foreign := None:", "test_chat.py::test_template_whose_masks_would_be_wrong_is_refused"),
+    Mutant("no answer trains another message's text", "chat/learn.py", "if foreign := probe.foreign_text(turns):", "if foreign := None:", "test_jinja.py::test_template_whose_masks_would_be_wrong_is_refused"),
     Mutant("import-config refuses other methods", "importing/importer.py", "    _refuse_other_methods(file, config)\n", "", "test_import_config.py::test_what_gives_no_recipe_is_an_error"),
     Mutant("import-config lists keys that it does not know", "importing/options.py", "            _explain(rest, key, name, cluster)", "            pass", "test_import_config.py::test_what_has_no_counterpart_is_listed_with_its_reason"),
 )  # fmt: skip

@@ -8,36 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import preparing
-from chat_samples import EOS, IM_END, SOURCE, SPECIALS, chat, encoder, make_tokenizer, text_of, turns
-from sft.chat.rows import BadRow, RowReader
-from sft.chat.special_tokens import SpecialTokens
+from chat_samples import IM_END, SOURCE, chat, encoder, make_tokenizer, text_of, turns
+from made_templates import AS_RENDERED, LOOP, PROMPT, READ, TURN, jinja, runs_of, trained
+from sft.chat.rows import BadRow
 from sft.chat.template import JinjaTemplate, TemplateOptions
-from sft.common.errors import SftError
 from sft.data import prepare
 from sft.data.dataset import Dataset
 from sft.data.render import trained_turns, until
-from sft.recipe.schema import Prepare, Source
-
-MORE = [*SPECIALS, "<|user|>", "<|assistant|>", "<|system|>", "<|tool|>", "<|eom|>", "<|bom|>", "<|end|>", "<|call|>"]
-READ = RowReader(Prepare(tokenizer="t", sources=(Source(path="x"),)), Source(path="x")).read
-PLAIN = TemplateOptions()
-AS_RENDERED = TemplateOptions(history="as-rendered")
-
-
-def jinja(text: str, options: TemplateOptions = PLAIN, added: tuple[str, ...] = ()) -> JinjaTemplate:
-    return JinjaTemplate("made.jinja", text, {"bos_token": "<s>"}, EOS, SpecialTokens(MORE), added, options)
-
-
-def runs_of(template: JinjaTemplate, row: dict[str, Any]) -> list[str]:
-    return template.render(READ(row))[0]
-
-
-def trained(template: JinjaTemplate, row: dict[str, Any]) -> list[str]:
-    return runs_of(template, row)[1::2]
 
 
 def documents(template: JinjaTemplate, row: dict[str, Any]) -> list[list[str]]:
@@ -62,10 +41,6 @@ def tool_row(*calls: dict[str, Any], tools: bool = False) -> dict[str, Any]:
     ]
     return {"messages": messages, **({"tools": TOOLS} if tools else {})}
 
-
-PROMPT = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-TURN = "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
-LOOP = "{% for m in messages %}BODY{% endfor %}"
 
 # Qwen 3: thoughts stay only after the last question.
 LAST_THOUGHTS = (
@@ -393,183 +368,6 @@ def test_a_token_of_a_call_that_answers_have_inside_ends_no_turn() -> None:
     )
     assert template.terminators == ["<|end|>"]
     assert trained(template, chat("a", "b")) == ["<|call|>answer<|call|>b<|end|>"]
-
-
-DAY = LOOP.replace("BODY", TURN).replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1) + PROMPT
-
-
-def test_a_template_that_writes_the_day_needs_one_before_anything_is_encoded() -> None:
-    with pytest.raises(SftError, match=r'strftime_now.*date = "2026-07-01"'):
-        jinja(DAY)
-    template = jinja(DAY, TemplateOptions(date="2026-07-01"))
-    assert runs_of(template, chat("a", "b"))[0].startswith("01 Jul 2026<|im_start|>")
-    given = (
-        "{% if not day is defined %}{% set day = strftime_now('%d') %}{% endif %}{{ day }}"
-        + LOOP.replace("BODY", TURN)
-        + PROMPT
-    )
-    with pytest.raises(SftError, match=r"strftime_now"):
-        jinja(given)
-    assert runs_of(jinja(given, TemplateOptions(variables={"day": "now"})), chat("a", "b"))[0].startswith("now<")
-    with pytest.raises(SftError, match=r"prepare\.date: .* does not read the day"):
-        jinja(LOOP.replace("BODY", TURN) + PROMPT, TemplateOptions(date="2026-07-01"))
-
-
-MODES = LOOP.replace("BODY", TURN) + (
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is defined and not enable_thinking %}"
-    "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
-)
-
-
-def test_variables_come_from_the_recipe_or_from_the_row() -> None:
-    quiet = {"enable_thinking": False}
-    row = {**chat("a", "b"), "chat_template_kwargs": quiet}
-    assert not runs_of(jinja(MODES), chat("a", "b"))[0].endswith("</think>\n\n")
-    assert runs_of(jinja(MODES), row)[0].endswith("<think>\n\n</think>\n\n")
-    assert runs_of(jinja(MODES, TemplateOptions(variables=quiet)), chat("a", "b"))[0].endswith("</think>\n\n")
-    with pytest.raises(SftError, match=r"template_variables: thinking is not read by template"):
-        jinja(MODES, TemplateOptions(variables={"thinking": True}))
-    with pytest.raises(SftError, match=r"messages is set by the conversation"):
-        jinja(MODES, TemplateOptions(variables={"messages": "x"}))
-    for wrong in ({"thinking": True}, {"tools": [1]}, {"eos_token": "x"}):
-        with pytest.raises(BadRow, match="chat_template_kwargs"):
-            runs_of(jinja(MODES), {**row, "chat_template_kwargs": wrong})
-
-
-def test_checks_of_the_saved_tokenizer_render_with_the_same_day_and_variables(tmp_path: Path) -> None:
-    text = DAY.replace("strftime_now('%d %b %Y')", "strftime_now('%d %b %Y') + (mood or '')")
-    make_tokenizer(tmp_path / "t", text)
-    made = encoder(tmp_path / "t", "tokenizer", date="2026-07-01", template_variables={"mood": "calm"})
-    made.save_tokenizer(tmp_path / "saved")
-    made.check_saved(tmp_path / "saved")
-    saved = (tmp_path / "saved" / "chat_template.jinja").read_text()
-    assert saved.startswith('{% set mood = mood if mood is defined else "calm" %}')
-    (tmp_path / "saved" / "chat_template.jinja").write_text(saved.replace("(mood or '')", "'X' + mood"))
-    with pytest.raises(SftError, match=r"renders '.*Xcalm<.* where the data was rendered as '.*[0-9]calm<"):
-        made.check_saved(tmp_path / "saved")
-
-
-def test_added_tokens_that_are_scaffold_count_as_special_though_they_are_not_declared_so(tmp_path: Path) -> None:
-    """DeepSeek's <｜User｜> is not declared special. What an answer writes stays a token: <think>."""
-    folder = make_tokenizer(tmp_path / "t", LOOP.replace("BODY", "{{ '<|u|>' if m.role == 'user' else '<|a|>' }}{{ m.content }}{{ eos_token if m.role == 'assistant' }}") + "{% if add_generation_prompt %}{{ '<|a|>' }}{% endif %}")  # fmt: skip
-    config = json.loads((folder / "tokenizer.json").read_text())
-    first = max(token["id"] for token in config["added_tokens"]) + 1
-    config["added_tokens"] += [
-        {**config["added_tokens"][0], "content": text, "id": first + index, "special": False}
-        for index, text in enumerate(("<|u|>", "<|a|>", "<think>", "</think>"))
-    ]
-    (folder / "tokenizer.json").write_text(json.dumps(config))
-    made = encoder(folder, "tokenizer")
-    assert {"<|u|>", "<|a|>"} < set(made.specials.texts) and "<think>" not in made.specials.texts
-    got = made.encode([chat("x<|a|>y", "<think>m</think>n<|u|>o")], SOURCE)
-    ids = got.ids.tolist()
-    assert [ids.count(first + index) for index in range(4)] == [1, 1, 1, 1]
-    assert text_of(made, got) == f"<|u|>x<|a|>y<|a|><think>m</think>n<|u|>o{EOS}"
-    assert text_of(made, got, trained=True) == f"<think>m</think>n<|u|>o{EOS}"
-
-
-def test_one_of_several_templates_of_a_tokenizer_is_chosen_by_name(tmp_path: Path) -> None:
-    folder = make_tokenizer(tmp_path / "t")
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    config["chat_template"] = [{"name": "tool_use", "template": LOOP.replace("BODY", TURN) + PROMPT}]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "rag.jinja").write_text("{# #}" + LOOP.replace("BODY", TURN) + PROMPT)
-    assert encoder(folder, "tokenizer:tool_use").template.text.startswith("{% for")
-    assert encoder(folder, "tokenizer:rag").template.text.startswith("{# #}")
-    with pytest.raises(SftError, match=r"has no chat template; it has tokenizer:tool_use, tokenizer:rag; next"):
-        encoder(folder, "tokenizer")
-
-
-# --- random conversations under random templates --------------------------------------------------------------------
-
-words = st.text(st.sampled_from("abcdefgh é\n"), min_size=1, max_size=8).filter(lambda text: bool(text.strip()))
-
-
-@st.composite
-def small_templates(draw: Any) -> str:
-    """A template with a random header, end, order of parts, and habits."""
-    start = draw(st.sampled_from(["<|im_start|>", "<|bom|>", "### "]))
-    gap = draw(st.sampled_from(["\\n", "", " "]))
-    end = draw(st.sampled_from(["<|im_end|>", "<|end|>", EOS]))
-    content = draw(st.sampled_from(["m.content", "m.content | trim", "m.content | tojson"]))
-    thought = draw(
-        st.sampled_from(
-            [
-                "",
-                "{% if m.reasoning_content %}{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}",
-                "{% if m.reasoning_content and loop.last %}{{ '<think>\\n' + m.reasoning_content + '\\n</think>\\n' }}{% endif %}",
-            ]
-        )
-    )
-    prefix = draw(st.sampled_from(["", "<think>", "<think>\\n", "<think>\\n\\n</think>\\n"])) if thought else ""
-    skipped = draw(st.sampled_from(["", "", "system", "user"]))
-    where = f"{{% if m.role != '{skipped}' %}}" if skipped else "{% if true %}"
-    body = f"{where}{{{{ '{start}' + m.role + '\\n' }}}}{thought}{{{{ {content} }}}}{{{{ '{end}{gap}' }}}}{{% endif %}}"
-    wrapped = LOOP.replace("BODY", body)
-    if draw(st.booleans()):
-        wrapped = "{% macro all(messages) %}" + wrapped + "{% endmacro %}{{ all(messages) }}"
-    return wrapped + f"{{% if add_generation_prompt %}}{{{{ '{start}assistant\\n{prefix}' }}}}{{% endif %}}"
-
-
-@st.composite
-def marked_rows(draw: Any) -> dict[str, Any]:
-    """Messages whose words begin with the message's number, so that every word says whose it is."""
-
-    def marked(index: int, kind: str) -> str:
-        text = draw(words)
-        return re.sub(r"\S+", lambda found: f"{kind}{index}{found.group()}", text)
-
-    messages: list[dict[str, Any]] = []
-    roles = draw(st.sampled_from([("user", "assistant"), ("system", "user", "assistant"), ("user", "assistant") * 2, ("system", "user", "assistant", "user", "assistant")]))  # fmt: skip
-    for index, role in enumerate(roles):
-        messages.append({"role": role, "content": marked(index, "C")})
-        if role == "assistant":
-            if draw(st.booleans()):
-                messages[-1]["reasoning_content"] = marked(index, "R")
-            if draw(st.integers(0, 3)) == 0:
-                messages[-1]["train"] = draw(st.booleans())
-    return {"messages": messages}
-
-
-@settings(max_examples=150, deadline=None)
-@given(text=small_templates(), row=marked_rows(), as_rendered=st.booleans())
-def test_exactly_the_words_of_trained_messages_are_trained(text: str, row: dict[str, Any], as_rendered: bool) -> None:
-    """Or the template is refused, or the row rejected. No special token of a prompt is trained."""
-    try:
-        template = jinja(text, AS_RENDERED if as_rendered else PLAIN)
-        conversation = READ(row)
-        turns_of = trained_turns(conversation)
-        parts = (
-            [(until(conversation, turn), [turn]) for turn in turns_of] if as_rendered else [(conversation, turns_of)]
-        )
-        rendered = [(template.render(part)[0], turns, part) for part, turns in parts]
-    except (SftError, BadRow):
-        return
-
-    def said(value: str) -> set[str]:
-        return set(
-            re.findall(
-                r"[CR]\d[^\W\d]+", json.dumps(value, ensure_ascii=False).replace("\\n", " ").replace("\\\\n", " ")
-            )
-        )
-
-    for runs, turns_here, part in rendered:
-        assert "\x00" not in "".join(runs)
-        inside, outside = said("\n".join(runs[1::2])), said("\n".join(runs[::2]))
-        mine = set().union(
-            *(
-                said(part.messages[turn]["content"] + "\n" + part.messages[turn].get("reasoning_content", ""))
-                for turn in turns_here
-            )
-        )
-        others = set().union(
-            *(said(message["content"]) for index, message in enumerate(part.messages) if index not in turns_here)
-        )
-        assert inside == mine and others <= outside and not outside & mine
-        for run in runs[1::2]:
-            assert not re.match(r"\s*(<\|im_start\|>|<\|bom\|>|### )", run)
-            assert re.search(r"(<\|im_end\|>|<\|end\|>|<\|endoftext\|>)$", run)
 
 
 def test_a_thought_outside_the_generation_block_rejects_the_row() -> None:
