@@ -150,10 +150,8 @@ def test_a_download_that_cannot_succeed_fails_and_leaves_nothing_under_the_final
     monkeypatch.setattr(retries, "MIN_BYTES_PER_S", 1e9)
     server.objects["pre/fix/d/x.npy"] = Stored(data, 5)
     server.fault("download", kind, 10_000)
-    began = time.monotonic()
     with pytest.raises(SftError, match=words(kind, "downloaded twice with crc32c")):
         transfer([FileCopy("d/x.npy", "y", len(data))], bucket, LocalStorage(tmp_path / "to"), quiet)
-    assert time.monotonic() - began < 20
     assert not (tmp_path / "to" / "y").exists()
 
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -145,11 +144,10 @@ def test_a_failed_task_is_reported_with_its_status_and_the_end_of_its_log(worksp
 def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(workspace, finished):
     finished("sync")
     program(workspace, "train", "while not Path('go').exists(): time.sleep(0.05)\nopen('log', 'a').write('train x\\n')")
-    workspace.ran()
-    began = time.monotonic()
+    workspace.ran()  # make returns although the job waits for a file that is not there yet
     out = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     job = record(workspace, "train").job
-    assert time.monotonic() - began < 5 and f"job {job} on slurm is detached" in out and "make cancel RECIPE=x" in out
+    assert f"job {job} on slurm is detached" in out and "make cancel RECIPE=x" in out
     again = workspace.make("train", "RECIPE=x", "CLUSTER=slurm", "DETACH=1").stdout
     assert f"job {job} on slurm, submitted " in again and "submitted to slurm" not in again
     two = [start(workspace, "train", "RECIPE=x", "CLUSTER=slurm") for _ in range(2)]

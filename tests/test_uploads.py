@@ -150,7 +150,7 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
     process.join(PATIENCE)
     assert process.exitcode == (-9 if end == "killed" else 0)
     wait_until(lambda: gone(sending))
-    assert time.monotonic() - began < 10  # a request that gets no answer is waited for 60 s
+    assert time.monotonic() - began < 55  # a request that gets no answer is waited for 60 s
     half = stored(server, "gs://test/c")
     assert "step1/manifest.json" not in half
     assert half < local(tmp_path / "step1")
