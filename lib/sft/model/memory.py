@@ -11,6 +11,7 @@ layer prefetched. GB = 10^9 bytes.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -85,13 +86,20 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     if hardware.recompute != "auto":
         return _estimate(model, train, hardware, gpus_total, limit)
     n = model.n_layers
-    chosen = _estimate(model, train, replace(hardware, recompute="none"), gpus_total, limit)
-    for keep in range(n - 1, -1, -1):
-        if chosen.fits:
-            return chosen
-        mode = replace(hardware, recompute="budget" if keep else "selected", recompute_budget=keep / n)
-        chosen = _estimate(model, train, mode, gpus_total, limit)
-    return chosen if chosen.fits else _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
+
+    def keeping(layers: int) -> Plan:
+        """That many layers keep all activations. Fewer layers need less memory."""
+        mode = replace(hardware, recompute="budget" if layers else "selected", recompute_budget=layers / n)
+        return _estimate(model, train, mode, gpus_total, limit)
+
+    whole = _estimate(model, train, replace(hardware, recompute="none"), gpus_total, limit)
+    if whole.fits:
+        return whole
+    fewer = range(n - 1, -1, -1)
+    at = bisect.bisect_left(fewer, True, key=lambda layers: keeping(layers).fits)
+    if at < n:
+        return keeping(fewer[at])
+    return _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
 
 
 def plan_again(
