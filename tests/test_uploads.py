@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import shutil
 import socket
 import sys
 import time
@@ -34,7 +35,8 @@ from sft.storage import retries
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import parts
-from sft.training import logs, uploads
+from sft.sync.send import send
+from sft.training import logs
 from sft.training.uploads import Uploads, destination
 from training import train
 
@@ -217,7 +219,7 @@ def test_a_step_whose_files_are_on_two_nodes_is_complete_when_both_have_sent_the
     third = tmp_path / "node2"
     third.mkdir()
     alone = World(0, 1, 0, torch.device("cpu"))
-    uploads.bring_checkpoint(third, "gs://test/c", tmp_path / "cache2", alone, said.append)
+    uploading.bring(third, "gs://test/c", tmp_path / "cache2", alone, said.append)
     assert {n: (third / n).read_bytes() for n in whole} == whole
 
 
@@ -230,12 +232,12 @@ def test_a_node_joins_its_files_of_a_step_with_those_of_others_that_are_in_the_b
     with parts.joined(step, "gs://test/c", tmp_path / "work", cache, print) as here:
         assert here == step  # it is whole
     split(step, nodes[1])
-    uploads.send(step, "gs://test/c", cache, ())
+    send(step, "gs://test/c", cache, ())
     joined = partial(parts.joined, step, "gs://test/c", tmp_path / "work", cache, print)
     with pytest.raises(SftError, match="of its files are on other nodes, and gs://test/c does not have the whole step"):
         joined().__enter__()
     assert not parts.is_sent(step, "gs://test/c", cache) and not parts.is_sent(step, "", cache)
-    uploads.send(nodes[1] / "step4", "gs://test/c", cache, ())
+    send(nodes[1] / "step4", "gs://test/c", cache, ())
     before = sorted(p for p in nodes[0].rglob("*") if p.is_file())
     server.requests.clear()
     with joined() as here:
@@ -267,9 +269,9 @@ def test_a_list_of_another_attempt_completes_no_step(tmp_path: Path, server: Ser
         if attempt == "second":
             file = nodes[0] / "step4" / manifest.NAME
             assert file.read_bytes() != (tmp_path / "first" / "node0" / "step4" / manifest.NAME).read_bytes()
-        uploads.send(nodes[attempt == "first"] / "step4", "gs://test/c", tmp_path / "cache", ())
+        send(nodes[attempt == "first"] / "step4", "gs://test/c", tmp_path / "cache", ())
     assert open_storage("gs://test/c/step4").read(manifest.NAME) is None
-    uploads.send(nodes[1] / "step4", "gs://test/c", tmp_path / "cache", ())
+    send(nodes[1] / "step4", "gs://test/c", tmp_path / "cache", ())
     there = open_storage("gs://test/c/step4")
     assert there.read(manifest.NAME) == (nodes[0] / "step4" / manifest.NAME).read_bytes()
 
@@ -281,7 +283,7 @@ def test_a_restart_on_the_same_nodes_first_sends_the_part_that_is_there(tmp_path
     alone = World(0, 1, 0, torch.device("cpu"))
     said: list[str] = []
     for node in (1, 0, 1):
-        uploads.bring_checkpoint(nodes[node], "gs://test/c", tmp_path / f"cache{node}", alone, said.append)
+        uploading.bring(nodes[node], "gs://test/c", tmp_path / f"cache{node}", alone, said.append)
     assert [line for line in said if "continuing" in line] == ["continuing from step 4 of gs://test/c"] * 2
     for node in nodes:
         assert not step_folder.damage(node / "step4")
@@ -311,7 +313,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     out, said = tmp_path / "train", list[str]()
     out.mkdir()
     alone = World(0, 1, 0, torch.device("cpu"))
-    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
+    uploading.bring(out, ADDRESS, tmp_path / "cache", alone, said.append)
     assert not list(out.iterdir()) and not said
     for number in (2, 4, 6, 8, 10):
         keep(server, tmp_path / "there", number)
@@ -320,7 +322,7 @@ def test_the_newest_whole_step_and_the_best_one_are_brought_and_no_other(tmp_pat
     put(server, "BEST", b"step4\nloss 0.5\n")
     put(server, "LATEST", b"step10\n")
     put(server, "metrics.jsonl", Attempt(1, 0, 1, "cpu", None, "formula").to_bytes() + step_record(1).to_bytes())
-    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
+    uploading.bring(out, ADDRESS, tmp_path / "cache", alone, said.append)
     assert sorted(p.parent.name for p in out.glob(f"step*/{manifest.NAME}")) == ["step4", "step6"]
     for step in (out / "step4", out / "step6"):
         assert not manifest.broken_outputs(step, manifest.StepManifest.read(step / manifest.NAME).outputs)
@@ -356,6 +358,57 @@ def test_nodes_that_look_at_different_moments_go_on_from_one_step(tmp_path: Path
     assert all((tmp_path / f"disk{rank}" / "step6" / manifest.NAME).is_file() for rank in (0, 1))
 
 
+@pytest.mark.processes
+def test_each_node_that_continues_asks_for_what_its_ranks_read(tmp_path: Path, server: Server) -> None:
+    """Two nodes, each with a disk and an address of the bucket; then one node, which reads what two have written."""
+
+    def train_on(count: int, steps: int = 4) -> str:
+        for node in range(count):
+            folder = tmp_path / f"node{node}"
+            shutil.rmtree(folder, ignore_errors=True)
+            training.run_folder(folder, tmp_path / "dataset")
+        for one in servers:
+            one.requests.clear()
+        fields = {"ranks": count, "steps": steps, "save_every": 2, "validate_every": 0, "best_metric": "none"}
+        environment = {"SFT_STAGE_ADDRESS": "gs://test/run"}
+        fields |= {"emulators": [one.url for one in servers], "environment": environment}
+        process = training.SERVER.Process(target=training.run, args=(tmp_path, fields, uploading.train_on_node))
+        process.start()
+        return training.finish(process, tmp_path)
+
+    def forget(step: str) -> None:
+        del server.objects[f"run/{step}/{manifest.NAME}"]
+
+    training.write_dataset(tmp_path / "dataset")
+    small = {f"step2/{n}" for n in ("config.json", ".metadata.json", "model_and_optim/.metadata", "train/rank0.pt")}
+    shards = [f"step2/model_and_optim/__{rank}_0.distcp" for rank in (0, 1)]
+    with Server() as second:
+        second.objects, second.numbers = server.objects, server.numbers
+        servers = [server, second]
+        assert "continuing" not in train_on(2)
+        first = dict(server.objects)
+        forget("step4")
+        out = train_on(2)
+        assert (
+            "continuing from step 2 of gs://test/run" in out and "each node fetched what its ranks read, at most" in out
+        )
+        assert downloads(server) == {*small, shards[0]}
+        assert downloads(second) == {*small, "step2/train/rank1.pt", shards[1]}
+        last = [n for n in first if n.startswith("run/step4/model_and_optim/")]
+        assert last and all(server.objects[n].data == first[n].data for n in last)  # as if it had not been interrupted
+        forget("step4")
+        out = train_on(1)
+        assert "each node fetched what its ranks read (written by 2 ranks, read by 1), at most" in out
+        assert downloads(server) == {*small, *shards}
+        forget("step4")
+        put_at = f"run/{shards[0]}"
+        server.objects[put_at] = Stored(b"x" * len(server.objects[put_at].data), next(server.numbers))
+        with pytest.raises(AssertionError) as process:
+            train_on(2)
+        assert "warning: gs://test/run/step2 is skipped: " in str(process.value)
+        assert "gs://test/run: it has 1 steps, and none could be fetched" in str(process.value)
+
+
 # --- a bucket that is away ---------------------------------------------------------------------------------------------
 
 
@@ -373,12 +426,12 @@ def test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step(
     out.mkdir()
     server.fault("list", "reset", times=10_000)
     with pytest.raises(SftError, match="not done within 0 s"):  # never from the first weights
-        uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, print)
+        uploading.bring(out, ADDRESS, tmp_path / "cache", alone, print)
     assert not list(out.iterdir())
     monkeypatch.setenv(STORAGE_WAIT, str(int(PATIENCE)))
     server.faults[0].times = 40  # beyond the 0.3 s
     said: list[str] = []
-    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", alone, said.append)
+    uploading.bring(out, ADDRESS, tmp_path / "cache", alone, said.append)
     assert said[-1] == f"continuing from step 6 of {ADDRESS}"
 
 
@@ -391,7 +444,7 @@ def test_a_bucket_that_is_away_is_not_waited_for_where_the_disk_has_a_whole_step
     save(out, 4)
     server.fault("list", 503, times=10_000)
     said: list[str] = []
-    uploads.bring_checkpoint(out, ADDRESS, tmp_path / "cache", World(0, 1, 0, torch.device("cpu")), said.append)
+    uploading.bring(out, ADDRESS, tmp_path / "cache", World(0, 1, 0, torch.device("cpu")), said.append)
     assert len(said) == 1 and said[0].startswith(
         "warning: the bucket did not answer, training continues from what is on"
     )

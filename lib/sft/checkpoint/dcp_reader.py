@@ -20,7 +20,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -34,6 +34,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from sft.common.errors import SftError
 
 BLOCK = 32 << 20  # bytes read at once
+_Overlap = tuple[metadata.ChunkStorageMetadata, tuple[slice, ...], tuple[slice, ...]]
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     (kind.__module__, kind.__name__): kind
@@ -196,36 +197,42 @@ class DcpReader(Mapping[str, Tensor]):
                 f"{self.folder}: {self.prefix}{name}: shape {self.shape(name)}, the model has {tuple(target.shape)}"
             )
         with torch.no_grad():
-            if not isinstance(target, DTensor):
-                self._fill(name, target, (0,) * target.dim())
-                return
-            _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-            self._fill(name, target.to_local(), tuple(offset))
+            self._fill(name, *_local(target))
+
+    def files_of(self, name: str, target: Tensor) -> set[str]:
+        """The names of the shards that `read_into` would read."""
+        local, offset = _local(target)
+        chunks = [stored for stored, _, _ in self._overlaps(name, local.shape, offset)]
+        return {self._location(name, stored).relative_path for stored in chunks}
 
     def _fill(self, name: str, target: Tensor, offset: tuple[int, ...]) -> None:
         """Fills `target`, a part of the tensor that starts at `offset`, from all stored chunks that overlap it."""
         if self._opened[0] != name:
             self._opened = (name, {})
         filled = 0
-        for stored in self._entries[name].chunks:
-            theirs, ours = [], []
-            for at, size, start, length in zip(stored.offsets, stored.sizes, offset, target.shape, strict=True):
-                low, high = max(at, start), min(at + size, start + length)
-                theirs.append(slice(low - at, max(high, low) - at))
-                ours.append(slice(low - start, max(high, low) - start))
-            overlap = math.prod(s.stop - s.start for s in ours)
-            if overlap:
-                self._chunk(name, stored).copy(target[tuple(ours)], tuple(theirs))
-                filled += overlap
+        for stored, ours, theirs in self._overlaps(name, target.shape, offset):
+            self._chunk(name, stored).copy(target[ours], theirs)
+            filled += math.prod(s.stop - s.start for s in ours)
         if filled != target.numel():
             raise SftError(
                 f"{self.folder}: {self.prefix}{name}: chunks hold {filled} of {target.numel()} values;"
                 " next: fetch the complete checkpoint again"
             )
 
-    def _chunk(self, name: str, stored: metadata.ChunkStorageMetadata) -> _Chunk:
-        if stored.offsets in self._opened[1]:
-            return self._opened[1][stored.offsets]
+    def _overlaps(self, name: str, shape: Sequence[int], offset: Sequence[int]) -> Iterator[_Overlap]:
+        """The stored chunks that hold values of the part of a tensor with this shape and start: (chunk, where in the part, where
+        in the chunk)."""
+        for stored in self._entries[name].chunks:
+            theirs, ours = [], []
+            for at, size, start, length in zip(stored.offsets, stored.sizes, offset, shape, strict=True):
+                low, high = max(at, start), min(at + size, start + length)
+                theirs.append(slice(low - at, max(high, low) - at))
+                ours.append(slice(low - start, max(high, low) - start))
+            if math.prod(s.stop - s.start for s in ours):
+                yield stored, tuple(ours), tuple(theirs)
+
+    def _location(self, name: str, stored: metadata.ChunkStorageMetadata) -> Any:
+        """Where a chunk is stored. Raises SftError."""
         key = self.prefix + name
         info = self._storage.get(metadata.MetadataIndex(key, stored.offsets))
         if info is None:
@@ -234,6 +241,12 @@ class DcpReader(Mapping[str, Tensor]):
             )
         if getattr(info, "transform_descriptors", None) or not re.fullmatch(r"[\w.-]+", info.relative_path):
             raise SftError(f"{self.folder}/.metadata: {key}: unusable location {info.relative_path!r}")
+        return info
+
+    def _chunk(self, name: str, stored: metadata.ChunkStorageMetadata) -> _Chunk:
+        if stored.offsets in self._opened[1]:
+            return self._opened[1][stored.offsets]
+        key, info = self.prefix + name, self._location(name, stored)
         file = self.folder / info.relative_path
         try:
             if info.relative_path not in self._files:
@@ -249,6 +262,14 @@ class DcpReader(Mapping[str, Tensor]):
             raise SftError(f"{file}: {key}: a chunk of {tuple(chunk.shape)}, listed as {tuple(stored.sizes)}")
         self._opened[1][stored.offsets] = chunk
         return chunk
+
+
+def _local(target: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The part of a tensor that this rank holds, and where it starts."""
+    if not isinstance(target, DTensor):
+        return target, (0,) * target.dim()
+    _, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return target.to_local(), tuple(offset)
 
 
 class _Chunk:

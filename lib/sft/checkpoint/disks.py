@@ -20,7 +20,8 @@ SEEN_S = 2.0
 
 
 def apart(folder: Path, world: World) -> list[bool]:
-    """For every rank, whether its disk is another one than rank 0's. `folder` exists on every node. Every rank calls this."""
+    """For every rank, whether its disk is another one than rank 0's. Makes `folder` where it is missing. Every rank calls this."""
+    folder.mkdir(parents=True, exist_ok=True)
     word = world.on_rank0(lambda: uuid.uuid4().hex)
     mark = folder / f".saving-step-{word}-{world.rank}"  # a name that `step_folder.latest` removes after a kill
     world.on_all_ranks(mark.mkdir)

@@ -25,6 +25,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import uuid
 import warnings
@@ -39,6 +40,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.tensor import DTensor
 
 from sft.checkpoint import disks
 from sft.checkpoint.dcp_reader import DcpReader
@@ -239,8 +241,14 @@ def steps(out: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
-def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
-    """The newest complete step folder. Others are skipped with a warning.
+def latest(
+    out: Path,
+    world: World,
+    warn: Callable[[str], None],
+    reads: Callable[[Path, Collection[str]], set[str]] | None = None,
+) -> Path | None:
+    """The newest complete step folder. Others are skipped with a warning. `reads` (files_read): disks have only what their ranks
+    read of a step, and each rank looks at its own files.
 
     A step whose bytes differ from its manifest is renamed to .damaged-stepN, so that it is no step any more; no file is
     removed. Removes the leftovers of saves and removals that were killed. Every rank calls this. None where no step was
@@ -250,8 +258,9 @@ def latest(out: Path, world: World, warn: Callable[[str], None]) -> Path | None:
         shutil.rmtree(leftover, ignore_errors=True)
     if world.is_rank0:
         _remove_unfinished_marks(out)
-    for _, step in reversed(world.on_rank0(lambda: steps(out))):
-        problems = [line for part in world.on_all_ranks(partial(damage, step, world)) for line in part]
+    for name in reversed(world.on_rank0(lambda: [folder.name for _, folder in steps(out)])):
+        step = out / name
+        problems = [line for part in world.on_all_ranks(partial(damage, step, world, reads)) for line in part]
         if not problems:
             if world.is_rank0:
                 mark_latest(step)  # a kill may have come between the step's rename and LATEST
@@ -293,9 +302,11 @@ def set_aside(step: Path) -> Path:
     return aside
 
 
-def damage(step: Path, world: World | None = None) -> list[str]:
-    """The differences between a step and its manifest. With a world, each rank reads a part of the files; without, all
-    are read."""
+def damage(
+    step: Path, world: World | None = None, reads: Callable[[Path, Collection[str]], set[str]] | None = None
+) -> list[str]:
+    """The differences between a step and its manifest. With a world, each rank reads a part of the files, or those that `reads`
+    names; without, all are read."""
     file = step / manifest.NAME
     try:
         entries = StepManifest.read(file).outputs
@@ -303,7 +314,10 @@ def damage(step: Path, world: World | None = None) -> list[str]:
         needed = {"config.json", METADATA, "train/rank0.pt", "model_and_optim/.metadata"}
         if not needed <= listed:
             return [f"{file} does not list {', '.join(sorted(needed - listed))}"]
-        if world is not None:
+        if reads is not None:
+            wanted = reads(step, listed)
+            entries = tuple(o for o in entries if o.path in wanted)
+        elif world is not None:
             entries = entries[world.rank :: world.size]
         return manifest.broken_outputs(step, entries)
     except FileNotFoundError:
@@ -312,14 +326,47 @@ def damage(step: Path, world: World | None = None) -> list[str]:
         return [f"{file}: {type(error).__name__}: {error}"]
 
 
+def files_read(
+    step: Path, listed: Collection[str], model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> set[str]:
+    """The files of a step that this rank's `restore` reads, and those that say what the step is. `listed`: the names in its
+    manifest. The folder needs only DCP's .metadata. Raises SftError."""
+    state = f"train/rank{world.rank}.pt"
+    names = {"config.json", METADATA, "model_and_optim/.metadata", state if state in listed else "train/rank0.pt"}
+    for reader, tensors in _stored(step, model, optimizer):
+        if missing := sorted(tensors.keys() - reader.keys()):
+            raise SftError(f"{step}: no tensor {reader.prefix}{missing[0]}")
+        for name, tensor in tensors.items():
+            if isinstance(tensor, DTensor) or _reader_of(reader, name, tensor, world) == world.rank:
+                names |= {f"model_and_optim/{file}" for file in reader.files_of(name, tensor)}
+    return names
+
+
+def _stored(
+    step: Path, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> list[tuple[DcpReader, Mapping[str, Tensor]]]:
+    """What a step stores, and the tensors that it fills: weights, and moments."""
+    return [
+        (DcpReader(step, adapters=True), saved_parameters(model)),
+        (DcpReader(step, "optim.state."), optimizer_tensors(model, optimizer)),
+    ]
+
+
+def _reader_of(reader: DcpReader, name: str, tensor: Tensor, world: World) -> int:
+    """The rank that reads a tensor that every rank has whole: the one that wrote it, where there is one of this number. DCP
+    spreads such tensors (the counters of AdamW) over the files of all ranks, and a node need not have the files of others."""
+    if world.size == 1:
+        return 0
+    written = [int(m[1]) for file in sorted(reader.files_of(name, tensor)) if (m := re.match(r"__(\d+)_", file))]
+    return written[0] % world.size if written else 0
+
+
 def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
-    """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state.
-    Raises SftError."""
-    weights, moments = DcpReader(step, adapters=True), DcpReader(step, "optim.state.")
-    for name, parameter in saved_parameters(model).items():
-        weights.read_into(name, parameter)
-    for name, tensor in optimizer_tensors(model, optimizer).items():
-        moments.read_into(name, tensor)
+    """Loads weights and moments from a complete step folder, on any number of ranks. Returns this rank's train state. A tensor
+    that every rank has whole is read by one and sent to the others. Every rank calls this. Raises SftError."""
+    for reader, tensors in _stored(step, model, optimizer):
+        world.on_all_ranks(partial(_read_own, reader, tensors, world))
+        _exchange_whole(reader, tensors, world)
     mine = step / "train" / f"rank{world.rank}.pt"
     file = mine if mine.is_file() else step / "train" / "rank0.pt"
     try:
@@ -327,6 +374,29 @@ def restore(step: Path, model: nn.Module, optimizer: torch.optim.Optimizer, worl
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         raise SftError(f"{file}: not readable: {error}; next: remove {step}, and run train again") from error
     return state
+
+
+def _read_own(reader: DcpReader, tensors: Mapping[str, Tensor], world: World) -> None:
+    """Reads what this rank alone has of tensors, or all of one process."""
+    for name, tensor in tensors.items():
+        if world.size == 1 or isinstance(tensor, DTensor):
+            reader.read_into(name, tensor)
+
+
+def _exchange_whole(reader: DcpReader, tensors: Mapping[str, Tensor], world: World) -> None:
+    """Fills the tensors that every rank has whole."""
+    whole = {} if world.size == 1 else {n: t for n, t in tensors.items() if not isinstance(t, DTensor)}
+
+    def read() -> dict[str, Tensor]:
+        mine = {n: t for n, t in whole.items() if _reader_of(reader, n, t, world) == world.rank}
+        for name, tensor in mine.items():
+            reader.read_into(name, tensor)
+        return {name: tensor.detach().cpu() for name, tensor in mine.items()}
+
+    for part in world.on_all_ranks(read) if whole else ():
+        for name, value in part.items():
+            with torch.no_grad():
+                whole[name].copy_(value)
 
 
 # --- which steps are kept ---------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ from sft.training.saving import Saver
 from sft.training.sources import before_training, repeated_choices, source_weights
 from sft.training.stopping import Stopping
 from sft.training.stopwatch import Stopwatch
+from sft.training.stored_steps import FilesRead, StoredSteps, bring_step
 from sft.training.telemetry import layer_groups
 from sft.training.uploads import Uploads, destination
 
@@ -90,8 +91,9 @@ class Data:
     validation: Loader | None
 
 
-def build_run(stage: Stage, world: World) -> tuple[Run, int]:
-    """Builds everything and restores the newest complete step. Returns the run and the number of finished steps."""
+def build_run(stage: Stage, world: World, stored: StoredSteps | None = None) -> tuple[Run, int]:
+    """Builds everything and restores the newest complete step. Returns the run and the number of finished steps. `stored`: steps
+    in a bucket, of which this disk gets what its ranks read."""
     train = stage.recipe.train
     torch.manual_seed(train.data_seed)  # its state is in every step, whose bytes are then the same in every run
     if train.deterministic:
@@ -158,7 +160,11 @@ def build_run(stage: Stage, world: World) -> tuple[Run, int]:
         setup.log(
             f"warning: {untrained:,} documents lose every trained token to seq_len ({long:,} are longer); they are left out"
         )
-    step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"))
+    reads: FilesRead | None = None
+    if stored is not None:
+        reads = functools.partial(step_folder.files_read, model=model, optimizer=run.optimizer, world=world)
+        bring_step(stored, stage.out, stage.cache, world, setup.log, reads)
+    step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"), reads)
     connect_saver(setup, run.saver)
     start, origin = resume(setup, run, step, data.loader, adapter)
     if run.saver.leads:

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from sft.checkpoint import disks
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.common.process import AGAIN, OUT_OF_MEMORY, report_errors
@@ -57,16 +58,19 @@ from sft.training.out_of_memory import StartAgain, starts_again
 from sft.training.saving import PUBLICATION_S
 from sft.training.sources import lost_sources, table
 from sft.training.stopping import EARLY_STOPPING, MAX_MINUTES
+from sft.training.stored_steps import StoredSteps, find_steps
 from sft.training.trackers import Trackers
-from sft.training.uploads import bring_checkpoint
+from sft.training.uploads import destination
 from sft.training.watcher import Watcher, start_watcher
 
 
-def train_stage(stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1) -> Result:
-    """The stage on every rank. Raises Requeue, with the state saved, when `stop` returns True."""
+def train_stage(
+    stage: Stage, world: World, stop: Callable[[], bool], attempt: int = 1, stored: StoredSteps | None = None
+) -> Result:
+    """The stage on every rank. Raises Requeue, with the state saved, when `stop` returns True. `stored`: steps in a bucket."""
     if world.is_rank0:
         (stage.out / REQUEUE).unlink(missing_ok=True)
-    run, start = build_run(stage, world)
+    run, start = build_run(stage, world, stored)
     metrics = None
     if world.is_rank0:
         save_tokenizer(stage)
@@ -233,11 +237,11 @@ def main(argv: Sequence[str] | None = None, signals: Sequence[int] = ()) -> int:
     try:
         with report_errors("train") if world.is_rank0 else other_rank(), ExitStack() as stack:
             stage = open_on_all_ranks(options, world, stack)
-            attempt = prepare_attempt(stage, world)
+            attempt, stored = prepare_attempt(stage, world)
             patient = world.with_own_group(PUBLICATION_S)
             if world.is_rank0:
                 watcher = start_watcher(stage, words)
-            result = train_stage(stage, world, lambda: bool(signals), attempt)
+            result = train_stage(stage, world, lambda: bool(signals), attempt, stored)
             if world.is_rank0:
                 stage.finish(result)
         if world.is_rank0:
@@ -270,16 +274,17 @@ def open_on_all_ranks(options: RunOptions, world: World, stack: ExitStack) -> St
     return stage or stack.enter_context(open_stage("train", options, in_place=True, follower=True))
 
 
-def prepare_attempt(stage: Stage, world: World) -> int:
-    """Sets the CPU threads, fetches the checkpoint where this disk ends with the job, and starts the logs. Returns the
-    attempt's number."""
+def prepare_attempt(stage: Stage, world: World) -> tuple[int, StoredSteps | None]:
+    """Sets the CPU threads, looks for steps in the bucket where this disk ends with the job or nodes share none, and starts the
+    logs. Returns the attempt's number and the steps."""
     if stage.hardware.threads and world.device.type == "cpu":
         torch.set_num_threads(stage.hardware.threads)
-    if address := os.environ.get("SFT_STAGE_ADDRESS"):  # this disk ends with the job
-        bring_checkpoint(stage.out, address, stage.cache, world, stage.log if world.is_rank0 else lambda _: None)
+    stored, where = None, destination(stage.storage, stage.recipe.run, stage.identity)
+    if where and ("SFT_STAGE_ADDRESS" in os.environ or any(disks.apart(stage.out, world))):
+        stored = find_steps(stage.out, where, stage.cache, world, stage.log if world.is_rank0 else lambda _: None)
     attempt: int = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
     logs.record(stage.out, attempt, world.rank)
-    return attempt
+    return attempt, stored
 
 
 @contextlib.contextmanager
