@@ -152,3 +152,21 @@ def test_a_sibling_run_shares_the_prepared_data_and_a_short_training_resumes(run
     again = manifest.load(run / "train/manifest.json")
     shards = [{e.path: e.sha256 for e in m.outputs if e.path.endswith(".distcp")} for m in (final, again)]
     assert shards[0] == shards[1] and shards[0], "a resumed run ends in the same bytes"
+
+
+def test_the_notebook_runs_on_it(runs, monkeypatch, capsys):
+    """Every cell of docs/first-run.ipynb, in this process. Its own `make smoke` finds the finished stages."""
+    monkeypatch.chdir(REPO)
+    for name in [name for name in os.environ if name.startswith("MAKE") or name == "MFLAGS"]:
+        monkeypatch.delenv(name)
+    cells = json.loads((REPO / "docs/first-run.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert 'runs = Path("runs")' in code[0] and not any(cell.get("outputs") for cell in cells)
+    names = {}
+    for text in code:
+        exec(compile(text.replace('Path("runs")', f"Path({str(runs)!r})"), "docs/first-run.ipynb", "exec"), names)
+    shown = capsys.readouterr().out
+    assert re.search(r"assistant\n⟦.*<\|im_end\|>⟧\n<\|im_start\|>user", shown, re.DOTALL)
+    assert "200 steps: loss 7.6" in shown and "smoke_choice: acc" in shown
+    trained, others = map(float, re.search(r"step 200: ([\d.]+) nats a trained token, ([\d.]+)", shown).groups())
+    assert trained < 1 < others  # the questions were only read
