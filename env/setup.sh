@@ -43,9 +43,12 @@ choose_installer() { # uv reads UV_INDEX_URL, UV_FIND_LINKS …, and not pip's f
     .venv/bin/python -m pip config list 2>&1 | grep -qv disable-pip-version-check || INSTALLER=uv
 }
 
-pip() { # bytecode is left to the first import: most modules are never imported
+pip() { # bytecode is left to the first import, because most modules are never imported; where imports may not write it, it is made here
+    local now=${PYTHONDONTWRITEBYTECODE:-}
     if [ "$INSTALLER" = uv ]; then
-        uv pip install --quiet --python .venv/bin/python "$@"
+        uv pip install --quiet ${now:+--compile-bytecode} --python .venv/bin/python "$@"
+    elif [ -n "$now" ]; then
+        .venv/bin/python -m pip install --quiet --compile "$@"
     else
         .venv/bin/python -m pip install --quiet --no-compile "$@"
     fi

@@ -257,3 +257,14 @@ def test_set_up_says_that_no_index_had_a_build_for_the_cpu(tmp_path):
         capture_output=True,
     )
     assert "note: no index offered torch 2.13.0+cpu, so PyPI's build for CUDA is installed" in done.stderr
+
+
+@pytest.mark.parametrize(("forbidden", "word"), [("", "--no-compile"), ("1", "--compile")])
+def test_bytecode_is_made_at_set_up_only_where_imports_may_not_write_it(tmp_path, forbidden, word):
+    workspace = Workspace(tmp_path)
+    (workspace.root / ".venv/bin/python").write_text(FAKE_PIP)
+    env = {**os.environ, "CALLS": str(tmp_path / "calls"), "PYTHON": sys.executable, "TORCH": "2.13.0"}
+    env |= {"INSTALLER": "pip", "PYTHONDONTWRITEBYTECODE": forbidden}
+    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
+    installed = [line.split() for line in (tmp_path / "calls").read_text().splitlines() if " install " in line]
+    assert installed and all(word in words for words in installed)
