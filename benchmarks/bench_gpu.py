@@ -38,8 +38,9 @@ from sft.data.dataset_writer import DatasetWriter
 from sft.formats.adapter import Adapter
 from sft.model import attention, fp8, memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, start_adapters, trained_parameters
+from sft.model.compute_copies import copy_once_a_step
 from sft.model.model import Transformer, compile_blocks, initial_values
-from sft.model.parallel import World, context_group, join, shard
+from sft.model.parallel import World, begin_microbatch, context_group, join, shard
 from sft.model.trained import lora_targets
 from sft.packing.loader import Loader, Share, SpecialIds
 from sft.packing.packs import pack_dataset
@@ -137,7 +138,12 @@ def measure(
     """Steps of one preset: seconds, MFU, memory, loss, imbalance. DoesNotFit where the plan says so. `precision`: bf16 on a GPU unless
     it is given, fp32 on a CPU."""
     degree = args.context_degree
-    hardware = Hardware(recompute=args.recompute, compile="always" if compiled else "never", context_degree=degree)
+    hardware = Hardware(
+        recompute=args.recompute,
+        compile="always" if compiled else "never",
+        context_degree=degree,
+        keep_gathered=getattr(args, "keep_gathered", "auto"),
+    )
     groups = world.size // degree
     train = Train(
         seq_len=args.seq_len,
@@ -173,12 +179,14 @@ def measure(
         block.attention.context = group  # type: ignore[union-attr]
     if compiled:
         compile_blocks(model, world.device, train.precision)
-    model = shard(model, world, train.precision).to_empty(device=world.device)
+    model = shard(model, world, train.precision, 0, room.keep_gathered).to_empty(device=world.device)
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
     start_adapters(model, train.seed)
     optimizer, guard = build_adamw(model, train, compiled), Guard(0.0, world.device)
+    if world.size == 1 and room.keep_gathered != "none":
+        copy_once_a_step(model, optimizer, train.precision)
     watch = Stopwatch(blocks, world) if world.size > 1 and not compiled else None
     cuda = world.device.type == "cuda"
     if cuda:
@@ -191,7 +199,8 @@ def measure(
             marks.append(mark(world.device))
             cpu.append(time.process_time())
             total = torch.zeros((), device=world.device)
-            for batch in batches:
+            for number, batch in enumerate(batches, 1):
+                begin_microbatch(model, room.keep_gathered, last=number == len(batches))
                 b = batch.to(world.device)
                 ids = (b.input_ids, b.positions, b.cu_seqlens, b.max_len, b.target_rows, b.target_ids)
                 loss, _ = model(*ids, float(plan.num_targets(step)))
@@ -226,6 +235,7 @@ def measure(
         "precision": train.precision,
         "recompute": room.recompute,
         "recompute_budget": room.recompute_budget,
+        "keep_gathered": room.keep_gathered,
         "loss": [losses[0], losses[-1]],
         "seconds": took,
         "cpu_seconds": float(np.median(np.diff(cpu)[1 : args.steps + 1])),
@@ -345,6 +355,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=2)
     parser.add_argument("--context-degree", type=int, default=1)
     parser.add_argument("--recompute", default="auto")
+    parser.add_argument("--keep-gathered", default="auto", choices=("auto", "none", "weights", "gradients"))
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-eager", dest="eager", action="store_false")

@@ -16,6 +16,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from sft.common.errors import SftError
 from sft.model import attention
 from sft.model import model as modules
+from sft.model.compute_copies import ComputeCopies
 from sft.model.memory import LIBRARIES, activation_bytes, layer_modes, plan, require
 from sft.model.model import Block, Transformer
 from sft.model.parallel import World, shard
@@ -111,18 +112,26 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("precision", "keep"),
+    [("fp32", "none"), *(pytest.param("bf16", keep, marks=pytest.mark.slow) for keep in ("none", "weights"))],
+)
 @pytest.mark.parametrize("mode", ["none", "budget", "selected", "full"])
-def test_the_peak_is_within_an_eighth_of_what_torch_counts(precision: str, mode: str, no_group: None) -> None:
+def test_the_peak_is_within_an_eighth_of_what_torch_counts(
+    precision: str, keep: str, mode: str, no_group: None
+) -> None:
     train = Train(seq_len=512, precision=precision)
-    hardware = Hardware(recompute=mode, compile="never")
-    model = shard(build(SMALL, layer_modes(SMALL.n_layers, mode, 0.5)), World(0, 1, 0, torch.device("cpu")), precision)
+    hardware = Hardware(recompute=mode, compile="never", keep_gathered=keep)
+    world = World(0, 1, 0, torch.device("cpu"))
+    model = shard(build(SMALL, layer_modes(SMALL.n_layers, mode, 0.5)), world, precision, 0, keep)
     optimizer = build_adamw(model, train)
+    copies = ComputeCopies(model, optimizer).copies if keep == "weights" else []
     for p in model.parameters():
         p.grad = torch.zeros_like(p)  # as from the second microbatch on
-    tracker: Any = FSDPMemTracker(model, optimizer) if precision == "bf16" else MemTracker()
+    sharded = precision == "bf16" and keep == "none"
+    tracker: Any = FSDPMemTracker(model, optimizer) if sharded else MemTracker()
     batch = inputs(train.seq_len)
-    tracker.track_inputs((batch,)) if precision == "bf16" else tracker.track_external(model, optimizer)
+    tracker.track_inputs((batch,)) if sharded else tracker.track_external(model, optimizer, *copies)
     with tracker:
         loss, _ = model(**batch)
         loss.backward()

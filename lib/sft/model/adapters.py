@@ -138,7 +138,7 @@ def set_base(model: nn.Module, name: str, value: Tensor) -> None:
     if isinstance(module, LoraLinear) and module.weight is None and leaf == "weight":
         module.load_base(value)
     else:
-        set_parameter(getattr(module, leaf), value)
+        set_parameter(dict(module.named_parameters(recurse=False))[leaf], value)
 
 
 def start_adapters(model: nn.Module, seed: int) -> None:

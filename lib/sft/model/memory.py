@@ -46,12 +46,21 @@ class Plan:
     recompute: str  # 'none', 'selected', 'budget' or 'full'; 'auto' is resolved
     recompute_budget: float
     limit: int  # bytes of a GPU, of which a plan may use SHARE; 0 = not known
+    keep_gathered: str = "none"  # 'none', 'weights' or 'gradients'; 'auto' is resolved
 
     @property
     def mode(self) -> str:
         """The recomputation in words."""
         kept = f", {self.recompute_budget:.0%} of the layers keep all activations"
         return self.recompute + (kept if self.recompute == "budget" else "")
+
+    def gathering(self, ranks: int) -> str:
+        """How the weights come to the products, in words."""
+        if self.keep_gathered == "none":
+            return "gathered layer by layer for each pass"
+        if ranks == 1:
+            return "copied to the compute dtype once a step"
+        return "gathered once a step" + ("; gradients are reduced once" if self.keep_gathered == "gradients" else "")
 
     def table(self) -> list[tuple[str, str]]:
         """(part, GB) rows to print, the total and the limit last."""
@@ -61,7 +70,7 @@ class Plan:
         )
         verdict = "" if self.fits else ": DOES NOT FIT"
         rows.append(("total", f"{self.total / 1e9:9.2f} GB{limit} per GPU{verdict}"))
-        return [*rows, ("recomputation", self.mode)]
+        return [*rows, ("recomputation", self.mode), ("kept over microbatches", self.keep_gathered)]
 
 
 def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
@@ -81,8 +90,12 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
 
     `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all
     activations while the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
+    `keep_gathered = "auto"` becomes the most that fits with this recomputation. Where the memory is not known, one rank keeps copies and
+    several keep nothing.
     """
     limit = int(gpu_memory_gb * 1e9)
+    if hardware.keep_gathered == "auto":
+        return _keep_most(model, train, hardware, gpus_total, gpu_memory_gb)
     if hardware.recompute != "auto":
         return _estimate(model, train, hardware, gpus_total, limit)
     n = model.n_layers
@@ -102,12 +115,30 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     return _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
 
 
+def _keep_most(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, gpu_memory_gb: float) -> Plan:
+    """The plan for keep_gathered = "auto"."""
+    limit = int(gpu_memory_gb * 1e9)
+    least = plan(model, train, replace(hardware, keep_gathered="none"), gpus, gpu_memory_gb)
+    tokens = (hardware.microbatch_tokens or train.seq_len) * max(1, gpus // hardware.context_degree)
+    reduces_more_than_once = gpus > 1 and train.global_batch_tokens > tokens
+    for keep in ("gradients", "weights"):
+        if (keep == "gradients" and not reduces_more_than_once) or (gpus > 1 and not limit):
+            continue
+        chosen = replace(
+            hardware, keep_gathered=keep, recompute=least.recompute, recompute_budget=least.recompute_budget
+        )
+        if (found := _estimate(model, train, chosen, gpus, limit)).fits:
+            return found
+    return least
+
+
 def plan_again(
     model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, gpu_memory_gb: float, failed: int
 ) -> Plan:
     """The plan after a step ran out of memory with one that needs `failed` bytes: the least recomputation that needs at
     most RETRY_SHARE of them, whatever `recompute` says; full where none does."""
-    found = plan(model, train, replace(hardware, recompute="auto"), gpus_total, RETRY_SHARE / SHARE * failed / 1e9)
+    smaller = replace(hardware, recompute="auto", keep_gathered="none")
+    found = plan(model, train, smaller, gpus_total, RETRY_SHARE / SHARE * failed / 1e9)
     limit = int(gpu_memory_gb * 1e9)
     return replace(found, limit=limit, fits=not limit or found.total <= SHARE * limit)
 
@@ -126,7 +157,7 @@ def require(found: Plan, model: ModelConfig, train: Train, hardware: Hardware, g
 
 def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, limit: int) -> str:
     def fits(train: Train = train, gpus: int = gpus, **changed: object) -> bool:
-        new = replace(hardware, recompute="auto", **changed)  # type: ignore[arg-type]
+        new = replace(hardware, recompute="auto", keep_gathered="none", **changed)  # type: ignore[arg-type]
         return plan(model, train, new, gpus, limit / 1e9).fits
 
     if hardware.recompute != "auto" and fits():
@@ -161,7 +192,7 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
     parts[LIBRARIES] = int(CONTEXT + COMMUNICATOR * communicators(hardware, gpus))
     total = sum(parts.values())
     fits = not limit or total <= SHARE * limit
-    return Plan(parts, total, fits, hardware.recompute, hardware.recompute_budget, limit)
+    return Plan(parts, total, fits, hardware.recompute, hardware.recompute_budget, limit, hardware.keep_gathered)
 
 
 def communicators(hardware: Hardware, gpus: int) -> int:
@@ -252,10 +283,12 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     compute = _width(train)
     tokens = (hardware.microbatch_tokens or train.seq_len) // hardware.context_degree
     modes = layer_modes(model.n_layers, hardware.recompute, hardware.recompute_budget)
-    # One CPU process in fp32 is not wrapped by FSDP; one GPU in bf16 is.
-    wrapped = gpus > 1 or compute == 2
+    # One process is wrapped by FSDP in bf16, unless it has copies of its weights.
+    keep, copied = hardware.keep_gathered, gpus == 1 and hardware.keep_gathered != "none"
+    wrapped = gpus > 1 or (compute == 2 and not copied)
     replicated, adapters = _replicated(model, train), lora_shapes(model, train)
-    block, root = _groups({n: s for n, s in (shapes(model) | adapters).items() if n not in replicated}, wrapped)
+    every = {n: s for n, s in (shapes(model) | adapters).items() if n not in replicated}
+    block, root = _groups(every, wrapped)
     trained_block, trained_root = _groups(trained_shapes(model, train), wrapped)
     head = model.vocab_size * model.d_model
     head_gradient = head if hf.head_name(model) in trained_shapes(model, train) else 0
@@ -276,6 +309,14 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     # Activations that no layer keeps. NEFTune's noise is there until it is added.
     outside = rotary_tables + compute * tokens * model.d_model * (2 if train.neftune_alpha else 1)
     gathered = compute * (root + 2 * block)
+    next_block = compute * block  # which the backward pass gathers ahead
+    if keep != "none":
+        gathered, next_block = _copies(model, train, every) if copied else compute * _values(every), 0
+    unreduced = (
+        {"unreduced gradients": 4 * _values(trained_shapes(model, train))} if keep == "gradients" and not copied else {}
+    )
+    # Of one rank with copies: a gradient of one matrix, before it is added to the stored one.
+    handed_over = compute * max(map(math.prod, trained_shapes(model, train).values())) if copied and compute == 2 else 0
     loss = {
         "activations": sum(by_layer) + outside,
         "logits and loss": _loss(model, tokens, compute)
@@ -283,6 +324,7 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
         + (compute * head_gradient if compute == 2 else 0),
         "gathered weights": gathered,
         "reduced gradients": 0,
+        **unreduced,
     }
     all_of_layer = low_rank + max(
         activation_bytes(model, tokens, "none", compute, hardware, mixer) for mixer in dict.fromkeys(model.mixers)
@@ -297,18 +339,32 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
             + made
             + rounded,
             "logits and loss": compute * head_gradient,
-            "gathered weights": gathered + compute * block,
-            "reduced gradients": (compute + 8) * trained_block,
+            "gathered weights": gathered + next_block,
+            "reduced gradients": (compute + 8) * trained_block + handed_over,
+            **unreduced,
         }
         for layer in {model.n_layers - 1, last_recomputed}
     ]
     reduction = {
         "activations": 0,
         "logits and loss": 0,
-        "gathered weights": compute * root,
-        "reduced gradients": (compute + 4) * trained_root,
+        "gathered weights": compute * root if keep == "none" else gathered,
+        "reduced gradients": (compute + 4) * trained_root + handed_over,
+        **unreduced,
     }
     return [loss, *backward, reduction]
+
+
+def _values(found: Shapes) -> int:
+    return sum(map(math.prod, found.values()))
+
+
+def _copies(model: ModelConfig, train: Train, every: Shapes) -> int:
+    """Bytes of one rank's bf16 copies: of what is stored in fp32, but a Gated DeltaNet's decays."""
+    if train.precision == "fp32" or train.weights == "bf16":
+        return 0
+    stored = trained_shapes(model, train) if train.method == "lora" else every
+    return 2 * _values({name: shape for name, shape in stored.items() if not name.endswith(DECAYS)})
 
 
 def _groups(found: Shapes, wrapped: bool) -> tuple[int, int]:

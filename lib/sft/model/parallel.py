@@ -167,17 +167,20 @@ def make_deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing reads it
 
 
-def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0) -> nn.Module:
+def shard(
+    model: nn.Module, world: World, precision: str, shard_degree: int = 0, keep_gathered: str = "none"
+) -> nn.Module:
     """Shards parameters, gradients and optimizer state over the ranks, in one group per block and one for the rest.
 
     Parameters are fp32, compute is `precision`, reduction is fp32. Gradients are SUMMED: the loss is already divided by
     the number of targets in the global batch. Inputs keep their types: hidden states are `precision` from the embedding
     on, rotary tables are fp32. `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies
     are kept equal. A mixer's `replicated()` parameters stay whole and fp32 on every rank; `sum_replicated_gradients`
-    adds up their gradients. A single CPU process in fp32 is not sharded. Raises SftError when `shard_degree` does not
-    divide the number of ranks.
+    adds up their gradients. `keep_gathered` "weights" or "gradients": a block stays gathered after its forward pass, and until the
+    microbatch that `begin_microbatch` says is the last. A single process is not sharded in fp32, and where it keeps what it gathers
+    (`sft.model.compute_copies`). Raises SftError when `shard_degree` does not divide the number of ranks.
     """
-    if world.size == 1 and precision == "fp32":
+    if world.size == 1 and (precision == "fp32" or keep_gathered != "none"):
         return model
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
@@ -185,7 +188,13 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
     compute = None if precision == "fp32" else torch.bfloat16
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.get_submodule("blocks").children():
-        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=set(_replicated(block)))
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=policy,
+            ignored_params=set(replicated(block)),
+            reshard_after_forward=keep_gathered == "none",
+        )
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -194,12 +203,31 @@ def shard(model: nn.Module, world: World, precision: str, shard_degree: int = 0)
     return model
 
 
+def begin_microbatch(model: nn.Module, keep_gathered: str, last: bool) -> None:
+    """Says whether the next backward pass is the last one of a step. The last one sums gradients over copies of the weights
+    (shard_degree), frees gathered weights, and, with "gradients", reduces the step's gradients."""
+    if not isinstance(model, FSDPModule):
+        return
+    model.set_requires_all_reduce(last)
+    if keep_gathered != "none":
+        model.set_reshard_after_backward(last)
+    if keep_gathered == "gradients":
+        model.set_requires_gradient_sync(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees the weights that forward passes without a backward pass have gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def sum_replicated_gradients(model: nn.Module, world: World) -> None:
     """Replaces the gradients of parameters that no rank shards by their sum over ranks, in one exchange of fp32 values.
     Call it once a step, after the last microbatch."""
     if world.size == 1:
         return
-    grads = [p.grad for p in _replicated(model) if p.grad is not None]
+    grads = [p.grad for p in replicated(model) if p.grad is not None]
     if not grads:
         return
     total = torch.cat([grad.flatten() for grad in grads])
@@ -208,7 +236,7 @@ def sum_replicated_gradients(model: nn.Module, world: World) -> None:
         grad.copy_(value.view_as(grad))
 
 
-def _replicated(module: nn.Module) -> list[nn.Parameter]:
+def replicated(module: nn.Module) -> list[nn.Parameter]:
     """The parameters that every rank keeps whole, of all mixers in a module."""
     found = (part for part in module.modules() if isinstance(part, GatedDeltaNet))
     return [parameter for part in found for parameter in part.replicated()]

@@ -53,6 +53,13 @@ class Hardware:
         min=1,
         stages=("train",),
     )
+    keep_gathered: str = opt(
+        "auto",
+        "what a rank keeps over the microbatches of a step: none, a layer is gathered for each pass; weights, gathered once a step; gradients,"
+        " also reduced once a step; auto = the most that fits without more recomputation",
+        choices=("auto", "none", "weights", "gradients"),
+        stages=("train",),
+    )
     recompute: str = opt(
         "auto",
         "activations recomputed in the backward pass; selected = all but attention's, budget = that in some layers, auto = the least that fits",

@@ -32,6 +32,7 @@ from sft.formats.packs import DataPosition
 from sft.model import memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, add_dropout, freeze, start_adapters, store_in_bf16
 from sft.model.attention import choose_kernel
+from sft.model.compute_copies import copy_once_a_step
 from sft.model.fp8 import check_device, multiply_in_fp8, require_sizes
 from sft.model.gated_delta import missing_kernels
 from sft.model.model import Transformer, compile_blocks, missing_compiler
@@ -167,6 +168,8 @@ def build_run(stage: Stage, world: World, stored: StoredSteps | None = None) -> 
     step = step_folder.latest(stage.out, world, lambda text: setup.log(f"warning: {text}"), reads)
     connect_saver(setup, run.saver)
     start, origin = resume(setup, run, step, data.loader, adapter)
+    if world.size == 1 and room.keep_gathered != "none":
+        copy_once_a_step(model, run.optimizer, train.precision)
     if run.saver.leads:
         run.saver.prune()  # a kill may have come between the last save and its retention
     plan, summary = run.plan, run.plan.describe()
@@ -335,7 +338,8 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
         block.attention.context = group  # type: ignore[union-attr]
     if hardware.compile == "always":
         compile_blocks(model, world.device, train.precision)
-    return shard(model, world, train.precision, hardware.shard_degree).to_empty(device=world.device)
+    sharded = shard(model, world, train.precision, hardware.shard_degree, room.keep_gathered)
+    return sharded.to_empty(device=world.device)
 
 
 def notes(setup: Setup, run: Run, tokenizer_warning: str, missing: str) -> Iterator[str]:
@@ -364,6 +368,8 @@ def notes(setup: Setup, run: Run, tokenizer_warning: str, missing: str) -> Itera
             f"warning: {room.total / 1e9:.1f} GB per GPU estimated, of {room.limit / 1e9:.1f} GB, of which a plan may use"
             f" {memory.SHARE:.0%}; recompute=auto may fit"
         )
+    if setup.world.size > 1 or setup.stage.recipe.train.precision != "fp32":
+        yield f"weights: {room.gathering(setup.world.size)}"
     if run.short is not None:
         yield f"warning: {run.short}; recomputation is now: {room.mode}"
     elif setup.hardware.recompute == "auto" and room.limit:

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from sft.checkpoint import step_folder
 from sft.formats.metrics import InitialValidation, SourceUse, StepRecord, read_steps
@@ -28,7 +27,7 @@ from sft.formats.steps import Best
 from sft.model.adapters import Dropout, trained_parameters
 from sft.model.memory import Plan
 from sft.model.noise import neftune, token_keys
-from sft.model.parallel import SharedError, World, sum_replicated_gradients
+from sft.model.parallel import SharedError, World, begin_microbatch, reshard, sum_replicated_gradients
 from sft.model.utilisation import mfu
 from sft.packing.loader import Loader, Microbatch
 from sft.packing.steps import StepPlan
@@ -217,13 +216,17 @@ def set_dropout(run: Run, batch: Microbatch, step: int | None) -> None:
         run.dropout.keys = None if numbers is None else token_keys(numbers, seed)
 
 
+def keep_gathered(run: Run) -> str:
+    """What the memory plan lets a rank keep over the microbatches of a step."""
+    return run.room.keep_gathered if run.room is not None else "none"
+
+
 def accumulate(run: Run, step: int, batches: Sequence[Microbatch]) -> Tensor:
     """Adds up the gradients of this rank's microbatches of a step. Returns the sum of their statistics."""
     loss_denominator, total = float(run.plan.num_targets(step)), None
     for number, batch in enumerate(batches, 1):
         mark_part(run, f"microbatch {number} of {len(batches)}")
-        if isinstance(run.model, FSDPModule):  # copies of the weights (shard_degree) agree once a step
-            run.model.set_requires_all_reduce(number == len(batches))
+        begin_microbatch(run.model, keep_gathered(run), last=number == len(batches))
         loss, sums = forward(run, batch, loss_denominator, step)
         loss.backward() if run.replay is None else run.replay.backward(number - 1, loss, sums)
         total = sums if total is None else total.add_(sums)
@@ -256,8 +259,7 @@ def optimizer_step(run: Run, step: int, batches: Sequence[Microbatch], lr: float
 def begin_replay(run: Run, replay: Replay, loader: Loader, step: int) -> None:
     """Computes another rank's microbatch of a step that replay_every samples."""
     mark_part(run, "replay")
-    if isinstance(run.model, FSDPModule):  # a sum over copies that is put off would be part of the step's
-        run.model.set_requires_all_reduce(True)
+    begin_microbatch(run.model, keep_gathered(run), last=True)  # a sum that is put off would be part of the step's
     denominator = float(run.plan.num_targets(step))
     replay.begin(loader, step, lambda batch: forward(run, batch, denominator, step), run.model.zero_grad)
 
@@ -458,8 +460,7 @@ def validate(run: Run) -> Validation:
             total += forward(run, batch, 1.0)[1]
             if run.hang is not None:
                 run.hang.finish_step(run.hang.step)  # a validation may take as long as many steps
-    if isinstance(run.model, FSDPModule):
-        run.model.reshard()  # the root keeps its full weights for a backward pass, which does not come here
+    reshard(run.model)  # gathered weights are kept for a backward pass, which does not come here
     if run.world.size > 1:
         dist.all_reduce(total)
     sums, count = total[1:].tolist(), len(run.sources)

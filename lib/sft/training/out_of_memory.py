@@ -74,7 +74,8 @@ def note(run: Run, error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     numbers = _numbers(run.stage, run.world)
     found = OutOfMemory(step, run.world.rank, run.room.mode, run.room.total, numbers, first)
-    if run.short is not None or run.room.recompute == "full":
+    least = run.room.recompute == "full" and run.room.keep_gathered == "none"
+    if run.short is not None or least:
         raise SftError(
             f"{run.stage.out}: {found}, and {run.room.total / 1e9:.1f} GB per GPU were planned; next: a smaller"
             " [on.<cluster>.train] microbatch_tokens, a larger context_degree, more GPUs, or optimizer = 'adamw8bit'"
