@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def test_make_plans_the_commands_of_the_other_pages(
     place(PAGES[0], tmp_path, monkeypatch)
     for name in ("my-exp", "my-scores", "x"):
         (tmp_path / "recipes" / f"{name}.toml").write_text((REPO / "recipes" / "smollm2-gsm8k.toml").read_text())
-    (tmp_path / "data" / "dolma2-tokenizer").symlink_to(REPO / "recipes" / "smoke" / "tokenizer")
+    shutil.copytree(REPO / "recipes" / "smoke" / "tokenizer", tmp_path / "data" / "dolma2-tokenizer")
     (tmp_path / "data" / "gsm8k").mkdir()
     for name in ("train", "test"):
         (tmp_path / "data" / "gsm8k" / f"{name}.jsonl").write_text("{}\n")
