@@ -76,6 +76,12 @@ def test_what_is_not_read_is_named():
         chosen("README.md", README_md="")
 
 
+def test_a_folder_of_token_ids_is_told_apart_from_rows():
+    """Its tokenizer.json and .csv.gz would be read as rows."""
+    with pytest.raises(SftError, match=r"token_ids_part_0000.npy has token ids, .* make import-config FROM="):
+        chosen("labels_mask_part_0000.npy token_ids_part_0000.csv.gz token_ids_part_0000.npy tokenizer/tokenizer.json")
+
+
 def test_a_saved_dataset_is_what_its_state_lists(tmp_path):
     import datasets
 

@@ -107,6 +107,11 @@ def select(tree: Tree, choice: Choice, what: str) -> FileSelection:
 
 def _select(tree: Tree, choice: Choice, what: str) -> FileSelection:
     names = _sorted(tree.names)
+    if tokens := [name for name in names if fnmatch.fnmatchcase(name.rpartition("/")[2], "token_ids_part_*.npy")]:
+        raise SftError(
+            f"{what}: {tokens[0]} has token ids, and a source has conversations; next: name the conversations that it was made of:"
+            " make import-config FROM=script writes a recipe from the command of convert_sft_data_for_olmocore.py"
+        )
     if "dataset_dict.json" in names:
         return _saved_dict(tree, names, choice, what)
     if "state.json" in names:
