@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[1]
+PEERS = REPO / ".peers"
+"""What other projects' packages have brought (tests/peers.py)."""
 
 
 def copied(target: Path) -> Path:

@@ -11,18 +11,20 @@ The changes are made in a copy of the tracked files, so that the checkout stays 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import importlib
+import itertools
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from checkout import copied
+import forks
+from checkout import PEERS, copied
 from patience import PATIENCE
-from peers import FOLDER as PEERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +72,7 @@ MUTANTS = (
     Mutant("records are flushed before their step", "training/metrics.py", "        os.fsync(self._stream.fileno())\n        folder, records", "        folder, records", FILE_ORDER),
     # --- hashes, sizes and seals
     Mutant("an update of a bf16 weight is rounded at random", "training/adamw8bit.py", "value = round_to_bf16(value, bits(operands.place, step, value))", "value = value.bfloat16()", "test_rounding.py::test_small_updates_count_as_in_fp64"),
-    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "test_out_of_memory.py::test_a_second_time_ends_training_and_other_hardware_numbers_begin_afresh"),
+    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "test_out_of_memory.py::test_a_second_time_ends_training_although_more_could_be_recomputed"),
     Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a manifest's seal is compared", "formats/manifest.py", "made.seal != seal(value)", "False", DAMAGE),
@@ -159,52 +161,84 @@ MUTANTS = (
 )  # fmt: skip
 
 
-def passes(place: Path, tests: str) -> tuple[bool, str]:
-    """Whether tests pass in a copy, and their last lines."""
+PRELOADED = ("numba", "pyarrow", "pytest", "hypothesis", "requests", "torch", "torch.distributed.fsdp", "transformers")
+"""Packages that take seconds to import. Nothing of ours: each mutant must be imported anew."""
+
+
+def serve() -> None:
+    """Runs the tests that it is asked for, each time in a process of its own."""
+    for name in PRELOADED:
+        importlib.import_module(name)
+    assert "sft" not in sys.modules  # a mutant would be the code without its change
+    forks.serve(lambda asked: int(sys.modules["pytest"].main(asked["words"])), PATIENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """A copy of the checkout to change, and the server that runs tests in it."""
+
+    place: Path
+    server: forks.Server
+    times: Iterator[int]
+    """A file gets another time with each change, or Python could take the bytecode of the one before."""
+
+    def passes(self, tests: str) -> tuple[bool, str]:
+        """Whether tests pass, and their last lines."""
+        paths = [f"tests/{n}" for n in tests.split() if (self.place / "tests" / n.partition("::")[0]).is_file()]
+        log = self.place / "mutants.log"
+        log.unlink(missing_ok=True)
+        status = self.server.ask({"words": ["-q", "-x", "-n0", "-p", "no:cacheprovider", *paths], "log": str(log)})
+        shown = log.read_text(encoding="utf-8", errors="replace")
+        if status is None or status not in (0, 1):  # below 0: a signal ended it
+            raise SystemExit(f"pytest ended with {status}: {shown}")
+        return status == 0, shown[-3000:]
+
+    def caught(self, mutant: Mutant) -> str:
+        """ "caught", or what is wrong."""
+        file = self.place / "lib/sft" / mutant.file
+        text = file.read_text(encoding="utf-8")
+        if (count := text.count(mutant.old)) != 1:
+            return f"its text is in {mutant.file} {count} times"
+        self._write(file, text.replace(mutant.old, mutant.new))
+        try:
+            return "NOT CAUGHT" if self.passes(mutant.tests)[0] else "caught"
+        finally:
+            self._write(file, text)
+
+    def _write(self, file: Path, text: str) -> None:
+        file.write_text(text, encoding="utf-8")
+        now = next(self.times)
+        os.utime(file, (now, now))
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Copy]:
+    """A new copy of this checkout."""
+    place = copied(folder)
+    if PEERS.is_dir():  # what other projects' packages have brought
+        (place / PEERS.name).symlink_to(PEERS)
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{place / 'lib'}:{place / 'benchmarks'}",
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": f"{place / 'lib'}:{place / 'benchmarks'}:{place / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
     }
-    paths = [f"tests/{name}" for name in tests.split() if (place / "tests" / name.partition("::")[0]).is_file()]
-    done = subprocess.run(
-        [place / ".venv/bin/python", "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *paths],
-        cwd=place, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False,
-    )  # fmt: skip
-    if done.returncode > 1:  # below 0: a signal ended it
-        raise SystemExit(f"pytest ended with {done.returncode}: {done.stdout}{done.stderr}")
-    return done.returncode == 0, done.stdout[-3000:]
-
-
-def caught(place: Path, mutant: Mutant) -> str:
-    """ "caught", or what is wrong."""
-    file = place / "lib/sft" / mutant.file
-    text = file.read_text(encoding="utf-8")
-    if (count := text.count(mutant.old)) != 1:
-        return f"its text is in {mutant.file} {count} times"
-    file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
-    try:
-        return "NOT CAUGHT" if passes(place, mutant.tests)[0] else "caught"
-    finally:
-        file.write_text(text, encoding="utf-8")
+    with forks.started("import mutants; mutants.serve()", place, environment) as server:
+        yield Copy(place, server, itertools.count(int(time.time())))
 
 
 def main(words: Sequence[str]) -> int:
     chosen = [m for m in MUTANTS if " ".join(words) in m.name]
     wrong = 0
-    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
-        place = Path(folder)
-        copied(place)
-        if PEERS.is_dir():  # what other projects' packages have brought
-            (place / PEERS.name).symlink_to(PEERS)
-        ok, shown = passes(place, " ".join(sorted({test for m in chosen for test in m.tests.split()})))
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, opened(Path(folder)) as copy:
+        ok, shown = copy.passes(" ".join(sorted({test for m in chosen for test in m.tests.split()})))
         if not ok:
             print(f"the tests fail without any change:\n{shown}")
             return 1
         print(f"{'protection':62}{'result':12}seconds", flush=True)
         for mutant in chosen:
             began = time.monotonic()
-            result = caught(place, mutant)
+            result = copy.caught(mutant)
             wrong += result != "caught"
             print(f"{mutant.name:62}{result:12}{time.monotonic() - began:6.1f}", flush=True)
     print(f"{len(chosen) - wrong} of {len(chosen)} protections are held by a test")

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import pytest
 
+from checkout import PEERS
 from sft.common.files import hash_file
 from sft.common.locks import lock
 
-REPO = Path(__file__).resolve().parents[1]
-FOLDER = REPO / ".peers"
+FOLDER = PEERS
 TIMEOUT_S = 120
 
 TOKENIZERS = {

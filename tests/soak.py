@@ -26,15 +26,14 @@ import runpy
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 from checkout import copied
 from events import Events
 from gcs_server import Server as Bucket
@@ -103,51 +102,18 @@ TIMES = ("seconds", "reused_replies")
 
 
 def serve() -> None:
-    """Runs the stages that standard input asks for, one JSON line each, and answers with their exit statuses."""
+    """Runs the stages that it is asked for, each in a process of its own."""
     import torch
 
     for name in PRELOADED:
         importlib.import_module(name)
     torch.set_num_threads(1)
-    for line in sys.stdin:
-        asked = json.loads(line)
-        child = os.fork()
-        if not child:
-            _stage(asked)
-        began, status = time.monotonic(), None
-        while status is None and time.monotonic() - began < PATIENCE_S:
-            pid, ended = os.waitpid(child, os.WNOHANG)
-            status = os.waitstatus_to_exitcode(ended) if pid else None
-            time.sleep(0.005)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(child, signal.SIGKILL)  # what a killed parent left, such as tee, or what hangs
-        if status is None:
-            os.waitpid(child, 0)
-        print(json.dumps(status), flush=True)
+    forks.serve(_stage, PATIENCE_S)
 
 
-def _stage(asked: dict[str, Any]) -> None:
-    os.setsid()
-    log = os.open(asked["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    for stream in (1, 2):
-        os.dup2(log, stream)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+def _stage(asked: dict[str, Any]) -> int:
     sys.argv = [f"stages/{asked['stage']}.py", *asked["words"]]
-    status = 1
-    try:
-        status = _ranks(asked["ranks"]) if asked["stage"] == "train" else _program(asked["stage"])
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-        if not isinstance(end.code, int):
-            print(end.code, file=sys.stderr)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    return _ranks(asked["ranks"]) if asked["stage"] == "train" else _program(asked["stage"])
 
 
 def _program(stage: str) -> int:
@@ -198,7 +164,7 @@ class Soak:
 
     place: Path
     events: Events
-    server: subprocess.Popen[str]
+    server: forks.Server
     cluster: str = "local"
     ranks: int = RANKS
     failures: list[str] = dataclasses.field(default_factory=list)
@@ -211,11 +177,7 @@ class Soak:
         """The exit status of a stage; None where it hangs."""
         words = ["runs/soak", "--cluster", self.cluster]
         asked = {"stage": stage, "words": words, "ranks": self.ranks, "log": str(self.place / "log")}
-        assert self.server.stdin and self.server.stdout
-        self.server.stdin.write(json.dumps(asked) + "\n")
-        self.server.stdin.flush()
-        status = json.loads(self.server.stdout.readline())
-        return None if status is None else int(status)
+        return self.server.ask(asked)
 
     def undisturbed(self, stage: str) -> int:
         """Runs a stage without a fault. Returns its number of events."""
@@ -302,20 +264,8 @@ def opened(folder: Path, bucket: Bucket | None = None) -> Any:
         "HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo", **({"STORAGE_EMULATOR_HOST": bucket.url} if bucket else {}),
     }  # fmt: skip
-    server = subprocess.Popen(
-        [sys.executable, "-c", "import soak; soak.serve()"],
-        cwd=place,
-        env=environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
+    with forks.started("import soak; soak.serve()", place, environment) as server:
         yield Soak(place, events, server, *(("bucket", 1) if bucket else ()))
-    finally:
-        assert server.stdin
-        server.stdin.close()
-        server.wait()
 
 
 def soak(
