@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from sft.common.errors import SftError
 from sft.common.process import OUT_OF_MEMORY
 from sft.formats import manifest, steps
 from sft.formats.metrics import read_attempts
@@ -15,7 +17,7 @@ from sft.formats.out_of_memory import OutOfMemory
 from sft.model.memory import plan, plan_again
 from sft.recipe.presets import PRESETS
 from sft.recipe.schema import Hardware, Train
-from sft.training.out_of_memory import is_out_of_memory
+from sft.training.out_of_memory import is_out_of_memory, note
 from training import assert_same_bits, run_folder, train
 
 FULL = {"at": "sft.training.loop.clip", "call": 5, "kind": "memory"}
@@ -62,6 +64,18 @@ def test_full_recomputation_is_not_tried_again(tmp_path: Path, dataset: Path) ->
         folder, 1, fault=FULL, hardware=hardware, **SHORT
     )
     assert not (folder / "train" / steps.OUT_OF_MEMORY).exists()
+
+
+def test_a_second_time_ends_training_although_more_could_be_recomputed(tmp_path: Path) -> None:
+    """In a tiny training the second attempt recomputes everything, which alone would end it."""
+    stage = SimpleNamespace(out=tmp_path, hardware=Hardware())
+    room = SimpleNamespace(recompute="budget", mode="budget", total=10**9)
+    values = {"stage": stage, "room": room, "world": SimpleNamespace(rank=0, size=1), "hang": None, "first": 4}
+    run: Any = SimpleNamespace(short=None, **values)
+    assert "training starts again once" in note(run, torch.OutOfMemoryError("x"))
+    run.short = OutOfMemory.read(tmp_path / steps.OUT_OF_MEMORY)
+    with pytest.raises(SftError, match=r"step 5 ran out of memory .* next: a smaller"):
+        note(run, torch.OutOfMemoryError("x"))
 
 
 @pytest.mark.parametrize("recompute", ["none", "budget", "selected", "auto"])
