@@ -69,7 +69,7 @@ def test_full_recomputation_is_not_tried_again(tmp_path: Path, dataset: Path) ->
 def test_a_second_time_ends_training_although_more_could_be_recomputed(tmp_path: Path) -> None:
     """In a tiny training the second attempt recomputes everything, which alone would end it."""
     stage = SimpleNamespace(out=tmp_path, hardware=Hardware())
-    room = SimpleNamespace(recompute="budget", mode="budget", total=10**9)
+    room = SimpleNamespace(recompute="budget", mode="budget", total=10**9, keep_gathered="none")
     values = {"stage": stage, "room": room, "world": SimpleNamespace(rank=0, size=1), "hang": None, "first": 4}
     run: Any = SimpleNamespace(short=None, **values)
     assert "training starts again once" in note(run, torch.OutOfMemoryError("x"))
@@ -78,14 +78,17 @@ def test_a_second_time_ends_training_although_more_could_be_recomputed(tmp_path:
         note(run, torch.OutOfMemoryError("x"))
 
 
+@pytest.mark.parametrize("keep", ["none", "auto"])
 @pytest.mark.parametrize("recompute", ["none", "budget", "selected", "auto"])
-def test_the_next_plan_needs_less(recompute: str) -> None:
-    numbers = (PRESETS["olmo2-7b"], Train(), Hardware(recompute=recompute, recompute_budget=0.4), 8)
+def test_the_next_plan_needs_less(recompute: str, keep: str) -> None:
+    hardware = Hardware(recompute=recompute, recompute_budget=0.4, keep_gathered=keep)
+    numbers = (PRESETS["olmo2-7b"], Train(), hardware, 8)
     failed = plan(*numbers, 80.0)
     found = plan_again(*numbers, 80.0, failed.total)
     assert found.total < 0.9 * failed.total and found.limit == 80e9
     kept = {"none": 1.0, "budget": failed.recompute_budget}.get(failed.recompute, 0.0)
-    assert found.recompute == "full" or found.recompute_budget < kept
+    assert found.keep_gathered == "none"
+    assert failed.keep_gathered != "none" or found.recompute == "full" or found.recompute_budget < kept
 
 
 def test_which_errors_are_a_lack_of_memory() -> None:

@@ -119,6 +119,8 @@ def _keep_most(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, 
     """The plan for keep_gathered = "auto"."""
     limit = int(gpu_memory_gb * 1e9)
     least = plan(model, train, replace(hardware, keep_gathered="none"), gpus, gpu_memory_gb)
+    if gpus == 1 and train.precision == "fp32":  # it computes from the parameters themselves
+        return least
     tokens = (hardware.microbatch_tokens or train.seq_len) * max(1, gpus // hardware.context_degree)
     reduces_more_than_once = gpus > 1 and train.global_batch_tokens > tokens
     for keep in ("gradients", "weights"):
@@ -135,8 +137,8 @@ def _keep_most(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, 
 def plan_again(
     model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, gpu_memory_gb: float, failed: int
 ) -> Plan:
-    """The plan after a step ran out of memory with one that needs `failed` bytes: the least recomputation that needs at
-    most RETRY_SHARE of them, whatever `recompute` says; full where none does."""
+    """The plan after a step ran out of memory with one that needs `failed` bytes: nothing is kept over microbatches, and the least
+    recomputation that needs at most RETRY_SHARE of them, whatever `recompute` says; full where none does."""
     smaller = replace(hardware, recompute="auto", keep_gathered="none")
     found = plan(model, train, smaller, gpus_total, RETRY_SHARE / SHARE * failed / 1e9)
     limit = int(gpu_memory_gb * 1e9)

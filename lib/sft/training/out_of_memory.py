@@ -81,7 +81,8 @@ def note(run: Run, error: BaseException) -> str:
             " [on.<cluster>.train] microbatch_tokens, a larger context_degree, more GPUs, or optimizer = 'adamw8bit'"
         ) from error
     found.write(run.stage.out / OUT_OF_MEMORY)
-    return f"{found}; training starts again once, from the newest step, with more recomputation"
+    less = "more recomputation" if run.room.keep_gathered == "none" else "no weights kept over microbatches"
+    return f"{found}; training starts again once, from the newest step, with {less}"
 
 
 @contextlib.contextmanager
