@@ -127,6 +127,7 @@ def test_oe_evals_defaults_are_those_of_open_instructs_script(place):  # noqa: F
     assert words[words.index("--revision") + 1] == "main"
     assert "--push-datalake" in words and "--datalake-tags" not in words
     more = 'process_output = "none"\nstop_sequences = ["</a>", "\\n\\n"]\nmax_reply_tokens = 99\ndatalake_tags = {run_id = "r1", step = "7"}'
+    more += '\nhf_save_dir = "ann/evals//results/m"\nwandb_run_path = "ann/sft/abc123"'
     (task,) = spec_of(place, f'tasks = ["gsm8k::tulu"]\n{plain}\n{more}')["tasks"]
     words = task["arguments"]
     assert "process_output" not in json.loads(words[words.index("--model-args") + 1])
@@ -134,6 +135,8 @@ def test_oe_evals_defaults_are_those_of_open_instructs_script(place):  # noqa: F
         "generation_kwargs": {"max_gen_toks": 99, "truncate_context": False, "stop_sequences": ["</a>", "\n\n"]}
     }
     assert words[words.index("--datalake-tags") + 1] == "run_id=r1,step=7"
+    assert words[words.index("--hf-save-dir") + 1] == "ann/evals//results/m"  # as oe-eval.sh's HF_UPLOAD_ARG
+    assert words[words.index("--wandb-run-path") + 1] == "ann/sft/abc123"
     place.edit('workspace = "ai2/team"', 'time = "2h"\nevaluate_retries = 0\nworkspace = "ai2/team"')
     body = spec_of(place, f'tasks = ["gsm8k::tulu"]\n{plain}\ndatalake = false')
     assert body["tasks"][0]["timeout"] == 7200 * 10**9 and "retry" not in body
@@ -161,6 +164,15 @@ def test_the_shipped_clusters_install_olmo_eval_as_open_instruct_does(file):
             'harness = "lm-eval"\nstop_sequences = ["x"]',
             "'stop_sequences' in [evaluate]: only harness = 'oe-eval' reads it",
         ),
+        (
+            'harness = "olmo-eval"\nhf_save_dir = "a/b//c"',
+            "'hf_save_dir' in [evaluate]: only harness = 'oe-eval' reads it",
+        ),
+        (
+            'harness = "oe-eval"\nhf_save_dir = "evals"',
+            "'hf_save_dir' in [evaluate] = 'evals': org/name//folder is expected",
+        ),
+        ('harness = "oe-eval"\nwandb_run_path = "a/b"', "= 'a/b': entity/project/run_id is expected"),
         ('harness = "olmo-eval"\ndatalake = false', "'datalake' in [evaluate]: only harness = 'oe-eval' reads it"),
         ('harness = "oe-eval"\ndatalake_tags = {run_id = "a,b"}', "'a,b' is not a word without spaces, ',' and '='"),
         ('harness = "oe-eval"\ndatalake = false\ndatalake_tags = {a = "b"}', "datalake = false pushes nothing"),
@@ -179,6 +191,7 @@ def test_fields_of_oe_eval_are_refused_where_nothing_reads_them(place, fields, m
         ("allenai/OLMo-2-1124-7B-Instruct", "allenai/OLMo-2-1124-7B-Instruct", None),
         ("hf://allenai/OLMo-2", "allenai/OLMo-2", None),
         ("gs://ai2-llm/m", "gs://ai2-llm/m", None),
+        ("s3://ai2-llm/m", "s3://ai2-llm/m", None),
         ("", "WEKA/ann/runs/x/convert/model", None),
     ],
 )

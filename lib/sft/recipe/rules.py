@@ -219,7 +219,7 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
 def _check_oe_eval(evaluate: schema.Evaluate) -> list[str]:
     """The fields that only oe-eval reads; the tags are one word of its command line."""
     if evaluate.harness != "oe-eval":
-        only = {"stop_sequences": (), "datalake": True, "datalake_tags": {}}
+        only = {"stop_sequences": (), "datalake": True, "datalake_tags": {}, "hf_save_dir": "", "wandb_run_path": ""}
         given = [name for name, default in only.items() if getattr(evaluate, name) != default]
         return [f"'{name}' in [evaluate]: only harness = 'oe-eval' reads it; remove it" for name in given]
     words = [word for pair in evaluate.datalake_tags.items() for word in pair if not re.fullmatch(r"[^\s,=]+", word)]
@@ -227,6 +227,12 @@ def _check_oe_eval(evaluate: schema.Evaluate) -> list[str]:
         f"'datalake_tags' in [evaluate]: {word!r} is not a word without spaces, ',' and '='; change it"
         for word in words
     ]
+    for name, pattern, form in (
+        ("hf_save_dir", r"[\w.-]+/[\w.-]+(//[\w./-]+)?", "org/name//folder"),
+        ("wandb_run_path", r"[\w.-]+/[\w.-]+/[\w.-]+", "entity/project/run_id"),
+    ):
+        if (value := getattr(evaluate, name)) and not re.fullmatch(pattern, value):
+            problems.append(f"'{name}' in [evaluate] = {value!r}: {form} is expected; change it")
     if evaluate.datalake_tags and not evaluate.datalake:
         problems.append("'datalake_tags' in [evaluate]: datalake = false pushes nothing; remove one of them")
     return problems

@@ -319,7 +319,7 @@ class Evaluate:
     )
     location: str = opt(
         "",
-        "AI2's harnesses: another model than the run's export: a path on a mount, gs://…, org/name[@revision], beaker://dataset",
+        "AI2's harnesses: another model than the run's export: a path on a mount, gs://…, s3://…, org/name[@revision], beaker://dataset",
     )
     model_name: str = opt("", "oe-eval: the model's name in its records; empty = the run's name", key=False)
     stop_sequences: tuple[str, ...] = opt((), "oe-eval: texts that end a reply, beside the task's own", late=True)
@@ -327,6 +327,12 @@ class Evaluate:
     datalake_tags: dict[str, str] = opt(
         {}, 'oe-eval: tags of the scores in the datalake, e.g. {run_id = "…", step = "100"}', key=False
     )
+    hf_save_dir: str = opt(
+        "",
+        "oe-eval: also store the results in a dataset of the hub: org/name//folder (open-instruct's --upload_to_hf)",
+        key=False,
+    )
+    wandb_run_path: str = opt("", "oe-eval: also store the scores in this W&B run: entity/project/run_id", key=False)
     task_dir: str = opt("tasks", "folder of lm-eval task files under DATA or recipes/")
     limit: int = opt(0, "documents per task; 0 = all", min=0)
     data: dict[str, str] = opt(

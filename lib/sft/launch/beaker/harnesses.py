@@ -119,7 +119,7 @@ def tasks_of(job: Job) -> list[str]:
 
 
 def model_of(job: Job, user: str) -> HarnessModel:
-    """The model at [evaluate] location: a path on a mount, gs://…, org/name[@revision] on the hub, or beaker://dataset.
+    """The model at [evaluate] location: a path on a mount, gs://… or s3://…, org/name[@revision] on the hub, or beaker://dataset.
 
     An empty location is the run's own export. Raises SftError for any other form, and for a path that jobs do not see.
     """
@@ -131,11 +131,11 @@ def model_of(job: Job, user: str) -> HarnessModel:
         place = paths.for_user(place).removeprefix("hf://")
         if match := re.fullmatch(rf"({_HUB})@([A-Za-z0-9_.][A-Za-z0-9_./-]*)", place):
             return HarnessModel(match[1], {}, {}, match[2])
-        if not re.fullmatch(rf"(/|gs://)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*|{_HUB}", place) or ".." in place.split(
-            "/"
-        ):
+        if not re.fullmatch(
+            rf"(/|gs://|s3://)[A-Za-z0-9_.-]+(/[A-Za-z0-9_.@=+-]+)*|{_HUB}", place
+        ) or ".." in place.split("/"):
             raise SftError(
-                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, org/name[@revision] or beaker://… is expected; next: correct it"
+                f"{file}: [evaluate] location = {options.location!r}: a path, gs://…, s3://…, org/name[@revision] or beaker://… is expected; next: correct it"
             )
         if place.startswith("/"):
             _check_mounted(job, place)
@@ -268,6 +268,8 @@ def _oe_eval(job: Job, model: HarnessModel, gpus: int) -> list[HarnessTask]:
     pushed = ["--push-datalake"] if options.datalake else []
     if options.datalake_tags:
         pushed += ["--datalake-tags", ",".join(f"{name}={value}" for name, value in options.datalake_tags.items())]
+    pushed += ["--hf-save-dir", options.hf_save_dir] if options.hf_save_dir else []
+    pushed += ["--wandb-run-path", options.wandb_run_path] if options.wandb_run_path else []
     for number, name in enumerate(tasks_of(job)):
         choice = name in CHOICE
         wanted = gpus * 2 if choice or name in LONG_REPLIES else gpus
@@ -276,9 +278,9 @@ def _oe_eval(job: Job, model: HarnessModel, gpus: int) -> list[HarnessTask]:
             model_args["process_output"] = options.process_output
         variables = {"VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1"}
         if name == TOOLS:
-            if not model.name.startswith(("/", "gs://")):
+            if not model.name.startswith(("/", *paths.BUCKETS)):
                 raise SftError(
-                    f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model.name!r}; next: a path or gs://… as location"
+                    f"{job.recipe.file}: [evaluate] {TOOLS} needs a model in a folder, not {model.name!r}; next: a path, gs://… or s3://… as location"
                 )
             model_args["metadata"] = {"extra_eval_config": {"model_name": "allenai/general-tool-use-dev"}}
             variables["MAX_TOKENS"] = str(length)
