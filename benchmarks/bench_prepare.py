@@ -345,7 +345,7 @@ def compare(
     found: dict[str, Counts] = {}
     print(f"{title}: {len(rows)} conversations x {repeats}, {per_row:.0f} tokens each")
 
-    few = rows[: max(20 * cores, int(60_000 * cores / per_row))]
+    few = rows[: max(20 * cores, int(args.ancestor_tokens * cores / per_row))]
     found["ancestor"] = in_processes(Ancestor, (templated,), few, cores)
     found["light_ancestor"] = in_processes(LightAncestor, (templated,), few, cores)
     check = encoder.encode(few, encoder.prepare.sources[0])
@@ -399,6 +399,10 @@ def compare(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=float, default=30e6, help="size of each data set for 'ours'")
+    parser.add_argument("--dialogues", type=int, default=2000, help="how many are generated")
+    parser.add_argument(
+        "--ancestor-tokens", type=float, default=60_000, help="what each core gives the ancestor's method"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cores", type=int, default=machine.cores())
     parser.add_argument("--tokenizer", type=Path, default=SHARED / "dolma2-tokenizer")
@@ -435,7 +439,7 @@ def main() -> None:
     if args.only_layouts:
         print(json.dumps({"bench": "prepare", "cores": args.cores, **told, "layouts": layouts}))
         return
-    made = [dialogue(rng, words) for _ in range(2000)]
+    made = [dialogue(rng, words) for _ in range(args.dialogues)]
     with tempfile.TemporaryDirectory() as saved:  # the tokenizer with the template in it, for transformers
         Encoder(args.tokenizer, table_for("rows.jsonl")).save_tokenizer(Path(saved))
         found = {

@@ -78,7 +78,8 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
     shutil.copytree(TOKENIZER, tmp_path / "other")
     (tmp_path / "other/chat_template.jinja").write_text(prepare_layouts.JINJA)
     options = {
-        "cores": "1", "tokens": "5e4", "rounds": "1", "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1",
+        "cores": "1", "tokens": "5e4", "dialogues": "40", "ancestor-tokens": "5e3", "rounds": "1",
+        "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1",
         "tokenizer": TOKENIZER, "qwen3": tmp_path / "other", "gsm8k": file,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split(" "))]
@@ -87,7 +88,8 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
     assert len(numbers["layouts"]) == 10
     for figures in numbers["data"].values():
         speeds = figures["clock"]["speeds"]
-        assert speeds["ours"] >= speeds["ours_with_checksum"] > 0 and figures["clock"]["ratio_to_ancestor"] > 1
+        assert speeds["ours"] >= speeds["ours_with_checksum"] > 0
+        assert figures["cpu_time"]["ratio_to_ancestor"] > 1
 
 
 @pytest.mark.parametrize("name", prepare_layouts.LAYOUTS)
