@@ -404,7 +404,7 @@ def test_an_independent_emulator_agrees(
         assert {n: f.bytes for n, f in fresh.list().items()} == {"big": 9 << 20, "small": len(SMALL)}
         assert fresh.read("small") == SMALL
         assert fetch(fresh, tmp_path, "big") == bytes(9 << 20)
-        assert ("in place of obstore" in capsys.readouterr().out) == (fast == "1")
+        assert ("instead of obstore" in capsys.readouterr().out) == (fast == "1")
         fresh.remove("small")
         assert fresh.stat("small") is None
     finally:
