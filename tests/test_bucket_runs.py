@@ -14,6 +14,7 @@ import pytest
 from beaker_place import Place, place
 from conftest import REPO
 from gcs_server import Server as Bucket
+from published import publish_step
 from sft.common.errors import SftError
 from sft.formats import manifest
 from sft.launch import bucket_runs
@@ -126,6 +127,25 @@ def test_checkpoints_are_evaluated_inside_of_the_training_job_where_no_other_job
     asked = {name.split("/train/")[1].partition("/")[2] for operation, name, _ in bucket.requests if operation == "download"
              and "/train/" in name and re.search(r"/step\d+/(model_and_optim|train)/", name)}  # fmt: skip
     assert asked == {f"step{step}/model_and_optim/__1_0.distcp" for step in (2, 4)}
+
+
+def test_the_best_step_is_fetched_beside_the_final_one(bucket, tmp_path):
+    there, best = "gs://test/run/train/0123456789abcdef", tmp_path / "train/step2"
+    bucket_runs.fetch_best_name(there, tmp_path / "train", tmp_path)
+    assert not (tmp_path / "train").exists()  # training has chosen none
+    made = tmp_path / "made"
+    (made / "model_and_optim").mkdir(parents=True)
+    (made / "model_and_optim/__0_0.distcp").write_bytes(b"weights")
+    publish_step(made, 2, ["model_and_optim/__0_0.distcp"])
+    bucket_runs.send_folder(made, f"{there}/step2", tmp_path)
+    open_storage(there).write("BEST", b"step2\nvalidation_loss 0.5\n")
+    bucket_runs.fetch_best_name(there, tmp_path / "train", tmp_path)
+    bucket_runs.fetch_best(there, tmp_path / "train", tmp_path)
+    assert (best / "model_and_optim/__0_0.distcp").read_bytes() == b"weights" and (best / manifest.NAME).is_file()
+    open_storage(there).write("BEST", b"step4\nvalidation_loss 0.25\n")
+    bucket_runs.fetch_best_name(there, tmp_path / "train", tmp_path)
+    with pytest.raises(SftError, match=f"{there}/step4: not found, and BEST names it; next: checkpoint=final"):
+        bucket_runs.fetch_best(there, tmp_path / "train", tmp_path)
 
 
 def test_a_job_whose_inputs_are_not_those_of_its_submission_makes_nothing(augusta, bucket, monkeypatch):

@@ -23,6 +23,7 @@ from sft.common.paths import BUCKETS
 from sft.common.process import AGAIN
 from sft.formats import manifest
 from sft.formats.elsewhere import NAME, UNLISTED, Elsewhere
+from sft.formats.steps import BEST, named_step
 from sft.launch.job import Job
 from sft.recipe import schema
 from sft.runner.cli import COMMAND, program
@@ -54,7 +55,11 @@ def fetch(run: Path, stage: str, command: Sequence[str]) -> None:
     addresses = {earlier: address for earlier, address in addresses.items() if address.startswith(BUCKETS)}
     for earlier, address in addresses.items():
         fetch_stage(address, run / earlier, cache(run), manifest_only=earlier not in READS[stage])
+    if "train" in addresses:
+        fetch_best_name(addresses["train"], run / "train", cache(run))
     job = Job.parse([str(run), stage, *command])
+    if stage == "convert" and job.recipe.convert.checkpoint == "best" and "train" in addresses:
+        fetch_best(addresses["train"], run / "train", cache(run))
     if stage == "train" and job.recipe.evaluate.every and "prepare" in addresses:  # evaluations during training read it
         fetch_stage(addresses["prepare"], run / "prepare", cache(run))
     address = os.environ["SFT_STAGE_ADDRESS"]
@@ -81,6 +86,26 @@ def fetch_stage(address: str, folder: Path, cache: Path, manifest_only: bool = F
     else:
         transfer(files, source, target, log)
     target.write(manifest.NAME, text)
+
+
+def fetch_best_name(address: str, train: Path, cache: Path) -> None:
+    """Fetches the file BEST, which no manifest lists, where the bucket has it. It is part of the identity of convert."""
+    if (name := open_storage(address, cache).read(BEST)) is not None:
+        LocalStorage(train).write(BEST, name)
+
+
+def fetch_best(address: str, train: Path, cache: Path) -> None:
+    """Fetches the step that BEST names: train's manifest lists the final step only. Raises SftError where the bucket does not have
+    the step."""
+    step = named_step(train, BEST)
+    if step is None:
+        raise SftError(
+            f"{train / BEST}: damaged: the name of a step is expected; next: restore it, or checkpoint = 'final'"
+        )
+    there = f"{address}/{step.name}"
+    if open_storage(there, cache).read(manifest.NAME) is None:
+        raise SftError(f"{there}: not found, and BEST names it; next: checkpoint=final")
+    fetch_stage(there, step, cache)
 
 
 # --- after the stage --------------------------------------------------------------------------------------------------
