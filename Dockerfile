@@ -21,8 +21,8 @@ COPY env env
 COPY lib lib
 COPY stages stages
 COPY recipes recipes
-# Set-up leaves bytecode to the first import; in an image it would be made again in every container.
-RUN TORCH="$TORCH" make jobs PYTHON=python3 && .venv/bin/python -m compileall -q -j 0 .venv/lib; rm -rf /root/.cache
+# Set-up leaves bytecode to the first import, which would be made again in every container. This variable makes set-up compile all modules.
+RUN TORCH="$TORCH" PYTHONDONTWRITEBYTECODE=1 make jobs PYTHON=python3 && rm -rf /root/.cache
 
 COPY . .
 ENV TORCH=$TORCH
