@@ -90,12 +90,12 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
 
     `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all
     activations while the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
-    `keep_gathered = "auto"` becomes the most that fits with this recomputation. Where the memory is not known, one rank keeps copies and
-    several keep nothing.
+    `keep_gathered = "auto"` becomes "weights" where they fit with this recomputation, else "none". Where the memory is not known, one rank
+    keeps copies and several keep nothing.
     """
     limit = int(gpu_memory_gb * 1e9)
     if hardware.keep_gathered == "auto":
-        return _keep_most(model, train, hardware, gpus_total, gpu_memory_gb)
+        return _keep_weights(model, train, hardware, gpus_total, gpu_memory_gb)
     if hardware.recompute != "auto":
         return _estimate(model, train, hardware, gpus_total, limit)
     n = model.n_layers
@@ -115,23 +115,19 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     return _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
 
 
-def _keep_most(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, gpu_memory_gb: float) -> Plan:
-    """The plan for keep_gathered = "auto"."""
+def _keep_weights(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, gpu_memory_gb: float) -> Plan:
+    """The plan for keep_gathered = "auto". "gradients" gives other sums, so a recipe must name it."""
     limit = int(gpu_memory_gb * 1e9)
     least = plan(model, train, replace(hardware, keep_gathered="none"), gpus, gpu_memory_gb)
     if gpus == 1 and train.precision == "fp32":  # it computes from the parameters themselves
         return least
-    tokens = (hardware.microbatch_tokens or train.seq_len) * max(1, gpus // hardware.context_degree)
-    reduces_more_than_once = gpus > 1 and train.global_batch_tokens > tokens
-    for keep in ("gradients", "weights"):
-        if (keep == "gradients" and not reduces_more_than_once) or (gpus > 1 and not limit):
-            continue
-        chosen = replace(
-            hardware, keep_gathered=keep, recompute=least.recompute, recompute_budget=least.recompute_budget
-        )
-        if (found := _estimate(model, train, chosen, gpus, limit)).fits:
-            return found
-    return least
+    if gpus > 1 and not limit:
+        return least
+    chosen = replace(
+        hardware, keep_gathered="weights", recompute=least.recompute, recompute_budget=least.recompute_budget
+    )
+    found = _estimate(model, train, chosen, gpus, limit)
+    return found if found.fits else least
 
 
 def plan_again(

@@ -56,7 +56,7 @@ class Hardware:
     keep_gathered: str = opt(
         "auto",
         "what a rank keeps over the microbatches of a step: none, a layer is gathered for each pass; weights, gathered once a step; gradients,"
-        " also reduced once a step; auto = the most that fits without more recomputation",
+        " also reduced once a step, which changes their rounding; auto = weights where they fit without more recomputation",
         choices=("auto", "none", "weights", "gradients"),
         stages=("train",),
     )
