@@ -53,6 +53,38 @@ def test_own_values_are_fields_that_only_launchers_read() -> None:
     assert all(fields[name].metadata["launchers"] for name in schema.OWN)
 
 
+def test_the_secret_address_of_notices_can_be_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "s.toml").write_text('launcher = "slurm"\nstorage = "/x"\n')
+    (tmp_path / "mine/s.toml").write_text('on_event = "https://example.org/s3cret"\n')
+    assert clusters.load_cluster(tmp_path / "s.toml").on_event == "https://example.org/s3cret"
+    monkeypatch.setenv("SFT_ON_EVENT", "htps://example.org/s3cret")
+    with pytest.raises(SftError, match="'on_event' = 'htps:…': a command, or an address") as refused:
+        clusters.load_cluster(tmp_path / "s.toml")
+    assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [(f'storage = "{place}"', f"'storage' = '{place}': a folder, gs://bucket/prefix or s3://bucket/prefix is expected")
+     for place in ("s3:/b/x", "gs:b", "gs://", "s3:///x", "https://b.s3.amazonaws.com/x", "weka://b/x")]
+    + [('storage = "$SCRATCH/x"', "~ and $NAME are not expanded"), ('storage = "~/x"', "~ and $NAME are not expanded"),
+       ('storage = "{run}/x"', "{run} is not replaced, only {runs} and {user}"),
+       ('storage = "/x"\nruns = "{runs}/x"', "'runs' = '{runs}/x': {runs} is not replaced, only {user}")],
+)  # fmt: skip
+def test_a_place_that_would_become_a_folder_of_that_name_is_refused(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "s.toml").write_text(line + "\n")
+    with pytest.raises(SftError) as refused:
+        clusters.load_cluster(tmp_path / "s.toml")
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("place", ["{runs}/.storage", "/a b/c:d", "rel/x", "gs://b-1_2.c/{user}/x", "s3://bucket"])
+def test_folders_and_buckets_are_places(tmp_path: Path, place: str) -> None:
+    (tmp_path / "s.toml").write_text(f'storage = "{place}"\n')
+    assert clusters.load_cluster(tmp_path / "s.toml").storage == place
+
+
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "repo"

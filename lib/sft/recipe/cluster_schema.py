@@ -218,7 +218,7 @@ class Cluster:
         launchers=SLURM,
     )
     clusters: tuple[str, ...] = opt((), 'Beaker clusters a job may run on, e.g. ["ai2/jupiter"]', launchers=BEAKER)
-    workspace: str = opt("", "Beaker workspace, org/name; empty = the user's default", launchers=BEAKER)
+    workspace: str = opt("", "Beaker workspace, org/name; a job needs one", launchers=BEAKER)
     budget: str = opt("", "Beaker budget, org/name; empty = the workspace's", launchers=BEAKER)
     priority: str = opt(
         "normal", "Beaker priority", choices=("low", "normal", "high", "urgent", "immediate"), launchers=BEAKER
@@ -326,5 +326,6 @@ OWN = (
     "preemptible",
     "clusters",
     "image",
+    "on_event",
 )
 """Fields of a cluster that a user can set in env/mine/<cluster>.toml, or as SFT_ACCOUNT and so on in the environment."""

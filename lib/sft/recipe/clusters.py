@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 
 _TORCH = re.compile(r"|image|\d+\.\d+\.\d+(\+[a-z0-9.]+)?")
 _PROGRAM = re.compile(r"[A-Za-z0-9./_-]*")
+_BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", re.DOTALL)
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|(gs|s3):", re.IGNORECASE)  # also of a misspelt address, s3:/bucket
+_WEBHOOKS = ("https://", "http://")
 
 
 def load_cluster(file: Path) -> schema.Cluster:
@@ -67,7 +70,24 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
     if not _PROGRAM.fullmatch(cluster.python):
         problems.append(f"'python' = {cluster.python!r}: a program's name or path of letters, digits and ./_-")
     problems += [f"'env': {name} = {value!r} contains a NUL" for name, value in cluster.env.items() if "\0" in value]
+    problems += [
+        *_bad_place("storage", cluster.storage, ("{runs}", "{user}")),
+        *_bad_place("runs", cluster.runs, ("{user}",)),
+    ]
+    if _SCHEME.match(cluster.on_event) and not cluster.on_event.startswith(_WEBHOOKS):
+        scheme = cluster.on_event.partition(":")[0]  # the rest of an address is a secret
+        problems.append(f"'on_event' = '{scheme}:…': a command, or an address that starts with https:// or http://")
     return problems
+
+
+def _bad_place(field: str, place: str, placeholders: Sequence[str]) -> Iterator[str]:
+    """What makes a place neither a folder nor an address of a bucket. A folder with such a name would be made without a word."""
+    if unknown := [name for name in re.findall(r"\{\w*\}", place) if name not in placeholders]:
+        yield f"'{field}' = {place!r}: {unknown[0]} is not replaced, only {' and '.join(placeholders)}"
+    elif place.startswith("~") or re.search(r"\$[A-Za-z_{]", place):
+        yield f"'{field}' = {place!r}: ~ and $NAME are not expanded; write the whole path"
+    elif _SCHEME.match(place) and not _BUCKET.fullmatch(place):
+        yield f"'{field}' = {place!r}: a folder, gs://bucket/prefix or s3://bucket/prefix is expected"
 
 
 def _check_stages(cluster: schema.Cluster) -> list[str]:
