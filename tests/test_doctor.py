@@ -84,6 +84,9 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
         ('storage = "{runs}/s"', 'tasks = ["one"]', 'tasks = ["t"]\nharness = "olmo-eval"', "evaluation", "runs on Beaker", "CLUSTER"),
         (CLUSTER, 'tasks = ["one"]', 'tasks = ["t"]\nharness = "olmo-eval"', "evaluation", "no image", "evaluate_image"),
         ('storage = "{runs}/s"\nlauncher = "slurm"', "", "", "scheduler", "sbatch: not found", "login node"),
+        ('storage = "{runs}/s"\nlauncher = "slurm"\nshared_disk = false', "", "", "job", "env/here.toml, or [on.here.", "shared_disk = true"),
+        ('storage = "{runs}/s"\nlauncher = "slurm"\ntime = "24h"', "", "", "job", "time = '24h'", "correct it"),
+        (CLUSTER + "[on.train]\ngpus = 16", "", "", "GPUs", "train requests 16 on each node, which has 8", "gpus_per_node in env/here.toml"),
     ],
 )  # fmt: skip
 def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, new, what, found, then):

@@ -225,6 +225,7 @@ def test_what_the_task_asks_for(place):
         ("infra =", "shared_disk = false\ninfra =", "'runs' is missing: jobs that do not see this disk keep runs in a bucket"),
         ("infra =", 'install = ["x"]\ninfra =', "'install': for shared_disk = false only"),
         ("infra =", 'volumes = ["data"]\ninfra =', "'volumes' = 'data' is not of the form"),
+        ("infra =", 'volumes = ["data"]\ninfra =', "their mount points in jobs, e.g. my-volume:/mnt/data"),
         ("infra =", 'sky = ["--name=x"]\ninfra =', "'sky': '--name=x' is set by the launcher itself"),
         ("infra =", 'sky = ["-n x"]\ninfra =', "'sky' = '-n x' is not of the form"),
         ("infra =", 'time = "1h"\ninfra =', "'time': for launcher = 'slurm' or 'beaker' only, and this is 'sky'"),

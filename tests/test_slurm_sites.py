@@ -14,7 +14,7 @@ from conftest import REPO, Workspace, files
 from published import publish
 from sft.common.errors import SftError
 from sft.formats.remote import Remote, SyncMetrics
-from sft.launch.slurm.script import resources, shell_word
+from sft.launch.slurm.script import SCRIPT, check_site, resources, shell_word
 from sft.recipe import recipe
 from sft.recipe.clusters import load_cluster
 from sft.recipe.schema import Cluster, Hardware
@@ -106,6 +106,46 @@ def test_a_wrong_value_of_a_stage_is_refused_with_the_clusters_file(tmp_path, li
     file.write_text(f'launcher = "slurm"\nstorage = "x"\n{lines}\n')
     with pytest.raises(SftError, match=re.escape(str(file)) + ".*" + re.escape(message)):
         load_cluster(file)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"gres": "gpu:a100:4"}, "'gres' = 'gpu:a100:4': the form of one request without its number"),
+        ({"gres": "gpu:1,nvme:2"}, "'gres' = "),
+        ({"wrap": ("apptainer exec --nv $HOME/x.sif",)}, 'next: wrap = ["apptainer", "exec", "--nv", "$HOME/x.sif"]'),
+        ({"srun": ("--container-image=x --container-mounts=/a:/a",)}, "next: a string for each"),
+        ({"sbatch": ("--nodes=4",)}, "the launcher sets --nodes itself"),
+        ({"sbatch": ("--output=log",)}, "the launcher sets --output itself"),
+        ({"prologue": ("module load 'x",)}, "'prologue': bash: line 1: unexpected EOF"),
+        ({"shared_disk": False}, "shared_disk = false, but Slurm jobs work in this folder"),
+        ({"time": "24h"}, "time = '24h'"),
+    ],
+)
+def test_what_no_script_could_hold_is_refused(fields, message):
+    cluster = Cluster(storage="", launcher="slurm", gpus_per_node=4, **fields)
+    with pytest.raises(SftError, match=re.escape(message)):
+        check_site(cluster, Hardware(), 4)
+
+
+def test_what_sites_write_is_accepted():
+    check_site(
+        Cluster(storage="", launcher="slurm", gpus_per_node=8, gres="gpu:3090", wrap=("apptainer", "exec", "a b.sif"),
+                srun=("--container-mounts=/a:/a,/b:/b", "--label"), sbatch=("--exclude=n[1-2]",),
+                prologue=("if true; then", "export X='1'", "fi"), time="1-00:00:00"),
+        Hardware(sbatch=("--mail-type=END",)), 8,
+    )  # fmt: skip
+
+
+def test_a_notice_is_sent_by_the_nodes_python_where_the_environment_is_an_images(tmp_path):
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").symlink_to("/in/the/image/python3")
+    (tmp_path / "python3").symlink_to(sys.executable)
+    lines = SCRIPT[SCRIPT.index("python=.venv") : SCRIPT.index("notice start")]
+    told = subprocess.run(["bash", "-c", f"event=(x train)\n{lines}\nnotice end ''"], cwd=tmp_path, capture_output=True, text=True, check=True,
+                          env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": f"{REPO}/lib", "SLURM_JOB_ID": "7",
+                               "SFT_ON_EVENT": "echo $SFT_EVENT $SFT_EVENT_JOB"})  # fmt: skip
+    assert told.stdout == "end 7\n"
 
 
 @pytest.mark.parametrize("text", ["plain", "a b'c\"d", "$(touch x) `touch x` \\ $ $5", "$HOMEX/y"])

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.recipe.schema import Cluster
+
+MEANINGS: dict[str, str] = {field.name: field.metadata["doc"] for field in fields(Cluster)}
 
 
 def bad_names(cluster: Cluster, patterns: Mapping[str, str]) -> Iterator[str]:
@@ -16,7 +19,7 @@ def bad_names(cluster: Cluster, patterns: Mapping[str, str]) -> Iterator[str]:
         value = getattr(cluster, field)
         for text in value if isinstance(value, tuple) else [value] * bool(value):
             if not re.fullmatch(pattern, paths.for_user(text)) or ".." in text:
-                yield f"'{field}' = {text!r} is not of the form {pattern}"
+                yield f"'{field}' = {text!r} is not of the form {pattern}: {MEANINGS[field]}"
 
 
 def refuse(name: str, problems: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sft.launch.doctor.context import NOTE, OK, RED, Context, Row, load_checks
+from sft.runner.processes import requested_gpus
 
 
 def scheduler(context: Context) -> Iterator[Row]:
@@ -16,6 +17,11 @@ def scheduler(context: Context) -> Iterator[Row]:
         and not (cluster.gpus_per_node or context.training.gpus > 0)
     ):
         yield Row(NOTE, "GPUs", "a job requests none: training runs on the CPU", f"gpus_per_node in {context.file}")
+    for stage in (s for s in context.stages if s in cluster.stages and cluster.launcher != "local"):
+        gpus = requested_gpus(stage, context.recipe.hardware(context.place.cluster, stage), cluster)
+        if gpus > cluster.gpus_per_node > 0:
+            yield Row(RED, "GPUs", f"{stage} requests {gpus} on each node, which has {cluster.gpus_per_node}",
+                      f"gpus={cluster.gpus_per_node} for {stage}, or correct gpus_per_node in {context.file}")  # fmt: skip
     yield from load_checks(cluster.launcher).check(context)
 
 

@@ -6,14 +6,24 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 
-from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, SchedulerAnswer
+from sft.common.errors import SftError
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, SchedulerAnswer, red
 from sft.launch.slurm import script
+from sft.runner.processes import requested_gpus
 
 ANSWER_S = 10
 
 
 def check(context: Context) -> Iterator[Row]:
-    """Checks that Slurm's commands are on this machine."""
+    """Checks that Slurm's commands are on this machine, and that a script can hold what the files say."""
+    problems: dict[str, str] = {}
+    for stage in (s for s in context.stages if s in context.cluster.stages):
+        hardware = context.recipe.hardware(context.place.cluster, stage)
+        try:
+            script.check_site(context.cluster, hardware, requested_gpus(stage, hardware, context.cluster))
+        except SftError as e:
+            problems.setdefault(str(e), f"{context.file}, or [on.{context.place.cluster}.{stage}]: ")
+    yield from (red("job", SftError(where + text)) for text, where in problems.items())
     if found := shutil.which("sbatch"):
         yield Row(SKIPPED, "scheduler", f"{found}: not asked")
     else:

@@ -22,7 +22,7 @@ from sft.launch.job import Job, LostConnection, Status, retried
 from sft.launch.launcher import TAIL_LINES
 from sft.launch.slurm import client, logs
 from sft.launch.slurm.logs import LogFollower
-from sft.launch.slurm.script import comment, job_script
+from sft.launch.slurm.script import check_site, comment, job_script
 from sft.recipe import schema
 
 COMMANDS = ("sbatch", "squeue", "scontrol", "scancel")
@@ -42,13 +42,14 @@ class Slurm:
         for command in COMMANDS:
             if not shutil.which(command):
                 raise SftError(f"{command}: not found; next: run this on a login node of the cluster")
-        if not self.cluster.shared_disk:
-            raise SftError(
-                f"env/{job.place.cluster}.toml: shared_disk = false, but Slurm jobs work in this folder; next: shared_disk = true"
-            )
         self.render(job)
 
     def render(self, job: Job) -> str:
+        try:
+            check_site(self.cluster, job.hardware, job.gpus)
+        except SftError as e:
+            name = job.place.cluster
+            raise SftError(f"env/{name}.toml, or [on.{name}.{job.stage}] of the recipe: {e}") from None
         names = [f"{job.stage}-part", job.stage] if job.shards else [job.stage]
         return "\n".join(job_script(job, name, self.folder) for name in names)
 

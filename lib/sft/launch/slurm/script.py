@@ -9,8 +9,11 @@ its next attempt resumes. Values from recipes and clusters enter the script in t
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.common.errors import SftError
@@ -40,7 +43,9 @@ if [ "$SFT_NODES" -gt 1 ]; then # the first node finds its interface by its rout
     SFT_PEER=$(scontrol show node --oneliner "$peer" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     export SFT_PEER
 fi
-notice() { [ -z "${SFT_ON_EVENT:-}" ] || .venv/bin/python -m sft.launch.notice "$1" "${event[@]}" "$SLURM_JOB_ID" "$2"; }
+python=.venv/bin/python
+[ -x "$python" ] || python=python3 # the environment of an image, which this shell is outside of
+notice() { [ -z "${SFT_ON_EVENT:-}" ] || "$python" -m sft.launch.notice "$1" "${event[@]}" "$SLURM_JOB_ID" "$2"; }
 notice start "attempt $attempt on $SLURM_JOB_NODELIST"
 task=""
 trap '[ -z "$task" ] || kill -USR1 "$task"' USR1 # time is nearly up: srun forwards the signal
@@ -83,6 +88,9 @@ exit "$status"
 
 NO_INTERNET = {**dict.fromkeys(OFFLINE, "1"), "WANDB_MODE": "offline"}
 """Variables of jobs that reach no internet: libraries then fail at once, or write to files, instead of waiting."""
+OWN_OPTIONS = ("array", "chdir", "comment", "dependency", "export", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode",
+               "output", "signal", "wrap")  # fmt: skip
+"""Options of sbatch that the script sets itself, or that would keep its variables from the nodes."""
 VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
 """The start of a variable in a word of the shell."""
 
@@ -99,8 +107,33 @@ def job_script(job: Job, name: str, folder: Path) -> str:
         f"failures={shlex.quote(str(folder / failed.NAME))}",
     ]
     title = f"# {job.stage} of the run {job.run.name}; by hand: {_by_hand(job, name, folder)}"
-    prologue = PROLOGUE % "\n".join(job.cluster.prologue) if job.cluster.prologue else ""
-    return "\n".join(["#!/bin/bash", title, *lines, "", *body]) + LOG + prologue + _commands(job, part) + SCRIPT
+    head = "\n".join(["#!/bin/bash", title, *lines, "", *body])
+    return head + LOG + _prologue(job.cluster.prologue) + _commands(job, part) + SCRIPT
+
+
+def check_site(cluster: Cluster, hardware: Hardware, gpus: int) -> None:
+    """Raises SftError for the first field of the cluster or of one stage that no script could hold."""
+    if not cluster.shared_disk:
+        raise SftError("shared_disk = false, but Slurm jobs work in this folder; next: shared_disk = true")
+    time_limit.check_limit(cluster, hardware)
+    for option, value in resources(cluster, hardware, gpus).items():
+        directive(f"--{option}", str(value))
+    for text in (*cluster.sbatch, *hardware.sbatch):
+        extra_directive(text)
+    _srun(cluster)
+    _wrap(cluster)
+    _prologue(cluster.prologue)
+
+
+def _prologue(lines: Sequence[str]) -> str:
+    """The cluster's own lines. Raises SftError for lines that no shell reads: an open quote would take in the rest of the script."""
+    if not lines:
+        return ""
+    text = "\n".join(lines)
+    read = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True, check=False)
+    if read.returncode:
+        raise SftError(f"'prologue': {read.stderr.strip().splitlines()[0]}; next: correct it in the cluster's file")
+    return PROLOGUE % text
 
 
 def _commands(job: Job, part: bool) -> str:
@@ -110,14 +143,28 @@ def _commands(job: Job, part: bool) -> str:
     lines.append(f"event=({shlex.join([job.run.name, job.stage])})")
     if job.shards:
         lines.append(f"export SHARD={'$SLURM_ARRAY_TASK_ID' if part else 'merge'}/{job.shards}")
-    for text in job.cluster.srun:
-        _option(text, "srun", "--container-image=image.sqsh")
-    words = [shell_word(word) for word in job.cluster.wrap]
+    words = _wrap(job.cluster)
     if job.cluster.scratch and job.stage == "train":
         lines.append('env/scratch.sh pack || { echo 1 >"$ended"; exit 1; }')
         words += ["env/scratch.sh", shell_word(job.cluster.scratch)]
-    lines += [f"srun=({' '.join(shell_word(text) for text in job.cluster.srun)})"]
+    lines += [f"srun=({' '.join(_srun(job.cluster))})"]
     return "\n".join([*lines, f"command=({' '.join([*words, shlex.join(job.command)])})", ""])
+
+
+def _srun(cluster: Cluster) -> list[str]:
+    for text in cluster.srun:
+        _option(text, "srun", "--container-image=image.sqsh")
+    return [shell_word(text) for text in cluster.srun]
+
+
+def _wrap(cluster: Cluster) -> list[str]:
+    """The words before the command. Raises SftError for a whole command line in the first one, which is a program's name."""
+    if cluster.wrap and re.search(r"\s", cluster.wrap[0]):
+        words = json.dumps(cluster.wrap[0].split() + list(cluster.wrap[1:]), ensure_ascii=False)
+        raise SftError(
+            f"'wrap' starts with {cluster.wrap[0]!r}: each word is a string of its own; next: wrap = {words}"
+        )
+    return [shell_word(word) for word in cluster.wrap]
 
 
 def _options(job: Job, name: str, folder: Path) -> dict[str, object]:
@@ -161,13 +208,23 @@ def resources(cluster: Cluster, hardware: Hardware, gpus: int) -> dict[str, obje
         "cpus-per-task": hardware.cpus or int(cluster.cores_per_node * share),
         "mem": ("" if by_cores else "0") if whole else f"{memory_gb}G" if memory_gb else "",
         "gpus-per-node": "" if gres else gpus,
-        "gres": f"{gres}:{gpus}" if gres and gpus else "",
+        "gres": _gres(gres, gpus) if gres and gpus else "",
         "time": hardware.time or cluster.time,
         "partition": hardware.partition or cluster.partition,
         "account": hardware.account or cluster.account,
         "qos": hardware.qos or cluster.qos,
         "constraint": hardware.constraint or cluster.constraint,
     }
+
+
+def _gres(form: str, gpus: int) -> str:
+    """The value of --gres. Raises SftError for a form that has a number already, which sbatch would read as a type."""
+    if "," in form or re.search(r":\d{1,2}$", form):
+        raise SftError(
+            f"'gres' = {form!r}: the form of one request without its number is expected, e.g. gpu:a100; next: correct it, and let"
+            " `gpus_per_node` or `gpus` be the number"
+        )
+    return f"{form}:{gpus}"
 
 
 def _by_hand(job: Job, name: str, folder: Path) -> str:
@@ -199,14 +256,20 @@ def directive(option: str, value: str) -> str:
 def extra_directive(text: str) -> str:
     """An #SBATCH line for one of the `sbatch` options, '--name' or '--name=value'. Raises SftError."""
     name, value = _option(text, "sbatch", "--mail-type=END")
+    if name[2:] in OWN_OPTIONS:
+        raise SftError(
+            f"'sbatch' holds {text!r}: the launcher sets {name} itself; next: remove it (nodes are `nodes` of [on.train])"
+        )
     return directive(name, value) if value else f"#SBATCH {name}"
 
 
 def _option(text: str, field: str, example: str) -> tuple[str, str]:
     """The name and value of an option of Slurm's commands. Raises SftError for another text."""
     name, _, value = text.partition("=")
-    if not re.fullmatch(r"--[a-z][a-z-]*", name):
-        raise SftError(f"'{field}' holds {text!r}: --option or --option=value is expected, e.g. {example}")
+    if not re.fullmatch(r"--[a-z][a-z-]*", name) or re.search(r"\s--[a-z]", value):
+        raise SftError(
+            f"'{field}' holds {text!r}: --option or --option=value is expected, e.g. {example}; next: a string for each"
+        )
     return name, value
 
 
