@@ -79,7 +79,7 @@ def test_a_place_that_would_become_a_folder_of_that_name_is_refused(tmp_path: Pa
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("place", ["{runs}/.storage", "/a b/c:d", "rel/x", "gs://b-1_2.c/{user}/x", "s3://bucket"])
+@pytest.mark.parametrize("place", ["{runs}/.storage", "/a b/c:d", "rel/x", "gs://b-1_2.c/{user}/x", "s3://b"])
 def test_folders_and_buckets_are_places(tmp_path: Path, place: str) -> None:
     (tmp_path / "s.toml").write_text(f'storage = "{place}"\n')
     assert clusters.load_cluster(tmp_path / "s.toml").storage == place

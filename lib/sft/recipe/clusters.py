@@ -20,7 +20,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")  # an environment variable
 
 _TORCH = re.compile(r"|image|\d+\.\d+\.\d+(\+[a-z0-9.]+)?")
 _PROGRAM = re.compile(r"[A-Za-z0-9./_-]*")
-_BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]+(/.*)?", re.DOTALL)
+_BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|(gs|s3):", re.IGNORECASE)  # also of a misspelt address, s3:/bucket
 _WEBHOOKS = ("https://", "http://")
 
