@@ -122,7 +122,7 @@ def test_the_estimate_without_windows_is_never_below_the_count() -> None:
         ("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("h100", 989.4),
         ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA B200", 2250.0), ("NVIDIA GB200", 2500.0), ("NVIDIA L40S", 362.0),
         ("NVIDIA L4", 121.0), ("NVIDIA GH200 480GB", 989.4), ("NVIDIA GeForce RTX 4090", 165.2), ("Tesla V100", 0.0),
-        ("NVIDIA A1000", 0.0), ("", 0.0),
+        ("NVIDIA A1000", 0.0), ("H1000", 0.0), ("", 0.0),
     ],
 )  # fmt: skip
 def test_peaks_by_the_names_that_cuda_gives(name: str, peak: float) -> None:

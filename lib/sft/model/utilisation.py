@@ -41,7 +41,9 @@ PEAK_TFLOPS = (
 
 def peak_tflops(gpu: str) -> float:
     """Dense bf16 TFLOP/s of a GPU by its name, e.g. "NVIDIA H100 80GB HBM3" or "h100"; 0 for an unknown one."""
-    found = (peak for name, peak in PEAK_TFLOPS if re.search(rf"(?<![a-z0-9]){name}(?![a-z0-9])", gpu, re.IGNORECASE))
+    found = (
+        peak for name, peak in PEAK_TFLOPS if re.search(rf"(?<![a-z0-9])(?:{name})(?![a-z0-9])", gpu, re.IGNORECASE)
+    )
     return next(found, 0.0)
 
 
