@@ -113,6 +113,16 @@ def test_olmo_evals_revision_and_longest_reply_are_the_scripts_flags(place):  # 
     assert "timeout" not in task
 
 
+def test_a_task_that_doubles_the_gpus_of_a_whole_node_is_refused(place):  # noqa: F811
+    fields = f'tasks = ["mmlu:mc::tulu"]\nharness = "oe-eval"\n{FIELDS}\n[on.beaker-test.evaluate]\ngpus = '
+    with pytest.raises(
+        SftError,
+        match=re.escape("mmlu:mc::tulu runs on twice the GPUs, 16, and a node of beaker-test has 8; next: gpus=4"),
+    ):
+        spec_of(place, fields + "8")
+    assert spec_of(place, fields + "4")["tasks"][0]["resources"]["gpuCount"] == 8
+
+
 def test_oe_evals_defaults_are_those_of_open_instructs_script(place):  # noqa: F811
     """--process_output r1_style by default, --beaker-timeout 48h, --beaker-retries 2, --push-datalake, twice the GPUs for reasoning."""
     plain = 'harness = "oe-eval"\nlocation = "allenai/OLMo-2@main"\nmax_length = 4096'

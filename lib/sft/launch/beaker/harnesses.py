@@ -273,6 +273,11 @@ def _oe_eval(job: Job, model: HarnessModel, gpus: int) -> list[HarnessTask]:
     for number, name in enumerate(tasks_of(job)):
         choice = name in CHOICE
         wanted = gpus * 2 if choice or name in LONG_REPLIES else gpus
+        if wanted > gpus and 0 < job.cluster.gpus_per_node < wanted:
+            raise SftError(
+                f"{job.recipe.file}: [evaluate] {name} runs on twice the GPUs, {wanted}, and a node of {job.place.cluster} has"
+                f" {job.cluster.gpus_per_node}; next: gpus={job.cluster.gpus_per_node // 2}, or this task in a recipe of its own"
+            )
         model_args: dict[str, Any] = {"model_path": model.name, "max_length": length}
         if options.process_output != "none":
             model_args["process_output"] = options.process_output
