@@ -86,6 +86,7 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
         ('storage = "{runs}/s"\nlauncher = "slurm"', "", "", "scheduler", "sbatch: not found", "login node"),
         ('storage = "{runs}/s"\nlauncher = "slurm"\nshared_disk = false', "", "", "job", "env/here.toml, or [on.here.", "shared_disk = true"),
         ('storage = "{runs}/s"\nlauncher = "slurm"\ntime = "24h"', "", "", "job", "time = '24h'", "correct it"),
+        ('storage = "{runs}/s"\ngpus_per_node = 99', "", "", "GPUs", "is planned for", "gpus_per_node in env/here.toml"),
         (CLUSTER + "[on.train]\ngpus = 16", "", "", "GPUs", "train requests 16 on each node, which has 8", "gpus_per_node in env/here.toml"),
     ],
 )  # fmt: skip

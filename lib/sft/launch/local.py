@@ -24,9 +24,10 @@ from sft.common.errors import SftError
 from sft.common.machine import visible_gpus
 from sft.common.process import report_errors
 from sft.launch.doctor import doctor
-from sft.launch.doctor.context import Context, Row, SchedulerAnswer
+from sft.launch.doctor.context import RED, Context, Row, SchedulerAnswer
 from sft.launch.launcher import Scheduler
 from sft.recipe.schema import Cluster
+from sft.runner.processes import requested_gpus
 
 USES_GPUS = ("train", "evaluate")
 SHARED = (Path("/run/lock"), Path("/tmp"))
@@ -45,8 +46,13 @@ def open_scheduler(folder: Path, cluster: Cluster) -> Scheduler:
 
 
 def check(context: Context) -> Iterator[Row]:
-    """Yields no row: this machine needs no scheduler."""
-    return iter(())
+    """Checks that this machine has the GPUs that its stages are planned for. It needs no scheduler."""
+    found = len(visible_gpus())
+    for stage in (s for s in context.stages if s in context.cluster.stages):
+        planned = requested_gpus(stage, context.recipe.hardware(context.place.cluster, stage), context.cluster)
+        if planned > found:
+            yield Row(RED, "GPUs", f"{stage} is planned for {planned}, and this machine shows {found}",
+                      f"correct gpus_per_node in {context.file}, or CUDA_VISIBLE_DEVICES")  # fmt: skip
 
 
 def ask(context: Context) -> SchedulerAnswer:
