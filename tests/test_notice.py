@@ -37,6 +37,17 @@ def test_a_webhook_gets_the_event_as_json(monkeypatch, capsys):
     assert out.startswith("warning: the notice of end was not sent: HTTPError") and "s3cret" not in out
 
 
+@pytest.mark.parametrize(
+    "target", ["https://example.org/s3 cret", "https://[s3cret/", """echo 's3 cret' "x" >/dev/null; sleep 9"""]
+)
+def test_what_cannot_be_sent_is_a_warning_without_the_address(monkeypatch, capsys, target):
+    monkeypatch.setattr(notice, "TIMEOUT_S", 0.2)
+    monkeypatch.setenv("SFT_ON_EVENT", target)
+    assert notice.main(["end", "x", "train", "17"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("warning: the notice of end was not sent: ") and "cret" not in out
+
+
 def test_a_command_gets_the_event_and_its_failure_is_a_warning(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("SFT_ON_EVENT", f'echo "$SFT_EVENT $SFT_EVENT_JOB" >{tmp_path}/told; exit 3')
     assert notice.main(["start", "x; rm", "train", "$(17)"]) == 0

@@ -9,6 +9,7 @@ A notice that fails prints a warning and never fails a job: the exit status is 0
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
@@ -31,8 +32,12 @@ def send(target: str, event: str, run: str, stage: str, job: str, detail: str = 
             return ""
         variables = {"SFT_EVENT": event, **{f"SFT_EVENT_{k.upper()}": v for k, v in facts.items() if k != "event"}}
         done = subprocess.run(["bash", "-c", target], env={**os.environ, **variables}, timeout=TIMEOUT_S, check=False)
-    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        return f"{type(error).__name__}: {error}".replace(target, "on_event")  # the address of a webhook is a secret
+    except subprocess.TimeoutExpired:
+        return f"the command did not end within {TIMEOUT_S:.0f} s"
+    except (ValueError, http.client.HTTPException) as error:  # their words hold parts of the address, which is a secret
+        return type(error).__name__
+    except OSError as error:
+        return f"{type(error).__name__}: {error}".replace(target, "on_event")
     return f"exit status {done.returncode}" if done.returncode else ""
 
 
