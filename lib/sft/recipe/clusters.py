@@ -61,7 +61,7 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
     problems = [f"'env': {name!r} is not a variable's name" for name in cluster.env if not _VARIABLE.fullmatch(name)]
     problems += [
         f"'env': {name} is a secret by its name, and jobs' scripts print and keep this table; next: name it in [secrets] on"
-        " Beaker; elsewhere export it in the shell that runs make"
+        " Beaker or SkyPilot; elsewhere export it in the shell that runs make"
         for name in cluster.env
         if _SECRET.search(name)
     ]
