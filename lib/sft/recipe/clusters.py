@@ -81,7 +81,7 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
 
 
 def _bad_place(field: str, place: str, placeholders: Sequence[str]) -> Iterator[str]:
-    """What makes a place neither a folder nor an address of a bucket. A folder with such a name would be made without a word."""
+    """What makes a place neither a folder nor an address of a bucket. Such a folder would be made silently."""
     if unknown := [name for name in re.findall(r"\{\w*\}", place) if name not in placeholders]:
         yield f"'{field}' = {place!r}: {unknown[0]} is not replaced, only {' and '.join(placeholders)}"
     elif place.startswith("~") or re.search(r"\$[A-Za-z_{]", place):
