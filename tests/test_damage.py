@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sft.formats.metrics import TrainMetrics
 from sft.formats.remote import Remote, SyncMetrics
 from sft.formats.steps import Best, write_latest
 from sft.reporting.run_files import RunFiles
+from sft.runner import plan
 from sft.runner.upstream import Upstream
 from sft.runner.verify import verify
 
@@ -52,14 +54,14 @@ def run(tmp_path: Path) -> Path:
     losses = [step_record(step, validation_loss=1 / step).to_bytes() for step in (1, 2)]
     (train / "metrics.jsonl").write_bytes(b"".join(losses))
     write_latest(train / "step2")
-    write_identity(train, "0" * 64)
     records = (train / "metrics.jsonl").read_bytes()
     (train / ".metrics").mkdir()
     (train / f".metrics/step2-{hashlib.sha256(records).hexdigest()[:16]}.jsonl").write_bytes(records)
     Best(2, "validation_loss", 0.5).write(train)
     synced = manifest.Input(manifest="../sync/manifest.json", sha256=sync.digest)
-    publish(train, ["step2", "metrics.jsonl"], key=manifest.key("train", 1, {"lr": 1.0}, [key]), config={"lr": 1.0},
-            inputs=[synced], metrics=train_metrics(2).to_value())  # fmt: skip
+    trained = publish(train, ["step2", "metrics.jsonl"], key=manifest.key("train", 1, {"lr": 1.0}, [key]), config={"lr": 1.0},
+                      inputs=[synced], metrics=train_metrics(2).to_value())  # fmt: skip
+    write_identity(train, plan.identity(trained.key, trained.inputs))
     return run
 
 
@@ -142,12 +144,28 @@ def test_a_step_under_another_name_is_found(run: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(("mark", "text", "found"), [
     ("LATEST", "step9\n", "names no finished step"), ("BEST", "step1\n", "damaged"),
+    (".identity", "1" * 64 + "\n", "it is of another recipe or other inputs"), ("../run.json", "[[", "damaged: not JSON"),
     (".identity", "1" * 64 + " 00000000\n", "missing or damaged"), (".identity", "", "missing or damaged"),
     ("BEST", "step2\nvalidation_loss 0.4\n", "0.4 is not the validation_loss of step 2"),
     ("BEST", "step2\nvalidatioo_loss 0.5\n", "0.5 is not the validatioo_loss of step 2")])  # fmt: skip
 def test_a_wrong_mark_is_found(run: Path, capsys: pytest.CaptureFixture[str], mark: str, text: str, found: str) -> None:
     (run / "train" / mark).write_text(text)
     assert found in problems(run, capsys)
+
+
+@pytest.mark.parametrize("name", ["train/BEST", "train/LATEST", "train/.identity", "train/manifest.json", "run.json"])
+def test_a_pipe_in_place_of_a_file_is_found_and_not_waited_for(
+    run: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    assert f"{run / name}: not a file" in problems(run, capsys)
+
+
+def test_a_pipe_in_place_of_the_cache_of_hashes_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "hashes.json")
+    (tmp_path / "data").write_text("tokens")
+    assert HashCache(tmp_path).sha256(tmp_path / "data") == hash_file(tmp_path / "data")
 
 
 @pytest.mark.parametrize("damage", ["flip", "torn list", "list of another dataset", "stray"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,14 @@ UNFINISHED = ".unfinished"
 def canonical(value: Any) -> bytes:
     """JSON with sorted keys and no spaces, for digests. Raises ValueError for NaN and infinity."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def read_file(file: Path) -> bytes:
+    """The bytes of a file. Raises OSError for a pipe, a socket or a device, which could be read for ever."""
+    with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
+        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
+            raise OSError(errno.ENXIO, "not a file, but a pipe or a device", str(file))
+        return f.read()
 
 
 def write_atomic(file: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import json
 import zlib
 from pathlib import Path
 
-from sft.common.files import canonical, hash_file, write_atomic
+from sft.common.files import canonical, hash_file, read_file, write_atomic
 
 
 class HashCache:
@@ -20,7 +20,7 @@ class HashCache:
     def __init__(self, cache: Path):
         self.file = cache / "hashes.json"
         try:
-            data = json.loads(self.file.read_bytes())
+            data = json.loads(read_file(self.file))
             self.known: dict[str, list[object]] = data if isinstance(data, dict) else {}
         except (OSError, ValueError, RecursionError):
             self.known = {}

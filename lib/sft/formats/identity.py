@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
+from sft.common.files import read_file, write_atomic
 
 NAME = ".identity"
 
@@ -27,7 +27,7 @@ def read_identity(train: Path) -> str | None:
     """The identity of train's folder, or None where it has no mark. Raises SftError for a damaged mark."""
     file = train / NAME
     try:
-        words = file.read_bytes().decode("latin-1").split()
+        words = read_file(file).decode("latin-1").split()
     except FileNotFoundError:
         return None
     sound = len(words) == 1 or (len(words) == 2 and words[1] == _crc(words[0]))

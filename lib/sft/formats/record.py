@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
+from sft.common.files import read_file, write_atomic
 
 T = TypeVar("T")
 VERSION_KEY = "format"
@@ -59,7 +59,7 @@ class Record:
     @classmethod
     def read(cls, file: Path) -> Self:
         """Raises FileNotFoundError for a missing file, and SftError for one that is damaged, older or newer."""
-        return cls.from_bytes(file.read_bytes(), str(file))
+        return cls.from_bytes(read_file(file), str(file))
 
     @classmethod
     def from_bytes(cls, data: bytes, name: str) -> Self:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from sft.common.errors import SftError
-from sft.common.files import write_atomic
+from sft.common.files import read_file, write_atomic
 from sft.formats.record import Record
 
 LATEST, BEST, METADATA = "LATEST", "BEST", ".metadata.json"
@@ -55,7 +55,7 @@ class Best:
     def read(cls, train: Path) -> Best | None:
         """BEST of train's folder, or None where it is missing or damaged."""
         try:
-            return cls.from_bytes((train / BEST).read_bytes())
+            return cls.from_bytes(read_file(train / BEST))
         except OSError:
             return None
 
@@ -82,7 +82,7 @@ def write_latest(step: Path) -> None:
 def named_step(train: Path, name: str) -> Path | None:
     """The step folder that LATEST or BEST (`name`) points to, or None."""
     try:
-        step = (train / name).read_bytes().decode("latin-1").split("\n", 1)[0].strip()
+        step = read_file(train / name).decode("latin-1").split("\n", 1)[0].strip()
     except OSError:
         return None
     return train / step if STEP.fullmatch(step) else None

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sft.common.errors import SftError
+from sft.common.files import read_file
 from sft.formats import manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest
@@ -44,7 +45,7 @@ def find_origin(
         if other.name == run or folder.is_symlink():
             continue
         try:
-            if key not in (folder / manifest.NAME).read_text(encoding="utf-8"):
+            if key not in read_file(folder / manifest.NAME).decode("utf-8"):
                 continue
             made = manifest.load(folder / manifest.NAME)
             if made.key == key and is_current(made) and not missing(folder, made):

@@ -8,6 +8,7 @@ is in its folder, and the stages that it was made from are those that are there 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,11 @@ from sft.formats import elsewhere, evaluations, identity, manifest, metrics, rem
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.manifest import Manifest, StepManifest
 from sft.formats.remote import Remote, SyncMetrics
+from sft.formats.run import NAME as RUN_FILE
+from sft.formats.run import RunFile
 from sft.formats.steps import Best
 from sft.recipe import schema
+from sft.runner import plan
 
 Line = tuple[str, str, list[str]]
 """What was looked at, what was found, and the problems."""
@@ -53,6 +57,8 @@ def _lines(run: Path, cache: Path) -> Iterator[Line]:
                 if steps.STEP.fullmatch(step.name) and step.is_dir():
                     yield _guarded(f" {step.name}", step_problems, step)
             yield _guarded(" marks", _marks, folder)
+    if os.path.lexists(run / RUN_FILE):
+        yield _guarded(RUN_FILE, lambda file: (f"recipe {RunFile.read(file).recipe}", []), run / RUN_FILE)
 
 
 def _guarded(name: str, check: Callable[..., tuple[str, list[str]]], *arguments: Path) -> Line:
@@ -117,16 +123,24 @@ def step_problems(step: Path) -> tuple[str, list[str]]:
 
 
 def _marks(train: Path) -> tuple[str, list[str]]:
-    """LATEST and BEST name finished steps, BEST has the validation loss of its step, the mark of the inputs is there, and so are the
-    copies of the records that belong to steps."""
+    """LATEST and BEST name finished steps, BEST has the validation loss of its step, the mark of the inputs is that of the manifest, and so
+    are the copies of the records that belong to steps."""
     problems, named = [], []
-    if steps.holds_steps(train) and identity.read_identity(train) is None:
+    known = identity.read_identity(train)
+    if known is None and steps.holds_steps(train):
         problems.append(f"{train / identity.NAME}: missing")
+    if known and (train / manifest.NAME).is_file():
+        made = manifest.load(train / manifest.NAME)
+        if known != plan.identity(made.key, made.inputs):
+            problems.append(f"{train / identity.NAME}: it is of another recipe or other inputs than {manifest.NAME}")
     for copy in sorted((train / metrics.COPIES).glob("step*-*.jsonl")):
         if hash_file(copy)[:16] != copy.stem.partition("-")[2]:
             problems.append(f"{copy}: its name is not the hash of its content")
     for name in (steps.LATEST, steps.BEST):
         if not (train / name).is_file():
+            if os.path.lexists(train / name):
+                problems.append(f"{train / name}: not a file")
+                continue
             if name == steps.LATEST and steps.holds_steps(train):
                 problems.append(f"{train / name}: missing")
             continue
