@@ -23,7 +23,7 @@ def canonical(value: Any) -> bytes:
 
 
 def read_file(file: Path) -> bytes:
-    """The bytes of a file. Raises OSError for a pipe, a socket or a device, which could be read for ever."""
+    """The bytes of a file. Raises OSError for a pipe, a socket or a device, which may never end."""
     with open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as f:
         if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
             raise OSError(errno.ENXIO, "not a file, but a pipe or a device", str(file))
