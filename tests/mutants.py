@@ -50,7 +50,7 @@ MUTANTS = (
     Mutant("a list of sent files is of one attempt", "sync/send.py", "{folder.name}-{_digest(record)}", "{folder.name}", "test_uploads.py::test_a_list_of_another_attempt_completes_no_step"),
     Mutant("an object without a CRC32C is compared by its ETag", "storage/transport.py", "sums.bytes == self.bytes and sums.etag == str(self.generation).strip('\"')", "sums.bytes == self.bytes", "test_s3.py::test_an_object_without_a_crc32c_is_compared_by_its_etag"),
     Mutant("a write to S3 states what it replaces", "storage/s3.py", 'return {"IfMatch": str(generation)} if generation else {"IfNoneMatch": "*"}', "return {}", "test_s3.py::test_another_writers_object_is_left_alone"),
-    Mutant("an unreachable bucket does not restart a training from its first weights", "training/uploads.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
+    Mutant("an unreachable bucket does not restart a training from its first weights", "training/stored_steps.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
     # --- the order of writes
     Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
     Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),
@@ -72,7 +72,7 @@ MUTANTS = (
     Mutant("records are flushed before their step", "training/metrics.py", "        os.fsync(self._stream.fileno())\n        folder, records", "        folder, records", FILE_ORDER),
     # --- hashes, sizes and seals
     Mutant("an update of a bf16 weight is rounded at random", "training/adamw8bit.py", "value = round_to_bf16(value, bits(operands.place, step, value))", "value = value.bfloat16()", "test_rounding.py::test_small_updates_count_as_in_fp64"),
-    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or run.room", "run.room", "test_out_of_memory.py::test_a_second_time_ends_training_although_more_could_be_recomputed"),
+    Mutant("a second lack of GPU memory ends training", "training/out_of_memory.py", "run.short is not None or least", "least", "test_out_of_memory.py::test_a_second_time_ends_training_although_more_could_be_recomputed"),
     Mutant("a file's bytes are compared", "formats/manifest.py", "if (found := hash_file(file)) != entry.sha256:", "if (found := entry.sha256) != entry.sha256:", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a missing file is damage", "formats/manifest.py", '            return f"{file} is missing"', "            return None", f"{MANIFEST}::test_every_damage_is_named"),
     Mutant("a manifest's seal is compared", "formats/manifest.py", "made.seal != seal(value)", "False", DAMAGE),

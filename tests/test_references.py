@@ -64,7 +64,7 @@ def test_no_field_of_convert_or_evaluate_trains_again(workspace: Workspace, fini
     (workspace.root / "recipes/other/config.json").write_text("{}")
     found = json.loads(workspace.python(OVERRIDES))
     alone = {name: result for name, result in found.items() if not isinstance(result, str)}
-    assert len(alone) > 25 and len(found) - len(alone) <= 8, found  # a few need another field as well
+    assert len(alone) > 25 and len(found) - len(alone) <= 10, found  # a few need another field as well, as a harness
     found = alone
     for name, (sibling, stale, reused) in found.items():
         if sibling:

@@ -176,8 +176,10 @@ def test_the_plan_counts_two_bytes_for_a_weight() -> None:
     fp32, bf16 = (Train(**small, weights=w) for w in ("fp32", "bf16"))  # type: ignore[arg-type]
     assert plan(seven, bf16, Hardware(), 8, 0).parts["parameters"] == 2 * seven.parameters // 8
     assert step_bytes(seven, fp32) - step_bytes(seven, bf16) == 2 * seven.parameters
-    freed = plan(seven, fp32, Hardware(), 1, 0).total - plan(seven, bf16, Hardware(), 1, 0).total
-    assert freed == 2 * seven.parameters
+    for keep, copies in (("none", 0), ("weights", 2)):  # bf16 copies of fp32 weights, which bf16 weights do not need
+        hardware = Hardware(keep_gathered=keep)
+        freed = plan(seven, fp32, hardware, 1, 0).total - plan(seven, bf16, hardware, 1, 0).total
+        assert freed == (2 + copies) * seven.parameters
 
 
 @pytest.mark.parametrize(
