@@ -147,8 +147,8 @@ test-quick: | $(TOOLS) ## the tests that need no servers, no compilation and one
 .PHONY: mutants soak flip fuzz
 mutants: | $(TOOLS) ## remove every protection once, in a copy, and look whether a test fails [ONLY=part of a name]
 	@$(PY) tests/mutants.py $(call quote,$(ONLY))
-soak: | $(TOOLS) ## N=200 kills and failures at random calls of each stage; every end has the bytes of an undisturbed run [ONLY="train convert"] [SEED=1, other faults]
-	@$(PY) tests/soak.py $(call quote,$(or $(N),200)) $(call quote,$(ONLY)) --seed $(call quote,$(or $(SEED),0))
+soak: | $(TOOLS) ## N=200 kills and failures at random calls of each stage; every end has the bytes of an undisturbed run [STAGE="train convert"] [SEED=1, other faults]
+	@$(PY) tests/soak.py $(call quote,$(or $(N),200)) $(call quote,$(STAGE)) --seed $(call quote,$(or $(SEED),0))
 flip: | $(TOOLS) ## a bit, a cut and a deletion, N=3 of each, in every kind of file of a run: found and named, or harmless [ONLY=part of a name]
 	@$(PY) tests/flip.py $(call quote,$(or $(N),3)) $(call quote,$(ONLY))
 fuzz: | $(TOOLS) ## N=1000 inputs of every kind, made and damaged by hypothesis: used, or refused with an error of ours [ONLY=part of a name]

@@ -168,7 +168,7 @@ MUTANTS = (
 
 
 PRELOADED = ("numba", "pyarrow", "pytest", "hypothesis", "requests", "torch", "torch.distributed.fsdp", "transformers")
-"""Packages that take seconds to import. Nothing of ours: each mutant must be imported anew."""
+"""Packages that take seconds to import. Nothing of ours: each mutant must be imported again."""
 
 
 def serve() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[1]
 WORDS, PARAGRAPH = 30, 100
 RELATIVES = 3
-"""So many of which, whose and that in one sentence are a chain that nobody follows."""
+"""So many of which, whose and that in one sentence are hard to follow."""
 RECORDS = {"RESULTS.md"}
 """Records of measurements: entries keep their words, and only riddles are looked for."""
 RIDDLES = {

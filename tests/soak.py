@@ -1,4 +1,4 @@
-"""make soak N=200 [ONLY=train] [SEED=1]: kills and failures at random events of every stage; the end has the bytes of an undisturbed run.
+"""make soak N=200 [STAGE=train] [SEED=1]: kills and failures at random events of every stage; the end has the bytes of an undisturbed run.
 
     .venv/bin/python tests/soak.py [N] [STAGE …] [--seed S]
 

@@ -94,7 +94,7 @@ def test_compiled_it_gives_the_same(device: str, eight_bit: bool, monkeypatch: p
         ps = [torch.nn.Parameter(torch.randn(s, generator=generator).to(device)) for s in sizes]
         optimizer = adamw8bit.LowMemoryAdamW(ps, **HYPER, eight_bit=eight_bit, compiled=compiled)
         for step in range(6):
-            optimizer.param_groups[0]["lr"] = HYPER["lr"] / (1 + step)  # which compiles nothing anew
+            optimizer.param_groups[0]["lr"] = HYPER["lr"] / (1 + step)  # which compiles nothing again
             optimizer.found_inf = torch.tensor(float(step == 3), device=device)
             for p in ps:
                 p.grad = torch.randn(p.shape, generator=generator).to(device, torch.float32)
@@ -205,6 +205,8 @@ def test_the_plan_counts_the_bytes_of_8_bit_moments() -> None:
 
 def test_without_torchao_the_error_names_the_next_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
-    with pytest.raises(SftError, match=r"needs the package torchao .*next: pip install torchao, or optimizer=adamw"):
+    with pytest.raises(
+        SftError, match=r"needs the package torchao .*next: pip install -e '\.\[lowbit\]', or optimizer=adamw"
+    ):
         build_adamw(torch.nn.Linear(2, 2), Train(optimizer="adamw8bit"))
     build_adamw(torch.nn.Linear(2, 2), Train(gradients="bf16"))  # needs none of it

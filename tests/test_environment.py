@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,24 +164,23 @@ def test_an_environment_on_the_images_torch_installs_none(tmp_path):
     )
 
 
+def installed(workspace: Workspace, folder: Path, installer: str, torch: str) -> list[str]:
+    """What set-up asks of pip and of a uv on the PATH, a line for each call."""
+    (folder / "bin").mkdir()
+    (folder / "bin/uv").write_text('#!/bin/sh\necho "uv $*" >>"$CALLS"\n')
+    (folder / "bin/uv").chmod(0o755)
+    env = {**os.environ, "CALLS": str(folder / "calls"), "PYTHON": sys.executable, "TORCH": torch}
+    env |= {"INSTALLER": installer, "PATH": f"{folder / 'bin'}:{env['PATH']}"}
+    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
+    return (folder / "calls").read_text().splitlines()
+
+
 def test_uv_installs_the_same_pins(tmp_path):
     workspace = Workspace(tmp_path)
     (workspace.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 0\n")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/uv").write_text('#!/bin/sh\necho "$*" >>"$CALLS"\n')
-    (tmp_path / "bin/uv").chmod(0o755)
-    env = {
-        **os.environ,
-        "CALLS": str(tmp_path / "calls"),
-        "PYTHON": sys.executable,
-        "TORCH": "2.13.0+cu129",
-        "INSTALLER": "uv",
-    }
-    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
-    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
-    torch, packages = (tmp_path / "calls").read_text().splitlines()
-    assert torch == "pip install --quiet --python .venv/bin/python torch===2.13.0+cu129"
-    assert packages.startswith("pip install --quiet --python .venv/bin/python -c env/lock.txt -e .[fast")
+    torch, packages = installed(workspace, tmp_path, "uv", "2.13.0+cu129")
+    assert torch == "uv pip install --quiet --python .venv/bin/python torch===2.13.0+cu129"
+    assert packages.startswith("uv pip install --quiet --python .venv/bin/python -c env/lock.txt -e .[fast")
 
 
 def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
@@ -227,19 +227,7 @@ def test_uv_is_used_by_itself_only_where_pip_has_no_configuration(tmp_path, conf
     (workspace.root / ".venv/bin/python").write_text(
         f'#!/bin/sh\ncase "$*" in *"config list") echo "{configuration}" | sed "/^$/d" ;; *install*) echo "pip $*" >>"$CALLS" ;; esac\n'
     )
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/uv").write_text('#!/bin/sh\necho "uv $*" >>"$CALLS"\n')
-    (tmp_path / "bin/uv").chmod(0o755)
-    env = {
-        **os.environ,
-        "CALLS": str(tmp_path / "calls"),
-        "PYTHON": sys.executable,
-        "TORCH": "2.13.0",
-        "INSTALLER": asked,
-    }
-    env["PATH"] = f"{tmp_path / 'bin'}:{env['PATH']}"
-    subprocess.run(["env/setup.sh", "packages", ".venv/ready"], cwd=workspace.root, env=env, check=True)
-    assert [line.split()[0] for line in (tmp_path / "calls").read_text().splitlines()] == [calls, calls]
+    assert [line.split()[0] for line in installed(workspace, tmp_path, asked, "2.13.0")] == [calls, calls]
 
 
 def test_set_up_says_that_no_index_had_a_build_for_the_cpu(tmp_path):

@@ -37,7 +37,7 @@ LOOK_AHEAD = """{%- macro body(m) %}{{ m.content }}{% endmacro %}
 {%- set ns = namespace(last=-1) %}
 {%- for message in messages[::-1] %}{% if message.role == 'user' and ns.last < 0 %}{% set ns.last = messages | length - 1 - loop.index0 %}{% endif %}{% endfor %}
 {%- for message in messages %}
-    {%- for later in messages[loop.index:] %}{% if later.role == 'nobody' %}{{ later.content }}{% endif %}{% endfor %}
+    {%- for later in messages[loop.index:] %}{% if later.role == 'absent' %}{{ later.content }}{% endif %}{% endfor %}
     {%- if message.role == 'assistant' %}
         {{- '<|im_start|>assistant\\n' }}
         {%- if loop.index0 > ns.last %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}

@@ -10,12 +10,12 @@ torch is imported where it is needed: the planner reads `require_sizes` without 
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sft.common.errors import SftError
 from sft.model.hf import shapes
+from sft.model.torchao_import import importing_torchao
 from sft.model.trained import Shapes
 from sft.recipe.architecture import ModelConfig
 from sft.recipe.schema import Hardware, Train
@@ -78,13 +78,7 @@ def check_device(device: torch.device) -> None:
 def multiply_in_fp8(model: nn.Module) -> None:
     """Puts torchao's Float8Linear in the place of the linear layers of the blocks. Call it before compiling and sharding. Raises
     SftError without torchao."""
-    for noisy in ("torchao", "torch.utils._pytree"):  # they report kernels and calls that do not concern this machine
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
+    with importing_torchao("precision = 'fp8'", "precision=bf16"):
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training  # start-up: torchao takes a second
-    except ImportError as error:
-        raise SftError(
-            f"[train] precision = 'fp8' needs the package torchao ({error}); next: pip install -e '.[lowbit]', or precision=bf16"
-        ) from error
     config = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=EMULATED)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: _is_fp8(name))

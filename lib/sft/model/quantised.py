@@ -8,7 +8,6 @@ torchao chooses the codes. They are plain tensors here and turned into values by
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sft.common.errors import SftError
+from sft.model.torchao_import import importing_torchao
 
 Codes = tuple[Tensor, ...]
 """int8 and fp8: codes [rows, columns] and scales [rows, 1]. nf4: two codes in a byte [values / 2], their blocks' scales in 8 bits,
@@ -27,16 +27,9 @@ SCALES = 256  # scales of nf4 that share one, as far as they divide
 
 def quantise(value: Tensor, dtype: str) -> Codes:
     """The codes of a matrix, on its device. Raises SftError without torchao, and for a matrix that nf4 cannot divide."""
-    for noisy in ("torchao", "torch.utils._pytree"):  # they report kernels and calls that do not concern this machine
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
+    with importing_torchao(f"base_dtype {dtype!r}", "base_dtype=compute"):
         from torchao.quantization import Float8Tensor, Int8Tensor, PerRow  # start-up: torchao takes a second
         from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import to_nf4
-    except ImportError as error:
-        raise SftError(
-            f"[train] base_dtype {dtype!r} needs the package torchao ({error}); next: pip install -e '.[lowbit]', or"
-            " base_dtype=compute"
-        ) from error
     value = value.float()
     if dtype != "nf4":
         made = (Int8Tensor if dtype == "int8" else Float8Tensor).from_hp(value, granularity=PerRow())

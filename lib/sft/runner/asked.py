@@ -3,7 +3,7 @@
     check_goals(["train", "evalaute"], known, place)             raises: no goal 'evalaute'; did you mean 'evaluate'?
     Asked(["evaluate"], cluster, "ai2-jupiter").resolve(["cpus=8"])     ->  ["evaluate.cpus=8"]
 
-Everything is refused before anything runs: a word that nobody reads must not look as if it had been obeyed. Standard library only.
+A word that nothing reads is refused before anything runs. Standard library only.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ small.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from sft.common.errors import SftError
 from sft.model.memory import QUANTISED_BLOCK, is_quantised
+from sft.model.torchao_import import importing_torchao
 from sft.training.rounding import Place, bits, round_to_bf16
 
 CHUNK = 1 << 24  # values of a parameter that are updated at once, unless compiled
@@ -81,14 +80,8 @@ class Options(NamedTuple):
 
 def _scales(device: torch.device) -> tuple[Scale, Scale]:
     """The scales of both moments. The second moment has no negative values. Raises SftError without torchao."""
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # it reports every kernel that this machine cannot load
-    try:
+    with importing_torchao("optimizer 'adamw8bit'", "optimizer=adamw"):
         from torchao.optim import quant_utils  # start-up: torchao takes a second, and is needed for 8-bit moments only
-    except ImportError as error:
-        raise SftError(
-            f"[train] optimizer 'adamw8bit' needs the package torchao ({error});"
-            " next: pip install torchao, or optimizer=adamw"
-        ) from error
 
     def scale(signed: bool) -> Scale:
         values = torch.tensor(quant_utils.create_dynamic_map(signed=signed), device=device)
