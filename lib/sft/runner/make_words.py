@@ -31,13 +31,13 @@ READERS: dict[str, tuple[str, ...]] = {
     "RUNS": (), "PYTHON": (), "TORCH": (), "DRY_RUN": (), "MODEL": (),
     "ALLOW_DIRTY": (*_MADE, "sweep", "baseline", "watch", "dry-run", "doctor", "to-hf", "to-core"),
     "GPU_WAIT": (*_MADE, "sweep", "baseline", "watch", "lr-range", "overfit"), "RETRAIN": (*_MADE, "sweep"), "DETACH": (*_MADE, "baseline", "to-hf", "to-core"),
-    "SHARDS": (*_MADE, "sweep"), "SHARD": _MADE, "CHECK": ("sync", "cp", "fetch"), "STAGE": ("dry-run", "fetch"), "FROM": ("new", "fetch", "import-config"), "TRAINER": ("import-config",), "GPUS": ("import-config",),
+    "SHARDS": (*_MADE, "sweep"), "SHARD": _MADE, "CHECK": ("sync", "cp", "fetch"), "STAGE": ("dry-run", "fetch", "soak"), "FROM": ("new", "fetch", "import-config"), "TRAINER": ("import-config",), "GPUS": ("import-config",),
     "A": ("diff", "compare"), "B": ("diff", "compare"), "C": ("compare",), "ANYWAY": ("compare",),
     "RUN": ("verify", "delete", "archive", "soup", "chat", "serve"), "YES": ("delete", "archive", "extend"), "GOAL": ("sweep",), "JOBS": ("sweep",),
     "STEPS": ("soup", "lr-range", "overfit"), "WEIGHTS": ("soup",), "STEP": ("chat", "serve"), "TOKENS": ("chat",), "START": ("serve",), "SOURCE": ("preview",), "ROW": ("preview",),
     "SRC": ("cp", "to-hf", "to-core"), "DST": ("cp", "to-hf", "to-core", "export", "archive", "soup"), "ADAPTER": ("to-core", "serve"),
     "TOKENIZER": ("to-hf",), "TEMPLATE": ("to-hf",), "REPO": ("push-hub",), "PUSH": ("push-hub", "fetch"), "DELETE": ("cp",), "NO_CLOBBER": ("cp",),
-    "TESTS": ("test", "test-quick"), "ONLY": ("mutants", "soak", "flip", "fuzz", "bench-check"), "N": ("soak", "flip", "fuzz"), "SEED": ("soak",),
+    "TESTS": ("test", "test-quick"), "ONLY": ("mutants", "flip", "fuzz", "bench-check"), "N": ("soak", "flip", "fuzz"), "SEED": ("soak",),
     "LOW": ("lr-range",), "HIGH": ("lr-range",), "BOUND": ("overfit",),
 }  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares), each with the goals that read it;
