@@ -210,7 +210,7 @@ def test_a_goal_without_a_variable_that_it_needs_is_refused_before_anything_runs
 
 @pytest.mark.parametrize(
     ("goals", "words", "message"),
-    [("why", "RECIPE=x STAGE=train", "make why: nothing here reads STAGE=train; next: remove it (it is for make dry-run, fetch)"),
+    [("why", "RECIPE=x STAGE=train", "make why: nothing here reads STAGE=train; next: remove it (it is for make dry-run, fetch, soak)"),
      ("train", "RECIPE=x CHECK=1", "reads CHECK=1"), ("jobs", "RECIPE=x", "nothing here reads RECIPE=x"), ("chat", "RECIPE=x RUN=x", "next: RUN=, the name of a run"),
      ("runs", "CLUSTER=slurm", "reads CLUSTER=slurm"), ("sweep", "RECIPE=x DETACH=1", "reads DETACH=1"), ("verify", "RUN=x YES=1", "reads YES=1"),
      ("delete", "RUN=x YES=0", "YES=0: 1 is expected; next: YES=1, or leave it out"), ("fetch", "RECIPE=x PUSH=no", "1 or public is expected"),
