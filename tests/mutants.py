@@ -51,6 +51,10 @@ MUTANTS = (
     Mutant("an object without a CRC32C is compared by its ETag", "storage/transport.py", "sums.bytes == self.bytes and sums.etag == str(self.generation).strip('\"')", "sums.bytes == self.bytes", "test_s3.py::test_an_object_without_a_crc32c_is_compared_by_its_etag"),
     Mutant("a write to S3 states what it replaces", "storage/s3.py", 'return {"IfMatch": str(generation)} if generation else {"IfNoneMatch": "*"}', "return {}", "test_s3.py::test_another_writers_object_is_left_alone"),
     Mutant("an unreachable bucket does not restart a training from its first weights", "training/stored_steps.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
+    Mutant("a step of two nodes is compared where it is joined", "sync/parts.py", '        raise SftError("; ".join(broken))\n', "        pass\n", "test_uploads.py::test_a_node_joins_its_files_of_a_step_with_those_of_others_that_are_in_the_bucket"),
+    Mutant("nodes without a common disk need a bucket", "training/build.py", "        if not where:\n", "        if False:\n", "test_disks.py::test_a_training_whose_nodes_share_no_disk_is_refused_without_a_bucket_before_it_starts"),
+    Mutant("copies of weights follow each step", "model/compute_copies.py", "        optimizer.register_step_post_hook(self.expire)\n", "", "test_keep_gathered.py::test_copies_are_made_once_a_step"),
+    Mutant("fp8 needs a GPU that has it", "model/fp8.py", 'if device.type != "cuda" or torch.version.hip:', "if False:", "test_fp8.py::test_a_device_without_these_products_is_refused_at_the_start"),
     # --- the order of writes
     Mutant("write_atomic flushes the file", "common/files.py", "os.fsync(f.fileno())", "pass", FILE_ORDER),
     Mutant("write_atomic flushes the folder", "common/files.py", "    sync_folder(file.parent)\n", "", FILE_ORDER),
