@@ -16,8 +16,8 @@ from sft.formats import manifest
 pytestmark = pytest.mark.processes
 
 
-def save_apart(root: Path, fields: dict[str, Any]) -> int:
-    """One of two ranks saves a step; its disk is its own one. Prints "apart rank result"."""
+def save_on_own_disks(root: Path, fields: dict[str, Any]) -> int:
+    """One of two ranks saves a step; its disk is its own one. Prints "disks rank result"."""
     import torch
 
     from sft.checkpoint import disks, step_folder
@@ -26,11 +26,11 @@ def save_apart(root: Path, fields: dict[str, Any]) -> int:
     world = replace(join(1), local_rank=0)  # each rank is a node
     out = root / ("one" if fields["shared"] else f"disk{world.rank}")
     out.mkdir(exist_ok=True)
-    apart = disks.apart(out, world)
+    other_disk = disks.other_disks(out, world)
     assert not list(out.iterdir())
     state = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(6)}, "optim": {}}
-    step_folder.save(out, 4, state, {"rank": world.rank}, {"a": 1}, world, ephemeral=False, apart=apart)
-    print(f"apart {world.rank} {apart} {disks.leads_disk(apart, world)}\n", end="", flush=True)
+    step_folder.save(out, 4, state, {"rank": world.rank}, {"a": 1}, world, ephemeral=False, other_disk=other_disk)
+    print(f"disks {world.rank} {other_disk} {disks.leads_disk(other_disk, world)}\n", end="", flush=True)
     world.close()
     return 0
 
@@ -47,10 +47,10 @@ def files(folder: Path) -> set[str]:
 
 
 def test_each_node_keeps_its_files_of_a_step_and_the_manifest_of_the_whole(tmp_path):
-    lines = processes(tmp_path, False, save_apart)
-    assert sorted(line for line in lines if line.startswith("apart")) == [
-        "apart 0 [False, True] True",
-        "apart 1 [False, True] True",
+    lines = processes(tmp_path, False, save_on_own_disks)
+    assert sorted(line for line in lines if line.startswith("disks")) == [
+        "disks 0 [False, True] True",
+        "disks 1 [False, True] True",
     ]
     steps = [tmp_path / f"disk{rank}" / "step4" for rank in (0, 1)]
     mine, theirs = map(files, steps)
@@ -61,13 +61,13 @@ def test_each_node_keeps_its_files_of_a_step_and_the_manifest_of_the_whole(tmp_p
     assert listed == (mine | theirs) - {"manifest.json"}
 
 
-def test_on_a_common_disk_no_rank_is_apart(tmp_path):
-    lines = processes(tmp_path, True, save_apart)
-    assert {"apart 0 [False, False] True", "apart 1 [False, False] False"} <= set(lines)
+def test_on_a_common_disk_no_rank_has_another_disk(tmp_path):
+    lines = processes(tmp_path, True, save_on_own_disks)
+    assert {"disks 0 [False, False] True", "disks 1 [False, False] False"} <= set(lines)
     assert {"train/rank0.pt", "train/rank1.pt"} <= files(tmp_path / "one" / "step4")
 
 
-def train_apart(root: Path, fields: dict[str, Any]) -> int:
+def train_on_own_disks(root: Path, fields: dict[str, Any]) -> int:
     """A training on two nodes with a folder each."""
     rank = int(os.environ["RANK"])
     os.environ["LOCAL_RANK"] = "0"
@@ -77,7 +77,9 @@ def train_apart(root: Path, fields: dict[str, Any]) -> int:
 def test_a_training_whose_nodes_share_no_disk_is_refused_without_a_bucket_before_it_starts(tmp_path):
     for rank in (0, 1):
         training.run_folder(tmp_path / f"node{rank}", training.write_dataset(tmp_path / f"dataset{rank}"))
-    process = training.SERVER.Process(target=training.run, args=(tmp_path, {"ranks": 2, "steps": 2}, train_apart))
+    process = training.SERVER.Process(
+        target=training.run, args=(tmp_path, {"ranks": 2, "steps": 2}, train_on_own_disks)
+    )
     process.start()
     out = training.finish(process, tmp_path, status=1)
     assert "rank 1 runs on a node where this is another disk, and storage = '" in out, out

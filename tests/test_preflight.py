@@ -11,17 +11,19 @@ import pytest
 import torch
 
 from sft.training import preflight
-from sft.training.preflight import Found, rounds, slow, wrong
+from sft.training.preflight import RankMeasurement, rounds, slow, wrong
 from training import records, train
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
 FIELDS: dict[str, Any] = {"steps": 1, "hardware": {"microbatch_tokens": 64, "preflight": "always"}}
 
 
-def job(ranks: int = 8, local_size: int = 4) -> list[Found]:
+def job(ranks: int = 8, local_size: int = 4) -> list[RankMeasurement]:
     """A healthy job, as its ranks report it."""
     links = [{o: 100.0 for pairs in rounds(ranks, local_size) if (o := pairs[r]) is not None} for r in range(ranks)]
-    return [Found(r, f"n{r // local_size}", "H100", 7, 600.0 + r, 2000.0 - r, (), links[r]) for r in range(ranks)]
+    return [
+        RankMeasurement(r, f"n{r // local_size}", "H100", 7, 600.0 + r, 2000.0 - r, (), links[r]) for r in range(ranks)
+    ]
 
 
 @pytest.mark.parametrize(("ranks", "local_size"), [(1, 1), (2, 1), (2, 2), (3, 3), (8, 8), (16, 8), (6, 2), (64, 8)])

@@ -19,7 +19,7 @@ SEEN_S = 2.0
 """Seconds that a network file system has to show rank 0 what other nodes have made."""
 
 
-def apart(folder: Path, world: World) -> list[bool]:
+def other_disks(folder: Path, world: World) -> list[bool]:
     """For every rank, whether its disk is another one than rank 0's. Makes `folder` where it is missing. Every rank calls this."""
     folder.mkdir(parents=True, exist_ok=True)
     word = world.on_rank0(lambda: uuid.uuid4().hex)
@@ -38,6 +38,6 @@ def apart(folder: Path, world: World) -> list[bool]:
     return found
 
 
-def leads_disk(apart: Sequence[bool], world: World) -> bool:
+def leads_disk(other_disk: Sequence[bool], world: World) -> bool:
     """Whether this rank acts for a disk: rank 0, and the first rank of every node whose disk is another one."""
-    return world.is_rank0 or (any(apart) and apart[world.rank] and world.local_rank == 0)
+    return world.is_rank0 or (any(other_disk) and other_disk[world.rank] and world.local_rank == 0)

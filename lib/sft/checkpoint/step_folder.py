@@ -153,16 +153,16 @@ def save(
     world: World,
     *,
     ephemeral: bool,
-    apart: Sequence[bool] = (),
+    other_disk: Sequence[bool] = (),
 ) -> Path:
     """Writes a `snapshot` as out/stepN and returns the folder. Every rank calls this.
 
-    `train_state`: of this rank. `config`: the content of config.json. `apart` (disks.apart): the files of these ranks
+    `train_state`: of this rank. `config`: the content of config.json. `other_disk` (disks.other_disks): the files of these ranks
     are on their nodes' disks, in a folder of the same name with the same manifest. Uses the group of `world` only, so a
     thread with a separate group may call it. Raises SharedError on every rank; older steps are unchanged then.
     """
     final, work = out / f"step{step}", out / f".saving-step{step}"
-    leads = disks.leads_disk(apart, world)
+    leads = disks.leads_disk(other_disk, world)
     try:
         world.on_all_ranks(lambda: shutil.rmtree(work, ignore_errors=True) if leads else None)
         world.on_all_ranks(lambda: _write_small_files(work, train_state, config, ephemeral, world))

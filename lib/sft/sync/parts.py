@@ -22,14 +22,14 @@ from sft.storage.transfer import open_storage, transfer
 from sft.sync.fetch import listed_copies
 
 
-def lacking(step: Path) -> list[Output]:
+def missing_files(step: Path) -> list[Output]:
     """The files of a step that are not on this disk. Raises SftError or OSError where its manifest cannot be read."""
     return [o for o in StepManifest.read(step / manifest.NAME).outputs if not (step / o.path).is_file()]
 
 
 def is_part(step: Path) -> bool:
     """Whether this disk has only some of the files of a step: those of its node's ranks."""
-    return bool(lacking(step))
+    return bool(missing_files(step))
 
 
 def is_sent(step: Path, where: str, cache: Path, wait: bool = True) -> bool:
@@ -59,7 +59,7 @@ def joined(step: Path, where: str, work: Path, cache: Path, log: Callable[[str],
     resume reads them. Raises SftError for files that differ from the manifest, and where the bucket does not have the step.
     """
     outputs = StepManifest.read(step / manifest.NAME).outputs
-    absent = {o.path for o in lacking(step)}
+    absent = {o.path for o in missing_files(step)}
     if broken := manifest.broken_outputs(step, [o for o in outputs if o.path not in absent]):
         raise SftError("; ".join(broken))
     if not absent:

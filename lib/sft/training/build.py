@@ -386,10 +386,10 @@ def connect_saver(setup: Setup, saver: Saver) -> None:
     where = destination(stage.storage, stage.recipe.run, stage.identity)
     # Evaluations beside training run on rank 0's node. What it lacks of a step comes from the bucket.
     every = stage.recipe.evaluate.every if world.is_rank0 else 0
-    if any(apart := disks.apart(stage.out, world)):
+    if any(other_disk := disks.other_disks(stage.out, world)):
         if not where:
-            raise no_common_disk(setup, apart.index(True))
-        saver.keep_apart(apart)
+            raise no_common_disk(setup, other_disk.index(True))
+        saver.leave_on_nodes(other_disk)
     if where and saver.leads:
         saver.uploads = Uploads(stage.out, where, stage.cache, stage.log, UNLISTED if world.is_rank0 else ())
 

@@ -57,7 +57,7 @@ BLOCK = 1 << 30
 
 
 @dataclass(frozen=True)
-class Found:
+class RankMeasurement:
     """What one rank measured. Speeds are TFLOP/s and GB/s of one direction."""
 
     rank: int
@@ -77,7 +77,9 @@ def preflight(out: Path, world: World, log: Callable[[str], None]) -> None:
     sizes = GPU if world.device.type == "cuda" else CPU
     watch = HangWatch(out, 0, world, LIMIT_S)
     try:
-        found: list[Found] = world.gather(measure(world, 1 + max(world.gather(world.local_rank)), sizes, watch))
+        found: list[RankMeasurement] = world.gather(
+            measure(world, 1 + max(world.gather(world.local_rank)), sizes, watch)
+        )
     finally:
         watch.close()
     if problems := wrong(found):
@@ -92,7 +94,7 @@ def preflight(out: Path, world: World, log: Callable[[str], None]) -> None:
             log(line)
 
 
-def measure(world: World, local_size: int, sizes: Sizes, watch: HangWatch) -> Found:
+def measure(world: World, local_size: int, sizes: Sizes, watch: HangWatch) -> RankMeasurement:
     """All parts, on this rank. `local_size`: ranks of a node."""
     device, problems = world.device, list[str]()
     name = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -117,7 +119,7 @@ def measure(world: World, local_size: int, sizes: Sizes, watch: HangWatch) -> Fo
             link[other] = speed
             problems += [] if whole else [f"a message of rank {other} arrives with other values"]
     part.begin("end")
-    return Found(world.rank, node_name(), name, product, matmul, memory, tuple(problems), link)
+    return RankMeasurement(world.rank, node_name(), name, product, matmul, memory, tuple(problems), link)
 
 
 class Parts:
@@ -252,7 +254,7 @@ def wait(device: torch.device) -> None:
 # --- what it says ------------------------------------------------------------------------------------------------------
 
 
-def wrong(found: Sequence[Found]) -> list[str]:
+def wrong(found: Sequence[RankMeasurement]) -> list[str]:
     """A line for each wrong value of a rank. A product that another rank with the same device computed otherwise is wrong where most
     ranks agree on another one."""
     lines = [f"corrupt: rank {f.rank} on {f.host}: {problem} (preflight)" for f in found for problem in f.wrong]
@@ -273,7 +275,7 @@ def wrong(found: Sequence[Found]) -> list[str]:
     return lines
 
 
-def slow(found: Sequence[Found]) -> list[str]:
+def slow(found: Sequence[RankMeasurement]) -> list[str]:
     """A warning for each rank, or pair of ranks, that is slower than the others."""
     lines = []
     for kind in ("matmul", "memory"):
@@ -319,7 +321,7 @@ def _number(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
 
 
-def summary(found: Sequence[Found], seconds: float) -> str:
+def summary(found: Sequence[RankMeasurement], seconds: float) -> str:
     """The speeds in one line."""
 
     def span(values: Sequence[float], kind: str) -> str:

@@ -64,7 +64,9 @@ class Saver:
         """`config`: the content of config.json of a step. `log` prints on rank 0 only. `step_bytes`: about the size of a step."""
         self.out, self.train, self.config, self.world, self.log = out, train, config, world, log
         self.uploads: Uploads | None = None  # of permanent steps, on ranks that lead a disk
-        self.apart: Sequence[bool] = ()  # ranks whose files stay on their node, which uploads them (disks.apart)
+        self.other_disk: Sequence[
+            bool
+        ] = ()  # ranks whose files stay on their node, which uploads them (disks.other_disks)
         self.last: Path | None = None  # the newest complete step of this run
         self.waiting: Callable[[], Collection[Path]] = tuple  # steps that must stay until they are evaluated
         self._save_world = world.with_own_group(transfer_s(step_bytes))
@@ -78,14 +80,14 @@ class Saver:
         self._blocked = 0.0
         self._ended: tuple[int, float] | None = None
 
-    def keep_apart(self, apart: Sequence[bool]) -> None:
-        """Leaves each node's files on its own disk. Every rank calls this, with the same list (disks.apart)."""
-        self.apart, self._patient = apart, self.world.with_own_group(PUBLICATION_S)
+    def leave_on_nodes(self, other_disk: Sequence[bool]) -> None:
+        """Leaves each node's files on its own disk. Every rank calls this, with the same list (disks.other_disks)."""
+        self.other_disk, self._patient = other_disk, self.world.with_own_group(PUBLICATION_S)
 
     @property
     def leads(self) -> bool:
         """Whether this rank names, uploads and removes the steps of a disk."""
-        return disks.leads_disk(self.apart, self.world)
+        return disks.leads_disk(self.other_disk, self.world)
 
     @property
     def failed(self) -> bool:
@@ -134,7 +136,7 @@ class Saver:
         began = time.monotonic()
         self.last = step_folder.save(
             self.out, save.step, save.state, save.train_state, self.config, self._save_world,
-            ephemeral=save.ephemeral, apart=self.apart,
+            ephemeral=save.ephemeral, other_disk=self.other_disk,
         )  # fmt: skip
         seconds = time.monotonic() - began
         self._save_world.on_all_ranks(lambda: self._name(save) if self.leads else None)
@@ -166,7 +168,7 @@ class Saver:
         sent = self.uploads.finish() if self.uploads is not None else None
         if sent is not None:
             self.prune()  # steps that stayed only until they were sent
-        if any(self.apart):  # a step is uploaded when every node has sent its part
+        if any(self.other_disk):  # a step is uploaded when every node has sent its part
             parts = [part for part in self._patient.gather(sent) if part is not None]
             missing = sorted({step for part in parts for step in part.missing})
             if sent is not None:

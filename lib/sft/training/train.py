@@ -280,7 +280,7 @@ def prepare_attempt(stage: Stage, world: World) -> tuple[int, StoredSteps | None
     if stage.hardware.threads and world.device.type == "cpu":
         torch.set_num_threads(stage.hardware.threads)
     stored, where = None, destination(stage.storage, stage.recipe.run, stage.identity)
-    if where and ("SFT_STAGE_ADDRESS" in os.environ or any(disks.apart(stage.out, world))):
+    if where and ("SFT_STAGE_ADDRESS" in os.environ or any(disks.other_disks(stage.out, world))):
         stored = find_steps(stage.out, where, stage.cache, world, stage.log if world.is_rank0 else lambda _: None)
     attempt: int = world.on_rank0(functools.partial(logs.next_attempt, stage.out))
     logs.record(stage.out, attempt, world.rank)

@@ -71,8 +71,8 @@ class Slurm:
         script = self.folder / f"{name}.sbatch"
         write_atomic(script, job_script(job, name, self.folder).encode())
         # The address of a webhook is a secret: it is in the job's environment and not in its script.
-        told = {"SFT_ON_EVENT": self.cluster.on_event} if self.cluster.on_event else None
-        answer = client.run("sbatch", "--parsable", *options, str(script), variables=told)
+        variables = {"SFT_ON_EVENT": self.cluster.on_event} if self.cluster.on_event else None
+        answer = client.run("sbatch", "--parsable", *options, str(script), variables=variables)
         if not (match := re.match(r"(\d+)", answer)):
             raise SftError(f"sbatch answered {answer!r}, which is not a job id; next: squeue --me, and {script}")
         return match[1]
