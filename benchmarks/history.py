@@ -108,27 +108,53 @@ def results() -> int:
 
 
 def table() -> str:
-    """Markdown: the newest record of every bench, for each machine and set of options."""
-    lines = ["| bench | numbers | commit | machine |", "| --- | --- | --- | --- |"]
+    """Markdown: the newest record of every bench, for each machine and set of options; below it a table for each group of numbers."""
+    lines, below = ["| bench | numbers | commit | machine |", "| --- | --- | --- | --- |"], []
     for file in sorted(HISTORY.glob("*.jsonl")):
         newest = {(r["machine"], *r["options"]): r for r in records(file.stem)}
         for r in newest.values():
-            command = " ".join(
-                [f"`make bench-{file.stem}`", *([f"with `{' '.join(r['options'])}`"] if r["options"] else [])]
-            )
+            command = f"`make bench-{file.stem}`" + (f" with `{' '.join(r['options'])}`" if r["options"] else "")
             commit = r["commit"][:8] + (" with edits" if r["edits"] else "") + (", copied" if r.get("copied") else "")
-            numbers = ", ".join(f"{name} {value}" for name, value in flat(r["numbers"]))
+            groups = {name: rows for name, value in r["numbers"].items() if (rows := rows_of(value))}
+            single = {name: value for name, value in r["numbers"].items() if name not in groups}
+            numbers = ", ".join(f"{name} {value}" for name, value in flat(single)) or "below"
             lines.append(f"| {command} | {numbers} | {commit}, {r['time'][:10]} | {r['machine']} |")
-    return "\n".join(lines) + "\n"
+            below += [
+                line for name, rows in groups.items() for line in group(f"{command}, {r['commit'][:8]}", name, rows)
+            ]
+    return "\n".join(lines + below) + "\n"
+
+
+def rows_of(value: object) -> dict[str, Mapping[str, Any]]:
+    """The rows of an object of objects, such as the ways that a bench compares. A list of objects is named by their texts. Else {}."""
+    if isinstance(value, Sequence) and value and all(isinstance(row, Mapping) for row in value):
+        names = [", ".join(text for text in row.values() if isinstance(text, str)) for row in value]
+        return {f"{n}. {name}": row for n, (name, row) in enumerate(zip(names, value, strict=True), 1)}
+    if isinstance(value, Mapping) and all(isinstance(row, Mapping) for row in value.values()):
+        return dict(value)
+    return {}
+
+
+def group(title: str, name: str, rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table with a row for each object and a column for each of its numbers. Texts stay in the history."""
+    cells = {row: dict(flat(numbers)) for row, numbers in rows.items()}
+    columns = list(dict.fromkeys(column for row in cells.values() for column in row))
+    lines = ["", f"{title}:", "", f"| {' | '.join([name, *columns])} |", "| --- " * (1 + len(columns)) + "|"]
+    return [
+        *lines,
+        *(f"| {' | '.join([row, *(c.get(column, '') for column in columns)])} |" for row, c in cells.items()),
+    ]
 
 
 def flat(numbers: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:
-    """(name, value) of each number and truth value, with a dot between the names of objects."""
+    """(name, value) of each number, truth value and short list of numbers, with a dot between the names of objects."""
     for name, value in numbers.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{before}{name}.")
         elif isinstance(value, int | float):
             yield before + name, shown(value)
+        elif isinstance(value, list) and 0 < len(value) <= 4 and all(isinstance(one, int | float) for one in value):
+            yield before + name, " / ".join(map(shown, value))
 
 
 def shown(value: float) -> str:

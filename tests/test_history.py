@@ -102,6 +102,24 @@ def test_results_has_the_newest_numbers_of_each_machine(place: Path, capsys: pyt
     assert history.main(["results"]) == 1 and "RESULTS.md has no lines" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("value", "first", "second"),
+    [
+        ({"ours": {"speed": 1000, "loss": [1, 2]}, "a peer": {"speed": 4.5, "of": {"gb": 0.5}}}, "ours", "a peer"),
+        ([{"name": "x", "speed": 1000, "loss": [1, 2]}, {"speed": 4.5, "of": {"gb": 0.5}}], "1. x", "2. "),
+    ],
+)
+def test_objects_in_an_object_or_a_list_are_a_table_of_their_own(
+    place: Path, value: Any, first: str, second: str
+) -> None:
+    keep(place, ratio=2.5, ways=value)
+    assert history.main(["results"]) == 0
+    summary, below = (place / "RESULTS.md").read_text().split("`make bench-x`, 00000000:\n\n")
+    assert "| `make bench-x` | ratio 2.5 | 00000000" in summary
+    head = "| ways | speed | loss | of.gb |\n| --- | --- | --- | --- |\n"
+    assert below.startswith(f"{head}| {first} | 1,000 | 1 / 2 |  |\n| {second} | 4.5 |  | 0.5 |\n")
+
+
 def test_the_numbers_in_results_are_the_newest_of_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(history, "HISTORY", REPO / "benchmarks" / "history")
     written = (REPO / "RESULTS.md").read_text().partition(history.BEGIN)[2].partition(history.END)[0]
