@@ -161,6 +161,7 @@ def test_a_clusters_name_in_beaker_is_answered_with_ours(name: str) -> None:
     assert clusters.find_cluster(REPO / "env", "ai2-jupiter").is_file()
 
 
+@pytest.mark.seconds
 def test_make_refuses_before_anything_runs(workspace) -> None:
     for words, message in (
         (["train", "evalaute"], "no goal 'evalaute'; did you mean 'evaluate'?"),

@@ -152,6 +152,7 @@ def test_special_text_in_content_is_set_aside_and_restored() -> None:
         specials.escape(crowded)
 
 
+@pytest.mark.seconds
 def test_an_edit_of_a_named_template_makes_prepare_stale_and_says_so(workspace: Any) -> None:
     workspace.recipe("x", 'tokenizer = "tok"', 'tokenizer = "tok"\ntemplate = "tulu"')
     workspace.make("prepare", "RECIPE=x")

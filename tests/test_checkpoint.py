@@ -217,6 +217,7 @@ def core_model() -> Any:
     return TransformerConfig.from_dict(olmo_core.step_config(CONFIG, FACTS)["model"]).build(init_device="cpu")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["AdamW", "SkipStepAdamW"])
 def test_olmo_core_loads_our_step_with_its_optimizer_state(tmp_path: Path, kind: str) -> None:
     theirs = core_model()
@@ -271,6 +272,7 @@ def test_weights_come_from_an_olmo_core_checkpoint_and_nothing_else_does(tmp_pat
     assert ours.param_groups[0]["weight_decay"] == 0.0
 
 
+@pytest.mark.seconds
 def test_olmo_cores_converter_accepts_our_step(tmp_path: Path) -> None:
     core_model()
     from olmo_core.nn.hf.convert_checkpoint import convert_checkpoint_to_hf, load_config

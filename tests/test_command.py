@@ -65,6 +65,7 @@ def run(site: Path, here: Path, *words: str) -> subprocess.CompletedProcess[str]
                           capture_output=True, text=True, check=False)  # fmt: skip
 
 
+@pytest.mark.seconds
 def test_outside_a_checkout_recipes_of_the_package_and_of_the_folder_are_found(tmp_path: Path, installed: Path) -> None:
     here = tmp_path / "mine"
     here.mkdir()

@@ -180,6 +180,7 @@ def test_records_of_another_harness_are_compared_as_whole_scores(tmp_path: Path)
     assert acc.p == pytest.approx(2 * scipy.stats.norm.sf(abs(acc.value) / acc.stderr))
 
 
+@pytest.mark.seconds
 def test_make_compare_needs_no_environment_and_writes_the_page(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 3), ("c", 5)):
         evaluated(tmp_path / name, seed)

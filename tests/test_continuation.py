@@ -46,6 +46,7 @@ def trained(workspace: Workspace, finished: Callable[[str], None]) -> Workspace:
     return workspace
 
 
+@pytest.mark.seconds
 def test_a_run_goes_on_from_a_step_by_its_recipe_or_by_an_override(trained: Workspace) -> None:
     shown = trained.make("show", "RECIPE=y").stdout
     assert f'continue = "{STEP}"' in shown and f"continues {STEP} with its optimizer state" in " ".join(shown.split())
@@ -69,6 +70,7 @@ def test_a_run_goes_on_from_a_step_by_its_recipe_or_by_an_override(trained: Work
     assert "y/train: continue/manifest.json changed" in trained.make("why", "RECIPE=y").stdout
 
 
+@pytest.mark.seconds
 def test_what_is_no_step_of_another_run_is_refused_before_anything_runs(trained: Workspace) -> None:
     for value, expected in (
         ("runs/x/train/step9", "is no whole step; there are: step8; next"),
@@ -108,6 +110,7 @@ def test_options_are_those_of_the_manifest_where_no_attempt_recorded_them(traine
     assert "has no record of step 8; next: continue_schedule" in trained.make("train", "RECIPE=y", ok=False).stderr
 
 
+@pytest.mark.seconds
 def test_a_run_that_another_one_continues_is_not_deleted_before_it(trained: Workspace) -> None:
     trained.make("train", "RECIPE=y")
     said = trained.make("delete", "RUN=x", "YES=1", ok=False).stderr
@@ -154,6 +157,7 @@ def test_a_step_that_jobs_do_not_see_is_refused(trained: Workspace) -> None:
         continuation.check(found, r, schema.Cluster(storage=""), "local")
 
 
+@pytest.mark.seconds
 def test_a_higher_limit_on_minutes_makes_a_training_go_on_in_its_folder(trained: Workspace) -> None:
     run = trained.root / "runs/x"
     rewrite(run / "train/manifest.json", metrics={"final_step": 8, "stopped": "max_minutes", "max_minutes": 60.0})
@@ -178,6 +182,7 @@ def test_a_higher_limit_on_minutes_makes_a_training_go_on_in_its_folder(trained:
     assert "x/train: up to date" in trained.make("why", "RECIPE=x").stdout
 
 
+@pytest.mark.seconds
 def test_more_patience_goes_on_with_extend_and_the_cost_is_told(trained: Workspace) -> None:
     run = trained.root / "runs/x"
     lines = "lr = 1e-3\nearly_stopping_patience = {}\n"

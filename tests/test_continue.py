@@ -49,6 +49,7 @@ def same_curve(run: Path, whole: Path, after: int) -> bool:
     return ours == theirs and len(ours) > 0
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.processes)])
 def test_one_epoch_and_one_more_by_continue_are_two_epochs_bit_for_bit(runs: Path, dataset: Path, ranks: int) -> None:
     whole, one, two = (run_folder(runs / name, dataset) for name in ("whole", "one", "two"))
@@ -64,6 +65,7 @@ def test_one_epoch_and_one_more_by_continue_are_two_epochs_bit_for_bit(runs: Pat
     assert json.loads((two / "result.json").read_text())["continues"] == f"runs/one/train/step{steps}"
 
 
+@pytest.mark.seconds
 def test_a_continued_run_that_is_killed_goes_on_from_its_own_step_or_from_the_first_again(
     runs: Path, dataset: Path
 ) -> None:
@@ -83,6 +85,7 @@ def test_a_continued_run_that_is_killed_goes_on_from_its_own_step_or_from_the_fi
     assert headers[0] == 4 and headers[-1] >= 8
 
 
+@pytest.mark.seconds
 def test_an_epoch_that_ends_within_a_batch_goes_on_behind_it(runs: Path, dataset: Path) -> None:
     """No pack is left out and none comes twice: the shorter run ended with a smaller batch."""
     one, two = (run_folder(runs / name, dataset) for name in ("one", "two"))
@@ -113,6 +116,7 @@ def test_an_epoch_that_ends_within_a_batch_goes_on_behind_it(runs: Path, dataset
     assert_same_bits(last, runs / "kept")
 
 
+@pytest.mark.seconds
 def test_other_data_start_anew_from_the_same_state_and_that_is_said(runs: Path, dataset: Path, tmp_path: Path) -> None:
     one, two = (run_folder(runs / name, dataset) for name in ("one", "two"))
     train(one)
@@ -143,6 +147,7 @@ def test_the_rate_after_a_step_follows_the_schedule_that_the_recipe_names() -> N
     assert rates("decayed", decay_shape="cosine")[25] > decayed[25]
 
 
+@pytest.mark.seconds
 def test_a_decay_starts_at_the_rate_of_the_step_and_a_resume_keeps_it(runs: Path, dataset: Path) -> None:
     one, two = (run_folder(runs / name, dataset) for name in ("one", "two"))
     train(one, steps=12, save_every=6, log_every=5, schedule="linear", warmup_fraction=0.0)
@@ -159,6 +164,7 @@ def test_a_decay_starts_at_the_rate_of_the_step_and_a_resume_keeps_it(runs: Path
         assert found[step] == pytest.approx(rate * (1 - (step - 7) / 6))
 
 
+@pytest.mark.seconds
 def test_a_step_of_other_options_is_refused_with_both_values(runs: Path, dataset: Path) -> None:
     one = run_folder(runs / "one", dataset)
     train(one, steps=2)
@@ -183,6 +189,7 @@ def test_a_step_of_other_options_is_refused_with_both_values(runs: Path, dataset
     assert (one / "train/step2").is_dir()  # another run's step is not renamed
 
 
+@pytest.mark.seconds
 def test_adapters_go_on_from_adapters_of_the_same_base(runs: Path, dataset: Path) -> None:
     whole, one, two, full = (run_folder(runs / name, dataset) for name in ("whole", "one", "two", "full"))
     fields = {"method": "lora", "schedule": "constant", "warmup_fraction": 0.0, "ephemeral_every": 0}
@@ -217,6 +224,7 @@ def test_another_tokenizer_is_refused(runs: Path, dataset: Path) -> None:
     assert "'continue' in [train] = 'runs/one/train/step2' is the base here" in said and "tokenizer.json sha256" in said
 
 
+@pytest.mark.seconds
 def test_a_step_that_another_run_goes_on_from_is_not_pruned(runs: Path, dataset: Path) -> None:
     one = run_folder(runs / "one", dataset)
     (runs / "two").mkdir()
@@ -227,6 +235,7 @@ def test_a_step_that_another_run_goes_on_from_is_not_pruned(runs: Path, dataset:
     assert not (one / "train/step2").exists()
 
 
+@pytest.mark.seconds
 def test_the_curves_of_a_continued_run_join_those_before_it(runs: Path, dataset: Path) -> None:
     one, two = (run_folder(runs / name, dataset) for name in ("one", "two"))
     train(one, steps=6)

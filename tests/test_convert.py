@@ -38,6 +38,7 @@ def export(
     return tmp / "model", weights, facts, options
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [(OLMO2, "bfloat16"), (OLMO3, "bfloat16"), (OLMO3, "float32"), (QWEN3, "float32"), (LLAMA3, "bfloat16")],
@@ -106,6 +107,7 @@ def fitted(config: ModelConfig, folder: Path, terminator: bool) -> tiny_export.H
     return tiny_export.Held({name: value.detach() for name, value in model.state_dict().items()})
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("terminator", [True, False])
 def test_a_model_that_was_trained_to_stop_stops_in_the_gate_and_another_is_reported(
     tmp_path: Path, terminator: bool

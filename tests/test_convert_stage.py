@@ -72,6 +72,7 @@ def test_a_trained_step_becomes_a_folder_with_its_proof_and_card(trained: Path, 
     assert (tmp_path / "gate.json").is_file() and any("greedy replies stop" in line for line in s.said)
 
 
+@pytest.mark.seconds
 def test_an_evaluation_template_is_carried_and_recorded_and_the_gate_still_runs_the_trained_one(
     trained: Path, tmp_path: Path
 ) -> None:

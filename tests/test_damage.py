@@ -267,6 +267,7 @@ def test_a_damaged_hash_in_the_cache_is_read_from_the_file_again(tmp_path: Path)
     assert HashCache(tmp_path).sha256(file) == hash_file(file)
 
 
+@pytest.mark.seconds
 def test_a_torn_list_in_the_storage_makes_sync_run_again(workspace: Workspace, finished) -> None:
     finished("sync")
     (copy,) = (workspace.root / "runs/.storage").glob("*/manifest.json")

@@ -126,6 +126,7 @@ pieces = st.lists(
 )
 
 
+@pytest.mark.seconds
 @settings(max_examples=60, deadline=None)
 @given(words=pieces, edges=st.lists(st.integers(0, 40), min_size=2, max_size=6, unique=True))
 def test_a_token_is_trained_when_all_its_bytes_are(folder: Path, words: list[str], edges: list[int]) -> None:

@@ -205,6 +205,7 @@ def test_a_run_that_stopped_halfway_on_a_disk_that_just_fits_goes_on(examine, mo
     assert row.state == doctor.OK and "6.0 kB of them saved already" in row.found
 
 
+@pytest.mark.seconds
 def test_a_launch_is_refused_for_what_the_doctor_says(workspace):
     (workspace.root / "recipes" / "z.toml").write_text(
         (workspace.root / "recipes" / "x.toml")
@@ -216,6 +217,7 @@ def test_a_launch_is_refused_for_what_the_doctor_says(workspace):
     assert workspace.ran() == ["prepare z", "sync z"]
 
 
+@pytest.mark.seconds
 def test_make_doctor_is_one_table_with_an_exit_status_and_needs_no_environment(workspace):
     done = workspace.make("doctor", "RECIPE=x")
     assert "ok    recipe" in done.stdout and "RED" not in done.stdout
@@ -225,6 +227,7 @@ def test_make_doctor_is_one_table_with_an_exit_status_and_needs_no_environment(w
     assert "RED   warm-up" in done.stdout and "1 red line" in done.stderr
 
 
+@pytest.mark.seconds
 def test_every_shipped_recipe_is_examined_on_every_kind_of_cluster(monkeypatch):
     monkeypatch.setenv("SFT_USER", "ann")
     for file in sorted((REPO / "recipes").glob("*.toml")):

@@ -105,6 +105,7 @@ def test_what_is_no_version_and_no_program_is_refused(row, line):
         row(SLURM + line)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("torch", "calls"),
     [
@@ -146,6 +147,7 @@ def test_set_up_installs_the_build_of_the_clusters_file(tmp_path, torch, calls):
     assert next((workspace.root / ".venv").glob("ready-*"))
 
 
+@pytest.mark.seconds
 def test_an_environment_on_the_images_torch_installs_none(tmp_path):
     workspace = Workspace(tmp_path)
     shutil.rmtree(workspace.root / ".venv")
@@ -175,6 +177,7 @@ def installed(workspace: Workspace, folder: Path, installer: str, torch: str) ->
     return (folder / "calls").read_text().splitlines()
 
 
+@pytest.mark.seconds
 def test_uv_installs_the_same_pins(tmp_path):
     workspace = Workspace(tmp_path)
     (workspace.root / ".venv/bin/python").write_text("#!/bin/sh\nexit 0\n")
@@ -183,6 +186,7 @@ def test_uv_installs_the_same_pins(tmp_path):
     assert packages.startswith("uv pip install --quiet --python .venv/bin/python -c env/lock.txt -e .[fast")
 
 
+@pytest.mark.seconds
 def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
     """The copies of tests/checkout.py have a link to the checkout's environment. A copy's packages would replace the checkout's."""
     (tmp_path / "owner").mkdir()
@@ -212,6 +216,7 @@ def test_a_checkout_installs_nothing_into_the_environment_of_another(tmp_path):
     assert set_up("make", "setup").returncode == 0 and "-e .[fast" in (tmp_path / "calls").read_text()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("configuration", "asked", "calls"),
     [
@@ -230,6 +235,7 @@ def test_uv_is_used_by_itself_only_where_pip_has_no_configuration(tmp_path, conf
     assert [line.split()[0] for line in installed(workspace, tmp_path, asked, "2.13.0")] == [calls, calls]
 
 
+@pytest.mark.seconds
 def test_set_up_says_that_no_index_had_a_build_for_the_cpu(tmp_path):
     if os.path.exists("/dev/nvidiactl") or os.path.exists("/dev/nvidia0"):
         pytest.skip("this machine has a GPU")
@@ -247,6 +253,7 @@ def test_set_up_says_that_no_index_had_a_build_for_the_cpu(tmp_path):
     assert "note: no index offered torch 2.13.0+cpu, so PyPI's build for CUDA is installed" in done.stderr
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("forbidden", "word"), [("", "--no-compile"), ("1", "--compile")])
 def test_bytecode_is_made_at_set_up_only_where_imports_may_not_write_it(tmp_path, forbidden, word):
     workspace = Workspace(tmp_path)

@@ -28,6 +28,7 @@ from tiny_export import OLMO3
 place = plain_place
 
 
+@pytest.mark.seconds
 def test_scores_are_lm_evals_own_with_n_error_and_interval(place: SimpleNamespace, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -31,6 +31,7 @@ def opened(place: SimpleNamespace, options: Evaluate) -> Any:
     return evaluate.open_model(place.root / "model", options, Hardware(), "")
 
 
+@pytest.mark.seconds
 def test_a_server_gives_the_scores_replies_and_losses_of_transformers(place: SimpleNamespace, tmp_path: Path) -> None:
     with serving(place.root / "model") as server:
         model = opened(place, replace(OPTIONS, base_url=server.url))

@@ -79,6 +79,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Any:
     return instructions_registry.INSTRUCTION_DICT
 
 
+@pytest.mark.seconds
 def test_checks_agree_with_ifevals_own(registry: Any) -> None:
     differ = []
     seen: dict[str, set[bool]] = {}

@@ -112,6 +112,7 @@ def test_a_model_is_scored_only_on_the_planned_gpus(machine, tmp_path):
         evaluate.score(stage, tmp_path, tmp_path, Hardware())
 
 
+@pytest.mark.seconds
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU that the test does without")
 def test_a_cluster_of_gpus_stops_training_here_before_it_reads_data(workspace):
     (workspace.root / "env" / "node.toml").write_text('storage = "{runs}/.storage"\ngpus_per_node = 2\ngpu = "H100"\n')

@@ -72,6 +72,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.seconds
 def test_a_group_has_lm_evals_own_mean_and_error(place: SimpleNamespace, folder: Path, tmp_path: Path) -> None:
     scored = evaluate.run_tasks(place.model, ANYTHING.__class__(tasks=("both",)), folder, {}, tmp_path, print)
     assert set(scored.results) == {"first", "second"} and not scored.broken
@@ -144,6 +145,7 @@ def asking(tmp_path: Path, folder: Path) -> Path:
     return tasks
 
 
+@pytest.mark.seconds
 def test_the_tasks_of_a_group_share_batches_and_are_scored_as_if_each_was_alone(
     place: SimpleNamespace, asking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +218,7 @@ def test_what_a_task_lacks_is_found_before_it_runs(
     assert found in problem.problem and step in problem.next
 
 
+@pytest.mark.seconds
 def test_data_of_nltk_that_would_be_fetched_in_the_middle_of_a_run_is_found_missing(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def generated(folder: Path) -> list[int]:
     return ids[0].tolist()
 
 
+@pytest.mark.seconds
 def test_a_folder_of_transformers_goes_to_a_step_and_back(exported: Path, tmp_path: Path) -> None:
     """The same tensors, config and greedy tokens. Both directions compare logits with transformers' on the way."""
     from transformers import AutoConfig

@@ -108,6 +108,7 @@ def installed(package: str, file: str) -> Path:
     return Path(spec.origin).parent / file
 
 
+@pytest.mark.seconds
 def test_trls_defaults_are_those_of_its_classes(tmp_path: Path) -> None:
     folder = peers.pypi_package(*TRL) / "trl" / "trainer"
     theirs = {**literals(installed("transformers", "training_args.py"), "TrainingArguments"),
@@ -123,6 +124,7 @@ def test_trls_defaults_are_those_of_its_classes(tmp_path: Path) -> None:
     assert len(config.values) > 90
 
 
+@pytest.mark.seconds
 def test_defaults_of_axolotl_torchtune_and_automodel_are_those_of_their_classes() -> None:
     folder = peers.pypi_package(*AXOLOTL, source=True) / "axolotl-0.19.0" / "src" / "axolotl" / "utils" / "schemas"
     theirs = {**literals(folder / "training.py", "HyperparametersConfig"), **literals(folder / "config.py", "AxolotlInputConfig"),

@@ -52,6 +52,7 @@ def test_trackers_and_ifevals_sentences_are_told(rows):
     assert state == RED and "punkt_tab" in found and "nltk.downloader" in then
 
 
+@pytest.mark.seconds
 def test_jobs_are_told_that_there_is_no_internet(tmp_path):
     workspace = Workspace(tmp_path)
     (workspace.root / "env/here.toml").write_text(OFFLINE + '[env]\nWANDB_MODE = "disabled"\n')

@@ -250,6 +250,7 @@ def test_a_recipes_numbers_that_its_cluster_would_ignore_are_refused(workspace):
     )
 
 
+@pytest.mark.seconds
 def test_the_clusters_variables_reach_a_stage_on_this_machine(workspace):
     (workspace.root / "env/here.toml").write_text('storage = "{runs}/.s"\n[env]\nODD = "a \'$HOME\' `b`"\n')
     (workspace.root / "stages/prepare.py").write_text("import os\nprint('ODD is', os.environ['ODD'])\n")
@@ -286,6 +287,7 @@ def test_ranks_that_save_are_waited_for_however_many_signals_arrive(tmp_path):
     assert sorted(p.name for p in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
+@pytest.mark.seconds
 def test_a_signal_to_every_process_leaves_the_log_its_last_words(tmp_path):
     """What Slurm does to a step: the helpers that copy a rank's output get the signal too."""
     process = subprocess.Popen(

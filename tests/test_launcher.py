@@ -37,6 +37,7 @@ def test_every_launcher_of_the_schema_has_its_module_and_its_script() -> None:
         assert (REPO / "env" / f"{name}.sh").is_file()
 
 
+@pytest.mark.seconds
 def test_the_doctor_uses_the_checks_of_a_new_launcher(flux: Workspace) -> None:
     flux.recipe("x", 'preset = "olmo3-tiny"', 'preset = "olmo3-tiny"\nvocab_size = 1024')
 

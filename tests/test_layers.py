@@ -129,6 +129,7 @@ def test_every_folder_has_its_place_in_the_order():
     assert folders == set(LAYERS) - {"__main__", "api", "command"}
 
 
+@pytest.mark.seconds
 def test_no_module_imports_from_a_higher_layer():
     assert arrows_back(LIB) == []
 

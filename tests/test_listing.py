@@ -98,6 +98,7 @@ def test_show_tells_the_progress_of_a_training(workspace: Workspace, finished) -
     assert "120/300" in workspace.make("runs").stdout
 
 
+@pytest.mark.seconds
 def test_deleting_a_run_keeps_what_others_refer_to(workspace: Workspace, finished) -> None:
     finished("evaluate")
     workspace.make("evaluate", "RECIPE=x", "limit=10")

@@ -59,6 +59,7 @@ def held(process):
 HOLD = ["sh", "-c", "echo running; exec sleep 60"]
 
 
+@pytest.mark.seconds
 def test_runs_that_share_a_gpu_take_turns_and_others_do_not_wait(launch):
     first = launch("0,1", *HOLD)
     held(first)
@@ -81,6 +82,7 @@ def test_a_run_that_must_not_wait_fails_and_names_who_has_the_gpu(launch):
     assert second.returncode == 1 and f"GPU 0 is busy with pid {first.pid} of " in out and "next: wait for it" in out
 
 
+@pytest.mark.seconds
 def test_the_lock_lives_as_long_as_any_process_of_the_stage(launch):
     first = launch("0", "sh", "-c", "sleep 60 & echo running $!")
     child = int(first.stdout.readline().split()[1])
@@ -91,6 +93,7 @@ def test_the_lock_lives_as_long_as_any_process_of_the_stage(launch):
     assert launch("0", "echo", "mine").communicate(timeout=PATIENCE)[0].endswith("mine\n")
 
 
+@pytest.mark.seconds
 def test_locks_are_refused_in_a_folder_of_another_kind_and_dry_run_starts_nothing(launch, tmp_path):
     (tmp_path / "locks").rename(tmp_path / "elsewhere")
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")

@@ -64,6 +64,7 @@ def merged(trained: Path) -> Merged:
     return found
 
 
+@pytest.mark.seconds
 def test_only_adapters_are_trained_and_saved(trained: Path) -> None:
     step = trained / "train" / "step12"
     names = set(tensors(step))
@@ -76,6 +77,7 @@ def test_only_adapters_are_trained_and_saved(trained: Path) -> None:
         DcpReader(step)
 
 
+@pytest.mark.seconds
 def test_a_resume_ends_in_the_same_bits_and_refuses_another_base(trained: Path, tmp_path: Path, dataset: Path) -> None:
     folder = run_folder(tmp_path / "again", dataset)
     shutil.copytree(trained / "train", folder / "train")
@@ -143,6 +145,7 @@ def test_a_quantised_matrix_gives_the_products_and_gradients_of_what_its_codes_s
     torch.testing.assert_close(x.grad, 2 * out.detach() @ stands_for)
 
 
+@pytest.mark.seconds
 def test_adapters_stay_fp32_where_the_frozen_base_is_bf16(tmp_path: Path, dataset: Path) -> None:
     said = train(run_folder(tmp_path / "bf16", dataset), **LORA, precision="bf16", base_dtype="int8", steps=2)
     assert "parameters, frozen; 8,192 in 28 adapters of rank 4" in said
@@ -161,6 +164,7 @@ def test_dropout_is_the_same_however_the_work_is_divided(tmp_path: Path, dataset
             assert (found[1][step][name] - value).norm() / value.norm() < 5e-6, name
 
 
+@pytest.mark.seconds
 def test_dropout_changes_training_and_neither_the_first_loss_nor_validation(
     trained: Path, tmp_path: Path, dataset: Path
 ) -> None:
@@ -233,6 +237,7 @@ def test_a_quantised_base_is_merged_as_training_computed_with_it(merged: Merged)
     torch.testing.assert_close(coarse[name], codes + 2.0 * b @ a)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("targets", [(), ("attention", "feed_forward.w2"), ("blocks.0-1",)])
 def test_peft_loads_the_adapter_to_the_same_logits(
     targets: tuple[str, ...], merged: Merged, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,7 @@ def planned(workspace, *args):
     return re.findall(r"stages/(\w+)\.", workspace.make("-n", *args).stdout)
 
 
+@pytest.mark.seconds
 def test_evaluate_runs_every_stage_once_and_a_second_make_runs_nothing(workspace):
     workspace.make("evaluate", "RECIPE=x")
     assert names(workspace.ran()) == STAGES
@@ -31,6 +32,7 @@ def test_evaluate_runs_every_stage_once_and_a_second_make_runs_nothing(workspace
     workspace.make("-q", "evaluate", "RECIPE=x")
 
 
+@pytest.mark.seconds
 def test_dry_run_and_question_tell_the_truth_and_write_nothing(workspace):
     before = sorted(p for p in workspace.root.rglob("*") if "__pycache__" not in p.parts)
     assert planned(workspace, "train", "RECIPE=x") == ["prepare", "sync", "train"]
@@ -40,6 +42,7 @@ def test_dry_run_and_question_tell_the_truth_and_write_nothing(workspace):
     assert planned(workspace, "evaluate", "RECIPE=x") == ["convert", "evaluate"]
 
 
+@pytest.mark.seconds
 def test_editing_lr_restages_train_and_what_follows_but_not_prepare(workspace, finished):
     finished("evaluate")
     workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
@@ -65,6 +68,7 @@ def test_touching_anything_reruns_nothing(workspace, finished):
     assert workspace.ran() == []
 
 
+@pytest.mark.seconds
 def test_changing_a_source_file_reruns_everything_although_its_time_stays(workspace, finished):
     finished("evaluate")
     rows = workspace.root / "recipes" / "rows.jsonl"
@@ -76,6 +80,7 @@ def test_changing_a_source_file_reruns_everything_although_its_time_stays(worksp
     assert names(workspace.ran()) == STAGES
 
 
+@pytest.mark.seconds
 def test_deleting_a_manifest_reruns_that_stage_and_what_follows(workspace, finished):
     finished("evaluate")
     (workspace.root / "runs/x/train/manifest.json").unlink()
@@ -84,6 +89,7 @@ def test_deleting_a_manifest_reruns_that_stage_and_what_follows(workspace, finis
     assert names(workspace.ran()) == ["train", "convert", "evaluate"]
 
 
+@pytest.mark.seconds
 def test_a_torn_manifest_counts_as_not_done(workspace, finished):
     finished("evaluate")
     file = workspace.root / "runs/x/convert/manifest.json"
@@ -92,6 +98,7 @@ def test_a_torn_manifest_counts_as_not_done(workspace, finished):
     assert names(workspace.ran()) == ["convert", "evaluate"]
 
 
+@pytest.mark.seconds
 def test_a_stage_reruns_by_its_file_target(workspace):
     workspace.make("runs/x/sync/manifest.json")
     assert names(workspace.ran()) == ["prepare", "sync"]
@@ -102,6 +109,7 @@ def test_a_stage_reruns_by_its_file_target(workspace):
     assert workspace.ran() == ["train x_lr-5e-4"]
 
 
+@pytest.mark.seconds
 def test_an_override_builds_a_sibling_run_that_shares_the_prepared_data(workspace, finished):
     finished("train")
     workspace.make("train", "RECIPE=x", "lr=5e-4", "weight_decay=0.1")
@@ -146,6 +154,7 @@ def test_the_report_follows_whatever_stages_are_done(workspace, finished):
     workspace.make("-q", "all", "RECIPE=x")
 
 
+@pytest.mark.seconds
 def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_training(workspace, finished):
     (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
     finished("train")
@@ -178,6 +187,7 @@ def test_misspelt_names_are_corrected(workspace):
     assert "did you mean 'local'?" in workspace.make("train", "RECIPE=x", "CLUSTER=locl", ok=False).stderr
 
 
+@pytest.mark.seconds
 def test_hostile_values_reach_no_shell(workspace):
     for value in ("lr=1'; touch pwned; '", "lr=$$(touch pwned)", "lr=`touch pwned`", "lr=1 & touch pwned", "lr=a\nb"):
         done = workspace.make("train", "RECIPE=x", value, ok=False)
@@ -197,6 +207,7 @@ def test_hostile_values_reach_no_shell(workspace):
     assert workspace.ran() == []
 
 
+@pytest.mark.seconds
 def test_new_copies_a_recipe_with_its_comments_except_those_on_changed_values(workspace):
     several = 'tasks = [\n  "one",  # first\n  "two",\n]'
     recipe = workspace.recipe("x", 'tasks = ["one"]', several)
@@ -213,6 +224,7 @@ def test_new_copies_a_recipe_with_its_comments_except_those_on_changed_values(wo
     assert "exists already" in workspace.make("new", "FROM=x", "RECIPE=my-exp", ok=False).stderr
 
 
+@pytest.mark.seconds
 def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace, finished):
     finished("evaluate")
     workspace.make("evaluate", "RECIPE=x", "lr=5e-4")
@@ -250,6 +262,7 @@ def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace, fini
     assert (workspace.root / "runs/x/convert/manifest.json").read_bytes() == before
 
 
+@pytest.mark.seconds
 def test_a_second_process_on_the_same_stage_fails_and_names_the_first(workspace, finished):
     finished("prepare")
     (workspace.root / "runs/x/prepare/manifest.json").unlink()
@@ -274,6 +287,7 @@ def test_the_plan_imports_no_package_that_is_slow_to_start(workspace, finished, 
     assert "sft" in imported and not imported & slow
 
 
+@pytest.mark.seconds
 def test_syncing_elsewhere_keeps_half_a_training_and_restages_nothing(workspace, finished):
     (workspace.root / "env/other.toml").write_text('storage = "{runs}/.other"\n')
     finished("train")
@@ -297,6 +311,7 @@ def test_a_report_made_with_other_goals_comes_after_them(workspace):
     workspace.make("-q", "evaluate", "report", "RECIPE=x")
 
 
+@pytest.mark.seconds
 def test_what_a_later_stage_lacks_is_reported_before_the_first_starts(workspace):
     for old, new, message in (
         ('path = "rows.jsonl"', 'path = "no.jsonl"', "no file or folder 'no.jsonl'"),
@@ -339,6 +354,7 @@ def test_broken_records_are_as_good_as_none(workspace, finished):
     workspace.make("-q", "prepare", "RECIPE=x")
 
 
+@pytest.mark.seconds
 def test_a_damaged_run_json_is_named_where_its_overrides_are_needed(workspace):
     workspace.make("prepare", "RECIPE=x", "prepare.seed=7")
     run = workspace.root / "runs/x_prepare.seed-7"
@@ -352,6 +368,7 @@ def test_a_damaged_run_json_is_named_where_its_overrides_are_needed(workspace):
     workspace.make(f"runs/{run.name}/prepare/manifest.json")
 
 
+@pytest.mark.seconds
 def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace, finished):
     finished("train")
     file = workspace.root / "runs/x/sync/manifest.json"
@@ -363,6 +380,7 @@ def test_metrics_of_sync_that_cannot_be_read_make_sync_run_again(workspace, fini
     assert workspace.ran() == ["sync x"] and json.loads(file.read_text())["metrics"] == record["metrics"]
 
 
+@pytest.mark.seconds
 def test_unknown_names_of_runs_recipes_and_fields_are_reported(workspace, finished):
     finished("prepare")
     assert "did you mean x?" in workspace.make("verify", "RUN=xx", ok=False).stderr
@@ -375,6 +393,7 @@ def test_unknown_names_of_runs_recipes_and_fields_are_reported(workspace, finish
     workspace.make("-n", "./runs/x/prepare/manifest.json")
 
 
+@pytest.mark.seconds
 def test_a_clone_runs_its_own_code_in_the_environment_of_another(workspace, tmp_path):
     (tmp_path / "other").mkdir()
     other = Workspace(tmp_path / "other")

@@ -156,6 +156,7 @@ def test_what_stays_is_exact_on_any_number_of_gpus() -> None:
     assert plan(seven, Train(), Hardware(shard_degree=4), 8, 0).parts["parameters"] == 2 * found["parameters"]
 
 
+@pytest.mark.seconds
 def test_auto_takes_the_least_recomputation_that_fits() -> None:
     def auto(gb: float, **changed: Any) -> Any:
         return plan(PRESETS["olmo2-7b"], Train(), Hardware(**({"compile": "never"} | changed)), 8, gb)

@@ -69,6 +69,7 @@ def test_a_run_of_another_model_has_no_training_and_other_keys() -> None:
     assert "model" not in own.config("convert") and other.config("evaluate")["convert"]["model"] == "hf://a/b@c"
 
 
+@pytest.mark.seconds
 def test_model_is_scored_without_training_once_and_again_after_a_change(workspace: Workspace) -> None:
     runs = workspace.root / "runs"
     folder = step(runs)
@@ -86,6 +87,7 @@ def test_model_is_scored_without_training_once_and_again_after_a_change(workspac
     assert workspace.ran() == [f"evaluate {name}"]
 
 
+@pytest.mark.seconds
 def test_convert_takes_a_step_and_baseline_the_base(workspace: Workspace) -> None:
     runs = workspace.root / "runs"
     step(runs)

@@ -109,6 +109,7 @@ def test_a_repository_that_cannot_be_cloned_is_reported(night: Night) -> None:
     assert done.returncode == 128 and "git clone" in done.stderr.splitlines()[-1] and "does not exist" in done.stderr
 
 
+@pytest.mark.seconds
 def test_a_run_that_takes_too_long_is_ended_and_reported(night: Night) -> None:
     night.commit("smoke:\n\t@sleep 30\n")
     done = night.run(TIMEOUT_S="1")

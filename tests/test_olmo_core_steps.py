@@ -61,6 +61,7 @@ def their_step(root: Path, config: ModelConfig) -> tuple[Path, TokenizerFacts]:
     return step, facts
 
 
+@pytest.mark.seconds
 @FAMILIES
 def test_a_step_of_their_trainer_converts_to_what_their_converter_makes_bit_for_bit(
     tmp_path: Path, config: ModelConfig
@@ -94,6 +95,7 @@ def test_a_step_of_their_trainer_converts_to_what_their_converter_makes_bit_for_
     assert not list(ours.parent.glob(".ours*"))
 
 
+@pytest.mark.seconds
 @FAMILIES
 def test_a_folder_becomes_a_step_that_olmo_core_loads_and_that_converts_back(
     tmp_path: Path, config: ModelConfig

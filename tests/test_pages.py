@@ -94,6 +94,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.html" for name in texts}
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_overflows_and_nothing_is_logged_at_any_width_or_theme(
     opened: Browser, pages: dict[str, Path], name: str
@@ -117,6 +118,7 @@ def test_on_a_phone_a_number_is_seen_beside_its_name(opened: Browser, pages: dic
     assert len(rights) > 3 and max(rights) <= 390
 
 
+@pytest.mark.seconds
 def test_a_finger_reads_a_point_and_zooms_and_the_axis_becomes_logarithmic(
     opened: Browser, pages: dict[str, Path]
 ) -> None:
@@ -137,6 +139,7 @@ def test_a_finger_reads_a_point_and_zooms_and_the_axis_becomes_logarithmic(
     assert len({before, zoomed, log}) == 3 and opened.logged() == []
 
 
+@pytest.mark.seconds
 def test_replies_are_filtered_searched_and_exported(opened: Browser, pages: dict[str, Path]) -> None:
     opened.look(pages["replies"], width=1280)
     count = "document.getElementById('count').textContent"

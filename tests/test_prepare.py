@@ -28,6 +28,7 @@ from sft.recipe.schema import Prepare, Source
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 
 
+@pytest.mark.seconds
 def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(300)])
     s = stage(tmp_path, validation_fraction=0.1)
@@ -240,6 +241,7 @@ def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     prepare.prepare(stage(tmp_path, max_reject_fraction=0.02))
 
 
+@pytest.mark.seconds
 def test_a_wrong_column_is_reported_after_the_first_chunks_not_after_all(tmp_path, small_chunks, monkeypatch):
     monkeypatch.setattr(preparation, "GIVE_UP_ROWS", 20)
     write_rows(tmp_path / "rows.jsonl", [{"text": f"raw {i}"} for i in range(2000)])

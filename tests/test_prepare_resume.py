@@ -47,6 +47,7 @@ prepare.prepare(t.stage(Path({root!r}), out="killed", cache="cache"))
 """
 
 
+@pytest.mark.seconds
 def test_a_killed_run_goes_on_where_it_was_and_ends_with_the_same_bytes(tmp_path, small_chunks):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(200)])
     program = PROGRAM.format(tests=str(REPO / "tests"), root=str(tmp_path))
@@ -159,6 +160,7 @@ def test_a_malformed_shard_is_refused(text):
         prepare.Shard.parse(text)
 
 
+@pytest.mark.seconds
 def test_the_cache_is_removed_when_nobody_uses_it_and_made_again(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(20)])
     runs = tmp_path / "runs"

@@ -58,6 +58,7 @@ def crash(_: int) -> Any:
     return lambda job: os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.seconds
 def test_a_worker_that_dies_is_reported_and_does_not_hang():
     with pytest.raises(SftError, match="a worker process was killed"):
         list(workers.work(crash, (0,), [1, 2, 3], 2))
@@ -161,6 +162,7 @@ except SftError as e:
 """
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("out", "cache"), [("full/out", "cache"), ("out", "full/cache")])
 def test_a_full_disk_is_reported_with_the_path_and_the_bytes_needed(tmp_path, out, cache):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(1000)])

@@ -90,6 +90,7 @@ def test_fields_are_shown_by_what_becomes_of_them(made: Encoder) -> None:
     assert "not read, which refuses the source: rationale" in shown
 
 
+@pytest.mark.seconds
 def test_program_prints_the_smoke_recipe(tmp_path: Path) -> None:
     command = [sys.executable, "stages/preview.py", str(tmp_path / "smoke"), "--row", "1"]
     done = subprocess.run(

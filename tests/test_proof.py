@@ -281,6 +281,7 @@ def test_masks_equal_the_oracle_on_random_conversations(encoders: Any, row: dict
     assert got.loss_mask.tolist() == mask
 
 
+@pytest.mark.seconds
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(conversations(text=any_text, roles=True, tools=True), min_size=1, max_size=5),

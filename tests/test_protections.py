@@ -50,6 +50,7 @@ def keyword(call: ast.Call, name: str) -> object:
     return None
 
 
+@pytest.mark.seconds
 def test_no_code_of_a_model_a_pickle_or_a_data_set_is_run() -> None:
     """Loaders of transformers say that they trust no code, torch.load that it reads weights only; nothing else unpickles or evaluates."""
     wrong = []
@@ -189,7 +190,9 @@ ENDLESS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ENDLESS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.seconds] if kind == "a doubling text" else []) for kind in ENDLESS]
+)
 def test_a_template_that_does_not_end_is_ended(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounds, "SECONDS", 0.2)
     with pytest.raises(SftError, match=r"MemoryError|takes more than"):

@@ -238,6 +238,7 @@ def test_olmo_hybrid_has_the_published_number_of_parameters_and_no_positions_to_
             resolve.resolve(schema.Model(preset="olmo-hybrid-7b", **field), 100278)
 
 
+@pytest.mark.seconds
 def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> None:
     from sft.model import memory
     from sft.packing.steps import accumulation, context_groups

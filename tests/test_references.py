@@ -51,6 +51,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.seconds
 def test_a_dry_run_says_what_it_would_reuse_and_writes_nothing(workspace: Workspace, finished) -> None:
     finished("evaluate")
     told = workspace.make("dry-run", "RECIPE=x", "STAGE=evaluate", "limit=3").stdout
@@ -90,6 +91,7 @@ def test_a_sibling_run_makes_only_what_is_new_and_says_what_it_reuses(workspace:
     assert workspace.ran() == ["convert x_dtype-float32", "evaluate x_dtype-float32"]
 
 
+@pytest.mark.seconds
 def test_a_run_that_shares_a_stage_never_writes_into_the_other(workspace: Workspace, finished) -> None:
     finished("evaluate")
     workspace.make("evaluate", "RECIPE=x", "limit=10")
@@ -102,6 +104,7 @@ def test_a_run_that_shares_a_stage_never_writes_into_the_other(workspace: Worksp
     assert not (workspace.root / "runs/x_limit-10/train").is_symlink()
 
 
+@pytest.mark.seconds
 def test_another_recipe_with_the_same_training_reuses_it(workspace: Workspace, finished) -> None:
     finished("train")
     workspace.recipe("y", 'tasks = ["one"]', 'tasks = ["two"]')
@@ -134,6 +137,7 @@ def test_what_is_in_the_way_of_a_reference_is_kept_and_a_lost_origin_is_reported
     assert not (tmp_path / "a/train").exists() and (tmp_path / "b/train").is_dir()
 
 
+@pytest.mark.seconds
 def test_a_longer_training_is_reported_before_anything_is_moved_and_goes_on_if_asked(
     workspace: Workspace, finished
 ) -> None:

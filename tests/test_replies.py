@@ -266,6 +266,7 @@ def test_reply_lengths_are_counted_in_bins() -> None:
     assert length_bins([20]) == ((32, 1),) and length_bins([70_000]) == ((70_000, 1),)
 
 
+@pytest.mark.seconds
 def test_scores_of_replies_are_lm_evals_own_also_through_a_filter(place: SimpleNamespace, tmp_path: Path) -> None:
     """Two filters over the same replies: as they are, and their first letter; half of the answers are that letter."""
     from lm_eval import simple_evaluate

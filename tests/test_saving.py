@@ -141,6 +141,7 @@ def names(out: Path) -> list[int]:
     return [number for number, _ in step_folder.steps(out)]
 
 
+@pytest.mark.seconds
 def test_retention_keeps_the_newest_and_whatever_latest_or_best_names(tmp_path: Path) -> None:
     for step, ephemeral in ((1, False), (2, True), (3, False), (4, False), (5, True), (6, False)):
         save(tmp_path, step, ephemeral=ephemeral)
@@ -225,6 +226,7 @@ def test_a_run_names_its_latest_and_best_and_keeps_what_was_asked(folder: Path) 
     assert f"best so far: step {best}" in out
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_request_file_saves_the_next_step_and_goes_when_it_is_whole(folder: Path, ranks: int) -> None:
     process = start(folder, steps=600, save_every=10_000, ephemeral_every=0, validate_every=0, ranks=ranks)

@@ -37,6 +37,7 @@ def moved(folder: Path) -> tuple[set[str], set[str], set[str]]:
     return changed, set(ended) - changed, {name.rpartition(".")[0] for name in DcpReader(step, "optim.state.")}
 
 
+@pytest.mark.seconds
 def test_frozen_parameters_stay_and_a_step_is_a_complete_model_all_the_same(folder: Path) -> None:
     said = train(folder, steps=3, freeze=("embeddings", "blocks.0-1"), neftune_alpha=5.0)
     changed, same, moments = moved(folder)

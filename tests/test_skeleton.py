@@ -42,7 +42,7 @@ texts = st.one_of(
 
 
 @pytest.mark.parametrize("name", TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(data=st.data())
 def test_conversations_of_a_skeleton_are_rendered_as_jinja_renders_them(kept: Any, name: str, data: Any) -> None:
     template, skeletons = kept(name)

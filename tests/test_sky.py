@@ -47,7 +47,6 @@ class Place(Pushed):
         self.workspace, self.root, self.sky = workspace, workspace.root, root / "sky"
         self.cluster = self.root / "env" / "sky-test.toml"
         self.write(SHARED)
-        self.add_remote(root / "remote.git")
 
     def write(self, text: str) -> None:
         self.cluster.write_text(text.replace("VENV", str(self.root / ".venv")))
@@ -88,7 +87,14 @@ class Place(Pushed):
 
 
 @pytest.fixture
-def place(workspace: Workspace, tmp_path_factory, monkeypatch) -> Place:
+def place(unpushed: Place) -> Place:
+    unpushed.add_remote(unpushed.sky.with_name("remote.git"))
+    return unpushed
+
+
+@pytest.fixture
+def unpushed(workspace: Workspace, tmp_path_factory, monkeypatch) -> Place:
+    """A place without a repository, which takes most of the time."""
     root = tmp_path_factory.mktemp("sky")
     (root / "bin").mkdir()
     (root / "sky").mkdir()
@@ -235,12 +241,12 @@ def test_what_the_task_asks_for(place):
         ('"HUSH"', '"NOT_SET"', "'secrets': not set here: NOT_SET; next: export them in the shell that runs make"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_refused_before_anything_is_launched(place, old, new, message):
-    place.write(SHARED.replace(old, new))
+def test_what_cannot_work_is_refused_before_anything_is_launched(unpushed, old, new, message):
+    unpushed.write(SHARED.replace(old, new))
     with pytest.raises(SftError, match=re.escape(message)):
-        made = place.job()
+        made = unpushed.job()
         scheduler.Sky(made.folder, made.cluster).check(made)
-    assert not place.calls("launch")
+    assert not unpushed.calls("launch")
 
 
 def test_arrays_and_code_that_is_not_committed_are_refused(place, monkeypatch):
@@ -254,11 +260,11 @@ def test_arrays_and_code_that_is_not_committed_are_refused(place, monkeypatch):
         scheduler.Sky(made.folder, made.cluster).check(made)
 
 
-def test_optional_secrets_that_are_not_set_here_are_left_out(place, monkeypatch):
-    place.write(SHARED + '[optional_secrets]\nONE = "FIRST_TOKEN"\nTWO = "SECOND_TOKEN"\n')
+def test_optional_secrets_that_are_not_set_here_are_left_out(unpushed, monkeypatch):
+    unpushed.write(SHARED + '[optional_secrets]\nONE = "FIRST_TOKEN"\nTWO = "SECOND_TOKEN"\n')
     monkeypatch.delenv("FIRST_TOKEN", raising=False)
     monkeypatch.setenv("SECOND_TOKEN", "x")
-    assert list(task.secrets(place.job().cluster)) == ["TEST_SECRET", "TWO"]
+    assert list(task.secrets(unpushed.job().cluster)) == ["TEST_SECRET", "TWO"]
 
 
 @pytest.mark.slow

@@ -240,6 +240,7 @@ SITES = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("site", SITES)
 def test_the_file_of_a_site_is_planned_and_examined(site, tmp_path, monkeypatch):
     """make dry-run prints a script with what the site's documentation asks for; make doctor has no red line but Slurm's absence."""

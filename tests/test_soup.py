@@ -48,6 +48,7 @@ def parts(runs: Path) -> list[dict[str, np.ndarray]]:
     return [{n: v.numpy() for n, v in DcpReader(runs / folder).items()} for folder in folders]
 
 
+@pytest.mark.seconds
 def test_the_soup_is_numpys_mean_of_every_tensor(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sft.export.step_writer.row_blocks", lambda shape: [(0, shape[0])])
     monkeypatch.setattr("sft.export.step_writer.CHUNK_BYTES", 1000)  # a few rows at a time
@@ -61,6 +62,7 @@ def test_the_soup_is_numpys_mean_of_every_tensor(runs: Path, tmp_path: Path, mon
         assert not np.array_equal(value, theirs[0][name])
 
 
+@pytest.mark.seconds
 def test_weights_are_relative(runs: Path, tmp_path: Path) -> None:
     found = made(runs, tmp_path / "soup", ["100", "200", str(runs / "b" / "train" / "step300")], "--weights", "1 1 2")
     theirs = parts(runs)
@@ -69,6 +71,7 @@ def test_weights_are_relative(runs: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(value, expected, rtol=2e-6, atol=1e-7)
 
 
+@pytest.mark.seconds
 def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: Path) -> None:
     found = made(runs, tmp_path / "soup", ["100", "200"])
     assert step_folder.damage(tmp_path / "soup") == []
@@ -89,6 +92,7 @@ def test_a_soup_is_a_base_and_a_step_that_olmo_core_reads(runs: Path, tmp_path: 
         assert np.array_equal(parameter.detach().numpy(), found[name])
 
 
+@pytest.mark.seconds
 def test_memory_stays_that_of_a_few_rows(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     rows = DcpReader.rows
@@ -112,6 +116,7 @@ def refused(match: str, runs: Path, target: Path, *arguments: str) -> None:
     assert not target.exists()
 
 
+@pytest.mark.seconds
 def test_what_cannot_be_averaged_is_refused(runs: Path, tmp_path: Path) -> None:
     target = tmp_path / "soup"
     other = tmp_path / "other" / "train"

@@ -136,6 +136,7 @@ def test_without_weights_nothing_is_weighted(folder: Path) -> None:
         assert line.split()[2:4] == [f"{len(mine)}", f"{mine['labels'].sum(dtype=int):,}"]
 
 
+@pytest.mark.seconds
 def test_a_resume_keeps_the_first_losses_of_the_sources(tmp_path: Path, dataset: Path) -> None:
     whole, parts = (training.run_folder(tmp_path / name, dataset) for name in ("whole", "parts"))
     train(whole, steps=6, save_every=3, loss_weights=WEIGHTS)

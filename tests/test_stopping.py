@@ -58,6 +58,7 @@ def test_patience_is_that_of_transformers(threshold: float, tmp_path: Path) -> N
     assert not Stopping(Train(early_stopping_patience=3)).validated(float("nan"))
 
 
+@pytest.mark.seconds
 def test_a_resume_stops_at_the_same_step(folder: Path, dataset: Path) -> None:
     whole = run_folder(folder / "whole", dataset)
     said = train(whole, **PLATEAU)
@@ -80,6 +81,7 @@ def test_a_resume_stops_at_the_same_step(folder: Path, dataset: Path) -> None:
     assert result(folder)["final_step"] == 12
 
 
+@pytest.mark.seconds
 def test_the_limit_on_minutes_leaves_a_whole_step_and_a_higher_one_goes_on(folder: Path) -> None:
     fields = {"steps": 12, "save_every": 100, "ephemeral_every": 0, "validate_every": 100, "async_save": False}
     said = train(folder, max_minutes=1e-4, **fields)
@@ -107,6 +109,7 @@ def test_ranks_end_together_by_the_clock_of_rank_0(folder: Path, dataset: Path) 
     assert clock(late, other) == (False, False) and late.out_of_time and late.save_due
 
 
+@pytest.mark.seconds
 def test_checkpoints_by_the_clock_are_ephemeral_and_begin_when_the_last_one_did(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +132,7 @@ def test_checkpoints_by_the_clock_are_ephemeral_and_begin_when_the_last_one_did(
     assert [due(s) for s in (239.0, 240.0)] == [False, True]
 
 
+@pytest.mark.seconds
 def test_the_best_step_is_saved_at_once_and_only_it_and_the_newest_stay(folder: Path) -> None:
     fields = {"steps": 12, "validate_every": 2, "save_every": 5, "ephemeral_every": 0, "save_best_only": True}
     train(folder, **fields)
@@ -138,6 +142,7 @@ def test_the_best_step_is_saved_at_once_and_only_it_and_the_newest_stay(folder: 
     assert {p.name for p in (folder / "train").glob("step*")} == {f"step{best.step}", "step12"}
 
 
+@pytest.mark.seconds
 def test_a_restored_step_that_only_save_best_only_saves_is_named_in_best(folder: Path) -> None:
     """A kill between the step and BEST."""
     fields = {"steps": 12, "validate_every": 2, "save_every": 100, "ephemeral_every": 0, "save_best_only": True, "async_save": False}  # fmt: skip

@@ -199,6 +199,7 @@ copying.transfer([FileCopy(n, n, f.bytes) for n, f in source.list().items()], so
 """
 
 
+@pytest.mark.seconds
 def test_kill_at_any_moment_leaves_no_partial_file_and_a_rerun_completes(
     source: LocalStorage, target: LocalStorage
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_sweep_that_cannot_be_meant_is_refused_before_anything_runs(fields: li
         sweep.siblings(SMOKE, fields, "local")
 
 
+@pytest.mark.seconds
 def test_a_field_that_the_goal_of_a_sweep_does_not_read_is_refused_before_anything_runs(workspace: Workspace) -> None:
     told = workspace.make("sweep", "RECIPE=x", "limit=3 4", ok=False).stderr
     assert "[evaluate] has this field" in told and "or make sweep GOAL=convert or GOAL=evaluate or GOAL=all" in told
@@ -125,6 +126,7 @@ def test_a_run_without_steps_is_reported(tmp_path: Path) -> None:
         trainings.compare([run(tmp_path, "x", 1.0), tmp_path / "y"])
 
 
+@pytest.mark.seconds
 def test_make_compare_shows_curves_where_there_are_no_scores(workspace: Workspace) -> None:
     for name, best in (("x", 1.5), ("x_lr-2e-4", 1.25)):
         run(workspace.root / "runs", name, best)

@@ -49,6 +49,7 @@ def norm(found: dict[str, torch.Tensor], group: str) -> float:
     return torch.cat([t.flatten() for name, t in found.items() if matches(group, name)]).norm().item()
 
 
+@pytest.mark.seconds
 def test_the_update_ratio_is_that_of_the_saved_weights(one_rank: Path) -> None:
     steps = records(one_rank)
     for before, record in itertools.pairwise(range(4)):
@@ -94,6 +95,7 @@ def test_two_ranks_measure_what_one_does(
         assert found.update_ratios == pytest.approx(wanted.update_ratios, rel=1e-3)
 
 
+@pytest.mark.seconds
 def test_it_changes_no_weight_and_is_off_by_default(one_rank: Path, tmp_path: Path, dataset: Path) -> None:
     folder = run_folder(tmp_path / "off", dataset)
     assert all(record.grad_norms is None and record.update_ratios is None for record in here(folder))
@@ -101,6 +103,7 @@ def test_it_changes_no_weight_and_is_off_by_default(one_rank: Path, tmp_path: Pa
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.seconds
 def test_it_comes_every_n_steps_also_between_logged_ones_and_of_trained_parameters_alone(
     tmp_path: Path, dataset: Path
 ) -> None:

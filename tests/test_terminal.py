@@ -63,6 +63,7 @@ def test_data_cannot_control_a_terminal() -> None:
     assert told == "\\x1b[31mred\\r\\ud800 \\x9b"
 
 
+@pytest.mark.seconds
 def test_warnings_of_libraries_in_a_stage_are_in_its_log(workspace) -> None:
     (workspace.root / "stages/prepare.py").write_text(
         "import logging, warnings\nfrom sft.runner.stage import Result, main\n"
@@ -76,6 +77,7 @@ def test_warnings_of_libraries_in_a_stage_are_in_its_log(workspace) -> None:
     assert "old name" in text and "torchao: WARNING: no extension" in text
 
 
+@pytest.mark.seconds
 def test_warnings_of_transformers_are_in_the_log_though_it_prints_by_itself(tmp_path: Path) -> None:
     """When it is imported, it gives its logger a handler that prints."""
     code = (

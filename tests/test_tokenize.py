@@ -53,6 +53,7 @@ def rendered(made: Encoder, row: Any) -> str:
     return "".join(made.template.render(RowReader(made.prepare, SOURCE).read(row))[0])
 
 
+@pytest.mark.seconds
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(conversations(roles=True), min_size=1, max_size=4))
 def test_ids_are_those_of_prompts_and_answers_encoded_apart(olmo: Encoder, rows: list[dict]) -> None:
@@ -399,6 +400,7 @@ def test_tokenizer_without_fixed_bytes_goes_by_offsets(tmp_path: Path) -> None:
     assert trained == ["▁hi", "▁you", "?", "▁b", "</s>"]
 
 
+@pytest.mark.seconds
 def test_real_dolma2_agrees_with_tokenizers_on_gsm8k(shared_data: Path) -> None:
     from sft.recipe.schema import Prepare, Source
 

@@ -62,6 +62,7 @@ def test_tensorboard_reads_back_what_was_logged_also_over_a_resume(tmp_path: Pat
     assert scalars(tmp_path / "b" / "tensorboard", "loss") == [(0, 9.0)]
 
 
+@pytest.mark.seconds
 def test_comet_archives_what_was_logged_and_nothing_about_the_machine(tmp_path: Path) -> None:
     pytest.importorskip("comet_ml", reason="comet-ml is not installed (extra 'trackers')")
     said = logged(tmp_path, comet_project="tests")

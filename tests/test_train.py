@@ -70,6 +70,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
     assert not step_folder.damage(folder / "train" / "step40")
 
 
+@pytest.mark.seconds
 def test_processes_are_forked_with_the_modules_of_training_and_of_the_tests_loaded() -> None:
     """A preloaded module that is not found is skipped without a word, and every process then imports it for itself."""
     code = (
@@ -200,6 +201,7 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     assert (folder / "train" / "BEST").read_text() == (whole / "train" / "BEST").read_text()
 
 
+@pytest.mark.seconds
 def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last_good_checkpoint(folder: Path) -> None:
     # A rate of 1e30 overflows the weights' products at once; the weights that are saved stay finite.
     out = train(folder, status=1, lr=1e30, warmup_fraction=0.0, steps=40, max_skipped=4, ephemeral_every=1)
@@ -219,6 +221,7 @@ def test_steps_that_are_not_finite_are_skipped_then_stop_the_run_naming_the_last
         json.loads(line, parse_constant=refuse)
 
 
+@pytest.mark.seconds
 def test_a_corrupt_step_is_passed_over_with_a_warning(folder: Path) -> None:
     train(folder, steps=12, save_every=4)
     out = folder / "train"
@@ -235,6 +238,7 @@ def test_a_corrupt_step_is_passed_over_with_a_warning(folder: Path) -> None:
     assert all(torch.equal(good[k], v) for k, v in tensors(out / "step12").items())
 
 
+@pytest.mark.seconds
 def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
     train(folder)
     before = records(folder)
@@ -242,6 +246,7 @@ def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
     assert records(folder) == before
 
 
+@pytest.mark.seconds
 def test_an_epoch_that_is_extended_by_another_ends_in_the_bits_of_two(folder: Path, dataset: Path) -> None:
     """What `make extend` lets go on: the schedule must not depend on the length, so it is constant and has no warm-up."""
     fields: dict[str, Any] = {
@@ -260,6 +265,7 @@ def test_an_epoch_that_is_extended_by_another_ends_in_the_bits_of_two(folder: Pa
     assert_same_bits(folder / "train" / f"step{2 * steps}", whole / "train" / f"step{2 * steps}")
 
 
+@pytest.mark.seconds
 def test_weights_come_from_an_olmo_core_step_without_its_optimizer(folder: Path, dataset: Path) -> None:
     first = run_folder(folder / "first", dataset)
     train(first, lr=1e-2)
@@ -316,6 +322,7 @@ def test_another_tokenizer_than_the_bases_is_refused_with_both_hashes(folder: Pa
             base_check.check_base_tokenizer(folder / "dataset", facts, other, unchecked=True)
 
 
+@pytest.mark.seconds
 def test_half_precision_compute_keeps_fp32_weights(folder: Path, dataset: Path) -> None:
     train(folder, precision="bf16", steps=8, lr=2e-3)
     step = DcpReader(folder / "train" / "step8")

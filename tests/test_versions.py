@@ -15,6 +15,7 @@ from test_layers import LIB, modules
 from versions import FILE, ROOTS, WHERE, behind, complaints, current, digest
 
 
+@pytest.mark.seconds
 def test_no_code_changed_without_its_version_number_or_a_record_that_the_bytes_stay() -> None:
     assert complaints(json.loads(FILE.read_text()), current()) == []
 
