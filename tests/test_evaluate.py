@@ -126,7 +126,7 @@ def test_validation_loss_is_the_native_models(place: SimpleNamespace, tmp_path: 
     assert found.perplexity == pytest.approx(math.exp(total / count), rel=1e-3)
     assert found.bounds and found.stderr
     assert found.bounds[1] - found.loss == pytest.approx(1.96 * found.stderr, rel=1e-3)
-    assert found.perplexity_bounds == pytest.approx(tuple(map(math.exp, found.bounds)))
+    assert (found.perplexity_low, found.perplexity_high) == pytest.approx(tuple(map(math.exp, found.bounds)))
 
 
 def test_the_shipped_gsm8k_tasks_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
 from sft.formats.dataset import DatasetInfo, TokenIds
-from sft.formats.metrics import read_metrics, validation_losses
+from sft.formats.metrics import InitialValidation, StepRecord, read_metrics
 from sft.formats.steps import is_ephemeral, named_step
 from sft.model import model as model_module
 from sft.model.parallel import World, make_deterministic
@@ -173,6 +173,14 @@ def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, data
     assert_same_bits(folder / "train" / "step30", whole / "train" / "step30")
 
 
+def validations(train: Path) -> list[tuple[int, float]]:
+    """(finished steps, validation loss) wherever it was measured. Step 0 is the starting weights."""
+    records = read_metrics(train / "metrics.jsonl")
+    first = [(r.after_step or 0, r.initial_validation_loss) for r in records if isinstance(r, InitialValidation)]
+    steps = [r for r in records if isinstance(r, StepRecord)]
+    return first + [(r.step, r.validation_loss) for r in steps if r.validation_loss is not None]
+
+
 STOPPED = {
     "SIGTERM before a permanent step": (75, 4, {"at": "sft.training.loop.report_step", "call": 3, "kind": "term"}),
     "SIGTERM before a step that nothing else saves": (75, 4, {"at": "sft.training.loop.report_step", "call": 1, "kind": "term"}),
@@ -193,7 +201,7 @@ def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
     train(folder, status=status, fault=fault, **fields)
     assert "continuing from" in train(folder, **fields)
     assert curve(folder) == curve(whole)
-    measured = [validation_losses(read_metrics(run / "train" / "metrics.jsonl")) for run in (folder, whole)]
+    measured = [validations(run / "train") for run in (folder, whole)]
     assert measured[0] == measured[1]
     assert [step for step, _ in measured[0]] == [0, 2, 4, 6, 8]  # the starting weights once, also after a resume
     assert len({loss for _, loss in measured[0]}) == 1

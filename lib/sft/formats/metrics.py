@@ -262,12 +262,3 @@ def _from_words(value: Any) -> Any:
 def initial_validation(records: Sequence[MetricsRecord]) -> InitialValidation | None:
     """The validation of the starting weights; None where it was not measured."""
     return next((r for r in records if isinstance(r, InitialValidation)), None)
-
-
-def validation_losses(records: Sequence[MetricsRecord]) -> list[tuple[int, float]]:
-    """(finished steps, validation loss) wherever it was measured. Step 0 is the starting weights."""
-    first = initial_validation(records)
-    measured = [
-        (r.step, r.validation_loss) for r in records if isinstance(r, StepRecord) and r.validation_loss is not None
-    ]
-    return [(first.after_step or 0, first.initial_validation_loss), *measured] if first else measured

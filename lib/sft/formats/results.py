@@ -165,12 +165,6 @@ class ValidationLoss(HasInterval):
     by_source: dict[str, PartLoss] | None = None
     by_turn: tuple[PartLoss, ...] | None = None
 
-    @property
-    def perplexity_bounds(self) -> tuple[float, float] | None:
-        """The 95 % interval of the perplexity, if there is one."""
-        low, high = self.perplexity_low, self.perplexity_high
-        return None if low is None or high is None else (low, high)
-
 
 @dataclass(frozen=True, kw_only=True)
 class TextLoss(HasInterval):

@@ -281,11 +281,6 @@ class Work:
     unchecked: tuple[str, ...] = ()
 
 
-def stale_stages(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> dict[str, list[str]]:
-    """{stage: reasons} of the stages that must run for the goals (stages, or 'all'); see `work`."""
-    return work(place, r, goals).stale
-
-
 def work(place: Place, r: recipe.Recipe, goals: Sequence[str]) -> Work:
     """The stages that must run for the goals, with their reasons, and those that another run has made.
 
