@@ -36,6 +36,7 @@ from sft.runner import plan
 from training import assert_same_bits, records, run_folder, tensors, train_here
 
 LORA: dict[str, Any] = {"method": "lora", "lora_rank": 4, "lora_alpha": 8.0, "lr": 1e-2, "save_every": 6}
+ONE_BLOCK = LORA | {"model_n_layers": 1}  # compiling another takes seconds on each rank
 SEED = Train().seed
 PEFT = ("peft", "0.21.2", "106ab6077ff72c54d21577f9af5970e34bac7582cb14209f7b2b511e322a4eae")
 DOCUMENTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [70, 71, 72, 73]]
@@ -95,37 +96,30 @@ PLANS = {name: test_context.PLANS[name] for name in (
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, Any]:
-    return test_context.gradients(tmp_path_factory.mktemp("reference"), dataset, 1, {}, LORA)
+def found(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> dict[str, dict[str, Any]]:
+    plans = PLANS | {"one rank": (1, {})}
+    return test_context.gradients(tmp_path_factory.mktemp("found"), dataset, plans, ONE_BLOCK)
 
 
 @pytest.mark.processes
 @pytest.mark.parametrize("name", PLANS)
-def test_the_gradient_is_the_same_however_the_work_is_divided(
-    name: str, tmp_path: Path, dataset: Path, reference: dict[str, Any]
-) -> None:
-    found = test_context.gradients(tmp_path, dataset, *PLANS[name], LORA)
-    for step, wanted in reference["steps"].items():
-        assert len(wanted) == 2 * 4 * 7 + 1
+def test_the_gradient_is_the_same_however_the_work_is_divided(name: str, found: dict[str, dict[str, Any]]) -> None:
+    for step, wanted in found["one rank"]["steps"].items():
+        assert len(wanted) == 2 * 7 + 1
         for parameter, value in wanted.items():
             assert value.norm() > 0
-            difference = (found["steps"][step][parameter] - value).norm() / value.norm()
+            difference = (found[name]["steps"][step][parameter] - value).norm() / value.norm()
             assert difference < 5e-6, (step, parameter)
 
 
 @pytest.mark.processes
 def test_a_quantised_base_trains_on_any_number_of_ranks(tmp_path: Path, dataset: Path) -> None:
     pytest.importorskip("torchao")
-    fields = LORA | {"base_dtype": "nf4"}
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    found = [
-        test_context.gradients(one, dataset, 1, {}, fields),
-        test_context.gradients(two, dataset, 2, {"context_degree": 2, "recompute": "full"}, fields),
-    ]
-    for name, value in found[0]["steps"][0].items():
-        assert (found[1]["steps"][0][name] - value).norm() / value.norm() < 5e-6, name
+    fields = ONE_BLOCK | {"base_dtype": "nf4"}
+    plans: dict[str, Any] = {"one": (1, {}), "two": (2, {"context_degree": 2, "recompute": "full"})}
+    found = test_context.gradients(tmp_path, dataset, plans, fields)
+    for name, value in found["one"]["steps"][0].items():
+        assert (found["two"]["steps"][0][name] - value).norm() / value.norm() < 5e-6, name
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.01), ("fp8", 0.05), ("nf4", 0.12)])
@@ -155,13 +149,12 @@ def test_adapters_stay_fp32_where_the_frozen_base_is_bf16(tmp_path: Path, datase
 
 @pytest.mark.processes
 def test_dropout_is_the_same_however_the_work_is_divided(tmp_path: Path, dataset: Path) -> None:
-    fields, found = LORA | {"lora_dropout": 0.3}, []
-    for name in ("one rank", "two of one group, compiled"):
-        (tmp_path / name[:3]).mkdir()
-        found.append(test_context.gradients(tmp_path / name[:3], dataset, *test_context.PLANS[name], fields)["steps"])
-    for step, wanted in found[0].items():
+    plans = {name: test_context.PLANS[name] for name in ("one rank", "two of one group, compiled")}
+    found = test_context.gradients(tmp_path, dataset, plans, ONE_BLOCK | {"lora_dropout": 0.3})
+    one, two = (found[name]["steps"] for name in plans)
+    for step, wanted in one.items():
         for name, value in wanted.items():
-            assert (found[1][step][name] - value).norm() / value.norm() < 5e-6, name
+            assert (two[step][name] - value).norm() / value.norm() < 5e-6, name
 
 
 @pytest.mark.seconds

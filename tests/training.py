@@ -209,15 +209,33 @@ def flipped(value: torch.Tensor) -> torch.Tensor:
 
 def gradients(folder: Path, fields: dict[str, Any]) -> int:
     """The gradients of the first and of the last step at the first weights, whole, and how often they were summed over copies of the
-    weights, into <folder>/gradients.pt."""
-    import torch
+    weights, into <folder>/gradients.pt. With `ways`, {name: fields of [hardware]}: {name: the same}, one after the other, so
+    that the ranks start once."""
+    from sft.model.parallel import join
 
-    from sft.model.parallel import join, set_parameter
+    ways = fields.pop("ways", None)
+    world = join(threads=1)
+    # Dynamo's and autograd's graphs without a C++ compiler, which takes a minute here.
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module, **options: plain(module, backend="aot_eager", **options)  # type: ignore[method-assign,assignment]
+    try:
+        found = {}
+        for name, hardware in (ways or {"": fields.pop("hardware", None)}).items():
+            torch._dynamo.reset()
+            found[name] = _gradients(FakeStage(folder, None, hardware, **fields), world)
+        if world.is_rank0:
+            torch.save(found if ways else found[""], folder / "gradients.pt")
+    finally:
+        world.close()
+    return 0
+
+
+def _gradients(stage: FakeStage, world: Any) -> dict[str, Any]:
+    from sft.model.parallel import set_parameter
     from sft.training.build import build_run
     from sft.training.loop import accumulate
     from sft.training.optim import full_tensor
 
-    world = join(threads=1)
     reductions = 0
     reduce = torch.distributed.all_reduce
 
@@ -227,11 +245,7 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
         return reduce(tensor, *args, **options)
 
     torch.distributed.all_reduce = counted
-    # Dynamo's and autograd's graphs without a C++ compiler, which takes a minute here.
-    plain = torch.nn.Module.compile
-    torch.nn.Module.compile = lambda module, **options: plain(module, backend="aot_eager", **options)  # type: ignore[method-assign,assignment]
     try:
-        stage = FakeStage(folder, None, fields.pop("hardware", None), **fields)
         run, _ = build_run(stage, world)  # type: ignore[arg-type]
         for name, parameter in run.model.named_parameters():
             if name.endswith("lora_b"):  # at zero, its partner has no gradient
@@ -246,12 +260,9 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
             grads = {n: full_tensor(p.grad).clone() for n, p in run.model.named_parameters() if p.grad is not None}
             found[step] = {**grads, "loss": world.sum(loss)}
             run.model.zero_grad(set_to_none=True)
-        every = world.gather(labels)
-        if world.is_rank0:
-            torch.save({"steps": found, "labels": every, "reductions": reductions}, folder / "gradients.pt")
+        return {"steps": found, "labels": world.gather(labels), "reductions": reductions}
     finally:
-        world.close()
-    return 0
+        torch.distributed.all_reduce = reduce
 
 
 def fork(ranks: int, action: Callable[[], int]) -> int:
