@@ -143,6 +143,9 @@ def measure(
         compile="always" if compiled else "never",
         context_degree=degree,
         keep_gathered=getattr(args, "keep_gathered", "auto"),
+        nodes=world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
+        shard_degree=getattr(args, "shard_degree", -1),
+        prefetch_layers=getattr(args, "prefetch_layers", 1),
     )
     groups = world.size // degree
     train = Train(
@@ -179,7 +182,8 @@ def measure(
         block.attention.context = group  # type: ignore[union-attr]
     if compiled:
         compile_blocks(model, world.device, train.precision)
-    model = shard(model, world, train.precision, 0, room.keep_gathered).to_empty(device=world.device)
+    model = shard(model, world, train.precision, room.shard_degree, room.keep_gathered, hardware.prefetch_layers)
+    model = model.to_empty(device=world.device)
     with torch.no_grad():
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.02) if p.dim() > 1 else torch.nn.init.ones_(p)
@@ -236,6 +240,8 @@ def measure(
         "recompute": room.recompute,
         "recompute_budget": room.recompute_budget,
         "keep_gathered": room.keep_gathered,
+        "shard_degree": room.shard_degree,
+        "prefetch_layers": hardware.prefetch_layers,
         "loss": [losses[0], losses[-1]],
         "seconds": took,
         "cpu_seconds": float(np.median(np.diff(cpu)[1 : args.steps + 1])),
@@ -356,6 +362,8 @@ def main() -> None:
     parser.add_argument("--context-degree", type=int, default=1)
     parser.add_argument("--recompute", default="auto")
     parser.add_argument("--keep-gathered", default="auto", choices=("auto", "none", "weights", "gradients"))
+    parser.add_argument("--shard-degree", type=int, default=-1, help="as in a recipe: -1 = a node, from two nodes on")
+    parser.add_argument("--prefetch-layers", type=int, default=1)
     parser.add_argument("--optimizer", default="adamw")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--no-eager", dest="eager", action="store_false")

@@ -139,16 +139,16 @@ def test_the_exchange_gives_every_rank_the_whole_row_of_its_heads(monkeypatch: p
     q, k, v = torch.randn(tokens, 8, 3), torch.randn(tokens, 2, 3), torch.randn(tokens, 2, 3)
     parts = [tuple(x.chunk(ranks)[r] for x in (q, k, v)) for r in range(ranks)]
     sent: list[torch.Tensor] = []
-    monkeypatch.setattr(context, "exchange", lambda x, group: sent.append(x) or x)  # type: ignore[func-returns-value]
-    for part in parts:
-        context.gather_tokens(*part, "group", ranks)
-    for rank in range(ranks):
-        received = torch.stack([s[rank] for s in sent])
-        monkeypatch.setattr(context, "exchange", lambda x, group, received=received: received)
-        ours = context.gather_tokens(*parts[rank], "group", ranks)
-        assert torch.equal(ours[0], q[:, 2 * rank : 2 * rank + 2])
-        assert torch.equal(ours[1], k[:, rank // 2 : rank // 2 + 1])  # one key/value head serves two ranks
-        assert torch.equal(ours[2], v[:, rank // 2 : rank // 2 + 1])
+    monkeypatch.setattr(context, "end_exchange", lambda x: x)
+    for number, x in enumerate((q, k, v)):
+        sent.clear()
+        monkeypatch.setattr(context, "start_exchange", lambda x, group: sent.append(x) or x)  # type: ignore[func-returns-value]
+        for part in parts:
+            context.send_tokens(part[number], "group", ranks)
+        ours = [context.receive_tokens(torch.stack([s[rank] for s in sent]), "group") for rank in range(ranks)]
+        for rank in range(ranks):
+            wanted = x[:, 2 * rank : 2 * rank + 2] if x is q else x[:, rank // 2 : rank // 2 + 1]
+            assert torch.equal(ours[rank], wanted)  # one key/value head serves two ranks
     # And back: every rank gives away the tokens of its heads.
     sent.clear()
     monkeypatch.setattr(context, "exchange", lambda x, group: sent.append(x) or x)  # type: ignore[func-returns-value]

@@ -5,8 +5,9 @@ In:  queries, keys and values of this rank's tokens [T / n, H, D]; rank i of the
 Out: those of the complete row for this rank's heads [T, H / n, D], and back.
 
 Only attention and Gated DeltaNet need an exchange: everything else works on each token alone. Document edges are those of the complete
-row. Queries, keys and values are exchanged together. If there are fewer key/value heads than ranks, each head is
-repeated for the ranks whose query heads use it. A group is passed by name, so that torch.compile treats it as a
+row. Attention's queries are sent while keys and values are projected, and keys while values are; the backward pass does the reverse: it
+receives the gradients of the queries while the projections of values and keys compute theirs. If there are fewer key/value heads than
+ranks, each head is repeated for the ranks whose query heads use it. A group is passed by name, so that torch.compile treats it as a
 constant. Gradients flow back through the same exchanges. An exchange moves values and computes none, so hidden states
 are bitwise those of one rank.
 """
@@ -23,16 +24,20 @@ from torch.distributed import _functional_collectives as collectives
 from torch.distributed.distributed_c10d import GroupName, _resolve_process_group
 
 
-def gather_tokens(q: Tensor, k: Tensor, v: Tensor, group: Any, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[T / n, H, D] of this rank's tokens to [T, H / n, D] of this rank's heads."""
-    if k.shape[1] < ranks:
-        k, v = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (k, v))
-    heads = [q.shape[1] // ranks, k.shape[1] // ranks, v.shape[1] // ranks]
-    parts = [x.view(len(x), ranks, -1, x.shape[-1]) for x in (q, k, v)]
-    by_rank = torch.cat(parts, dim=2).transpose(0, 1)  # [rank, T / n, heads of that rank, D]
-    row = exchange(by_rank, group).flatten(0, 1)
-    mine = row.split(heads, dim=1)
-    return mine[0], mine[1], mine[2]
+def send_tokens(x: Tensor, group: str, ranks: int) -> Tensor:
+    """Starts to send [T / n, H, D] of this rank's tokens to the ranks that have these heads. `receive_tokens` waits for what comes: nothing
+    may read the result before."""
+    if x.shape[1] < ranks:
+        x = x.repeat_interleave(ranks // x.shape[1], dim=1)
+    by_rank = x.view(len(x), ranks, -1, x.shape[-1]).transpose(0, 1)  # [rank, T / n, heads of that rank, D]
+    sent: Tensor = _Send.apply(by_rank, group)
+    return sent
+
+
+def receive_tokens(sent: Tensor, group: str) -> Tensor:
+    """[T, H / n, D] of this rank's heads, from `send_tokens`."""
+    received: Tensor = _Receive.apply(sent, group)
+    return received.flatten(0, 1)
 
 
 def gather_parts(parts: Sequence[Tensor], group: Any, ranks: int) -> list[Tensor]:
@@ -52,6 +57,43 @@ def gather_heads(out: Tensor, group: Any, ranks: int) -> Tensor:
     """[T, H / n, D] of this rank's heads to [T / n, H, D] of this rank's tokens."""
     by_rank = exchange(out.view(ranks, -1, *out.shape[1:]), group)  # [rank, T / n, heads of that rank, D]
     return by_rank.transpose(0, 1).flatten(1, 2)
+
+
+class _Send(torch.autograd.Function):
+    """Starts an exchange. Its backward pass waits for the exchange of gradients that `_Receive` has started."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        return start_exchange(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return end_exchange(gradient), None
+
+
+class _Receive(torch.autograd.Function):
+    """Waits for an exchange. Its backward pass starts that of the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return end_exchange(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return start_exchange(gradient, ctx.group), None
+
+
+def start_exchange(x: Tensor, group: str) -> Tensor:
+    """As `exchange`, without a gradient. The result is filled when `end_exchange` returns."""
+    equal = [1] * len(x)  # the first dimension has a part for each rank
+    sent: Tensor = torch.ops._c10d_functional.all_to_all_single(x.contiguous(), equal, equal, group)
+    return sent
+
+
+def end_exchange(sent: Tensor) -> Tensor:
+    received: Tensor = torch.ops._c10d_functional.wait_tensor(sent)
+    return received
 
 
 def exchange(x: Tensor, group: Any) -> Tensor:

@@ -6,7 +6,7 @@ Out: a `Plan`: bytes per GPU by part at the moment that needs most, and what eve
 Parameters, gradients and optimizer state are exact, as FSDP2 shards them (by rows of the first dimension). Activations
 are the tensors that autograd keeps of this model's operations (`activation_bytes`); `tests/test_memory.py` compares
 them with what torch keeps. FSDP2's buffers are those of its all-gather and reduce-scatter of one layer, with the next
-layer prefetched. GB = 10^9 bytes.
+`prefetch_layers` layers gathered ahead. GB = 10^9 bytes.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Plan:
     recompute_budget: float
     limit: int  # bytes of a GPU, of which a plan may use SHARE; 0 = not known
     keep_gathered: str = "none"  # 'none', 'weights' or 'gradients'; 'auto' is resolved
+    shard_degree: int = 0  # ranks that share one copy of the weights; 0 = all; the default is resolved
 
     @property
     def mode(self) -> str:
@@ -62,6 +63,12 @@ class Plan:
             return "copied to the compute dtype once a step"
         return "gathered once a step" + ("; gradients are reduced once" if self.keep_gathered == "gradients" else "")
 
+    def sharding(self, ranks: int) -> str:
+        """The copies of the weights, in words; empty where all ranks share one."""
+        if not 0 < self.shard_degree < ranks:
+            return ""
+        return f"; {ranks // self.shard_degree} copies, each over {self.shard_degree} ranks, whose gradients are summed once a step"
+
     def table(self) -> list[tuple[str, str]]:
         """(part, GB) rows to print, the total and the limit last."""
         rows = [(name, f"{size / 1e9:9.2f} GB") for name, size in self.parts.items()]
@@ -70,7 +77,13 @@ class Plan:
         )
         verdict = "" if self.fits else ": DOES NOT FIT"
         rows.append(("total", f"{self.total / 1e9:9.2f} GB{limit} per GPU{verdict}"))
-        return [*rows, ("recomputation", self.mode), ("kept over microbatches", self.keep_gathered)]
+        shared = f"{self.shard_degree} ranks" if self.shard_degree else "all ranks"
+        choices = {
+            "recomputation": self.mode,
+            "kept over microbatches": self.keep_gathered,
+            "weights shared by": shared,
+        }
+        return [*rows, *choices.items()]
 
 
 def layer_modes(layers: int, recompute: str, budget: float) -> tuple[str, ...]:
@@ -91,9 +104,12 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     `recompute = "auto"` becomes the mode with the least work that fits: none, then as many layers as fit that keep all
     activations while the others keep attention's output, then full. If nothing fits, it is full and `fits` is False.
     `keep_gathered = "auto"` becomes "weights" where they fit with this recomputation, else "none". Where the memory is not known, one rank
-    keeps copies and several keep nothing.
+    keeps copies and several keep nothing. `shard_degree` -1 becomes the ranks of a node from two nodes on where that fits with the
+    recomputation of full sharding, else 0.
     """
     limit = int(gpu_memory_gb * 1e9)
+    if hardware.shard_degree < 0:
+        return _shard_in_nodes(model, train, hardware, gpus_total, gpu_memory_gb)
     if hardware.keep_gathered == "auto":
         return _keep_weights(model, train, hardware, gpus_total, gpu_memory_gb)
     if hardware.recompute != "auto":
@@ -113,6 +129,17 @@ def plan(model: ModelConfig, train: Train, hardware: Hardware, gpus_total: int, 
     if at < n:
         return keeping(fewer[at])
     return _estimate(model, train, replace(hardware, recompute="full"), gpus_total, limit)
+
+
+def _shard_in_nodes(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, gpu_memory_gb: float) -> Plan:
+    """The plan for shard_degree = -1. Where the memory is not known, or where processes are no GPUs, all ranks share the weights."""
+    least = plan(model, train, replace(hardware, shard_degree=0), gpus, gpu_memory_gb)
+    node = gpus // hardware.nodes
+    if hardware.nodes < 2 or node < 2 or gpus % hardware.nodes or not gpu_memory_gb:
+        return least
+    found = plan(model, train, replace(hardware, shard_degree=node), gpus, gpu_memory_gb)
+    same = (found.recompute, found.recompute_budget) == (least.recompute, least.recompute_budget)
+    return found if found.fits and same else least
 
 
 def _keep_weights(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, gpu_memory_gb: float) -> Plan:
@@ -135,7 +162,8 @@ def plan_again(
 ) -> Plan:
     """The plan after a step ran out of memory with one that needs `failed` bytes: nothing is kept over microbatches, and the least
     recomputation that needs at most RETRY_SHARE of them, whatever `recompute` says; full where none does."""
-    smaller = replace(hardware, recompute="auto", keep_gathered="none")
+    # The default of shard_degree becomes the one that needs least.
+    smaller = replace(hardware, recompute="auto", keep_gathered="none", shard_degree=max(0, hardware.shard_degree))
     found = plan(model, train, smaller, gpus_total, RETRY_SHARE / SHARE * failed / 1e9)
     limit = int(gpu_memory_gb * 1e9)
     return replace(found, limit=limit, fits=not limit or found.total <= SHARE * limit)
@@ -162,6 +190,8 @@ def _remedy(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, lim
         return "recompute=auto"
     if hardware.microbatch_tokens > train.seq_len and fits(microbatch_tokens=train.seq_len):
         return f"recompute=auto microbatch_tokens={train.seq_len}"
+    if hardware.prefetch_layers > 1 and fits(prefetch_layers=1):
+        return "recompute=auto prefetch_layers=1"
     if 0 < hardware.shard_degree < gpus and fits(shard_degree=0):
         return "recompute=auto shard_degree=0"
     for degree in range(hardware.context_degree + 1, min(gpus, model.n_heads) + 1):
@@ -190,7 +220,8 @@ def _estimate(model: ModelConfig, train: Train, hardware: Hardware, gpus: int, l
     parts[LIBRARIES] = int(CONTEXT + COMMUNICATOR * communicators(hardware, gpus))
     total = sum(parts.values())
     fits = not limit or total <= SHARE * limit
-    return Plan(parts, total, fits, hardware.recompute, hardware.recompute_budget, limit, hardware.keep_gathered)
+    shares = (hardware.keep_gathered, hardware.shard_degree)
+    return Plan(parts, total, fits, hardware.recompute, hardware.recompute_budget, limit, *shares)
 
 
 def communicators(hardware: Hardware, gpus: int) -> int:
@@ -306,7 +337,7 @@ def _moments(model: ModelConfig, train: Train, hardware: Hardware, gpus: int) ->
     rotary_tables = 8 * tokens * model.rotated * tables
     # Activations that no layer keeps. NEFTune's noise is there until it is added.
     outside = rotary_tables + compute * tokens * model.d_model * (2 if train.neftune_alpha else 1)
-    gathered = compute * (root + 2 * block)
+    gathered = compute * (root + (1 + hardware.prefetch_layers) * block)
     next_block = compute * block  # which the backward pass gathers ahead
     if keep != "none":
         gathered, next_block = _copies(model, train, every) if copied else compute * _values(every), 0

@@ -34,7 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from sft.common.errors import SftError
 from sft.model.attention import attention
-from sft.model.context import gather_heads, gather_tokens
+from sft.model.context import gather_heads, receive_tokens, send_tokens
 from sft.model.gated_delta import GatedDeltaNet, initial_vector
 from sft.model.loss import cross_entropy
 from sft.model.noise import named_generator
@@ -77,16 +77,20 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(kv if full else config.head_dim, config.norm_eps)
 
     def forward(self, x_TD: Tensor, rotary: Rotary | None, cu_seqlens: Tensor, max_len: int) -> Tensor:
-        q = rotate(self.heads(self.w_q(x_TD), self.q_norm), rotary)
-        k = rotate(self.heads(self.w_k(x_TD), self.k_norm), rotary)
-        v = self.heads(self.w_v(x_TD), None)
+        q = self.sent(rotate(self.heads(self.w_q(x_TD), self.q_norm), rotary))
+        k = self.sent(rotate(self.heads(self.w_k(x_TD), self.k_norm), rotary))
+        v = self.sent(self.heads(self.w_v(x_TD), None))
         if self.context:
-            q, k, v = gather_tokens(q, k, v, *self.context)
+            q, k, v = (receive_tokens(x, self.context[0]) for x in (q, k, v))
         out = attention(q, k, v, cu_seqlens, max_len, self.window)
         if self.context:
             out = gather_heads(out, *self.context)
         projected: Tensor = self.w_out(out.reshape(len(x_TD), -1))
         return projected
+
+    def sent(self, x_THD: Tensor) -> Tensor:
+        """Under way to the ranks of the context group, while the next projection computes; the same tensor without a group."""
+        return send_tokens(x_THD, *self.context) if self.context else x_THD
 
     def heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """[T, heads * head_dim] to [T, heads, head_dim]. The norm is over as many values as it has weights."""

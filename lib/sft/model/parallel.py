@@ -168,7 +168,12 @@ def make_deterministic() -> None:
 
 
 def shard(
-    model: nn.Module, world: World, precision: str, shard_degree: int = 0, keep_gathered: str = "none"
+    model: nn.Module,
+    world: World,
+    precision: str,
+    shard_degree: int = 0,
+    keep_gathered: str = "none",
+    prefetch_layers: int = 1,
 ) -> nn.Module:
     """Shards parameters, gradients and optimizer state over the ranks, in one group per block and one for the rest.
 
@@ -177,7 +182,7 @@ def shard(
     on, rotary tables are fp32. `shard_degree` ranks share one copy of the parameters (0 = all ranks), and the copies
     are kept equal. A mixer's `replicated()` parameters stay whole and fp32 on every rank; `sum_replicated_gradients`
     adds up their gradients. `keep_gathered` "weights" or "gradients": a block stays gathered after its forward pass, and until the
-    microbatch that `begin_microbatch` says is the last. A single process is not sharded in fp32, and where it keeps what it gathers
+    microbatch that `begin_microbatch` says is the last. `prefetch_layers`: see `_set_prefetch`. A single process is not sharded in fp32, and where it keeps what it gathers
     (`sft.model.compute_copies`). Raises SftError when `shard_degree` does not divide the number of ranks.
     """
     if world.size == 1 and (precision == "fp32" or keep_gathered != "none"):
@@ -200,7 +205,18 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    _set_prefetch(model, prefetch_layers)
     return model
+
+
+def _set_prefetch(model: nn.Module, layers: int) -> None:
+    """Gathers the weights of the next `layers` blocks while a block computes, in the forward pass and in the backward pass. The order is
+    fixed before the first step, so the exchanges of all ranks follow each other alike, also where the host is slow. FSDP2 reduces the
+    gradients of a block while the block before it computes."""
+    blocks = list(model.get_submodule("blocks").children())
+    for order, name in ((blocks, "forward"), (blocks[::-1], "backward")):
+        for number, module in enumerate([model, *order]):
+            getattr(module, f"set_modules_to_{name}_prefetch")(order[number : number + layers])
 
 
 def begin_microbatch(model: nn.Module, keep_gathered: str, last: bool) -> None:

@@ -42,9 +42,16 @@ class Hardware:
         stages=("prepare",),
     )
     shard_degree: int = opt(
-        0,
-        "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks",
-        min=0,
+        -1,
+        "ranks that shard one copy of the weights (FSDP), replicated over the other ranks; 0 = all ranks; -1 = those of a node from two"
+        " nodes on, where that needs no more recomputation, else all ranks",
+        min=-1,
+        stages=("train",),
+    )
+    prefetch_layers: int = opt(
+        1,
+        "layers whose weights are gathered ahead of the one that computes, forward and backward; more hide slow links and take memory",
+        min=1,
         stages=("train",),
     )
     context_degree: int = opt(

@@ -338,7 +338,9 @@ def build_model(setup: Setup, room: memory.Plan, adapter: Adapter | None) -> nn.
         block.attention.context = group  # type: ignore[union-attr]
     if hardware.compile == "always":
         compile_blocks(model, world.device, train.precision)
-    sharded = shard(model, world, train.precision, hardware.shard_degree, room.keep_gathered)
+    sharded = shard(
+        model, world, train.precision, room.shard_degree, room.keep_gathered, prefetch_layers=hardware.prefetch_layers
+    )
     return sharded.to_empty(device=world.device)
 
 
@@ -369,7 +371,7 @@ def notes(setup: Setup, run: Run, tokenizer_warning: str, missing: str) -> Itera
             f" {memory.SHARE:.0%}; recompute=auto may fit"
         )
     if setup.world.size > 1 or setup.stage.recipe.train.precision != "fp32":
-        yield f"weights: {room.gathering(setup.world.size)}"
+        yield f"weights: {room.gathering(setup.world.size)}{room.sharding(setup.world.size)}"
     if run.short is not None:
         yield f"warning: {run.short}; recomputation is now: {room.mode}"
     elif setup.hardware.recompute == "auto" and room.limit:

@@ -74,7 +74,8 @@ def note(run: Run, error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     numbers = _numbers(run.stage, run.world)
     found = OutOfMemory(step, run.world.rank, run.room.mode, run.room.total, numbers, first)
-    least = run.room.recompute == "full" and run.room.keep_gathered == "none"
+    chosen = run.stage.hardware.shard_degree < 0 and run.room.shard_degree > 0  # copies that the next plan does without
+    least = run.room.recompute == "full" and run.room.keep_gathered == "none" and not chosen
     if run.short is not None or least:
         raise SftError(
             f"{run.stage.out}: {found}, and {run.room.total / 1e9:.1f} GB per GPU were planned; next: a smaller"
@@ -82,6 +83,7 @@ def note(run: Run, error: BaseException) -> str:
         ) from error
     found.write(run.stage.out / OUT_OF_MEMORY)
     less = "more recomputation" if run.room.keep_gathered == "none" else "no weights kept over microbatches"
+    less += " and one copy of the weights over all ranks" * chosen
     return f"{found}; training starts again once, from the newest step, with {less}"
 
 

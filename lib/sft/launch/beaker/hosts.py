@@ -106,7 +106,7 @@ def choose(hosts: Mapping[str, str], free: AbstractSet[str], nodes: int, togethe
 
 def nodes_of_a_copy(job: Job) -> int:
     """The nodes that exchange most: those that hold one copy of the weights between them."""
-    nodes = -(-job.hardware.shard_degree // max(1, job.gpus)) or job.nodes
+    nodes = -(-max(0, job.hardware.shard_degree) // max(1, job.gpus)) or job.nodes
     return nodes if job.nodes % nodes == 0 else job.nodes
 
 

@@ -129,7 +129,7 @@ def memory(context: Context) -> Iterator[Row]:
 
     found = memory.plan(model, context.recipe.train, context.training, context.ranks, limit)
     most = sorted(found.parts.items(), key=lambda p: -p[1])[:3]
-    text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}"
+    text = f"{found.total / 1e9:.1f} GB per GPU ({', '.join(f'{n} {b / 1e9:.1f}' for n, b in most)}), recompute {found.recompute}{found.sharding(context.ranks)}"
     if not limit:
         asked = context.cluster.launcher != "local" and (context.cluster.gpus_per_node or context.training.gpus > 0)
         then = f'its type, [on.{context.place.cluster}.train] gpu = "A100 80GB", or gpu_memory_gb in {context.file}'
