@@ -30,13 +30,13 @@ def send_tokens(x: Tensor, group: str, ranks: int) -> Tensor:
     if x.shape[1] < ranks:
         x = x.repeat_interleave(ranks // x.shape[1], dim=1)
     by_rank = x.view(len(x), ranks, -1, x.shape[-1]).transpose(0, 1)  # [rank, T / n, heads of that rank, D]
-    sent: Tensor = _Send.apply(by_rank, group)
+    sent: Tensor = _Send.apply(by_rank, group)  # type: ignore[no-untyped-call]
     return sent
 
 
 def receive_tokens(sent: Tensor, group: str) -> Tensor:
     """[T, H / n, D] of this rank's heads, from `send_tokens`."""
-    received: Tensor = _Receive.apply(sent, group)
+    received: Tensor = _Receive.apply(sent, group)  # type: ignore[no-untyped-call]
     return received.flatten(0, 1)
 
 
