@@ -1,19 +1,21 @@
 """Training steps on one device by the ways that people train: the same documents, geometry, precision and optimizer, a process each.
 
-In:  nothing; documents and weights are drawn here. `--fetch` first gets TRL and Liger from PyPI into .peers/.
+In:  nothing; documents and weights are drawn here. TRL, Liger and torchtitan come from PyPI into .peers/ first, each in a folder of its own.
 Out: a table, and one JSON object on the last line. Exit status 1 where a way failed for another reason than memory.
-Run: make bench-peers, or .venv/bin/python benchmarks/bench_peers.py --preset olmo3-7b --seq-len 16384 --fetch
-     --device cpu --preset olmo3-tiny --seq-len 512 --no-compile checks the script itself, without a GPU
+Run: make bench-peers, or .venv/bin/python benchmarks/bench_peers.py --preset olmo3-7b --seq-len 16384
+     Without a GPU it takes a tiny model and short rows (SIZES), and says so.
 
 * finetune.py, N a batch: what open-instruct's padded trainer does: N documents of a long tail of lengths, padded to the longest of them, everything
   recomputed, full logits; transformers' class;
 * transformers: the same without recomputation; packed: rows of whole documents told by position_ids, which it turns into a dense mask;
 * OLMo-core: its train module and model, packed;
-* TRL: SFTTrainer, padded; packed; with Liger's kernels and loss;
+* TRL: SFTTrainer with its chunked loss, padded; packed; packed with Liger's layers (its loss replaces what TRL patches, so TRL leaves it out);
+* torchtitan: its Qwen3, rows and chunked loss (peer_titan.py);
 * ours: packs, attention over documents, labelled rows only; eager and compiled.
 
 tokens/s counts tokens of documents, trained tokens/s those with a label; padding counts in neither. MFU is by one count for all: that of the documents (docs/train.md).
-"by rows" is what OLMo-core would report: every position of a row reaches the head, and attention sees the whole row. Start is from the start of the
+"by rows" is what OLMo-core would report: every position of a row reaches the head, and attention sees the whole row. "By its own" is the count of the way
+itself: transformers' and TRL's 6 FLOPs for each parameter outside the embedding and each position, torchtitan's with whole rows in each layer. Start is from the start of the
 process to the end of the first step, compilation included. The others take the documents of one step again and again, ours the next ones of the same draw.
 The loss is the mean over the trained tokens of the first step at random weights: about the logarithm of the vocabulary's size for every way.
 """
@@ -29,6 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,11 +40,23 @@ import numpy as np
 import torch
 
 import bench_gpu
+import peer_titan
 import peer_ways
-from peer_ways import Job, Missing
+from peer_ways import Job, Missing, Numbers
 from sft.model import attention, utilisation
 from sft.model.parallel import join
 from sft.recipe import presets
+
+SIZES = {
+    "cuda": {"preset": "olmo2-1b", "seq_len": 16384, "packs": 4, "batch": [1, 8], "compile": True},
+    "cpu": {"preset": "olmo3-tiny", "seq_len": 2048, "packs": 4, "batch": [8], "compile": False},
+}
+"""What a device trains where no option says more."""
+
+
+def ways(batches: Sequence[int]) -> dict[str, Callable[[Job], Numbers]]:
+    """{name: way}, but for ours."""
+    return {**peer_ways.ways(batches), "torchtitan": peer_titan.torchtitan}
 
 
 def one_way(args: argparse.Namespace) -> dict[str, Any]:
@@ -69,7 +84,7 @@ def one_way(args: argparse.Namespace) -> dict[str, Any]:
                 args.compile,
                 args.recompute,
             )
-            return peer_ways.ways(args.batch)[args.way](job).report(job, started, before)
+            return ways(args.batch)[args.way](job).report(job, started, before)
     except Missing as reason:
         return {"skipped": str(reason)}
     except (torch.OutOfMemoryError, bench_gpu.DoesNotFit) as error:
@@ -103,27 +118,32 @@ def ours(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="olmo2-1b", choices=list(presets.PRESETS))
-    parser.add_argument("--seq-len", type=int, default=16384)
-    parser.add_argument("--packs", type=int, default=4, help="packs of seq_len tokens in a step")
+    parser.add_argument("--preset", choices=list(presets.PRESETS))
+    parser.add_argument("--seq-len", type=int)
+    parser.add_argument("--packs", type=int, help="packs of seq_len tokens in a step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that warms up")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], help="documents in a padded batch")
+    parser.add_argument("--batch", type=int, nargs="+", help="documents in a padded batch")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing of TRL and ours too")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--fetch", action="store_true")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--device", choices=("cuda", "cpu"), help="a GPU where torch finds one")
+    parser.add_argument("--no-fetch", dest="fetch", action="store_false", help="use the packages that .peers/ has")
     parser.add_argument("--way", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name, value in SIZES[args.device].items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
-            "bench-peers needs a CUDA device and torch finds none here; --device cpu --preset olmo3-tiny checks it"
+            "bench-peers needs a CUDA device and torch finds none here; next: --device cpu, which takes tiny sizes"
         )
     if args.way:
         print(json.dumps(one_way(args)))
         return 0
+    if args.device == "cpu":
+        print(f"no GPU is used: {args.preset}, rows of {args.seq_len} tokens; these figures say nothing about a GPU")
     if args.fetch:
-        peer_ways.fetch(("trl", "liger_kernel"))
-    names = [*peer_ways.ways(args.batch), "ours, eager", *(["ours, compiled"] if args.compile else [])]
+        peer_ways.fetch(("trl", "liger_kernel", *peer_titan.needed()))
+    names = [*ways(args.batch), "ours, eager", *(["ours, compiled"] if args.compile else [])]
     peak = utilisation.peak_tflops(torch.cuda.get_device_name()) if args.device == "cuda" else 0.0
     found: dict[str, dict[str, Any]] = {}
     for name in names:
@@ -143,7 +163,9 @@ def measured(name: str, peak: float) -> dict[str, Any]:
         return {"failed": done.stderr[-2000:]}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     if peak and "tflops" in found:
-        found |= {"mfu": found["tflops"] / peak, "mfu_of_rows": found["tflops_of_rows"] / peak}
+        found |= {
+            key.replace("tflops", "mfu"): value / peak for key, value in found.items() if key.startswith("tflops")
+        }
     return found
 
 
@@ -159,6 +181,9 @@ def summed_up(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> int
     return int(not best or any("failed" in one for one in found.values()))
 
 
+COUNTS = {"": "by documents", "_of_rows": "by rows", "_own": "by its own"}
+
+
 def show(found: dict[str, Any]) -> str:
     if "skipped" in found:
         return textwrap.fill(f"skipped: {found['skipped']}", 76, subsequent_indent="    ")
@@ -169,7 +194,13 @@ def show(found: dict[str, Any]) -> str:
         f" pad {found['padding']:3.0%} start {found['start_s']:3.0f} s loss {found['loss']:.3f}"
     )
     more = [found["notes"]] if found["notes"] else []
-    more += [f"MFU {found['mfu']:.1%}, by rows {found['mfu_of_rows']:.1%}"] if "mfu" in found else []
+    counts = [(name, found.get(f"tflops{name}"), found.get(f"mfu{name}")) for name in COUNTS]
+    told = [
+        f"{COUNTS[name]} {1e3 * speed:,.1f} GFLOP/s{f' ({share:.1%})' if share else ''}"
+        for name, speed, share in counts
+        if speed
+    ]
+    more.append(", ".join(told))
     return "\n    ".join([line, *more])
 
 

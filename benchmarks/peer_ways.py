@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,8 +35,11 @@ from sft.model.utilisation import flops_per_token, mean_attended
 from sft.recipe.architecture import ModelConfig
 
 REPO = Path(__file__).resolve().parents[1]
-PACKAGES = {"trl": "1.16.0", "peft": "0.21.2", "liger_kernel": "0.8.5"}
-"""Of PyPI, in .peers/ once `--fetch` has got them."""
+PACKAGES = {
+    "trl": "1.16.0", "peft": "0.21.2", "liger_kernel": "0.8.5", "triton": "3.7.1",
+    "torchtitan": "0.3.0", "spmd_types": "0.2.3", "tyro": "1.0.17", "docstring_parser": "0.17.0",
+}  # fmt: skip
+"""Of PyPI, in .peers/ once `fetch` has got them, each in a folder of its own."""
 RATE, BETAS = 1e-5, (0.9, 0.95)
 
 Document = tuple[Tensor, Tensor]  # ids and labels, -100 where a token is not trained
@@ -66,6 +71,7 @@ class Numbers:
     widths: list[int] = field(default_factory=list)  # of the rows of one step, padding included
     began: float = 0.0
     first_end: float = 0.0  # of the first step, by the clock of the day
+    own_flops: float = 0.0  # of a step, by the way's own formula; 0 where it has none
     notes: str = ""
 
     def start(self, device: torch.device) -> None:
@@ -92,6 +98,7 @@ class Numbers:
             "trained_tokens_per_s": labels / took,
             "tflops": flops / took / 1e12,
             "tflops_of_rows": sum(row_flops(job.config, width) for width in self.widths) / took / 1e12,
+            **({"tflops_own": self.own_flops / took / 1e12} if self.own_flops else {}),
             "padding": 1 - tokens / sum(self.widths),
             "loss": self.losses[0],
             "memory_gb": memory_gb(before),
@@ -170,13 +177,13 @@ def packed(job: Job) -> Iterator[Row]:
 # --- ways -----------------------------------------------------------------------------------------------------------------
 
 
-def hf_model(job: Job) -> nn.Module:
+def hf_model(job: Job, kernel: str = "sdpa") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     shape = hf_config(job.config, vocab_size=job.config.vocab_size, max_position_embeddings=65536, dtype="float32")
     torch.manual_seed(0)
     with job.device:
-        model: nn.Module = AutoModelForCausalLM.from_config(shape, attn_implementation="sdpa", dtype=torch.float32)
+        model: nn.Module = AutoModelForCausalLM.from_config(shape, attn_implementation=kernel, dtype=torch.float32)
     model.config.use_cache = False  # type: ignore[union-attr]
     return model.train()
 
@@ -190,6 +197,7 @@ def transformers_loop(job: Job, rows: Callable[[Job], Iterator[Row]], recompute:
     batches = list(rows(job))
     found.widths = [row["input_ids"].shape[1] for row in batches for _ in range(row["input_ids"].shape[0])]
     labels = sum(int((row["labels"][:, 1:] != -100).sum()) for row in batches)
+    found.own_flops = sum(model.floating_point_ops(row) for row in batches)  # type: ignore[operator]
     for _ in range(job.steps + 1):
         found.start(job.device)
         total = torch.zeros((), device=job.device)
@@ -233,6 +241,7 @@ def olmo_core(job: Job) -> Numbers:
     module.record_ce_loss = lambda value, *_, **__: losses.append(value.detach().clone())
     module._trainer = SimpleNamespace(record_metric=lambda *_, **__: None)
     found.widths = [job.seq_len] * len(rows)
+    found.own_flops = row_flops(job.config, job.seq_len) * len(rows)
     found.notes = "" if fused else "attention over whole rows: document masks need flash-attn on a GPU"
     batch = core_batch(job, rows, fused)
     for _ in range(job.steps + 1):
@@ -266,13 +275,11 @@ def core_batch(job: Job, rows: Sequence[Row], with_lengths: bool) -> dict[str, A
 
 
 def trl(job: Job, batch: int, liger: bool = False) -> Numbers:
-    """TRL's SFTTrainer; `batch` documents in a padded batch, 0 packs them by best fit."""
+    """TRL's SFTTrainer, whose loss is chunked; `batch` documents in a padded batch, 0 packs them by best fit."""
     needed = ["trl", *(["liger_kernel"] if liger else [])]
-    absent = [name for name in needed if not package(name).is_dir()]
-    if absent:
-        raise Missing(f"{', '.join(absent)} is not in .peers; next: --fetch")
-    if liger and job.device.type != "cuda":
-        raise Missing("Liger's kernels need a GPU")
+    needed += ["triton"] if liger and importlib.util.find_spec("triton") is None else []
+    if away := absent(needed):
+        raise Missing(f"{', '.join(away)} not in .peers; next: run it without --no-fetch")
     sys.path[:0] = [str(package(name)) for name in needed]
     import datasets
     from transformers import AutoTokenizer, TrainerCallback
@@ -300,6 +307,7 @@ def trl(job: Job, batch: int, liger: bool = False) -> Numbers:
         else [row["input_ids"].shape[1] for row in padded(job, batch) for _ in range(row["input_ids"].shape[0])]
     )
     each = batch or 1
+    kernel, found.notes = attention_of_rows(cuda and not batch)
     with tempfile.TemporaryDirectory() as out:
         settings = SFTConfig(
             output_dir=out, max_length=job.seq_len, packing=not batch, per_device_train_batch_size=each, max_steps=job.steps + 1,
@@ -309,30 +317,62 @@ def trl(job: Job, batch: int, liger: bool = False) -> Numbers:
             use_liger_kernel=liger,
         )  # fmt: skip
         trainer = SFTTrainer(
-            hf_model(job), settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
+            hf_model(job, kernel), settings, train_dataset=rows, processing_class=tokenizer, callbacks=[Clock()]
         )
+        if liger and not cuda:
+            raise Missing(f"Liger's kernels need a GPU. On one they replace {', '.join(liger_parts(trainer))}")
         trainer.train()
     found.losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    found.own_flops = trainer.state.total_flos / (job.steps + 1)
     return found
 
 
-def torchtitan(_: Job) -> Numbers:
-    raise Missing(
-        "its Llama has norms before each layer, no norm of queries and keys and no window, so it is another geometry than OLMo's"
-    )
+def attention_of_rows(packed_on_gpu: bool) -> tuple[str, str]:
+    """transformers' name of the attention for TRL's packed rows, and a note: kernels that know documents, where one is installed."""
+    if packed_on_gpu:
+        for name, kernel in (("flash_attn", "flash_attention_2"), ("kernels", "kernels-community/flash-attn2")):
+            if importlib.util.find_spec(name):
+                return kernel, f"attention by {kernel}"
+        return "sdpa", "attention with a dense mask: neither flash-attn nor kernels is installed"
+    return "sdpa", ""
+
+
+def liger_parts(trainer: Any) -> list[str]:
+    """Puts Liger's kernels into the trainer's model, as `train` does at its start, and says what they replaced."""
+    from transformers.integrations.liger import apply_liger_kernel
+
+    def forwards() -> dict[str, Any]:
+        return {name: getattr(part.forward, "__func__", part.forward) for name, part in trainer.model.named_modules()}
+
+    before = forwards()
+    apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
+    changed = [name for name, forward in forwards().items() if forward is not before[name]]
+    kinds = Counter(type(trainer.model.get_submodule(name)).__name__ for name in changed)
+    return [f"{count} {kind}" for kind, count in sorted(kinds.items())]
 
 
 def package(name: str) -> Path:
     return REPO / ".peers" / f"{name}-{PACKAGES[name]}"
 
 
+def absent(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not package(name).is_dir()]
+
+
 def fetch(names: Iterable[str]) -> None:
-    """Unpacks the wheels; nothing is installed. Their other requirements are those of the environment."""
-    for name in names:
-        version = PACKAGES[name]
-        if not package(name).is_dir():
-            options = ["--quiet", "--no-deps", "--no-compile", "--target", str(package(name))]
-            subprocess.run([sys.executable, "-m", "pip", "install", *options, f"{name}=={version}"], check=True)
+    """Unpacks the wheels; nothing is installed. Their other requirements are those of the environment. A package that cannot be
+    had is told, and its way says that it is missing."""
+    for name in absent(names):
+        version, part = PACKAGES[name], package(name).with_name(f"{package(name).name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile", "--target", str(part)]
+        command = [sys.executable, "-m", "pip", "install", *options, f"{name}=={version}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            print(f"[bench] {name} {version} cannot be fetched: {last}", file=sys.stderr)
+        else:
+            part.rename(package(name))
 
 
 def ways(batches: Sequence[int]) -> dict[str, Callable[[Job], Numbers]]:
@@ -348,5 +388,4 @@ def ways(batches: Sequence[int]) -> dict[str, Callable[[Job], Numbers]]:
         **{f"TRL, {n} a batch": partial(trl, batch=n) for n in batches},
         "TRL, packed": partial(trl, batch=0),
         "TRL, packed, Liger": partial(trl, batch=0, liger=True),
-        "torchtitan": torchtitan,
     }
