@@ -374,7 +374,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
-            "bench-gpu needs a CUDA device and torch finds none here; --device cpu --presets olmo3-tiny checks the script"
+            "bench-gpu needs a CUDA device and torch finds none here; next: run it where there is one. To try the script"
+            " without one: benchmarks/bench_gpu.py --device cpu --presets olmo3-tiny"
         )
     if args.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
