@@ -186,7 +186,7 @@ def test_the_plan_counts_two_bytes_for_a_weight() -> None:
     ("options", "why"),
     [
         ({}, "needs gradients = 'bf16', and it is 'fp32'"),
-        ({"gradients": "bf16", "precision": "fp32"}, "needs precision = 'bf16', and it is 'fp32'"),
+        ({"gradients": "bf16", "precision": "fp32"}, "needs precision = 'bf16' or 'fp8', and it is 'fp32'"),
         ({"gradients": "bf16", "method": "lora"}, "method = 'lora' stores the frozen base as base_dtype says"),
         ({"gradients": "bf16"}, ""),
     ],

@@ -45,8 +45,12 @@ def choose_kernel(device: torch.device) -> str:
         return "a loop over documents"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     hopper = torch.cuda.get_device_capability(device)[0] == 9
-    if not hopper or version < FLASH_3_TORCH or importlib.util.find_spec(FLASH_3) is None:
+    if not hopper or version < FLASH_3_TORCH:
         return "flash attention 2"
+    if importlib.util.find_spec(FLASH_3) is None:
+        return (
+            "flash attention 2; this GPU runs flash attention 3 with the package flash-attn-3, which is not installed"
+        )
     try:
         torch_attention.activate_flash_attention_impl("FA3")
     except (ImportError, OSError, RuntimeError) as error:  # a build for another torch

@@ -139,7 +139,8 @@ def _needs_for_bf16_weights(train: schema.Train) -> str:
         return "'weights' in [train] = 'bf16': method = 'lora' stores the frozen base as base_dtype says, and adapters in fp32; remove it"
     for name, possible in (("precision", ("bf16", "fp8")), ("gradients", ("bf16",))):
         if getattr(train, name) not in possible:
-            return f"'weights' in [train] = 'bf16' needs {name} = 'bf16', and it is {getattr(train, name)!r}; set it, or weights = 'fp32'"
+            wanted = " or ".join(map(repr, possible))
+            return f"'weights' in [train] = 'bf16' needs {name} = {wanted}, and it is {getattr(train, name)!r}; set it, or weights = 'fp32'"
     return ""
 
 
