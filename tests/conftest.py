@@ -224,10 +224,11 @@ def finished(workspace: Workspace, finished_runs: Path) -> Callable[[str], None]
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks of 2 kB and workers for every one of them, so that a few hundred rows take the paths of a large file."""
-    from sft.data import preparation, sources
+    from sft.data import preparation
+    from sft.sources import input_files
 
-    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 2000)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "MIN_CHUNK_BYTES", 2000)
+    monkeypatch.setattr(input_files, "CHUNK_BYTES", 2000)
     monkeypatch.setattr(preparation, "BYTES_PER_WORKER", 1)
 
 

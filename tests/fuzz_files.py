@@ -240,14 +240,14 @@ def sources_(draw: Any) -> tuple[str, bytes]:
 
 def rows_of(folder: Path, name: str) -> tuple[list[dict[str, Any]], int]:
     """(rows, rejects) as prepare reads them."""
-    from sft.data import blocks, sources
+    from sft.sources import blocks, input_files
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
     found, rejects = list[dict[str, Any]](), 0
-    for file in sources.resolve(
+    for file in input_files.resolve(
         schema.Source(path=name), lambda p: folder / p, folder / "cache", log=lambda _: None
     ).files:
-        for chunk in sources.cut(file):
+        for chunk in input_files.cut(file):
             for batch in blocks.read(chunk):
                 found += batch.rows
                 rejects += len(batch.rejects)

@@ -146,8 +146,8 @@ MUTANTS = (
     # --- damaged inputs (tests/fuzz.py)
     Mutant("a damaged list of numbers is an error", "data/dataset.py", '        raise ValueError(f"{type(error).__name__}: {error}") from None\n', "        raise\n", "test_fuzz.py::test_a_list_of_numbers_that_numpy_cannot_parse_is_refused"),
     Mutant("documents tile their parts", "data/dataset.py", "if not length.all() or too_far or not _same_numbers(starts, ends):", "if False:", "test_fuzz.py test_dataset.py"),
-    Mutant("offsets of an Arrow file stay inside", "data/blocks.py", "        column.view(_without_texts(column.type)).validate(full=True)\n", "        pass\n", "test_sources.py::test_an_arrow_file_whose_offsets_leave_its_text_is_refused_and_not_read"),
-    Mutant("an empty compressed file is broken", "data/unpack.py", "        if not file.stat().st_size:", "        if False:", "test_sources.py"),
+    Mutant("offsets of an Arrow file stay inside", "sources/blocks.py", "        column.view(_without_texts(column.type)).validate(full=True)\n", "        pass\n", "test_sources.py::test_an_arrow_file_whose_offsets_leave_its_text_is_refused_and_not_read"),
+    Mutant("an empty compressed file is broken", "sources/unpack.py", "        if not file.stat().st_size:", "        if False:", "test_sources.py"),
     Mutant("metadata of a checkpoint has its fields", "checkpoint/dcp_reader.py", "            _check_fields(found)\n", "            pass\n", "test_checkpoint.py::test_metadata_without_its_fields_is_refused"),
     Mutant("a document's part is there", "data/dataset.py", ' or (documents["part"] >= len(sizes)).any()', "", "test_fuzz.py::test_a_part_whose_position_does_not_fit_is_refused"),
     # --- faulty hardware

@@ -12,8 +12,8 @@ import pytest
 
 from chat_samples import chat, encoder, text_of, tokenizer_folder, turns
 from sft.chat.rows import BadRow, RowReader
-from sft.data.blocks import LineBlock
 from sft.recipe.schema import Prepare, Source
+from sft.sources.blocks import LineBlock
 
 HELLO = turns(("user", "Hi"), ("assistant", "Hello"))
 folder = tokenizer_folder

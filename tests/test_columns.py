@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import COMPILED, SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
-from sft.data import align, sources
-from sft.data.blocks import ColumnBlock, read_blocks
+from sft.data import align
 from sft.data.fast.columns import find_roles, read_columns
 from sft.data.fast.json_rows import FieldNames
 from sft.data.fast.messages import LIST, SourceNames
 from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
 from sft.recipe.schema import Source
+from sft.sources import input_files
+from sft.sources.blocks import ColumnBlock, read_blocks
 
 pytestmark = pytest.mark.compile
 
@@ -156,9 +157,9 @@ def test_the_rows_of_files_are_plain_and_keep_their_numbers(encoders: Any, tmp_p
     else:
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table, max_chunksize=70)
-    (file,) = sources.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache").files
+    (file,) = input_files.resolve(Source(path=path.name), lambda p: tmp_path / p, tmp_path / "cache").files
     numbers, odd = [], []
-    for chunk in sources.cut(file):
+    for chunk in input_files.cut(file):
         for piece in read_blocks(chunk):
             made, others = encoders("olmo").encode_plain(piece, SOURCE)
             assert made is not None

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from chat_samples import EOS, IM_END, SOURCE, both_ways, encoder, text_of, tokenizer_folder
 from sft.chat.details import read_details
 from sft.chat.rows import BadRow
-from sft.data.blocks import LineBlock
+from sft.sources.blocks import LineBlock
 
 folder = tokenizer_folder
 TEXT = "Well, it is 12345 apples!!"

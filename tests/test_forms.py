@@ -14,8 +14,8 @@ from chat_samples import SOURCE, both_ways, encoder, make_tokenizer, turns
 from jinja_samples import TEXTS, THINKER
 from made_lines import lines
 from sft.common.errors import SftError
-from sft.data.blocks import ColumnBlock, LineBlock
 from sft.data.tokenize import Encoder
+from sft.sources.blocks import ColumnBlock, LineBlock
 
 pytestmark = pytest.mark.compile
 

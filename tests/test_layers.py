@@ -11,11 +11,11 @@ import pytest
 
 LIB = Path(__file__).resolve().parents[1] / "lib"
 LAYERS = (
-    "common", "formats", "recipe", "storage", "runner", "importing", "chat", "model", "checkpoint", "sync", "data", "packing", "export",
+    "common", "formats", "recipe", "storage", "runner", "importing", "chat", "model", "checkpoint", "sync", "sources", "data", "packing", "export",
     "training", "evaluation", "launch", "reporting", "__main__", "api", "command",
 )  # fmt: skip
 """From the bottom to the top: a module imports from its own folder and from the folders before it."""
-SUBFOLDERS = {"sft.data.fast": {"sft.data.compiled", "sft.data.batch", "sft.data.blocks"}}
+SUBFOLDERS = {"sft.data.fast": {"sft.data.compiled", "sft.data.batch"}}
 """A folder and its sub-folder do not import each other. Exceptions: sub-folder -> the modules of its folder that it imports."""
 REASON = "start-up"
 """An import inside a function has a comment with this word: it saves start-up time of the planner or of a stage."""

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from chat_samples import COMPILED, SOURCE, both_ways, encoder, make_tokenizer, turns
 from made_lines import lines
 from sft.data import align
-from sft.data.blocks import LineBlock
 from sft.data.compiled import WORD, compiled
 from sft.data.fast import plain
 from sft.data.fast.json_rows import read_rows
@@ -23,6 +22,7 @@ from sft.data.fast.turns import write_documents
 from sft.data.tokenize import Encoder
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
+from sft.sources.blocks import LineBlock
 
 pytestmark = pytest.mark.compile
 

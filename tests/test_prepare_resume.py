@@ -15,8 +15,9 @@ import pytest
 from conftest import REPO
 from preparing import contents, conversation, stage, write_rows
 from sft.common.errors import SftError
-from sft.data import preparation, prepare, sources
+from sft.data import preparation, prepare
 from sft.recipe.schema import Source
+from sft.sources import input_files
 
 
 @pytest.mark.slow
@@ -36,8 +37,9 @@ import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 import preparing as t
-from sft.data import preparation, prepare, sources
-sources.MIN_CHUNK_BYTES = sources.CHUNK_BYTES = 2000
+from sft.data import preparation, prepare
+from sft.sources import input_files
+input_files.MIN_CHUNK_BYTES = input_files.CHUNK_BYTES = 2000
 plain = preparation.EncodeChunk.__call__
 def slow(self, job):
     time.sleep(0.05)
@@ -101,7 +103,7 @@ def test_what_decides_tokens_or_masks_tokenises_again(tmp_path, no_encoding, cha
 
 
 def test_a_new_file_in_a_folder_is_the_only_one_encoded(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 1)  # smaller files share a job
+    monkeypatch.setattr(input_files, "MIN_CHUNK_BYTES", 1)  # smaller files share a job
     (tmp_path / "mix").mkdir()
     for name in "ac":
         write_rows(tmp_path / "mix" / f"{name}.jsonl", [conversation(ord(name) * 100 + i) for i in range(10)])

@@ -34,9 +34,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
         write_rows(tmp_path / f"{times}.jsonl", rows * times)
         code = (
             f"import sys; sys.path.insert(0, {str(REPO / 'tests')!r})\n"
-            "from pathlib import Path; import preparing as t; from sft.common import direct_io as bulk; from sft.data import materialise, prepare, sources\n"
+            "from pathlib import Path; import preparing as t; from sft.common import direct_io as bulk; from sft.data import materialise, prepare; from sft.sources import input_files\n"
             "from sft.data.tokenize import Encoder; Encoder.check_saved = lambda *_: None\n"  # it loads torch: 300 MB of noise
-            "sources.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = materialise.READ_TOKENS = 1 << 16\n"
+            "input_files.CHUNK_BYTES = 1 << 19; materialise.BLOCK_TOKENS = materialise.READ_TOKENS = 1 << 16\n"
             "bulk.BUFFER = 1 << 16; materialise.OPEN_FILES = 2\n"
             f"s = t.stage(Path({str(tmp_path)!r}), out='o{times}', sources=(t.Source(path='{times}.jsonl'),))\n"
             "prepare.prepare(s)\n"

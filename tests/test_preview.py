@@ -12,9 +12,10 @@ import pytest
 from chat_samples import EOS, IM_END, SOURCE, chat, encoder, make_tokenizer
 from conftest import REPO
 from sft.common.errors import SftError
-from sft.data import preview, sources
+from sft.data import preview
 from sft.data.tokenize import Encoder
 from sft.recipe.schema import Source
+from sft.sources import input_files
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> list[list[sources.InputFile]]:
+def files(tmp_path: Path) -> list[list[input_files.InputFile]]:
     rows = [chat("Hi", "Hello\nyou"), chat("no answer"), chat("third", "3"), chat("fourth", "4")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return [sources.resolve(SOURCE, lambda path: tmp_path / path, tmp_path / "cache").files]
+    return [input_files.resolve(SOURCE, lambda path: tmp_path / path, tmp_path / "cache").files]
 
 
 def test_segments_are_the_document_with_special_tokens_alone(made: Encoder) -> None:
@@ -54,7 +55,7 @@ def test_every_row_of_a_folder_can_be_asked_for_by_its_file_or_by_counting_on(ma
     for name in "ab":
         rows = [chat("q", f"{name}1"), chat("q", f"{name}2"), chat(f"no answer in {name}")]
         (tmp_path / "mix" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    files = [sources.resolve(Source(path="mix"), lambda path: tmp_path / path, tmp_path / "cache").files]
+    files = [input_files.resolve(Source(path="mix"), lambda path: tmp_path / path, tmp_path / "cache").files]
 
     def shown(source: str, row: str) -> str:
         return "\n".join(preview.preview(made, files, source, row, colour=False))

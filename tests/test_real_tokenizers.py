@@ -13,12 +13,12 @@ import pytest
 
 import peers
 from chat_samples import SOURCE
-from sft.data.blocks import LineBlock
 from sft.data.normalization import Normalizer
 from sft.data.offset_encoder import targets_of
 from sft.data.tokenize import Encoded, Encoder
 from sft.data.vocabulary import Vocabulary
 from sft.recipe.schema import Prepare
+from sft.sources.blocks import LineBlock
 
 TEMPLATE = (
     "{% for m in messages %}{{ START + m['role'] + '\n' + m['content'] + END }}{% endfor %}"

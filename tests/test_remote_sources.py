@@ -9,15 +9,15 @@ import pytest
 
 from sft.common.errors import SftError
 from sft.common.files import hash_file
-from sft.data import blocks, sources
 from sft.recipe.schema import Source
+from sft.sources import blocks, input_files
 from test_sources import ROWS, everything, resolved, write_arrow, write_jsonl
 
 
 @pytest.mark.parametrize("path", ["hf://../x", "hf://a/b/c", "hf://a/b@$(x)", "s3://bucket/x"])
 def test_odd_remote_names_are_refused_before_any_request(tmp_path, path):
     with pytest.raises(SftError, match="next:"):
-        sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
+        input_files.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def test_a_hub_dataset_without_row_files_is_built_once_when_its_revision_is_pinn
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = Source(path="hf://org/name@" + "a" * 40, split="train[:50%]", subset="main")
     for _ in range(2):
-        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path).files
+        (file,) = input_files.resolve(source, lambda p: tmp_path / p, tmp_path).files
     assert asked == [("org/name", "main", "train[:50%]", "a" * 40)]
-    assert [row for chunk in sources.cut(file) for batch in blocks.read(chunk) for row in batch.rows] == ROWS
+    assert [row for chunk in input_files.cut(file) for batch in blocks.read(chunk) for row in batch.rows] == ROWS
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_two_pinned_hub_datasets_never_share_a_file(tmp_path, monkeypatch, one, 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     for name, split, subset in (one, other, one):
         source = Source(path=f"hf://{name}@{'a' * 40}", split=split, subset=subset)
-        (file,) = sources.resolve(source, lambda p: tmp_path / p, tmp_path).files
-        (batch,) = blocks.read(sources.cut(file)[0])
+        (file,) = input_files.resolve(source, lambda p: tmp_path / p, tmp_path).files
+        (batch,) = blocks.read(input_files.cut(file)[0])
         assert batch.rows == [{"is": f"{name} {subset or None} {split}"}]
 
 
@@ -81,7 +81,7 @@ def test_a_hub_dataset_that_cannot_be_fetched_is_one_clear_error(tmp_path, monke
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     for path in ("hf://org/name", "hf://org/name@" + "a" * 40):
         with pytest.raises(SftError, match=rf"{path} \(split 'train'\): Couldn't reach the hub; next: check"):
-            sources.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
+            input_files.resolve(Source(path=path), lambda p: tmp_path / p, tmp_path)
 
 
 def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_logged_and_recorded(tmp_path, monkeypatch):
@@ -98,7 +98,9 @@ def test_an_unpinned_hub_dataset_is_read_at_one_commit_which_is_logged_and_recor
     for commit in ("b" * 40, "b" * 40, "c" * 40):
         info = SimpleNamespace(sha=commit, siblings=[])
         monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, info=info, **__: info)
-        (file,) = sources.resolve(Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, log=said.append).files
+        (file,) = input_files.resolve(
+            Source(path="hf://org/name"), lambda p: tmp_path / p, tmp_path, log=said.append
+        ).files
         assert dict(file.origin) == {"commit": commit}
     assert asked == ["b" * 40, "c" * 40]
     assert all("not pinned" in line and "write @" in line for line in said) and len(said) == 3
@@ -136,7 +138,7 @@ def test_an_object_and_the_files_under_a_prefix_are_read_from_a_bucket(tmp_path,
     assert everything(tmp_path, "gs://bucket/mix")[0] == ROWS[:9]
     assert everything(tmp_path, "gs://bucket/mix/b.jsonl")[0] == ROWS[:5]
     said: list[str] = []
-    found = sources.resolve(
+    found = input_files.resolve(
         Source(path="gs://bucket/mix"), lambda p: tmp_path / p, tmp_path / "cache", log=said.append
     ).files
     assert all(set(dict(f.origin)) == {"crc32c", "generation"} for f in found)
@@ -189,13 +191,13 @@ def test_a_hub_datasets_own_files_are_read_as_local_ones(tmp_path, monkeypatch):
     write_jsonl(repo / "data" / "train.jsonl", rows)
     write_jsonl(repo / "data" / "other.jsonl", ROWS)
     hub = Hub(repo, monkeypatch)
-    found = sources.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache")
+    found = input_files.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache")
     (file,) = found.files
     assert everything(tmp_path, PINNED) == everything(tmp_path, "repo") == (rows, [])
     assert hub.fetched[:2] == ["README.md", "data/train.jsonl"] and found.other_splits == ("data/other.jsonl",)
     assert file.name == f"{PINNED}/data/train.jsonl" and dict(file.origin) == {"commit": "a" * 40}
     with pytest.raises(SftError, match=r"split 'train\[:50%\]': the splits are train"):
-        sources.resolve(Source(path=PINNED, split="train[:50%]"), lambda p: tmp_path / p, tmp_path)
+        input_files.resolve(Source(path=PINNED, split="train[:50%]"), lambda p: tmp_path / p, tmp_path)
 
 
 def test_a_fetched_file_that_differs_from_the_hubs_hash_is_refused(tmp_path, monkeypatch):
@@ -223,7 +225,7 @@ def test_without_a_network_the_clients_own_snapshot_answers_with_a_warning(tmp_p
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     said: list[str] = []
-    found = sources.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache", log=said.append)
+    found = input_files.resolve(Source(path=PINNED), lambda p: tmp_path / p, tmp_path / "cache", log=said.append)
     assert [f.name for f in found.files] == [f"{PINNED}/train.jsonl"] and "the hub does not answer" in said[0]
     assert (
         everything(tmp_path, f"hub/datasets--org--name/snapshots/{'a' * 40}")

@@ -18,10 +18,10 @@ from patience import PATIENCE
 from published import publish_step
 from s3_server import KEYS, Proxy, moto
 from sft.common.errors import SftError
-from sft.data.remote_sources import from_bucket
 from sft.formats import manifest
 from sft.formats.manifest import FileList
 from sft.recipe.dataset_files import Choice
+from sft.sources.remote import from_bucket
 from sft.storage import bucket as bucket_storage
 from sft.storage import download, retries, s3
 from sft.storage.base_weights import find_base_weights

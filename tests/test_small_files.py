@@ -11,13 +11,14 @@ import pytest
 
 from preparing import contents, conversation, stage, write_rows
 from sft.common.errors import SftError
-from sft.data import blocks, prepare, small_files, sources
+from sft.data import prepare
 from sft.formats import rejects
 from sft.recipe.schema import Source
+from sft.sources import blocks, input_files, small_files
 
 
-def files_in(folder: Path, *names: str) -> list[sources.InputFile]:
-    found = sources.resolve(Source(path="mix"), lambda _: folder / "mix", folder / "cache").files
+def files_in(folder: Path, *names: str) -> list[input_files.InputFile]:
+    found = input_files.resolve(Source(path="mix"), lambda _: folder / "mix", folder / "cache").files
     return [file for file in found if not names or file.name in names]
 
 
@@ -38,7 +39,7 @@ def test_jobs_of_several_files_hold_every_row_in_order(tmp_path):
     files = files_in(tmp_path)
     jobs = list(small_files.cut_into_jobs(files))
     assert [len(chunks) for chunks in jobs] == [10, 3]
-    alone = [[batch.rows for chunk in sources.cut(f) for batch in blocks.read(chunk)] for f in files]
+    alone = [[batch.rows for chunk in input_files.cut(f) for batch in blocks.read(chunk)] for f in files]
     for chunks in jobs:
         counts: list[int] = []
         made = list(small_files.read_job(chunks, counts))
@@ -55,8 +56,8 @@ def test_jobs_of_several_files_hold_every_row_in_order(tmp_path):
 def test_large_files_and_files_of_another_kind_have_jobs_of_their_own(tmp_path, monkeypatch):
     write_mix(tmp_path)
     write_rows(tmp_path / "mix" / "5.jsonl", [conversation(i) for i in range(200)])
-    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", 3000)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", 20_000)
+    monkeypatch.setattr(input_files, "MIN_CHUNK_BYTES", 3000)
+    monkeypatch.setattr(input_files, "CHUNK_BYTES", 20_000)
     jobs = list(small_files.cut_into_jobs(files_in(tmp_path)))
     names = [chunk.file.name for chunks in jobs for chunk in chunks]
     assert list(dict.fromkeys(names)) == [f.name for f in files_in(tmp_path)]

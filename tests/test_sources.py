@@ -15,9 +15,9 @@ import pytest
 
 from sft.chat.rows import RowReader
 from sft.common.errors import SftError
-from sft.data import blocks, sources, unpack
 from sft.recipe import inputs
 from sft.recipe.schema import Prepare, Source
+from sft.sources import blocks, input_files, unpack
 
 ROWS = [{"prompt": f"q{i} é", "completion": "a" * (i % 50)} for i in range(500)]
 
@@ -27,15 +27,15 @@ def write_jsonl(file: Path, rows: list) -> Path:
     return file
 
 
-def resolved(folder: Path, name: str) -> list[sources.InputFile]:
-    return list(sources.resolve(Source(path=name), lambda p: folder / p, folder / "cache").files)
+def resolved(folder: Path, name: str) -> list[input_files.InputFile]:
+    return list(input_files.resolve(Source(path=name), lambda p: folder / p, folder / "cache").files)
 
 
 def everything(folder: Path, name: str) -> tuple[list[dict], list[blocks.Reject]]:
     rows, bad = [], []
     for file in resolved(folder, name):
         base = 0
-        for chunk in sources.cut(file):
+        for chunk in input_files.cut(file):
             count = 0
             for batch in blocks.read(chunk):
                 rows += batch.rows
@@ -131,8 +131,8 @@ def test_a_csv_file_may_have_a_byte_order_mark_and_one_column_without_a_name(tmp
 def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):
     monkeypatch.setattr(blocks, "TAIL_BYTES", tail)
     monkeypatch.setattr(blocks, "SEARCH_BYTES", tail // 2 + 1)
-    monkeypatch.setattr(sources, "MIN_CHUNK_BYTES", size)
-    monkeypatch.setattr(sources, "CHUNK_BYTES", size)
+    monkeypatch.setattr(input_files, "MIN_CHUNK_BYTES", size)
+    monkeypatch.setattr(input_files, "CHUNK_BYTES", size)
     text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'
     (tmp_path / "x.jsonl").write_text(text)
     rows, bad = everything(tmp_path, "x.jsonl")
@@ -233,7 +233,7 @@ def test_files_of_equal_content_are_reported(tmp_path):
         write_jsonl(tmp_path / "mix" / f"{name}.jsonl", [{"n": n}] if n else [])
     (tmp_path / "mix" / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "mix" / "a.jsonl").read_bytes()))
     lines: list[str] = []
-    sources.resolve(Source(path="mix"), lambda p: tmp_path / p, tmp_path / "cache", log=lines.append)
+    input_files.resolve(Source(path="mix"), lambda p: tmp_path / p, tmp_path / "cache", log=lines.append)
     (line,) = lines
     assert "warning: mix: 3 files have equal content" in line
     assert "mix/a.jsonl, mix/a.jsonl.gz, mix/c.jsonl; next: " in line
@@ -248,9 +248,9 @@ def test_sources_that_read_the_same_content_are_reported(tmp_path):
         Source(path="c.jsonl"),
         Source(path="a.jsonl", columns={"prompt": "n"}),
     )
-    found = [sources.resolve(source, lambda p: tmp_path / p, tmp_path / "cache") for source in named]
+    found = [input_files.resolve(source, lambda p: tmp_path / p, tmp_path / "cache") for source in named]
     lines: list[str] = []
-    sources.warn_of_shared(named, found, lines.append)
+    input_files.warn_of_shared(named, found, lines.append)
     (line,) = lines
     assert (
         "warning: sources 1 (a.jsonl) and 2 (b.jsonl) read files of equal content" in line

@@ -1,1 +1,1 @@
-"""Rows to tokens on disk: reading, mixing, templates, label masks and their proof."""
+"""Rows to tokens on disk: encoding, label masks and their proof, mixing."""

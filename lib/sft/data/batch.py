@@ -20,20 +20,12 @@ from sft.chat.details import PlacedRange
 from sft.chat.fields import HeldFields
 from sft.data.align import Offsets
 from sft.data.normalization import Normalizer
+from sft.sources.blocks import Reject
 
 EXAMPLE_CHARACTERS = 300
 ROLE_AND_CONTENT = itemgetter("role", "content")
 USER = b"user\0"
 SPACES = b" \t\n\v\f\r"
-
-
-class Reject(NamedTuple):
-    """A row that was not used: its number in what was read, a reason that is counted, what was found, and the start of the row."""
-
-    row: int
-    reason: str
-    detail: str
-    example: str
 
 
 class Fault(NamedTuple):

@@ -27,14 +27,13 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.common.errors import SftError
-from sft.data import sources
-from sft.data.batch import Reject
-from sft.data.blocks import RowBatch
 from sft.data.decontaminate import Screen
-from sft.data.small_files import read_job
 from sft.data.tokencache import ChunkWriter, Summary
 from sft.data.tokenize import Encoded, Encoder
 from sft.formats.chunks import ScreenHits
+from sft.sources import input_files
+from sft.sources.blocks import Reject, RowBatch
+from sft.sources.small_files import read_job
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ChunkJob:
 
     number: int
     source: int
-    chunks: tuple[sources.Chunk, ...]
+    chunks: tuple[input_files.Chunk, ...]
     name: str
 
     @property

@@ -26,9 +26,9 @@ from sft.common.strings import strings
 from sft.data.chunks import ChunkJob, message_values
 from sft.data.decontaminate import words
 from sft.data.mix import U64, scramble
-from sft.data.small_files import read_job
 from sft.data.tokencache import read_index, read_summary
-from sft.data.unpack import new_file
+from sft.sources.small_files import read_job
+from sft.sources.unpack import new_file
 
 NGRAM = 5
 """Words of an n-gram. A shorter conversation is one n-gram."""

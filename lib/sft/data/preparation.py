@@ -26,7 +26,7 @@ from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.locks import lock
 from sft.common.machine import cores
-from sft.data import accounting, blocks, sources, workers
+from sft.data import accounting, workers
 from sft.data import near_duplicates as near
 from sft.data.chunks import ChunkJob, EncodeChunk, Progress, ScreenChunk
 from sft.data.decontaminate import SHORTEST, Screen
@@ -35,7 +35,6 @@ from sft.data.mix import Pool, Selection, held_out
 from sft.data.placement import CachedSource, Placement
 from sft.data.row_names import RejectTally, RowNames
 from sft.data.shard import Shard, digest
-from sft.data.small_files import cut_into_jobs
 from sft.data.token_check import TokenCheck
 from sft.data.tokencache import TEMPORARY, Summary, is_intact, read_index, read_summary, trim, use
 from sft.data.tokenize import Encoder
@@ -47,6 +46,8 @@ from sft.formats.rejects import RejectedRow
 from sft.recipe import inputs
 from sft.recipe.schema import Prepare, Source
 from sft.runner.stage import Stage
+from sft.sources import blocks, input_files
+from sft.sources.small_files import cut_into_jobs
 from sft.storage import hub
 
 ENCODING_VERSION = 10
@@ -114,9 +115,9 @@ class Preparation:
         self.cpu_seconds = dict.fromkeys(self.seconds, 0.0)
         with self.timed("resolve"):
             self.inputs = [
-                sources.resolve(s, stage.find, stage.cache, stage.sha256, self.log) for s in self.table.sources
+                input_files.resolve(s, stage.find, stage.cache, stage.sha256, self.log) for s in self.table.sources
             ]
-        sources.warn_of_shared(self.table.sources, self.inputs, self.log)
+        input_files.warn_of_shared(self.table.sources, self.inputs, self.log)
         self.encode_key = digest(self._encoding())
         self.cache = stage.cache / "tokens" / self.encode_key
         self.cache.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ class Preparation:
         del table["tokenizer"]
         return {"encoding": ENCODING_VERSION, "identity": to_json(self.encoder.identity), "options": table}
 
-    def _jobs(self, number: int, files: Sequence[sources.InputFile]) -> list[ChunkJob]:
+    def _jobs(self, number: int, files: Sequence[input_files.InputFile]) -> list[ChunkJob]:
         source = self.table.sources[number]
         options = _token_options(source)
         return [
@@ -229,12 +230,17 @@ class Preparation:
         rows = []
         digests = []
         for path in self.table.decontaminate:
-            found = sources.resolve(
+            found = input_files.resolve(
                 Source(path=path), self.stage.find, self.stage.cache, log=self.log, every_split=True
             )
             for file in found.files:
                 digests.append(file.sha256)
-                rows += [(f"{file.name}:{i}", row) for i, row in _numbered(file)]
+                for number, row in blocks.rows_of(file):
+                    if isinstance(row, blocks.Reject):
+                        raise SftError(
+                            f"{file.name}: row {number}: {row.reason}: {row.detail}; next: fix the evaluation file"
+                        )
+                    rows.append((f"{file.name}:{number}", row))
         screen = Screen(rows, self.table.decontaminate_ngram, self.table.decontaminate_overlap)
         if not screen.texts:
             raise SftError(
@@ -469,7 +475,7 @@ def _token_options(table: Prepare | Source) -> dict[str, Any]:
     return {f.name: getattr(table, f.name) for f in fields}
 
 
-def _content(chunks: Sequence[sources.Chunk]) -> list[tuple[str, str, int, int]]:
+def _content(chunks: Sequence[input_files.Chunk]) -> list[tuple[str, str, int, int]]:
     """What the rows of a job depend on."""
     return [(c.file.sha256, c.file.kind, c.start, c.stop) for c in chunks]
 
@@ -487,19 +493,3 @@ def with_added_tokens(folder: Path, table: Prepare, stage: Stage) -> Path:
     return (
         add_tokens(folder, table.add_tokens, inputs.tokenizer_files(table), stage.cache) if table.add_tokens else folder
     )
-
-
-def _numbered(file: sources.InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of an evaluation file with their numbers, from 1. Raises SftError for a reject."""
-    base = 0
-    for chunk in sources.cut(file):
-        count = 0
-        for batch in blocks.read(chunk):
-            count = batch.count
-            if batch.rejects:
-                first = batch.rejects[0]
-                raise SftError(
-                    f"{file.name}: row {base + first.row + 1}: {first.reason}: {first.detail}; next: fix the evaluation file"
-                )
-            yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
-        base += count

@@ -5,7 +5,7 @@ Out: in `stage.out`: data/ (and validation/), dataset.json, proof.json, preview.
 
 There are three steps. A kill -9 can interrupt each of them, and the next run continues:
 
-1. Sources are resolved to files with a sha256 and cut into chunks (sft.data.sources).
+1. Sources are resolved to files with a sha256 and cut into chunks (sft.sources.input_files).
 2. Worker processes encode every chunk that is missing in the token cache, at full length (sft.data.tokencache). The cache is
    keyed by everything that decides the tokens (content, tokenizer, template, …), so weights, seed and splits reuse it.
 3. The mix selects documents (sft.data.mix). They are written in their order (sft.data.materialise): the same bytes for any
@@ -27,12 +27,12 @@ from sft.data.mix import Mixed, mix
 from sft.data.preparation import Preparation, SourceIndex
 from sft.data.report import source_lines
 from sft.data.shard import Shard
-from sft.data.unpack import new_file
 from sft.formats import dataset, preview, proof, rejects
 from sft.formats.dataset import NearDuplicates, PrepareMetrics, SplitSize
 from sft.formats.proof import Proof
 from sft.formats.record import Record
 from sft.runner.stage import Result, Stage
+from sft.sources.unpack import new_file
 
 
 def prepare_part(stage: Stage, shard: Shard) -> Path:

@@ -9,7 +9,7 @@ Out: `segments` for preview.json, and `paint` for a terminal: trained text is gr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,9 @@ import numpy.typing as npt
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import BadRow
 from sft.common.errors import SftError
-from sft.data import accounting, blocks, sources
+from sft.data import accounting
 from sft.formats.preview import Segment
+from sft.sources import blocks, input_files
 
 if TYPE_CHECKING:
     from sft.data.tokenize import Encoder
@@ -71,7 +72,7 @@ def paint(parts: Sequence[Segment], colour: bool) -> str:
 
 
 def preview(
-    encoder: Encoder, files_of: Sequence[Sequence[sources.InputFile]], source: str, row: str, colour: bool
+    encoder: Encoder, files_of: Sequence[Sequence[input_files.InputFile]], source: str, row: str, colour: bool
 ) -> Iterator[str]:
     """Lines for the terminal: row `row` of source `source`, or the first rows of every source.
 
@@ -97,21 +98,15 @@ def preview(
             yield from show(encoder, number, name, at, value, colour)
 
 
-def first_rows(files: Sequence[sources.InputFile]) -> Iterator[tuple[str, int, Any]]:
+def first_rows(files: Sequence[input_files.InputFile]) -> Iterator[tuple[str, int, Any]]:
     """(file name, row number from 1, row) of the first rows of a source."""
-    left = SHOWN
-    for file in files:
-        before = 0
-        for chunk in sources.cut(file):
-            count = 0
-            for batch in blocks.read(chunk):
-                count = batch.count
-                for number, value in zip(batch.numbers[:left], batch.rows[:left], strict=True):
-                    yield file.name, before + number + 1, value
-                left -= len(batch.rows)
-                if left <= 0:
-                    return
-            before += count
+    found = (
+        (file.name, number, row)
+        for file in files
+        for number, row in blocks.rows_of(file)
+        if not isinstance(row, blocks.Reject)
+    )
+    return islice(found, SHOWN)
 
 
 PREFIX = {

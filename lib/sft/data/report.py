@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 from sft.common.strings import first_names
 from sft.data.row_names import RejectTally
-from sft.data.sources import SourceFiles
 from sft.formats.dataset import SourceMix
 from sft.formats.rejects import REJECTS
+from sft.sources.input_files import SourceFiles
 
 
 def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> Iterator[str]:

@@ -26,7 +26,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from sft.common.errors import SftError
-from sft.data.batch import Reject
+from sft.sources.blocks import Reject
 
 MAGIC = b"sft-tok5"
 INDEX = np.dtype(

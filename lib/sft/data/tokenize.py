@@ -35,8 +35,7 @@ from sft.chat.spans import common_prefix
 from sft.chat.template import TemplateOptions, known_templates, load_template
 from sft.common.errors import SftError
 from sft.data.align import Alignment, Ids, Offsets
-from sft.data.batch import Fault, Reject, RenderedBatch, changed_documents
-from sft.data.blocks import Block, ColumnBlock, LineBlock
+from sft.data.batch import Fault, RenderedBatch, changed_documents
 from sft.data.byte_encoder import ByteLevelEncoder
 from sft.data.compiled import TRAINED
 from sft.data.engine import Engine
@@ -49,6 +48,7 @@ from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.inputs import is_template_file, own_template
 from sft.recipe.schema import Prepare, Source
+from sft.sources.blocks import Block, ColumnBlock, LineBlock, Reject
 
 NO_TARGETS = Fault("nothing_to_train", "no token of the conversation is trained")
 NO_TERMINATOR = Fault("no_terminator", "the last trained token is no terminator, so the model would not learn to stop")

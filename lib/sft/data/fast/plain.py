@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import RowReader
 from sft.chat.template import JinjaTemplate
-from sft.data.blocks import Block, ColumnBlock, LineBlock
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.columns import read_columns
 from sft.data.fast.documents import NO_DOCUMENTS, Memory, PlainDocuments, room
@@ -46,6 +45,7 @@ from sft.data.fast.messages import (
 from sft.data.fast.plans import ROLES, FormWriter
 from sft.data.fast.turns import TurnLayout, Written, write_documents
 from sft.data.fast.values import ColumnValues, LineValues, Values
+from sft.sources.blocks import Block, ColumnBlock, LineBlock
 
 
 class TurnWriter:

@@ -17,7 +17,6 @@ from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.chat.skeleton import JSON_SLOT, MOST_SKELETONS, OBJECT_SLOT, RenderPlan, Skeletons, Unusual
 from sft.chat.template import JinjaTemplate
 from sft.common.errors import SftError
-from sft.data.blocks import Block
 from sft.data.fast.documents import Memory, PlainDocuments, room
 from sft.data.fast.forms import (
     AS_JSON,
@@ -46,6 +45,7 @@ from sft.data.fast.messages import (
     Names,
 )
 from sft.data.fast.turns import Written
+from sft.sources.blocks import Block
 
 KINDS = {
     "content": CONTENT, "functions": FUNCTIONS, "function_calls": CALLS, "reasoning_content": THINKING, "thinking": THINKING, "name": NAME,

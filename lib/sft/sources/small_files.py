@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from sft.data import sources
-from sft.data.blocks import Block, ColumnBlock, LineBlock, read_blocks
-from sft.data.sources import Chunk, InputFile
+from sft.sources import input_files
+from sft.sources.blocks import Block, ColumnBlock, LineBlock, read_blocks
+from sft.sources.input_files import Chunk, InputFile
 
 
 def cut_into_jobs(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
@@ -22,9 +22,9 @@ def cut_into_jobs(files: Sequence[InputFile]) -> Iterator[tuple[Chunk, ...]]:
     waiting: list[Chunk] = []
     size = 0
     for file in files:
-        chunks = sources.cut(file)
-        small = len(chunks) == 1 and chunks[0].bytes < sources.MIN_CHUNK_BYTES
-        if waiting and (not small or size >= sources.MIN_CHUNK_BYTES or waiting[0].file.kind != file.kind):
+        chunks = input_files.cut(file)
+        small = len(chunks) == 1 and chunks[0].bytes < input_files.MIN_CHUNK_BYTES
+        if waiting and (not small or size >= input_files.MIN_CHUNK_BYTES or waiting[0].file.kind != file.kind):
             yield tuple(waiting)
             waiting, size = [], 0
         if small:

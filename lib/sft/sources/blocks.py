@@ -1,6 +1,6 @@
 """Reads the rows of a chunk in blocks of bounded size.
 
-In:  a chunk of a source's file (sft.data.sources).
+In:  a chunk of a source's file (sft.sources.input_files).
 Out: `read_blocks` yields lines of JSON or columns of Arrow, which compiled code takes as they are. `Block.batch` makes
      Python objects of them: a `RowBatch` with the rows, and a reject with its reason for everything that is no row.
      Row numbers count from 0 inside the chunk.
@@ -16,18 +16,16 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sft.chat.values import Repeating, keep_repeats, may_repeat, refuse_constant
 from sft.common.errors import SftError
-from sft.data import unpack
-from sft.data.batch import Reject
-from sft.data.compiled import WORD
-from sft.data.json_columns import row_parser
-from sft.data.sources import Chunk, InputFile, arrow_batches, cut, reading
+from sft.sources import unpack
+from sft.sources.input_files import Chunk, InputFile, arrow_batches, cut, reading
+from sft.sources.json_columns import row_parser
 
 try:  # optional, and three times faster than json; json decides about everything that it refuses
     import orjson
@@ -44,7 +42,18 @@ SEARCH_BYTES = 64 << 10
 """A newline is searched for in steps of this size."""
 EXAMPLE_CHARS = 200
 NEWLINE = 10
+PADDING = 8
+"""Bytes without a meaning after the lines of a block: compiled code reads words of so many."""
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
+
+
+class Reject(NamedTuple):
+    """A row that was not used: its number in what was read, a reason that is counted, what was found, and the start of the row."""
+
+    row: int
+    reason: str
+    detail: str
+    example: str
 
 
 @dataclass
@@ -63,7 +72,7 @@ class LineBlock:
     """Lines of a chunk, each with its newline. `first` is the number of the first one."""
 
     padded: NDArray[np.uint8]
-    """The lines, followed by WORD bytes without a meaning, so that compiled code can read words."""
+    """The lines, followed by PADDING bytes without a meaning, so that compiled code can read words."""
     first: int
     too_long: bool = False
     """The block stands for one line of more than MAX_ROW_BYTES, which is not read."""
@@ -71,16 +80,16 @@ class LineBlock:
     @classmethod
     def of(cls, lines: bytes, first: int = 0, too_long: bool = False) -> LineBlock:
         # A bytearray, so that the array is writable like that of a chunk.
-        return cls(np.frombuffer(bytearray(lines) + bytes(WORD), dtype=np.uint8), first, too_long)
+        return cls(np.frombuffer(bytearray(lines) + bytes(PADDING), dtype=np.uint8), first, too_long)
 
     @property
     def lines(self) -> bytes:
-        return self.padded[:-WORD].tobytes()
+        return self.padded[:-PADDING].tobytes()
 
     @functools.cached_property
     def ends(self) -> NDArray[np.int64]:
         """The position of each line's newline."""
-        return np.flatnonzero(self.padded[:-WORD] == NEWLINE)
+        return np.flatnonzero(self.padded[:-PADDING] == NEWLINE)
 
     @property
     def count(self) -> int:
@@ -359,8 +368,8 @@ def _unnumbered(chunk: Chunk) -> Iterator[LineBlock]:
     """
     with open(chunk.file.path, "rb") as f:
         at = f.seek(max(0, chunk.start - 1))
-        padded = np.empty(chunk.stop - at + TAIL_BYTES + WORD, dtype=np.uint8)
-        size = f.readinto(padded[:-WORD].data)
+        padded = np.empty(chunk.stop - at + TAIL_BYTES + PADDING, dtype=np.uint8)
+        size = f.readinto(padded[:-PADDING].data)
         own = min(size, chunk.stop - at)  # the bytes after this only matter for the end of the last line
         first = _first_line(padded, size, own, at_start=chunk.start == 0)
         if first is None:
@@ -372,7 +381,7 @@ def _unnumbered(chunk: Chunk) -> Iterator[LineBlock]:
         cuts = [_after_newline(padded, first + i * (end - first) // count, end) for i in range(1, count)]
         for begin, stop in itertools.pairwise([first, *cuts, end]):
             if begin < stop:
-                yield LineBlock(padded[begin : stop + WORD], 0)
+                yield LineBlock(padded[begin : stop + PADDING], 0)
         if end < own:
             yield _last_line(f, padded[end:size].tobytes())
 
@@ -420,6 +429,18 @@ def _after_last_newline(data: NDArray[np.uint8], end: int) -> int:
             return begin + found + 1
         end = begin
     return 0
+
+
+def rows_of(file: InputFile) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
+    """The rows of a file and the rejects among them, with their numbers from 1. The rejects of a batch follow its rows."""
+    base = 0
+    for chunk in cut(file):
+        count = 0
+        for batch in read(chunk):
+            count = batch.count
+            yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
+            yield from ((base + reject.row + 1, reject) for reject in batch.rejects)
+        base += count
 
 
 def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:

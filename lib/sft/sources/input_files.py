@@ -2,7 +2,7 @@
 
 In:  one [[prepare.sources]] table.
 Out: files with their sha256, each cut into chunks that depend on the content alone, not on the number of workers.
-     sft.data.blocks reads the rows of a chunk.
+     sft.sources.blocks reads the rows of a chunk.
 
     files = resolve(source, stage.find, stage.cache, sha256).files
     for chunk in cut(files[0]):
@@ -22,13 +22,13 @@ from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.paths import BUCKETS
 from sft.common.strings import first_names
-from sft.data import remote_sources
-from sft.data.remote_sources import Origin
-from sft.data.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
 from sft.recipe import inputs
 from sft.recipe.dataset_files import check_pointer
 from sft.recipe.file_names import row_format
 from sft.recipe.schema import Source
+from sft.sources import remote
+from sft.sources.remote import Origin
+from sft.sources.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
 
 CHUNK_BYTES = 8 << 20
 """Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
@@ -92,9 +92,9 @@ def resolve(
     wanted = inputs.EVERY_SPLIT if every_split else inputs.choice(source)
     origins: dict[str, Origin] = {}
     if source.path.startswith("hf://"):
-        found, chosen, origins = remote_sources.from_hub(source.path, wanted, cache / "hub", log)
+        found, chosen, origins = remote.from_hub(source.path, wanted, cache / "hub", log)
     elif source.path.startswith(BUCKETS):
-        found, chosen, origins = remote_sources.from_bucket(source.path, wanted, cache / source.path[:2], log)
+        found, chosen, origins = remote.from_bucket(source.path, wanted, cache / source.path[:2], log)
     elif inputs.is_remote(source.path):
         raise SftError(
             f"[prepare] sources: {source.path!r}: prepare reads local paths, gs://, s3:// and hf://; next: copy it to one of them"

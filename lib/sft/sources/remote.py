@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft.common.errors import SftError
-from sft.data.unpack import new_file
 from sft.recipe.dataset_files import Choice, FileSelection, Tree, check_single, select
 from sft.recipe.file_names import row_format
+from sft.sources.unpack import new_file
 from sft.storage import hub
 from sft.storage import transfer as storage
 from sft.storage.contract import FileCopy, FileInfo, Storage

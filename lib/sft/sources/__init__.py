@@ -1,0 +1,1 @@
+"""From the files of a source, wherever they are, to blocks of rows."""
