@@ -182,7 +182,7 @@ def test_8_bit_training_goes_on_alike_on_other_ranks_and_close_to_fp32(tmp_path:
     exact = run_folder(tmp_path / "exact", dataset)
     batch = {"global_batch_tokens": 384}
     training.train(one, **SMALL, **batch)
-    training.train(three, **SMALL, **batch)
+    shutil.copytree(one / "train", three / "train")
     shutil.rmtree(three / "train" / "step8")
     training.train(three, ranks=3, **SMALL, **batch)  # rows that three ranks do not share evenly
     training.train(exact, **(SMALL | {"optimizer": "adamw", "gradients": "fp32"}), **batch)

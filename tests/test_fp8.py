@@ -68,10 +68,10 @@ def test_its_losses_are_near_those_of_bf16_and_a_resume_repeats_the_bits(tmp_pat
 
 WAYS: dict[str, dict[str, Any]] = {
     "compiled, some frozen": {
-        "freeze": ("embeddings", "blocks.0"), "hardware": {"microbatch_tokens": 64, "compile": "always", "recompute": "selected"},
+        "model_n_layers": 2, "freeze": ("embeddings", "blocks.0"), "hardware": {"microbatch_tokens": 64, "compile": "always", "recompute": "selected"},
     },
     "sharded, stored in bf16": {
-        "weights": "bf16", "gradients": "bf16", "ranks": 2, "hardware": {"microbatch_tokens": 64, "recompute": "full"},
+        "model_n_layers": 2, "weights": "bf16", "gradients": "bf16", "ranks": 2, "hardware": {"microbatch_tokens": 64, "recompute": "full"},
     },
     "hybrid, context": {
         "config": replace(PRESETS["olmo-hybrid-tiny"], vocab_size=training.VOCAB), "ranks": 2, "hardware": {"context_degree": 2},
