@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import itertools
 import json
 import os
@@ -33,13 +34,14 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from sft.common.errors import SftError
+from sft.common.files import write_atomic
 from sft.data.dataset import Dataset
 from sft.data.dataset_writer import DatasetWriter
 from sft.formats.adapter import Adapter
 from sft.model import attention, fp8, memory, utilisation
 from sft.model.adapters import FLOATS, add_adapters, start_adapters, trained_parameters
 from sft.model.compute_copies import copy_once_a_step
-from sft.model.model import Transformer, compile_blocks, initial_values
+from sft.model.model import RMSNorm, Transformer, compile_blocks, initial_values
 from sft.model.parallel import World, begin_microbatch, context_group, join, shard
 from sft.model.trained import lora_targets
 from sft.packing.loader import Loader, Share, SpecialIds
@@ -103,6 +105,30 @@ def loss_error(world: World) -> float:
             found, _ = shard(near.to(device), world, "bf16")(**moved, max_len=300, loss_denominator=511.0)
         worst = max(worst, abs(found.item() / wanted.item() - 1))
     return worst
+
+
+def norm_ms(device: torch.device, tokens: int = 16384, width: int = 4096) -> dict[str, float]:
+    """Milliseconds of norm + residual, forward and backward in bf16: this project's, compiled on a GPU, and Liger's norm where its package
+    is installed."""
+    ways: dict[str, torch.nn.Module] = {"ours": RMSNorm(width, 1e-6)}
+    if device.type == "cuda":
+        if importlib.util.find_spec("liger_kernel") is not None:
+            from liger_kernel.transformers.rms_norm import LigerRMSNorm  # an optional package
+
+            ways["liger"] = LigerRMSNorm(width, eps=1e-6)
+        ways["ours"].compile()
+    found = {}
+    for name, norm in ways.items():
+        norm.to(device, torch.bfloat16)
+        x = torch.randn(tokens, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        marks = []
+        for _ in range(12):
+            marks.append(mark(device))
+            (x + norm(x)).backward(torch.ones_like(x))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        found[name] = round(1e3 * float(np.median([between(*pair) for pair in itertools.pairwise(marks)][2:])), 3)
+    return found
 
 
 def documents(folder: Path, tokens: int, seq_len: int) -> Dataset:
@@ -309,6 +335,8 @@ def run(args: argparse.Namespace, world: World) -> Iterator[tuple[str, Any]]:
     world.any(False)
     yield "attention_error", attention_error(world.device)
     yield "loss_error", loss_error(world)
+    cuda = world.device.type == "cuda"
+    yield "norm_ms", norm_ms(world.device) if cuda else norm_ms(world.device, 64, 64)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(world.on_rank0(lambda: str(documents_in(Path(folder), args, world))))
         dataset = Dataset.open(place)
@@ -369,6 +397,7 @@ def main() -> None:
     parser.add_argument("--no-eager", dest="eager", action="store_false")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--no-fp8", dest="fp8", action="store_false")
+    parser.add_argument("--report", type=Path, help="a file for the JSON object so far, written after each part")
     parser.add_argument("--profile", action="store_true", help="one step more, and the kernels that took longest in it")
     parser.add_argument("--no-tests", dest="tests", action="store_false")
     args = parser.parse_args()
@@ -386,7 +415,7 @@ def main() -> None:
     report |= {"models": [], "failed": []}
     try:
         for name, found in run(args, world):
-            if isinstance(found, dict):
+            if isinstance(found, dict) and "preset" in found:
                 report["models"].append(found)
             else:
                 report[name] = found
@@ -395,7 +424,10 @@ def main() -> None:
             if isinstance(found, str) and found.startswith("FAILED"):
                 report["failed"].append(name)
             if world.is_rank0:
-                print(show(found) if isinstance(found, dict) else f"{name:12} {found}", flush=True)
+                row = isinstance(found, dict) and "preset" in found
+                print(show(found) if row else f"{name:12} {found}", flush=True)
+                if args.report:
+                    write_atomic(args.report, json.dumps(report).encode())
     finally:
         world.close()
     if world.is_rank0:
