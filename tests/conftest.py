@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 
+import warm
 from patience import PATIENCE
 from sft.runner import plan
 
@@ -135,6 +136,16 @@ class Workspace:
         (venv / "python").write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
         (venv / "python").chmod(0o755)
         (root / ".venv" / f"ready-{plan.environment_digest()}").touch()  # its files are copies of the repository's
+
+    def use_warm_python(self) -> None:
+        """For stages and jobs that import torch, which takes seconds: tests/warm.py."""
+        warm.write_python(self.root / ".venv/bin/python", path="lib")
+
+    def use_real_stages(self) -> None:
+        """The repository's own stages."""
+        shutil.rmtree(self.root / "stages")
+        shutil.copytree(REPO / "stages", self.root / "stages", ignore=shutil.ignore_patterns("__pycache__"))
+        self.use_warm_python()
 
     def _stage(self, name: str) -> None:
         program = (

@@ -46,9 +46,8 @@ def augusta(place: Place, bucket: Bucket) -> Place:
     text = text.replace("[env]\n", f'[env]\nSTORAGE_EMULATOR_HOST = "{bucket.url}"\nOMP_NUM_THREADS = "1"\n')
     assert place.weka not in text
     place.cluster.write_text(text)
-    for folder in ("stages", "recipes"):
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(REPO / folder, place.root / folder, dirs_exist_ok=True, ignore=ignored)
+    place.workspace.use_real_stages()
+    shutil.copytree(REPO / "recipes", place.root / "recipes", dirs_exist_ok=True)
     recipe = place.root / "recipes" / "smoke.toml"
     recipe.write_text(recipe.read_text() + HARDWARE)
     place.push()

@@ -45,6 +45,7 @@ class Place(Pushed):
 
     def __init__(self, workspace: Workspace, root: Path):
         self.workspace, self.root, self.sky = workspace, workspace.root, root / "sky"
+        workspace.use_warm_python()
         self.cluster = self.root / "env" / "sky-test.toml"
         self.write(SHARED)
 

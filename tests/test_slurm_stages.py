@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import os
 import re
 import shutil
@@ -57,8 +58,7 @@ threads = 1
 def real(slurm, tmp_path_factory):
     """A workspace with the repository's own stages, a model of 100 thousand parameters and its data prepared by an array job."""
     workspace = Workspace(tmp_path_factory.mktemp("real"))
-    shutil.rmtree(workspace.root / "stages")
-    shutil.copytree(REPO / "stages", workspace.root / "stages")
+    workspace.use_real_stages()
     shutil.copytree(REPO / "recipes/smoke", workspace.root / "recipes/smoke")
     rows = (REPO / "recipes/smoke/train.jsonl").read_text().splitlines(keepends=True)
     for i, name in enumerate("abc"):
@@ -112,9 +112,8 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4, "four steps", 180)
     workers = ranks_in(real.root)
     assert len(workers) == 2
-    for (
-        pid
-    ) in workers:  # or a fast machine is done before Slurm has looked; Slurm wakes them before it asks them to end
+    for pid in itertools.chain(*workers):
+        # Else a fast machine is done before Slurm has looked. Slurm wakes them before it asks them to end.
         os.kill(pid, signal.SIGSTOP)
     urgent = slurm.run(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
@@ -165,13 +164,13 @@ def test_a_publication_that_is_longer_than_srun_waits_is_finished(real, tmp_path
 
 
 def ranks_in(root):
-    """The process ids of the training ranks that work in `root`."""
+    """The process ids of the training ranks that work in `root`: of the process that torchrun started, and of its fork (tests/warm.py)."""
     found = []
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = Path(os.readlink(proc / "cwd")) == root and b"sft.training" in (proc / "cmdline").read_bytes()
             if ours and b"\0RANK=" in (proc / "environ").read_bytes():
-                found.append(int(proc.name))
+                found.append((int(proc.name), int((proc / "comm").read_text().removeprefix("fork "))))
     return found
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import warm
 from conftest import REPO
 from patience import PATIENCE
 from published import publish_step
@@ -204,7 +204,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(runs: Path, *command: str, **options: Any) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, *command], cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    python = runs.parent / "python"
+    warm.write_python(python, path=str(REPO / "lib"))
+    return subprocess.Popen([python, *command], cwd=REPO, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             env=environment, **options)  # fmt: skip
 
 
