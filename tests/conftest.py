@@ -133,12 +133,17 @@ class Workspace:
         self.recipe("x")
         venv = root / ".venv" / "bin"
         venv.mkdir(parents=True)
-        (venv / "python").write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
-        (venv / "python").chmod(0o755)
+        self.use_new_python()
         (root / ".venv" / f"ready-{plan.environment_digest()}").touch()  # its files are copies of the repository's
 
+    def use_new_python(self) -> None:
+        """A process of this workspace is a new Python."""
+        python = self.root / ".venv/bin/python"
+        python.write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
+        python.chmod(0o755)
+
     def use_warm_python(self) -> None:
-        """For stages and jobs that import torch, which takes seconds: tests/warm.py."""
+        """A process of this workspace is forked from one that has imported torch and other packages, which takes seconds: tests/warm.py."""
         warm.write_python(self.root / ".venv/bin/python", path="lib")
 
     def use_real_stages(self) -> None:

@@ -15,6 +15,8 @@ import pytest
 import warm
 from patience import PATIENCE
 
+pytestmark = pytest.mark.processes
+
 SHOW = """
 import atexit, json, os, resource, signal, sys
 atexit.register(lambda: print("registered for the end"))

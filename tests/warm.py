@@ -9,8 +9,8 @@ A fork has the arguments, folder, environment, open files, umask, limits, cores 
 forwards its signals, and ends as the fork does. A fork whose asker is killed is killed too, with its process group. Variables that packages
 read at their import (READ_ONCE) must be the server's: a process with others starts a new Python.
 
-What a fork cannot show: the process id of the asker is not the fork's, so SIGSTOP does not stop it, and /proc has other words for it. The
-name of the asker in /proc/PID/comm is `fork N`, where N is the fork's process id.
+What a fork cannot show: the process id of the asker is not the fork's, so SIGSTOP does not stop it, /proc has other words for it, and
+it is in another tree of processes than its asker. The name of the asker in /proc/PID/comm is `fork N`, where N is the fork's process id.
 """
 
 from __future__ import annotations
@@ -105,7 +105,14 @@ def serve(listening: int, packages: Sequence[str]) -> None:
     del sys.path[0]
     gc.collect()
     gc.freeze()
-    Forks(socket.socket(fileno=listening)).serve()
+    forks = Forks(socket.socket(fileno=listening))
+    try:
+        forks.serve()
+    except SystemExit:
+        raise  # a fork's
+    except BaseException:
+        traceback.print_exc()
+        forks.end()
 
 
 class Forks:
