@@ -40,7 +40,6 @@ class Place(Pushed):
 
     def __init__(self, workspace: Workspace, server: Server, root: Path):
         self.workspace, self.server, self.root = workspace, server, workspace.root
-        workspace.use_warm_python()
         self.weka = str(server.folder / "weka/oe-test")  # mounted at its own path
         Path(self.weka).mkdir(parents=True)
         text = CLUSTER.replace("WEKA", self.weka)
