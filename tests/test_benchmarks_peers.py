@@ -143,3 +143,19 @@ def test_a_package_that_cannot_be_had_is_told_and_leaves_nothing(
         peer_ways.fetch(["trl"])
         assert peer_ways.package("trl").is_dir() is (code == 0)
     assert capsys.readouterr().err == f"[bench] trl {peer_ways.PACKAGES['trl']} cannot be fetched: no such index\n"
+
+
+@pytest.mark.parametrize(
+    ("installed", "kernel", "note"),
+    [
+        ("flash_attn", "flash_attention_2", "attention by flash_attention_2"),
+        ("kernels", "kernels-community/flash-attn2", "attention by kernels-community/flash-attn2"),
+        ("", "sdpa", "attention with a dense mask: neither flash-attn nor kernels is installed"),
+    ],
+)
+def test_trl_packs_with_kernels_that_know_documents_where_one_is_installed(
+    installed: str, kernel: str, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == installed else None)
+    assert peer_ways.attention_of_rows(True) == (kernel, note)
+    assert peer_ways.attention_of_rows(False) == ("sdpa", "")
