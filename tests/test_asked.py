@@ -189,6 +189,7 @@ def test_a_time_that_sbatch_would_refuse_and_numbers_of_a_job_that_is_none_are_r
     assert "override 'cpus=4': to-hf is no job with CLUSTER=local; next: remove it" in refused
 
 
+@pytest.mark.seconds
 def test_make_alone_prints_the_goals(workspace) -> None:
     assert workspace.make().stdout == workspace.make("help").stdout != ""
 

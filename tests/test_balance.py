@@ -90,6 +90,7 @@ def test_ranks_have_even_shares_of_a_step_too():
     assert idle(costs, deal(costs, 8))[1] < 0.02
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(("ranks", "microbatches", "goal"), [(8, 8, 0.03), (32, 4, 0.08)])
 def test_mixed_data_and_full_attention_wait_little(ranks: int, microbatches: int, goal: float):
     rng = np.random.default_rng(0)

@@ -63,6 +63,7 @@ def test_a_suites_tables_count_for_the_tasks_that_the_recipe_has_and_its_own_fie
     assert recipe.load(own).evaluate.by_task == {"smoke_choice": {"num_fewshot": 2, "system_prompt": "b"}}
 
 
+@pytest.mark.seconds
 def test_one_task_is_asked_in_another_way_and_its_score_says_how(place: SimpleNamespace, tmp_path: Path) -> None:
     own = {"system_prompt": "Be brief.", "max_reply_tokens": 3}
     options = replace(ANYTHING, tasks=("capitals", "colours"), by_task={"capitals": own}, limit=2)

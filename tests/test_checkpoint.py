@@ -57,6 +57,7 @@ def save(out: Path, step: int = 3, seed: int = 0, ephemeral: bool = False) -> Pa
     )
 
 
+@pytest.mark.seconds
 def test_a_step_reads_back_bitwise(tmp_path: Path) -> None:
     step = save(tmp_path)
     model, optimizer = trained()
@@ -184,6 +185,7 @@ def test_metadata_without_its_fields_is_refused(tmp_path: Path, kind: str) -> No
         read_metadata(step)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("size", [[128, 31], [1 << 40, 1 << 20], [-1, 32]])
 def test_chunks_that_are_not_the_tensor_are_refused_before_memory_is_taken(tmp_path: Path, size: list[int]) -> None:
     found = read_metadata(step := save(tmp_path))
@@ -235,6 +237,7 @@ def test_olmo_core_loads_our_step_with_its_optimizer_state(tmp_path: Path, kind:
             assert torch.equal(theirs_optimizer.state[found[name]][state], optimizer.state[parameter][state])
 
 
+@pytest.mark.seconds
 def test_olmo_cores_checkpointer_loads_our_step_by_its_parent_path(tmp_path: Path) -> None:
     theirs = core_model()
     from olmo_core.train.checkpoint import Checkpointer

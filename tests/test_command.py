@@ -86,6 +86,7 @@ def test_outside_a_checkout_recipes_of_the_package_and_of_the_folder_are_found(t
     assert sorted(p.name for p in here.iterdir()) == [".sft", "env", "recipes", "runs"]
 
 
+@pytest.mark.seconds
 def test_in_a_checkout_it_is_that_checkouts_make(tmp_path: Path, installed: Path) -> None:
     done = run(installed, REPO / "docs", "show", "--recipe", "smoke")
     assert done.returncode == 0 and "# run runs/smoke" in done.stdout

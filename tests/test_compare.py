@@ -73,6 +73,7 @@ def scores_of(run: Path, name: str) -> np.ndarray:
     return np.array([json.loads(line)["scores"][name] for line in text.splitlines()])
 
 
+@pytest.mark.seconds
 def test_differences_are_scipys_over_the_same_items(tmp_path: Path) -> None:
     a, b = evaluated(tmp_path / "a", 1), evaluated(tmp_path / "b", 3)
     found = {r.metric: r for r in compare.compare([a, b]).rows}

@@ -86,6 +86,7 @@ def test_what_is_no_step_of_another_run_is_refused_before_anything_runs(trained:
     assert trained.ran() == []
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("field", "row"),
     [
@@ -102,6 +103,7 @@ def test_another_optimizer_state_is_refused_with_both_values(trained: Workspace,
     assert row in said and "or take its weights alone, with [model] base" in said
 
 
+@pytest.mark.seconds
 def test_options_are_those_of_the_manifest_where_no_attempt_recorded_them(trained: Workspace) -> None:
     (trained.root / "runs/x/train/metrics.jsonl").write_bytes(step_record(step=7).to_bytes())
     trained.recipe("y", "lr = 1e-3  # why", f'precision = "fp32"\ncontinue = "{STEP}"')

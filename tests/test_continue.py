@@ -206,6 +206,7 @@ def test_adapters_go_on_from_adapters_of_the_same_base(runs: Path, dataset: Path
     assert "its adapters were trained on another base" in said
 
 
+@pytest.mark.seconds
 def test_other_parameters_than_the_steps_are_refused_where_nothing_recorded_its_options(
     runs: Path, dataset: Path
 ) -> None:
@@ -216,6 +217,7 @@ def test_other_parameters_than_the_steps_are_refused_where_nothing_recorded_its_
     assert "other optimizer state than this run has" in said and "tensors (" in said
 
 
+@pytest.mark.seconds
 def test_another_tokenizer_is_refused(runs: Path, dataset: Path) -> None:
     one, two = (run_folder(runs / name, dataset) for name in ("one", "two"))
     train(one, steps=2)

@@ -57,6 +57,7 @@ def stage(run: Path, out: Path, *overrides: str) -> Any:
     )
 
 
+@pytest.mark.seconds
 def test_a_trained_step_becomes_a_folder_with_its_proof_and_card(trained: Path, tmp_path: Path) -> None:
     s = stage(trained, tmp_path)
     result = convert.convert(s)

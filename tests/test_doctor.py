@@ -106,6 +106,7 @@ def test_the_memory_of_a_gpu_is_known_by_its_name_unless_there_are_several_sizes
     assert contexts.memory_gb(gpu) == size
 
 
+@pytest.mark.seconds
 def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_the_scheduler_says(
     examine, monkeypatch
 ):
@@ -132,6 +133,7 @@ def test_a_cluster_whose_gpus_are_not_stated_is_planned_with_what_the_recipe_or_
     )
 
 
+@pytest.mark.seconds
 def test_a_precision_that_the_gpus_do_not_have_is_red_and_not_planned(examine):
     fp8 = TRAIN + '\nprecision = "fp8"'
     (row,) = examine(CLUSTER, TRAIN, fp8)["precision"]

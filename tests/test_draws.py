@@ -52,6 +52,7 @@ def test_the_error_of_a_mean_is_over_questions_and_replies() -> None:
     assert [len(s["resps"][0]) for s in found.samples] == [4, 4, 4]
 
 
+@pytest.mark.seconds
 def test_every_question_has_as_many_replies_as_asked_and_the_mean_of_their_scores(
     place: SimpleNamespace, tmp_path: Path
 ) -> None:

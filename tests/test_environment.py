@@ -99,6 +99,7 @@ def test_the_torch_of_the_image_is_seen_and_none_lies_over_it(row):
     assert "torch 2.13.0+cpu of its own" in row(image, "2.13.0+cpu", system=True).found
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("line", ['torch = "cu129"', 'torch = "2.13.0; rm"', 'python = "python3; rm"'])
 def test_what_is_no_version_and_no_program_is_refused(row, line):
     with pytest.raises(Exception, match=line.partition(" ")[0]):

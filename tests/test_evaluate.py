@@ -205,6 +205,7 @@ def test_convert_config_is_what_the_harness_loads(place: SimpleNamespace) -> Non
     assert read_hf_config(read_json(place.root / "model/config.json"), "config.json").config.window == OLMO3.window
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("batch_size", [1, 5, 0])
 def test_scores_do_not_depend_on_the_batch_size(place: SimpleNamespace, tmp_path: Path, batch_size: int) -> None:
     from sft.evaluation.hf_model import HfModel

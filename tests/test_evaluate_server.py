@@ -53,6 +53,7 @@ def test_a_server_gives_the_scores_replies_and_losses_of_transformers(place: Sim
     assert losses == [(pytest.approx(loss, abs=1e-5), n) for loss, n in place.model.losses(DOCUMENTS)]
 
 
+@pytest.mark.seconds
 def test_a_server_without_log_probabilities_of_prompts_is_refused_where_they_are_needed(
     place: SimpleNamespace, tmp_path: Path
 ) -> None:
@@ -66,6 +67,7 @@ def test_a_server_without_log_probabilities_of_prompts_is_refused_where_they_are
             list(model.losses(DOCUMENTS))
 
 
+@pytest.mark.seconds
 def test_a_server_with_another_model_or_out_of_reach_is_refused(place: SimpleNamespace, tmp_path: Path) -> None:
     with serving(place.root / "model", name="tiny") as server:
         assert find_served(place.root / "model", server.url, "") == ("tiny", True)  # its root is the export's folder

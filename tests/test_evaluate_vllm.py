@@ -161,6 +161,7 @@ def test_vllm_gets_the_recipes_options(place: SimpleNamespace, fake_vllm: Any) -
     assert fake_vllm.CALLS[-1]["max_model_len"] is None and fake_vllm.CALLS[-1]["tensor_parallel_size"] == 1
 
 
+@pytest.mark.seconds
 def test_both_backends_give_the_same_scores_samples_and_facts(
     place: SimpleNamespace, fake_vllm: Any, tmp_path: Path
 ) -> None:

@@ -295,6 +295,7 @@ def core_step(folder: Path, name: str) -> Base:
     return read(step)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("name", "wrong"), [("olmo3 yarn", {"rope_scaling": None}), ("llama3", {"norm_eps": 1e-2}), ("qwen3", {"rope_theta": 5e5})]
 )  # fmt: skip

@@ -24,6 +24,7 @@ def test_inputs_of_every_kind_are_used_or_refused(tmp_path: Path, target: Target
     assert seen.total() >= 5
 
 
+@pytest.mark.seconds
 def test_another_exception_a_hang_and_a_false_use_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> bool:
         raise SftError("x")

@@ -139,6 +139,7 @@ def olmo_core_model(config: ModelConfig, patch: pytest.MonkeyPatch, device: str 
     return TransformerConfig.from_dict(described).build(init_device=device)
 
 
+@pytest.mark.seconds
 def test_a_folder_of_olmo_cores_converter_is_read_and_has_our_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -189,6 +189,7 @@ def planned(gpus: int, gb: float, train: Train | None = None, **changed: Any) ->
     return plan(SEVEN, train, Hardware(**({"compile": "always"} | changed)), gpus, gb)
 
 
+@pytest.mark.seconds
 def test_auto_keeps_weights_where_they_cost_no_recomputation_and_never_changes_a_sum() -> None:
     kept = [planned(64, gb).keep_gathered for gb in (40, 60, 80, 95, 110, 141, 1000)]
     assert kept == sorted(kept) and set(kept) == {"none", "weights"}

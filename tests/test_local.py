@@ -75,6 +75,7 @@ def test_runs_that_share_a_gpu_take_turns_and_others_do_not_wait(launch):
     assert second.communicate(timeout=PATIENCE)[0] == "mine\n" and second.returncode == 0
 
 
+@pytest.mark.seconds
 def test_a_run_that_must_not_wait_fails_and_names_who_has_the_gpu(launch):
     first = launch("0", *HOLD)
     held(first)
@@ -136,6 +137,7 @@ def shared(tmp_path_factory, monkeypatch):
     shutil.rmtree(folder)
 
 
+@pytest.mark.seconds
 def test_the_locks_of_all_users_are_the_same(shared):
     assert local.lock_folder() == (shared, True)
     take = lambda: local.lock_gpus(["GPU-1"], "train", wait=False)  # noqa: E731

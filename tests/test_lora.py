@@ -200,6 +200,7 @@ def test_the_codes_stand_for_what_torchao_says() -> None:
         torch.testing.assert_close(dequantise(quantise(value, dtype), 128, torch.float32), wanted, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.seconds
 def test_merged_weights_give_the_logits_of_base_and_adapter_apart(merged: Merged) -> None:
     config = merged.config
     found = check_merge(merged, DOCUMENTS, range(config.n_layers), "test")

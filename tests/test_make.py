@@ -124,6 +124,7 @@ def test_an_override_with_the_recipes_own_value_is_the_recipes_run(workspace):
     assert "runs/x " in workspace.make("-n", "train", "RECIPE=x", "lr=0.001").stdout
 
 
+@pytest.mark.seconds
 def test_runs_names_the_folder_of_runs(workspace):
     workspace.make("prepare", "RECIPE=x", "RUNS=elsewhere/deep/")
     assert (workspace.root / "elsewhere/deep/x/prepare/manifest.json").is_file()
@@ -165,6 +166,7 @@ def test_moving_to_another_cluster_retrains_nothing_but_syncs_before_new_trainin
     assert names(workspace.ran()) == ["sync", "train"]
 
 
+@pytest.mark.seconds
 def test_a_broken_recipe_is_reported_with_file_field_value_and_next_command(workspace):
     workspace.recipe("x", "lr = 1e-3", "lrr = 1e-3")
     done = workspace.make("train", "RECIPE=x", ok=False)
@@ -175,6 +177,7 @@ def test_a_broken_recipe_is_reported_with_file_field_value_and_next_command(work
     assert not (workspace.root / "runs").exists()
 
 
+@pytest.mark.seconds
 def test_misspelt_names_are_corrected(workspace):
     assert "did you mean RECIPE=?" in workspace.make("train", "RECPE=x", ok=False).stderr
     assert (
@@ -235,6 +238,7 @@ def test_verify_names_the_altered_file_and_diff_the_first_difference(workspace, 
     assert "runs/x/convert/out" in done.stdout and "1 problem" in done.stderr
 
 
+@pytest.mark.seconds
 def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace, finished):
     finished("train")
     (workspace.root / "stages/convert.py").write_text(
@@ -249,6 +253,7 @@ def test_a_corrupt_upstream_stops_the_next_stage_by_name(workspace, finished):
     assert not (workspace.root / "runs/x/convert").exists()
 
 
+@pytest.mark.seconds
 def test_a_failing_stage_keeps_the_earlier_result_and_fails_make(workspace, finished):
     finished("convert")
     before = (workspace.root / "runs/x/convert/manifest.json").read_bytes()

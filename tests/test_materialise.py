@@ -125,6 +125,7 @@ def test_the_bytes_do_not_depend_on_threads_or_blocks(tmp_path: Path, monkeypatc
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes()
 
 
+@pytest.mark.seconds
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 60), st.integers(1, 9)), min_size=1, max_size=40))
 def test_reads_bring_every_document_once_and_little_else(rows: list[tuple[int, int, int]]) -> None:

@@ -58,6 +58,7 @@ def build(config: ModelConfig, modes: tuple[str, ...]) -> Transformer:
     return model
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("mode", "family"),

@@ -11,6 +11,7 @@ import pytest
 from sft.launch import notice
 
 
+@pytest.mark.seconds
 def test_a_webhook_gets_the_event_as_json(monkeypatch, capsys):
     bodies = []
 

@@ -133,6 +133,7 @@ def test_pieces_of_a_step_are_read_by_torchs_own_loader(tmp_path: Path, monkeypa
         assert torch.equal(value[: weights.shape(name)[0]], weights[name])
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("config", [QWEN3, LLAMA3], ids=["qwen3", "llama3"])
 def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfig) -> None:
     folder, step, again = export(tmp_path, config), tmp_path / "step0", tmp_path / "again"
@@ -144,6 +145,7 @@ def test_other_families_go_there_and_back_too(tmp_path: Path, config: ModelConfi
         assert (again / name).read_bytes() == (folder / name).read_bytes()
 
 
+@pytest.mark.seconds
 def test_olmo_core_loads_the_step_of_a_tied_model(tmp_path: Path) -> None:
     pytest.importorskip("olmo_core")
     from olmo_core.distributed.checkpoint import load_model_and_optim_state

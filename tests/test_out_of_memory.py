@@ -57,6 +57,7 @@ def test_a_second_time_ends_training_and_other_hardware_numbers_begin_afresh(tmp
     assert "out of memory" not in said
 
 
+@pytest.mark.seconds
 def test_full_recomputation_is_not_tried_again(tmp_path: Path, dataset: Path) -> None:
     folder = run_folder(tmp_path / "x", dataset)
     hardware = {"microbatch_tokens": 128, "recompute": "full"}

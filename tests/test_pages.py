@@ -110,6 +110,7 @@ def test_nothing_overflows_and_nothing_is_logged_at_any_width_or_theme(
     assert set(drawn) <= {1} and (drawn or name == "replies")
 
 
+@pytest.mark.seconds
 def test_on_a_phone_a_number_is_seen_beside_its_name(opened: Browser, pages: dict[str, Path]) -> None:
     opened.look(pages["report"], width=390)
     rights = opened.evaluate(

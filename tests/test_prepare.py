@@ -280,6 +280,7 @@ def numbers(folder: Path, encoder: Any) -> list[int]:
     return [int(re.findall(r"🦊 of (\d+)\.", text)[0]) for text in decoded]
 
 
+@pytest.mark.seconds
 def test_held_out_conversations_stay_held_out_under_every_template_weight_and_seed(tmp_path):
     rows = [conversation(i) for i in range(150)]
     write_rows(tmp_path / "rows.jsonl", [*rows, *rows[:75]])

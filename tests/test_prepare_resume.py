@@ -136,6 +136,7 @@ def test_a_flipped_bit_in_the_token_cache_is_found_and_made_again(tmp_path, wher
     assert file.read_bytes() == good
 
 
+@pytest.mark.seconds
 def test_parts_of_an_array_job_merge_into_the_same_bytes(tmp_path, small_chunks):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(150)])
     whole = stage(tmp_path, out="whole", cache="other")

@@ -268,6 +268,7 @@ def tulu_parts(messages: list[dict[str, Any]]) -> list[tuple[str, bool]]:
     return parts
 
 
+@pytest.mark.seconds
 @settings(max_examples=150, deadline=None)
 @given(row=conversations(text=plain_text), layout=st.sampled_from(["olmo", "tulu"]))
 def test_masks_equal_the_oracle_on_random_conversations(encoders: Any, row: dict[str, Any], layout: str) -> None:

@@ -57,6 +57,7 @@ def test_messages_and_meanings_of_fields_are_checked(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.seconds
 def test_every_document_of_the_repository_holds_the_style() -> None:
     assert [fault for path in prose.sources() for fault in prose.faults(path)] == []
 

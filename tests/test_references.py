@@ -59,6 +59,7 @@ def test_a_dry_run_says_what_it_would_reuse_and_writes_nothing(workspace: Worksp
     assert [p.name for p in (workspace.root / "runs").glob("x*")] == ["x"]
 
 
+@pytest.mark.seconds
 def test_no_field_of_convert_or_evaluate_trains_again(workspace: Workspace, finished) -> None:
     finished("evaluate")
     (workspace.root / "recipes/other").mkdir()  # a task_dir, and a model
@@ -113,6 +114,7 @@ def test_another_recipe_with_the_same_training_reuses_it(workspace: Workspace, f
     assert json.loads((workspace.root / "runs/y/run.json").read_text())["recipe"] == "y"
 
 
+@pytest.mark.seconds
 def test_a_stage_with_a_lost_file_is_not_reused(workspace: Workspace, finished) -> None:
     finished("train")
     (workspace.root / "runs/x/train/out").write_text("short")
@@ -161,6 +163,7 @@ def test_a_longer_training_is_reported_before_anything_is_moved_and_goes_on_if_a
     assert "no finished training that differs" in workspace.make("extend", "RECIPE=x", ok=False).stderr
 
 
+@pytest.mark.seconds
 def test_training_from_step_0_again_is_possible_where_it_is_asked_for(workspace: Workspace, finished) -> None:
     finished("train")
     file = workspace.root / "runs/x/train/manifest.json"

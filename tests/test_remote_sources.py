@@ -14,6 +14,7 @@ from sft.sources import blocks, input_files
 from test_sources import ROWS, everything, resolved, write_arrow, write_jsonl
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("path", ["hf://../x", "hf://a/b/c", "hf://a/b@$(x)", "s3://bucket/x"])
 def test_odd_remote_names_are_refused_before_any_request(tmp_path, path):
     with pytest.raises(SftError, match="next:"):

@@ -193,6 +193,7 @@ def ask(model: Any, prompts: list[str], **kwargs: Any) -> tuple[list[str], list[
     return texts, [entry for entries in model.answers.replies.values() for entry in entries]
 
 
+@pytest.mark.seconds
 def test_a_thought_is_not_stopped_by_a_stop_string_and_an_unclosed_one_has_no_answer(
     place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +219,7 @@ def test_unclosed_thoughts_lower_the_stop_rate() -> None:
     assert facts and facts.stop_rate == facts.terminator_rate == 0.5 and facts.empty == 0
 
 
+@pytest.mark.seconds
 def test_how_a_reply_ended_does_not_depend_on_its_neighbours(
     place: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

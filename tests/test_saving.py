@@ -34,6 +34,7 @@ def saver(out: Path, **fields: Any) -> Saver:
     return Saver(out, Train(**fields), olmo_core.step_config(CONFIG, FACTS), ALONE, lambda _: None)
 
 
+@pytest.mark.seconds
 def test_training_on_while_a_save_runs_does_not_change_what_it_saves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_request_is_answered_by_a_permanent_step_only(tmp_path: Path) -> None:
     beside.close()
 
 
+@pytest.mark.seconds
 def test_an_ephemeral_step_goes_when_a_newer_one_is_whole(tmp_path: Path) -> None:
     for step, ephemeral in ((1, True), (2, False), (3, True), (4, True)):
         save(tmp_path, step, ephemeral=ephemeral)
@@ -183,6 +185,7 @@ def test_an_ephemeral_step_goes_when_a_newer_one_is_whole(tmp_path: Path) -> Non
     assert names(tmp_path) == [2, 4]
 
 
+@pytest.mark.seconds
 def test_a_step_that_was_not_finished_counts_for_nothing_in_retention(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -192,6 +195,7 @@ def test_a_step_that_was_not_finished_counts_for_nothing_in_retention(tmp_path: 
     assert names(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.seconds
 def test_best_moves_only_to_a_better_finite_value_of_a_step_that_is_there(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step)

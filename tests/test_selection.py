@@ -47,6 +47,7 @@ def test_frozen_parameters_stay_and_a_step_is_a_complete_model_all_the_same(fold
     assert "continuing" in train(folder, steps=3, freeze=("embeddings", "blocks.0-1"), neftune_alpha=5.0)
 
 
+@pytest.mark.seconds
 def test_only_the_named_parameters_are_trained_and_a_factor_of_zero_stops_one(folder: Path) -> None:
     train(folder, steps=3, train_only=("attention", "lm_head"), lr_factors={"lm_head": 0.0}, weight_decay=0.1)
     changed, _, moments = moved(folder)
@@ -92,6 +93,7 @@ def test_noise_and_frozen_parameters_give_the_same_gradient_however_the_work_is_
             assert (four[step][name] - value).norm() / value.norm() < 2e-6, name
 
 
+@pytest.mark.seconds
 def test_noise_changes_training_and_not_validation(tmp_path: Path, dataset: Path) -> None:
     curves = []
     for number, alpha in enumerate((0.0, 5.0)):

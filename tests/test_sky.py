@@ -183,6 +183,7 @@ def test_nodes_meet_at_the_first_one_and_the_first_one_decides_how_a_job_ends(pl
     assert place.launch(other, "nodes=2", stage="train") == 4 and place.jobs[-1]["recovery_count"] == 0
 
 
+@pytest.mark.seconds
 def test_what_the_task_asks_for(place):
     text = SHARED.replace('infra = ["k8s"]', 'infra = ["runpod", "aws/us-east-1"]\ngpus_per_node = 8\ngpu = "A100 80GB"\nuse_spot = true\n'
                           'image = "docker:a/b:c"\ndisk_gb = 500\nvolumes = ["data:/mnt/data"]\nqueue = "team"\nretries = 2\n'

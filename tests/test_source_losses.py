@@ -94,6 +94,7 @@ def test_the_weighted_gradient_is_that_of_plain_torch_however_the_work_is_divide
             assert difference < 2e-5, (name, parameter, difference)
 
 
+@pytest.mark.seconds
 def test_a_weighted_run_reports_both_losses_and_the_losses_of_each_source(folder: Path) -> None:
     train(folder, steps=3, loss_weights=WEIGHTS)
     for record in training.records(folder):
@@ -106,6 +107,7 @@ def test_a_weighted_run_reports_both_losses_and_the_losses_of_each_source(folder
     assert sum(u.seen for u in made) == sum(r.labels for r in training.records(folder))
 
 
+@pytest.mark.seconds
 def test_without_weights_nothing_is_weighted(folder: Path) -> None:
     said = train(folder, steps=3)
     assert all(r.weighted_loss is None for r in training.records(folder))

@@ -42,6 +42,7 @@ def wait_for(path, process):
     raise AssertionError(f"{path} never appeared")
 
 
+@pytest.mark.seconds
 def test_work_survives_kill_9_and_nothing_is_published_before_it_is_whole(workspace):
     program(
         workspace,
@@ -61,6 +62,7 @@ def test_work_survives_kill_9_and_nothing_is_published_before_it_is_whole(worksp
     assert sorted(p.name for p in folder.iterdir()) == ["first", "manifest.json", "second"]
 
 
+@pytest.mark.seconds
 def test_a_stage_and_its_children_wait_for_a_bucket_as_long_as_the_cluster_says(workspace):
     file = workspace.root / "env/local.toml"
     file.write_text(file.read_text() + "storage_wait_s = 3600\n")
@@ -85,6 +87,7 @@ def test_sigterm_ends_with_143_and_publishes_nothing(workspace):
     assert not (workspace.root / "runs/x/prepare").exists()
 
 
+@pytest.mark.seconds
 def test_a_shared_result_that_was_damaged_is_made_again(workspace, finished):
     finished("prepare")
     made = json.loads((workspace.root / "runs/x/prepare/manifest.json").read_text())
@@ -274,6 +277,7 @@ def test_a_full_disk_names_the_path_and_keeps_the_earlier_result(workspace, fini
     assert "runs: No space left on device (" in done.stderr and "bytes free); next:" in done.stderr
 
 
+@pytest.mark.seconds
 def test_no_secret_of_the_environment_enters_a_manifest(workspace):
     os.environ["WANDB_API_KEY"] = "s3cr3t-wandb"
     try:

@@ -81,6 +81,7 @@ def generated(talking: talk.Talk, text: str, seed: int, **arguments: object) -> 
     return str(talking.tokenizer.decode(reply[0, ids.shape[1] :], skip_special_tokens=True))
 
 
+@pytest.mark.seconds
 def test_replies_are_sampled_as_generation_config_says_and_streamed(run: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run / "convert/model", tmp_path / "model")
     config = json.loads((folder / "generation_config.json").read_text())

@@ -14,6 +14,7 @@ from sft.common import columns
 from sft.common.strings import printable
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("goal", ["help", "fields", "show", "why", "runs"])
 def test_what_is_printed_for_people_fits_a_terminal(workspace, goal: str) -> None:
     told = workspace.make(goal, *(["RECIPE=x"] if goal in ("show", "why") else [])).stdout

@@ -81,7 +81,7 @@ def test_a_batch_gives_what_its_rows_give_one_by_one(olmo: Encoder, rows: list[d
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(row=conversations(text=any_text))
 def test_jinja_file_gives_the_same_tokens_and_masks_as_the_named_template(both: Any, name: str, row: dict) -> None:
     native, jinja = both(name)

@@ -48,6 +48,7 @@ def test_a_tool_requests_what_its_scheduler_has() -> None:
         tools._numbers(["cpus=many"], "to-hf", cluster)
 
 
+@pytest.mark.seconds
 def test_a_tool_is_detached_where_make_is_asked_to(workspace: Workspace) -> None:
     words = ("-n", "to-hf", "SRC=a b", "DST=b", "CLUSTER=slurm", "cpus=2")
     told = workspace.make(*words, "DETACH=1").stdout
