@@ -53,6 +53,8 @@ MUTANTS = (
     Mutant("an unreachable bucket does not restart a training from its first weights", "training/stored_steps.py", "        if not whole:\n            raise\n", "", "test_uploads.py::test_a_bucket_that_is_away_is_waited_for_where_the_disk_has_no_whole_step"),
     Mutant("a step of two nodes is compared where it is joined", "sync/parts.py", '        raise SftError("; ".join(broken))\n', "        pass\n", "test_uploads.py::test_a_node_joins_its_files_of_a_step_with_those_of_others_that_are_in_the_bucket"),
     Mutant("nodes without a common disk need a bucket", "training/build.py", "        if not where:\n", "        if False:\n", "test_disks.py::test_a_training_whose_nodes_share_no_disk_is_refused_without_a_bucket_before_it_starts"),
+    Mutant("layers are gathered ahead", "model/parallel.py", "    _set_prefetch(model, prefetch_layers)\n", "", "test_overlap.py::test_layers_are_gathered_ahead_and_gradients_reduced_between_backward_passes"),
+    Mutant("copies are summed once a step", "model/parallel.py", "    model.set_requires_all_reduce(last)\n", "", "test_overlap.py::test_sums_over_copies_wait_for_the_last_microbatch"),
     Mutant("copies of weights follow each step", "model/compute_copies.py", "        optimizer.register_step_post_hook(self.expire)\n", "", "test_keep_gathered.py::test_copies_are_made_once_a_step"),
     Mutant("fp8 needs a GPU that has it", "model/fp8.py", 'if device.type != "cuda" or torch.version.hip:', "if False:", "test_fp8.py::test_a_device_without_these_products_is_refused_at_the_start"),
     # --- the order of writes

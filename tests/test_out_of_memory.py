@@ -70,7 +70,7 @@ def test_full_recomputation_is_not_tried_again(tmp_path: Path, dataset: Path) ->
 def test_a_second_time_ends_training_although_more_could_be_recomputed(tmp_path: Path) -> None:
     """In a tiny training the second attempt recomputes everything, which alone would end it."""
     stage = SimpleNamespace(out=tmp_path, hardware=Hardware())
-    room = SimpleNamespace(recompute="budget", mode="budget", total=10**9, keep_gathered="none")
+    room = SimpleNamespace(recompute="budget", mode="budget", total=10**9, keep_gathered="none", shard_degree=0)
     values = {"stage": stage, "room": room, "world": SimpleNamespace(rank=0, size=1), "hang": None, "first": 4}
     run: Any = SimpleNamespace(short=None, **values)
     assert "training starts again once" in note(run, torch.OutOfMemoryError("x"))
