@@ -28,7 +28,6 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 for _name in [n for n in os.environ if n.startswith("MAKE") or n == "MFLAGS"]:
     del os.environ[_name]  # `make test TESTS=…` gives its words to every make that a test calls
 sys.dont_write_bytecode = False
-gc.disable()  # until the tests are collected: half of that time would go into searching modules for garbage
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -56,6 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("no_cover")
     start = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: start.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection() -> None:
+    gc.disable()  # half of the time would go into searching new modules for garbage
 
 
 def pytest_collection_finish() -> None:
