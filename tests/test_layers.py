@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -183,3 +185,19 @@ def test_an_arrow_back_is_found_also_inside_a_function(small):
     assert arrows_back(small) == [] and circles(small) == ["sft.common.a", "sft.common.b"]
     (small / "sft/recipe/c.py").write_text("def f():\n    import json  # start-up: it takes time\n")
     assert unexplained(small) == ["sft.common.a:2: an import inside a function without a comment '# start-up: …'"]
+
+
+def test_no_module_needs_a_package_of_an_extra_to_be_imported() -> None:
+    """An import under `try` may fail, and one inside a function comes later. Another one would break `pip install .`."""
+    extras = tomllib.loads((LIB.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {re.split(r"[^\w-]", line)[0].replace("-", "_") for lines in extras.values() for line in lines}
+    assert {"orjson", "torchao", "tensorboard"} <= packages
+    needed = {
+        f"{file.relative_to(LIB)}: {name}"
+        for file in modules(LIB).values()
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""])
+        if name.partition(".")[0] in packages
+    }
+    assert {one for one in needed if "vllm_model.py: vllm" not in one} == set()  # imported for `backend = "vllm"` alone

@@ -129,3 +129,11 @@ def is_empty(value: Any) -> bool:
     if isinstance(value, Mapping):
         return all(map(is_empty, value.values()))
     return isinstance(value, (list, tuple)) and not value
+
+
+def strict_json(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for what is no JSON, for NaN and infinities, for a repeated name, and for too deep a text."""
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None

@@ -6,11 +6,10 @@ Out: the same rows with the values that the texts stand for.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
-from sft.chat.values import refuse_constant, refuse_repeats
+from sft.chat.values import strict_json
 
 Parser = Callable[[Any], Any]
 
@@ -29,7 +28,7 @@ def _parser(kind: Any) -> Parser | None:
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
     if isinstance(kind, pa.BaseExtensionType):
-        return _parse if kind.extension_name == "arrow.json" else _parser(kind.storage_type)
+        return strict_json if kind.extension_name == "arrow.json" else _parser(kind.storage_type)
     if pa.types.is_struct(kind):
         parsers = {field.name: parse for field in kind if (parse := _parser(field.type))}
         return _struct(parsers) if parsers else None
@@ -61,10 +60,3 @@ def _struct(parsers: dict[str, Parser]) -> Parser:
 
 def _apply(parse: Parser | None, value: Any) -> Any:
     return value if parse is None or value is None else parse(value)
-
-
-def _parse(text: Any) -> Any:
-    try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None

@@ -14,7 +14,6 @@ from json.encoder import encode_basestring
 from typing import Any
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 from sft.chat.calls import read_tools
@@ -27,6 +26,11 @@ from sft.data.fast.json_text import MAX_DEPTH, Buffer
 from sft.data.fast.json_values import HAS_CALL, HAS_ID, HAS_TYPE, SHORTEST_CALL, ValueTexts, read_values
 from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, Names, SourceNames
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
+
+try:  # of the extra `fast`; what either of them refuses, `sft.chat` reads
+    from orjson import loads
+except ImportError:
+    from sft.chat.values import strict_json as loads
 
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
 MAX_CACHED = 10_000
@@ -239,7 +243,7 @@ class Values:
     def _read_tools(self, value: Any, column: str) -> list[bytes] | None:
         try:
             if type(value) is bytes:
-                raw, value = value, json.loads(value) if LONG_NUMBER.search(value) else orjson.loads(value)
+                raw, value = value, json.loads(value) if LONG_NUMBER.search(value) else loads(value)
                 if may_repeat(raw, value):
                     return None
             tools = read_tools(value, column)
@@ -255,7 +259,7 @@ class Values:
             calls, has_null = value, True
             if type(value) is not list:
                 raw = value.encode() if type(value) is str else value
-                calls, has_null = orjson.loads(raw), b"null" in raw
+                calls, has_null = loads(raw), b"null" in raw
                 if LONG_NUMBER.search(raw) or may_repeat(raw, calls):
                     return None
             return [self._call(call, has_null, column, seen) for call in calls]
@@ -272,7 +276,7 @@ class Values:
                 raise Unread  # the tool's schema decides
         fields = self._fields(call, function, column)
         if type(arguments) is str:
-            raw, arguments = arguments.encode(), orjson.loads(arguments)
+            raw, arguments = arguments.encode(), loads(arguments)
             if LONG_NUMBER.search(raw) or may_repeat(raw, arguments):
                 raise Unread
         if fields is None or type(arguments) is not dict or call.get("type", "function") != "function":
