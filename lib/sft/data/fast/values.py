@@ -30,7 +30,7 @@ from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 try:  # of the extra `fast`; what either of them refuses, `sft.chat` reads
     from orjson import loads
 except ImportError:
-    from sft.chat.values import strict_json as loads
+    from sft.chat.values import strict_json as loads  # type: ignore[assignment]
 
 LONG_NUMBER = re.compile(rb"[0-9]{19}")
 MAX_CACHED = 10_000
