@@ -155,7 +155,7 @@ fuzz: | $(TOOLS) ## N=1000 inputs of every kind, made and damaged by hypothesis:
 	@$(PY) tests/fuzz.py $(call quote,$(or $(N),1000)) $(call quote,$(ONLY))
 record-versions: | $(TOOLS) ## tests/versions.json and formats.json, after a change of code that keeps bytes and files readable or raised a version number
 	@$(PY) tests/versions.py
-bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-peers bench-first-steps bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line, which benchmarks/history/ keeps
+bench-%: | $(TOOLS) ## benchmarks: bench-pack bench-balance bench-loader bench-prepare bench-json bench-leader bench-convert bench-sync bench-save bench-gpu bench-gpu-all bench-peers bench-first-steps bench-templates bench-evaluate bench-lora bench-methods; each ends in one JSON line, which benchmarks/history/ keeps
 	@$(PY) benchmarks/history.py run $*
 .PHONY: bench-check
 bench-check: | $(TOOLS) ## compare the newest numbers of the benches with benchmarks/baseline.json: a loss of more than the noise fails [ONLY="pack balance"]

@@ -1,0 +1,44 @@
+"""The list of everything that needs a GPU: a part that fails or hangs does not end the others, and results are kept after each."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bench_gpu_all
+from patience import PATIENCE
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-S", "-c", text]
+
+
+def test_a_part_that_fails_or_hangs_is_reported_and_the_next_one_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_gpu_all, "RESULTS", tmp_path / "runs" / "results.json")
+    child = tmp_path / "child"
+    hangs = f"import subprocess, time; subprocess.Popen(['sleep', '{PATIENCE}'], stdout=open({str(child)!r}, 'w')); time.sleep({PATIENCE})"
+    parts = {
+        "good": python("print('a table'); print('{\"ratio\": 2}')"),
+        "bad": python("raise SystemExit('no kernel')"),
+        "hangs": python(hangs),
+        "last": python("print('42 passed')"),
+    }
+    began = time.monotonic()
+    good, bad, hung, last = bench_gpu_all.run(parts, 8)
+    assert time.monotonic() - began < PATIENCE
+    assert (good.status, good.numbers, good.last_line) == ("ok", {"ratio": 2}, "")
+    assert (bad.status, bad.numbers, bad.last_line) == ("failed", None, "no kernel")
+    assert hung.status == "out of time" and child.exists()
+    assert (last.status, last.last_line) == ("ok", "42 passed")
+
+
+def test_every_part_has_a_rehearsal_and_names_a_bench_that_exists() -> None:
+    assert list(bench_gpu_all.PARTS) == list(bench_gpu_all.REHEARSAL)
+    for command in bench_gpu_all.PARTS.values():
+        if "history.py" in command[1]:
+            assert (bench_gpu_all.HERE / f"bench_{command[3].replace('-', '_')}.py").is_file()
