@@ -81,6 +81,8 @@ def test_outside_a_checkout_recipes_of_the_package_and_of_the_folder_are_found(t
     assert "stages/prepare.py runs/my-exp" in planned.stdout and "--cluster 'box'" in planned.stdout
     assert "env/setup.sh" not in planned.stdout  # the environment is the one that sft is in
     assert os.access(here / ".sft" / "env" / "local.sh", os.X_OK)
+    lib = here / ".sft" / "lib"  # other packages there would no longer count as installed
+    assert not lib.is_symlink() and [p.name for p in lib.iterdir()] == ["sft"]
     refused = run(installed, here, "train", "--recipe", "my-exp", "--lrr", "1")
     assert refused.returncode == 2 and "no such field" in refused.stderr
     assert sorted(p.name for p in here.iterdir()) == [".sft", "env", "recipes", "runs"]

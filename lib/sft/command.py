@@ -133,7 +133,11 @@ def lay_out(here: Path) -> Path:
     for name in ("bin", "lib", "include", "pyvenv.cfg"):
         if (source := Path(sys.prefix) / name).exists():
             link(source, folder / ".venv" / name)
-    link(PACKAGED.parent.parent, folder / "lib")
+    # Only sft: with other packages there, PYTHONPATH would hide that they are installed, and dill would pickle their classes by value.
+    if (folder / "lib").is_symlink():  # of an older version
+        (folder / "lib").unlink()
+    (folder / "lib").mkdir(exist_ok=True)
+    link(PACKAGED.parent, folder / "lib" / "sft")
     for item in PACKAGED.iterdir():
         if item.name not in OWN:
             link(item, folder / item.name)
