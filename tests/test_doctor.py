@@ -75,6 +75,7 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
     ("cluster", "old", "new", "what", "found", "then"),
     [
         ('storage = "{runs}/s"', '"rows.jsonl"', '"gone.jsonl"', "data", "gone.jsonl", "DATA="),
+        ('storage = "{runs}/s"', 'preset = "olmo3-tiny"', 'base = "gone"', "model", "no file or folder 'gone' under ", "name its folder"),
         ('storage = "/dev/null/none"', "", "", "storage", "cannot write to", "storage in env/here.toml"),
         ('storage = "{runs}/s"', TRAIN, TRAIN + "\nwarmup_fraction = 1.0", "warm-up", "never reached", "warmup_fraction="),
         (CLUSTER.replace("/weka/b/sft", "/other"), "", "", "storage", "none of the mounts", "env/here.toml"),
@@ -94,7 +95,7 @@ def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, n
     if "slurm" in cluster:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     row = red(examine(cluster, old, new))[what]
-    assert found in row.found and then in row.next, row
+    assert found in row.found and then in row.next and "next: " not in row.found + row.next, row
 
 
 @pytest.mark.parametrize(

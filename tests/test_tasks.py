@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from conftest import REPO
 from evaluating import ANYTHING, plain_place
+from sft.common import paths
 from sft.common.errors import SftError
 from sft.evaluation import evaluate
+from sft.recipe import inputs
 from sft.recipe.schema import Evaluate
 
 BASE = """
@@ -106,6 +109,31 @@ def test_a_part_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -
     (folder / "capitals.yaml").write_text("include: ../base.yaml\ntask: capitals\n")
     with pytest.raises(SftError, match=r"base\.yaml is outside of \[evaluate\] task_dir .*; next: copy it there"):
         hashes(folder)
+
+
+def test_a_folder_of_tasks_under_data_does_not_hide_those_that_are_shipped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from sft.evaluation import tasks
+
+    own, shipped = tmp_path / "tasks", REPO / "recipes" / "tasks"
+    own.mkdir()
+    (own / "mine.yaml").write_text("task: mine\n")
+    (own / "again.yaml").write_text("task: smoke_choice\n")
+    expected = {
+        ("mine",): own,
+        ("format_following",): shipped,
+        ("smoke_choice",): own,
+        ("mine", "format_following"): own,
+        ("arc_easy",): own,
+    }
+    for names, folder in expected.items():
+        options = Evaluate(tasks=names)
+        assert inputs.task_folder(options, lambda path: paths.find((tmp_path, REPO / "recipes"), path, "x")) == folder
+    few = tasks.TaskManager(include_path=str(own), include_defaults=False)  # lm-eval's own take half a minute
+    monkeypatch.setattr(tasks, "_all_tasks", lambda _: few)
+    with pytest.raises(SftError, match=r"a recipe has one task_dir; next: copy format_following\.yaml"):
+        tasks.find("format_following", own, {})
 
 
 def test_a_task_that_lm_eval_ships_is_named_with_its_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

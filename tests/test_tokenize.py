@@ -464,11 +464,11 @@ def test_gigatoken_that_fails_at_its_first_text_gives_way_to_tokenizers(
 ) -> None:
     class Broken:
         def encode_batch(self, texts: list) -> Any:
-            raise AttributeError("layout")
+            raise AttributeError("layout\n\nLocation:\n    src/mod.rs")
 
     monkeypatch.setitem(sys.modules, "gigatoken", SimpleNamespace(Tokenizer=lambda path: Broken()))
     made = encoder(folder)
-    assert made.engine.name == "tokenizers" and "layout" in made.engine.fallback_reason
+    assert made.engine.name == "tokenizers" and made.engine.fallback_reason.endswith(": layout")
     assert made.encode([chat("a", "b")], SOURCE).engine == "tokenizers"
     with pytest.raises(SftError, match=r'prepare.encoder = "gigatoken": gigatoken cannot read this tokenizer: layout'):
         encoder(folder, encoder="gigatoken")

@@ -393,7 +393,9 @@ def command_doctor(args: argparse.Namespace) -> None:
         print(doctor.table([Row(OK, "recipe", r.file), *rows], width))
         red += sum(row.state == RED for row in rows)
     if red:
-        raise SftError(f"{red} red line{'s' * (red > 1)}; next: correct them before launching anything")
+        raise SftError(
+            f"{red} red line{'s' * (red > 1)}; next: correct {'them' if red > 1 else 'it'} before launching anything"
+        )
 
 
 def _has(module: str) -> bool:

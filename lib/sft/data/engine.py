@@ -34,7 +34,8 @@ class Engine:
         except ImportError as error:
             self.fallback_reason = f"gigatoken is not importable: {error}"
         except Exception as error:  # it raises many kinds of errors for a tokenizer that it does not support
-            self.fallback_reason = f"gigatoken cannot read this tokenizer: {error}"
+            first_line = str(error).strip().partition("\n")[0]  # the others name gigatoken's source code
+            self.fallback_reason = f"gigatoken cannot read this tokenizer: {first_line}"
         if self.fallback_reason:
             self.fast = None
         else:

@@ -132,7 +132,7 @@ def find_tasks(options: Evaluate, find: Callable[[str, str], Path], file: str) -
         name: path if inputs.is_remote(path) else find(path, f"[evaluate] data.{name}")
         for name, path in options.data.items()
     }
-    return find(options.task_dir, "[evaluate] task_dir"), data
+    return inputs.task_folder(options, lambda path: find(path, "[evaluate] task_dir")), data
 
 
 def go_offline(options: Evaluate, tasks: Path, work: Path, fetched: Path | None = None) -> None:

@@ -29,6 +29,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._index import Kind
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.evaluation.scores import json_hash
@@ -160,6 +161,11 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinit
                 why = f"; {own} names {load_yaml(own, resolve_func=False).get('task')!r}"
             except (ValueError, yaml.YAMLError) as error:  # lm-eval skips such a file
                 why = f"; {own}: {error}"
+        shipped = (paths.REPO / "recipes" / folder.name / f"{name}.yaml").resolve()
+        if shipped.is_file() and shipped.parent != folder:
+            raise SftError(
+                f"[evaluate] tasks: {name!r} is in {shipped.parent}, other tasks of the recipe are in {folder}, and a recipe has one task_dir; next: copy {shipped.name} and the files it names into {folder}, or write a second recipe"
+            )
         near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.6)
         hint = f"; did you mean {near[0]!r}? similar names: {', '.join(near)}" if near else ""
         raise SftError(

@@ -7,6 +7,7 @@ Out: (relative path, file), in a fixed order. `gs://`, `s3://` and `hf://` sourc
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterator
@@ -141,6 +142,26 @@ TASK = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 """A task of lm-eval. Its name becomes the name of a file."""
 
 
+def own_tasks(folder: Path) -> dict[str, Path]:
+    """{task: YAML} of the tasks that a folder defines."""
+    found = {}
+    for file in sorted(folder.rglob("*.yaml")):
+        for match in re.finditer(r"^task:\s*([\w.-]+)\s*$", file.read_text(encoding="utf-8"), re.M):
+            found[match[1]] = file
+    return found
+
+
+def task_folder(evaluate: Evaluate, find: Callable[[str], Path]) -> Path:
+    """The folder that has the recipe's tasks: `task_dir` of DATA, or that of recipes/ if DATA's defines none of them and a file there
+    has the name of one. Raises SftError if there is no such folder."""
+    folder = find(evaluate.task_dir)
+    if own_tasks(folder).keys().isdisjoint(evaluate.tasks):
+        for task in evaluate.tasks:
+            with contextlib.suppress(SftError):
+                return find(f"{evaluate.task_dir.rstrip('/')}/{task}.yaml").parent
+    return folder
+
+
 def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> None:
     """Raises SftError for what is no name of a task, and for an unknown task that resembles one of task_dir. Other unknown names may be
     lm-eval's own tasks."""
@@ -149,7 +170,7 @@ def check_tasks(evaluate: Evaluate, find: Callable[[str], Path], file: str) -> N
     for task in evaluate.tasks:
         if not TASK.fullmatch(task):
             raise SftError(f"{file}: [evaluate] tasks: {task!r} is not a task name; next: correct it")
-    local = sorted(p.stem for p in find(evaluate.task_dir).glob("*.yaml"))
+    local = sorted(p.stem for p in task_folder(evaluate, find).glob("*.yaml"))
     for task in evaluate.tasks:
         if task not in local and (near := difflib.get_close_matches(task, local, n=1, cutoff=0.85)):
             raise SftError(
@@ -172,7 +193,7 @@ def evaluate_files(evaluate: Evaluate, find: Callable[[str], Path]) -> list[tupl
     """The task files and their data files. Harnesses other than lm-eval have their own."""
     if evaluate.harness != "lm-eval":
         return []
-    folder = find(evaluate.task_dir)
+    folder = task_folder(evaluate, find)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     named = [(f"{evaluate.task_dir.rstrip('/')}/{p.relative_to(folder).as_posix()}", p) for p in files]
     named += [(path, find(path)) for path in evaluate.data.values() if not is_remote(path)]

@@ -12,7 +12,7 @@ from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.common.hashcache import HashCache
 from sft.formats.elsewhere import Elsewhere
-from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount
+from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, red
 from sft.recipe import inputs, mounts
 from sft.recipe.architecture import summary
 from sft.recipe.base_config import Base
@@ -103,8 +103,7 @@ def model(context: Context) -> Iterator[Row]:
         if base is not None:
             yield from _from_base(context, base)
     except SftError as e:
-        head, _, then = str(e).rpartition("\nnext: ")
-        yield Row(RED, "model", head or str(e), then)
+        yield red("model", e)
 
 
 def _from_base(context: Context, base: Base) -> Iterator[Row]:

@@ -41,8 +41,9 @@ def tasks(context: Context) -> Iterator[Row]:
     options = context.recipe.evaluate
     if options.harness != "lm-eval":
         return
-    folder = paths.find(context.place.roots, options.task_dir, f"{context.recipe.file}: [evaluate] task_dir")
-    own = own_tasks(folder)
+    what = f"{context.recipe.file}: [evaluate] task_dir"
+    folder = inputs.task_folder(options, lambda path: paths.find(context.place.roots, path, what))
+    own = inputs.own_tasks(folder)
     yield from _unread(options, folder)
     is_made_here = all(name in own and not _has_data(own[name]) for name in options.tasks)
     if is_made_here and not (options.num_fewshot > 0 or options.samples > 1 or options.thinking or options.by_task):
@@ -65,15 +66,6 @@ def tasks(context: Context) -> Iterator[Row]:
             folder.mkdir(parents=True, exist_ok=True)
         write_atomic(done, canonical(list(options.tasks)))
     yield Row(OK, "tasks", f"{', '.join(options.tasks)}: imported with their data")
-
-
-def own_tasks(folder: Path) -> dict[str, Path]:
-    """{task: YAML} of the tasks that a folder defines."""
-    found = {}
-    for file in sorted(folder.rglob("*.yaml")):
-        for match in re.finditer(r"^task:\s*([\w.-]+)\s*$", file.read_text(encoding="utf-8"), re.M):
-            found[match[1]] = file
-    return found
 
 
 def _unread(options: Evaluate, folder: Path) -> Iterator[Row]:
@@ -192,7 +184,8 @@ def _imported(context: Context, folder: Path) -> Iterator[Row]:
             found = json.loads(line)
             answered.add(found["task"])
             if "problem" in found:
-                yield Row(RED, "tasks", f"[evaluate] tasks: {found['task']}: {found['problem']}", found["next"])
+                problem = found["problem"].removeprefix("[evaluate] tasks: ")
+                yield Row(RED, "tasks", f"[evaluate] tasks: {found['task']}: {problem}", found["next"])
     if missing := [name for name in options.tasks if name not in answered]:
         end = " ".join(ran.stderr.split())[-300:]
         yield Row(
