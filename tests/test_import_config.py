@@ -198,6 +198,18 @@ def test_the_page_of_commands_is_one_recipe(tmp_path: Path) -> None:
     assert {"max_seq_length", "launch.priority", "cluster", "budget"} <= imported.config.left.keys()
 
 
+@pytest.mark.parametrize(
+    ("part", "lacks", "script"),
+    [(0, "names no model", "Olmo-sft.py"), (1, "no dataset that can be read", "convert_sft_data_for_olmocore.py")],
+)
+def test_one_command_of_the_page_alone_says_which_one_is_needed_too(
+    tmp_path: Path, part: int, lacks: str, script: str
+) -> None:
+    data, _, training = PAGE.partition("BASE_CKPT")
+    with pytest.raises(SftError, match=rf"{lacks}.*; next: add the command of {script} to the file"):
+        convert(tmp_path, "page.sh", (data, "BASE_CKPT" + training)[part])
+
+
 OPEN_INSTRUCT = """
 accelerate launch --mixed_precision bf16 --num_processes 8 --use_deepspeed open_instruct/finetune.py \\
     --model_name_or_path meta-llama/Llama-3.1-8B --max_seq_length 4096 --per_device_train_batch_size 1 \\

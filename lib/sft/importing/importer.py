@@ -58,18 +58,24 @@ def convert(file: Path, name: str = "", trainer: str = "", gpus: int = 0, cluste
     for key in [k for k in config.values if k not in stated]:
         _note_default(config, key)
     title = TITLES.get(trainer, trainer)
-    if not draft.sources:
-        raise SftError(
-            f"{file}: {title}'s configuration has no dataset that can be read{_why(config, 'dataset')}; next: write a recipe with make new"
-        )
-    if not draft.get("model", "base"):
-        raise SftError(
-            f"{file}: {title}'s configuration names no model{_why(config, 'model')}; next: write a recipe with make new"
-        )
+    for is_there, what, lacks in (
+        (draft.sources, "dataset", "has no dataset that can be read"),
+        (draft.get("model", "base"), "model", "names no model"),
+    ):
+        if not is_there:
+            raise SftError(f"{file}: {title}'s configuration {lacks}{_why(config, what)}; next: {_next(trainer, what)}")
     head = f"From {file.name}, a configuration of {title}: {len(config.used)} of its {len(stated)} keys are here."
     text = draft.text(head)
     _check(name, text, file)
     return Imported(name, text, config)
+
+
+def _next(trainer: str, what: str) -> str:
+    """What to do about a configuration without data or model. OLMo-core's are in the commands of two scripts."""
+    if trainer != "olmo-core":
+        return "write a recipe with make new"
+    script = {"dataset": "convert_sft_data_for_olmocore.py", "model": "Olmo-sft.py"}[what]
+    return f"add the command of {script} to the file, which needs both, or write a recipe with make new"
 
 
 def _fill(config: Config, draft: Draft, cluster: str, gpus: int, name: str) -> None:

@@ -110,7 +110,7 @@ def _select(tree: Tree, choice: Choice, what: str) -> FileSelection:
     if tokens := [name for name in names if fnmatch.fnmatchcase(name.rpartition("/")[2], "token_ids_part_*.npy")]:
         raise SftError(
             f"{what}: {tokens[0]} has token ids, and a source has conversations; next: name the conversations that it was made of:"
-            " make import-config FROM=script writes a recipe from the command of convert_sft_data_for_olmocore.py"
+            " make import-config FROM=script writes a recipe from the commands of convert_sft_data_for_olmocore.py and Olmo-sft.py in one file"
         )
     if "dataset_dict.json" in names:
         return _saved_dict(tree, names, choice, what)
