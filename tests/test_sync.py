@@ -47,7 +47,10 @@ def check(place: Workspace) -> subprocess.CompletedProcess[str]:
 
 
 def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_there(place: Workspace) -> None:
+    (place.root / "recipes" / "weights" / "tokenizer").mkdir()  # beside the base, where trainers write it
+    (place.root / "recipes" / "weights" / "tokenizer" / "tokenizer.json").write_text("{}")
     place.make("sync", "RECIPE=x")
+    assert check(place).returncode == 0
     found = remote(place)
     root = place.root / "runs" / ".storage"
     made = manifest.load(place.root / "runs/x/prepare/manifest.json")
@@ -56,7 +59,8 @@ def test_everything_listed_lies_under_the_root_with_its_bytes_and_the_lists_are_
     for entry in found.files:
         data = (root / entry.path).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (entry.bytes, entry.sha256)
-    assert sorted(e.path.rsplit("/", 1)[1] for e in found.files) == ["facts.json", "model.safetensors", "out"]
+    names = sorted(e.path.split("/", 2)[2] for e in found.files)
+    assert names == ["facts.json", "model.safetensors", "out", "tokenizer/tokenizer.json"]
     copied = root / found.dataset
     assert manifest.broken_outputs(copied, manifest.load(copied / "manifest.json").outputs) == []
     assert FileList.read(root / f"{found.base}.json").files

@@ -22,6 +22,7 @@ from sft.formats import manifest
 from sft.formats.manifest import FileList
 from sft.formats.record import to_json
 from sft.formats.remote import NAME, Remote, SyncMetrics
+from sft.recipe.base_config import tokenizer_of
 from sft.runner.stage import Result, Stage
 from sft.storage.base_weights import find_base_weights
 from sft.storage.local import LocalStorage
@@ -70,6 +71,11 @@ def copy_inputs(stage: Stage, check_only: bool) -> tuple[Remote, str]:
             raise SftError(f"{source.where}: no files; next: correct [model] base")
         check_weights(stage.recipe, prepared, source.root)
         listed = manifest.describe(source.root, names)
+        beside = None
+        tokenizer = tokenizer_of(source.root)
+        if tokenizer is not None and not tokenizer.is_relative_to(source.root):
+            beside = LocalStorage(source.root.parent)  # one tokenizer/ is for all steps of a training
+            listed += manifest.describe(beside.root, [tokenizer.relative_to(beside.root).as_posix()])
         base = f"base/{found.label}-{hashlib.sha256(canonical(to_json(listed))).hexdigest()[:16]}"
-        files += copier.copy(source, base, listed, FileList(listed).to_bytes(), f"{base}.json")
+        files += copier.copy(source, base, listed, FileList(listed).to_bytes(), f"{base}.json", beside)
     return Remote(dataset, base, tuple(files)), commit
