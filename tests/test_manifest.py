@@ -102,6 +102,14 @@ def test_links_that_leave_the_root_are_refused(tmp_path):
         manifest.describe(tmp_path / "root", ["data"])
 
 
+def test_a_path_that_is_under_the_current_folder_alone_names_it_for_data(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path, then in (("runs", r"add this folder: DATA=\. \("), ("runs/x", "name its folder with DATA=/its/folder")):
+        with pytest.raises(SftError, match=f"no file or folder '{path}' under .*; next: {then}"):
+            paths.find([tmp_path / "data"], path, "base")
+
+
 def test_kill_during_a_write_leaves_the_old_or_the_new_file_whole(tmp_path):
     file = tmp_path / "f"
     file.write_text("old")

@@ -50,9 +50,8 @@ def find(roots: Sequence[Path], path: str, what: str) -> Path:
                 )
             return candidate
     tried = ", ".join(str(r) for r in roots)
-    raise SftError(
-        f"{what}: no file or folder {path!r} under {tried}; next: name its folder with DATA=/its/folder (several: DATA=a:b)"
-    )
+    then = "add this folder: DATA=." if Path(path).exists() else "name its folder with DATA=/its/folder"
+    raise SftError(f"{what}: no file or folder {path!r} under {tried}; next: {then} (several: DATA=a:b)")
 
 
 def for_user(text: str) -> str:
