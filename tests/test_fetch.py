@@ -20,6 +20,7 @@ from sft.common.errors import SftError
 from sft.formats import elsewhere, manifest
 from sft.formats.elsewhere import Elsewhere
 from sft.formats.steps import write_latest
+from sft.runner import plan
 from sft.storage.local import LocalStorage
 from sft.storage.transfer import open_storage
 from sft.sync import fetch
@@ -135,6 +136,16 @@ def test_names_in_a_remote_manifest_do_not_leave_the_folder(tmp_path: Path) -> N
     with pytest.raises(SftError, match="relative path"):
         fetch.copy_stage(open_storage(str(tmp_path / "there")), LocalStorage(tmp_path / "here"), lambda _: None)
     assert not (tmp_path / "outside").exists()
+
+
+def test_results_that_jobs_wrote_here_need_no_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_train(tmp_path / "runs/x/train")
+    place = plan.Place(tmp_path / "runs", (), "slurm")
+    fetch.fetch(place, tmp_path / "runs/x", (), "", push=False, check_only=False)
+    assert "nothing to copy: jobs on slurm write into" in "".join(capsys.readouterr())
+    for run_folder, runs in ((tmp_path / "runs/x", str(tmp_path / "there")), (tmp_path / "runs/y", "")):
+        with pytest.raises(SftError, match="nothing to copy for"):
+            fetch.fetch(place, run_folder, (), runs, push=False, check_only=False)
 
 
 def test_what_is_missing_is_reported(tmp_path: Path) -> None:

@@ -171,6 +171,11 @@ def fetch(place: plan.Place, run: Path, stages: Sequence[str], runs_folder: str,
                 f"{source.where}: no manifest: no finished stage is there; next: correct STAGE=, CLUSTER= or FROM="
             )
     if not total:
+        here = [stage for stage in STAGES if (run / stage / manifest.NAME).is_file()]
+        cluster = place.load_cluster()
+        if here and not runs_folder and cluster.shared_disk and not cluster.runs:
+            log(f"nothing to copy: jobs on {place.cluster} write into {run} (shared_disk), which has {', '.join(here)}")
+            return
         raise SftError(f"nothing to copy for {run}: no stage with a manifest; next: correct CLUSTER= or FROM=")
     if not push:
         with contextlib.suppress(OSError):
