@@ -240,6 +240,16 @@ def test_options_that_differ_are_named_and_those_that_do_not_are_not(tmp_path: P
     assert all(line[: next(iter(ends))].rstrip()[-1].isdigit() for line in table[1:])  # columns stand under their heads
 
 
+def test_a_stage_that_a_baseline_has_not_is_one_line(tmp_path: Path) -> None:
+    runs = [evaluated(tmp_path / n, 1, lr=lr) for n, lr in (("a", 1e-3), ("base", 1e-3), ("b", 1e-4))]
+    (runs[1] / "train/manifest.json").unlink()
+    assert compare.differing_options(runs[:2]) == [OptionDifference("train", ("made", "not made"))]
+    assert compare.differing_options(runs) == [
+        OptionDifference("train", ("made", "not made", "made")),
+        OptionDifference("train.lr", (0.001, None, 0.0001)),
+    ]
+
+
 def test_the_page_is_whole_and_the_report_shows_the_comparison(tmp_path: Path) -> None:
     runs = [evaluated(tmp_path / n, seed, lr=seed) for n, seed in (("a", 0), ("b<i>", 7), ("c", 2))]
     file = comparison.save(found := compare.compare(runs), runs[0] / "compare")

@@ -364,22 +364,28 @@ def _hashes(name: str, a: Any, b: Any) -> str:
 
 
 def differing_options(runs: Sequence[Path]) -> list[OptionDifference]:
-    """Options and input files that are not the same in all runs, in the order of the stages."""
-    found: dict[str, list[Any]] = {}
-    for i, run in enumerate(runs):
-        for stage in schema.STAGES:
-            try:
-                made = manifest.load(run / stage / manifest.NAME)
-            except FileNotFoundError:
-                continue
-            leaves = dict(_leaves(made.config, stage))
-            leaves |= {f"{stage}: {e.file}": f"sha256 {e.sha256[:10]}" for e in made.inputs if e.file}
-            for name, value in leaves.items():
-                found.setdefault(name, [None] * len(runs))[i] = value
-    differ = [(name, values) for name, values in found.items() if any(v != values[0] for v in values)]
-    order = {stage: i for i, stage in enumerate(schema.STAGES)}
-    differ.sort(key=lambda item: order[item[0].replace(":", ".").split(".")[0]])
-    return [OptionDifference(name, tuple(values)) for name, values in differ]
+    """Options and input files that are not the same in all runs, in the order of the stages. A stage that some runs have not, such as the
+    training of a baseline, is one line, and its options are compared over the others."""
+    differ: list[OptionDifference] = []
+    for stage in schema.STAGES:
+        options = [_options(run, stage) for run in runs]
+        having = [one for one in options if one is not None]
+        if 0 < len(having) < len(runs):
+            differ.append(OptionDifference(stage, tuple("not made" if one is None else "made" for one in options)))
+        for name in dict.fromkeys(name for one in having for name in one):
+            if any(one.get(name) != having[0].get(name) for one in having):
+                differ.append(OptionDifference(name, tuple((one or {}).get(name) for one in options)))
+    return differ
+
+
+def _options(run: Path, stage: str) -> dict[str, Any] | None:
+    """The options and input files of a finished stage; None where there is none."""
+    try:
+        made = manifest.load(run / stage / manifest.NAME)
+    except FileNotFoundError:
+        return None
+    files = {f"{stage}: {e.file}": f"sha256 {e.sha256[:10]}" for e in made.inputs if e.file}
+    return dict(_leaves(made.config, stage)) | files
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
