@@ -112,6 +112,16 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "two kinds of tools": ({"messages": HELLO, "tools": [{"name": "f"}], "functions": [{"name": "g"}]}, "disagree"),
     "functions and tools": ({"messages": [{**A, "functions": "[]"}, B], "tools": [{"name": "f"}]}, "disagree"),
+    "functions that are a number": ({"messages": [{**A, "functions": "1"}, B], "tools": [{"name": "f"}]}, "disagree"),
+    "functions that are an object": ({"messages": [{**A, "functions": "{}"}, B], "tools": [{"name": "f"}]}, "disagree"),
+    "functions that are a list of names": (
+        {"messages": [{**A, "functions": '["f"]'}, B], "tools": [{"name": "f"}]},
+        "disagree",
+    ),
+    "functions that are a truth value": (
+        {"messages": [{**A, "functions": "true"}, B], "tools": [{"name": "f"}]},
+        "disagree",
+    ),
     "two speakers": ({"messages": [{**A, "from": "gpt"}, B]}, "disagree"),
     "two contents": ({"messages": [A, {**B, "value": "other"}]}, "disagree"),
     "an answer and a refusal": ({"messages": [A, {**B, "refusal": "No."}]}, "disagree"),

@@ -167,6 +167,8 @@ def check_functions(messages: Sequence[Message], tools: Sequence[Mapping[str, An
                 "disagree",
                 "the functions of a message are no JSON, and there are tools",
             )
+            if not isinstance(offered, list | None) or not all(isinstance(f, Mapping) for f in offered or []):
+                raise BadRow("disagree", "the functions of a message are no list of functions, and there are tools")
             if [f.get("function", f) for f in offered or []] != [tool.get("function", tool) for tool in tools]:
                 raise BadRow("disagree", "the functions of a message and the tools of the row differ")
 
