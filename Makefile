@@ -17,7 +17,7 @@ export PYTHONPATH := $(CURDIR)/lib$(if $(PYTHONPATH),:$(PYTHONPATH))
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check test test-quick lr-range overfit new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
+.PHONY: FORCE smoke all $(STAGES) record-versions preview steps export clean-cache to-hf to-core soup push-hub card chat serve help setup check compiled test test-quick lr-range overfit new show why sweep runs extend delete archive schema completion fields verify diff lock nightly cp fetch dry-run jobs cancel collect doctor
 
 # Values reach the shell in single quotes, whatever they contain.
 quote = '$(subst ','\'',$(1))'
@@ -139,7 +139,11 @@ check: | $(TOOLS) ## lint, format, types, shell scripts, prose
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
 	$(PY) tests/prose.py
-test: check ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
+compiled: | $(TOOLS)
+	@.venv/bin/python -m pytest -o addopts= -qq -p no:cacheprovider tests/test_real_tokenizers.py::test_plain_rows_and_other_rows_give_the_same
+# Numba compiles for a minute in a fresh clone. It is done once, beside the checks, and not in every worker of pytest and every workspace.
+test: | $(TOOLS) ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
+	@$(MAKE) --no-print-directory -j 2 check compiled
 	.venv/bin/python -m pytest --cov --cov-report= $(TESTS)
 	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"
 test-quick: | $(TOOLS) ## the tests that take less than half a second each, without servers and several ranks, in about two minutes on two cores

@@ -16,6 +16,7 @@ def python(text: str) -> list[str]:
     return [sys.executable, "-S", "-c", text]
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_or_hangs_is_reported_and_the_next_one_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

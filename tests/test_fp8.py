@@ -157,6 +157,7 @@ def test_a_plan_for_these_gpus_is_taken(gpu: str) -> None:
     assert precision.check_precision(Train(precision="fp8"), Hardware(gpu=gpu), replace(cluster, gpu="A100"), "x")
 
 
+@pytest.mark.seconds
 def test_a_device_without_these_products_is_refused_at_the_start(
     tmp_path: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
