@@ -37,7 +37,7 @@ READERS: dict[str, tuple[str, ...]] = {
     "STEPS": ("soup", "lr-range", "overfit"), "WEIGHTS": ("soup",), "STEP": ("chat", "serve"), "TOKENS": ("chat",), "START": ("serve",), "SOURCE": ("preview",), "ROW": ("preview",),
     "SRC": ("cp", "to-hf", "to-core"), "DST": ("cp", "to-hf", "to-core", "export", "archive", "soup"), "ADAPTER": ("to-core", "serve"),
     "TOKENIZER": ("to-hf",), "TEMPLATE": ("to-hf",), "REPO": ("push-hub",), "PUSH": ("push-hub", "fetch"), "DELETE": ("cp",), "NO_CLOBBER": ("cp",),
-    "TESTS": ("test", "test-quick"), "ONLY": ("mutants", "flip", "fuzz", "bench-check"), "N": ("soak", "flip", "fuzz"), "SEED": ("soak",),
+    "TESTS": ("test", "test-quick", "compiled"), "ONLY": ("mutants", "flip", "fuzz", "bench-check"), "N": ("soak", "flip", "fuzz"), "SEED": ("soak",),
     "LOW": ("lr-range",), "HIGH": ("lr-range",), "BOUND": ("overfit",),
 }  # fmt: skip
 """The variables of the Makefile and of the scripts that it runs (tests/test_cli.py compares), each with the goals that read it;
