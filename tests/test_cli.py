@@ -153,7 +153,7 @@ def test_make_knows_the_variables_of_the_makefile() -> None:
         "OTHER",
         "OWN",
     }
-    own |= {"MAKECMDGOALS", "MAKEOVERRIDES", "PYTHONPATH"}
+    own |= {"MAKE", "MAKECMDGOALS", "MAKEOVERRIDES", "PYTHONPATH"}
     assert used - own <= set(make_commands.MAKE_VARIABLES)
 
 
