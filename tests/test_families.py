@@ -164,6 +164,7 @@ def test_a_config_that_transformers_refuses_is_an_error_that_names_it() -> None:
         logits.meta_hf_model({**bases.SIZES, "model_type": "llama", "hidden_size": "48"}, None, "b/config.json")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", bases.CASES)
 def test_an_export_has_the_bits_and_the_configuration_that_transformers_writes(tmp_path: Path, name: str) -> None:
     from safetensors.torch import load_file

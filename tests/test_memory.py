@@ -113,6 +113,7 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
     )
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("precision", "keep"),
     [("fp32", "none"), *(pytest.param("bf16", keep, marks=pytest.mark.slow) for keep in ("none", "weights"))],

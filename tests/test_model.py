@@ -340,6 +340,7 @@ def test_rotary_tables_stay_fp32_where_the_model_computes_in_bf16(monkeypatch: p
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none here")
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     ("device", "compiled"),

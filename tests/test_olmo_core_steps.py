@@ -214,6 +214,7 @@ def edit(step: Path, change: Any) -> None:
     (step / "config.json").write_text(json.dumps(data))
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -67,6 +67,7 @@ DISTRIBUTIONS = {
 }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("capacity", [256, 2048, 16384])
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_as_many_packs_and_the_same_fills_as_olmo_core(name: str, capacity: int):

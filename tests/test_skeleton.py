@@ -41,6 +41,7 @@ texts = st.one_of(
 )
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", TEXTS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
