@@ -147,7 +147,7 @@ test: | $(TOOLS) ## all tests, and the branches of lib/sft that they take; TESTS
 	.venv/bin/python -m pytest --cov --cov-report= $(TESTS)
 	@echo "coverage of lib/sft: $$(.venv/bin/coverage report --format=total) %"
 test-quick: | $(TOOLS) ## the tests that take less than half a second each, without servers and several ranks, in about two minutes on two cores
-	.venv/bin/python -m pytest -n 2 -m "not (slurm or server or compile or processes or seconds or slow)" $(TESTS)
+	.venv/bin/python -m pytest -m "not (slurm or server or compile or processes or seconds or slow)" $(TESTS)
 .PHONY: mutants soak flip fuzz
 mutants: | $(TOOLS) ## remove every protection once, in a copy, and look whether a test fails [ONLY=part of a name]
 	@$(PY) tests/mutants.py $(call quote,$(ONLY))

@@ -171,6 +171,7 @@ def test_a_metadata_pickle_runs_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert not Path("should-not-exist").exists()
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("kind", ["TensorStorageMetadata", "ChunkStorageMetadata", "MetadataIndex", "_StorageInfo"])
 def test_metadata_without_its_fields_is_refused(tmp_path: Path, kind: str) -> None:
     """A damaged name of a field in a pickle leaves an object without it."""

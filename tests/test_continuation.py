@@ -143,6 +143,7 @@ def test_a_run_is_found_by_its_recipe_its_overrides_and_its_manifest(
         removal.removal(runs / "x")
 
 
+@pytest.mark.seconds
 def test_a_step_that_jobs_do_not_see_is_refused(trained: Workspace) -> None:
     r = recipe.load(trained.root / "recipes/y.toml")
     found = continuation.named(r, trained.root / "runs")

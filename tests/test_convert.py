@@ -177,6 +177,7 @@ def test_the_fast_gate_says_that_it_took_four_layers(tmp_path: Path) -> None:
     assert report.summary.rounding_kl is None
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("field", "value"),
     [("sliding_window", 40), ("rms_norm_eps", 1e-3), ("rope", "theta"), ("rope", "yarn on all layers")],

@@ -60,6 +60,7 @@ def packed(rows: list[Tensor]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", bases.CASES)
 def test_logits_loss_and_gradients_are_those_of_transformers_class(tmp_path: Path, name: str) -> None:
     """Packed; transformers computes every document alone, by a new model, since some scalings remember the longest one."""

@@ -88,6 +88,7 @@ def test_make_plans_every_command_of_a_page(
         plan(words, tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("page", OTHERS, ids=lambda p: p.stem)
 def test_make_plans_the_commands_of_the_other_pages(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

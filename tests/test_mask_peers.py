@@ -66,6 +66,7 @@ def answers(text: str) -> list[str]:
     return [answer.strip() for answer in text.split(IM_END) if answer.strip()]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("name", MARKED)
 def test_trained_tokens_are_those_of_transformers_mask_without_what_the_prompt_gives(name: str, root: Path) -> None:
     """TRL's blocks also hold a turn's last newline, and the part of an answer that the generation prompt gives."""

@@ -182,6 +182,7 @@ def test_auto_takes_the_least_recomputation_that_fits() -> None:
     assert halves[1] == pytest.approx(halves[0] / 2, rel=0.01)
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize(
     ("preset", "gpus", "gb", "hardware", "next_step"),
     [

@@ -138,6 +138,7 @@ def test_what_the_rules_see() -> None:
     ]
 
 
+@pytest.mark.seconds
 @pytest.mark.parametrize("fault", ["EIO", "ENOSPC", "EFBIG", "short"])
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, fault: str) -> None:
     root = tmp_path / "out"

@@ -110,6 +110,7 @@ def test_plain_rows_and_other_rows_give_the_same(templates: Path) -> None:
     assert documents(plain) == [slow[row] for row in plain.rows.tolist()]
 
 
+@pytest.mark.seconds
 def test_added_tokens_stand_between_texts_that_are_normalized(templates: Path) -> None:
     """A tokenizer takes "</think>" out before it composes ">" with the mark that follows."""
     encoder = made("qwen3", templates)

@@ -251,6 +251,7 @@ def test_what_cannot_work_is_refused_before_anything_is_launched(unpushed, old, 
     assert not unpushed.calls("launch")
 
 
+@pytest.mark.seconds
 def test_arrays_and_code_that_is_not_committed_are_refused(place, monkeypatch):
     made = dataclasses.replace(place.job(stage="prepare"), shards=2)
     with pytest.raises(SftError, match="jobs of SkyPilot have no arrays"):
@@ -314,6 +315,7 @@ def test_without_a_shared_disk_stages_pass_through_the_bucket(place, monkeypatch
         assert (place.root / "runs/x/convert/out").is_file() and len(place.jobs) == 2
 
 
+@pytest.mark.seconds
 def test_an_archive_of_the_commit_travels_as_a_folder(place):
     place.write(FAR.replace("[env]", 'code = "dataset"\n[env]'))
     place.push()

@@ -62,6 +62,7 @@ def test_the_update_ratio_is_that_of_the_saved_weights(one_rank: Path) -> None:
         }
 
 
+@pytest.mark.seconds
 def test_the_gradient_norms_are_torchs_before_clipping(tmp_path: Path, dataset: Path, one_rank: Path) -> None:
     """The gradients of the first step, whole, by autograd alone."""
     from sft.model.parallel import join

@@ -27,6 +27,7 @@ def test_a_version_stands_for_the_modules_that_its_stage_imports_and_not_for_plu
     assert not [n for n in behind(ROOTS["prepare"]) if n.startswith("sft.model")]
 
 
+@pytest.mark.seconds
 def test_both_ways_out_are_named_and_a_raised_number_must_be_recorded() -> None:
     now = current()
     changed = {"versions": now["versions"], "modules": {**now["modules"], "sft.data.decontaminate": "0" * 12}}
