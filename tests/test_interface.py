@@ -27,6 +27,7 @@ dist.init_process_group("gloo", timeout=timedelta(seconds=int(os.environ.get("GI
 value = torch.ones(1)
 dist.all_reduce(value)
 print("sum", value.item(), flush=True)
+dist.destroy_process_group()  # a thread of gloo that runs at the exit aborts the process
 """
 
 
