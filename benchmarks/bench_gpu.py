@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from bench_gpu_all import TESTS
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
 from sft.data.dataset import Dataset
@@ -58,8 +59,7 @@ WINDOW = 64
 
 def tests() -> str:
     """The GPU tests of the suite; their last line."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    done = subprocess.run(TESTS, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
     last = (done.stdout.strip().splitlines() or [done.stderr.strip()])[-1]
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:], sep="\n")

@@ -12,6 +12,7 @@ keep their numbers in benchmarks/history/, as `make bench-NAME` does. Exit statu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -93,18 +94,27 @@ def run_part(part: str, command: Sequence[str], limit_s: float) -> Outcome:
         start_new_session=True,
     )
 
+    def kill() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
     def expire() -> None:
         expired.set()
-        os.killpg(process.pid, signal.SIGKILL)
+        kill()
 
     timer = threading.Timer(limit_s, expire)
     timer.start()
     assert process.stdout is not None
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    code = process.wait()
-    timer.cancel()
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line)
+        code = process.wait()
+    except KeyboardInterrupt:  # it has a session of its own, so only this process got the signal
+        kill()
+        raise
+    finally:
+        timer.cancel()
     numbers = numbers_of("".join(lines))
     status = "out of time" if expired.is_set() else "failed" if code else "ok"
     last_line = "" if numbers else next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peer_ways import BETAS, RATE, Document, Job, Missing, Numbers, absent, package
+from peer_ways import BETAS, RATE, Document, Job, Missing, Numbers, absent, package, train_steps
 
 NEEDED = ("torchtitan", "spmd_types", "tyro", "docstring_parser")
 CHUNKS = 8
@@ -120,18 +120,12 @@ def torchtitan(job: Job) -> Numbers:
     notes = ["its Qwen3 with these sizes: norms before layers, full attention in each"]
     notes += [] if cuda else ["attention over whole rows: its masks need a GPU"]
     found.notes = "; ".join(notes)
-    for _ in range(job.steps + 1):
-        found.start(job.device)
-        total = torch.zeros((), device=job.device)
-        for row in rows:
-            ids, labels, positions = (part[None].to(job.device) for part in row)
-            masks = model.get_attention_masks(positions) if cuda else None
-            with torch.autocast(job.device.type, torch.bfloat16, enabled=cuda):
-                loss = measure_loss(model(ids, positions, masks), labels, count)[0]
-            loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        found.end(job.device, total.item())
+
+    def loss_of(row: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        ids, labels, positions = (part[None].to(job.device) for part in row)
+        masks = model.get_attention_masks(positions) if cuda else None
+        loss: Tensor = measure_loss(model(ids, positions, masks), labels, count)[0]
+        return loss
+
+    train_steps(job, found, model, optimizer, rows, loss_of)
     return found

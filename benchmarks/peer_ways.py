@@ -190,7 +190,7 @@ def hf_model(job: Job, kernel: str = "sdpa") -> nn.Module:
 
 def transformers_loop(job: Job, rows: Callable[[Job], Iterator[Row]], recompute: bool) -> Numbers:
     """transformers' own class under bf16 autocast, with its own loss over full logits."""
-    model, found, cuda = hf_model(job), Numbers(), job.device.type == "cuda"
+    model, found = hf_model(job), Numbers()
     if recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=0.0, fused=True)
@@ -198,20 +198,37 @@ def transformers_loop(job: Job, rows: Callable[[Job], Iterator[Row]], recompute:
     found.widths = [row["input_ids"].shape[1] for row in batches for _ in range(row["input_ids"].shape[0])]
     labels = sum(int((row["labels"][:, 1:] != -100).sum()) for row in batches)
     found.own_flops = 6 * sum(found.widths) * model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+
+    def loss_of(row: Row) -> Tensor:
+        moved = {name: value.to(job.device) for name, value in row.items()}
+        loss: Tensor = model(**moved, num_items_in_batch=labels).loss
+        return loss
+
+    train_steps(job, found, model, optimizer, batches, loss_of)
+    return found
+
+
+def train_steps(
+    job: Job,
+    found: Numbers,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[Any],
+    loss_of: Callable[[Any], Tensor],
+) -> None:
+    """Trains the steps, each over all batches, with autocast on a GPU. `loss_of`: a batch's part of the step's loss."""
     for _ in range(job.steps + 1):
         found.start(job.device)
         total = torch.zeros((), device=job.device)
-        for row in batches:
-            moved = {name: value.to(job.device) for name, value in row.items()}
-            with torch.autocast(job.device.type, torch.bfloat16, enabled=cuda):
-                loss = model(**moved, num_items_in_batch=labels).loss
+        for batch in batches:
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=job.device.type == "cuda"):
+                loss = loss_of(batch)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         found.end(job.device, total.item())
-    return found
 
 
 def olmo_core(job: Job) -> Numbers:
@@ -361,7 +378,7 @@ def absent(names: Iterable[str]) -> list[str]:
 
 def fetch(names: Iterable[str]) -> None:
     """Unpacks the wheels; nothing is installed. Their other requirements are those of the environment. A package that cannot be
-    had is told, and its way says that it is missing."""
+    fetched is reported, and its way says that it is missing."""
     for name in absent(names):
         version, part = PACKAGES[name], package(name).with_name(f"{package(name).name}.part")
         shutil.rmtree(part, ignore_errors=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,7 +12,9 @@ from pathlib import Path
 import pytest
 
 import bench_gpu_all
+from conftest import REPO
 from patience import PATIENCE
+from slurm_place import until
 
 
 def python(text: str) -> list[str]:
@@ -36,6 +41,21 @@ def test_a_part_that_fails_or_hangs_is_reported_and_the_next_one_runs(
     assert (bad.status, bad.numbers, bad.last_line) == ("failed", None, "no kernel")
     assert hung.status == "out of time" and child.exists()
     assert (last.status, last.last_line) == ("ok", "42 passed")
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_part_too(tmp_path: Path) -> None:
+    started = tmp_path / "pid"
+    part = f"import os, time; open({str(started)!r}, 'w').write(str(os.getpid()) + chr(10)); time.sleep({PATIENCE})"
+    code = f"import sys, bench_gpu_all; bench_gpu_all.run_part('x', [sys.executable, '-S', '-c', {part!r}], {PATIENCE})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(("lib", "benchmarks"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.DEVNULL, env=environment, cwd=REPO
+    ) as process:
+        until(lambda: started.is_file() and started.read_text().endswith("\n"), "the part starts")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=PATIENCE) != 0
+    until(lambda: not Path(f"/proc/{started.read_text().strip()}/cmdline").exists(), "the part ends")
 
 
 def test_every_part_has_a_rehearsal_and_names_a_bench_that_exists() -> None:

@@ -1,6 +1,6 @@
 """Asks a server of tests/warm.py for a fork, and stands in for it: python -SE warm_client.py SOCKET PYTHON NAME WORDS…
 
-It has few imports, because it starts instead of a Python that has many. PYTHON is started anew where there can be no fork.
+It has few imports, because it starts instead of a Python that has many. A new PYTHON starts where there can be no fork.
 """
 
 import marshal
@@ -16,7 +16,7 @@ FORWARDED = [getattr(signal, f"SIG{name}") for name in ("HUP", "INT", "QUIT", "T
 LIMITS = ("RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_DATA")
 
 
-def start_anew() -> None:
+def start_new() -> None:
     os.execv(python, [python, *words])
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     unbuffered = words[:1] == ["-u"]  # as torchrun starts its ranks
     given = words[unbuffered:]
     if not given or (given[0].startswith("-") and given[0] != "-m"):
-        start_anew()
+        start_new()
     files = open_files()
     early: list[int] = []
     ignored = [number for number in FORWARDED if signal.getsignal(number) == signal.SIG_IGN]
@@ -66,7 +66,7 @@ def main() -> None:
             signal.signal(number, signal.SIG_DFL)
         for number in early:
             os.kill(os.getpid(), number)
-        start_anew()
+        start_new()
     for number in forwarded:
         signal.signal(number, lambda number, _: server.sendall(bytes([number])))
     for number in early:

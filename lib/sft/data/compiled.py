@@ -16,11 +16,13 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from sft.sources.blocks import PADDING
+
 TRAINED = np.uint32(1 << 31)
 """The bit of a token that marks it as a target; the other bits are its id."""
 NO_TARGET = np.uint32(0xFFFFFFFF)
 """In place of the id of a last target where there is none."""
-WORD = 8
+WORD = PADDING
 """Bytes compared at a time. Arrays that are read in words have as many bytes after their end."""
 DIGITS = 21
 """The most digits of a number, with the sign after it."""
