@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ for _name in [n for n in os.environ if n.startswith("MAKE") or n == "MFLAGS"]:
 sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for the hub is a broken test
 os.environ.setdefault("WANDB_MODE", "offline")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in `make test &`: no process of a test could be interrupted
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parents[1]
 SHARED_DATA = Path(os.environ.get("SFT_SHARED_DATA", REPO.parent / "shared" / "data"))
