@@ -98,6 +98,7 @@ def test_texts_that_the_tokenizer_changes_are_counted(name: str, templates: Path
     assert encoder.encode(rows(), SOURCE).proof["normalized_documents"] == changed
 
 
+@pytest.mark.compile
 def test_plain_rows_and_other_rows_give_the_same(templates: Path) -> None:
     folder = peers.tokenizer("qwen3")
     encoder = Encoder(folder, Prepare(tokenizer="t", sources=(SOURCE,), template="chatml"))
