@@ -254,6 +254,30 @@ def test_values_of_missing_keys_are_those_of_transformers_class(kind: str) -> No
     assert short.facts == long.facts
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_null_is_refused_where_transformers_refuses_it(kind: str) -> None:
+    """The planner would otherwise take a default, and a job would end at its comparison with transformers."""
+    from transformers import AutoConfig
+
+    from sft.common.errors import SftError
+    from sft.recipe.base_config import read_hf_config
+
+    def refuses(read: Any, error: type[Exception], config: dict[str, Any]) -> bool:
+        try:
+            read(config)
+        except error:
+            return True
+        return False
+
+    filled = AutoConfig.for_model(kind, **bases.SIZES).to_dict()
+    for name in filled:
+        config = filled | {name: None}
+        theirs = refuses(lambda c: AutoConfig.for_model(**c), Exception, config)
+        unused = name.endswith(("dropout", "pdrop")) or name.startswith(("linear_a_log", "linear_dt"))
+        if theirs and not unused:
+            assert refuses(lambda c: read_hf_config(c, "base"), SftError, config), name
+
+
 @pytest.mark.parametrize("name", ["olmo3 yarn", "smollm3 windows", "phi4 mini", "llama dynamic", "qwen2"])
 def test_a_base_is_compared_with_its_own_class_before_training(tmp_path: Path, name: str) -> None:
     from sft.export.base_gate import check_base

@@ -21,7 +21,7 @@ from sft.recipe.architecture import EVERY_FOURTH_FULL, THREE_OF_FOUR, GatedDelta
 from sft.recipe.config_reader import ConfigReader
 from sft.recipe.families import FAMILIES, Family, usual_family
 from sft.recipe.quantisation import read_quantisation
-from sft.recipe.rotary import read_rotary
+from sft.recipe.rotary import CORRECT, LAYER_TYPES, read_rotary
 
 IRRELEVANT = frozenset({
     # transformers writes these into every config.json: names, outputs, caches, and defaults of generate().
@@ -68,6 +68,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Keys that are accepted with these values (and null) only: what they would do otherwise is not implemented."""
 
+_NOT_NULL = frozenset({
+    "hidden_act", "initializer_range", "linear_allow_neg_eigval", "linear_conv_kernel_dim", "max_position_embeddings",
+    "rms_norm_eps", "tie_word_embeddings", "use_cache",
+})  # fmt: skip
 
 STEP_KEY = "base"
 """The key of a step's config.json that has the facts of a Hugging Face base."""
@@ -160,7 +164,7 @@ def is_hf_folder(folder: Path) -> bool:
 def find_family(data: dict[str, Any], where: str) -> Family:
     """The family that a config.json names, with the layers that it lists. Raises SftError for an unsupported one."""
     kind = data.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise SftError(
             f"{where}: model_type: {kind!r}, expected one of {', '.join(FAMILIES)}; next: choose a base of one of these"
             " families"
@@ -187,9 +191,9 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
         expected = "a whole number: transformers refuses this one"
         config.refuse("max_position_embeddings", longest, expected, "write the base's longest input")
     rotary = read_rotary(config, family, max_positions)
-    for name, expected in (("head_dim", "a whole number"), ("tie_word_embeddings", "true or false")):
-        if name in data and data[name] is None and (name != "head_dim" or family.head_dim):
-            config.refuse(name, None, f"{expected}: transformers refuses null here", "correct the base's config")
+    for name in _not_null(family):
+        if name in data and data[name] is None:
+            config.refuse(name, None, "a value: transformers refuses null here", CORRECT)
     head_dim = config.whole("head_dim", family.head_dim or d_model // heads)
     layers = config.whole("num_hidden_layers")
     does = dict(family.does)
@@ -224,7 +228,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     _check_geometry(config, made)
     bos = config.get("bos_token_id") if "bos_token_id" in data else family.bos_token_id
     if isinstance(bos, bool) or not isinstance(bos, int | None):
-        config.refuse("bos_token_id", bos, "one id, or null", "correct the base's config")
+        config.refuse("bos_token_id", bos, "one id, or null", CORRECT)
     for name in ("eos_token_id", "pad_token_id", "original_max_position_embeddings"):
         config.get(name)  # the tokenizer's ids are those of the data; the length belongs to the rotary settings
     config.refuse_rest(IRRELEVANT, NEUTRAL)
@@ -233,11 +237,19 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     return Base(made, facts, where, rotary.unsaid)
 
 
+def _not_null(family: Family) -> set[str]:
+    """The keys that transformers' class of a family refuses if they are null."""
+    own = {name for name, default in family.keys.items() if default is not None} - {"sliding_window"}
+    return _NOT_NULL | own | ({"head_dim"} if family.head_dim else set())
+
+
 def _check_class(config: ConfigReader, family: Family) -> None:
     named = config.data.get("architectures") or [family.architecture]
     bare = family.architecture.replace("ForCausalLM", "Model")
-    if not set(named) & {family.architecture, bare}:
-        config.refuse("architectures", named, family.architecture, "choose a base that predicts the next token")
+    if not isinstance(named, list) or not any(name in named for name in (family.architecture, bare)):
+        config.refuse(
+            "architectures", named, f"a list with {family.architecture}", "choose a base that predicts the next token"
+        )
 
 
 def _check_geometry(config: ConfigReader, made: ModelConfig) -> None:
@@ -280,9 +292,14 @@ def _linear_layers(config: ConfigReader) -> tuple[bool, ...]:
         usual = [THREE_OF_FOUR[i % 4] for i in range(layers)]
         return shortest_pattern(usual if not all(usual) else [*usual[:-1], False], THREE_OF_FOUR)
     kinds = ["full_attention", "linear_attention"]
-    if not isinstance(types, list) or len(types) != layers or sorted({*types}) != kinds:
+    if not isinstance(types, list) or len(types) != layers or not _are(types, kinds) or types.count(types[0]) == layers:
         config.refuse("layer_types", types, f"{layers} of {' and '.join(kinds)}, each at least once")
     return shortest_pattern([kind == "linear_attention" for kind in types], THREE_OF_FOUR)
+
+
+def _are(values: list[Any], allowed: Collection[str]) -> bool:
+    """Whether every value is one of these. A value of a config can be anything, a list too."""
+    return all(value in tuple(allowed) for value in values)
 
 
 def _rotary_dim(config: ConfigReader, family: Family, partial: float, head_dim: int) -> int:
@@ -290,7 +307,10 @@ def _rotary_dim(config: ConfigReader, family: Family, partial: float, head_dim: 
         return 0
     if family.model_type != "phi3":
         config.refuse("partial_rotary_factor", partial, "1.0: transformers' class does not read another one")
-    return int(head_dim * partial)
+    rotated = int(head_dim * partial)
+    if not 0 < rotated <= head_dim:
+        config.refuse("partial_rotary_factor", partial, f"a share of the {head_dim} dimensions of a head", CORRECT)
+    return rotated
 
 
 def _windows(config: ConfigReader, family: Family, layers: int) -> dict[str, Any]:
@@ -302,21 +322,20 @@ def _windows(config: ConfigReader, family: Family, layers: int) -> dict[str, Any
     if "use_sliding_window" in family.keys and not config.flag("use_sliding_window", False):
         window = 0
     elif config.data.get("sliding_window") == 0:
-        config.refuse("sliding_window", 0, "a number of tokens, or null for none", "correct the base's config")
+        config.refuse("sliding_window", 0, "a number of tokens, or null for none", CORRECT)
     if "layer_types" not in family.keys:  # one rule for all layers
         return {"window": window, "window_layers": (True,)} if window else {}
     types = config.get("layer_types")
     if types is None:
         windowed = _default_windows(config, family, layers, window)
-    elif isinstance(types, list) and len(types) == layers and {*types} <= {"full_attention", "sliding_attention"}:
+    elif isinstance(types, list) and len(types) == layers and _are(types, LAYER_TYPES):
         windowed = [kind == "sliding_attention" for kind in types]
     else:
         config.refuse("layer_types", types, f"{layers} of full_attention and sliding_attention")
-    if any(windowed) and not window:
-        config.refuse("sliding_window", config.data.get("sliding_window"), "a window: layer_types has sliding layers")
-    if family.model_type == "olmo3":
-        return {"window": window, "window_layers": shortest_pattern(windowed, EVERY_FOURTH_FULL)} if window else {}
-    if not any(windowed):
+    if not window and (any(windowed) or family.model_type == "olmo3"):
+        off = "use_sliding_window" if config.data.get("sliding_window") else "sliding_window"
+        config.refuse(off, config.data.get(off), "a window, as some layers are sliding", CORRECT)
+    if family.model_type != "olmo3" and not any(windowed):
         return {}
     return {"window": window, "window_layers": shortest_pattern(windowed, EVERY_FOURTH_FULL)}
 

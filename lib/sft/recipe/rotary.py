@@ -17,7 +17,7 @@ from sft.recipe.config_reader import ConfigReader
 from sft.recipe.families import Family
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_CORRECT = "correct the base's config"
+CORRECT = "correct the base's config"
 _UNUSED_THETA = 500_000.0  # ModelConfig's default, where no layer has positions
 
 
@@ -50,19 +50,19 @@ def read_rotary(config: ConfigReader, family: Family, max_positions: int) -> Rot
     if family.model_type == "olmo3":
         return _olmo3(config, new if nested else None, old, top, max_positions)
     if nested:
-        config.refuse("rope_parameters", config.data["rope_parameters"], "one table for all layers", _CORRECT)
+        config.refuse("rope_parameters", config.data["rope_parameters"], "one table for all layers", CORRECT)
     outer = config.get("original_max_position_embeddings")
     settings = [_one(table, family, max_positions, outer) for table in (old, new) if table is not None]
     if old is not None and new is not None and settings[0][1] != settings[1][1]:
         config.refuse("rope_scaling", old.data, f"the same as rope_parameters, {new.data!r}", "remove one of them")
     thetas = {theta for theta in (*(s[0] for s in settings), top) if theta is not None}
     if len(thetas) > 1:
-        config.refuse("rope_theta", top, f"one value, not {sorted(thetas)}", _CORRECT)
+        config.refuse("rope_theta", top, f"one value, not {sorted(thetas)}", CORRECT)
     partials = {s[2] for s in settings if s[2] is not None} | {partial}
     if partial == 1.0 and len(partials) > 1:
         partials.discard(1.0)
     if len(partials) > 1:
-        config.refuse("partial_rotary_factor", partial, f"one value, not {sorted(partials)}", _CORRECT)
+        config.refuse("partial_rotary_factor", partial, f"one value, not {sorted(partials)}", CORRECT)
     scaling = settings[0][1] if settings else None
     return Rotary(thetas.pop() if thetas else family.rope_theta, scaling, partials.pop(), True)
 
@@ -81,7 +81,7 @@ def _no_positions(config: ConfigReader) -> bool:
     config.get("rope_theta")
     for table in filter(None, (named, config.table("rope_scaling"))):
         if table.data.get("rope_type") not in (None, "default") or set(table.data) - {"rope_theta", "rope_type"}:
-            table.refuse("rope_theta", None, "a number above 0, as there is a scaling", _CORRECT)
+            table.refuse("rope_theta", None, "a number above 0, as there is a scaling", CORRECT)
     return True
 
 
@@ -92,7 +92,7 @@ def _olmo3(
     if nested is None:
         flat = config.data.get("rope_parameters")
         if flat:
-            config.refuse("rope_parameters", flat, f"a table for each of {', '.join(LAYER_TYPES)}", _CORRECT)
+            config.refuse("rope_parameters", flat, f"a table for each of {', '.join(LAYER_TYPES)}", CORRECT)
         theta = 500_000.0 if top is None else top
         if theta != 500_000.0:
             config.refuse(
@@ -108,14 +108,14 @@ def _olmo3(
         table = nested.table(name)
         found[name] = (None, None, None) if table is None else _one(table, None, max_positions, None)
         if table is not None and table.data.get("truncate") is not None and table.data["truncate"] is not True:
-            table.refuse("truncate", table.data["truncate"], "true: transformers does not read it here", _CORRECT)
+            table.refuse("truncate", table.data["truncate"], "true: transformers does not read it here", CORRECT)
     nested.refuse_rest()
     scaling, windowed = (found[name][1] for name in LAYER_TYPES)
     thetas = [500_000.0 if (t := found[name][0]) is None else t for name in LAYER_TYPES]
     if len({*thetas, *([] if top is None else [top])}) > 1:
-        config.refuse("rope_theta", top if top is not None else thetas, "the same value for all layers", _CORRECT)
+        config.refuse("rope_theta", top if top is not None else thetas, "the same value for all layers", CORRECT)
     if windowed is not None and windowed != scaling:
-        config.refuse("rope_parameters: sliding_attention", nested.data["sliding_attention"], "no scaling", _CORRECT)
+        config.refuse("rope_parameters: sliding_attention", nested.data["sliding_attention"], "no scaling", CORRECT)
     if old is not None and _one(old, None, max_positions, None)[1] != scaling:
         config.refuse("rope_scaling", old.data, "the same as rope_parameters: full_attention", "remove one of them")
     return Rotary(thetas[0], scaling, 1.0, windowed is not None)
@@ -131,7 +131,7 @@ def _one(
     partial = None if table.get("partial_rotary_factor") is None else table.number("partial_rotary_factor")
     kind, older = table.get("rope_type"), table.get("type")
     if kind is not None and older is not None and kind != older:
-        table.refuse("type", older, f"the same as rope_type, {kind!r}", _CORRECT)
+        table.refuse("type", older, f"the same as rope_type, {kind!r}", CORRECT)
     kind = kind or older or "default"
     if family is not None and family.model_type == "phi3" and kind in ("su", "yarn"):
         if "original_max_position_embeddings" not in table.data:
@@ -200,16 +200,16 @@ def _longrope(table: ConfigReader, old: int, max_positions: int) -> LongRope:
 def _factors(table: ConfigReader, name: str) -> tuple[float, ...]:
     values: Any = table.get(name)
     if not isinstance(values, list) or not values:
-        table.refuse(name, values, "a list of numbers", _CORRECT)
+        table.refuse(name, values, "a list of numbers", CORRECT)
     if any(isinstance(v, bool) or not isinstance(v, int | float) or v <= 0 for v in values):
-        table.refuse(name, values, "a list of numbers above 0", _CORRECT)
+        table.refuse(name, values, "a list of numbers above 0", CORRECT)
     return tuple(float(v) for v in values)
 
 
 def _llama3(table: ConfigReader, old: int) -> Llama3Rope:
     low, high = table.number("low_freq_factor"), table.number("high_freq_factor")
     if high <= low:
-        table.refuse("high_freq_factor", high, f"more than low_freq_factor, {low}", _CORRECT)
+        table.refuse("high_freq_factor", high, f"more than low_freq_factor, {low}", CORRECT)
     return Llama3Rope(table.number("factor"), low, high, old)
 
 
