@@ -127,6 +127,9 @@ def test_tensors_that_are_not_the_models_are_refused_by_name(tmp_path: Path, cha
         HfFolder(saved(tmp_path, change)[0])
 
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Path.touch, (Path("should-not-exist"),))
@@ -150,8 +153,41 @@ def test_a_folder_without_weights_says_what_it_has_instead(tmp_path: Path) -> No
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(SftError, match="a PEFT adapter, not a model"):
         HfFolder(folder)
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(SftError, match=r"a git-lfs pointer, not the file; next: git lfs pull"):
+    (folder / "model.safetensors").write_text(POINTER)
+    with pytest.raises(
+        SftError, match=r"a PEFT adapter.*if the adapter is already merged.* remove adapter_config.json"
+    ):
+        HfFolder(folder)  # transformers would read the adapter's base
+    (folder / "adapter_config.json").unlink()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).write_text(POINTER)
+        with pytest.raises(SftError, match=rf"{name}: a git-lfs pointer, not the file; next: git lfs pull"):
+            HfFolder(folder)
+
+
+def test_of_several_sets_of_weights_transformers_set_is_read_and_the_others_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    folder, tensors = saved(tmp_path)
+    shard, name = "model-00001-of-00001.safetensors", "model.norm.weight"
+    for file in (shard, "consolidated.safetensors"):
+        save_file({key: 2 * value for key, value in tensors.items()}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(tensors, shard)}))
+    weights = HfFolder(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()[name]
+    assert torch.equal(weights[weights.family.ours(name)], theirs)
+    assert weights.notes == [
+        f"model.safetensors.index.json, consolidated.safetensors, {shard} ignored: the weights are read from model.safetensors"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(lambda t: t.to_sparse(), "sparse"), (lambda t: t.to("meta"), "without values")]
+)
+def test_tensors_that_have_no_rows_to_read_are_refused(tmp_path: Path, change: Any, word: str) -> None:
+    folder, _ = saved(tmp_path, lambda t: t | {"lm_head.weight": change(t["lm_head.weight"])}, "pytorch_model.bin")
+    with pytest.raises(SftError, match=rf"pytorch_model.bin: tensor lm_head.weight: {word}"):
         HfFolder(folder)
 
 

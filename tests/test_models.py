@@ -249,6 +249,19 @@ def test_the_commit_of_a_hub_model_is_in_the_metrics_of_its_evaluation(
     assert "model_commit" not in scores  # of a model that is no commit of the hub
 
 
+def test_the_default_of_several_templates_is_the_models_own(tmp_path: Path) -> None:
+    """transformers also takes the one named default."""
+    file = tmp_path / "tokenizer_config.json"
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    for value, wanted in ((named, "d"), ({"default": "d"}, "d"), ("d", "d"), (None, "")):
+        file.write_text(json.dumps({"chat_template": value}))
+        assert other_model.template_of(tmp_path) == wanted
+    for value, message in ((named[:1], "'tool_use', and none is named 'default'"), (3, "3, expected a text")):
+        file.write_text(json.dumps({"chat_template": value}))
+        with pytest.raises(SftError, match=rf"tokenizer_config.json: chat_template: {message}"):
+            other_model.template_of(tmp_path)
+
+
 def test_a_model_that_cannot_be_scored_is_refused(
     place: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,5 +276,5 @@ def test_a_model_that_cannot_be_scored_is_refused(
         other_model.assemble(stage(tmp_path, other, monkeypatch), tmp_path / "scored")
     for file in other.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(SftError, match=r"neither a step \(model_and_optim/\) nor a Hugging Face model"):
+    with pytest.raises(SftError, match="no model.safetensors or pytorch_model.bin"):
         other_model.assemble(stage(tmp_path, other, monkeypatch), tmp_path / "scored")

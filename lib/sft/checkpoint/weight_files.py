@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sft.checkpoint.dcp_reader import read_values
 from sft.common.errors import SftError
-from sft.common.files import read_json
+from sft.common.files import LFS_POINTER, read_json
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -34,6 +34,8 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,  # powers of two, the scales of some 8-bit floats
 }
 _QUANTISED = ("I8", "U8", "I32", "I16")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
+_NAMED = 5
 _NEXT = "fetch the folder again, or name another base"
 
 
@@ -120,9 +122,7 @@ def open_files(path: Path, stack: ExitStack) -> tuple[dict[str, Stored], list[st
     Raises SftError for a missing, damaged or unlisted file.
     """
     listed, files, kind = _weight_files(path)
-    notes = []
-    if kind == "safetensors" and (others := sorted(p.name for p in path.glob("pytorch_model*.bin"))):
-        notes.append(f"{', '.join(others)} ignored: the same weights are there as safetensors")
+    notes = [f"{note} ignored: the weights are read from {files[0]}" for note in _passed_over(path, files)]
     if kind == "bin":
         notes.append(f"{len(files)} .bin files read with torch's restricted unpickler")
     found: dict[str, Stored] = {}
@@ -149,9 +149,22 @@ def weight_files(path: Path) -> list[Path]:
     return [path / name for name in _weight_files(path)[1]]
 
 
+def _passed_over(path: Path, files: list[str]) -> list[str]:
+    """The names of the weight files in a folder that are not read, in one text. [] if there are none."""
+    indices = [f"{files[0]}.index.json"] if (path / f"{files[0]}.index.json").is_file() else []
+    others = indices + sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS and p.name not in files)
+    more = f" and {len(others) - _NAMED} others" if len(others) > _NAMED else ""
+    return [", ".join(others[:_NAMED]) + more] if others else []
+
+
 def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
-    """(the index's tensors by file, file names, kind): an index, one file, or shards whose names say how many there are."""
+    """(the index's tensors by file, file names, kind): one file, an index, or shards whose names say how many there are.
+    transformers also prefers one file to an index."""
+    if (path / "adapter_config.json").is_file():
+        raise SftError(_adapter(path))
     for kind, stem in (("safetensors", "model"), ("bin", "pytorch_model")):
+        if (path / f"{stem}.{kind}").is_file():
+            return {}, [f"{stem}.{kind}"], kind
         index = path / f"{stem}.{kind}.index.json"
         if index.is_file():
             listed = read_json(index).get("weight_map")
@@ -163,8 +176,6 @@ def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
                         f"{index}: weight_map: {name!r} is not the plain name of a .{kind} file; next: {_NEXT}"
                     )
             return listed, sorted(set(listed.values())), kind
-        if (path / f"{stem}.{kind}").is_file():
-            return {}, [f"{stem}.{kind}"], kind
         shards = sorted(p.name for p in path.glob(f"{stem}-*-of-*.{kind}"))
         if shards:
             count = int(shards[0].rpartition("-of-")[2].split(".")[0])
@@ -173,17 +184,21 @@ def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
                 missing = sorted({*wanted} - {*shards}) or shards
                 raise SftError(f"{path}: no index, and the shards are not complete: {missing[0]}; next: {_NEXT}")
             return {}, shards, kind
-    if (path / "adapter_config.json").is_file():
-        raise SftError(
-            f"{path}: a PEFT adapter, not a model; next: make to-core SRC=<its base model> ADAPTER={path} DST=<new folder>, and [model] base = that folder"
-        )
-    others = sorted(
-        p.name for p in path.iterdir() if p.suffix in (".gguf", ".pt", ".pth", ".h5", ".msgpack", ".safetensors")
-    )
+    others = sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS)
     raise SftError(
         f"{path}: no model.safetensors or pytorch_model.bin"
         + (f", but {', '.join(others[:5])}" if others else "")
         + "; next: name a folder with weights that transformers loads"
+    )
+
+
+def _adapter(path: Path) -> str:
+    """The message about an adapter_config.json. transformers then takes the folder for an adapter, whatever else it has."""
+    merged = any(p.name.startswith("model") and p.suffix == ".safetensors" for p in path.iterdir())
+    remove = "; or, if the adapter is already merged into these weights, remove adapter_config.json" if merged else ""
+    return (
+        f"{path}: adapter_config.json: a PEFT adapter, not a model; next: make to-core SRC=<its base model> ADAPTER={path}"
+        f" DST=<new folder>, and [model] base = that folder{remove}"
     )
 
 
@@ -213,6 +228,8 @@ def _bin(file: Path) -> dict[str, Stored]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise SftError(f"{file}: holds {type(state).__name__}, expected a table of tensors; next: {_NEXT}")
     for key, value in state.items():
+        if value.layout is not torch.strided or value.is_meta:
+            raise SftError(f"{file}: tensor {key}: {'without values' if value.is_meta else 'sparse'}; next: {_NEXT}")
         # Causal masks of older models are truth values or bytes; their names are ignored later.
         if value.dtype not in DTYPES.values() and not str(key).endswith("bias"):
             name = str(value.dtype).removeprefix("torch.")
@@ -231,7 +248,7 @@ def _wrong_dtype(file: Path, key: str, dtype: str, quantised: bool) -> str:
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """{name: (dtype, shape, offset in the file)}. The safetensors library checks the file first."""
     with file.open("rb") as start:
-        if start.read(40).startswith(b"version https://git-lfs"):
+        if start.read(len(LFS_POINTER)) == LFS_POINTER.encode():
             raise SftError(f"{file}: a git-lfs pointer, not the file; next: git lfs pull")
     try:
         with safe_open(file, framework="pt"), file.open("rb") as read:

@@ -13,6 +13,8 @@ from typing import Any
 
 from sft.common.errors import SftError
 
+LFS_POINTER = "version https://git-lfs.github.com/spec/"
+"""How the file begins that git-lfs leaves where it has not fetched the content."""
 UNFINISHED = ".unfinished"
 """The end of the names of the temporary files that `write_atomic` renames."""
 
@@ -58,9 +60,14 @@ def read_json(file: Path) -> dict[str, Any]:
     Files of our own are read through `sft.formats`.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        if text.startswith(LFS_POINTER):
+            raise SftError(f"{file}: a git-lfs pointer, not the file; next: git lfs pull")
+        data = json.loads(text)
     except FileNotFoundError:
         raise SftError(f"{file}: no such file") from None
+    except OSError as error:
+        raise SftError(f"{file}: not readable: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise SftError(f"{file}: not JSON: {error}") from error
     if not isinstance(data, dict):

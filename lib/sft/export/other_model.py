@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sft.checkpoint import olmo_core
+from sft.checkpoint.weight_files import weight_files
 from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.files import read_json
@@ -27,7 +28,7 @@ from sft.formats.dataset import DatasetInfo, TokenizerFacts
 from sft.formats.gate import NAME
 from sft.formats.manifest import StepManifest
 from sft.recipe.base_config import read_hf_config
-from sft.recipe.config_reader import EveryKey
+from sft.recipe.config_reader import ConfigReader, EveryKey
 from sft.recipe.resolve import with_positions
 from sft.runner import models
 from sft.runner.stage import Result, Stage
@@ -128,10 +129,26 @@ def template_of(folder: Path) -> str:
         if (place / TEMPLATE).is_file():
             return (place / TEMPLATE).read_text(encoding="utf-8")
         if (file := place / "tokenizer_config.json").is_file():
-            text = read_json(file).get("chat_template")
-            if isinstance(text, str) and text:
+            text = _default_template(read_json(file).get("chat_template"), str(file))
+            if text:
                 return text
     return ""
+
+
+def _default_template(value: object, where: str) -> str:
+    """The template of a tokenizer_config.json: a text, or the one named default of several. "" for none. Raises SftError."""
+    if isinstance(value, list):
+        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise SftError(
+                f"{where}: chat_template: {', '.join(map(repr, value)) or value!r}, and none is named 'default'; next:"
+                " eval_template= a .jinja file with the one to use"
+            )
+        value = value["default"]
+    if not isinstance(value, str | None):
+        raise SftError(f"{where}: chat_template: {value!r}, expected a text; next: correct the file")
+    return value or ""
 
 
 def _own_template(stage: Stage, folder: Path) -> str:
@@ -150,7 +167,10 @@ def _own_stops(folder: Path) -> tuple[int, ...]:
     """The ids that end a reply of the model, as its generation_config.json says."""
     file = folder / "generation_config.json"
     ids = read_json(file).get("eos_token_id") if file.is_file() else None
-    return tuple(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    found = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if wrong := [i for i in found if type(i) is not int]:
+        raise SftError(f"{file}: eos_token_id: {wrong[0]!r}, expected an id or a list of ids; next: correct the file")
+    return tuple(found)
 
 
 def link(
@@ -160,16 +180,16 @@ def link(
 
     Raises SftError for a folder without Hugging Face weights and for a tokenizer with more ids than the model has rows.
     """
-    weights = sorted([*source.glob("*.safetensors"), *source.glob("*.safetensors.index.json")])
     config = source / "config.json"
-    if not weights or not config.is_file():
+    weights = weight_files(source) if config.is_file() else []
+    if not weights or weights[0].suffix != ".safetensors":
         raise SftError(
             f"{source}: neither a step (model_and_optim/) nor a Hugging Face model (config.json and *.safetensors); next: correct MODEL="
         )
     described = read_json(config)
     if described.get("model_type") == "olmo_hybrid":
         with_positions(read_hf_config(described, str(config), EveryKey()))
-    rows = described.get("vocab_size", 0)
+    rows = ConfigReader(described, str(config)).whole("vocab_size")
     if rows < facts.vocab_size:
         raise SftError(
             f"{config}: vocab_size = {rows}, and the tokenizer of training has {facts.vocab_size} ids: the model has never seen"
@@ -177,7 +197,8 @@ def link(
         )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for file in (config, *weights):
+    index = [source / "model.safetensors.index.json"] if len(weights) > 1 else []
+    for file in (config, *weights, *filter(Path.is_file, index)):
         (folder / file.name).symlink_to(file.resolve())
     copy_tokenizer_files(tokenizer, folder)
     if template:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
+from sft.common.files import LFS_POINTER
 from sft.common.strings import first_names
 from sft.recipe.file_names import (
     CACHES,
@@ -42,7 +43,6 @@ from sft.recipe.file_names import (
     split_of,
 )
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 CORRECT = "next: correct the source in [[prepare.sources]]"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
 """The name that `push_to_hub` gives a file of a split."""
@@ -442,7 +442,7 @@ def check_pointer(file: Path, what: str) -> None:
     """Raises SftError for a git-lfs pointer in the place of the file. `what` names the file."""
     if file.stat().st_size < 1024:
         with file.open("rb") as f:
-            if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER.encode():
                 raise SftError(f"{what}: a git-lfs pointer, not the file; next: git lfs pull")
 
 
