@@ -142,7 +142,7 @@ def _default_template(value: object, where: str) -> str:
     if isinstance(value, dict):
         if "default" not in value:
             raise SftError(
-                f"{where}: chat_template: {', '.join(map(repr, value)) or value!r}, and none is named 'default'; next:"
+                f"{where}: chat_template: {', '.join(map(repr, value)) or 'empty'}, and none is named 'default'; next:"
                 " eval_template= a .jinja file with the one to use"
             )
         value = value["default"]
