@@ -276,5 +276,5 @@ def test_a_model_that_cannot_be_scored_is_refused(
         other_model.assemble(stage(tmp_path, other, monkeypatch), tmp_path / "scored")
     for file in other.glob("*.safetensors"):
         file.unlink()
-    with pytest.raises(SftError, match="no model.safetensors or pytorch_model.bin"):
+    with pytest.raises(SftError, match=r"no model\.safetensors or pytorch_model\.bin"):
         other_model.assemble(stage(tmp_path, other, monkeypatch), tmp_path / "scored")

@@ -237,7 +237,7 @@ def read_hf_config(data: dict[str, Any], where: str, ignore: Collection[str] = (
     return Base(made, facts, where, rotary.unsaid)
 
 
-def _not_null(family: Family) -> set[str]:
+def _not_null(family: Family) -> frozenset[str]:
     """The keys that transformers' class of a family refuses if they are null."""
     own = {name for name, default in family.keys.items() if default is not None} - {"sliding_window"}
     return _NOT_NULL | own | ({"head_dim"} if family.head_dim else set())
