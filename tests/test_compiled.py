@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft.data.align import Alignment, VocabularyTable, align
-from sft.data.compiled import DIGITS, NO_TARGET, TRAINED, WORD, words_of, write_bounds
+from sft.data.compiled import NO_TARGET, TRAINED, WORD, words_of
 
 pytestmark = pytest.mark.compile
 
@@ -107,11 +107,3 @@ def test_one_changed_byte_anywhere_is_found() -> None:
 def test_ids_that_end_elsewhere_than_their_document_are_refused(ids: list[int], documents: list[list[int]]) -> None:
     text = b"".join(BYTES[i] for i in [0, 1, 2])[: documents[-1][-1]]
     assert not follow(ids, text, documents)
-
-
-def test_bounds_are_written_as_python_would() -> None:
-    starts = np.array([0, 9, 10, 99, 100, 10**9, 10**12 - 1], dtype=np.uint64)
-    lengths = np.array([9, 1, 89, 1, 900, 2**31 - 1, 1], dtype=np.uint32)
-    text = np.empty(2 * DIGITS * len(starts), dtype=np.uint8)
-    wanted = "".join(f"{a},{a + n}\n" for a, n in zip(starts.tolist(), lengths.tolist(), strict=True))
-    assert bytes(text[: write_bounds(starts, lengths, text)]) == wanted.encode()

@@ -24,12 +24,10 @@ from sft.data.fast.messages import (
     NONE,
     PASSED,
     ROLE_NAMES,
-    TOOL_CALLS,
     TOOLS,
     Messages,
     Names,
     SourceNames,
-    no_values,
 )
 
 pytestmark = pytest.mark.compile
@@ -144,12 +142,7 @@ def rows(*lines: str) -> list[list[tuple[str, str | None, str | None, str | None
     data = "".join(line + "\n" for line in lines).encode()
     source, target = buffer(data), buffer(bytes(len(data)))
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10)
-    room = MAX_MESSAGES + 2
-    messages = Messages(
-        np.empty(len(ends) + 1, dtype=np.int64), np.empty(len(ends), dtype=np.bool_), *np.empty((2, room), dtype=np.int64),
-        np.empty((room, TOOL_CALLS + 1, 2), dtype=np.int64), np.empty((len(ends), TOOLS + 1, 2), dtype=np.int64), *np.empty((2, len(ends)), dtype=np.uint64),
-        np.empty(room, dtype=np.uint64), target.words, *no_values(len(ends), room),
-    )  # fmt: skip
+    messages = Messages.empty(len(ends), MAX_MESSAGES + 2, target.words)
     names = SourceNames({"messages": LIST, "tools": TOOLS}, {"id": PASSED}, {"score": PASSED})
     read_rows(source, ends, FieldNames.of(names), target, messages)
 

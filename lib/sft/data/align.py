@@ -88,17 +88,8 @@ class Alignment(NamedTuple):
         """The documents that are kept."""
         lengths = self.lengths
         tokens = np.repeat(keep, lengths)
-        return Alignment(
-            self.ids[tokens],
-            self.tokens[tokens],
-            np.cumsum([0, *lengths[keep]]),
-            self.num_targets[keep],
-            self.num_specials[keep],
-            self.num_straddling[keep],
-            self.num_merged[keep],
-            self.last_target[keep],
-            self.eos_counts[keep],
-        )
+        of_documents: list[npt.NDArray[Any]] = [values[keep] for values in self[3:]]
+        return Alignment(self.ids[tokens], self.tokens[tokens], np.cumsum([0, *lengths[keep]]), *of_documents)
 
 
 def align(

@@ -63,18 +63,15 @@ class ByteLevelEncoder:
         if self.engine.fast is not None:
             alignment = self._align(batch, self.encode_text(batch.data, batch.ends))
             if alignment is not None:
-                whole = self._keep_special_text(batch, read, alignment)
-                merged = np.flatnonzero(whole.num_merged).tolist()
-                alignment = self._encode_separately(batch, whole, merged) if merged else whole
+                alignment, merged, count = self._encode_separately(
+                    batch, self._keep_special_text(batch, read, alignment)
+                )
                 checked = self.parity(batch.data, batch.ends, alignment, {*batch.escaped, *merged})
                 if checked is not None:
-                    count = int(whole.num_merged.sum())
                     return EncodedBatch(alignment, self.engine.name, checked, set(batch.rows), count, False)
                 redone = True
-        whole = self._encode_slowly(batch, read)
-        merged = np.flatnonzero(whole.num_merged).tolist()
-        alignment = self._encode_separately(batch, whole, merged) if merged else whole
-        return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), int(whole.num_merged.sum()), redone)
+        alignment, _, count = self._encode_separately(batch, self._encode_slowly(batch, read))
+        return EncodedBatch(alignment, "tokenizers", 0, set(batch.rows), count, redone)
 
     def encode_text(self, data: bytes, ends: Offsets) -> Ids:
         """The ids of all documents by the fast engine. A special token before a document's text does not change its tokens."""
@@ -146,18 +143,20 @@ class ByteLevelEncoder:
         documents = sorted(batch.escaped)
         return self._replace(batch, alignment, documents, self._ids_of_escaped(batch, documents))
 
-    def _encode_separately(self, batch: RenderedBatch, alignment: Alignment, documents: list[int]) -> Alignment:
-        """Encodes every prompt and every answer of the documents by itself, as inference does."""
-        plain = [document for document in documents if document not in batch.escaped]
-        texts = [parts_of(batch.runs[document]) for document in plain]
-        encoded = iter(
-            self.vocabulary.tokenizer.encode_batch_fast([t for parts in texts for t in parts], add_special_tokens=False)
-        )
-        ids_of = dict(zip(plain, ([i for _ in parts for i in next(encoded).ids] for parts in texts), strict=True))
+    def _encode_separately(self, batch: RenderedBatch, alignment: Alignment) -> tuple[Alignment, list[int], int]:
+        """Encodes every prompt and every answer by itself, as inference does, where the tokenizer has merged two of them. Returns these documents
+        and the number of merged edges too."""
+        documents, count = np.flatnonzero(alignment.num_merged).tolist(), int(alignment.num_merged.sum())
+        if not documents:
+            return alignment, [], 0
+        encode = self.vocabulary.tokenizer.encode_batch_fast
         escaped = [document for document in documents if document in batch.escaped]
         found = dict(zip(escaped, self._ids_of_escaped(batch, escaped, separate=True), strict=True))
-        found |= {document: np.array(ids, dtype=np.uint32) for document, ids in ids_of.items()}
-        return self._replace(batch, alignment, documents, [found[document] for document in documents])
+        for document in documents:
+            if document not in found:
+                parts = encode(parts_of(batch.runs[document]), add_special_tokens=False)
+                found[document] = np.array([i for part in parts for i in part.ids], dtype=np.uint32)
+        return self._replace(batch, alignment, documents, [found[d] for d in documents]), documents, count
 
     def separate(
         self, data: bytes, first_run: Offsets, run_ends: Offsets, alignment: Alignment, documents: list[int]
@@ -181,28 +180,18 @@ class ByteLevelEncoder:
         for part, encoding in zip(chosen, expected, strict=True):
             if ids[offsets[part] : offsets[part + 1]].tolist() != encoding.ids:
                 return None
-        ends = offsets[np.cumsum(counts)]
-        parts: list[Ids] = []
-        position, start = 0, 0
-        for document, end in zip(documents, ends.tolist(), strict=True):
-            parts += (alignment.ids[position : alignment.offsets[document]], ids[start:end])
-            position, start = int(alignment.offsets[document + 1]), end
-        return np.concatenate([*parts, alignment.ids[position:]])
+        return replaced(alignment, documents, np.split(ids, offsets[np.cumsum(counts)[:-1]]))
 
     def _replace(
         self, batch: RenderedBatch, alignment: Alignment, documents: list[int], ids_of: list[Ids]
     ) -> Alignment:
         """The alignment with other ids for some documents. Documents whose ids do not decode to their text are dropped."""
-        parts: list[Ids] = []
-        lengths = alignment.lengths
-        position = 0
-        for document, document_ids in zip(documents, ids_of, strict=True):
-            parts += (alignment.ids[position : alignment.offsets[document]], document_ids)
-            position, lengths[document] = int(alignment.offsets[document + 1]), len(document_ids)
-        ids = np.concatenate([*parts, alignment.ids[position:]])
+        ids = replaced(alignment, documents, ids_of)
         proven = self._align(batch, ids)
         if proven is not None:
             return proven
+        lengths = alignment.lengths
+        lengths[documents] = list(map(len, ids_of))
         offsets = np.concatenate([[0], np.cumsum(lengths)])
         return self._drop(batch, self._not_proven(batch, documents, ids, offsets), ids, offsets)
 
@@ -248,6 +237,16 @@ class ByteLevelEncoder:
             if alignment.ids[start : end if cut is None else start + len(expected.ids)].tolist() != expected.ids:
                 return None
         return len(chosen)
+
+
+def replaced(alignment: Alignment, documents: Sequence[int], ids_of: Sequence[Ids]) -> Ids:
+    """The ids of all documents, with other ids for some of them, in ascending order."""
+    parts: list[Ids] = []
+    position = 0
+    for document, document_ids in zip(documents, ids_of, strict=True):
+        parts += (alignment.ids[position : alignment.offsets[document]], document_ids)
+        position = int(alignment.offsets[document + 1])
+    return np.concatenate([*parts, alignment.ids[position:]])
 
 
 def parts_of(runs: Sequence[str]) -> list[str]:

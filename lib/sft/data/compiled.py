@@ -1,4 +1,4 @@
-"""What every compiled function needs, and the functions that write a dataset's documents.
+"""What every compiled function needs, and the function that gathers a dataset's documents.
 
 `compiled` turns a function of flat arrays into machine code by numba, without Python objects and without the interpreter's lock. A
 function is compiled at its first call (seconds), once on each kind of machine. The result is kept in __pycache__ beside the function's
@@ -24,8 +24,6 @@ NO_TARGET = np.uint32(0xFFFFFFFF)
 """In place of the id of a last target where there is none."""
 WORD = PADDING
 """Bytes compared at a time. Arrays that are read in words have as many bytes after their end."""
-DIGITS = 21
-"""The most digits of a number, with the sign after it."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -154,28 +152,3 @@ def gather(tokens: Any, base: int, begin: int, end: int, eos: Any, block: Any) -
             if loss_mask[i]:
                 block.last_target[document] = ids[i]
                 break
-
-
-@compiled
-def write_number(number: Any, behind: int, text: Any, to: int) -> int:
-    """Writes the digits of a number and the byte after them to text[to]. Returns where they end."""
-    size, left = 1, number
-    while left > 9:
-        left //= 10
-        size += 1
-    for i in range(to + size - 1, to - 1, -1):
-        text[i] = 48 + number % 10
-        number //= 10
-    text[to + size] = behind
-    return to + size + 1
-
-
-@compiled
-def write_bounds(starts: Any, lengths: Any, text: Any) -> int:
-    """Writes "start,end" and a newline for each document. Returns where the text ends."""
-    to = 0
-    for document in range(len(starts)):
-        start = np.int64(starts[document])
-        to = write_number(start, 44, text, to)
-        to = write_number(start + lengths[document], 10, text, to)
-    return to

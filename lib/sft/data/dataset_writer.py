@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import orjson
 from numpy.typing import ArrayLike, NDArray
 
 from sft.common.direct_io import DirectFile
 from sft.common.errors import SftError
 from sft.common.files import sync_folder
-from sft.data.compiled import DIGITS, write_bounds
 from sft.data.dataset import DOCUMENT, bounds_name, ids_name, mask_name, token_dtype, trained_counts
 
 PART_TOKENS = 1 << 28  # 1 GiB of uint32 ids: few files, and small enough to copy again after an error
@@ -34,13 +34,13 @@ MAX_PARTS = 10_000  # readers sort names as text, so the part number must keep i
 class DocumentBlock:
     """Valid documents, one after another, and their DOCUMENT records without `part` and `start`.
 
-    `numbers`: the place of each in documents.npy; None when they follow each other.
+    `numbers`: the place of each in documents.npy.
     """
 
     ids: NDArray[Any]
     loss_mask: NDArray[np.bool_]
     rows: NDArray[Any]
-    numbers: NDArray[np.int64] | None = None
+    numbers: NDArray[np.int64]
 
 
 @dataclass
@@ -166,10 +166,10 @@ class DatasetWriter:
             tokens = slice(int(starts[first]), int(ends[last - 1]))
             part.ids.write(block.ids[tokens])
             part.loss_mask.write(block.loss_mask[tokens])
-            self._record(part, block.rows[first:last], None if block.numbers is None else block.numbers[first:last])
+            self._record(part, block.rows[first:last], block.numbers[first:last])
             first = last
 
-    def _record(self, part: _Part, rows: NDArray[Any], numbers: NDArray[np.int64] | None) -> None:
+    def _record(self, part: _Part, rows: NDArray[Any], numbers: NDArray[np.int64]) -> None:
         """Notes where documents were written that were appended to the part."""
         ends = part.tokens + np.cumsum(rows["length"].astype(np.int64))
         rows["part"], rows["start"] = part.number, ends - rows["length"]
@@ -221,9 +221,9 @@ class DatasetWriter:
         with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=1, mtime=0) as csv:
             end = 0
             for lengths in parts:
-                text = np.empty(2 * DIGITS * len(lengths), dtype=np.uint8)
-                ends = end + np.cumsum(lengths, dtype=np.uint64)
-                csv.write(text[: write_bounds(ends - lengths, lengths, text)].data)
+                ends = end + np.cumsum(lengths, dtype=np.int64)
+                bounds = orjson.dumps(np.stack([ends - lengths, ends], axis=1), option=orjson.OPT_SERIALIZE_NUMPY)
+                csv.write(bounds[2:-2].replace(b"],[", b"\n") + b"\n")
                 end = int(ends[-1])
                 file.write(packed.getvalue())
                 packed.seek(0)

@@ -431,16 +431,21 @@ def _after_last_newline(data: NDArray[np.uint8], end: int) -> int:
     return 0
 
 
-def rows_of(file: InputFile) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
-    """The rows of a file and the rejects among them, with their numbers from 1. The rejects of a batch follow its rows."""
-    base = 0
+def batches_of(file: InputFile) -> Iterator[tuple[int, RowBatch]]:
+    """The batches of a file, each with the number of rows of the file before its chunk."""
+    base = count = 0
     for chunk in cut(file):
-        count = 0
+        base, count = base + count, 0
         for batch in read(chunk):
             count = batch.count
-            yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
-            yield from ((base + reject.row + 1, reject) for reject in batch.rejects)
-        base += count
+            yield base, batch
+
+
+def rows_of(file: InputFile) -> Iterator[tuple[int, dict[str, Any] | Reject]]:
+    """The rows of a file and the rejects among them, with their numbers from 1. The rejects of a batch follow its rows."""
+    for base, batch in batches_of(file):
+        yield from ((base + n + 1, row) for n, row in zip(batch.numbers, batch.rows, strict=True))
+        yield from ((base + reject.row + 1, reject) for reject in batch.rejects)
 
 
 def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, Any]]:
@@ -450,17 +455,14 @@ def read_row(files: Sequence[InputFile], row: int) -> tuple[str, int, dict[str, 
     """
     passed = 0
     for file in files:
-        before = 0
-        for chunk in cut(file):
-            count = 0
-            for batch in read(chunk):
-                count = batch.count
-                for number, value in zip(batch.numbers, batch.rows, strict=True):
-                    if passed + before + number + 1 == row:
-                        return file.name, row - passed, value
-                for reject in batch.rejects:
-                    if passed + before + reject.row + 1 == row:
-                        raise SftError(f"{file.name}: row {row - passed}: {reject.reason}: {reject.detail}")
-            before += count
-        passed += before
+        here, rows = row - passed, 0
+        for base, batch in batches_of(file):
+            rows = base + batch.count
+            for number, value in zip(batch.numbers, batch.rows, strict=True):
+                if base + number + 1 == here:
+                    return file.name, here, value
+            for reject in batch.rejects:
+                if base + reject.row + 1 == here:
+                    raise SftError(f"{file.name}: row {here}: {reject.reason}: {reject.detail}")
+        passed += rows
     raise SftError(f"{', '.join(f.name for f in files[:8])}: no row {row}; there are {passed}")

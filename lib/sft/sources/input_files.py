@@ -11,6 +11,7 @@ Out: files with their sha256, each cut into chunks that depend on the content al
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -240,22 +241,15 @@ def _refuse_repeated(file: InputFile, fields: Any, top: str = "") -> None:
         _refuse_repeated(file, child.type, f"{top}{child.name}.")
 
 
-class reading:
+@contextlib.contextmanager
+def reading(file: InputFile) -> Iterator[None]:
     """A context that turns pyarrow's errors into an SftError that names the file."""
+    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
 
-    def __init__(self, file: InputFile):
-        self.file = file
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
-        if isinstance(error, (pa.ArrowException, UnicodeDecodeError)) or (
-            isinstance(error, OSError) and error.errno is None
-        ):
-            reason = str(error).strip().splitlines()[0][:300]
-            raise SftError(
-                f"{self.file.name}: broken {self.file.kind} file ({reason}); next: fetch or write it again"
-            ) from None
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = str(error).strip().splitlines()[0][:300]
+        raise SftError(f"{file.name}: broken {file.kind} file ({reason}); next: fetch or write it again") from None

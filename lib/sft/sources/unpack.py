@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import contextlib
 import csv
 import gzip
 import json
@@ -32,27 +33,18 @@ ARROW_ROWS = 4096
 """Rows of a record batch of a converted file."""
 
 
-class new_file:
+@contextlib.contextmanager
+def new_file(final: Path) -> Iterator[IO[bytes]]:
     """A context that writes a file under a temporary name and renames it when the block ends without an error."""
-
-    def __init__(self, final: Path):
-        self.final = final
-        self.temporary = final.with_name(f".{final.name}.{os.getpid()}")
-
-    def __enter__(self) -> IO[bytes]:
-        self.file = self.temporary.open("wb")
-        return self.file
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-                self.file.close()
-                os.replace(self.temporary, self.final)
-        finally:
-            self.file.close()
-            self.temporary.unlink(missing_ok=True)
+    temporary = final.with_name(f".{final.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def decompress(name: str, file: Path, compression: str, out: IO[bytes]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from sft.data.compiled import WORD, compiled, words_of
@@ -34,7 +35,7 @@ from sft.data.fast.messages import (
     WEIGHT,
     Messages,
     SourceNames,
-    no_values,
+    is_utf8,
 )
 from sft.recipe.row_fields import HARMLESS_CHARACTERS
 
@@ -134,7 +135,7 @@ class StructFields:
         holds: NDArray[np.bool_] = ~texts.is_null & (np.diff(texts.starts) > 0)
         if kind == ROLE:
             speakers = np.empty(len(holds), dtype=np.int64)
-            find_roles(_padded(texts.bytes.data), texts.starts, self.field_names.roles, speakers)
+            find_roles(_padded(texts.bytes), texts.starts, self.field_names.roles, speakers)
             speakers[texts.is_null] = NONE
             self.roles = np.where(speakers == NONE, NONE, self.field_names.role_of[speakers])
             self.forms = (self.forms ^ (speakers + 1).astype(np.uint64)) * FORM
@@ -144,8 +145,6 @@ class StructFields:
         return holds
 
     def _read_flags(self, field: Any, kind: int, holds: NDArray[np.bool_]) -> None:
-        import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
         is_bool, is_number = pa.types.is_boolean(field.type), _is_number(field.type)
         if not (is_number or (is_bool and kind != WEIGHT)):
             self.is_odd |= holds
@@ -179,42 +178,29 @@ def read_columns(arrow: Any, names: SourceNames, field_names: FieldNames) -> Col
         is_odd, first, structs = _listed(arrow, names)
         row_spans = np.full((count, TOOLS + 1, 2), NONE, dtype=np.int64)
         columns_held, tools = _read_columns(arrow, names, texts, row_spans, is_odd)
-        fields = None if structs is None else StructFields(structs, names, field_names, texts)
+        fields = StructFields(structs, names, field_names, texts)
     except NotPlain:
         return None
     counts, fields_held = np.diff(first), np.zeros(count, dtype=np.uint64)
     total = int(first[-1])
-    if fields is not None:
-        num_odd = np.cumsum([0, *fields.is_odd])
-        is_odd |= num_odd[first[1:]] > num_odd[first[:-1]]
-        or_over_rows(fields.held, first, fields_held)
+    num_odd = np.cumsum([0, *fields.is_odd])
+    is_odd |= num_odd[first[1:]] > num_odd[first[:-1]]
+    or_over_rows(fields.held, first, fields_held)
     is_odd |= counts > MAX_MESSAGES
     buffer = texts.buffer()
-    room = total + ADDED * count
-    messages = Messages(
-        np.empty(count + 1, dtype=np.int64),
-        ~is_odd,
-        np.empty(room, dtype=np.int64),
-        np.empty(room, dtype=np.int64),
-        np.empty((room, TOOL_CALLS + 1, 2), dtype=np.int64),
-        row_spans,
-        columns_held,
-        fields_held,
-        np.zeros(room, dtype=np.uint64),
-        words_of(buffer),
-        *no_values(count, room),
+    messages = Messages.empty(count, total + ADDED * count, words_of(buffer))._replace(
+        is_plain=~is_odd, row_spans=row_spans, columns_held=columns_held, fields_held=fields_held
     )
-    read = NO_FIELDS if fields is None else (fields.roles, fields.flags, fields.forms, fields.spans)
-    finish_rows(field_names, Buffer.of(buffer), texts.end, first, ReadFields(*read), messages)
-    return ColumnRows(messages, buffer, None if fields is None else fields.calls, tools)
+    read = ReadFields(fields.roles, fields.flags, fields.forms, fields.spans)
+    finish_rows(field_names, Buffer.of(buffer), texts.end, first, read, messages)
+    return ColumnRows(messages, buffer, fields.calls, tools)
 
 
 def _listed(arrow: Any, names: SourceNames) -> tuple[NDArray[np.bool_], NDArray[np.int64], Any]:
-    """Which rows have a list of messages that is none, the first message of each row, and the messages; None without the column."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
+    """Which rows have a list of messages that is none, the first message of each row, and the messages; none without the column."""
     if names.list_column not in arrow.schema.names:
-        return np.zeros(arrow.num_rows, dtype=np.bool_), np.zeros(arrow.num_rows + 1, dtype=np.int64), None
+        no_messages = pa.array([], type=pa.struct([]))
+        return np.zeros(arrow.num_rows, dtype=np.bool_), np.zeros(arrow.num_rows + 1, dtype=np.int64), no_messages
     listed = arrow.column(names.list_column)
     if not (pa.types.is_list(listed.type) or pa.types.is_large_list(listed.type)):
         raise NotPlain
@@ -270,14 +256,6 @@ class ReadFields(NamedTuple):
     spans: NDArray[np.int64]
 
 
-NO_FIELDS = (
-    np.empty(0, dtype=np.int64),
-    np.empty(0, dtype=np.int64),
-    np.empty(0, dtype=np.uint64),
-    np.empty((0, TOOL_CALLS + 1, 2), dtype=np.int64),
-)
-
-
 @compiled
 def finish_rows(names: Any, target: Any, to: int, first: Any, read: Any, messages: Any) -> None:
     """Copies the messages of plain rows into `messages`, with those that are made of the row's texts. `first`: the first message of each
@@ -306,19 +284,13 @@ def finish_rows(names: Any, target: Any, to: int, first: Any, read: Any, message
 
 def holds_something(array: Any) -> NDArray[np.bool_]:
     """[values] Which values hold something: see `sft.chat.fields.is_empty`."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
     valid, kind = _valid(array), array.type
     if not valid.any():
         return valid
     if pa.types.is_dictionary(kind):
-        table = np.append(holds_something(array.dictionary), False)
-        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        valid &= table[np.clip(indices, 0, len(table) - 1)]  # what is under a null may point nowhere
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        _, offsets, _ = array.buffers()
-        width = np.int64 if pa.types.is_large_string(kind) else np.int32
-        valid &= np.diff(np.frombuffer(offsets, dtype=width)[array.offset : array.offset + len(array) + 1]) > 0
+        valid &= _looked_up(array, holds_something(array.dictionary))
+    elif _is_text(array):
+        valid &= np.diff(_offsets(array)) > 0
     elif pa.types.is_struct(kind):
         held = [holds_something(child) for child in array.flatten()]
         valid &= np.logical_or.reduce(held) if held else False
@@ -329,38 +301,37 @@ def holds_something(array: Any) -> NDArray[np.bool_]:
 
 def is_short(array: Any) -> NDArray[np.bool_]:
     """[values] Which values a harmless field may hold: numbers, dates, and texts of so many bytes. Python decides about all others."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
     kind = array.type
     if pa.types.is_dictionary(kind):
-        table = np.append(is_short(array.dictionary), False)
-        indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
-        return np.asarray(table[np.clip(indices, 0, len(table) - 1)], dtype=np.bool_)
+        return _looked_up(array, is_short(array.dictionary))
     if _is_text(array):
-        _, offsets, _ = array.buffers()
-        width = np.int64 if pa.types.is_large_string(kind) else np.int32
-        lengths = np.diff(np.frombuffer(offsets, dtype=width)[array.offset : array.offset + len(array) + 1])
-        return np.asarray(lengths <= HARMLESS_CHARACTERS, dtype=np.bool_)
+        return np.asarray(np.diff(_offsets(array)) <= HARMLESS_CHARACTERS, dtype=np.bool_)
     is_number = pa.types.is_boolean(kind) or _is_number(kind)
     return np.full(len(array), is_number or pa.types.is_temporal(kind) or pa.types.is_decimal(kind))
 
 
-def _is_number(kind: Any) -> bool:
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+def _looked_up(array: Any, found: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """[values] What was found of the value that each index of a dictionary array points to. What is under a null may point nowhere."""
+    indices = array.indices.fill_null(0).to_numpy(zero_copy_only=False)
+    return np.asarray(np.append(found, False)[np.clip(indices, 0, len(found))], dtype=np.bool_)
 
+
+def _is_number(kind: Any) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind))
 
 
 def _is_text(array: Any) -> bool:
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
     return bool(pa.types.is_string(array.type) or pa.types.is_large_string(array.type))
+
+
+def _offsets(array: Any) -> NDArray[Any]:
+    """[texts + 1] Where each text of a string array starts in its buffer, and the last ends."""
+    width = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    return np.frombuffer(array.buffers()[1], dtype=width)[array.offset : array.offset + len(array) + 1]
 
 
 def _decoded(array: Any) -> Any:
     """The array without a dictionary."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
     try:
         return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
     except pa.ArrowException:  # what is under a null may point nowhere
@@ -391,36 +362,21 @@ def _valid(array: Any) -> NDArray[np.bool_]:
 
 def _texts(array: Any) -> Texts:
     """The texts of a string array. Raises NotPlain when they are not UTF-8."""
-    import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
-
-    _, offsets, data = array.buffers()
     if not len(array):
         return Texts(np.zeros(0, dtype=np.uint8), np.zeros(1, dtype=np.int64), np.zeros(0, dtype=np.bool_))
-    width = np.int64 if pa.types.is_large_string(array.type) else np.int32
-    starts = np.frombuffer(offsets, dtype=width)[array.offset : array.offset + len(array) + 1].astype(np.int64)
+    starts, data = _offsets(array).astype(np.int64), array.buffers()[2]
     first, end = int(starts[0]), int(starts[-1])
     starts -= first
     text = np.frombuffer(memoryview(data or b"")[first:end], dtype=np.uint8)
-    if not _is_utf8(text, starts):
+    inner = starts[starts < len(text)]
+    if not is_utf8(text) or ((text[inner] & 0xC0) == 0x80).any():  # a text may start inside a character
         raise NotPlain
     return Texts(text, starts, ~_valid(array))
 
 
-def _padded(raw: bytes | memoryview) -> NDArray[np.uint8]:
+def _padded(raw: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The bytes with WORD zero bytes after the end.
 
     An empty text gets one byte more. Numba has another type for an array of a single word, and would compile again.
     """
-    return np.concatenate([np.frombuffer(raw, dtype=np.uint8), np.zeros(WORD + (not len(raw)), dtype=np.uint8)])
-
-
-def _is_utf8(raw: NDArray[np.uint8], starts: NDArray[np.int64]) -> bool:
-    """Whether each text is UTF-8: all together are, and none starts inside a character."""
-    if not len(raw) or int(raw.max()) < 128:
-        return True
-    try:
-        raw.tobytes().decode()
-    except UnicodeDecodeError:
-        return False
-    starts = starts[starts < len(raw)]
-    return not bool(((raw[starts] & 0xC0) == 0x80).any())
+    return np.concatenate([raw, np.zeros(WORD + (not len(raw)), dtype=np.uint8)])

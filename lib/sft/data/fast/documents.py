@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -16,8 +15,7 @@ from sft.data.fast.messages import CONTENT, END, ROLE_NAMES, START, Messages
 from sft.data.fast.turns import DocumentArrays, Written, find_groups
 
 
-@dataclass(frozen=True)
-class PlainDocuments:
+class PlainDocuments(NamedTuple):
     """Documents as text: what `sft.data.batch.RenderedBatch` holds after `lay_out`, and the hash of each conversation."""
 
     data: bytes
@@ -51,6 +49,7 @@ class PlainDocuments:
         keep = np.ones(len(self.rows), dtype=np.bool_)
         keep[list(documents)] = False
         runs = np.diff(self.first_run)
+        rest: list[NDArray[Any]] = [values[keep] for values in self[5:]]
         lengths = np.diff(self.run_ends, prepend=0)[np.repeat(keep, runs)]
         data = b"".join(
             [text for text, kept in zip(split_documents(self.data, self.ends), keep.tolist(), strict=True) if kept]
@@ -61,11 +60,7 @@ class PlainDocuments:
             self.rows[keep],
             np.concatenate([[0], np.cumsum(runs[keep])]),
             np.cumsum(lengths),
-            self.num_specials[keep],
-            self.hashes[keep],
-            self.groups[keep],
-            self.answers_without_prefix[keep],
-            self.empty_answers[keep],
+            *rest,
         )
 
 

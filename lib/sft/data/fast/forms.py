@@ -32,6 +32,7 @@ from sft.data.fast.messages import (
 from sft.data.fast.turns import (
     Written,
     copy,
+    copy_text,
     count_empty_answers,
     find_last_by_rule,
     has_text,
@@ -199,10 +200,19 @@ def next_first(firsts: Any, words: Any, at: int, end: int) -> int:
     return end
 
 
+@inlined
+def add_part(layout: Any, words: Any, start: int, end: int, key: Any, forms: Any, count: int) -> Any:
+    """Adds words[start:end] as a part. Returns the key, or UNUSUAL, and the number of parts."""
+    if has_wide_edge(words, start, end) or touches_constant(words, start, end, layout.constants):
+        return UNUSUAL, count
+    forms.parts[count, START], forms.parts[count, END] = start, end
+    return mix(key, PLACE), count + 1
+
+
 @compiled
 def find_parts(layout: Any, words: Any, start: int, end: int, key: Any, forms: Any, count: int) -> Any:
     """Adds words[start:end] to the form `key`, and its parts to `forms.parts`. Returns the key, or UNUSUAL, and the number of parts."""
-    parts, begin, stop = forms.parts, start, end
+    begin, stop = start, end
     while begin < stop and is_blank(byte_at(words, begin)):
         key = mix(key, byte_at(words, begin))
         begin += 1
@@ -229,21 +239,17 @@ def find_parts(layout: Any, words: Any, start: int, end: int, key: Any, forms: A
                     break
                 after += length
             if gap > part:
-                if has_wide_edge(words, part, gap) or touches_constant(words, part, gap, layout.constants):
+                key, count = add_part(layout, words, part, gap, key, forms, count)
+                if key == UNUSUAL:
                     return UNUSUAL, count
-                parts[count, START], parts[count, END] = part, gap
-                count += 1
-                key = mix(key, PLACE)
             for place in range(gap, after):
                 key = mix(key, byte_at(words, place))
             part = after
         at += 1
     if stop > part:
-        if has_wide_edge(words, part, stop) or touches_constant(words, part, stop, layout.constants):
+        key, count = add_part(layout, words, part, stop, key, forms, count)
+        if key == UNUSUAL:
             return UNUSUAL, count
-        parts[count, START], parts[count, END] = part, stop
-        count += 1
-        key = mix(key, PLACE)
     for place in range(stop, end):
         key = mix(key, byte_at(words, place))
     return key, count
@@ -384,7 +390,7 @@ def write_forms(plans: Any, plan_of: Any, roles: Any, messages: Any, forms: Any,
                 if plans.how[operation] == AS_JSON:
                     size = copy_escaped(out.text, size, messages.text, part[START], part[END])
                 else:
-                    size = copy(out.text, size, messages.text, part[START], part[END])
+                    size = copy_text(out.text, size, messages, part)
             if plans.ends_run[operation]:
                 out.run_ends[runs] = size
                 runs += 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sft.data.compiled import WORD, compiled, inlined
+from sft.data.compiled import compiled, inlined
 from sft.data.fast.json_text import (
     BACKSLASH,
     CAPITAL_E,
@@ -31,6 +31,7 @@ from sft.data.fast.json_text import (
     SLASH,
     SPACE,
     ZERO,
+    copy_plain,
     is_word,
     read_unicode_escape,
     simple_escape,
@@ -85,24 +86,11 @@ def write_escape(text: Any, to: int, code: int) -> int:
 @compiled
 def copy_string(source: Any, at: int, target: Any, to: int) -> Any:
     """Writes the string after the quote at source[at - 1] with its quotes. Returns where it ends in both; NONE for a string that is no JSON."""
-    ones, highs = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
-    quotes, slashes, spaces = ones * np.uint64(QUOTE), ones * np.uint64(BACKSLASH), ones * np.uint64(SPACE)
-    data, words, text, text_words = source.bytes, source.words, target.bytes, target.words
+    data, text = source.bytes, target.bytes
     text[U(to)] = QUOTE
     to += 1
     while True:
-        word = words[U(at)]
-        quote, slash = word ^ quotes, word ^ slashes
-        found = ((quote - ones) & ~quote | (slash - ones) & ~slash | (word - spaces) & ~word) & highs
-        text_words[U(to)] = word
-        if found == 0:
-            at += WORD
-            to += WORD
-            continue
-        while not found & np.uint64(0x80):
-            found >>= np.uint64(8)
-            at += 1
-            to += 1
+        at, to = copy_plain(source, at, target, to)
         c = data[U(at)]
         if c == QUOTE:
             text[U(to)] = QUOTE

@@ -142,13 +142,13 @@ def simple_escape(c: int) -> int:
     return NONE
 
 
-@compiled
-def read_string(source: Any, at: int, target: Any, to: int) -> Any:
-    """Writes the string after the quote at source[at - 1] to target[to], unescaped. Returns where it ends in both (`Buffer`s);
-    NONE for a string that is no JSON or has half of a surrogate pair. Up to WORD bytes after the end are overwritten too."""
+@inlined
+def copy_plain(source: Any, at: int, target: Any, to: int) -> Any:
+    """Copies the bytes from source[at] on up to a quote, a backslash or a control character. Returns where it is, in both (`Buffer`s). Up to
+    WORD bytes after it are overwritten too."""
     ones, highs = np.uint64(0x0101010101010101), np.uint64(0x8080808080808080)
     quotes, slashes, spaces = ones * np.uint64(QUOTE), ones * np.uint64(BACKSLASH), ones * np.uint64(SPACE)
-    data, words, text, text_words = source.bytes, source.words, target.bytes, target.words
+    words, text_words = source.words, target.words
     while True:
         word = words[U(at)]
         quote, slash = word ^ quotes, word ^ slashes
@@ -156,14 +156,24 @@ def read_string(source: Any, at: int, target: Any, to: int) -> Any:
         # one. The first set bit is always right.
         found = ((quote - ones) & ~quote | (slash - ones) & ~slash | (word - spaces) & ~word) & highs
         text_words[U(to)] = word
-        if found == 0:
-            at += WORD
-            to += WORD
-            continue
-        while not found & np.uint64(0x80):
-            found >>= np.uint64(8)
-            at += 1
-            to += 1
+        if found:
+            break
+        at += WORD
+        to += WORD
+    while not found & np.uint64(0x80):
+        found >>= np.uint64(8)
+        at += 1
+        to += 1
+    return at, to
+
+
+@compiled
+def read_string(source: Any, at: int, target: Any, to: int) -> Any:
+    """Writes the string after the quote at source[at - 1] to target[to], unescaped. Returns where it ends in both (`Buffer`s);
+    NONE for a string that is no JSON or has half of a surrogate pair."""
+    data, text = source.bytes, target.bytes
+    while True:
+        at, to = copy_plain(source, at, target, to)
         c = data[U(at)]
         if c == QUOTE:
             return at + 1, to

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from sft.data.compiled import compiled, inlined
 from sft.data.fast.json_copy import copy_value, is_new_name, skip_blank
+from sft.data.fast.json_rows import next_field, read_name
 from sft.data.fast.json_text import (
     CLOSE_LIST,
     CLOSE_OBJECT,
@@ -26,7 +27,6 @@ from sft.data.fast.json_text import (
     QUOTE,
     SPACE,
     end_of_plain_string,
-    find_name,
     is_word,
     read_string,
     skip_space,
@@ -138,31 +138,23 @@ def write_arguments(source: Any, at: int, spare: Any, target: Any, to: int, valu
 @inlined
 def find_fields(source: Any, at: int, target: Any, to: int, names: Any, found: Any) -> int:
     """Finds where the values of an object start. Returns where the object ends; NONE when it has other fields, or one of them twice."""
-    data = source.bytes
-    for i in range(len(names.starts) - 1):
-        found[i] = NONE
-    if data[U(at)] != OPEN_OBJECT:
+    seen, closed = 0, source.bytes[U(at)] != OPEN_OBJECT
+    if closed:
         return NONE
-    at = skip_space(data, at + 1)
-    while True:
-        end = end_of_plain_string(data, at + 1) if data[U(at)] == QUOTE else NONE
-        which = NONE if end == NONE else find_name(data, at + 1, end, names)
-        if which == NONE or found[which] != NONE:
+    found[: len(names.starts) - 1] = NONE
+    at += 1
+    while not closed:
+        which, at, seen = read_name(source, at, names, seen)
+        if at == NONE or which == NONE:
             return NONE
-        at = skip_space(data, end + 1)
-        if data[U(at)] != COLON:
-            return NONE
-        at = skip_space(data, at + 1)
         found[which] = at
         at = skip_value(source, at, target, to)[0]
         if at == NONE:
             return NONE
-        at = skip_space(data, at)
-        if data[U(at)] == CLOSE_OBJECT:
-            return at + 1
-        if data[U(at)] != COMMA:
+        at, closed = next_field(source, at)
+        if at == NONE:
             return NONE
-        at = skip_space(data, at + 1)
+    return int(at)
 
 
 @inlined
@@ -306,7 +298,6 @@ def read_values(source: Any, spare: Any, target: Any, to: int, values: Any, mess
     num_calls, num_tools = 0, 0
     for row in range(len(messages.is_plain)):
         for message in range(messages.first[row], messages.first[row + 1]):
-            messages.call_spans[message, START] = messages.call_spans[message, END] = 0
             if messages.spans[message, TOOL_CALLS, START] == NONE:
                 continue
             end, count, held = read_calls(source, message, spare, target, to, values, messages, num_calls)
@@ -320,7 +311,6 @@ def read_values(source: Any, spare: Any, target: Any, to: int, values: Any, mess
             messages.spans[message, TOOL_CALLS, START] = NONE
             values.held[row] |= held
             to = end
-        messages.tool_spans[row, START] = messages.tool_spans[row, END] = 0
         is_other = (messages.columns_held[row] & values.other_columns) != np.uint64(0)
         if not messages.is_plain[row] or messages.row_spans[row, TOOLS, START] == NONE or is_other:
             continue

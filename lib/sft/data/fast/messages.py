@@ -121,8 +121,32 @@ class Messages(NamedTuple):
     tools: NDArray[np.int64]
     """[tools, 2] Where the JSON of each tool is in `text`. Only for Jinja templates."""
 
+    @classmethod
+    def empty(cls, rows: int, messages: int, text: NDArray[np.uint64]) -> Messages:
+        """Room for so many rows and messages, without calls and tools. Pages that are never written cost nothing."""
+        return cls(
+            np.empty(rows + 1, dtype=np.int64),
+            np.empty(rows, dtype=np.bool_),
+            np.empty(messages, dtype=np.int64),
+            np.empty(messages, dtype=np.int64),
+            np.empty((messages, TOOL_CALLS + 1, 2), dtype=np.int64),
+            np.empty((rows, TOOLS + 1, 2), dtype=np.int64),
+            np.empty(rows, dtype=np.uint64),
+            np.empty(rows, dtype=np.uint64),
+            np.empty(messages, dtype=np.uint64),
+            text,
+            np.empty((messages, 2), dtype=np.int64),
+            np.empty((0, 3, 2), dtype=np.int64),
+            np.zeros((rows, 2), dtype=np.int64),
+            np.empty((0, 2), dtype=np.int64),
+        )
 
-def no_values(rows: int, messages: int) -> tuple[NDArray[np.int64], ...]:
-    """The last four arrays of `Messages` without calls and tools."""
-    spans = np.zeros((messages, 2), dtype=np.int64), np.zeros((rows, 2), dtype=np.int64)
-    return spans[0], np.empty((0, 3, 2), dtype=np.int64), spans[1], np.empty((0, 2), dtype=np.int64)
+
+def is_utf8(data: NDArray[np.uint8]) -> bool:
+    if not len(data) or int(data.max()) < 128:
+        return True
+    try:
+        data.tobytes().decode()
+    except UnicodeDecodeError:
+        return False
+    return True

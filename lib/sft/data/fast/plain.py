@@ -17,7 +17,6 @@ from sft.chat.named import NamedTemplate
 from sft.chat.rows import RowReader
 from sft.chat.template import JinjaTemplate
 from sft.data.compiled import WORD, words_of
-from sft.data.fast.columns import read_columns
 from sft.data.fast.documents import NO_DOCUMENTS, Memory, PlainDocuments, room
 from sft.data.fast.json_rows import SHORTEST_MESSAGE, FieldNames, read_rows
 from sft.data.fast.json_text import Buffer
@@ -36,11 +35,10 @@ from sft.data.fast.messages import (
     RESPONSE,
     START,
     SYSTEM_TEXT,
-    TOOL_CALLS,
     TOOLS,
     Messages,
     SourceNames,
-    no_values,
+    is_utf8,
 )
 from sft.data.fast.plans import ROLES, FormWriter
 from sft.data.fast.turns import TurnLayout, Written, write_documents
@@ -82,10 +80,8 @@ class PlainRows:
         self._learn_names(None)
         # Memory that is used again for every block.
         self.memory = Memory()
-        self.columns_held = self.fields_held = self.forms = np.empty(0, dtype=np.uint64)
+        self.columns_held = self.fields_held = np.empty(0, dtype=np.uint64)
         self.text = np.empty(0, dtype=np.uint8)
-        self.roles = self.flags = np.empty(0, dtype=np.int64)
-        self.spans = np.empty((0, TOOL_CALLS + 1, 2), dtype=np.int64)
 
     @staticmethod
     def of(template: Any, reader: RowReader) -> PlainRows | None:
@@ -152,32 +148,19 @@ class PlainRows:
     def _read_lines(self, block: LineBlock) -> Messages | None:
         """The messages of a block of lines; None when it is empty or not UTF-8."""
         data, size = block.padded, len(block.padded) - WORD
-        if not size or not (int(data[:size].max()) < 128 or is_utf8(block.lines)):
+        if not size or not is_utf8(data[:size]):
             return None
         most = size // SHORTEST_MESSAGE + 3
         # An instruction and its input are written twice; JSON gets a space after each comma and colon.
         self.text = room(self.text, 5 * len(data))
-        self.roles, self.flags, self.spans = room(self.roles, most), room(self.flags, most), room(self.spans, most)
-        self.forms = room(self.forms, most)
-        texts, rows = words_of(self.text), len(block.ends)
-        messages = Messages(
-            np.empty(rows + 1, dtype=np.int64),
-            np.empty(rows, dtype=np.bool_),
-            self.roles,
-            self.flags,
-            self.spans,
-            np.empty((rows, TOOLS + 1, 2), dtype=np.int64),
-            np.empty(rows, dtype=np.uint64),
-            np.empty(rows, dtype=np.uint64),
-            self.forms,
-            texts,
-            *no_values(rows, most),
-        )
-        read_rows(Buffer.of(data), block.ends, self.field_names, Buffer(self.text, texts), messages)
+        messages = Messages.empty(len(block.ends), most, words_of(self.text))
+        read_rows(Buffer.of(data), block.ends, self.field_names, Buffer(self.text, messages.text), messages)
         return self.values.read(LineValues(data, self.names), messages, self.names.list_column, self.text)
 
     def _read_columns(self, columns: ColumnBlock) -> Messages | None:
         """The messages of a record batch; None when no row is plain."""
+        from sft.data.fast.columns import read_columns  # start-up: pyarrow takes 0.3 s, and JSON lines do not need it
+
         read = read_columns(columns.arrow, self.names, self.field_names)
         if read is None:
             return None
@@ -204,11 +187,3 @@ def columns_of(reader: RowReader, layout: str) -> dict[str, int] | None:
             kinds.append((name, RESPONSE))
     kinds += [(name, SYSTEM_TEXT) for name in names["system"]] + [(name, TOOLS) for name in names["tools"]]
     return dict(kinds) if len({name for name, _ in kinds}) == len(kinds) else None
-
-
-def is_utf8(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

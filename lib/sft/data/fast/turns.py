@@ -42,7 +42,6 @@ OTHERS = PARTS * len(ROLE_NAMES)
     BEFORE_THINKING, AFTER_THINKING, END_OF_TURN,
 ) = range(OTHERS, OTHERS + 12)  # fmt: skip
 NOT_LAST, LAST = range(2)
-TAB, RETURN, SPACE = 9, 13, 32
 
 
 class TurnLayout(NamedTuple):
@@ -234,36 +233,32 @@ def trains_something(layout: Any, messages: Any, first: int, end: int, last_by_r
 
 
 @inlined
+def is_space(byte: int) -> bool:
+    """Whether a byte is one of `sft.data.batch.SPACES`."""
+    return bool(byte == 32 or 9 <= byte <= 13)
+
+
+@inlined
 def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_by_rule: int) -> int:
     """The trained answers of a row that have neither text nor a call: see `sft.chat.messages.is_empty_answer`."""
     count = 0
     for message in range(first, end):
         if messages.roles[message] != ASSISTANT or not is_trained(layout, messages, message, last_by_rule):
             continue
-        spans, is_empty = messages.spans[message], True
+        spans = messages.spans[message]
         if spans[THINKING, START] != NONE or spans[CALLS, END] > spans[CALLS, START]:
             continue
-        for at in range(spans[CONTENT, START], spans[CONTENT, END]):
-            byte = messages.text[at] & np.uint64(0xFF)
-            if byte != SPACE and not TAB <= byte <= RETURN:
-                is_empty = False
-                break
-        count += is_empty
+        at, stop = spans[CONTENT, START], spans[CONTENT, END]
+        while at < stop and is_space(messages.text[at] & np.uint64(0xFF)):
+            at += 1
+        count += at == stop
     return count
 
 
 @inlined
-def copy_text(target: Any, to: int, messages: Any, message: int, kind: int) -> int:
-    """Copies a text of a message."""
-    spans = messages.spans[message, kind]
-    return copy(target, to, messages.text, spans[START], spans[END])
-
-
-@inlined
-def copy_tools(target: Any, to: int, messages: Any, row: int) -> int:
-    """Copies the tools of a row, as the template writes them."""
-    spans = messages.row_spans[row, TOOLS]
-    return copy(target, to, messages.text, spans[START], spans[END])
+def copy_text(target: Any, to: int, messages: Any, span: Any) -> int:
+    """Copies a text of the messages. Returns where the copy ends."""
+    return copy(target, to, messages.text, span[START], span[END])
 
 
 @inlined
@@ -274,25 +269,18 @@ def write_body(layout: Any, messages: Any, row: int, message: int, start: int, l
     to = copy(target, to, messages.text, start, messages.spans[message, CONTENT, END])
     if has_text(messages, message, FUNCTIONS):
         to = copy_part(target, to, layout, BEFORE_FUNCTIONS if role == SYSTEM else BEFORE_USER_FUNCTIONS)
-        to = copy_text(target, to, messages, message, FUNCTIONS)
+        to = copy_text(target, to, messages, messages.spans[message, FUNCTIONS])
         to = copy_part(target, to, layout, AFTER_FUNCTIONS)
         if role == SYSTEM:
             stop = END_OF_TURN  # without the sentence that there are no functions
     elif role == SYSTEM and messages.row_spans[row, TOOLS, START] != NONE:
-        to = copy_tools(target, to, messages, row)
+        to = copy_text(target, to, messages, messages.row_spans[row, TOOLS])
         stop = END_OF_TURN
     if has_text(messages, message, CALLS):
         to = copy_part(target, to, layout, BEFORE_CALLS)
-        to = copy_text(target, to, messages, message, CALLS)
+        to = copy_text(target, to, messages, messages.spans[message, CALLS])
         to = copy_part(target, to, layout, AFTER_CALLS)
     return copy_part(target, to, layout, stop)
-
-
-@inlined
-def write_thinking(layout: Any, messages: Any, message: int, target: Any, to: int) -> int:
-    """Writes the thinking of a message and the tag after it."""
-    to = copy_text(target, to, messages, message, THINKING)
-    return copy_part(target, to, layout, AFTER_THINKING)
 
 
 @inlined
@@ -309,7 +297,7 @@ def write_document(
             to = copy_part(text, to, layout, DEFAULT_SYSTEM)
         else:
             to = copy_part(text, to, layout, SYSTEM_WITH_TOOLS)
-            to = copy_tools(text, to, messages, row)
+            to = copy_text(text, to, messages, messages.row_spans[row, TOOLS])
             to = copy_part(text, to, layout, AFTER_SYSTEM)
     has_prefix = layout.texts.starts[PREFIX] < layout.texts.starts[PREFIX + 1]
     for message in range(first, end):
@@ -331,7 +319,8 @@ def write_document(
             run += 1
         if thinks:
             to = to if is_written else copy_part(text, to, layout, BEFORE_THINKING)
-            to = write_thinking(layout, messages, message, text, to)
+            to = copy_text(text, to, messages, messages.spans[message, THINKING])
+            to = copy_part(text, to, layout, AFTER_THINKING)
         to = write_body(layout, messages, row, message, start, last, text, to)
         if train:
             out.run_ends[run] = to
@@ -355,13 +344,7 @@ def write_hashed(messages: Any, first: int, end: int, roles: Any, hashed: Any, t
         role = messages.roles[message]
         to = copy(hashed, to, roles.words, roles.starts[role], roles.starts[role + 1])
         hashed[U(to)] = zero
-        to = copy(
-            hashed,
-            to + 1,
-            messages.text,
-            messages.spans[message, CONTENT, START],
-            messages.spans[message, CONTENT, END],
-        )
+        to = copy_text(hashed, to + 1, messages, messages.spans[message, CONTENT])
     return to
 
 
@@ -414,12 +397,6 @@ def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
         spans[0, document], spans[1, document] = (start, stop) if start < stop else (begin, end)
         begin = end
     return spans
-
-
-@inlined
-def is_space(byte: int) -> bool:
-    """Whether a byte is one of `sft.data.batch.SPACES`."""
-    return bool(byte == 32 or 9 <= byte <= 13)
 
 
 @inlined

@@ -146,6 +146,7 @@ class Values:
         self.seen, self.column = {}, f"{column}.tool_calls"
         self.held = np.zeros(0, dtype=np.uint8)
         count = int(messages.first[-1])
+        messages.call_spans[:count] = 0
         is_read = np.zeros(len(messages.is_plain), dtype=np.bool_)
         start = int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0)) if count else 0
         if isinstance(values, LineValues):
