@@ -13,12 +13,11 @@ from sft.chat.trace import GenerationTag
 from sft.common.errors import SftError
 from sft.evaluation import stops
 from sft.evaluation.recorder import Recorder
+from sft.evaluation.task_config import LIMITS
 from sft.evaluation.workers import Budget
 from sft.formats.results import Asking
 from sft.recipe.schema import Evaluate
 
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""The names that lm-eval reads for the longest reply, the first before the others."""
 SWITCHES = ("enable_thinking", "thinking")
 """The variables by which chat templates turn thoughts on and off."""
 OF_REPLIES = (
@@ -65,6 +64,11 @@ def ask(task: Task, options: Evaluate, max_length: int) -> Asking:
     if options.top_p and options.temperature != 0:
         arguments["top_p"] = options.top_p
     sampled = bool(arguments.get("do_sample", arguments.get("temperature", 0) > 0))
+    if sampled and not arguments.get("temperature", 0) > 0:
+        raise SftError(
+            f"task {task.config.task}: generation_kwargs: do_sample with temperature = {arguments.get('temperature', 'none, for which lm-eval takes 0')};"
+            " next: correct the temperature in the task's file, or set [evaluate] temperature"
+        )
     if options.samples > 1:
         _check_draws(task, options.samples, sampled)
     until = arguments["until"]

@@ -13,23 +13,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from sft.common.errors import SftError
 from sft.recipe.schema import Evaluate
 
-if TYPE_CHECKING:
-    from lm_eval.api.task import Task  # importing it takes seconds, and reads the variables that main sets
-
-
-REPLIES = {"generate_until": "1", "loglikelihood": (-1.0, False), "loglikelihood_rolling": -1.0}
-"""An answer of lm-eval's form to each kind of request."""
-
-
 OTHER_NAMES = {"pkg_resources": "'setuptools<81'", "sklearn": "scikit-learn"}
 """Packages that PyPI knows by another name, of those that lm-eval's tasks import."""
+FIELDS = ("process_docs", "doc_to_text", "doc_to_target", "doc_to_choice", "doc_to_prefix", "process_results")
+"""Fields of a task's YAML that lm-eval reads in a function of the same name."""
 LONG = 1 << 20
 """For a model whose context is not known yet."""
 
@@ -39,6 +34,9 @@ class Problem(NamedTuple):
 
     problem: str
     next: str
+
+
+NONE = Problem("it has no documents", "correct the task")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,11 +62,15 @@ def check(
 
     `options` say how it is asked. `template` is the chat template, "" where it is not known yet.
     """
-    from sft.evaluation import asking, tasks  # start-up: lm-eval reads the variables that main sets
+    from sft.evaluation import asking, rehearsal, tasks  # start-up: lm-eval reads the variables that main sets
 
+    file = None
     try:
         documents = 0
-        for definition in tasks.find(name, folder, data).expand()[0]:
+        found = tasks.find(name, folder, data)
+        file = found.file if found.is_own else None
+        for definition in found.expand()[0]:
+            file = definition.file if definition.is_own else None
             if missing := definition.missing_resources():
                 return Problem(
                     f"nltk's {missing} is not here", f".venv/bin/python -m nltk.downloader -d .venv/nltk_data {missing}"
@@ -78,49 +80,33 @@ def check(
             asked = asking.ask(task, (options or Evaluate()).for_task(name, definition.name), LONG)
             if template and asked.thinking is not None:
                 asking.switch(template, asked.thinking)
-            if lacks := missing_to_score(task):
-                return lacks
-        return documents if documents else Problem("it has no documents", "correct the task")
+            try:
+                rehearsal.check(task, definition)
+            except rehearsal.Fails as fails:
+                return explain(fails.error, file, fails.what)
+        return documents if documents else NONE
     except SftError as error:
         problem, _, step = str(error).rpartition("; next: ")
         return Problem(problem or step, step)
     except Exception as error:  # the task's own code, and what the hub client raises
-        return explain(error)
+        return explain(error, file)
 
 
-def missing_to_score(task: Task) -> Problem | None:
-    """What lm-eval or the task's own code lacks when it scores a reply: a package or data that only scoring reads.
+def explain(error: BaseException, file: Path | None = None, what: str = "") -> Problem:
+    """The problem behind an exception of a task's code or of the hub client, and the next step.
 
-    Other errors are no problem yet: code may refuse this reply and accept the model's.
+    `file` is the task's YAML, and `what` failed.
     """
-    document = next(iter(task.eval_docs), None)
-    if document is None:
-        return None
-    try:
-        requests = task.construct_requests(document, "", metadata=(task.config.task, 0, 1), doc_id=0)
-        requests = requests if isinstance(requests, list) else [requests]
-        for request in requests:
-            request.resps = [REPLIES[request.request_type]]
-        task._instances = requests
-        task.apply_filters()
-        for name in requests[0].filtered_resps:
-            task.process_results(document, [request.filtered_resps[name] for request in requests])
-    except Exception as error:
-        lacks = (
-            isinstance(error, (ImportError, OSError)) or type(error) is LookupError
-        )  # nltk raises a bare LookupError
-        return explain(error) if lacks else None
-    return None
-
-
-def explain(error: BaseException) -> Problem:
-    """The problem behind an exception of a task's code or of the hub client, and the next step."""
     chain: list[BaseException] = []
     inner: BaseException | None = error
     while inner is not None and inner not in chain:
         chain.append(inner)
         inner = inner.__cause__ or inner.__context__
+    if "out of bounds for size 0" in str(error):  # lm-eval reads the first document
+        return NONE
     for one in chain:
+        if isinstance(one, ModuleNotFoundError) and f"Cannot import module '{one.name}'" in str(error):
+            return Problem(f"{error}: there is no {one.name}.py beside it", "correct !function, or write the module")
         if isinstance(one, ModuleNotFoundError):
             package = (one.name or str(one)).partition(".")[0]
             install = f".venv/bin/python -m pip install {OTHER_NAMES.get(package, package)}"
@@ -136,7 +122,9 @@ def explain(error: BaseException) -> Problem:
         )
     if names & {"DatasetNotFoundError", "RepositoryNotFoundError", "FileNotFoundError"}:
         return Problem(f"its data set is not there: {text}", "correct the task's dataset_path, or set HF_TOKEN")
-    return Problem(f"{type(error).__name__}: {text}", "correct the task, or remove it from [evaluate] tasks")
+    fields = [frame.name for frame in traceback.extract_tb(error.__traceback__) if frame.name in FIELDS]
+    parts = (str(file or ""), what, *fields[-1:], f"{type(error).__name__}: {text}")
+    return Problem(": ".join(filter(None, parts)), "correct the task, or remove it from [evaluate] tasks")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Out: lm-eval's Task, and hashes of its YAML with the files that it includes, of 
 from __future__ import annotations
 
 import ast
-import contextlib
 import difflib
 import functools
 import importlib.metadata
@@ -33,6 +32,7 @@ from sft.common import paths
 from sft.common.errors import SftError
 from sft.common.files import hash_file
 from sft.evaluation.scores import json_hash
+from sft.evaluation.task_config import check_config, check_written_once
 from sft.storage.hub import reaching
 
 SHIPPED = Path(lm_eval.tasks.__file__).resolve().parent
@@ -64,6 +64,11 @@ class TaskDefinition:
         """Its YAML; None for a task that another YAML defines inline."""
         entry = self.manager.task_index.get(self.name)
         return Path(entry.yaml_path).resolve() if entry and entry.yaml_path else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether a file of the folder defines it, rather than lm-eval's."""
+        return self.file is not None and not self.file.is_relative_to(SHIPPED)
 
     @property
     def is_group(self) -> bool:
@@ -155,11 +160,14 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinit
         manager = _all_tasks(folder)
     entry = manager.task_index.get(name)
     if entry is None:
-        own, why = folder / f"{name}.yaml", ""
-        with contextlib.suppress(FileNotFoundError):
+        why = ""
+        names_it = re.compile(rf"^task:\s*[\"']?{re.escape(name)}\b", re.MULTILINE)
+        for own in sorted(folder.rglob("*.yaml")):
+            if own != folder / f"{name}.yaml" and not names_it.search(own.read_text(encoding="utf-8")):
+                continue
             try:
                 why = f"; {own} names {load_yaml(own, resolve_func=False).get('task')!r}"
-            except (ValueError, yaml.YAMLError) as error:  # lm-eval skips such a file
+            except (OSError, ValueError, yaml.YAMLError) as error:  # lm-eval skips such a file
                 why = f"; {own}: {error}"
         shipped = (paths.REPO / "recipes" / folder.name / f"{name}.yaml").resolve()
         if shipped.is_file() and shipped.parent != folder:
@@ -172,8 +180,14 @@ def find(name: str, folder: Path, data: Mapping[str, Path | str]) -> TaskDefinit
             f"[evaluate] tasks: no task {name!r} in {folder} or lm-eval{hint}{why}; next: correct the name, or add the task's file to [evaluate] task_dir"
         )
     files: dict[str, str] = {}
-    if entry.yaml_path and not Path(entry.yaml_path).resolve().is_relative_to(SHIPPED):
-        files = (load_yaml(entry.yaml_path, resolve_func=False).get("dataset_kwargs") or {}).get("data_files") or {}
+    if entry.yaml_path and not (file := Path(entry.yaml_path).resolve()).is_relative_to(SHIPPED):
+        for part in _parts(file)[0]:
+            if not part.is_relative_to(SHIPPED):
+                check_written_once(yaml.compose(part.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), part)
+        config = load_yaml(file, resolve_func=False)
+        if entry.kind is Kind.TASK and "task_list" not in config:
+            check_config(config, file)
+        files = (config.get("dataset_kwargs") or {}).get("data_files") or {}
     return TaskDefinition(
         name, folder, manager, {split: _data_file(name, f, folder, data) for split, f in files.items()}
     )
