@@ -82,6 +82,17 @@ BAD: dict[str, tuple[Any, str]] = {
         "disagree",
     ),
     "two kinds of thoughts": ({"messages": [A, {**B, "reasoning": "a", "thinking": "b"}]}, "disagree"),
+    "thoughts in a field and in the content": (
+        {"messages": [A, {"role": "assistant", "reasoning_content": "hm", "content": " <think>hm</think>Hello"}]},
+        "disagree",
+    ),
+    "messages as JSON text in a completion": ({"prompt": "Hi", "completion": json.dumps([B])}, "json_text"),
+    "parts as JSON text in a content": (
+        {"messages": [A, {"role": "assistant", "content": '[ {"type": "text", "text": "Hello"}]'}]},
+        "json_text",
+    ),
+    "messages as JSON text in a prompt": ({"prompt": json.dumps([A]), "completion": "Hello"}, "json_text"),
+    "messages as Python text in a prompt": ({"prompt": str([A, B]), "completion": "Hello"}, "json_text"),
     "two kinds of calls": (
         {"messages": [A, {**B, "function_calls": "f()", "function_call": {"name": "g", "arguments": "{}"}}]},
         "disagree",

@@ -194,6 +194,28 @@ def test_configurations_of_a_readme():
         chosen("README.md en/train-0.parquet de/a.jsonl", "test", README_md=README)
 
 
+A, B = "- config_name: a\n  data_files: a.jsonl\n", "- config_name: b\n  data_files: b.jsonl\n"
+
+
+@pytest.mark.parametrize(
+    ("configs", "message"),
+    [
+        (A + "  sep: ';'\n", r"subset 'a': README.md sets sep = ';', and nothing here reads it"),
+        (A + A, "several subsets 'a'"),
+        (A + "  default: true\n" + B + "  default: true\n", "several defaults: a, b"),
+    ],
+)
+def test_a_readme_that_is_not_followed_completely_is_refused(configs, message):
+    with pytest.raises(SftError, match=message):
+        chosen("README.md a.jsonl b.jsonl", README_md=f"---\nconfigs:\n{configs}---\n")
+
+
+def test_a_split_that_a_readme_names_twice_has_the_files_of_both():
+    files = "".join(f"  - split: train\n    path: {name}.jsonl\n" for name in "ab")
+    readme = f'---\n"configs":\n- config_name: a\n  data_files:\n{files}---\n'
+    assert chosen("README.md a.jsonl b.jsonl c.jsonl", README_md=readme) == ["a.jsonl", "b.jsonl"]
+
+
 def test_the_planner_takes_the_files_of_all_configurations_and_needs_no_yaml(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "yaml", None)
     assert candidates(tree(NAMES, README_md=README), Choice(), WHAT) == sorted(
@@ -246,6 +268,12 @@ def test_a_linked_folder_is_named(tmp_path):
     (tmp_path / "more").symlink_to("real")
     with pytest.raises(SftError, match=r"more/ \(a link to a folder\)"):
         selected(tmp_path, "train")
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").symlink_to("a.jsonl")
+    with pytest.raises(SftError, match=r"a\.jsonl is a link to (itself|nothing)"):
+        local_tree(tmp_path, WHAT)
 
 
 def test_a_pipe_is_refused(tmp_path):

@@ -129,6 +129,8 @@ ODD = {
     "a harmless object in a message": PLAINEST.replace('"content": "b"', '"content": "b", "metadata": {"attachments": [{"text": "t"}]}') + "}",
     "a call with arguments beside its function": PLAINEST.replace('"b"', 'null, "tool_calls": [{"arguments": {"a": 1}, "function": {"name": "f", "arguments": {"b": 1}}}]') + "}",
     "a call with another name than its function": PLAINEST.replace('"b"', 'null, "tool_calls": [{"name": "g", "function": {"name": "f", "arguments": {"b": 1}}}]') + "}",
+    "messages as JSON text": json.dumps({"prompt": "a", "completion": json.dumps(turns(("assistant", "b")))}),
+    "thoughts twice": PLAINEST.replace('"content": "b"', '"reasoning": "r", "content": "\\n<think>r</think>b"') + "}",
     "an open string": PLAINEST + ', "id": "',
     "an open object": PLAINEST,
 }  # fmt: skip
@@ -166,6 +168,30 @@ def test_a_plain_line_is_read_by_compiled_code(olmo: Encoder, line: str) -> None
     compiled, python, count = lines_both_ways(olmo, (line + "\n").encode())
     assert compiled == python
     assert count == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "is_empty"),
+    [
+        *(
+            (text, True)
+            for text in ("", " \n\x1f", "\u00a0", "\u200b\u3000", "\ufeff ", "<think>\n\n</think>\n\u2009\n")
+        ),
+        *(
+            (text, False)
+            for text in (".", "\u00a1", "\u2010", "<think>x</think>", "<think>", "<think></think>x", "[1]")
+        ),
+        ('[{"type": "PER", "text": "Bob"}]', False),
+    ],
+)
+def test_compiled_code_and_python_agree_on_what_is_an_empty_answer(olmo: Encoder, content: str, is_empty: bool) -> None:
+    row = {"messages": turns(("user", "a"), ("assistant", content))}
+    block = LineBlock.of(json.dumps(row).encode() + b"\n")
+    some, _ = olmo.encode_plain(block, SOURCE)
+    encoded = olmo.encode([row], SOURCE)
+    assert encoded.proof["empty_answers"] == is_empty
+    assert some is None or some.proof["empty_answers"] == is_empty
+    assert lines_both_ways(olmo, block.lines)[0] == lines_both_ways(olmo, block.lines)[1]
 
 
 def test_a_block_that_is_not_utf8_is_left_to_python(olmo: Encoder) -> None:

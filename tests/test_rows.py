@@ -278,6 +278,25 @@ def test_variables_of_a_row_are_kept_for_the_template() -> None:
     assert read({**row, "chat_template_kwargs": {"other": None}}).variables is None
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        json.dumps(chat("a", "b")["messages"]),
+        '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]',
+        '[{"type": "text", "name": "email"}]',
+        '[{"type": ["text"], "text": "b"}, 7]',
+        '[{"role": "user"}]',
+        '[{"role": "assistant", "content": "b"}',
+        '[{"text": "b"}]',
+    ],
+)
+def test_an_answer_may_be_json(answer: str) -> None:
+    assert read(chat("Write it as JSON", answer)).messages[1]["content"] == answer
+    assert read(
+        {"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": '[{"type": "text", "text": "b"}]'}]}
+    )
+
+
 def test_trained_answers_without_text_and_call_are_counted_or_rejected(folder: Path) -> None:
     call = {"role": "assistant", "content": "", "function_calls": "f()"}
     rows = [
@@ -286,8 +305,9 @@ def test_trained_answers_without_text_and_call_are_counted_or_rejected(folder: P
         {"messages": [HELLO[0], call]},
         chat("", "a"),
         {"prompt": "x", "completion": ""},
+        {"messages": [HELLO[0], {**HELLO[1], "content": "", "thinking": "hm", "tool_calls": "null"}]},
     ]
-    assert [read(row).empty_answers for row in rows] == [1, 1, 0, 0, 1]
+    assert [read(row).empty_answers for row in rows] == [1, 1, 0, 0, 1, 0]
     assert encoder(folder).encode(rows, Source(path="x")).proof["empty_answers"] == 3
     strict = encoder(folder, empty_answers="reject").encode(rows, Source(path="x"))
     assert [(bad.row, bad.reason) for bad in strict.rejects] == [

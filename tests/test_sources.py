@@ -166,6 +166,21 @@ def test_a_bad_line_is_a_counted_reject_and_its_neighbours_live(tmp_path, case):
     assert [(b.row, b.reason) for b in bad] == [(2, reason)]
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"a": 1}\n'.encode("utf-16"), "its content is UTF-16"),
+        ("x.json", gzip.compress(b"[]"), "its content is gzip"),
+        ("x.jsonl.gz", gzip.compress(gzip.compress(b"{}")), "its content is gzip"),
+        ("x.csv", b"PK\3\4", "its content is a zip archive"),
+    ],
+)
+def test_a_text_file_that_is_no_text_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SftError, match=f"{name}: its name says text, and {message}; next: "):
+        resolved(tmp_path, name)
+
+
 def test_what_the_fast_parser_refuses_the_slow_one_decides():
     assert blocks.parse(b'{"a": "\\ud800"}') == {"a": "\ud800"}  # the encoder judges lone surrogates
     assert blocks.parse(b" \t\r") is None
@@ -237,6 +252,11 @@ def test_files_of_equal_content_are_reported(tmp_path):
     (line,) = lines
     assert "warning: mix: 3 files have equal content" in line
     assert "mix/a.jsonl, mix/a.jsonl.gz, mix/c.jsonl; next: " in line
+    write_parquet(tmp_path / "mix" / "b.parquet", [{"n": 2}])
+    input_files.resolve(Source(path="mix"), lambda p: tmp_path / p, tmp_path / "cache", log=lines.append)
+    assert (
+        "2 files have names that differ in the format alone" in lines[-1] and "mix/b.jsonl, mix/b.parquet" in lines[-1]
+    )
 
 
 def test_sources_that_read_the_same_content_are_reported(tmp_path):

@@ -25,6 +25,8 @@ def read_tool_calls(calls: Any, index: int, schemas: Mapping[str, Any]) -> list[
     """OpenAI tool calls with their arguments as an object: templates iterate over them. `schemas` are those of `parameters_of`."""
     if isinstance(calls, str):
         calls = parse(calls, "bad_tool_calls", f"message {index}: tool_calls is text that is not JSON")
+        if calls is None:
+            return []
     if not isinstance(calls, (list, tuple)):
         raise BadRow("bad_tool_calls", f"message {index}: tool_calls is {kind(calls)}, not a list")
     calls = parse_each(calls, "bad_tool_calls", f"message {index}: call {{}}")

@@ -7,8 +7,9 @@ disagree raise BadRow. Nothing that has a wrong type is written as text.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sft.chat.calls import calls_text, read_spoken, read_tool_calls
@@ -32,7 +33,15 @@ SPEAKERS = {
 }
 CALLERS = ("function_call", "tool_call")
 """Speakers whose text is a call: an assistant's turn without content."""
-SPACE = " \t\r\n\f\v"
+_BLANK = r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*"
+NO_TEXT = re.compile(rf"{_BLANK}(?:<think>{_BLANK}</think>{_BLANK})?")
+"""White space and characters without a width, perhaps around empty thoughts."""
+SERIALIZED = re.compile(r"\[\s*\{\s*[\"'](?:role|from|content|value|type|text)[\"']")
+"""How the text of a list of messages or of content parts begins, in JSON or as Python prints it."""
+PART_TYPES = frozenset(
+    ("text", "input_text", "output_text", "image", "image_url", "input_image", "thinking", "tool_use", "tool_result")
+)
+"""The types of content parts."""
 Message = dict[str, Any]
 """A message: `role`, `content`, and perhaps `name`, `functions`, `function_calls`, `tool_calls`, `tool_call_id` and one field of thinking."""
 
@@ -42,7 +51,7 @@ def read_message(item: Any, index: int, schemas: Mapping[str, Any]) -> tuple[Mes
     if not isinstance(item, Mapping):
         raise BadRow("bad_message", f"message {index} is {kind(item)}, not an object")
     speaker, content = read_one_of(item, ("role", "from"), index), read_one_of(item, ("content", "value"), index)
-    role = read_role(speaker, index)
+    role = read_role(speaker, index, item.keys())
     message: Message = {"role": role}
     calls: list[dict[str, Any]] = []
     if speaker.lower() in CALLERS:
@@ -72,7 +81,8 @@ def read_message(item: Any, index: int, schemas: Mapping[str, Any]) -> tuple[Mes
         content = refusal
     if content is None:
         if not has_calls:
-            raise BadRow("no_content", f"message {index} ({role}) has no content")
+            fields = ", ".join(str(name) for name, value in item.items() if not is_empty(value))
+            raise BadRow("no_content", f"message {index} ({role}) has no content; it holds {fields[:200]}")
         content = ""
     message["content"] = content if isinstance(content, str) else join_parts(content, index)
     return message, read_flag(item, index)
@@ -90,8 +100,12 @@ def read_one_of(item: Mapping[str, Any], names: tuple[str, str], index: int) -> 
     raise BadRow("disagree", f"message {index}: {names[0]} and {names[1]} differ")
 
 
-def read_role(role: Any, index: int) -> str:
-    """A role by the names that templates know."""
+def read_role(role: Any, index: int, fields: Collection[Any] = ()) -> str:
+    """A role by the names that templates know. `fields` are those of its message."""
+    if role is None:
+        raise BadRow(
+            "bad_role", f"message {index} has no role; its fields are {', '.join(map(str, fields))[:200] or 'none'}"
+        )
     if not isinstance(role, str):
         raise BadRow("bad_role", f"message {index}: role is {kind(role)}")
     known = SPEAKERS.get(role.lower(), role.lower())
@@ -245,9 +259,57 @@ def read_one_flag(name: str, value: Any, index: int) -> bool:
 
 def is_empty_answer(message: Message, train: bool) -> bool:
     """Whether a trained answer has neither text nor a call, so that only its end would be trained."""
-    if not train or message["role"] != "assistant" or message["content"].strip(SPACE):
+    if not train or message["role"] != "assistant" or not NO_TEXT.fullmatch(message["content"]):
         return False
-    return not any(message.get(name) for name in ("tool_calls", "function_calls", "reasoning_content", "thinking"))
+    if any(message.get(name) for name in ("tool_calls", "function_calls")):
+        return False
+    return all(NO_TEXT.fullmatch(message.get(name) or "") for name in ("reasoning_content", "thinking"))
+
+
+def check_content(message: Message, index: int) -> None:
+    """Raises BadRow for a text that is a list of messages or parts, and for thoughts in a field beside a content that opens with <think>.
+
+    Results of tools are any JSON, and an answer may be a list of messages, if they are not all an assistant's.
+    """
+    content: str = message["content"]
+    first = content[:1]
+    if (
+        first == "["
+        and message["role"] in ("system", "developer", "user", "assistant")
+        and is_serialized(content, message["role"])
+    ):
+        raise BadRow(
+            "json_text",
+            f"message {index}: its text is the JSON of a list of messages or parts; next: store the list itself",
+        )
+    if first in ("<", " ", "\n", "\r", "\t") and content.lstrip().startswith("<think>"):
+        for name in ("reasoning_content", "thinking"):
+            if message.get(name):
+                raise BadRow(
+                    "disagree", f"message {index}: {name} and the content, which opens with <think>, hold thoughts"
+                )
+
+
+def is_serialized(text: str, role: str) -> bool:
+    """Whether the text of a message is a list of messages, or of content parts. In an answer, all messages must be an assistant's."""
+    if not SERIALIZED.match(text):
+        return False
+    try:
+        items = parse(text, "", "")
+    except BadRow:
+        items = read_literal(text) or [None]
+    if all(map(is_part, items)):
+        return True
+    if not all(isinstance(i, dict) and i.keys() & {"role", "from"} and i.keys() & {"content", "value"} for i in items):
+        return False
+    speakers = {str(item.get("role") or item.get("from")).lower() for item in items}
+    return role != "assistant" or {SPEAKERS.get(speaker, speaker) for speaker in speakers} == {"assistant"}
+
+
+def is_part(item: Any) -> bool:
+    """Whether a value is a content part. A part of text has its text."""
+    kind = str(item.get("type")) if isinstance(item, dict) else ""
+    return kind in PART_TYPES and ("text" in item or not kind.endswith("text"))
 
 
 def strip_thinking(messages: list[Message], prompt_opens_thinking: bool) -> list[Message]:

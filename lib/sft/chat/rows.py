@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 from sft.chat.calls import parameters_of, read_tools
 from sft.chat.details import DETAIL, read_details
 from sft.chat.fields import FieldCounter, HeldFields
-from sft.chat.messages import Message, check_functions, is_empty_answer, read_message, read_one_flag, strip_thinking
+from sft.chat.messages import (
+    Message,
+    check_content,
+    check_functions,
+    is_empty_answer,
+    read_message,
+    read_one_flag,
+    strip_thinking,
+)
 from sft.chat.trace import Span
 from sft.chat.values import BadRow, Repeating, drop_nulls, first_repeat, is_empty, kind, parse, parse_each, to_json
 from sft.recipe.row_fields import FLAGS, MESSAGE_FIELDS
@@ -263,6 +271,7 @@ class RowReader:
                         and (self.renamed_thoughts[1] != "thinking" or "reasoning_content" not in item)
                     )
                 ):
+                    check_content(item, index)
                     messages.append(item)
                     continue
             message, flag = read_message(item, index, schemas)
@@ -271,6 +280,7 @@ class RowReader:
                 message[wanted] = message.pop(other)
             if message["role"] == "developer":
                 message["role"] = self.developer
+            check_content(message, index)
             messages.append(message)
             if flag is not None:
                 flags[index] = flag
@@ -314,7 +324,8 @@ class RowReader:
         value, names = row[column], self.names["completion"]
         completion = self._pick(row, "completion")
         if completion is None:
-            raise BadRow("missing_column", f"{self.columns['completion']} is missing")
+            found = ", ".join(map(str, list(row)[:8]))
+            raise BadRow("missing_column", f"{self.columns['completion']} is missing; the row has {found}")
         held = next(name for name in names if row.get(name) == completion)
         if isinstance(value, str):
             history = read_history(row.get(HISTORY))

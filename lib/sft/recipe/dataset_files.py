@@ -22,6 +22,7 @@ import fnmatch
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,11 @@ CORRECT = "next: correct the source in [[prepare.sources]]"
 _SHARD = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]+")
 """The name that `push_to_hub` gives a file of a split."""
 
+READING_OPTIONS = (
+    "sep", "delimiter", "names", "column_names", "header", "usecols", "skiprows", "nrows", "skipfooter", "quotechar", "quoting", "escapechar",
+    "comment", "encoding", "field", "columns", "filters",
+)  # fmt: skip
+"""Options of the `datasets` library in a configuration that change which rows and columns a file has."""
 MOST_LISTED = 20
 """Names of unread files that the advice lists."""
 
@@ -292,7 +298,10 @@ def _refuse_saved_options(choice: Choice, what: str) -> None:
 
 
 def _has_configs(tree: Tree, names: Sequence[str], readme: str = "README.md") -> bool:
-    return readme in names and re.search(r"^configs\s*:", _front_matter(tree, readme), re.MULTILINE) is not None
+    return (
+        readme in names
+        and re.search(r"^[\"']?configs[\"']?\s*:", _front_matter(tree, readme), re.MULTILINE) is not None
+    )
 
 
 def _front_matter(tree: Tree, readme: str = "README.md") -> str:
@@ -309,6 +318,9 @@ def _configs(front: str, what: str) -> dict[str, Mapping[str, Any]]:
     try:
         configs = yaml.safe_load(front)["configs"]
         if configs and all(isinstance(c, dict) and c.get("config_name") for c in configs):
+            named = Counter(str(c["config_name"]) for c in configs)
+            if repeated := [name for name, times in named.items() if times > 1]:
+                raise SftError(f"{what}: README.md has several subsets {repeated[0]!r}; next: correct it")
             return {str(c["config_name"]): c for c in configs}
     except (yaml.YAMLError, TypeError, KeyError):
         pass
@@ -322,6 +334,10 @@ def _of_config(
     default = [n for n, c in configs.items() if c.get("default") or n == "default"] or (
         list(configs) if len(configs) == 1 else []
     )
+    if len(default) > 1 and not choice.subset:
+        raise SftError(
+            f"{what}: README.md has several defaults: {', '.join(default)}; next: name one as the source's subset"
+        )
     name = choice.subset or (default[0] if default else "")
     if name not in configs:
         problem = f"subset {choice.subset!r}" if choice.subset else "several subsets and none is the default"
@@ -338,8 +354,21 @@ def _of_config(
         chosen = _of_split(rows, ignored, choice.split, f"{what} (subset {name})").files
     else:
         chosen = _matching(names, by_split, choice, f"{what}: subset {name!r}")
+    _check_options(config, chosen, f"{what}: subset {name!r}")
     others = tuple(n for n in names if row_format(n) and not is_hidden(n) and n not in chosen)
     return FileSelection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
+
+
+def _check_options(config: Mapping[str, Any], files: Sequence[str], what: str) -> None:
+    """Raises SftError for an option of the `datasets` library that reads the files otherwise than they are read here."""
+    delimiters = ("\t",) if all("tsv" in str(row_format(name)) for name in files) else (",",)
+    followed = {"header": (0, "infer"), "encoding": ("utf-8", "utf8"), "sep": delimiters, "delimiter": delimiters}
+    for option in READING_OPTIONS:
+        if config.get(option) is not None and config[option] not in followed.get(option, ()):
+            raise SftError(
+                f"{what}: README.md sets {option} = {config[option]!r}, and nothing here reads it; next: convert the files to .jsonl, or name"
+                " one of them as the path"
+            )
 
 
 def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: Choice, what: str) -> tuple[str, ...]:
@@ -375,7 +404,10 @@ def _patterns(config: Mapping[str, Any], what: str) -> dict[str, list[str]] | No
         if isinstance(files, dict):
             return {str(s): _texts(p) for s, p in files.items()}
         if isinstance(files, list) and any(isinstance(f, dict) for f in files):
-            return {str(f["split"]): _texts(f["path"]) for f in files}
+            by_split: dict[str, list[str]] = {}
+            for file in files:
+                by_split.setdefault(str(file["split"]), []).extend(_texts(file["path"]))
+            return by_split
     except (KeyError, TypeError):
         raise SftError(f"{what}: README.md: 'data_files' {str(files)[:80]} cannot be read; next: correct it") from None
     return {"train": _texts(files)}
@@ -414,7 +446,10 @@ def local_tree(root: Path, what: str) -> Tree:
             names.append(name)
             continue
         if entry.is_symlink():
-            target = path.resolve()
+            try:
+                target = path.resolve()
+            except RuntimeError:  # Python 3.13 follows as far as it can, and then the link leads to nothing
+                raise SftError(f"{what}: {path} is a link to itself; next: fetch the file again") from None
             if not any(target.is_relative_to(folder) for folder in inside):
                 raise SftError(f"{what}: {path} is a link that leaves {root}; next: copy the file there")
             if not target.exists():

@@ -40,6 +40,11 @@ def row_format(name: str) -> str | None:
     return parts[-1] if len(parts) >= 2 and parts[-1] in ROW_FORMATS else None
 
 
+def stem(name: str) -> str:
+    """The name of a file of rows without its format."""
+    return name[: -len(row_format(name) or "")].rstrip(".") if row_format(name) else name
+
+
 def is_hidden(name: str) -> bool:
     return any(part.startswith((".", "_")) for part in name.split("/"))
 

@@ -321,7 +321,8 @@ def parse(line: bytes, long_numbers: bool = True) -> dict[str, Any] | None:
     except ValueError as e:
         raise ValueError(f"not_json: {e}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"not_an_object: the line holds a {type(value).__name__}")
+        array = "; a file that is one JSON array is read if its name ends in .json" if isinstance(value, list) else ""
+        raise ValueError(f"not_an_object: the line holds a {type(value).__name__}{array}")
     return Repeating(value) if repeats and type(value) is dict else value
 
 

@@ -25,11 +25,11 @@ from sft.common.paths import BUCKETS
 from sft.common.strings import first_names
 from sft.recipe import inputs
 from sft.recipe.dataset_files import check_pointer
-from sft.recipe.file_names import row_format
+from sft.recipe.file_names import TEXT_FORMATS, row_format, stem
 from sft.recipe.schema import Source
 from sft.sources import remote
 from sft.sources.remote import Origin
-from sft.sources.unpack import csv_to_arrow, decompress, is_array, json_array, new_file
+from sft.sources.unpack import check_text, csv_to_arrow, decompress, is_array, json_array, new_file
 
 CHUNK_BYTES = 8 << 20
 """Input bytes of a chunk of a large file: the unit of work of a worker, and the work that a kill -9 can lose."""
@@ -110,16 +110,25 @@ def resolve(
 def _warn_of_copies(
     path: str, files: Sequence[InputFile], sha256: Callable[[Path], str], log: Callable[[str], None]
 ) -> None:
-    """Warns of files with equal content, compressed or not: all of their rows are read."""
+    """Warns of files with equal content, compressed or not, and of one name in two formats: all of their rows are read."""
     sizes = Counter(file.bytes for file in files)
     copies: dict[str, list[str]] = {}
     for file in files:
         if file.bytes and sizes[file.bytes] > 1:
             copies.setdefault(sha256(Path(file.path)), []).append(file.name)
-    for names in copies.values():
+    formats: dict[str, list[str]] = {}
+    for file in files:
+        formats.setdefault(stem(file.name), []).append(file.name)
+    found = [(names, "have equal content") for names in copies.values()]
+    found += [
+        (names, "have names that differ in the format alone")
+        for names in formats.values()
+        if not any(set(names) <= set(same) for same in copies.values())
+    ]
+    for names, why in found:
         if len(names) > 1:
             log(
-                f"warning: {path}: {len(names)} files have equal content, and the rows of each are read: {first_names(names)}; next: add"
+                f"warning: {path}: {len(names)} files {why}, and the rows of each are read: {first_names(names)}; next: add"
                 " ignore_files for the copies"
             )
 
@@ -152,6 +161,8 @@ def _plain(name: str, file: Path, cache: Path, sha256: Callable[[Path], str], or
         file = _copy(
             cache, f"{digest}-{compression}-{UNPACKING}.{kind}", lambda out: decompress(name, packed, compression, out)
         )
+    if kind in TEXT_FORMATS:
+        check_text(name, file)
     if kind == "json" and is_array(name, file):
         array = file
         file = _copy(cache, f"{digest}-json.jsonl", lambda out: _write_lines(json_array(name, array), out))

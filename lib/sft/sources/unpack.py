@@ -25,6 +25,11 @@ from typing import IO, Any, cast
 from sft.chat.values import refuse_repeats
 from sft.common.errors import SftError
 
+MAGIC = {
+    b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\3\4": "a zip archive", b"PAR1": "Parquet",
+    b"ARROW1": "Arrow", codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
+"""How files begin that are no UTF-8 text."""
 MAX_ROW_BYTES = 64 << 20
 """A longer line is rejected, so that one row cannot exhaust the memory."""
 UNNAMED = "unnamed"
@@ -95,6 +100,17 @@ def _opened(file: Path, compression: str) -> IO[bytes]:
     import pyarrow as pa  # start-up: pyarrow takes 0.3 s, and only .zst needs it here
 
     return cast(IO[bytes], pa.CompressedInputStream(pa.OSFile(str(file)), "zstd"))
+
+
+def check_text(name: str, file: Path) -> None:
+    """Raises SftError for a file of text whose first bytes say that it is compressed, columnar, an archive, or UTF-16."""
+    with file.open("rb") as f:
+        first = f.read(6)
+    for magic, what in MAGIC.items():
+        if first.startswith(magic):
+            raise SftError(
+                f"{name}: its name says text, and its content is {what}; next: give it the right name, or convert it to UTF-8 text"
+            )
 
 
 def csv_to_arrow(name: str, file: Path, delimiter: str, out: IO[bytes]) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined, mix
+from sft.data.fast.contents import has_unclear
 from sft.data.fast.json_copy import write_escape
 from sft.data.fast.json_values import CALL_ARGUMENTS, CALL_NAME, CALL_NUMBER
 from sft.data.fast.messages import (
@@ -327,7 +328,7 @@ def find_forms(layout: Any, messages: Any, forms: Any) -> None:
         first, end = messages.first[row], messages.first[row + 1]
         forms.first_part[row], forms.keys[row] = count, UNUSUAL
         forms.empty_answers[row] = 0
-        if not messages.is_plain[row]:
+        if not messages.is_plain[row] or has_unclear(messages, first, end):
             continue
         last = find_last_by_rule(layout, messages, first, end)
         if not trains_something(layout, messages, first, end, last):

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined
+from sft.data.fast.contents import has_unclear, is_blank
 from sft.data.fast.messages import (
     ASSISTANT,
     CALLS,
@@ -246,12 +247,11 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_b
         if messages.roles[message] != ASSISTANT or not is_trained(layout, messages, message, last_by_rule):
             continue
         spans = messages.spans[message]
-        if spans[THINKING, START] != NONE or spans[CALLS, END] > spans[CALLS, START]:
+        if spans[CALLS, END] > spans[CALLS, START]:
             continue
-        at, stop = spans[CONTENT, START], spans[CONTENT, END]
-        while at < stop and is_space(messages.text[at] & np.uint64(0xFF)):
-            at += 1
-        count += at == stop
+        if spans[THINKING, START] != NONE and not is_blank(messages.text, spans[THINKING, START], spans[THINKING, END]):
+            continue
+        count += is_blank(messages.text, spans[CONTENT, START], spans[CONTENT, END])
     return count
 
 
@@ -355,7 +355,7 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
     for row in range(len(messages.is_plain)):
         first, end = messages.first[row], messages.first[row + 1]
         is_good, last, num_empty = messages.is_plain[row], NONE, 0
-        is_good = is_good and row_fits(layout, messages, row, first, end)
+        is_good = is_good and row_fits(layout, messages, row, first, end) and not has_unclear(messages, first, end)
         if is_good:
             last = find_last_by_rule(layout, messages, first, end)
             is_good = trains_something(layout, messages, first, end, last)

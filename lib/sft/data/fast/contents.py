@@ -1,0 +1,95 @@
+"""What compiled code asks about the texts of messages: whether one holds nothing (`is_blank`), and whether Python must look at one (`has_unclear`).
+
+`text` is what `sft.data.compiled.words_of` returns: eight bytes from each place on. `sft.chat.messages` has the same rules for Python.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sft.data.compiled import inlined
+from sft.data.fast.messages import CONTENT, END, FIRST_RESULT, NONE, START, THINKING
+
+
+def _word(text: str) -> np.uint64:
+    return np.uint64(int.from_bytes(text.encode(), "little"))
+
+
+OPEN, CLOSE = _word("<think>"), _word("</think>")
+TWO, THREE, FOUR, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 4, 7))
+"""Masks of so many bytes."""
+SPACES_OF_2 = tuple(map(_word, "\u0085\u00a0\u00ad"))
+SPACES_OF_3 = tuple(map(_word, "\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"))
+FIRST_OF_RANGE, LAST_OF_RANGE = _word("\u2000"), _word("\u200f")
+"""White space and characters without a width, as UTF-8. The range differs only in its last byte."""
+LIST_OF_OBJECTS = _word('[{"')
+NAMES = tuple(map(_word, ("role", "from", "cont", "valu", "type", "text")))
+"""How the first name of a message or part begins."""
+
+
+@inlined
+def blank_size(text: Any, at: int) -> int:
+    """The bytes of the blank character that starts there; 0 for any other."""
+    word = text[at]
+    byte = word & np.uint64(0xFF)
+    if byte < 128:
+        return 1 if byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31 else 0
+    if (word & TWO) in SPACES_OF_2:
+        return 2
+    three = word & THREE
+    return (
+        3
+        if three in SPACES_OF_3 or (FIRST_OF_RANGE <= three <= LAST_OF_RANGE and three & TWO == FIRST_OF_RANGE & TWO)
+        else 0
+    )
+
+
+@inlined
+def skip_blanks(text: Any, at: int, end: int) -> int:
+    """Where the first character that is not blank starts."""
+    while at < end:
+        size = blank_size(text, at)
+        if size == 0:
+            break
+        at += size
+    return at
+
+
+@inlined
+def is_blank(text: Any, start: int, end: int) -> bool:
+    """Whether a text is blank, but for empty thoughts: see `sft.chat.messages.NO_TEXT`."""
+    at = skip_blanks(text, start, end)
+    if at + 7 <= end and text[at] & SEVEN == OPEN:
+        at = skip_blanks(text, at + 7, end)
+        if at + 8 > end or text[at] != CLOSE:
+            return False
+        at = skip_blanks(text, at + 8, end)
+    return bool(at >= end)
+
+
+@inlined
+def has_unclear(messages: Any, first: int, end: int) -> bool:
+    """Whether a message of a row must be looked at by `sft.chat.messages.check_content`."""
+    text = messages.text
+    for message in range(first, end):
+        start, stop = messages.spans[message, CONTENT, START], messages.spans[message, CONTENT, END]
+        if start == NONE or start >= stop:
+            continue
+        word = text[start]
+        byte = word & np.uint64(0xFF)
+        if byte == 91 and stop > start + 1 and messages.roles[message] < FIRST_RESULT:  # [
+            second = (word >> np.uint64(8)) & np.uint64(0xFF)
+            is_list = word & THREE == LIST_OF_OBJECTS and stop > start + 8
+            if (
+                second <= 32
+                or (is_list and ((word >> np.uint64(24)) & FOUR) in NAMES)
+                or (second == 123 and not is_list)
+            ):
+                return True
+        elif messages.spans[message, THINKING, START] != NONE and (byte == 60 or byte <= 32 or byte >= 128):  # <
+            at = skip_blanks(text, start, stop)
+            if at + 7 <= stop and text[at] & SEVEN == OPEN:
+                return True
+    return False
