@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Container, Iterator, Sequence
@@ -423,6 +424,12 @@ class Preparation:
             self.log(f"warning: {redone} of {len(self.summaries)} chunks were encoded again: gigatoken gave other ids")
         by = "documents_by_"
         return {name.removeprefix(by): n for name, n in sorted(notes.items()) if name.startswith(by)}, redone
+
+    def check_tokenizer_first(self) -> None:
+        """`check_tokenizer` before rows are encoded, with a folder that is removed again."""
+        with self.timed("check"), tempfile.TemporaryDirectory() as made:
+            self.encoder.save_tokenizer(Path(made))
+            self.check_tokenizer(Path(made))
 
     def check_tokenizer(self, folder: Path) -> None:
         """Raises SftError unless transformers reads the saved folder as this code does.

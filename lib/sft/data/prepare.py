@@ -38,6 +38,7 @@ from sft.sources.unpack import new_file
 def prepare_part(stage: Stage, shard: Shard) -> Path:
     """Encodes one part of the chunks into the cache and returns its manifest. Publishes nothing."""
     work = Preparation(stage, shard)
+    work.check_tokenizer_first()
     with work.locked():
         work.encode()
         work.screen()
@@ -55,6 +56,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
     """
     work = Preparation(stage, shard or Shard())
     table, out = work.table, stage.out
+    work.check_tokenizer_first()
     with work.locked():
         if work.shard.parts:
             shards.check(work)

@@ -140,13 +140,13 @@ class Encoder:
                     f"prepare.template: {name!r}, but {self.folder} has no {'chat template' if own == 'default' else own}{found};"
                     f" next: name one of {', '.join([*(f'tokenizer:{other}' for other in texts), *known_templates()])}"
                 )
-            return texts[own]
+            return _checked(texts[own], f"{self.folder}: its template {own!r}")
         if not is_template_file(name) or find is None:
             raise SftError(
                 f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja, .jinja2 or .j2 file, nor one of"
                 f" {', '.join(known_templates())}; next: choose one of them"
             )
-        return read_text(find(name), "prepare.template", "name a Jinja file in UTF-8")
+        return _checked(read_text(find(name), "prepare.template", "name a Jinja file in UTF-8"), str(find(name)))
 
     @property
     def identity(self) -> TokenizerFacts:
@@ -170,15 +170,16 @@ class Encoder:
 
     def check_saved(self, folder: Path) -> None:
         """Demands that transformers gives the same ids and renders the same text from the saved folder. Raises SftError."""
-        check_rebuilt(Path(folder))
         from transformers import AutoTokenizer  # start-up: transformers takes a second
 
         rebuilt = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         turns = (("user", "1 + 1?"), ("assistant", "2"), ("user", "Sure?\n"), ("assistant", " Yes."))
         messages = [{"role": role, "content": content} for role, content in turns]
         if self.template.needs_tools:
+            check_rebuilt(Path(folder))
             return
         ours = self.template.verbatim(Conversation(messages, [False, True, False, True], None, False))
+        check_rebuilt(Path(folder), [ours])
         theirs = str(rebuilt.apply_chat_template(messages, tokenize=False))
         if ours != theirs:
             raise SftError(
@@ -355,6 +356,18 @@ def tokens_added(lengths: Offsets, rows: Sequence[int]) -> int:
     for row, length in zip(rows, lengths.tolist(), strict=True):
         longest[row] = max(length, longest.get(row, 0))
     return int(lengths.sum()) - sum(longest.values())
+
+
+def _checked(text: str, where: str) -> str:
+    """The Jinja text of a template. Raises SftError for one that is empty or begins with a byte order mark."""
+    if not text.strip():
+        raise SftError(f"{where}: prepare.template: empty; next: write the Jinja text, or name another template")
+    if text.startswith("\ufeff"):
+        raise SftError(
+            f"{where}: prepare.template: begins with a byte order mark, which every conversation would begin with; next: save it"
+            " as UTF-8 without one"
+        )
+    return text
 
 
 def different(text: str, other: str) -> str:

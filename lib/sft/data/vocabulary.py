@@ -21,6 +21,7 @@ from sft.common.errors import SftError
 from sft.data.align import Ids, VocabularyTable
 from sft.data.compiled import WORD, words_of
 from sft.data.normalization import Normalizer
+from sft.data.vocabulary_checks import NAMED_TOKENS, by_id, check_ids, check_tokens
 from sft.recipe.inputs import OTHER_TEMPLATES
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
@@ -33,7 +34,9 @@ CANARIES = (
     "def f(x):\n    return {'a': x**2, \"b\": [1, 22, 333, 4444]}\r\n",
     "http://example.org/a_b?c=d&e=%20 3km 10x A1B2",
 )
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONFIG, TOKENS_MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
+PROCESSORS = "chat_template.json"
+"""Where the processors of older transformers saved the template."""
 
 
 def read_text(path: Path, what: str, advice: str) -> str:
@@ -56,10 +59,10 @@ class Vocabulary:
         self.sha256 = hashlib.sha256(data).hexdigest()
         try:
             self.json: dict[str, Any] = json.loads(data)
-            self.tokenizer = Tokenizer.from_str(data.decode())
+            self.tokenizer = _loaded(data.decode())
         except Exception as error:  # tokenizers raises bare Exception
             raise SftError(f"{path}: not a tokenizer: {error}; next: fetch the file again") from None
-        self.config = self._config("tokenizer_config.json")
+        self.config = self._config(CONFIG)
         self.template_variables = self._named_tokens()
         added = self.json.get("added_tokens") or []
         self.added = {token["content"]: int(token["id"]) for token in added}
@@ -67,6 +70,8 @@ class Vocabulary:
         vocab = self.json["model"]["vocab"]  # an object of ids, or a list of (token, score) in the order of ids
         largest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
         self.size = max(largest, *self.added.values(), -1) + 1
+        check_ids(self.tokenizer, self.json, path)
+        check_tokens(self.tokenizer, self._read_by_transformers())
         self.eos, self.eos_id = self._named_token("eos_token")
         if self.eos not in self.specials:
             self.specials[self.eos] = self.eos_id
@@ -89,7 +94,7 @@ class Vocabulary:
         tokens = [
             {**token, "special": token["content"] in self.specials} for token in self.json.get("added_tokens") or []
         ]
-        made = Tokenizer.from_str(json.dumps({**self.json, "added_tokens": tokens}))
+        made = _loaded(json.dumps({**self.json, "added_tokens": tokens}))
         made.encode_special_tokens = True
         return made
 
@@ -117,14 +122,31 @@ class Vocabulary:
             raise SftError(f"{path}: holds {type(config).__name__}, not an object; next: fetch the file again")
         return config
 
+    def _read_by_transformers(self) -> dict[Path, dict[str, Any]]:
+        """The configurations that transformers reads tokens of: it leaves out the older files where the new one lists the tokens."""
+        found = {self.folder / CONFIG: self.config}
+        if "added_tokens_decoder" not in self.config:
+            found[self.folder / TOKENS_MAP] = self._config(TOKENS_MAP)
+            found[self.folder / ADDED] = by_id(self._config(ADDED))
+        return found
+
     def _named_tokens(self) -> dict[str, str]:
         """The texts of eos_token, bos_token, …, which templates read as variables."""
         found: dict[str, str] = {}
-        for source in (self._config("special_tokens_map.json"), self.config):
+        for file, source in ((TOKENS_MAP, self._config(TOKENS_MAP)), (CONFIG, self.config)):
             for name in NAMED_TOKENS:
                 value = source.get(name)
                 value = value.get("content") if isinstance(value, dict) else value
-                if isinstance(value, str):
+                if not isinstance(value, str | None):
+                    raise SftError(
+                        f"{self.folder / file}: {name} = {value!r}, expected the text of a token; next: correct it"
+                    )
+                if value and value != found.get(name, value) and "added_tokens_decoder" not in self.config:
+                    raise SftError(
+                        f"{self.folder}: {name} is {found[name]!r} in {TOKENS_MAP} and {value!r} in {CONFIG}; next: make them"
+                        " agree (transformers takes the first)"
+                    )
+                if value is not None:
                     found[name] = value
         return found
 
@@ -196,12 +218,10 @@ class Vocabulary:
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
     def chat_templates(self) -> dict[str, str]:
-        """The folder's own templates by name: files first, then the configuration's. Most folders have one, "default"."""
-        own = self.config.get("chat_template")
-        found = {"default": own} if isinstance(own, str) else {}
-        for item in own if isinstance(own, list) else ():
-            if isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str):
-                found[item["name"]] = item["template"]
+        """The folder's own templates by name: files first, then the configuration's, then a processor's. Most folders have one, "default"."""
+        found: dict[str, str] = {}
+        for file in (PROCESSORS, CONFIG):
+            found |= named_templates(self._config(file).get("chat_template"), str(self.folder / file))
         files = {path.stem: path for path in sorted((self.folder / OTHER_TEMPLATES).glob("*.jinja"))}
         files["default"] = self.folder / "chat_template.jinja"
         return found | {
@@ -231,6 +251,35 @@ class Vocabulary:
         text = json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+def _loaded(text: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.json. Its truncation and padding do not count: transformers sets both with each call."""
+    made = Tokenizer.from_str(text)
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
+def named_templates(value: Any, where: str) -> dict[str, str]:
+    """The templates of a "chat_template" by name: a text is the default one. Raises SftError for another form, and a name twice."""
+    if isinstance(value, str | None):
+        return {} if value is None else {"default": value}
+    pairs: list[Any] = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        pairs = [(item.get("name"), item.get("template")) if isinstance(item, dict) else item for item in value]
+    found: dict[str, str] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or not all(isinstance(part, str) for part in pair) or pair[0] in found:
+            raise SftError(
+                f"{where}: chat_template: {str(pair)[:80]}: expected templates, each with a name of its own; next: correct it"
+            )
+        found[pair[0]] = pair[1]
+    if not found:
+        raise SftError(
+            f"{where}: chat_template = {str(value)[:80]}, expected a text or templates by name; next: correct it"
+        )
+    return found
 
 
 def has_token_bytes(tokenizer: dict[str, Any]) -> bool:
@@ -282,12 +331,21 @@ def check_rebuilt(folder: Path, texts: Sequence[str] = ()) -> dict[str, list[int
     expected = vocabulary.canaries()
     for text in texts:
         expected[text] = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    is_generic = vocabulary.config.get("tokenizer_class") == "PreTrainedTokenizerFast"
+    remedy = (
+        f"correct what {CONFIG} says otherwise than tokenizer.json, such as added_tokens_decoder or split_special_tokens"
+        if is_generic
+        else f"set tokenizer_class to PreTrainedTokenizerFast in {CONFIG}"
+    )
     for text, ids in expected.items():
         got = rebuilt(text, add_special_tokens=False)["input_ids"]
         if got != ids:
+            at = next((i for i, (a, b) in enumerate(zip(got, ids, strict=False)) if a != b), min(len(got), len(ids)))
+            at = max(0, at - 3)
+            got, ids, text = got[at:], ids[at:], str(rebuilt.decode(ids[at : at + 12]))
             raise SftError(
                 f"{folder}: transformers rebuilds this tokenizer as {type(rebuilt).__name__}, which gives {got[:12]} for {text[:40]!r}"
-                f" where tokenizer.json gives {ids[:12]}; next: set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
+                f" where tokenizer.json gives {ids[:12]}; next: {remedy}"
             )
     if (rebuilt.eos_token_id, len(rebuilt)) != (vocabulary.eos_id, vocabulary.size):
         raise SftError(
