@@ -210,6 +210,24 @@ def test_a_readme_that_is_not_followed_completely_is_refused(configs, message):
         chosen("README.md a.jsonl b.jsonl", README_md=f"---\nconfigs:\n{configs}---\n")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{data_dir: ./sub, data_files: "*.jsonl"}', "{data_dir: sub/, data_files: [{split: train, path: [./a.jsonl]}]}",
+        "{data_dir: .}", '{data_files: "**"}', '{data_files: "sub/*"}', '{data_files: ["[!a].jsonl", "**/a.jsonl"]}',
+    ],
+)  # fmt: skip
+def test_the_datasets_library_follows_a_readme_to_the_same_files(tmp_path, config):
+    from datasets import load_dataset_builder
+
+    for name in ("a.jsonl", "b.jsonl", "sub/a.jsonl", "sub/README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}\n")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n- {config[0]}config_name: default, {config[1:]}\n---\n")
+    found = load_dataset_builder(str(tmp_path), cache_dir=str(tmp_path / ".cache")).config.data_files["train"]
+    assert list(selected(tmp_path, "train").files) == sorted(str(Path(file).relative_to(tmp_path)) for file in found)
+
+
 def test_a_split_that_a_readme_names_twice_has_the_files_of_both():
     files = "".join(f"  - split: train\n    path: {name}.jsonl\n" for name in "ab")
     readme = f'---\n"configs":\n- config_name: a\n  data_files:\n{files}---\n'

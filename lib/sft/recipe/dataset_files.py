@@ -21,6 +21,7 @@ import difflib
 import fnmatch
 import json
 import os
+import posixpath
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -164,7 +165,7 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
             ignored.append(name)
         elif row_format(name):
             rows.append(name)
-        elif any(fnmatch.fnmatchcase(last, pattern) for pattern in DOCUMENTATION):
+        elif _is_documentation(name):
             ignored.append(name)
         else:
             unread.append(name)
@@ -180,6 +181,11 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     if not rows:
         raise SftError(f"{what}: no file with rows; {kinds()}; {CORRECT}")
     return rows, ignored
+
+
+def _is_documentation(name: str) -> bool:
+    last = name.lower().rpartition("/")[2]
+    return any(fnmatch.fnmatchcase(last, pattern) for pattern in DOCUMENTATION)
 
 
 def _listed(tree: Tree, names: Sequence[str], what: str) -> dict[str, tuple[str, ...]]:
@@ -345,15 +351,16 @@ def _of_config(
     _check_ignored(choice.ignore_files, [*names, *absent(names, names)], what)
     config = configs[name]
     by_split = _patterns(config, what)
-    top = str(config.get("data_dir") or "").removeprefix("./").strip("/")
-    top = f"{top}/" if top else ""
+    top = posixpath.normpath(str(config.get("data_dir") or "."))
+    top = "" if top == "." else f"{top}/"
     if by_split is None:  # the folder alone, or nothing: names say the split
         inside = Tree(tuple(n for n in names if n.startswith(top) and n != "README.md"), tree.read, tree.linked_folders)
         rows, ignored = _sort_out(inside, inside.names, (), f"{what} (subset {name})")
         rows = [n for n in rows if not any(glob(pattern).fullmatch(n) for pattern in choice.ignore_files)]
         chosen = _of_split(rows, ignored, choice.split, f"{what} (subset {name})").files
     else:
-        chosen = _matching(names, by_split, choice, f"{what}: subset {name!r}")
+        inside_top = {s: [top + p.removeprefix("./") for p in patterns] for s, patterns in by_split.items()}
+        chosen = _matching(names, inside_top, choice, f"{what}: subset {name!r}")
     _check_options(config, chosen, f"{what}: subset {name!r}")
     others = tuple(n for n in names if row_format(n) and not is_hidden(n) and n not in chosen)
     return FileSelection(chosen, others, tuple(n for n in names if n not in {*chosen, *others}))
@@ -380,7 +387,9 @@ def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: C
     chosen: set[str] = set()
     for pattern in [p for s, paths in by_split.items() if choice.split in (None, s) for p in paths]:
         matcher = glob(pattern)
-        found = [n for n in names if matcher.fullmatch(n) and not (is_hidden(n) and "*" in pattern)]
+        found = [
+            n for n in names if matcher.fullmatch(n) and not ("*" in pattern and (is_hidden(n) or _is_documentation(n)))
+        ]
         if not found:
             raise SftError(
                 f"{what}: no file matches {pattern!r} of README.md; next: fetch the missing files, or correct README.md"
