@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preparing import stage, write_rows
+from sft.common.errors import SftError
 from sft.data import prepare
 from sft.data.batch import conversation_hashes, group_span
 from sft.data.chunks import group_text, group_value
@@ -105,6 +107,16 @@ def test_a_group_may_be_a_field_inside_a_column() -> None:
     assert [group_value(row, name) for name in ("meta.thread.id", "a.b", "meta.x.id", "meta.thread.id.x", "x")] == [
         7, 3, None, None, None,
     ]  # fmt: skip
+
+
+def test_the_field_of_the_group_is_read_and_the_others_beside_it_are_not(tmp_path: Path) -> None:
+    row = {"messages": turns("q", "a"), "info": {"thread": {"key": "7"}}}
+    source = Source(path="a.jsonl", validation_group="info.thread.key")
+    write_rows(tmp_path / "a.jsonl", [row])
+    prepare.prepare(stage(tmp_path, sources=(source,)))
+    write_rows(tmp_path / "a.jsonl", [{**row, "info": {**row["info"], "note": "lost"}}])
+    with pytest.raises(SftError, match=r"info \(1 of 1 rows\)"):
+        prepare.prepare(stage(tmp_path, sources=(source,)))
 
 
 def test_values_that_are_no_group_and_values_of_any_kind() -> None:

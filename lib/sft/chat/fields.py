@@ -42,6 +42,14 @@ def example_of(value: Any) -> str:
     return text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]}…"
 
 
+def without(value: Any, field: str) -> Any:
+    """The value without one of its fields, or a field inside one: thread.id."""
+    name, _, rest = field.partition(".")
+    if not isinstance(value, Mapping) or name not in value:
+        return value
+    return {**value, name: without(value[name], rest) if rest else None}
+
+
 @dataclass
 class FieldCounts:
     """`rows`: in how many rows each field held something. `unread`: an example of each field that nothing reads."""
@@ -64,9 +72,10 @@ class HeldFields(NamedTuple):
 
 class FieldCounter:
     """Counts the fields of a source's rows. `ignore` are the source's ignored names; `written`: (field, role) of the `name`, `tool_call_id` and
-    `id` of a call that the template writes."""
+    `id` of a call that the template writes; `group`: the column of the rows' groups, or a field inside one, which is read."""
 
-    def __init__(self, ignore: Collection[str], written: Collection[tuple[str, str]] = ()) -> None:
+    def __init__(self, ignore: Collection[str], written: Collection[tuple[str, str]] = (), group: str = "") -> None:
+        self.group_column, _, self.group_field = group.partition(".")
         self.ignore, self.written = frozenset(ignore), frozenset(written)
         self.passed_over: dict[str, bool] = {}  # by name: ignored or harmless
         self.names: dict[str, dict[str, str]] = {}  # by prefix and field
@@ -98,7 +107,9 @@ class FieldCounter:
             if is_empty(value):
                 continue
             seen.add(name)
-            if name in used or self.passes(name, value):
+            is_group = name == self.group_column and self.group_field
+            rest = without(value, self.group_field) if is_group else value
+            if name in used or is_empty(rest) or self.passes(name, rest):
                 continue
             if not (isinstance(value, str) and any(value == message["content"] for message in messages)):
                 unread.setdefault(name, example_of(value))

@@ -125,7 +125,7 @@ class RowReader:
         """Columns that are read beside those of messages."""
         first = self.layouts[0]
         self.messages = self.columns[first] if first in ("messages", "conversations") else ""
-        self.counter = FieldCounter(source.ignore, written)
+        self.counter = FieldCounter(source.ignore, written, source.validation_group)
 
     def ignores_fields(self, names: Collection[str]) -> bool:
         """Whether the recipe ignores one of these fields of messages."""
