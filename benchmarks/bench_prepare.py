@@ -322,7 +322,7 @@ def layout_speeds(args: argparse.Namespace, tokenizer: Path, template: str, layo
         encoder = Encoder(tokenizer, table_for("rows.jsonl", template), lambda name: work / name)
         saved.mkdir()
         encoder.save_tokenizer(saved)
-        few = layout.conversations[: 20 * args.cores]
+        few = layout.conversations[: args.layout_sample * args.cores]
         ancestor = in_processes(Ancestor, (saved,), few, args.cores)
         per_row = ancestor[0] / len(few)
         file = work / f"rows.{layout.suffix}"
@@ -417,6 +417,12 @@ def main() -> None:
         type=float,
         default=30e6,
         help="size of each layout for 'ours'; learning a template's forms takes about a second",
+    )
+    parser.add_argument(
+        "--layout-sample",
+        type=int,
+        default=20,
+        help="conversations of a layout that each core gives the ancestor's method",
     )
     parser.add_argument("--layout-rounds", type=int, default=2, help="the best round counts")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="which of them")

@@ -106,7 +106,7 @@ def test_the_bench_of_preparing_compares_the_same_tokens(tmp_path: Path):
     (tmp_path / "other/chat_template.jinja").write_text(prepare_layouts.JINJA)
     options = {
         "cores": "1", "tokens": "5e4", "dialogues": "40", "ancestor-tokens": "5e3", "rounds": "1",
-        "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1",
+        "layouts": "parquet tool_calls", "layout-tokens": "1e4", "layout-rounds": "1", "layout-sample": "2",
         "tokenizer": TOKENIZER, "qwen3": tmp_path / "other", "gsm8k": file,
     }  # fmt: skip
     words = [word for name, value in options.items() for word in (f"--{name}", *str(value).split(" "))]

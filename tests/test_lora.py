@@ -69,7 +69,7 @@ def merged(trained: Path) -> Merged:
 def test_only_adapters_are_trained_and_saved(trained: Path) -> None:
     step = trained / "train" / "step12"
     names = set(tensors(step))
-    assert sum(not name.startswith("optim") for name in names) == 2 * 4 * 7
+    assert sum(not name.startswith("optim") for name in names) == 2 * 2 * 7
     assert all(".lora_" in name for name in names)
     assert records(trained)[-1].loss < records(trained)[0].loss - 0.1
     found = adapter_of(step)
@@ -142,7 +142,7 @@ def test_a_quantised_matrix_gives_the_products_and_gradients_of_what_its_codes_s
 @pytest.mark.seconds
 def test_adapters_stay_fp32_where_the_frozen_base_is_bf16(tmp_path: Path, dataset: Path) -> None:
     said = train(run_folder(tmp_path / "bf16", dataset), **LORA, precision="bf16", base_dtype="int8", steps=2)
-    assert "parameters, frozen; 8,192 in 28 adapters of rank 4" in said
+    assert "parameters, frozen; 4,096 in 14 adapters of rank 4" in said
     found = tensors(tmp_path / "bf16" / "train" / "step2")
     assert {value.dtype for value in found.values()} == {torch.float32}
 
@@ -204,7 +204,7 @@ def test_the_codes_stand_for_what_torchao_says() -> None:
 def test_merged_weights_give_the_logits_of_base_and_adapter_apart(merged: Merged) -> None:
     config = merged.config
     found = check_merge(merged, DOCUMENTS, range(config.n_layers), "test")
-    assert found.matrices == 28 and found.max_difference < 1e-5 * found.max_logit
+    assert found.matrices == 14 and found.max_difference < 1e-5 * found.max_logit
     pack = Pack.of(DOCUMENTS)
     base = native_logits(config, RandomWeights(config, SEED), pack, range(config.n_layers))
     change = (native_logits(config, merged, pack, range(config.n_layers)) - base).abs().max()
@@ -232,7 +232,7 @@ def test_a_quantised_base_is_merged_as_training_computed_with_it(merged: Merged)
 
 
 @pytest.mark.seconds
-@pytest.mark.parametrize("targets", [(), ("attention", "feed_forward.w2"), ("blocks.0-1",)])
+@pytest.mark.parametrize("targets", [(), ("attention", "feed_forward.w2"), ("blocks.1",)])
 def test_peft_loads_the_adapter_to_the_same_logits(
     targets: tuple[str, ...], merged: Merged, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,7 +253,7 @@ def test_peft_loads_the_adapter_to_the_same_logits(
     assert write_adapter(part, "hf://org/name@abc", tmp_path / "adapter") == ""
     written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "org/name" and written["revision"] == "abc"
-    assert (written["target_modules"][0] in ("down_proj", "k_proj")) == (targets != ("blocks.0-1",))
+    assert (written["target_modules"][0] in ("down_proj", "k_proj")) == (targets != ("blocks.1",))
     model = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
     )

@@ -32,7 +32,7 @@ def test_replays_change_no_byte_and_agree(folder: Path, dataset: Path, ranks: in
 
 def corrupt(folder: Path, ranks: int, call: int, **fields: Any) -> str:
     """The line that names a rank, of a training in which rank `ranks` - 1 computes a bit wrongly in the given forward pass of a block. A
-    step has eight of its own, four blocks in two microbatches, and four of its replay before them."""
+    step has four of its own, two blocks in two microbatches, and two of its replay before them."""
     fault = {"at": "sft.model.model.FeedForward.forward", "kind": "flip", "rank": ranks - 1, "call": call}
     fields = FIELDS | {"global_batch_tokens": 128 * ranks, "validate_start": False} | fields
     out = train(folder, 1, **fields, ranks=ranks, replay_every=1, fault=fault)
@@ -41,7 +41,7 @@ def corrupt(folder: Path, ranks: int, call: int, **fields: Any) -> str:
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize(("call", "owner", "other"), [(21, 2, 0), (13, 1, 2)])
+@pytest.mark.parametrize(("call", "owner", "other"), [(11, 2, 0), (7, 1, 2)])
 def test_a_rank_that_computes_one_bit_wrongly_is_outvoted_and_named(
     folder: Path, call: int, owner: int, other: int
 ) -> None:
@@ -59,8 +59,8 @@ def test_a_rank_that_computes_one_bit_wrongly_is_outvoted_and_named(
 def test_a_wrong_bit_without_a_third_rank(folder: Path, dataset: Path) -> None:
     """One rank is named. Of two, the one that computes its own microbatch otherwise a second time."""
     one, two = (run_folder(folder / name, dataset) for name in ("one", "two"))
-    assert "corrupt: rank 0 on " in corrupt(one, 1, 21)
-    assert "corrupt: rank 1 on " in corrupt(two, 2, 21)
+    assert "corrupt: rank 0 on " in corrupt(one, 1, 11)
+    assert "corrupt: rank 1 on " in corrupt(two, 2, 11)
 
 
 def numbers(gradient: torch.Tensor, exact: bool = False) -> Numbers:

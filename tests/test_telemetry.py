@@ -58,7 +58,7 @@ def test_the_update_ratio_is_that_of_the_saved_weights(one_rank: Path) -> None:
         old, new = weights(one_rank, before), weights(one_rank, record)
         assert steps[record - 1].update_ratios == {
             group: pytest.approx(norm({n: new[n] - old[n] for n in old}, group) / norm(old, group), rel=1e-4)
-            for group in ("embeddings", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "lm_head")
+            for group in ("embeddings", "blocks.0", "blocks.1", "lm_head")
         }
 
 
@@ -109,10 +109,10 @@ def test_it_comes_every_n_steps_also_between_logged_ones_and_of_trained_paramete
     tmp_path: Path, dataset: Path
 ) -> None:
     folder = run_folder(tmp_path / "frozen", dataset)
-    steps = here(folder, telemetry_every=2, log_every=3, freeze=["embeddings", "blocks.0-2"], steps=4)
+    steps = here(folder, telemetry_every=2, log_every=3, freeze=["embeddings", "blocks.0"], steps=4)
     assert [(r.step, list(r.grad_norms or ())) for r in steps if r.grad_norms] == [
-        (2, ["blocks.3", "lm_head"]),
-        (4, ["blocks.3", "lm_head"]),
+        (2, ["blocks.1", "lm_head"]),
+        (4, ["blocks.1", "lm_head"]),
     ]
 
 
