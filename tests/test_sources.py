@@ -130,7 +130,6 @@ def test_a_csv_file_may_have_a_byte_order_mark_and_one_column_without_a_name(tmp
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_chunks_of_any_size_hold_every_line_once(tmp_path, monkeypatch, size, tail):
     monkeypatch.setattr(blocks, "TAIL_BYTES", tail)
-    monkeypatch.setattr(blocks, "SEARCH_BYTES", tail // 2 + 1)
     monkeypatch.setattr(input_files, "MIN_CHUNK_BYTES", size)
     monkeypatch.setattr(input_files, "CHUNK_BYTES", size)
     text = '{"a": 1}\n\n{"a": 2}\r\n' + json.dumps({"a": "x" * 300}) + '\n{"a": 3}\n{"a": 4}'

@@ -9,8 +9,6 @@ Out: `read_blocks` yields lines of JSON or columns of Arrow, which compiled code
 from __future__ import annotations
 
 import codecs
-import dataclasses
-import functools
 import itertools
 import json
 import re
@@ -38,8 +36,6 @@ BATCH_BYTES = 4 << 20
 BATCH_ROWS = 4096
 TAIL_BYTES = 256 << 10
 """Bytes read after the end of a chunk, for the rest of its last line. A second read would cost a millisecond."""
-SEARCH_BYTES = 64 << 10
-"""A newline is searched for in steps of this size."""
 EXAMPLE_CHARS = 200
 NEWLINE = 10
 PADDING = 8
@@ -73,6 +69,8 @@ class LineBlock:
 
     padded: NDArray[np.uint8]
     """The lines, followed by PADDING bytes without a meaning, so that compiled code can read words."""
+    ends: NDArray[np.int64]
+    """The position of each line's newline."""
     first: int
     too_long: bool = False
     """The block stands for one line of more than MAX_ROW_BYTES, which is not read."""
@@ -80,16 +78,12 @@ class LineBlock:
     @classmethod
     def of(cls, lines: bytes, first: int = 0, too_long: bool = False) -> LineBlock:
         # A bytearray, so that the array is writable like that of a chunk.
-        return cls(np.frombuffer(bytearray(lines) + bytes(PADDING), dtype=np.uint8), first, too_long)
+        padded = np.frombuffer(bytearray(lines) + bytes(PADDING), dtype=np.uint8)
+        return cls(padded, np.flatnonzero(padded[:-PADDING] == NEWLINE), first, too_long)
 
     @property
     def lines(self) -> bytes:
         return self.padded[:-PADDING].tobytes()
-
-    @functools.cached_property
-    def ends(self) -> NDArray[np.int64]:
-        """The position of each line's newline."""
-        return np.flatnonzero(self.padded[:-PADDING] == NEWLINE)
 
     @property
     def count(self) -> int:
@@ -351,52 +345,36 @@ def _has_long_number(data: bytes) -> bool:
 
 
 def _line_blocks(chunk: Chunk) -> Iterator[LineBlock]:
-    """The lines that begin inside the chunk, about BATCH_BYTES at a time. The last one may end after the chunk."""
-    number = 0
-    for block in _unnumbered(chunk):
-        numbered = dataclasses.replace(block, first=number)
-        number += numbered.count
-        yield numbered
-    if not number:
-        yield LineBlock.of(b"")
+    """The lines that begin inside the chunk, about BATCH_BYTES at a time. The blocks share one copy of the chunk. A last line that ends far
+    after the chunk is a block of its own.
 
-
-def _unnumbered(chunk: Chunk) -> Iterator[LineBlock]:
-    """Blocks that share one copy of the chunk. A last line that ends far after the chunk is a block of its own.
-
-    A line belongs to the chunk in which it begins. The read starts one byte before the chunk, to see whether the chunk
-    begins with a line.
+    The read starts one byte before the chunk, to see whether the chunk begins with a line.
     """
     with open(chunk.file.path, "rb") as f:
         at = f.seek(max(0, chunk.start - 1))
         padded = np.empty(chunk.stop - at + TAIL_BYTES + PADDING, dtype=np.uint8)
         size = f.readinto(padded[:-PADDING].data)
         own = min(size, chunk.stop - at)  # the bytes after this only matter for the end of the last line
-        first = _first_line(padded, size, own, at_start=chunk.start == 0)
-        if first is None:
-            return
-        end = max(first, _after_last_newline(padded, own))
-        if end < own:
-            end = _after_newline(padded, own, size) or end
+        newlines = np.flatnonzero(padded[:size] == NEWLINE)
+        ends = newlines[: np.searchsorted(newlines, own - 1) + 1]
+        if not chunk.start:
+            first = len(codecs.BOM_UTF8) if padded[:3].tobytes() == codecs.BOM_UTF8 else 0
+        else:  # what is before the first newline belongs to an earlier chunk
+            first, ends = (int(ends[0]) + 1 if len(ends) else own), ends[1:]
+        end = int(ends[-1]) + 1 if len(ends) else first
         count = max(1, round((end - first) / BATCH_BYTES))
-        cuts = [_after_newline(padded, first + i * (end - first) // count, end) for i in range(1, count)]
-        for begin, stop in itertools.pairwise([first, *cuts, end]):
+        cuts = np.searchsorted(ends, [first + i * (end - first) // count for i in range(1, count)]) + 1
+        for begin, stop in itertools.pairwise([0, *cuts.tolist(), len(ends)]):
             if begin < stop:
-                yield LineBlock(padded[begin : stop + PADDING], 0)
+                start = int(ends[begin - 1]) + 1 if begin else first
+                yield LineBlock(padded[start : int(ends[stop - 1]) + 1 + PADDING], ends[begin:stop] - start, begin)
         if end < own:
-            yield _last_line(f, padded[end:size].tobytes())
+            yield _last_line(f, padded[end:size].tobytes(), len(ends))
+        elif not len(ends):
+            yield LineBlock.of(b"")
 
 
-def _first_line(padded: NDArray[np.uint8], size: int, own: int, at_start: bool) -> int | None:
-    """The position of the first line that begins in the chunk; None when a line of an earlier chunk fills it."""
-    if at_start:
-        bom = np.frombuffer(codecs.BOM_UTF8, dtype=np.uint8)
-        return len(bom) if np.array_equal(padded[: min(size, len(bom))], bom) else 0
-    first = _after_newline(padded, 0, own)
-    return None if first in (0, own) else first
-
-
-def _last_line(file: BinaryIO, begin: bytes) -> LineBlock:
+def _last_line(file: BinaryIO, begin: bytes, number: int) -> LineBlock:
     """The line that begins with these bytes and goes on in the file. The end of the file ends it too."""
     line = begin
     while b"\n" not in (more := file.read(1 << 20)):
@@ -404,32 +382,10 @@ def _last_line(file: BinaryIO, begin: bytes) -> LineBlock:
             break
         line += more
         if len(line) > unpack.MAX_ROW_BYTES:
-            return LineBlock.of(b"", too_long=True)
+            return LineBlock.of(b"", number, too_long=True)
     line += more[: more.find(b"\n")] if more else b""
     too_long = len(line) > unpack.MAX_ROW_BYTES
-    return LineBlock.of(b"" if too_long else line + b"\n", too_long=too_long)
-
-
-def _after_newline(data: NDArray[np.uint8], begin: int, end: int) -> int:
-    """The position after the first newline in data[begin:end]; 0 when there is none."""
-    while begin < end:
-        stop = min(begin + SEARCH_BYTES, end)
-        found = data[begin:stop].tobytes().find(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        begin = stop
-    return 0
-
-
-def _after_last_newline(data: NDArray[np.uint8], end: int) -> int:
-    """The position after the last newline in data[:end]; 0 when there is none."""
-    while end > 0:
-        begin = max(0, end - SEARCH_BYTES)
-        found = data[begin:end].tobytes().rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        end = begin
-    return 0
+    return LineBlock.of(b"" if too_long else line + b"\n", number, too_long)
 
 
 def batches_of(file: InputFile) -> Iterator[tuple[int, RowBatch]]:
