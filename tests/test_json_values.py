@@ -14,19 +14,18 @@ from chat_samples import any_text
 from sft.data.compiled import WORD
 from sft.data.fast.json_copy import MOST_NAMES, copy_value
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
-from sft.data.fast.json_values import write_pairs
 from sft.data.fast.messages import NONE
 
 pytestmark = pytest.mark.compile
-NAMES = np.empty((MAX_DEPTH + 2, MOST_NAMES + 1, 2), dtype=np.int64)
+NAMES = np.empty((MAX_DEPTH + 1, MOST_NAMES + 1, 2), dtype=np.int64)
 
 
-def copied(text: str, function: Any = copy_value, takes_null: bool = True) -> str | None:
+def copied(text: str, takes_null: bool = True, as_pairs: bool = False) -> str | None:
     """What compiled code writes, or None where it leaves the value to Python."""
     raw = text.encode()
     source = Buffer.of(np.frombuffer(bytearray(raw + b"\0" + bytes(WORD)), dtype=np.uint8))
     target = Buffer.of(np.zeros(6 * len(raw) + 2 * WORD, dtype=np.uint8))
-    at, to = function(source, 0, target, 0, NAMES, takes_null)
+    at, to = copy_value(source, 0, target, 0, NAMES, takes_null, as_pairs)
     return None if at == NONE or at != len(raw) else target.bytes[:to].tobytes().decode()
 
 
@@ -95,7 +94,8 @@ def test_names_that_are_twice_and_nulls_are_left_to_python() -> None:
 
 
 def test_arguments_are_written_as_pairs() -> None:
-    assert copied('{"a":1,"b":{"a":"x"}, "c" : [2,3]}', write_pairs) == 'a=1, b={"a": "x"}, c=[2, 3]'
-    assert copied("{}", write_pairs) == ""
-    assert copied('{"a":1,"a":2}', write_pairs) is None
-    assert copied('{"\\u0061":1}', write_pairs) is None
+    assert copied('{"a":1,"b":{"a":"x"}, "c" : [2,3]}', as_pairs=True) == 'a=1, b={"a": "x"}, c=[2, 3]'
+    assert copied("{}", as_pairs=True) == ""
+    assert copied('{"a":1,"a":2}', as_pairs=True) is None
+    assert copied('{"\\u0061":1, "\\n":2}', as_pairs=True) == "a=1, \n=2"
+    assert copied('{"a":1,"\\u0061":2}', as_pairs=True) is None

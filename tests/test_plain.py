@@ -93,6 +93,7 @@ ODD = {
     "an argument twice": PLAINEST.replace('"b"', 'null, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1, "a": 2}}}]') + "}",
     "an argument twice in a text": PLAINEST.replace('"b"', 'null, "tool_calls": [{"function": {"name": "f", "arguments": "{\\"a\\":1,\\"a\\":2}"}}]') + "}",
     "a tool with a name twice": PLAINEST + ', "tools": [{"name": "f", "name": "g"}]}',
+    "tools that end early": '{"tools": [{"name": "f"}',
     "a harmless column twice": PLAINEST + ', "id": 1, "id": 2}',
     "a role twice": '{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}',
     "an escaped name": PLAINEST.replace('"role"', '"\\u0072ole"', 1) + "}",

@@ -33,6 +33,7 @@ from sft.data.fast.json_text import (
     ZERO,
     copy_plain,
     is_word,
+    read_string,
     read_unicode_escape,
     simple_escape,
     skip_space,
@@ -42,7 +43,7 @@ from sft.data.fast.messages import END, NONE, START, U
 
 MOST_NAMES = 32
 """An object with more names is left to Python."""
-NEWLINE = 10
+NEWLINE, EQUALS = b"\n="
 
 
 @inlined
@@ -180,8 +181,9 @@ def is_new_name(text: Any, start: int, end: int, names: Any, level: int, count: 
 
 
 @compiled
-def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_null: bool) -> Any:
-    """Writes a value as json.dumps does. Returns where it ends in both; NONE for what is left to Python. `names` is scratch, its first level is kept."""
+def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_null: bool, as_pairs: bool) -> Any:
+    """Writes a value as json.dumps does, or with `as_pairs` an object as the arguments of a call: name=value, … Returns where it ends in both;
+    NONE for what is left to Python. `names` is scratch."""
     data, text, one = source.bytes, target.bytes, np.uint64(1)
     depth, are_objects = 0, np.uint64(0)  # one bit for each level, the innermost is the lowest
     counts = np.uint64(0)  # names of the innermost object
@@ -191,12 +193,13 @@ def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_nul
         if c in (OPEN_OBJECT, OPEN_LIST):
             if depth == MAX_DEPTH:
                 return NONE, NONE
-            names[depth + 1, MOST_NAMES, START] = np.int64(counts)
+            names[depth, MOST_NAMES, START] = np.int64(counts)
             counts = np.uint64(0)
+            if depth or not as_pairs:
+                text[U(to)] = c
+                to += 1
             depth += 1
             are_objects = are_objects << one | np.uint64(is_first)
-            text[U(to)] = c
-            to += 1
             at = skip_blank(data, at + 1)
             is_closed = data[U(at)] == (CLOSE_OBJECT if is_first else CLOSE_LIST)
             if not is_closed and not is_first:
@@ -213,11 +216,12 @@ def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_nul
             close = CLOSE_OBJECT if are_objects & one else CLOSE_LIST
             if data[U(at)] != close:
                 return NONE, NONE
-            text[U(to)] = close
-            to += 1
+            depth -= 1
+            if depth or not as_pairs:
+                text[U(to)] = close
+                to += 1
             are_objects >>= one
             counts = np.uint64(names[depth, MOST_NAMES, START])
-            depth -= 1
             at += 1
             is_closed = is_first = False
             if depth:
@@ -231,17 +235,18 @@ def copy_value(source: Any, at: int, target: Any, to: int, names: Any, takes_nul
             to += 2
             at = skip_blank(data, at + 1)
         if are_objects & one:
+            is_pair = as_pairs and depth == 1
             start = to
             if data[U(at)] != QUOTE:
                 return NONE, NONE
-            at, to = copy_string(source, at + 1, target, to)
+            at, to = read_string(source, at + 1, target, to) if is_pair else copy_string(source, at + 1, target, to)
             if at == NONE or not is_new_name(text, start, to, names, depth, np.int64(counts)):
                 return NONE, NONE
             counts += one
             at = skip_blank(data, at)
             if data[U(at)] != COLON:
                 return NONE, NONE
-            text[U(to)] = COLON
+            text[U(to)] = EQUALS if is_pair else COLON
             text[U(to + 1)] = SPACE
-            to += 2
+            to += 1 if is_pair else 2
             at = skip_blank(data, at + 1)

@@ -259,7 +259,7 @@ def read_column(source: Any, at: int, column: int, names: Any, target: Any, to: 
         held, to = end > to, end
     else:
         at, held = skip_value(source, at, target, to)
-        if held and kind == TOOLS and messages.row_spans[row, TOOLS, START] == NONE:
+        if at != NONE and held and kind == TOOLS and messages.row_spans[row, TOOLS, START] == NONE:
             messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = start, at
         elif at == NONE or (held and not is_passed(data, start, at, kind)):
             return NONE, to

@@ -15,26 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sft.data.compiled import compiled, inlined
-from sft.data.fast.json_copy import copy_value, is_new_name, skip_blank
+from sft.data.fast.json_copy import copy_value, skip_blank
 from sft.data.fast.json_rows import next_field, read_name
 from sft.data.fast.json_text import (
     CLOSE_LIST,
     CLOSE_OBJECT,
-    COLON,
     COMMA,
     OPEN_LIST,
     OPEN_OBJECT,
     QUOTE,
     SPACE,
-    end_of_plain_string,
     is_word,
     read_string,
     skip_space,
     skip_value,
 )
 from sft.data.fast.messages import CALLS, END, NONE, START, TOOL_CALLS, TOOLS, Names, U
+from sft.data.fast.turns import copy
 
-NEWLINE, EQUALS, OPEN, CLOSE = b"\n=()"
+NEWLINE, OPEN, CLOSE = b"\n()"
 ID, TYPE, FUNCTION = range(3)
 NAME, ARGUMENTS = range(2)
 CALL_NAME, CALL_ARGUMENTS, CALL_NUMBER = range(3)
@@ -65,42 +64,6 @@ class ValueTexts(NamedTuple):
     """[2, fields] Scratch: where the values of a call and of its function start."""
 
 
-@compiled
-def write_pairs(source: Any, at: int, target: Any, to: int, names: Any, takes_null: bool) -> Any:
-    """Writes an object as the arguments of a call: name=value, … Returns where it ends in both; NONE for what is left to Python."""
-    data, text, count = source.bytes, target.bytes, 0
-    at = skip_blank(data, at + 1)
-    if data[U(at)] == CLOSE_OBJECT:
-        return at + 1, to
-    while True:
-        end = end_of_plain_string(data, at + 1) if data[U(at)] == QUOTE else NONE
-        if end == NONE:
-            return NONE, NONE
-        start = to
-        for place in range(at + 1, end):
-            text[U(to)] = data[U(place)]
-            to += 1
-        if not is_new_name(text, start, to, names, 0, count):
-            return NONE, NONE
-        count += 1
-        at = skip_blank(data, end + 1)
-        if data[U(at)] != COLON:
-            return NONE, NONE
-        text[U(to)] = EQUALS
-        at, to = copy_value(source, skip_blank(data, at + 1), target, to + 1, names, takes_null)
-        if at == NONE:
-            return NONE, NONE
-        at = skip_blank(data, at)
-        if data[U(at)] == CLOSE_OBJECT:
-            return at + 1, to
-        if data[U(at)] != COMMA:
-            return NONE, NONE
-        text[U(to)] = COMMA
-        text[U(to + 1)] = SPACE
-        to += 2
-        at = skip_blank(data, at + 1)
-
-
 @inlined
 def unescape(source: Any, at: int, spare: Any) -> int:
     """Writes the string after the quote at source[at - 1] to the spare buffer, with a zero byte after it. Returns where it ends there; NONE
@@ -112,26 +75,17 @@ def unescape(source: Any, at: int, spare: Any) -> int:
 
 
 @inlined
-def write_object(source: Any, at: int, target: Any, to: int, values: Any, takes_null: bool) -> Any:
-    """Writes the arguments of a call. Returns where they end in both."""
-    if source.bytes[U(at)] != OPEN_OBJECT:
-        return NONE, NONE
-    if values.as_objects:
-        return copy_value(source, at, target, to, values.names, takes_null)
-    return write_pairs(source, at, target, to, values.names, takes_null)
-
-
-@inlined
 def write_arguments(source: Any, at: int, spare: Any, target: Any, to: int, values: Any) -> int:
     """Writes the arguments of a call, an object or its JSON as a string. Returns where they end; NONE for what is left to Python."""
-    if source.bytes[U(at)] != QUOTE:
-        if source.bytes[U(skip_blank(source.bytes, at + 1))] == CLOSE_OBJECT:
-            return NONE
-        return int(write_object(source, at, target, to, values, False)[1])
-    end = unescape(source, at + 1, spare)
-    if end == NONE:
+    data, as_pairs, end = source.bytes, not values.as_objects, NONE
+    if data[U(at)] == OPEN_OBJECT and data[U(skip_blank(data, at + 1))] != CLOSE_OBJECT:
+        return int(copy_value(source, at, target, to, values.names, False, as_pairs)[1])
+    if data[U(at)] == QUOTE:
+        end = unescape(source, at + 1, spare)
+    at = skip_blank(spare.bytes, 0)
+    if end == NONE or spare.bytes[U(at)] != OPEN_OBJECT:
         return NONE
-    at, to = write_object(spare, skip_blank(spare.bytes, 0), target, to, values, True)
+    at, to = copy_value(spare, at, target, to, values.names, True, as_pairs)
     return to if at != NONE and skip_blank(spare.bytes, at) == end else NONE
 
 
@@ -184,19 +138,16 @@ def read_call(source: Any, at: int, spare: Any, target: Any, to: int, values: An
     start = to
     to = read_string(source, of_function[NAME] + 1, target, to)[1]
     call[CALL_NAME, START], call[CALL_NAME, END] = start, to
-    if not values.as_objects:
-        target.bytes[U(to)] = OPEN
-        to += 1
-    start = to
-    to = write_arguments(source, of_function[ARGUMENTS], spare, target, to, values)
+    target.bytes[U(to)] = OPEN
+    start = to + 1
+    to = write_arguments(source, of_function[ARGUMENTS], spare, target, start, values)
     if to == NONE:
         return NONE, NONE, 0
     call[CALL_ARGUMENTS, START], call[CALL_ARGUMENTS, END] = start, to
-    if values.as_objects and to - start == 2:  # no arguments
+    if to - start == 2:  # an empty object is none
         call[CALL_ARGUMENTS, START] = NONE
-    if not values.as_objects:
-        target.bytes[U(to)] = CLOSE
-        to += 1
+    target.bytes[U(to)] = CLOSE
+    to += 1
     call[CALL_NUMBER, START] = call[CALL_NUMBER, END] = NONE
     if of_call[ID] != NONE:
         held |= HAS_ID
@@ -227,9 +178,8 @@ def read_calls(
         at = skip_space(data, at)
         if data[U(at)] != COMMA:
             return (to if at + 1 == end else NONE), count, all_held
-        if not values.as_objects:
-            target.bytes[U(to)] = NEWLINE
-            to += 1
+        target.bytes[U(to)] = NEWLINE
+        to += 1
 
 
 @inlined
@@ -237,36 +187,26 @@ def read_list(
     source: Any, at: int, target: Any, to: int, values: Any, messages: Any, count: int, takes_null: bool
 ) -> Any:
     """Writes a list of tools. Returns where it ends in both, and the number of tools; NONE for tools that are left to Python."""
-    data, text, is_first = source.bytes, target.bytes, True
+    data, text, before = source.bytes, target.bytes, OPEN_LIST
     if data[U(at)] != OPEN_LIST:
         return NONE, NONE, 0
-    if not values.as_objects:
-        text[U(to)] = OPEN_LIST
-        to += 1
-    while True:
+    while data[U(at)] != CLOSE_LIST:
+        if data[U(at)] != before:
+            return NONE, NONE, 0
         at = skip_blank(data, at + 1)
         if data[U(at)] != OPEN_OBJECT:
             return NONE, NONE, 0
-        if not (is_first or values.as_objects):
-            text[U(to)] = COMMA
-            text[U(to + 1)] = SPACE
-            to += 2
-        is_first, start = False, to
-        at, to = copy_value(source, at, target, to, values.names, takes_null)
+        text[U(to)] = before
+        text[U(to + 1)] = SPACE  # after a comma; the first tool overwrites it
+        start = to + (1 if before == OPEN_LIST else 2)
+        at, to = copy_value(source, at, target, start, values.names, takes_null, False)
         if at == NONE:
             return NONE, NONE, 0
-        if values.as_objects:
-            messages.tools[count, START], messages.tools[count, END] = start, to
-            count += 1
-        at = skip_blank(data, at)
-        if data[U(at)] == CLOSE_LIST:
-            break
-        if data[U(at)] != COMMA:
-            return NONE, NONE, 0
-    if not values.as_objects:
-        text[U(to)] = CLOSE_LIST
-        to += 1
-    return at + 1, to, count
+        messages.tools[count, START], messages.tools[count, END] = start, to
+        count += 1
+        at, before = skip_blank(data, at), COMMA
+    text[U(to)] = CLOSE_LIST
+    return at + 1, to + 1, count
 
 
 @inlined
@@ -285,10 +225,7 @@ def read_tools(source: Any, row: int, spare: Any, target: Any, to: int, values: 
 
 @inlined
 def copy_tag(target: Any, to: int, tags: Any, tag: int) -> int:
-    for place in range(tags.starts[tag], tags.starts[tag + 1]):
-        target.bytes[U(to)] = tags.bytes[U(place)]
-        to += 1
-    return to
+    return copy(target.words, to, tags.words, tags.starts[tag], tags.starts[tag + 1])
 
 
 @compiled
@@ -314,17 +251,13 @@ def read_values(source: Any, spare: Any, target: Any, to: int, values: Any, mess
         is_other = (messages.columns_held[row] & values.other_columns) != np.uint64(0)
         if not messages.is_plain[row] or messages.row_spans[row, TOOLS, START] == NONE or is_other:
             continue
-        start = to if values.as_objects else copy_tag(target, to, values.tags, 0)
+        start = copy_tag(target, to, values.tags, 0)
         end, count = read_tools(source, row, spare, target, start, values, messages, num_tools)
         if end == NONE:
             continue
-        if values.as_objects:
-            messages.tool_spans[row, START], messages.tool_spans[row, END] = num_tools, count
-            num_tools = count
-            to = end
-        else:
-            end = copy_tag(target, end, values.tags, 1)
-            messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = to, end
-            to = end
+        end = copy_tag(target, end, values.tags, 1)
+        messages.tool_spans[row, START], messages.tool_spans[row, END] = num_tools, count
+        messages.row_spans[row, TOOLS, START], messages.row_spans[row, TOOLS, END] = to, end
+        to, num_tools = end, count
         values.tools_are_read[row] = True
     return to, num_calls, num_tools

@@ -124,7 +124,7 @@ class Values:
         self.held = np.zeros(0, dtype=np.uint8)  # by row: those of calls that compiled code has read
         self.column = ""
         self.spare = np.empty(0, dtype=np.uint8)
-        self.names = np.empty((MAX_DEPTH + 2, MOST_NAMES + 1, 2), dtype=np.int64)
+        self.names = np.empty((MAX_DEPTH + 1, MOST_NAMES + 1, 2), dtype=np.int64)
         self.found = np.empty((2, len(OF_CALL)), dtype=np.int64)
 
     def count(self, rows: NDArray[np.int64], counts: Counter[str]) -> None:
@@ -167,7 +167,7 @@ class Values:
         count, lines = int(messages.first[-1]), len(values.data)
         spans, rows = messages.spans[:count, TOOL_CALLS], messages.row_spans[:, TOOLS]
         most_calls = int((spans[:, END] - spans[:, START]).sum()) // SHORTEST_CALL + count + 1
-        most_tools = int((rows[:, END] - rows[:, START]).sum()) // 2 + 1 if self.as_objects else 0
+        most_tools = int((rows[:, END] - rows[:, START]).sum()) // 2 + 1
         room_for = messages._replace(
             calls=np.empty((most_calls, 3, 2), dtype=np.int64), tools=np.empty((most_tools, 2), dtype=np.int64)
         )
