@@ -82,6 +82,10 @@ TRAIN = "seq_len = 512\nglobal_batch_tokens = 4096\nlr = 1e-3  # why"
         (CLUSTER.replace('image = "ann/image"', ""), "", "", "scheduler", "'image' is missing", "env/here.toml"),
         (CLUSTER, '"olmo3-tiny"', '"olmo3-32b"', "memory", "80.0 GB", "recompute=auto"),
         (CLUSTER, "tokens = 4096", "tokens = 5120", "batch", "8 x 512", "global_batch_tokens"),
+        ('storage = "{runs}/s"\n[on.train]\nprocesses = 2\nshard_degree = 3', "", "", "batch", "shard_degree = 3 does not divide the 2 processes", "divisor of 2"),
+        ('storage = "{runs}/s"\n[on.train]\nprocesses = 2\ncontext_degree = 3', "", "", "batch", "context_degree = 3 does not divide", "context_degree=1"),
+        ('storage = "{runs}/s"', TRAIN, TRAIN + '\nfreeze = ["nosuch"]', "trained", "freeze: 'nosuch' matches no parameter", "correct it"),
+        ('storage = "{runs}/s"', TRAIN, TRAIN + '\nlr_factors = { "x*" = 2 }', "trained", "lr_factors: 'x*' matches no parameter", "correct it"),
         ('storage = "{runs}/s"', 'tasks = ["one"]', 'tasks = ["t"]\nharness = "olmo-eval"', "evaluation", "runs on Beaker", "CLUSTER"),
         (CLUSTER, 'tasks = ["one"]', 'tasks = ["t"]\nharness = "olmo-eval"', "evaluation", "no image", "evaluate_image"),
         ('storage = "{runs}/s"\nlauncher = "slurm"', "", "", "scheduler", "sbatch: not found", "login node"),
@@ -96,6 +100,19 @@ def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, n
         monkeypatch.setattr(shutil, "which", lambda name: None)
     row = red(examine(cluster, old, new))[what]
     assert found in row.found and then in row.next and "next: " not in row.found + row.next, row
+
+
+@pytest.mark.parametrize(
+    ("more", "found"),
+    [
+        ("\ndecay_fraction = 0.5", "decay_fraction = 0.5: only schedule = 'wsd' reads it"),
+        ("\nsteps = 3\nepochs = 2.0", "epochs = 2.0: only steps = 0 reads it"),
+        ('\nschedule = "wsd"\ndecay_fraction = 0.5', None),
+    ],
+)
+def test_options_that_others_turn_off_are_named(examine, more, found):
+    rows = examine('storage = "{runs}/s"', TRAIN, TRAIN + more).get("not read", [])
+    assert [row.found for row in rows] == ([found] if found else [])
 
 
 @pytest.mark.parametrize(

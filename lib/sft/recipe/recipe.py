@@ -216,9 +216,9 @@ def _with_task_options(evaluate: schema.Evaluate, problems: list[str]) -> schema
     found: dict[str, dict[str, Any]] = {}
     for task, options in evaluate.by_task.items():
         where = f"in [evaluate.by_task.{task}]"
-        if task not in evaluate.tasks:
+        if task not in (evaluate.tasks or ()):
             problems.append(
-                f"[evaluate.by_task.{task}]: no such entry in 'tasks'{typed.did_you_mean(task, evaluate.tasks)}"
+                f"[evaluate.by_task.{task}]: no such entry in 'tasks'{typed.did_you_mean(task, evaluate.tasks or ())}"
             )
         found[task] = {}
         for name, value in options.items():

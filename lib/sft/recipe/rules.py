@@ -206,6 +206,8 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
             problems.append(
                 f"'thinking' in [evaluate]: no task {task!r} among {', '.join(evaluate.tasks)}, and it is not '*'"
             )
+    twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
+    problems += [f"'tasks' in [evaluate]: {task!r} is there twice; remove one" for task in twice]
     problems += _check_asking(evaluate, "[evaluate]")
     for task in evaluate.by_task:
         problems += _check_asking(evaluate.for_task(task), f"[evaluate.by_task.{task}]")
@@ -267,6 +269,15 @@ def _check_asking(options: schema.Evaluate, table: str) -> list[str]:
         problems.append(
             f"'max_thought_tokens' in {table} = {options.max_thought_tokens}: no task has thoughts; set thinking = {{ \"*\" = true }}"
             " or process_output = 'r1_style'"
+        )
+    if -1 < options.temperature < 0:
+        problems.append(f"'temperature' in {table} = {options.temperature}: at least 0, or -1 for the task's own")
+    if options.top_p and options.temperature == 0:
+        problems.append(f"'top_p' in {table} = {options.top_p}: temperature = 0 samples nothing; remove one of them")
+    reply = options.max_reply_tokens + options.max_thought_tokens
+    if options.max_length and reply >= options.max_length:
+        problems.append(
+            f"'max_length' in {table} = {options.max_length}: a reply of {reply} tokens leaves no room for a prompt; raise it"
         )
     if options.samples > 1 and options.temperature == 0:
         problems.append(

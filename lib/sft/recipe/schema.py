@@ -211,7 +211,7 @@ class Prepare:
         max=1,
         key=False,
     )
-    seed: int = opt(42, "seed of the sampling and order of documents", min=0, selects=True)
+    seed: int = opt(42, "seed of the sampling and order of documents", min=0, max=2**63 - 1, selects=True)
     validation_fraction: float = opt(
         0.0,
         "fraction of conversations held out for validation, chosen by the hash of their group: see validation_group",
@@ -354,7 +354,7 @@ class Evaluate:
         key=False,
     )
     batch_size: int = opt(0, "sequences in a batch; 0 = as many as memory and time allow", min=0, key=False)
-    seed: int = opt(1234, "seed of few-shot examples and sampling", min=0)
+    seed: int = opt(1234, "seed of few-shot examples and sampling", min=0, max=2**32 - 1)
     system_prompt: str = opt("", "system message before every conversation; empty = the task's own description, if any")
     process_output: str = opt(
         "none",

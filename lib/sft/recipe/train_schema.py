@@ -16,8 +16,8 @@ class Train:
 
     seq_len: int = opt(16384, "tokens of a pack", min=2)
     global_batch_tokens: int = opt(1_048_576, "tokens of one optimizer step, over all ranks and microbatches", min=2)
-    epochs: float = opt(3.0, "passes over the data; ignored if steps is set", above=0)
-    steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0)
+    epochs: float = opt(3.0, "passes over the data; ignored if steps is set", above=0, max=1e6)
+    steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0, max=10**9)
     long_documents: str = opt(
         "truncate", "treatment of a document longer than seq_len", choices=("truncate", "drop", "split")
     )
@@ -131,8 +131,8 @@ class Train:
         choices=("bf16", "fp8", "fp32"),
     )
     deterministic: bool = opt(False, "bitwise reproducible on the same GPUs, but slower; a CPU always is", key=False)
-    seed: int = opt(33333, "seed of random initial weights", min=0)
-    data_seed: int = opt(34521, "seed of the order of packs", min=0)
+    seed: int = opt(33333, "seed of random initial weights", min=0, max=2**63 - 1)
+    data_seed: int = opt(34521, "seed of the order of packs", min=0, max=2**63 - 1)
     order: str = opt(
         "shuffled",
         "order of packs; olmo-core = the order of its loader, for comparisons",

@@ -47,6 +47,8 @@ def read_toml(file: Path, what: str) -> dict[str, Any]:
         raise SftError(f"{file}: no such {what}; next: correct the name, or write this file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise SftError(f"{file}: not valid TOML: {e}; next: correct that line") from None
+    except RecursionError:
+        raise SftError(f"{file}: not valid TOML: brackets too deep in each other; next: correct them") from None
 
 
 def build(cls: type, data: Any, table: str, problems: list[str]) -> Any:

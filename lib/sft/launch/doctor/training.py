@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from sft.common import paths
 from sft.common.errors import SftError
@@ -20,6 +21,7 @@ from sft.formats.elsewhere import Elsewhere
 from sft.formats.metrics import Attempt, StepRecord, read_metrics
 from sft.launch.doctor.context import NOTE, OK, RED, SKIPPED, Context, Row, amount, hours_text, red
 from sft.recipe import schema
+from sft.recipe.resolve import resolve
 from sft.runner.precision import check_precision
 
 ASSUMED_MFU = (0.25, 0.40, 0.55)
@@ -33,6 +35,17 @@ def batch(context: Context) -> Iterator[Row]:
     train, hardware, ranks = context.recipe.train, context.training, context.ranks
     micro = hardware.microbatch_tokens or train.seq_len
     groups = max(1, ranks // hardware.context_degree)
+    for name, then in (("context_degree", "1"), ("shard_degree", "0")):
+        degree = getattr(hardware, name)
+        if degree > 0 and ranks % degree:
+            where = f"[on.{context.place.cluster}.train] {name} = {degree}"
+            yield Row(
+                RED,
+                "batch",
+                f"{where} does not divide the {ranks} processes",
+                f"{name}={then}, or a divisor of {ranks}",
+            )
+            return
     packs = train.global_batch_tokens // train.seq_len
     machines = f"{hardware.nodes} node{'s' * (hardware.nodes > 1)} x {ranks // hardware.nodes} processes"
     text = f"{packs} packs of {train.seq_len:,} tokens in a step, {machines}"
@@ -72,6 +85,40 @@ def precision(context: Context) -> Iterator[Row]:
 
         require_sizes(context.model, train, hardware)
     yield Row(OK if hardware.gpu or cluster.gpu else SKIPPED, "precision", found)
+
+
+def trained(context: Context) -> Iterator[Row]:
+    """Every pattern of [train] names parameters. Their names do not depend on the rows of the vocabulary."""
+    r, base = context.recipe, context.base
+    if base is not None or r.model.preset:
+        from sft.model.trained import selection_lines  # start-up: NumPy, which may be absent
+
+        lines = selection_lines(
+            resolve(r.model, context.prepared.facts.vocab_size if context.prepared else 1, base), r.train
+        )
+        if lines:
+            yield Row(OK, "trained", "; ".join(lines) if context.model else f"{len(lines)} patterns name parameters")
+
+
+def unread(context: Context) -> Iterator[Row]:
+    """Options that other options turn off, by name: a sweep may turn them on again."""
+    r, h = context.recipe, context.training
+    train, decayed = r.train, r.train.continue_schedule == "decayed"
+    rows: list[tuple[Any, str, bool, str]] = [
+        (train, "epochs", not train.steps, "steps = 0"),
+        (train, "decay_fraction", train.schedule == "wsd", "schedule = 'wsd'"),
+        (train, "decay_shape", train.schedule == "wsd" or decayed, "schedule = 'wsd'"),
+        (train, "final_lr_fraction", train.schedule != "constant" or decayed, "a schedule that decays"),
+        (r.prepare, "near_duplicate_similarity", r.prepare.near_duplicates != "ignore", "near_duplicates"),
+        (r.prepare, "decontaminate_ngram", bool(r.prepare.decontaminate), "decontaminate"),
+        (r.prepare, "decontaminate_overlap", bool(r.prepare.decontaminate), "decontaminate"),
+        (h, "recompute_budget", h.recompute == "budget", "recompute = 'budget'"),
+        *((r.evaluate, name, bool(r.evaluate.every), "every") for name in ("every_limit", "every_device", "best")),
+    ]
+    for table, name, is_read, by in rows:
+        default = next(f.default for f in dataclasses.fields(table) if f.name == name)
+        if (value := getattr(table, name)) != default and not is_read:
+            yield Row(NOTE, "not read", f"{name} = {value}: only {by} reads it")
 
 
 def intervals(context: Context) -> Iterator[Row]:
