@@ -121,14 +121,21 @@ class Workspace:
     """What every workspace is a copy of. `cp` takes a third of the time of Python. The first one of a process makes it."""
 
     def __init__(self, root: Path):
+        files, compiled = self.template / "files", self.template / "compiled"
         if not self.template.exists():
-            self.root = self.template
-            self._make(self.template)
+            self.root = files
+            self._make(files)
+            for folder in list(files.rglob("__pycache__")):
+                moved = compiled / folder.relative_to(files)
+                moved.parent.mkdir(parents=True, exist_ok=True)
+                folder.rename(moved)
         self.root = root
-        subprocess.run(["cp", "-a", f"{self.template}/.", root], check=True)  # keeps the times of compiled code
+        # Python and numba replace compiled files, and never write into one: workspaces can share them.
+        subprocess.run(["cp", "-a", f"{files}/.", root], check=True)  # keeps the times, by which compiled code is valid
+        subprocess.run(["cp", "-al", f"{compiled}/.", root], check=True)
 
     def _make(self, root: Path) -> None:
-        root.mkdir()
+        root.mkdir(parents=True)
         for name in ("Makefile", "pyproject.toml"):
             shutil.copy(REPO / name, root / name)
         # With what Python and numba have compiled, which is valid in a copy that keeps the times: numba takes ten seconds.
@@ -146,7 +153,8 @@ class Workspace:
         self.recipe("x")
         venv = root / ".venv" / "bin"
         venv.mkdir(parents=True)
-        self.use_new_python()
+        self.use_light_python()
+        warm.write_python(root / ".venv/bin/planner", warm.LIGHT)
         (root / ".venv" / f"ready-{plan.environment_digest()}").touch()  # its files are copies of the repository's
 
     def use_new_python(self) -> None:
@@ -154,6 +162,13 @@ class Workspace:
         python = self.root / ".venv/bin/python"
         python.write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
         python.chmod(0o755)
+
+    def use_light_python(self) -> None:
+        """A process of this workspace is forked from one that has imported the runner and the launchers: tests/warm.py.
+
+        Not in a job of Slurm, which ends the processes of its own tree, and a fork is in another one.
+        """
+        warm.write_python(self.root / ".venv/bin/python", warm.LIGHT, path="lib", unless="SLURM_JOB_ID")
 
     def use_warm_python(self) -> None:
         """A process of this workspace is forked from one that has imported torch and other packages, which takes seconds: tests/warm.py."""
@@ -206,9 +221,16 @@ class Workspace:
             capture_output=True,
         ).stdout
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """The caller's, with the Python that make plans with: a new one where there is no environment."""
+        planner = ".venv/bin/planner"
+        return {**os.environ, **({"PYTHON": planner} if (self.root / planner).exists() else {})}
+
     def make(self, *args: str, ok: bool | None = True, timeout: float = PATIENCE) -> subprocess.CompletedProcess[str]:
-        env = dict(os.environ)
-        done = subprocess.run(["make", *args], cwd=self.root, capture_output=True, text=True, timeout=timeout, env=env)
+        done = subprocess.run(
+            ["make", *args], cwd=self.root, capture_output=True, text=True, timeout=timeout, env=self.environment
+        )
         assert ok is None or (done.returncode == 0) == ok, done.stdout + done.stderr
         return done
 

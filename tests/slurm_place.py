@@ -52,10 +52,10 @@ def program(workspace: Workspace, stage: str, body: str) -> None:
 
 def start(workspace: Workspace, *args: str) -> subprocess.Popen[str]:
     """make, running; `communicate` returns its output."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
     return subprocess.Popen(
-        ["make", *args], cwd=workspace.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+        ["make", *args], cwd=workspace.root, env=workspace.environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
 
 
 def until(condition: Callable[[], T], what: str, seconds: float = PATIENCE) -> T:

@@ -1,6 +1,6 @@
 """kill -9 at any moment: the same command again ends in the bits of a run that nobody touched.
 
-KILLS=20 kills more often, which takes two minutes more.
+KILLS=20 kills more often, which takes some minutes more.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIELDS: dict[str, Any] = {
 }  # fmt: skip
 
 
-KILLS = int(os.environ.get("KILLS", "8"))
+KILLS = int(os.environ.get("KILLS", "4"))
 
 
 def fields(ranks: int) -> dict[str, Any]:

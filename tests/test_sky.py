@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import warm
 from conftest import REPO, Workspace
 from gcs_server import Server as Bucket
 from patience import PATIENCE
@@ -45,7 +45,6 @@ class Place(Pushed):
 
     def __init__(self, workspace: Workspace, root: Path):
         self.workspace, self.root, self.sky = workspace, workspace.root, root / "sky"
-        workspace.use_warm_python()
         self.cluster = self.root / "env" / "sky-test.toml"
         self.write(SHARED)
 
@@ -99,7 +98,8 @@ def unpushed(workspace: Workspace, tmp_path_factory, monkeypatch) -> Place:
     root = tmp_path_factory.mktemp("sky")
     (root / "bin").mkdir()
     (root / "sky").mkdir()
-    (root / "bin" / "sky").write_text(f'#!/bin/sh\nexec {sys.executable} {REPO}/tests/sky_command.py "$@"\n')
+    warm.write_python(root / "python", warm.LIGHT)
+    (root / "bin" / "sky").write_text(f'#!/bin/sh\nexec {root}/python {REPO}/tests/sky_command.py "$@"\n')
     (root / "bin" / "sky").chmod(0o755)
     values = {
         "PATH": f"{root}/bin:{os.environ['PATH']}",
@@ -297,6 +297,7 @@ def test_the_doctor_says_what_is_missing_by_name(place, monkeypatch):
 @pytest.mark.server
 @pytest.mark.slow
 def test_without_a_shared_disk_stages_pass_through_the_bucket(place, monkeypatch):
+    place.workspace.use_warm_python()  # each process imports the client of buckets
     with Bucket() as bucket:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
         text = FAR.replace("[env]", f'stages = ["train", "convert"]\n[env]\nSTORAGE_EMULATOR_HOST = "{bucket.url}"')

@@ -116,7 +116,7 @@ def test_dry_run_prints_the_script_and_submits_nothing(workspace):
     assert not (workspace.root / "runs").exists() and workspace.ran() == []
     (workspace.root / "script").write_text("#!/bin/bash\n" + train)
     parts = subprocess.run(
-        ["make", "dry-run", "STAGE=prepare", "RECIPE=x", "CLUSTER=mine"], cwd=workspace.root, env=os.environ | {"SHARDS": "2"},
+        ["make", "dry-run", "STAGE=prepare", "RECIPE=x", "CLUSTER=mine"], cwd=workspace.root, env=workspace.environment | {"SHARDS": "2"},
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     jobs = workspace.root / "runs/x/.jobs"
@@ -224,9 +224,8 @@ def test_cancel_ends_the_job_and_everyone_who_follows_it_sees_that(workspace):
 
 def test_ctrl_c_leaves_the_job_alone_and_says_how_to_come_back(workspace):
     program(workspace, "prepare", "Path('at').touch()\nwhile not Path('go').exists(): time.sleep(0.05)")
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     process = subprocess.Popen(
-        ["make", "prepare", "RECIPE=x", "CLUSTER=slurm"], cwd=workspace.root, env=env, text=True, stdout=subprocess.PIPE,
+        ["make", "prepare", "RECIPE=x", "CLUSTER=slurm"], cwd=workspace.root, env=workspace.environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     until((workspace.root / "at").exists, "the stage to start")

@@ -22,9 +22,8 @@ RUNS = ("x_lr-1e-4", "x_lr-2e-4")
 
 def test_a_sweep_trains_in_jobs_at_once_on_shared_data_and_goes_on_after_ctrl_c(workspace) -> None:
     program(workspace, "train", WAITS)
-    env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
     sweep = subprocess.Popen(
-        SWEEP, cwd=workspace.root, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        SWEEP, cwd=workspace.root, env=workspace.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )  # fmt: skip
     until(lambda: all((workspace.root / f"at-{run}").exists() for run in RUNS), "both jobs")
     os.killpg(sweep.pid, signal.SIGINT)

@@ -13,6 +13,7 @@ import subprocess
 
 import pytest
 
+import warm
 from conftest import REPO
 from patience import PATIENCE
 from sft.formats import manifest
@@ -138,7 +139,9 @@ def test_editing_lr_would_restage_training_only(runs):
     make(runs, "-q", "smoke")
 
 
-def test_a_sibling_run_shares_the_prepared_data_and_a_short_training_resumes(runs):
+def test_a_sibling_run_shares_the_prepared_data_and_a_short_training_resumes(runs, tmp_path, monkeypatch):
+    warm.write_python(tmp_path / "python")
+    monkeypatch.setenv("SFT_PYTHON", str(tmp_path / "python"))  # make smoke has started new ones
     overrides = ["RECIPE=smoke", "steps=6", "train.seed=1"]
     make(runs, "train", *overrides, "processes=2", "save_every=3", "microbatch_tokens=512")
     run = runs / "smoke_steps-6_train.seed-1"

@@ -262,6 +262,7 @@ def test_a_stage_cannot_claim_outputs_outside_its_folder_or_that_are_not_there(w
 def test_a_full_disk_names_the_path_and_keeps_the_earlier_result(workspace, finished, tmp_path):
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here, so no small file system can be mounted")
+    workspace.use_new_python()  # in the file systems of `unshare`
     finished("prepare")
     shutil.copytree(workspace.root / "runs", tmp_path / "saved")
     workspace.recipe("x", 'tokenizer = "tok"', 'tokenizer = "tok"\nseed = 7')

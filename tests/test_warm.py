@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import warm
+from conftest import REPO, Workspace
 from patience import PATIENCE
 
 pytestmark = pytest.mark.processes
@@ -105,3 +107,43 @@ def test_other_starts_and_variables_that_packages_read_once_need_a_new_python(py
     assert parent("-c", "import os; print(os.getppid())") == os.getpid()
     assert parent("parent.py") != os.getpid()
     assert parent("parent.py", NUMBA_NUM_THREADS="1") == os.getpid()
+
+
+OWN_CODE = """
+import gc, json, pathlib, sys
+imported = sorted(name for name in sys.modules if name.split(".")[0] == "sft")
+import sft, sft.runner.plan
+from sft.recipe import presets
+gc.unfreeze()
+paths = {str(found) for found in gc.get_objects() if isinstance(found, pathlib.PurePath)}
+texts = {text for name in imported for text in vars(sys.modules[name]).values() if isinstance(text, str)}
+print(json.dumps([imported, sorted(paths | texts), sft.__file__, str(sft.runner.plan.REPO), str(presets.TABLE)]))
+"""
+
+
+@pytest.mark.parametrize("packages", [warm.LIGHT, pytest.param(warm.HEAVY, marks=pytest.mark.slow)])
+def test_a_fork_has_the_code_of_its_own_checkout(workspace: Workspace, packages: tuple[str, ...]) -> None:
+    def shown() -> Any:
+        done = subprocess.run([python, "own_code.py"], cwd=workspace.root, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+
+    python = workspace.root / "python"
+    warm.write_python(python, packages, path="lib")
+    (workspace.root / "own_code.py").write_text(OWN_CODE)
+    same, held, *named = shown()
+    lib = workspace.root / "lib"
+    assert "sft.launch.local" in same and named == [
+        f"{lib}/sft/__init__.py",
+        str(lib.parent),
+        f"{lib}/sft/recipe/presets.json",
+    ]
+    assert [name for name in held if name.startswith(f"{REPO}/") and "site-packages" not in name] == [str(warm.LIB)]
+    plan = lib / "sft/runner/plan.py"
+    os.utime(plan, (1, 1))
+    assert shown()[0] == same  # a clone has other times
+    assert plan.read_text().startswith('"""') and "." in plan.read_text().splitlines()[0]
+    plan.write_text(
+        plan.read_text().replace(".", "!", 1)
+    )  # an edit in the first line of its docstring, which keeps the size
+    edited, _, *named_then = shown()
+    assert edited == [] and named_then == named

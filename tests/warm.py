@@ -2,8 +2,9 @@
 
     warm.write_python(file, PACKAGES)     `file` is used as .venv/bin/python; the server of PACKAGES starts with the first such file
 
-`python [-u] -m module …` and `python [-u] program.py …` are forked from the server. Everything else, such as `-c` and other options, starts
-a new Python. The server imports packages and none of this project's code, so each fork reads the code, recipes and folders of its own checkout.
+`python [-u] [-S] -m module …` and `python [-u] program.py …` are forked from the server. Everything else, such as `-c` and other options,
+starts a new Python. The server has also imported much of this project's code, from this checkout. A fork whose own checkout has the same files
+uses these modules, and they then name the fork's checkout (`Code.move`). Any other fork imports its own code.
 
 A fork has the arguments, folder, environment, open files, umask, limits, cores and priority of the process that asked for it. That process
 forwards its signals, and ends as the fork does. A fork whose asker is killed is killed too, with its process group. Variables that packages
@@ -36,16 +37,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+LIGHT = (
+    "click", "csv", "ctypes", "decimal", "email.parser", "importlib.metadata", "multiprocessing", "statistics", "tarfile", "tomllib",
+    "urllib.request", "uuid", "yaml", "sft.__main__", "sft.launch.__main__", "sft.launch.commands", "sft.runner.stage",
+)  # fmt: skip
+"""What the planner, launchers, a stage without work and stand-ins of commands import: standard library, click, yaml, and this project's code."""
 HEAVY = (
-    "click", "concurrent.futures.thread", "dataclasses", "json", "multiprocessing.pool", "statistics", "tomllib", "urllib.request",
+    *LIGHT,
+    "concurrent.futures.thread", "multiprocessing.pool",
     "numpy", "torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.run", "torch._dynamo", "torch.nn.attention.varlen", "torch.utils.flop_counter", "torchao", "torchao.prototype.mx_formats",
     "boto3", "fsspec.implementations.local", "google.cloud.storage", "google_crc32c", "httpcore", "httpx", "jinja2.sandbox", "numba", "obstore", "orjson", "pandas",
     "PIL.Image", "pyarrow.parquet", "regex", "requests", "sacrebleu", "safetensors.torch", "scipy.stats", "sympy", "xxhash",
+    "sft.evaluation.evaluate", "sft.export.convert", "sft.reporting.report", "sft.training.train", "sft.training.watcher",
 )  # fmt: skip
 """What stages import. Hugging Face's packages are left out: they read variables at their import that stages set before it."""
 READ_ONCE = ("KMP_", "LD_PRELOAD", "MKL_", "NUMBA_", "PYTHON")
 TAKEN = ("PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED")
 """Variables that a fork takes from its asker, although READ_ONCE names them."""
+LIB = Path(__file__).resolve().parents[1] / "lib"
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LIMITS = [
     getattr(resource, name) for name in ("RLIMIT_NOFILE", "RLIMIT_FSIZE", "RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_DATA")
@@ -59,8 +68,8 @@ def read_once(environment: dict[str, str]) -> dict[str, str]:
 # --- the tests' end ---------------------------------------------------------------------------------------------------
 
 
-def write_python(file: Path, packages: Sequence[str] = HEAVY, path: str = "") -> None:
-    """Writes the program. `path`: the PYTHONPATH that it sets, as the wrapper around a workspace's Python does."""
+def write_python(file: Path, packages: Sequence[str] = HEAVY, path: str = "", unless: str = "") -> None:
+    """Writes the program. `path`: the PYTHONPATH that it sets. `unless`: a variable of processes that are new Pythons."""
     words = [
         sys.executable,
         "-SE",
@@ -68,7 +77,9 @@ def write_python(file: Path, packages: Sequence[str] = HEAVY, path: str = "") ->
         _server(tuple(packages)),
         sys.executable,
     ]
-    file.write_text(f'#!/bin/sh\n{f"PYTHONPATH={path} " if path else ""}exec {" ".join(words)} "$0" "$@"\n')
+    setting = f"PYTHONPATH={path} " if path else ""
+    new = f'[ -z "${unless}" ] || {setting}exec {sys.executable} "$@"\n' if unless else ""
+    file.write_text(f'#!/bin/sh\n{new}{setting}exec {" ".join(words)} "$0" "$@"\n')
     file.chmod(0o755)
 
 
@@ -97,15 +108,15 @@ def serve(listening: int, packages: Sequence[str]) -> None:
     """Forks a process for each connection, and answers with its status, until standard input ends."""
     import gc
 
+    sys.path.insert(0, str(LIB))
     for name in packages:
         importlib.import_module(name)
-    assert not {"sft", "huggingface_hub"} & sys.modules.keys(), (
-        "forks import their own code, and Hugging Face's packages"
-    )
-    del sys.path[0]
+    assert "huggingface_hub" not in sys.modules, "forks import Hugging Face's packages themselves"
+    del sys.path[:2]
+    code = Code()
     gc.collect()
     gc.freeze()
-    forks = Forks(socket.socket(fileno=listening))
+    forks = Forks(socket.socket(fileno=listening), code)
     try:
         forks.serve()
     except SystemExit:
@@ -115,11 +126,69 @@ def serve(listening: int, packages: Sequence[str]) -> None:
         forks.end()
 
 
+class Code:
+    """This project's modules in the server, and the files that they were read from."""
+
+    def __init__(self) -> None:
+        modules = [module for name, module in sys.modules.items() if name.split(".")[0] == "sft"]
+        self.modules = [module for module in modules if module.__file__]
+        files = [Path(module.__file__ or "") for module in self.modules]
+        self.files = {file.relative_to(LIB): (_stamp(file), file.read_bytes()) for file in files}
+
+    def take(self, lib: Path) -> None:
+        """In the fork: the modules become those of `lib`, or are forgotten where `lib` has other files."""
+        if lib == LIB:
+            return
+        if "SFT_PROJECT" not in os.environ and lib.resolve() == lib and self.is_in(lib):
+            self.move(lib.parent)
+        else:
+            for name in [name for name in sys.modules if name.split(".")[0] == "sft"]:
+                del sys.modules[name]
+
+    def is_in(self, lib: Path) -> bool:
+        """A copy has the time of its original, and a clone the content alone."""
+        for file, (stamp, content) in self.files.items():
+            found = _stamp(lib / file)
+            if found != stamp and (found[0] != stamp[0] or (lib / file).read_bytes() != content):
+                return False
+        return True
+
+    def move(self, root: Path) -> None:
+        """Files and folders of the server's checkout that the modules hold become those of `root`."""
+        old = str(LIB.parent)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Path) and value.is_relative_to(old):
+                return root / value.relative_to(old)
+            if isinstance(value, str) and value.startswith(old + "/"):
+                return f"{root}{value.removeprefix(old)}"
+            return tuple(moved(part) for part in value) if type(value) is tuple else value
+
+        for module in self.modules:
+            values = vars(module)
+            for holder in (values, vars(module.__spec__), vars(module.__loader__)):
+                for name, value in list(holder.items()):
+                    holder[name] = moved(value)
+            for value in values.values():
+                if isinstance(value, types.FunctionType) and value.__defaults__:
+                    value.__defaults__ = moved(value.__defaults__)
+            if path := values.get("__path__"):
+                path[:] = map(moved, path)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, 0
+    return found.st_size, found.st_mtime_ns
+
+
 class Forks:
     """The server's loop. `children`: the asker's connection of each process."""
 
-    def __init__(self, listening: socket.socket) -> None:
-        self.listening, self.selector = listening, selectors.DefaultSelector()
+    def __init__(self, listening: socket.socket, code: Code) -> None:
+        self.listening, self.code, self.selector = listening, code, selectors.DefaultSelector()
         self.environment = read_once(dict(os.environ))
         self.children: dict[int, socket.socket] = {}
 
@@ -156,7 +225,7 @@ class Forks:
                 except BaseException:
                     traceback.print_exc()
                     os._exit(1)
-                _run(asked["words"], asked["unbuffered"])
+                _run(asked["words"], asked["unbuffered"], asked["bare"], self.code)
             for file in files:
                 os.close(file)
 
@@ -257,11 +326,15 @@ def _streams(unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def _run(words: list[str], unbuffered: bool) -> NoReturn:
-    """Runs `-m module …` or `program …` as the main module."""
+def _run(words: list[str], unbuffered: bool, bare: bool, code: Code) -> NoReturn:
+    """Runs `-m module …` or `program …` as the main module. `bare`: without installed packages (-S)."""
     _streams(unbuffered)
+    if bare:
+        sys.path = [entry for entry in sys.path if not entry.endswith("-packages")]
     added = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:0] = added
+    if code.modules:
+        code.take(next((Path(entry) for entry in added if (Path(entry) / "sft").is_dir()), Path("nowhere")))
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     status = 0
@@ -269,6 +342,9 @@ def _run(words: list[str], unbuffered: bool) -> NoReturn:
         if words[0] == "-m":
             sys.path.insert(0, os.getcwd())
             sys.argv = ["-m", *words[2:]]
+            for name in (words[1], f"{words[1]}.__main__"):
+                if not hasattr(sys.modules.get(name), "__path__"):
+                    sys.modules.pop(name, None)  # it is __main__ now
             runpy._run_module_as_main(words[1])  # type: ignore[attr-defined]
         else:
             sys.argv = words

@@ -1,13 +1,14 @@
 """Asks a server of tests/warm.py for a fork, and stands in for it: python -SE warm_client.py SOCKET PYTHON NAME WORDS…
 
-It has few imports, because it starts instead of a Python that has many. A new PYTHON starts where there can be no fork.
+It has few imports, because it starts instead of a Python that has many: _signal and _socket are signal and socket without their enumerations.
+A new PYTHON starts where there can be no fork.
 """
 
+import _signal as signal
+import _socket as socket
 import marshal
 import os
 import resource
-import signal
-import socket
 import sys
 from array import array
 
@@ -38,7 +39,8 @@ def whole(server: socket.socket) -> bytes:
 
 def main() -> None:
     unbuffered = words[:1] == ["-u"]  # as torchrun starts its ranks
-    given = words[unbuffered:]
+    bare = words[unbuffered:][:2] == ["-S", "-m"]  # as make starts the planner
+    given = words[unbuffered + bare :]
     if not given or (given[0].startswith("-") and given[0] != "-m"):
         start_new()
     files = open_files()
@@ -50,7 +52,7 @@ def main() -> None:
     umask = os.umask(0)
     os.umask(umask)
     asked = {
-        "words": given, "unbuffered": unbuffered or bool(os.environ.get("PYTHONUNBUFFERED")), "python": os.path.abspath(name),
+        "words": given, "bare": bare, "unbuffered": unbuffered or bool(os.environ.get("PYTHONUNBUFFERED")), "python": os.path.abspath(name),
         "folder": os.getcwd(), "environment": dict(os.environ), "files": files,
         "umask": umask, "limits": [resource.getrlimit(getattr(resource, limit)) for limit in LIMITS], "ignored": [int(n) for n in ignored],
         "cores": list(os.sched_getaffinity(0)), "priority": os.getpriority(os.PRIO_PROCESS, 0),
