@@ -159,6 +159,7 @@ class Workspace:
 
     def use_new_python(self) -> None:
         """A process of this workspace is a new Python."""
+        (self.root / ".venv/bin/planner").unlink(missing_ok=True)
         python = self.root / ".venv/bin/python"
         python.write_text(f'#!/bin/sh\nPYTHONPATH=lib exec {sys.executable} "$@"\n')
         python.chmod(0o755)

@@ -22,6 +22,7 @@ RUNS = ("x_lr-1e-4", "x_lr-2e-4")
 
 def test_a_sweep_trains_in_jobs_at_once_on_shared_data_and_goes_on_after_ctrl_c(workspace) -> None:
     program(workspace, "train", WAITS)
+    workspace.use_new_python()  # Ctrl-C reaches every process of the group, and a fork has a group of its own
     sweep = subprocess.Popen(
         SWEEP, cwd=workspace.root, env=workspace.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )  # fmt: skip
