@@ -227,6 +227,11 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
             '[env]\nWANDB_API_KEY = "s3cr3t"',
             "'env': WANDB_API_KEY is a secret by its name, and jobs' scripts print and keep this table; next: name it in [secrets]",
         ),
+        ('[env]\nSLURM_JOB_ID = "7"', "'env': SLURM_JOB_ID: set by the scheduler"),
+        ('[env]\nMASTER_ADDR = "x"', "'env': MASTER_ADDR: set by the scheduler"),
+        ('[env]\nA = "$HOME/x"', "'env': A = '$HOME/x': $NAME is not expanded"),
+        ("stages = []", "'stages' is empty: no stage runs"),
+        ('runs = "/a/../b"', "'runs' = '/a/../b': no '..'"),
         ('[env]\nA = "\\u0000"', "'env': A = '\\x00' contains a NUL"),
     ],
 )
@@ -235,6 +240,13 @@ def test_a_cluster_that_says_what_its_launcher_would_ignore_is_refused(tmp_path,
     with pytest.raises(SftError) as error:
         clusters.load_cluster(tmp_path / "c.toml")
     assert f"{tmp_path}/c.toml: {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("storage", ["", "gs://b/../x", "gs://b//x", "s3://b/x\\n", "/a/./b"])
+def test_a_storage_that_no_listing_would_have_is_refused(tmp_path, storage):
+    (tmp_path / "c.toml").write_text(f'storage = "{storage}"\n')
+    with pytest.raises(SftError, match="'storage'"):
+        clusters.load_cluster(tmp_path / "c.toml")
 
 
 def test_a_recipes_numbers_that_its_cluster_would_ignore_are_refused(workspace):

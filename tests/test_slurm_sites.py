@@ -116,6 +116,8 @@ def test_a_wrong_value_of_a_stage_is_refused_with_the_clusters_file(tmp_path, li
         ({"wrap": ("apptainer exec --nv $HOME/x.sif",)}, 'next: wrap = ["apptainer", "exec", "--nv", "$HOME/x.sif"]'),
         ({"srun": ("--container-image=x --container-mounts=/a:/a",)}, "next: a string for each"),
         ({"sbatch": ("--nodes=4",)}, "the launcher sets --nodes itself"),
+        ({"sbatch": ("--time=0:01:00",)}, "--time is planned with; next: remove it, and write it as the field 'time'"),
+        ({"sbatch": ("--gpus-per-node=2",)}, "write it as the field 'gpus'"),
         ({"sbatch": ("--output=log",)}, "the launcher sets --output itself"),
         ({"prologue": ("module load 'x",)}, "'prologue': bash: line 1: unexpected EOF"),
         ({"shared_disk": False}, "shared_disk = false, but Slurm jobs work in this folder"),

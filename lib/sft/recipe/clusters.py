@@ -22,6 +22,10 @@ _TORCH = re.compile(r"|image|\d+\.\d+\.\d+(\+[a-z0-9.]+)?")
 _PROGRAM = re.compile(r"[A-Za-z0-9./_-]*")
 _BUCKET = re.compile(r"(gs|s3)://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/|(gs|s3):", re.IGNORECASE)  # also of a misspelt address, s3:/bucket
+_OF_LAUNCHER = re.compile(
+    r"SLURM_(JOB|N?TASK|NNODES|NODE|PROCID|LOCALID|RESTART|ARRAY|CPUS_PER)\w*|SFT_(JOB|NODES|NODE_RANK|HEAD)|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+)
+"""Variables that a scheduler, the launcher's script or torchrun sets."""
 _WEBHOOKS = ("https://", "http://")
 
 
@@ -65,6 +69,20 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
         for name in cluster.env
         if _SECRET.search(name)
     ]
+    problems += [
+        f"'env': {name}: set by the scheduler, the launcher or torchrun for each process; remove it"
+        for name in cluster.env
+        if _OF_LAUNCHER.fullmatch(name)
+    ]
+    problems += [
+        f"'env': {name} = {value!r}: $NAME is not expanded; write the value"
+        for name, value in cluster.env.items()
+        if re.search(r"\$\{?[A-Za-z_]", value)
+    ]
+    if not cluster.stages:
+        problems.append(
+            f"'stages' is empty: no stage runs with launcher = {cluster.launcher!r}; name some, or use CLUSTER=local"
+        )
     if not _TORCH.fullmatch(cluster.torch):
         problems.append(f"'torch' = {cluster.torch!r}: a version such as 2.13.0+cu129, or image")
     if not _PROGRAM.fullmatch(cluster.python):
@@ -82,12 +100,17 @@ def _check_cluster(cluster: schema.Cluster) -> list[str]:
 
 def _bad_place(field: str, place: str, placeholders: Sequence[str]) -> Iterator[str]:
     """What makes a place neither a folder nor an address of a bucket. Such a folder would be made silently."""
-    if unknown := [name for name in re.findall(r"\{\w*\}", place) if name not in placeholders]:
+    inner = place.partition("://")[2] or place.lstrip("/")
+    if not place and field == "storage":
+        yield f"'{field}' is empty: a folder, gs://bucket/prefix or s3://bucket/prefix is expected"
+    elif unknown := [name for name in re.findall(r"\{\w*\}", place) if name not in placeholders]:
         yield f"'{field}' = {place!r}: {unknown[0]} is not replaced, only {' and '.join(placeholders)}"
     elif place.startswith("~") or re.search(r"\$[A-Za-z_{]", place):
         yield f"'{field}' = {place!r}: ~ and $NAME are not expanded; write the whole path"
     elif _SCHEME.match(place) and not _BUCKET.fullmatch(place):
         yield f"'{field}' = {place!r}: a folder, gs://bucket/prefix or s3://bucket/prefix is expected"
+    elif re.search(r"[\x00-\x1f\x7f]", place) or {"..", "."} & {*inner.split("/")} or "//" in inner:
+        yield f"'{field}' = {place!r}: no '..', '.' and '//' and no control characters are expected in a path"
 
 
 def _check_stages(cluster: schema.Cluster) -> list[str]:

@@ -91,6 +91,8 @@ NO_INTERNET = {**dict.fromkeys(OFFLINE, "1"), "WANDB_MODE": "offline"}
 OWN_OPTIONS = ("array", "chdir", "comment", "dependency", "export", "nodes", "no-requeue", "ntasks", "ntasks-per-node", "open-mode",
                "output", "signal", "wrap")  # fmt: skip
 """Options of sbatch that the script sets itself, or that would keep its variables from the nodes."""
+OWN_FIELDS = {"time": "time", "gpus": "gpus", "gpus-per-node": "gpus", "gpus-per-task": "gpus"}
+"""Options whose values the checks and plans of a stage read from a field."""
 VARIABLE = r"\$(?:[A-Za-z_]|\{[A-Za-z_]\w*\})"
 """The start of a variable in a word of the shell."""
 
@@ -259,6 +261,10 @@ def extra_directive(text: str) -> str:
     if name[2:] in OWN_OPTIONS:
         raise SftError(
             f"'sbatch' holds {text!r}: the launcher sets {name} itself; next: remove it (nodes are `nodes` of [on.train])"
+        )
+    if field := OWN_FIELDS.get(name[2:]):
+        raise SftError(
+            f"'sbatch' holds {text!r}: {name} is planned with; next: remove it, and write it as the field {field!r}"
         )
     return directive(name, value) if value else f"#SBATCH {name}"
 
