@@ -1,4 +1,4 @@
-"""The dataset of a run as a folder for OLMo-core's own training scripts; see sft.data.interop.
+"""The dataset of a run as a folder for OLMo-core's own training scripts; see sft.export.olmo_core_dataset.
 
     python stages/export.py runs/<run> DST
 
@@ -12,7 +12,7 @@ import click
 
 from sft.common.columns import say
 from sft.common.errors import SftError
-from sft.data.interop import olmo_core_export
+from sft.export.olmo_core_dataset import olmo_core_export
 from sft.runner.cli import program
 
 

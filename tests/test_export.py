@@ -11,7 +11,7 @@ from preparing import conversation, stage, write_rows
 from sft.common.errors import SftError
 from sft.data import prepare
 from sft.data.dataset import Dataset
-from sft.data.interop import olmo_core_export
+from sft.export.olmo_core_dataset import olmo_core_export
 
 PATTERNS = ("token_ids_part_*.npy", "labels_mask_part_*.npy")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from sft.common.errors import SftError
 from sft.data.decontaminate import Screen, words
-from sft.data.mix import Mixed, Pool, cap, choose, first_copies, held_out, mix, wanted
+from sft.data.mix import Mixed, Pool, Selection, cap, choose, first_copies, held_out, mix, wanted
 from sft.recipe.schema import Source
 
 
@@ -28,8 +29,24 @@ def pool(names, lengths=None, excluded=(), fraction=0.0) -> Pool:
     return made
 
 
+def by_number(chosen: Selection, values: list[Any]) -> Any:
+    found = np.empty(len(chosen), dtype=np.int64)
+    found[chosen.numbers] = np.concatenate(values)
+    return found
+
+
+def index_of(chosen: Selection) -> Any:
+    """[documents] The place in its pool of each, by number."""
+    return by_number(chosen, list(chosen.index_of))
+
+
+def source_of(chosen: Selection) -> Any:
+    """[documents] The source of each, by number."""
+    return by_number(chosen, [np.full(len(index), source) for source, index in enumerate(chosen.index_of)])
+
+
 def taken(mixed: Mixed, source: int = 0) -> list[int]:
-    return sorted(mixed.data.index[mixed.data.source == source].tolist())
+    return sorted(index_of(mixed.data)[source_of(mixed.data) == source].tolist())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +60,7 @@ def test_a_fraction_samples_a_multiple_repeats_and_an_integer_is_a_row_count(wei
 @pytest.mark.parametrize("weight", [0.5, 1.0, 1.7, 2.0, 3.2, 7, 250])
 def test_every_document_appears_equally_often_but_for_the_remainder(weight):
     mixed = mix([pool(range(100))], [Source(path="a", weight=weight)], seed=1)
-    times = np.bincount(mixed.data.index, minlength=100)
+    times = np.bincount(index_of(mixed.data), minlength=100)
     assert times.sum() == wanted(weight, 100)
     assert times.max() - times.min() <= 1
 
@@ -57,8 +74,8 @@ def test_the_same_seed_gives_the_same_order_and_another_seed_another():
     sources = [Source(path="a"), Source(path="b", weight=0.5)]
     pools = [pool(range(200)), pool(range(1000, 1200))]
     a, b, c = (mix(pools, sources, seed=s).data for s in (1, 1, 2))
-    assert np.array_equal(a.index, b.index) and np.array_equal(a.source, b.source)
-    assert not np.array_equal(a.index, c.index)
+    assert np.array_equal(index_of(a), index_of(b)) and np.array_equal(source_of(a), source_of(b))
+    assert not np.array_equal(index_of(a), index_of(c))
     assert len(a) == 300
 
 
@@ -127,15 +144,15 @@ def test_validation_is_stable_when_the_data_grows_and_never_trained():
     sources = [Source(path="a")]
     small = mix([pool(before, fraction=0.1)], sources, seed=1)
     large = mix([pool(after, fraction=0.1)], sources, seed=99)
-    held_small, held_large = set(small.validation.index.tolist()), set(large.validation.index.tolist())
+    held_small, held_large = set(index_of(small.validation).tolist()), set(index_of(large.validation).tolist())
     assert held_small == {i for i in held_large if i < 1000}
-    assert not held_large & set(large.data.index.tolist())
+    assert not held_large & set(index_of(large.data).tolist())
     assert 50 < len(held_small) < 150
 
 
 def test_copies_of_a_held_out_conversation_are_not_trained():
     mixed = mix([pool([i % 50 for i in range(200)], fraction=0.3)], [Source(path="a", weight=3.0)], seed=1)
-    assert not {i % 50 for i in mixed.data.index.tolist()} & {i % 50 for i in mixed.validation.index.tolist()}
+    assert not {i % 50 for i in index_of(mixed.data).tolist()} & {i % 50 for i in index_of(mixed.validation).tolist()}
 
 
 def test_a_larger_fraction_holds_out_what_a_smaller_one_held():
@@ -147,7 +164,7 @@ def test_a_larger_fraction_holds_out_what_a_smaller_one_held():
 @pytest.mark.parametrize("weight", [0.5, 7, 3.0])
 def test_validation_does_not_depend_on_how_many_documents_there_are(weight):
     small, large = (
-        set(mix([pool(range(n), fraction=0.2)], [Source(path="a", weight=weight)], seed=n).validation.index)
+        set(index_of(mix([pool(range(n), fraction=0.2)], [Source(path="a", weight=weight)], seed=n).validation))
         for n in (1000, 2000)
     )
     assert small == {i for i in large if i < 1000} and len(small) > 50
@@ -156,7 +173,9 @@ def test_validation_does_not_depend_on_how_many_documents_there_are(weight):
 def test_a_conversation_is_in_validation_once_over_all_sources():
     pools = [pool([i % 100 for i in range(300)], fraction=0.3), pool(range(150), fraction=0.3)]
     mixed = mix(pools, [Source(path="a", weight=2.0), Source(path="b")], seed=1)
-    said = [pools[s].conversations[i] for s, i in zip(mixed.validation.source, mixed.validation.index, strict=True)]
+    said = [
+        pools[s].conversations[i] for s, i in zip(source_of(mixed.validation), index_of(mixed.validation), strict=True)
+    ]
     assert len(said) == len(set(said)) > 25
 
 
@@ -174,7 +193,7 @@ def test_conversations_that_differ_in_calls_thoughts_or_masks_are_all_in_validat
 
 def test_contaminated_documents_are_in_no_split():
     mixed = mix([pool(range(100), excluded=range(0, 100, 2), fraction=0.2)], [Source(path="a")], seed=1)
-    assert all(i % 2 for i in [*mixed.data.index.tolist(), *mixed.validation.index.tolist()])
+    assert all(i % 2 for i in [*index_of(mixed.data).tolist(), *index_of(mixed.validation).tolist()])
     assert mixed.report[0].contaminated == 50
 
 

@@ -79,7 +79,7 @@ def materialise(
             check.add(counts)
             writer.append(block)
             unused.put(buffers)
-            progress.add(counts.tokens, counts.tokens)
+            progress.add(counts.written.tokens, counts.written.tokens)
     return SplitSize(writer.num_documents, writer.num_tokens, writer.num_targets), writer.hashes
 
 

@@ -69,21 +69,6 @@ class Selection:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @property
-    def source(self) -> NDArray[np.uint16]:
-        """[documents] The source of each, by number."""
-        return self._by_number(np.concatenate([np.full(len(x), s, np.uint16) for s, x in enumerate(self.index_of)]))
-
-    @property
-    def index(self) -> I64:
-        """[documents] The place in its pool of each, by number."""
-        return self._by_number(np.concatenate(self.index_of).astype(np.int64))
-
-    def _by_number(self, values: NDArray[Any]) -> NDArray[Any]:
-        found = np.empty_like(values)
-        found[self.numbers] = values
-        return found
-
 
 @dataclass(frozen=True)
 class Mixed:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from sft.data import describe, shards
 from sft.data.decontaminate import Screen
-from sft.data.interop import olmo_core_obstacle
 from sft.data.mix import Mixed, mix
 from sft.data.preparation import Preparation, SourceIndex
 from sft.data.report import source_lines
@@ -68,12 +67,7 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
         work.trim_cache()
     with work.timed("mix"):
         near_duplicates, near_examples = work.near_duplicates(indexes, pools)
-        mixed = mix(
-            pools,
-            table.sources,
-            table.seed,
-            deduplicate=table.deduplicate,
-        )
+        mixed = mix(pools, table.sources, table.seed, deduplicate=table.deduplicate)
         del pools
     _log_mix(work, mixed, indexes)
     shutil.rmtree(out / "validation", ignore_errors=True)
@@ -99,7 +93,7 @@ def _log_mix(work: Preparation, mixed: Mixed, indexes: Sequence[SourceIndex]) ->
         log(
             f"warning: validation_fraction {table.validation_fraction} holds out none of {len(mixed.data)} conversations"
         )
-    if reason := olmo_core_obstacle(work.encoder.identity):
+    if reason := work.encoder.identity.olmo_core_obstacle:
         log(f"data/ is for training here, not for OLMo-core: {reason}")
 
 

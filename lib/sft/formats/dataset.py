@@ -70,6 +70,16 @@ class TokenizerFacts:
     def ids(self) -> TokenIds:
         return TokenIds(self.vocab_size, self.eos_id, self.pad_id)
 
+    @property
+    def olmo_core_obstacle(self) -> str:
+        """The reason why OLMo-core would read other documents than were written; '' if it reads the same."""
+        if self.boundaries == "eos":
+            return ""
+        return (
+            f"template {self.template.name!r} writes EOS (id {self.eos_id}) inside conversations, and OLMo-core "
+            "ends a document at every EOS: it would split each conversation"
+        )
+
 
 @dataclass(frozen=True)
 class SourceFile:

@@ -129,22 +129,24 @@ class Values:
 
     def count(self, rows: NDArray[np.int64], counts: Counter[str]) -> None:
         """Counts the fields of the calls in these rows."""
-        held = self.held[rows] if len(self.held) else self.held
-        for bit, fields in HELD.items():
-            if number := int((held & bit > 0).sum()):
-                for name in fields:
-                    counts[f"{self.column}.{name}"] += number - self._seen_too(rows, bit, name)
-        if self.seen:
-            for row in rows.tolist():
-                if row in self.seen:
-                    counts.update(self.seen[row])
+        for bit, names in self._held_names().items():
+            for name in names:
+                counts[name] += int((self.held[rows] & bit > 0).sum())
+        for row in rows.tolist() if self.seen else ():
+            if row in self.seen:  # Python has read calls of this row, and compiled code may have read others
+                counted = {name for bit, names in self._held_names().items() if self.held[row] & bit for name in names}
+                counts.update(self.seen[row] - counted)
+
+    def _held_names(self) -> dict[int, list[str]]:
+        """The columns' names of `HELD`."""
+        return {bit: [f"{self.column}.{name}" for name in names] for bit, names in HELD.items()}
 
     def read(
         self, values: LineValues | ColumnValues, messages: Messages, column: str, buffer: NDArray[np.uint8]
     ) -> Messages:
         """`column` has the messages, `buffer` holds all texts."""
         self.seen, self.column = {}, f"{column}.tool_calls"
-        self.held = np.zeros(0, dtype=np.uint8)
+        self.held = np.zeros(len(messages.is_plain), dtype=np.uint8)
         count = int(messages.first[-1])
         messages.call_spans[:count] = 0
         is_read = np.zeros(len(messages.is_plain), dtype=np.bool_)
@@ -156,7 +158,7 @@ class Values:
         if not len(calls) and not len(tools):
             return messages
         texts = TextBuffer(buffer, start)
-        messages = self._add_calls(values, messages, self.column, calls, texts)
+        messages = self._add_calls(values, messages, calls, texts)
         messages = self._add_tools(values, messages, tools, texts)
         return messages._replace(text=texts.words())
 
@@ -173,7 +175,6 @@ class Values:
         )
         if len(self.spare) < lines + 2 * WORD:
             self.spare = np.empty(lines + 2 * WORD, dtype=np.uint8)
-        self.held = np.zeros(len(messages.is_plain), dtype=np.uint8)
         texts = ValueTexts(
             self.as_objects, OF_CALL_NAMES, OF_FUNCTION_NAMES, TAGS, self.held, is_read, values.other_columns, self.names, self.found
         )  # fmt: skip
@@ -181,27 +182,15 @@ class Values:
         end, num_calls, num_tools = read_values(source, spare, target, start, texts, room_for)
         return room_for._replace(calls=room_for.calls[:num_calls], tools=room_for.tools[:num_tools]), end
 
-    def _seen_too(self, rows: NDArray[np.int64], bit: int, name: str) -> int:
-        """In how many of the rows both compiled code and Python have found this field of calls."""
-        if not self.seen:
-            return 0
-        found = (row for row in rows.tolist() if int(self.held[row]) & bit and row in self.seen)
-        return sum(f"{self.column}.{name}" in self.seen[row] for row in found)
-
     def _add_calls(
-        self,
-        values: LineValues | ColumnValues,
-        messages: Messages,
-        column: str,
-        found: NDArray[np.int64],
-        texts: TextBuffer,
+        self, values: LineValues | ColumnValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
     ) -> Messages:
         rows = np.searchsorted(messages.first, found, side="right") - 1
         spans: list[list[tuple[int, int]]] = []
         first = len(messages.calls)
         read = values.calls(messages.spans[found, TOOL_CALLS])
         for message, row, value in zip(found.tolist(), rows.tolist(), read, strict=True):
-            calls = self._calls(value, column, self.seen.setdefault(row, set()))
+            calls = self._calls(value, self.seen.setdefault(row, set()))
             if calls is None:
                 messages.is_plain[row] = False
             elif self.as_objects:
@@ -254,7 +243,7 @@ class Values:
         except (BadRow, TypeError, ValueError, RecursionError):
             return None
 
-    def _calls(self, value: Any, column: str, seen: set[str]) -> list[Call] | None:
+    def _calls(self, value: Any, seen: set[str]) -> list[Call] | None:
         """A list of tool calls, or its JSON; None when `sft.chat` must read it."""
         try:
             calls, has_null = value, True
@@ -263,11 +252,11 @@ class Values:
                 calls, has_null = loads(raw), b"null" in raw
                 if LONG_NUMBER.search(raw) or may_repeat(raw, calls):
                     return None
-            return [self._call(call, has_null, column, seen) for call in calls]
+            return [self._call(call, has_null, seen) for call in calls]
         except (Unread, TypeError, KeyError, AttributeError, ValueError, RecursionError):
             return None
 
-    def _call(self, call: Any, has_null: bool, column: str, seen: set[str]) -> Call:
+    def _call(self, call: Any, has_null: bool, seen: set[str]) -> Call:
         """The texts of a call. Raises Unread, and other errors for what is no call."""
         function, arguments = call["function"], call["function"]["arguments"]
         if has_null:  # columnar files fill every object with the fields of all others
@@ -275,7 +264,7 @@ class Values:
             function = {name: value for name, value in function.items() if value is not None}
             if type(arguments) is not str and holds_null(arguments):
                 raise Unread  # the tool's schema decides
-        fields = self._fields(call, function, column)
+        fields = self._fields(call, function)
         if type(arguments) is str:
             raw, arguments = arguments.encode(), loads(arguments)
             if LONG_NUMBER.search(raw) or may_repeat(raw, arguments):
@@ -290,16 +279,16 @@ class Values:
         number = call.get("id")
         return name.encode(), ENCODER.encode(arguments).encode() if arguments else None, number and number.encode()
 
-    def _fields(self, call: dict[str, Any], function: dict[str, Any], column: str) -> tuple[str, ...] | None:
+    def _fields(self, call: dict[str, Any], function: dict[str, Any]) -> tuple[str, ...] | None:
         """The names of the fields that hold something; None when one holds nothing, or nothing reads it."""
         if not all(call.values()) or not all(function.values()) or type(function["name"]) is not str:
             return None
         if type(call.get("id", "")) is not str:
             return None
-        shape = (column, *call, None, *function)
+        shape = (self.column, *call, None, *function)
         if shape not in self.shapes:
-            inner = f"{column}.function"
-            names = [(f"{column}.{name}", name in CALL_FIELDS - FUNCTION_FIELDS) for name in call]
+            inner = f"{self.column}.function"
+            names = [(f"{self.column}.{name}", name in CALL_FIELDS - FUNCTION_FIELDS) for name in call]
             names += [(f"{inner}.{name}", name in FUNCTION_FIELDS) for name in function]
             known = all(is_read or name in self.counter.ignore for name, is_read in names)
             self.shapes[shape] = tuple(name for name, _ in names) if known else None

@@ -15,19 +15,9 @@ from pathlib import Path
 
 from sft.common.errors import SftError
 from sft.common.files import write_atomic
-from sft.formats.dataset import NAME, DatasetInfo, TokenizerFacts
+from sft.formats.dataset import NAME, DatasetInfo
 
 PARTS = ("token_ids_part_*.npy", "labels_mask_part_*.npy", "token_ids_part_*.csv.gz")
-
-
-def olmo_core_obstacle(facts: TokenizerFacts) -> str:
-    """The reason why OLMo-core would read other documents than were written; '' if it reads the same."""
-    if facts.boundaries == "eos":
-        return ""
-    return (
-        f"template {facts.template.name!r} writes EOS (id {facts.eos_id}) inside conversations, and OLMo-core "
-        "ends a document at every EOS: it would split each conversation"
-    )
 
 
 def olmo_core_export(prepared: Path, target: Path) -> int:
@@ -36,7 +26,7 @@ def olmo_core_export(prepared: Path, target: Path) -> int:
         info = DatasetInfo.of(prepared)
     except OSError as error:
         raise SftError(f"{prepared / NAME}: {error}; next: make prepare") from None
-    if reason := olmo_core_obstacle(info.facts):
+    if reason := info.facts.olmo_core_obstacle:
         raise SftError(
             f"{prepared / 'data'}: not for OLMo-core: {reason}; next: train here, which reads documents.npy, or choose a "
             "template that writes EOS once, at the end (make fields)"
