@@ -140,13 +140,16 @@ def both_ways(made: Encoder, block: Block, source: Source = SOURCE) -> tuple[Any
     made.take_counts(source)
     some, odd = made.encode_plain(block, source)
     parts = [(some, some.rows + block.first)] if some is not None else []
-    rejects, ways, fields = [], [], []
+    rejects, ways, fields, empty = [], [], [], []
     for batch, before in ((block.batch(odd), parts), (block.batch(), [])):
         encoded, numbers = made.encode(batch.rows, source), np.array(batch.numbers, dtype=np.int64)
         fields.append(made.take_counts(source))
+        empty.append(
+            sum(each.proof["empty_answers"] for each in (encoded, *([some] if before else [])) if each is not None)
+        )
         rejects.append(
             sorted([*batch.rejects, *((int(numbers[r.row]), r.reason, r.detail, r.example) for r in encoded.rejects)])
         )
         ways.append([column.tolist() for column in in_order([*before, (encoded, numbers[encoded.rows])])])
-    assert rejects[0] == rejects[1] and fields[0] == fields[1]
+    assert rejects[0] == rejects[1] and fields[0] == fields[1] and empty[0] == empty[1]
     return *ways, block.count - len(odd)

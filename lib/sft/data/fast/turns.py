@@ -247,7 +247,8 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_b
         if messages.roles[message] != ASSISTANT or not is_trained(layout, messages, message, last_by_rule):
             continue
         spans = messages.spans[message]
-        if spans[CALLS, END] > spans[CALLS, START]:
+        calls = messages.call_spans[message]
+        if spans[CALLS, END] > spans[CALLS, START] or calls[END] > calls[START]:
             continue
         if spans[THINKING, START] != NONE and not is_blank(messages.text, spans[THINKING, START], spans[THINKING, END]):
             continue
