@@ -229,7 +229,6 @@ def test_a_queued_job_of_another_folder_is_no_obstacle_however_alike_their_names
         ),
         ('[env]\nSLURM_JOB_ID = "7"', "'env': SLURM_JOB_ID: set by the scheduler"),
         ('[env]\nMASTER_ADDR = "x"', "'env': MASTER_ADDR: set by the scheduler"),
-        ('[env]\nA = "$HOME/x"', "'env': A = '$HOME/x': $NAME is not expanded"),
         ("stages = []", "'stages' is empty: no stage runs"),
         ('runs = "/a/../b"', "'runs' = '/a/../b': no '..'"),
         ('[env]\nA = "\\u0000"', "'env': A = '\\x00' contains a NUL"),
