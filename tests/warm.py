@@ -16,6 +16,7 @@ it is in another tree of processes than its asker. The name of the asker in /pro
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import importlib
@@ -30,6 +31,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import types
@@ -119,8 +121,6 @@ def serve(listening: int, packages: Sequence[str]) -> None:
     forks = Forks(socket.socket(fileno=listening), code)
     try:
         forks.serve()
-    except SystemExit:
-        raise  # a fork's
     except BaseException:
         traceback.print_exc()
         forks.end()
@@ -222,10 +222,11 @@ class Forks:
                 try:
                     asker.close()  # not later, when its number is that of another file
                     self.become(asked, files)
+                    _run(asked["words"], asked["unbuffered"], asked["bare"], self.code)
                 except BaseException:
                     traceback.print_exc()
+                finally:
                     os._exit(1)
-                _run(asked["words"], asked["unbuffered"], asked["bare"], self.code)
             for file in files:
                 os.close(file)
 
@@ -360,7 +361,17 @@ def _run(words: list[str], unbuffered: bool, bare: bool, code: Code) -> NoReturn
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
         status = 1
-    sys.exit(status)  # ends threads and runs what was registered for the end
+    _exit(status)
+
+
+def _exit(status: int) -> NoReturn:
+    """Waits for threads and runs what is registered for the end. Python's own end would also take all that was imported apart, for 0.4 s."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def _status(end: SystemExit) -> int:
