@@ -32,9 +32,14 @@ def test_documents_come_back_as_they_were_added(tmp_path: Path):
         writer.add([], [], [], 0)
         writer.add(ids[half:], mask[half:], lengths[90:], np.arange(110) % 3)
     data = Dataset.open(tmp_path)
-    assert (len(data), data.tokens, data.num_targets, data.dtype) == (200, lengths.sum(), mask.sum(), np.dtype("<u2"))
+    assert (len(data), data.documents["length"].sum(), data.documents["labels"].sum(), data.dtype) == (
+        200,
+        lengths.sum(),
+        mask.sum(),
+        np.dtype("<u2"),
+    )
     assert (writer.num_documents, writer.num_tokens, writer.num_targets) == (200, lengths.sum(), mask.sum())
-    assert data.parts > 5 and max(len(data.ids(p)) for p in range(data.parts)) <= 500
+    assert len(data.ids) > 5 and max(map(len, data.ids)) <= 500
     assert np.concatenate([i for i, _ in data]).tolist() == ids.tolist()
     assert np.concatenate([m for _, m in data]).tolist() == mask.tolist()
     assert data.documents["labels"].tolist() == [int(m.sum()) for _, m in data]
@@ -48,13 +53,13 @@ def test_every_csv_tiles_its_part_and_no_document_is_cut(tmp_path: Path):
         writer.add([1, 2], [False, True], [2], 0)
     data = Dataset.open(tmp_path)
     total = 0
-    for part in range(data.parts):
+    for part in range(len(data.ids)):
         lines = gzip.decompress((tmp_path / f"token_ids_part_{part:04d}.csv.gz").read_bytes()).decode().split()
         spans = [tuple(map(int, line.split(","))) for line in lines]
-        assert spans[0][0] == 0 and spans[-1][1] == len(data.ids(part)) == len(data.loss_mask(part))
+        assert spans[0][0] == 0 and spans[-1][1] == len(data.ids[part]) == len(data.loss_masks[part])
         assert all(a[1] == b[0] for a, b in itertools.pairwise(spans))
         total += len(spans)
-    assert total == len(data) == 62 and data.parts > 2
+    assert total == len(data) == 62 and len(data.ids) > 2
 
 
 def test_the_bytes_do_not_depend_on_how_documents_were_grouped_in_calls(tmp_path: Path):

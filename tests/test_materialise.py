@@ -99,7 +99,7 @@ def test_files_are_read_once_forwards_and_copies_lie_apart(tmp_path: Path) -> No
         assert sorted(order) == list(range(60))
         assert [picks[i] for i in order] == [(f, d) for _ in range(2) for f in first for d in range(10)]
         assert all(batch.length.sum() <= most or len(batch) == 1 for batch in batches)
-    assert run(tmp_path / "out", paths, placement).parts == 1
+    assert len(run(tmp_path / "out", paths, placement).ids) == 1
 
 
 def test_the_files_of_a_source_are_placed_like_those_of_several() -> None:

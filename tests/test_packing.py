@@ -146,8 +146,8 @@ def test_labels_of_cut_documents_are_counted_in_the_masks(tmp_path: Path, policy
                 expected.append((number, a, b - a, int(piece.sum())))
     assert sorted(tuple(p) for p in index.segments.tolist()) == expected
     assert index.losses.exact and index.losses.long_documents == sum(n > seq_len for n in LENGTHS)
-    assert index.losses.tokens_lost == data.tokens - sum(e[2] for e in expected)
-    assert index.losses.labels_lost == data.num_targets - sum(e[3] for e in expected)
+    assert index.losses.tokens_lost == data.documents["length"].sum() - sum(e[2] for e in expected)
+    assert index.losses.labels_lost == data.documents["labels"].sum() - sum(e[3] for e in expected)
     assert index.sums("length").max() <= seq_len and index.sums("labels").sum() == sum(e[3] for e in expected)
 
 

@@ -44,7 +44,11 @@ def test_the_result_is_a_dataset_that_says_what_it_is(tmp_path):
     made = json.loads((s.out / "dataset.json").read_bytes())
     data, held = Dataset.open(s.out / "data"), Dataset.open(s.out / "validation")
     assert len(data) + len(held) == 300 and 10 < len(held) < 60
-    assert made["splits"]["data"] == {"documents": len(data), "tokens": data.tokens, "labels": data.num_targets}
+    assert made["splits"]["data"] == {
+        "documents": len(data),
+        "tokens": data.documents["length"].sum(),
+        "labels": data.documents["labels"].sum(),
+    }
     assert made["sources"][0]["rejected"] == 0 and made["sources"][0]["rows"] == 300
     assert (np.dtype(made["dtype"]), made["boundaries"]) == (data.dtype, "eos")
     assert sum(n for _, n, _ in made["lengths"]["up_to"]) == len(data)

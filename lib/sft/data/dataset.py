@@ -86,13 +86,13 @@ def bounds_name(part: int) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A dataset folder, memory-mapped. `documents` locates document i in `ids(part)` and `loss_mask(part)`."""
+    """A dataset folder, memory-mapped. `documents` locates document i in `ids[part]` and `loss_masks[part]`."""
 
     folder: Path
     documents: NDArray[Any]  # DOCUMENT
     dtype: np.dtype[Any]
-    _ids: tuple[NDArray[Any], ...]
-    _loss_masks: tuple[NDArray[np.bool_], ...]
+    ids: tuple[NDArray[Any], ...]
+    loss_masks: tuple[NDArray[np.bool_], ...]
 
     @classmethod
     def open(cls, folder: Path | str) -> Dataset:
@@ -133,24 +133,6 @@ class Dataset:
             tuple(np.asarray(np.memmap(path, dtype=np.bool_, mode="r")) for path in masks),
         )
 
-    @property
-    def parts(self) -> int:
-        return len(self._ids)
-
-    @property
-    def tokens(self) -> int:
-        return int(self.documents["length"].sum(dtype=np.int64))
-
-    @property
-    def num_targets(self) -> int:
-        return int(self.documents["labels"].sum(dtype=np.int64))
-
-    def ids(self, part: int) -> NDArray[Any]:
-        return self._ids[part]
-
-    def loss_mask(self, part: int) -> NDArray[np.bool_]:
-        return self._loss_masks[part]
-
     def __len__(self) -> int:
         return len(self.documents)
 
@@ -158,7 +140,7 @@ class Dataset:
         """Ids and loss mask of one document, without copying."""
         row = self.documents[document]
         where = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
-        return self._ids[int(row["part"])][where], self._loss_masks[int(row["part"])][where]
+        return self.ids[int(row["part"])][where], self.loss_masks[int(row["part"])][where]
 
     def __iter__(self) -> Iterator[tuple[NDArray[Any], NDArray[np.bool_]]]:
         return (self[i] for i in range(len(self)))

@@ -106,7 +106,7 @@ def read_conversations(folder: Path, limit: int, longest: int) -> list[Tokenized
     conversations = []
     for part, start, length, source in dataset.documents[["part", "start", "length", "source"]][:limit].tolist():
         end = start + min(length, longest)
-        ids, loss_mask = dataset.ids(part)[start:end].tolist(), dataset.loss_mask(part)[start:end].tolist()
+        ids, loss_mask = dataset.ids[part][start:end].tolist(), dataset.loss_masks[part][start:end].tolist()
         conversations.append(TokenizedConversation(ids, loss_mask, source))
     return conversations
 

@@ -273,8 +273,8 @@ class Loader:
         first = rows["start"].astype(np.int64) + segments["start"]
         spans = zip(rows["part"].tolist(), first.tolist(), (first + lengths).tolist(), starts.tolist(), strict=False)
         for part, begin, end, at in spans:
-            ids[at : at + end - begin] = self.dataset.ids(part)[begin:end]
-            loss_mask[at : at + end - begin] = self.dataset.loss_mask(part)[begin:end]
+            ids[at : at + end - begin] = self.dataset.ids[part][begin:end]
+            loss_mask[at : at + end - begin] = self.dataset.loss_masks[part][begin:end]
         ids[used:] = self.special_ids.pad
 
         loss_mask[starts[: len(lengths)]] = False  # no token of its document precedes the first one

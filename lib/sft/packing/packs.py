@@ -260,7 +260,7 @@ def target_counter(dataset: Dataset) -> TargetCounter:
             rows["part"].tolist(), (rows["start"] + starts).tolist(), (rows["start"] + stops).tolist(), strict=True
         )
         return np.fromiter(
-            (np.count_nonzero(dataset.loss_mask(p)[int(a) : int(b)]) for p, a, b in spans), np.int64, len(rows)
+            (np.count_nonzero(dataset.loss_masks[p][int(a) : int(b)]) for p, a, b in spans), np.int64, len(rows)
         )
 
     return count
