@@ -66,9 +66,9 @@ class DatasetWriter:
         vocab_size: int,
         part_tokens: int = PART_TOKENS,
         boundaries: str = "eos",
-        documents: int | None = None,
+        documents: int = 0,
     ) -> None:
-        """`documents`: how many there will be, in blocks with numbers. Without it documents.npy lists them as they are added."""
+        """`documents`: how many there will be, as far as that is known; the memory for their records is made once."""
         if vocab_size < 1 or part_tokens < 1:
             raise SftError(f"{folder}: vocab_size {vocab_size} and part_tokens {part_tokens} must be positive")
         self.folder = Path(folder)
@@ -77,8 +77,7 @@ class DatasetWriter:
         self.boundaries = boundaries
         self.num_documents = self.num_tokens = self.num_targets = 0
         self.hashes: dict[str, str] = {}
-        self._rows: list[NDArray[Any]] = []  # DOCUMENT records, one array per write
-        self._numbered = None if documents is None else np.empty(documents, dtype=DOCUMENT)
+        self._documents = np.empty(documents, dtype=DOCUMENT)
         self._part: _Part | None = None
         self._next_number = 0
         self._pool = ThreadPoolExecutor(3, thread_name_prefix="close")
@@ -99,7 +98,9 @@ class DatasetWriter:
         ids, lengths = np.asarray(ids), np.asarray(lengths, dtype=np.int64)
         loss_mask = np.asarray(loss_mask, dtype=np.bool_)
         num_targets = trained_counts(loss_mask, np.cumsum(lengths))
-        self.append(self.validate(ids, loss_mask, lengths, source, num_targets, self.num_documents, numbers))
+        if numbers is None:
+            numbers = np.arange(self.num_documents, self.num_documents + len(lengths))
+        self.append(self.validate(ids, loss_mask, lengths, source, num_targets, numbers))
 
     def validate(
         self,
@@ -108,12 +109,9 @@ class DatasetWriter:
         lengths: NDArray[np.int64],
         source: int | ArrayLike,
         num_targets: NDArray[np.int64],
-        first: int,
-        numbers: NDArray[np.int64] | None = None,
+        numbers: NDArray[np.int64],
     ) -> DocumentBlock:
-        """Validates a block of documents. The first one has the number `first`. Thread-safe. Raises SftError."""
-        if numbers is None:
-            numbers = np.arange(first, first + len(lengths))
+        """Validates a block of documents. Thread-safe. Raises SftError."""
         self._check_ids(ids, loss_mask, lengths, numbers)
         starts = np.cumsum(lengths) - lengths
         if loss_mask[starts].any():
@@ -172,10 +170,9 @@ class DatasetWriter:
         """Notes where documents were written that were appended to the part."""
         ends = part.tokens + np.cumsum(rows["length"].astype(np.int64))
         rows["part"], rows["start"] = part.number, ends - rows["length"]
-        if self._numbered is None:
-            self._rows.append(rows)
-        else:
-            self._numbered[numbers] = rows
+        if (most := int(numbers.max()) + 1) > len(self._documents):
+            self._documents = np.resize(self._documents, most)
+        self._documents[numbers] = rows
         part.lengths.append(rows["length"].copy())
         self.num_documents += len(rows)
         self.num_tokens += int(ends[-1]) - part.tokens
@@ -248,13 +245,9 @@ class DatasetWriter:
         np.lib.format.write_array_header_1_0(header, described)
         file = DirectFile(self.folder / "documents.npy")
         file.write(header.getvalue())
-        if self._numbered is None:
-            file.write(np.concatenate([np.empty(0, dtype=DOCUMENT), *self._rows]))
-        else:
-            file.write(self._numbered)
+        file.write(self._documents)
         self._close_file(file)
         sync_folder(self.folder)
-        self._rows, self._numbered = [], None
 
     def abort(self) -> None:
         """Removes the temporary files of the unfinished part. Finished parts stay; the caller decides about them."""

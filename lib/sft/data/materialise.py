@@ -104,10 +104,7 @@ class _BlockMaker:
         for a, b in reads(file, start, lengths):
             begin, end = int(start[a]), int(start[b - 1] + lengths[b - 1])
             gather(self.opened(int(file[a])).tokens(begin, end, buffers.read), begin, a, b, eos, made)
-        first = int(batch.number[0]) if len(batch) else 0
-        block = self.writer.validate(
-            made.ids, made.loss_mask, lengths, batch.source, made.num_targets, first, batch.number
-        )
+        block = self.writer.validate(made.ids, made.loss_mask, lengths, batch.source, made.num_targets, batch.number)
         return self.check.count(made), block, buffers
 
 

@@ -86,20 +86,6 @@ class SourceIndex:
     rejects: RejectTally
 
 
-@dataclass
-class SourceTotals:
-    """The rows of a source that were encoded so far."""
-
-    rows: int = 0
-    rejected: int = 0
-    bytes: int = 0
-
-    def add(self, job: ChunkJob, summary: Summary) -> None:
-        self.rows += summary.rows
-        self.rejected += summary.rejected
-        self.bytes += job.bytes
-
-
 class Preparation:
     """One run of the stage. The constructor resolves the sources; each method is one step."""
 
@@ -179,7 +165,7 @@ class Preparation:
         if (took := time.monotonic() - compiling) > COMPILING_S:
             self.log(f"compiled the passes over bytes and tokens, once on machines of this kind: {took:.0f} s")
         progress = Progress(self.log, "encoding", todo)
-        totals = [SourceTotals() for _ in self.table.sources]
+        totals: list[Counter[str]] = [Counter() for _ in self.table.sources]
         starting = time.monotonic()
         began: dict[int, float] = {}  # by worker
         for job, (summary, done) in workers.work(EncodeChunk, (self.encoder, self.cache, kinds), missing, count):
@@ -187,7 +173,7 @@ class Preparation:
             progress.began = sum(began.values()) / len(began)  # the time until workers run is not encoding
             progress.add(job.bytes, summary.tokens)
             self.cpu_seconds["encode"] += done.cpu
-            totals[job.source].add(job, summary)
+            totals[job.source].update(rows=summary.rows, rejected=summary.rejected, bytes=job.bytes)
             accounting.refuse_unread(self.table.sources[job.source], accounting.total([summary]), summary.rows)
             self._check_hopeless(job, summary, totals[job.source])
         self.seconds["start"] = progress.began - starting
@@ -210,14 +196,15 @@ class Preparation:
             )
         return missing
 
-    def _check_hopeless(self, job: ChunkJob, summary: Summary, totals: SourceTotals) -> None:
-        """Stops early when a source must exceed its share of rejects: a wrong column name must not cost hours."""
+    def _check_hopeless(self, job: ChunkJob, summary: Summary, totals: Counter[str]) -> None:
+        """Stops early when a source must exceed its share of rejects: a wrong column name must not cost hours. `totals`: of the source so far."""
+        rows, rejected = totals["rows"], totals["rejected"]
         all_bytes = sum(j.bytes for j in self.jobs_of[job.source])
-        limit = self.table.max_reject_fraction * totals.rows * all_bytes / max(1, totals.bytes)
-        if totals.rejected >= GIVE_UP_ROWS and totals.rejected > 2 * limit and summary.rejects:
+        limit = self.table.max_reject_fraction * rows * all_bytes / max(1, totals["bytes"])
+        if rejected >= GIVE_UP_ROWS and rejected > 2 * limit and summary.rejects:
             first = summary.rejects[0]
             raise SftError(
-                f"{job.chunks[0].file.name}: {totals.rejected} of the first {totals.rows} rows are unusable, more than"
+                f"{job.chunks[0].file.name}: {rejected} of the first {rows} rows are unusable, more than"
                 f" max_reject_fraction = {self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n"
                 f"    {first.example[:200]}\nnext: correct the source or its columns"
             )
