@@ -34,7 +34,6 @@ PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks with a copy each": (2, {"shard_degree": 1}),
     "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
     "two of one group, attention kept": (2, {"context_degree": 2, "recompute": "selected"}),
-    "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": "always"}),
 }
 
 
@@ -46,10 +45,10 @@ MODEL: dict[str, Any] = {
     ),
 }  # fmt: skip
 # A Gated DeltaNet in one of two layers, and six heads in all: two or three ranks share them.
+DELTA = GatedDelta(key_heads=6, value_heads=6, key_dim=4, value_dim=8, layers=(True, False))
 SIX_HEADS = replace(
     PRESETS["olmo-hybrid-tiny"], d_model=32, n_heads=6, n_kv_heads=6, head_dim=8, intermediate_size=64,
-    vocab_size=training.VOCAB + 8, n_layers=2,
-    gated_delta=GatedDelta(key_heads=6, value_heads=6, key_dim=4, value_dim=8, layers=(True, False)),
+    vocab_size=training.VOCAB + 8, n_layers=2, gated_delta=DELTA,
 )  # fmt: skip
 HYBRID: dict[str, Any] = {"config": SIX_HEADS, "seq_len": 96}
 HYBRID_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -59,7 +58,15 @@ HYBRID_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "two ranks of one group, attention kept": (2, {"context_degree": 2, "recompute": "selected"}),
     "three ranks of one group, two packs": (3, {"context_degree": 3, "microbatch_tokens": 192}),
     "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
-    "two of one group, compiled": (2, {"context_degree": 2, "recompute": "budget", "compile": "always"}),
+}
+# A layer of each kind: another one of a model is compiled for any window, which takes three times as long.
+COMPILED: dict[str, dict[str, Any]] = {
+    "a window": {"config": replace(MODEL["config"], n_layers=1, window_layers=(True,))},
+    "no window": {"config": replace(MODEL["config"], n_layers=1, window_layers=(False,))},
+    "a Gated DeltaNet": {
+        **HYBRID,
+        "config": replace(SIX_HEADS, n_layers=1, gated_delta=replace(DELTA, layers=(True,))),
+    },
 }
 
 
@@ -124,6 +131,15 @@ def test_the_gradient_of_a_hybrid_is_the_same_however_the_work_is_divided(
 ) -> None:
     assert sum(n.endswith(DECAYS) for n in hybrid[name]["steps"][0]) == 2
     assert largest_difference(hybrid[name], hybrid["one rank"]) < 2e-6
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("layer", COMPILED)
+def test_the_gradient_of_two_ranks_of_one_group_is_the_same_compiled(layer: str, tmp_path: Path, dataset: Path) -> None:
+    compiled = {"context_degree": 2, "recompute": "budget", "compile": "always"}
+    plans: dict[str, tuple[int, dict[str, Any]]] = {"one": (1, {}), "two": (2, compiled)}
+    found = gradients(tmp_path, dataset, plans, COMPILED[layer])
+    assert found["two"]["steps"] and largest_difference(found["two"], found["one"]) < 2e-6
 
 
 def test_the_gradient_of_a_hybrid_in_bf16_is_that_of_one_rank(tmp_path: Path, dataset: Path) -> None:
