@@ -152,6 +152,13 @@ MUTANTS = (
     Mutant("an empty compressed file is broken", "sources/unpack.py", "        if not file.stat().st_size:", "        if False:", "test_sources.py"),
     Mutant("metadata of a checkpoint has its fields", "checkpoint/dcp_reader.py", "            _check_fields(found)\n", "            pass\n", "test_checkpoint.py::test_metadata_without_its_fields_is_refused"),
     Mutant("a document's part is there", "data/dataset.py", ' or (documents["part"] >= len(sizes)).any()', "", "test_fuzz.py::test_a_part_whose_position_does_not_fit_is_refused"),
+    # --- data that says less than it seems to
+    Mutant("text that is a list of messages is refused", "chat/messages.py", '        first == "["\n', '        first == ""\n', "test_bad_rows.py"),
+    Mutant("an answer may be a list of messages", "chat/messages.py", 'return role != "assistant" or', "return True or", "test_rows.py::test_an_answer_may_be_json"),
+    Mutant("thoughts are in one place", "chat/messages.py", "            if message.get(name):\n", "            if False:\n", "test_bad_rows.py"),
+    Mutant("a file of text is text", "sources/input_files.py", "        check_text(name, file)\n", "        pass\n", "test_sources.py::test_a_text_file_that_is_no_text_is_refused"),
+    Mutant("a README's options are followed or refused", "recipe/dataset_files.py", "        if config.get(option) is not None and", "        if False and", "test_dataset_files.py::test_a_readme_that_is_not_followed_completely_is_refused"),
+    Mutant("a call is no empty answer", "data/fast/turns.py", " or calls[END] > calls[START]", "", "test_forms.py::test_these_rows_need_no_jinja"),
     # --- faulty hardware
     Mutant("a replay that differs stops training", "training/loop.py", "        run.replay.check(run.stage.out, run.stage.log)\n", "        pass\n", "test_replay.py::test_a_wrong_bit_without_a_third_rank"),
     Mutant("a replay leaves no gradient", "training/replay.py", "            drop()\n", "", "test_replay.py::test_replays_change_no_byte_and_agree"),
