@@ -219,7 +219,7 @@ def test_the_counts_of_fields_are_those_of_the_rows_that_are_used(tmp_path):
     prepare.prepare(s)
     (source,) = json.loads((s.out / "proof.json").read_bytes())["sources"]
     assert source["rejected"] == 2 and set(source["fields"]["read"].values()) == {20}
-    assert "warning: rows.jsonl: columns reads system from sys, which holds nothing in any row" in s.said
+    assert "warning: rows.jsonl: columns reads system from sys, which holds nothing in any used row" in s.said
     assert not any("answers are empty" in line for line in s.said)
 
 

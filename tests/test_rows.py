@@ -13,6 +13,7 @@ from sft.chat.fields import FieldCounts
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.recipe import row_fields
 from sft.recipe.schema import Prepare, Source
+from sft.sources import unpack
 
 HELLO = turns(("user", "Hi"), ("assistant", "Hello"))
 CALLED = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -411,6 +412,7 @@ def test_names_without_training_content_are_known_and_listed() -> None:
         "model",
         "timestamp",
         "sha256",
+        unpack.UNNAMED,
     ):
         assert row_fields.is_harmless(name), name
     for name in (

@@ -75,10 +75,12 @@ def report(source: Source, counts: FieldCounts, written: Collection[tuple[str, s
     kinds = {"ignored by name": fields.ignored, "without training content": fields.harmless}
     lines += [f"  {kind}: {shown(names)}" for kind, names in kinds.items() if names]
     if unused := sorted(set(source.ignore) - set(fields.ignored)):
-        lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any row")
+        lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any used row")
     for name, column in sorted(source.columns.items()):
         if column not in counts.rows:
-            lines.append(f"warning: {source.path}: columns reads {name} from {column}, which holds nothing in any row")
+            lines.append(
+                f"warning: {source.path}: columns reads {name} from {column}, which holds nothing in any used row"
+            )
     return lines
 
 

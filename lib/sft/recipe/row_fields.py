@@ -28,7 +28,7 @@ FUNCTION_FIELDS = frozenset(("name", "arguments"))
 HARMLESS: dict[str, tuple[str, ...]] = {
     "identifiers": (
         "_id", "conversation_id", "guid", "id", "idx", "index", "message_id", "parent_id", "row", "row_idx", "signature", "turn",
-        "turn_identifier", "uid", "user_id", "uuid", "unnamed: 0", "__index_level_0__",
+        "turn_identifier", "uid", "user_id", "uuid", "unnamed", "unnamed: 0", "__index_level_0__",
     ),
     "origin and kind": (
         "categories", "category", "data_source", "dataset", "dataset_name", "dataset_source", "domain", "domains", "license", "meta", "metadata",
