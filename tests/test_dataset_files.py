@@ -274,6 +274,10 @@ def test_a_hub_cache_links_into_its_own_blobs(tmp_path):
     (blobs / "abc").write_text("{}")
     (snapshot / "a.jsonl").symlink_to("../../blobs/abc")
     assert local_tree(snapshot, WHAT).names == ("a.jsonl",)
+    snapshot.with_name("4567").mkdir(), (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0123")
+    with pytest.raises(SftError, match=r"next: name datasets--o--n/snapshots/0123$"):
+        local_tree(snapshot.parents[1], WHAT)
     (tmp_path / "outside").write_text("{}")
     (snapshot / "b.jsonl").symlink_to(tmp_path / "outside")
     with pytest.raises(SftError, match="leaves"):

@@ -439,7 +439,10 @@ def local_tree(root: Path, what: str) -> Tree:
     Hidden folders such as .git are one name each; nothing in them is read.
     """
     if (root / "snapshots").is_dir() and (root / "blobs").is_dir():
-        commits = sorted(p.name for p in (root / "snapshots").iterdir())
+        main = root / "refs" / "main"  # the commit that was fetched last, if it was fetched by this name
+        commits = sorted(p.name for p in (root / "snapshots").iterdir()) + (
+            [main.read_text()] if main.is_file() else []
+        )
         raise SftError(
             f"{what}: {root} is the hub's cache of a repository; next: name {root.name}/snapshots/{commits[-1] if commits else '<commit>'}"
         )
