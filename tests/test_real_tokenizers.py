@@ -79,7 +79,7 @@ def test_ids_and_masks_are_those_of_tokenizers_offsets(name: str, templates: Pat
     got = encoder.encode(rows(), SOURCE)
     assert not got.rejects
     for row, (ids, mask) in zip(rows(), documents(got), strict=True):
-        runs, _ = encoder.template.render(encoder.read(row, SOURCE))
+        runs, _ = encoder.template.render(encoder.reader(SOURCE).read(row))
         encoding = encoder.vocabulary.tokenizer.encode("".join(runs), add_special_tokens=False)
         targets, *_ = targets_of(encoding, runs)
         assert ids == encoding.ids

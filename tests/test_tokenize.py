@@ -61,7 +61,7 @@ def test_ids_are_those_of_prompts_and_answers_encoded_apart(olmo: Encoder, rows:
     got = olmo.encode(rows, SOURCE)
     start = 0
     for row, length in zip(got.rows.tolist(), got.lengths.tolist(), strict=True):
-        runs = olmo.template.render(olmo.read(rows[row], SOURCE))[0]
+        runs = olmo.template.render(olmo.reader(SOURCE).read(rows[row]))[0]
         encode = olmo.vocabulary.tokenizer.encode
         right = [i for part in parts_of(runs) for i in encode(part, add_special_tokens=False).ids]
         assert got.ids[start : start + length].tolist() == right

@@ -35,10 +35,6 @@ class Fault(NamedTuple):
     detail: str
 
 
-def no_offsets(size: int) -> Callable[[], Offsets]:
-    return lambda: np.zeros(size, dtype=np.int64)
-
-
 @dataclass
 class RenderedBatch:
     """Rendered documents. The lists have one entry for each document, except `source_rows`, `hashes`, `groups` and `held`, which have one for
@@ -76,11 +72,11 @@ class RenderedBatch:
     """The text as the tokenizer spells it. It is `data` itself unless a text changes."""
     num_normalized: int = 0
     """Documents that the tokenizer spells differently."""
-    first_run: Offsets = field(default_factory=no_offsets(1))
+    first_run: Offsets = field(init=False)
     """[documents + 1] The first run of each document, then the number of all runs."""
-    run_ends: Offsets = field(default_factory=no_offsets(0))
+    run_ends: Offsets = field(init=False)
     """[runs] Where each run ends in `spelled`."""
-    ends: Offsets = field(default_factory=no_offsets(0))
+    ends: Offsets = field(init=False)
     """[documents] Where each document ends in `data`."""
 
     def reject(self, row: int, reason: str, detail: str) -> None:

@@ -35,6 +35,8 @@ NGRAM = 5
 VALUES, BANDS = 64, 16
 """Values of a sketch, and the bands that they are cut into."""
 SEED = 42
+BLOCK = 1 << 16
+"""Pairs of documents that are compared at a time."""
 NOTHING = np.uint64(0)
 """The key of a document without a word, which repeats nothing."""
 
@@ -139,23 +141,12 @@ def find(all_sketches: Sketches, threshold: float) -> NDArray[np.int64]:
         same = np.flatnonzero((ranked[1:] == ranked[:-1]) & (ranked[1:] != NOTHING)) + 1
         starts = np.maximum.accumulate(np.where(np.diff(ranked, prepend=~ranked[:1]) != 0, np.arange(len(ranked)), 0))
         for earlier in (order[starts[same]], order[same - 1]):
-            later = order[same]
-            open_ = repeats[later] < 0
-            _compare(all_sketches, earlier[open_], later[open_], threshold, repeats)
+            pairs_left = np.stack([earlier, order[same]])[:, repeats[order[same]] < 0]
+            for first in range(0, pairs_left.shape[1], BLOCK):
+                one, other = pairs_left[:, first : first + BLOCK]
+                similar = all_sketches.similarity(one, other) >= threshold
+                repeats[other[similar]] = one[similar]
     return repeats
-
-
-def _compare(
-    all_sketches: Sketches, earlier: NDArray[Any], later: NDArray[Any], threshold: float, repeats: NDArray[np.int64]
-) -> None:
-    """Enters the pairs that are similar enough. BLOCK pairs at a time."""
-    for first in range(0, len(later), BLOCK):
-        one, other = earlier[first : first + BLOCK], later[first : first + BLOCK]
-        similar = all_sketches.similarity(one, other) >= threshold
-        repeats[other[similar]] = one[similar]
-
-
-BLOCK = 1 << 16
 
 
 def spread(repeats: NDArray[np.int64], rows: NDArray[Any]) -> NDArray[np.int64]:

@@ -45,9 +45,7 @@ class PlacedDocuments:
 
     def part(self, first: int, stop: int) -> PlacedDocuments:
         here = slice(first, stop)
-        return PlacedDocuments(
-            self.file[here], self.start[here], self.length[here], self.source[here], self.number[here]
-        )
+        return PlacedDocuments(*(values[here] for values in vars(self).values()))
 
 
 class FileRange(NamedTuple):
@@ -129,5 +127,5 @@ def _most_copies(index: NDArray[Any]) -> int:
 
 
 def _concatenated(parts: Sequence[PlacedDocuments]) -> PlacedDocuments:
-    columns = zip(*((d.file, d.start, d.length, d.source, d.number) for d in parts), strict=True)
+    columns = zip(*(vars(part).values() for part in parts), strict=True)
     return PlacedDocuments(*map(np.concatenate, columns)) if len(parts) > 1 else parts[0]

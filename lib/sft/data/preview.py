@@ -142,7 +142,7 @@ def show(encoder: Encoder, number: int, name: str, row: int, value: Any, colour:
         does = PREFIX["rendered" if is_named else encoder.prepare.generation_prefix]
         yield f"The generation prompt ends in {prefix!r}, {does}."
     try:
-        flagged = encoder.read(value, source).flagged
+        flagged = encoder.reader(source).read(value).flagged
     except BadRow:
         flagged = False
     end = "── end of document, " + ("EOS" if encoded.ids[-1] == encoder.vocabulary.eos_id else "no EOS")

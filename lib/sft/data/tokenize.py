@@ -126,7 +126,6 @@ class Encoder:
         self.offset_encoder = OffsetEncoder(prepare, vocabulary)
         self.readers: dict[str, RowReader] = {}
         self.plain_rows: dict[str, PlainRows | None] = {}
-        self.last_reader: tuple[Source, RowReader] | None = None
 
     def __reduce__(self) -> Any:
         return Encoder, (self.folder, self.prepare, None, self.template_text, self.compiles)
@@ -207,12 +206,6 @@ class Encoder:
         counter = self.reader(source).counter
         counts, counter.counts = counter.counts, FieldCounts()
         return counts
-
-    def read(self, row: Any, source: Source) -> Conversation:
-        """One row as a conversation. Raises BadRow."""
-        if self.last_reader is None or self.last_reader[0] is not source:
-            self.last_reader = (source, self.reader(source))
-        return self.last_reader[1].read(row)
 
     def compile(self, kinds: Container[str] = ("jsonl",)) -> None:
         """Compiles the code for files of these kinds, once on each kind of machine. Worker processes then load what was compiled."""

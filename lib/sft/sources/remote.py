@@ -74,14 +74,16 @@ def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], Non
     folder, _, last = path.rstrip("/").rpartition("/")
     what = f"{SOURCES}: {path}"
     single = row_format(last) is not None
-    bucket = _Bucket(folder if single else path.rstrip("/"), cache, log)
+    where = folder if single else path.rstrip("/")
+    bucket = storage.open_storage(where)
+    fetch = functools.partial(_fetch, bucket, where, cache, log)
     if single:
         check_single(last, wanted, what)
-        listed = {last: entry} if (entry := bucket.storage.find(last)) else {}
+        listed = {last: entry} if (entry := bucket.find(last)) else {}
         chosen = FileSelection(tuple(listed))
     else:
-        listed = bucket.storage.list()
-        read = functools.cache(lambda name: bucket.fetch({name: listed[name]})[name].read_bytes())
+        listed = bucket.list()
+        read = functools.cache(lambda name: fetch({name: listed[name]})[name].read_bytes())
         chosen = select(Tree(tuple(listed), read), wanted, what)
     if not chosen.files:
         raise SftError(f"{what}: no such object; next: correct the path")
@@ -90,9 +92,9 @@ def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], Non
         " each object that was read"
     )
     entries = {name: listed[name] for name in chosen.files}
-    found = {f"{bucket.where}/{name}": file for name, file in bucket.fetch(entries).items()}
+    found = {f"{where}/{name}": file for name, file in fetch(entries).items()}
     origins: dict[str, Origin] = {
-        f"{bucket.where}/{name}": (
+        f"{where}/{name}": (
             ("crc32c", entry.content if entry.crc32c is not None else ""),
             ("generation", str(entry.generation)),
         )
@@ -101,19 +103,14 @@ def from_bucket(path: str, wanted: Choice, cache: Path, log: Callable[[str], Non
     return found, chosen, origins
 
 
-class _Bucket:
-    """A prefix of a bucket, and the copies of its objects in the cache."""
-
-    def __init__(self, where: str, cache: Path, log: Callable[[str], None]) -> None:
-        self.where, self.cache, self.log = where, cache, log
-        self.storage: Storage = storage.open_storage(where)
-
-    def fetch(self, entries: dict[str, FileInfo]) -> dict[str, Path]:
-        """{name: copy} of these objects."""
-        copies, found = [], {}
-        for name, entry in entries.items():
-            content = f"{entry.content}-{entry.bytes}/{self.where.partition('://')[2]}/{name}"
-            copies.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
-            found[name] = self.cache / content
-        storage.transfer(copies, self.storage, storage.open_storage(str(self.cache)), self.log)
-        return found
+def _fetch(
+    bucket: Storage, where: str, cache: Path, log: Callable[[str], None], entries: dict[str, FileInfo]
+) -> dict[str, Path]:
+    """{name: copy in the cache} of these objects of a bucket."""
+    copies, found = [], {}
+    for name, entry in entries.items():
+        content = f"{entry.content}-{entry.bytes}/{where.partition('://')[2]}/{name}"
+        copies.append(FileCopy(name, content, entry.bytes, crc32c=entry.crc32c))
+        found[name] = cache / content
+    storage.transfer(copies, bucket, storage.open_storage(str(cache)), log)
+    return found
