@@ -272,7 +272,8 @@ def test_the_layer_that_cuda_runs_compiles_into_one_graph(
                 block.compile(fullgraph=True, backend="aot_eager")
                 x = torch.empty(128, 64, dtype=torch.bfloat16, requires_grad=True)
                 table = torch.empty(128, 1, 16)
-                for longest, edges in ((128, 64), (64, 128)):  # other documents do not break it either
+                # Other documents do not break it either. Graphs for any size take half of the time, so one mode has them.
+                for longest, edges in ((128, 64), (64, 128))[: 1 + (mode == "selected")]:
                     out = block(x, (table, table), torch.empty(edges, dtype=torch.int32), longest)
             out.sum().backward()
             assert out.shape == x.shape

@@ -16,7 +16,6 @@ from chat_samples import SOURCE
 from sft.data.normalization import Normalizer
 from sft.data.offset_encoder import targets_of
 from sft.data.tokenize import Encoded, Encoder
-from sft.data.vocabulary import Vocabulary
 from sft.recipe.schema import Prepare
 from sft.sources.blocks import LineBlock
 
@@ -132,7 +131,7 @@ def test_a_space_before_each_text_depends_on_the_text_before_it() -> None:
 
 
 @pytest.mark.slow
-def test_the_bytes_of_a_token_are_what_it_decodes_to() -> None:
-    vocabulary = Vocabulary(peers.tokenizer("gemma3"))
+def test_the_bytes_of_a_token_are_what_it_decodes_to(templates: Path) -> None:
+    vocabulary = made("gemma3", templates).vocabulary
     assert vocabulary.token_bytes[vocabulary.tokenizer.token_to_id("<0x0A>")] == b"\n"
     assert vocabulary.token_bytes[vocabulary.tokenizer.token_to_id("\u2581the")] == b" the"

@@ -246,6 +246,7 @@ def test_olmo_hybrid_has_the_published_number_of_parameters_and_no_positions_to_
 
 
 @pytest.mark.seconds
+@pytest.mark.no_cover  # the estimate of memory in a loop, traced by its own tests: tracing took twice as long as the test
 def test_the_numbers_of_every_cluster_fit_its_gpus_and_divide_the_batch() -> None:
     from sft.model import memory
     from sft.packing.steps import accumulation, context_groups

@@ -7,6 +7,7 @@ returns a function that restores it.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 
@@ -24,8 +25,16 @@ class SpecialTokens:
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = sorted(texts, key=lambda text: (-len(text), text))
         self.pattern = re.compile("|".join(map(re.escape, self.texts)) or "(?!)")
-        self.chain = re.compile(f"(?:{self.pattern.pattern})+")  # special tokens with nothing between them
-        self.split = re.compile(f"({self.pattern.pattern})")
+
+    # Made when they are needed: a tokenizer may have thousands of special tokens, of which Python makes a pattern in half a second.
+    @functools.cached_property
+    def chain(self) -> re.Pattern[str]:
+        """Special tokens with nothing between them."""
+        return re.compile(f"(?:{self.pattern.pattern})+")
+
+    @functools.cached_property
+    def split(self) -> re.Pattern[str]:
+        return re.compile(f"({self.pattern.pattern})")
 
     @property
     def can_overlap(self) -> bool:
