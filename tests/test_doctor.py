@@ -103,6 +103,24 @@ def test_a_red_line_says_why_and_what_next(examine, monkeypatch, cluster, old, n
 
 
 @pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"{% for %}", "line 1: "),
+        (b" ", "the template is empty"),
+        (b"\xff\xfe", "not a text in UTF-8"),
+        ("\ufeff{{ messages }}".encode(), "begins with a byte order mark"),
+        (b"{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}", None),
+    ],
+)
+def test_a_template_that_the_export_will_have_is_read_before_training(examine, content, found):
+    Path("recipes/t.jinja").write_bytes(content)  # of the workspace
+    row = examine('storage = "{runs}/s"', "[evaluate]", '[convert]\neval_template = "t.jinja"\n[evaluate]')[
+        "eval_template"
+    ][0]
+    assert (row.state == doctor.RED and found in row.found) if found else row.state == doctor.OK
+
+
+@pytest.mark.parametrize(
     ("more", "found"),
     [
         ("\ndecay_fraction = 0.5", "decay_fraction = 0.5: only schedule = 'wsd' reads it"),

@@ -72,8 +72,8 @@ def test_truncation_and_padding_of_an_earlier_call_do_not_count(
         ("tokenizer_config.json", lambda c: c.update(chat_template=7), "chat_template = 7, expected a text or templates"),
         ("tokenizer_config.json", lambda c: c.update(chat_template=[{"name": "default"}]), "expected templates, each with a name"),
         ("tokenizer_config.json", lambda c: c.update(chat_template=[{"name": "a", "template": "1"}] * 2), "expected templates, each with a name"),
-        ("tokenizer_config.json", lambda c: c.update(chat_template=" "), "prepare.template: empty"),
-        ("tokenizer_config.json", lambda c: c.update(chat_template="\ufeff" + CHATML), "begins with a byte order mark"),
+        ("tokenizer_config.json", lambda c: c.update(chat_template=" "), "the template is empty"),
+        ("tokenizer_config.json", lambda c: c.update(chat_template="\ufeff" + CHATML), "the template begins with a byte order mark"),
     ],
 )  # fmt: skip
 def test_what_transformers_would_read_otherwise_is_refused(

@@ -46,7 +46,7 @@ from sft.data.render import Renderer
 from sft.data.vocabulary import Vocabulary, check_rebuilt, read_text
 from sft.formats.dataset import TemplateFacts, TokenizerFacts, TokenizerFile
 from sft.recipe.chat_templates import TEMPLATES
-from sft.recipe.inputs import is_template_file, own_template
+from sft.recipe.inputs import check_template_text, is_template_file, own_template
 from sft.recipe.schema import Prepare, Source
 from sft.sources.blocks import Block, ColumnBlock, LineBlock, Reject
 
@@ -139,13 +139,15 @@ class Encoder:
                     f"prepare.template: {name!r}, but {self.folder} has no {'chat template' if own == 'default' else own}{found};"
                     f" next: name one of {', '.join([*(f'tokenizer:{other}' for other in texts), *known_templates()])}"
                 )
-            return _checked(texts[own], f"{self.folder}: its template {own!r}")
+            return check_template_text(texts[own], f"{self.folder}: its template {own!r}")
         if not is_template_file(name) or find is None:
             raise SftError(
                 f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja, .jinja2 or .j2 file, nor one of"
                 f" {', '.join(known_templates())}; next: choose one of them"
             )
-        return _checked(read_text(find(name), "prepare.template", "name a Jinja file in UTF-8"), str(find(name)))
+        return check_template_text(
+            read_text(find(name), "prepare.template", "name a Jinja file in UTF-8"), str(find(name))
+        )
 
     @property
     def identity(self) -> TokenizerFacts:
@@ -349,18 +351,6 @@ def tokens_added(lengths: Offsets, rows: Sequence[int]) -> int:
     for row, length in zip(rows, lengths.tolist(), strict=True):
         longest[row] = max(length, longest.get(row, 0))
     return int(lengths.sum()) - sum(longest.values())
-
-
-def _checked(text: str, where: str) -> str:
-    """The Jinja text of a template. Raises SftError for one that is empty or begins with a byte order mark."""
-    if not text.strip():
-        raise SftError(f"{where}: prepare.template: empty; next: write the Jinja text, or name another template")
-    if text.startswith("\ufeff"):
-        raise SftError(
-            f"{where}: prepare.template: begins with a byte order mark, which every conversation would begin with; next: save it"
-            " as UTF-8 without one"
-        )
-    return text
 
 
 def different(text: str, other: str) -> str:

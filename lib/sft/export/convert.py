@@ -38,7 +38,7 @@ from sft.recipe.architecture import ModelConfig, differing_fields
 from sft.recipe.base_config import Base, BaseFacts
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.differences import Difference, mismatch
-from sft.recipe.inputs import is_template_file
+from sft.recipe.inputs import is_template_file, read_template
 from sft.recipe.resolve import DEFAULT_LENGTH, resolve, supported_length
 from sft.recipe.schema import Convert, Model
 from sft.runner.stage import Result, Stage
@@ -125,7 +125,7 @@ def write_peft(stage: Stage, weights: DcpReader | Merged, folder: Path) -> tuple
 def evaluation_template(name: str, find: Callable[[str, str], Path]) -> str:
     """The text of [convert] eval_template, a name or a template file; "" for "". Raises SftError for an unknown name."""
     if is_template_file(name):
-        return find(name, "convert.eval_template").read_text(encoding="utf-8")
+        return read_template(find(name, "convert.eval_template"))
     if name and name not in TEMPLATES:
         raise SftError(
             f"[convert] eval_template = {name!r}: none of {', '.join(TEMPLATES)}, nor a .jinja, .jinja2 or .j2 file;"

@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 """The files of a tokenizer folder that prepare reads. An export has fewer: `sft.export.tokenizer_files.PUBLISHED`."""
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 TEMPLATE_SUFFIXES = (".jinja", ".jinja2", ".j2")
 
 
@@ -64,6 +65,36 @@ def tokenizer_files(prepare: Prepare) -> tuple[str, ...]:
 def is_template_file(template: str) -> bool:
     """Whether the recipe names a template file under DATA, rather than 'tokenizer' or a named template."""
     return template.endswith(TEMPLATE_SUFFIXES)
+
+
+def check_template_text(text: str, where: str) -> str:
+    """The Jinja text of a template. Raises SftError for one that is empty or begins with a byte order mark."""
+    if not text.strip():
+        raise SftError(f"{where}: the template is empty; next: write the Jinja text, or name another template")
+    if text.startswith("\ufeff"):
+        raise SftError(
+            f"{where}: the template begins with a byte order mark, which every conversation would begin with; next: save it"
+            " as UTF-8 without one"
+        )
+    return text
+
+
+def read_template(file: Path) -> str:
+    """The Jinja text of a template file. Raises SftError for one that cannot be a template; its syntax is checked where jinja2 is."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SftError(f"{file}: not a text in UTF-8: {error}; next: name a Jinja file") from None
+    try:
+        import jinja2  # start-up: the planner runs without it
+    except ModuleNotFoundError:
+        return check_template_text(text, str(file))
+    try:
+        # {% generation %} is transformers' own
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", text))
+    except jinja2.TemplateSyntaxError as error:
+        raise SftError(f"{file}: line {error.lineno}: {error.message}; next: correct the Jinja text") from None
+    return check_template_text(text, str(file))
 
 
 def choice(source: Source) -> Choice:

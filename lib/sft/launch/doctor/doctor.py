@@ -24,6 +24,7 @@ from sft.runner import plan
 Check = Callable[[Context], Iterator[Row]]
 CHECKS: tuple[tuple[Check, tuple[str, ...]], ...] = (
     (inputs.data, ("prepare", "sync")),
+    (inputs.eval_template, ("train", "convert")),
     (inputs.other_model, ("convert", "evaluate")),
     (inputs.model, ("prepare", "sync", "train")),
     (inputs.tokenizer, ("prepare", "sync", "train")),

@@ -31,6 +31,15 @@ def data(context: Context) -> Iterator[Row]:
         yield from _named_files(context, "sync", "base weights", [r.model.base] if r.model.base else [])
 
 
+def eval_template(context: Context) -> Iterator[Row]:
+    """A template file that convert will read: also before a training, not after it."""
+    name = context.recipe.convert.eval_template
+    if inputs.is_template_file(name):
+        what = f"{context.recipe.file}: [convert] eval_template"
+        inputs.read_template(paths.find(context.place.roots, name, what))
+        yield Row(OK, "eval_template", name)
+
+
 def other_model(context: Context) -> Iterator[Row]:
     """[convert] model is there, for the stage that reads it."""
     r, place = context.recipe, context.place
