@@ -112,11 +112,6 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
         ('tasks = ["one"]', 'tasks = ["one"]\ntemperature = -0.5', "at least 0, or -1 for the task's own"),
         ('tasks = ["one"]', 'tasks = ["one"]\ntemperature = 0.0\ntop_p = 0.5', "temperature = 0 samples nothing"),
         ('tasks = ["one"]', 'tasks = ["one"]\nmax_length = 9\nmax_reply_tokens = 9', "leaves no room for a prompt"),
-        (
-            'tasks = ["one"]',
-            'tasks = ["one"]\nmax_reply_tokens = 9\n[convert]\nmax_position_embeddings = 9',
-            "'max_position_embeddings' in [convert] = 9: a reply of 9",
-        ),
         ('tasks = ["one"]', 'tasks = ["one"]\nseed = 4294967296', "at most 4294967295 is expected"),
         ("[train]", "a = " + "[" * 5000 + "\n[train]", "brackets too deep"),
         ('tasks = ["one"]', "tasks = []", "'tasks' in [evaluate] is empty: at least one is needed"),

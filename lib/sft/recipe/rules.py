@@ -51,11 +51,7 @@ def check(values: dict[str, Any], on: dict[str, dict[str, schema.Hardware]]) -> 
     problems += _check_method(train, values["prepare"])
     problems += _check_stopping(train, values["prepare"], values["evaluate"])
     problems += _check_best(values)
-    return [
-        *problems,
-        *_check_evaluate(values["evaluate"], values["convert"].max_position_embeddings),
-        *_check_hardware(train, on),
-    ]
+    return [*problems, *_check_evaluate(values["evaluate"]), *_check_hardware(train, on)]
 
 
 def _check_rendering(prepare: schema.Prepare) -> list[str]:
@@ -194,8 +190,7 @@ def _check_best(values: dict[str, Any]) -> list[str]:
     ]
 
 
-def _check_evaluate(evaluate: schema.Evaluate, declared: int | None) -> list[str]:
-    """`declared`: the longest input that the exported config states, if the recipe says it."""
+def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
     problems = []
     task, _, metric = evaluate.best.partition("/")
     if evaluate.best and not (metric and task in evaluate.tasks) and evaluate.best != "validation/loss":
@@ -213,9 +208,9 @@ def _check_evaluate(evaluate: schema.Evaluate, declared: int | None) -> list[str
             )
     twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
     problems += [f"'tasks' in [evaluate]: {task!r} is there twice; remove one" for task in twice]
-    problems += _check_asking(evaluate, "[evaluate]", declared)
+    problems += _check_asking(evaluate, "[evaluate]")
     for task in evaluate.by_task:
-        problems += _check_asking(evaluate.for_task(task), f"[evaluate.by_task.{task}]", declared)
+        problems += _check_asking(evaluate.for_task(task), f"[evaluate.by_task.{task}]")
     problems += _check_server(evaluate)
     if not re.fullmatch(r"cpu|cuda(:\d+)?", evaluate.every_device):
         problems.append(f"'every_device' in [evaluate] = {evaluate.every_device!r}: cpu, or a GPU such as cuda:1")
@@ -266,8 +261,8 @@ def _check_server(evaluate: schema.Evaluate) -> list[str]:
     return []
 
 
-def _check_asking(options: schema.Evaluate, table: str, declared: int | None) -> list[str]:
-    """How tasks are asked: [evaluate], or what counts for one task. `declared` as in `_check_evaluate`."""
+def _check_asking(options: schema.Evaluate, table: str) -> list[str]:
+    """How tasks are asked: [evaluate], or what counts for one task."""
     problems = []
     thoughts = options.process_output != "none" or any(options.thinking.values())
     if options.max_thought_tokens and not thoughts:
@@ -283,10 +278,6 @@ def _check_asking(options: schema.Evaluate, table: str, declared: int | None) ->
     if options.max_length and reply >= options.max_length:
         problems.append(
             f"'max_length' in {table} = {options.max_length}: a reply of {reply} tokens leaves no room for a prompt; raise it"
-        )
-    elif not options.max_length and declared and reply >= declared:
-        problems.append(
-            f"'max_position_embeddings' in [convert] = {declared}: a reply of {reply} tokens ({table}) leaves no room for a prompt; raise it"
         )
     if options.samples > 1 and options.temperature == 0:
         problems.append(
