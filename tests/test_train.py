@@ -73,9 +73,7 @@ def test_training_learns_and_reports(folder: Path) -> None:
 @pytest.mark.seconds
 def test_processes_are_forked_with_the_modules_of_training_and_of_the_tests_loaded() -> None:
     """A preloaded module that is not found is skipped without a word, and every process then imports it for itself."""
-    code = (
-        "import sys; sys.exit(not {'torch', 'numba', 'sft.training.train', 'training', 'pytest'} <= set(sys.modules))"
-    )
+    code = "import sys; sys.exit(not {'torch', 'sft.training.train', 'training', 'pytest'} <= set(sys.modules))"
     process = training.SERVER.Process(target=exec, args=(code,))
     process.start()
     process.join(PATIENCE)
