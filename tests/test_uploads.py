@@ -23,6 +23,7 @@ pytest.importorskip("google.cloud.storage")
 
 import training
 import uploading
+import warm
 from patience import PATIENCE
 from published import publish_step, step_record
 from sft.checkpoint import step_folder
@@ -43,8 +44,15 @@ from training import train
 pytestmark = pytest.mark.server
 
 
+SENDS = (*warm.LIGHT, "google.cloud.storage", "requests", "sft.sync.send")
+"""What a process that sends a step imports."""
+
+
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    python = tmp_path_factory.mktemp("python") / "python"
+    warm.write_python(python, SENDS, path=str(warm.LIB))
+    monkeypatch.setattr(sys, "executable", str(python))
     with Server() as server:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
         yield server
