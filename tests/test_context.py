@@ -59,6 +59,7 @@ HYBRID_PLANS: dict[str, tuple[int, dict[str, Any]]] = {
     "three ranks of one group, two packs": (3, {"context_degree": 3, "microbatch_tokens": 192}),
     "two groups of two, two copies": (4, {"context_degree": 2, "shard_degree": 2, "recompute": "full"}),
 }
+TWO_COMPILED: tuple[int, dict[str, Any]] = (2, {"context_degree": 2, "recompute": "budget", "compile": "always"})
 # A layer of each kind: another one of a model is compiled for any window, which takes three times as long.
 COMPILED: dict[str, dict[str, Any]] = {
     "a window": {"config": replace(MODEL["config"], n_layers=1, window_layers=(True,))},
@@ -136,8 +137,7 @@ def test_the_gradient_of_a_hybrid_is_the_same_however_the_work_is_divided(
 @pytest.mark.compile
 @pytest.mark.parametrize("layer", COMPILED)
 def test_the_gradient_of_two_ranks_of_one_group_is_the_same_compiled(layer: str, tmp_path: Path, dataset: Path) -> None:
-    compiled = {"context_degree": 2, "recompute": "budget", "compile": "always"}
-    plans: dict[str, tuple[int, dict[str, Any]]] = {"one": (1, {}), "two": (2, compiled)}
+    plans: dict[str, tuple[int, dict[str, Any]]] = {"one": (1, {}), "two": TWO_COMPILED}
     found = gradients(tmp_path, dataset, plans, COMPILED[layer])
     assert found["two"]["steps"] and largest_difference(found["two"], found["one"]) < 2e-6
 

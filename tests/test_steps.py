@@ -17,6 +17,7 @@ from sft.packing.balance import deal
 from sft.packing.packs import PackIndex, pack_dataset, pack_documents
 from sft.packing.steps import StepPlan, accumulation, epoch_order
 from sft.recipe.schema import Source, Train
+from test_mix import index_of, source_of
 
 SEQ, BATCH = 64, 5
 TRAIN = Train(seq_len=SEQ, global_batch_tokens=SEQ * BATCH, epochs=3.0)
@@ -53,8 +54,9 @@ def test_weights_are_exact_passes_whatever_the_ranks_and_the_last_batch():
         one.conversations[:] = np.random.default_rng(number).integers(0, 2**63, len(one.lengths))
     chosen = mix(pools, [Source(path=p, weight=w) for p, w in zip("ab", weights, strict=True)], seed=3).data
     documents = np.zeros(len(chosen), DOCUMENT)
-    documents["length"] = [pools[s].lengths[i] for s, i in zip(chosen.source, chosen.index, strict=True)]
-    documents["labels"], documents["source"] = 1, chosen.source
+    source, index = source_of(chosen), index_of(chosen)
+    documents["length"] = [pools[s].lengths[i] for s, i in zip(source, index, strict=True)]
+    documents["labels"], documents["source"] = 1, source
     plan = StepPlan.build(pack_documents(documents, SEQ), replace(TRAIN, epochs=1.0, global_batch_tokens=SEQ * 4))
     for ranks in (1, 2, 4):
         seen: Counter[tuple[int, int]] = Counter()
@@ -64,7 +66,7 @@ def test_weights_are_exact_passes_whatever_the_ranks_and_the_last_batch():
             for slot in deal(costs, ranks, 1).ravel():
                 for segment in plan.index.pack(int(packs[slot])) if slot >= 0 else ():
                     number = int(segment["document"])
-                    seen[int(chosen.source[number]), int(chosen.index[number])] += 1
+                    seen[int(source[number]), int(index[number])] += 1
         times = [Counter(seen[source, i] for i in range(size)) for source, size in enumerate(sizes)]
         assert times == [{3: 20, 2: 20}, {1: 27, 0: 63}]
 

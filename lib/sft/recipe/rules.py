@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections import Counter
 from typing import Any
 
 from sft.common.errors import SftError
@@ -206,7 +207,7 @@ def _check_evaluate(evaluate: schema.Evaluate) -> list[str]:
             problems.append(
                 f"'thinking' in [evaluate]: no task {task!r} among {', '.join(evaluate.tasks)}, and it is not '*'"
             )
-    twice = sorted({task for task in evaluate.tasks if evaluate.tasks.count(task) > 1})
+    twice = sorted(task for task, times in Counter(evaluate.tasks).items() if times > 1)
     problems += [f"'tasks' in [evaluate]: {task!r} is there twice; remove one" for task in twice]
     problems += _check_asking(evaluate, "[evaluate]")
     for task in evaluate.by_task:
