@@ -54,8 +54,8 @@ HEAVY = (
 )  # fmt: skip
 """What stages import. Hugging Face's packages are left out: they read variables at their import that stages set before it."""
 READ_ONCE = ("KMP_", "LD_PRELOAD", "MKL_", "NUMBA_", "PYTHON")
-TAKEN = ("PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED")
-"""Variables that a fork takes from its asker, although READ_ONCE names them."""
+TAKEN = ("PYTHON", "PYTHONPATH", "PYTHONUNBUFFERED", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+"""Variables that a fork takes from its asker, although READ_ONCE names them. scikit-learn sets the last two in each process that imports it."""
 LIB = Path(__file__).resolve().parents[1] / "lib"
 SIGNALS = (signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LIMITS = [
