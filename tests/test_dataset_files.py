@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from sft.common.errors import SftError
+from sft.common.files import check_pointer
 from sft.recipe import inputs
-from sft.recipe.dataset_files import Choice, Tree, candidates, check_pointer, local_tree, select
+from sft.recipe.dataset_files import Choice, Tree, candidates, local_tree, select
 from sft.recipe.file_names import row_format, split_of
 
 WHAT = "[prepare] sources: d"

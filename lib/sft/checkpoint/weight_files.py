@@ -22,7 +22,8 @@ from torch import Tensor
 
 from sft.checkpoint.dcp_reader import read_values
 from sft.common.errors import SftError
-from sft.common.files import LFS_POINTER, read_json
+from sft.common.files import check_pointer, read_json
+from sft.common.strings import first_names
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -35,7 +36,6 @@ DTYPES = {
 }
 _QUANTISED = ("I8", "U8", "I32", "I16")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_NAMED = 5
 _NEXT = "fetch the folder again, or name another base"
 
 
@@ -153,8 +153,7 @@ def _passed_over(path: Path, files: list[str]) -> list[str]:
     """The names of the weight files in a folder that are not read, in one text. [] if there are none."""
     indices = [f"{files[0]}.index.json"] if (path / f"{files[0]}.index.json").is_file() else []
     others = indices + sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS and p.name not in files)
-    more = f" and {len(others) - _NAMED} others" if len(others) > _NAMED else ""
-    return [", ".join(others[:_NAMED]) + more] if others else []
+    return [first_names(others)] if others else []
 
 
 def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
@@ -187,7 +186,7 @@ def _weight_files(path: Path) -> tuple[Mapping[str, str], list[str], str]:
     others = sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS)
     raise SftError(
         f"{path}: no model.safetensors or pytorch_model.bin"
-        + (f", but {', '.join(others[:5])}" if others else "")
+        + (f", but {first_names(others)}" if others else "")
         + "; next: name a folder with weights that transformers loads"
     )
 
@@ -247,9 +246,7 @@ def _wrong_dtype(file: Path, key: str, dtype: str, quantised: bool) -> str:
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """{name: (dtype, shape, offset in the file)}. The safetensors library checks the file first."""
-    with file.open("rb") as start:
-        if start.read(len(LFS_POINTER)) == LFS_POINTER.encode():
-            raise SftError(f"{file}: a git-lfs pointer, not the file; next: git lfs pull")
+    check_pointer(file, str(file))
     try:
         with safe_open(file, framework="pt"), file.open("rb") as read:
             size = int.from_bytes(read.read(8), "little")

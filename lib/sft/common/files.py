@@ -13,7 +13,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 
-LFS_POINTER = "version https://git-lfs.github.com/spec/"
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 """How the file begins that git-lfs leaves where it has not fetched the content."""
 UNFINISHED = ".unfinished"
 """The end of the names of the temporary files that `write_atomic` renames."""
@@ -54,16 +54,22 @@ def remove_unfinished(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def check_pointer(file: Path, what: str) -> None:
+    """Raises SftError for a git-lfs pointer in the place of the file. `what` names the file."""
+    if file.stat().st_size < 1024:
+        with file.open("rb") as f:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise SftError(f"{what}: a git-lfs pointer, not the file; next: git lfs pull")
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object that another program defines (config.json, tokenizer.json). Raises SftError that names the file.
 
     Files of our own are read through `sft.formats`.
     """
     try:
-        text = file.read_text(encoding="utf-8")
-        if text.startswith(LFS_POINTER):
-            raise SftError(f"{file}: a git-lfs pointer, not the file; next: git lfs pull")
-        data = json.loads(text)
+        check_pointer(file, str(file))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SftError(f"{file}: no such file") from None
     except OSError as error:

@@ -171,7 +171,7 @@ class DatasetWriter:
         ends = part.tokens + np.cumsum(rows["length"].astype(np.int64))
         rows["part"], rows["start"] = part.number, ends - rows["length"]
         if (most := int(numbers.max()) + 1) > len(self._documents):
-            self._documents = np.resize(self._documents, most)
+            self._documents = np.resize(self._documents, max(most, 2 * len(self._documents)))
         self._documents[numbers] = rows
         part.lengths.append(rows["length"].copy())
         self.num_documents += len(rows)
@@ -245,7 +245,7 @@ class DatasetWriter:
         np.lib.format.write_array_header_1_0(header, described)
         file = DirectFile(self.folder / "documents.npy")
         file.write(header.getvalue())
-        file.write(self._documents)
+        file.write(self._documents[: self.num_documents])
         self._close_file(file)
         sync_folder(self.folder)
 

@@ -145,9 +145,8 @@ class Encoder:
                 f"prepare.template: {name!r} is neither 'tokenizer', nor a .jinja, .jinja2 or .j2 file, nor one of"
                 f" {', '.join(known_templates())}; next: choose one of them"
             )
-        return check_template_text(
-            read_text(find(name), "prepare.template", "name a Jinja file in UTF-8"), str(find(name))
-        )
+        file = find(name)
+        return check_template_text(read_text(file, "prepare.template", "name a Jinja file in UTF-8"), str(file))
 
     @property
     def identity(self) -> TokenizerFacts:

@@ -22,7 +22,7 @@ from sft.data.align import Ids, VocabularyTable
 from sft.data.compiled import WORD, words_of
 from sft.data.normalization import Normalizer
 from sft.data.vocabulary_checks import NAMED_TOKENS, by_id, check_ids, check_tokens
-from sft.recipe.inputs import OTHER_TEMPLATES
+from sft.recipe.inputs import OTHER_TEMPLATES, named_templates
 
 # Where pre-tokenizers are known to differ: contractions, digit groups, runs of spaces and newlines, tabs, accents, CJK,
 # joined emoji, code, and a number next to letters.
@@ -259,27 +259,6 @@ def _loaded(text: str) -> Tokenizer:
     made.no_truncation()
     made.no_padding()
     return made
-
-
-def named_templates(value: Any, where: str) -> dict[str, str]:
-    """The templates of a "chat_template" by name: a text is the default one. Raises SftError for another form, and a name twice."""
-    if isinstance(value, str | None):
-        return {} if value is None else {"default": value}
-    pairs: list[Any] = list(value.items()) if isinstance(value, dict) else []
-    if isinstance(value, list):
-        pairs = [(item.get("name"), item.get("template")) if isinstance(item, dict) else item for item in value]
-    found: dict[str, str] = {}
-    for pair in pairs:
-        if not isinstance(pair, tuple) or not all(isinstance(part, str) for part in pair) or pair[0] in found:
-            raise SftError(
-                f"{where}: chat_template: {str(pair)[:80]}: expected templates, each with a name of its own; next: correct it"
-            )
-        found[pair[0]] = pair[1]
-    if not found:
-        raise SftError(
-            f"{where}: chat_template = {str(value)[:80]}, expected a text or templates by name; next: correct it"
-        )
-    return found
 
 
 def has_token_bytes(tokenizer: dict[str, Any]) -> bool:

@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     next: str
 
 
-NONE = Problem("it has no documents", "correct the task")
+NO_DOCUMENTS = Problem("it has no documents", "correct the task")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -84,7 +84,7 @@ def check(
                 rehearsal.check(task, definition)
             except rehearsal.Fails as fails:
                 return explain(fails.error, file, fails.what)
-        return documents if documents else NONE
+        return documents if documents else NO_DOCUMENTS
     except SftError as error:
         problem, _, step = str(error).rpartition("; next: ")
         return Problem(problem or step, step)
@@ -103,7 +103,7 @@ def explain(error: BaseException, file: Path | None = None, what: str = "") -> P
         chain.append(inner)
         inner = inner.__cause__ or inner.__context__
     if "out of bounds for size 0" in str(error):  # lm-eval reads the first document
-        return NONE
+        return NO_DOCUMENTS
     for one in chain:
         if isinstance(one, ModuleNotFoundError) and f"Cannot import module '{one.name}'" in str(error):
             return Problem(f"{error}: there is no {one.name}.py beside it", "correct !function, or write the module")

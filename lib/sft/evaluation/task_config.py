@@ -6,7 +6,6 @@ Tasks that lm-eval ships are not checked.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from lm_eval.config.task import TaskConfig
 from transformers import GenerationConfig
 
 from sft.common.errors import SftError
+from sft.recipe.typed import did_you_mean
 
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 """The names that lm-eval reads for the longest reply, the first before the others."""
@@ -67,9 +67,7 @@ def check_config(config: Mapping[str, Any], file: Path) -> None:
 def _check_names(given: Iterable[str], known: Iterable[str], where: str) -> None:
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise SftError(f"{where}: no field {name!r}{hint}; next: correct or remove it")
+            raise SftError(f"{where}: no field {name!r}{did_you_mean(str(name), known)}; next: correct or remove it")
 
 
 def _check_replies(arguments: Mapping[str, Any], where: str) -> None:

@@ -29,6 +29,7 @@ from sft.formats.gate import NAME
 from sft.formats.manifest import StepManifest
 from sft.recipe.base_config import read_hf_config
 from sft.recipe.config_reader import ConfigReader, EveryKey
+from sft.recipe.inputs import named_templates
 from sft.recipe.resolve import with_positions
 from sft.runner import models
 from sft.runner.stage import Result, Stage
@@ -129,26 +130,15 @@ def template_of(folder: Path) -> str:
         if (place / TEMPLATE).is_file():
             return (place / TEMPLATE).read_text(encoding="utf-8")
         if (file := place / "tokenizer_config.json").is_file():
-            text = _default_template(read_json(file).get("chat_template"), str(file))
-            if text:
-                return text
+            found = named_templates(read_json(file).get("chat_template"), str(file))
+            if found and "default" not in found:
+                raise SftError(
+                    f"{file}: chat_template: {', '.join(map(repr, found))}, and none is named 'default'; next: eval_template= a .jinja"
+                    " file with the one to use"
+                )
+            if found.get("default"):
+                return found["default"]
     return ""
-
-
-def _default_template(value: object, where: str) -> str:
-    """The template of a tokenizer_config.json: a text, or the one named default of several. "" for none. Raises SftError."""
-    if isinstance(value, list):
-        value = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
-    if isinstance(value, dict):
-        if "default" not in value:
-            raise SftError(
-                f"{where}: chat_template: {', '.join(map(repr, value)) or 'empty'}, and none is named 'default'; next:"
-                " eval_template= a .jinja file with the one to use"
-            )
-        value = value["default"]
-    if not isinstance(value, str | None):
-        raise SftError(f"{where}: chat_template: {value!r}, expected a text; next: correct the file")
-    return value or ""
 
 
 def _own_template(stage: Stage, folder: Path) -> str:

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from sft.common.errors import SftError
-from sft.common.files import LFS_POINTER
 from sft.common.strings import first_names
 from sft.recipe.file_names import (
     CACHES,
@@ -483,14 +482,6 @@ def _walk(folder: Path) -> Iterator[os.DirEntry[str]]:
                 yield from _walk(Path(entry.path))
             else:
                 yield entry
-
-
-def check_pointer(file: Path, what: str) -> None:
-    """Raises SftError for a git-lfs pointer in the place of the file. `what` names the file."""
-    if file.stat().st_size < 1024:
-        with file.open("rb") as f:
-            if f.read(len(LFS_POINTER)) == LFS_POINTER.encode():
-                raise SftError(f"{what}: a git-lfs pointer, not the file; next: git lfs pull")
 
 
 def _near(name: str, known: Iterable[str]) -> str:

@@ -12,11 +12,13 @@ import difflib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from sft.common.errors import SftError
+from sft.common.files import check_pointer
 from sft.common.paths import REMOTE
 from sft.recipe import mounts
-from sft.recipe.dataset_files import Choice, FileSelection, candidates, check_pointer, check_single, local_tree, select
+from sft.recipe.dataset_files import Choice, FileSelection, candidates, check_single, local_tree, select
 from sft.recipe.schema import Convert, Evaluate, Model, Prepare, Source
 
 SOURCES = "[prepare] sources"
@@ -77,6 +79,27 @@ def check_template_text(text: str, where: str) -> str:
             " as UTF-8 without one"
         )
     return text
+
+
+def named_templates(value: Any, where: str) -> dict[str, str]:
+    """The templates of a "chat_template" by name: a text is the default one. Raises SftError for another form, and a name twice."""
+    if isinstance(value, str | None):
+        return {} if value is None else {"default": value}
+    pairs: list[Any] = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        pairs = [(item.get("name"), item.get("template")) if isinstance(item, dict) else item for item in value]
+    found: dict[str, str] = {}
+    for pair in pairs:
+        if not isinstance(pair, tuple) or not all(isinstance(part, str) for part in pair) or pair[0] in found:
+            raise SftError(
+                f"{where}: chat_template: {str(pair)[:80]}: expected templates, each with a name of its own; next: correct it"
+            )
+        found[pair[0]] = pair[1]
+    if not found:
+        raise SftError(
+            f"{where}: chat_template = {str(value)[:80]}, expected a text or templates by name; next: correct it"
+        )
+    return found
 
 
 def read_template(file: Path) -> str:

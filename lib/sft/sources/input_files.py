@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from sft.common.errors import SftError
-from sft.common.files import hash_file
+from sft.common.files import check_pointer, hash_file
 from sft.common.paths import BUCKETS
 from sft.common.strings import first_names
 from sft.recipe import inputs
-from sft.recipe.dataset_files import check_pointer
 from sft.recipe.file_names import TEXT_FORMATS, row_format, stem
 from sft.recipe.schema import Source
 from sft.sources import remote

@@ -1,4 +1,4 @@
-"""What compiled code asks about the texts of messages: whether one holds nothing (`is_blank`), and whether Python must look at one (`has_unclear`).
+"""What compiled code asks about the texts of messages: whether one holds nothing (`holds_no_text`), and whether Python must look at one (`has_unclear`).
 
 `text` is what `sft.data.compiled.words_of` returns: eight bytes from each place on. `sft.chat.messages` has the same rules for Python.
 """
@@ -30,12 +30,18 @@ NAMES = tuple(map(_word, ("role", "from", "cont", "valu", "type", "text")))
 
 
 @inlined
+def is_blank(byte: int) -> bool:
+    """Whether Python's str.strip removes this ASCII character."""
+    return bool(byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31)
+
+
+@inlined
 def blank_size(text: Any, at: int) -> int:
     """The bytes of the blank character that starts there; 0 for any other."""
     word = text[at]
     byte = word & np.uint64(0xFF)
     if byte < 128:
-        return 1 if byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31 else 0
+        return int(is_blank(byte))
     if (word & TWO) in SPACES_OF_2:
         return 2
     three = word & THREE
@@ -58,7 +64,7 @@ def skip_blanks(text: Any, at: int, end: int) -> int:
 
 
 @inlined
-def is_blank(text: Any, start: int, end: int) -> bool:
+def holds_no_text(text: Any, start: int, end: int) -> bool:
     """Whether a text is blank, but for empty thoughts: see `sft.chat.messages.NO_TEXT`."""
     at = skip_blanks(text, start, end)
     if at + 7 <= end and text[at] & SEVEN == OPEN:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined, mix
-from sft.data.fast.contents import has_unclear
+from sft.data.fast.contents import has_unclear, is_blank
 from sft.data.fast.json_copy import write_escape
 from sft.data.fast.json_values import CALL_ARGUMENTS, CALL_NAME, CALL_NUMBER
 from sft.data.fast.messages import (
@@ -118,12 +118,6 @@ class PlanTable(NamedTuple):
 @inlined
 def byte_at(words: Any, at: int) -> Any:
     return np.int64(words[U(at)] & np.uint64(0xFF))
-
-
-@inlined
-def is_blank(byte: int) -> bool:
-    """Whether Python's str.strip removes this ASCII character."""
-    return bool(byte == 32 or 9 <= byte <= 13 or 28 <= byte <= 31)
 
 
 @inlined

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sft.chat.named import NamedTemplate
 from sft.chat.rows import RowReader
 from sft.data.compiled import WORD, compiled, inlined
-from sft.data.fast.contents import has_unclear, is_blank
+from sft.data.fast.contents import has_unclear, holds_no_text
 from sft.data.fast.messages import (
     ASSISTANT,
     CALLS,
@@ -250,9 +250,11 @@ def count_empty_answers(layout: Any, messages: Any, first: int, end: int, last_b
         calls = messages.call_spans[message]
         if spans[CALLS, END] > spans[CALLS, START] or calls[END] > calls[START]:
             continue
-        if spans[THINKING, START] != NONE and not is_blank(messages.text, spans[THINKING, START], spans[THINKING, END]):
+        if spans[THINKING, START] != NONE and not holds_no_text(
+            messages.text, spans[THINKING, START], spans[THINKING, END]
+        ):
             continue
-        count += is_blank(messages.text, spans[CONTENT, START], spans[CONTENT, END])
+        count += holds_no_text(messages.text, spans[CONTENT, START], spans[CONTENT, END])
     return count
 
 
