@@ -153,7 +153,7 @@ def test_detached_is_submitted_once_and_a_later_make_follows_the_same_job(worksp
     two = [start(workspace, "train", "RECIPE=x", "CLUSTER=slurm") for _ in range(2)]
     for process in two:
         until(lambda p=process: f"job {job} on slurm, submitted " in p.stdout.readline(), "both to follow")
-    assert "running" in workspace.make("jobs").stdout
+    until(lambda: "running" in workspace.make("jobs").stdout, "a node to take the job")
     (workspace.root / "go").touch()
     for process in two:
         out, _ = process.communicate(timeout=PATIENCE)
