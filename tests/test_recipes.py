@@ -107,6 +107,8 @@ def test_all_mistakes_are_reported_at_once(tmp_path):
             "4096 is not a multiple of 3 ranks x microbatch_tokens 512 = 1536",
         ),
         ("seq_len = 512", "seq_len = 512\nbetas = [0.9, 1.5]", "at most 0.999999 is expected"),
+        ("seq_len = 512", "seq_len = 512\nepochs = 30000", "at most 10000 is expected"),
+        ("seq_len = 512", "seq_len = 512\nlr = 8e5", "at most 10 is expected"),
         ('tasks = ["one"]', 'tasks = ["one", "one"]', "'tasks' in [evaluate]: 'one' is there twice"),
         ('tasks = ["one"]', "by_task = { one = { samples = 2 } }", "'tasks' in [evaluate] is missing"),
         ('tasks = ["one"]', 'tasks = ["one"]\ntemperature = -0.5', "at least 0, or -1 for the task's own"),

@@ -16,7 +16,7 @@ class Train:
 
     seq_len: int = opt(16384, "tokens of a pack", min=2)
     global_batch_tokens: int = opt(1_048_576, "tokens of one optimizer step, over all ranks and microbatches", min=2)
-    epochs: float = opt(3.0, "passes over the data; ignored if steps is set", above=0, max=1e6)
+    epochs: float = opt(3.0, "passes over the data; ignored if steps is set", above=0, max=10_000)
     steps: int = opt(0, "optimizer steps; 0 = from epochs", min=0, max=10**9)
     long_documents: str = opt(
         "truncate", "treatment of a document longer than seq_len", choices=("truncate", "drop", "split")
@@ -75,7 +75,7 @@ class Train:
         choices=("recipe", "constant", "rewarmed", "decayed"),
         late=True,
     )
-    lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0)
+    lr: float = opt(8e-5, "peak learning rate; with method = 'lora' the default is ten times as high", above=0, max=10)
     schedule: str = opt(
         "linear",
         "learning rate after warm-up; wsd stays at lr and decays at the end",
