@@ -253,28 +253,34 @@ def test_the_fields_of_a_recipe_change_the_model_that_they_name() -> None:
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(("name", "context"), [("olmo3 yarn", 2), ("qwen3", 1)])
+@pytest.mark.parametrize(
+    ("name", "context", "modes"), [("olmo3 yarn", 2, ("none", "selected", "full")), ("qwen3", 1, ("full",))]
+)
 def test_the_layer_that_cuda_runs_compiles_into_one_graph(
-    name: str, context: int, monkeypatch: pytest.MonkeyPatch
+    name: str, context: int, modes: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the meta device, which has shapes and no values: the fused kernel's path traced forward and backward, fullgraph."""
     config = replace(CONFIGS[name], d_model=64, head_dim=16, n_kv_heads=2)
     monkeypatch.setattr(modules, "attention", fused)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=context)
     try:
-        for mode in ("none", "selected", "full"):
+        for mode in modes:
             torch._dynamo.reset()
             with torch.device("meta"):
                 block = Block(config, 0).bfloat16()
                 block.recompute = mode
-                if context > 1:
-                    block.attention.context = (dist.distributed_c10d._get_default_group().group_name, context)
-                block.compile(fullgraph=True, backend="aot_eager")
                 x = torch.empty(128, 64, dtype=torch.bfloat16, requires_grad=True)
                 table = torch.empty(128, 1, 16)
-                # Other documents do not break it either. Graphs for any size take half of the time, so one mode has them.
-                for longest, edges in ((128, 64), (64, 128))[: 1 + (mode == "selected")]:
-                    out = block(x, (table, table), torch.empty(edges, dtype=torch.int32), longest)
+                documents = [
+                    (torch.empty(edges, dtype=torch.int32), longest) for longest, edges in ((128, 64), (64, 128))
+                ]
+            # Not inside `with torch.device`, whose own Python dynamo would trace for every operator: three times as long.
+            if context > 1:
+                block.attention.context = (dist.distributed_c10d._get_default_group().group_name, context)
+            block.compile(fullgraph=True, backend="aot_eager")
+            # Other documents do not break it either. Graphs for any size take half of the time, so one mode has them.
+            for edges, longest in documents[: 1 + (mode == "selected")]:
+                out = block(x, (table, table), edges, longest)
             out.sum().backward()
             assert out.shape == x.shape
             assert all(p.grad is not None for p in block.parameters())
@@ -302,19 +308,19 @@ def test_every_kind_of_block_compiles_for_every_shape(monkeypatch: pytest.Monkey
 
     counter: Any = CompileCounter()
     monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter), raising=False)
-    with torch._dynamo.config.patch(recompile_limit=8), torch.device("meta"):
+    with torch.device("meta"):
         model = Transformer(replace(CONFIGS["olmo3 yarn"], d_model=64, head_dim=16)).bfloat16()
-        for block, mode in zip(model.blocks, ("none", "selected", "full", "none"), strict=True):
-            block.recompute = mode  # type: ignore[union-attr]
+        tokens = torch.empty(128, dtype=torch.long), torch.empty(128)
+        documents = [
+            (torch.empty(edges, dtype=torch.int32), longest) for longest, edges in ((128, 64), (64, 128), (32, 256))
+        ]
+    for block, mode in zip(model.blocks, ("none", "selected", "full", "none"), strict=True):
+        block.recompute = mode  # type: ignore[union-attr]
+    variants = []
+    with torch._dynamo.config.patch(recompile_limit=8):
         compile_blocks(model, torch.device("cuda"), "bf16")
-        variants = []
-        for longest, edges in ((128, 64), (64, 128), (32, 256)):
-            inputs = (
-                torch.empty(128, dtype=torch.long),
-                torch.empty(128),
-                torch.empty(edges, dtype=torch.int32),
-                longest,
-            )
+        for document in documents:
+            inputs = (*tokens, *document)
             model.hidden_states(*inputs)
             with torch.no_grad():
                 model.hidden_states(*inputs)
