@@ -100,12 +100,13 @@ def test_a_compiled_layer_keeps_the_bytes_that_the_plan_says(preset: str, monkey
         return x
 
     torch._dynamo.reset()
-    with torch.device("meta"), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+    with torch.device("meta"):
         block = Block(config, 0).bfloat16()
-        block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
         x = torch.empty(TOKENS, config.d_model, dtype=torch.bfloat16, requires_grad=True)
-        table = torch.empty(TOKENS, 1, config.head_dim)
-        block(x, (table, table), torch.empty(64, dtype=torch.int32), TOKENS)
+        table, edges = torch.empty(TOKENS, 1, config.head_dim), torch.empty(64, dtype=torch.int32)
+    block.compile(fullgraph=True, backend="aot_eager_decomp_partition")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):  # dynamo would trace torch.device's Python, too
+        block(x, (table, table), edges, TOKENS)
     for held in (*block.parameters(), table):
         saved.pop(held.untyped_storage()._cdata, None)
     assert activation_bytes(config, TOKENS, "none", 2, Hardware(compile="always")) == pytest.approx(

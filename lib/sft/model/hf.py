@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sft.common.errors import SftError
@@ -48,7 +49,12 @@ def without_tied_head(names: Iterable[str], config: ModelConfig) -> list[str]:
 def shapes(config: ModelConfig, vocab_size: int = 0) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by our name, in the order of the forward pass. `vocab_size` replaces the padded
     number of rows."""
-    d, vocab = config.d_model, vocab_size or config.vocab_size
+    return dict(_shapes(config, vocab_size or config.vocab_size))  # one of the caller's own
+
+
+@lru_cache(maxsize=16)  # a plan asks for it a dozen times, and a choice of hardware numbers makes many plans
+def _shapes(config: ModelConfig, vocab: int) -> dict[str, tuple[int, ...]]:
+    d = config.d_model
     result: dict[str, tuple[int, ...]] = {"embeddings.weight": (vocab, d)}
     for layer, mixer in enumerate(config.mixers):
         inner = _gated_delta_shapes(mixer, d) if mixer else _attention_shapes(config)

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import lru_cache
 
 from sft.common.errors import SftError
 from sft.model.hf import shapes
@@ -28,6 +29,7 @@ _PUBLISHED = {theirs.rpartition(".")[2]: ours for ours, theirs in PROJECTIONS.it
 """{"q_proj": "attention.w_q", …}: transformers' and PEFT's names of the matrices."""
 
 
+@lru_cache(maxsize=1 << 14)  # the plans that a choice of hardware numbers makes ask the same
 def matches(pattern: str, name: str) -> bool:
     """Whether the parts of a pattern match consecutive parts of a name."""
     wanted, parts = pattern.split("."), name.split(".")
@@ -90,6 +92,8 @@ def trained_names(config: ModelConfig, train: Train) -> list[str]:
     names = list(shapes(config))
     if train.train_only:
         return select(train.train_only, names, "train_only")
+    if not train.freeze:
+        return names
     frozen = set(select(train.freeze, names, "freeze"))
     if len(frozen) == len(names):
         raise SftError(f"[train] freeze = {list(train.freeze)}: nothing is left to train; next: remove a pattern")
