@@ -91,6 +91,24 @@ BAD: dict[str, tuple[Any, str]] = {
         {"messages": [A, {"role": "assistant", "content": '[ {"type": "text", "text": "Hello"}]'}]},
         "json_text",
     ),
+    "thoughts in a field and before a tag that closes them": (
+        {"messages": [A, {"role": "assistant", "reasoning": "hm", "content": "hm</think>Hello"}]},
+        "disagree",
+    ),
+    "messages that begin with an id as JSON text": (
+        {"prompt": json.dumps([{"id": 1, **A}]), "completion": "Hello"},
+        "json_text",
+    ),
+    "parts that begin with an index as JSON text": (
+        {"messages": [A, {"role": "assistant", "content": '[{"index": 0, "type": "text", "text": "Hello"}]'}]},
+        "json_text",
+    ),
+    "JSON text of messages after white space": (
+        {"prompt": "\ufeff\n\t " + json.dumps([A]) + "\n", "completion": "Hello"},
+        "json_text",
+    ),
+    "one message as JSON text": ({"prompt": "Hi", "completion": json.dumps(B)}, "json_text"),
+    "one part as Python text": ({"prompt": "{'type': 'text', 'text': 'Hi'}", "completion": "Hello"}, "json_text"),
     "messages as JSON text in a prompt": ({"prompt": json.dumps([A]), "completion": "Hello"}, "json_text"),
     "messages as Python text in a prompt": ({"prompt": str([A, B]), "completion": "Hello"}, "json_text"),
     "two kinds of calls": (
@@ -201,6 +219,31 @@ def test_a_name_with_two_values_rejects_the_row(line: str, name: str) -> None:
         return
     with pytest.raises(BadRow, match=name if name == "bad_tools" else f"repeated_name: {name} is twice"):
         reader.read(batch.rows[0])
+
+
+ALLOWED = {
+    "JSON about other things": '[{"from": "Rome", "to": "Oslo", "value": 3}]',
+    "an answer of two speakers": json.dumps([A, B]),
+    "a record with a type": '{"type": "text", "text": "Bob", "label": "PER"}',
+    "an object of a type": '{"type": "image"}',
+    "text after a list": json.dumps([B]) + " is a list of messages",
+    "no list": "[1, 2] and {}",
+    "an empty list": "[]",
+    "JSON that is broken": '[{"role": "assistant", "content": "a"',
+}
+
+
+@pytest.mark.parametrize("content", ALLOWED.values(), ids=ALLOWED.keys())
+def test_an_answer_may_be_json(folder: Path, content: str) -> None:
+    row = {"messages": [A, {"role": "assistant", "content": content}]}
+    made = encoder(folder).encode([row], Source(path="x"))
+    assert not made.rejects
+
+
+@pytest.mark.parametrize("content", ["It is <think>.", "Between <think> and </think> it thinks.", "think"])
+def test_an_answer_with_thoughts_may_write_about_the_tags(folder: Path, content: str) -> None:
+    row = {"messages": [A, {"role": "assistant", "content": content, "reasoning": "hm"}]}
+    assert not encoder(folder).encode([row], Source(path="x")).rejects
 
 
 def test_there_are_more_than_twenty_kinds_of_bad_rows() -> None:

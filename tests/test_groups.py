@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chat_samples import SOURCE, encoder, tokenizer_folder
 from preparing import stage, write_rows
 from sft.common.errors import SftError
 from sft.data import prepare
-from sft.data.batch import conversation_hashes, group_span
-from sft.data.chunks import group_text, group_value
+from sft.data.batch import conversation_hashes, group_key, group_span
+from sft.data.chunks import group_text, group_value, set_groups
 from sft.data.dataset import Dataset
 from sft.data.fast.turns import find_groups
 from sft.recipe.chat_templates import TEMPLATES
 from sft.recipe.schema import Source
+from sft.sources.blocks import LineBlock
+
+folder = tokenizer_folder
 
 
 def turns(*texts: str, system: str = "") -> list[dict[str, str]]:
@@ -137,6 +142,33 @@ def test_compiled_code_finds_the_same_groups(documents):
     texts = ["\0".join(part for turn in document for part in turn).encode() for document in documents]
     ends = np.cumsum([len(text) for text in texts])
     hashed = np.frombuffer(bytearray(b"".join(texts)), dtype=np.uint8)
-    spans = find_groups(hashed, ends, np.empty((2, len(texts)), dtype=np.int64))
-    found = [bytes(hashed[a:b]) for a, b in spans.T]
+    spans = find_groups(hashed, ends, np.empty((3, len(texts)), dtype=np.int64))
+    found = [bytes(hashed[a:b]) for a, b, _ in spans.T]
     assert found == [text[slice(*group_span(text))] for text in texts]
+    assert all(changes or group_key(text) == text for text, changes in zip(found, spans[2], strict=True))
+
+
+SPELLINGS = {
+    "composed": "é ㄱ\uac00 one\ntwo",
+    "decomposed": unicodedata.normalize("NFD", "é ㄱ\uac00 one\ntwo"),
+    "Windows": "é ㄱ\uac00 one\r\ntwo",
+    "wide spaces around it": "\u3000é ㄱ\uac00 one\ntwo\u00a0",
+}
+
+
+@pytest.mark.parametrize("text", SPELLINGS.values(), ids=SPELLINGS.keys())
+def test_a_message_is_the_same_group_however_it_is_spelled(folder: Path, text: str) -> None:
+    rows = [{"messages": turns(t, "a")} for t in (SPELLINGS["composed"], text, "é ㄱ\uac00 one two", "one")]
+    made = encoder(folder)
+    block = LineBlock.of("".join(json.dumps(row) + "\n" for row in rows).encode())
+    plain, odd = made.encode_plain(block, SOURCE)
+    python = made.encode(rows, SOURCE)
+    assert not odd and plain is not None
+    assert plain.groups.tolist() == python.groups.tolist()
+    assert python.groups[0] == python.groups[1] != python.groups[2] and len(set(python.groups.tolist())) == 3
+    batch = LineBlock.of("".join(json.dumps({"g": t}) + "\n" for t in (SPELLINGS["composed"], text)).encode()).batch()
+    assert len(set(set_groups(batch, "g").tolist())) == 1
+
+
+def test_half_of_a_surrogate_pair_has_a_group() -> None:
+    assert conversation_hashes(turns("\ud83e", "a"))[1] != conversation_hashes(turns("\ud83f", "a"))[1]

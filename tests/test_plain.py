@@ -132,6 +132,9 @@ ODD = {
     "a call with another name than its function": PLAINEST.replace('"b"', 'null, "tool_calls": [{"name": "g", "function": {"name": "f", "arguments": {"b": 1}}}]') + "}",
     "messages as JSON text": json.dumps({"prompt": "a", "completion": json.dumps(turns(("assistant", "b")))}),
     "thoughts twice": PLAINEST.replace('"content": "b"', '"reasoning": "r", "content": "\\n<think>r</think>b"') + "}",
+    "messages that begin with an id as JSON text": json.dumps({"prompt": '\ufeff [{"id": 1, "role": "user", "content": "a"}]', "completion": "b"}),
+    "a message as Python text": json.dumps({"prompt": "{'role': 'user', 'content': 'a'}", "completion": "b"}),
+    "thoughts that the content closes": PLAINEST.replace('"content": "b"', '"reasoning": "r", "content": "r</think>b"') + "}",
     "an open string": PLAINEST + ', "id": "',
     "an open object": PLAINEST,
 }  # fmt: skip
@@ -161,6 +164,8 @@ def test_an_odd_line_is_left_to_python_and_takes_no_neighbour_with_it(olmo: Enco
         CALL_AND_RESULT,
         CALL_AND_RESULT.replace('"role": "environment", "name": "f"', '"name": "f", "role": "environment"'),
         '{"system_prompt": "s", "prompt": "p", "completion": ""}',
+        json.dumps({"prompt": '[{"id": 1}]', "completion": ' {"kind": "r</think>b"}'}),
+        json.dumps({"messages": turns(("user", "a"), ("assistant", "r</think>b"))}),
         '{"instruction": "i", "context": "c", "response": "o", "category": "qa"}',
         '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}], "functions": [{"name": "f"}]}',
     ],

@@ -36,8 +36,10 @@ CALLERS = ("function_call", "tool_call")
 _BLANK = r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*"
 NO_TEXT = re.compile(rf"{_BLANK}(?:<think>{_BLANK}</think>{_BLANK})?")
 """White space and characters without a width, perhaps around empty thoughts."""
-SERIALIZED = re.compile(r"\[\s*\{\s*[\"'](?:role|from|content|value|type|text)[\"']")
-"""How the text of a list of messages or of content parts begins, in JSON or as Python prints it."""
+BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
+"""The same characters."""
+JSON_NAME = re.compile(r"[\"'](?:role|from|type)[\"']")
+"""A name that every message or content part has, in JSON or as Python prints it."""
 PART_TYPES = frozenset(
     ("text", "input_text", "output_text", "image", "image_url", "input_image", "thinking", "tool_use", "tool_result")
 )
@@ -267,43 +269,40 @@ def is_empty_answer(message: Message, train: bool) -> bool:
 
 
 def check_content(message: Message, index: int) -> None:
-    """Raises BadRow for a text that is a list of messages or parts, and for thoughts in a field beside a content that opens with <think>.
+    """Raises BadRow for a text that is a message, a part or a list of them, and for thoughts both in a field and in the content.
 
-    Results of tools are any JSON, and an answer may be a list of messages, if they are not all an assistant's.
+    Results of tools are any JSON, and an answer may be a list of messages, if they are not all an assistant's. A content has thoughts
+    beside a field if it opens with <think>, or if it closes thoughts that it never opened: templates take it apart at </think>.
     """
     content: str = message["content"]
     first = content[:1]
-    if (
-        first == "["
-        and message["role"] in ("system", "developer", "user", "assistant")
-        and is_serialized(content, message["role"])
-    ):
-        raise BadRow(
-            "json_text",
-            f"message {index}: its text is the JSON of a list of messages or parts; next: store the list itself",
-        )
-    if first in ("<", " ", "\n", "\r", "\t") and content.lstrip().startswith("<think>"):
-        for name in ("reasoning_content", "thinking"):
-            if message.get(name):
-                raise BadRow(
-                    "disagree", f"message {index}: {name} and the content, which opens with <think>, hold thoughts"
-                )
+    if not first.isalnum() and message["role"] in ("system", "developer", "user", "assistant"):
+        text = content.strip(BLANKS)
+        if text[:1] in ("[", "{") and JSON_NAME.search(text) and is_serialized(text, message["role"]):
+            raise BadRow(
+                "json_text",
+                f"message {index}: its text is the JSON of messages or parts; next: store the list itself",
+            )
+    if "think>" in content and (name := next((n for n in ("reasoning_content", "thinking") if message.get(n)), "")):
+        before, closed, _ = content.partition("</think>")
+        if before.lstrip().startswith("<think>") or (closed and "<think>" not in before):
+            raise BadRow("disagree", f"message {index}: {name} and the content, which has a <think> tag, hold thoughts")
 
 
 def is_serialized(text: str, role: str) -> bool:
-    """Whether the text of a message is a list of messages, or of content parts. In an answer, all messages must be an assistant's."""
-    if not SERIALIZED.match(text):
-        return False
+    """Whether the text of a message is a message, a content part, or a list of them. In an answer, all messages must be an assistant's."""
     try:
-        items = parse(text, "", "")
+        value = parse(text, "", "")
     except BadRow:
-        items = read_literal(text) or [None]
-    if all(map(is_part, items)):
-        return True
+        value = read_literal(text)
+    items = value if isinstance(value, list) else [value]
+    if items and all(map(is_part, items)):
+        return isinstance(value, list) or ("text" in value and value.keys() <= {"type", "text", "cache_control"})
     if not all(isinstance(i, dict) and i.keys() & {"role", "from"} and i.keys() & {"content", "value"} for i in items):
         return False
     speakers = {str(item.get("role") or item.get("from")).lower() for item in items}
-    return role != "assistant" or {SPEAKERS.get(speaker, speaker) for speaker in speakers} == {"assistant"}
+    roles = {SPEAKERS.get(speaker, speaker) for speaker in speakers}
+    return roles == {"assistant"} if role == "assistant" else bool(roles) and roles.issubset(ROLES)
 
 
 def is_part(item: Any) -> bool:

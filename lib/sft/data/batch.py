@@ -6,6 +6,8 @@ another, and the byte at which each run and each document ends.
 
 from __future__ import annotations
 
+import contextlib
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -171,7 +173,7 @@ def conversation_hashes(messages: Sequence[Mapping[str, Any]], system: str = "")
     """Two 64-bit hashes, which do not depend on template, tokenizer and the recipe's own `system` message.
 
     The first covers the roles and contents. The second, of the group, covers the first user message: conversations that begin
-    with the same one have the same group. White space around that message does not count.
+    with the same one have the same group, see `group_key`. White space around that message does not count.
     """
     if system and messages[0]["content"] == system:
         messages = messages[1:]
@@ -181,7 +183,15 @@ def conversation_hashes(messages: Sequence[Mapping[str, Any]], system: str = "")
     except UnicodeEncodeError:
         text = joined.encode(errors="surrogatepass")
     start, end = group_span(text)
-    return xxhash.xxh3_64_intdigest(text), xxhash.xxh3_64_intdigest(text[start:end])
+    return xxhash.xxh3_64_intdigest(text), xxhash.xxh3_64_intdigest(group_key(text[start:end]))
+
+
+def group_key(text: bytes) -> bytes:
+    """What is hashed of the text of a group: one text for all spellings of a line's end and of composed characters (NFC)."""
+    if not text.isascii():
+        with contextlib.suppress(UnicodeDecodeError):  # of half a surrogate pair
+            text = unicodedata.normalize("NFC", text.decode()).strip().encode() or text
+    return text.replace(b"\r\n", b"\n")
 
 
 def group_span(text: bytes) -> tuple[int, int]:

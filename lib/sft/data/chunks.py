@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from sft.chat.rows import BadRow, Conversation, RowReader
 from sft.common.errors import SftError
+from sft.data.batch import group_key
 from sft.data.decontaminate import Screen
 from sft.data.tokencache import ChunkWriter, Summary
 from sft.data.tokenize import Encoded, Encoder
@@ -163,7 +164,7 @@ def set_groups(batch: RowBatch, column: str) -> NDArray[np.uint64]:
     batch.rejects.sort()
     for i in reversed(missing):
         del batch.rows[i], batch.numbers[i], values[i]
-    texts = [value.encode(errors="surrogatepass") for value in values]
+    texts = [group_key(value.encode(errors="surrogatepass")) for value in values]
     return np.fromiter(map(xxhash.xxh3_64_intdigest, texts), dtype=np.uint64, count=len(texts))
 
 

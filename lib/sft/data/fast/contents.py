@@ -18,15 +18,14 @@ def _word(text: str) -> np.uint64:
 
 
 OPEN, CLOSE = _word("<think>"), _word("</think>")
-TWO, THREE, FOUR, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 4, 7))
+TWO, THREE, SIX, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 6, 7))
 """Masks of so many bytes."""
 SPACES_OF_2 = tuple(map(_word, "\u0085\u00a0\u00ad"))
 SPACES_OF_3 = tuple(map(_word, "\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"))
 FIRST_OF_RANGE, LAST_OF_RANGE = _word("\u2000"), _word("\u200f")
 """White space and characters without a width, as UTF-8. The range differs only in its last byte."""
-LIST_OF_OBJECTS = _word('[{"')
-NAMES = tuple(map(_word, ("role", "from", "cont", "valu", "type", "text")))
-"""How the first name of a message or part begins."""
+NAMES = tuple(_word(f"{quote}{name}{quote}") for quote in "\"'" for name in ("role", "from", "type"))
+"""A name that every message or content part has: see `sft.chat.messages.JSON_NAME`."""
 
 
 @inlined
@@ -76,6 +75,22 @@ def holds_no_text(text: Any, start: int, end: int) -> bool:
 
 
 @inlined
+def has_name(text: Any, start: int, end: int) -> bool:
+    """Whether one of NAMES is in the text."""
+    while start + 6 <= end and text[start] & SIX not in NAMES:
+        start += 1
+    return bool(start + 6 <= end)
+
+
+@inlined
+def closes_thoughts(text: Any, start: int, end: int) -> bool:
+    """Whether </think> is in the text."""
+    while start + 8 <= end and text[start] != CLOSE:
+        start += 1
+    return bool(start + 8 <= end)
+
+
+@inlined
 def has_unclear(messages: Any, first: int, end: int) -> bool:
     """Whether a message of a row must be looked at by `sft.chat.messages.check_content`."""
     text = messages.text
@@ -83,19 +98,15 @@ def has_unclear(messages: Any, first: int, end: int) -> bool:
         start, stop = messages.spans[message, CONTENT, START], messages.spans[message, CONTENT, END]
         if start == NONE or start >= stop:
             continue
-        word = text[start]
-        byte = word & np.uint64(0xFF)
-        if byte == 91 and stop > start + 1 and messages.roles[message] < FIRST_RESULT:  # [
-            second = (word >> np.uint64(8)) & np.uint64(0xFF)
-            is_list = word & THREE == LIST_OF_OBJECTS and stop > start + 8
-            if (
-                second <= 32
-                or (is_list and ((word >> np.uint64(24)) & FOUR) in NAMES)
-                or (second == 123 and not is_list)
-            ):
-                return True
-        elif messages.spans[message, THINKING, START] != NONE and (byte == 60 or byte <= 32 or byte >= 128):  # <
-            at = skip_blanks(text, start, stop)
-            if at + 7 <= stop and text[at] & SEVEN == OPEN:
+        byte = text[start] & np.uint64(0xFF)
+        if byte <= 32 or byte >= 128:
+            start = skip_blanks(text, start, stop)
+            byte = text[start] & np.uint64(0xFF) if start < stop else np.uint64(0)
+        is_json = (byte == 91 or byte == 123) and messages.roles[message] < FIRST_RESULT  # [ {
+        if is_json and has_name(text, start, stop):
+            return True
+        if messages.spans[message, THINKING, START] != NONE:
+            opens = byte == 60 and start + 7 <= stop and text[start] & SEVEN == OPEN
+            if opens or closes_thoughts(text, start, stop):
                 return True
     return False

@@ -9,7 +9,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from sft.data.batch import split_documents
+from sft.data.batch import group_key, split_documents
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.messages import CONTENT, END, ROLE_NAMES, START, Messages
 from sft.data.fast.turns import DocumentArrays, Written, find_groups
@@ -99,7 +99,11 @@ class Memory:
         """What was written, valid until the next call of `reserve`."""
         out, (documents, _, runs, size) = self.arrays, written
         ends = out.hashed_ends[:documents]
-        spans = find_groups(self.hashed, ends, np.empty((2, documents), dtype=np.int64))
+        starts, stops, changes = find_groups(self.hashed, ends, np.empty((3, documents), dtype=np.int64))
+        groups = hashes(self.hashed, starts, stops)
+        for document in np.flatnonzero(changes).tolist():
+            text = self.hashed[starts[document] : stops[document]].tobytes()
+            groups[document] = xxhash.xxh3_64_intdigest(group_key(text))
         return PlainDocuments(
             self.text[:size].tobytes(),
             self.text[: size + WORD],
@@ -108,7 +112,7 @@ class Memory:
             out.run_ends[:runs],
             out.num_specials[:documents],
             hashes(self.hashed, np.concatenate([[0], ends[:-1]]), ends),
-            hashes(self.hashed, *spans),
+            groups,
             out.answers_without_prefix[:documents],
             out.empty_answers[:documents],
         )

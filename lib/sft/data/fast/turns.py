@@ -380,7 +380,8 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
 
 @compiled
 def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
-    """Fills and returns the starts and ends [2, documents] of `sft.data.batch.group_span` of each document in `hashed`."""
+    """Fills and returns [3, documents]: the start and the end of `sft.data.batch.group_span` of each document in `hashed`, and whether
+    `group_key` may change that text."""
     begin = 0
     for document in range(len(ends)):
         end = ends[document]
@@ -391,13 +392,17 @@ def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
                 break
             at_role = hashed[U(at)] == 0
         stop = start
+        spans[2, document] = start == NONE
         while start != NONE and stop < end and hashed[U(stop)] != 0:
+            spans[2, document] |= hashed[U(stop)] >= 128 or hashed[U(stop)] == 13
             stop += 1
         while start < stop and is_space(hashed[U(stop - 1)]):
             stop -= 1
         while start < stop and is_space(hashed[U(start)]):
             start += 1
-        spans[0, document], spans[1, document] = (start, stop) if start < stop else (begin, end)
+        if start >= stop:
+            start, stop, spans[2, document] = begin, end, 1
+        spans[0, document], spans[1, document] = start, stop
         begin = end
     return spans
 
