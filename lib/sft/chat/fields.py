@@ -5,6 +5,8 @@ held something, and an example of each field that is neither read, nor ignored b
 a message has the name <column>.<field>, one of a tool call <column>.tool_calls.<field>. Nulls, "", [], {} and objects of nothing else hold
 nothing.
 
+A column of JSON strings was probably meant as the texts that these stand for: `Quoted` counts them.
+
 Templates need not write `name`, `tool_call_id` and the ids of calls, so these are read only where the template writes them. Elsewhere ids
 carry no content, and a name is passed over where it repeats the role, or where a result follows a call; any other name would be lost.
 """
@@ -29,6 +31,7 @@ from sft.recipe.row_fields import (
 )
 
 EXAMPLE_CHARACTERS = 80
+JSON_SPACE = " \t\r\n"
 RESULT_ROLES = ("tool", "function", "ipython", "environment")
 
 
@@ -42,6 +45,39 @@ def example_of(value: Any) -> str:
     return text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]}…"
 
 
+def is_quoted(text: str) -> bool:
+    """Whether a text is a JSON string in quotes."""
+    text = text.strip(JSON_SPACE)
+    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+        return False
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def quoted_texts(
+    row: Mapping[str, Any],
+    used: Collection[str],
+    items: Sequence[tuple[str, Any]],
+    messages: Sequence[Mapping[str, Any]],
+) -> dict[str, str]:
+    """The columns of a row that are a JSON string in quotes, and the roles in a column of messages whose every text is one, each with an
+    example. Texts of tools do not count."""
+    found = {name: row[name] for name in used if type(row.get(name)) is str and is_quoted(row[name])}
+    others: set[str] = set()
+    for (column, _), message in zip(items, messages, strict=True):
+        text, role = message["content"], message["role"]
+        if column and text and role not in RESULT_ROLES:
+            name = f"{column} ({role})"
+            if name not in others and is_quoted(text):
+                found.setdefault(name, text)
+            else:
+                others.add(name)
+    return {name: text for name, text in found.items() if name not in others}
+
+
 def without(value: Any, field: str) -> Any:
     """The value without one of its fields, or a field inside one: thread.id."""
     name, _, rest = field.partition(".")
@@ -50,24 +86,46 @@ def without(value: Any, field: str) -> Any:
     return {**value, name: without(value[name], rest) if rest else None}
 
 
+Quoted = dict[str, tuple[int, str]]
+
+
 @dataclass
 class FieldCounts:
-    """`rows`: in how many rows each field held something. `unread`: an example of each field that nothing reads."""
+    """`rows`: in how many rows each field held something. `unread`: an example of each field that nothing reads. `quoted`: in how many rows
+    the texts of a column, or of a role, are JSON strings in quotes, and an example: see `quoted_texts`."""
 
     rows: Counter[str] = field(default_factory=Counter)
     unread: dict[str, str] = field(default_factory=dict)
+    quoted: Quoted = field(default_factory=dict)
 
     def add(self, held: HeldFields) -> None:
         """Counts a row."""
-        self.rows.update(held.names)
-        self.unread = held.unread | self.unread
+        self.add_all(dict.fromkeys(held.names, 1), held.unread, held.quoted)
+
+    def add_all(self, rows: Mapping[str, int], unread: Mapping[str, str], quoted: Quoted) -> None:
+        """Adds the counts of other rows."""
+        self.rows.update(rows)
+        self.unread = {**unread, **self.unread}
+        for name, (count, example) in quoted.items():
+            before, first = self.quoted.get(name, (0, example))
+            self.quoted[name] = before + count, first
+
+    @property
+    def all_quoted(self) -> dict[str, str]:
+        """The columns, and the roles in them, whose texts are JSON strings in every one of several rows, with an example."""
+        return {
+            name: example
+            for name, (count, example) in self.quoted.items()
+            if count > 1 and count == (self.rows[name] or self.rows[name.rpartition(" (")[0]])
+        }
 
 
 class HeldFields(NamedTuple):
-    """The fields of a row that hold something, and an example of each of them that nothing reads."""
+    """The fields of a row that hold something, an example of each of them that nothing reads, and its `quoted_texts`."""
 
     names: set[str]
     unread: dict[str, str]
+    quoted: Quoted
 
 
 class FieldCounter:
@@ -113,9 +171,11 @@ class FieldCounter:
                 continue
             if not (isinstance(value, str) and any(value == message["content"] for message in messages)):
                 unread.setdefault(name, example_of(value))
-        held = HeldFields(seen, unread)
+        own = messages[len(messages) - len(items) :]
+        quoted = quoted_texts(row, used, items, own)
+        held = HeldFields(seen, unread, {name: (1, example_of(text)) for name, text in quoted.items()})
         calls = False
-        for (column, item), message in zip(items, messages[len(messages) - len(items) :], strict=True):
+        for (column, item), message in zip(items, own, strict=True):
             if column and isinstance(item, Mapping):
                 self._add_message(column, item, held)
                 if message.get("name"):

@@ -23,8 +23,7 @@ def total(summaries: Iterable[Summary]) -> FieldCounts:
     """The counts of all chunks of a source."""
     counts = FieldCounts()
     for summary in summaries:
-        counts.rows.update(summary.fields)
-        counts.unread = summary.unread | counts.unread
+        counts.add_all(summary.fields, summary.unread, summary.quoted)
     return counts
 
 
@@ -41,6 +40,24 @@ def refuse_unread(source: Source, counts: FieldCounts, rows: int) -> None:
     raise SftError(
         "\n".join(
             [*lines, f"next: rename them with `columns`, or add to this source in the recipe: ignore = [{ignore}]"]
+        )
+    )
+
+
+def refuse_quoted(source: Source, counts: FieldCounts) -> None:
+    """Raises SftError when every text of a column is a JSON string in quotes, unless the source keeps them."""
+    if source.quoted_texts == "keep" or not (found := counts.all_quoted):
+        return
+    lines = [
+        f"{source.path}: every text of these columns is a JSON string, and its quotes and escapes would be trained:"
+    ]
+    lines += [f"    {name}: all {counts.quoted[name][0]:,} rows, e.g. {text}" for name, text in sorted(found.items())]
+    raise SftError(
+        "\n".join(
+            [
+                *lines,
+                'next: store the texts themselves, or add quoted_texts = "keep" to this source if they are meant so',
+            ]
         )
     )
 
@@ -74,6 +91,8 @@ def report(source: Source, counts: FieldCounts, written: Collection[tuple[str, s
     lines = [f"{source.path}: {len(fields.read)} fields are read; make preview and proof.json list them"]
     kinds = {"ignored by name": fields.ignored, "without training content": fields.harmless}
     lines += [f"  {kind}: {shown(names)}" for kind, names in kinds.items() if names]
+    if counts.all_quoted:
+        lines.append(f"  kept in quotes: {', '.join(sorted(counts.all_quoted))}")
     if unused := sorted(set(source.ignore) - set(fields.ignored)):
         lines.append(f"warning: {source.path}: ignore names {', '.join(unused)}, which holds nothing in any used row")
     for name, column in sorted(source.columns.items()):

@@ -103,6 +103,7 @@ class EncodeChunk:
             summary.rejected = len(summary.rejects)
             counts = self.encoder.take_counts(source)
             summary.fields, summary.unread = dict(sorted(counts.rows.items())), dict(sorted(counts.unread.items()))
+            summary.quoted = dict(sorted(counts.quoted.items()))
         short = dataclasses.replace(summary, lines=0, rejects=summary.rejects[:1], notes={})
         return short, WorkDone(os.getpid(), began, time.process_time() - cpu)
 

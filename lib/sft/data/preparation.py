@@ -334,6 +334,7 @@ class Preparation:
         rows_read = sum(summary.rows for summary in summaries)
         counts = accounting.total(summaries)
         accounting.refuse_unread(self.table.sources[number], counts, rows_read)
+        accounting.refuse_quoted(self.table.sources[number], counts)
         written = self.encoder.reader(self.table.sources[number]).counter.written
         for line in accounting.report(self.table.sources[number], counts, written):
             self.log(line)

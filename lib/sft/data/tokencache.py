@@ -65,6 +65,8 @@ class Summary:
     """In how many rows each field held something: see `sft.chat.fields.FieldCounts`."""
     unread: dict[str, str] = field(default_factory=dict)
     """An example of each field that nothing reads."""
+    quoted: dict[str, tuple[int, str]] = field(default_factory=dict)
+    """See `sft.chat.fields.FieldCounts`."""
     crc: int = 0
     """crc32c of the index. The digests in the index protect the tokens."""
 

@@ -135,6 +135,12 @@ class Source:
     ignore: tuple[str, ...] = opt(
         (), 'columns and message fields that are not read, e.g. ["rationale", "messages.annotation"]'
     )
+    quoted_texts: str = opt(
+        "refuse",
+        "a column whose every text is a JSON string in quotes: refuse the source, or keep the quotes",
+        choices=("refuse", "keep"),
+        selects=True,
+    )
     validation_group: str = opt(
         "",
         "column whose value keeps rows on one side of the validation split; empty = rows that begin with the same user message",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sft.data.compiled import inlined
-from sft.data.fast.messages import CONTENT, END, FIRST_RESULT, NONE, START, THINKING
+from sft.data.fast.messages import CONTENT, END, FIRST_RESULT, INPUT, INSTRUCTION, NONE, START, THINKING
 
 
 def _word(text: str) -> np.uint64:
@@ -20,6 +20,7 @@ def _word(text: str) -> np.uint64:
 OPEN, CLOSE = _word("<think>"), _word("</think>")
 TWO, THREE, SIX, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 6, 7))
 """Masks of so many bytes."""
+QUOTE = 34
 SPACES_OF_2 = tuple(map(_word, "\u0085\u00a0\u00ad"))
 SPACES_OF_3 = tuple(map(_word, "\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"))
 FIRST_OF_RANGE, LAST_OF_RANGE = _word("\u2000"), _word("\u200f")
@@ -91,9 +92,24 @@ def closes_thoughts(text: Any, start: int, end: int) -> bool:
 
 
 @inlined
-def has_unclear(messages: Any, first: int, end: int) -> bool:
-    """Whether a message of a row must be looked at by `sft.chat.messages.check_content`."""
-    text = messages.text
+def has_quotes(text: Any, start: int, end: int) -> bool:
+    """Whether a text, without white space around it, begins and ends with a quote: see `sft.chat.fields.is_quoted`."""
+    start = skip_blanks(text, start, end)
+    if start >= end or text[start] & np.uint64(0xFF) != QUOTE:
+        return False
+    while is_blank(text[end - 1] & np.uint64(0xFF)):
+        end -= 1
+    return bool(text[end - 1] & np.uint64(0xFF) == QUOTE and end > start + 1)
+
+
+@inlined
+def has_unclear(messages: Any, row: int, first: int, end: int) -> bool:
+    """Whether Python must look at a message of a row: see `sft.chat.messages.check_content` and `sft.chat.fields.quoted_texts`."""
+    text, spans = messages.text, messages.row_spans[row]
+    if spans[INPUT, END] > spans[INPUT, START]:  # the message joins the two
+        for kind in (INSTRUCTION, INPUT):
+            if has_quotes(text, spans[kind, START], spans[kind, END]):
+                return True
     for message in range(first, end):
         start, stop = messages.spans[message, CONTENT, START], messages.spans[message, CONTENT, END]
         if start == NONE or start >= stop:
@@ -102,6 +118,8 @@ def has_unclear(messages: Any, first: int, end: int) -> bool:
         if byte <= 32 or byte >= 128:
             start = skip_blanks(text, start, stop)
             byte = text[start] & np.uint64(0xFF) if start < stop else np.uint64(0)
+        if byte == QUOTE and messages.roles[message] < FIRST_RESULT and has_quotes(text, start, stop):
+            return True
         is_json = (byte == 91 or byte == 123) and messages.roles[message] < FIRST_RESULT  # [ {
         if is_json and has_name(text, start, stop):
             return True

@@ -322,7 +322,7 @@ def find_forms(layout: Any, messages: Any, forms: Any) -> None:
         first, end = messages.first[row], messages.first[row + 1]
         forms.first_part[row], forms.keys[row] = count, UNUSUAL
         forms.empty_answers[row] = 0
-        if not messages.is_plain[row] or has_unclear(messages, first, end):
+        if not messages.is_plain[row] or has_unclear(messages, row, first, end):
             continue
         last = find_last_by_rule(layout, messages, first, end)
         if not trains_something(layout, messages, first, end, last):

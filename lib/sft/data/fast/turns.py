@@ -358,7 +358,7 @@ def write_documents(layout: Any, roles: Any, messages: Any, out: Any) -> Any:
     for row in range(len(messages.is_plain)):
         first, end = messages.first[row], messages.first[row + 1]
         is_good, last, num_empty = messages.is_plain[row], NONE, 0
-        is_good = is_good and row_fits(layout, messages, row, first, end) and not has_unclear(messages, first, end)
+        is_good = is_good and row_fits(layout, messages, row, first, end) and not has_unclear(messages, row, first, end)
         if is_good:
             last = find_last_by_rule(layout, messages, first, end)
             is_good = trains_something(layout, messages, first, end, last)
