@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from chat_samples import EOS, IM_END, SPECIALS, chat, conversations, turns
 from conftest import REPO
@@ -150,6 +151,15 @@ def test_special_text_in_content_is_set_aside_and_restored() -> None:
     crowded = Conversation(turns(("user", "\U000f0000\U00100000"), ("assistant", EOS)), [False, True], None, False)
     with pytest.raises(BadRow, match="private-use"):
         specials.escape(crowded)
+
+
+@settings(max_examples=300, deadline=None)
+@given(texts=st.lists(st.text("<ab>", max_size=5), max_size=4))
+def test_special_tokens_can_overlap_where_one_holds_another_or_ends_as_one_begins(texts: list[str]) -> None:
+    slowly = any(
+        (a != b and a in b) or any(b.startswith(a[k:]) for k in range(1, len(a))) for a in texts for b in texts
+    )
+    assert SpecialTokens(texts).can_overlap == slowly
 
 
 @pytest.mark.seconds

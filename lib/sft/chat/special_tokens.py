@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from sft.chat.rows import BadRow, Conversation
@@ -39,11 +40,16 @@ class SpecialTokens:
     @property
     def can_overlap(self) -> bool:
         """Whether a text can contain two of them that share characters. Then occurrences cannot be counted."""
-        return any(
-            (a != b and a in b) or any(a[k:] and b.startswith(a[k:]) for k in range(1, len(a)))
-            for a in self.texts
-            for b in self.texts
-        )
+        ordered = sorted(set(self.texts))  # those that begin with a text are beside it
+        known, lengths, starts = set(ordered), set(map(len, ordered)), {text[:1] for text in ordered}
+        for text in ordered:
+            for place in (i for i, character in enumerate(text) if character in starts):
+                rest = text[place:]
+                if place and any(other.startswith(rest) for other in ordered[bisect_left(ordered, rest) :][:1]):
+                    return True
+                if any(rest[:length] in known for length in lengths if length < len(rest)):
+                    return True
+        return False
 
     def count(self, text: str) -> int:
         return len(self.pattern.findall(text))
