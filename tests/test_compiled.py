@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft.data.align import Alignment, VocabularyTable, align
-from sft.data.compiled import NO_TARGET, TRAINED, WORD, words_of
+from sft.data.compiled import NO_TARGET, TRAINED, WORD, compiled, words_of
 
 pytestmark = pytest.mark.compile
 
@@ -107,3 +107,21 @@ def test_one_changed_byte_anywhere_is_found() -> None:
 def test_ids_that_end_elsewhere_than_their_document_are_refused(ids: list[int], documents: list[list[int]]) -> None:
     text = b"".join(BYTES[i] for i in [0, 1, 2])[: documents[-1][-1]]
     assert not follow(ids, text, documents)
+
+
+@compiled
+def add(total: int, one: int) -> int:
+    return total + one
+
+
+@compiled
+def add_up(count: int) -> int:
+    total = 0
+    for _ in range(count):
+        total = add(total, 1)
+    return add(total, 2)
+
+
+def test_a_function_is_compiled_once_whatever_constants_it_is_given() -> None:
+    assert add_up(3) == 5
+    assert len(add.signatures) == 1

@@ -64,9 +64,13 @@ def _compile(function: F, forceinline: bool) -> F:
     # Without reference counts (nrt): compiled code makes no arrays, and counting cost as much as reading a row of JSON.
     options: dict[str, Any] = {"nogil": True, "forceinline": forceinline, "_nrt": False}
     try:
-        return cast(F, numba.njit(cache=True, **options)(function))
+        made = numba.njit(cache=True, **options)(function)
     except RuntimeError:  # there is no folder to keep the result in: every process compiles for itself
-        return cast(F, numba.njit(**options)(function))
+        made = numba.njit(**options)(function)
+    template_of = made.get_call_template
+    # Numba takes a constant argument as a type of its own, and would compile a function again for each constant.
+    made.get_call_template = lambda args, kws: template_of(tuple(map(numba.types.unliteral, args)), kws)
+    return cast(F, made)
 
 
 def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
