@@ -63,6 +63,7 @@ class Tokens(NamedTuple):
     variables: dict[str, str]
 
 
+@functools.cache
 def tokens_of(text: str) -> Tokens:
     special = {token for token in TOKEN.findall(text) if not NOT_SPECIAL.fullmatch(token)}
     added = {token for token in PLAIN_TOKENS if token in text} | {t for t in special if NOT_DECLARED.match(t)}
@@ -191,6 +192,26 @@ def words_of(message: Message) -> set[str]:
     return words([message["content"], message.get("tool_calls"), message.get("reasoning_content")])
 
 
+@functools.cache
+def rendered(text: str, conversation: str, prompt: bool) -> str | None:
+    """What transformers renders; None where it fails. `conversation`: messages and tools as JSON. Cells ask for the same texts often."""
+    messages, tools = json.loads(conversation)
+    day = datetime.datetime.fromisoformat(DATE)
+    try:
+        return str(
+            oracle._compile_jinja_template(text).render(
+                messages=oracle._alias_reasoning_fields(messages),
+                tools=tools,
+                documents=None,
+                add_generation_prompt=prompt,
+                strftime_now=day.strftime,
+                **tokens_of(text).variables,
+            )
+        )
+    except Exception:  # a template may raise anything
+        return None
+
+
 @dataclass
 class Case:
     """One cell: a template, a conversation as transformers takes it, and which messages are trained."""
@@ -222,21 +243,7 @@ class Case:
         return "uword0" not in (self._render(question) or "") and "uword0" in (self._render(parts) or "")
 
     def _render(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
-        """What transformers renders; None where it fails."""
-        day = datetime.datetime.fromisoformat(DATE)
-        try:
-            return str(
-                oracle._compile_jinja_template(self.text).render(
-                    messages=oracle._alias_reasoning_fields(list(messages)),
-                    tools=self.tools,
-                    documents=None,
-                    add_generation_prompt=prompt,
-                    strftime_now=day.strftime,
-                    **self.tokens.variables,
-                )
-            )
-        except Exception:  # a template may raise anything
-            return None
+        return rendered(self.text, json.dumps([messages, self.tools], ensure_ascii=False), prompt)
 
     def renderings(self, stop: int | None = None, prompt: bool = False) -> list[str]:
         """What transformers renders of the first `stop` messages. Empty where it fails."""

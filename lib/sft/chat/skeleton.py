@@ -9,6 +9,7 @@ skeleton, and a sample of the others, are rendered by both.
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -66,8 +67,6 @@ class Skeletons:
     def __init__(self, template: JinjaTemplate) -> None:
         self.template, self.specials = template, template.specials
         self.watch = Watch()
-        self.watched = copy.copy(template)
-        self.watched.probe = watch_probe(template.probe, self.watch)
         self.literal_tools = False  # the template looks into the tools
         self.plans: dict[tuple[Any, ...], RenderPlan | None] = {}  # None: Jinja must render
         self.once: set[tuple[Any, ...]] = set()  # skeletons that were seen once
@@ -80,6 +79,13 @@ class Skeletons:
             if left.strip():
                 self.watch.constants.append(text.strip())
         self._compile()
+
+    @functools.cached_property
+    def watched(self) -> JinjaTemplate:
+        """The template, watched. Made when it is needed: Jinja compiles a long template in half a second."""
+        made = copy.copy(self.template)
+        made.probe = watch_probe(made.probe, self.watch)
+        return made
 
     def _compile(self) -> None:
         """Makes the patterns that find the constants."""
