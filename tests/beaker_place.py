@@ -34,6 +34,9 @@ ODD = "a $HOME `b` 'c'"
 TEST_SECRET = "{{user}}_SECRET"
 """
 
+LAUNCHES = ("torch.distributed", "sft.launch.agree", "sft.launch.beaker.checks", "sft.launch.beaker.scheduler")
+"""What Beaker's launcher imports, and what nodes meet with."""
+
 
 class Place(Pushed):
     """A repository with a remote, a cluster's file, and the server; what is typed is typed there."""
@@ -83,6 +86,7 @@ def place(workspace, tmp_path_factory, monkeypatch):
             monkeypatch.setenv(name, value)
         for name in ("BEAKER_TOKEN", "BEAKER_ADDR", "DETACH", "DRY_RUN"):
             monkeypatch.delenv(name, raising=False)
+        workspace.use_python_with(*LAUNCHES)
         made = Place(workspace, server, tmp_path_factory.mktemp("remote"))
         monkeypatch.chdir(workspace.root)
         monkeypatch.setattr(plan, "REPO", workspace.root)

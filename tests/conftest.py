@@ -171,6 +171,10 @@ class Workspace:
         """
         warm.write_python(self.root / ".venv/bin/python", warm.LIGHT, path="lib", unless="SLURM_JOB_ID")
 
+    def use_python_with(self, *packages: str) -> None:
+        """A process of this workspace is forked from one that has also imported these packages: clients of servers, or torch for a rendezvous."""
+        warm.write_python(self.root / ".venv/bin/python", (*warm.LIGHT, *packages), path="lib", unless="SLURM_JOB_ID")
+
     def use_warm_python(self) -> None:
         """A process of this workspace is forked from one that has imported torch and other packages, which takes seconds: tests/warm.py."""
         warm.write_python(self.root / ".venv/bin/python", path="lib")

@@ -55,6 +55,7 @@ def test_real_stages_run_there_and_the_real_sync_here_verifies_every_byte(place)
     recipe_file.write_text(
         recipe_file.read_text() + "\n[on.beaker-test.train]\nprocesses = 1\nmicrobatch_tokens = 512\nthreads = 1\n"
     )
+    place.workspace.use_warm_python()
     # Jobs clone the repository. This brings what numba has compiled, which takes fifteen seconds.
     place.edit('install = ["', f'install = ["cp -a {place.root}/lib .", "')
     done = place.workspace.make("train", "RECIPE=smoke", "CLUSTER=beaker-test", "steps=3", "validate_every=0")

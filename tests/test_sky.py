@@ -166,6 +166,9 @@ def test_detach_follow_cancel_and_a_lost_answer(place, capfd, monkeypatch):
 def test_nodes_meet_at_the_first_one_and_the_first_one_decides_how_a_job_ends(place, capfd):
     # Another recipe than that of Beaker's tests, which may run at the same time: the port of a job follows from what it makes.
     place.workspace.recipe("x", "lr = 1e-3", "lr = 2e-3")
+    place.workspace.use_python_with(
+        "torch.distributed", "sft.launch.agree"
+    )  # the nodes of a job that fails agree on its end
     place.workspace.make("sync", "RECIPE=x")
     words = 'echo "$SFT_NODE_RANK of $SFT_NODES, $SFT_HEAD, $SFT_PEER"'
     port = place.task("nodes=2")["envs"]["SFT_PORT"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import test_smoke
+import warm
 from conftest import Workspace, files
 from sft.common.errors import SftError
 from sft.model.loss import IGNORED
@@ -19,7 +22,6 @@ from sft.reporting import lr_range as shown
 from sft.training.lr_range import rates, smooth, suggest
 from sft.training.overfit import untrained, why
 from sft.training.trials import Measured
-from test_smoke import make
 
 
 def ramp(loss: Callable[[float], float], low: float = 1e-6, high: float = 1.0, steps: int = 121) -> list[Measured]:
@@ -107,9 +109,15 @@ def test_a_cluster_with_jobs_is_refused_before_anything_runs(workspace: Workspac
     assert not (workspace.root / "runs").exists()
 
 
+def make(runs: Path, *words: str, ok: bool = True) -> subprocess.CompletedProcess[str]:
+    return test_smoke.make(runs, *words, f"PY={runs / 'python'}", f"PYTHON={runs / 'planner'}", ok=ok)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
+    warm.write_python(folder / "python")
+    warm.write_python(folder / "planner", warm.LIGHT)
     make(folder, "sync", "RECIPE=smoke")
     (folder / "smoke" / "train").mkdir()
     (folder / "smoke" / "train" / "kept").write_text("a training")

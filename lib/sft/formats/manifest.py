@@ -17,10 +17,10 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from sft.common.errors import SftError
 from sft.common.files import canonical, hash_file
@@ -28,6 +28,10 @@ from sft.common.paths import inside
 from sft.formats.record import FormatError, Record, VersionError, to_json
 
 NAME = "manifest.json"
+FEW_FILES, FEW_BYTES = 16, 1 << 20
+"""Threads that hash up to so many files and bytes take longer to start than to work."""
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -198,11 +202,9 @@ def describe(root: Path, paths: Iterable[str], known: Mapping[str, str] | None =
         if links := [str(p) for p in found if p.is_symlink()]:
             raise SftError(f"outputs must not be links: {', '.join(links)}")
         files += [p.relative_to(root).as_posix() for p in found]
-    from concurrent.futures import ThreadPoolExecutor  # start-up: the planner hashes no outputs
-
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(lambda f: (known or {}).get(f) or hash_file(root / f), files)
-        return tuple(Output(f, (root / f).stat().st_size, h) for f, h in zip(files, hashes, strict=True))
+    sizes = [(root / f).stat().st_size for f in files]
+    hashes = _mapped(lambda f: (known or {}).get(f) or hash_file(root / f), files, sum(sizes))
+    return tuple(map(Output, files, sizes, hashes))
 
 
 def is_whole(folder: Path) -> bool:
@@ -247,7 +249,15 @@ def broken_outputs(folder: Path, outputs: Iterable[Output]) -> list[str]:
             return f"{file} has sha256 {found[:16]}…, the manifest says {entry.sha256[:16]}…"
         return None
 
+    entries = list(outputs)
+    return [line for line in _mapped(check, entries, sum(entry.bytes for entry in entries)) if line]
+
+
+def _mapped(work: Callable[[T], R], items: Sequence[T], size: int) -> list[R]:
+    """`work` of each file, in threads where that takes less time. `size`: bytes of all of them."""
+    if len(items) <= FEW_FILES and size <= FEW_BYTES:
+        return list(map(work, items))
     from concurrent.futures import ThreadPoolExecutor  # start-up: the planner hashes no outputs
 
     with ThreadPoolExecutor() as pool:
-        return [line for line in pool.map(check, outputs) if line]
+        return list(pool.map(work, items))

@@ -29,6 +29,7 @@ from sft.common.files import read_file, write_atomic
 
 T = TypeVar("T")
 VERSION_KEY = "format"
+_PLAIN = (str, int, float, bool)
 _NAMES = {int: "a whole number", float: "a number", str: "a string", bool: "true or false", dict: "an object"}
 
 
@@ -129,30 +130,37 @@ def build(cls: type[T], value: Mapping[str, Any], where: str) -> T:
 
     A record that SKIPS_UNKNOWN has its declared fields only.
     """
-    hints, fields = _hints(cls), {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    place = f"{where}." if where else ""
+    fields, place = _fields(cls), f"{where}." if where else ""
     unknown = [name for name in value if name not in fields]
     if unknown and not getattr(cls, "SKIPS_UNKNOWN", False):
         raise FormatError(f"unknown field {place}{unknown[0]}")
     arguments = {}
-    for name, field in fields.items():
+    for name, (hint, required) in fields.items():
         if name in value:
-            arguments[name] = convert(value[name], hints[name], f"{place}{name}")
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            arguments[name] = convert(value[name], hint, f"{place}{name}")
+        elif required:
             raise FormatError(f"field {place}{name} is missing")
     return cls(**arguments)
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _fields(cls: type) -> dict[str, tuple[Any, bool]]:
+    """{field: (its type, whether it has no default)}"""
+    hints, missing = typing.get_type_hints(cls), dataclasses.MISSING
+    return {f.name: (hints[f.name], f.default is f.default_factory is missing) for f in dataclasses.fields(cls)}
+
+
+@functools.cache
+def _parts(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """A type's origin and arguments, and whether it is a dataclass. typing's own functions take most of the time of a large file."""
+    return typing.get_origin(hint), typing.get_args(hint), dataclasses.is_dataclass(hint)
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
     """A JSON value as the declared type. Raises FormatError that names the place and what was expected."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if hint is Any:
+    if hint is Any or type(value) is hint:
         return value
+    origin, args, is_record = _parts(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, args, where)
     if origin is typing.Literal:
@@ -170,7 +178,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise FormatError(f"{where}: an object is expected, not {_kind(value)}")
         return {str(k): convert(v, args[1], f"{where}.{k}") for k, v in value.items()}
-    if dataclasses.is_dataclass(hint):
+    if is_record:
         if not isinstance(value, dict):
             raise FormatError(f"{where}: an object is expected, not {_kind(value)}")
         return build(typing.cast(type, hint), value, where)
@@ -207,14 +215,21 @@ def _kind(value: Any) -> str:
 
 def to_json(value: Any) -> Any:
     """A dataclass, tuple or mapping as JSON values. A dataclass field that equals its default None is left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: to_json(getattr(value, f.name))
-            for f in dataclasses.fields(value)
-            if not (getattr(value, f.name) is None and f.default is None)
-        }
+    if value is None or type(value) in _PLAIN:
+        return value
+    names = _written(type(value))
+    if names is not None:
+        found = ((name, getattr(value, name), skips) for name, skips in names)
+        return {name: to_json(part) for name, part, skips in found if not (skips and part is None)}
     if isinstance(value, (list, tuple)):
         return [to_json(v) for v in value]
     if isinstance(value, Mapping):
         return {k: to_json(v) for k, v in value.items()}
     return value
+
+
+@functools.cache
+def _written(cls: type) -> tuple[tuple[str, bool], ...] | None:
+    """The fields of a dataclass, and whether one that is None is left out. None for other types."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else None
+    return None if fields is None else tuple((f.name, f.default is None) for f in fields)
