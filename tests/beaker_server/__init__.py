@@ -49,7 +49,7 @@ class Server(AccountCalls, ExperimentCalls, beaker_pb2_grpc.BeakerServicer):
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("H", (Handler,), {"beaker": self}))
         self._http.daemon_threads = True
         self._http.handle_error = lambda *_: None  # clients that are killed
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         (self.folder / "beaker.yml").write_text(yaml.safe_dump({
             "agent_address": self.url, "rpc_address": f"localhost:{port}", "user_token": TOKEN, "default_org": ORG}))  # fmt: skip
