@@ -332,6 +332,8 @@ def test_what_sbatch_does_not_accept_is_refused_by_name(workspace, toml, message
 
 def test_a_job_that_ends_well_without_its_manifest_is_an_error(workspace):
     (workspace.root / "stages/prepare.py").write_text("print('believe me')\n")
+    launcher = workspace.root / "lib/sft/launch/run.py"
+    launcher.write_text(launcher.read_text().replace("VISIBLE_S = 10.0", "VISIBLE_S = 1.0"))
     done = workspace.make("prepare", "RECIPE=x", "CLUSTER=slurm", ok=False)
     assert "runs/x/prepare/manifest.json: the job succeeded, but this file is missing" in done.stderr
 

@@ -150,6 +150,24 @@ def test_a_notice_is_sent_by_the_nodes_python_where_the_environment_is_an_images
     assert told.stdout == "end 7\n"
 
 
+def test_an_attempt_that_is_told_to_end_while_it_changes_the_next_ones_nodes_ends_at_once(tmp_path):
+    """Slurm's SIGTERM reaches all processes of the job, and it waits for KillWait before it kills."""
+    commands = {
+        "squeue": "echo RUNNING",
+        "scontrol": '[ "$1" = requeue ] || kill -TERM 0\necho "$1 is done"',
+        "sleep": "echo slept",
+    }
+    for name, text in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    lines = SCRIPT[SCRIPT.index('case "$status" in 75') : SCRIPT.index('if [ "$status" = 0 ]; then notice end')]
+    known = "status=75 bad=n0 node=n0 failures=f SLURM_JOB_ID=7; notice() { echo told; }; trap : TERM"
+    ended = subprocess.run(["bash", "-c", f"{known}\n{lines}\necho went on"], capture_output=True, text=True, check=False, start_new_session=True,
+                           env={"PATH": f"{tmp_path}:{os.environ['PATH']}"})  # fmt: skip
+    assert "requeue is done" in ended.stdout and "update is done" in ended.stdout, ended
+    assert ended.returncode == 143 and "slept" not in ended.stdout and "went on" not in ended.stdout
+
+
 @pytest.mark.parametrize("text", ["plain", "a b'c\"d", "$(touch x) `touch x` \\ $ $5", "$HOMEX/y"])
 def test_a_word_of_the_shell_expands_variables_and_nothing_else(text, tmp_path):
     ran = subprocess.run(["bash", "-c", f"printf %s {shell_word('x${Y}' + text)}"], cwd=tmp_path, text=True, check=True,

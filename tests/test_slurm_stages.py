@@ -106,19 +106,19 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     folder = real.root / "runs/x/train"
     whole = final_weights(folder)
     shutil.rmtree(folder)
-    real.use_new_python()  # Slurm stops and wakes the processes of its own tree, and a fork is in another one
     process = start(real, *train)
     metrics = folder / "metrics.jsonl"
     until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4, "four steps", 180)
     workers = ranks_in(real.root)
     assert len(workers) == 2
-    for (
-        pid
-    ) in workers:  # or a fast machine is done before Slurm has looked; Slurm wakes them before it asks them to end
+    for pid in workers:  # or a fast machine is done before Slurm has looked
         os.kill(pid, signal.SIGSTOP)
     urgent = slurm.run(
         "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1"
     )
+    until(lambda: all(map(is_asked_to_end, workers)), "Slurm to ask both ranks to end")
+    for pid in workers:
+        os.kill(pid, signal.SIGCONT)
     out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out
     job = record(real, "train").job
@@ -126,7 +126,6 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     resumed = int(re.search(r"continuing from \S*step(\d+)", out)[1])
     assert 0 < resumed < 40
     assert final_weights(folder) == whole
-    real.use_warm_python()
 
 
 RANK_WITHOUT_TORCHRUN = """#!/bin/sh
@@ -166,14 +165,20 @@ def test_a_publication_that_is_longer_than_srun_waits_is_finished(real, tmp_path
 
 
 def ranks_in(root):
-    """The process ids of the training ranks that work in `root`."""
+    """The process ids of the training ranks that work in `root`: the forks, whose numbers their askers are named after."""
     found = []
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             ours = Path(os.readlink(proc / "cwd")) == root and b"sft.training" in (proc / "cmdline").read_bytes()
             if ours and b"\0RANK=" in (proc / "environ").read_bytes():
-                found.append(int(proc.name))
+                found.append(int((proc / "comm").read_text().removeprefix("fork ")))
     return found
+
+
+def is_asked_to_end(pid):
+    """Whether SIGTERM waits for a process that is stopped."""
+    pending = re.search(r"^ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)
+    return bool(int(pending[1], 16) & 1 << (signal.SIGTERM - 1))
 
 
 def final_weights(train):

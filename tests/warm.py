@@ -94,6 +94,8 @@ def _server(packages: tuple[str, ...]) -> str:
     listening.listen(64)
     code = f"import warm; warm.serve({listening.fileno()}, {packages!r})"
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if "sft.launch.agree" in packages:  # it sets the variable before it imports torch, which reads it then
+        environment["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     command = [sys.executable, "-c", f"import sys; sys.path[0] = {str(Path(__file__).parent)!r}; {code}"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, cwd="/", pass_fds=[listening.fileno()], start_new_session=True)  # fmt: skip
     _servers.append(process)  # its standard input stays open as long as this process lives

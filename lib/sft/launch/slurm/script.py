@@ -72,11 +72,13 @@ case "$status" in 75 | 143)
     for _ in 1 2 3 4 5 6; do if state=$(squeue -h -j "$SLURM_JOB_ID" -o %T); then break; else sleep 10; fi; done
     if [ "$state" = RUNNING ]; then
         echo "--- stopped early (exit status $status): back into the queue"
-        trap '' TERM # Slurm ends this attempt; only then may the nodes of the next one be changed
-        notice requeue "exit status $status${node:+, failed on $node}"
-        if scontrol requeue "$SLURM_JOB_ID"; then
-            [ -z "$bad" ] || { echo "--- without $bad, which failed twice: $failures"; scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad"; }
+        ending=""
+        trap 'ending=1' TERM # Slurm ends this attempt; only then may the nodes of the next one be changed
+        (trap '' TERM && notice requeue "exit status $status${node:+, failed on $node}")
+        if (trap '' TERM && scontrol requeue "$SLURM_JOB_ID"); then
+            [ -z "$bad" ] || { echo "--- without $bad, which failed twice: $failures"; (trap '' TERM && scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad"); }
             trap - TERM
+            [ -z "$ending" ] || exit 143 # else Slurm would wait KillWait for it
             sleep 600 # until Slurm ends this attempt
         fi
     fi ;;
