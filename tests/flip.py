@@ -108,8 +108,13 @@ def readers(run: Path) -> Iterator[Callable[[], object]]:
     yield lambda: (shown.dataset, shown.preview, shown.train, shown.steps, shown.convert, shown.gate, shown.results)
 
 
-def flip(runs: Path, most: int, only: str = "", seed: int = 0) -> list[tuple[str, Counter[str], str]]:
-    """(kind, what happened, why it is harmless or "") for every kind of file below `runs`."""
+def flip(
+    runs: Path, most: int, only: str = "", seed: int = 0, both: bool = True
+) -> list[tuple[str, Counter[str], str]]:
+    """(kind, what happened, why it is harmless or "") for every kind of file below `runs`.
+
+    `both`: the readers also look at what `make verify` has named.
+    """
     chance, kinds = random.Random(seed), defaultdict(list)
     for file in sorted(p for p in runs.rglob("*") if p.is_file() and not p.is_symlink()):
         kinds[kind(file.relative_to(runs).as_posix())].append(file)
@@ -121,7 +126,8 @@ def flip(runs: Path, most: int, only: str = "", seed: int = 0) -> list[tuple[str
             for what, damage in damages(file, chance):
                 damage()
                 seen["damages"] += 1
-                found = named_by_verify(runs / "soak", file), named_by_reader(runs / "soak", file)
+                verified = named_by_verify(runs / "soak", file)
+                found = verified, (both or not verified) and named_by_reader(runs / "soak", file)
                 seen["verify"], seen["reader"] = seen["verify"] + found[0], seen["reader"] + found[1]
                 seen["named"] += any(found)
                 if what == "gone":
