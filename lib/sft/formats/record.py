@@ -130,7 +130,7 @@ def build(cls: type[T], value: Mapping[str, Any], where: str) -> T:
 
     A record that SKIPS_UNKNOWN has its declared fields only.
     """
-    fields, place = _fields(cls), f"{where}." if where else ""
+    fields, place = _fields(cls), f"{where}." if where else ""  # type: ignore[arg-type]
     unknown = [name for name in value if name not in fields]
     if unknown and not getattr(cls, "SKIPS_UNKNOWN", False):
         raise FormatError(f"unknown field {place}{unknown[0]}")
@@ -217,7 +217,7 @@ def to_json(value: Any) -> Any:
     """A dataclass, tuple or mapping as JSON values. A dataclass field that equals its default None is left out."""
     if value is None or type(value) in _PLAIN:
         return value
-    names = _written(type(value))
+    names = _written(type(value))  # type: ignore[arg-type]
     if names is not None:
         found = ((name, getattr(value, name), skips) for name, skips in names)
         return {name: to_json(part) for name, part, skips in found if not (skips and part is None)}
