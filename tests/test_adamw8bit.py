@@ -19,9 +19,8 @@ from sft.training import adamw8bit
 from sft.training.optim import build_adamw, clip
 from training import run_folder
 
-training.SERVER.set_forkserver_preload(
-    ["sft.training.train", "training", "pytest", "torchao.optim.quant_utils"]
-)  # it takes seconds
+# It takes seconds.
+training.SERVER.set_forkserver_preload([*training.PRELOADED, "torchao.optim.quant_utils", "frozen"])
 HYPER: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
@@ -164,16 +163,17 @@ SMALL: dict[str, Any] = {"optimizer": "adamw8bit", "gradients": "bf16", "steps":
 def test_8_bit_training_resumes_with_the_same_bits(tmp_path: Path, dataset: Path) -> None:
     ranks = 2
     folder = run_folder(tmp_path / "run", dataset)
-    training.train(folder, ranks=ranks, **SMALL)
+    fields = SMALL | {"steps": 4, "save_every": 2}
+    training.train(folder, ranks=ranks, **fields)
     kept = tmp_path / "kept"
-    shutil.copytree(folder / "train" / "step8", kept)
+    shutil.copytree(folder / "train" / "step4", kept)
     moments = DcpReader(kept, "optim.state.")
     assert moments.dtype("blocks.0.attention.w_q.weight.exp_avg") == torch.uint8
     assert moments.shape("blocks.0.attention.w_q.weight.exp_avg_scale") == (256, 1)
     assert moments.dtype("blocks.0.attention.q_norm.weight.exp_avg") == torch.float32
-    shutil.rmtree(folder / "train" / "step8")
-    assert "continuing from" in training.train(folder, ranks=ranks, **SMALL)
-    training.assert_same_bits(folder / "train" / "step8", kept)
+    shutil.rmtree(folder / "train" / "step4")
+    assert "continuing from" in training.train(folder, ranks=ranks, **fields)
+    training.assert_same_bits(folder / "train" / "step4", kept)
 
 
 @pytest.mark.processes

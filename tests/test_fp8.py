@@ -66,6 +66,8 @@ def test_its_losses_are_near_those_of_bf16_and_a_resume_repeats_the_bits(tmp_pat
     training.assert_same_bits(last, kept)
 
 
+HYBRID = PRESETS["olmo-hybrid-tiny"]
+assert HYBRID.gated_delta is not None
 WAYS: dict[str, dict[str, Any]] = {
     "compiled, some frozen": {
         "model_n_layers": 2, "freeze": ("embeddings", "blocks.0"), "hardware": {"microbatch_tokens": 64, "compile": "always", "recompute": "selected"},
@@ -74,7 +76,8 @@ WAYS: dict[str, dict[str, Any]] = {
         "model_n_layers": 2, "weights": "bf16", "gradients": "bf16", "ranks": 2, "hardware": {"microbatch_tokens": 64, "recompute": "full"},
     },
     "hybrid, context": {
-        "config": replace(PRESETS["olmo-hybrid-tiny"], vocab_size=training.VOCAB), "ranks": 2, "hardware": {"context_degree": 2},
+        "config": replace(HYBRID, vocab_size=training.VOCAB, n_layers=2, gated_delta=replace(HYBRID.gated_delta, layers=(True, False))),
+        "ranks": 2, "hardware": {"context_degree": 2},
     },
 }  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -132,7 +131,7 @@ FUNCTIONS = {
 
 
 def exchanges(folder: Path, fields: dict[str, Any]) -> int:
-    """The gradients of the first step, with the number of gatherings and reductions of both steps, into exchanges.json."""
+    """The gradients of the first step in each of the ways, with the number of gatherings and reductions, into gradients.pt."""
     counts: Counter[str] = Counter()
     for kind, names in FUNCTIONS.items():
         name = next(name for name in names if hasattr(torch.distributed, name))
@@ -143,21 +142,26 @@ def exchanges(folder: Path, fields: dict[str, Any]) -> int:
             return original(*args, **options)
 
         setattr(torch.distributed, name, counted)
-    status = training.gradients(folder, fields)
-    (folder / "exchanges.json").write_text(json.dumps(counts))
-    return status
+    found = training._gradients
+
+    def counted_way(stage: training.FakeStage, world: Any) -> dict[str, Any]:
+        counts.clear()
+        return found(stage, world) | {"exchanges": dict(counts)}
+
+    training._gradients = counted_way
+    return training.gradients(folder, fields)
 
 
 @pytest.mark.processes
 @pytest.mark.slow
 def test_ranks_gather_and_reduce_once_a_step(tmp_path: Path, dataset: Path) -> None:
     """Two microbatches a rank, two blocks and the rest of the model: three groups of weights."""
-    groups, found, counts = 3, {}, {}
-    for keep in ("none", "weights", "gradients"):
-        folder = run_folder(tmp_path / keep, dataset)
-        run(folder, exchanges, ranks=2, precision="bf16", steps=1, validate_every=0, **hardware(keep))
-        counts[keep] = json.loads((folder / "exchanges.json").read_text())
-        found[keep] = torch.load(folder / "gradients.pt")["steps"][0]
+    groups, folder = 3, run_folder(tmp_path / "run", dataset)
+    ways = {keep: hardware(keep)["hardware"] for keep in ("none", "weights", "gradients")}
+    run(folder, exchanges, ranks=2, precision="bf16", steps=1, validate_every=0, ways=ways)
+    ways = torch.load(folder / "gradients.pt")
+    counts = {keep: way["exchanges"] for keep, way in ways.items()}
+    found = {keep: way["steps"][0] for keep, way in ways.items()}
     # Without, the blocks are gathered in the forward pass and in the backward pass of each microbatch.
     assert counts["none"]["gathered"] == 2 * (2 * (groups - 1) + 1)
     assert counts["weights"]["gathered"] == counts["gradients"]["gathered"] == groups

@@ -239,10 +239,11 @@ def test_the_recipe_decides_how_far_gradients_are_clipped_and_what_a_spike_is(tm
     fields = {"steps": 3, "save_every": 1, "lr": 1e-2, "schedule": "constant"}
     assert moved(run("clipped", max_grad_norm=1e-12, **fields)) < 1e-5
     assert moved(run("free", max_grad_norm=0.0, **fields)) > 1e-2
-    # Once 64 steps are known, everything above the mean counts as a spike; 0 turns that off.
-    nervous = run("nervous", steps=72, lr=1e-6, skip_sigmas=1e-9)
+    # Once 64 steps are known, everything above the mean counts as a spike; 0 turns that off. A step of one pack.
+    small = {"steps": 72, "lr": 1e-6, "global_batch_tokens": 64, "hardware": {"microbatch_tokens": 64}}
+    nervous = run("nervous", skip_sigmas=1e-9, **small)
     skipped = [r for r in training.records(nervous) if r.skipped]
     assert skipped and min(r.step for r in skipped) > 64
     uses = TrainMetrics.from_value(json.loads((nervous / "result.json").read_text()), "result.json").sources or ()
     assert sum(use.skipped for use in uses) == sum(r.labels for r in skipped) < sum(use.seen for use in uses)
-    assert not any(r.skipped for r in training.records(run("calm", steps=72, lr=1e-6, skip_sigmas=0.0)))
+    assert not any(r.skipped for r in training.records(run("calm", skip_sigmas=0.0, **small)))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+import training
 from conftest import REPO
 from patience import PATIENCE
 from sft.common.process import OUT_OF_MEMORY
@@ -208,18 +210,19 @@ def test_a_training_that_ran_out_of_gpu_memory_starts_again_once(workspace, node
 )
 def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path, end, status):
     (tmp_path / "ranks.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1': {end}\nsys.exit(1)\n")
-    command = [
-        sys.executable,
-        "-m",
-        "sft.launch.torchrun",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(tmp_path / "ranks.py"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(REPO / "lib"), "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == status, done.stderr
+    process = training.SERVER.Process(target=torchrun, args=(tmp_path / "ranks.py", tmp_path / "log"))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == status, (tmp_path / "log").read_text()
+
+
+def torchrun(program, log):
+    """`python -m sft.launch.torchrun`, in a process that has imported torch."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    sys.argv = ["torchrun", "--standalone", "--nproc-per-node", "2", str(program)]
+    runpy.run_module("sft.launch.torchrun", run_name="__main__")
 
 
 @pytest.mark.slow

@@ -40,34 +40,34 @@ NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 
 @pytest.mark.slow
 def test_training_learns_and_reports(folder: Path) -> None:
-    out = train(folder, steps=40, lr=1e-2)
+    out = train(folder, steps=20, lr=1e-2)
     found = records(folder)
-    assert [r.step for r in found] == list(range(1, 41))
+    assert [r.step for r in found] == list(range(1, 21))
     assert found[-1].loss < 0.8 * found[0].loss
-    assert [r.step for r in found if r.validation_loss is not None] == [6, 12, 18, 24, 30, 36, 40]
+    assert [r.step for r in found if r.validation_loss is not None] == [6, 12, 18, 20]
     assert set(found[0].sources) == set(found[5].validation_sources) == {"odd", "even"}
     for r in found:
         weights = r.sources.values()
         assert min(weights) <= r.loss <= max(weights)
         assert 0 <= r.padding < 1
         assert r.tokens_per_s > 0
-    assert "step 40/40" in out
+    assert "step 20/20" in out
     assert "ETA 0:00:0" in out
     result = json.loads((folder / "result.json").read_text())
-    assert result["final_step"] == 40
+    assert result["final_step"] == 20
     assert result["loss"] == found[-1].loss
     assert result["validation_loss"] < result["first_validation_loss"] < result["initial_validation_loss"]
     names = {p.name for p in (folder / "train").iterdir()}
     assert names - {".steps.lock"} == {
         ".metrics",
-        "step40",
+        "step20",
         "metrics.jsonl",
         "tokenizer",
         "LATEST",
         "BEST",
     }  # the ephemeral ones are gone
     assert (folder / "train" / "tokenizer" / "tokenizer.json").is_file()
-    assert not step_folder.damage(folder / "train" / "step40")
+    assert not step_folder.damage(folder / "train" / "step20")
 
 
 @pytest.mark.seconds
@@ -135,13 +135,17 @@ def test_a_stopwatch_compares_seconds_of_the_blocks_over_ranks() -> None:
     assert watch.imbalance([]) == 0.0  # a rank that had nothing to do, beside one that had nothing either
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A run of twelve steps that nobody stopped, on one rank. A test changes nothing in it."""
+    made = run_folder(tmp_path_factory.mktemp("whole") / "run", dataset)
+    train(made)
+    return made
+
+
 @pytest.mark.processes
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_resume_on_other_ranks_keeps_data_order_and_state(
-    folder: Path, dataset: Path, before: int, after: int
-) -> None:
-    whole = run_folder(folder / "whole", dataset)
-    train(whole, steps=12)
+def test_a_resume_on_other_ranks_keeps_data_order_and_state(folder: Path, whole: Path, before: int, after: int) -> None:
     process = start(folder, steps=12, ranks=before)
     wait_for(folder, 7, process)
     kill(process, signal.SIGKILL)
@@ -154,20 +158,21 @@ def test_a_resume_on_other_ranks_keeps_data_order_and_state(
 @pytest.mark.processes
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_sigterm_saves_asks_to_be_run_again_and_loses_nothing(folder: Path, dataset: Path, ranks: int) -> None:
-    fields: dict[str, Any] = {"steps": 30, "ephemeral_every": 0, "ranks": ranks}
+    fields: dict[str, Any] = {"ephemeral_every": 0, "ranks": ranks}
     whole = run_folder(folder / "whole", dataset)
     train(whole, **fields)
-    process = start(folder, **fields)
+    slow = {"at": "sft.training.loop.report_step", "call": 0, "kind": "slow"}  # the signal comes before the end
+    process = start(folder, fault=slow, **fields)
     wait_for(folder, 4, process)
     kill(process, signal.SIGTERM)
     finish(process, folder, 75)
     assert (folder / "train" / ".requeue").exists()
     [(step, saved)] = step_folder.steps(folder / "train")
-    assert 4 <= step < 30
+    assert 4 <= step < 12
     assert is_ephemeral(saved)
     assert f"continuing from {saved}" in train(folder, **fields)
     assert not (folder / "train" / ".requeue").exists()
-    assert_same_bits(folder / "train" / "step30", whole / "train" / "step30")
+    assert_same_bits(folder / "train" / "step12", whole / "train" / "step12")
 
 
 def validations(train: Path) -> list[tuple[int, float]]:
@@ -185,25 +190,33 @@ STOPPED = {
 }  # fmt: skip
 
 
+# The rate changes no weight, so that every validation measures the same and the first saved one stays the best.
+CONSTANT: dict[str, Any] = {"steps": 8, "save_every": 4, "ephemeral_every": 0, "validate_every": 2, "lr": 1e-30}
+
+
+@pytest.fixture(scope="module")
+def constant(tmp_path_factory: pytest.TempPathFactory, dataset: Path) -> Path:
+    """A run of CONSTANT that nobody stopped."""
+    made = run_folder(tmp_path_factory.mktemp("constant") / "run", dataset)
+    train(made, **CONSTANT)
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", STOPPED)
 def test_best_and_the_validation_losses_are_those_of_a_run_that_nobody_stopped(
-    folder: Path, dataset: Path, moment: str
+    folder: Path, constant: Path, moment: str
 ) -> None:
     status, best, fault = STOPPED[moment]
-    # The rate changes no weight, so that every validation measures the same and the first saved one stays the best.
-    fields: dict[str, Any] = {"steps": 8, "save_every": 4, "ephemeral_every": 0, "validate_every": 2, "lr": 1e-30}
-    whole = run_folder(folder / "whole", dataset)
-    train(whole, **fields)
-    train(folder, status=status, fault=fault, **fields)
-    assert "continuing from" in train(folder, **fields)
-    assert curve(folder) == curve(whole)
-    measured = [validations(run / "train") for run in (folder, whole)]
+    train(folder, status=status, fault=fault, **CONSTANT)
+    assert "continuing from" in train(folder, **CONSTANT)
+    assert curve(folder) == curve(constant)
+    measured = [validations(run / "train") for run in (folder, constant)]
     assert measured[0] == measured[1]
     assert [step for step, _ in measured[0]] == [0, 2, 4, 6, 8]  # the starting weights once, also after a resume
     assert len({loss for _, loss in measured[0]}) == 1
     assert named_step(folder / "train", "BEST") == folder / "train" / f"step{best}"
-    assert (folder / "train" / "BEST").read_text() == (whole / "train" / "BEST").read_text()
+    assert (folder / "train" / "BEST").read_text() == (constant / "train" / "BEST").read_text()
 
 
 @pytest.mark.seconds
@@ -244,8 +257,8 @@ def test_a_corrupt_step_is_passed_over_with_a_warning(folder: Path) -> None:
 
 
 @pytest.mark.seconds
-def test_a_finished_run_trains_no_further_step(folder: Path) -> None:
-    train(folder)
+def test_a_finished_run_trains_no_further_step(folder: Path, whole: Path) -> None:
+    shutil.copytree(whole / "train", folder / "train")
     before = records(folder)
     assert "step 1" not in train(folder).replace("step12", "").split("continuing")[1]
     assert records(folder) == before

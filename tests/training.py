@@ -320,7 +320,8 @@ def run(folder: Path, fields: dict[str, Any], action: Callable[[Path, dict[str, 
 # Processes are forked from a server that has imported everything once: a run then starts in milliseconds. The server searches
 # PYTHONPATH alone, and skips what it does not find without a word: every process would then import it for itself.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["sft.training.train", "training", "pytest"])
+PRELOADED = ["sft.training.train", "training", "pytest"]
+SERVER.set_forkserver_preload([*PRELOADED, "frozen"])
 _HERE = Path(__file__).resolve().parent
 _SEARCHED = os.environ.get("PYTHONPATH", "").split(os.pathsep)
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -364,7 +365,7 @@ def records(folder: Path) -> list[StepRecord]:
 
 
 def last_step(folder: Path) -> int:
-    """The last step in metrics.jsonl, or 0. Unlike `records` it costs little, so tests poll it."""
+    """The last step in metrics.jsonl, or 0. Unlike `records` it costs little."""
     found = read_metrics(folder / "train" / "metrics.jsonl", last=1)
     return max((r.step for r in found if isinstance(r, StepRecord)), default=0)
 
@@ -372,7 +373,12 @@ def last_step(folder: Path) -> int:
 def wait_for(folder: Path, step: int, process: BaseProcess) -> None:
     """Until metrics.jsonl holds a step."""
     deadline = time.monotonic() + PATIENCE
-    while last_step(folder) < step:
+    metrics, size = folder / "train" / "metrics.jsonl", -1
+    while True:
+        found = metrics.stat().st_size if metrics.exists() else 0
+        if found != size and last_step(folder) >= step:
+            return
+        size = found
         assert process.is_alive(), (folder / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)
