@@ -64,8 +64,8 @@ def packed(rows: list[Tensor]) -> dict[str, Any]:
 @pytest.mark.parametrize("name", bases.CASES)
 def test_logits_loss_and_gradients_are_those_of_transformers_class(tmp_path: Path, name: str) -> None:
     """Packed; transformers computes every document alone, by a new model, since some scalings remember the longest one."""
-    theirs = bases.write(tmp_path, name)
-    base = read(tmp_path)
+    bases.write(tmp_path, name)
+    theirs, base = bases.model(name), read(tmp_path)
     model = ours(tmp_path, base)
     total, wanted = [], []
     for document in documents():
