@@ -233,6 +233,16 @@ def test_empty_answers_are_a_warning(tmp_path):
     assert any(line.startswith("warning: rows.jsonl: 1 trained answers are empty, so ") for line in s.said)
 
 
+def test_answers_that_do_not_begin_as_their_prompt_ends_are_told(tmp_path: Path) -> None:
+    said = []
+    for content in ("<think>r</think>b", "r</think>b"):
+        write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": content}])
+        s = stage(tmp_path, template="olmo_thinker")
+        prepare.prepare(s)
+        said.append([line for line in s.said if "begin without the opening of thoughts" in line])
+    assert [len(lines) for lines in said] == [0, 1] and said[1][0].startswith("warning: rows.jsonl: 1 trained answers")
+
+
 def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(98)] + [{"text": "raw"}, "torn"])
     s = stage(tmp_path, max_reject_fraction=0.01)

@@ -33,6 +33,7 @@ INPUTS = [{"instruction": text, "input": Q("one"), "output": "x"} for text in "a
         (ALPACA, "instruction: all 2"),
         (INPUTS, "input: all 2"),
         ([{**row, "system": Q("s")} for row in PAIRS], "system: all 2"),
+        ([{"prompt": repr(text), "completion": "x"} for text in ("a", "b\n")], "prompt: all 2"),
     ],
 )
 def test_a_column_of_quoted_texts_is_refused_or_kept(tmp_path: Path, rows: list[Any], name: str) -> None:
@@ -48,10 +49,11 @@ def test_a_column_of_quoted_texts_is_refused_or_kept(tmp_path: Path, rows: list[
         PAIRS[:1],
         [*PAIRS, {"prompt": "hi", "completion": "x"}],
         [{"prompt": f'"{text}" and "b"', "completion": '"'} for text in "ab"],
+        [{"prompt": "'tis what it's '", "completion": text} for text in "ab"],
         [{"prompt": '"two\nlines"', "completion": text} for text in "ab"],
         [{"messages": [*turns(("user", "a")), {"role": "tool", "content": Q("r")}, *turns(("assistant", t))]} for t in "ab"],
     ],
-    ids=["one row", "some rows", "quotes", "lines", "results of tools"],
+    ids=["one row", "some rows", "quotes", "apostrophes", "lines", "results of tools"],
 )  # fmt: skip
 def test_other_quotes_are_text(tmp_path: Path, rows: list[Any]) -> None:
     write_rows(tmp_path / "rows.jsonl", rows)
@@ -60,7 +62,9 @@ def test_other_quotes_are_text(tmp_path: Path, rows: list[Any]) -> None:
 
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", ["lines", "columns"])
-@pytest.mark.parametrize("rows", [PAIRS, CHATS, ALPACA, INPUTS])
+@pytest.mark.parametrize(
+    "rows", [PAIRS, CHATS, ALPACA, INPUTS, [{**row, "prompt": repr(row["prompt"])} for row in PAIRS]]
+)
 def test_compiled_code_leaves_quoted_texts_to_python(folder: Path, rows: list[Any], kind: str) -> None:
     rows = [*rows, {"prompt": '"a" or "b"', "completion": "x"}]
     block = ColumnBlock.of(rows) if kind == "columns" else LineBlock.of("".join(f"{Q(row)}\n" for row in rows).encode())

@@ -19,7 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sft.chat.values import is_empty
+from sft.chat.values import is_empty, parse_literal
 from sft.recipe.row_fields import (
     CALL_FIELDS,
     DETAIL_FIELDS,
@@ -46,15 +46,15 @@ def example_of(value: Any) -> str:
 
 
 def is_quoted(text: str) -> bool:
-    """Whether a text is a JSON string in quotes."""
+    """Whether a text is a JSON string in quotes, or what Python prints for a text."""
     text = text.strip(JSON_SPACE)
-    if len(text) < 2 or text[0] != '"' or text[-1] != '"':
+    if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
         return False
     try:
-        json.loads(text)
+        value = json.loads(text) if text[0] == '"' else parse_literal(text)
     except ValueError:
         return False
-    return True
+    return isinstance(value, str)
 
 
 def quoted_texts(

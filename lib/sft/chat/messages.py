@@ -6,14 +6,12 @@ disagree raise BadRow. Nothing that has a wrong type is written as text.
 
 from __future__ import annotations
 
-import ast
 import re
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sft.chat.calls import calls_text, read_spoken, read_tool_calls
-from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, to_json
+from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, parse_literal, to_json
 from sft.recipe.row_fields import FLAGS, THINKING
 from sft.recipe.schema import ROLES
 
@@ -149,11 +147,9 @@ def read_literal(text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd escapes in the text
-            value = ast.literal_eval(text.strip())
+        value = parse_literal(text)
         to_json(value, "")
-    except (ValueError, SyntaxError, MemoryError, RecursionError, BadRow):
+    except (ValueError, BadRow):
         return None
     return value if isinstance(value, (dict, list)) else None
 
@@ -283,7 +279,8 @@ def check_content(message: Message, index: int) -> None:
                 "json_text",
                 f"message {index}: its text is the JSON of messages or parts; next: store the list itself",
             )
-    if "think>" in content and (name := next((n for n in ("reasoning_content", "thinking") if message.get(n)), "")):
+    name = next((name for name in ("reasoning_content", "thinking") if message.get(name)), "")
+    if name and "think>" in content:
         before, closed, _ = content.partition("</think>")
         if before.lstrip().startswith("<think>") or (closed and "<think>" not in before):
             raise BadRow("disagree", f"message {index}: {name} and the content, which has a <think> tag, hold thoughts")

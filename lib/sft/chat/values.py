@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -90,6 +92,16 @@ def parse(text: str, reason: str, detail: str) -> Any:
         return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_repeats)
     except (ValueError, RecursionError) as error:
         raise BadRow(reason, f"{detail}: {error}") from None
+
+
+def parse_literal(text: str) -> Any:
+    """What Python's notation stands for. Raises ValueError for other text."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in the text
+            return ast.literal_eval(text.strip())
+    except (SyntaxError, MemoryError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def parse_each(values: Sequence[Any], reason: str, where: str) -> list[Any]:

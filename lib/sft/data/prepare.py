@@ -119,7 +119,7 @@ def _write_records(
         lists[rejects.CONTAMINATED] = describe.contaminated(work, indexes, screen)
     if near_duplicates is not None:
         lists[rejects.NEAR_DUPLICATES] = describe.near_rows(work, indexes, near_examples)
-    _log_turns(work.log, proven)
+    _log_turns(work.log, proven, work.table.generation_prefix == "rendered")
     for name, record in records.items():
         record.write(out / name)
     for name, rows in lists.items():
@@ -129,13 +129,19 @@ def _write_records(
     return [*records, *lists]
 
 
-def _log_turns(log: Callable[[str], None], proven: Proof) -> None:
-    """Logs by how much `history = "as-rendered"` grows a source, and how many of its trained answers are empty."""
+def _log_turns(log: Callable[[str], None], proven: Proof, rendered: bool) -> None:
+    """Logs by how much `history = "as-rendered"` grows a source, how many of its trained answers are empty, and how many begin without what
+    the generation prompt ends in, unless the recipe wants them as `rendered`."""
     for source in proven.sources:
         if empty := source.encoded.get("empty_answers", 0):
             log(
                 f"warning: {source.path}: {empty:,} trained answers are empty, so only their ends are trained; next:"
                 ' empty_answers = "reject" in [prepare] leaves such rows out'
+            )
+        if bare := not rendered and source.encoded.get("answers_without_prompt", 0):
+            log(
+                f"warning: {source.path}: {bare:,} trained answers begin without the opening of thoughts that the generation prompt ends in, so the"
+                " model is prompted in another way than it is trained; next: put <think> before their contents"
             )
         added, tokens = source.encoded.get("turns_tokens_added", 0), source.encoded.get("tokens", 0)
         if added:

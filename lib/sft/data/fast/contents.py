@@ -20,7 +20,7 @@ def _word(text: str) -> np.uint64:
 OPEN, CLOSE = _word("<think>"), _word("</think>")
 TWO, THREE, SIX, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 6, 7))
 """Masks of so many bytes."""
-QUOTE = 34
+QUOTES = (34, 39)
 SPACES_OF_2 = tuple(map(_word, "\u0085\u00a0\u00ad"))
 SPACES_OF_3 = tuple(map(_word, "\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"))
 FIRST_OF_RANGE, LAST_OF_RANGE = _word("\u2000"), _word("\u200f")
@@ -84,22 +84,23 @@ def has_name(text: Any, start: int, end: int) -> bool:
 
 
 @inlined
-def closes_thoughts(text: Any, start: int, end: int) -> bool:
-    """Whether </think> is in the text."""
-    while start + 8 <= end and text[start] != CLOSE:
+def only_closes_thoughts(text: Any, start: int, end: int) -> bool:
+    """Whether </think> is in the text, and no <think> before it."""
+    while start + 8 <= end and text[start] != CLOSE and text[start] & SEVEN != OPEN:
         start += 1
-    return bool(start + 8 <= end)
+    return bool(start + 8 <= end and text[start] == CLOSE)
 
 
 @inlined
 def has_quotes(text: Any, start: int, end: int) -> bool:
-    """Whether a text, without white space around it, begins and ends with a quote: see `sft.chat.fields.is_quoted`."""
+    """Whether a text, without white space around it, begins and ends with the same quote: see `sft.chat.fields.is_quoted`."""
     start = skip_blanks(text, start, end)
-    if start >= end or text[start] & np.uint64(0xFF) != QUOTE:
+    quote = text[start] & np.uint64(0xFF) if start < end else np.uint64(0)
+    if quote not in QUOTES:
         return False
     while is_blank(text[end - 1] & np.uint64(0xFF)):
         end -= 1
-    return bool(text[end - 1] & np.uint64(0xFF) == QUOTE and end > start + 1)
+    return bool(text[end - 1] & np.uint64(0xFF) == quote and end > start + 1)
 
 
 @inlined
@@ -118,13 +119,13 @@ def has_unclear(messages: Any, row: int, first: int, end: int) -> bool:
         if byte <= 32 or byte >= 128:
             start = skip_blanks(text, start, stop)
             byte = text[start] & np.uint64(0xFF) if start < stop else np.uint64(0)
-        if byte == QUOTE and messages.roles[message] < FIRST_RESULT and has_quotes(text, start, stop):
+        if byte in QUOTES and messages.roles[message] < FIRST_RESULT and has_quotes(text, start, stop):
             return True
         is_json = (byte == 91 or byte == 123) and messages.roles[message] < FIRST_RESULT  # [ {
         if is_json and has_name(text, start, stop):
             return True
         if messages.spans[message, THINKING, START] != NONE:
             opens = byte == 60 and start + 7 <= stop and text[start] & SEVEN == OPEN
-            if opens or closes_thoughts(text, start, stop):
+            if opens or only_closes_thoughts(text, start, stop):
                 return True
     return False
