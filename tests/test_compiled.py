@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -107,6 +108,13 @@ def test_one_changed_byte_anywhere_is_found() -> None:
 def test_ids_that_end_elsewhere_than_their_document_are_refused(ids: list[int], documents: list[list[int]]) -> None:
     text = b"".join(BYTES[i] for i in [0, 1, 2])[: documents[-1][-1]]
     assert not follow(ids, text, documents)
+
+
+@pytest.mark.parametrize("empty", [np.zeros(WORD, dtype=np.uint8), np.frombuffer(bytes(WORD), dtype=np.uint8)])
+def test_an_empty_text_is_no_array_of_another_type(empty: np.ndarray) -> None:
+    longer = np.concatenate([empty, empty])
+    longer.flags.writeable = empty.flags.writeable
+    assert numba.typeof(words_of(empty)) == numba.typeof(words_of(longer))
 
 
 @compiled

@@ -75,6 +75,12 @@ def _compile(function: F, forceinline: bool) -> F:
 
 def words_of(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The eight bytes that begin at each byte of `data`, except for the last seven."""
+    if (
+        len(data) == WORD
+    ):  # one item: numba takes it for contiguous, and would compile everything again for such an array
+        longer = np.zeros(WORD + 1, dtype=np.uint8)
+        longer[:WORD], longer.flags.writeable = data, data.flags.writeable
+        data = longer
     return np.lib.stride_tricks.as_strided(data[:WORD].view("<u8"), shape=(len(data) - WORD + 1,), strides=(1,))
 
 
