@@ -32,6 +32,7 @@ from chat_samples import (
     turns,
 )
 from sft.chat.rows import RowReader
+from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS
 from sft.common.errors import SftError
 from sft.data.byte_encoder import parts_of
 from sft.data.tokenize import Encoder
@@ -117,7 +118,9 @@ def both(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_special_text_in_content_never_becomes_a_special_token(olmo: Encoder, row: dict) -> None:
     got = olmo.encode([row], SOURCE)
     if got.rejects:
-        assert got.rejects[0].reason == "nothing_to_train"
+        text = json.dumps(row, ensure_ascii=False)  # hypothesis draws the constants of the code too
+        no_stand_in = all(any(block <= ord(c) < block + BLOCK_SIZE for c in text) for block in PRIVATE_BLOCKS)
+        assert got.rejects[0].reason in ("nothing_to_train", *["special_text"] * no_stand_in)
         return
     assert text_of(olmo, got) == rendered(olmo, row)
     turns_of_row = len(row["messages"]) + (row["messages"][0]["role"] != "system")
