@@ -1,6 +1,6 @@
 """OLMo-core's own trainer, on the CPU with FSDP: two steps of a tiny model, for steps that nobody here wrote.
 
-python tests/core_trainer.py FOLDER    (FOLDER/<name>/<ranks>/config.json describes the model; step2 is written beside it)
+main(folder): <name>/<ranks>/config.json in it describes a model; step2 is written beside it
 """
 
 from __future__ import annotations
@@ -60,8 +60,13 @@ def train(folder: Path) -> int:
     return 0
 
 
-def main() -> None:
-    for model in sorted(Path(sys.argv[1]).iterdir()):
+def main(root: Path) -> None:
+    """In a process of its own, whose words go to <root>.log."""
+    with root.with_suffix(".log").open("w") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for model in sorted(root.iterdir()):
         rows = json.loads(next(model.glob("*/config.json")).read_text())["dataset"]["tokenizer"]["vocab_size"]
         np.random.default_rng(0).integers(4, rows, 2048).astype(np.uint16).tofile(model / "tokens.npy")
         for folder in sorted(p for p in model.iterdir() if p.is_dir()):
@@ -71,7 +76,3 @@ def main() -> None:
                     sys.exit(f"{folder}: {status}")
                 continue
             os._exit(training.fork(int(folder.name), lambda folder=folder: train(folder)))
-
-
-if __name__ == "__main__":
-    main()
