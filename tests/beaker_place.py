@@ -78,7 +78,7 @@ class Place(Pushed):
 
 
 @pytest.fixture
-def place(workspace, tmp_path_factory, monkeypatch):
+def place(workspace, tmp_path_factory, monkeypatch, request):
     folder = tmp_path_factory.mktemp("beaker")
     with Server(folder) as server:
         server.secrets = {f"{USER}_SECRET": HUSH}
@@ -86,7 +86,8 @@ def place(workspace, tmp_path_factory, monkeypatch):
             monkeypatch.setenv(name, value)
         for name in ("BEAKER_TOKEN", "BEAKER_ADDR", "DETACH", "DRY_RUN"):
             monkeypatch.delenv(name, raising=False)
-        workspace.use_python_with(*LAUNCHES)
+        if getattr(request.module, "LAUNCHES_ALONE", True):  # else a test chooses what its processes are forked from
+            workspace.use_python_with(*LAUNCHES)
         made = Place(workspace, server, tmp_path_factory.mktemp("remote"))
         monkeypatch.chdir(workspace.root)
         monkeypatch.setattr(plan, "REPO", workspace.root)

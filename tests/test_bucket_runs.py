@@ -23,6 +23,7 @@ from sft.storage.transfer import open_storage
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 __all__ = ["place"]  # the fixture
+LAUNCHES_ALONE = False
 RUN = "smoke_steps-16"
 HARDWARE = "\n[on.beaker-test.train]\nnodes = 2\nprocesses = 1\nmicrobatch_tokens = 512\nthreads = 1\n"
 
