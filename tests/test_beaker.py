@@ -194,7 +194,11 @@ def test_a_preempted_one_that_is_never_started_again_ends_when_it_is_cancelled(p
         place.server.preempt(run)
         while not run.message.status.HasField("finalized"):
             time.sleep(0.02)
-        time.sleep(0.5)  # the follower sees it preempted
+        asked = place.server.requests.count("GetWorkload")
+        while (
+            place.server.requests.count("GetWorkload") < asked + 5
+        ):  # the follower has seen it preempted: it asks twice in a turn
+            time.sleep(0.02)
         commands.cancel(Path("runs/x"))
 
     thread = threading.Thread(target=preempt_and_cancel)

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from patience import PATIENCE
 from sft.formats import manifest
 from sft.formats.steps import BESIDE
 from sft.training import hang, stopwatch
@@ -52,7 +53,7 @@ def hangs(folder, **fields):
     process = start(
         folder, ranks=3, hardware={"microbatch_tokens": 128, "hang_s": 20}, global_batch_tokens=384, **fields
     )
-    process.join(timeout=300)
+    process.join(timeout=PATIENCE)
     return process.exitcode, (folder / "log").read_text()
 
 

@@ -80,10 +80,10 @@ def test_a_base_that_only_jobs_see_is_planned_by_name_and_checked_in_the_job(pla
 @pytest.mark.slow
 def test_a_sibling_on_the_cluster_makes_only_what_is_new(place: Place) -> None:
     place.edit("shared_disk = false", 'stages = ["train", "evaluate"]\nshared_disk = false')
-    place.workspace.make("evaluate", "RECIPE=x", ON, timeout=400)
+    place.workspace.make("evaluate", "RECIPE=x", ON)
     assert len(place.server.experiments) == 2
     assert "x_limit-10/train: reuses runs/x/train" in place.workspace.make("why", "RECIPE=x", ON, "limit=10").stdout
-    made = place.workspace.make("evaluate", "RECIPE=x", ON, "limit=10", timeout=400)
+    made = place.workspace.make("evaluate", "RECIPE=x", ON, "limit=10")
     assert "[train] reuses runs/x/train" in made.stdout and len(place.server.experiments) == 3
     run, there = place.root / "runs/x_limit-10", Path(place.weka) / "ann/runs/x_limit-10"
     assert manifest.is_whole(run / "evaluate") and manifest.is_whole(there / "evaluate")

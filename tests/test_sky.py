@@ -155,8 +155,16 @@ def test_detach_follow_cancel_and_a_lost_answer(place, capfd, monkeypatch):
     (place.root / "runs/x/.jobs/prepare.json").unlink()  # the answer to the launch was lost
     assert place.launch(script) == 0 and len(place.jobs) == 1 and len(place.calls("launch")) == 1
     monkeypatch.delenv("DETACH")
-    threading.Timer(1.0, lambda: place.workspace.make("cancel", "RECIPE=x")).start()
+
+    def cancel() -> None:
+        while not place.calls("logs"):  # the launcher follows it
+            time.sleep(0.05)
+        place.workspace.make("cancel", "RECIPE=x")
+
+    thread = threading.Thread(target=cancel)
+    thread.start()
     assert place.launch(script) == jobs.CANCELLED
+    thread.join()
     text = capfd.readouterr().out
     assert "here" in text and "job 1 on sky-test: cancelled" in text
     assert scheduler.Sky(place.root / "runs/x/.jobs", place.job().cluster).status("17").state == "gone"
