@@ -74,7 +74,7 @@ def test_an_error_of_the_user_counts_for_no_node_and_one_of_the_hardware_does(pl
 def test_two_nodes_end_with_one_status_and_start_again_together(place):
     """Where a process was killed, its node asks for another attempt; the other node only lost its peer."""
     (place.root / "recipes" / "x.toml").open("a").write("\n[on.beaker-test.train]\nnodes = 2\n")
-    place.edit("[env]\n", '[env]\nSFT_AGREE_S = "20"\n')
+    place.edit("[env]\n", '[env]\nSFT_AGREE_S = "120"\n')
     first = 'if [ "$BEAKER_REPLICA_RANK" = 1 ]; then sleep 1; exit 75; else exit 1; fi'
     assert train(place, SECOND.format(first=first, then="exit 9")) == 9
     place.wait_for_jobs()

@@ -56,7 +56,7 @@ def held(process):
     assert process.stdout.readline() == "running\n"
 
 
-HOLD = ["sh", "-c", "echo running; exec sleep 60"]
+HOLD = ["sh", "-c", "echo running; exec sleep 900"]
 
 
 @pytest.mark.seconds

@@ -108,7 +108,7 @@ def test_two_nodes_preempted_resume_and_end_in_the_bytes_of_an_uninterrupted_run
     shutil.rmtree(folder)
     process = start(real, *train)
     metrics = folder / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 4, "four steps")
+    until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 2, "two steps")
     workers = ranks_in(real.root)
     assert len(workers) == 2
     for pid in workers:  # or a fast machine is done before Slurm has looked
