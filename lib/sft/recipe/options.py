@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import Field, field, fields
 from functools import cache
+from types import MappingProxyType
 from typing import Any, TypedDict, Unpack, get_type_hints
 
 REQUIRED: Any = object()
@@ -57,19 +59,21 @@ def name_of(f: Field[Any]) -> str:
     return f.metadata.get("name") or f.name
 
 
-def names_of(cls: type) -> dict[str, Field[Any]]:
+@cache
+def names_of(cls: type) -> Mapping[str, Field[Any]]:
     """{name in recipes: field} of a table."""
-    return {name_of(f): f for f in fields(cls)}
+    return MappingProxyType({name_of(f): f for f in fields(cls)})
 
 
 def hint_of(cls: type, name: str) -> Any:
     """The type of the field with this name in recipes."""
-    return _hints(cls)[names_of(cls)[name].name]
+    return hints_of(cls)[names_of(cls)[name].name]
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)  # compiles every annotation at each call
+def hints_of(cls: type) -> Mapping[str, Any]:
+    """{attribute: type} of a table."""
+    return MappingProxyType(get_type_hints(cls))  # compiles every annotation at each call
 
 
 def opt(default: Any, doc: str, **rules: Unpack[Rules]) -> Any:

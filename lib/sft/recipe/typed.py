@@ -17,7 +17,7 @@ from typing import Any
 
 from sft.common.errors import SftError
 from sft.recipe import other_names, schema
-from sft.recipe.options import names_of
+from sft.recipe.options import hints_of, names_of
 
 NAME = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")  # a recipe or cluster; '_' separates a run's overrides
 HARDWARE_FIELDS = {f.name: f for f in dataclasses.fields(schema.Hardware)}
@@ -57,7 +57,7 @@ def build(cls: type, data: Any, table: str, problems: list[str]) -> Any:
         problems.append(f"[{table}] must be a table, not {data!r}")
         return None
     fields = names_of(cls)
-    hints = typing.get_type_hints(cls)
+    hints = hints_of(cls)
     values = {}
     for name, value in data.items():
         if name not in fields:
