@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import datetime
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -79,6 +81,28 @@ class TwoTurns(NamedTuple):
     """The first answer that is not written once; 0 without one."""
 
 
+def environment() -> jinja2.Environment:
+    """The settings that Hugging Face renders with."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = to_json
+    return env
+
+
+@functools.lru_cache(maxsize=128)
+def compiled(name: str, text: str) -> tuple[CodeType, frozenset[str], bool]:
+    """A template with trace events, the variables that it reads, and whether it has {% generation %} blocks. Jinja compiles a long one in half a
+    second, and a process may read it several times."""
+    env = environment()
+    tree = env.parse(text)
+    reads = frozenset(node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load")
+    has_blocks = has_generation(tree)
+    add_trace(tree)
+    tree.set_environment(env)
+    return env.compile(tree, name=name), reads, has_blocks
+
+
 class TemplateProbe:
     """One compiled template. `has_generation`: it has {% generation %} blocks. Raises jinja2.TemplateError for a wrong text.
 
@@ -97,11 +121,7 @@ class TemplateProbe:
         self.way = Way()
         self.answer = ANSWER
         self.passes_on: tuple[type[Exception], ...] = ()  # errors that are not the template's
-        # The settings that Hugging Face renders with.
-        env = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, jinja2.ext.loopcontrols]
-        )
-        env.filters["tojson"] = to_json
+        env = environment()
         env.globals.update(
             raise_exception=raise_exception,
             sft_message=self._begin_message,
@@ -112,12 +132,7 @@ class TemplateProbe:
         self.asked_for_day = [False]  # shared by copies of the probe
         day = datetime.datetime.fromisoformat(date) if date else None
         env.globals["strftime_now"] = day.strftime if day else self._refuse_day
-        tree = env.parse(text)
-        self.reads = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "load"}
-        self.has_generation = has_generation(tree)
-        add_trace(tree)
-        tree.set_environment(env)
-        code = env.compile(tree, name=name)
+        code, self.reads, self.has_generation = compiled(name, text)
         self.template = jinja2.Template.from_code(env, code, env.make_globals(None))
 
     def _refuse_day(self, _: str) -> NoReturn:

@@ -17,6 +17,7 @@ import functools
 import operator
 import re
 from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import jinja2
@@ -24,7 +25,7 @@ import jinja2.ext
 import jinja2.nodes as nodes
 import jinja2.sandbox
 
-from sft.chat.probe import TemplateProbe, to_json
+from sft.chat.probe import TemplateProbe, environment, to_json
 from sft.chat.trace import GenerationTag, add_trace
 
 FIRST, COUNT = 0xF8000, 0x1000
@@ -240,14 +241,20 @@ def watch_probe(probe: TemplateProbe, watch: Watch) -> TemplateProbe:
     """The probe of the same template, watched. Its methods raise Depends and NewConstant too."""
     source = probe.template.environment
     env = WatchedEnvironment(source, watch)
-    tree = env.parse(probe.jinja)
+    made = copy.copy(probe)
+    made.template = jinja2.Template.from_code(env, _compiled(probe.name, probe.jinja), env.make_globals(None))
+    made.passes_on = (Depends, NewConstant)
+    return made
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(name: str, text: str) -> CodeType:
+    env = WatchedEnvironment(environment(), Watch())
+    tree = env.parse(text)
     _watch_nodes(tree)
     add_trace(tree)
     tree.set_environment(env)
-    made = copy.copy(probe)
-    made.template = jinja2.Template.from_code(env, env.compile(tree, name=probe.name), env.make_globals(None))
-    made.passes_on = (Depends, NewConstant)
-    return made
+    return env.compile(tree, name=name)
 
 
 def _watch_nodes(node: nodes.Node) -> None:
