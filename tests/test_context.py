@@ -91,7 +91,7 @@ def gradients(
     found: dict[str, dict[str, Any]] = {}
     for ranks in {ranks for ranks, _ in plans.values()}:
         here = training.run_folder(folder / str(ranks), dataset)
-        ways = {name: hardware for name, (needed, hardware) in plans.items() if needed == ranks}
+        ways = {name: {"hardware": hardware} for name, (needed, hardware) in plans.items() if needed == ranks}
         sizes = {"ranks": ranks, "ways": ways, "global_batch_tokens": 384, "steps": 0, "epochs": 11 / 60}
         process = training.SERVER.Process(target=training.run, args=(here, sizes | fields, training.gradients))
         process.start()

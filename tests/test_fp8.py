@@ -85,11 +85,9 @@ WAYS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_are_near_those_of_bf16(way: str, tmp_path: Path, dataset: Path) -> None:
-    found = []
-    for name in ("bf16", "fp8"):
-        folder = run(run_folder(tmp_path / name, dataset), emulated_gradients, precision=name, steps=1, **WAYS[way])
-        found.append(torch.load(folder / "gradients.pt")["steps"][0])
-    exact, ours = found
+    ways = {name: {"precision": name} for name in ("bf16", "fp8")}
+    folder = run(run_folder(tmp_path / "run", dataset), emulated_gradients, steps=1, ways=ways, **WAYS[way])
+    exact, ours = (found["steps"][0] for found in torch.load(folder / "gradients.pt").values())
     assert exact.keys() == ours.keys()
     assert float(ours.pop("loss")) == pytest.approx(float(exact.pop("loss")), rel=1e-2)
     assert sum(not torch.equal(exact[name], ours[name]) for name in ours) > len(ours) // 2

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
-from torch._inductor.utils import get_code
 
 from sft.model import model as modules
 from sft.model.model import Block
@@ -37,6 +35,10 @@ opaque.register_autograd(lambda context, gradient: opaque_backward(gradient))
 
 def kernels(preset: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The kernels beside products and attention: in the forward pass, in the backward pass."""
+    # Here, and not in every process that collects tests: it takes a second.
+    from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
+    from torch._inductor.utils import get_code
+
     monkeypatch.setattr(modules, "attention", lambda q, k, v, *_: opaque(q, k, v))
     found: list[int] = []
 

@@ -157,11 +157,11 @@ def exchanges(folder: Path, fields: dict[str, Any]) -> int:
 def test_ranks_gather_and_reduce_once_a_step(tmp_path: Path, dataset: Path) -> None:
     """Two microbatches a rank, two blocks and the rest of the model: three groups of weights."""
     groups, folder = 3, run_folder(tmp_path / "run", dataset)
-    ways = {keep: hardware(keep)["hardware"] for keep in ("none", "weights", "gradients")}
+    ways = {keep: hardware(keep) for keep in ("none", "weights", "gradients")}
     run(folder, exchanges, ranks=2, precision="bf16", steps=1, validate_every=0, ways=ways)
-    ways = torch.load(folder / "gradients.pt")
-    counts = {keep: way["exchanges"] for keep, way in ways.items()}
-    found = {keep: way["steps"][0] for keep, way in ways.items()}
+    made = torch.load(folder / "gradients.pt")
+    counts = {keep: way["exchanges"] for keep, way in made.items()}
+    found = {keep: way["steps"][0] for keep, way in made.items()}
     # Without, the blocks are gathered in the forward pass and in the backward pass of each microbatch.
     assert counts["none"]["gathered"] == 2 * (2 * (groups - 1) + 1)
     assert counts["weights"]["gathered"] == counts["gradients"]["gathered"] == groups

@@ -213,8 +213,8 @@ def flipped(value: torch.Tensor) -> torch.Tensor:
 
 def gradients(folder: Path, fields: dict[str, Any]) -> int:
     """The gradients of the first and of the last step at the first weights, whole, and how often they were summed over copies of the
-    weights, into <folder>/gradients.pt. With `ways`, {name: fields of [hardware]}: {name: the same}, one after the other, so
-    that the ranks start once."""
+    weights, into <folder>/gradients.pt. With `ways`, {name: other fields}: {name: the same}, one after the other, so that
+    the ranks start once."""
     from sft.model.parallel import join
 
     ways = fields.pop("ways", None)
@@ -224,9 +224,10 @@ def gradients(folder: Path, fields: dict[str, Any]) -> int:
     torch.nn.Module.compile = lambda module, **options: plain(module, backend="aot_eager", **options)  # type: ignore[method-assign,assignment]
     try:
         found = {}
-        for name, hardware in (ways or {"": fields.pop("hardware", None)}).items():
+        for name, others in (ways or {"": {}}).items():
             torch._dynamo.reset()
-            found[name] = _gradients(FakeStage(folder, None, hardware, **fields), world)
+            options = fields | others
+            found[name] = _gradients(FakeStage(folder, None, options.pop("hardware", None), **options), world)
         if world.is_rank0:
             torch.save(found if ways else found[""], folder / "gradients.pt")
     finally:
