@@ -107,6 +107,13 @@ BAD: dict[str, tuple[Any, str]] = {
         {"prompt": "\ufeff\n\t " + json.dumps([A]) + "\n", "completion": "Hello"},
         "json_text",
     ),
+    "a conversation as JSON text": (
+        {"prompt": json.dumps({"id": 1, "messages": [A, B]}), "completion": "c"},
+        "json_text",
+    ),
+    "conversations as JSON text": ({"prompt": json.dumps([[A, B], [A]]), "completion": "c"}, "json_text"),
+    "JSON text of JSON texts": ({"prompt": json.dumps([json.dumps(A)]), "completion": "c"}, "json_text"),
+    "JSON text of JSON text": ({"prompt": json.dumps(json.dumps([A])), "completion": "c"}, "json_text"),
     "one message as JSON text": ({"prompt": "Hi", "completion": json.dumps(B)}, "json_text"),
     "one part as Python text": ({"prompt": "{'type': 'text', 'text': 'Hi'}", "completion": "Hello"}, "json_text"),
     "messages as JSON text in a prompt": ({"prompt": json.dumps([A]), "completion": "Hello"}, "json_text"),
@@ -229,6 +236,8 @@ ALLOWED = {
     "text after a list": json.dumps([B]) + " is a list of messages",
     "no list": "[1, 2] and {}",
     "an empty list": "[]",
+    "a nest without messages": "[" * 400 + '{"role": 1}' + "]" * 400,
+    "texts about roles": '["the \\"role\\" of x"]',
     "JSON that is broken": '[{"role": "assistant", "content": "a"',
 }
 

@@ -133,6 +133,7 @@ ODD = {
     "messages as JSON text": json.dumps({"prompt": "a", "completion": json.dumps(turns(("assistant", "b")))}),
     "thoughts twice": PLAINEST.replace('"content": "b"', '"reasoning": "r", "content": "\\n<think>r</think>b"') + "}",
     "messages that begin with an id as JSON text": json.dumps({"prompt": '\ufeff [{"id": 1, "role": "user", "content": "a"}]', "completion": "b"}),
+    "JSON text of JSON texts": json.dumps({"prompt": json.dumps(['{"role": "user", "content": "a"}']), "completion": "b"}),
     "a message as Python text": json.dumps({"prompt": "{'role': 'user', 'content': 'a'}", "completion": "b"}),
     "thoughts that the content closes": PLAINEST.replace('"content": "b"', '"reasoning": "r", "content": "r</think>b"') + "}",
     "an open string": PLAINEST + ', "id": "',

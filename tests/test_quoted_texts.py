@@ -22,6 +22,9 @@ CHATS = [
     {"messages": turns(("user", "a"), ("assistant", Q("b")), ("user", "c"), ("assistant", Q(text)))} for text in "de"
 ]
 ALPACA = [{"instruction": Q(text), "input": "one", "output": "x"} for text in "ab"]
+THOUGHTS = [
+    {"messages": [*turns(("user", "a")), {"role": "assistant", "content": "b", "reasoning": Q(text)}]} for text in "cd"
+]
 INPUTS = [{"instruction": text, "input": Q("one"), "output": "x"} for text in "ab"]
 
 
@@ -33,6 +36,9 @@ INPUTS = [{"instruction": text, "input": Q("one"), "output": "x"} for text in "a
         (ALPACA, "instruction: all 2"),
         (INPUTS, "input: all 2"),
         ([{**row, "system": Q("s")} for row in PAIRS], "system: all 2"),
+        ([{"prompt": repr(text.encode()), "completion": "x"} for text in "ab"], "prompt: all 2"),
+        ([{**row, "history": [[Q("a"), Q("b")]]} for row in ALPACA], "history: all 2"),
+        (THOUGHTS, "messages.reasoning: all 2"),
         ([{"prompt": repr(text), "completion": "x"} for text in ("a", "b\n")], "prompt: all 2"),
     ],
 )
@@ -63,7 +69,7 @@ def test_other_quotes_are_text(tmp_path: Path, rows: list[Any]) -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", ["lines", "columns"])
 @pytest.mark.parametrize(
-    "rows", [PAIRS, CHATS, ALPACA, INPUTS, [{**row, "prompt": repr(row["prompt"])} for row in PAIRS]]
+    "rows", [PAIRS, CHATS, ALPACA, INPUTS, THOUGHTS, [{**row, "prompt": repr(row["prompt"])} for row in PAIRS]]
 )
 def test_compiled_code_leaves_quoted_texts_to_python(folder: Path, rows: list[Any], kind: str) -> None:
     rows = [*rows, {"prompt": '"a" or "b"', "completion": "x"}]

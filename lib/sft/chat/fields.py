@@ -26,12 +26,14 @@ from sft.recipe.row_fields import (
     FUNCTION_FIELDS,
     MESSAGE_FIELDS,
     PART_FIELDS,
+    THINKING,
     is_harmless,
     is_short,
 )
 
 EXAMPLE_CHARACTERS = 80
 JSON_SPACE = " \t\r\n"
+QUOTES_OR_SPACE = frozenset("\"'" + JSON_SPACE)
 RESULT_ROLES = ("tool", "function", "ipython", "environment")
 
 
@@ -46,15 +48,16 @@ def example_of(value: Any) -> str:
 
 
 def is_quoted(text: str) -> bool:
-    """Whether a text is a JSON string in quotes, or what Python prints for a text."""
+    """Whether a text is a JSON string in quotes, or what Python prints for a text or for bytes."""
     text = text.strip(JSON_SPACE)
-    if len(text) < 2 or text[0] not in "\"'" or text[-1] != text[0]:
+    start = text.startswith("b")
+    if len(text) < start + 2 or text[start] not in "\"'" or text[-1] != text[start]:
         return False
     try:
         value = json.loads(text) if text[0] == '"' else parse_literal(text)
     except ValueError:
         return False
-    return isinstance(value, str)
+    return isinstance(value, (str, bytes))
 
 
 def quoted_texts(
@@ -63,18 +66,20 @@ def quoted_texts(
     items: Sequence[tuple[str, Any]],
     messages: Sequence[Mapping[str, Any]],
 ) -> dict[str, str]:
-    """The columns of a row that are a JSON string in quotes, and the roles in a column of messages whose every text is one, each with an
-    example. Texts of tools do not count."""
-    found = {name: row[name] for name in used if type(row.get(name)) is str and is_quoted(row[name])}
-    others: set[str] = set()
-    for (column, _), message in zip(items, messages, strict=True):
-        text, role = message["content"], message["role"]
-        if column and text and role not in RESULT_ROLES:
-            name = f"{column} ({role})"
-            if name not in others and is_quoted(text):
-                found.setdefault(name, text)
-            else:
-                others.add(name)
+    """The columns of a row that are a JSON string in quotes, and the roles and fields of thoughts in a column of messages whose every text
+    is one, each with an example. Texts of tools do not count."""
+    texts = [(name, row[name]) for name in used if type(row.get(name)) is str]
+    if "history" in used:
+        texts += [("history", text) for pair in row.get("history") or () for text in pair]
+    for (column, item), message in zip(items, messages, strict=True):
+        if column and message["role"] not in RESULT_ROLES:
+            texts.append((f"{column} ({message['role']})", message["content"]))
+            if len(message) > 2:
+                texts += [(f"{column}.{name}", item[name]) for name in THINKING if type(item.get(name)) is str]
+    found = {name: text for name, text in texts if text[-1:] in QUOTES_OR_SPACE and text and is_quoted(text)}
+    if not found:
+        return found
+    others = {name for name, text in texts if text and not is_quoted(text)}
     return {name: text for name, text in found.items() if name not in others}
 
 

@@ -36,7 +36,7 @@ NO_TEXT = re.compile(rf"{_BLANK}(?:<think>{_BLANK}</think>{_BLANK})?")
 """White space and characters without a width, perhaps around empty thoughts."""
 BLANKS = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"
 """The same characters."""
-JSON_NAME = re.compile(r"[\"'](?:role|from|type)[\"']")
+JSON_NAME = re.compile(r"[\"'](?:role|from|type)\\*[\"']")
 """A name that every message or content part has, in JSON or as Python prints it."""
 PART_TYPES = frozenset(
     ("text", "input_text", "output_text", "image", "image_url", "input_image", "thinking", "tool_use", "tool_result")
@@ -274,7 +274,7 @@ def check_content(message: Message, index: int) -> None:
     first = content[:1]
     if not first.isalnum() and message["role"] in ("system", "developer", "user", "assistant"):
         text = content.strip(BLANKS)
-        if text[:1] in ("[", "{") and JSON_NAME.search(text) and is_serialized(text, message["role"]):
+        if text[:1] in ("[", "{", '"') and JSON_NAME.search(text) and is_serialized(text, message["role"]):
             raise BadRow(
                 "json_text",
                 f"message {index}: its text is the JSON of messages or parts; next: store the list itself",
@@ -289,17 +289,33 @@ def check_content(message: Message, index: int) -> None:
 def is_serialized(text: str, role: str) -> bool:
     """Whether the text of a message is a message, a content part, or a list of them. In an answer, all messages must be an assistant's."""
     try:
-        value = parse(text, "", "")
-    except BadRow:
-        value = read_literal(text)
-    items = value if isinstance(value, list) else [value]
+        try:
+            value = parse(text, "", "")
+        except BadRow:
+            value = read_literal(text)
+        items = written_items(value)
+    except RecursionError:
+        return False
     if items and all(map(is_part, items)):
-        return isinstance(value, list) or ("text" in value and value.keys() <= {"type", "text", "cache_control"})
+        return isinstance(value, list) or ("text" in items[0] and items[0].keys() <= {"type", "text", "cache_control"})
     if not all(isinstance(i, dict) and i.keys() & {"role", "from"} and i.keys() & {"content", "value"} for i in items):
         return False
     speakers = {str(item.get("role") or item.get("from")).lower() for item in items}
     roles = {SPEAKERS.get(speaker, speaker) for speaker in speakers}
     return roles == {"assistant"} if role == "assistant" else bool(roles) and roles.issubset(ROLES)
+
+
+def written_items(value: Any) -> list[Any]:
+    """What could be messages or parts in a value: in lists, in JSON texts, and in an object with a list of messages."""
+    if isinstance(value, str) and JSON_NAME.search(value):
+        try:
+            return written_items(parse(value, "", ""))
+        except BadRow:
+            return [None]
+    if isinstance(value, dict):
+        lists = [value[name] for name in ("messages", "conversations") if isinstance(value.get(name), list)]
+        return written_items(lists[0]) if lists else [value]
+    return [item for held in value for item in written_items(held)] if isinstance(value, list) else [value]
 
 
 def is_part(item: Any) -> bool:

@@ -18,15 +18,15 @@ def _word(text: str) -> np.uint64:
 
 
 OPEN, CLOSE = _word("<think>"), _word("</think>")
-TWO, THREE, SIX, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 6, 7))
+TWO, THREE, FIVE, SEVEN = (np.uint64((1 << 8 * size) - 1) for size in (2, 3, 5, 7))
 """Masks of so many bytes."""
-QUOTES = (34, 39)
+QUOTES, BYTES = (34, 39), 98
 SPACES_OF_2 = tuple(map(_word, "\u0085\u00a0\u00ad"))
 SPACES_OF_3 = tuple(map(_word, "\u1680\u2028\u2029\u202f\u205f\u2060\u3000\ufeff"))
 FIRST_OF_RANGE, LAST_OF_RANGE = _word("\u2000"), _word("\u200f")
 """White space and characters without a width, as UTF-8. The range differs only in its last byte."""
-NAMES = tuple(_word(f"{quote}{name}{quote}") for quote in "\"'" for name in ("role", "from", "type"))
-"""A name that every message or content part has: see `sft.chat.messages.JSON_NAME`."""
+NAMES = tuple(_word(quote + name) for quote in "\"'" for name in ("role", "from", "type"))
+"""How a name that every message or content part has begins: see `sft.chat.messages.JSON_NAME`."""
 
 
 @inlined
@@ -78,9 +78,9 @@ def holds_no_text(text: Any, start: int, end: int) -> bool:
 @inlined
 def has_name(text: Any, start: int, end: int) -> bool:
     """Whether one of NAMES is in the text."""
-    while start + 6 <= end and text[start] & SIX not in NAMES:
+    while start + 5 <= end and text[start] & FIVE not in NAMES:
         start += 1
-    return bool(start + 6 <= end)
+    return bool(start + 5 <= end)
 
 
 @inlined
@@ -95,6 +95,8 @@ def only_closes_thoughts(text: Any, start: int, end: int) -> bool:
 def has_quotes(text: Any, start: int, end: int) -> bool:
     """Whether a text, without white space around it, begins and ends with the same quote: see `sft.chat.fields.is_quoted`."""
     start = skip_blanks(text, start, end)
+    if start < end and text[start] & np.uint64(0xFF) == BYTES:
+        start += 1
     quote = text[start] & np.uint64(0xFF) if start < end else np.uint64(0)
     if quote not in QUOTES:
         return False
@@ -119,13 +121,15 @@ def has_unclear(messages: Any, row: int, first: int, end: int) -> bool:
         if byte <= 32 or byte >= 128:
             start = skip_blanks(text, start, stop)
             byte = text[start] & np.uint64(0xFF) if start < stop else np.uint64(0)
-        if byte in QUOTES and messages.roles[message] < FIRST_RESULT and has_quotes(text, start, stop):
+        may_quote = (byte in QUOTES or byte == BYTES) and messages.roles[message] < FIRST_RESULT
+        if may_quote and has_quotes(text, start, stop):
             return True
         is_json = (byte == 91 or byte == 123) and messages.roles[message] < FIRST_RESULT  # [ {
         if is_json and has_name(text, start, stop):
             return True
         if messages.spans[message, THINKING, START] != NONE:
+            begin, end_of_thoughts = messages.spans[message, THINKING, START], messages.spans[message, THINKING, END]
             opens = byte == 60 and start + 7 <= stop and text[start] & SEVEN == OPEN
-            if opens or only_closes_thoughts(text, start, stop):
+            if opens or only_closes_thoughts(text, start, stop) or has_quotes(text, begin, end_of_thoughts):
                 return True
     return False

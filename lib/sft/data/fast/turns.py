@@ -392,17 +392,17 @@ def find_groups(hashed: Any, ends: Any, spans: Any) -> Any:
                 break
             at_role = hashed[U(at)] == 0
         stop = start
-        spans[2, document] = start == NONE
+        changes = start == NONE
         while start != NONE and stop < end and hashed[U(stop)] != 0:
-            spans[2, document] |= hashed[U(stop)] >= 128 or hashed[U(stop)] == 13
+            changes |= (hashed[U(stop)] >= 128) | (hashed[U(stop)] == 13)
             stop += 1
         while start < stop and is_space(hashed[U(stop - 1)]):
             stop -= 1
         while start < stop and is_space(hashed[U(start)]):
             start += 1
         if start >= stop:
-            start, stop, spans[2, document] = begin, end, 1
-        spans[0, document], spans[1, document] = start, stop
+            start, stop, changes = begin, end, True
+        spans[0, document], spans[1, document], spans[2, document] = start, stop, changes
         begin = end
     return spans
 
