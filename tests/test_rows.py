@@ -46,6 +46,9 @@ LAYOUTS = {
     "unknown fields": {"messages": [{**m, "score": 3, "id": "x"} for m in HELLO]},
     "dolly": {"instruction": "Hi", "context": "", "response": "Hello", "category": "open_qa"},
     "both names of a field": {"messages": [{**m, "from": m["role"], "value": m["content"]} for m in HELLO]},
+    "one name of two holds nothing": {
+        "messages": [{"from": m["role"], "role": {}, "content": [], "value": m["content"]} for m in HELLO]
+    },
     "a refusal": {"messages": [HELLO[0], {"role": "assistant", "content": "", "refusal": "Hello"}]},
     "an empty function_call": {"messages": [{**m, "function_call": {"name": None, "arguments": None}} for m in HELLO]},
     "sharegpt": {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]},

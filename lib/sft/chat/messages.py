@@ -93,7 +93,7 @@ def read_one_of(item: Mapping[str, Any], names: tuple[str, str], index: int) -> 
     first, second = map(item.get, names)
     if is_empty(second) or first == second:
         return second if first is None else first
-    if first is None or first == "":
+    if is_empty(first):
         return second
     if names[0] == "role" and read_role(first, index) == read_role(second, index):
         return first
