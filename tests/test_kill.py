@@ -93,7 +93,7 @@ def test_killed_at_random_moments(folder: Path, whole: dict[int, Path], ranks: i
 
 MOMENTS = {
     "between the weights and their hashes": {"at": "sft.formats.manifest.describe", "call": 2, "thread": "saving"},
-    "in the middle of the hashes": {"at": "sft.formats.manifest.hash_file", "call": 13, "thread": "ThreadPool"},
+    "in the middle of the hashes": {"at": "sft.formats.manifest.hash_file", "call": 13, "thread": "saving"},
     "before the manifest": {"at": "sft.formats.record.write_atomic", "call": 6, "thread": "saving"},
     "between the rename and LATEST": {"at": "sft.checkpoint.step_folder.mark_latest", "call": 2, "thread": "saving"},
     "between LATEST and BEST": {"at": "sft.checkpoint.step_folder.mark_best", "call": 1, "thread": "saving"},
