@@ -101,9 +101,11 @@ def environment(name: str, *requirements: str) -> Path:
             work = folder.with_suffix(".new")
             shutil.rmtree(work, ignore_errors=True)
             try:
-                venv.create(work, with_pip=True)
-                install = [work / "bin" / "python", "-m", "pip", "install", "-q", "--only-binary", ":all:"]
-                subprocess.run([*install, *requirements], check=True, capture_output=True, timeout=5 * TIMEOUT_S)
+                venv.create(work, with_pip=False)
+                # Python compiles the modules that are used. pip would compile all of them.
+                install = ["install", "-q", "--only-binary", ":all:", "--no-compile"]
+                command = [sys.executable, "-m", "pip", "--python", work / "bin" / "python", *install, *requirements]
+                subprocess.run(command, check=True, capture_output=True, timeout=5 * TIMEOUT_S)
             except (OSError, subprocess.SubprocessError) as error:
                 pytest.skip(f"{name} cannot be fetched: {error}")
             work.rename(folder)
