@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -50,14 +51,28 @@ LONGEST = (
 
 UNTRACED = ("compile", "slow", "processes", "slurm")
 """Marks of tests whose work is in compilers, libraries and other processes, which coverage does not see. Tracing slows them."""
+TRACED_CASES = 3
+"""The first cases of a parametrized test take nearly all of its branches. Tracing makes Python code a third slower."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    cases = Counter[str]()
     for item in items:
-        if any(item.get_closest_marker(name) for name in UNTRACED):
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        if cases[test] > TRACED_CASES or any(item.get_closest_marker(name) for name in UNTRACED):
             item.add_marker("no_cover")
     start = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: start.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stops a second tracer. In a worker of xdist, pytest-cov 7.1 starts one with its options and one with the session, and pauses only the
+    last. Nobody reads what the first one traces."""
+    plugin = session.config.pluginmanager.getplugin("_cov")
+    if plugin and plugin.cov_controller and hasattr(session.config, "workerinput"):
+        plugin.cov_controller.cov.stop()
 
 
 def pytest_collection() -> None:

@@ -1,0 +1,23 @@
+"""Coverage traces the tests that tests/conftest.py leaves to it, and no others."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from conftest import TRACED_CASES
+
+
+def is_traced() -> bool:
+    return type(sys.gettrace()).__module__.startswith("coverage")
+
+
+@pytest.mark.slow
+def test_a_slow_test_is_not_traced() -> None:
+    assert not is_traced()
+
+
+@pytest.mark.parametrize("case", range(TRACED_CASES + 1))
+def test_the_first_cases_of_a_test_are_traced(request: pytest.FixtureRequest, case: int) -> None:
+    assert is_traced() == (case < TRACED_CASES and bool(request.config.getoption("cov_source", default=None)))
