@@ -140,7 +140,9 @@ check: | $(TOOLS) ## lint, format, types, shell scripts, prose
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
 	$(PY) tests/prose.py
 compiled: | $(TOOLS) ## let numba compile what prepare runs, which takes a minute once (make test does it)
-	@$(if $(TESTS),,.venv/bin/python -m pytest -o addopts= -qq -p no:cacheprovider tests/test_real_tokenizers.py::test_plain_rows_and_other_rows_give_the_same)
+	@$(if $(TESTS),,.venv/bin/python -m pytest -o addopts= -qq -p no:cacheprovider tests/test_real_tokenizers.py::test_plain_rows_and_other_rows_give_the_same "tests/test_forms.py::test_both_ways_make_the_same[thinker]")
+# Tests write bytecode, also in an image that forbids it. An environment that is made for them needs none ahead, which would take a minute and a half.
+test test-quick: export PYTHONDONTWRITEBYTECODE :=
 # Numba compiles for a minute in a fresh clone: once, beside the checks, and not in every worker of pytest. Some TESTS may need none of it.
 test: | $(TOOLS) ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
 	@$(MAKE) --no-print-directory -j 2 check compiled
