@@ -139,11 +139,11 @@ check: | $(TOOLS) ## lint, format, types, shell scripts, prose
 	.venv/bin/mypy
 	.venv/bin/shellcheck -x env/*.sh stages/*.sh .ci/run
 	$(PY) tests/prose.py
-compiled: | $(TOOLS) ## let numba compile what prepare runs, which takes a minute once (make test does it)
-	@$(if $(TESTS),,.venv/bin/python -m pytest -o addopts= -qq -p no:cacheprovider tests/test_real_tokenizers.py::test_plain_rows_and_other_rows_give_the_same "tests/test_forms.py::test_both_ways_make_the_same[thinker]")
+compiled: | $(TOOLS) ## let Python compile the tests and numba what prepare runs, which takes a minute once (make test does it)
+	@$(if $(TESTS),,.venv/bin/python -m pytest -o addopts= -qq -p no:cacheprovider -k "test_plain_rows_and_other_rows_give_the_same or test_forms and test_both_ways_make_the_same and thinker")
 # Tests write bytecode, also in an image that forbids it. An environment that is made for them needs none ahead, which would take a minute and a half.
 test test-quick: export PYTHONDONTWRITEBYTECODE :=
-# Numba compiles for a minute in a fresh clone: once, beside the checks, and not in every worker of pytest. Some TESTS may need none of it.
+# All of this is compiled once, beside the checks, and not by every worker of pytest. Some TESTS may need none of it.
 test: | $(TOOLS) ## all tests, and the branches of lib/sft that they take; TESTS="tests/test_packing.py -k name" for some of them
 	@$(MAKE) --no-print-directory -j 2 check compiled
 	.venv/bin/python -m pytest --cov --cov-report= $(TESTS)
