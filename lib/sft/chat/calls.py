@@ -11,6 +11,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from sft.chat.fields import RESULT_ROLES
 from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, parse_each, to_json
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
@@ -113,6 +114,31 @@ def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
     if column == "functions":
         tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
     return [dict(tool) for tool in tools] or None
+
+
+def check_results(messages: Sequence[Mapping[str, Any]], names_are_written: bool) -> None:
+    """Raises BadRow when a result after calls has the id, or the name, of another call than the one in its place. For templates that write no
+    ids, under which only the order says which call a result belongs to, or a name that one call has if they write names."""
+    calls: list[Mapping[str, Any]] = []
+    place = 0
+    for index, message in enumerate(messages):
+        if "tool_calls" in message:
+            calls, place = [*(() if place else calls), *message["tool_calls"]], 0
+        elif message["role"] not in RESULT_ROLES:
+            calls, place = [], 0
+        elif calls:
+            names = [call["function"]["name"] for call in calls]
+            is_named = names_are_written and names.count(message.get("name", "")) == 1
+            found, known = message.get("tool_call_id"), [call.get("id") for call in calls]
+            if found is None or found not in known:
+                found, known = message.get("name"), names
+            if found in known and known[place : place + 1] != [found] and not is_named:
+                raise BadRow(
+                    "order_of_results",
+                    f"message {index} is the result of the call {str(found)[:40]!r} and stands where that of another call belongs, and the template"
+                    " writes no ids; next: put the results in the order of the calls",
+                )
+            place += 1
 
 
 def calls_text(tool_calls: Sequence[Mapping[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sft.chat.calls import parameters_of, read_tools
+from sft.chat.calls import check_results, parameters_of, read_tools
 from sft.chat.details import DETAIL, read_details
 from sft.chat.fields import FieldCounter, HeldFields
 from sft.chat.messages import (
@@ -125,6 +125,8 @@ class RowReader:
         """Columns that are read beside those of messages."""
         first = self.layouts[0]
         self.messages = self.columns[first] if first in ("messages", "conversations") else ""
+        self.writes_ids = {("tool_call_id", "tool"), ("id", "assistant")} <= set(written)
+        self.writes_names = ("name", "tool") in written
         self.counter = FieldCounter(source.ignore, written, source.validation_group)
 
     def ignores_fields(self, names: Collection[str]) -> bool:
@@ -166,6 +168,8 @@ class RowReader:
             system, tools, variables = self._pick(row, "system"), self._read_tools(row), self._read_variables(row)
             used += (*self.names["system"], *self.names["tools"], KWARGS)
         messages, flags, details = self._read_messages(turns, parameters_of(tools) if tools else {})
+        if not self.writes_ids:
+            check_results(messages, self.writes_names)
         if not is_plain:
             used += read_flag_lists(row, turns, flags)
             if not is_empty(row.get(DETAIL)) and (values := list_of_flags(row, DETAIL, turns)):

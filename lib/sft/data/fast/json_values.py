@@ -30,7 +30,8 @@ from sft.data.fast.json_text import (
     skip_space,
     skip_value,
 )
-from sft.data.fast.messages import CALLS, END, NONE, START, TOOL_CALLS, TOOLS, Names, U
+from sft.data.fast.messages import CALL_ID, CALLS, END, FIRST_RESULT, NONE, START, TOOL_CALLS, TOOLS, Names, U
+from sft.data.fast.messages import NAME as RESULT_NAME
 from sft.data.fast.turns import copy
 
 NEWLINE, OPEN, CLOSE = b"\n()"
@@ -48,6 +49,8 @@ class ValueTexts(NamedTuple):
 
     as_objects: bool
     """Write JSON for Jinja templates, not the text of the named ones."""
+    checks_results: bool
+    """Whether a row whose results do not follow the order of its calls is left to Python."""
     call_fields: Names
     function_fields: Names
     tags: Names
@@ -161,12 +164,46 @@ def read_call(source: Any, at: int, spare: Any, target: Any, to: int, values: An
 
 
 @inlined
+def same_text(data: Any, at: int, messages: Any, span: Any) -> bool:
+    """Whether the string at data[at], without escapes, is a text of the messages."""
+    length = span[END] - span[START]
+    same = at != NONE and data[U(at + 1 + length)] == QUOTE
+    for k in range(length if same else 0):
+        same &= data[U(at + 1 + k)] == messages.text[U(span[START] + k)] & np.uint64(0xFF)
+    return bool(same)
+
+
+@compiled
+def fits_result(data: Any, messages: Any, result: int, end: int, values: Any) -> bool:
+    """Whether a message before `end` is no result, or has the id of the call that was read last, or without an id its name, or neither."""
+    if result >= end or messages.roles[result] < FIRST_RESULT:
+        return True
+    for kind, at in ((CALL_ID, values.found[0, ID]), (RESULT_NAME, values.found[1, NAME])):
+        if messages.spans[result, kind, END] > messages.spans[result, kind, START]:
+            return same_text(data, at, messages, messages.spans[result, kind])
+    return True
+
+
+@compiled
+def has_more_results(messages: Any, message: int, end: int) -> bool:
+    """Whether results with an id or a name, or more calls, follow in the messages before `end`."""
+    if message < end and messages.spans[message, TOOL_CALLS, START] != NONE:
+        return True
+    while message < end and messages.roles[message] >= FIRST_RESULT:
+        spans = messages.spans[message]
+        if spans[CALL_ID, END] > spans[CALL_ID, START] or spans[RESULT_NAME, END] > spans[RESULT_NAME, START]:
+            return True
+        message += 1
+    return False
+
+
+@inlined
 def read_calls(
-    source: Any, message: int, spare: Any, target: Any, to: int, values: Any, messages: Any, count: int
+    source: Any, row: int, message: int, spare: Any, target: Any, to: int, values: Any, messages: Any, count: int
 ) -> Any:
     """Writes the calls of a message. Returns where they end, their number with those before them, and which fields they have; NONE for calls that are left
     to Python."""
-    data, all_held = source.bytes, 0
+    data, all_held, result, last = source.bytes, 0, message + 1, messages.first[row + 1]
     at, end = messages.spans[message, TOOL_CALLS, START], messages.spans[message, TOOL_CALLS, END]
     while True:
         at = skip_space(data, at + 1)  # after the bracket or a comma
@@ -175,8 +212,13 @@ def read_calls(
             return NONE, 0, 0
         count += 1
         all_held |= held
+        if values.checks_results and not fits_result(data, messages, result, last, values):
+            messages.is_plain[row] = False
+        result += 1
         at = skip_space(data, at)
         if data[U(at)] != COMMA:
+            if values.checks_results and has_more_results(messages, result, last):
+                messages.is_plain[row] = False
             return (to if at + 1 == end else NONE), count, all_held
         target.bytes[U(to)] = NEWLINE
         to += 1
@@ -237,7 +279,7 @@ def read_values(source: Any, spare: Any, target: Any, to: int, values: Any, mess
         for message in range(messages.first[row], messages.first[row + 1]):
             if messages.spans[message, TOOL_CALLS, START] == NONE:
                 continue
-            end, count, held = read_calls(source, message, spare, target, to, values, messages, num_calls)
+            end, count, held = read_calls(source, row, message, spare, target, to, values, messages, num_calls)
             if end == NONE:
                 continue
             if values.as_objects:

@@ -6,6 +6,7 @@ A row whose value has anything unusual is no longer plain, and `sft.chat` reads 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -24,7 +25,21 @@ from sft.data.compiled import WORD, words_of
 from sft.data.fast.json_copy import MOST_NAMES
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
 from sft.data.fast.json_values import HAS_CALL, HAS_ID, HAS_TYPE, SHORTEST_CALL, ValueTexts, read_values
-from sft.data.fast.messages import CALLS, END, NONE, NUM_TEXTS, START, TOOL_CALLS, TOOLS, Messages, Names, SourceNames
+from sft.data.fast.messages import (
+    CALL_ID,
+    CALLS,
+    END,
+    FIRST_RESULT,
+    NAME,
+    NONE,
+    NUM_TEXTS,
+    START,
+    TOOL_CALLS,
+    TOOLS,
+    Messages,
+    Names,
+    SourceNames,
+)
 from sft.recipe.row_fields import CALL_FIELDS, FUNCTION_FIELDS
 
 try:  # of the extra `fast`; what either of them refuses, `sft.chat` reads
@@ -117,7 +132,7 @@ class Values:
     """Turns the values of one source's rows into texts: those of the named templates, or with `as_objects` JSON for Jinja templates."""
 
     def __init__(self, reader: RowReader, as_objects: bool) -> None:
-        self.counter, self.as_objects = reader.counter, as_objects
+        self.counter, self.as_objects, self.checks_results = reader.counter, as_objects, not reader.writes_ids
         self.known_tools: dict[tuple[str, str | bytes], list[bytes] | None] = {}
         self.shapes: dict[tuple[str | None, ...], tuple[str, ...] | None] = {}
         self.seen: dict[int, set[str]] = {}  # by row: the fields of its calls
@@ -176,7 +191,8 @@ class Values:
         if len(self.spare) < lines + 2 * WORD:
             self.spare = np.empty(lines + 2 * WORD, dtype=np.uint8)
         texts = ValueTexts(
-            self.as_objects, OF_CALL_NAMES, OF_FUNCTION_NAMES, TAGS, self.held, is_read, values.other_columns, self.names, self.found
+            self.as_objects, self.checks_results, OF_CALL_NAMES, OF_FUNCTION_NAMES, TAGS, self.held, is_read, values.other_columns,
+            self.names, self.found,
         )  # fmt: skip
         source, spare, target = Buffer.of(values.data), Buffer.of(self.spare), Buffer.of(buffer)
         end, num_calls, num_tools = read_values(source, spare, target, start, texts, room_for)
@@ -191,7 +207,9 @@ class Values:
         read = values.calls(messages.spans[found, TOOL_CALLS])
         for message, row, value in zip(found.tolist(), rows.tolist(), read, strict=True):
             calls = self._calls(value, self.seen.setdefault(row, set()))
-            if calls is None:
+            if calls is None or (
+                self.checks_results and has_order(messages, message, int(messages.first[row + 1]), len(calls))
+            ):
                 messages.is_plain[row] = False
             elif self.as_objects:
                 spans += [[texts.add(text) if text is not None else (NONE, NONE) for text in call] for call in calls]
@@ -293,6 +311,19 @@ class Values:
             known = all(is_read or name in self.counter.ignore for name, is_read in names)
             self.shapes[shape] = tuple(name for name, _ in names) if known else None
         return self.shapes[shape]
+
+
+def has_order(messages: Messages, message: int, end: int, calls: int) -> bool:
+    """Whether the order of the results before `end` may differ from that of the calls of a message: several calls or results, and ids or names."""
+    after = itertools.takewhile(lambda at: messages.roles[at] >= FIRST_RESULT, range(message + 1, end))
+    results = messages.spans[list(after), :NUM_TEXTS]
+    named = results[:, (CALL_ID, NAME)]
+    more = message + 1 < end and (
+        messages.spans[message + 1, TOOL_CALLS, START] != NONE
+        or messages.spans[message + 1, CALLS, START] != NONE
+        or messages.call_spans[message + 1, END] > 0
+    )
+    return bool(more or (calls + len(results) > 2 and (named[..., END] > named[..., START]).any()))
 
 
 def holds_null(value: Any) -> bool:

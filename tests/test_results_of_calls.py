@@ -1,0 +1,132 @@
+"""Under a template that writes no ids, results in another order than their calls reject the row, in compiled code and in Python alike."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chat_samples import SOURCE, both_ways, encoder, make_tokenizer, turns
+from jinja_samples import TEXTS
+from sft.chat.calls import check_results
+from sft.chat.values import BadRow
+from sft.data.tokenize import Encoder
+from sft.sources.blocks import ColumnBlock, LineBlock
+
+pytestmark = pytest.mark.compile
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = make_tokenizer(tmp_path_factory.mktemp("results") / "tokenizer")
+    made: dict[str, Encoder] = {}
+
+    def find(name: str) -> Path:
+        (file := folder / name).write_text(TEXTS[name.removesuffix(".jinja")])
+        return file
+
+    def get(name: str) -> Encoder:
+        return made.setdefault(name, made.get(name) or encoder(folder, name, find))
+
+    return get
+
+
+def call(name: str, number: str | None = None) -> dict[str, Any]:
+    return {
+        **({"id": number} if number else {}),
+        "type": "function",
+        "function": {"name": name, "arguments": '{"x": 1}'},
+    }
+
+
+def calls(*made: dict[str, Any]) -> dict[str, Any]:
+    return {"role": "assistant", "content": None, "tool_calls": list(made)}
+
+
+def result(number: str | None = None, name: str | None = None) -> dict[str, Any]:
+    fields = {"tool_call_id": number, "name": name}
+    return {"role": "tool", "content": "1", **{field: value for field, value in fields.items() if value}}
+
+
+def conversation(*messages: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": [*turns(("user", "q")), *messages, *turns(("assistant", "a"))]}
+
+
+A, B = call("f", "a"), call("f", "b")
+IN_ORDER = {
+    "ids": [calls(A, B), result("a"), result("b")],
+    "one call": [calls(A), result("a")],
+    "names": [calls(call("f"), call("g")), result(name="f"), result(name="g")],
+    "neither": [calls(A, B), result(), result()],
+    "the same id twice": [calls(A, A), result("a"), result("a")],
+    "other ids": [calls(A, B), result("y"), result("x")],
+    "calls after results": [calls(A), result("a"), calls(B), result("b")],
+    "two messages of calls": [calls(A), calls(B), result("a"), result("b")],
+    "a missing last one": [calls(A, B), result("a")],
+}
+OUT_OF_ORDER = {
+    "ids": [calls(A, B), result("b"), result("a")],
+    "names": [calls(call("f"), call("g")), result(name="g"), result(name="f")],
+    "a missing first one": [calls(A, B), result("b")],
+    "one twice": [calls(A, B), result("a"), result("a")],
+    "two messages of calls": [calls(A), calls(B), result("b"), result("a")],
+    "the second of two messages of calls": [calls(A), calls(B), result("b")],
+    "more results than calls": [calls(A), result("a"), result("a")],
+}
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["lines", "columns"])
+@pytest.mark.parametrize("template", ["olmo", "thinker.jinja"])
+def test_results_out_of_order_reject_the_row(encoders: Any, template: str, columns: bool) -> None:
+    made = encoders(template)
+    rows = [conversation(*messages) for messages in (*IN_ORDER.values(), *OUT_OF_ORDER.values())]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    block = ColumnBlock.of(rows) if columns else LineBlock.of(lines)
+    for _ in range(2):
+        compiled, python, _ = both_ways(made, block)
+        assert compiled == python
+    rejects = made.encode(rows, SOURCE).rejects
+    names = len(IN_ORDER) + list(OUT_OF_ORDER).index("names")  # thinker writes the names of results
+    wrong = [row for row in range(len(IN_ORDER), len(rows)) if row != names or template == "olmo"]
+    assert [reject.row for reject in rejects] == wrong
+    assert {reject.reason for reject in rejects} == {"order_of_results"}
+    assert "result of the call 'b'" in rejects[0].detail and "next: put the results" in rejects[0].detail
+
+
+def test_parallel_calls_in_order_are_read_by_compiled_code(encoders: Any) -> None:
+    row = json.dumps(conversation(*IN_ORDER["ids"])).encode() + b"\n"
+    compiled, python, count = both_ways(encoders("olmo"), LineBlock.of(row))
+    assert compiled == python and count == 1
+
+
+some_calls = st.lists(
+    st.builds(call, st.sampled_from("fg"), st.sampled_from(["a", "b", "é", None])), min_size=1, max_size=3
+)
+some_results = st.builds(result, st.sampled_from(["a", "b", "é", "x", None]), st.sampled_from(["f", "g", None, None]))
+messages = st.one_of(
+    some_calls.map(lambda made: calls(*made)), some_results, some_results, st.sampled_from(turns(("user", "u")))
+)
+
+
+@pytest.mark.parametrize("template", ["olmo", "thinker.jinja"])
+@settings(max_examples=150, deadline=None)
+@given(rows=st.lists(st.lists(messages, max_size=6), min_size=1, max_size=4), columns=st.booleans())
+def test_both_ways_judge_the_same(encoders: Any, template: str, rows: list[Any], columns: bool) -> None:
+    made = [conversation(*row) for row in rows]
+    lines = "".join(json.dumps(row) + "\n" for row in made).encode()
+    compiled, python, _ = both_ways(encoders(template), ColumnBlock.of(made) if columns else LineBlock.of(lines))
+    assert compiled == python
+
+
+def test_a_template_that_writes_ids_or_names_takes_any_order(encoders: Any) -> None:
+    swapped = [calls(call("f", "a"), call("g", "b")), result("b", "g"), result("a", "f")]
+    assert not encoders("olmo").reader(SOURCE).writes_ids
+    check_results(swapped, names_are_written=True)
+    with pytest.raises(BadRow):
+        check_results(swapped, names_are_written=False)
+    with pytest.raises(BadRow):
+        check_results([calls(A, B), result("b", "f"), result("a", "f")], names_are_written=True)
