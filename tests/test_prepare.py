@@ -195,6 +195,13 @@ def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
     assert source["rows"] == source["found"] + source["rejected"]
 
 
+def test_the_line_of_a_source_names_the_limits_that_left_documents_out(tmp_path):
+    write_rows(tmp_path / "rows.jsonl", [conversation(i) for i in range(60)])
+    s = stage(tmp_path, sources=(Source(path="rows.jsonl", weight=0.5, max_documents=11),))
+    prepare.prepare(s)
+    assert any(line.endswith("taken 11 of 60 (weight 0.5, max_documents 11)") for line in s.said)
+
+
 def test_where_a_row_makes_several_documents_rows_and_documents_add_up(tmp_path):
     rows = [
         {"messages": [{"role": role, "content": f"{n} {i}"} for n in range(3) for role in ("user", "assistant")]}

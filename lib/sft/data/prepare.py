@@ -86,8 +86,8 @@ def prepare(stage: Stage, shard: Shard | None = None) -> Result:
 def _log_mix(work: Preparation, mixed: Mixed, indexes: Sequence[SourceIndex]) -> None:
     """Logs what became of every source's rows, and warnings about rejects, and about sources and splits that are empty."""
     log, table = work.log, work.table
-    for files, entry, index in zip(work.inputs, mixed.report, indexes, strict=True):
-        for line in source_lines(files, entry, index.rejects, index.rows_read):
+    for source, files, entry, index in zip(table.sources, work.inputs, mixed.report, indexes, strict=True):
+        for line in source_lines(source, files, entry, index.rejects, index.rows_read):
             log(line)
     if table.validation_fraction and not len(mixed.validation):
         log(

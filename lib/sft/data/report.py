@@ -13,10 +13,11 @@ from sft.common.strings import first_names
 from sft.data.row_names import RejectTally
 from sft.formats.dataset import SourceMix
 from sft.formats.rejects import REJECTS
+from sft.recipe.schema import Source
 from sft.sources.input_files import SourceFiles
 
 
-def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> Iterator[str]:
+def source_lines(source: Source, files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> Iterator[str]:
     """The lines of one source. A source with rejects has a warning, also when the stage succeeds. `found`: its rows."""
     if files.found > len(files.files):
         parts = [
@@ -25,7 +26,7 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found
             if names
         ]
         yield f"{mix.path}: {len(files.files)} of {files.found} files are read; {'; '.join(parts)}"
-    yield _rows(files, mix, rejects, found)
+    yield _rows(source, files, mix, rejects, found)
     if rejects.total:
         first = rejects.first
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.reasons.most_common())
@@ -37,7 +38,7 @@ def source_lines(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found
         yield f"warning: {mix.path}: weight {mix.weight} and its caps leave none of {mix.found} documents"
 
 
-def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> str:
+def _rows(source: Source, files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) -> str:
     """What became of the rows. Two kinds are left out where there are none, so that the line stays short."""
     rejected = f"rejected {rejects.total}" + (f" ({rejects.first.reason})" if rejects.total else "")
     usable = found - rejects.total
@@ -49,8 +50,9 @@ def _rows(files: SourceFiles, mix: SourceMix, rejects: RejectTally, found: int) 
     if mix.near_duplicates:
         parts.append(f"near-duplicates {mix.near_duplicates}")
     parts += [f"held out {mix.held_out}", f"taken {mix.taken} of {mix.available}"]
-    if mix.weight != 1:
-        parts[-1] += f" (weight {mix.weight})"
+    limits = [f"{name} {limit}" for name in ("max_documents", "max_tokens") if (limit := getattr(source, name))]
+    if mix.weight != 1 or limits:
+        parts[-1] += f" ({', '.join([f'weight {mix.weight}', *limits])})"
     if mix.validation != mix.held_out:
         copies = f" ({mix.validation_copies} others repeat one of them)" if mix.validation_copies else ""
         parts.append(f"in validation {mix.validation}{copies}")
