@@ -12,7 +12,10 @@ import importlib.metadata
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 from patience import PATIENCE
 
@@ -51,16 +54,37 @@ def fetch(packages: Path) -> Path:
     return found[0]
 
 
+def once(parse: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """`parse`, which is called once for each value. The reader keeps the values, so that their ids stay theirs."""
+    parsed: dict[int, Any] = {}
+
+    def looked_up(value: Any, types: Any) -> Any:
+        if id(value) not in parsed:
+            parsed[id(value)] = parse(value, types)
+        return parsed[id(value)]
+
+    return looked_up
+
+
 def make(folder: Path, packages: Path) -> Path:
     """Writes the model in fp32 and its tokenizer to `folder`. Raises Unavailable."""
     file = fetch(packages)
     import gguf
+    import numpy as np
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
     # transformers reads the file's 150,000 texts for each of its parts, and makes the table of names for each layer.
-    gguf.GGUFReader = functools.cache(gguf.GGUFReader)
+    reader = gguf.GGUFReader
+
+    @functools.cache
+    def read_file(path: str) -> Any:  # a slice of a memmap takes four times as long
+        with mock.patch.object(np, "memmap", lambda path, mode: np.fromfile(path, dtype=np.uint8)):
+            return reader(path)
+
+    gguf.GGUFReader = read_file
     gguf.get_tensor_name_map = functools.cache(gguf.get_tensor_name_map)
+    modeling_gguf_pytorch_utils._gguf_parse_value = once(modeling_gguf_pytorch_utils._gguf_parse_value)
     read = AutoModelForCausalLM.from_pretrained(str(packages), gguf_file=file.name, dtype="float32")
     config = type(read.config).from_dict(
         {k: v for k, v in read.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
