@@ -424,15 +424,15 @@ def _cell(
     renderer: Renderer | None, refusal: str, value: Row, prepare: Prepare, text: str, tokens: Tokens
 ) -> tuple[str, str]:
     names = (
-        () if renderer is None else (False, renderer.template.developer_role(), renderer.template.field_of_thoughts())
+        () if renderer is None else (False, renderer.template.renamed_roles(), renderer.template.field_of_thoughts())
     )
     read: Callable[[Any], Any] = RowReader(prepare, SOURCE, *names).read
     trained = [index for index, train in enumerate(read(copy.deepcopy(value)).train) if train]
-    developer = "developer" if renderer is None else renderer.template.developer_role()
+    roles = {} if renderer is None else renderer.template.renamed_roles()
     messages = [
         {
-            key: developer
-            if item == "developer"
+            key: roles[item]
+            if key == "role" and item in roles
             else "".join(part["text"] for part in item)
             if key == "content" and isinstance(item, list)
             else item

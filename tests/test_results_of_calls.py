@@ -1,4 +1,4 @@
-"""Under a template that writes no ids, results in another order than their calls reject the row, in compiled code and in Python alike."""
+"""Results of calls, in compiled code and in Python alike: their order under a template that writes no ids, and their roles."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat_samples import SOURCE, both_ways, encoder, make_tokenizer, turns
-from jinja_samples import TEXTS
+from chat_samples import SOURCE, both_ways, encoder, make_tokenizer, text_of, turns
+from jinja_samples import TEXTS, THINKER
 from sft.chat.calls import check_results
+from sft.chat.rows import RowReader
 from sft.chat.values import BadRow
 from sft.data.tokenize import Encoder
+from sft.recipe.schema import Prepare
 from sft.sources.blocks import ColumnBlock, LineBlock
 
 pytestmark = pytest.mark.compile
+ONLY_TOOLS = THINKER.replace("('tool', 'environment')", "('tool',)").replace(" or not loop.first %}", " %}")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,8 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     made: dict[str, Encoder] = {}
 
     def find(name: str) -> Path:
-        (file := folder / name).write_text(TEXTS[name.removesuffix(".jinja")])
+        texts = {**TEXTS, "only tools": ONLY_TOOLS}
+        (file := folder / name).write_text(texts[name.removesuffix(".jinja")])
         return file
 
     def get(name: str) -> Encoder:
@@ -130,3 +134,25 @@ def test_a_template_that_writes_ids_or_names_takes_any_order(encoders: Any) -> N
         check_results(swapped, names_are_written=False)
     with pytest.raises(BadRow):
         check_results([calls(A, B), result("b", "f"), result("a", "f")], names_are_written=True)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["lines", "columns"])
+@pytest.mark.parametrize("role", ["function", "environment", "ipython"])
+def test_a_role_of_results_that_the_template_lacks_is_its_tool(encoders: Any, role: str, columns: bool) -> None:
+    made = encoders("only tools.jinja")
+    assert made.reader(SOURCE).renamed_roles == {
+        "developer": "system", "function": "tool", "ipython": "tool", "environment": "tool"
+    }  # fmt: skip
+    rows = [conversation(calls(A), {**result("a"), "role": role}) for _ in range(4)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    compiled, python, _ = both_ways(made, ColumnBlock.of(rows) if columns else LineBlock.of(lines))
+    assert compiled == python
+    encoded = made.encode(rows, SOURCE)
+    assert not encoded.rejects
+    assert text_of(made, encoded) == text_of(made, made.encode([conversation(calls(A), result("a"))], SOURCE))
+
+
+def test_a_role_that_the_recipe_trains_keeps_its_name() -> None:
+    prepare = Prepare(tokenizer="t", sources=(SOURCE,), train_roles=("assistant", "environment"))
+    reader = RowReader(prepare, SOURCE, renamed_roles={"environment": "tool", "function": "tool"})
+    assert reader.renamed_roles == {"function": "tool"}

@@ -7,10 +7,11 @@ disagree raise BadRow. Nothing that has a wrong type is written as text.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from sft.chat.calls import calls_text, read_spoken, read_tool_calls
+from sft.chat.fields import RESULT_ROLES
 from sft.chat.values import BadRow, drop_nulls, is_empty, kind, parse, parse_literal, to_json
 from sft.recipe.row_fields import FLAGS, THINKING
 from sft.recipe.schema import ROLES
@@ -112,6 +113,13 @@ def read_role(role: Any, index: int, fields: Collection[Any] = ()) -> str:
     if known not in ROLES:
         raise BadRow("bad_role", f"message {index}: unknown role {known[:40]!r}; known: {', '.join(sorted(ROLES))}")
     return known
+
+
+def renamed_roles(is_known: Callable[[str], bool]) -> dict[str, str]:
+    """The roles that a template does not know under the names that it knows for the same thing: `developer` is OpenAI's newer name of system
+    messages, and the roles of results are one to all but a few templates."""
+    pairs = [("developer", "system"), *((role, "tool") for role in RESULT_ROLES if role != "tool")]
+    return {role: other for role, other in pairs if not is_known(role) and is_known(other)}
 
 
 def read_definition(value: Any, where: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sft.chat.calls import calls_text
+from sft.chat.messages import renamed_roles
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.special_tokens import SpecialTokens
 from sft.common.errors import SftError
@@ -121,8 +122,8 @@ class NamedTemplate:
             runs.append(scaffold)
         return runs, specials
 
-    def developer_role(self) -> str:
-        return "developer" if "developer" in self.turns else "system"
+    def renamed_roles(self) -> dict[str, str]:
+        return renamed_roles(lambda role: role in self.turns)
 
     def field_of_thoughts(self) -> str:
         return ""

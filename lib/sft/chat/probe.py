@@ -21,6 +21,7 @@ import jinja2.nodes
 import jinja2.sandbox
 
 from sft.chat.bounds import OutOfTime, bounded
+from sft.chat.fields import RESULT_ROLES
 from sft.chat.rows import BadRow, Conversation, Message
 from sft.chat.spans import common_prefix
 from sft.chat.special_tokens import BLOCK_SIZE, PRIVATE_BLOCKS, SpecialTokens
@@ -379,12 +380,13 @@ class TemplateProbe:
         return self._writes([{"role": "user", "content": "q"}, carrier], tools, [FIELD + "a", FIELD + "b"])
 
     def writes_role(self, role: str) -> bool:
-        """Whether the template writes a first message of this role."""
-        opening: list[Message] = [{"role": role, "content": SAID}]
+        """Whether the template writes a message of this role: the first one, or the result of a call."""
+        question, call, result, answer = _conversation_of_calls()
+        messages = [question, call, {**result, "role": role}, answer]
+        if role not in RESULT_ROLES:
+            messages = [{"role": role, "content": SAID}, question, answer]
         try:
-            return SAID in self.text(
-                [*opening, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-            )
+            return SAID in self.text(messages, self._tools() if role in RESULT_ROLES else None)
         except BadRow:
             return False
 

@@ -9,6 +9,7 @@ reason that is counted; it never ends the stage. `sft.chat.fields` counts which 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sft.chat.calls import check_results, parameters_of, read_tools
@@ -83,8 +84,8 @@ class Turns(NamedTuple):
 class RowReader:
     """Reads the rows of one source by the recipe's rules.
 
-    `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it. `developer`: the role that
-    the template knows for developer messages. `thoughts`: the only one of `reasoning_content` and `thinking` that the template reads.
+    `prompt_opens_thinking`: the template's generation prompt ends in <think>, so answers need not begin with it. `renamed_roles`: see
+    `sft.chat.messages.renamed_roles`. `thoughts`: the only one of `reasoning_content` and `thinking` that the template reads.
     `written`: see `FieldCounter`.
     """
 
@@ -93,18 +94,19 @@ class RowReader:
         prepare: Prepare,
         source: Source,
         prompt_opens_thinking: bool = False,
-        developer: str = "developer",
+        renamed_roles: Mapping[str, str] = MappingProxyType({}),
         thoughts: str = "",
         written: Collection[tuple[str, str]] = (),
     ) -> None:
         self.renamed_thoughts = ("thinking" if thoughts == "reasoning_content" else "reasoning_content", thoughts)
-        self.prompt_opens_thinking, self.developer = prompt_opens_thinking, developer
+        self.prompt_opens_thinking = prompt_opens_thinking
         renamed = dict(source.columns)
         self.columns = {name: renamed.get(name, name) for name in COLUMNS}
         self.names = {
             name: (self.columns[name], *(OTHER_NAMES.get(name, ()) if name not in renamed else ())) for name in COLUMNS
         }
         self.train_roles = frozenset(prepare.train_roles)
+        self.renamed_roles = {role: other for role, other in renamed_roles.items() if role not in self.train_roles}
         self.last_only = prepare.train_turns == "last"
         self.strip = prepare.thinking == "strip"
         self.system = prepare.system
@@ -265,7 +267,12 @@ class RowReader:
             # The common shapes are taken unchanged: a known role, a content, and other text fields that templates read.
             if type(item) is dict:
                 role = item.get("role")
-                known = type(role) is str and role in ROLES and type(item.get("content")) is str and role != "developer"
+                known = (
+                    type(role) is str
+                    and role in ROLES
+                    and type(item.get("content")) is str
+                    and role not in self.renamed_roles
+                )
                 if known and (
                     len(item) == 2
                     or (
@@ -282,8 +289,7 @@ class RowReader:
             other, wanted = self.renamed_thoughts
             if wanted and other in message:
                 message[wanted] = message.pop(other)
-            if message["role"] == "developer":
-                message["role"] = self.developer
+            message["role"] = self.renamed_roles.get(message["role"], message["role"])
             check_content(message, index)
             messages.append(message)
             if flag is not None:

@@ -21,6 +21,7 @@ import jinja2
 
 from sft.chat.checks import THINKING_FIELDS, RowChecks, shown
 from sft.chat.learn import check_generation_blocks, known_templates, learn_rules, observe, refuse, scaffold_tokens
+from sft.chat.messages import renamed_roles
 from sft.chat.named import NamedTemplate
 from sft.chat.openings import Opening, Openings
 from sft.chat.probe import RESERVED, TemplateProbe, TwoTurns
@@ -80,8 +81,8 @@ class Template(Protocol):
         """What the Jinja text writes today, without anything that `render` adds."""
         ...
 
-    def developer_role(self) -> str:
-        """The role of developer messages: OpenAI's newer name of system messages, which few templates know."""
+    def renamed_roles(self) -> dict[str, str]:
+        """See `sft.chat.messages.renamed_roles`."""
         ...
 
     def field_of_thoughts(self) -> str:
@@ -211,8 +212,8 @@ class JinjaTemplate:
             self.variants[key] = made
         return made
 
-    def developer_role(self) -> str:
-        return "developer" if self.probe.writes_role("developer") else "system"
+    def renamed_roles(self) -> dict[str, str]:
+        return renamed_roles(self.probe.writes_role)
 
     def field_of_thoughts(self) -> str:
         read = [name for name in THINKING_FIELDS if self.probe.writes_field(name, "assistant", True)]

@@ -196,7 +196,7 @@ class Encoder:
                 self.prepare,
                 source,
                 opens_thinking,
-                template.developer_role(),
+                template.renamed_roles(),
                 template.field_of_thoughts(),
                 template.written_names(),
             )
