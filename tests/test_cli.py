@@ -24,7 +24,7 @@ from sft.runner.cli import COMMAND, RunOptions, parse_run, program, run_options
 PROGRAMS = [
     *(f"stages/{p.name}" for p in sorted((REPO / "stages").glob("*.py"))),
     "-m sft.sync.fetch", "-m sft.sync.send", "-m sft.packing.arithmetic", "-m sft.launch", "-m sft.launch.commands",
-    "-m sft.launch.processes", "-m sft.launch.results", "-m sft.launch.bucket_runs", "-m sft.training",
+    "-m sft.launch.processes", "-m sft.launch.results", "-m sft.launch.bucket_runs", "-m sft.training", "-m sft.reporting",
 ]  # fmt: skip
 
 

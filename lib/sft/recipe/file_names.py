@@ -70,10 +70,8 @@ def absent(names: Iterable[str], files: Iterable[str], ignore: Sequence[str] = (
         numbers, total = present[key], int(key[1])
         m = next(iter(numbers.values()))
         first = 1 if total in numbers and 0 not in numbers else 0
-        lacking = (
-            f"{m[1]}{n:0{len(m[2])}d}{m[3]}{m[4]}{m[5]}" for n in range(first, first + total) if n not in numbers
-        )
-        missing += [name for name in lacking if not any(p.fullmatch(name) for p in passed)]
+        gaps = (f"{m[1]}{n:0{len(m[2])}d}{m[3]}{m[4]}{m[5]}" for n in range(first, first + total) if n not in numbers)
+        missing += [name for name in gaps if not any(p.fullmatch(name) for p in passed)]
     return missing
 
 
@@ -96,8 +94,8 @@ def split_of(name: str) -> str:
 
 def _words(name: str) -> list[str]:
     """The lower-case words of a name: 'train' and 'data' of 'trainData', 'test' of 'testset', 'heldout' of 'held-out'."""
-    apart = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
-    words = re.split(r"[^a-z]+", re.sub(r"\b(held|hold)[-_. ]out", r"\1out", apart.replace("_", " ")))
+    separated = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name).lower()
+    words = re.split(r"[^a-z]+", re.sub(r"\b(held|hold)[-_. ]out", r"\1out", separated.replace("_", " ")))
     return [re.sub(r"(?<=.)(set|data|split)$", "", word) for word in words]
 
 

@@ -10,11 +10,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.common.errors import SftError
+import click
+
 from sft.common.files import write_atomic
 from sft.formats.comparison import Comparison
 from sft.reporting import comparison, replies, trainings
 from sft.reporting.page import document, part
+from sft.runner.cli import program
 
 
 def page(runs: Sequence[Path], scores: Comparison | None) -> str:
@@ -39,14 +41,14 @@ def page(runs: Sequence[Path], scores: Comparison | None) -> str:
     return document(f"{', '.join(names[1:])} against {names[0]}" if scores else title, sections, facts=facts)
 
 
-def main(arguments: Sequence[str]) -> None:
-    file, *runs = map(Path, arguments)
+@program("compare", "python -m sft.reporting")
+@click.argument("file", metavar="PAGE", type=click.Path(path_type=Path))
+@click.argument("runs", metavar="RUN...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def main(file: Path, runs: tuple[Path, ...]) -> None:
+    """Writes the page that compares these runs."""
     scores = file.with_suffix(".json")
     write_atomic(file, page(runs, Comparison.read(scores) if scores.is_file() else None).encode())
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except SftError as error:
-        sys.exit(f"error: {error}")
+    sys.exit(main())

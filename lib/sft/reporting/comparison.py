@@ -49,7 +49,7 @@ def draw(page: Path, runs: Sequence[Path]) -> str:
     if not python.exists():
         return f"no page: it is drawn by the packages of .venv, which is not there; next: make setup, then compare again ({page})"
     page.parent.mkdir(parents=True, exist_ok=True)
-    command = [str(python), "-m", "sft.reporting", str(page), *map(str, runs)]
+    command = [str(python), "-m", "sft.reporting", "--", str(page), *map(str, runs)]
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(REPO / "lib")}, capture_output=True, text=True, check=False
     )
