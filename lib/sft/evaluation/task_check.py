@@ -14,12 +14,15 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import click
 
 from sft.common.errors import SftError
 from sft.recipe.schema import Evaluate
+from sft.runner.cli import program
 
 OTHER_NAMES = {"pkg_resources": "'setuptools<81'", "sklearn": "scikit-learn"}
 """Packages that PyPI knows by another name, of those that lm-eval's tasks import."""
@@ -39,9 +42,21 @@ class Problem(NamedTuple):
 NO_DOCUMENTS = Problem("it has no documents", "correct the task")
 
 
-def main(argv: Sequence[str]) -> int:
+def parse_question(context: click.Context, parameter: click.Parameter, text: str) -> dict[str, Any]:
+    try:
+        question = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"it is not JSON: {error}") from None
+    missing = {"tasks", "folder", "data", "cache"}.difference(question if isinstance(question, dict) else ())
+    if missing:
+        raise click.BadParameter(f"{', '.join(sorted(missing))} is missing")
+    return dict(question)
+
+
+@program("evaluate", "python -m sft.evaluation.task_check", signals=False)
+@click.argument("asked", metavar="JSON", callback=parse_question)
+def main(asked: dict[str, Any]) -> None:
     """Checks every task and prints a line for each."""
-    asked = json.loads(argv[0])
     Path(asked["cache"]).mkdir(parents=True, exist_ok=True)
     os.environ["HF_DATASETS_CACHE"] = asked["cache"]  # before `datasets` is imported, which reads it once
     if any("://" in path for path in asked["data"].values()):
@@ -52,7 +67,6 @@ def main(argv: Sequence[str]) -> int:
         found = check(name, Path(asked["folder"]), data, options, template)
         facts = found._asdict() if isinstance(found, Problem) else {"documents": found}
         print(json.dumps({"task": name, **facts}), flush=True)
-    return 0
 
 
 def check(
@@ -128,4 +142,4 @@ def explain(error: BaseException, file: Path | None = None, what: str = "") -> P
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -12,20 +12,24 @@ from __future__ import annotations
 import os
 import sys
 
-from sft.launch.exchange import exchange
+import click
+
+from sft.launch.exchange import exchange, node_options
+from sft.runner.cli import program
 
 WAIT_S = 120.0
 
 
-def main() -> int:
+@program("launch", "python -m sft.launch.agree", signals=False)
+@click.argument("status", type=int)
+@node_options
+@click.option("--wait-s", envvar="SFT_AGREE_S", show_envvar=True, type=float, default=WAIT_S)
+def main(status: int, rank: int, nodes: int, head: str, wait_s: float) -> None:
+    """Prints the exit status of a job of several nodes."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # the end of a failed job's log is for what failed
-    mine = sys.argv[1]
-    host, _, port = os.environ["SFT_HEAD"].rpartition(":")
-    rank, nodes = int(os.environ["SFT_NODE_RANK"]), int(os.environ["SFT_NODES"])
-    wait_s = float(os.environ.get("SFT_AGREE_S", WAIT_S))
-    words = exchange(rank, nodes, f"{host}:{int(port) + 2}", mine, wait_s, required=False)
+    host, _, port = head.rpartition(":")
+    words = exchange(rank, nodes, f"{host}:{int(port) + 2}", str(status), wait_s, required=False)
     print(max(int(word) for word in words if word))
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
+
+import click
+
+
+def node_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds what launchers tell each node: its number, the number of nodes, and the first node."""
+    for option in (
+        click.option("--head", envvar="SFT_HEAD", show_envvar=True, required=True, help="HOST:PORT of the first node."),
+        click.option(
+            "--nodes", envvar="SFT_NODES", show_envvar=True, type=int, required=True, help="Nodes of the job."
+        ),
+        click.option(
+            "--rank", envvar="SFT_NODE_RANK", show_envvar=True, type=int, required=True, help="This node's number."
+        ),
+    ):
+        function = option(function)
+    return function
 
 
 def exchange(rank: int, nodes: int, head: str, mine: str, wait_s: float, required: bool = True) -> list[str]:

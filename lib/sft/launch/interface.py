@@ -4,20 +4,21 @@ In:  SFT_HEAD (host:port of the first node) and SFT_PEER (address of another nod
 Out: the interface's name, for stages/train.sh, which gives it to gloo and NCCL.
 
 Without it gloo takes the address that this node's own name resolves to. Debian's default for that is 127.0.1.1, and the
-ranks of other nodes would wait for a connection to themselves. Standard library only.
+ranks of other nodes would wait for a connection to themselves.
 """
 
 from __future__ import annotations
 
 import fcntl
 import ipaddress
-import os
 import socket
 import struct
 import sys
 
+import click
+
 from sft.common.errors import SftError
-from sft.common.process import report_errors
+from sft.runner.cli import program
 
 SIOCGIFADDR = 0x8915
 """Linux's request for the IPv4 address of an interface (netdevice(7))."""
@@ -75,14 +76,15 @@ def interface_of(address: str) -> str:
     return ""
 
 
-def main() -> int:
-    with report_errors("train"):
-        # The first node's own name may resolve to loopback there, so its route to another node decides.
-        head = os.environ["SFT_HEAD"].rpartition(":")[0]
-        print(
-            interface_to(*((os.environ.get("SFT_PEER", ""), head) if os.environ["SFT_NODE_RANK"] == "0" else (head,)))
-        )
-    return 0
+@program("train", "python -m sft.launch.interface", signals=False)
+@click.option("--rank", envvar="SFT_NODE_RANK", show_envvar=True, type=int, required=True, help="This node's number.")
+@click.option("--head", envvar="SFT_HEAD", show_envvar=True, required=True, help="HOST:PORT of the first node.")
+@click.option("--peer", envvar="SFT_PEER", show_envvar=True, default="", help="Another node, for the first one.")
+def main(rank: int, head: str, peer: str) -> None:
+    """Prints the network interface through which this node reaches the others."""
+    host = head.rpartition(":")[0]
+    # The first node's own name may resolve to loopback there, so its route to another node decides.
+    print(interface_to(*((peer, host) if rank == 0 else (host,))))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ In:  SFT_ON_EVENT, which launchers set from `on_event` of the cluster's file: a 
 Out: the command runs with SFT_EVENT, SFT_EVENT_RUN, SFT_EVENT_STAGE, SFT_EVENT_JOB and SFT_EVENT_DETAIL; a webhook gets them as
      JSON with a `text`, as Slack, Mattermost and Discord's /slack addresses read it. EVENT: start, end, failure, requeue.
 
-A notice that fails prints a warning and never fails a job: the exit status is 0. Standard library only.
+A notice that fails prints a warning and never fails a job: the exit status is 0.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ import os
 import subprocess
 import sys
 import urllib.request
+
+import click
+
+from sft.runner.cli import COMMAND, program
 
 TIMEOUT_S = 20.0
 EVENTS = ("start", "end", "failure", "requeue")
@@ -41,14 +45,18 @@ def send(target: str, event: str, run: str, stage: str, job: str, detail: str = 
     return f"exit status {done.returncode}" if done.returncode else ""
 
 
-def main(words: list[str]) -> int:
-    if len(words) not in (4, 5) or words[0] not in EVENTS:
-        sys.exit(f"usage: python -m sft.launch.notice {'|'.join(EVENTS)} RUN STAGE JOB [DETAIL]")
+@program("launch", "python -m sft.launch.notice", signals=False, settings=COMMAND)
+@click.argument("event", type=click.Choice(EVENTS))
+@click.argument("run")
+@click.argument("stage")
+@click.argument("job")
+@click.argument("detail", default="")
+def main(event: str, run: str, stage: str, job: str, detail: str) -> None:
+    """Reports what happens to a job to the command or webhook in SFT_ON_EVENT."""
     target = os.environ.get("SFT_ON_EVENT", "")
-    if target and (problem := send(target, *words)):
-        print(f"warning: the notice of {words[0]} was not sent: {problem}; next: check on_event", flush=True)
-    return 0
+    if target and (problem := send(target, event, run, stage, job, detail)):
+        print(f"warning: the notice of {event} was not sent: {problem}; next: check on_event", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

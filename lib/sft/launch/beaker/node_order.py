@@ -15,8 +15,8 @@ import sys
 import urllib.request
 from collections.abc import Sequence
 
-from sft.common.process import report_errors
-from sft.launch.exchange import exchange
+from sft.launch.exchange import exchange, node_options
+from sft.runner.cli import program
 
 PATH = "/computeMetadata/v1/instance/attributes/physical_host"
 ANSWER_S = 10
@@ -24,17 +24,17 @@ WAIT_S = 1800.0
 """How long the nodes wait for each other: some prepare their environment more slowly."""
 
 
-def main() -> int:
-    with report_errors("launch"):
-        rank, nodes = int(os.environ["SFT_NODE_RANK"]), int(os.environ["SFT_NODES"])
-        host, _, port = os.environ["SFT_HEAD"].rpartition(":")
-        places = exchange(rank, nodes, f"{host}:{int(port) + 1}", place(), WAIT_S)
-        ranks = order(places)
-        if rank == 0:
-            how = "by their places" if all(places) else "as Beaker numbers them: the place of one is not known"
-            print(f"[launch] {nodes} nodes, {how}: {', '.join(places[r] or '?' for r in ranks)}", file=sys.stderr)
-        print(ranks.index(rank))
-    return 0
+@program("launch", "python -m sft.launch.beaker.node_order", signals=False)
+@node_options
+def main(rank: int, nodes: int, head: str) -> None:
+    """Prints the number of this node, by the nodes' places in Google's network."""
+    host, _, port = head.rpartition(":")
+    places = exchange(rank, nodes, f"{host}:{int(port) + 1}", place(), WAIT_S)
+    ranks = order(places)
+    if rank == 0:
+        how = "by their places" if all(places) else "as Beaker numbers them: the place of one is not known"
+        print(f"[launch] {nodes} nodes, {how}: {', '.join(places[r] or '?' for r in ranks)}", file=sys.stderr)
+    print(ranks.index(rank))
 
 
 def place() -> str:
