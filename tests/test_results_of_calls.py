@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from chat_samples import SOURCE, both_ways, encoder, make_tokenizer, text_of, turns
 from jinja_samples import TEXTS, THINKER
+from sft.chat import probe
 from sft.chat.calls import check_results
 from sft.chat.rows import RowReader
 from sft.chat.values import BadRow
+from sft.data import accounting
 from sft.data.tokenize import Encoder
 from sft.recipe.schema import Prepare
 from sft.sources.blocks import ColumnBlock, LineBlock
@@ -94,9 +96,7 @@ def test_results_out_of_order_reject_the_row(encoders: Any, template: str, colum
         compiled, python, _ = both_ways(made, block)
         assert compiled == python
     rejects = made.encode(rows, SOURCE).rejects
-    names = len(IN_ORDER) + list(OUT_OF_ORDER).index("names")  # thinker writes the names of results
-    wrong = [row for row in range(len(IN_ORDER), len(rows)) if row != names or template == "olmo"]
-    assert [reject.row for reject in rejects] == wrong
+    assert [reject.row for reject in rejects] == list(range(len(IN_ORDER), len(rows)))
     assert {reject.reason for reject in rejects} == {"order_of_results"}
     assert "result of the call 'b'" in rejects[0].detail and "next: put the results" in rejects[0].detail
 
@@ -156,3 +156,19 @@ def test_a_role_that_the_recipe_trains_keeps_its_name() -> None:
     prepare = Prepare(tokenizer="t", sources=(SOURCE,), train_roles=("assistant", "environment"))
     reader = RowReader(prepare, SOURCE, renamed_roles={"environment": "tool", "function": "tool"})
     assert reader.renamed_roles == {"function": "tool"}
+
+
+def test_a_name_that_the_template_does_not_write_is_not_counted_as_read(encoders: Any) -> None:
+    made = encoders("only tools.jinja")
+    assert not made.template.written_names()
+    rows = [conversation(calls(A), result("a", "f")) for _ in range(2)]
+    made.take_counts(SOURCE)
+    assert not made.encode(rows, SOURCE).rejects
+    fields = accounting.describe(SOURCE, made.take_counts(SOURCE), made.template.written_names())
+    assert {"messages.name", "messages.tool_call_id"} <= fields.harmless.keys()
+
+
+def test_no_made_up_text_of_the_probe_is_a_part_of_another() -> None:
+    texts = [value for value in vars(probe).values() if isinstance(value, str) and value.startswith("qjzx")]
+    assert len(texts) > 4
+    assert not [(a, b) for a in texts for b in texts if a is not b and a in b]

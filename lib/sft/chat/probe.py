@@ -36,7 +36,7 @@ SAID = "qjzxsaid"  # a made-up content
 THOUGHT = "qjzxthought"  # a made-up thought
 ANSWER = "qjzxanswer"
 CALL_ID, OTHER_ID = "call00001", "call00002"
-NAMED = "qjzxname"
+NAMED = "qjzxspeaker"
 """The made-up name of a message."""
 MOST_LATE = 3
 """Renderings in a row that may take too long before the template is refused."""
