@@ -58,4 +58,4 @@ def _rows(source: Source, files: SourceFiles, mix: SourceMix, rejects: RejectTal
         parts.append(f"in validation {mix.validation}{copies}")
     count = len(files.files)
     colon = "," if usable == mix.found else ":"
-    return f"{mix.path}: found {found} rows in {count} file{'s' * (count != 1)}: {rejected}{colon} {', '.join(parts)}"
+    return f"{mix.path}: found {found} row{'s' * (found != 1)} in {count} file{'s' * (count != 1)}: {rejected}{colon} {', '.join(parts)}"

@@ -1,7 +1,8 @@
-"""Coverage traces the tests that tests/conftest.py leaves to it, and no others."""
+"""What tests/conftest.py makes of tests: which of them coverage traces, and what they are called."""
 
 from __future__ import annotations
 
+import gzip
 import sys
 
 import pytest
@@ -21,3 +22,8 @@ def test_a_slow_test_is_not_traced() -> None:
 @pytest.mark.parametrize("case", range(TRACED_CASES + 1))
 def test_the_first_cases_of_a_test_are_traced(request: pytest.FixtureRequest, case: int) -> None:
     assert is_traced() == (case < TRACED_CASES and bool(request.config.getoption("cov_source", default=None)))
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"")])  # with the time in it
+def test_bytes_are_no_part_of_a_name(request: pytest.FixtureRequest, content: bytes) -> None:
+    assert request.node.name == "test_bytes_are_no_part_of_a_name[content]"
