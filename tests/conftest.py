@@ -73,8 +73,8 @@ def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Stops a second tracer. In a worker of xdist, pytest-cov 7.1 starts one with its options and one with the session, and pauses only the
-    last. Nobody reads what the first one traces."""
+    """Stops a redundant tracer. In a worker of xdist, pytest-cov 7.1 starts two tracers, pauses only the second one, and never stores what the
+    first one traced."""
     plugin = session.config.pluginmanager.getplugin("_cov")
     if plugin and plugin.cov_controller and hasattr(session.config, "workerinput"):
         plugin.cov_controller.cov.stop()

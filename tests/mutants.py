@@ -160,9 +160,9 @@ MUTANTS = (
     Mutant("groups ignore the spelling of a text", "data/batch.py", "    if not text.isascii():\n", "    if False:\n", "test_groups.py"),
     Mutant("a file of text is text", "sources/input_files.py", "        check_text(name, file)\n", "        pass\n", "test_sources.py::test_a_text_file_that_is_no_text_is_refused"),
     Mutant("a README's options are followed or refused", "recipe/dataset_files.py", "        if config.get(option) is not None and", "        if False and", "test_dataset_files.py::test_a_readme_that_is_not_followed_completely_is_refused"),
-    Mutant("results stand in the order of their calls", "chat/rows.py", "        if not self.writes_ids:\n", "        if False:\n", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
+    Mutant("tool results follow the order of their calls", "chat/rows.py", "        if not self.writes_ids:\n", "        if False:\n", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
     Mutant("compiled code compares ids of results with those of calls", "data/fast/json_values.py", "not fits_result(data, messages, result, last, values)", "False", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
-    Mutant("compiled code looks at results after those of the calls", "data/fast/json_values.py", "has_more_results(messages, result, last)", "False", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
+    Mutant("compiled code looks at results after those of the calls", "data/fast/json_values.py", "(more_calls or has_more_results(messages, result, last))", "False", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
     Mutant("results in columns are compared in Python", "data/fast/values.py", "return bool(more or (calls", "return bool(False and (calls", "test_results_of_calls.py::test_results_out_of_order_reject_the_row"),
     Mutant("a call is no empty answer", "data/fast/turns.py", " or calls[END] > calls[START]", "", "test_forms.py::test_these_rows_need_no_jinja"),
     # --- tokenizers and tasks that say less, or other things, than they seem to

@@ -76,6 +76,26 @@ def test_every_program_refuses_wrong_words_with_its_usage_and_the_next_command(
     assert re.fullmatch(r"\[[a-z-]+\] error: .*; next: .* --help", error)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "words", "problem"),
+    [
+        ("sft.launch.agree", ["1"], "Missing option '--rank' (env var: 'SFT_NODE_RANK')"),
+        ("sft.launch.interface", [], "Missing option '--rank' (env var: 'SFT_NODE_RANK')"),
+        ("sft.launch.beaker.node_order", [], "Missing option '--rank' (env var: 'SFT_NODE_RANK')"),
+        ("sft.evaluation.task_check", ["{"], "it is not JSON"),
+        ("sft.evaluation.task_check", ['{"tasks": [], "data": {}}'], "cache, folder is missing"),
+    ],
+)
+def test_what_launchers_and_the_doctor_must_give_is_named(
+    name: str, words: list[str], problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(name, run_name="__main__")
+    assert ended.value.code == USAGE and problem in capsys.readouterr().err
+
+
 def test_no_other_parser_is_left_in_the_environments_programs() -> None:
     files = [p for top in ("lib/sft", "stages") for p in (REPO / top).rglob("*.py")]
     assert [str(p) for p in files if "import argparse" in p.read_text()] == [str(REPO / "lib/sft/__main__.py")]

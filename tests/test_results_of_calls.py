@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -28,15 +29,15 @@ ONLY_TOOLS = THINKER.replace("('tool', 'environment')", "('tool',)").replace(" o
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = make_tokenizer(tmp_path_factory.mktemp("results") / "tokenizer")
-    made: dict[str, Encoder] = {}
 
     def find(name: str) -> Path:
         texts = {**TEXTS, "only tools": ONLY_TOOLS}
         (file := folder / name).write_text(texts[name.removesuffix(".jinja")])
         return file
 
+    @functools.cache
     def get(name: str) -> Encoder:
-        return made.setdefault(name, made.get(name) or encoder(folder, name, find))
+        return encoder(folder, name, find)
 
     return get
 
@@ -81,6 +82,7 @@ OUT_OF_ORDER = {
     "one twice": [calls(A, B), result("a"), result("a")],
     "two messages of calls": [calls(A), calls(B), result("b"), result("a")],
     "the second of two messages of calls": [calls(A), calls(B), result("b")],
+    "two calls, and then another one": [calls(call("f"), call("g")), calls(call("g")), result(name="g")],
     "more results than calls": [calls(A), result("a"), result("a")],
 }
 
@@ -101,10 +103,11 @@ def test_results_out_of_order_reject_the_row(encoders: Any, template: str, colum
     assert "result of the call 'b'" in rejects[0].detail and "next: put the results" in rejects[0].detail
 
 
-def test_parallel_calls_in_order_are_read_by_compiled_code(encoders: Any) -> None:
-    row = json.dumps(conversation(*IN_ORDER["ids"])).encode() + b"\n"
-    compiled, python, count = both_ways(encoders("olmo"), LineBlock.of(row))
-    assert compiled == python and count == 1
+def test_calls_whose_results_are_in_order_are_read_by_compiled_code(encoders: Any) -> None:
+    rows = [conversation(*IN_ORDER[name]) for name in ("ids", "calls after results")]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    compiled, python, count = both_ways(encoders("olmo"), LineBlock.of(lines))
+    assert compiled == python and count == len(rows)
 
 
 some_calls = st.lists(

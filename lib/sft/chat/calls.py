@@ -117,8 +117,10 @@ def read_tools(tools: Any, column: str) -> list[dict[str, Any]] | None:
 
 
 def check_results(messages: Sequence[Mapping[str, Any]], names_are_written: bool) -> None:
-    """Raises BadRow when a result after calls has the id, or the name, of another call than the one in its place. For templates that write no
-    ids, under which only the order says which call a result belongs to, or a name that one call has if they write names."""
+    """Raises BadRow when results follow calls in another order, by their ids, or by their names if they have no ids.
+
+    For templates that write no ids. The model then sees only the order, or the names if the template writes them and they differ.
+    """
     calls: list[Mapping[str, Any]] = []
     place = 0
     for index, message in enumerate(messages):
@@ -135,7 +137,7 @@ def check_results(messages: Sequence[Mapping[str, Any]], names_are_written: bool
             if found in known and known[place : place + 1] != [found] and not is_named:
                 raise BadRow(
                     "order_of_results",
-                    f"message {index} is the result of the call {str(found)[:40]!r} and stands where that of another call belongs, and the template"
+                    f"message {index} is the result of the call {str(found)[:40]!r}, but the result of another call is expected here, and the template"
                     " writes no ids; next: put the results in the order of the calls",
                 )
             place += 1

@@ -51,7 +51,7 @@ from sft.sources import blocks, input_files
 from sft.sources.small_files import cut_into_jobs
 from sft.storage import hub
 
-ENCODING_VERSION = 15
+ENCODING_VERSION = 16
 """Raise it when a change of code gives other tokens or loss masks for the same input. Caches are then made again."""
 SKETCH_VERSION = 2
 """Raise it when a change of code gives other sketches for the same input."""

@@ -22,7 +22,7 @@ WAIT_S = 120.0
 
 @program("launch", "python -m sft.launch.agree", signals=False)
 @click.argument("status", type=int)
-@node_options
+@node_options("rank", "nodes", "head")
 @click.option("--wait-s", envvar="SFT_AGREE_S", show_envvar=True, type=float, default=WAIT_S)
 def main(status: int, rank: int, nodes: int, head: str, wait_s: float) -> None:
     """Prints the exit status of a job of several nodes."""

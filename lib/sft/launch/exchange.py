@@ -8,20 +8,24 @@ from typing import Any
 
 import click
 
+NODE_OPTIONS = {
+    "rank": ("SFT_NODE_RANK", int, "This node's number."),
+    "nodes": ("SFT_NODES", int, "Nodes of the job."),
+    "head": ("SFT_HEAD", str, "HOST:PORT of the first node."),
+}
 
-def node_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds what launchers tell each node: its number, the number of nodes, and the first node."""
-    for option in (
-        click.option("--head", envvar="SFT_HEAD", show_envvar=True, required=True, help="HOST:PORT of the first node."),
-        click.option(
-            "--nodes", envvar="SFT_NODES", show_envvar=True, type=int, required=True, help="Nodes of the job."
-        ),
-        click.option(
-            "--rank", envvar="SFT_NODE_RANK", show_envvar=True, type=int, required=True, help="This node's number."
-        ),
-    ):
-        function = option(function)
-    return function
+
+def node_options(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Adds what launchers tell each node, as required options that also read the launchers' variables. `names`: keys of NODE_OPTIONS."""
+
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for name in reversed(names):
+            variable, kind, text = NODE_OPTIONS[name]
+            option = click.option(f"--{name}", envvar=variable, show_envvar=True, type=kind, required=True, help=text)
+            function = option(function)
+        return function
+
+    return add
 
 
 def exchange(rank: int, nodes: int, head: str, mine: str, wait_s: float, required: bool = True) -> list[str]:

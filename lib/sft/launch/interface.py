@@ -18,6 +18,7 @@ import sys
 import click
 
 from sft.common.errors import SftError
+from sft.launch.exchange import node_options
 from sft.runner.cli import program
 
 SIOCGIFADDR = 0x8915
@@ -77,8 +78,7 @@ def interface_of(address: str) -> str:
 
 
 @program("train", "python -m sft.launch.interface", signals=False)
-@click.option("--rank", envvar="SFT_NODE_RANK", show_envvar=True, type=int, required=True, help="This node's number.")
-@click.option("--head", envvar="SFT_HEAD", show_envvar=True, required=True, help="HOST:PORT of the first node.")
+@node_options("rank", "head")
 @click.option("--peer", envvar="SFT_PEER", show_envvar=True, default="", help="Another node, for the first one.")
 def main(rank: int, head: str, peer: str) -> None:
     """Prints the network interface through which this node reaches the others."""

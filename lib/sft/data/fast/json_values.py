@@ -186,9 +186,7 @@ def fits_result(data: Any, messages: Any, result: int, end: int, values: Any) ->
 
 @compiled
 def has_more_results(messages: Any, message: int, end: int) -> bool:
-    """Whether results with an id or a name, or more calls, follow in the messages before `end`."""
-    if message < end and messages.spans[message, TOOL_CALLS, START] != NONE:
-        return True
+    """Whether a result with an id or a name is among the results from `message` on, before `end`."""
     while message < end and messages.roles[message] >= FIRST_RESULT:
         spans = messages.spans[message]
         if spans[CALL_ID, END] > spans[CALL_ID, START] or spans[RESULT_NAME, END] > spans[RESULT_NAME, START]:
@@ -217,7 +215,8 @@ def read_calls(
         result += 1
         at = skip_space(data, at)
         if data[U(at)] != COMMA:
-            if values.checks_results and has_more_results(messages, result, last):
+            more_calls = message + 1 < last and messages.spans[message + 1, TOOL_CALLS, START] != NONE
+            if values.checks_results and (more_calls or has_more_results(messages, result, last)):
                 messages.is_plain[row] = False
             return (to if at + 1 == end else NONE), count, all_held
         target.bytes[U(to)] = NEWLINE

@@ -25,7 +25,7 @@ WAIT_S = 1800.0
 
 
 @program("launch", "python -m sft.launch.beaker.node_order", signals=False)
-@node_options
+@node_options("rank", "nodes", "head")
 def main(rank: int, nodes: int, head: str) -> None:
     """Prints the number of this node, by the nodes' places in Google's network."""
     host, _, port = head.rpartition(":")
