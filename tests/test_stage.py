@@ -209,7 +209,13 @@ def test_a_training_that_ran_out_of_gpu_memory_starts_again_once(workspace, node
     ("end", "status"), [("os.kill(os.getpid(), 9)", 137), ("sys.exit(1)", 1), ("sys.exit(12)", OUT_OF_MEMORY)]
 )
 def test_a_rank_that_was_killed_is_told_from_one_that_failed(tmp_path, end, status):
-    (tmp_path / "ranks.py").write_text(f"import os, sys\nif os.environ['RANK'] == '1': {end}\nsys.exit(1)\n")
+    """Rank 0 fails after rank 1 has ended, as a rank fails whose peer has gone: the pipe closes when rank 1 ends."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "ranks.py").write_text(
+        "import os, sys\n"
+        f"if os.environ['RANK'] == '1': pipe = open({str(tmp_path / 'pipe')!r}, 'w'); {end}\n"
+        f"open({str(tmp_path / 'pipe')!r}).read()\nsys.exit(1)\n"
+    )
     process = training.SERVER.Process(target=torchrun, args=(tmp_path / "ranks.py", tmp_path / "log"))
     process.start()
     process.join(PATIENCE)
