@@ -49,5 +49,6 @@ def _template() -> Path:
             _git(made, "config", name, value)
         _git(made, "add", "-A")
         _git(made, "commit", "--quiet", "-m", "x")
+        _git(made, "repack", "-adq")  # or each job's fetch computes the deltas of every file again, in three seconds
         _git(made, "clone", "--quiet", "--bare", str(made), str(made.with_name("remote.git")))
     return made
