@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from patience import wait_until
 from sft.checkpoint.dcp_reader import DcpReader
 from sft.common.errors import SftError
 from sft.data.dataset import Dataset
@@ -153,12 +154,17 @@ def test_a_decay_starts_at_the_rate_of_the_step_and_a_resume_keeps_it(runs: Path
     train(one, steps=12, save_every=6, log_every=5, schedule="linear", warmup_fraction=0.0)
     rate = next(r.lr for r in records(one) if r.step == 6)  # saved steps are logged
     fields = {"continue_from": "runs/one/train/step6", "continue_schedule": "decayed", "steps": 12, "save_every": 3}
+    unsaved = run_folder(runs / "unsaved", dataset)
+    killed = {"at": "sft.training.optim.Guard.step", "call": 4, "kind": "kill"}
+    train(unsaved, status=-signal.SIGKILL, fault=killed, **fields | {"save_every": 100, "ephemeral_every": 0})
+    assert records(unsaved)[-1].step == 9
     process = start(two, **fields)
-    wait_for(two, 10, process)
+    wait_until((two / "train/LATEST").exists)
     kill(process, signal.SIGKILL)
-    (one / "train/metrics.jsonl").write_text("")  # the run that was killed knows the rate itself
-    said = train(two, status=1, **fields)
-    assert "has no record of step 6" in said or records(two)[-1].step == 12
+    (one / "train/metrics.jsonl").write_text("")  # a run that has saved a step knows the rate itself
+    assert "has no record of step 6" in train(unsaved, status=1, **fields)
+    train(two, **fields)
+    assert records(two)[-1].step == 12
     found = {r.step: r.lr for r in records(two)}
     for step in set(found):
         assert found[step] == pytest.approx(rate * (1 - (step - 7) / 6))

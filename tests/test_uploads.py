@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ pytest.importorskip("google.cloud.storage")
 import training
 import uploading
 import warm
-from patience import PATIENCE
+from patience import PATIENCE, wait_until
 from published import publish_step, step_record
 from sft.checkpoint import step_folder
 from sft.common.errors import SftError
@@ -169,13 +169,6 @@ def test_a_training_that_ends_waits_for_no_upload_and_the_next_one_continues_it(
     assert uploads.finish().steps == ("step1",)
     uploads.close()
     assert stored(server, "gs://test/c") == local(tmp_path / "step1")
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = PATIENCE) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_run_on_a_bucket_sends_its_permanent_steps_and_keeps_few_here(tmp_path: Path, server: Server) -> None:
