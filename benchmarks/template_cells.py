@@ -15,12 +15,13 @@ conversations are unique, so a word says whose it is.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import datetime
 import difflib
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -415,20 +416,19 @@ def cells(name: str, text: str, options: Mapping[str, Any] | None = None) -> Ite
         renderer = Renderer(prepare, template, template.specials, True, Normalizer())
     except SftError as error:
         refusal = str(error)
-    last = Prepare(tokenizer="t", sources=(SOURCE,), train_turns="last", **(options or {}))
+    names = () if renderer is None else (False, template.renamed_roles(), template.field_of_thoughts())
+    reader = RowReader(prepare, SOURCE, *names)
+    last = RowReader(dataclasses.replace(prepare, train_turns="last"), SOURCE, *names)
     for kind, value in kinds(tokens):
-        yield Cell(kind, *_cell(renderer, refusal, value, last if kind == "only the last" else prepare, text, tokens))
+        chosen = last if kind == "only the last" else reader
+        yield Cell(kind, *_cell(renderer, refusal, value, chosen, prepare.history, text, tokens))
 
 
 def _cell(
-    renderer: Renderer | None, refusal: str, value: Row, prepare: Prepare, text: str, tokens: Tokens
+    renderer: Renderer | None, refusal: str, value: Row, reader: RowReader, history: str, text: str, tokens: Tokens
 ) -> tuple[str, str]:
-    names = (
-        () if renderer is None else (False, renderer.template.renamed_roles(), renderer.template.field_of_thoughts())
-    )
-    read: Callable[[Any], Any] = RowReader(prepare, SOURCE, *names).read
-    trained = [index for index, train in enumerate(read(copy.deepcopy(value)).train) if train]
-    roles = {} if renderer is None else renderer.template.renamed_roles()
+    trained = [index for index, train in enumerate(reader.read(copy.deepcopy(value)).train) if train]
+    roles = reader.renamed_roles
     messages = [
         {
             key: roles[item]
@@ -444,10 +444,10 @@ def _cell(
     case = Case(text, tokens, messages, value.get("tools"), trained)
     if renderer is None:
         return ("usable" if case.usable() else "refused"), refusal
-    batch = renderer.render([value], read)
+    batch = renderer.render([value], reader.read)
     if batch.rejects:
         return ("usable" if case.usable() else "refused"), batch.rejects[0].detail
-    if prepare.history == "whole":
+    if history == "whole":
         fault = judge(batch.runs[0], case)
     else:
         turns = [Case(text, tokens, messages[: turn + 1], case.tools, [turn]) for turn in trained]

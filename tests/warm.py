@@ -35,6 +35,7 @@ import threading
 import time
 import traceback
 import types
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -117,6 +118,8 @@ def serve(listening: int, packages: Sequence[str]) -> None:
         importlib.import_module(name)
     assert "huggingface_hub" not in sys.modules, "forks import Hugging Face's packages themselves"
     del sys.path[:2]
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        finalizer.atexit = False  # torch takes its operators out of its table, one by one, in a process that ends
     code = Code()
     gc.collect()
     gc.freeze()

@@ -6,6 +6,7 @@ disagree raise BadRow. Nothing that has a wrong type is written as text.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -119,7 +120,8 @@ def renamed_roles(is_known: Callable[[str], bool]) -> dict[str, str]:
     """The roles that a template does not know under the names that it knows for the same thing: `developer` is OpenAI's newer name of system
     messages, and the roles of results are one to all but a few templates."""
     pairs = [("developer", "system"), *((role, "tool") for role in RESULT_ROLES if role != "tool")]
-    return {role: other for role, other in pairs if not is_known(role) and is_known(other)}
+    is_known = functools.cache(is_known)
+    return {role: other for role, other in pairs if is_known(other) and not is_known(role)}
 
 
 def read_definition(value: Any, where: str) -> str:
