@@ -53,7 +53,7 @@ def kernels(preset: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     table = torch.randn(TOKENS, 1, 8)
     # A GPU's form of `cat` in the rotation, which this device has not by default; its own cache of kernels is left alone.
     scheduling = torch._inductor.config.patch(
-        _post_fusion_custom_pass=count, force_pointwise_cat=True, fx_graph_cache=False
+        _post_fusion_custom_pass=count, force_pointwise_cat=True, fx_graph_cache=False, **{"cpp.vec_isa_ok": True}
     )
     with torch._functorch.config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False), scheduling:
         get_code(block, x, (table, table), torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS)
