@@ -27,9 +27,10 @@ figures of each. Every method uses the same number of processes or threads:
 `share_of_floor` is ours by the first floor, whose renderer is ours for rows in memory as Python objects; `share_of_floor_from_file`,
 `share_of_compiled_floor`, the hardest, and `share_of_template_floor` are by the others.
 
-Layouts of public datasets (`prepare_layouts`): ShareGPT, Parquet, reasoning, tool calls, each under a named and under a Jinja template, and with
-Qwen 3's tokenizer where `--qwen3` names its folder, or tests have fetched it. `share_of_plain` is their speed by that of plain rows under the named template with the same
-tokenizer, `ratio_to_ancestor` by the ancestor's method on the same conversations; both by CPU time.
+Layouts of public datasets (`prepare_layouts`): ShareGPT, Parquet, reasoning, tool calls, and parallel calls in Parquet, each under a named and
+under a Jinja template, and with Qwen 3's tokenizer where `--qwen3` names its folder, or tests have fetched it. `share_of_plain` is their speed
+by that of plain rows under the named template with the same tokenizer, `ratio_to_ancestor` by the ancestor's method on the same conversations;
+both by CPU time.
 
 Each speed is given by the clock and by CPU time (tokens / CPU second x cores, with what runs in one process only counted
 whole): on a machine that others use too, only the second compares. Starting processes and the once-per-tokenizer check
@@ -307,10 +308,10 @@ def compare_layouts(args: argparse.Namespace, pairs: Sequence[tuple[str, str]], 
 
 def table(layouts: dict[str, Any]) -> str:
     """The layouts' figures, by CPU time."""
-    lines = [f"{'layout, template, tokenizer':36} {'M tokens/s':>10} {'of plain':>10} {'x ancestor':>10}"]
+    lines = [f"{'layout, template, tokenizer':38} {'M tokens/s':>10} {'of plain':>10} {'x ancestor':>10}"]
     for name, row in layouts.items():
         speed, share, ratio = row["tokens_per_s"] / 1e6, row["share_of_plain"], row["ratio_to_ancestor"]
-        lines.append(f"{name:36} {speed:10.1f} {share:10.2f} {ratio:10.0f}")
+        lines.append(f"{name:38} {speed:10.1f} {share:10.2f} {ratio:10.0f}")
     return "\n".join(lines)
 
 

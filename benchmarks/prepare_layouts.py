@@ -108,8 +108,9 @@ def reasoning(pairs: Sequence[tuple[str, str]], rng: random.Random, words: Seque
     return Layout(rows, rows)
 
 
-def tool_calls(pairs: Sequence[tuple[str, str]], rng: random.Random, words: Sequence[str]) -> Layout:
-    """OpenAI messages of 21 turns with a tools column, a content of null beside some calls, and arguments as JSON text."""
+def tool_calls(pairs: Sequence[tuple[str, str]], rng: random.Random, words: Sequence[str], calls: int = 1) -> Layout:
+    """OpenAI messages of 21 turns with a tools column, a content of null beside some calls, and arguments as JSON text. `calls`: those of each
+    message of calls; several have ids, and so have their results."""
 
     def prose(low: int, high: int) -> str:
         return (
@@ -129,16 +130,37 @@ def tool_calls(pairs: Sequence[tuple[str, str]], rng: random.Random, words: Sequ
         messages, taken = [message("system", prose(20, 60))], [message("system", "")]
         taken[0] = messages[0]
         while len(messages) < 21:
-            arguments = {"query": prose(2, 6), "limit": rng.randint(1, 50)}
+            arguments = [{"query": prose(2, 6), "limit": rng.randint(1, 50)} for _ in range(calls)]
+            ids = [{"id": f"call_{len(messages)}_{i}"} if calls > 1 else {} for i in range(calls)]
             content = prose(5, 20) if rng.random() < 0.5 else ""
-            result = message("tool", json.dumps([{"id": rng.randint(0, 9999), "text": prose(5, 30)} for _ in range(3)]))
+            results = [
+                {
+                    **message(
+                        "tool", json.dumps([{"id": rng.randint(0, 9999), "text": prose(5, 30)} for _ in range(3)])
+                    ),
+                    **({"tool_call_id": one["id"]} if one else {}),
+                }
+                for one in ids
+            ]
             question, answer = message("user", prose(10, 80)), message("assistant", prose(30, 150))
-            for into, given, said in ((messages, json.dumps(arguments), content or None), (taken, arguments, content)):
-                call = {"type": "function", "function": {"name": "lookup", "arguments": given}}
-                into += [question, {"role": "assistant", "content": said, "tool_calls": [call]}, result, answer]
+            for into, as_text, said in ((messages, True, content or None), (taken, False, content)):
+                made = [
+                    {
+                        **one,
+                        "type": "function",
+                        "function": {"name": "lookup", "arguments": json.dumps(given) if as_text else given},
+                    }
+                    for one, given in zip(ids, arguments, strict=True)
+                ]
+                into += [question, {"role": "assistant", "content": said, "tool_calls": made}, *results, answer]
         rows.append({"messages": messages, "tools": tools})
         conversations.append({"messages": taken, "tools": tools})
     return Layout(rows, conversations)
+
+
+def parallel_calls(pairs: Sequence[tuple[str, str]], rng: random.Random, words: Sequence[str]) -> Layout:
+    """Two calls with ids in each message of calls, in a Parquet file."""
+    return tool_calls(pairs, rng, words, calls=2)._replace(suffix="parquet")
 
 
 def message(role: str, content: str) -> Row:
@@ -147,6 +169,7 @@ def message(role: str, content: str) -> Row:
 
 LAYOUTS: dict[str, Callable[[Sequence[tuple[str, str]], random.Random, Sequence[str]], Layout]] = {
     "plain": plain, "sharegpt": sharegpt, "parquet": parquet, "reasoning": reasoning, "tool_calls": tool_calls,
+    "parallel_calls": parallel_calls,
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat_samples import COMPILED, SOURCE, any_text, both_ways, encoder, make_tokenizer, turns
+from jinja_samples import THINKER
 from sft.data import align
 from sft.data.fast.columns import find_roles, read_columns
 from sft.data.fast.json_rows import FieldNames
@@ -275,3 +278,51 @@ PLAIN: dict[str, list[dict[str, Any]]] = {
 def test_these_columns_need_no_python_objects(encoders: Any, rows: list[dict[str, Any]]) -> None:
     compiled, python, count = both_ways(encoders("olmo"), ColumnBlock.of(rows * 2))
     assert compiled == python and count == 2
+
+
+def with_calls(*calls: dict[str, Any], **columns: Any) -> dict[str, Any]:
+    asked = [{"role": "assistant", "content": None, "tool_calls": [*calls]}, *turns(("tool", "1"), ("assistant", "b"))]
+    return {"messages": [*turns(("user", "q")), *asked], **columns}
+
+
+def a_call(arguments: Any, **fields: Any) -> dict[str, Any]:
+    return {"function": {"name": "f", "arguments": arguments}, **fields}
+
+
+OFFERED = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"q": {"type": "string"}}}}}
+OTHER = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"n": {"type": "integer"}}}}}
+CALLS_OF_COLUMNS: dict[str, tuple[list[dict[str, Any]], int]] = {
+    "nulls that Arrow adds": ([with_calls(a_call("{}", id="a")), with_calls(a_call('{"x": null}', type="function"))], 2),
+    "arguments as objects": ([with_calls(a_call({"x": 1, "y": "a\"b"})), with_calls(a_call({"x": 2, "y": "\u0007"}))], 2),
+    "null in arguments": ([with_calls(a_call({"x": 1, "y": None})), with_calls(a_call({"x": 1, "y": "b"}))], 1),
+    "NaN in arguments": ([with_calls(a_call({"x": float("nan")})), with_calls(a_call({"x": 0.5}))], 1),
+    "dates in arguments": ([with_calls(a_call({"x": datetime.date(2026, 1, 1)}))], 0),
+    "a name twice in arguments": ([with_calls(a_call('{"x": 1, "x": 2}')), with_calls(a_call('{"x": 1}'))], 1),
+    "tools with nulls that Arrow adds": ([with_calls(a_call("{}"), tools=[OFFERED]), with_calls(a_call("{}"), tools=[OTHER])], 2),
+    "tools as text": ([with_calls(a_call("{}"), tools=json.dumps([OFFERED])), with_calls(a_call("{}"), tools="")], 2),
+    "tools as texts": ([with_calls(a_call("{}"), tools=[json.dumps(OFFERED)])], 1),
+    "functions": ([with_calls(a_call("{}"), functions=json.dumps([OFFERED["function"]]))], 1),
+    "tools that are no JSON": ([with_calls(a_call("{}"), tools="[")], 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["olmo", "thinker.jinja"])
+@pytest.mark.parametrize("kind", CALLS_OF_COLUMNS)
+def test_calls_and_tools_of_columns_are_those_that_python_reads(tmp_path: Path, kind: str, template: str) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    (file := tmp_path / "thinker.jinja").write_text(THINKER)
+    rows, plain = CALLS_OF_COLUMNS[kind]
+    made = encoder(tmp_path / "tokenizer", template, lambda _: file)
+    for _ in range(2):
+        compiled, python, count = both_ways(made, ColumnBlock.of(rows * 4))  # a form is learnt from several rows
+        assert compiled == python and count == 4 * plain
+
+
+def test_calls_as_text_in_a_column_are_read_or_left_to_python(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    made = encoder(tmp_path / "tokenizer", "olmo", lambda name: Path(name))
+    for text, plain in ((json.dumps([a_call("{}")]), 1), (" [ ] ", 0), ('[{"id": "c', 0), ("{}", 0), ("null", 0)):
+        row = with_calls()
+        row["messages"][1]["tool_calls"] = text
+        compiled, python, count = both_ways(made, ColumnBlock.of([row]))
+        assert compiled == python and count == plain, text

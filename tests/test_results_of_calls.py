@@ -103,10 +103,15 @@ def test_results_out_of_order_reject_the_row(encoders: Any, template: str, colum
     assert "result of the call 'b'" in rejects[0].detail and "next: put the results" in rejects[0].detail
 
 
-def test_calls_whose_results_are_in_order_are_read_by_compiled_code(encoders: Any) -> None:
-    rows = [conversation(*IN_ORDER[name]) for name in ("ids", "calls after results")]
+@pytest.mark.parametrize("columns", [False, True], ids=["lines", "columns"])
+@pytest.mark.parametrize("template", ["olmo", "thinker.jinja"])
+def test_calls_whose_results_are_in_order_are_read_by_compiled_code(
+    encoders: Any, template: str, columns: bool
+) -> None:
+    doubtful = ("other ids", "two messages of calls")  # Python reads these
+    rows = [conversation(*messages) for name, messages in IN_ORDER.items() if name not in doubtful]
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    compiled, python, count = both_ways(encoders("olmo"), LineBlock.of(lines))
+    compiled, python, count = both_ways(encoders(template), ColumnBlock.of(rows) if columns else LineBlock.of(lines))
     assert compiled == python and count == len(rows)
 
 

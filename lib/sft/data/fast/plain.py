@@ -42,7 +42,7 @@ from sft.data.fast.messages import (
 )
 from sft.data.fast.plans import ROLES, FormWriter
 from sft.data.fast.turns import TurnLayout, Written, write_documents
-from sft.data.fast.values import ColumnValues, LineValues, Values
+from sft.data.fast.values import JsonValues, Values
 from sft.sources.blocks import Block, ColumnBlock, LineBlock
 
 
@@ -155,7 +155,7 @@ class PlainRows:
         self.text = room(self.text, 5 * len(data))
         messages = Messages.empty(len(block.ends), most, words_of(self.text))
         read_rows(Buffer.of(data), block.ends, self.field_names, Buffer(self.text, messages.text), messages)
-        return self.values.read(LineValues(data, self.names), messages, self.names.list_column, self.text)
+        return self.values.read(JsonValues(data, self.names), messages, self.names.list_column, self.text)
 
     def _read_columns(self, columns: ColumnBlock) -> Messages | None:
         """The messages of a record batch; None when no row is plain."""
@@ -164,8 +164,11 @@ class PlainRows:
         read = read_columns(columns.arrow, self.names, self.field_names)
         if read is None:
             return None
-        values = ColumnValues(read.calls, read.tools)
-        return self.values.read(values, read.messages, self.names.list_column, read.buffer)
+        values = JsonValues.of_columns(read.calls, read.tools, self.names, read.messages)
+        more = np.empty(5 * len(values.data), dtype=np.uint8)  # see `_read_lines`
+        text = np.concatenate([read.buffer, more])
+        messages = read.messages._replace(text=words_of(text))
+        return self.values.read(values, messages, self.names.list_column, text)
 
 
 def columns_of(reader: RowReader, layout: str) -> dict[str, int] | None:

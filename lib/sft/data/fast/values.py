@@ -1,6 +1,6 @@
 """Tool calls and tools of plain rows, as the named templates write them: `Values`.
 
-In: `Messages`, and the lines of JSON in which their values still are. Out: the same `Messages`, with the values as texts behind the other texts.
+In: `Messages`, and `JsonValues`, which has their values. Out: the same `Messages`, with the values as texts behind the other texts.
 A row whose value has anything unusual is no longer plain, and `sft.chat` reads it.
 """
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sft.chat.calls import read_tools
 from sft.chat.named import functions
 from sft.chat.rows import RowReader
-from sft.chat.values import BadRow, is_empty, may_repeat
+from sft.chat.values import BadRow, drop_nulls, may_repeat
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.json_copy import MOST_NAMES
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
@@ -95,37 +95,88 @@ class TextBuffer:
         return words_of(buffer)
 
 
-class LineValues:
-    """Values that are still in lines of JSON."""
+class JsonValues:
+    """Calls and tools as JSON: those in the lines of a block, or those of Arrow columns, which `of_columns` writes."""
 
     def __init__(self, data: NDArray[np.uint8], names: SourceNames) -> None:
         self.data = data
         self.columns = [(bit, name) for bit, (name, kind) in enumerate(names.columns.items()) if kind == TOOLS]
         self.other_columns = np.uint64(sum(1 << bit for bit, name in self.columns if name == "functions"))
 
-    def calls(self, spans: NDArray[np.int64]) -> list[Any]:
+    @classmethod
+    def of_columns(cls, calls: Any, tools: Mapping[str, Any], names: SourceNames, messages: Messages) -> JsonValues:
+        """`calls`: of all messages of a record batch; None without such a field. `tools`: the columns of tools. The spans in `messages` are
+        numbers of messages and rows before, and places in the JSON after it. A row is no longer plain where a value is not JSON."""
+        made = cls(np.empty(0, dtype=np.uint8), names)
+        texts: list[bytes] = []
+        spans = messages.spans[: messages.first[-1], TOOL_CALLS]
+        found = np.flatnonzero(spans[:, START] != NONE)
+        rows = np.searchsorted(messages.first, found, side="right") - 1
+        places = [(calls, spans, found, rows, json_of_calls)]
+        for bit, name in made.columns:
+            held = messages.columns_held >> np.uint64(bit) & np.uint64(1) > 0
+            rows = np.flatnonzero(held & messages.is_plain & (messages.row_spans[:, TOOLS, START] != NONE))
+            places.append((tools.get(name), messages.row_spans[:, TOOLS], rows, rows, json_of_tools))
+        end = 0
+        for column, spans, found, rows, write in places:
+            for at, row, value in zip(found.tolist(), rows.tolist(), _taken(column, spans[found, START]), strict=True):
+                text = write(value)
+                messages.is_plain[row] &= text is not None
+                spans[at] = (end, end + len(text)) if text is not None else NONE
+                texts.append(text or b"")
+                end += len(texts[-1])
+        made.data = np.frombuffer(b"".join([*texts, bytes(WORD + 1)]), dtype=np.uint8)
+        return made
+
+    def calls(self, spans: NDArray[np.int64]) -> list[bytes]:
         return [self.data[start:end].tobytes() for start, end in spans.tolist()]
 
-    def tools(self, row: int, messages: Messages) -> tuple[Any, str]:
+    def tools(self, row: int, messages: Messages) -> tuple[bytes, str]:
         """The tools of a row, and the name of their column."""
         start, end = messages.row_spans[row, TOOLS].tolist()
         held = int(messages.columns_held[row])
         return self.data[start:end].tobytes(), next(name for bit, name in self.columns if held >> bit & 1)
 
 
-class ColumnValues:
-    """Values that are still in Arrow columns."""
+def _taken(column: Any, places: NDArray[np.int64]) -> list[Any]:
+    """Values of an Arrow column; None in place of those of a column that holds text which is not UTF-8."""
+    try:
+        return list(column.take(places).to_pylist()) if len(places) else []
+    except UnicodeDecodeError:
+        return [None] * len(places)
 
-    def __init__(self, calls: Any, tools: Mapping[str, Any]) -> None:
-        self.array, self.columns = calls, tools
 
-    def calls(self, spans: NDArray[np.int64]) -> list[Any]:
-        return list(self.array.take(spans[:, START]).to_pylist()) if len(spans) else []
+def json_of_calls(value: Any) -> bytes | None:
+    """Tool calls of a column, which are a list or its JSON, as JSON without the nulls that Arrow adds. None when `sft.chat` must read them."""
+    try:
+        if type(value) is str:
+            raw = value.encode()
+            value = loads(raw)
+            if LONG_NUMBER.search(raw) or may_repeat(raw, value):
+                return None
+        if type(value) is not list or not value:
+            return None
+        text = ENCODER.encode(value)
+        if "null" in text:
+            value = [{name: without_nulls(held) for name, held in call.items() if held is not None} for call in value]
+            text = ENCODER.encode(value)
+        return text.encode()
+    except (AttributeError, TypeError, ValueError, RecursionError):
+        return None
 
-    def tools(self, row: int, messages: Messages) -> tuple[Any, str]:
-        """The tools of a row, and the name of their column."""
-        held = ((column[row].as_py(), name) for name, column in self.columns.items())
-        return next((value, name) for value, name in held if not is_empty(value))
+
+def without_nulls(function: Any) -> Any:
+    """The fields of a call's function that are not null."""
+    return {k: v for k, v in function.items() if v is not None} if type(function) is dict else function
+
+
+def json_of_tools(value: Any) -> bytes | None:
+    """The tools of a column as JSON. None when `sft.chat` must read them."""
+    try:
+        text = ENCODER.encode(value)
+        return (ENCODER.encode(drop_nulls(value)) if type(value) is not str and "null" in text else text).encode()
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 class Values:
@@ -133,7 +184,7 @@ class Values:
 
     def __init__(self, reader: RowReader, as_objects: bool) -> None:
         self.counter, self.as_objects, self.checks_results = reader.counter, as_objects, not reader.writes_ids
-        self.known_tools: dict[tuple[str, str | bytes], list[bytes] | None] = {}
+        self.known_tools: dict[tuple[str, bytes], list[bytes] | None] = {}
         self.shapes: dict[tuple[str | None, ...], tuple[str, ...] | None] = {}
         self.seen: dict[int, set[str]] = {}  # by row: the fields of its calls
         self.held = np.zeros(0, dtype=np.uint8)  # by row: those of calls that compiled code has read
@@ -156,9 +207,7 @@ class Values:
         """The columns' names of `HELD`."""
         return {bit: [f"{self.column}.{name}" for name in names] for bit, names in HELD.items()}
 
-    def read(
-        self, values: LineValues | ColumnValues, messages: Messages, column: str, buffer: NDArray[np.uint8]
-    ) -> Messages:
+    def read(self, values: JsonValues, messages: Messages, column: str, buffer: NDArray[np.uint8]) -> Messages:
         """`column` has the messages, `buffer` holds all texts."""
         self.seen, self.column = {}, f"{column}.tool_calls"
         self.held = np.zeros(len(messages.is_plain), dtype=np.uint8)
@@ -166,8 +215,7 @@ class Values:
         messages.call_spans[:count] = 0
         is_read = np.zeros(len(messages.is_plain), dtype=np.bool_)
         start = int(max(messages.spans[:count, :NUM_TEXTS, END].max(), 0)) if count else 0
-        if isinstance(values, LineValues):
-            messages, start = self._read_lines(values, messages, buffer, start, is_read)
+        messages, start = self._read_compiled(values, messages, buffer, start, is_read)
         calls = np.flatnonzero(messages.spans[:count, TOOL_CALLS, START] != NONE)
         tools = np.flatnonzero((messages.row_spans[:, TOOLS, START] != NONE) & messages.is_plain & ~is_read)
         if not len(calls) and not len(tools):
@@ -177,8 +225,8 @@ class Values:
         messages = self._add_tools(values, messages, tools, texts)
         return messages._replace(text=texts.words())
 
-    def _read_lines(
-        self, values: LineValues, messages: Messages, buffer: NDArray[np.uint8], start: int, is_read: NDArray[np.bool_]
+    def _read_compiled(
+        self, values: JsonValues, messages: Messages, buffer: NDArray[np.uint8], start: int, is_read: NDArray[np.bool_]
     ) -> tuple[Messages, int]:
         """Reads what compiled code can read. Returns where its texts end."""
         count, lines = int(messages.first[-1]), len(values.data)
@@ -199,7 +247,7 @@ class Values:
         return room_for._replace(calls=room_for.calls[:num_calls], tools=room_for.tools[:num_tools]), end
 
     def _add_calls(
-        self, values: LineValues | ColumnValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
+        self, values: JsonValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
     ) -> Messages:
         rows = np.searchsorted(messages.first, found, side="right") - 1
         spans: list[list[tuple[int, int]]] = []
@@ -221,7 +269,7 @@ class Values:
         return messages._replace(calls=np.concatenate([messages.calls, np.array(spans, dtype=np.int64)]))
 
     def _add_tools(
-        self, values: LineValues | ColumnValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
+        self, values: JsonValues, messages: Messages, found: NDArray[np.int64], texts: TextBuffer
     ) -> Messages:
         spans: list[tuple[int, int]] = []
         first = len(messages.tools)
@@ -238,22 +286,19 @@ class Values:
             return messages
         return messages._replace(tools=np.concatenate([messages.tools, np.array(spans, dtype=np.int64)]))
 
-    def _tools(self, value: Any, column: str) -> list[bytes] | None:
-        """The tools of a column, each as a text or all as one; none when it offers none. None when `sft.chat` must read it. Bytes are JSON."""
-        if type(value) is not str and type(value) is not bytes:
-            return self._read_tools(value, column)
+    def _tools(self, value: bytes, column: str) -> list[bytes] | None:
+        """The tools of a column, each as a text or all as one; none when it offers none. None when `sft.chat` must read it."""
         if (column, value) not in self.known_tools:
             if len(self.known_tools) >= MAX_CACHED:
                 self.known_tools.clear()
             self.known_tools[column, value] = self._read_tools(value, column)
         return self.known_tools[column, value]
 
-    def _read_tools(self, value: Any, column: str) -> list[bytes] | None:
+    def _read_tools(self, raw: bytes, column: str) -> list[bytes] | None:
         try:
-            if type(value) is bytes:
-                raw, value = value, json.loads(value) if LONG_NUMBER.search(value) else loads(value)
-                if may_repeat(raw, value):
-                    return None
+            value = json.loads(raw) if LONG_NUMBER.search(raw) else loads(raw)
+            if may_repeat(raw, value):
+                return None
             tools = read_tools(value, column)
             if not self.as_objects:
                 return [functions(tools).encode()] if tools else []
@@ -261,15 +306,12 @@ class Values:
         except (BadRow, TypeError, ValueError, RecursionError):
             return None
 
-    def _calls(self, value: Any, seen: set[str]) -> list[Call] | None:
-        """A list of tool calls, or its JSON; None when `sft.chat` must read it."""
+    def _calls(self, raw: bytes, seen: set[str]) -> list[Call] | None:
+        """A list of tool calls; None when `sft.chat` must read it."""
         try:
-            calls, has_null = value, True
-            if type(value) is not list:
-                raw = value.encode() if type(value) is str else value
-                calls, has_null = loads(raw), b"null" in raw
-                if LONG_NUMBER.search(raw) or may_repeat(raw, calls):
-                    return None
+            calls, has_null = loads(raw), b"null" in raw
+            if LONG_NUMBER.search(raw) or may_repeat(raw, calls):
+                return None
             return [self._call(call, has_null, seen) for call in calls]
         except (Unread, TypeError, KeyError, AttributeError, ValueError, RecursionError):
             return None
