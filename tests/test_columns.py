@@ -289,10 +289,18 @@ def a_call(arguments: Any, **fields: Any) -> dict[str, Any]:
     return {"function": {"name": "f", "arguments": arguments}, **fields}
 
 
+def with_ids() -> dict[str, Any]:
+    """Two calls and their results, with ids: their order is checked."""
+    row = with_calls(a_call("{}", id="a"), a_call("{}", id="b"))
+    row["messages"][2:3] = [{"role": "tool", "content": "1", "tool_call_id": number} for number in "ab"]
+    return row
+
+
 OFFERED = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"q": {"type": "string"}}}}}
 OTHER = {"type": "function", "function": {"name": "g", "parameters": {"properties": {"n": {"type": "integer"}}}}}
 CALLS_OF_COLUMNS: dict[str, tuple[list[dict[str, Any]], int]] = {
     "nulls that Arrow adds": ([with_calls(a_call("{}", id="a")), with_calls(a_call('{"x": null}', type="function"))], 2),
+    "nulls that Arrow adds beside ids": ([with_ids(), with_calls(a_call("{}", type="function"))], 2),
     "arguments as objects": ([with_calls(a_call({"x": 1, "y": "a\"b"})), with_calls(a_call({"x": 2, "y": "\u0007"}))], 2),
     "null in arguments": ([with_calls(a_call({"x": 1, "y": None})), with_calls(a_call({"x": 1, "y": "b"}))], 1),
     "NaN in arguments": ([with_calls(a_call({"x": float("nan")})), with_calls(a_call({"x": 0.5}))], 1),

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from sft.chat.calls import read_tools
 from sft.chat.named import functions
 from sft.chat.rows import RowReader
-from sft.chat.values import BadRow, drop_nulls, may_repeat
+from sft.chat.values import BadRow, may_repeat
 from sft.data.compiled import WORD, words_of
 from sft.data.fast.json_copy import MOST_NAMES
 from sft.data.fast.json_text import MAX_DEPTH, Buffer
@@ -173,8 +173,7 @@ def without_nulls(function: Any) -> Any:
 def json_of_tools(value: Any) -> bytes | None:
     """The tools of a column as JSON. None when `sft.chat` must read them."""
     try:
-        text = ENCODER.encode(value)
-        return (ENCODER.encode(drop_nulls(value)) if type(value) is not str and "null" in text else text).encode()
+        return ENCODER.encode(value).encode()
     except (TypeError, ValueError, RecursionError):
         return None
 
