@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,10 +73,25 @@ def test_a_file_of_no_split_beside_others_is_refused_or_ignored():
 
 
 def test_what_is_not_read_is_named():
-    with pytest.raises(SftError, match=r"2 files are not read: b.zip, c.jsonl.lz4"):
+    with pytest.raises(SftError, match=r"cannot read 2 of its files: b.zip, c.jsonl.lz4"):
         chosen("a.jsonl b.zip c.jsonl.lz4 README.md LICENSE .gitattributes", README_md="no front matter")
     with pytest.raises(SftError, match="no file with rows"):
         chosen("README.md", README_md="")
+
+
+@pytest.mark.parametrize(("others", "line"), [
+    ("b.zip c.zip", '["b.zip", "c.zip"]'),
+    (" ".join(f"x/{i}.zip" for i in range(30)) + " y.zip odd", '["odd", "**/*.zip"]'),
+    (" ".join(f"{i}.tar.gz" for i in range(21)), None),
+])  # fmt: skip
+def test_the_line_to_add_is_for_all_files_that_are_not_read(others, line):
+    """Many files are named by a pattern, which must not match a file with rows."""
+    names = f"a.jsonl b.jsonl.gz {others}"
+    with pytest.raises(SftError) as refused:
+        chosen(names)
+    found = re.search(r"ignore_files = (\[.*?\]) to the source", str(refused.value))[1]
+    assert found == (line or json.dumps(sorted(others.split())))
+    assert chosen(names, ignore=tuple(json.loads(found))) == ["a.jsonl", "b.jsonl.gz"]
 
 
 def test_a_folder_of_token_ids_is_told_apart_from_rows():

@@ -181,14 +181,14 @@ def test_the_line_of_a_source_adds_up_and_rejects_are_a_warning(tmp_path):
     s = stage(tmp_path, sources=(Source(path="mix"),), deduplicate=True, validation_fraction=0.2)
     prepare.prepare(s)
     said = "\n".join(s.said)
-    assert "mix: 1 of 3 files are read; 1 of other splits or subsets: test.jsonl; 1 ignored: README.md" in said
+    assert "mix: reads 1 of 3 files; 1 of other splits or subsets: test.jsonl; 1 ignored: README.md" in said
     line = next(line for line in s.said if line.startswith("mix: found 63 rows in 1 file: rejected 2 (not_json), "))
     assert len(line) <= 100
     parts = re.sub(r" \(.*?\)", "", line.split("file: ")[1]).split(", ")
     numbers = dict(re.fullmatch(r"([a-z ]+) (\d+)(?: of \d+)?", part).groups() for part in parts)
     assert sum(map(int, numbers.values())) == 63 and numbers["duplicates"] == "1" and int(numbers["held out"]) > 3
     assert f"taken {numbers['taken']} of {numbers['taken']}" in line
-    assert "warning: mix: 2 of 63 rows are not used (1 not_json, 1 " in said
+    assert "warning: mix: 2 of 63 rows cannot be used (1 not_json, 1 " in said
     assert "); the first is mix/train.jsonl row 61: not_json: " in said
     (source,) = json.loads((s.out / "dataset.json").read_bytes())["sources"]
     assert source["files_ignored"] == ["README.md"] and source["files_of_other_splits"] == ["test.jsonl"]
@@ -216,7 +216,7 @@ def test_where_a_row_makes_several_documents_rows_and_documents_add_up(tmp_path)
     )
     numbers = [int(found) for found in re.findall(r"(?:duplicates|held out|taken) (\d+)", rest)]
     assert head == "11 rows in 1 file" and numbers[0] == 3 and sum(numbers) == 30
-    assert any("1 of 11 rows are not used" in line for line in s.said)
+    assert any("1 of 11 rows cannot be used" in line for line in s.said)
 
 
 def test_the_counts_of_fields_are_those_of_the_rows_that_are_used(tmp_path):
@@ -256,7 +256,7 @@ def test_too_many_rejects_fail_with_examples_and_publish_nothing(tmp_path):
     with pytest.raises(SftError) as error:
         prepare.prepare(s)
     text = str(error.value)
-    assert "2 of 100 rows are unusable, more than max_reject_fraction = 0.01" in text
+    assert "2 of 100 rows cannot be used, more than max_reject_fraction = 0.01" in text
     assert "rows.jsonl row 99" in text and "not_json: e.g. rows.jsonl row 100" in text
     assert not list(s.out.iterdir())
     prepare.prepare(stage(tmp_path, max_reject_fraction=0.02))
@@ -267,7 +267,7 @@ def test_a_wrong_column_is_reported_after_the_first_chunks_not_after_all(tmp_pat
     monkeypatch.setattr(preparation, "GIVE_UP_ROWS", 20)
     write_rows(tmp_path / "rows.jsonl", [{"text": f"raw {i}"} for i in range(2000)])
     s = stage(tmp_path, max_reject_fraction=0.01)
-    with pytest.raises(SftError, match=r"of the first .* rows are unusable"):
+    with pytest.raises(SftError, match=r"of the first .* rows cannot be used"):
         prepare.prepare(s)
     assert len(list(s.cache.glob("tokens/*/*.tok"))) < 5
 

@@ -204,7 +204,7 @@ class Preparation:
         if rejected >= GIVE_UP_ROWS and rejected > 2 * limit and summary.rejects:
             first = summary.rejects[0]
             raise SftError(
-                f"{job.chunks[0].file.name}: {rejected} of the first {rows} rows are unusable, more than"
+                f"{job.chunks[0].file.name}: {rejected} of the first {rows} rows cannot be used, more than"
                 f" max_reject_fraction = {self.table.max_reject_fraction} can allow; e.g. {first.reason}: {first.detail}\n"
                 f"    {first.example[:200]}\nnext: correct the source or its columns"
             )
@@ -374,7 +374,7 @@ class Preparation:
         if rejects.total <= self.table.max_reject_fraction * rows_read and rejects.total < rows_read:
             return
         lines = [
-            f"{path}: {rejects.total} of {rows_read} rows are unusable, more than max_reject_fraction = {self.table.max_reject_fraction}"
+            f"{path}: {rejects.total} of {rows_read} rows cannot be used, more than max_reject_fraction = {self.table.max_reject_fraction}"
         ]
         for reason, count in rejects.reasons.most_common(REJECT_EXAMPLES):
             first = rejects.examples[reason][0]

@@ -25,13 +25,13 @@ def source_lines(source: Source, files: SourceFiles, mix: SourceMix, rejects: Re
             for what, names in (("of other splits or subsets", files.other_splits), ("ignored", files.ignored))
             if names
         ]
-        yield f"{mix.path}: {len(files.files)} of {files.found} files are read; {'; '.join(parts)}"
+        yield f"{mix.path}: reads {len(files.files)} of {files.found} files; {'; '.join(parts)}"
     yield _rows(source, files, mix, rejects, found)
     if rejects.total:
         first = rejects.first
         reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.reasons.most_common())
         yield (
-            f"warning: {mix.path}: {rejects.total} of {found} rows are not used ({reasons}); the first is {first.file} row"
+            f"warning: {mix.path}: {rejects.total} of {found} rows cannot be used ({reasons}); the first is {first.file} row"
             f" {first.row}: {first.reason}: {first.detail}; all are in {REJECTS}"
         )
     if not mix.taken and mix.weight and mix.found:

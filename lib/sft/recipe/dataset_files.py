@@ -26,7 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sft.common.errors import SftError
@@ -171,15 +171,21 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     links = [f"{n}/ (a link to a folder)" for n in tree.linked_folders if not any(p.fullmatch(n) for p in passed)]
     _check_ignored(ignore, [*names, *tree.linked_folders, *absent(names, names)], what)
     if unread or links:
-        shown = [*unread, *tree.linked_folders]
-        example = '", "'.join(shown if len(shown) <= MOST_LISTED else shown[:1])
+        example = _patterns_of([*unread, *tree.linked_folders], rows)
         raise SftError(
-            f"{what}: {len(unread + links)} files are not read: {first_names(unread + links)}; {kinds()}; next: convert or remove them,"
-            f' or add ignore_files = ["{example}"] to the source'
+            f"{what}: cannot read {len(unread + links)} of its files: {first_names(unread + links)}; {kinds()}; next: convert or remove"
+            f" them, or add ignore_files = {example} to the source"
         )
     if not rows:
         raise SftError(f"{what}: no file with rows; {kinds()}; {CORRECT}")
     return rows, ignored
+
+
+def _patterns_of(unread: Sequence[str], read: Iterable[str]) -> str:
+    """`ignore_files` for all of these names, as TOML: the names, or where they are many, patterns that match none of the files to read."""
+    made = {name: name if len(unread) <= MOST_LISTED else "**/*" + PurePosixPath(name).suffix for name in unread}
+    taken = {pattern for pattern in set(made.values()) if any(map(glob(pattern).fullmatch, read))}
+    return json.dumps(list(dict.fromkeys(name if p in taken else p for name, p in made.items())), ensure_ascii=False)
 
 
 def _is_documentation(name: str) -> bool:
@@ -218,7 +224,7 @@ def _of_split(rows: list[str], ignored: list[str], split: str | None, what: str)
     if unnamed := [name for name, s in named.items() if not s]:
         raise SftError(
             f"{what}: {first_names(unnamed)}: no split in the name, although others have one ({', '.join(found)}); next: name one file or"
-            f' folder as the path, or add ignore_files = ["{unnamed[0]}"] to the source'
+            f" folder as the path, or add ignore_files = {_patterns_of(unnamed, set(rows) - set(unnamed))} to the source"
         )
     wanted = split if split in found else known_split(split)
     if wanted not in found:
@@ -398,7 +404,7 @@ def _matching(names: Sequence[str], by_split: Mapping[str, list[str]], choice: C
     if unread := _sorted(n for n in chosen if row_format(n) is None):
         raise SftError(
             f"{what}: {first_names(unread)}: named by README.md and not read; {kinds()}; next: convert them, or add"
-            f' ignore_files = ["{unread[0]}"] to the source'
+            f" ignore_files = {_patterns_of(unread, chosen - set(unread))} to the source"
         )
     return tuple(_sorted(chosen))
 
