@@ -77,60 +77,79 @@ def command_plan(args: argparse.Namespace) -> None:
     if {"to-hf", "to-core"} & set(goals):
         make_words.check_characters(args.fields)
         words += _words_of_tool(args, goals, question)
-        print(" ".join(words))
-        return
-    if question.takes_none or set(goals) <= {"new"} or set(goals) == {"sweep"}:
+    elif question.takes_none or set(goals) <= {"new"} or set(goals) == {"sweep"}:
         if goals != ["sweep"]:  # its fields have several values each
             question.resolve(args.fields)
-        print(" ".join(words))
-        return
-    make_words.check_characters(args.fields)
-    args.fields = question.resolve(args.fields)
-    words += [f"set:{f}" for f in args.fields]
-    needs_run = [g for g in goals if g in OF_A_RUN]
+    else:
+        make_words.check_characters(args.fields)
+        args.fields = question.resolve(args.fields)
+        words += [*(f"set:{f}" for f in args.fields), *_words_of_runs(args, goals, question)]
+    print(" ".join(words))
+
+
+def _words_of_runs(args: argparse.Namespace, goals: list[str], question: asked.Asked) -> list[str]:
+    """Words for the goals that make or show stages. Raises SftError where they cannot be made."""
     if not re.fullmatch(r"[A-Za-z0-9_./+-]+", str(args.place.runs)):
         raise SftError(
             f"RUNS={args.place.runs}: the path may have letters, digits and _./+- only, because Make and the shell read it;"
             " next: choose another folder"
         )
-    wanted_runs = runs_of(args)
-    if "baseline" in goals and wanted_runs:
-        wanted_runs, goals = _baseline(args, wanted_runs, goals), ["evaluate"]
-        words += [f"set:{recipe.MODEL}={wanted_runs[0].convert.model}"] * (not question.other_model)
-    if wanted_runs:
+    needs_run = [g for g in goals if g in OF_A_RUN]
+    shard = make_words.variable(args.overrides, "SHARD")
+    found, words = runs_of(args), list[str]()
+    if "baseline" in goals and found:
+        found, goals = _baseline(args, found, goals), ["evaluate"]
+        words += [f"set:{recipe.MODEL}={found[0].convert.model}"] * (not question.other_model)
+    wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
+    if found:
         cluster = args.place.load_cluster()
         asked.check_here(goals, cluster, args.place.cluster)
         words += [f"launcher-{s}:{cluster.launcher if s in cluster.stages else 'local'}" for s in schema.STAGES]
-        wanted = [s for s in schema.STAGES if s in goals or not {"all", "smoke"}.isdisjoint(goals)]
         words += _detached(args, wanted)
-    shard = make_words.variable(args.overrides, "SHARD")
     if shard and (beyond := [g for g in needs_run if g != "prepare"]):
         raise SftError(
             f"make {beyond[0]} SHARD={shard}: SHARD is for prepare; next: make prepare … SHARD={shard}, then SHARD=merge/n"
         )
-    if needs_run and not wanted_runs:
+    if needs_run and not found:
         raise SftError(f"make {needs_run[0]}: which recipe? next: make {needs_run[0]} RECIPE=… (one of {_recipes()})")
-    for r in wanted_runs:
-        if r.convert.model:
-            words.append(f"model:{r.run}")
-            if others := [g for g in goals if g in ("sync", "train", "watch", *asked.HERE)]:
-                raise SftError(
-                    f"{r.file}: [convert] model = {r.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
-                )
-        for stage in set(wanted) & set(cluster.stages):
-            time_limit.check_limit(cluster, r.hardware(args.place.cluster, stage))
-        if "train" in wanted and "train" in cluster.stages:
-            time_limit.check_notice(cluster, r.hardware(args.place.cluster, "train"))
-        work = plan.work(args.place, r, [question.dry_run if g == "dry-run" else g for g in goals])
-        for line in work.unchecked:
-            print(columns.for_terminal(f"note: {line}"), file=sys.stderr)
-        retrain = make_words.variable(args.overrides, "RETRAIN") not in ("", "0") or "train" not in question.chain
-        retrain |= set(goals) <= {"steps", *asked.HERE}  # these do not train the run
-        if "train" in work.stale and not retrain:
-            _refuse_to_start_again(args, r)
-        words += [f"run:{r.run}", *(f"stale:{r.run}/{stage}" for stage in (*work.stale, *work.reused))]
-        words += [f"reuse:{r.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
-    print(" ".join(words))
+    for run in found:
+        words += _words_of_model(run, goals)
+        _check_time_limits(run, wanted, cluster, args.place)
+        words += _words_of_work(args, run, goals, question)
+    return words
+
+
+def _words_of_model(run: recipe.Recipe, goals: Sequence[str]) -> list[str]:
+    """The word for a run that evaluates a model that it does not train."""
+    if not run.convert.model:
+        return []
+    if others := [g for g in goals if g in ("sync", "train", "watch", *asked.HERE)]:
+        raise SftError(
+            f"{run.file}: [convert] model = {run.convert.model!r}: this run trains nothing, so make {others[0]} has nothing to make; next: make evaluate"
+        )
+    return [f"model:{run.run}"]
+
+
+def _check_time_limits(run: recipe.Recipe, wanted: Sequence[str], cluster: schema.Cluster, place: plan.Place) -> None:
+    for stage in set(wanted) & set(cluster.stages):
+        time_limit.check_limit(cluster, run.hardware(place.cluster, stage))
+    if "train" in wanted and "train" in cluster.stages:
+        time_limit.check_notice(cluster, run.hardware(place.cluster, "train"))
+
+
+def _words_of_work(
+    args: argparse.Namespace, run: recipe.Recipe, goals: Sequence[str], question: asked.Asked
+) -> list[str]:
+    """Which stages of a run are to be made, and which are those of other runs. Prints what could not be checked."""
+    work = plan.work(args.place, run, [question.dry_run if g == "dry-run" else g for g in goals])
+    for line in work.unchecked:
+        print(columns.for_terminal(f"note: {line}"), file=sys.stderr)
+    retrain = make_words.variable(args.overrides, "RETRAIN") not in ("", "0") or "train" not in question.chain
+    retrain |= set(goals) <= {"steps", *asked.HERE}  # these do not train the run
+    if "train" in work.stale and not retrain:
+        _refuse_to_start_again(args, run)
+    words = [f"run:{run.run}", *(f"stale:{run.run}/{stage}" for stage in (*work.stale, *work.reused))]
+    return words + [f"reuse:{run.run}/{stage}:{origin.parent.name}" for stage, origin in work.reused.items()]
 
 
 def _words_of_tool(args: argparse.Namespace, goals: list[str], question: asked.Asked) -> list[str]:
