@@ -267,16 +267,8 @@ def begin_replay(run: Run, replay: Replay, loader: Loader, step: int) -> None:
 def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[], bool]) -> None:
     """Steps start..plan.steps, with checkpoints, validation and metrics. Raises Requeue after saving on a signal."""
     world, saver = run.world, run.saver
-    if metrics is not None:
-        mark_restored(run, start, metrics)
-    train = run.stage.recipe.train
-    if start == run.first and run.validation is not None and train.validate_start:
-        before = validate(run)
-        if metrics is not None:
-            metrics.start(InitialValidation(before.loss, before.sources, start or None, run.tokens or None))
-    run.stopping.begin()
-    if run.first < start < run.plan.steps and (ended := already_ended(run.stopping, world)):
-        run.ended, run.last = ended, start
+    begin(run, start, metrics)
+    if run.ended:
         return
     loader = run.loader(start)
     pending: Readback | None = None
@@ -285,12 +277,7 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         flags = world.sum_async(
             torch.tensor([stop(), saver.requested(), saver.failed, *clock(run.stopping, world)], dtype=torch.float32)
         )
-        if run.replay is not None:
-            begin_replay(run, run.replay, loader, step)
-        if run.stopwatch is not None:
-            run.stopwatch.lap()  # a validation or a replay in between does not count
-        values, lr = optimizer_step(run, step, batches)
-        facts = step_facts(run, loader, step, lr)
+        values, facts = take_step(run, loader, step, batches)
         if pending is not None:
             report_step(run, metrics, pending, began)
             began = pending.ended
@@ -303,7 +290,7 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         due = Due.after(
             facts.step,
             run.plan.steps,
-            train,
+            run.stage.recipe.train,
             held_out=run.validation is not None,
             stop=stopping,
             requested=requested,
@@ -320,12 +307,7 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
         report_step(run, metrics, pending, began)
         pending = None
         if due.saves:
-            # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
-            best = find_best(run, facts.step, validation.loss) if validation and due.scheduled else None
-            if metrics is not None:
-                metrics.seal(facts.step)
-            with run.hang.paused() if run.hang is not None else contextlib.nullcontext():
-                save(run, facts.step, best, ephemeral=not due.permanent)
+            save_due(run, due, facts.step, validation, metrics)
         began = mark(world.device)  # saving is not part of the next step's time
         if due.stop:
             saver.wait()
@@ -336,6 +318,39 @@ def loop(run: Run, start: int, metrics: MetricsWriter | None, stop: Callable[[],
     else:
         run.last = run.plan.steps
     saver.wait()
+
+
+def begin(run: Run, start: int, metrics: MetricsWriter | None) -> None:
+    """What comes before the first step of this attempt. Sets `run.ended` where an earlier attempt has ended the run."""
+    if metrics is not None:
+        mark_restored(run, start, metrics)
+    if start == run.first and run.validation is not None and run.stage.recipe.train.validate_start:
+        before = validate(run)
+        if metrics is not None:
+            metrics.start(InitialValidation(before.loss, before.sources, start or None, run.tokens or None))
+    run.stopping.begin()
+    if run.first < start < run.plan.steps and (ended := already_ended(run.stopping, run.world)):
+        run.ended, run.last = ended, start
+
+
+def take_step(run: Run, loader: Loader, step: int, batches: Sequence[Microbatch]) -> tuple[Tensor, StepFacts]:
+    """Starts one step on the device. Returns the statistics of `optimizer_step`, which are still on the device."""
+    if run.replay is not None:
+        begin_replay(run, run.replay, loader, step)
+    if run.stopwatch is not None:
+        run.stopwatch.lap()  # a validation or a replay in between does not count
+    values, lr = optimizer_step(run, step, batches)
+    return values, step_facts(run, loader, step, lr)
+
+
+def save_due(run: Run, due: Due, step: int, validation: Validation | None, metrics: MetricsWriter | None) -> None:
+    """Saves a step that is due."""
+    # A step that only a signal saved would not be there in an uninterrupted run, and so cannot be the best.
+    best = find_best(run, step, validation.loss) if validation and due.scheduled else None
+    if metrics is not None:
+        metrics.seal(step)
+    with run.hang.paused() if run.hang is not None else contextlib.nullcontext():
+        save(run, step, best, ephemeral=not due.permanent)
 
 
 def mark_part(run: Run, what: str) -> None:
