@@ -155,10 +155,7 @@ class RowReader:
     def read(self, row: Any, counter: FieldCounter | None = None) -> Conversation:
         """The row as a conversation. Raises BadRow."""
         if type(row) is not dict:
-            if not isinstance(row, Mapping):
-                raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
-            if isinstance(row, Repeating) and (name := first_repeat(row, self.ignore)):
-                raise BadRow("repeated_name", f"{name[:80]} is twice in one object, with different values")
+            self._check_object(row)
         whole = row
         if self.ignore:
             row = {name: value for name, value in row.items() if name not in self.ignore}
@@ -196,16 +193,26 @@ class RowReader:
         shift = len(messages) - len(turns.items)
         details = {index + shift: spans for index, spans in details.items()}
         if self.strip:
-            stripped = strip_thinking(messages, self.prompt_opens_thinking)
-            if changed := [i for i in details if stripped[i]["content"] != messages[i]["content"]]:
-                raise BadRow(
-                    DETAIL,
-                    f'message {changed[0]}: thinking = "strip" changes the content, so its {DETAIL} has no place',
-                )
-            messages = stripped
+            messages = self._strip(messages, details)
         conversation = Conversation(messages, train, tools, bool(flags), variables, empty_answers)
         conversation.held, conversation.details = held, details
         return conversation
+
+    def _check_object(self, row: Any) -> None:
+        """Raises BadRow for a row that is no object, or has a name twice."""
+        if not isinstance(row, Mapping):
+            raise BadRow("not_an_object", f"a row must be an object, this is {kind(row)}")
+        if isinstance(row, Repeating) and (name := first_repeat(row, self.ignore)):
+            raise BadRow("repeated_name", f"{name[:80]} is twice in one object, with different values")
+
+    def _strip(self, messages: list[Message], details: Mapping[int, tuple[Span, ...]]) -> list[Message]:
+        """The messages without thoughts. Raises BadRow where that moves the trained spans of a message."""
+        stripped = strip_thinking(messages, self.prompt_opens_thinking)
+        if changed := [i for i in details if stripped[i]["content"] != messages[i]["content"]]:
+            raise BadRow(
+                DETAIL, f'message {changed[0]}: thinking = "strip" changes the content, so its {DETAIL} has no place'
+            )
+        return stripped
 
     def _pick(self, row: Mapping[str, Any], name: str) -> Any:
         """The value of a column under any of its names. Raises BadRow when two of them hold different values."""
