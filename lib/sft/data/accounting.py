@@ -88,7 +88,8 @@ def optional_field(name: str) -> str:
 def report(source: Source, counts: FieldCounts, written: Collection[tuple[str, str]]) -> list[str]:
     """Lines for the terminal: the fields that were read, ignored and passed over, and names of the recipe that no row has."""
     fields = describe(source, counts, written)
-    lines = [f"{source.path}: {len(fields.read)} fields are read; make preview and proof.json list them"]
+    count = len(fields.read)
+    lines = [f"{source.path}: reads {count} field{'s' * (count != 1)}; make preview and proof.json list them"]
     kinds = {"ignored by name": fields.ignored, "without training content": fields.harmless}
     lines += [f"  {kind}: {shown(names)}" for kind, names in kinds.items() if names]
     if counts.all_quoted:
