@@ -241,7 +241,7 @@ class Recorder(TemplateLM):  # type: ignore[misc, unused-ignore]  # lm-eval has 
         stored = self.answers.likelihoods
         found: dict[int, tuple[float, bool]] = {i: stored[k][0].likelihood for i, k in enumerate(keys) if k in stored}
         missing = [i for i in range(len(requests)) if i not in found]
-        if self.workers and all(keys[i] for i in missing):  # an answer without a key could not be told from others
+        if self.workers and all(keys[i] for i in missing):  # an answer without a key has nothing that identifies it
             mine = self._started(
                 [requests[i] for i in missing],
                 lambda r: len(r[1]) + len(r[2]),

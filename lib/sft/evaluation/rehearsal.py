@@ -34,7 +34,7 @@ class Fails(Exception):
 
 
 def check(task: Task, definition: TaskDefinition) -> None:
-    """Raises SftError or Fails for a task that cannot be asked or scored, or whose scores would say nothing."""
+    """Raises SftError or Fails for a task that cannot be asked or scored, or whose scores are the same for every model."""
     if not len(task.eval_docs):
         return
     is_own = definition.is_own and isinstance(task, ConfigurableTask)
@@ -137,11 +137,11 @@ def _scored(task: Task, document: Any, text: str) -> list[Any]:
     requests = copy.deepcopy(task.instances)
     for request in requests:
         request.resps = [REPLIES.get(request.request_type, text)]
-    kept, task._instances = task.instances, requests
+    instances, task._instances = task.instances, requests
     try:
         task.apply_filters()
     finally:
-        task._instances = kept
+        task._instances = instances
     return [
         task.process_results(document, [request.filtered_resps[name] for request in requests])
         for name in requests[0].filtered_resps

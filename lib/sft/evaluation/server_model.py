@@ -89,8 +89,8 @@ class ServerModel(Grouped, LocalCompletionsAPI):  # type: ignore[misc, unused-ig
             tokens = [i for i in tokens if i not in self.stop_ids]
             ids = self.tok_encode(prompt[-256:])
             reason = choice.get("stop_reason", choice.get("matched_stop"))  # of vLLM, of SGLang; others name none
-            kept = self.end_reply(ids, tokens, self.ending(choice["finish_reason"], reason), self.until)
-            text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            reply_ids = self.end_reply(ids, tokens, self.ending(choice["finish_reason"], reason), self.until)
+            text = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
             texts.append(postprocess_generated_text(text, self.until, self.think_end_token))
         return texts
 

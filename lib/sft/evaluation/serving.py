@@ -1,4 +1,4 @@
-"""The command of vLLM that serves a run (make serve): its export, or with ADAPTER=1 its base and its adapter apart.
+"""The command of vLLM that serves a run (make serve): its export, or with ADAPTER=1 its base and its adapter separately.
 
 In: folders of finished stages. Out: the words of a command. Base and adapter are for a server that has several adapters of one base.
 """

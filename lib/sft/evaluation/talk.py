@@ -48,11 +48,11 @@ def model_folder(run: Path, step: str, model: str, cache: Path, log: Log) -> Pat
     if step:
         folder = run / "train" / f"step{step.removeprefix('step')}"
         if not (folder / manifest.NAME).is_file():
-            kept = sorted(
+            saved = sorted(
                 (p.parent.name for p in (run / "train").glob(f"step*/{manifest.NAME}")), key=lambda n: int(n[4:])
             )
             raise SftError(
-                f"STEP={step}: {folder} is no kept step; there are: {', '.join(kept) or 'none'}; next: one of them"
+                f"STEP={step}: {folder} is not a saved step; there are: {', '.join(saved) or 'none'}; next: one of them"
             )
         return _exported(folder, cache, log)
     folder = run / "convert" / "model"

@@ -1,4 +1,4 @@
-"""What a task's own YAML may say: values that lm-eval would take without a word, or refuse only after the model was loaded.
+"""What a task's own YAML may say: values that lm-eval would accept without a message, or refuse only after it has loaded the model.
 
 In:  the YAML of a task, with the files that it includes. Out: SftError that names the file, the field and its value.
 Tasks that lm-eval ships are not checked.

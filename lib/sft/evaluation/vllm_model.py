@@ -69,14 +69,14 @@ class VllmModel(Grouped, VLLM):  # type: ignore[misc, unused-ignore]  # lm-eval 
         for prompt, reply in zip(requests, (o.outputs[0] for o in outputs), strict=True) if generate else ():
             tokens = [i for i in reply.token_ids if i not in self.stop_ids]
             # Where there are thoughts, lm-eval gives vLLM no stop strings: the answer is cut here, as with the other backend.
-            kept = self.end_reply(
+            reply_ids = self.end_reply(
                 prompt,
                 tokens,
                 self.ending(reply.finish_reason, reply.stop_reason),
                 self.until if self.think_end_token else (),
             )
             # vLLM leaves out the bytes of a character that the limit cuts, and text behind a stop string: one rule for both backends.
-            reply.text = self.tokenizer.decode(kept, skip_special_tokens=True)
+            reply.text = self.tokenizer.decode(reply_ids, skip_special_tokens=True)
         return outputs
 
     def target_losses(self, documents: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> Iterator[list[float]]:

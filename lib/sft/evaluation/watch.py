@@ -204,9 +204,9 @@ def export(stage: Stage, step: Path, target: Path) -> None:
     facts = DatasetInfo.of(stage.dataset).facts
     options = dataclasses.replace(stage.recipe.convert, gate="fast")
     config = convert.trained_config(stage.recipe.model, facts.vocab_size, step)
-    kept = olmo_core.base_facts(step / "config.json")
+    base_facts = olmo_core.base_facts(step / "config.json")
     options, _ = convert.with_length(
-        options, config, kept, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
+        options, config, base_facts, stage.recipe.train.seq_len, extended=stage.recipe.model.names_scaling
     )
     tokenizer = stage.out / "tokenizer"
     trained_template = (tokenizer / "chat_template.jinja").read_text(encoding="utf-8")
@@ -217,7 +217,7 @@ def export(stage: Stage, step: Path, target: Path) -> None:
 
     weights = open_step(step, lambda: stage.base, config, stage.recipe.train.seed, stage.sha256)
     try:
-        write.export(write.Trained(weights, config, facts, tokenizer, kept), template, options, target, quiet)
+        write.export(write.Trained(weights, config, facts, tokenizer, base_facts), template, options, target, quiet)
         gate.check(target, weights, config, facts, trained_template, options, quiet)
     finally:
         weights.close()

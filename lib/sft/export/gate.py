@@ -9,7 +9,7 @@ Out: `GateRecord` (gate.json), which lists what was compared; SftError at the fi
    generate() stops on every trained terminator.
 3. Logits: the training code's model agrees with transformers on packed conversations, the first longer than the sliding window
    (sft.export.logits).
-4. LoRA: the merged weights give the logits of base and adapters apart (sft.export.merge_gate).
+4. LoRA: the merged weights give the logits of the base with separate adapters (sft.export.merge_gate).
 5. Greedy replies to fixed questions (sft.export.chats). They are reported only: an undertrained model may not stop.
 
 `gate = "fast"` compares the logits over a sample of four layers (`sample_layers`), does not measure the cost of rounding, and

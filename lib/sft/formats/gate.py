@@ -58,7 +58,7 @@ class LogitCheck:
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """The logits of the merged weights against those of base and adapters apart, both in fp32. `matrices` have an adapter."""
+    """The logits of the merged weights against those of the base with separate adapters, both in fp32. `matrices` have an adapter."""
 
     max_difference: float
     max_logit: float

@@ -179,8 +179,8 @@ _LAST_EDGES: list[tuple[Tensor, int, Tensor]] = []
 def _document_edges(cu_seqlens: Tensor) -> Tensor:
     """The edges without the empty documents that pad them. All layers of a microbatch get the same tensor: the kernels
     derive their tables of chunks once for each."""
-    for given, version, known in _LAST_EDGES:
-        if given is cu_seqlens and given._version == version:
+    for tensor, version, known in _LAST_EDGES:
+        if tensor is cu_seqlens and tensor._version == version:
             return known
     edges: Tensor = torch.unique_consecutive(cu_seqlens)
     _LAST_EDGES[:] = [(cu_seqlens, cu_seqlens._version, edges)]
@@ -236,14 +236,14 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
     state before the chunk. One triangular system gives u for all tokens of a chunk; the state passes from chunk to chunk.
     """
     length, heads, key_dim = q.shape
-    given = q.dtype
+    dtype = q.dtype
     size = min(CHUNK, length)
     exact = torch.promote_types(q.dtype, torch.float32)
     q, k, v, b, beta = (_chunks(x.to(exact), size) for x in (q, k, v, decay[..., None], beta[..., None]))
     q, k = _unit(q) * key_dim**-0.5, _unit(k)
     b = b.cumsum(-2)
-    kept = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (b - b.mT).masked_fill(~kept, -math.inf).exp()  # the decay from token s to token t
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    between = (b - b.mT).masked_fill(~causal, -math.inf).exp()  # the decay from token s to token t
     system = beta * (k @ k.mT) * between
     read = torch.cat((beta * v, beta * b.exp() * k), dim=-1)
     own, of_state = torch.linalg.solve_triangular(system, read, upper=False, unitriangular=True).split(
@@ -257,7 +257,7 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tenso
         added = own[:, i] - of_state[:, i] @ state
         outs.append(q[:, i] @ state + within[:, i] @ added)
         state = state * left[:, i] + k[:, i].mT @ added
-    return torch.cat(outs, dim=1)[:, :length].transpose(0, 1).to(given)
+    return torch.cat(outs, dim=1)[:, :length].transpose(0, 1).to(dtype)
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:

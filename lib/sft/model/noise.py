@@ -47,8 +47,8 @@ def uniform(tokens_T: Tensor, columns: int, seed: int) -> Tensor:
 def dropped(x_TD: Tensor, keys_T: Tensor, salt: Tensor, rate: float) -> Tensor:
     """Dropout whose mask is a function of `token_keys`, the column and `salt`, a number of the place in the model."""
     column = mixed(torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device) ^ mixed(salt))
-    kept = mixed(keys_T[:, None] ^ column) >= int(rate * (MASK + 1))
-    return torch.where(kept, x_TD * (1 / (1 - rate)), torch.zeros((), dtype=x_TD.dtype, device=x_TD.device))
+    keep_mask = mixed(keys_T[:, None] ^ column) >= int(rate * (MASK + 1))
+    return torch.where(keep_mask, x_TD * (1 / (1 - rate)), torch.zeros((), dtype=x_TD.dtype, device=x_TD.device))
 
 
 def neftune(tokens_T: Tensor, lengths_T: Tensor, columns: int, alpha: float, seed: int) -> Tensor:

@@ -211,8 +211,8 @@ class Guard:
 
     def state(self) -> dict[str, Tensor]:
         """A copy of the history on the host."""
-        kept = {"history": self.history, "taken": self.seen, "in_row": self.in_row}
-        return {name: value.to("cpu", copy=True) for name, value in kept.items()}
+        state = {"history": self.history, "taken": self.seen, "in_row": self.in_row}
+        return {name: value.to("cpu", copy=True) for name, value in state.items()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores a history that `state` returned."""

@@ -103,8 +103,8 @@ def measure(world: World, local_size: int, sizes: Sizes, watch: HangWatch) -> Ra
     product, matmul, same = multiply(device, sizes)
     problems += [] if same else ["products of the same matrices differ"]
     part.begin("memory")
-    memory, kept = fill(device, sizes)
-    problems += [] if kept else ["memory returns other values than were written"]
+    memory, same = fill(device, sizes)
+    problems += [] if same else ["memory returns other values than were written"]
     link: dict[int, float] = {}
     if world.size > 1:
         part.begin("sum over all ranks")
@@ -175,13 +175,13 @@ def fill(device: torch.device, sizes: Sizes) -> tuple[float, bool]:
     with contextlib.suppress(torch.cuda.OutOfMemoryError):  # another process may use the device
         blocks += (torch.empty_like(pattern) for _ in range(max(1, min(room, sizes.memory_bytes) // (8 * words) - 1)))
     wait(device)
-    began, kept = time.monotonic(), torch.ones((), dtype=torch.bool, device=device)
+    began, same = time.monotonic(), torch.ones((), dtype=torch.bool, device=device)
     for value in (pattern, ~pattern):
         for block in blocks:
             block.copy_(value)
         for block in blocks:
-            kept &= (block == value).all()
-    good = bool(kept)  # waits
+            same &= (block == value).all()
+    good = bool(same)  # waits
     seconds = time.monotonic() - began
     moved = 2 * 2 * 8 * words * len(blocks)
     del blocks, pattern
