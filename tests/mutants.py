@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant("a preflight refuses wrong values", "training/preflight.py", "    if problems := wrong(found):\n", "    if problems := []:\n", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     Mutant("a preflight compares products of ranks", "training/preflight.py", "                if f.product != usual\n", "                if False\n", "test_preflight.py::test_a_wrong_product_is_named_by_the_majority_of_the_same_device"),
     Mutant("a preflight compares the products of a rank", "training/preflight.py", "            differ |= bits(result) != first\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
-    Mutant("a preflight reads memory back", "training/preflight.py", "            kept &= (block == value).all()\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
+    Mutant("a preflight reads memory back", "training/preflight.py", "            same &= (block == value).all()\n", "            pass\n", "test_preflight.py::test_a_product_that_changes_and_a_memory_that_forgets_are_seen"),
     Mutant("a preflight compares messages", "training/preflight.py", "whole = bool((theirs == numbers ^ (other * 0x10001)).all())", "whole = True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     Mutant("a preflight compares the sum of the ranks", "training/preflight.py", "return bool((value == expected).all())", "return True", "test_preflight.py::test_a_rank_with_a_wrong_value_stops_the_job_before_it_trains"),
     # --- configurations of other trainers
