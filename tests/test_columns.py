@@ -329,8 +329,24 @@ def test_calls_and_tools_of_columns_are_those_that_python_reads(tmp_path: Path, 
 def test_calls_as_text_in_a_column_are_read_or_left_to_python(tmp_path: Path) -> None:
     make_tokenizer(tmp_path / "tokenizer")
     made = encoder(tmp_path / "tokenizer", "olmo", lambda name: Path(name))
-    for text, plain in ((json.dumps([a_call("{}")]), 1), (" [ ] ", 0), ('[{"id": "c', 0), ("{}", 0), ("null", 0)):
+    twice = json.dumps([a_call("{}", id="a")]).replace('"id"', '"id": "b", "id"')
+    long = json.dumps([a_call({"x": 10**19})])  # a JSON reader may make a float of it
+    for text, plain in (
+        (json.dumps([a_call("{}")]), 1), (twice, 0), (long, 0), (" [ ] ", 0), ('[{"id": "c', 0), ("{}", 0), ("null", 0),
+    ):  # fmt: skip
         row = with_calls()
         row["messages"][1]["tool_calls"] = text
         compiled, python, count = both_ways(made, ColumnBlock.of([row]))
         assert compiled == python and count == plain, text
+
+
+def test_calls_that_are_not_utf8_are_left_to_python(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "tokenizer")
+    made = encoder(tmp_path / "tokenizer", "olmo", lambda name: Path(name))
+    rows = pa.Table.from_pylist([with_calls(a_call('{"x": "@@"}')), with_calls(a_call("{}"))]).to_batches()[0]
+    broken = pa.ipc.read_record_batch(
+        pa.py_buffer(rows.serialize().to_pybytes().replace(b"@@", b"\xff\xff")), rows.schema
+    )
+    compiled, python, count = both_ways(made, ColumnBlock(broken, 0))
+    assert compiled == python and count == 0
+    assert [reject.reason for reject in ColumnBlock(broken, 0).batch().rejects] == ["unreadable_value"]

@@ -24,13 +24,14 @@ import os
 import posixpath
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sft.common.errors import SftError
 from sft.common.strings import first_names
+from sft.recipe.edit import to_toml
 from sft.recipe.file_names import (
     CACHES,
     DESCRIPTIONS,
@@ -181,11 +182,11 @@ def _sort_out(tree: Tree, names: Sequence[str], ignore: Sequence[str], what: str
     return rows, ignored
 
 
-def _patterns_of(unread: Sequence[str], read: Iterable[str]) -> str:
+def _patterns_of(unread: Sequence[str], read: Collection[str]) -> str:
     """`ignore_files` for all of these names, as TOML: the names, or where they are many, patterns that match none of the files to read."""
     made = {name: name if len(unread) <= MOST_LISTED else "**/*" + PurePosixPath(name).suffix for name in unread}
     taken = {pattern for pattern in set(made.values()) if any(map(glob(pattern).fullmatch, read))}
-    return json.dumps(list(dict.fromkeys(name if p in taken else p for name, p in made.items())), ensure_ascii=False)
+    return to_toml(list(dict.fromkeys(name if p in taken else p for name, p in made.items())))
 
 
 def _is_documentation(name: str) -> bool:

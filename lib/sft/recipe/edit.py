@@ -5,6 +5,7 @@ set_field(text, "train", "lr", "1e-4")      ->  the text with `lr = 0.0001` in [
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 import typing
@@ -18,7 +19,7 @@ def to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        return json.dumps(value, ensure_ascii=False)  # TOML has the same escapes
     if isinstance(value, list | tuple):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
     if isinstance(value, dict):

@@ -165,9 +165,10 @@ class PlainRows:
         if read is None:
             return None
         values = JsonValues.of_columns(read.calls, read.tools, self.names, read.messages)
-        more = np.empty(5 * len(values.data), dtype=np.uint8)  # see `_read_lines`
-        text = np.concatenate([read.buffer, more])
-        messages = read.messages._replace(text=words_of(text))
+        messages, text = read.messages, read.buffer
+        if size := len(values.data) - WORD - 1:
+            text = np.concatenate([text, np.empty(5 * size, dtype=np.uint8)])  # see `_read_lines`
+            messages = messages._replace(text=words_of(text))
         return self.values.read(values, messages, self.names.list_column, text)
 
 

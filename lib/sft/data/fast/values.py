@@ -158,16 +158,16 @@ def json_of_calls(value: Any) -> bytes | None:
             return None
         text = ENCODER.encode(value)
         if "null" in text:
-            value = [{name: without_nulls(held) for name, held in call.items() if held is not None} for call in value]
+            value = [{name: without_nulls(held) for name, held in without_nulls(call).items()} for call in value]
             text = ENCODER.encode(value)
         return text.encode()
     except (AttributeError, TypeError, ValueError, RecursionError):
         return None
 
 
-def without_nulls(function: Any) -> Any:
-    """The fields of a call's function that are not null."""
-    return {k: v for k, v in function.items() if v is not None} if type(function) is dict else function
+def without_nulls(value: Any) -> Any:
+    """The fields of a call or of its function that are not null: columnar files fill every object with the fields of all others."""
+    return {name: held for name, held in value.items() if held is not None} if type(value) is dict else value
 
 
 def json_of_tools(value: Any) -> bytes | None:
@@ -318,9 +318,8 @@ class Values:
     def _call(self, call: Any, has_null: bool, seen: set[str]) -> Call:
         """The texts of a call. Raises Unread, and other errors for what is no call."""
         function, arguments = call["function"], call["function"]["arguments"]
-        if has_null:  # columnar files fill every object with the fields of all others
-            call = {name: value for name, value in call.items() if value is not None}
-            function = {name: value for name, value in function.items() if value is not None}
+        if has_null:
+            call, function = without_nulls(call), without_nulls(function)
             if type(arguments) is not str and holds_null(arguments):
                 raise Unread  # the tool's schema decides
         fields = self._fields(call, function)
