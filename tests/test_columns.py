@@ -330,7 +330,7 @@ def test_calls_as_text_in_a_column_are_read_or_left_to_python(tmp_path: Path) ->
     make_tokenizer(tmp_path / "tokenizer")
     made = encoder(tmp_path / "tokenizer", "olmo", lambda name: Path(name))
     twice = json.dumps([a_call("{}", id="a")]).replace('"id"', '"id": "b", "id"')
-    long = json.dumps([a_call({"x": 10**19})])  # a JSON reader may make a float of it
+    long = json.dumps([a_call({"x": 10**20 + 1})])  # a JSON reader may make a float of it
     for text, plain in (
         (json.dumps([a_call("{}")]), 1), (twice, 0), (long, 0), (" [ ] ", 0), ('[{"id": "c', 0), ("{}", 0), ("null", 0),
     ):  # fmt: skip
